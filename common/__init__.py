@@ -1,0 +1,1 @@
+"""What every method of heirloom stands on: surgery, models, training, data, evaluation."""

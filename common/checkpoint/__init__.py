@@ -1,0 +1,1 @@
+"""Weights folders, training states and foreign files."""

@@ -1,0 +1,57 @@
+"""Reading and writing torch's own files, without ever running what is pickled in them."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from common.checkpoint.weights import Tensors
+from common.errors import InputError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def open_torch(path: Path) -> Tensors:
+    """The tensors of a `.pt`, `.pth` or `.bin`, memory-mapped where the file allows; wrapping dicts are opened.
+
+    Raises InputError without torch, for a pickle that holds anything but data, and for a damaged file.
+    """
+    torch = _torch(path)
+    kwargs: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        import zipfile
+
+        state = torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
+    except Exception as error:  # torch raises nearly every type here, all of them about this file
+        if "TorchScript" in str(error):
+            raise InputError(f"{path}: a TorchScript archive; save its state_dict() with torch.save and convert that") from error
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise InputError(f"{path}: holds pickled code, not only tensors, and was not opened; save its state_dict() alone") from error
+        raise InputError(f"{path}: not a readable torch file ({str(error).splitlines()[0]}); fetch it again") from error
+    while isinstance(state, dict) and (inner := next((k for k in _WRAPPERS if isinstance(state.get(k), dict)), None)):
+        state = state[inner]
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    return {key: _numpy(value, torch) for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def write_torch(path: Path, tensors: Tensors) -> None:
+    """Write a state dict as torch.save would. Raises InputError without torch."""
+    torch = _torch(path)
+    torch.save({key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, path)
+
+
+def _numpy(tensor: Any, torch: Any) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{path}: reading or writing torch files needs torch; pip install 'heirloom-jax[torch]'") from error
+    return torch

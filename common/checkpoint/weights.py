@@ -1,0 +1,199 @@
+"""Weights on disk: memory-mapped safetensors, and folders that appear whole or not at all.
+
+A weights folder of ours is `model.safetensors` (keys are our paths) beside `config.json`; any safetensors reader opens it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from common.errors import InputError
+from common.surgery.layout import Tensor
+
+Tensors = dict[str, np.ndarray]
+FILE = "model.safetensors"
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(d): name for name, d in _DTYPES.items()}
+
+
+def open_safetensors(path: Path) -> Tensors:
+    """The tensors of one file as read-only memory maps: a page is read when it is touched.
+
+    The safetensors library's own slices take no index arrays, which picking rows needs. Raises InputError for a file that
+    is truncated or is not safetensors.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(f"{path}: not a safetensors file, or cut short ({size} bytes); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise InputError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    buffer = np.memmap(path, np.uint8, "r") if size > 8 + length else np.empty(size, np.uint8)
+    tensors = {}
+    for key, entry in header.items():
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}")
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        if stop > size or stop - start != prod(entry["shape"]) * dtype.itemsize:
+            raise InputError(f"{path}: cut short: tensor {key!r} ends at byte {stop}, the file has {size}; fetch it again")
+        tensors[key] = np.asarray(buffer[start:stop]).view(dtype).reshape(entry["shape"])
+    return tensors
+
+
+def open_sharded(index: Path) -> Tensors:
+    """The tensors of a sharded checkpoint, from its `*.safetensors.index.json`. Raises InputError for a missing shard or tensor."""
+    where: dict[str, str] = read_json(index).get("weight_map", {})
+    shards: dict[str, Tensors] = {}
+    for name in sorted(set(where.values())):
+        shard = index.parent / name
+        if not shard.exists():
+            raise InputError(f"{index}: the shard {name} is missing; fetch it and try again")
+        shards[name] = open_safetensors(shard)
+    for key, name in where.items():
+        if key not in shards[name]:
+            raise InputError(f"{index}: tensor {key!r} is not in {name}")
+    return {key: shards[name][key] for key, name in where.items()}
+
+
+@contextmanager
+def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Tensors]:
+    """A new file of these shapes, as writable memory maps; the file is complete when the block ends.
+
+    The space is reserved first, so that a full disk is an OSError here and not a crash at the first write.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads nothing that does not say so
+    offset = 0
+    for key, tensor in tensors.items():
+        stop = offset + prod(tensor.shape) * tensor.dtype.itemsize
+        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)  # so that the data starts aligned
+    base = 8 + len(text)
+    with path.open("w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, base + offset)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        buffer = np.memmap(file, np.uint8, "r+")
+        views = {}
+        for key, tensor in tensors.items():
+            start, stop = (base + o for o in header[key]["data_offsets"])
+            views[key] = np.asarray(buffer[start:stop]).view(tensor.dtype).reshape(tensor.shape)
+        yield views
+        buffer.flush()
+
+
+@contextmanager
+def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary name beside `destination`, renamed to it when the block ends well and removed when it does not.
+
+    Raises InputError when the destination exists (unless forced), and for the errors of the disk.
+    """
+    if destination.exists() and not force:
+        raise InputError(f"{destination} exists; give another name, or --force to replace it")
+    temporary = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if destination.exists():
+            old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+            destination.rename(old)
+            temporary.rename(destination)
+            remove(old)
+        else:
+            temporary.rename(destination)
+    except OSError as error:
+        raise InputError(f"{destination}: could not be written ({error.strerror or error}); free some space or choose another place") from error
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A weights folder of ours, opened: its config and its memory-mapped tensors."""
+
+    path: Path
+    method: str
+    model: dict[str, Any]
+    tensors: Tensors
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a weights folder of ours."""
+    config = path / "config.json"
+    return config.is_file() and read_json(config).get("format") == "heirloom"
+
+
+def open_folder(path: Path) -> Folder:
+    """Open a weights folder of ours. Raises InputError when it is none, or is damaged."""
+    if not is_folder(path):
+        raise InputError(f"{path} is not a weights folder of heirloom; `heirloom convert {path} DEST` makes one of a foreign checkpoint")
+    config = read_json(path / "config.json")
+    return Folder(path, config["method"], config["model"], open_safetensors(path / FILE))
+
+
+def write_config(folder: Path, method: str, model: Any) -> None:
+    """Write the `config.json` of a weights folder; `model` is the method's frozen dataclass."""
+    write_json(folder / "config.json", {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)})
+
+
+def write_params(folder: Path, params: Mapping[str, Any], dtype: Any = None) -> None:
+    """Write parameters (jax or numpy) as `model.safetensors`, one leaf at a time; `dtype` None keeps each leaf's own."""
+    tensors = {path: Tensor(tuple(value.shape), np.dtype(dtype or value.dtype)) for path, value in params.items()}
+    with create_safetensors(folder / FILE, tensors) as out:
+        for path, value in params.items():
+            out[path][...] = np.asarray(jax.device_get(value))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON file. Raises InputError when it does not parse."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Image-text sources, transforms, tokenizer and the input pipeline."""

@@ -1,0 +1,18 @@
+"""The two ways a command ends badly: the user can mend it (exit 2), or a verification failed (exit 1)."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Something the user can mend: one line that says what is wrong and what to do."""
+
+
+class VerificationError(Exception):
+    """A result was computed and is not what the reference says."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`; did you mean X?` for the candidate closest to `name`, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,33 @@
+"""Multi-head attention: the projections here, the mixing of tokens as an argument."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from common.nn.dense import Dense, Init, Sizes
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`attend(query, key, value)`: [batch, token, head, head_dim] each, and so is the result."""
+Kernel = Literal["xla", "cudnn"]
+
+
+def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
+    """Scaled dot-product attention; `kernel="cudnn"` is the flash kernel of NVIDIA GPUs (bf16)."""
+    return partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
+
+
+class Attention(nnx.Module):
+    """Self-attention with biases on all four projections. `x` is [batch, token, embed]; returns the same shape."""
+
+    def __init__(self, sizes: Sizes, *, attend: Attend, qkv: Init, out: Init, rngs: nnx.Rngs):
+        self.query = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
+        self.key = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
+        self.value = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
+        self.out = Dense("head head_dim -> embed", sizes, init=out, rngs=rngs)
+        self.attend = attend
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(self.attend(self.query(x), self.key(x), self.value(x)))

@@ -1,0 +1,78 @@
+"""Parameters that name their axes, their initialisers, and the linear layer: the names *are* the shape."""
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.surgery.axes import Axes
+
+Sizes = Mapping[str, int]
+Init = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
+"""`init(key, shape, fan_in, fan_out)`: f32 values; the fans are the extents read and written."""
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    return jnp.zeros(shape)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    return jnp.ones(shape)
+
+
+def constant(value: float) -> Init:
+    return lambda key, shape, fan_in, fan_out: jnp.full(shape, value, jnp.float32)
+
+
+def normal(std: float) -> Init:
+    """N(0, std^2)."""
+    return lambda key, shape, fan_in, fan_out: std * jax.random.normal(key, shape)
+
+
+def uniform_fan_in(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for linear and convolution, weights and biases alike."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def xavier_uniform(packed: int = 1) -> Init:
+    """U(-b, b), b = sqrt(6 / (fan_in + packed * fan_out)). `packed=3`: torch initialises q, k and v as one matrix."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+        bound = (6 / (fan_in + packed * fan_out)) ** 0.5
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    return init
+
+
+def param(axes: str, sizes: Sizes, init: Init, rngs: nnx.Rngs, *, fan_in: int | None = None) -> nnx.Param:
+    """A parameter whose shape is its axes' sizes. `fan_in` overrides what the axes say (a bias knows its kernel's)."""
+    parsed = Axes.parse(axes)
+    shape = tuple(sizes[name] for name in parsed.names)
+    read, written = (prod(shape[i] for i in parsed.where(side)) for side in ("read", "write"))
+    return nnx.Param(init(rngs.params(), shape, fan_in or read, written), axes=str(parsed))
+
+
+class Dense(nnx.Module):
+    """A linear map over named axes: `x` is [..., *read], the result [..., *written], in the kernel's dtype.
+
+    Pass `bias=None` for a map without bias; the default is zeros.
+    """
+
+    def __init__(self, axes: str, sizes: Sizes, *, rngs: nnx.Rngs, init: Init = uniform_fan_in, bias: Init | None = zeros):
+        parsed = Axes.parse(axes)
+        self.rank = len(parsed.where("read"))
+        self.kernel = param(axes, sizes, init, rngs)
+        if bias is not None:
+            written = " ".join(parsed.names[i] for i in parsed.where("write"))
+            fan_in = prod(sizes[parsed.names[i]] for i in parsed.where("read"))
+            self.bias = param(f"-> {written}", sizes, bias, rngs, fan_in=fan_in)
+        else:
+            self.bias = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=self.rank)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -1,0 +1,68 @@
+"""The bridge from Flax NNX to plain functions: a module describes a model once, everything else sees a flat dict.
+
+    model  = functional(Clip, cfg)
+    params = model.init(jax.random.key(0))          # {"image/blocks/attn/query/kernel": Array, ...}
+    output = model.apply(params, images, tokens)
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from common.errors import nearest
+from common.surgery.axes import Axes, Leaf, Spec
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A model as functions of its parameters. `spec` says axes, shape and dtype of each."""
+
+    spec: Spec
+    _make: Callable[[jax.Array], nnx.Module]
+    _graph: Any
+    _tree: Any
+
+    def init(self, key: jax.Array, paths: Iterable[str] | None = None, place: Mapping[str, jax.sharding.Sharding] | None = None) -> Params:
+        """Fresh parameters, those of `paths` alone if given: XLA leaves the rest out, and the values are the same bits."""
+        wanted = list(self.spec) if paths is None else list(paths)
+
+        def make(key: jax.Array) -> Params:
+            leaves = jax.tree.leaves(nnx.split(self._make(key))[1])
+            return {path: leaf for path, leaf in zip(self.spec, leaves, strict=True) if path in wanted}
+
+        # Always jitted: eager and compiled initialisers differ in their last bits.
+        return jax.jit(make, out_shardings=place and {p: place[p] for p in wanted})(key)
+
+    def apply(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Call a method of the module on these parameters.
+
+        Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself would take any of them.
+        """
+        if params.keys() != self.spec.keys():
+            missing, unknown = self.spec.keys() - params.keys(), params.keys() - self.spec.keys()
+            name = min(missing or unknown)
+            raise ValueError(f"{'missing' if missing else 'unknown'} parameter {name!r}{nearest(name, unknown if missing else self.spec)}")
+        for path, leaf in self.spec.items():
+            if tuple(params[path].shape) != leaf.shape:
+                raise ValueError(f"{path}: shape {tuple(params[path].shape)}, the model has {leaf}")
+        module = nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[path] for path in self.spec]))
+        return getattr(module, method)(*args, **kwargs)
+
+
+def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
+    """Describe `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes (`common.nn.dense.param`)."""
+
+    def make(key: jax.Array) -> nnx.Module:
+        return module(cfg, rngs=nnx.Rngs(params=key))
+
+    graph, state = nnx.split(nnx.eval_shape(partial(make, jax.random.key(0))))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    axes = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)], [v.get_metadata()["axes"] for _, v in nnx.to_flat_state(state)]
+    spec = {path: Leaf(Axes.parse(text), tuple(leaf.shape), leaf.dtype) for path, text, (_, leaf) in zip(*axes, leaves, strict=True)}
+    return Functional(spec, make, graph, tree)

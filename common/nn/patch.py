@@ -1,0 +1,20 @@
+"""Images to tokens."""
+
+import jax
+from flax import nnx
+
+from common.nn.dense import Dense, Init, Sizes
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches through one linear map: [batch, height, width, channel] -> [batch, token, embed], row-major."""
+
+    def __init__(self, sizes: Sizes, *, init: Init, rngs: nnx.Rngs, bias: Init | None = None):
+        self.patch = sizes["patch_row"]
+        self.project = Dense("patch_row patch_col channel -> embed", sizes, init=init, bias=bias, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        p = self.patch
+        patches = images.reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)
+        return self.project(patches.reshape(batch, -1, p, p, channels))

@@ -1,0 +1,136 @@
+"""Name every axis once: what each dimension of a parameter means, and from which side a layer touches it.
+
+`"layer embed -> head head_dim"` says: stacked along `layer`, reads `embed`, writes `head x head_dim`. Without an arrow
+the axes are carried (norm scales). Inheritance, sharding, weight decay, counting and initialisation all follow from here.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from common.errors import InputError, nearest
+
+Side = Literal["stack", "read", "write", "carry"]
+STACKING = ("layer", "member")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Names and sides of the dimensions of one array, in order."""
+
+    names: tuple[str, ...]
+    sides: tuple[Side, ...]
+
+    @classmethod
+    @cache
+    def parse(cls, text: str) -> "Axes":
+        """Read the notation. Raises ValueError on a name used twice on one side or a stacking axis that is not in front."""
+        left, arrow, right = text.partition("->")
+        names = left.split() + right.split()
+        sides: list[Side] = ["read" if arrow else "carry"] * len(left.split()) + ["write"] * len(right.split())
+        for i, name in enumerate(names):
+            if name in STACKING:
+                if i and sides[i - 1] != "stack":
+                    raise ValueError(f"axes {text!r}: the stacking axis {name!r} must come first")
+                sides[i] = "stack"
+        if len(set(zip(names, sides, strict=True))) != len(names):
+            raise ValueError(f"axes {text!r}: a name stands twice on one side")
+        return cls(tuple(names), tuple(sides))
+
+    def __str__(self) -> str:
+        left = " ".join(n for n, s in zip(self.names, self.sides, strict=True) if s != "write")
+        right = " ".join(n for n, s in zip(self.names, self.sides, strict=True) if s == "write")
+        return f"{left} -> {right}".strip() if right or "read" in self.sides else left
+
+    def where(self, *sides: Side) -> tuple[int, ...]:
+        """Positions of the dimensions on any of `sides`."""
+        return tuple(i for i, s in enumerate(self.sides) if s in sides)
+
+    def stacked(self, name: str) -> "Axes":
+        """The same axes with a stacking axis in front."""
+        return Axes((name, *self.names), ("stack", *self.sides))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter of a model: its axes, shape and dtype.
+
+    `ragged` holds true sizes per layer where the array is zero-padded: `{"head": (3, 5, ...)}`.
+    """
+
+    axes: Axes
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    ragged: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.axes.names) != len(self.shape):
+            raise ValueError(f"axes '{self.axes}' name {len(self.axes.names)} dimensions, the shape {self.shape} has {len(self.shape)}")
+
+    @property
+    def layered(self) -> bool:
+        return bool(self.axes.names) and self.axes.names[0] == "layer"
+
+    @property
+    def count(self) -> int:
+        """True number of elements, padding left out."""
+        if not self.ragged:
+            return prod(self.shape)
+        layers = self.shape[0]
+        rest = [self.ragged.get(n, (s,) * layers) for n, s in zip(self.axes.names[1:], self.shape[1:], strict=True)]
+        return sum(prod(sizes[i] for sizes in rest) for i in range(layers))
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def extent(self, *sides: Side) -> int:
+        """Product of the sizes on `sides`: `extent("read")` is the fan-in of a kernel."""
+        return prod(self.shape[i] for i in self.axes.where(*sides))
+
+    def __str__(self) -> str:
+        sizes = iter(self.shape)
+        return re.sub(r"[^\s>-]+", lambda m: f"{m[0]}={next(sizes)}", str(self.axes)) or "scalar"
+
+
+Spec = dict[str, Leaf]
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = (re.escape(p).replace(r"\*", "[^/]*") for p in pattern.split("**"))
+    return re.compile(".*".join(parts))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a glob matches a path: `*` stays inside one part, `**` crosses parts."""
+    return _regex(pattern).fullmatch(path) is not None
+
+
+def select(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths a glob matches. Raises InputError when there is none: a pattern without effect is a mistake."""
+    paths = list(paths)
+    found = [p for p in paths if matches(pattern, p)]
+    if not found:
+        raise InputError(f"pattern {pattern!r} matches no parameter{nearest(pattern, paths)}")
+    return found
+
+
+def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
+    """For each path the index of the first pattern that matches it: total, and no pattern idle.
+
+    Raises InputError naming the path no pattern covers, or the pattern that covers nothing.
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        select(pattern, paths)
+    found = {path: next((i for i, p in enumerate(patterns) if matches(p, path)), None) for path in paths}
+    for path, index in found.items():
+        if index is None:
+            raise InputError(f"{path}: no rule covers this parameter{nearest(path, patterns)} (rules: {', '.join(patterns)})")
+    return {path: index for path, index in found.items() if index is not None}

@@ -1,0 +1,77 @@
+"""Graft: a resolved plan becomes the student's parameters, leaf by leaf, straight into each leaf's sharding."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from common.surgery.axes import Spec
+from common.surgery.layout import View
+from common.surgery.maps import Pick
+from common.surgery.plan import Line, Plan, Resolution, Source, build
+
+Params = dict[str, jax.Array]
+Place = Mapping[str, Sharding]
+Init = Callable[..., Params]
+"""`init(paths, place)`: fresh values of the named parameters, as `partial(model.init, key)` gives them."""
+
+
+def graft(plan: Plan | Resolution, source: Source, spec: Spec, place: Place | None, init: Init) -> Params:
+    """The student's parameters: inherited where the plan says so, from `init` elsewhere.
+
+    place: a sharding per path (None: the default device). Each process reads only the slices its own devices hold;
+    host memory beyond the result stays near the largest leaf. Raises what `Plan.resolve` raises.
+    """
+    resolution = plan.resolve(source, spec) if isinstance(plan, Plan) else plan
+    place = place or dict.fromkeys(spec, SingleDeviceSharding(jax.local_devices()[0]))
+    needed = [line.path for line in resolution.lines if _rows_fresh(line)]
+    fresh = init(paths=needed, place=place) if needed else {}
+    return {line.path: _leaf(line, place[line.path], fresh.get(line.path)) for line in resolution.lines}
+
+
+def _rows_fresh(line: Line) -> bool:
+    """Whether any element has no source; a row scaled to zero has one."""
+    return line.source is None or any(isinstance(r.map, Pick) and (r.map.rows < 0).any() for r in line.runs)
+
+
+def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
+    if line.source is None:
+        assert fresh is not None
+        return fresh
+    blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        # Called once per device, not once per slice: replicas share what was read.
+        key = tuple(s.indices(n) for s, n in zip(index, line.target.shape, strict=True))
+        if key not in blocks:
+            # An aligned memory map would be aliased by a CPU array and change with the file: own the memory.
+            owned = isinstance(line.source, View)
+            blocks[key] = np.array(build(line, index), order="C", copy=None if owned else True)
+        return blocks[key]
+
+    inherited = jax.make_array_from_callback(line.target.shape, sharding, block)
+    if fresh is None:
+        return inherited
+    return jax.jit(partial(_merge, kept=_kept(line)), out_shardings=sharding)(inherited, fresh)
+
+
+def _kept(line: Line) -> Sequence[np.ndarray]:
+    """Per axis run, in the shape that broadcasts over the leaf, which rows have a source."""
+    masks, position, rank = [], 0, len(line.target.shape)
+    for run in line.runs:
+        rows = run.rows((slice(None),) * len(run.names))
+        shape = [1] * rank
+        shape[position : position + len(run.names)] = run.target
+        masks.append((rows >= 0).reshape(shape))
+        position += len(run.names)
+    return masks
+
+
+def _merge(inherited: jax.Array, fresh: jax.Array, kept: Sequence[np.ndarray]) -> jax.Array:
+    mask = kept[0]
+    for other in kept[1:]:
+        mask = jnp.logical_and(mask, other)
+    return jnp.where(mask, inherited, fresh)

@@ -1,0 +1,188 @@
+"""Foreign checkpoints as views in our names: one table serves both directions.
+
+A row names our leaf (or several, joined by ` + `, that share one tensor), the foreign key (`{layer}` stands for the
+layer's number), and, where it is not torch's order (written axes, then read axes), the foreign order of each part:
+
+    ("image/blocks/attn/query/kernel", "vision_model.encoder.layers.{layer}.self_attn.q_proj.weight")
+    ("image/cls_position + image/position", "...position_embedding.weight", "1 embed + (grid_row grid_col) embed")
+
+Copying out of a view reads the file's pages, copying into it writes them: nothing is read before it is needed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from common.errors import InputError, nearest
+from common.surgery.axes import Leaf, Spec, matches
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One of our leaves as strided views of foreign tensors: a part per layer, or a single part."""
+
+    parts: tuple[np.ndarray, ...]
+    layered: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape) if self.layered else self.parts[0].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, into: np.ndarray) -> None:
+        """Copy out, into an array or another file's memory map, without an intermediate."""
+        for part, target in zip(self.parts, into if self.layered else [into], strict=True):
+            np.copyto(target, part, casting="same_kind")
+
+    def write(self, value: np.ndarray) -> None:
+        """Copy in."""
+        for part, source in zip(self.parts, value if self.layered else [value], strict=True):
+            np.copyto(part, source, casting="same_kind")
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        out = np.empty(self.shape, dtype or self.dtype)
+        self.read(out)
+        return out
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype of a tensor in a foreign file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class _Row:
+    paths: tuple[str, ...]
+    key: str
+    orders: tuple[str | None, ...]
+
+    @classmethod
+    def parse(cls, row: tuple[str, ...]) -> "_Row":
+        paths = tuple(p.strip() for p in row[0].split("+"))
+        orders = tuple(o.strip() for o in row[2].split("+")) if len(row) > 2 else (None,) * len(paths)
+        if len(orders) != len(paths):
+            raise ValueError(f"layout row {row}: {len(paths)} leaves, {len(orders)} orders")
+        return cls(paths, row[1], orders)
+
+
+def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
+    """The foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a dimension of size 1."""
+    names, sides = leaf.axes.names, leaf.axes.sides
+    if leaf.layered:
+        names, sides = names[1:], sides[1:]
+    if order is None:
+        written = [i for i, s in enumerate(sides) if s != "read"]
+        read = [i for i, s in enumerate(sides) if s == "read"]
+        return [group for group in (written, read) if group]
+    left = list(range(len(names)))
+    terms: list[list[int]] = []
+    for term in re.findall(r"\([^)]*\)|\S+", order):
+        group = [] if term == "1" else term.strip("()").split()
+        positions = []
+        for name in group:
+            position = next((i for i in left if names[i] == name), None)
+            if position is None:
+                raise ValueError(f"order {order!r} names the axis {name!r}, which '{leaf.axes}' does not have")
+            left.remove(position)
+            positions.append(position)
+        terms.append(positions)
+    if left:
+        raise ValueError(f"order {order!r} leaves out {[names[i] for i in left]} of '{leaf.axes}'")
+    return terms
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The table between one model's leaves and one foreign format.
+
+    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys written back with these values.
+    """
+
+    name: str
+    rows: tuple[tuple[str, ...], ...]
+    ignore: tuple[str, ...] = ()
+    constant: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf]]]:
+        """Every foreign key this layout speaks of, with its row and our leaves."""
+        covered: set[str] = set()
+        for text in self.rows:
+            row = _Row.parse(text)
+            leaves = [spec[p] for p in row.paths if p in spec]
+            if not leaves:
+                continue  # a part this variant of the model does not have; a missing leaf shows up below
+            if len(leaves) != len(row.paths):
+                raise ValueError(f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them")
+            covered.update(row.paths)
+            if "{layer}" in row.key:
+                for i in range(leaves[0].shape[0]):
+                    yield row, row.key.replace("{layer}", str(i)), leaves
+            else:
+                yield row, row.key, leaves
+        if left := [p for p in spec if p not in covered]:
+            raise ValueError(f"layout {self.name!r} has no row for {left[0]!r}")
+
+    def foreign(self, spec: Spec) -> dict[str, Tensor]:
+        """The tensors a file of this format holds for a model of `spec`, constants included."""
+        out = {}
+        for row, key, leaves in self._entries(spec):
+            shapes = [_foreign_shape(leaf, _terms(order, leaf)) for leaf, order in zip(leaves, row.orders, strict=True)]
+            shape = shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
+            out[key] = Tensor(shape, leaves[0].dtype)
+        return out | {key: Tensor(value.shape, value.dtype) for key, value in self.constant.items()}
+
+    def view(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> dict[str, View]:
+        """Our leaves as views of `tensors` (memory-mapped for laziness, writable to convert back).
+
+        Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
+        """
+        expected = self.foreign(spec)
+        for key in expected:
+            if key not in tensors and key not in self.constant:
+                raise InputError(f"{where}: tensor {key!r} is missing{nearest(key, set(tensors) - set(expected))}")
+        for key in tensors:
+            if key not in expected and not any(matches(p, key) for p in self.ignore):
+                raise InputError(f"{where}: tensor {key!r} is not part of a {self.name} model{nearest(key, expected)}")
+        parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
+        for row, key, leaves in self._entries(spec):
+            tensor = tensors[key]
+            if tuple(tensor.shape) != expected[key].shape:
+                raise InputError(
+                    f"{where}: tensor {key!r} has shape {tuple(tensor.shape)}, "
+                    f"but {' + '.join(row.paths)} of this configuration needs {expected[key].shape}"
+                )
+            start = 0
+            for path, leaf, order in zip(row.paths, leaves, row.orders, strict=True):
+                terms = _terms(order, leaf)
+                length = _foreign_shape(leaf, terms)[0] if len(leaves) > 1 else None
+                piece = tensor if length is None else tensor[start : start + length]
+                start += length or 0
+                parts[path].append(_as_ours(piece, leaf, terms))
+        return {path: View(tuple(p), spec[path].layered) for path, p in parts.items()}
+
+
+def _inner(leaf: Leaf) -> tuple[int, ...]:
+    return leaf.shape[1:] if leaf.layered else leaf.shape
+
+
+def _foreign_shape(leaf: Leaf, terms: list[list[int]]) -> tuple[int, ...]:
+    sizes = _inner(leaf)
+    return tuple(prod(sizes[i] for i in term) for term in terms)
+
+
+def _as_ours(tensor: np.ndarray, leaf: Leaf, terms: list[list[int]]) -> np.ndarray:
+    """Split the grouped dimensions and bring them into our order: strides only, no copy."""
+    sizes, order = _inner(leaf), [i for term in terms for i in term]
+    split = tensor.reshape([sizes[i] for i in order])
+    if tensor.size and not np.may_share_memory(split, tensor):
+        raise ValueError("a foreign tensor must be contiguous to be seen as a view")
+    return split.transpose(np.argsort(order)) if order else split

@@ -1,0 +1,263 @@
+"""Plans: from path patterns and axis maps to one line per student leaf, and from a line to its numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.errors import InputError, nearest
+from common.surgery.axes import Leaf, Side, Spec, assign
+from common.surgery.layout import View
+from common.surgery.maps import FRESH, AxisMap, Fresh, Matrix, PerLayer, Pick, Sided
+
+Maps = Mapping[str, AxisMap]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A donor: its parameters by path (arrays, views of a file, or tracers), their spec, and where each was read from."""
+
+    spec: Spec
+    values: Mapping[str, Any]
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Adjacent axes of one leaf under one map; `map` None is the identity on a single axis."""
+
+    names: tuple[str, ...]
+    target: tuple[int, ...]
+    source: tuple[int, ...]
+    map: Pick | Matrix | PerLayer | None
+
+    def in_layer(self, layer: int) -> "Run":
+        return replace(self, map=self.map.maps[layer]) if isinstance(self.map, PerLayer) else self
+
+    def rows(self, index: Index) -> np.ndarray:
+        """Source rows of the target block `index`, flattened over the run's axes."""
+        rows = self.map.rows if isinstance(self.map, Pick) else np.arange(prod(self.target))
+        return rows.reshape(self.target)[index].ravel()
+
+    def block(self, values: Any, index: Index) -> Any:
+        """The entries of a per-row vector or matrix that belong to the target block `index`."""
+        tail = values.shape[1:]
+        return values.reshape(self.target + tail)[index].reshape((-1, *tail))
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One student leaf: what it inherits and how. `source` is None for a fresh leaf."""
+
+    path: str
+    target: Leaf
+    source: Any
+    rule: str
+    runs: tuple[Run, ...]
+    fraction: float
+    origin: str = ""
+
+    def maps(self) -> str:
+        """The maps in words, for the report: `layer: rows 0 2 4, embed: first 512`."""
+        return ", ".join(f"{' '.join(run.names)}: {run.map}" for run in self.runs if run.map is not None) or ("copy" if self.runs else "fresh")
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A plan applied to a donor and a student: one line per student leaf, and the donor's leaves nobody asked for."""
+
+    lines: tuple[Line, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def fraction(self) -> float:
+        """Share of the student's elements that come from the donor."""
+        return sum(line.fraction * line.target.count for line in self.lines) / sum(line.target.count for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rules `(path pattern, {axis or "adjacent axes": map} | FRESH)`; the first pattern that matches a leaf decides."""
+
+    rules: Sequence[tuple[str, Maps | Fresh]]
+
+    def resolve(self, source: Source, spec: Spec) -> Resolution:
+        """One line per leaf of `spec`.
+
+        Raises InputError, naming the leaf and the nearest candidate, for a leaf without rule or source, a rule that matches
+        nothing or names an axis none of its leaves has, and sizes that no map reconciles.
+        """
+        rule_of = assign([pattern for pattern, _ in self.rules], spec)
+        idle = {(i, key) for i, (_, maps) in enumerate(self.rules) if not isinstance(maps, Fresh) for key in maps}
+        lines = []
+        for path, leaf in spec.items():
+            pattern, maps = self.rules[rule_of[path]]
+            if isinstance(maps, Fresh):
+                lines.append(Line(path, leaf, None, pattern, (), 0.0))
+                continue
+            donor = source.spec.get(path)
+            if donor is None:
+                raise InputError(f"{path}: the donor has no such parameter{nearest(path, source.spec)}; give it a rule ({pattern!r} covers it now)")
+            if donor.axes.names != leaf.axes.names:
+                raise InputError(f"{path}: axes are '{donor.axes}' in the donor and '{leaf.axes}' here")
+            runs = tuple(_runs(path, leaf, donor, pattern, maps))
+            idle -= {(rule_of[path], " ".join(run.names)) for run in runs if run.map is not None}
+            fraction = prod(run.map.fraction for run in runs if run.map is not None)
+            lines.append(Line(path, leaf, source.values[path], pattern, runs, fraction, source.origin.get(path, path)))
+        for i, key in sorted(idle):
+            axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
+            raise InputError(f"rule {self.rules[i][0]!r} maps the axis {key!r}, which none of its parameters has{nearest(key, axes)}")
+        used = {line.path for line in lines if line.source is not None}
+        return Resolution(tuple(lines), tuple(p for p in source.spec if p not in used))
+
+
+def _runs(path: str, leaf: Leaf, donor: Leaf, pattern: str, maps: Maps) -> list[Run]:
+    """Cut the axes of a leaf into runs, each under its map, and check that the sizes agree."""
+    names, sides = leaf.axes.names, leaf.axes.sides
+    runs, i = [], 0
+    while i < len(names):
+        key, stop = names[i], i + 1
+        for joint in maps:
+            width = len(joint.split())
+            if width > 1 and tuple(joint.split()) == names[i : i + width]:
+                key, stop = joint, i + width
+        run = Run(names[i:stop], leaf.shape[i:stop], donor.shape[i:stop], _on_side(maps.get(key), sides[i]))
+        _check(path, run, leaf, pattern)
+        runs.append(run)
+        i = stop
+    return runs
+
+
+def _on_side(map: AxisMap | None, side: Side) -> Pick | Matrix | PerLayer | None:
+    while isinstance(map, Sided):
+        map = map.on(side)
+    return map
+
+
+def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
+    name, target, source = " ".join(run.names), prod(run.target), prod(run.source)
+    if run.map is None:
+        if run.source != run.target:
+            raise InputError(
+                f"{path}: axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says which. "
+                f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}.'
+            )
+        return
+    if isinstance(run.map, PerLayer) and (not leaf.layered or len(run.map.maps) != leaf.shape[0]):
+        raise InputError(f"{path}: the map of axis {name!r} speaks of {len(run.map.maps)} layers, the parameter is '{leaf}'")
+    for map in run.map.maps if isinstance(run.map, PerLayer) else (run.map,):
+        if isinstance(map, Pick):
+            if len(map.rows) != target:
+                raise InputError(f"{path}: axis {name!r} is {target} here, but the rule {pattern!r} picks {len(map.rows)} rows")
+            if len(map.rows) and (map.rows.max() >= source or map.rows.min() < -1):
+                raise InputError(f"{path}: the rule {pattern!r} picks row {map.rows.max()} of axis {name!r}, the donor has {source}")
+        elif tuple(map.values.shape) != (target, source):
+            raise InputError(f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {tuple(map.values.shape)}")
+
+
+def build(line: Line, index: Index | None = None) -> Any:
+    """One block of one inherited leaf, in the leaf's dtype: the same code on numpy views of a file and on tracers.
+
+    index: a slice per axis of the target (None: all of it). Rows without source come out as zeros.
+    """
+    if line.source is None:
+        raise ValueError(f"{line.path} is fresh: there is nothing to build it from")
+    index = tuple(slice(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True))
+    block = _build(line.source, line.runs, index)
+    return block if block.dtype == line.target.dtype else block.astype(line.target.dtype)
+
+
+def _build(source: Any, runs: Sequence[Run], index: Index) -> Any:
+    shape = tuple(len(range(n)[s]) for n, s in zip((n for run in runs for n in run.target), index, strict=True))
+    blocks, position = [], 0
+    for run in runs:
+        blocks.append(index[position : position + len(run.names)])
+        position += len(run.names)
+    if any(isinstance(run.map, PerLayer) for run in runs):
+        return _build_layers(source, runs, blocks)
+
+    selectors = [slice(None) if isinstance(r.map, Matrix) else _as_slice(np.maximum(r.rows(b), 0)) for r, b in zip(runs, blocks, strict=True)]
+    out = _gather(source, [prod(run.source) for run in runs], selectors)
+    xp = _numpy_of(out)
+    for axis, (run, block) in enumerate(zip(runs, blocks, strict=True)):
+        vertical = [1] * len(runs)
+        vertical[axis] = -1
+        if isinstance(run.map, Matrix):
+            values = run.block(run.map.values, block)
+            xp = _numpy_of(out, values)
+            out = xp.moveaxis(xp.tensordot(values, out.astype(np.float32), axes=(1, axis)), 0, axis)
+        elif isinstance(run.map, Pick):
+            if run.map.scale is not None:
+                values = run.block(run.map.scale, block)
+                xp = _numpy_of(out, values)
+                out = out.astype(np.float32) * values.astype(np.float32).reshape(vertical)
+            fresh = run.rows(block) < 0
+            if fresh.any():
+                out = xp.where(fresh.reshape(vertical), np.zeros((), out.dtype), out)
+    return out.reshape(shape)
+
+
+def _build_layers(source: Any, runs: Sequence[Run], blocks: Sequence[Index]) -> Any:
+    """Layer by layer, for maps that differ from layer to layer."""
+    layer, inner = runs[0], runs[1:]
+    if layer.names != ("layer",) or isinstance(layer.map, (Matrix, PerLayer)):
+        raise ValueError("maps per layer go with layers that are picked")
+    if layer.map is not None and (layer.map.scale is not None or (layer.map.rows < 0).any()):
+        raise ValueError("maps per layer go with layers that are neither scaled nor fresh")
+    index = tuple(s for block in blocks[1:] for s in block)
+    targets = range(layer.target[0])[blocks[0][0]]
+    layers = source.parts if isinstance(source, View) else source
+    parts = [_build(layers[r], [run.in_layer(t) for run in inner], index) for t, r in zip(targets, layer.rows(blocks[0]), strict=True)]
+    return _numpy_of(*parts).stack(parts)
+
+
+def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """Evenly rising rows as a slice: a view instead of a gather."""
+    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
+    if len(rows) and step > 0 and (np.diff(rows) == step).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1, step)
+    return rows
+
+
+def _gather(source: Any, shape: Sequence[int], selectors: Sequence[slice | np.ndarray]) -> Any:
+    """Select along every (merged) axis; of a view only the layers and pages that are asked for, into memory of our own."""
+    if isinstance(source, View):
+        if not source.layered:
+            return np.array(_gather(source.parts[0], shape, selectors))
+        layers = np.arange(len(source.parts))[selectors[0]]
+        sizes = [len(np.arange(n)[s]) for n, s in zip(shape, selectors, strict=True)]
+        out = np.empty(sizes, source.dtype)
+        for i, layer in enumerate(layers):
+            out[i] = _gather(source.parts[layer], shape[1:], selectors[1:])
+        return out
+    array = source if tuple(source.shape) == tuple(shape) else source.reshape(shape)
+    array = array[tuple(s if isinstance(s, slice) else slice(None) for s in selectors)]
+    for axis, selector in enumerate(selectors):
+        if not isinstance(selector, slice):
+            array = _numpy_of(array).take(array, selector, axis=axis)
+    return array
+
+
+def _numpy_of(*arrays: Any) -> Any:
+    """numpy for host memory, jax.numpy as soon as one array is traced or on a device."""
+    return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
+
+
+def apply(plan: Plan, source: Source, spec: Spec) -> dict[str, Any]:
+    """The student's parameters as a traced function of the donor's: gradients flow into donor and matrices.
+
+    Weight sharing is this inside a loss. Raises InputError when the plan leaves anything fresh: that needs `graft`.
+    """
+    lines = plan.resolve(source, spec).lines
+    for line in lines:
+        if line.fraction < 1:
+            raise InputError(f"{line.path}: the rule {line.rule!r} leaves rows fresh; only graft, which has an initialiser, can do that")
+    return {line.path: build(line) for line in lines}
+
+
+__all__ = ["FRESH", "Line", "Maps", "Plan", "Resolution", "Run", "Source", "apply", "build"]

@@ -1,0 +1,1 @@
+"""Mesh, state, step and loop: what every trainer shares."""

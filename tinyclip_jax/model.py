@@ -1,0 +1,198 @@
+"""CLIP with ViT and text towers (TinyCLIP §1; open_clip): configuration, modules, counts."""
+
+from dataclasses import dataclass, field
+from math import log
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.attention import Kernel, softmax
+from common.nn.block import Block, BlockInit, Remat, scan, stack
+from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
+from common.nn.norm import LayerNorm
+from common.nn.patch import PatchEmbed
+from common.surgery.axes import Spec
+from common.surgery.report import attention_macs, count, kernel_macs
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image tower: a ViT over square patches."""
+
+    size: int = 224
+    """Side of the input, pixels."""
+    patch: int = 32
+    """Side of a patch, pixels."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    """Units between the two layers of the MLP."""
+    activation: Activation = "gelu"
+    eps: float = 1e-5
+    """Of every LayerNorm."""
+
+    @property
+    def grid(self) -> int:
+        return self.size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower: a causal transformer pooled at the end-of-text token."""
+
+    context: int = 77
+    """Tokens per caption, start and end included."""
+    vocab: int = 49408
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    hidden: int = 2048
+    activation: Activation = "gelu"
+    eps: float = 1e-5
+    eot: int | None = None
+    """Pool at the first token with this id; None: at the first occurrence of the largest id, as CLIP does."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A CLIP: two towers into one joint space."""
+
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    joint: int = 512
+    """Size of the joint embedding."""
+    remat: Remat = "none"
+    """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
+    attention: Kernel = "xla"
+    """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+
+def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
+    """A published ViT CLIP: heads of 64, MLPs of four widths, 77 tokens of 49,408 (spec: TinyCLIP model_configs)."""
+    image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
+    return ClipConfig(image, TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width))
+
+
+class Features(NamedTuple):
+    """Unit-norm image and text features, [batch, joint] f32, and the scale of their similarities (not its logarithm)."""
+
+    image: jax.Array
+    text: jax.Array
+    scale: jax.Array
+
+
+class ImageTower(nnx.Module):
+    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
+        c, std = cfg.image, cfg.image.width**-0.5
+        sizes = dict(embed=c.width, head=c.heads, head_dim=c.width // c.heads, hidden=c.hidden, joint=cfg.joint)
+        sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
+        attend = softmax(kernel=cfg.attention)
+        self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
+        self.cls = param("-> embed", sizes, normal(std), rngs)
+        self.cls_position = param("-> embed", sizes, normal(std), rngs)
+        self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
+        self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
+        self.blocks = stack(
+            lambda rngs: Block(sizes, attend=attend, activation=c.activation, eps=c.eps, init=BlockInit(), rngs=rngs), c.layers, rngs
+        )
+        self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
+        self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
+        self.remat: Remat = cfg.remat
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = self.patch(images)
+        cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
+        x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
+        x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1))
+        x = scan(self.blocks, x, remat=self.remat)
+        return self.projection(self.post_norm(x[:, 0]))
+
+
+class TextTower(nnx.Module):
+    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
+        c, std = cfg.text, cfg.text.width**-0.5
+        sizes = dict(embed=c.width, head=c.heads, head_dim=c.width // c.heads, hidden=c.hidden, joint=cfg.joint)
+        sizes |= dict(vocab=c.vocab, position=c.context)
+        residual = std * (2 * c.layers) ** -0.5
+        init = BlockInit(qkv=normal(std), out=normal(residual), up=normal((2 * c.width) ** -0.5), down=normal(residual))
+        self.token = TokenTable(sizes, rngs=rngs)
+        self.position = param("position -> embed", sizes, normal(0.01), rngs)
+        self.blocks = stack(
+            lambda rngs: Block(sizes, attend=softmax(causal=True), activation=c.activation, eps=c.eps, init=init, rngs=rngs), c.layers, rngs
+        )
+        self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
+        self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
+        self.eot, self.remat = c.eot, cfg.remat
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.token(tokens)
+        x = x + self.position[: tokens.shape[1]].astype(x.dtype)
+        x = scan(self.blocks, x, remat=self.remat)
+        end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
+        # Pooling before the norm gives the same row and spares normalising the others.
+        return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]))
+
+
+class TokenTable(nnx.Module):
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs):
+        self.table = param("vocab -> embed", sizes, normal(0.02), rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.table[...][tokens]
+
+
+class Clip(nnx.Module):
+    """Image and text towers and the logarithm of the similarity scale.
+
+    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token.
+    """
+
+    def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
+        self.image = ImageTower(cfg, rngs=rngs)
+        self.text = TextTower(cfg, rngs=rngs)
+        self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
+
+    def __call__(self, images: jax.Array, tokens: jax.Array) -> Features:
+        return Features(self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale[...]))
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Unit-norm features, [batch, joint] f32."""
+        return _unit(self.image(images))
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """Unit-norm features, [batch, joint] f32."""
+        return _unit(self.text(tokens))
+
+
+def parameters(spec: Spec) -> dict[str, int]:
+    """Counts as published figures give them: image and text without the token table, the table, and the grand total."""
+    table = count(spec, "text/token/table")
+    return {"image": count(spec, "image/**"), "text": count(spec, "text/**") - table, "token_table": table, "total": count(spec, "**")}
+
+
+def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
+    """Multiply-accumulates of one image and of one caption, attention scores and values included (spec §1.5)."""
+    image, text = cfg.image.tokens, cfg.text.context
+    counted = kernel_macs(
+        spec,
+        (("image/patch/**", image - 1), ("*/projection/**", 1), ("image/blocks/**", image), ("text/blocks/**", text)),
+    )
+    towers = {tower: sum(n for path, n in counted.items() if path.startswith(tower)) for tower in ("image", "text")}
+    return {
+        "image": towers["image"] + attention_macs(spec["image/blocks/attn/query/kernel"], image),
+        "text": towers["text"] + attention_macs(spec["text/blocks/attn/query/kernel"], text),
+    }
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
