@@ -1,6 +1,6 @@
 """CLIP with ViT and text towers (TinyCLIP §1; open_clip): configuration, modules, counts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import Literal, NamedTuple
 
@@ -74,6 +74,16 @@ class ClipConfig:
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     attention: Kernel = "xla"
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+    def override(
+        self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
+    ) -> "ClipConfig":
+        """The same model with what the shapes of its weights cannot tell."""
+        return replace(
+            self,
+            image=replace(self.image, activation=activation or self.image.activation, heads=image_heads or self.image.heads),
+            text=replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads),
+        )
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
@@ -191,6 +201,11 @@ def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
         "image": towers["image"] + attention_macs(spec["image/blocks/attn/query/kernel"], image),
         "text": towers["text"] + attention_macs(spec["text/blocks/attn/query/kernel"], text),
     }
+
+
+def total_macs(cfg: ClipConfig, spec: Spec) -> int:
+    """Multiply-accumulates of one image with one caption."""
+    return sum(macs(cfg, spec).values())
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -1,15 +1,24 @@
-"""Where a SOURCE is: a local path, or `hf:org/name[@revision]` fetched once into the Hugging Face cache."""
+"""Where a SOURCE is: a local path, a model that comes with a package, or `hf:org/name[@revision]`, fetched once."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, nearest
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER = ("*.json", "*.txt", "*.model")
 
 
-def locate(source: str) -> Path:
-    """The local file or folder of a SOURCE. Raises InputError when it is not there or cannot be fetched."""
+def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
+    """The local file or folder of a SOURCE; `embedded:NAME` is one of `embedded`.
+
+    Raises InputError when it is not there or cannot be fetched.
+    """
+    if source.startswith("embedded:"):
+        name, known = source.removeprefix("embedded:"), embedded or {}
+        if name not in known:
+            raise InputError(f"no embedded model {name!r}{nearest(name, known)} (there are: {', '.join(known) or 'none'})")
+        return known[name]
     if not source.startswith("hf:"):
         path = Path(source).expanduser()
         if not path.exists():

@@ -37,9 +37,9 @@ def open_torch(path: Path) -> Tensors:
 
 
 def write_torch(path: Path, tensors: Tensors) -> None:
-    """Write a state dict as torch.save would. Raises InputError without torch."""
+    """Write `{"state_dict": tensors}` as torch.save would. Raises InputError without torch."""
     torch = _torch(path)
-    torch.save({key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, path)
+    torch.save({"state_dict": {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}}, path)
 
 
 def _numpy(tensor: Any, torch: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ Copying out of a view reads the file's pages, copying into it writes them: nothi
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -140,26 +140,19 @@ class Layout:
             out[key] = Tensor(shape, leaves[0].dtype)
         return out | {key: Tensor(value.shape, value.dtype) for key, value in self.constant.items()}
 
+    def keys(self, spec: Spec) -> dict[str, str]:
+        """The foreign key (with `{layer}` where there are several) each of our leaves lives under."""
+        return {path: row.key for row, _, _ in self._entries(spec) for path in row.paths}
+
     def view(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> dict[str, View]:
         """Our leaves as views of `tensors` (memory-mapped for laziness, writable to convert back).
 
         Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
         """
-        expected = self.foreign(spec)
-        for key in expected:
-            if key not in tensors and key not in self.constant:
-                raise InputError(f"{where}: tensor {key!r} is missing{nearest(key, set(tensors) - set(expected))}")
-        for key in tensors:
-            if key not in expected and not any(matches(p, key) for p in self.ignore):
-                raise InputError(f"{where}: tensor {key!r} is not part of a {self.name} model{nearest(key, expected)}")
+        _check(tensors, self.foreign(spec), self.name, (*self.ignore, *self.constant), where)
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
         for row, key, leaves in self._entries(spec):
             tensor = tensors[key]
-            if tuple(tensor.shape) != expected[key].shape:
-                raise InputError(
-                    f"{where}: tensor {key!r} has shape {tuple(tensor.shape)}, "
-                    f"but {' + '.join(row.paths)} of this configuration needs {expected[key].shape}"
-                )
             start = 0
             for path, leaf, order in zip(row.paths, leaves, row.orders, strict=True):
                 terms = _terms(order, leaf)
@@ -168,6 +161,26 @@ class Layout:
                 start += length or 0
                 parts[path].append(_as_ours(piece, leaf, terms))
         return {path: View(tuple(p), spec[path].layered) for path, p in parts.items()}
+
+
+def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict[str, View]:
+    """Leaves of a file of ours, whose keys are our paths. Raises what `Layout.view` raises."""
+    _check(tensors, {path: Tensor(leaf.shape, leaf.dtype) for path, leaf in spec.items()}, "heirloom", (), where)
+    return {path: View(tuple(tensors[path]) if leaf.layered else (tensors[path],), leaf.layered) for path, leaf in spec.items()}
+
+
+def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str) -> None:
+    """Every tensor there, no other, all of the right shape; `ignore` globs keys that may be there or not."""
+    optional = {key for key in {*tensors, *expected} if any(matches(p, key) for p in ignore)}
+    if missing := expected.keys() - tensors.keys() - optional:
+        key = min(missing)
+        raise InputError(f"{where}: tensor {key!r} is missing{nearest(key, tensors.keys() - expected.keys())}")
+    if unexpected := tensors.keys() - expected.keys() - optional:
+        key = min(unexpected)
+        raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
+    for key, tensor in expected.items():
+        if key in tensors and tuple(tensors[key].shape) != tensor.shape:
+            raise InputError(f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs {tensor.shape}")
 
 
 def _inner(leaf: Leaf) -> tuple[int, ...]:

@@ -1,0 +1,256 @@
+"""Between our folders and foreign checkpoints: recognise, open lazily, write, verify, and only then give the name away."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checkpoint import weights
+from common.checkpoint.torch_file import open_torch, write_torch
+from common.checkpoint.weights import FILE, Tensors, read_json, write_json
+from common.errors import InputError, VerificationError
+from common.nn.functional import Functional, functional
+from common.surgery.axes import Spec
+from common.surgery.layout import Layout, Tensor, View, own_views
+from common.surgery.plan import Plan, Source
+from common.surgery.report import provenance
+
+COPY = Plan((("**", {}),))
+_TORCH = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One foreign format of a model family.
+
+    file: name of the weights inside a folder we write; its ending says whether torch or safetensors writes it.
+    read_config(tensors, folder): the model's config, or None when this is another format.
+    write_config(cfg, folder): writes the format's own JSON files beside the weights.
+    clean: brings the keys of a file in the wild to the layout's.
+    """
+
+    name: str
+    layout: Layout
+    file: str
+    read_config: Callable[[Tensors, Path], Any]
+    write_config: Callable[[Any, Path], None]
+    clean: Callable[[str], str] = lambda key: key
+
+
+@dataclass(frozen=True)
+class Check:
+    """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest value."""
+
+    passed: bool
+    reference: str | None
+    max_error: float | None = None
+    mean_error: float | None = None
+    cosine: float | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its module, config type, and foreign formats.
+
+    companions(source, destination, format): carries tokenizer and preprocessing along, into the format named.
+    verify(cfg, params, path, format): compares our model with the reference that reads the foreign file or folder.
+    parameters(spec): counts by part and in total. macs(cfg, spec): multiply-accumulates of one example.
+    embedded: the weights folders that come with the package, by name.
+    """
+
+    name: str
+    module: Callable[..., Any]
+    config: Callable[[Mapping[str, Any]], Any]
+    formats: tuple[Format, ...]
+    companions: Callable[["Donor", Path, str], None]
+    verify: Callable[[Any, Mapping[str, Any], Path, str], Check]
+    parameters: Callable[[Spec], dict[str, int]]
+    macs: Callable[[Any, Spec], int]
+    embedded: Mapping[str, Path] = field(default_factory=dict)
+
+    def format(self, name: str) -> Format:
+        for format in self.formats:
+            if format.name == name:
+                return format
+        raise InputError(f"no format {name!r} for {self.name} models; there are heirloom, {', '.join(f.name for f in self.formats)}")
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
+
+    `format` is "heirloom" for a folder of ours; `path` is the file or folder it was opened from.
+    """
+
+    family: Family
+    cfg: Any
+    model: Functional
+    source: Source
+    format: str
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where tokenizer and preprocessing lie, if anywhere."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+
+def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
+    """Open a checkpoint of ours or of any known foreign format.
+
+    overrides: fields of the config that a bare weights file cannot tell (`activation`).
+    Raises InputError when nothing recognises it, and for missing, unexpected or misshapen tensors.
+    """
+    if path.is_dir() and weights.is_folder(path):
+        return _open_ours(path, families)
+    file = weights_file(path)
+    raw = open_tensors(file)
+    for family in families:
+        for format in family.formats:
+            tensors = _clean(raw, format.clean, file)
+            cfg = format.read_config(tensors, file.parent)
+            if cfg is None:
+                continue
+            if overrides:
+                cfg = cfg.override(**overrides)
+            model = functional(family.module, cfg)
+            views = format.layout.view(tensors, model.spec, str(file))
+            origin = {p: f"{file.name}:{key}" for p, key in format.layout.keys(model.spec).items()}
+            return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views, origin), format.name, path)
+    known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families)
+    raise InputError(f"{path}: its tensors ({', '.join(list(raw)[:3])}, ...) are of no known model; known are {known}")
+
+
+def weights_file(path: Path) -> Path:
+    """The weights of a checkpoint: the file itself, or what a folder holds (an index of shards, safetensors before pickles).
+
+    Raises InputError when there are none, or several and no index says how they belong together.
+    """
+    if path.is_file():
+        return path
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+        found = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
+        if len(found) > 1:
+            raise InputError(f"{path} holds several weights files ({', '.join(p.name for p in found[:4])}); name the one you mean")
+        if found:
+            return found[0]
+    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt or .pth)")
+
+
+def open_tensors(file: Path) -> Tensors:
+    """The tensors of a weights file under the names it gives them, memory-mapped."""
+    if file.name.endswith(".index.json"):
+        return weights.open_sharded(file)
+    return open_torch(file) if file.suffix in _TORCH else weights.open_safetensors(file)
+
+
+def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, verify: bool = True) -> Check:
+    """Write the donor as a weights folder in another format; bits are kept. Returns what the verification found.
+
+    Raises InputError for bad input and a full disk, VerificationError past tolerance: then nothing stands under the name.
+    """
+    family = donor.family
+    if to == donor.format:
+        raise InputError(f"the source is in the {to} format already")
+    format = None if to == "heirloom" else family.format(to)
+    with weights.staged(destination, force=force) as folder:
+        folder.mkdir()
+        if format is None:
+            _write_ours(donor, folder)
+        else:
+            _write_foreign(donor, format, folder)
+        family.companions(donor, folder, to)
+        check = Check(passed=True, reference=None, note="not asked for")
+        if verify:
+            check = _verify(donor, folder, to)
+        write_json(folder / "verify.json", asdict(check) | {"source": hashes(donor.path)})
+        if not check.passed:
+            raise VerificationError(f"{destination} was not written: {check.note or f'features differ from {check.reference} by {check.max_error:.1e}'}")
+    return check
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of the weights file of a checkpoint (of every shard), by name."""
+    file = weights_file(path)
+    shards = sorted(set(read_json(file)["weight_map"].values())) if file.name.endswith(".index.json") else [file.name]
+    return {name: weights.sha256(file.parent / name) for name in shards}
+
+
+def _verify(donor: Donor, folder: Path, to: str) -> Check:
+    """What was written must come back bit for bit, and compute what the reference that reads the foreign side computes."""
+    written = open_donor(folder, [donor.family])
+    for path, value in donor.source.values.items():
+        if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
+            return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} does not come back as it was written")
+    foreign = donor if to == "heirloom" else written
+    return donor.family.verify(donor.cfg, donor.source.values, foreign.path, foreign.format)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _open_ours(path: Path, families: Sequence[Family]) -> Donor:
+    opened = weights.open_folder(path)
+    family = next((f for f in families if f.name == opened.method), None)
+    if family is None:
+        raise InputError(f"{path}: made by the method {opened.method!r}, which is not installed (here: {', '.join(f.name for f in families)})")
+    cfg = family.config(opened.model)
+    model = functional(family.module, cfg)
+    views = own_views(opened.tensors, model.spec, str(path / FILE))
+    return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views), "heirloom", path)
+
+
+def _clean(raw: Tensors, clean: Callable[[str], str], file: Path) -> Tensors:
+    cleaned = {clean(key): value for key, value in raw.items()}
+    if len(cleaned) != len(raw):
+        raise InputError(f"{file}: two tensors have the same name once wrappers are taken off")
+    return cleaned
+
+
+def _as_stored(spec: Spec, views: Mapping[str, View]) -> Spec:
+    """The spec with the dtypes of the file."""
+    return {path: replace(leaf, dtype=np.dtype(views[path].dtype)) for path, leaf in spec.items()}
+
+
+def _write_ours(donor: Donor, folder: Path) -> None:
+    spec, values = donor.source.spec, donor.source.values
+    with weights.create_safetensors(folder / FILE, {path: Tensor(leaf.shape, leaf.dtype) for path, leaf in spec.items()}) as out:
+        for path, view in values.items():
+            view.read(out[path])
+    weights.write_config(folder, donor.family.name, donor.cfg)
+    record = provenance(COPY.resolve(donor.source, spec))
+    write_json(folder / "provenance.json", {"source": str(donor.path), "format": donor.format} | record)
+
+
+def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
+    spec, values = donor.source.spec, donor.source.values
+    shapes = format.layout.foreign(spec)
+
+    def fill(out: Tensors) -> None:
+        for path, view in format.layout.view(out, spec).items():
+            view.write(np.asarray(values[path]))
+        for key, value in format.layout.constant.items():
+            out[key][...] = value
+
+    if format.file.endswith(_TORCH):
+        tensors = {key: np.empty(t.shape, t.dtype) for key, t in shapes.items()}
+        fill(tensors)
+        write_torch(folder / format.file, tensors)
+    else:
+        with weights.create_safetensors(folder / format.file, shapes) as out:
+            fill(out)
+    format.write_config(donor.cfg, folder)
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """The provenance saved beside a weights folder, if it has one."""
+    file = path / "provenance.json"
+    return read_json(file) if file.is_file() else None

@@ -1,0 +1,64 @@
+"""Recipes: a Python file with `get_config()`, every field of which is a typed flag."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.errors import InputError, nearest
+
+SHIPPED = Path(__file__).parent.parent / "configs"
+
+
+class Recipe(Protocol):
+    """A config knows how to run itself. Each is a frozen dataclass of frozen dataclasses."""
+
+    def train(self, directory: Path) -> None:
+        """Train in a run folder, or resume there."""
+
+    def inherit(self, destination: Path, *, force: bool = False) -> Mapping[str, Any]:
+        """Cut the student from its donor, without training; returns the provenance."""
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Score the student as it starts; rows {dataset, metric, value, published, n}."""
+
+    def describe(self) -> Any:
+        """The student as (family, config), for `inspect`."""
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes, `tinyclip/smoke` and so on."""
+    return sorted(p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.glob("*/*.py") if p.stem != "__init__")
+
+
+def is_recipe(name: str) -> bool:
+    """Whether `name` is a shipped recipe or a Python file."""
+    return name in recipes() or name.endswith(".py")
+
+
+def load(name: str, flags: Sequence[str] = ()) -> Recipe:
+    """The config of a shipped recipe or of a file, with fields overridden by flags (`--optim.lr 3e-4`).
+
+    Raises InputError for an unknown recipe or a file without `get_config`; a wrong flag ends the program with tyro's message.
+    """
+    path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
+    if not path.is_file():
+        raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {', '.join(recipes())}; or give a .py file)")
+    spec = importlib.util.spec_from_file_location(f"heirloom_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path} has no get_config(): a recipe is a Python file with a function of that name")
+    cfg = module.get_config()
+    if not flags:
+        return cfg
+    import tyro
+
+    return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=f"heirloom train {name}", description=module.__doc__)
+
+
+def to_json(cfg: Any) -> dict[str, Any]:
+    """A config as plain data, for `config.json` and the golden tests."""
+    return asdict(cfg)

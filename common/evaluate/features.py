@@ -1,0 +1,34 @@
+"""Features of a whole data set, on any mesh, whatever the size of its last batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from common.train.mesh import batch_sharding, replicated
+
+Embed = Callable[[Mapping[str, Any], Any], jax.Array]
+
+
+def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
+    """`function(params, rows) -> [rows, joint]` compiled once for `size` rows over the mesh.
+
+    The result takes any number of rows up to `size`: short batches are padded and the padding is cut off again, so every
+    example counts once. `size` is rounded up to what the mesh divides.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-size // shards) * shards
+    rows = batch_sharding(mesh)
+    compiled = jax.jit(function, out_shardings=replicated(mesh))
+
+    def embed(params: Mapping[str, Any], batch: np.ndarray) -> np.ndarray:
+        padded = np.zeros((size, *batch.shape[1:]), batch.dtype)
+        padded[: len(batch)] = batch
+        # Every host holds all rows and hands over those of its own devices.
+        placed = jax.make_array_from_callback(padded.shape, rows, lambda index: padded[index])
+        with jax.set_mesh(mesh):
+            return np.asarray(compiled(params, placed))[: len(batch)]
+
+    return embed

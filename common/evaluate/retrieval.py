@@ -1,0 +1,57 @@
+"""Image-text retrieval: recall at k both ways, with any number of right answers per query (spec §7.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Share of queries whose first k results hold a right answer, by k."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+    def mean(self, k: int) -> float:
+        """Of both directions."""
+        return (self.image_to_text[k] + self.text_to_image[k]) / 2
+
+    def flat(self) -> dict[str, float]:
+        """As metrics: `image_to_text_r1`, ..., and `r1`, the mean of both directions."""
+        ways = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return {f"{way}_r{k}": value for way, values in ways.items() for k, value in values.items()} | {
+            f"r{k}": self.mean(k) for k in self.image_to_text
+        }
+
+
+def retrieval(image: np.ndarray, text: np.ndarray, image_group: np.ndarray, text_group: np.ndarray, ks: Sequence[int] = KS) -> Recall:
+    """Recall of pictures by captions and captions by pictures.
+
+    image: [images, joint], text: [captions, joint], unit norm. *_group: [images], [captions], any comparable type: a
+    picture and a caption of the same group belong together. A tie counts against the query, so a model that gives
+    everything the same features scores nothing. Raises ValueError for a query that has no right answer.
+    """
+    similarity = np.asarray(image, np.float32) @ np.asarray(text, np.float32).T
+    positive = np.asarray(image_group)[:, None] == np.asarray(text_group)[None]
+    return Recall(_recall(similarity, positive, ks), _recall(similarity.T, positive.T, ks))
+
+
+def _recall(similarity: np.ndarray, positive: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
+    if not positive.any(1).all():
+        raise ValueError(f"query {int(np.argmin(positive.any(1)))} has no right answer in the gallery")
+    best = np.where(positive, similarity, -np.inf).max(1, keepdims=True)
+    rank = ((similarity >= best) & ~positive).sum(1)
+    return {k: float(np.mean(rank < k)) for k in ks}
+
+
+def distinct(group: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Positions of the first of each distinct (group, caption): pictures that share a caption ask for it once.
+
+    group: [captions]; text: [captions, context] tokens. Returns int64 [distinct], ascending.
+    """
+    _, index = np.unique(np.asarray(group), return_inverse=True)
+    _, first = np.unique(np.concatenate([index[:, None], text], axis=1), axis=0, return_index=True)
+    return np.sort(first)

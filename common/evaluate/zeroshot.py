@@ -1,0 +1,33 @@
+"""Zero-shot classification: class names in templates, averaged on the sphere (spec §7.1)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+TEMPLATES = ("a photo of a {}.",)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of examples whose class is first, or among the first five."""
+
+    top1: float
+    top5: float
+
+
+def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+    """A unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features, normalised again.
+
+    encode: captions -> unit-norm features [captions, joint].
+    """
+    features = np.stack([encode([template.format(name) for template in templates]).mean(0) for name in names])
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accuracy:
+    """image: [images, joint], classes: [classes, joint], label: [images] int. A tie counts against the right class."""
+    similarity = image @ classes.T
+    right = np.take_along_axis(similarity, label[:, None], axis=1)
+    rank = (similarity >= right).sum(1) - 1
+    return Accuracy(float(np.mean(rank < 1)), float(np.mean(rank < 5)))

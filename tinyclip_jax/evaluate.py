@@ -1,0 +1,113 @@
+"""Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot), spec §7."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from common.data.images import Preprocess
+from common.data.pipeline import evaluation_batches
+from common.data.sources import SourceConfig, open_source
+from common.data.text import Tokenizer
+from common.errors import InputError
+from common.evaluate.features import embedder
+from common.evaluate.retrieval import Recall, distinct, retrieval
+from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
+from common.nn.functional import Functional
+from tinyclip_jax.model import ClipConfig
+
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Metrics of one model on one data set of `n` pictures."""
+
+    dataset: str
+    n: int
+    metrics: Mapping[str, float]
+
+    def flat(self) -> dict[str, float]:
+        return dict(self.metrics)
+
+    def rows(self, published: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+        """One row per metric, with the published value beside it where there is one. Shares are in percent."""
+        known = published or {}
+        return [
+            {"dataset": self.dataset, "metric": name, "value": 100 * value, "published": known.get(name), "n": self.n}
+            for name, value in self.metrics.items()
+        ]
+
+
+Score = Callable[[Mapping[str, Any]], Scored]
+
+
+def retrieval_on(data: SourceConfig, model: Functional, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh) -> Score:
+    """`params -> Scored`: recall at 1, 5, 10 both ways. Pictures of one `concept` share their captions; else each has its own.
+
+    Raises InputError when the data cannot be read or has no captions.
+    """
+    source = open_source(data)
+    image = embedder(lambda params, x: model.apply(params, x, method="encode_image"), mesh, BATCH)
+    text = embedder(lambda params, x: model.apply(params, x, method="encode_text"), mesh, BATCH)
+
+    def score(params: Mapping[str, Any]) -> Scored:
+        batches = evaluation_batches(source, BATCH, pre, tokenizer, cfg.text.context)
+        seen = 0
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("image", "image_group", "tokens", "text_group")}
+        for batch in batches:
+            group = batch.get("concept", np.arange(seen, seen + len(batch["image"])))
+            parts["image"].append(image(params, batch["image"]))
+            parts["image_group"].append(group)
+            parts["tokens"].append(batch["text"])
+            parts["text_group"].append(group[batch["owner"] - seen])
+            seen += len(batch["image"])
+        columns = {name: np.concatenate(values) for name, values in parts.items()}
+        once = distinct(columns["text_group"], columns["tokens"])
+        tokens = columns["tokens"][once]
+        captions = np.concatenate([text(params, tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)])
+        recall: Recall = retrieval(columns["image"], captions, columns["image_group"], columns["text_group"][once])
+        return Scored(_name(data), seen, recall.flat())
+
+    return score
+
+
+def zeroshot_on(
+    data: SourceConfig,
+    model: Functional,
+    pre: Preprocess,
+    tokenizer: Tokenizer,
+    cfg: ClipConfig,
+    mesh: Mesh,
+    names: tuple[str, ...] = (),
+    templates: tuple[str, ...] = TEMPLATES,
+) -> Score:
+    """`params -> Scored`: top-1 and top-5 over the classes of labelled pictures; `names` default to the data's own.
+
+    Raises InputError when the data has no labels, or none of its own names.
+    """
+    source = open_source(data)
+    classes = names or tuple(getattr(source, "classes", ()))
+    if not classes:
+        raise InputError(f"{data.path} names no classes: give --classes, a file with one name a line")
+    image = embedder(lambda params, x: model.apply(params, x, method="encode_image"), mesh, BATCH)
+    text = embedder(lambda params, x: model.apply(params, x, method="encode_text"), mesh, max(BATCH, len(templates)))
+
+    def score(params: Mapping[str, Any]) -> Scored:
+        vectors = classifier(classes, templates, lambda captions: text(params, tokenizer(captions, cfg.text.context)))
+        features, labels = [], []
+        for batch in evaluation_batches(source, BATCH, pre):
+            if "label" not in batch:
+                raise InputError(f"{data.path} has no labels: zero-shot needs a folder per class, or a column `label`")
+            features.append(image(params, batch["image"]))
+            labels.append(batch["label"])
+        found = accuracy(np.concatenate(features), vectors, np.concatenate(labels))
+        return Scored(_name(data), sum(map(len, labels)), {"top1": found.top1, "top5": found.top5})
+
+    return score
+
+
+def _name(data: SourceConfig) -> str:
+    return f"{data.path}/{data.split}" if data.split else data.path

@@ -1,0 +1,225 @@
+"""Configurations of other CLIPs, both ways: Hugging Face, open_clip, and bare files whose shapes tell it."""
+
+import re
+from collections.abc import Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.convert import Donor, Format
+from common.checkpoint.weights import Tensors, read_json, write_json
+from common.data.images import Preprocess
+from common.data.text import Tokenizer
+from common.errors import InputError
+from tinyclip_jax import layouts
+from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
+
+# transformers' defaults, which its configs leave out.
+_HF_TEXT: dict[str, Any] = dict(
+    hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=49408, max_position_embeddings=77
+) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
+_HF_IMAGE: dict[str, Any] = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
+) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
+_HF_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+CLIP_VOCAB = 49408
+_LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
+
+
+def config(saved: Mapping[str, Any]) -> ClipConfig:
+    """The config of a weights folder of ours."""
+    try:
+        return ClipConfig(**{**saved, "image": ImageConfig(**saved["image"]), "text": TextConfig(**saved["text"])})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"config.json is not of this version of tinyclip: {error}") from error
+
+
+def _read_hf(tensors: Tensors, folder: Path) -> ClipConfig | None:
+    if "vision_model.embeddings.class_embedding" not in tensors or "text_model.embeddings.token_embedding.weight" not in tensors:
+        return None
+    if not (folder / "config.json").is_file():
+        raise InputError("a Hugging Face CLIP needs its config.json beside the weights; there is none")
+    theirs = read_json(folder / "config.json")
+    text = _HF_TEXT | (theirs.get("text_config") or {}) | (theirs.get("text_config_dict") or {})
+    image = _HF_IMAGE | (theirs.get("vision_config") or {}) | (theirs.get("vision_config_dict") or {})
+    eos = text["eos_token_id"]
+    return ClipConfig(
+        ImageConfig(
+            size=image["image_size"],
+            patch=image["patch_size"],
+            width=image["hidden_size"],
+            layers=image["num_hidden_layers"],
+            heads=image["num_attention_heads"],
+            hidden=image["intermediate_size"],
+            activation=_hf_activation(image["hidden_act"]),
+            eps=image["layer_norm_eps"],
+        ),
+        TextConfig(
+            context=text["max_position_embeddings"],
+            vocab=text["vocab_size"],
+            width=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            hidden=text["intermediate_size"],
+            activation=_hf_activation(text["hidden_act"]),
+            eps=text["layer_norm_eps"],
+            eot=None if eos in (_LEGACY_EOS, text["vocab_size"] - 1) else eos,
+        ),
+        joint=theirs.get("projection_dim", 512),
+    )
+
+
+def _hf_activation(name: str) -> Any:
+    if name not in _HF_ACTIVATIONS:
+        raise InputError(f"config.json: activation {name!r} is not one of {', '.join(_HF_ACTIVATIONS)}")
+    return _HF_ACTIVATIONS[name]
+
+
+def _write_hf(cfg: ClipConfig, folder: Path) -> None:
+    names = {ours: theirs for theirs, ours in _HF_ACTIVATIONS.items()}
+
+    def tower(c: ImageConfig | TextConfig) -> dict[str, Any]:
+        sizes = dict(hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads)
+        return sizes | dict(hidden_act=names[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0, projection_dim=cfg.joint)
+
+    eos = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
+    text = tower(cfg.text) | dict(model_type="clip_text_model", vocab_size=cfg.text.vocab, max_position_embeddings=cfg.text.context)
+    text |= dict(bos_token_id=cfg.text.vocab - 2, eos_token_id=eos, pad_token_id=eos)
+    image = tower(cfg.image) | dict(model_type="clip_vision_model", image_size=cfg.image.size, patch_size=cfg.image.patch, num_channels=3)
+    head = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=cfg.joint, logit_scale_init_value=2.6592)
+    write_json(folder / "config.json", head | dict(text_config=text, vision_config=image))
+
+
+def _read_open_clip(tensors: Tensors, folder: Path) -> ClipConfig | None:
+    if "visual.conv1.weight" not in tensors or "token_embedding.weight" not in tensors:
+        return None
+    cfg = infer(tensors, "visual.", "")
+    file = folder / "open_clip_config.json"
+    if not file.is_file():
+        return cfg.override(activation="quick_gelu") if "input_resolution" in tensors else cfg  # OpenAI's archives carry it
+    theirs = read_json(file).get("model_cfg", {})
+    image = theirs.get("vision_cfg", {})
+    heads = cfg.image.width // image.get("head_width", 64)
+    cfg = cfg.override(image_heads=heads, text_heads=theirs.get("text_cfg", {}).get("heads", cfg.text.heads))
+    return cfg.override(activation="quick_gelu") if theirs.get("quick_gelu") else cfg
+
+
+def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
+    image, text = cfg.image, cfg.text
+    if image.eps != 1e-5 or text.eps != 1e-5 or image.activation != text.activation or image.activation == "gelu_tanh":
+        raise InputError("open_clip's classic layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model differs")
+    if text.eot not in (None, text.vocab - 1):
+        raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
+    model = dict(
+        embed_dim=cfg.joint,
+        quick_gelu=image.activation == "quick_gelu",
+        vision_cfg=dict(image_size=image.size, layers=image.layers, width=image.width, patch_size=image.patch)
+        | dict(head_width=image.width // image.heads, mlp_ratio=image.hidden / image.width),
+        text_cfg=dict(context_length=text.context, vocab_size=text.vocab, width=text.width, heads=text.heads, layers=text.layers)
+        | dict(mlp_ratio=text.hidden / text.width),
+    )
+    write_json(folder / "open_clip_config.json", dict(model_cfg=model))
+
+
+def _read_original(tensors: Tensors, folder: Path) -> ClipConfig | None:
+    if "_image_encoder.visual.conv1.weight" not in tensors:
+        return None
+    return infer(tensors, "_image_encoder.visual.", "_text_encoder.")
+
+
+def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
+    """The config that the shapes of open_clip's tensors imply; heads are of 64, activations exact GELU (spec §1.1)."""
+    try:
+        width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
+        vocab, text_width = tensors[f"{text}token_embedding.weight"].shape
+        grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
+        image_mlp = len(tensors[f"{image}transformer.resblocks.0.mlp.c_fc.weight"])
+        text_mlp = len(tensors[f"{text}transformer.resblocks.0.mlp.c_fc.weight"])
+        context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{image}proj"].shape[1]
+    except KeyError as error:
+        raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
+    image_layers, text_layers = (_depth(tensors, f"{tower}transformer.resblocks.") for tower in (image, text))
+    return ClipConfig(
+        ImageConfig(size=grid * patch, patch=patch, width=width, layers=image_layers, heads=width // 64, hidden=image_mlp),
+        TextConfig(context=context, vocab=vocab, width=text_width, layers=text_layers, heads=text_width // 64, hidden=text_mlp),
+        joint=joint,
+    )
+
+
+def _depth(tensors: Tensors, prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))
+
+
+def _clean_original(key: str) -> str:
+    """Take off what data parallelism and the automatic method wrapped around the keys."""
+    key = key.replace("module.", "")
+    return re.sub(r"^_?(image|text)_encoder_without_ddp\.", r"_\1_encoder.", key)
+
+
+def _nothing(cfg: ClipConfig, folder: Path) -> None:
+    """The original files carry no config: shapes tell it."""
+    if cfg.image.width != 64 * cfg.image.heads or cfg.text.width != 64 * cfg.text.heads:
+        raise InputError("the original layout knows heads of 64 only; this model has others")
+
+
+FORMATS = (
+    Format("hf", layouts.HF, "model.safetensors", _read_hf, _write_hf),
+    Format(
+        "open_clip",
+        layouts.OPEN_CLIP,
+        "open_clip_model.safetensors",
+        _read_open_clip,
+        _write_open_clip,
+        clean=lambda key: key.removeprefix("module."),
+    ),
+    Format("original", layouts.ORIGINAL, "tinyclip.pt", _read_original, _nothing, clean=_clean_original),
+)
+
+
+def read_preprocess(folder: Path, size: int) -> Preprocess:
+    """Preprocessing that travels with a checkpoint: ours, Hugging Face's or open_clip's file; CLIP's own where there is none."""
+    if (folder / "preprocess.json").is_file():
+        return Preprocess.load(folder)
+    if (file := folder / "preprocessor_config.json").is_file():
+        theirs = read_json(file)
+        return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]))
+    if (file := folder / "open_clip_config.json").is_file() and (theirs := read_json(file).get("preprocess_cfg")):
+        return Preprocess(size=size, mean=tuple(theirs["mean"]), std=tuple(theirs["std"]))
+    return Preprocess(size=size)
+
+
+def write_preprocess(pre: Preprocess, folder: Path, format: str) -> None:
+    """Write preprocessing in the words of a format."""
+    if format == "heirloom":
+        pre.save(folder)
+    elif format == "hf":
+        sizes: dict[str, Any] = dict(size={"shortest_edge": pre.size}, crop_size={"height": pre.size, "width": pre.size}, resample=3)
+        flags = dict(do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True)
+        names = dict(image_processor_type="CLIPImageProcessor", feature_extractor_type="CLIPFeatureExtractor")
+        mean_std = dict(image_mean=list(pre.mean), image_std=list(pre.std))
+        write_json(folder / "preprocessor_config.json", sizes | flags | names | mean_std)
+    elif format == "open_clip":
+        file = folder / "open_clip_config.json"
+        theirs = dict(mean=list(pre.mean), std=list(pre.std), interpolation="bicubic", resize_mode="shortest")
+        write_json(file, read_json(file) | dict(preprocess_cfg=theirs))
+
+
+def read_tokenizer(folder: Path, cfg: ClipConfig) -> Tokenizer | None:
+    """The tokenizer that travels with a checkpoint, CLIP's own for its vocabulary, or None when it is another's and not here."""
+    if (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size <= cfg.text.vocab:
+            return tokenizer
+    return Tokenizer.clip() if cfg.text.vocab == CLIP_VOCAB else None
+
+
+def companions(donor: Donor, destination: Path, format: str) -> None:
+    """Carry tokenizer and preprocessing from a checkpoint's folder to another, in the words of `format`."""
+    write_preprocess(read_preprocess(donor.folder, donor.cfg.image.size), destination, format)
+    tokenizer = read_tokenizer(donor.folder, donor.cfg)
+    if tokenizer is None:
+        return
+    tokenizer.save(destination)
+    if format == "hf":
+        names = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
+        write_json(destination / "tokenizer_config.json", names)

@@ -1,0 +1,116 @@
+"""Converted CLIPs against torch: the same pictures and captions through our model and through the reference."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.checkpoint.convert import Check, open_tensors, weights_file
+from common.nn.functional import functional
+from tinyclip_jax.model import Clip, ClipConfig
+
+TOLERANCE = 1e-4
+EXAMPLES = 4
+
+
+def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Seeded pictures [4, size, size, 3] f32 and captions [4, context] int32 of several lengths, the last one full."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((EXAMPLES, cfg.image.size, cfg.image.size, 3)).astype(np.float32)
+    eot = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
+    tokens = np.zeros((EXAMPLES, cfg.text.context), np.int32)
+    for row, length in zip(tokens, np.linspace(3, cfg.text.context, EXAMPLES).astype(int), strict=True):
+        row[: length - 1] = rng.integers(3, min(eot, cfg.text.vocab - 2), length - 1)
+        row[length - 1] = eot
+    return images, tokens
+
+
+def verify(cfg: ClipConfig, params: Mapping[str, Any], path: Path, format: str) -> Check:
+    """Compare unit-norm features, f32 at highest precision, with the torch model that reads `path`; tolerance 1e-4 relative.
+
+    Without torch only finiteness can be checked: `reference` is None, and the note says so.
+    """
+    images, tokens = inputs(cfg)
+    model = functional(Clip, cfg)
+    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
+    with jax.default_matmul_precision("highest"):
+        ours = jax.jit(model.apply)(full, images, tokens)
+    mine = [np.asarray(ours.image), np.asarray(ours.text)]
+    if not all(np.isfinite(x).all() for x in mine):
+        return Check(passed=False, reference=None, note="features are not finite")
+    if format == "heirloom" or find_spec("torch") is None or (format == "hf" and find_spec("transformers") is None):
+        return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
+    theirs = _transformers(path, images, tokens) if format == "hf" else _open_clip(cfg, path, format, images, tokens)
+    error = [np.abs(a - b) / np.abs(b).max() for a, b in zip(mine, theirs, strict=True)]
+    cosine = min(float((a * b).sum(-1).min()) for a, b in zip(mine, theirs, strict=True))
+    largest = max(float(e.max()) for e in error)
+    names = ["jax", "torch", *(["transformers"] if format == "hf" else [])]
+    return Check(
+        passed=largest <= TOLERANCE,
+        reference="transformers.CLIPModel" if format == "hf" else "open_clip's formulas in torch",
+        max_error=largest,
+        mean_error=float(np.mean([e.mean() for e in error])),
+        cosine=cosine,
+        versions={name: version(name) for name in names},
+    )
+
+
+def _transformers(path: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    import torch
+    from transformers import CLIPModel
+
+    folder = path if path.is_dir() else path.parent
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        out = model(pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long())
+    return [out.image_embeds.numpy(), out.text_embeds.numpy()]
+
+
+def _open_clip(cfg: ClipConfig, path: Path, format: str, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    """open_clip's forward pass on the foreign file's own tensors, packed projections and all."""
+    import torch
+    import torch.nn.functional as F
+
+    from tinyclip_jax.formats import FORMATS
+
+    clean = next(f.clean for f in FORMATS if f.name == format)
+    raw = open_tensors(weights_file(path))
+    # The original files are open_clip's under a prefix per tower.
+    names = {key: clean(key).replace("_image_encoder.", "").replace("_text_encoder.", "") for key in raw}
+    t = {names[key]: torch.from_numpy(np.array(value, np.float32)) for key, value in raw.items()}
+
+    def act(x: Any, name: str) -> Any:
+        return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+    def norm(x: Any, name: str, eps: float) -> Any:
+        return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
+
+    def blocks(x: Any, prefix: str, c: Any, mask: Any) -> Any:
+        for i in range(c.layers):
+            p = f"{prefix}transformer.resblocks.{i}"
+            y = norm(x, f"{p}.ln_1", c.eps).transpose(0, 1)
+            y, _ = F.multi_head_attention_forward(
+                y, y, y, c.width, c.heads, t[f"{p}.attn.in_proj_weight"], t[f"{p}.attn.in_proj_bias"], None, None, False, 0.0,
+                t[f"{p}.attn.out_proj.weight"], t[f"{p}.attn.out_proj.bias"], training=False, need_weights=False, attn_mask=mask,
+            )  # fmt: skip
+            x = x + y.transpose(0, 1)
+            y = act(F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"]), c.activation)
+            x = x + F.linear(y, t[f"{p}.mlp.c_proj.weight"], t[f"{p}.mlp.c_proj.bias"])
+        return x
+
+    with torch.no_grad():
+        x = F.conv2d(torch.from_numpy(images).permute(0, 3, 1, 2), t["visual.conv1.weight"], stride=cfg.image.patch).flatten(2).transpose(1, 2)
+        x = torch.cat([t["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + t["visual.positional_embedding"]
+        x = blocks(norm(x, "visual.ln_pre", cfg.image.eps), "visual.", cfg.image, None)
+        image = norm(x[:, 0], "visual.ln_post", cfg.image.eps) @ t["visual.proj"]
+        ids = torch.from_numpy(tokens).long()
+        x = t["token_embedding.weight"][ids] + t["positional_embedding"][: ids.shape[1]]
+        mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
+        x = norm(blocks(x, "", cfg.text, mask), "ln_final", cfg.text.eps)
+        text = x[torch.arange(len(x)), ids.argmax(-1)] @ t["text_projection"]
+    return [F.normalize(y, dim=-1).numpy() for y in (image, text)]

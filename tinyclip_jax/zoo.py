@@ -1,0 +1,32 @@
+"""Models by name: the teacher that lives in this package, and the published ones on the Hugging Face hub (spec §8.1)."""
+
+from pathlib import Path
+
+from common.checkpoint.convert import Donor, Family, open_donor
+from common.checkpoint.hub import locate
+from tinyclip_jax.formats import FORMATS, companions, config
+from tinyclip_jax.model import Clip, ClipConfig, parameters, total_macs, vit
+from tinyclip_jax.verify import verify
+
+EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
+
+FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED)
+
+VIT_B_32, VIT_B_16 = vit(224, 32, 768, 12, 512, 12), vit(224, 16, 768, 12, 512, 12)
+STUDENTS: dict[str, ClipConfig] = {
+    "vit_61m_32": vit(224, 32, 640, 12, 512, 9),
+    "vit_40m_32": vit(224, 32, 512, 12, 512, 6),
+    "vit_39m_16": vit(224, 16, 512, 12, 512, 6),
+    "vit_8m_16": vit(224, 16, 256, 10, 256, 3),
+}
+
+# Sources of the recipes. The hub's TinyCLIPs are by the paper's author, MIT.
+LAION_B_32 = "hf:laion/CLIP-ViT-B-32-laion2B-e16"
+OPENAI_B_16 = "hf:openai/clip-vit-base-patch16"
+TINYCLIP_61M = "hf:wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
+TINYCLIP_39M = "hf:wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M"
+
+
+def open_clip_model(source: str) -> Donor:
+    """Any CLIP by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
+    return open_donor(locate(source, EMBEDDED), [FAMILY])
