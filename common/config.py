@@ -33,8 +33,8 @@ def recipes() -> list[str]:
 
 
 def is_recipe(name: str) -> bool:
-    """Whether `name` is a shipped recipe or a Python file."""
-    return name in recipes() or name.endswith(".py")
+    """Whether `name` means a recipe: a Python file, or `method/...` where no such path exists."""
+    return name.endswith(".py") or (not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()})
 
 
 def load(name: str, flags: Sequence[str] = ()) -> Recipe:

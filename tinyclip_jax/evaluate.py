@@ -1,12 +1,16 @@
 """Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot), spec §7."""
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from common.checkpoint.convert import COPY, Donor
 from common.data.images import Preprocess
 from common.data.pipeline import evaluation_batches
 from common.data.sources import SourceConfig, open_source
@@ -16,6 +20,9 @@ from common.evaluate.features import embedder
 from common.evaluate.retrieval import Recall, distinct, retrieval
 from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
 from common.nn.functional import Functional
+from common.surgery.graft import graft
+from common.train.mesh import MeshConfig, shardings, start
+from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
@@ -111,3 +118,37 @@ def zeroshot_on(
 
 def _name(data: SourceConfig) -> str:
     return f"{data.path}/{data.split}" if data.split else data.path
+
+
+def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
+    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
+    pre = read_preprocess(donor.folder, donor.cfg.image.size)
+    tokenizer = read_tokenizer(donor.folder, donor.cfg)
+    if tokenizer is None:
+        raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens; put tokenizer.json beside the weights")
+    split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
+    mesh = start(MeshConfig())
+    setup = (donor.model, pre, tokenizer, donor.cfg, mesh)
+    if args.task == "retrieval":
+        score = retrieval_on(SourceConfig(args.data, split), *setup)
+    else:
+        data = SourceConfig(args.data, split, text="", columns=("label",))
+        score = zeroshot_on(data, *setup, _lines(args.classes), _lines(args.templates) or TEMPLATES)
+    return score(load_params(donor, mesh)).rows()
+
+
+def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
+    """All parameters of a checkpoint, f32, in their shardings."""
+
+    def nothing(**_: Any) -> dict[str, jax.Array]:
+        raise AssertionError("a copy leaves nothing fresh")
+
+    return graft(COPY, donor.source, donor.model.spec, shardings(donor.model.spec, mesh), nothing)
+
+
+def _lines(file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        return ()
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    return tuple(line for line in file.read_text().splitlines() if line.strip())

@@ -107,7 +107,7 @@ def _read_open_clip(tensors: Tensors, folder: Path) -> ClipConfig | None:
 def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     image, text = cfg.image, cfg.text
     if image.eps != 1e-5 or text.eps != 1e-5 or image.activation != text.activation or image.activation == "gelu_tanh":
-        raise InputError("open_clip's classic layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model differs")
+        raise InputError("open_clip's layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model differs")
     if text.eot not in (None, text.vocab - 1):
         raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
     model = dict(
@@ -180,11 +180,12 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
     """Preprocessing that travels with a checkpoint: ours, Hugging Face's or open_clip's file; CLIP's own where there is none."""
     if (folder / "preprocess.json").is_file():
         return Preprocess.load(folder)
-    if (file := folder / "preprocessor_config.json").is_file():
-        theirs = read_json(file)
+    if (folder / "preprocessor_config.json").is_file():
+        theirs = read_json(folder / "preprocessor_config.json")
         return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]))
-    if (file := folder / "open_clip_config.json").is_file() and (theirs := read_json(file).get("preprocess_cfg")):
-        return Preprocess(size=size, mean=tuple(theirs["mean"]), std=tuple(theirs["std"]))
+    if (folder / "open_clip_config.json").is_file():
+        theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})
+        return Preprocess(size=size, **{name: tuple(theirs[name]) for name in ("mean", "std") if name in theirs})
     return Preprocess(size=size)
 
 

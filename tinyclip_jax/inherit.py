@@ -38,7 +38,8 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
 def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
     for name in ("width", "heads", "hidden"):
         if getattr(student, name) > getattr(teacher, name):
-            raise InputError(f"the student's {name} {getattr(student, name)} exceeds the donor's {getattr(teacher, name)}: nothing to cut from")
+            sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
+            raise InputError(f"the student's {name} {sizes}: nothing to cut from")
     return {
         "layer": _layers(teacher.layers, student.layers, rule),
         "embed": first(student.width),

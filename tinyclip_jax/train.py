@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.checkpoint import weights
-from common.checkpoint.convert import COPY, Donor, Family, hashes
+from common.checkpoint.convert import Donor, Family, hashes
 from common.config import to_json
 from common.data.images import Preprocess
 from common.data.pipeline import PipelineConfig, check_first_batch, training_batches
@@ -28,7 +28,7 @@ from common.train.mesh import MeshConfig, shardings, start
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
-from tinyclip_jax.evaluate import retrieval_on
+from tinyclip_jax.evaluate import load_params, retrieval_on
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, manual
 from tinyclip_jax.losses import affinity_mimicking, contrastive
@@ -128,7 +128,7 @@ def train(cfg: Config, directory: Path) -> None:
         student.spec,
         mesh,
         cfg.step,
-        frozen=load(teacher, shardings(teacher.model.spec, mesh)) if teacher else None,
+        frozen=load_params(teacher, mesh) if teacher else None,
         project=partial(hold_scale, cfg.loss),
     )
     state = run.restore_or(
@@ -261,15 +261,6 @@ def captions(source: Source) -> list[str]:
         texts = [record["text"]] if isinstance(record["text"], str) else record["text"]
         found.update([*texts, *record.get("tags", ())])
     return sorted(found)
-
-
-def load(donor: Donor, place: Mapping[str, Any] | None) -> dict[str, jax.Array]:
-    """All parameters of a checkpoint, f32, in their shardings."""
-
-    def nothing(**_: Any) -> dict[str, jax.Array]:
-        raise AssertionError("a copy leaves nothing fresh")
-
-    return graft(COPY, donor.source, donor.model.spec, place, nothing)
 
 
 def best(state: State) -> dict[str, jax.Array]:

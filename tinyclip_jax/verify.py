@@ -104,8 +104,9 @@ def _open_clip(cfg: ClipConfig, path: Path, format: str, images: np.ndarray, tok
         return x
 
     with torch.no_grad():
-        x = F.conv2d(torch.from_numpy(images).permute(0, 3, 1, 2), t["visual.conv1.weight"], stride=cfg.image.patch).flatten(2).transpose(1, 2)
-        x = torch.cat([t["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + t["visual.positional_embedding"]
+        x = F.conv2d(torch.from_numpy(images).permute(0, 3, 1, 2), t["visual.conv1.weight"], stride=cfg.image.patch)
+        x = torch.cat([t["visual.class_embedding"].expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
+        x = x + t["visual.positional_embedding"]
         x = blocks(norm(x, "visual.ln_pre", cfg.image.eps), "visual.", cfg.image, None)
         image = norm(x[:, 0], "visual.ln_post", cfg.image.eps) @ t["visual.proj"]
         ids = torch.from_numpy(tokens).long()

@@ -172,7 +172,8 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
             check = _verify(donor, folder, to)
         write_json(folder / "verify.json", asdict(check) | {"source": hashes(donor.path)})
         if not check.passed:
-            raise VerificationError(f"{destination} was not written: {check.note or f'features differ from {check.reference} by {check.max_error:.1e}'}")
+            why = check.note or f"features differ from those of {check.reference} by {check.max_error:.1e}"
+            raise VerificationError(f"{destination} was not written: {why}")
     return check
 
 
@@ -201,7 +202,8 @@ def _open_ours(path: Path, families: Sequence[Family]) -> Donor:
     opened = weights.open_folder(path)
     family = next((f for f in families if f.name == opened.method), None)
     if family is None:
-        raise InputError(f"{path}: made by the method {opened.method!r}, which is not installed (here: {', '.join(f.name for f in families)})")
+        known = ", ".join(f.name for f in families)
+        raise InputError(f"{path}: made by the method {opened.method!r}, which is not installed (here: {known})")
     cfg = family.config(opened.model)
     model = functional(family.module, cfg)
     views = own_views(opened.tensors, model.spec, str(path / FILE))

@@ -130,7 +130,8 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
         else:
             temporary.rename(destination)
     except OSError as error:
-        raise InputError(f"{destination}: could not be written ({error.strerror or error}); free some space or choose another place") from error
+        why = error.strerror or error
+        raise InputError(f"{destination}: could not be written ({why}); free some space or choose another place") from error
     finally:
         remove(temporary)
 

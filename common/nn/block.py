@@ -14,6 +14,7 @@ from common.nn.norm import LayerNorm
 from common.surgery.axes import Axes
 
 Remat = Literal["none", "full", "dots"]
+PACKED = xavier_uniform(packed=3)
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -21,7 +22,7 @@ _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 class BlockInit:
     """Initialisers of a block's kernels; the defaults are torch's."""
 
-    qkv: Init = xavier_uniform(packed=3)
+    qkv: Init = PACKED
     out: Init = uniform_fan_in
     up: Init = uniform_fan_in
     down: Init = uniform_fan_in

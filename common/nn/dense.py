@@ -65,12 +65,11 @@ class Dense(nnx.Module):
         parsed = Axes.parse(axes)
         self.rank = len(parsed.where("read"))
         self.kernel = param(axes, sizes, init, rngs)
+        self.bias: nnx.Param | None = None
         if bias is not None:
             written = " ".join(parsed.names[i] for i in parsed.where("write"))
             fan_in = prod(sizes[parsed.names[i]] for i in parsed.where("read"))
             self.bias = param(f"-> {written}", sizes, bias, rngs, fan_in=fan_in)
-        else:
-            self.bias = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]

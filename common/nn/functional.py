@@ -63,6 +63,8 @@ def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
 
     graph, state = nnx.split(nnx.eval_shape(partial(make, jax.random.key(0))))
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    axes = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)], [v.get_metadata()["axes"] for _, v in nnx.to_flat_state(state)]
-    spec = {path: Leaf(Axes.parse(text), tuple(leaf.shape), leaf.dtype) for path, text, (_, leaf) in zip(*axes, leaves, strict=True)}
+    spec = {
+        "/".join(map(str, path)): Leaf(Axes.parse(variable.get_metadata()["axes"]), tuple(leaf.shape), leaf.dtype)
+        for (path, variable), (_, leaf) in zip(nnx.to_flat_state(state), leaves, strict=True)
+    }
     return Functional(spec, make, graph, tree)

@@ -32,7 +32,8 @@ class Axes:
         """Read the notation. Raises ValueError on a name used twice on one side or a stacking axis that is not in front."""
         left, arrow, right = text.partition("->")
         names = left.split() + right.split()
-        sides: list[Side] = ["read" if arrow else "carry"] * len(left.split()) + ["write"] * len(right.split())
+        here: Side = "read" if arrow else "carry"
+        sides: list[Side] = [*[here] * len(left.split()), *["write"] * len(right.split())]  # type: ignore[list-item]
         for i, name in enumerate(names):
             if name in STACKING:
                 if i and sides[i - 1] != "stack":

@@ -1,7 +1,7 @@
 """Graft: a resolved plan becomes the student's parameters, leaf by leaf, straight into each leaf's sharding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
         return fresh
     blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or ()
         # Called once per device, not once per slice: replicas share what was read.
         key = tuple(s.indices(n) for s, n in zip(index, line.target.shape, strict=True))
         if key not in blocks:
@@ -71,7 +72,4 @@ def _kept(line: Line) -> Sequence[np.ndarray]:
 
 
 def _merge(inherited: jax.Array, fresh: jax.Array, kept: Sequence[np.ndarray]) -> jax.Array:
-    mask = kept[0]
-    for other in kept[1:]:
-        mask = jnp.logical_and(mask, other)
-    return jnp.where(mask, inherited, fresh)
+    return jnp.where(reduce(jnp.logical_and, kept), inherited, fresh)

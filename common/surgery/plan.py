@@ -64,7 +64,9 @@ class Line:
 
     def maps(self) -> str:
         """The maps in words, for the report: `layer: rows 0 2 4, embed: first 512`."""
-        return ", ".join(f"{' '.join(run.names)}: {run.map}" for run in self.runs if run.map is not None) or ("copy" if self.runs else "fresh")
+        if self.source is None:
+            return "fresh"
+        return ", ".join(f"{' '.join(run.names)}: {run.map}" for run in self.runs if run.map is not None) or "copy"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Plan:
                 continue
             donor = source.spec.get(path)
             if donor is None:
-                raise InputError(f"{path}: the donor has no such parameter{nearest(path, source.spec)}; give it a rule ({pattern!r} covers it now)")
+                hint = nearest(path, source.spec)
+                raise InputError(f"{path}: the donor has no such parameter{hint}; give it a rule ({pattern!r} covers it now)")
             if donor.axes.names != leaf.axes.names:
                 raise InputError(f"{path}: axes are '{donor.axes}' in the donor and '{leaf.axes}' here")
             runs = tuple(_runs(path, leaf, donor, pattern, maps))
@@ -157,7 +160,8 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
             if len(map.rows) and (map.rows.max() >= source or map.rows.min() < -1):
                 raise InputError(f"{path}: the rule {pattern!r} picks row {map.rows.max()} of axis {name!r}, the donor has {source}")
         elif tuple(map.values.shape) != (target, source):
-            raise InputError(f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {tuple(map.values.shape)}")
+            shape = tuple(map.values.shape)
+            raise InputError(f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}")
 
 
 def build(line: Line, index: Index | None = None) -> Any:
@@ -181,7 +185,10 @@ def _build(source: Any, runs: Sequence[Run], index: Index) -> Any:
     if any(isinstance(run.map, PerLayer) for run in runs):
         return _build_layers(source, runs, blocks)
 
-    selectors = [slice(None) if isinstance(r.map, Matrix) else _as_slice(np.maximum(r.rows(b), 0)) for r, b in zip(runs, blocks, strict=True)]
+    selectors = [
+        slice(None) if isinstance(run.map, Matrix) else _as_slice(np.maximum(run.rows(block), 0))
+        for run, block in zip(runs, blocks, strict=True)
+    ]
     out = _gather(source, [prod(run.source) for run in runs], selectors)
     xp = _numpy_of(out)
     for axis, (run, block) in enumerate(zip(runs, blocks, strict=True)):

@@ -1,0 +1,223 @@
+"""The `heirloom` command. Nothing heavy is imported before a verb is known; every mistake of the user is one line and exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError, VerificationError, nearest
+
+MENDABLE, FAILED = 2, 1
+
+
+def methods() -> dict[str, Any]:
+    """The installed methods by name: the modules behind the entry point `heirloom.methods`."""
+    found = {point.name: point for point in entry_points(group="heirloom.methods")}
+    if not found:
+        raise InputError("no method is installed: run pip install -e . in the repository")
+    return {name: point.load() for name, point in sorted(found.items())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 1 a verification failed, 2 something the user can mend)."""
+    try:
+        parser = _parser()
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.verb != "train":
+            hint = nearest(rest[0], _options(parser, args.verb))
+            raise InputError(f"unknown argument {rest[0]!r}{hint}; see heirloom {args.verb} --help")
+        args.flags = rest
+        args.run_verb(args)
+    except InputError as error:
+        print(f"heirloom: {error}", file=sys.stderr)
+        return MENDABLE
+    except VerificationError as error:
+        print(f"heirloom: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's own complaint is two paragraphs; ours is one line."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="heirloom", description="Small models inherit from big ones, in JAX.")
+    parser.add_argument("--version", action="version", version=f"heirloom {version('heirloom-jax')}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, run: Any, help: str, *, json: bool = False) -> argparse.ArgumentParser:
+        # Flags of recipes are passed through, so an abbreviation here could swallow one.
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run_verb=run)
+        if json:
+            sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as data, too")
+        return sub
+
+    verb("doctor", _doctor, "versions, backend, devices, a matmul; what to type to fix what is wrong", json=True)
+
+    sub = verb("demo", _demo, "the main job of a method on embedded real data, in minutes on a CPU", json=True)
+    sub.add_argument("method", nargs="?", default="tinyclip")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes")
+
+    sub = verb("convert", _convert, "between our weights folders and the formats of others, verified", json=True)
+    sub.add_argument("source", metavar="SOURCE", help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME")
+    sub.add_argument("destination", metavar="DEST", type=Path)
+    sub.add_argument("--to", default="heirloom", metavar="FORMAT", help="heirloom, hf, open_clip, original, ... (default: heirloom)")
+    sub.add_argument("--activation", help="gelu or quick_gelu, where a bare weights file cannot tell")
+    sub.add_argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference")
+    sub.add_argument("--force", action="store_true", help="replace DEST")
+
+    sub = verb("inspect", _inspect, "config, parameter and MAC counts, axes with sizes, provenance", json=True)
+    sub.add_argument("what", metavar="PATH|CONFIG")
+
+    sub = verb("inherit", _inherit, "the student of a recipe cut from its donor, without training", json=True)
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument("destination", metavar="DEST", type=Path)
+    sub.add_argument("--force", action="store_true", help="replace DEST")
+
+    sub = verb("train", _train, "run a recipe; the same command again resumes; every field is a flag (--optim.lr 3e-4)")
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="the folder of the run")
+
+    sub = verb("eval", _eval, "score weights, or the student of a recipe as it starts", json=True)
+    sub.add_argument("what", metavar="PATH|CONFIG")
+    sub.add_argument("--data", default="emoji", help="pairs or labelled pictures: emoji, a folder, .csv, .tar, .parquet, tfds:NAME")
+    sub.add_argument("--split", default="", help="train, test, ... where the data has splits (emoji: test)")
+    sub.add_argument("--task", choices=("retrieval", "zeroshot"), default="retrieval")
+    sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order (zeroshot)")
+    sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line (zeroshot)")
+
+    sub = verb("report", _report, "the curves and pictures of a run as one HTML page")
+    sub.add_argument("run", type=Path, metavar="RUN")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, verb: str) -> list[str]:
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return list(subparsers.choices[verb]._option_string_actions)
+
+
+def _write_json(args: argparse.Namespace, value: Any) -> None:
+    if args.json:
+        from common.checkpoint.weights import staged, write_json
+
+        with staged(args.json, force=True) as file:
+            write_json(file, value)
+
+
+def _families() -> list[Any]:
+    return [method.family() for method in methods().values()]
+
+
+def _open(source: str, **overrides: Any) -> Any:
+    """A checkpoint by SOURCE: the run folders we write count as their model."""
+    from common.checkpoint.convert import open_donor
+    from common.checkpoint.hub import locate
+
+    families = _families()
+    path = locate(source, {name: path for family in families for name, path in family.embedded.items()})
+    return open_donor(path / "model" if (path / "metrics.jsonl").is_file() else path, families, **overrides)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from common.doctor import examine
+
+    _write_json(args, examine())
+
+
+def _demo(args: argparse.Namespace) -> None:
+    found = methods()
+    if args.method not in found:
+        raise InputError(f"no method {args.method!r}{nearest(args.method, found)} (installed: {', '.join(found)})")
+    args.out.mkdir(parents=True, exist_ok=True)
+    _write_json(args, found[args.method].demo(args.seed, args.out))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from common.checkpoint.convert import convert
+
+    overrides = {"activation": args.activation} if args.activation else {}
+    donor = _open(args.source, **overrides)
+    check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
+    _write_json(args, asdict(check))
+    if check.reference:
+        found = f"verified against {check.reference}: largest relative error {check.max_error:.1e}, cosine {check.cosine:.6f}"
+    else:
+        found = f"not verified against a reference: {check.note}"
+    print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {found}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from common import config
+    from common.checkpoint.convert import describe
+    from common.nn.functional import functional
+    from common.surgery.report import table
+
+    record = None
+    if config.is_recipe(args.what):
+        family, cfg = config.load(args.what).describe()
+        spec = functional(family.module, cfg).spec
+    else:
+        donor = _open(args.what)
+        family, cfg, spec, record = donor.family, donor.cfg, donor.source.spec, describe(donor.folder)
+    counts, macs = family.parameters(spec), family.macs(cfg, spec)
+    console = Console()
+    console.print(table(spec, record))
+    console.print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items()) + f" parameters; {macs / 1e9:.2f} GMACs")
+    if record:
+        console.print(f"inherited {record['fraction']:.1%} from {record['source']}", soft_wrap=True)
+    _write_json(args, {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record})
+
+
+def _inherit(args: argparse.Namespace) -> None:
+    from common import config
+
+    record = config.load(args.config).inherit(args.destination, force=args.force)
+    _write_json(args, record)
+    print(f"{args.destination}: {record['fraction']:.1%} of the parameters come from {record['source']}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from common import config
+
+    config.load(args.config, args.flags).train(args.run)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from common import config
+
+    if config.is_recipe(args.what):
+        rows = config.load(args.what).evaluate()
+    else:
+        donor = _open(args.what)
+        rows = methods()[donor.family.name].evaluate(donor, args)
+    out = Table(box=None, pad_edge=False)
+    for header in ("dataset", "metric", "value", "published", "n"):
+        out.add_column(header, justify="left" if header in ("dataset", "metric") else "right")
+    for row in rows:
+        published = "" if row["published"] is None else f"{row['published']:.1f}"
+        out.add_row(row["dataset"], row["metric"], f"{row['value']:.1f}", published, f"{row['n']:,}")
+    Console().print(out)
+    _write_json(args, {"rows": rows})
+
+
+def _report(args: argparse.Namespace) -> None:
+    from common.report import write
+
+    print(write(args.run))

@@ -1,0 +1,80 @@
+"""`heirloom doctor`: is this machine ready, and if not, what to type."""
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from common.errors import InputError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "torch", "transformers")
+# Flax follows JAX closely; each of these was tested with the other. The first number that fits decides.
+PAIRS = (("0.12", "0.12.12"), ("0.11", "0.12.9"), ("0.10", "0.12.8"))
+SIZE = 2048
+
+
+def examine() -> dict[str, Any]:
+    """Print versions, backend and devices, multiply two matrices; return it all as data.
+
+    Raises InputError, saying what to type, for a pair of versions that do not go together or a device that does not compute.
+    """
+    found = {name: installed for name in PACKAGES if (installed := _version(name))}
+    print(f"python {platform.python_version()}, " + ", ".join(f"{name} {v}" for name, v in found.items()))
+    check_pair(found["jax"], found["flax"])
+
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"no device can be used ({error}); set JAX_PLATFORMS=cpu, or install the extra cuda or tpu") from error
+    kinds = sorted({d.device_kind for d in devices})
+    print(f"backend {jax.default_backend()}: {len(devices)} x {', '.join(kinds)}, {jax.process_count()} process(es)")
+
+    x = jnp.ones((SIZE, SIZE), jnp.float32) / SIZE
+    multiply = jax.jit(lambda x: x @ x)
+    deviation = float(jnp.abs(multiply(x) - 1 / SIZE).max())
+    started = time.perf_counter()
+    multiply(x).block_until_ready()
+    rate = 2 * SIZE**3 / (time.perf_counter() - started) / 1e9
+    if deviation > 1e-6:
+        raise InputError(f"a {SIZE} x {SIZE} matmul is off by {deviation:.1e} on {kinds[0]}: reinstall jax for this device")
+    print(f"matmul {SIZE} x {SIZE} in f32: {rate:,.0f} GFLOP/s")
+    if jax.default_backend() == "cpu":
+        hint = _accelerator_hint()
+        print(hint or "no accelerator here; for one, pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine")
+    if "torch" not in found:
+        print("no torch: .pt files cannot be read, conversions are checked by structure only (pip install 'heirloom-jax[torch]')")
+    print("ready")
+    return {"versions": found, "backend": jax.default_backend(), "devices": len(devices), "kinds": kinds, "gflops": rate}
+
+
+def check_pair(jax: str, flax: str) -> None:
+    """Raise InputError when this flax is older than the one this jax was tested with."""
+    needed = next((least for prefix, least in PAIRS if jax.startswith(prefix + ".")), None)
+    if needed is None:
+        raise InputError(f"jax {jax} is not supported (0.10 to 0.12 are): pip install 'jax>=0.10.2,<0.13'")
+    if _numbers(flax) < _numbers(needed):
+        raise InputError(f"jax {jax} needs flax {needed} or newer, here is {flax}: pip install -U 'flax>={needed}'")
+
+
+def _accelerator_hint() -> str | None:
+    from pathlib import Path
+
+    if Path("/dev/nvidia0").exists():
+        return "an NVIDIA GPU is here but jax runs on the CPU: pip install -U 'heirloom-jax[cuda]'"
+    if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists():
+        return "a TPU seems to be here but jax runs on the CPU: pip install -U 'heirloom-jax[tpu]'"
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())

@@ -1,0 +1,70 @@
+"""`heirloom report RUN`: the curves and pictures of a run on one page that needs nothing else."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.weights import read_json, staged
+from common.errors import InputError
+
+PICTURES = ("first_batch.png",)
+
+
+def write(run: Path) -> Path:
+    """Draw `RUN/report.html` from config and metrics; returns its path. Raises InputError when RUN is no run."""
+    if not (run / "metrics.jsonl").is_file():
+        raise InputError(f"{run} is not a run: it has no metrics.jsonl (heirloom train CONFIG --run {run} makes one)")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not lines:
+        raise InputError(f"{run}: metrics.jsonl is empty so far; wait for the first line")
+    config = read_json(run / "config.json")
+    pictures = [p for p in (run / name for name in PICTURES) if p.is_file()]
+    parts = [
+        f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {lines[-1]['loss']:.4g}</p>",
+        *(_figure(name, *curve) for name, curve in _curves(lines).items()),
+        *(f"<figure>{_image(p.read_bytes())}<figcaption>{p.stem.replace('_', ' ')}</figcaption></figure>" for p in pictures),
+        f"<details><summary>config</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
+    ]
+    with staged(run / "report.html", force=True) as file:
+        file.write_text(_PAGE.format(title=html.escape(run.name), body="\n".join(parts)))
+    return run / "report.html"
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}}
+figure{{display:inline-block;margin:0 1em 1em 0}}img{{max-width:100%}}figcaption{{color:#666;text-align:center}}</style>
+{body}</html>
+"""
+
+
+def _curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Every number that appears beside `step`, loss first, with the steps at which it does."""
+    curves: dict[str, tuple[list[int], list[float]]] = {"loss": ([], [])}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return curves
+
+
+def _figure(name: str, steps: list[int], values: list[float]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, color="#1f6f8b", marker="o" if len(steps) < 3 else None)
+    axes.set_xlabel("step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=110)
+    return f"<figure>{_image(out.getvalue())}<figcaption>{html.escape(name)}</figcaption></figure>"
+
+
+def _image(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -1,0 +1,183 @@
+"""`heirloom demo`: a student inherits from the embedded teacher and races the same student from scratch, on held-out emoji."""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from common import config
+from common.checkpoint.weights import staged
+from common.data.images import decode
+from common.data.pipeline import evaluation_batches
+from common.data.sources import open_source
+from common.nn.functional import functional
+from common.train.mesh import start
+from tinyclip_jax.evaluate import load_params, retrieval_on
+from tinyclip_jax.formats import read_preprocess, read_tokenizer
+from tinyclip_jax.model import Clip, parameters
+from tinyclip_jax.train import Config
+from tinyclip_jax.zoo import open_clip_model
+
+RECIPE = "tinyclip/emoji"
+METRIC = "r1"
+QUERIES, RESULTS = 6, 5
+COLOURS = {"inherited": "#c8553d", "scratch": "#588b8b"}
+
+
+@dataclass(frozen=True)
+class Race:
+    """One student's way: held-out R@1 (mean of both directions) by step, and where its weights are."""
+
+    steps: list[int]
+    scores: list[float]
+    final: dict[str, float]
+    weights: Path
+
+
+def run(seed: int, out: Path) -> dict[str, Any]:
+    """Train both students, print the table, write `out/demo.png`; returns what `--json` writes."""
+    started = time.perf_counter()
+    loaded = config.load(RECIPE)
+    assert isinstance(loaded, Config)
+    cfg = replace(loaded, seed=seed, pipeline=replace(loaded.pipeline, seed=seed))
+    console = Console()
+    teacher, spec = open_clip_model(cfg.teacher), functional(Clip, cfg.student).spec
+    counts = {"teacher": parameters(teacher.model.spec), "student": parameters(spec)}
+    console.print(
+        f"teacher: {counts['teacher']['total']:,} parameters, student: {counts['student']['total']:,}. "
+        f"{cfg.steps} steps of {cfg.pipeline.batch} emoji each, first inheriting, then from scratch."
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        donors = {"inherited": cfg.donor, "scratch": ""}
+        races = {name: _race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
+        scores = {"teacher": _score(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
+        with staged(out / "student", force=True) as student:
+            races["inherited"].weights.rename(student)
+        picture = draw(cfg, races, scores["teacher"][METRIC], {"inherited": out / "student", "scratch": races["scratch"].weights}, out)
+
+    inherited = races["inherited"]
+    reached = (step for step, score in zip(inherited.steps, inherited.scores, strict=True) if score >= scores["scratch"][METRIC])
+    caught_up = next(reached, None)
+    seconds = time.perf_counter() - started
+    console.print(_table(counts, scores))
+    console.print(
+        f"the inherited student reached scratch's final score after {caught_up} of {cfg.steps} steps; took {seconds:.0f} s"
+        if caught_up is not None
+        else f"the inherited student did not reach scratch's final score in {cfg.steps} steps; took {seconds:.0f} s"
+    )
+    console.print(f"picture: {picture}   student: {out / 'student'}", soft_wrap=True)
+    return {
+        "parameters": {name: count["total"] for name, count in counts.items()},
+        "scores": scores,
+        "curves": {name: {"step": race.steps, METRIC: race.scores} for name, race in races.items()},
+        "steps": cfg.steps,
+        "steps_to_scratch": caught_up,
+        "seconds": round(seconds, 1),
+        "picture": str(picture),
+    }
+
+
+def _race(cfg: Config, folder: Path) -> Race:
+    """Train one student; its score before the first step belongs to the curve."""
+    before = next(row["value"] for row in cfg.evaluate() if row["metric"] == METRIC) / 100
+    cfg.train(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if f"eval/{METRIC}" in line]
+    final = {name.removeprefix("eval/"): value for name, value in scored[-1].items() if name.startswith("eval/")}
+    return Race([0, *(line["step"] for line in scored)], [before, *(line[f"eval/{METRIC}"] for line in scored)], final, folder / "model")
+
+
+def _score(cfg: Config, source: str) -> dict[str, float]:
+    donor, mesh = open_clip_model(source), start(cfg.mesh)
+    pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
+    assert tokenizer is not None and cfg.held_out is not None
+    return retrieval_on(cfg.held_out, donor.model, pre, tokenizer, donor.cfg, mesh)(load_params(donor, mesh)).flat()
+
+
+def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="retrieval on 300 concepts nobody was trained on", title_justify="left", box=None, pad_edge=False)
+    for header in ("", "parameters", "R@1", "R@5", "R@10"):
+        table.add_column(header, justify="right" if header else "left")
+    for name, metrics in scores.items():
+        count = counts["teacher" if name == "teacher" else "student"]["total"]
+        table.add_row(name, f"{count:,}", *(f"{100 * metrics[f'r{k}']:.1f} %" for k in (1, 5, 10)))
+    return table
+
+
+def draw(cfg: Config, races: dict[str, Race], teacher: float, weights: dict[str, Path], out: Path) -> Path:
+    """Both curves, and what each student finds for a few captions the teacher answers; returns the PNG."""
+    from matplotlib.figure import Figure
+
+    found = {name: _search(cfg, str(path)) for name, path in {"teacher": cfg.teacher, **weights}.items()}
+    right = [i for i, row in enumerate(found["teacher"].order) if found["teacher"].hit[i, row[0]]]
+    queries = np.random.default_rng(0).permutation(right)[:QUERIES]
+
+    figure = Figure(figsize=(14, 5.6), layout="constrained", facecolor="white")
+    left, middle = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.7)))
+    axes = left.subplots()
+    for name, race in races.items():
+        axes.plot(race.steps, [100 * r for r in race.scores], color=COLOURS[name], linewidth=2.5, label=name)
+    axes.axhline(100 * teacher, color="#888", linestyle="--", linewidth=1)
+    axes.annotate("teacher", (0, 100 * teacher), (2, 3), textcoords="offset points", color="#666")
+    axes.set(xlabel="step", ylabel="R@1 on held-out concepts, %", ylim=(0, None), xlim=(0, cfg.steps))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center right")
+    grid = middle.subplots(QUERIES, 2, gridspec_kw={"wspace": 0.04})
+    for row, query in zip(grid, queries, strict=True):
+        for cell, name in zip(row, COLOURS, strict=True):
+            cell.imshow(_strip(found[name], query))
+            cell.set_xticks([])
+            cell.set_yticks([])
+            cell.spines[:].set_visible(False)
+        row[0].set_ylabel(found["teacher"].captions[query], rotation=0, ha="right", va="center", fontsize=11)
+    titles = {"inherited": "what the inherited student finds", "scratch": "the same from scratch"}
+    for cell, (name, title) in zip(grid[0], titles.items(), strict=True):
+        cell.set_title(title, color=COLOURS[name], fontsize=12)
+    with staged(out / "demo.png", force=True) as file:
+        figure.savefig(file, dpi=120, format="png")
+    return out / "demo.png"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Per caption the pictures in order of similarity, and which of them are right."""
+
+    captions: list[str]
+    order: np.ndarray
+    hit: np.ndarray
+    pictures: list[Image.Image]
+
+
+def _search(cfg: Config, source: str) -> _Found:
+    donor, mesh = open_clip_model(source), start(cfg.mesh)
+    pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
+    assert tokenizer is not None and cfg.held_out is not None
+    data = open_source(cfg.held_out)
+    records = [data[i] for i in range(len(data))]
+    captions = sorted({record["text"] for record in records})
+    params = load_params(donor, mesh)
+    encode = jax.jit(lambda params, x: donor.model.apply(params, x, method="encode_image"))
+    image = np.concatenate([np.asarray(encode(params, batch["image"])) for batch in evaluation_batches(data, 100, pre)])
+    text = np.asarray(donor.model.apply(params, tokenizer(captions, donor.cfg.text.context), method="encode_text"))
+    hit = np.array([[record["text"] == caption for record in records] for caption in captions])
+    return _Found(captions, np.argsort(-(text @ image.T), axis=1), hit, [decode(record["image"]) for record in records])
+
+
+def _strip(found: _Found, query: int) -> np.ndarray:
+    """The first results side by side, right ones in a green frame."""
+    side, edge = 64, 5
+    strip = np.full((side + 2 * edge, RESULTS * (side + 3 * edge), 3), 255, np.uint8)
+    for i, index in enumerate(found.order[query, :RESULTS]):
+        x = i * (side + 3 * edge)
+        if found.hit[query, index]:
+            strip[:, x : x + side + 2 * edge] = (60, 160, 80)
+        strip[edge:-edge, x + edge : x + edge + side] = np.asarray(found.pictures[index].resize((side, side)))
+    return strip
