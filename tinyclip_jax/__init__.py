@@ -1,1 +1,22 @@
-"""TinyCLIP (arXiv 2309.12314): affinity mimicking and weight inheritance for CLIP models."""
+"""TinyCLIP (arXiv 2309.12314): affinity mimicking and weight inheritance for CLIP models.
+
+    clip = tinyclip_jax.load("hf:openai/clip-vit-base-patch32")
+    similarity = clip.encode_image(pictures) @ clip.encode_text(["a cat", "a dog"]).T
+    student = tinyclip_jax.inherit_from(clip, tinyclip_jax.zoo.STUDENTS["vit_40m_32"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyclip_jax.pretrained import Pretrained, inherit_from, load
+
+__all__ = ["Pretrained", "inherit_from", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line imports this package for its list of verbs, and must not wait for jax.
+    if name in __all__:
+        from tinyclip_jax import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

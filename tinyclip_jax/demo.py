@@ -57,15 +57,13 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         donors = {"inherited": cfg.donor, "scratch": ""}
-        races = {name: _race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
+        races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
         scores = {"teacher": _score(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
         with staged(out / "student", force=True) as student:
             races["inherited"].weights.rename(student)
         picture = draw(cfg, races, scores["teacher"][METRIC], {"inherited": out / "student", "scratch": races["scratch"].weights}, out)
 
-    inherited = races["inherited"]
-    reached = (step for step, score in zip(inherited.steps, inherited.scores, strict=True) if score >= scores["scratch"][METRIC])
-    caught_up = next(reached, None)
+    caught_up = steps_to_reach(races["inherited"], scores["scratch"][METRIC])
     seconds = time.perf_counter() - started
     console.print(_table(counts, scores))
     console.print(
@@ -85,7 +83,12 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     }
 
 
-def _race(cfg: Config, folder: Path) -> Race:
+def steps_to_reach(race: Race, score: float) -> int | None:
+    """The first measured step at which a student has at least `score`; None when it never does."""
+    return next((step for step, own in zip(race.steps, race.scores, strict=True) if own >= score), None)
+
+
+def race(cfg: Config, folder: Path) -> Race:
     """Train one student; its score before the first step belongs to the curve."""
     before = next(row["value"] for row in cfg.evaluate() if row["metric"] == METRIC) / 100
     cfg.train(folder)
@@ -121,7 +124,7 @@ def draw(cfg: Config, races: dict[str, Race], teacher: float, weights: dict[str,
     queries = np.random.default_rng(0).permutation(right)[:QUERIES]
 
     figure = Figure(figsize=(14, 5.6), layout="constrained", facecolor="white")
-    left, middle = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.7)))
+    left, middle = list(figure.subfigures(1, 2, width_ratios=(1, 1.7)))  # type: ignore[arg-type]
     axes = left.subplots()
     for name, race in races.items():
         axes.plot(race.steps, [100 * r for r in race.scores], color=COLOURS[name], linewidth=2.5, label=name)

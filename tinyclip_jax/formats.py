@@ -185,7 +185,8 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
         return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]))
     if (folder / "open_clip_config.json").is_file():
         theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})
-        return Preprocess(size=size, **{name: tuple(theirs[name]) for name in ("mean", "std") if name in theirs})
+        default = Preprocess()
+        return Preprocess(size=size, mean=tuple(theirs.get("mean", default.mean)), std=tuple(theirs.get("std", default.std)))
     return Preprocess(size=size)
 
 

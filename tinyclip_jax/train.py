@@ -208,7 +208,7 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
     if not cfg.donor:
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
     donor, student = open_clip_model(cfg.donor), functional(Clip, cfg.student)
-    record = {"source": cfg.donor, "hashes": hashes(donor.path)} | provenance(resolve(cfg, student, donor))
+    record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
     with weights.staged(destination, force=force) as folder:
         folder.mkdir()
         weights.write_params(folder, initial(cfg, student, donor, None))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Check, open_tensors, weights_file
+from common.checkpoint.convert import Check, open_tensors
 from common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig
 
@@ -30,8 +30,8 @@ def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
     return images, tokens
 
 
-def verify(cfg: ClipConfig, params: Mapping[str, Any], path: Path, format: str) -> Check:
-    """Compare unit-norm features, f32 at highest precision, with the torch model that reads `path`; tolerance 1e-4 relative.
+def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
+    """Compare unit-norm features, f32 at highest precision, with the torch model that reads `file`; tolerance 1e-4 relative.
 
     Without torch only finiteness can be checked: `reference` is None, and the note says so.
     """
@@ -45,7 +45,7 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], path: Path, format: str) 
         return Check(passed=False, reference=None, note="features are not finite")
     if format == "heirloom" or find_spec("torch") is None or (format == "hf" and find_spec("transformers") is None):
         return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    theirs = _transformers(path, images, tokens) if format == "hf" else _open_clip(cfg, path, format, images, tokens)
+    theirs = _transformers(file, images, tokens) if format == "hf" else _open_clip(cfg, file, format, images, tokens)
     error = [np.abs(a - b) / np.abs(b).max() for a, b in zip(mine, theirs, strict=True)]
     cosine = min(float((a * b).sum(-1).min()) for a, b in zip(mine, theirs, strict=True))
     largest = max(float(e.max()) for e in error)
@@ -60,18 +60,17 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], path: Path, format: str) 
     )
 
 
-def _transformers(path: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
     import torch
     from transformers import CLIPModel
 
-    folder = path if path.is_dir() else path.parent
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = CLIPModel.from_pretrained(file.parent, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         out = model(pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long())
     return [out.image_embeds.numpy(), out.text_embeds.numpy()]
 
 
-def _open_clip(cfg: ClipConfig, path: Path, format: str, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+def _open_clip(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
     """open_clip's forward pass on the foreign file's own tensors, packed projections and all."""
     import torch
     import torch.nn.functional as F
@@ -79,7 +78,7 @@ def _open_clip(cfg: ClipConfig, path: Path, format: str, images: np.ndarray, tok
     from tinyclip_jax.formats import FORMATS
 
     clean = next(f.clean for f in FORMATS if f.name == format)
-    raw = open_tensors(weights_file(path))
+    raw = open_tensors(file)
     # The original files are open_clip's under a prefix per tower.
     names = {key: clean(key).replace("_image_encoder.", "").replace("_text_encoder.", "") for key in raw}
     t = {names[key]: torch.from_numpy(np.array(value, np.float32)) for key, value in raw.items()}

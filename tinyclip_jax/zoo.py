@@ -1,6 +1,7 @@
 """Models by name: the teacher that lives in this package, and the published ones on the Hugging Face hub (spec §8.1)."""
 
 from pathlib import Path
+from typing import Any
 
 from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
@@ -21,12 +22,12 @@ STUDENTS: dict[str, ClipConfig] = {
 }
 
 # Sources of the recipes. The hub's TinyCLIPs are by the paper's author, MIT.
-LAION_B_32 = "hf:laion/CLIP-ViT-B-32-laion2B-e16"
+LAION_B_32 = "hf:timm/vit_base_patch32_clip_224.laion2b_e16"
 OPENAI_B_16 = "hf:openai/clip-vit-base-patch16"
 TINYCLIP_61M = "hf:wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TINYCLIP_39M = "hf:wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M"
 
 
-def open_clip_model(source: str) -> Donor:
+def open_clip_model(source: str, **overrides: Any) -> Donor:
     """Any CLIP by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
-    return open_donor(locate(source, EMBEDDED), [FAMILY])
+    return open_donor(locate(source, EMBEDDED), [FAMILY], **overrides)

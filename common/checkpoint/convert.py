@@ -59,7 +59,7 @@ class Family:
     """A model family: its module, config type, and foreign formats.
 
     companions(source, destination, format): carries tokenizer and preprocessing along, into the format named.
-    verify(cfg, params, path, format): compares our model with the reference that reads the foreign file or folder.
+    verify(cfg, params, file, format): compares our model with the reference that reads the foreign file.
     parameters(spec): counts by part and in total. macs(cfg, spec): multiply-accumulates of one example.
     embedded: the weights folders that come with the package, by name.
     """
@@ -85,7 +85,7 @@ class Family:
 class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
-    `format` is "heirloom" for a folder of ours; `path` is the file or folder it was opened from.
+    `format` is "heirloom" for a folder of ours; `path` is what was named, `file` the weights in it.
     """
 
     family: Family
@@ -94,6 +94,7 @@ class Donor:
     source: Source
     format: str
     path: Path
+    file: Path
 
     @property
     def folder(self) -> Path:
@@ -110,37 +111,45 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families)
-    file = weights_file(path)
-    raw = open_tensors(file)
+    opened = {file: open_tensors(file) for file in weights_files(path)}
     for family in families:
         for format in family.formats:
-            tensors = _clean(raw, format.clean, file)
-            cfg = format.read_config(tensors, file.parent)
-            if cfg is None:
-                continue
-            if overrides:
-                cfg = cfg.override(**overrides)
-            model = functional(family.module, cfg)
-            views = format.layout.view(tensors, model.spec, str(file))
-            origin = {p: f"{file.name}:{key}" for p, key in format.layout.keys(model.spec).items()}
-            return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views, origin), format.name, path)
+            found = [(file, *read) for file, raw in opened.items() if (read := _recognise(format, raw, file))]
+            if len(found) > 1:
+                names = " and ".join(file.name for file, *_ in found)
+                raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
+            for file, cfg, tensors in found:
+                cfg = cfg.override(**overrides) if overrides else cfg
+                model = functional(family.module, cfg)
+                views = format.layout.view(tensors, model.spec, str(file))
+                origin = {p: f"{file.name}:{key}" for p, key in format.layout.keys(model.spec).items()}
+                return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views, origin), format.name, path, file)
     known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families)
-    raise InputError(f"{path}: its tensors ({', '.join(list(raw)[:3])}, ...) are of no known model; known are {known}")
+    sample = ", ".join(next(iter(opened.values())).keys() or ["none"])
+    raise InputError(f"{path}: its tensors ({sample[:80]} ...) are of no known model; known are {known}")
 
 
-def weights_file(path: Path) -> Path:
-    """The weights of a checkpoint: the file itself, or what a folder holds (an index of shards, safetensors before pickles).
+def _recognise(format: Format, raw: Tensors, file: Path) -> tuple[Any, Tensors] | None:
+    """The config and the tensors under clean keys, or None when the file is of another format."""
+    tensors = {format.clean(key): value for key, value in raw.items()}
+    cfg = format.read_config(tensors, file.parent)
+    if cfg is None:
+        return None
+    if len(tensors) != len(raw):
+        raise InputError(f"{file}: two tensors have the same name once wrappers are taken off")
+    return cfg, tensors
 
-    Raises InputError when there are none, or several and no index says how they belong together.
+
+def weights_files(path: Path) -> list[Path]:
+    """The weights of a checkpoint: the file itself, or those of a folder (an index of shards, safetensors before pickles).
+
+    Raises InputError when there are none.
     """
     if path.is_file():
-        return path
+        return [path]
     for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth"):
-        found = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
-        if len(found) > 1:
-            raise InputError(f"{path} holds several weights files ({', '.join(p.name for p in found[:4])}); name the one you mean")
-        if found:
-            return found[0]
+        if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
+            return found
     raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt or .pth)")
 
 
@@ -170,16 +179,15 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:
             check = _verify(donor, folder, to)
-        write_json(folder / "verify.json", asdict(check) | {"source": hashes(donor.path)})
+        write_json(folder / "verify.json", asdict(check) | {"source": hashes(donor.file)})
         if not check.passed:
             why = check.note or f"features differ from those of {check.reference} by {check.max_error:.1e}"
             raise VerificationError(f"{destination} was not written: {why}")
     return check
 
 
-def hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of the weights file of a checkpoint (of every shard), by name."""
-    file = weights_file(path)
+def hashes(file: Path) -> dict[str, str]:
+    """SHA-256 of a weights file, or of every shard an index names, by file name."""
     shards = sorted(set(read_json(file)["weight_map"].values())) if file.name.endswith(".index.json") else [file.name]
     return {name: weights.sha256(file.parent / name) for name in shards}
 
@@ -191,7 +199,7 @@ def _verify(donor: Donor, folder: Path, to: str) -> Check:
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
             return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} does not come back as it was written")
     foreign = donor if to == "heirloom" else written
-    return donor.family.verify(donor.cfg, donor.source.values, foreign.path, foreign.format)
+    return donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -207,14 +215,7 @@ def _open_ours(path: Path, families: Sequence[Family]) -> Donor:
     cfg = family.config(opened.model)
     model = functional(family.module, cfg)
     views = own_views(opened.tensors, model.spec, str(path / FILE))
-    return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views), "heirloom", path)
-
-
-def _clean(raw: Tensors, clean: Callable[[str], str], file: Path) -> Tensors:
-    cleaned = {clean(key): value for key, value in raw.items()}
-    if len(cleaned) != len(raw):
-        raise InputError(f"{file}: two tensors have the same name once wrappers are taken off")
-    return cleaned
+    return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views), "heirloom", path, path / FILE)
 
 
 def _as_stored(spec: Spec, views: Mapping[str, View]) -> Spec:

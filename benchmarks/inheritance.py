@@ -1,0 +1,64 @@
+"""How much sooner an inheriting student arrives: the demo's race over several seeds and budgets.
+
+    python benchmarks/inheritance.py --seeds 0 1 2 --steps 200 600 --json benchmarks/results/inheritance.json
+
+Per budget: held-out R@1 (mean of both directions) of both students, and the speed-up: the scratch student's steps over the
+steps after which the inheriting one has its final score. The paper reports 1.4 to 7.8 times (abstract), at another scale.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from common import config
+from tinyclip_jax.demo import METRIC, RECIPE, race, steps_to_reach
+
+PAPER = (1.4, 7.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 600])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for steps in args.steps:
+        for seed in args.seeds:
+            cfg = config.load(RECIPE)
+            every = max(steps // 20, 1)
+            cfg = replace(cfg, seed=seed, steps=steps, eval_every=every, log_every=every, pipeline=replace(cfg.pipeline, seed=seed))
+            with tempfile.TemporaryDirectory() as folder:
+                donors = {"inherited": cfg.donor, "scratch": ""}
+                races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
+            scores = {name: race.final[METRIC] for name, race in races.items()}
+            reached = steps_to_reach(races["inherited"], scores["scratch"])
+            rows.append({"steps": steps, "seed": seed, **scores, "reached": reached})
+            print(rows[-1], flush=True)
+    print(f"\n{'steps':>6} {'inherited R@1':>16} {'scratch R@1':>16} {'speed-up':>22}   paper {PAPER[0]}-{PAPER[1]}x")
+    for steps in args.steps:
+        mine = [row for row in rows if row["steps"] == steps]
+        ratios = [steps / max(row["reached"], 1) if row["reached"] is not None else 0.0 for row in mine]
+        print(f"{steps:>6} {spread(mine, 'inherited'):>16} {spread(mine, 'scratch'):>16} {min(ratios):>9.1f}x to {max(ratios):>6.1f}x")
+    if args.json:
+        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
+        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
+
+
+def spread(rows: list[dict], name: str) -> str:
+    values = [100 * row[name] for row in rows]
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) if len(values) > 1 else 0:.1f} %"
+
+
+if __name__ == "__main__":
+    main()

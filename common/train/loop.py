@@ -1,0 +1,215 @@
+"""A run: one folder, one loop. Killed at any step and started again it goes on as if nothing had happened."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from common.checkpoint.state import Checkpoints
+from common.errors import InputError
+from common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer, peak_flops
+from common.train.state import State
+from common.train.step import Batch, Step
+
+
+class Data(Protocol):
+    """Batches already on the devices. `state` is where the last batch handed out stands, whatever was prefetched since."""
+
+    def __next__(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass
+class Run:
+    """The folder `RUN/{config.json, metrics.jsonl, checkpoints/, model/}`."""
+
+    directory: Path
+    config: dict[str, Any]
+    resumed: dict[str, Any] = field(default_factory=dict)
+    """The JSON saved beside the restored state: the position in the data and the open metrics window."""
+
+    @classmethod
+    def open(cls, directory: Path | str, config: Mapping[str, Any], changed: Literal["refuse", "accept"] = "refuse") -> "Run":
+        """Create the folder, or come back to it. Touches no device, so it may come before `start`.
+
+        changed: what to do when the folder holds another config. Raises InputError, with the difference field by
+        field, when that is refused; and when the folder cannot be written.
+        """
+        directory = Path(directory).absolute()
+        file, text = directory / "config.json", json.dumps(config, indent=2)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if file.exists() and changed == "refuse" and (lines := difference(json.loads(file.read_text()), json.loads(text))):
+                raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or force it:", *lines]))
+            # every process of a job writes the same bytes, so it does not matter which is last
+            part = file.with_name(f"config.json.{os.getpid()}.part")
+            part.write_text(text)
+            part.replace(file)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot hold a run ({error.strerror})") from error
+        return cls(directory, json.loads(text))
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.directory / "checkpoints")
+
+    @property
+    def model(self) -> Path:
+        """Where `on_finish` puts the weights, under this name only when they are complete."""
+        return self.directory / "model"
+
+    def finished(self, total: int) -> bool:
+        """Whether all `total` steps are taken and the model is written."""
+        return self.model.exists() and self.checkpoints.latest() == total
+
+    def restore_or(self, make_state: Callable[[], State], like: State) -> State:
+        """The last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or a new one."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return make_state()
+        restored = self.checkpoints.restore(step, like)
+        self.resumed = restored.data
+        return restored.state
+
+    def fit(
+        self,
+        state: State,
+        step: Step,
+        data: Data,
+        total: int,
+        *,
+        examples_per_step: int,
+        log_every: int = 50,
+        save_every: int = 1000,
+        evaluate: Callable[[State], Mapping[str, float]] | None = None,
+        eval_every: int = 1000,
+        on_finish: Callable[[State], None] | None = None,
+        flops_per_example: float | None = None,
+        writers: Sequence[Writer] = (),
+    ) -> State:
+        """Train up to step `total` and return the last state; a state already there only runs `on_finish`.
+
+        state: from `restore_or`, or new. Every `log_every` steps a line is written with the means since the last one;
+        every `eval_every` and at the end, `evaluate(state)` joins it as `eval/*`. Metrics are read one step late, so
+        that the devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a job calls
+        both functions; only the first writes lines.
+
+        On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and the process exits 0.
+        Raises InputError after `max_skipped` non-finite steps in a row, and when the disk or the data fail; the last
+        good state stays on disk, for no state is saved within such a row.
+        """
+        first, start = jax.process_index() == 0, int(state.step)
+        resumed, self.resumed = self.resumed, {}  # once: a run of two phases calls this twice
+        if resumed:
+            data.restore(resumed["data"])
+        file = MetricsFile(self.directory / "metrics.jsonl") if first else None
+        if file:
+            file.truncate(start)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
+        clock, window = Clock(work), Window(resumed.get("window", {}))
+
+        with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
+            recorder = Recorder(log_every, file, progress, clock, window, writers, skipped=int(state.skipped))
+            for n in range(start + 1, total + 1):
+                with clock.waiting():
+                    batch = next(data, None)
+                if batch is None:
+                    raise InputError(f"the data ended after {n - 1} of {total} steps: they must repeat without end")
+                state, metrics = step(state, batch)
+                recorder.push(n, metrics)
+
+                last, stops = n == total, stop.requested(n)
+                evaluates = evaluate is not None and (n % eval_every == 0 or last)
+                saves = n % save_every == 0 or last or stops
+                if evaluates or saves:
+                    recorder.read()
+                if recorder.skipped >= step.cfg.max_skipped:
+                    raise InputError(self._diverged(recorder.step, recorder.skipped))
+                if not (evaluates or saves):
+                    continue
+
+                with clock.paused():
+                    scores = evaluate(state) if evaluate is not None and evaluates else {}
+                if evaluates or last or n % log_every == 0:
+                    recorder.write(scores)
+                if saves and (recorder.skipped == 0 or last):
+                    with clock.paused():
+                        self.checkpoints.save(n, state, {"data": data.state(), "window": window.totals})
+                if stops and not last:
+                    self.checkpoints.wait()
+                    progress.console.print(f"stopped at step {n:,} of {total:,}; the same command continues")
+                    raise SystemExit(0)
+        if on_finish is not None:
+            on_finish(state)
+        return state
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """However the block ends, a save under way is brought to its end."""
+        try:
+            yield
+        finally:
+            self.checkpoints.wait()
+
+    def _diverged(self, step: int, skipped: int) -> str:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest()
+        kept = f"the last good state is {self.checkpoints.directory / str(good)}" if good is not None else "no state was saved before that"
+        return (
+            f"step {step}: loss or gradient were not finite for {skipped} steps in a row, since step {step - skipped + 1}; {kept}. "
+            "Lower optim.lr or optim.clip in a new run, or look at the data"
+        )
+
+
+class Stop:
+    """Listens for the wish to stop while a `with` block runs; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread only, whoever runs that hears them
+        if jax.process_count() > 1:
+            # JAX hears SIGTERM itself and lets all hosts agree on a step; Ctrl-C on one host joins that way
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        else:
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`, the same answer in every process. To be asked once a step."""
+        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, self._before[signal.Signals(number)])
+
+
+def difference(old: Any, new: Any, name: str = "") -> list[str]:
+    """One line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in difference(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))]
+    if old == new:
+        return []
+    show = ["absent" if value is ... else json.dumps(value) for value in (old, new)]
+    return [f"  {name}: {show[0]} before, {show[1]} now"]

@@ -1,0 +1,118 @@
+"""The device mesh, and where each array lives on it."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from common.errors import InputError
+from common.surgery.axes import Leaf, Spec
+from common.train.rollcall import Job, roll_call
+
+ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
+TENSOR_AXES = ("head", "hidden", "vocab")  # the axes tensor parallelism may split, by name
+REPLICATE_BELOW = 64 * 1024  # elements: below this, gathering costs more than the memory it saves
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are shared out. One size may be -1: the rest of the devices."""
+
+    data: int = -1
+    """Copies of the model, each with its own rows of the batch."""
+    fsdp: int = 1
+    """Devices over which one copy of the model, its optimizer and its rows are split."""
+    tensor: int = 1
+    """Devices over which heads, hidden units and vocabulary are split."""
+
+
+def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
+    """Join the other processes, if the environment announces any, and build the mesh `(data, fsdp, tensor)`.
+
+    To be called before anything else touches a device. Raises InputError when the sizes do not multiply to the
+    number of devices, and, naming them, when processes do not show up within `patience` seconds.
+    """
+    _join(patience)
+    devices = jax.device_count()
+    sizes = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    free = [name for name, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and given > 0 and devices % given == 0:
+        sizes[free[0]] = devices // given
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(f"mesh {asked} does not make {devices} devices: change the sizes, one of them may be -1 (the rest)")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each parameter lives: `tensor` by the name of an axis, `fsdp` on the largest axis left that divides.
+
+    Stacking axes are never split, since a scan would gather every layer; leaves under `REPLICATE_BELOW` are replicated.
+    """
+    return {path: NamedSharding(mesh, _partition(leaf, mesh)) for path, leaf in spec.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; the other dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _partition(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
+    placed: list[str | None] = [None] * len(leaf.shape)
+    if math.prod(leaf.shape) < REPLICATE_BELOW:
+        return PartitionSpec()
+
+    def candidates(axis: str) -> list[int]:
+        size = mesh.shape[axis]
+        return [i for i in leaf.axes.where("read", "write", "carry") if size > 1 and placed[i] is None and leaf.shape[i] % size == 0]
+
+    for i in candidates("tensor"):
+        if leaf.axes.names[i] in TENSOR_AXES:
+            placed[i] = "tensor"
+            break
+    if left := candidates("fsdp"):
+        placed[max(left, key=lambda i: leaf.shape[i])] = "fsdp"
+    return PartitionSpec(*placed)
+
+
+def _join(patience: float) -> None:
+    """`jax.distributed.initialize`, when the environment says that this is one process of several."""
+    if jax.distributed.is_initialized():
+        return
+    if job := _announced(os.environ):
+        roll_call(job, patience)
+        jax.distributed.initialize(job.address, job.processes, job.process)
+    elif method := os.environ.get("HEIRLOOM_CLUSTER"):
+        jax.distributed.initialize(cluster_detection_method=method)
+    elif _launched_together(os.environ):
+        jax.distributed.initialize()
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise InputError(f"{jax.process_count()} hosts and no coordinator: set HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)")
+
+
+def _announced(env: Mapping[str, str]) -> Job | None:
+    """The place in a job that was given by hand: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."""
+    if "JAX_COORDINATOR_ADDRESS" not in env:
+        return None
+    wanted = {"JAX_COORDINATOR_ADDRESS": r"[^:]+:\d+", "JAX_NUM_PROCESSES": r"\d+", "JAX_PROCESS_ID": r"\d+"}
+    for name, form in wanted.items():
+        if not re.fullmatch(form, env.get(name, "")):
+            raise InputError(f"{name} is {env.get(name)!r}: a job needs {', '.join(wanted)} (host:port and two numbers)")
+    return Job(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
+
+
+def _launched_together(env: Mapping[str, str]) -> bool:
+    """Whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its hosts."""
+    hosts = env.get("TPU_WORKER_HOSTNAMES", "") or env.get("TPU_PROCESS_ADDRESSES", "")
+    slurm = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
+    return slurm > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env or "," in hosts

@@ -1,0 +1,293 @@
+"""What a run says of itself: JSON lines always, a progress line, TensorBoard and Weights & Biases if asked."""
+
+import importlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from common.errors import InputError
+
+# Dense bf16 FLOP/s of one device as JAX counts devices (two per chip on TPU v2, v3 and 7x), from the makers' data
+# sheets. The first entry whose name occurs in `device_kind` counts.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device, or None where none is known (a CPU)."""
+    words = re.split(r"[^A-Za-z0-9]", device_kind)  # an L40S is no L4
+    names = (name for name in PEAK_FLOPS if name in device_kind and name.split()[-1] in words)
+    return next((PEAK_FLOPS[name] for name in names), None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, with `step` and `loss` at least.
+
+    Everything but the object under `timing` depends on the run alone: cut back and continued, the file equals that of
+    a run that never stopped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one line; it survives the process from here on."""
+        with self._open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The complete lines; a last one that was cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def truncate(self, step: int) -> None:
+        """Keep the lines up to `step`. The file is replaced whole, so a kill in between harms nothing."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        part = self.path.with_suffix(".part")
+        with MetricsFile(part)._open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+    def _open(self, mode: Literal["a", "w"]) -> Any:
+        try:
+            return open(self.path, mode)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+@dataclass
+class Window:
+    """Sums and counts since the last line, so that a line holds the mean over all its steps.
+
+    It is saved with each checkpoint: a resumed run closes the window that the stopped one opened.
+    """
+
+    totals: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """metrics: {name: (sum, count)} of one step, on the host."""
+        for name, (total, count) in metrics.items():
+            sums = self.totals.setdefault(name, [0.0, 0.0])
+            sums[0] += float(total)
+            sums[1] += float(count)
+
+    def close(self) -> dict[str, float | None]:
+        """{name: mean}, None where nothing was counted; the window starts anew."""
+        means = {name: total / count if count else None for name, (total, count) in sorted(self.totals.items())}
+        self.totals = {}
+        return means
+
+
+class Writer(Protocol):
+    """Where else the numbers of a line go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `directory`, through tensorboardX. `start`: the step resumed from, later events are hidden."""
+
+    def __init__(self, directory: Path, start: int = 0) -> None:
+        self._writer = _optional("tensorboardX").SummaryWriter(str(directory), purge_step=start + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+class WeightsAndBiases:
+    """A run at wandb.ai named after the run's folder, continued when the run is."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], project: str = "heirloom") -> None:
+        name = Path(directory).name
+        self._run = _optional("wandb").init(project=project, id=name, name=name, dir=str(directory), config=dict(config), resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+
+def _optional(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{name} is not installed: pip install {name}, or leave it out of the run's writers") from error
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step costs, for the rates on the progress line."""
+
+    examples: int
+    """Examples in a step, over all devices."""
+    flops_per_example: float | None = None
+    """Floating-point operations of one example: forward, backward, and the teacher's forward. From `heirloom inspect`."""
+    peak: float | None = None
+    """Peak FLOP/s of all devices together; None where unknown."""
+
+
+class Clock:
+    """Where the time of a window went; what is paused (evaluation, saving) counts for nothing."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.opened = self.started = time.perf_counter()
+        self.steps, self.waited = 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time of this block is spent waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of this block is no part of the window."""
+        before = time.perf_counter()
+        yield
+        self.opened += time.perf_counter() - before
+
+    def close(self) -> dict[str, float | None]:
+        """`timing` of a line: seconds since the start, examples per second, MFU, and the fraction of time spent waiting for data."""
+        now = time.perf_counter()
+        busy = max(now - self.opened, 1e-9)
+        rate = self.steps * self.work.examples / busy
+        usage = rate * self.work.flops_per_example / self.work.peak if self.work.flops_per_example and self.work.peak else None
+        timing = {"seconds": now - self.started, "examples_per_second": rate, "mfu": usage, "data_wait": min(self.waited / busy, 1.0)}
+        self.opened, self.steps, self.waited = now, 0, 0.0
+        return timing
+
+
+class ProgressLine:
+    """One live line on a terminal; elsewhere a plain line per log interval. Silent in all processes but the first."""
+
+    def __init__(self, total: int, work: Work, console: Console) -> None:
+        self.total, self.work, self.console = total, work, console
+        steps = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}")
+        self._bar = Progress(steps, BarColumn(24), TextColumn("{task.description}"), console=console)
+        self._task: TaskID = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> "ProgressLine":
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        text = describe(line, self.total, self.work)
+        self._bar.update(self._task, completed=line["step"], description=text)
+        if not self.console.is_terminal:
+            self.console.print(f"step {line['step']:,}/{self.total:,}  {text}", highlight=False, soft_wrap=True)
+
+
+def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
+    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if the line has one."""
+    timing = line["timing"]
+    rate = timing["examples_per_second"]
+    left = timedelta(seconds=round((total - line["step"]) * work.examples / rate)) if rate else "-"
+    parts = [
+        f"loss {_show(line['loss'], '.4g')}",
+        f"{rate:,.0f} examples/s",
+        f"MFU {_show(timing['mfu'], '.1%')}",
+        f"data wait {timing['data_wait']:.0%}",
+        f"ETA {left}",
+    ]
+    return "  ".join(parts + [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")])
+
+
+def _show(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+@dataclass
+class Recorder:
+    """Turns the metrics of single steps into lines, and sends each line everywhere.
+
+    Metrics are read one step late: while they travel, the devices already have the next step queued, and the host is
+    never more than that one step ahead.
+    """
+
+    log_every: int
+    file: MetricsFile | None
+    """None in all processes but the first, which alone writes."""
+    progress: ProgressLine
+    clock: Clock
+    window: Window
+    writers: Sequence[Writer]
+    skipped: int
+    """Non-finite steps in a row, up to `step`."""
+    step: int = 0
+    """The last step that was read."""
+    _late: tuple[int, Mapping[str, Any]] | None = None
+
+    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take the metrics of a step just dispatched; read those of the step before and write its line if one is due."""
+        if self._late is not None:
+            self.read()
+            if self.step % self.log_every == 0:
+                self.write({})
+        self._late = step, metrics
+
+    def read(self) -> None:
+        """Wait for the step pushed last and count its metrics."""
+        assert self._late is not None, "nothing was pushed since the last read"
+        (self.step, metrics), self._late = self._late, None
+        values = jax.device_get(metrics)
+        self.window.add(values)
+        self.clock.steps += 1
+        self.skipped = 0 if values["loss"][1] else self.skipped + 1
+        self.progress.advance(self.step)
+
+    def write(self, evaluation: Mapping[str, float]) -> None:
+        """Close the window and write its line, with the evaluation of the same step."""
+        values = self.window.close() | {f"eval/{name}": value for name, value in evaluation.items()}
+        values = {name: float(value) if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": self.step, "loss": values.pop("loss"), **values, "timing": self.clock.close()}
+        if self.file is None:
+            return
+        self.file.append(line)
+        self.progress.show(line)
+        known = {name: value for name, value in line.items() if isinstance(value, float)}
+        for writer in self.writers:
+            writer.write(self.step, known)

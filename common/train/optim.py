@@ -1,0 +1,101 @@
+"""AdamW as the papers use it: warm-up and cosine, and weight decay decided for every parameter by its role."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.errors import InputError, nearest
+from common.surgery.axes import Spec, matches, select
+
+# The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
+# split into axes of their own and layers are stacked, so a bias may have three.
+DECAYED = frozenset({"kernel", "table", "position", "cls_position"})
+SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. The defaults are TinyCLIP's (train.py and script/*.sh of the release)."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup: int = 2000
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a half cosine to 0 at the last step, or nothing."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.2
+    """Decoupled decay of kernels and tables, times the learning rate."""
+    decay: tuple[str, ...] = ()
+    """Path patterns of further parameters to decay."""
+    no_decay: tuple[str, ...] = ()
+    """Path patterns of further parameters to spare; they win over `decay`."""
+    frozen: tuple[str, ...] = ()
+    """Path patterns of parameters that are never updated."""
+    clip: float | None = 5.0
+    """Greatest L2 norm of the gradient, over all trained parameters together."""
+
+
+def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
+    """The rate of update `step` = 0, 1, ...: `lr (step + 1) / warmup`, then a half cosine that ends at `total`.
+
+    Raises InputError when the warm-up is longer than the run.
+    """
+    if cfg.warmup > total:
+        raise InputError(f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: set optim.warmup to {total // 10}, say")
+
+    def rate(step: Any) -> jax.Array:
+        rising = cfg.lr * (step + 1) / max(cfg.warmup, 1)
+        falling: jax.typing.ArrayLike = cfg.lr
+        if cfg.schedule == "cosine":
+            # (1 + cos(pi x)) / 2 = sin(pi (1 - x) / 2)^2: without the cancellation that makes the last steps 0 in f32
+            left = jnp.maximum(total - step, 0) / max(total - cfg.warmup, 1)
+            falling = cfg.lr * jnp.sin(math.pi / 2 * left) ** 2
+        return jnp.where(step < cfg.warmup, rising, falling)
+
+    return rate
+
+
+def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTransformation:
+    """Clip, Adam, decay, learning rate; moments in f32, none for frozen parameters.
+
+    The rate of the last update stays in the state as `learning_rate`, where the step's metrics find it.
+    Raises InputError on a pattern that matches no parameter, and on a parameter of unknown role.
+    """
+    frozen = {path for pattern in cfg.frozen for path in select(pattern, spec)}
+    trained = optax.chain(
+        optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed(cfg, spec)),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(cfg, total)),
+    )
+    groups = {path: "frozen" if path in frozen else "trained" for path in spec}
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, groups)
+
+
+def decayed(cfg: OptimConfig, spec: Spec) -> dict[str, bool]:
+    """For every path whether weight decay applies. Raises InputError as `make_optimizer` does."""
+    for pattern in (*cfg.decay, *cfg.no_decay):
+        select(pattern, spec)
+    return {path: _decays(cfg, path) for path in spec}
+
+
+def _decays(cfg: OptimConfig, path: str) -> bool:
+    role = path.rpartition("/")[2]
+    if any(matches(pattern, path) for pattern in cfg.no_decay):
+        return False
+    if any(matches(pattern, path) for pattern in cfg.decay):
+        return True
+    if role not in DECAYED | SPARED:
+        hint = nearest(role, DECAYED | SPARED)
+        raise InputError(f"{path}: no weight decay is known for {role!r}{hint}; name it in optim.decay or optim.no_decay")
+    return role in DECAYED

@@ -1,0 +1,109 @@
+"""Who is missing? A roll call before JAX joins the processes of a job.
+
+`jax.distributed.initialize` waits for every process and, when one stays away, ends all the others without naming it.
+So processes started by hand (three environment variables each) first report to process 0, on the port that JAX will
+use next; SLURM, MPI and TPU runtimes start all of theirs or none, and need no roll call.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import InputError
+
+RETRY = 0.1  # seconds between two attempts to reach process 0
+REPLY = 5.0  # seconds that an answer may take once the line is open
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's place in a job: where process 0 listens ("host:port"), how many processes, which one this is."""
+
+    address: str
+    processes: int
+    process: int
+
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+
+def roll_call(job: Job, limit: float = 300.0) -> None:
+    """Return when all processes of `job` have reported to process 0.
+
+    limit: seconds to wait. Raises InputError, in every process that did report, naming those that did not.
+    """
+    problem = _call(job, limit) if job.process == 0 else _answer(job, limit)
+    if problem:
+        raise InputError(problem)
+
+
+def _call(job: Job, limit: float) -> str:
+    """Process 0: hear everybody, then tell everybody the outcome, "" when all is well."""
+    deadline = time.monotonic() + limit
+    present: set[int] = set()
+    peers: list[socket.socket] = []
+    problem = ""
+    try:
+        server = socket.create_server(("", job.port))
+    except OSError as error:
+        return f"process 0 cannot listen on port {job.port} ({error.strerror}): is another job using it?"
+    with server:
+        while len(present) < job.processes - 1 and not problem:
+            server.settimeout(max(deadline - time.monotonic(), 1e-3))
+            try:
+                peer, _ = server.accept()
+            except TimeoutError:
+                missing = ", ".join(str(i) for i in range(1, job.processes) if i not in present)
+                problem = (
+                    f"after {limit:g} s process {missing} of {job.processes} has not reported to {job.address}: "
+                    "start it, or look at its log, then start all of them again"
+                )
+                break
+            peers.append(peer)
+            peer.settimeout(REPLY)
+            try:
+                process = int(_receive(peer))
+            except (OSError, ValueError):
+                continue  # a stranger at the port, or a process that died while it reported
+            if process in present or not 0 < process < job.processes:
+                problem = f"a second process calls itself {process} of {job.processes}: give each its own JAX_PROCESS_ID"
+            present.add(process)
+        for peer in peers:
+            with peer, contextlib.suppress(OSError):  # whoever has left needs no answer
+                _send(peer, problem)
+    return problem
+
+
+def _answer(job: Job, limit: float) -> str:
+    """Any other process: report, and hear the outcome."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            with socket.create_connection((job.host, job.port), timeout=max(deadline - time.monotonic(), 1e-3)) as peer:
+                _send(peer, job.process)
+                peer.settimeout(limit + REPLY)  # process 0 may have started its own clock later, and speaks when that runs out
+                return _receive(peer)
+        except OSError:
+            if time.monotonic() >= deadline:
+                return f"process {job.process} found no process 0 at {job.address} within {limit:g} s: start it, or correct the address"
+            time.sleep(RETRY)
+
+
+def _send(peer: socket.socket, message: str | int) -> None:
+    peer.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(peer: socket.socket) -> Any:
+    with peer.makefile("r") as file:
+        line = file.readline()
+    if not line:
+        raise ConnectionError("the other process hung up during the roll call")
+    return json.loads(line)

@@ -1,0 +1,81 @@
+"""What training changes, as one tree."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import DictKey
+
+from common.surgery.axes import Spec
+from common.train.mesh import replicated, shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The whole state of a run between two steps, but for the position in the data."""
+
+    step: Any
+    """int32 scalar: steps taken, skipped ones included."""
+    params: dict[str, Any]
+    opt: optax.OptState
+    ema: dict[str, Any] | None
+    """Exponential moving average of `params`, in f32; None when the run keeps none."""
+    skipped: Any
+    """int32 scalar: how many of the last steps in a row were skipped, their loss or gradient not being finite."""
+
+
+def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None) -> State:
+    """The state as `jax.ShapeDtypeStruct`s with shardings: what to restore into, and what to compile for.
+
+    Moments and averages are sharded like the parameter they belong to, found as the last dictionary key on the way
+    to them; everything else is replicated.
+    """
+    params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in spec.items()}
+    state = jax.eval_shape(lambda p: _fresh(p, optimizer, ema), params)
+    layout, whole = shardings(spec, mesh), replicated(mesh)
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = next((key.key for key in reversed(path) if isinstance(key, DictKey)), None)
+        own = name in spec and spec[name].shape == leaf.shape  # a factored moment has another shape than its parameter
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[str(name)] if own else whole)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def state_shardings(optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None) -> State:
+    """The `NamedSharding` of every leaf of the state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(optimizer, spec, mesh, ema))
+
+
+def create_state(
+    params: dict[str, Any], optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None
+) -> State:
+    """The state before the first step, each leaf in its sharding. `params`: {path: array}, on the host or on devices.
+
+    The state owns its arrays: steps donate it, and `params` stay the caller's. `ema` is the decay of the average, or
+    None for no average; the average starts as a copy. Raises ValueError when paths or shapes differ from `spec`.
+    """
+    found, wanted = {p: tuple(a.shape) for p, a in params.items()}, {p: leaf.shape for p, leaf in spec.items()}
+    if found != wanted:
+        wrong, *more = sorted(p for p in found.keys() | wanted.keys() if found.get(p) != wanted.get(p))
+        raise ValueError(f"{wrong}: the parameters have {found.get(wrong)}, the spec {wanted.get(wrong)} (and {len(more)} more)")
+    layout = shardings(spec, mesh)
+    placed = {path: _place(params[path], layout[path]) for path in spec}
+    return jax.jit(_fresh, static_argnums=(1, 2), out_shardings=state_shardings(optimizer, spec, mesh, ema))(placed, optimizer, ema)
+
+
+def _fresh(params: dict[str, jax.Array], optimizer: optax.GradientTransformation, ema: float | None) -> State:
+    params = jax.tree.map(jnp.copy, params)
+    average = None if ema is None else {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
+    return State(jnp.int32(0), params, optimizer.init(params), average, jnp.int32(0))
+
+
+def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """`array` in its sharding; of an array on the host each process copies the slices its own devices need."""
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,153 @@
+"""One training step: a pure function of state and batch, compiled once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.errors import InputError
+from common.surgery.axes import Spec
+from common.train.mesh import ROWS, batch_sharding, replicated, shardings
+from common.train.state import State, state_shardings
+
+Params = dict[str, Any]
+Batch = dict[str, Any]
+Metrics = dict[str, tuple[Any, Any]]
+LossFn = Callable[[Params, Batch, jax.Array, Any], tuple[jax.Array, Metrics]]
+"""`(params, batch, key, frozen) -> loss, {name: (sum, count)}`: the loss is a mean over the batch; `frozen` is any tree
+that is given to the step and gets no gradient, such as the teacher's weights."""
+
+MATMUL_ROLES = ("kernel", "table")  # the parameters that meet activations in a matmul or become activations
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step is taken; what it minimises is the loss function's affair."""
+
+    accumulate: int = 1
+    """Micro-batches one after the other whose gradients are averaged into one update."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matmuls and activations. Parameters, gradients and optimizer are float32 in any case."""
+    ema: float | None = None
+    """Decay of the moving average of the parameters, such as 0.9999; None keeps no average."""
+    seed: int = 0
+    """Seed of the noise inside the loss; step n draws from fold_in(seed, n)."""
+    max_skipped: int = 100
+    """Stop the run after so many non-finite steps in a row."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """`state, metrics = step(state, batch)`; the state given is donated. `lower` is for the ahead-of-time compiler."""
+
+    jitted: Any
+    mesh: Mesh
+    frozen: Any
+    cfg: StepConfig
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, batch, self.frozen)
+
+    def lower(self, state: State, batch: Batch) -> jax.stages.Lowered:
+        """Both arguments, and `frozen`, may be `jax.ShapeDtypeStruct`s."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch, self.frozen)
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    spec: Spec,
+    mesh: Mesh,
+    cfg: StepConfig,
+    frozen: Any = None,
+    project: Callable[[Params], Params] | None = None,
+) -> Step:
+    """Compile loss, gradient, update and average into one step.
+
+    project: applied to the parameters after the update, such as a bound on `logit_scale`.
+    A step whose loss or gradient norm is not finite changes nothing but the counters `step` and `skipped`.
+    Metrics, as (sum, count): the loss function's, `loss`, `grad_norm` (of all parameters, before clipping), `lr` if
+    the optimizer's state shows a `learning_rate`, and `skipped`; of a skipped step all but `skipped` are (0, 0).
+    Raises InputError (when first called) if the micro-batches do not divide the batch.
+    """
+    layout = shardings(spec, mesh)
+    gradients = _gradients(loss_fn, cfg, mesh, layout)
+
+    def step(state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+        (loss, metrics), grads = gradients(state.params, batch, key, frozen)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if project is not None:
+            params = project(params)
+        ema = None if state.ema is None or cfg.ema is None else optax.incremental_update(params, state.ema, 1 - cfg.ema)
+
+        one = jnp.float32(1)
+        metrics = metrics | {"loss": (loss, one), "grad_norm": (norm, one)}
+        if rates := _learning_rates(opt):
+            metrics["lr"] = (rates[0], one)
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {"skipped": (1 - finite.astype(jnp.float32), one)}
+
+        new, old = (params, opt, ema), (state.params, state.opt, state.ema)
+        params, opt, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return State(state.step + 1, params, opt, ema, jnp.where(finite, 0, state.skipped + 1)), metrics
+
+    states = state_shardings(optimizer, spec, mesh, cfg.ema)
+    jitted = jax.jit(step, in_shardings=(states, batch_sharding(mesh), None), out_shardings=(states, replicated(mesh)), donate_argnums=0)
+    return Step(jitted, mesh, frozen, cfg)
+
+
+def cast(params: Params, compute: str) -> Params:
+    """The precision policy: kernels and tables in `compute`, everything else as it is. Also good for a teacher."""
+    return {path: x.astype(compute) if path.rpartition("/")[2] in MATMUL_ROLES else x for path, x in params.items()}
+
+
+def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, NamedSharding]) -> Callable[..., Any]:
+    """`(params, batch, key, frozen) -> (loss, metrics), gradients`, all in f32, averaged over the micro-batches."""
+
+    def loss_and_metrics(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, Metrics]:
+        loss, metrics = loss_fn(cast(params, cfg.compute), batch, key, frozen)
+        return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+    def whole(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> Any:
+        values, grads = jax.value_and_grad(loss_and_metrics, has_aux=True)(params, batch, key, frozen)
+        return values, jax.lax.with_sharding_constraint(grads, layout)
+
+    def by_parts(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> Any:
+        parts = jax.tree.map(lambda x: _deal(x, cfg.accumulate, mesh), batch)
+        keys = jax.random.split(key, cfg.accumulate)
+        first: Any = jax.tree.map(lambda x: x[0], (parts, keys))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(whole, params, *first, frozen))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            rows, key = part
+            return jax.tree.map(jnp.add, total, whole(params, rows, key, frozen)), None
+
+        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+        loss, grads = jax.tree.map(lambda x: x / cfg.accumulate, (loss, grads))
+        return (loss, metrics), grads
+
+    return whole if cfg.accumulate == 1 else by_parts
+
+
+def _deal(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
+    """[batch, ...] -> [parts, batch / parts, ...]. Row i goes to part i mod parts: dealt like this no row changes device."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows.shape[0] % (parts * shards):
+        raise InputError(f"a batch of {len(rows)} does not divide into {parts} micro-batches on {shards} devices: change step.accumulate")
+    dealt = jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+    return jax.lax.with_sharding_constraint(dealt, NamedSharding(mesh, PartitionSpec(None, ROWS)))
+
+
+def _learning_rates(opt: optax.OptState) -> list[jax.Array]:
+    found = optax.tree.get_all_with_path(opt, "learning_rate", lambda path, value: isinstance(value, jax.Array))
+    return [value for _, value in found]

@@ -1,0 +1,86 @@
+"""What a person types, and what it answers to mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from common.cli import main
+from common.doctor import check_pair
+from common.errors import InputError
+
+MISTAKES = {
+    "an unknown verb": (["convertt", "a", "b"], "invalid choice: 'convertt'"),
+    "a missing argument": (["convert", "a"], "DEST"),
+    "a misspelt flag": (["inspect", "tinyclip/smoke", "--jsn", "x"], "unknown argument '--jsn'; did you mean '--json'?"),
+    "an unknown recipe": (["inspect", "tinyclip/smok"], "no recipe 'tinyclip/smok'; did you mean 'tinyclip/smoke'?"),
+    "a file that is not there": (["inspect", "nowhere/model.safetensors"], "nowhere/model.safetensors: no such file or folder"),
+    "an unknown method": (["demo", "tinyclop"], "no method 'tinyclop'; did you mean 'tinyclip'?"),
+    "an embedded model nobody has": (["inspect", "embedded:emoij"], "no embedded model 'emoij'; did you mean 'emoji'?"),
+    "no run": (["report", "."], "is not a run"),
+    "a recipe without donor": (["inherit", "tinyclip/smoke", "out"], "names no donor"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, message = MISTAKES[case]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("heirloom: ") and error.count("\n") == 1
+    assert "Traceback" not in error
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["heirloom-demo"])
+
+
+def test_help_comes_before_anything_heavy_is_imported():
+    code = (
+        "import sys\nfrom common.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('jax', 'numpy', 'flax', 'transformers', 'tyro') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert all(verb in out for verb in ("doctor", "demo", "convert", "inspect", "inherit", "train", "eval", "report"))
+
+
+def test_inspect_counts_as_published(tmp_path, capsys):
+    assert main(["inspect", "tinyclip/vit_61m_32", "--json", str(tmp_path / "i.json")]) == 0
+    found = json.loads((tmp_path / "i.json").read_text())
+    assert found["parameters"] == {"image": 61_411_200, "text": 28_674_048, "token_table": 25_296_896, "total": 115_382_145}
+    assert round(found["macs"] / 1e9, 1) == 5.3
+    out = capsys.readouterr().out
+    assert "image 61,411,200" in out.replace("\n", " ")
+
+
+def test_doctor_multiplies_and_reports(tmp_path, capsys):
+    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert found["devices"] == 8 and found["gflops"] > 0 and {"jax", "flax"} <= found["versions"].keys()
+    assert capsys.readouterr().out.rstrip().endswith("ready")
+
+
+@pytest.mark.parametrize(
+    ("jax", "flax", "hint"),
+    [("0.12.0.1", "0.12.8", "flax>=0.12.12"), ("0.10.2", "0.12.1", "flax>=0.12.8"), ("0.9.0", "0.12.8", "jax>=0.10.2")],
+)
+def test_doctor_names_the_pair_that_does_not_go_together(jax, flax, hint):
+    with pytest.raises(InputError, match=hint):
+        check_pair(jax, flax)
+
+
+def test_doctor_accepts_the_tested_pairs():
+    check_pair("0.10.2", "0.12.8")
+    check_pair("0.12.0.1", "0.12.12")
+
+
+def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
+    from common import config
+
+    cfg = config.load("tinyclip/smoke", ["--optim.lr", "3e-4", "--student.image.layers", "1"])
+    assert cfg.optim.lr == 3e-4 and cfg.student.image.layers == 1 and cfg.student.text.layers == 2
+    with pytest.raises(SystemExit) as stop:
+        config.load("tinyclip/smoke", ["--optim.learning-rate", "3e-4"])
+    assert stop.value.code == 2

@@ -1,0 +1,196 @@
+import dataclasses
+import itertools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from common.errors import InputError
+from common.surgery.axes import Axes, Leaf
+from common.train.loop import Run, difference
+from common.train.mesh import MeshConfig, start
+from common.train.metrics import MetricsFile
+from common.train.optim import OptimConfig, make_optimizer
+from common.train.state import abstract_state, create_state
+from common.train.step import StepConfig, make_step
+
+TOTAL = 23
+SCALE = {"logit_scale": Leaf(Axes.parse(""), (), np.dtype("float32"))}
+
+
+class Rows:
+    """Batch n is a function of n; `on[n]` is called when batch n is asked for, `bad` names batches with a NaN in them."""
+
+    def __init__(self, on=None, bad=()):
+        self.next, self.on, self.bad = 0, on or {}, bad
+
+    def __next__(self):
+        n, self.next = self.next, self.next + 1
+        self.on.get(n, lambda: None)()
+        x = np.random.default_rng(n).normal(size=(16, 16)).astype("float32")
+        return {"x": x, "factor": np.full((16, 1), np.nan if n in self.bad else 1, "float32")}
+
+    def state(self):
+        return {"next": self.next}
+
+    def restore(self, state):
+        self.next = state["next"]
+
+
+@pytest.fixture
+def train(tmp_path, loss, spec, params, mesh):
+    optimizer = make_optimizer(OptimConfig(lr=1e-2, warmup=5), spec, TOTAL)
+    step = make_step(loss, optimizer, spec, mesh, StepConfig(ema=0.9, max_skipped=4))
+
+    def train(name, data, **options):
+        run = Run.open(tmp_path / name, {"lr": 1e-2})
+        like = abstract_state(optimizer, spec, mesh, ema=0.9)
+        state = run.restore_or(lambda: create_state(params, optimizer, spec, mesh, ema=0.9), like)
+        defaults = {"examples_per_step": 16, "log_every": 5, "save_every": 7} | options
+        return run, run.fit(state, step, data, TOTAL, **defaults)
+
+    return train
+
+
+def curve(run):
+    return [
+        {name: value for name, value in line.items() if name != "timing"} for line in MetricsFile(run.directory / "metrics.jsonl").lines()
+    ]
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.array(x), np.array(y)), a, b))
+
+
+def test_a_stopped_run_continues_to_the_last_bit(train, tmp_path):
+    scores = {"evaluate": lambda state: {"step": float(state.step)}, "eval_every": 9}
+    whole, expected = train("whole", Rows(), **scores)
+    assert [line["step"] for line in curve(whole)] == [5, 9, 10, 15, 18, 20, 23]
+    assert [line.get("eval/step") for line in curve(whole)] == [None, 9.0, None, None, 18.0, None, 23.0]
+
+    # a crash before any state is saved; then SIGTERM while batch 11 is fetched: step 12 is finished and saved, in the
+    # middle of a window of the log
+    with pytest.raises(ZeroDivisionError):
+        train("parts", Rows({6: lambda: 1 // 0}), **scores)
+    with pytest.raises(SystemExit) as stopped:
+        train("parts", Rows({11: lambda: os.kill(os.getpid(), signal.SIGTERM)}), **scores)
+    assert stopped.value.code == 0
+    assert [line["step"] for line in curve(Run.open(tmp_path / "parts", {"lr": 1e-2}))] == [5, 9, 10]
+    # a crash at batch 18, after lines that the checkpoint of step 14 does not know
+    with pytest.raises(ZeroDivisionError):
+        train("parts", Rows({18: lambda: 1 // 0}), **scores)
+    parts, found = train("parts", Rows(), **scores)
+    assert curve(parts) == curve(whole)
+    assert same(found, expected)
+
+
+def test_a_line_holds_the_mean_of_its_steps(train):
+    fine, _ = train("fine", Rows(), log_every=1)
+    coarse, _ = train("coarse", Rows(), log_every=10)
+    losses = [line["loss"] for line in curve(fine)]
+    np.testing.assert_allclose(
+        [line["loss"] for line in curve(coarse)], [np.mean(losses[:10]), np.mean(losses[10:20]), np.mean(losses[20:])]
+    )
+    assert losses[-1] < 0.7 * losses[0]
+    assert json.loads((fine.directory / "metrics.jsonl").read_text().splitlines()[0]).keys() >= {"step", "loss", "timing"}
+
+
+def test_non_finite_steps_are_counted_and_the_good_state_is_kept(train):
+    bad = range(12, 100)  # steps 13, 14, ... fail; 14 would have been saved
+    message = r"step 16: loss or gradient were not finite for 4 steps in a row, since step 13; the last good state is .*checkpoints/7\."
+    with pytest.raises(InputError, match=message):
+        train("bad", Rows(bad=bad))
+    run, state = train("bad", Rows())  # with the data mended it goes on from there
+    assert int(state.step) == TOTAL and int(state.skipped) == 0
+    assert run.checkpoints.latest() == TOTAL
+
+
+def test_few_non_finite_steps_do_no_harm(train):
+    run, state = train("few", Rows(bad=(1, 2, 3, 5, 6)))
+    assert [round(line["skipped"] * 5) for line in curve(run)[:2]] == [3, 2]
+    assert all(np.isfinite(line["loss"]) for line in curve(run))
+    assert int(state.step) == TOTAL
+
+
+def test_a_finished_run_says_so(train):
+    written = []
+
+    def write(state):
+        written.append(int(state.step))
+
+    run, _ = train("done", Rows(), on_finish=write)
+    assert not run.finished(TOTAL)
+    run.model.mkdir()
+    assert run.finished(TOTAL) and not run.finished(TOTAL + 1)
+    _, state = train("done", Rows({n: lambda: 1 // 0 for n in range(99)}), on_finish=write)  # asks for no batch
+    assert written == [TOTAL, TOTAL] and int(state.step) == TOTAL
+
+
+def test_data_that_end_are_named(train):
+    class Short(Rows):
+        def __next__(self):
+            if self.next == 9:
+                raise StopIteration
+            return super().__next__()
+
+    with pytest.raises(InputError, match="the data ended after 9 of 23 steps"):
+        train("short", Short())
+
+
+def test_signals_are_given_back(train):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train("signals", Rows())
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_changed_config_is_refused_with_the_difference(tmp_path):
+    config = {"optim": {"lr": 1e-4, "frozen": ("a", "b")}, "seed": 0, "old": True}
+    Run.open(tmp_path, config)
+    Run.open(tmp_path, json.loads(json.dumps(config)))  # the same, read back: tuples are lists
+    changed = {"optim": {"lr": 3e-4, "frozen": ["a"]}, "seed": 0, "new": None}
+    with pytest.raises(InputError) as refused:
+        Run.open(tmp_path, changed)
+    assert str(refused.value).splitlines()[1:] == [
+        "  optim.lr: 0.0001 before, 0.0003 now",
+        '  optim.frozen: ["a", "b"] before, ["a"] now',
+        "  old: true before, absent now",
+        "  new: absent before, null now",
+    ]
+    assert Run.open(tmp_path, changed, changed="accept").config == changed
+    assert json.loads((tmp_path / "config.json").read_text()) == changed
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_no_difference():
+    assert difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 2]}}) == []
+
+
+def test_a_run_needs_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/run: cannot hold a run \(Not a directory\)"):
+        Run.open(tmp_path / "file" / "run", {})
+
+
+def test_batches_are_asked_for_in_order_and_once(train):
+    asked = []
+    data = Rows({n: (lambda n=n: asked.append(n)) for n in itertools.islice(itertools.count(), 50)})
+    train("order", data)
+    assert asked == list(range(TOTAL))
+
+
+def test_a_second_phase_goes_on_where_the_first_ended(train, tmp_path):
+    asked = []
+    with pytest.raises(SystemExit):
+        train("phases", Rows({11: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    data = Rows({n: (lambda n=n: asked.append(n)) for n in range(50)})
+    run, state = train("phases", data)
+    step = make_step(lambda p, b, k, f: (p["logit_scale"] ** 2, {}), optax.sgd(0.1), SCALE, start(MeshConfig()), StepConfig())
+    fresh = create_state({"logit_scale": np.float32(1)}, optax.sgd(0.1), SCALE, step.mesh)
+    fresh = dataclasses.replace(fresh, step=state.step)
+    run.fit(fresh, step, data, TOTAL + 5, examples_per_step=16, log_every=5)
+    assert asked == list(range(12, TOTAL + 5))
+    assert [line["step"] for line in curve(run)] == [5, 10, 15, 20, 23, 25, 28]

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from common.errors import InputError
+from common.train.metrics import MetricsFile, TensorBoard, WeightsAndBiases, Window, Work, describe, peak_flops
+
+
+def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (10, 20, 30, 40):
+        file.append({"step": step, "loss": 1 / step, "timing": {"seconds": 0.1}})
+    with file.path.open("a") as torn:
+        torn.write('{"step": 50, "lo')  # what a kill leaves
+    whole = file.path.read_bytes()
+    file.truncate(30)
+    assert file.path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncating_nothing_makes_an_empty_file(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl").truncate(0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_file_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere/metrics.jsonl: cannot be written \(No such file or directory\)"):
+        MetricsFile(tmp_path / "nowhere" / "metrics.jsonl").append({"step": 1, "loss": 0.0})
+
+
+def test_a_window_survives_json_to_the_last_bit():
+    steps = [{"loss": (0.1 * n, 1), "top1": (n, 3)} for n in range(7)]
+    whole, first = Window(), Window()
+    for metrics in steps:
+        whole.add(metrics)
+    for metrics in steps[:4]:
+        first.add(metrics)
+    second = Window(json.loads(json.dumps(first.totals)))
+    for metrics in steps[4:]:
+        second.add(metrics)
+    means = whole.close()
+    assert second.close() == means
+    assert means["top1"] == 1.0 and means["loss"] == pytest.approx(0.3)
+    assert whole.totals == {}
+
+
+def test_a_mean_of_nothing_is_none():
+    window = Window()
+    window.add({"loss": (0, 0)})
+    assert window.close() == {"loss": None}
+
+
+def test_the_progress_line():
+    timing = {"seconds": 9.0, "examples_per_second": 2000.0, "mfu": 0.4321, "data_wait": 0.02}
+    line = {"step": 400, "loss": 2.31415, "grad_norm": 1.0, "eval/top1": 0.635, "timing": timing}
+    expected = "loss 2.314  2,000 examples/s  MFU 43.2%  data wait 2%  ETA 0:00:06  eval/top1 0.635"
+    assert describe(line, 600, Work(examples=60)) == expected
+    unknown = {"step": 600, "loss": None, "timing": timing | {"mfu": None}}
+    assert describe(unknown, 600, Work(examples=60)) == "loss -  2,000 examples/s  MFU -  data wait 2%  ETA 0:00:00"
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("cpu", None), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v4", 275e12), ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", None), ("Tesla T4", 65e12),
+    ],
+)  # fmt: skip
+def test_peaks(kind, expected):
+    assert peak_flops(kind) == expected
+
+
+@pytest.mark.parametrize("writer, package", [(lambda d: TensorBoard(d), "tensorboardX"), (lambda d: WeightsAndBiases(d, {}), "wandb")])
+def test_a_missing_package_says_what_to_install(writer, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(InputError, match=f"pip install {package}"):
+        writer(tmp_path)

@@ -1,0 +1,110 @@
+"""Whole runs in processes of their own: killed, spread over two processes, moved to another number of devices."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from socket import create_server
+
+import jax
+import numpy as np
+import pytest
+
+from common.checkpoint.state import Checkpoints
+from common.train.mesh import MeshConfig, start
+from common.train.optim import OptimConfig, make_optimizer
+from common.train.state import abstract_state
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 120  # seconds until a process that hangs is a failure
+
+
+def launch(run, *options, **env):
+    command = [sys.executable, str(Path(__file__).with_name("toy_run.py")), str(run), *map(str, options)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    clean |= {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def curve(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_resumes_to_the_same_bits(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    reference = launch(whole)
+    # while the state of step 32 is being written, and between two saves, each time with a log window half full
+    for stall in (32, 47):
+        process = launch(parts, "--stall", stall)
+        assert "stalled\n" in process.stdout  # reads up to that line
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=LIMIT)
+        assert process.returncode == -signal.SIGKILL
+    finish(launch(parts))
+    finish(reference)
+    assert [line["step"] for line in curve(whole)] == list(range(5, 61, 5))
+    assert curve(parts) == curve(whole)
+    assert curve(whole)[-1]["loss"] < 0.9 * curve(whole)[0]["loss"]
+    expected, found = np.load(whole / "model" / "state.npz"), np.load(parts / "model" / "state.npz")
+    assert len(expected.files) == 6 and found.files == expected.files
+    for name in expected.files:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def spec():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    found = spec_from_file_location("toy_run", Path(__file__).with_name("toy_run.py"))
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.SPEC
+
+
+def test_a_state_moves_from_eight_devices_to_two_and_back(tmp_path):
+    finish(launch(tmp_path / "eight", "--total", 9))
+    finish(launch(tmp_path / "eight", "--devices", 2, "--mesh", 1, 2, 1, "--copy", tmp_path / "two"))
+    mesh = start(MeshConfig(2, 2, 2))
+    leaves = spec()
+    like = abstract_state(make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), leaves, 1000), leaves, mesh, 0.9)
+    written = [Checkpoints(tmp_path / name / "checkpoints").restore(9, like) for name in ("eight", "two")]
+    assert written[0].data == written[1].data and written[0].data["data"] == {"next": 9}
+    jax.tree.map(np.testing.assert_array_equal, written[0].state, written[1].state)
+    kernel = written[1].state.params["up/kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (64, 256) and float(abs(kernel).max()) > 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    with create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    mesh = ("--devices", 2, "--mesh", 2, 2, 1, "--total", 10**6)
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    # only the second process hears SIGTERM: both must stop at the same step, and save it together
+    processes = [launch(run, *mesh, *term, JAX_PROCESS_ID=str(i), **job) for i, term in enumerate([(), ("--term", 3)])]
+    out = [finish(process) for process in processes]
+    said = re.search(r"^stopped at step ([\d,]+) of 1,000,000", out[0], re.MULTILINE)
+    assert said and "stopped at" not in out[1], out
+    step = int(said[1].replace(",", ""))
+    assert Checkpoints(run / "checkpoints").latest() == step
+
+    total = step + 10
+    for folder in (run, alone):
+        finish(launch(folder, "--devices", 4, "--mesh", 2, 2, 1, "--total", total))
+    expected, found = np.load(alone / "model" / "state.npz"), np.load(run / "model" / "state.npz")
+    for name in expected.files:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    lines = curve(run)
+    assert [line["step"] for line in lines] == [line["step"] for line in curve(alone)]
+    np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in curve(alone)], rtol=1e-3)
