@@ -63,13 +63,12 @@ class Dense(nnx.Module):
 
     def __init__(self, axes: str, sizes: Sizes, *, rngs: nnx.Rngs, init: Init = uniform_fan_in, bias: Init | None = zeros):
         parsed = Axes.parse(axes)
-        self.rank = len(parsed.where("read"))
+        read = [parsed.names[i] for i in parsed.where("read")]
+        written = [parsed.names[i] for i in parsed.where("write")]
+        self.rank = len(read)
         self.kernel = param(axes, sizes, init, rngs)
-        self.bias: nnx.Param | None = None
-        if bias is not None:
-            written = " ".join(parsed.names[i] for i in parsed.where("write"))
-            fan_in = prod(sizes[parsed.names[i]] for i in parsed.where("read"))
-            self.bias = param(f"-> {written}", sizes, bias, rngs, fan_in=fan_in)
+        fan_in = prod(sizes[name] for name in read)
+        self.bias = None if bias is None else param(f"-> {' '.join(written)}", sizes, bias, rngs, fan_in=fan_in)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]

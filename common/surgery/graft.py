@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
     return jax.jit(partial(_merge, kept=_kept(line)), out_shardings=sharding)(inherited, fresh)
 
 
-def _kept(line: Line) -> Sequence[np.ndarray]:
+def _kept(line: Line) -> Sequence[Any]:
     """Per axis run, in the shape that broadcasts over the leaf, which rows have a source."""
     masks, position, rank = [], 0, len(line.target.shape)
     for run in line.runs:
@@ -71,5 +72,5 @@ def _kept(line: Line) -> Sequence[np.ndarray]:
     return masks
 
 
-def _merge(inherited: jax.Array, fresh: jax.Array, kept: Sequence[np.ndarray]) -> jax.Array:
+def _merge(inherited: jax.Array, fresh: jax.Array, kept: Sequence[Any]) -> jax.Array:
     return jnp.where(reduce(jnp.logical_and, kept), inherited, fresh)
