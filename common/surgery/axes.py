@@ -128,10 +128,15 @@ def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
     Raises InputError naming the path no pattern covers, or the pattern that covers nothing.
     """
     paths = list(paths)
-    for pattern in patterns:
-        select(pattern, paths)
-    found = {path: next((i for i, p in enumerate(patterns) if matches(p, path)), None) for path in paths}
-    for path, index in found.items():
+    matching = [set(select(pattern, paths)) for pattern in patterns]
+    found: dict[str, int] = {}
+    for path in paths:
+        index = next((i for i, matched in enumerate(matching) if path in matched), None)
         if index is None:
             raise InputError(f"{path}: no rule covers this parameter{nearest(path, patterns)} (rules: {', '.join(patterns)})")
-    return {path: index for path, index in found.items() if index is not None}
+        found[path] = index
+    for i, (pattern, matched) in enumerate(zip(patterns, matching, strict=True)):
+        if i not in found.values():
+            first = patterns[found[min(matched)]]
+            raise InputError(f"pattern {pattern!r} has nothing left: {first!r} comes first and takes {min(matched)}; put it behind")
+    return found

@@ -11,7 +11,6 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from common.surgery.axes import Spec
 from common.surgery.layout import View
-from common.surgery.maps import Pick
 from common.surgery.plan import Line, Plan, Resolution, Source, build
 
 Params = dict[str, jax.Array]
@@ -28,14 +27,9 @@ def graft(plan: Plan | Resolution, source: Source, spec: Spec, place: Place | No
     """
     resolution = plan.resolve(source, spec) if isinstance(plan, Plan) else plan
     place = place or dict.fromkeys(spec, SingleDeviceSharding(jax.local_devices()[0]))
-    needed = [line.path for line in resolution.lines if _rows_fresh(line)]
+    needed = [line.path for line in resolution.lines if not line.complete]
     fresh = init(paths=needed, place=place) if needed else {}
     return {line.path: _leaf(line, place[line.path], fresh.get(line.path)) for line in resolution.lines}
-
-
-def _rows_fresh(line: Line) -> bool:
-    """Whether any element has no source; a row scaled to zero has one."""
-    return line.source is None or any(isinstance(r.map, Pick) and (r.map.rows < 0).any() for r in line.runs)
 
 
 def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:

@@ -36,6 +36,12 @@ class Run:
     source: tuple[int, ...]
     map: Pick | Matrix | PerLayer | None
 
+    @property
+    def sourced(self) -> bool:
+        """Whether every target row has a source row."""
+        inner = self.map.maps if isinstance(self.map, PerLayer) else (self.map,)
+        return not any(isinstance(map, Pick) and (map.rows < 0).any() for map in inner)
+
     def in_layer(self, layer: int) -> "Run":
         return replace(self, map=self.map.maps[layer]) if isinstance(self.map, PerLayer) else self
 
@@ -61,6 +67,11 @@ class Line:
     runs: tuple[Run, ...]
     fraction: float
     origin: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element has a source (a row scaled to zero has one)."""
+        return self.source is not None and all(run.sourced for run in self.runs)
 
     def maps(self) -> str:
         """The maps in words, for the report: `layer: rows 0 2 4, embed: first 512`."""
@@ -151,6 +162,8 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
                 f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}.'
             )
         return
+    if isinstance(run.map, PerLayer) and not run.sourced:
+        raise InputError(f"{path}: a map per layer leaves rows of axis {name!r} fresh; give them a source and scale 0")
     if isinstance(run.map, PerLayer) and (not leaf.layered or len(run.map.maps) != leaf.shape[0]):
         raise InputError(f"{path}: the map of axis {name!r} speaks of {len(run.map.maps)} layers, the parameter is '{leaf}'")
     for map in run.map.maps if isinstance(run.map, PerLayer) else (run.map,):
@@ -262,7 +275,7 @@ def apply(plan: Plan, source: Source, spec: Spec) -> dict[str, Any]:
     """
     lines = plan.resolve(source, spec).lines
     for line in lines:
-        if line.fraction < 1:
+        if not line.complete:
             raise InputError(f"{line.path}: the rule {line.rule!r} leaves rows fresh; only graft, which has an initialiser, can do that")
     return {line.path: build(line) for line in lines}
 

@@ -1,0 +1,118 @@
+"""Grafts: straight into shardings, only what is needed, into memory of their own."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from common.surgery.axes import Axes, Leaf
+from common.surgery.graft import graft
+from common.surgery.layout import View
+from common.surgery.maps import FRESH, first, matrix, pad, pick
+from common.surgery.plan import Plan, Source, apply
+from common.train.mesh import shardings
+
+F32 = np.dtype(np.float32)
+SOURCE = {
+    "w": Leaf(Axes.parse("layer embed -> hidden"), (4, 256, 128), F32),
+    "n": Leaf(Axes.parse("layer embed"), (4, 256), F32),
+    "s": Leaf(Axes.parse(""), (), F32),
+}
+TARGET = {
+    "w": Leaf(Axes.parse("layer embed -> hidden"), (2, 512, 64), F32),
+    "n": Leaf(Axes.parse("layer embed"), (2, 512), F32),
+    "s": Leaf(Axes.parse(""), (), F32),
+}
+PLAN = Plan((("s", FRESH), ("w", {"layer": pick([3, 1]), "embed": pad(256, 512), "hidden": first(64)}), ("n", {"layer": pick([3, 1]), "embed": pad(256, 512)})))
+
+
+def values():
+    rng = np.random.default_rng(0)
+    return {path: np.asarray(rng.standard_normal(leaf.shape), np.float32) for path, leaf in SOURCE.items()}
+
+
+def init(paths, place, key=0):
+    def make(key):
+        return {p: jax.random.normal(jax.random.fold_in(key, i), TARGET[p].shape) for i, p in enumerate(sorted(paths))}
+
+    return jax.jit(make, out_shardings={p: place[p] for p in paths})(jax.random.key(key))
+
+
+def mesh(data, fsdp, tensor):
+    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: data * fsdp * tensor])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_sharded_equals_unsharded_bit_for_bit(shape):
+    place = shardings(TARGET, mesh(*shape))
+    plain = graft(PLAN, Source(SOURCE, values()), TARGET, None, init)
+    spread = graft(PLAN, Source(SOURCE, values()), TARGET, place, init)
+    for path in TARGET:
+        np.testing.assert_array_equal(spread[path], plain[path])
+        assert spread[path].sharding == place[path]
+    kept = values()["w"][[3, 1], :, :64]
+    np.testing.assert_array_equal(plain["w"][:, :256], kept)
+    assert float(np.abs(plain["w"][:, 256:]).min()) > 0  # fresh rows come from the initialiser
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=2), st.booleans())
+def test_graft_equals_apply(layers, dense):
+    target = {"w": Leaf(Axes.parse("layer embed -> hidden"), (2, 256, 128), F32)}
+    layer = matrix(np.eye(4, dtype=np.float32)[layers]) if dense else pick(layers)
+    plan, source = Plan((("w", {"layer": layer}),)), Source({"w": SOURCE["w"]}, {"w": values()["w"]})
+    np.testing.assert_array_equal(graft(plan, source, target, None, init)["w"], apply(plan, source, target)["w"])
+
+
+class Recording:
+    """A donor's array that remembers how often it was indexed and how many elements were taken."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.reads, self.elements = array, array.shape, array.dtype, 0, 0
+
+    def __getitem__(self, index):
+        out = self.array[index]
+        self.reads += 1
+        self.elements += out.size
+        return out
+
+
+def test_trap_replicas_share_what_was_read():
+    # make_array_from_callback asks once per device.
+    recorded = Recording(values()["n"])
+    place = {"n": NamedSharding(mesh(8, 1, 1), PartitionSpec())}
+    target = {"n": SOURCE["n"]}
+    graft(Plan((("n", {}),)), Source({"n": SOURCE["n"]}, {"n": recorded}), target, place, init)
+    assert recorded.reads == 1
+
+
+def test_only_the_slices_a_device_holds_are_read():
+    recorded = Recording(values()["w"])
+    place = {"w": NamedSharding(mesh(1, 8, 1), PartitionSpec(None, "fsdp"))}
+    target = {"w": Leaf(Axes.parse("layer embed -> hidden"), (2, 128, 128), F32)}
+    plan = Plan((("w", {"layer": pick([0, 2]), "embed": first(128)}),))
+    graft(plan, Source({"w": SOURCE["w"]}, {"w": recorded}), target, place, init)
+    assert recorded.reads == 8 and recorded.elements == 2 * 128 * 128  # each element of the student once, nothing more
+
+
+def test_trap_a_memory_map_is_not_aliased(tmp_path):
+    # A CPU array over an aligned map would change with the file.
+    file = tmp_path / "w.bin"
+    np.ones((4, 256, 128), np.float32).tofile(file)
+    mapped = np.memmap(file, np.float32, "r+", shape=(4, 256, 128))
+    spec = {"w": SOURCE["w"]}
+    for source in (mapped, View(tuple(mapped), True)):
+        got = graft(Plan((("w", {}),)), Source(spec, {"w": source}), spec, None, init)["w"]
+        mapped[...] = 7
+        assert float(got.max()) == 1.0
+        mapped[...] = 1
+
+
+def test_fresh_leaves_are_the_initialisers_own_bits():
+    got = graft(PLAN, Source(SOURCE, values()), TARGET, None, partial(init, key=5))
+    place = dict.fromkeys(TARGET, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    np.testing.assert_array_equal(got["s"], init(["w", "n", "s"], place, key=5)["s"])
