@@ -1,0 +1,135 @@
+"""Files: read lazily and strictly, written whole or not at all."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from common.checkpoint.weights import create_safetensors, open_safetensors, open_sharded, staged
+from common.errors import InputError
+from common.surgery.layout import Tensor
+
+TENSORS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.array(2.5, np.float16),
+    "c/d": np.arange(5, dtype=np.int64),
+    "e": np.array([1.5, -2], ml_dtypes.bfloat16),
+}
+
+
+def write(path, tensors=TENSORS):
+    with create_safetensors(path, {k: Tensor(v.shape, v.dtype) for k, v in tensors.items()}) as out:
+        for key, value in tensors.items():
+            out[key][...] = value
+
+
+def test_we_and_the_library_read_each_others_files(tmp_path):
+    write(tmp_path / "ours.safetensors")
+    theirs = load_file(tmp_path / "ours.safetensors")
+    for key, value in TENSORS.items():
+        np.testing.assert_array_equal(theirs[key], value)
+    save_file({k: v for k, v in TENSORS.items() if k != "e"}, tmp_path / "theirs.safetensors")
+    for key, value in open_safetensors(tmp_path / "theirs.safetensors").items():
+        np.testing.assert_array_equal(value, TENSORS[key])
+    assert open_safetensors(tmp_path / "ours.safetensors")["e"].dtype == ml_dtypes.bfloat16
+
+
+def test_opened_tensors_cannot_be_written_and_are_maps(tmp_path):
+    write(tmp_path / "m.safetensors")
+    tensor = open_safetensors(tmp_path / "m.safetensors")["a"]
+    with pytest.raises(ValueError, match="read-only"):
+        tensor[0, 0] = 1
+    assert not tensor.flags.owndata
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_a_truncated_file_is_named(tmp_path, keep):
+    file = tmp_path / "m.safetensors"
+    write(file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"m\.safetensors.*cut short"):
+        open_safetensors(file)
+
+
+def test_noise_is_not_a_safetensors_file(tmp_path):
+    file = tmp_path / "m.safetensors"
+    file.write_bytes((20).to_bytes(8, "little") + b"x" * 64)
+    with pytest.raises(InputError, match="does not parse"):
+        open_safetensors(file)
+
+
+def test_shards_are_one_checkpoint_and_a_missing_one_is_named(tmp_path):
+    write(tmp_path / "1.safetensors", {"a": TENSORS["a"]})
+    write(tmp_path / "2.safetensors", {"b": TENSORS["b"]})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    found = open_sharded(index)
+    np.testing.assert_array_equal(found["a"], TENSORS["a"])
+    assert found["b"] == 2.5
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(InputError, match=r"the shard 2\.safetensors is missing"):
+        open_sharded(index)
+
+
+def test_nothing_stands_under_the_name_before_the_end(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("x")
+        assert not (tmp_path / "out").exists()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_name_is_refused_unless_forced_and_then_replaced_whole(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("x")
+    with pytest.raises(InputError, match="exists; give another name, or --force"), staged(out):
+        pass
+    assert (out / "old").exists()
+    with staged(out, force=True) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("y")
+    assert [p.name for p in out.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from common.checkpoint.weights import staged, create_safetensors
+from common.surgery.layout import Tensor
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    with staged(Path({str(tmp_path / "out")!r})) as folder:
+        folder.mkdir()
+        with create_safetensors(folder / "model.safetensors", {{"w": Tensor((1 << 20,), np.dtype(np.float32))}}) as out:
+            out["w"][...] = 1
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
+    assert out.startswith("InputError") and "could not be written" in out and out.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from common.checkpoint.weights import staged
+with staged(Path({str(tmp_path / "out")!r})) as folder:
+    folder.mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,135 @@
+"""Layouts: strided views both ways, bit for bit, and strict about every tensor."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InputError
+from common.surgery.axes import Axes, Leaf
+from common.surgery.layout import Layout, own_views
+
+LAYOUT = Layout(
+    "toy",
+    (
+        ("cls + grid", "pos", "1 embed + (grid_row grid_col) embed"),
+        ("q/kernel + k/kernel", "layers.{layer}.in.weight"),
+        ("q/bias + k/bias", "layers.{layer}.in.bias"),
+        ("conv", "conv.weight", "embed channel patch_row patch_col"),
+        ("table", "table", "vocab embed"),
+        ("scale", "scale"),
+    ),
+    ignore=("*.buffer",),
+    constant={"ids": np.arange(3)},
+)
+
+
+def spec(layers, embed, head, head_dim, grid, dtype):
+    def leaf(axes, *shape):
+        return Leaf(Axes.parse(axes), shape, np.dtype(dtype))
+
+    return {
+        "cls": leaf("-> embed", embed),
+        "grid": leaf("grid_row grid_col -> embed", grid, grid + 1, embed),
+        "q/kernel": leaf("layer embed -> head head_dim", layers, embed, head, head_dim),
+        "k/kernel": leaf("layer embed -> head head_dim", layers, embed, head, head_dim),
+        "q/bias": leaf("layer -> head head_dim", layers, head, head_dim),
+        "k/bias": leaf("layer -> head head_dim", layers, head, head_dim),
+        "conv": leaf("patch_row patch_col channel -> embed", 2, 2, 3, embed),
+        "table": leaf("vocab -> embed", 5, embed),
+        "scale": leaf("", *()),
+    }
+
+
+def foreign(spec, seed=0):
+    rng = np.random.default_rng(seed)
+    out = {key: np.asarray(rng.standard_normal(t.shape)).astype(t.dtype) for key, t in LAYOUT.foreign(spec).items()}
+    return out | {"ids": np.arange(3)}
+
+
+def bits(x):
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
+def test_round_trips_bit_for_bit_in_both_directions(layers, embed, head, head_dim, grid, dtype):
+    model = spec(layers, embed, head, head_dim, grid, dtype)
+    file = foreign(model)
+    ours = {path: np.asarray(view) for path, view in LAYOUT.view(file, model).items()}
+    assert {p: (x.shape, x.dtype) for p, x in ours.items()} == {p: (leaf.shape, leaf.dtype) for p, leaf in model.items()}
+    back = {key: np.zeros_like(value) for key, value in file.items()}
+    for path, view in LAYOUT.view(back, model).items():
+        view.write(ours[path])
+    for key in file.keys() - {"ids"}:
+        np.testing.assert_array_equal(bits(back[key]), bits(file[key]))
+
+
+def test_where_each_number_goes():
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    file = foreign(model)
+    ours = LAYOUT.view(file, model)
+    packed = file["layers.1.in.weight"]  # rows: q's heads, then k's; columns: embed
+    np.testing.assert_array_equal(np.asarray(ours["k/kernel"])[1, :, 2, 1], packed[6 + 2 * 2 + 1])
+    np.testing.assert_array_equal(np.asarray(ours["q/bias"])[0], file["layers.0.in.bias"][:6].reshape(3, 2))
+    np.testing.assert_array_equal(np.asarray(ours["conv"])[1, 0, 2], file["conv.weight"][:, 2, 1, 0])
+    np.testing.assert_array_equal(np.asarray(ours["cls"]), file["pos"][0])
+    np.testing.assert_array_equal(np.asarray(ours["grid"])[1, 2], file["pos"][1 + 1 * 3 + 2])
+    assert LAYOUT.keys(model)["k/kernel"] == "layers.{layer}.in.weight"
+
+
+def test_views_are_strides_and_not_copies():
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    file = foreign(model)
+    for path, view in LAYOUT.view(file, model).items():
+        assert all(any(np.shares_memory(part, tensor) for tensor in file.values()) for part in view.parts), path
+
+
+def test_trap_layered_is_a_property_and_scalars_have_no_first_axis():
+    model = spec(1, 2, 1, 1, 1, np.float32)
+    views = LAYOUT.view(foreign(model), model)
+    assert views["q/bias"].layered and views["q/bias"].shape == (1, 1, 1)
+    assert not views["scale"].layered and views["scale"].shape == ()
+    assert np.asarray(views["scale"]).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("table"), r"file: tensor 'table' is missing"),
+        (lambda f: f.update({"tabel": f.pop("table")}), r"tensor 'table' is missing; did you mean 'tabel'"),
+        (lambda f: f.update({"scales": f["scale"]}), r"tensor 'scales' is not part of this toy model; did you mean 'scale'"),
+        (lambda f: f.update({"table": f["table"][:3]}), r"tensor 'table' has shape \(3, 4\), this configuration needs \(5, 4\)"),
+    ],
+)
+def test_every_tensor_there_no_other_and_of_the_right_shape(change, message):
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    file = foreign(model)
+    change(file)
+    with pytest.raises(InputError, match=message):
+        LAYOUT.view(file, model, "file")
+
+
+def test_buffers_may_be_there_or_not():
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    file = foreign(model)
+    assert LAYOUT.view(file | {"mask.buffer": np.zeros(3)}, model).keys() == model.keys()
+    del file["ids"]
+    assert LAYOUT.view(file, model).keys() == model.keys()
+
+
+def test_a_leaf_without_a_row_is_a_mistake_of_the_layout():
+    model = spec(2, 4, 3, 2, 2, np.float32) | {"new": Leaf(Axes.parse("embed"), (4,), np.dtype(np.float32))}
+    with pytest.raises(ValueError, match="no row for 'new'"):
+        LAYOUT.foreign(model)
+
+
+def test_our_own_files_are_views_too():
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    tensors = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in model.items()}
+    views = own_views(tensors, model, "file")
+    assert {p: v.shape for p, v in views.items()} == {p: leaf.shape for p, leaf in model.items()}
+    assert all(np.shares_memory(part, tensors[p]) for p, view in views.items() for part in view.parts)
+    with pytest.raises(InputError, match="tensor 'cls' is missing"):
+        own_views({p: t for p, t in tensors.items() if p != "cls"}, model, "file")
