@@ -221,3 +221,7 @@ def _report(args: argparse.Namespace) -> None:
     from common.report import write
 
     print(write(args.run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

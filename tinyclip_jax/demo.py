@@ -102,7 +102,7 @@ def _score(cfg: Config, source: str) -> dict[str, float]:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
     pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
     assert tokenizer is not None and cfg.held_out is not None
-    return retrieval_on(cfg.held_out, donor.model, pre, tokenizer, donor.cfg, mesh)(load_params(donor, mesh)).flat()
+    return retrieval_on(cfg.held_out, donor.model, pre, tokenizer, donor.cfg, mesh)(load_params(donor, mesh)).summary()
 
 
 def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]]) -> Table:

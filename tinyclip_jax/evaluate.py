@@ -36,8 +36,10 @@ class Scored:
     n: int
     metrics: Mapping[str, float]
 
-    def flat(self) -> dict[str, float]:
-        return dict(self.metrics)
+    def summary(self) -> dict[str, float]:
+        """What a line of progress has room for: of retrieval the means of both directions."""
+        means = {name: value for name, value in self.metrics.items() if "_to_" not in name}
+        return means or dict(self.metrics)
 
     def rows(self, published: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
         """One row per metric, with the published value beside it where there is one. Shares are in percent."""

@@ -152,7 +152,7 @@ def _depth(tensors: Tensors, prefix: str) -> int:
 
 def _clean_original(key: str) -> str:
     """Take off what data parallelism and the automatic method wrapped around the keys."""
-    key = key.replace("module.", "")
+    key = re.sub(r"(?<![^.])module\.", "", key)  # a whole part of the key: `l0_module.` keeps its name
     return re.sub(r"^_?(image|text)_encoder_without_ddp\.", r"_\1_encoder.", key)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import InputError
 from common.nn.attention import Kernel, softmax
 from common.nn.block import Block, BlockInit, Remat, scan, stack
 from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
@@ -92,6 +93,13 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
     return ClipConfig(image, TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width))
 
 
+def head_dim(c: ImageConfig | TextConfig) -> int:
+    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file cannot tell how many."""
+    if c.heads < 1 or c.width % c.heads:
+        raise InputError(f"{c.heads} heads do not divide a width of {c.width}; say how many there are (image_heads, text_heads)")
+    return c.width // c.heads
+
+
 class Features(NamedTuple):
     """Unit-norm image and text features, [batch, joint] f32, and the scale of their similarities (not its logarithm)."""
 
@@ -103,7 +111,7 @@ class Features(NamedTuple):
 class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.image, cfg.image.width**-0.5
-        sizes = dict(embed=c.width, head=c.heads, head_dim=c.width // c.heads, hidden=c.hidden, joint=cfg.joint)
+        sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
         attend = softmax(kernel=cfg.attention)
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
@@ -130,7 +138,7 @@ class ImageTower(nnx.Module):
 class TextTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
-        sizes = dict(embed=c.width, head=c.heads, head_dim=c.width // c.heads, hidden=c.hidden, joint=cfg.joint)
+        sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
         init = BlockInit(qkv=normal(std), out=normal(residual), up=normal((2 * c.width) ** -0.5), down=normal(residual))

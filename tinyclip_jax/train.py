@@ -114,7 +114,7 @@ def train(cfg: Config, directory: Path) -> None:
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
 
-    donor, teacher = (open_clip_model(source) if source not in ("", EMBEDDINGS) else None for source in (cfg.donor, cfg.teacher))
+    donor, teacher = opened(cfg.donor), opened(cfg.teacher)
     source = open_source(cfg.data)
     inputs = read_inputs(cfg, donor or teacher, source)
     data = training_batches(source, cfg.pipeline, inputs.pre, inputs.tokenizer, cfg.student.text.context, mesh=mesh)
@@ -147,11 +147,16 @@ def train(cfg: Config, directory: Path) -> None:
         log_every=cfg.log_every,
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
-        evaluate=(lambda state: score(best(state)).flat()) if score else None,
+        evaluate=(lambda state: score(best(state)).summary()) if score else None,
         on_finish=lambda state: save(run.model, cfg, best(state), inputs),
         # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
         flops_per_example=6 * total_macs(cfg.student, student.spec) + (2 * total_macs(teacher.cfg, teacher.model.spec) if teacher else 0),
     )
+
+
+def opened(source: str) -> Donor | None:
+    """The checkpoint a config names, if it names one."""
+    return None if source in ("", EMBEDDINGS) else open_clip_model(source)
 
 
 def loss_fn(cfg: Config, student: Functional, teacher: Donor | None) -> LossFn:
@@ -225,8 +230,8 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
     if cfg.held_out is None:
         raise InputError("this recipe names no held-out data; give --held-out.path, or evaluate a weights folder with --data")
     mesh = start(cfg.mesh)
-    donor, student = open_clip_model(cfg.donor) if cfg.donor else None, functional(Clip, cfg.student)
-    inputs = read_inputs(cfg, donor, open_source(cfg.data) if cfg.tokenizer == "fit" else None)
+    donor, student = opened(cfg.donor), functional(Clip, cfg.student)
+    inputs = read_inputs(cfg, donor or opened(cfg.teacher), open_source(cfg.data) if cfg.tokenizer == "fit" else None)
     score = retrieval_on(cfg.held_out, student, inputs.pre, inputs.tokenizer, cfg.student, mesh)
     return score(initial(cfg, student, donor, shardings(student.spec, mesh))).rows(cfg.published)
 

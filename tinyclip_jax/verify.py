@@ -24,8 +24,9 @@ def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
     images = rng.standard_normal((EXAMPLES, cfg.image.size, cfg.image.size, 3)).astype(np.float32)
     eot = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
     tokens = np.zeros((EXAMPLES, cfg.text.context), np.int32)
+    words = np.delete(np.arange(cfg.text.vocab), eot)
     for row, length in zip(tokens, np.linspace(3, cfg.text.context, EXAMPLES).astype(int), strict=True):
-        row[: length - 1] = rng.integers(3, min(eot, cfg.text.vocab - 2), length - 1)
+        row[: length - 1] = rng.choice(words, length - 1)
         row[length - 1] = eot
     return images, tokens
 

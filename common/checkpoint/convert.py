@@ -239,7 +239,7 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
 
     def fill(out: Tensors) -> None:
         for path, view in format.layout.view(out, spec).items():
-            view.write(np.asarray(values[path]))
+            view.write(values[path])
         for key, value in format.layout.constant.items():
             out[key][...] = value
 

@@ -24,11 +24,14 @@ def open_torch(path: Path) -> Tensors:
 
         state = torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
     except Exception as error:  # torch raises nearly every type here, all of them about this file
-        if "TorchScript" in str(error):
+        why = str(error) or type(error).__name__
+        if "TorchScript" in why:
             raise InputError(f"{path}: a TorchScript archive; save its state_dict() with torch.save and convert that") from error
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        no_pickle = "Unsupported operand" in why  # random bytes: torch's words would advise to trust them
+        if "weights_only" in why and not no_pickle:
             raise InputError(f"{path}: holds pickled code, not only tensors, and was not opened; save its state_dict() alone") from error
-        raise InputError(f"{path}: not a readable torch file ({str(error).splitlines()[0]}); fetch it again") from error
+        why = "neither an archive nor a pickle of tensors" if no_pickle else why.splitlines()[0]
+        raise InputError(f"{path}: not a readable torch file ({why}); fetch it again") from error
     while isinstance(state, dict) and (inner := next((k for k in _WRAPPERS if isinstance(state.get(k), dict)), None)):
         state = state[inner]
     if not isinstance(state, dict):
@@ -39,7 +42,7 @@ def open_torch(path: Path) -> Tensors:
 def write_torch(path: Path, tensors: Tensors) -> None:
     """Write `{"state_dict": tensors}` as torch.save would. Raises InputError without torch."""
     torch = _torch(path)
-    torch.save({"state_dict": {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}}, path)
+    torch.save({"state_dict": {key: _tensor(value, torch) for key, value in tensors.items()}}, path)
 
 
 def _numpy(tensor: Any, torch: Any) -> np.ndarray:
@@ -47,6 +50,13 @@ def _numpy(tensor: Any, torch: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _tensor(array: np.ndarray, torch: Any) -> Any:
+    array = np.array(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _torch(path: Path) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
 from common.surgery.layout import Tensor
@@ -41,35 +42,33 @@ _NAMES = {np.dtype(d): name for name, d in _DTYPES.items()}
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of one file as read-only memory maps: a page is read when it is touched.
 
-    The safetensors library's own slices take no index arrays, which picking rows needs. Raises InputError for a file that
-    is truncated or is not safetensors.
+    The safetensors library checks the header, but its own slices take no index arrays, which picking rows needs. Raises
+    InputError for a file that is not there, is cut short or is not safetensors.
     """
-    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cut short, or not a safetensors file ({error}); fetch it again") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise InputError(f"{path}: not a safetensors file, or cut short ({size} bytes); fetch it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise InputError(f"{path}: the safetensors header does not parse ({error}); fetch it again") from error
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    buffer = np.memmap(path, np.uint8, "r") if size > 8 + length else np.empty(size, np.uint8)
+    buffer = np.memmap(path, np.uint8, "r")
     tensors = {}
     for key, entry in header.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
         if entry["dtype"] not in _DTYPES:
             raise InputError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}")
-        dtype = np.dtype(_DTYPES[entry["dtype"]])
-        if stop > size or stop - start != prod(entry["shape"]) * dtype.itemsize:
-            raise InputError(f"{path}: cut short: tensor {key!r} ends at byte {stop}, the file has {size}; fetch it again")
-        tensors[key] = np.asarray(buffer[start:stop]).view(dtype).reshape(entry["shape"])
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[key] = np.asarray(buffer[start:stop]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
 def open_sharded(index: Path) -> Tensors:
     """The tensors of a sharded checkpoint, from its `*.safetensors.index.json`. Raises InputError for a missing shard or tensor."""
-    where: dict[str, str] = read_json(index).get("weight_map", {})
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{index}: holds no weight_map from tensors to files; fetch it again")
     shards: dict[str, Tensors] = {}
     for name in sorted(set(where.values())):
         shard = index.parent / name
@@ -125,7 +124,11 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
         if destination.exists():
             old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
             destination.rename(old)
-            temporary.rename(destination)
+            try:
+                temporary.rename(destination)
+            except OSError:
+                old.rename(destination)
+                raise
             remove(old)
         else:
             temporary.rename(destination)
@@ -141,7 +144,7 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
 
 
@@ -166,6 +169,8 @@ def open_folder(path: Path) -> Folder:
     if not is_folder(path):
         raise InputError(f"{path} is not a weights folder of heirloom; `heirloom convert {path} DEST` makes one of a foreign checkpoint")
     config = read_json(path / "config.json")
+    if missing := {"method", "model"} - config.keys():
+        raise InputError(f"{path / 'config.json'}: {min(missing)!r} is missing; convert the checkpoint again")
     return Folder(path, config["method"], config["model"], open_safetensors(path / FILE))
 
 
@@ -183,11 +188,14 @@ def write_params(folder: Path, params: Mapping[str, Any], dtype: Any = None) -> 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON file. Raises InputError when it does not parse."""
+    """Parse a JSON object. Raises InputError when the file holds none."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,7 +30,9 @@ class Functional:
 
     def init(self, key: jax.Array, paths: Iterable[str] | None = None, place: Mapping[str, jax.sharding.Sharding] | None = None) -> Params:
         """Fresh parameters, those of `paths` alone if given: XLA leaves the rest out, and the values are the same bits."""
-        wanted = list(self.spec) if paths is None else list(paths)
+        wanted = self.spec.keys() if paths is None else set(paths)
+        if unknown := wanted - self.spec.keys():
+            raise ValueError(f"unknown parameter {min(unknown)!r}{nearest(min(unknown), self.spec)}")
 
         def make(key: jax.Array) -> Params:
             leaves = jax.tree.leaves(nnx.split(self._make(key))[1])

@@ -40,9 +40,13 @@ class View:
         for part, target in zip(self.parts, into if self.layered else [into], strict=True):
             np.copyto(target, part, casting="same_kind")
 
-    def write(self, value: np.ndarray) -> None:
-        """Copy in."""
-        for part, source in zip(self.parts, value if self.layered else [value], strict=True):
+    def write(self, value: "View | np.ndarray") -> None:
+        """Copy in; from another view part by part, without an intermediate."""
+        if isinstance(value, View):
+            sources: Sequence[np.ndarray] = value.parts
+        else:
+            sources = list(value) if self.layered else [value]
+        for part, source in zip(self.parts, sources, strict=True):
             np.copyto(part, source, casting="same_kind")
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:

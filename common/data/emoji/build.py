@@ -12,6 +12,7 @@ import re
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ HELD_OUT = 300
 LARGEST_FAMILY = 8
 SEED = "emoji-1"
 # At 92 no ringing shows even at 3x, and the three files take 6 MB; lossless would take 13.
-WEBP = {"format": "WEBP", "quality": 92, "method": 6}
+WEBP: dict[str, Any] = {"format": "WEBP", "quality": 92, "method": 6}
 # Country and subdivision flags are arbitrary signs: nothing in the picture tells a model that held it out their name.
 LEFT_OUT = {"country-flag", "subdivision-flag"}
 
@@ -106,11 +107,19 @@ def fetch(name: str, version: str, cache: Path) -> tarfile.TarFile:
     return tarfile.open(file)
 
 
+def contents(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> IO[bytes]:
+    """A member's bytes as a file; raises ValueError for a folder."""
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member} is not a file")
+    return file
+
+
 def names(cache: Path) -> dict[str, dict]:
     """concept -> caption, tags, group, subgroup, for everything emojibase names, skin tones (its nested rows) left out."""
     with fetch(*CAPTIONS, cache) as tar:
-        entries = json.load(tar.extractfile("package/en/data.json"))
-        cldr = json.load(tar.extractfile("package/meta/groups.json"))
+        entries = json.load(contents(tar, "package/en/data.json"))
+        cldr = json.load(contents(tar, "package/meta/groups.json"))
     found = {}
     for entry in entries:
         if "group" not in entry:  # lone regional indicators
@@ -140,7 +149,7 @@ def pictures(style: str, cache: Path, wanted: set[str]) -> dict[str, bytes]:
                 continue
             # Fluent draws two emoji twice, with and without fe0f; the longer name is the emoji presentation.
             if code not in found or len(member.name) > found[code][0]:
-                found[code] = len(member.name), webp(Image.open(tar.extractfile(member)).convert("RGBA"))
+                found[code] = len(member.name), webp(Image.open(contents(tar, member)).convert("RGBA"))
     return {code: data for code, (_, data) in found.items()}
 
 

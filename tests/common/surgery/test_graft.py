@@ -27,7 +27,13 @@ TARGET = {
     "n": Leaf(Axes.parse("layer embed"), (2, 512), F32),
     "s": Leaf(Axes.parse(""), (), F32),
 }
-PLAN = Plan((("s", FRESH), ("w", {"layer": pick([3, 1]), "embed": pad(256, 512), "hidden": first(64)}), ("n", {"layer": pick([3, 1]), "embed": pad(256, 512)})))
+PLAN = Plan(
+    (
+        ("s", FRESH),
+        ("w", {"layer": pick([3, 1]), "embed": pad(256, 512), "hidden": first(64)}),
+        ("n", {"layer": pick([3, 1]), "embed": pad(256, 512)}),
+    )
+)
 
 
 def values():
@@ -43,7 +49,9 @@ def init(paths, place, key=0):
 
 
 def mesh(data, fsdp, tensor):
-    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: data * fsdp * tensor])
+    return jax.make_mesh(
+        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: data * fsdp * tensor]
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])

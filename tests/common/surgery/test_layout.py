@@ -53,7 +53,14 @@ def bits(x):
 
 
 @settings(max_examples=25)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
+)
 def test_round_trips_bit_for_bit_in_both_directions(layers, embed, head, head_dim, grid, dtype):
     model = spec(layers, embed, head, head_dim, grid, dtype)
     file = foreign(model)

@@ -1,0 +1,59 @@
+"""Published sizes: parameters exactly, multiply-accumulates at the published rounding and by a formula of its own."""
+
+import pytest
+
+from common.nn.functional import functional
+from tinyclip_jax.model import Clip, macs, parameters, total_macs
+from tinyclip_jax.zoo import STUDENTS, VIT_B_16, VIT_B_32
+
+# spec §1.5: image, text without the token table, token table, grand total; G multiply-accumulates of image and text
+PUBLISHED = {
+    "vit_b_32": (VIT_B_32, (87_849_216, 38_131_200, 25_296_896, 151_277_313), (4.41, 2.98)),
+    "vit_b_16": (VIT_B_16, (86_192_640, 38_131_200, 25_296_896, 149_620_737), (17.56, 2.98)),
+    "vit_61m_32": (STUDENTS["vit_61m_32"], (61_411_200, 28_674_048, 25_296_896, 115_382_145), (3.08, 2.23)),
+    "vit_40m_32": (STUDENTS["vit_40m_32"], (39_691_776, 19_216_896, 25_296_896, 84_205_569), (2.00, 1.49)),
+    "vit_39m_16": (STUDENTS["vit_39m_16"], (38_587_392, 19_216_896, 25_296_896, 83_101_185), (7.99, 1.49)),
+    "vit_8m_16": (STUDENTS["vit_8m_16"], (8_276_992, 2_520_576, 12_648_448, 23_446_017), (1.79, 0.19)),
+}
+
+
+@pytest.fixture(scope="module")
+def specs():
+    return {name: functional(Clip, cfg).spec for name, (cfg, _, _) in PUBLISHED.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name, specs):
+    _, (image, text, table, total), _ = PUBLISHED[name]
+    assert parameters(specs[name]) == {"image": image, "text": text, "token_table": table, "total": total}
+    assert image + text + table + 1 == total
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_macs_are_the_published_ones_and_the_formulas(name, specs):
+    cfg, _, (image, text) = PUBLISHED[name]
+    counted = macs(cfg, specs[name])
+    assert (round(counted["image"] / 1e9, 2), round(counted["text"] / 1e9, 2)) == (image, text)
+    assert counted == {"image": image_macs(cfg), "text": text_macs(cfg)}
+    assert total_macs(cfg, specs[name]) == image_macs(cfg) + text_macs(cfg)
+
+
+def block_macs(width, hidden, tokens):
+    """Four projections, two MLP matrices, scores and values."""
+    return tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
+
+
+def image_macs(cfg):
+    c = cfg.image
+    tokens = (c.size // c.patch) ** 2
+    return tokens * 3 * c.patch**2 * c.width + c.layers * block_macs(c.width, 4 * c.width, tokens + 1) + c.width * cfg.joint
+
+
+def text_macs(cfg):
+    c = cfg.text
+    return c.layers * block_macs(c.width, 4 * c.width, 77) + c.width * cfg.joint
+
+
+def test_trap_the_token_table_is_looked_up_and_not_multiplied(specs):
+    """As a matrix it would add 25,296,896 x 77 to the text tower of B/32, two thirds of it."""
+    assert macs(VIT_B_32, specs["vit_b_32"])["text"] == 12 * (77 * 12 * 512**2 + 2 * 77**2 * 512) + 512**2 < 3e9

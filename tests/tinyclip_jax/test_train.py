@@ -1,0 +1,172 @@
+"""The trainer as a person uses it: a recipe, a run folder, a kill, the same command again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from math import log
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from common import config
+from common.checkpoint.weights import open_safetensors
+from common.errors import InputError
+from common.nn.functional import functional
+from common.train.mesh import MeshConfig, shardings, start
+from tinyclip_jax.model import Clip
+from tinyclip_jax.train import LossConfig, hold_scale, initial, loss_fn
+from tinyclip_jax.zoo import open_clip_model
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "--steps 8 --log-every 1 --save-every 2 --eval-every 4 --pipeline.batch 32 --optim.warmup 2 --step.ema 0.9"
+COMMAND = [sys.executable, "-m", "common.cli", "train", "tinyclip/smoke", *FLAGS.split(), "--run"]
+PATIENCE = 300  # seconds after which a run counts as stuck
+
+
+def run(folder):
+    return subprocess.Popen([*COMMAND, str(folder)], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def curve(folder):
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(folder).wait(PATIENCE) == 0
+    return folder
+
+
+def test_a_run_leaves_what_its_folder_promises(uninterrupted):
+    assert {p.name for p in uninterrupted.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "model", "first_batch.png"}
+    lines = curve(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert [line["step"] for line in lines if "eval/r1" in line] == [4, 8]
+    written = {"model.safetensors", "config.json", "preprocess.json", "tokenizer.json"}
+    assert {p.name for p in (uninterrupted / "model").iterdir()} == written
+
+
+def test_killed_and_resumed_it_is_the_same_run_to_the_bit(uninterrupted, tmp_path):
+    folder = tmp_path / "killed"
+    process = run(folder)
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "model").exists()
+    assert run(folder).wait(PATIENCE) == 0
+    assert curve(folder) == curve(uninterrupted)
+    ours, theirs = (open_safetensors(f / "model" / "model.safetensors") for f in (folder, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path])
+
+
+def test_a_finished_run_exits_at_once_and_a_changed_config_is_refused(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert run(uninterrupted).wait(PATIENCE) == 0
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    again = [*COMMAND, str(uninterrupted), "--optim.lr", "5"]
+    changed = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert changed.returncode == 2
+    assert "optim.lr: 0.001 before, 5.0 now" in changed.stderr and "Traceback" not in changed.stderr
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return config.load("tinyclip/emoji")
+
+
+def test_the_students_start_is_the_plans_graft(emoji):
+    donor, student = open_clip_model(emoji.donor), functional(Clip, emoji.student)
+    params = initial(emoji, student, donor, None)
+    whole = graft_source(donor)
+    # Manual inheritance, by hand: leading channels, heads of 64, every second text layer.
+    np.testing.assert_array_equal(params["image/blocks/attn/query/kernel"], whole["image/blocks/attn/query/kernel"][:, :128, :2])
+    np.testing.assert_array_equal(params["text/blocks/mlp/up/kernel"], whole["text/blocks/mlp/up/kernel"][[0, 2]])
+    np.testing.assert_array_equal(params["image/projection/kernel"], whole["image/projection/kernel"][:128])
+    assert float(params["logit_scale"]) == pytest.approx(log(50), abs=1e-6)
+
+
+def graft_source(donor):
+    return {path: np.asarray(value, np.float32) for path, value in donor.source.values.items()}
+
+
+def test_inherited_and_scratch_differ_only_in_where_they_start(emoji):
+    donor, student = open_clip_model(emoji.donor), functional(Clip, emoji.student)
+    inherited, scratch = initial(emoji, student, donor, None), initial(replace(emoji, donor=""), student, None, None)
+    assert {p: v.shape for p, v in inherited.items()} == {p: v.shape for p, v in scratch.items()}
+    assert not np.array_equal(inherited["image/cls"], scratch["image/cls"])
+    np.testing.assert_array_equal(inherited["logit_scale"], scratch["logit_scale"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
+def test_loss_and_gradients_are_equal_on_any_mesh(emoji, shape):
+    cfg = config.load("tinyclip/smoke")
+    cfg = replace(cfg, loss=LossConfig(), teacher="embeddings")
+    model = functional(Clip, cfg.student)
+    rng = np.random.default_rng(0)
+    unit = rng.standard_normal((2, 16, 24)).astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    batch = {
+        "image": rng.standard_normal((16, 32, 32, 3)).astype(np.float32),
+        "text": rng.integers(1, 2048, (16, 16)).astype(np.int32),
+        "teacher_image": unit[0],
+        "teacher_text": unit[1],
+    }
+    gradient = jax.value_and_grad(lambda p, b: loss_fn(cfg, model, None)(p, b, jax.random.key(0), None)[0])
+    params = model.init(jax.random.key(0))
+    expected, expected_grads = jax.jit(gradient)(params, batch)
+
+    devices = int(np.prod(shape))
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:devices])
+    placed = jax.device_put(params, shardings(model.spec, mesh))
+    rows = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"))))
+    loss, grads = jax.jit(gradient)(placed, rows)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(grad, expected_grads[path], atol=1e-5, err_msg=path)
+
+
+def test_the_scale_is_held_or_bounded():
+    params = {"logit_scale": np.float32(9.0)}
+    assert float(hold_scale(LossConfig(), params)["logit_scale"]) == pytest.approx(3.912023)
+    assert float(hold_scale(LossConfig(scale="learned"), params)["logit_scale"]) == pytest.approx(log(100))
+    assert float(hold_scale(LossConfig(scale="learned"), {"logit_scale": np.float32(-1.0)})["logit_scale"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (LossConfig(), "there is no teacher"),
+        (LossConfig(alpha=0.5, teacher_scale=None), "there is no teacher"),
+        (LossConfig(alpha=0.0, teacher_scale=None), "needs a number"),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_is_refused(loss, message):
+    cfg = replace(config.load("tinyclip/smoke"), loss=loss)
+    with pytest.raises(InputError, match=message):
+        loss_fn(cfg, functional(Clip, cfg.student), None)
+
+
+def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji):
+    donor = open_clip_model(emoji.teacher)
+    student, mesh = functional(Clip, emoji.student), start(MeshConfig())
+    place = shardings(donor.model.spec, mesh)
+    teacher = {p: jax.device_put(v, place[p]) for p, v in graft_source(donor).items()}
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.standard_normal((8, 60, 60, 3)).astype(np.float32), "text": rng.integers(1, 4000, (8, 16)).astype(np.int32)}
+    features = donor.model.apply(teacher, batch["image"], batch["text"])
+    params = initial(emoji, student, donor, None)
+    live, _ = loss_fn(emoji, student, donor)(params, batch, jax.random.key(0), teacher)
+    stored = batch | {"teacher_image": features.image, "teacher_text": features.text}
+    cached, _ = loss_fn(replace(emoji, teacher="embeddings"), student, None)(params, stored, jax.random.key(0), None)
+    assert float(live) == pytest.approx(float(cached), rel=1e-6)
