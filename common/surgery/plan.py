@@ -170,8 +170,10 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
         if isinstance(map, Pick):
             if len(map.rows) != target:
                 raise InputError(f"{path}: axis {name!r} is {target} here, but the rule {pattern!r} picks {len(map.rows)} rows")
-            if len(map.rows) and (map.rows.max() >= source or map.rows.min() < -1):
-                raise InputError(f"{path}: the rule {pattern!r} picks row {map.rows.max()} of axis {name!r}, the donor has {source}")
+            if (outside := map.rows[(map.rows < -1) | (map.rows >= source)]).size:
+                raise InputError(f"{path}: the rule {pattern!r} picks row {outside[0]} of axis {name!r}, the donor has {source}")
+            if map.scale is not None and tuple(map.scale.shape) != (target,):
+                raise InputError(f"{path}: the rule {pattern!r} scales axis {name!r} by {tuple(map.scale.shape)} numbers for {target} rows")
         elif tuple(map.values.shape) != (target, source):
             shape = tuple(map.values.shape)
             raise InputError(f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}")

@@ -29,7 +29,13 @@ class Tower(nnx.Module):
 
 
 def inputs():
-    return jax.random.normal(jax.random.key(1), (2, 5, 8))
+    return np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
+
+
+def drawn(model, seed=0):
+    """Parameters without compiling an initialiser."""
+    rng = np.random.default_rng(seed)
+    return {path: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32) for path, leaf in model.spec.items()}
 
 
 def test_spec_has_paths_axes_and_shapes():
@@ -43,39 +49,42 @@ def test_spec_has_paths_axes_and_shapes():
 def test_scan_equals_the_blocks_one_by_one():
     # Eleven layers: unrolled blocks with string keys would be permuted ("10" < "2").
     model = functional(Tower, {"layers": 11})
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
     single = functional(lambda cfg, rngs: Block(SIZES, attend=softmax(), activation="gelu", eps=1e-5, init=BlockInit(), rngs=rngs), None)
-    x = inputs()
+    x, apply = inputs(), jax.jit(single.apply)
     for i in range(11):
-        x = single.apply({p.removeprefix("blocks/"): v[i] for p, v in params.items() if p.startswith("blocks/")}, x)
+        x = apply({p.removeprefix("blocks/"): v[i] for p, v in params.items() if p.startswith("blocks/")}, x)
     x = np.asarray(x)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(model.apply(params, inputs()), x, atol=1e-5)
+    x = x * params["norm/scale"] + params["norm/bias"]
+    np.testing.assert_allclose(jax.jit(model.apply)(params, inputs()), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_memory_and_not_gradients(remat):
-    plain, saved = functional(Tower, {"layers": 3}), functional(Tower, {"layers": 3, "remat": remat})
-    params = plain.init(jax.random.key(0))
+def test_remat_changes_memory_and_not_gradients():
+    def gradient(remat):
+        model = functional(Tower, {"layers": 3, "remat": remat})
+        # Compiled without the optimiser's passes, which take most of the time and change nothing here.
+        step = jax.jit(jax.grad(lambda p: jnp.sin(model.apply(p, inputs())).sum()), compiler_options={"xla_backend_optimization_level": 0})
+        return step(drawn(model))
 
-    def gradient(model):
-        return jax.jit(jax.grad(lambda p: jnp.square(model.apply(p, inputs())).sum()))(params)
-
-    for a, b in zip(jax.tree.leaves(gradient(plain)), jax.tree.leaves(gradient(saved)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    plain = gradient("none")
+    for remat in ("full", "dots"):
+        for path, value in gradient(remat).items():
+            np.testing.assert_allclose(value, plain[path], atol=1e-5 * max(1, float(jnp.abs(plain[path]).max())), err_msg=path)
 
 
 def test_trap_merge_would_take_any_tree():
     model = functional(Tower, {"layers": 2})
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
     with pytest.raises(ValueError, match="missing parameter 'norm/bias'"):
         model.apply({p: v for p, v in params.items() if p != "norm/bias"}, inputs())
     with pytest.raises(ValueError, match="unknown parameter 'norm/bais'; did you mean 'norm/bias'"):
         model.apply(params | {"norm/bais": params["norm/bias"]}, inputs())
     with pytest.raises(ValueError, match=r"norm/bias: shape \(9,\), the model has embed=8"):
         model.apply(params | {"norm/bias": jnp.zeros(9)}, inputs())
-    shuffled = dict(reversed(params.items()))
-    np.testing.assert_array_equal(model.apply(shuffled, inputs()), model.apply(params, inputs()))
+    # Jitted functions sort the keys of a dict: the order is turned round inside.
+    turned = jax.jit(lambda params: model.apply(dict(reversed(params.items())), inputs()))
+    np.testing.assert_array_equal(turned(params), jax.jit(model.apply)(params, inputs()))
 
 
 def test_trap_a_part_of_the_tree_has_the_bits_of_the_whole():
@@ -90,17 +99,17 @@ def test_trap_a_part_of_the_tree_has_the_bits_of_the_whole():
 
 def test_a_population_runs_under_vmap():
     model = functional(Tower, {"layers": 2})
-    params = [model.init(jax.random.key(i)) for i in range(3)]
-    together = jax.vmap(model.apply, in_axes=(0, None))(jax.tree.map(lambda *x: jnp.stack(x), *params), inputs())
+    params, apply = [drawn(model, seed) for seed in range(3)], jax.jit(model.apply)
+    together = jax.jit(jax.vmap(model.apply, in_axes=(0, None)))(jax.tree.map(lambda *x: jnp.stack(x), *params), inputs())
     for i, p in enumerate(params):
-        np.testing.assert_allclose(together[i], model.apply(p, inputs()), atol=1e-5)
+        np.testing.assert_allclose(together[i], apply(p, inputs()), atol=1e-5)
 
 
 def test_bf16_kernels_stay_near_f32():
     model = functional(Tower, {"layers": 2})
-    params = model.init(jax.random.key(0))
+    params, apply = drawn(model), jax.jit(model.apply)
     half = {p: v.astype(jnp.bfloat16) if p.endswith("kernel") else v for p, v in params.items()}
-    exact, rough = model.apply(params, inputs()), model.apply(half, inputs())
+    exact, rough = apply(params, inputs()), apply(half, inputs())
     assert float(jnp.abs(exact - rough).max()) < 0.05
     assert float(jnp.abs(exact - rough).max()) > 0  # it did compute in bf16
 

@@ -94,6 +94,20 @@ def test_growing_matrices_on_both_sides_get_their_gradients(leaf, donor):
         np.testing.assert_allclose(np.vdot(gradient[name], direction), (ahead - behind) / 1e-2, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("map", "message"),
+    [
+        (pick([0, -2, 1]), "w: the rule 'w' picks row -2 of axis 'embed', the donor has 4"),
+        (pick([0, 4, 1]), "w: the rule 'w' picks row 4 of axis 'embed', the donor has 4"),
+        (pick([0, 1, 2], np.ones(2)), "w: the rule 'w' scales axis 'embed' by (2,) numbers for 3 rows"),
+    ],
+)
+def test_rows_and_scales_that_do_not_fit(leaf, donor, map, message):
+    with pytest.raises(InputError) as error:
+        Plan((("w", {"embed": map}),)).resolve(donor({"w": ("embed", (4,))}), {"w": leaf("embed", 3)})
+    assert str(error.value) == message
+
+
 def test_every_and_even_differ_where_it_matters():
     assert every(12, 9).rows.tolist() == list(range(9))
     assert even(12, 9).rows.tolist() == [0, 1, 3, 4, 6, 7, 8, 10, 11]
