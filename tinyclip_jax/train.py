@@ -180,6 +180,9 @@ def loss_fn(cfg: Config, student: Functional, teacher: Donor | None) -> LossFn:
 
     if cfg.loss.alpha > 0 and not cfg.teacher:
         raise InputError('loss.alpha is above 0 but there is no teacher: give teacher a SOURCE or "embeddings", or set loss.alpha to 0')
+    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (cfg.student.image.size, cfg.student.text.context):
+        theirs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
+        raise InputError(f"the teacher sees {theirs}, the student other inputs: set student.image.size and student.text.context to these")
     if cfg.loss.teacher_scale is None and teacher is None and cfg.loss.alpha > 0:
         raise InputError("loss.teacher_scale is None, and embeddings carry no scale: give it a number")
     if cfg.loss.scale == "fixed" and cfg.loss.teacher_scale is None:
