@@ -102,7 +102,6 @@ class Donor:
         return self.path if self.path.is_dir() else self.path.parent
 
 
-
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
     """Open a checkpoint of ours or of any known foreign format.
 
@@ -132,7 +131,10 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
 def _recognise(format: Format, raw: Tensors, file: Path) -> tuple[Any, Tensors] | None:
     """The config and the tensors under clean keys, or None when the file is of another format."""
     tensors = {format.clean(key): value for key, value in raw.items()}
-    cfg = format.read_config(tensors, file.parent)
+    try:
+        cfg = format.read_config(tensors, file.parent)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     if cfg is None:
         return None
     if len(tensors) != len(raw):
@@ -147,7 +149,7 @@ def weights_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
         if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
             return found
     raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt or .pth)")
@@ -156,7 +158,7 @@ def weights_files(path: Path) -> list[Path]:
 def open_tensors(file: Path) -> Tensors:
     """The tensors of a weights file under the names it gives them, memory-mapped."""
     if file.name.endswith(".index.json"):
-        return weights.open_sharded(file)
+        return weights.open_sharded(file, open_tensors)
     return open_torch(file) if file.suffix in _TORCH else weights.open_safetensors(file)
 
 

@@ -30,7 +30,7 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     try:
         files = HfApi().list_repo_files(name, revision=revision or None)
         # Safetensors where there are any; pickles only where there is nothing else.
-        weights = _WEIGHTS if any(f.endswith(".safetensors") for f in files) else ("*.bin", "*.pt", "*.pth")
+        weights = _WEIGHTS if any(f.endswith(".safetensors") for f in files) else ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*weights, *_OTHER]))
     except Exception as error:  # the hub's client raises its own, httpx's and OSError alike: all mean it could not be had
         cached = _cached(name, revision)

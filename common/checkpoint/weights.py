@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import prod
@@ -64,8 +64,8 @@ def open_safetensors(path: Path) -> Tensors:
     return tensors
 
 
-def open_sharded(index: Path) -> Tensors:
-    """The tensors of a sharded checkpoint, from its `*.safetensors.index.json`. Raises InputError for a missing shard or tensor."""
+def open_sharded(index: Path, open_shard: Callable[[Path], Tensors] = open_safetensors) -> Tensors:
+    """The tensors of a sharded checkpoint, from its `*.index.json`. Raises InputError for a missing shard or tensor."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise InputError(f"{index}: holds no weight_map from tensors to files; fetch it again")
@@ -74,7 +74,7 @@ def open_sharded(index: Path) -> Tensors:
         shard = index.parent / name
         if not shard.exists():
             raise InputError(f"{index}: the shard {name} is missing; fetch it and try again")
-        shards[name] = open_safetensors(shard)
+        shards[name] = open_shard(shard)
     for key, name in where.items():
         if key not in shards[name]:
             raise InputError(f"{index}: tensor {key!r} is not in {name}")

@@ -22,6 +22,8 @@ from common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Win
 from common.train.state import State
 from common.train.step import Batch, Step
 
+METRICS = "metrics.jsonl"
+
 
 class Data(Protocol):
     """Batches already on the devices. `state` is where the last batch handed out stands, whatever was prefetched since."""
@@ -44,15 +46,16 @@ class Run:
     def open(cls, directory: Path | str, config: Mapping[str, Any], changed: Literal["refuse", "accept"] = "refuse") -> "Run":
         """Create the folder, or come back to it. Touches no device, so it may come before `start`.
 
-        changed: what to do when the folder holds another config. Raises InputError, with the difference field by
+        changed: what to do when the folder holds a run begun with another config. Raises InputError, with the difference field by
         field, when that is refused; and when the folder cannot be written.
         """
         directory = Path(directory).absolute()
         file, text = directory / "config.json", json.dumps(config, indent=2)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if file.exists() and changed == "refuse" and (lines := difference(json.loads(file.read_text()), json.loads(text))):
-                raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or force it:", *lines]))
+            begun = (directory / METRICS).exists()  # a config that did not get as far may be mended
+            if begun and changed == "refuse" and (lines := difference(json.loads(file.read_text()), json.loads(text))):
+                raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or set it back:", *lines]))
             # every process of a job writes the same bytes, so it does not matter which is last
             part = file.with_name(f"config.json.{os.getpid()}.part")
             part.write_text(text)
@@ -114,7 +117,7 @@ class Run:
         resumed, self.resumed = self.resumed, {}  # once: a run of two phases calls this twice
         if resumed:
             data.restore(resumed["data"])
-        file = MetricsFile(self.directory / "metrics.jsonl") if first else None
+        file = MetricsFile(self.directory / METRICS) if first else None
         if file:
             file.truncate(start)
         peak = peak_flops(jax.devices()[0].device_kind)

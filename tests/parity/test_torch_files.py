@@ -1,12 +1,13 @@
 """Torch's own files: wrappers and prefixes come off, code does not run, and what is written torch reads back."""
 
+import json
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.convert import convert, open_donor, open_tensors, weights_files
 from common.checkpoint.torch_file import open_torch, write_torch
 from common.checkpoint.weights import open_safetensors
 from common.errors import InputError
@@ -198,3 +199,13 @@ def test_a_bare_bin_beside_its_config_is_read(small, tmp_path):
     assert a.cfg == b.cfg
     for path in a.source.values:
         np.testing.assert_array_equal(np.asarray(a.source.values[path]), np.asarray(b.source.values[path]))
+
+
+def test_shards_of_pickles_are_one_checkpoint(state, tmp_path):
+    for number, key in enumerate(state, 1):
+        torch.save({key: state[key]}, tmp_path / f"pytorch_model-{number}.bin")
+    where = {key: f"pytorch_model-{number}.bin" for number, key in enumerate(state, 1)}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    assert weights_files(tmp_path) == [index]
+    same(open_tensors(index), state)

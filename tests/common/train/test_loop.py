@@ -149,7 +149,9 @@ def test_signals_are_given_back(train):
 
 def test_a_changed_config_is_refused_with_the_difference(tmp_path):
     config = {"optim": {"lr": 1e-4, "frozen": ("a", "b")}, "seed": 0, "old": True}
-    Run.open(tmp_path, config)
+    Run.open(tmp_path, config | {"seed": 7})
+    Run.open(tmp_path, config)  # nothing has happened yet: a mistake in the first command can be mended
+    (tmp_path / "metrics.jsonl").touch()
     Run.open(tmp_path, json.loads(json.dumps(config)))  # the same, read back: tuples are lists
     changed = {"optim": {"lr": 3e-4, "frozen": ["a"]}, "seed": 0, "new": None}
     with pytest.raises(InputError) as refused:
@@ -162,7 +164,7 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path):
     ]
     assert Run.open(tmp_path, changed, changed="accept").config == changed
     assert json.loads((tmp_path / "config.json").read_text()) == changed
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
 def test_no_difference():
