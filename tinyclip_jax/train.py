@@ -25,6 +25,7 @@ from common.surgery.plan import Resolution
 from common.surgery.report import provenance
 from common.train.loop import Run
 from common.train.mesh import MeshConfig, shardings, start
+from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
@@ -79,6 +80,8 @@ class Config:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Seed of freshly initialised parameters."""
+    writers: tuple[WriterName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
     log_every: int = 50
     eval_every: int = 1000
     save_every: int = 1000
@@ -144,6 +147,7 @@ def train(cfg: Config, directory: Path) -> None:
         data,
         cfg.steps,
         examples_per_step=cfg.pipeline.batch,
+        writers=open_writers(cfg.writers, directory, run.config, int(state.step)),
         log_every=cfg.log_every,
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,

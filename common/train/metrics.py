@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -118,6 +118,9 @@ class Writer(Protocol):
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
 
+WriterName = Literal["tensorboard", "wandb"]
+
+
 class TensorBoard:
     """Event files in `directory`, through tensorboardX. `start`: the step resumed from, later events are hidden."""
 
@@ -139,6 +142,15 @@ class WeightsAndBiases:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+
+def open_writers(names: Sequence[WriterName], directory: Path, config: Mapping[str, Any], start: int) -> list[Writer]:
+    """What a run's metrics go to beside its own file. Raises InputError, saying what to install, where a package is missing."""
+    makers: dict[WriterName, Callable[[], Writer]] = {
+        "tensorboard": lambda: TensorBoard(directory / "tensorboard", start),
+        "wandb": lambda: WeightsAndBiases(directory, config),
+    }
+    return [makers[name]() for name in names] if jax.process_index() == 0 else []
 
 
 def _optional(name: str) -> ModuleType:

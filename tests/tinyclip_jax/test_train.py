@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import log
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def whole(donor):
 def test_inherited_and_scratch_differ_only_in_where_they_start(emoji):
     donor, student = open_clip_model(emoji.donor), functional(Clip, emoji.student)
     inherited, scratch = initial(emoji, student, donor, None), initial(replace(emoji, donor=""), student, None, None)
-    assert {p: v.shape for p, v in inherited.items()} == {p: v.shape for p, v in scratch.items()}
+    chex.assert_trees_all_equal_shapes_and_dtypes(inherited, scratch)
     assert not np.array_equal(inherited["image/cls"], scratch["image/cls"])
     np.testing.assert_array_equal(inherited["logit_scale"], scratch["logit_scale"])
 
