@@ -65,12 +65,10 @@ def run(seed: int, out: Path) -> dict[str, Any]:
 
     caught_up = steps_to_reach(races["inherited"], scores["scratch"][METRIC])
     seconds = time.perf_counter() - started
+    console.print("\nretrieval on 300 concepts nobody was trained on", soft_wrap=True)
     console.print(_table(counts, scores))
-    console.print(
-        f"the inherited student reached scratch's final score after {caught_up} of {cfg.steps} steps; took {seconds:.0f} s"
-        if caught_up is not None
-        else f"the inherited student did not reach scratch's final score in {cfg.steps} steps; took {seconds:.0f} s"
-    )
+    reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
+    console.print(f"the inherited student reached scratch's final score {reached}; took {seconds:.0f} s", soft_wrap=True)
     console.print(f"picture: {picture}   student: {out / 'student'}", soft_wrap=True)
     return {
         "parameters": {name: count["total"] for name, count in counts.items()},
@@ -106,7 +104,7 @@ def _score(cfg: Config, source: str) -> dict[str, float]:
 
 
 def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="retrieval on 300 concepts nobody was trained on", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for header in ("", "parameters", "R@1", "R@5", "R@10"):
         table.add_column(header, justify="right" if header else "left")
     for name, metrics in scores.items():
