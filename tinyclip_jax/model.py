@@ -1,16 +1,17 @@
 """CLIP with ViT and text towers (TinyCLIP §1; open_clip): configuration, modules, counts."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import log
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from common.errors import InputError
-from common.nn.attention import Kernel, softmax
-from common.nn.block import Block, BlockInit, Remat, scan, stack
+from common.nn.attention import Attention, Kernel, softmax
+from common.nn.block import Block, Remat, scan, stack
 from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
 from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
@@ -113,14 +114,14 @@ class ImageTower(nnx.Module):
         c, std = cfg.image, cfg.image.width**-0.5
         sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
-        attend = softmax(kernel=cfg.attention)
+        attention = partial(Attention, sizes, attend=softmax(kernel=cfg.attention))
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
         self.cls = param("-> embed", sizes, normal(std), rngs)
         self.cls_position = param("-> embed", sizes, normal(std), rngs)
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
         self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.blocks = stack(
-            lambda rngs: Block(sizes, attend=attend, activation=c.activation, eps=c.eps, init=BlockInit(), rngs=rngs), c.layers, rngs
+            lambda rngs: Block(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs
         )
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
@@ -141,12 +142,11 @@ class TextTower(nnx.Module):
         sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
-        init = BlockInit(qkv=normal(std), out=normal(residual), up=normal((2 * c.width) ** -0.5), down=normal(residual))
+        attention = partial(Attention, sizes, attend=softmax(causal=True), qkv=normal(std), out=normal(residual))
+        mlp: dict[str, Any] = dict(activation=c.activation, up=normal((2 * c.width) ** -0.5), down=normal(residual))
         self.token = TokenTable(sizes, rngs=rngs)
         self.position = param("position -> embed", sizes, normal(0.01), rngs)
-        self.blocks = stack(
-            lambda rngs: Block(sizes, attend=softmax(causal=True), activation=c.activation, eps=c.eps, init=init, rngs=rngs), c.layers, rngs
-        )
+        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.eot, self.remat = c.eot, cfg.remat

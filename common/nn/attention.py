@@ -7,11 +7,12 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from common.nn.dense import Dense, Init, Sizes
+from common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`attend(query, key, value)`: [batch, token, head, head_dim] each, and so is the result."""
 Kernel = Literal["xla", "cudnn"]
+PACKED = xavier_uniform(packed=3)
 
 
 def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
@@ -22,7 +23,7 @@ def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
 class Attention(nnx.Module):
     """Self-attention with biases on all four projections. `x` is [batch, token, embed]; returns the same shape."""
 
-    def __init__(self, sizes: Sizes, *, attend: Attend, qkv: Init, out: Init, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, *, attend: Attend, qkv: Init = PACKED, out: Init = uniform_fan_in, rngs: nnx.Rngs):
         self.query = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
         self.key = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
         self.value = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)

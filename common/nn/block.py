@@ -1,45 +1,56 @@
 """The pre-norm transformer block, and stacks of it: one compiled body whatever the depth."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from common.nn.attention import Attend, Attention
-from common.nn.dense import Init, Sizes, uniform_fan_in, xavier_uniform
+from common.nn.dense import Init, Sizes, uniform_fan_in
 from common.nn.mlp import Mlp
 from common.nn.norm import LayerNorm
 from common.surgery.axes import Axes
 
 Remat = Literal["none", "full", "dots"]
-PACKED = xavier_uniform(packed=3)
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
-@dataclass(frozen=True)
-class BlockInit:
-    """Initialisers of a block's kernels; the defaults are torch's."""
-
-    qkv: Init = PACKED
-    out: Init = uniform_fan_in
-    up: Init = uniform_fan_in
-    down: Init = uniform_fan_in
-
-
 class Block(nnx.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed]."""
+    """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
-    def __init__(self, sizes: Sizes, *, attend: Attend, activation: str, eps: float, init: BlockInit, rngs: nnx.Rngs):
-        self.attn_norm = LayerNorm(sizes, eps=eps, rngs=rngs)
-        self.attn = Attention(sizes, attend=attend, qkv=init.qkv, out=init.out, rngs=rngs)
-        self.mlp_norm = LayerNorm(sizes, eps=eps, rngs=rngs)
-        self.mlp = Mlp(sizes, activation=activation, up=init.up, down=init.down, rngs=rngs)
+    attention: makes the module that mixes tokens, called with `rngs`. affine=False: for the call with a modulation, [part, batch, embed],
+    whose six parts are shift, scale and gate of either branch (adaLN-Zero; DiT §3.2).
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attn(self.attn_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        attention: Callable[..., nnx.Module],
+        activation: str,
+        eps: float,
+        up: Init = uniform_fan_in,
+        down: Init = uniform_fan_in,
+        bias: Init = uniform_fan_in,
+        affine: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.attn_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
+        self.attn: Any = attention(rngs=rngs)
+        self.mlp_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
+        self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
+        if modulation is None:
+            x = x + self.attn(self.attn_norm(x))
+            return x + self.mlp(self.mlp_norm(x))
+        parts = modulation[:, :, None].astype(x.dtype)
+        x = x + parts[2] * self.attn(modulate(self.attn_norm(x), parts[0], parts[1]))
+        return x + parts[5] * self.mlp(modulate(self.mlp_norm(x), parts[3], parts[4]))
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * (1 + scale) + shift
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -51,13 +62,23 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.merge(graph, state)
 
 
-def scan(blocks: nnx.Module, x: jax.Array, *, remat: Remat = "none") -> jax.Array:
-    """Run a stack over `x`. `remat`: recompute whole blocks in the backward pass ("full") or all but their matmuls ("dots")."""
+def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
+    """Run a stack over `x`. `inputs`: further arguments of each block, stacked along layer.
+
+    `remat`: recompute whole blocks in the backward pass ("full") or all but their matmuls ("dots").
+    """
     graph, state = nnx.split(blocks)
 
-    def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, layer)(x), None
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        state, *inputs = layer
+        return nnx.merge(graph, state)(x, *inputs), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, state)[0]
+    return jax.lax.scan(body, x, (state, *inputs))[0]
+
+
+def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:
+    """The outputs of all modules of a stack for the same `x`: [layer, ...]."""
+    graph, state = nnx.split(blocks)
+    return jax.vmap(lambda layer: nnx.merge(graph, layer)(x))(state)

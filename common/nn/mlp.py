@@ -24,9 +24,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nnx.Module):
     """embed -> hidden -> embed. `x` is [..., embed]; returns the same shape."""
 
-    def __init__(self, sizes: Sizes, *, activation: str, up: Init, down: Init, rngs: nnx.Rngs):
-        self.up = Dense("embed -> hidden", sizes, init=up, bias=uniform_fan_in, rngs=rngs)
-        self.down = Dense("hidden -> embed", sizes, init=down, bias=uniform_fan_in, rngs=rngs)
+    def __init__(self, sizes: Sizes, *, activation: str, up: Init, down: Init, bias: Init = uniform_fan_in, rngs: nnx.Rngs):
+        self.up = Dense("embed -> hidden", sizes, init=up, bias=bias, rngs=rngs)
+        self.down = Dense("hidden -> embed", sizes, init=down, bias=bias, rngs=rngs)
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,15 +8,20 @@ from common.nn.dense import Sizes, ones, param, zeros
 
 
 class LayerNorm(nnx.Module):
-    """Normalise the last axis, `embed`; statistics in f32 whatever the input's dtype, which the result keeps."""
+    """Normalise the last axis, `embed`; statistics in f32 whatever the input's dtype, which the result keeps.
 
-    def __init__(self, sizes: Sizes, *, eps: float, rngs: nnx.Rngs):
+    `affine=False`: no scale and bias of its own, where a modulation brings them.
+    """
+
+    def __init__(self, sizes: Sizes, *, eps: float, affine: bool = True, rngs: nnx.Rngs):
         self.eps = eps
-        self.scale = param("embed", sizes, ones, rngs)
-        self.bias = param("embed", sizes, zeros, rngs)
+        self.scale = param("embed", sizes, ones, rngs) if affine else None
+        self.bias = param("embed", sizes, zeros, rngs) if affine else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        if self.scale is not None and self.bias is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)

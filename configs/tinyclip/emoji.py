@@ -26,8 +26,8 @@ def get_config() -> Config:
         held_out=SourceConfig("emoji", split="test"),
         pipeline=PipelineConfig(batch=128),
         optim=OptimConfig(lr=1e-3, warmup=20),
-        steps=150,
-        log_every=15,
-        eval_every=15,
-        save_every=150,
+        steps=100,
+        log_every=10,
+        eval_every=10,
+        save_every=100,
     )

@@ -1,26 +1,27 @@
 """The bridge: total, exact about shapes, and the same bits however much of a tree is made."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from common.nn.attention import softmax
-from common.nn.block import Block, BlockInit, scan, stack
+from common.nn.attention import Attention, softmax
+from common.nn.block import Block, scan, stack
 from common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform
 from common.nn.functional import functional
 from common.nn.mlp import ACTIVATIONS
 from common.nn.norm import LayerNorm
 
 SIZES = dict(embed=8, head=2, head_dim=4, hidden=16)
+ATTENTION = partial(Attention, SIZES, attend=softmax())
 
 
 class Tower(nnx.Module):
     def __init__(self, cfg, *, rngs):
-        self.blocks = stack(
-            lambda rngs: Block(SIZES, attend=softmax(), activation="gelu", eps=1e-5, init=BlockInit(), rngs=rngs), cfg["layers"], rngs
-        )
+        self.blocks = stack(lambda rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-5, rngs=rngs), cfg["layers"], rngs)
         self.norm = LayerNorm(SIZES, eps=1e-5, rngs=rngs)
         self.remat = cfg.get("remat", "none")
 
@@ -50,7 +51,7 @@ def test_scan_equals_the_blocks_one_by_one():
     # Eleven layers: unrolled blocks with string keys would be permuted ("10" < "2").
     model = functional(Tower, {"layers": 11})
     params = drawn(model)
-    single = functional(lambda cfg, rngs: Block(SIZES, attend=softmax(), activation="gelu", eps=1e-5, init=BlockInit(), rngs=rngs), None)
+    single = functional(lambda cfg, rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-5, rngs=rngs), None)
     x, apply = inputs(), jax.jit(single.apply)
     for i in range(11):
         x = apply({p.removeprefix("blocks/"): v[i] for p, v in params.items() if p.startswith("blocks/")}, x)
