@@ -1,6 +1,10 @@
 """Recipes: a Python file with `get_config()`, every field of which is a typed flag."""
 
+import contextlib
 import importlib.util
+import io
+import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +44,7 @@ def is_recipe(name: str) -> bool:
 def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     """The config of a shipped recipe or of a file, with fields overridden by flags (`--optim.lr 3e-4`).
 
-    Raises InputError for an unknown recipe or a file without `get_config`; a wrong flag ends the program with tyro's message.
+    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, and a wrong flag.
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
@@ -48,15 +52,33 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     spec = importlib.util.spec_from_file_location(f"heirloom_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"{path} has no get_config(): a recipe is a Python file with a function of that name")
-    cfg = module.get_config()
-    if not flags:
-        return cfg
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError(f"{path} has no get_config(): a recipe is a Python file with a function of that name")
+        cfg = module.get_config()
+    except InputError:
+        raise
+    except Exception as error:  # a recipe is the user's program and may raise anything
+        line, what = traceback.extract_tb(error.__traceback__)[-1].lineno, str(error)
+        if isinstance(error, SyntaxError):
+            line, what = error.lineno, error.msg
+        raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; mend the recipe") from error
+    return _override(cfg, flags, f"heirloom train {name}", module.__doc__) if flags else cfg
+
+
+def _override(cfg: Any, flags: Sequence[str], prog: str, description: str | None) -> Any:
+    """The config with its fields set by flags. Raises InputError with tyro's complaint, which comes as a framed paragraph, on one line."""
     import tyro
 
-    return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=f"heirloom train {name}", description=module.__doc__)
+    with contextlib.redirect_stderr(io.StringIO()) as complaint:
+        try:
+            return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=prog, description=description)
+        except SystemExit as end:
+            if not end.code:
+                raise  # --help
+    words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", complaint.getvalue()).split()
+    raise InputError(" ".join(words))
 
 
 def to_json(cfg: Any) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
 
     Raises InputError when the warm-up is longer than the run.
     """
+    if total < 1:
+        raise InputError(f"a run of {total} steps: set steps to 1 or more")
     if cfg.warmup > total:
         raise InputError(f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: set optim.warmup to {total // 10}, say")
 

@@ -81,6 +81,22 @@ def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
 
     cfg = config.load("tinyclip/smoke", ["--optim.lr", "3e-4", "--student.image.layers", "1"])
     assert cfg.optim.lr == 3e-4 and cfg.student.image.layers == 1 and cfg.student.text.layers == 2
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError, match=r"Unrecognized options: --optim\.learning-rate") as wrong:
         config.load("tinyclip/smoke", ["--optim.learning-rate", "3e-4"])
-    assert stop.value.code == 2
+    assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("x = 1\ndef get_config(:", "line 2: SyntaxError"),
+        ("def get_config():\n    raise KeyError('lr')", "line 2: KeyError"),
+        ("x = 1", "no get_config"),
+    ],
+)
+def test_a_recipe_that_does_not_run_says_where(tmp_path, text, complaint):
+    from common import config
+
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        config.load(str(tmp_path / "mine.py"))
