@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SOURCE", help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME")
     sub.add_argument("destination", metavar="DEST", type=Path)
     sub.add_argument("--to", default="heirloom", metavar="FORMAT", help="heirloom, hf, open_clip, original, ... (default: heirloom)")
-    sub.add_argument("--activation", help="gelu or quick_gelu, where a bare weights file cannot tell")
+    sub.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="where a bare weights file cannot tell")
     sub.add_argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference")
     sub.add_argument("--force", action="store_true", help="replace DEST")
 
@@ -136,7 +136,10 @@ def _demo(args: argparse.Namespace) -> None:
     found = methods()
     if args.method not in found:
         raise InputError(f"no method {args.method!r}{nearest(args.method, found)} (installed: {', '.join(found)})")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.out}: cannot hold the results ({error.strerror}); choose another --out") from error
     _write_json(args, found[args.method].demo(args.seed, args.out))
 
 

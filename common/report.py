@@ -9,6 +9,7 @@ from typing import Any
 
 from common.checkpoint.weights import read_json, staged
 from common.errors import InputError
+from common.train.metrics import MetricsFile
 
 PICTURES = ("first_batch.png",)
 
@@ -17,13 +18,13 @@ def write(run: Path) -> Path:
     """Draw `RUN/report.html` from config and metrics; returns its path. Raises InputError when RUN is no run."""
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} is not a run: it has no metrics.jsonl (heirloom train CONFIG --run {run} makes one)")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = MetricsFile(run / "metrics.jsonl").lines()
     if not lines:
         raise InputError(f"{run}: metrics.jsonl is empty so far; wait for the first line")
     config = read_json(run / "config.json")
     pictures = [p for p in (run / name for name in PICTURES) if p.is_file()]
     parts = [
-        f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {lines[-1]['loss']:.4g}</p>",
+        f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {_number(lines[-1]['loss'])}</p>",
         *(_figure(name, *curve) for name, curve in _curves(lines).items()),
         *(f"<figure>{_image(p.read_bytes())}<figcaption>{p.stem.replace('_', ' ')}</figcaption></figure>" for p in pictures),
         f"<details><summary>config</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
@@ -38,6 +39,10 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</
 figure{{display:inline-block;margin:0 1em 1em 0}}img{{max-width:100%}}figcaption{{color:#666;text-align:center}}</style>
 {body}</html>
 """
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

@@ -55,7 +55,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
         f"teacher: {counts['teacher']['total']:,} parameters, student: {counts['student']['total']:,}. "
         f"{cfg.steps} steps of {cfg.pipeline.batch} emoji each, first inheriting, then from scratch."
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # beside the result, which is renamed into place
         donors = {"inherited": cfg.donor, "scratch": ""}
         races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
         scores = {"teacher": _score(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
@@ -99,7 +99,7 @@ def race(cfg: Config, folder: Path) -> Race:
 def _score(cfg: Config, source: str) -> dict[str, float]:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
     pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
-    assert tokenizer is not None and cfg.held_out is not None
+    assert tokenizer is not None
     return retrieval_on(cfg.held_out, donor.model, pre, tokenizer, donor.cfg, mesh)(load_params(donor, mesh)).summary()
 
 
@@ -160,7 +160,7 @@ class _Found:
 def _search(cfg: Config, source: str) -> _Found:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
     pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
-    assert tokenizer is not None and cfg.held_out is not None
+    assert tokenizer is not None
     data = open_source(cfg.held_out)
     records = [data[i] for i in range(len(data))]
     captions = sorted({record["text"] for record in records})

@@ -182,6 +182,8 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
         return Preprocess.load(folder)
     if (folder / "preprocessor_config.json").is_file():
         theirs = read_json(folder / "preprocessor_config.json")
+        if missing := {"image_mean", "image_std"} - theirs.keys():
+            raise InputError(f"{folder / 'preprocessor_config.json'}: {min(missing)!r} is missing; take the original's file")
         return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]))
     if (folder / "open_clip_config.json").is_file():
         theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})

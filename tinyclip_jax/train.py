@@ -70,8 +70,8 @@ class Config:
     """A tokenizer.json or its folder; "fit": fitted to the captions of the data; empty: the donor's or teacher's, or CLIP's."""
     data: SourceConfig = field(default_factory=SourceConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    held_out: SourceConfig | None = None
-    """Pairs for retrieval while training, in batches like the training ones; None: no evaluation."""
+    held_out: SourceConfig = field(default_factory=SourceConfig)
+    """Pairs for retrieval while training; an empty path: no evaluation."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     step: StepConfig = field(default_factory=StepConfig)
@@ -120,6 +120,8 @@ def train(cfg: Config, directory: Path) -> None:
     donor, teacher = opened(cfg.donor), opened(cfg.teacher)
     source = open_source(cfg.data)
     inputs = read_inputs(cfg, donor or teacher, source)
+    if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
+        raise InputError(f"{cfg.data.path} has no {min(missing)}: teacher embeddings are columns of the data, named in data.columns")
     data = training_batches(source, cfg.pipeline, inputs.pre, inputs.tokenizer, cfg.student.text.context, mesh=mesh)
 
     student = functional(Clip, cfg.student)
@@ -140,7 +142,7 @@ def train(cfg: Config, directory: Path) -> None:
     )
     if int(state.step) == 0:
         first_look(run, data, inputs)
-    score = retrieval_on(cfg.held_out, student, inputs.pre, inputs.tokenizer, cfg.student, mesh) if cfg.held_out else None
+    score = retrieval_on(cfg.held_out, student, inputs.pre, inputs.tokenizer, cfg.student, mesh) if cfg.held_out.path else None
     run.fit(
         state,
         step,
@@ -182,6 +184,8 @@ def loss_fn(cfg: Config, student: Functional, teacher: Donor | None) -> LossFn:
         total = sum(weight * value for weight, value in parts.values())
         return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {"scale": (scale, 1.0)}
 
+    if cfg.step.accumulate > 1:
+        raise InputError("step.accumulate compares pairs within micro-batches only, TinyCLIP's loss needs the whole batch: set it to 1")
     if cfg.loss.alpha > 0 and not cfg.teacher:
         raise InputError('loss.alpha is above 0 but there is no teacher: give teacher a SOURCE or "embeddings", or set loss.alpha to 0')
     if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (cfg.student.image.size, cfg.student.text.context):
@@ -234,8 +238,8 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
 
 def evaluate(cfg: Config) -> list[dict[str, Any]]:
     """Retrieval of the student as it starts, on the recipe's held-out pairs."""
-    if cfg.held_out is None:
-        raise InputError("this recipe names no held-out data; give --held-out.path, or evaluate a weights folder with --data")
+    if not cfg.held_out.path:
+        raise InputError("this recipe names no held-out data; evaluate a weights folder with --data instead")
     mesh = start(cfg.mesh)
     donor, student = opened(cfg.donor), functional(Clip, cfg.student)
     inputs = read_inputs(cfg, donor or opened(cfg.teacher), open_source(cfg.data) if cfg.tokenizer == "fit" else None)

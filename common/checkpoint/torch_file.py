@@ -53,7 +53,7 @@ def _numpy(tensor: Any, torch: Any) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray, torch: Any) -> Any:
-    array = np.array(array)
+    array = np.require(array, requirements=["C", "W"])  # torch shares it where it may write
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

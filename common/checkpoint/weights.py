@@ -97,7 +97,10 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
     text += b" " * (-len(text) % 64)  # so that the data starts aligned
     base = 8 + len(text)
     with path.open("w+b") as file:
-        os.posix_fallocate(file.fileno(), 0, base + offset)
+        if hasattr(os, "posix_fallocate"):  # macOS has none, and reserves nothing
+            os.posix_fallocate(file.fileno(), 0, base + offset)
+        else:
+            file.truncate(base + offset)
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
         buffer = np.memmap(file, np.uint8, "r+")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.errors import InputError
+
 TEMPLATES = ("a photo of a {}.",)
 
 
@@ -27,6 +29,8 @@ def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[
 
 def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accuracy:
     """image: [images, joint], classes: [classes, joint], label: [images] int. A tie counts against the right class."""
+    if label.max() >= len(classes):
+        raise InputError(f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in order")
     similarity = image @ classes.T
     right = np.take_along_axis(similarity, label[:, None], axis=1)
     rank = (similarity >= right).sum(1) - 1

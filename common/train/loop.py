@@ -23,6 +23,8 @@ from common.train.state import State
 from common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
+# Where a run computes, not what: a resume may change these. On another mesh it goes on from the same state, equal to rounding.
+FREE = ("  mesh.", "  pipeline.workers:", "  pipeline.prefetch:", "  writers:")
 
 
 class Data(Protocol):
@@ -54,7 +56,9 @@ class Run:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             begun = (directory / METRICS).exists()  # a config that did not get as far may be mended
-            if begun and changed == "refuse" and (lines := difference(json.loads(file.read_text()), json.loads(text))):
+            lines = difference(json.loads(file.read_text()), json.loads(text)) if begun else []
+            lines = [line for line in lines if not line.startswith(FREE)]
+            if lines and changed == "refuse":
                 raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or set it back:", *lines]))
             # every process of a job writes the same bytes, so it does not matter which is last
             part = file.with_name(f"config.json.{os.getpid()}.part")

@@ -28,6 +28,6 @@ def get_config() -> Config:
         optim=OptimConfig(lr=1e-3, warmup=20),
         steps=100,
         log_every=10,
-        eval_every=10,
+        eval_every=20,
         save_every=100,
     )

@@ -166,6 +166,21 @@ def test_what_fails_verification_gets_no_name(opened, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tensor_that_does_not_come_back_fails_verification(opened, tmp_path):
+    donor, *_ = opened("hf_gelu")
+
+    def spoil(donor, destination, format):
+        with (destination / "model.safetensors").open("r+b") as file:
+            file.seek(-4, 2)
+            last = file.read(1)
+            file.seek(-4, 2)
+            file.write(bytes([last[0] ^ 1]))
+
+    with pytest.raises(VerificationError, match="does not come back as it was written"):
+        convert(replace(donor, family=replace(donor.family, companions=spoil)), tmp_path / "out", "heirloom")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_torch_the_check_says_what_it_did_not_do(opened, tmp_path, monkeypatch):
     monkeypatch.setattr("tinyclip_jax.verify.find_spec", lambda name: None)
     donor, *_ = opened("hf_gelu")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -18,8 +19,13 @@ from common import config
 from common.checkpoint.weights import open_safetensors
 from common.errors import InputError
 from common.nn.functional import functional
+from common.train.mesh import MeshConfig, start
+from common.train.optim import OptimConfig, make_optimizer
+from common.train.state import create_state
+from common.train.step import StepConfig, make_step
+from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import LossConfig, hold_scale, initial, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, best, hold_scale, initial, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -140,3 +146,61 @@ def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji):
     stored = batch | {"teacher_image": features.image, "teacher_text": features.text}
     cached, _ = loss_fn(replace(emoji, teacher="embeddings"), student, None)(params, stored, jax.random.key(0), None)
     assert float(live) == pytest.approx(float(cached), rel=1e-6)
+
+
+def tiny_step(cfg, model, draw, loss, ema=None):
+    """One step of the trainer's own wiring on a tiny CLIP; returns parameters before, batch, state after, metrics."""
+    mesh = start(MeshConfig(data=1, fsdp=jax.device_count()))
+    cfg = Config(student=cfg, teacher=EMBEDDINGS, loss=loss, step=StepConfig(ema=ema), optim=OptimConfig(warmup=0, lr=1e-2))
+    rng = np.random.default_rng(0)
+    embeddings = {name: rng.standard_normal((8, 5)).astype(np.float32) for name in TARGETS}
+    batch = {
+        "image": rng.standard_normal((8, 16, 16, 3)).astype(np.float32),
+        "text": rng.integers(0, 40, (8, 10)).astype(np.int32),
+        **{name: x / np.linalg.norm(x, axis=1, keepdims=True) for name, x in embeddings.items()},
+    }
+    params = draw(model.spec)
+    optimizer = make_optimizer(cfg.optim, model.spec, 10)
+    step = make_step(loss_fn(cfg, model, None), optimizer, model.spec, mesh, cfg.step, project=partial(hold_scale, cfg.loss))
+    state, metrics = step(create_state(params, optimizer, model.spec, mesh, ema), batch)
+    return params, batch, state, {name: float(total / count) for name, (total, count) in metrics.items()}
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts_at_the_configured_scales(cfg, model, draw):
+    loss = LossConfig(alpha=0.3, teacher_scale=20.0)
+    params, batch, state, metrics = tiny_step(cfg, model, draw, loss)
+    image, text, scale = (np.asarray(x, np.float64) for x in model.apply(params, batch["image"], batch["text"]))
+
+    def log_softmax(x):
+        x = x - x.max(1, keepdims=True)
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    logits = scale * image @ text.T
+    teacher = 20.0 * np.asarray(batch["teacher_image"], np.float64) @ np.asarray(batch["teacher_text"], np.float64).T
+    soft = [-(np.exp(log_softmax(t)) * log_softmax(s)).sum(1).mean() for s, t in ((logits, teacher), (logits.T, teacher.T))]
+    hard = [-np.diag(log_softmax(s)).mean() for s in (logits, logits.T)]
+    assert metrics["affinity"] == pytest.approx(np.mean(soft), rel=1e-4)
+    assert metrics["contrastive"] == pytest.approx(np.mean(hard), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(0.3 * np.mean(soft) + 0.7 * np.mean(hard), rel=1e-4)
+    assert metrics["scale"] == pytest.approx(float(scale), rel=1e-6)
+    assert float(state.params["logit_scale"]) == pytest.approx(log(20.0))
+
+
+def test_the_average_is_what_is_scored_and_saved(cfg, model, draw):
+    params, _, state, _ = tiny_step(cfg, model, draw, LossConfig(), ema=0.75)
+    path = "image/blocks/mlp/up/kernel"
+    np.testing.assert_allclose(best(state)[path], 0.75 * params[path] + 0.25 * np.asarray(state.params[path]), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(best(state)[path], state.params[path], atol=1e-4)
+
+
+def test_micro_batches_would_change_the_loss_and_are_refused(cfg, model):
+    with pytest.raises(InputError, match="needs the whole batch"):
+        loss_fn(Config(student=cfg, teacher=EMBEDDINGS, step=StepConfig(accumulate=2)), model, None)
+
+
+def test_similarities_are_computed_in_full_precision():
+    x = jax.ShapeDtypeStruct((8, 4), "float32")
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(affinity_mimicking).lower(x, x, x, x, 50.0, 50.0).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 2 and all("HIGHEST, HIGHEST" in line for line in products)

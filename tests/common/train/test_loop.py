@@ -167,6 +167,16 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
+def test_where_a_run_computes_may_change(tmp_path):
+    config = {"mesh": {"data": 2, "fsdp": 2}, "pipeline": {"workers": 0, "batch": 32}, "writers": []}
+    Run.open(tmp_path, config)
+    (tmp_path / "metrics.jsonl").touch()
+    moved = {"mesh": {"data": 1, "fsdp": 8}, "pipeline": {"workers": 4, "batch": 32}, "writers": ["wandb"]}
+    assert Run.open(tmp_path, moved).config == moved
+    with pytest.raises(InputError, match=r"pipeline\.batch: 32 before, 64 now"):
+        Run.open(tmp_path, moved | {"pipeline": {"workers": 4, "batch": 64}})
+
+
 def test_no_difference():
     assert difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 2]}}) == []
 

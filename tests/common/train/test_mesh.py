@@ -51,10 +51,11 @@ def test_bytes_per_device(mesh):
     optimizer = make_optimizer(OptimConfig(warmup=0), LEAVES, 10)
     params = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in LEAVES.items()}
     state = create_state(params, optimizer, LEAVES, mesh, ema=0.99)
-    assert bytes_on(jax.devices()[5], state.params) == expected
-    assert bytes_on(jax.devices()[5], state.ema) == expected
-    # two moments, and four scalars: two step counts, the count of the schedule and its rate
-    assert bytes_on(jax.devices()[5], state.opt) == 2 * expected + 4 * 4
+    for device in jax.devices():
+        assert bytes_on(device, state.params) == expected
+        assert bytes_on(device, state.ema) == expected
+        # two moments, and four scalars: two step counts, the count of the schedule and its rate
+        assert bytes_on(device, state.opt) == 2 * expected + 4 * 4
 
 
 def bytes_on(device, tree):

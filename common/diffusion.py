@@ -1,0 +1,245 @@
+"""Gaussian diffusion (Ho et al. 2020; Nichol & Dhariwal 2021): schedules, the variational bound, and samplers.
+
+A schedule is a table of numbers in float64, and so is a sampler: DDPM, DDIM and DPM-Solver++ differ in the coefficients of
+
+    x' = keep x + clean x0 + before x0_previous + std noise
+
+and one scan runs them all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import log, pi, sqrt
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Spacing = Literal["even", "integer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A chain of K steps. alpha_bar: [K], from nearly 1 to nearly 0. time: [K], its steps in the full chain, which the network is told."""
+
+    alpha_bar: np.ndarray
+    time: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.alpha_bar)
+
+    @cached_property
+    def previous(self) -> np.ndarray:
+        """alpha_bar one step earlier in the chain, [K]; 1 before the first."""
+        return np.concatenate([[1.0], self.alpha_bar[:-1]])
+
+    @cached_property
+    def beta(self) -> np.ndarray:
+        """Variance added by each step, [K]."""
+        return 1 - self.alpha_bar / self.previous
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0), [K]; 0 at the first."""
+        return self.beta * (1 - self.previous) / (1 - self.alpha_bar)
+
+    @cached_property
+    def log_variance_range(self) -> np.ndarray:
+        """Logarithms of the smallest (posterior, its first entry replaced by the second) and the largest (beta) variance, [K, 2]."""
+        smallest = self.posterior_variance.copy()
+        smallest[0] = smallest[1] if len(smallest) > 1 else self.beta[0]
+        return np.log(np.stack([smallest, self.beta], axis=1))
+
+    @cached_property
+    def posterior_mean(self) -> np.ndarray:
+        """Coefficients of x_t and of x_0 in the mean of q(x_{t-1} | x_t, x_0), [K, 2]."""
+        on_noisy = (1 - self.previous) * np.sqrt(1 - self.beta) / (1 - self.alpha_bar)
+        on_clean = self.beta * np.sqrt(self.previous) / (1 - self.alpha_bar)
+        return np.stack([on_noisy, on_clean], axis=1)
+
+
+def linear_schedule(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
+    """Betas rise linearly from `first` to `last` (DDPM, DiT, PixArt)."""
+    return Schedule(np.cumprod(1 - np.linspace(first, last, steps, dtype=np.float64)), np.arange(steps))
+
+
+def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedule:
+    """The chain shortened to `steps`: "even" from the first to the last time (iDDPM), "integer" strides from 0 (DDIM).
+
+    Raises ValueError when no such chain exists.
+    """
+    total = len(schedule)
+    if not 1 <= steps <= total:
+        raise ValueError(f"{steps} steps of {total}: choose between 1 and {total}")
+    if spacing == "even":
+        stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
+        kept = [round(i * stride) for i in range(steps)]
+    else:
+        found = next((s for s in range(1, total) if len(range(0, total, s)) == steps), None)
+        if found is None:
+            raise ValueError(f"no integer stride makes {steps} steps of {total}")
+        kept = list(range(0, total, found))
+    return Schedule(schedule.alpha_bar[kept], schedule.time[kept])
+
+
+def add_noise(schedule: Schedule, clean: jax.Array, step: jax.Array, noise: jax.Array) -> jax.Array:
+    """x_t of q(x_t | x_0). clean, noise: [batch, ...]; step: [batch] int, index into the schedule."""
+    signal, spread = (_at(np.sqrt(x), step, clean) for x in (schedule.alpha_bar, 1 - schedule.alpha_bar))
+    return signal * clean + spread * noise
+
+
+def remove_noise(schedule: Schedule, noisy: jax.Array, step: jax.Array, noise: jax.Array) -> jax.Array:
+    """x_0 from x_t and the noise in it; the inverse of `add_noise`."""
+    signal, spread = (_at(np.sqrt(x), step, noisy) for x in (schedule.alpha_bar, 1 - schedule.alpha_bar))
+    return (noisy - spread * noise) / signal
+
+
+def log_variance(schedule: Schedule, ratio: jax.Array, step: jax.Array) -> jax.Array:
+    """The learned variance: `ratio` -1 is the smallest, 1 the largest (iDDPM eq. 15). ratio: [batch, ...]; step: [batch]."""
+    low, high = (_at(schedule.log_variance_range[:, i], step, ratio) for i in (0, 1))
+    share = (ratio + 1) / 2
+    return share * high + (1 - share) * low
+
+
+def variational_bound(
+    schedule: Schedule, clean: jax.Array, noisy: jax.Array, step: jax.Array, noise: jax.Array, ratio: jax.Array
+) -> jax.Array:
+    """The bound's term of one step, [batch], bits per dimension; nothing is clipped.
+
+    KL(q(x_{t-1} | x_t, x_0) || p) where the step is above 0, else the likelihood of 8-bit data in [-1, 1]. `noise` and `ratio` are what the
+    network predicts; the DiT loss stops the gradient of `noise` here.
+    """
+    on_noisy, on_clean = (_at(schedule.posterior_mean[:, i], step, clean) for i in (0, 1))
+    mean = on_noisy * noisy + on_clean * remove_noise(schedule, noisy, step, noise)
+    true_mean = on_noisy * noisy + on_clean * clean
+    spread = log_variance(schedule, ratio, step)
+    true_spread = _at(schedule.log_variance_range[:, 0], step, clean)
+    kl = 0.5 * (spread - true_spread - 1 + jnp.exp(true_spread - spread) + jnp.square(true_mean - mean) * jnp.exp(-spread))
+    terms = jnp.where(_over(step, clean) == 0, -_log_likelihood(clean, mean, 0.5 * spread), kl)
+    return terms.reshape(len(clean), -1).mean(1) / log(2)
+
+
+def _log_likelihood(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """Logarithm of a Gaussian's mass in the 8-bit bin around x, with open bins at both ends."""
+    scale = jnp.exp(-log_std)
+    above, below = (_normal_cdf(scale * (x - mean + side / 255)) for side in (1, -1))
+    inside = jnp.log(jnp.maximum(above - below, 1e-12))
+    low, high = jnp.log(jnp.maximum(above, 1e-12)), jnp.log(jnp.maximum(1 - below, 1e-12))
+    return jnp.where(x < -0.999, low, jnp.where(x > 0.999, high, inside))
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    """The tanh approximation that the released losses use."""
+    return 0.5 * (1 + jnp.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
+
+
+def _over(step: jax.Array, like: jax.Array) -> jax.Array:
+    return step.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _at(table: np.ndarray, step: jax.Array, like: jax.Array) -> jax.Array:
+    """Rows of a float64 table, rounded once to the dtype of `like`, shaped to multiply it."""
+    return _over(jnp.asarray(table, like.dtype)[step], like)
+
+
+class Prediction(NamedTuple):
+    """What the network says of x_t: the noise in it, and where between the bounds the variance lies (-1 to 1; None: at the upper)."""
+
+    noise: jax.Array
+    ratio: jax.Array | None = None
+
+
+Denoise = Callable[[jax.Array, jax.Array], Prediction]
+"""`denoise(x, i)`: the prediction for x before step i of the sampler, i a traced int32: an index into what was computed ahead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Coefficients by step, each [K] in float64, in the order in which the steps are taken.
+
+    time: what the network is told, fractional for DPM-Solver++. alpha, sigma: x = alpha x0 + sigma noise before the step.
+    log_variance: [K, 2], bounds of the variance; `stochastic`: 0 where no noise is added.
+    """
+
+    time: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    keep: np.ndarray
+    clean: np.ndarray
+    before: np.ndarray
+    log_variance: np.ndarray
+    stochastic: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def run(self, denoise: Denoise, x: jax.Array, key: jax.Array) -> jax.Array:
+        """Denoise x, which is N(0, 1) of any shape, by all steps. Step i draws from fold_in(key, i)."""
+        names = ("alpha", "sigma", "keep", "clean", "before", "log_variance", "stochastic")
+        table = {name: jnp.asarray(getattr(self, name), x.dtype) for name in names}
+
+        def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            x, previous = carry
+            row = {name: column[i] for name, column in table.items()}
+            noise, ratio = denoise(x, i)
+            clean = (x - row["sigma"] * noise) / row["alpha"]
+            new = row["keep"] * x + row["clean"] * clean + row["before"] * previous
+            if self.stochastic.any():
+                low, high = row["log_variance"]
+                spread = high if ratio is None else (ratio + 1) / 2 * (high - low) + low
+                new = new + row["stochastic"] * jnp.exp(spread / 2) * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            return (new, clean), None
+
+        return jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(len(self)))[0][0]
+
+
+def ddpm(schedule: Schedule) -> Sampler:
+    """Ancestral sampling with the learned variance; the last step adds no noise."""
+    mean, zero = schedule.posterior_mean, np.zeros(len(schedule))
+    stochastic = np.ones(len(schedule))
+    stochastic[0] = 0
+    alpha, sigma = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
+    return _backwards(schedule.time, alpha, sigma, mean[:, 0], mean[:, 1], zero, schedule.log_variance_range, stochastic)
+
+
+def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
+    """DDIM (Song et al. 2021): deterministic at `eta` 0, as noisy as DDPM with the posterior variance at 1."""
+    alpha, sigma = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
+    variance = eta**2 * schedule.posterior_variance
+    keep = np.sqrt(1 - schedule.previous - variance) / sigma
+    clean = np.sqrt(schedule.previous) - keep * alpha
+    bounds = np.log(np.maximum(variance, 1e-30))[:, None].repeat(2, axis=1)
+    return _backwards(schedule.time, alpha, sigma, keep, clean, np.zeros(len(schedule)), bounds, (variance > 0).astype(float))
+
+
+def _backwards(*columns: np.ndarray) -> Sampler:
+    return Sampler(*(column[::-1] for column in columns))
+
+
+def dpm_solver(schedule: Schedule, steps: int) -> Sampler:
+    """DPM-Solver++(2M) (Lu et al. 2022), uniform in time, first and last step of order 1, as PixArt samples.
+
+    log alpha is piecewise linear in time between the steps of the full chain; times are fractional.
+    """
+    total = len(schedule)
+    time = np.linspace(1, 1 / total, steps + 1)
+    log_alpha = np.interp(time, (np.arange(total) + 1) / total, 0.5 * np.log(schedule.alpha_bar))
+    alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+    half_snr = log_alpha - np.log(sigma)
+    h = np.diff(half_snr)
+    toward = -alpha[1:] * np.expm1(-h)
+    lead = np.zeros(steps)
+    lead[1:-1] = h[1:-1] / (2 * h[:-2])
+    zero = np.zeros(steps)
+    return Sampler(
+        time=(time[:-1] - 1 / total) * total,
+        alpha=alpha[:-1],
+        sigma=sigma[:-1],
+        keep=sigma[1:] / sigma[:-1],
+        clean=toward * (1 + lead),
+        before=-toward * lead,
+        log_variance=np.zeros((steps, 2)),
+        stochastic=zero,
+    )
