@@ -100,7 +100,7 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
 def head_dim(c: ImageConfig | TextConfig) -> int:
     """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file cannot tell how many."""
     if c.heads < 1 or c.width % c.heads:
-        raise InputError(f"{c.heads} heads do not divide a width of {c.width}; set heads (from Python: image_heads, text_heads)")
+        raise InputError(f"{c.heads} heads do not divide a width of {c.width}; say how many there are (image_heads, text_heads)")
     return c.width // c.heads
 
 
