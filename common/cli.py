@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and args.verb != "train":
+        if rest and args.verb not in ("train", "eval"):
             hint = nearest(rest[0], _options(parser, args.verb))
             raise InputError(f"unknown argument {rest[0]!r}{hint}; see heirloom {args.verb} --help")
         args.flags = rest
@@ -88,8 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("eval", _eval, "score weights, or the student of a recipe as it starts", json=True)
     sub.add_argument("what", metavar="PATH|CONFIG")
-    sub.add_argument("--data", default="emoji", help="pairs or labelled pictures: emoji, a folder, .csv, .tar, .parquet, tfds:NAME")
+    sub.add_argument("--data", help="pairs or labelled pictures: emoji (the default), a folder, .csv, .tar, .parquet, tfds:NAME")
     sub.add_argument("--split", default="", help="train, test, ... where the data has splits (emoji: test)")
+    sub.add_argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)")
+    sub.add_argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)")
     sub.add_argument("--task", choices=("retrieval", "zeroshot"), default="retrieval")
     sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order (zeroshot)")
     sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line (zeroshot)")
@@ -206,8 +208,13 @@ def _eval(args: argparse.Namespace) -> None:
     from common import config
 
     if config.is_recipe(args.what):
-        rows = config.load(args.what).evaluate()
+        if args.data:
+            raise InputError("--data goes with weights; a recipe names its own data (--held-out.path)")
+        rows = config.load(args.what, args.flags).evaluate()
     else:
+        if args.flags:
+            raise InputError(f"unknown argument {args.flags[0]!r}; see heirloom eval --help")
+        args.data = args.data or "emoji"
         donor = _open(args.what)
         rows = methods()[donor.family.name].evaluate(donor, args)
     out = Table(box=None, pad_edge=False)

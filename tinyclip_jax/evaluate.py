@@ -132,9 +132,9 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     mesh = start(MeshConfig())
     setup = (donor.model, pre, tokenizer, donor.cfg, mesh)
     if args.task == "retrieval":
-        score = retrieval_on(SourceConfig(args.data, split), *setup)
+        score = retrieval_on(SourceConfig(args.data, split, args.image, args.text), *setup)
     else:
-        data = SourceConfig(args.data, split, text="", columns=("label",))
+        data = SourceConfig(args.data, split, args.image, text="", columns=("label",))
         score = zeroshot_on(data, *setup, _lines(args.classes), _lines(args.templates) or TEMPLATES)
     return score(load_params(donor, mesh)).rows()
 

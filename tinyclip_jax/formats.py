@@ -6,6 +6,8 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from common.checkpoint.convert import Donor, Format
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.data.images import Preprocess
@@ -184,11 +186,15 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
         theirs = read_json(folder / "preprocessor_config.json")
         if missing := {"image_mean", "image_std"} - theirs.keys():
             raise InputError(f"{folder / 'preprocessor_config.json'}: {min(missing)!r} is missing; take the original's file")
-        return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]))
+        filter = Image.Resampling(theirs.get("resample", Image.Resampling.BICUBIC)).name.lower()
+        return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]), interpolation=filter)
     if (folder / "open_clip_config.json").is_file():
         theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})
         default = Preprocess()
-        return Preprocess(size=size, mean=tuple(theirs.get("mean", default.mean)), std=tuple(theirs.get("std", default.std)))
+        if (mode := theirs.get("resize_mode", "shortest")) != "shortest":
+            raise InputError(f"{folder / 'open_clip_config.json'}: resize_mode {mode!r} is not supported, only 'shortest' is")
+        mean, std = (tuple(theirs.get(name, getattr(default, name))) for name in ("mean", "std"))
+        return Preprocess(size=size, mean=mean, std=std, interpolation=theirs.get("interpolation", default.interpolation))
     return Preprocess(size=size)
 
 
@@ -197,14 +203,15 @@ def write_preprocess(pre: Preprocess, folder: Path, format: str) -> None:
     if format == "heirloom":
         pre.save(folder)
     elif format == "hf":
-        sizes: dict[str, Any] = dict(size={"shortest_edge": pre.size}, crop_size={"height": pre.size, "width": pre.size}, resample=3)
+        crop = {"height": pre.size, "width": pre.size}
+        sizes: dict[str, Any] = dict(size={"shortest_edge": pre.size}, crop_size=crop, resample=int(pre.filter))
         flags = dict(do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True)
         names = dict(image_processor_type="CLIPImageProcessor", feature_extractor_type="CLIPFeatureExtractor")
         mean_std = dict(image_mean=list(pre.mean), image_std=list(pre.std))
         write_json(folder / "preprocessor_config.json", sizes | flags | names | mean_std)
     elif format == "open_clip":
         file = folder / "open_clip_config.json"
-        theirs = dict(mean=list(pre.mean), std=list(pre.std), interpolation="bicubic", resize_mode="shortest")
+        theirs = dict(mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, resize_mode="shortest")
         write_json(file, read_json(file) | dict(preprocess_cfg=theirs))
 
 

@@ -239,7 +239,7 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
 def evaluate(cfg: Config) -> list[dict[str, Any]]:
     """Retrieval of the student as it starts, on the recipe's held-out pairs."""
     if not cfg.held_out.path:
-        raise InputError("this recipe names no held-out data; evaluate a weights folder with --data instead")
+        raise InputError("this recipe names no held-out data; give --held-out.path")
     mesh = start(cfg.mesh)
     donor, student = opened(cfg.donor), functional(Clip, cfg.student)
     inputs = read_inputs(cfg, donor or opened(cfg.teacher), open_source(cfg.data) if cfg.tokenizer == "fit" else None)
