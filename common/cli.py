@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
-        if rest and args.verb not in ("train", "eval"):
+        if rest and not _takes_flags(args):
             hint = nearest(rest[0], _options(parser, args.verb))
             raise InputError(f"unknown argument {rest[0]!r}{hint}; see heirloom {args.verb} --help")
         args.flags = rest
@@ -37,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"heirloom: {error}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _takes_flags(args: argparse.Namespace) -> bool:
+    """Whether fields of a recipe may follow."""
+    from common import config
+
+    return args.verb == "train" or (args.verb == "eval" and config.is_recipe(args.what))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -208,12 +215,11 @@ def _eval(args: argparse.Namespace) -> None:
     from common import config
 
     if config.is_recipe(args.what):
-        if args.data:
-            raise InputError("--data goes with weights; a recipe names its own data (--held-out.path)")
+        given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
+        if name := next((name for name, value in given.items() if value), None):
+            raise InputError(f"{name} goes with weights; a recipe names its own data (--held-out.path)")
         rows = config.load(args.what, args.flags).evaluate()
     else:
-        if args.flags:
-            raise InputError(f"unknown argument {args.flags[0]!r}; see heirloom eval --help")
         args.data = args.data or "emoji"
         donor = _open(args.what)
         rows = methods()[donor.family.name].evaluate(donor, args)

@@ -63,6 +63,7 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
         line, what = traceback.extract_tb(error.__traceback__)[-1].lineno, str(error)
         if isinstance(error, SyntaxError):
             line, what = error.lineno, error.msg
+        what = " ".join(what.split())  # one line, whatever was raised
         raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; mend the recipe") from error
     return _override(cfg, flags, f"heirloom train {name}", module.__doc__) if flags else cfg
 

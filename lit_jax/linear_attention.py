@@ -116,6 +116,8 @@ def _mask(x: jax.Array, of: jax.Array, feature_map: FeatureMap) -> jax.Array:
 def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
     """A contraction of operands of one dtype, accumulated in f32 or wider."""
     wide = _accumulator(operands[0])
+    if operands[0].dtype == wide:
+        return jnp.einsum(subscripts, *operands)
 
     def widened(*operands: jax.Array) -> jax.Array:  # XLA's CPU backend has no mixed product for every shape; this is the same number
         return jnp.einsum(subscripts, *(x.astype(wide) for x in operands))

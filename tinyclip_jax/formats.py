@@ -186,7 +186,10 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
         theirs = read_json(folder / "preprocessor_config.json")
         if missing := {"image_mean", "image_std"} - theirs.keys():
             raise InputError(f"{folder / 'preprocessor_config.json'}: {min(missing)!r} is missing; take the original's file")
-        filter = Image.Resampling(theirs.get("resample", Image.Resampling.BICUBIC)).name.lower()
+        filters = {int(f): f.name.lower() for f in Image.Resampling}
+        filter = filters.get(theirs.get("resample", Image.Resampling.BICUBIC))
+        if filter is None:
+            raise InputError(f"{folder / 'preprocessor_config.json'}: no resampling filter {theirs['resample']} (Pillow has 0 to 5)")
         return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]), interpolation=filter)
     if (folder / "open_clip_config.json").is_file():
         theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})

@@ -100,3 +100,25 @@ def test_a_recipe_that_does_not_run_says_where(tmp_path, text, complaint):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(InputError, match=complaint):
         config.load(str(tmp_path / "mine.py"))
+
+
+def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
+    assert main(["report", str(tmp_path)]) == 0
+    assert "step 2, loss not finite" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["eval", "tinyclip/smoke", "--data", "emoji"], "--data goes with weights"),
+        (["eval", "embedded:emoji", "--dta", "emoji"], "unknown argument '--dta'; did you mean '--data'?"),
+        (["demo", "--out", __file__ + "/x"], "cannot hold the results"),
+        (["inspect", "tinyclip/smokes"], "did you mean 'tinyclip/smoke'?"),
+    ],
+)
+def test_more_mistakes(command, complaint, capsys):
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1

@@ -288,3 +288,16 @@ def test_preprocessing_travels_there_and_back(to, opened, tmp_path):
         (tmp_path / "open_clip_config.json").write_text("{}")
     write_preprocess(other, tmp_path, to)
     assert read_preprocess(tmp_path, donor.cfg.image.size) == other
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"image_mean": [0, 0, 0]}', "'image_std' is missing"),
+        ('{"image_mean": [0], "image_std": [1], "resample": 9}', "no resampling filter 9"),
+    ],
+)
+def test_preprocessing_that_cannot_be_read_says_so(text, complaint, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        read_preprocess(tmp_path, 224)

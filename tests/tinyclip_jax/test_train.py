@@ -204,3 +204,8 @@ def test_similarities_are_computed_in_full_precision():
         text = jax.jit(affinity_mimicking).lower(x, x, x, x, 50.0, 50.0).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 2 and all("HIGHEST, HIGHEST" in line for line in products)
+
+
+def test_patches_that_do_not_fill_the_picture_are_refused(cfg):
+    with pytest.raises(InputError, match="patches of 8 px do not fill pictures of 33 px"):
+        functional(Clip, replace(cfg, image=replace(cfg.image, size=33)))

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from common.nn.attention import Attention, softmax
-from common.nn.block import Block, scan, stack
+from common.nn.block import Block, each, scan, stack
 from common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform
 from common.nn.functional import functional
-from common.nn.mlp import ACTIVATIONS
+from common.nn.mlp import ACTIVATIONS, Mlp
 from common.nn.norm import LayerNorm
 
 SIZES = dict(embed=8, head=2, head_dim=4, hidden=16)
@@ -136,3 +136,47 @@ def test_dense_over_several_axes():
 @pytest.mark.parametrize(("name", "at_one", "at_minus_two"), [("gelu", 0.8413447, -0.0455003), ("quick_gelu", 0.8457957, -0.0643419)])
 def test_both_gelus(name, at_one, at_minus_two):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.array([1.0, -2.0])), [at_one, at_minus_two], atol=1e-6)
+
+
+def test_a_modulated_block_shifts_scales_and_gates_each_branch():
+    """adaLN-Zero by its formula, with a modulation of its own per example and, through scan, per layer."""
+
+    class Net(nnx.Module):
+        def __init__(self, cfg, *, rngs):
+            one = partial(Block, SIZES, attention=ATTENTION, activation="gelu", eps=1e-6, affine=False)
+            self.blocks = stack(lambda rngs: one(rngs=rngs), 2, rngs)
+            self.made = stack(lambda rngs: Dense("embed -> part embed", SIZES | {"part": 6}, rngs=rngs), 2, rngs)
+
+        def __call__(self, x, c):
+            return scan(self.blocks, x, jnp.moveaxis(each(self.made, c), 2, 1))
+
+        def modulations(self, c):
+            return each(self.made, c)
+
+    model = functional(Net, None)
+    assert not [path for path in model.spec if "norm" in path]
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    x, c = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 5, 8), (3, 8)))
+    made = model.apply(params, c, method="modulations")
+    for layer in range(2):
+        expected = jnp.einsum("be,epf->bpf", c, params["made/kernel"][layer], precision="highest")
+        np.testing.assert_allclose(made[layer], expected, atol=1e-5)
+
+    def normal(x):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    plain = functional(lambda cfg, rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-6, affine=False, rngs=rngs), None)
+    attn, mlp = (functional(make, None) for make in (
+        lambda cfg, rngs: ATTENTION(rngs=rngs),
+        lambda cfg, rngs: Mlp(SIZES, activation="gelu", up=uniform_fan_in, down=uniform_fan_in, rngs=rngs),
+    ))  # fmt: skip
+    y = x
+    for layer in range(2):
+        own = {path: params[f"blocks/{path}"][layer] for path in plain.spec}
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (made[layer][:, i, None] for i in range(6))
+        inner = {path.removeprefix("attn/"): v for path, v in own.items() if path.startswith("attn/")}
+        y = y + gate_a * attn.apply(inner, normal(y) * (1 + scale_a) + shift_a)
+        inner = {path.removeprefix("mlp/"): v for path, v in own.items() if path.startswith("mlp/")}
+        y = y + gate_m * mlp.apply(inner, normal(y) * (1 + scale_m) + shift_m)
+    np.testing.assert_allclose(model.apply(params, x, c), y, atol=2e-5)
