@@ -25,6 +25,7 @@ _TORCH = (".pt", ".pth", ".bin")
 class Format:
     """One foreign format of a model family.
 
+    layout: the table of names, or a function of the config where it depends on it.
     file: name of the weights inside a folder we write; its ending says whether torch or safetensors writes it.
     read_config(tensors, folder): the model's config, or None when this is another format.
     write_config(cfg, folder): writes the format's own JSON files beside the weights.
@@ -32,11 +33,14 @@ class Format:
     """
 
     name: str
-    layout: Layout
+    layout: Layout | Callable[[Any], Layout]
     file: str
     read_config: Callable[[Tensors, Path], Any]
     write_config: Callable[[Any, Path], None]
     clean: Callable[[str], str] = lambda key: key
+
+    def layout_of(self, cfg: Any) -> Layout:
+        return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,10 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
             for file, cfg, tensors in found:
                 cfg = cfg.override(**overrides) if overrides else cfg
                 model = functional(family.module, cfg)
-                views = format.layout.view(tensors, model.spec, str(file))
-                origin = {p: f"{file.name}:{key}" for p, key in format.layout.keys(model.spec).items()}
+                layout = format.layout_of(cfg)
+                views = layout.view(tensors, model.spec, str(file))
+                layout.check_values(tensors, model.spec, str(file))
+                origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
                 return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views, origin), format.name, path, file)
     known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families)
     sample = ", ".join(next(iter(opened.values())).keys() or ["none"])
@@ -237,12 +243,13 @@ def _write_ours(donor: Donor, folder: Path) -> None:
 
 def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
     spec, values = donor.source.spec, donor.source.values
-    shapes = format.layout.foreign(spec)
+    layout = format.layout_of(donor.cfg)
+    shapes = layout.foreign(spec)
 
     def fill(out: Tensors) -> None:
-        for path, view in format.layout.view(out, spec).items():
+        for path, view in layout.view(out, spec).items():
             view.write(values[path])
-        for key, value in format.layout.constant.items():
+        for key, value in layout.constant.items():
             out[key][...] = value
 
     if format.file.endswith(_TORCH):

@@ -140,3 +140,36 @@ def test_our_own_files_are_views_too():
     assert all(np.shares_memory(part, tensors[p]) for p, view in views.items() for part in view.parts)
     with pytest.raises(InputError, match="tensor 'cls' is missing"):
         own_views({p: t for p, t in tensors.items() if p != "cls"}, model, "file")
+
+
+SHARED = Layout("shared", (("w", "layers.{layer}.w"), ("embedder", "layers.{layer}.time")), constant={"position": np.linspace(0, 1, 4)})
+SHARED_SPEC = {
+    "w": Leaf(Axes.parse("layer embed -> hidden"), (3, 2, 4), np.dtype(np.float32)),
+    "embedder": Leaf(Axes.parse("time -> embed"), (5, 2), np.dtype(np.float32)),
+}
+
+
+def test_what_a_file_repeats_in_every_layer_is_written_everywhere_and_read_once():
+    rng = np.random.default_rng(0)
+    file = {key: np.zeros(t.shape, t.dtype) for key, t in SHARED.foreign(SHARED_SPEC).items()}
+    assert file["layers.2.time"].shape == (2, 5)
+    embedder = rng.standard_normal((5, 2)).astype(np.float32)
+    SHARED.view(file, SHARED_SPEC)["embedder"].write(embedder)
+    for i in range(3):
+        np.testing.assert_array_equal(file[f"layers.{i}.time"], embedder.T)
+    view = SHARED.view(file, SHARED_SPEC)["embedder"]
+    np.testing.assert_array_equal(np.asarray(view), embedder)
+    assert view.shape == (5, 2)
+    file["layers.1.time"][0, 0] += 1
+    with pytest.raises(InputError, match="differs from layer to layer"):
+        SHARED.check_values(file | {"position": SHARED.constant["position"]}, SHARED_SPEC)
+
+
+def test_a_constant_may_be_absent_but_not_another():
+    file = {key: np.zeros(t.shape, t.dtype) for key, t in SHARED.foreign(SHARED_SPEC).items()}
+    with pytest.raises(InputError, match="'position' is fixed in shared models"):
+        SHARED.check_values(file, SHARED_SPEC)
+    file["position"] = SHARED.constant["position"] + 5e-6
+    SHARED.check_values(file, SHARED_SPEC)
+    del file["position"]
+    SHARED.check_values(file, SHARED_SPEC)
