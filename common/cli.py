@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SOURCE", help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME")
     sub.add_argument("destination", metavar="DEST", type=Path)
     sub.add_argument("--to", default="heirloom", metavar="FORMAT", help="heirloom, hf, open_clip, original, ... (default: heirloom)")
-    sub.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="where a bare weights file cannot tell")
+    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="what bare weights cannot tell: heads, activation")
     sub.add_argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference")
     sub.add_argument("--force", action="store_true", help="replace DEST")
 
@@ -122,7 +122,15 @@ def _write_json(args: argparse.Namespace, value: Any) -> None:
 
 
 def _families() -> list[Any]:
-    return [method.family() for method in methods().values()]
+    return [family for method in methods().values() for family in method.families()]
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` from the command line, numbers as numbers."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"--set {pair}: write NAME=VALUE, such as heads=6")
+    return {name: int(value) if value.isdigit() else value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def _open(source: str, **overrides: Any) -> Any:
@@ -157,8 +165,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from common.checkpoint.convert import convert
 
-    overrides = {"activation": args.activation} if args.activation else {}
-    donor = _open(args.source, **overrides)
+    donor = _open(args.source, **_settings(args.set))
     check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
     _write_json(args, asdict(check))
     if check.reference:
@@ -222,7 +229,7 @@ def _eval(args: argparse.Namespace) -> None:
     else:
         args.data = args.data or "emoji"
         donor = _open(args.what)
-        rows = methods()[donor.family.name].evaluate(donor, args)
+        rows = next(m for m in methods().values() if donor.family in m.families()).evaluate(donor, args)
     out = Table(box=None, pad_edge=False)
     for header in ("dataset", "metric", "value", "published", "n"):
         out.add_column(header, justify="left" if header in ("dataset", "metric") else "right")

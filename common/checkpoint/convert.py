@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from common.checkpoint import weights
 from common.checkpoint.torch_file import open_torch, write_torch
 from common.checkpoint.weights import FILE, Tensors, read_json, write_json
-from common.errors import InputError, VerificationError
+from common.errors import InputError, VerificationError, nearest
 from common.nn.functional import Functional, functional
 from common.surgery.axes import Spec
 from common.surgery.layout import Layout, Tensor, View, own_views
@@ -122,7 +123,7 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
                 names = " and ".join(file.name for file, *_ in found)
                 raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
             for file, cfg, tensors in found:
-                cfg = cfg.override(**overrides) if overrides else cfg
+                cfg = _override(cfg, overrides)
                 model = functional(family.module, cfg)
                 layout = format.layout_of(cfg)
                 views = layout.view(tensors, model.spec, str(file))
@@ -132,6 +133,15 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families)
     sample = ", ".join(next(iter(opened.values())).keys() or ["none"])
     raise InputError(f"{path}: its tensors ({sample[:80]} ...) are of no known model; known are {known}")
+
+
+def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
+    if not overrides:
+        return cfg
+    known = list(signature(cfg.override).parameters)
+    if unknown := overrides.keys() - set(known):
+        raise InputError(f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are {', '.join(known)})")
+    return cfg.override(**overrides)
 
 
 def _recognise(format: Format, raw: Tensors, file: Path) -> tuple[Any, Tensors] | None:
@@ -242,6 +252,7 @@ def _write_ours(donor: Donor, folder: Path) -> None:
 
 
 def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
+    format.write_config(donor.cfg, folder)  # first: it refuses what the format cannot say
     spec, values = donor.source.spec, donor.source.values
     layout = format.layout_of(donor.cfg)
     shapes = layout.foreign(spec)
@@ -259,7 +270,6 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
     else:
         with weights.create_safetensors(folder / format.file, shapes) as out:
             fill(out)
-    format.write_config(donor.cfg, folder)
 
 
 def describe(path: Path) -> dict[str, Any] | None:
