@@ -20,7 +20,8 @@ from common.data.pipeline import evaluation_batches
 from common.data.sources import open_source
 from common.nn.functional import functional
 from common.train.mesh import start
-from tinyclip_jax.evaluate import load_params, retrieval_on
+from common.train.parameters import load_params
+from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.model import Clip, parameters
 from tinyclip_jax.train import Config

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import COPY, Donor
+from common.checkpoint.convert import Donor
 from common.data.images import Preprocess
 from common.data.pipeline import evaluation_batches
 from common.data.sources import SourceConfig, open_source
@@ -20,8 +19,8 @@ from common.evaluate.features import embedder
 from common.evaluate.retrieval import Recall, distinct, retrieval
 from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
 from common.nn.functional import Functional
-from common.surgery.graft import graft
-from common.train.mesh import MeshConfig, shardings, start
+from common.train.mesh import MeshConfig, start
+from common.train.parameters import load_params
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.model import ClipConfig
 
@@ -137,15 +136,6 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         data = SourceConfig(args.data, split, args.image, text="", columns=("label",))
         score = zeroshot_on(data, *setup, _lines(args.classes), _lines(args.templates) or TEMPLATES)
     return score(load_params(donor, mesh)).rows()
-
-
-def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
-    """All parameters of a checkpoint, f32, in their shardings."""
-
-    def nothing(**_: Any) -> dict[str, jax.Array]:
-        raise AssertionError("a copy leaves nothing fresh")
-
-    return graft(COPY, donor.source, donor.model.spec, shardings(donor.model.spec, mesh), nothing)
 
 
 def _lines(file: Path | None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from common.nn.functional import Functional, functional
 from common.surgery.graft import graft
 from common.surgery.plan import Source
 from common.train.mesh import MeshConfig, start
-from tinyclip_jax.evaluate import load_params
+from common.train.parameters import load_params
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, manual
 from tinyclip_jax.model import Clip, ClipConfig

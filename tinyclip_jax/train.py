@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from common.checkpoint import weights
 from common.checkpoint.convert import Donor, Family, hashes
 from common.config import to_json
 from common.data.images import Preprocess
-from common.data.pipeline import PipelineConfig, check_first_batch, training_batches
+from common.data.pipeline import Augment, PipelineConfig, check_first_batch, training_batches
 from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -27,9 +26,10 @@ from common.train.loop import Run
 from common.train.mesh import MeshConfig, shardings, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import State, abstract_state, create_state
+from common.train.parameters import best, load_params, save_params
+from common.train.state import abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
-from tinyclip_jax.evaluate import load_params, retrieval_on
+from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, manual
 from tinyclip_jax.losses import affinity_mimicking, contrastive
@@ -122,7 +122,9 @@ def train(cfg: Config, directory: Path) -> None:
     inputs = read_inputs(cfg, donor or teacher, source)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
         raise InputError(f"{cfg.data.path} has no {min(missing)}: teacher embeddings are columns of the data, named in data.columns")
-    data = training_batches(source, cfg.pipeline, inputs.pre, inputs.tokenizer, cfg.student.text.context, mesh=mesh)
+    augment = Augment(inputs.pre, inputs.tokenizer, cfg.student.text.context, cfg.pipeline.tags)
+    augment.check(source[0])
+    data = training_batches(source, cfg.pipeline, augment, mesh=mesh)
 
     student = functional(Clip, cfg.student)
     place = shardings(student.spec, mesh)
@@ -154,7 +156,7 @@ def train(cfg: Config, directory: Path) -> None:
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
         evaluate=(lambda state: score(best(state)).summary()) if score else None,
-        on_finish=lambda state: save(run.model, cfg, best(state), inputs),
+        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), partial(companions, inputs), force=True),
         # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
         flops_per_example=6 * total_macs(cfg.student, student.spec) + (2 * total_macs(teacher.cfg, teacher.model.spec) if teacher else 0),
     )
@@ -230,9 +232,7 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
         weights.write_params(folder, initial(cfg, student, donor, None))
         weights.write_config(folder, FAMILY.name, cfg.student)
         weights.write_json(folder / "provenance.json", record)
-        inputs = read_inputs(cfg, donor, None)
-        inputs.pre.save(folder)
-        inputs.tokenizer.save(folder)
+        companions(read_inputs(cfg, donor, None), folder)
     return record
 
 
@@ -279,11 +279,6 @@ def captions(source: Source) -> list[str]:
     return sorted(found)
 
 
-def best(state: State) -> dict[str, jax.Array]:
-    """The averaged parameters where the run keeps an average."""
-    return state.params if state.ema is None else state.ema
-
-
 def first_look(run: Run, data: Any, inputs: Inputs) -> None:
     """Draw the first batch and print a caption: what is fed is what is meant. The stream is put back to its start."""
     before = data.state()
@@ -294,22 +289,7 @@ def first_look(run: Run, data: Any, inputs: Inputs) -> None:
     data.restore(before)
 
 
-def save(path: Path, cfg: Config, params: Mapping[str, jax.Array], inputs: Inputs) -> None:
-    """Write the weights folder of a finished run; every process gathers, the first one writes."""
-    whole = {name: _gathered(value) for name, value in params.items()}
-    if jax.process_index() != 0:
-        return
-    with weights.staged(path, force=True) as folder:
-        folder.mkdir()
-        weights.write_params(folder, whole)
-        weights.write_config(folder, FAMILY.name, cfg.student)
-        inputs.pre.save(folder)
-        inputs.tokenizer.save(folder)
-
-
-def _gathered(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+def companions(inputs: Inputs, folder: Path) -> None:
+    """Preprocessing and tokenizer, beside the weights."""
+    inputs.pre.save(folder)
+    inputs.tokenizer.save(folder)

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 
 from common.data.images import Preprocess, decode, denormalise, eval_image, train_image
 from common.data.sources import Record, Source
 from common.data.text import Tokenizer
 from common.errors import InputError
+from common.train.mesh import batch_sharding
 
 Batch = dict[str, Any]
 ON_DEVICE = 2  # batches whose copy to the devices runs ahead of the step
@@ -46,12 +47,16 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class Augment:
-    """One record to one training example."""
+    """One record to one training example of a CLIP; without a tokenizer captions are left out."""
 
     pre: Preprocess
     tokenizer: Tokenizer | None
     context: int
-    tags: float
+    tags: float = 0.0
+
+    def check(self, record: Record) -> None:
+        """Raises InputError when the record lacks captions or tags that are asked for."""
+        _check_record(record, self.tokenizer, self.tags)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         example = {k: v for k, v in record.items() if isinstance(v, np.ndarray | np.generic) and k not in ("image", "text")}
@@ -135,27 +140,20 @@ class Batches:
 
 
 def training_batches(
-    source: Source,
-    cfg: PipelineConfig,
-    pre: Preprocess,
-    tokenizer: Tokenizer | None,
-    context: int,
-    *,
-    mesh: Mesh | None = None,
+    source: Source, cfg: PipelineConfig, example: Callable[[Record, np.random.Generator], Batch], *, mesh: Mesh | None = None
 ) -> Batches:
     """The endless stream of training batches: every epoch each example once, in an order of its own.
 
-    Without a mesh a host gets its rows as numpy arrays; with one, global `jax.Array`s, rows split over `data` and `fsdp`, are
-    copied ahead of the step. Without a tokenizer captions are left out. Raises InputError when the source is smaller than a
-    batch, lacks captions or tags that are asked for, or cannot be divided; and, while iterating, for a picture that does not decode.
+    example: one record, and the generator of its position in the stream, to arrays. Without a mesh a host gets its rows as numpy
+    arrays; with one, global `jax.Array`s, rows split over `data` and `fsdp`, are copied ahead of the step. Raises InputError when
+    the source is smaller than a batch or cannot be divided, and, while iterating,
+    what `example` raises.
     """
     if len(source) < cfg.batch:
         raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; make the batch smaller")
-    _check_record(source[0], tokenizer, cfg.tags)
     rows = host_rows(cfg.batch, mesh)
-    augment = Augment(pre, tokenizer, context, cfg.tags)
     # Both seeds are the position's: grain shuffles by (seed, epoch) and hands `random_map` a generator keyed by (seed, position).
-    stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(augment)
+    stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(example)
 
     def start(first: int) -> Iterator[Batch]:
         mine = HostRows(stream, rows, cfg.batch, first)
@@ -181,15 +179,11 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
         if batch % hosts:
             raise InputError(f"a batch of {batch} cannot be divided among {hosts} hosts")
         return np.arange(batch).reshape(hosts, -1)[jax.process_index()]
-    sharding = _row_sharding(mesh)
+    sharding = batch_sharding(mesh)
     if batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise InputError(f"a batch of {batch} cannot be divided into {parts} parts (mesh data x fsdp)")
     # Asked of the sharding rather than of the process number: a host may hold any rows, and share them with its neighbour.
     return np.unique(np.concatenate([np.arange(batch)[where] for where in sharding.addressable_devices_indices_map((batch,)).values()]))
-
-
-def _row_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
@@ -215,7 +209,7 @@ class Place:
 
     def __call__(self, batch: Batch) -> Batch:
         place = jax.make_array_from_process_local_data
-        return {k: place(_row_sharding(self.mesh), v, (self.batch, *v.shape[1:])) for k, v in batch.items()}
+        return {k: place(batch_sharding(self.mesh), v, (self.batch, *v.shape[1:])) for k, v in batch.items()}
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from common.errors import InputError
 from common.nn.functional import functional
 from common.train.mesh import MeshConfig, start
 from common.train.optim import OptimConfig, make_optimizer
+from common.train.parameters import best
 from common.train.state import create_state
 from common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, best, hold_scale, initial, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, hold_scale, initial, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from common.data.images import Preprocess, denormalise, eval_image
-from common.data.pipeline import PipelineConfig, check_first_batch, evaluation_batches, host_rows, training_batches
+from common.data.pipeline import Augment, PipelineConfig, check_first_batch, evaluation_batches, host_rows, training_batches
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -57,7 +57,8 @@ def same(left, right):
 
 
 def stream(tokenizer, source=None, pre=PRE, mesh=None, **settings):
-    return training_batches(source or Noise(20), PipelineConfig(**{"batch": 6, **settings}), pre, tokenizer, 16, mesh=mesh)
+    cfg = PipelineConfig(**{"batch": 6, **settings})
+    return training_batches(source or Noise(20), cfg, Augment(pre, tokenizer, 16, cfg.tags), mesh=mesh)
 
 
 def test_batches_are_what_they_say(tokenizer):
@@ -179,7 +180,7 @@ def test_on_several_devices_rows_are_split(tokenizer):
 
 def test_tags_are_appended_as_often_as_asked():
     tokenizer = Tokenizer.train([" ".join(f"tag{i}" for i in range(10))], 530)
-    batches = training_batches(Noise(20), PipelineConfig(batch=20, tags=0.3), PRE, tokenizer, 80)
+    batches = training_batches(Noise(20), PipelineConfig(batch=20), Augment(PRE, tokenizer, 80, tags=0.3))
     texts = [tokenizer.decode(row) for batch in take(batches, 10) for row in batch["text"]]
     appended = np.array([text.count(",") for text in texts])
     assert abs(appended.mean() - 3) < 0.35  # 200 draws of ten tags: a standard error of 0.1
@@ -197,9 +198,9 @@ def test_loud_failures(tokenizer):
             return {"key": f"bare {i}", "image": super().__getitem__(i)["image"]}
 
     with pytest.raises(InputError, match="bare 0 has no caption"):
-        stream(tokenizer, Bare(20))
+        Augment(PRE, tokenizer, 16).check(Bare(20)[0])
     with pytest.raises(InputError, match="bare 0 has no tags"):
-        stream(None, Bare(20), tags=0.5)
+        Augment(PRE, None, 16, tags=0.5).check(Bare(20)[0])
 
 
 def test_evaluation_is_in_order_and_complete(tokenizer):

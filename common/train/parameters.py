@@ -1,0 +1,50 @@
+"""Parameters between weights folders and devices."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from common.checkpoint import weights
+from common.checkpoint.convert import COPY, Donor
+from common.surgery.graft import graft
+from common.train.mesh import shardings
+from common.train.state import State
+
+
+def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
+    """All parameters of a checkpoint, f32, in their shardings."""
+
+    def nothing(**_: Any) -> dict[str, jax.Array]:
+        raise AssertionError("a copy leaves nothing fresh")
+
+    return graft(COPY, donor.source, donor.model.spec, shardings(donor.model.spec, mesh), nothing)
+
+
+def save_params(
+    path: Path, method: str, cfg: Any, params: Mapping[str, jax.Array], companions: Callable[[Path], None], *, force: bool = False
+) -> None:
+    """Write a weights folder; every process gathers, the first one writes. `companions(folder)` adds what travels along."""
+    whole = {name: _gathered(value) for name, value in params.items()}
+    if jax.process_index() != 0:
+        return
+    with weights.staged(path, force=force) as folder:
+        folder.mkdir()
+        weights.write_params(folder, whole)
+        weights.write_config(folder, method, cfg)
+        companions(folder)
+
+
+def best(state: State) -> dict[str, jax.Array]:
+    """The averaged parameters where the run keeps an average."""
+    return state.params if state.ema is None else state.ema
+
+
+def _gathered(value: jax.Array) -> np.ndarray:
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
