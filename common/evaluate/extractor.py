@@ -30,8 +30,10 @@ class Extractor:
 def open_extractor(path: Path) -> Extractor:
     """Open a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as safetensors).
 
-    Raises InputError for a folder of another kind and for missing, unexpected or misshapen tensors.
+    Raises InputError for a path that is not there, a folder of another kind, and for missing, unexpected or misshapen tensors.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; scripts/convert_inception.py makes one")
     if path.is_dir():
         folder = weights.open_folder(path)
         if folder.method != METHOD:
