@@ -11,6 +11,7 @@ not compare with published ones. Anything else is taken for pytorch-fid's weight
 
 import argparse
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def dequantised(graph: Path) -> Extractor:
     """The float network of a quantised TFLite graph. Raises InputError when it is not this Inception-v3."""
     model = functional(Inception, Q8)
     paths, params = convolutions(), {}
-    for (block, branch), convs in kernels(graph).items():
+    try:
+        found = kernels(graph)
+    except (struct.error, ValueError, IndexError, AttributeError) as error:  # what a walk over broken offsets ends in
+        raise InputError(f"{graph}: cut short, or no quantised graph ({error}); fetch it again") from error
+    for (block, branch), convs in found.items():
         ours = paths.pop((block, branch), ())
         if len(ours) != len(convs):
             raise InputError(f"{graph}: {block} {branch} has {len(convs)} convolutions and Inception-v3 {len(ours)}; another network")
