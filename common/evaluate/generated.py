@@ -1,0 +1,179 @@
+"""Generated pictures against a reference batch of the ADM suite: both through one Inception, then scored (spec §8.1)."""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from common.errors import InputError
+from common.evaluate.extractor import Extractor
+from common.evaluate.features import embedder
+from common.evaluate.fid import SPLITS, Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
+from common.evaluate.inception import ADM, POOL, SPATIAL
+from common.train.mesh import replicated
+
+BATCH = 64
+_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)  # what a damaged archive or array raises
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a `.npz` holds: whole-set statistics of the "adm" features, `mu`, `sigma` and `mu_s`, `sigma_s`, and pictures, `arr_0`."""
+
+    path: Path
+    pool: Gaussian | None
+    spatial: Gaussian | None
+    images: int
+
+
+def read_reference(path: Path) -> Reference:
+    """Open a reference batch; its pictures stay on disk. Raises InputError when it holds neither, or either in a wrong form."""
+    keys = _keys(path)
+    if not keys & {"mu", "arr_0"}:
+        held = ", ".join(sorted(keys)) or "nothing"
+        raise InputError(f"{path}: holds {held}; a reference batch has pictures `arr_0` or statistics `mu` and `sigma`")
+    try:
+        with np.load(path) as arrays:
+            pool = _gaussian(arrays, "mu", "sigma", POOL, path)
+            spatial = _gaussian(arrays, "mu_s", "sigma_s", SPATIAL, path)
+    except _BROKEN as error:
+        raise InputError(f"{path}: its statistics cannot be read ({error}); fetch it again") from error
+    return Reference(path, pool, spatial, _shape(path)[0] if "arr_0" in keys else 0)
+
+
+def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
+    """The pictures `arr_0` of a `.npz`, uint8 [rows, height, width, 3] at a time: references and samples are gigabytes.
+
+    Raises InputError when there are none, of another type, or fewer than the file says.
+    """
+    shape = _shape(path)
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            _header(file)
+            for start in range(0, shape[0], rows):
+                batch = (min(rows, shape[0] - start), *shape[1:])
+                yield np.frombuffer(file.read(int(np.prod(batch))), np.uint8).reshape(batch)
+    except _BROKEN as error:
+        raise InputError(f"{path}: its pictures are cut short ({error}); fetch it again") from error
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Features of a set of pictures: pooled [pictures, 2048] and logits [pictures, class], f32; of the spatial ones the moments."""
+
+    pooled: np.ndarray
+    logits: np.ndarray
+    pool: Statistics
+    spatial: Statistics
+
+
+def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[Iterable[np.ndarray]], Measured]:
+    """A function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over the mesh.
+
+    The result raises InputError for batches of another type or rank.
+    """
+    params = jax.device_put(dict(extractor.params), replicated(mesh))
+    embed = embedder(lambda params, x: jnp.concatenate(extractor.model.apply(params, x), -1), mesh, size)
+
+    def measure(batches: Iterable[np.ndarray]) -> Measured:
+        pooled = [np.zeros((0, POOL), np.float32)]
+        logits = [np.zeros((0, extractor.cfg.classes), np.float32)]
+        moments = Statistics(POOL), Statistics(SPATIAL)
+        for batch in batches:
+            if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
+                raise InputError(f"pictures are uint8 [batch, height, width, 3] and these are {batch.dtype} {list(batch.shape)}")
+            for start in range(0, len(batch), size):
+                features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
+                moments[0].add(features[0])
+                moments[1].add(features[1])
+                pooled.append(features[0])
+                logits.append(features[2])
+        return Measured(np.concatenate(pooled), np.concatenate(logits), *moments)
+
+    return measure
+
+
+def evaluate(batches: Iterable[np.ndarray], reference: Path, extractor: Extractor, mesh: Mesh, size: int = BATCH) -> list[dict[str, Any]]:
+    """Rows {metric, value, n, protocol} of generated pictures, in an order without meaning, against a reference batch.
+
+    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. The statistics in the file are those of "adm"
+    and stand for the whole set; another network computes its own from the pictures, which precision, recall and KID always need:
+    rows whose part of the reference is missing are left out. Raises InputError for a reference that does not fit, or fewer
+    than ten pictures on a side.
+    """
+    known = read_reference(reference)
+    protocol = extractor.cfg.protocol
+    stored = protocol == ADM.protocol
+    if not stored and not known.images:
+        raise InputError(
+            f"{reference}: holds statistics of {ADM.protocol!r} alone, and the network is {protocol!r}; it needs pictures `arr_0`"
+        )
+    if 0 < known.images < SPLITS:
+        raise InputError(f"{reference}: {known.images} pictures are too few for a score, which takes {SPLITS} at least")
+    measure = measurer(extractor, mesh, size)
+    ours = measure(batches)
+    if ours.pool.count < SPLITS:
+        raise InputError(f"{ours.pool.count} pictures are too few for a score, which takes {SPLITS} at least")
+    theirs = measure(read_images(reference, size)) if known.images else None
+    pool, spatial = (known.pool, known.spatial) if stored else (None, None)
+    if theirs:
+        pool, spatial = pool or theirs.pool.gaussian(), spatial or theirs.spatial.gaussian()
+
+    values: dict[str, float] = {}
+    if pool:
+        values["fid"] = frechet_distance(ours.pool.gaussian(), pool)
+    if spatial:
+        values["sfid"] = frechet_distance(ours.spatial.gaussian(), spatial)
+    values["inception_score"] = inception_score(ours.logits)
+    if theirs:
+        manifolds, distance = precision_recall(theirs.pooled, ours.pooled), kid(theirs.pooled, ours.pooled)
+        values |= {"precision": manifolds.precision, "recall": manifolds.recall, "kid": distance.mean, "kid_std": distance.std}
+    return [{"metric": name, "value": value, "n": ours.pool.count, "protocol": protocol} for name, value in values.items()]
+
+
+def _keys(path: Path) -> set[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a .npz ({error}); give a reference batch of the ADM suite") from error
+
+
+def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim: int, path: Path) -> Gaussian | None:
+    if not {mean, covariance} & set(arrays):
+        return None
+    found = []
+    for key, shape in ((mean, (dim,)), (covariance, (dim, dim))):
+        if key not in arrays:
+            raise InputError(f"{path}: has no `{key}` beside its other statistics; fetch it again")
+        if arrays[key].shape != shape or not np.isfinite(arrays[key]).all():
+            raise InputError(f"{path}: `{key}` is {list(arrays[key].shape)} and should be {list(shape)}, all of it finite")
+        found.append(np.asarray(arrays[key], np.float64))
+    return Gaussian(*found)
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """Of `arr_0`, without reading it."""
+    if "arr_0" not in _keys(path):
+        raise InputError(f"{path}: has no pictures `arr_0`")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            shape, fortran, dtype = _header(file)
+    except _BROKEN as error:
+        raise InputError(f"{path}: `arr_0` is no array ({error}); fetch it again") from error
+    if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+        order = ", in Fortran's order" if fortran else ""
+        raise InputError(f"{path}: `arr_0` is {dtype} {list(shape)}{order} and should be uint8 [pictures, height, width, 3]")
+    return shape
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and dtype: the file stands at the data afterwards."""
+    version = np.lib.format.read_magic(file)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
