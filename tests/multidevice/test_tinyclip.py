@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,4 +177,20 @@ def test_two_processes_are_killed_and_resume_as_one(launch, whole, tmp_path):
     out = [finish(process) for process in pair()]
     assert "first caption" not in out[0]  # it went on, and did not begin again
     assert f"step {CFG.steps}/" in out[0] and "step" not in out[1]
+    same_run(run, whole, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_eight_devices_to_two_and_back(launch, whole, tmp_path):
+    run, stops = tmp_path / "run", [0]
+    for devices, mesh in [(8, (2, 2, 2)), (2, (1, 2, 1))]:
+        process = launch(run, devices, mesh)
+        await_step(process, stops[-1] + 3)
+        process.send_signal(signal.SIGTERM)
+        out = finish(process)
+        stops.append(int(re.search(rf"^stopped at step (\d+) of {CFG.steps}", out, re.MULTILINE)[1]))
+        assert Checkpoints(run / "checkpoints").latest() == stops[-1] == len(curve(run)) and not (run / "model").exists()
+    assert stops[1] >= 3 and stops[1] + 3 <= stops[2] < CFG.steps
+    out = finish(launch(run, 8, (2, 2, 2)))
+    assert re.search(r"^step (\d+)/", out, re.MULTILINE)[1] == str(stops[-1] + 1)
     same_run(run, whole, rtol=1e-5)
