@@ -1,0 +1,196 @@
+"""TinyCLIP's trainer on one device, on several, and in several processes: always the same numbers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from socket import create_server
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from common import config
+from common.checkpoint.convert import Donor
+from common.checkpoint.state import Checkpoints
+from common.checkpoint.weights import open_safetensors
+from common.data.images import Preprocess
+from common.data.sources import open_source
+from common.data.text import Tokenizer
+from common.nn.functional import functional
+from common.surgery.plan import Source
+from common.train.state import create_state
+from common.train.step import make_step
+from tinyclip_jax.evaluate import load_params
+from tinyclip_jax.model import Clip
+from tinyclip_jax.pretrained import Pretrained
+from tinyclip_jax.train import captions, loss_fn
+from tinyclip_jax.zoo import FAMILY
+
+ROOT = Path(__file__).parents[2]
+RECIPE = Path(__file__).with_name("clip_recipe.py")
+LIMIT = 300  # seconds until a process that hangs is a failure
+CFG = config.load(str(RECIPE))
+WIDER = dict(width=240, heads=5, hidden=960)
+TEACHER = replace(CFG.student, image=replace(CFG.student.image, **WIDER), text=replace(CFG.student.text, **WIDER))
+
+
+def drawn(spec, seed):
+    """Parameters of a model that has learned nothing, but in which nothing is idle."""
+    rng = np.random.default_rng(seed)
+    centre = {path: 1.0 if path.endswith("norm/scale") else 2.5 if path == "logit_scale" else 0.0 for path in spec}
+    return {path: np.asarray(rng.normal(centre[path], 0.1, leaf.shape), np.float32) for path, leaf in spec.items()}
+
+
+# In this process: a step on some of its eight devices
+
+
+def loss_and_gradients(data, fsdp, tensor):
+    """Of one step of the trainer's own wiring, with a live teacher: its metrics, and the gradients where the step leaves them."""
+    names, devices = ("data", "fsdp", "tensor"), jax.devices()[: data * fsdp * tensor]
+    mesh = jax.make_mesh((data, fsdp, tensor), names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    student, theirs = functional(Clip, CFG.student), functional(Clip, TEACHER)
+    teacher = Donor(FAMILY, TEACHER, theirs, Source(theirs.spec, drawn(theirs.spec, 1)), "heirloom", Path(), Path())
+    loss = loss_fn(replace(CFG, teacher="wider"), student, teacher)
+    keep = optax.trace(decay=0)  # an optimizer whose state is the gradient
+    step = make_step(loss, keep, student.spec, mesh, CFG.step, frozen=load_params(teacher, mesh))
+    state = create_state(drawn(student.spec, 0), keep, student.spec, mesh)
+    rng = np.random.default_rng(2)
+    batch = {
+        "image": rng.standard_normal((16, 16, 16, 3)).astype(np.float32),
+        "text": rng.integers(1, 640, (16, 8)).astype(np.int32),
+    }
+    # Compiled without the optimiser's passes, which take most of the time and change nothing here.
+    compiled = step.lower(state, batch).compile({"xla_backend_optimization_level": 0})
+    state, metrics = compiled(state, batch, step.frozen)
+    return {name: float(total / count) for name, (total, count) in metrics.items()}, state.opt.trace
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return loss_and_gradients(1, 1, 1)
+
+
+@pytest.mark.parametrize(("shape", "split"), [((1, 2, 1), 13), ((8, 1, 1), 0), ((2, 2, 2), 13)])
+def test_loss_and_gradients_are_those_of_one_device(shape, split, alone):
+    metrics, gradients = loss_and_gradients(*shape)
+    assert sum(not gradient.sharding.is_fully_replicated for gradient in gradients.values()) == split
+    for name in ("loss", "affinity", "contrastive", "grad_norm"):
+        assert metrics[name] == pytest.approx(alone[0][name], rel=1e-6), name
+    assert metrics["affinity"] != pytest.approx(metrics["contrastive"], rel=1e-3)
+    for path, expected in alone[1].items():
+        # The keys' biases have no gradient: a constant added to every logit of a row changes no softmax. What is left is rounding.
+        largest = float(np.abs(expected).max())
+        assert largest < 1e-6 if path.endswith("key/bias") else largest > 1e-3, path
+        np.testing.assert_allclose(gradients[path], expected, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=path)
+
+
+# In processes of their own: `heirloom train`
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A wider CLIP as a weights folder, with a tokenizer of 640 entries."""
+    folder, model = tmp_path_factory.mktemp("teacher") / "wider", functional(Clip, TEACHER)
+    tokenizer = Tokenizer.train(captions(open_source(CFG.data)), TEACHER.text.vocab)
+    Pretrained(TEACHER, model, drawn(model.spec, 1), Preprocess(TEACHER.image.size), tokenizer).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launch(teacher):
+    """`launch(run, devices, mesh, **env)`: one process of a run."""
+
+    def launch(run, devices, mesh, **env):
+        sizes = [word for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True) for word in (f"--mesh.{name}", str(size))]
+        command = [sys.executable, "-m", "common.cli", "train", str(RECIPE), "--run", str(run), "--teacher", teacher, "--donor", teacher]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+        clean |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
+        return subprocess.Popen([*command, *sizes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean)
+
+    return launch
+
+
+def finish(process):
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def await_step(process, step):
+    """Read what a run prints up to the line of a step."""
+    assert any(line.startswith(f"step {step}/") for line in process.stdout), process.stderr.read()[-3000:]
+
+
+def curve(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
+
+
+def same_run(run, whole, rtol):
+    """Every step once, each where the uninterrupted run was at that step, and the weights at the end."""
+    found, expected = curve(run), curve(whole)
+    assert [line["step"] for line in found] == list(range(1, CFG.steps + 1))
+    assert [line["step"] for line in found if "eval/r1" in line] == [8, 16]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=rtol, err_msg=str(ours["step"]))
+    found, expected = (open_safetensors(folder / "model" / "model.safetensors") for folder in (run, whole))
+    assert found.keys() == expected.keys()
+    for path in expected:
+        np.testing.assert_allclose(found[path], expected[path], rtol=0, atol=1e-6, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert "first caption" in finish(launch(run, 8, (2, 2, 2)))
+    assert curve(run)[-1]["loss"] < curve(run)[0]["loss"]
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_resume_as_one(launch, whole, tmp_path):
+    run = tmp_path / "run"
+
+    def pair():
+        with create_server(("localhost", 0)) as server:
+            job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{server.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+        job["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+        return [launch(run, 4, (2, 2, 2), JAX_PROCESS_ID=str(i), **job) for i in range(2)]
+
+    processes = pair()
+    await_step(processes[0], 6)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=LIMIT)
+    # A save waits for the one before it: after step 6 that of step 2 is complete at least, whatever became of that of step 4.
+    assert 2 <= Checkpoints(run / "checkpoints").latest() < CFG.steps and not (run / "model").exists()
+    out = [finish(process) for process in pair()]
+    assert "first caption" not in out[0]  # it went on, and did not begin again
+    assert f"step {CFG.steps}/" in out[0] and "step" not in out[1]
+    same_run(run, whole, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_eight_devices_to_two_and_back(launch, whole, tmp_path):
+    run, stops = tmp_path / "run", [0]
+    for devices, mesh in [(8, (2, 2, 2)), (2, (1, 2, 1))]:
+        process = launch(run, devices, mesh)
+        await_step(process, stops[-1] + 3)
+        process.send_signal(signal.SIGTERM)
+        out = finish(process)
+        stops.append(int(re.search(rf"^stopped at step (\d+) of {CFG.steps}", out, re.MULTILINE)[1]))
+        assert Checkpoints(run / "checkpoints").latest() == stops[-1] == len(curve(run)) and not (run / "model").exists()
+    assert stops[1] >= 3 and stops[1] + 3 <= stops[2] < CFG.steps
+    out = finish(launch(run, 8, (2, 2, 2)))
+    assert re.search(r"^step (\d+)/", out, re.MULTILINE)[1] == str(stops[-1] + 1)
+    same_run(run, whole, rtol=1e-5)
