@@ -1,0 +1,81 @@
+"""Labelled pictures as a diffusion model sees them: pixels in [-1, 1], or cached latents."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.data.images import Box, decode
+from common.data.sources import Record, Source, SourceConfig, open_source
+from common.errors import InputError
+
+
+def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
+    """The central square of guided-diffusion, uint8 [size, size, 3]: halved by boxes while twice too large, then bicubic."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    return np.asarray(Box((picture.width - size) // 2, (picture.height - size) // 2, size, size).cut(picture))
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One record to `image` float32 [size, size, 3] in [-1, 1] and `label` int32."""
+
+    size: int
+    flips: float
+    """Probability of the mirror image: 0.5 where left and right mean nothing, 0 for digits."""
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        pixels = adm_crop(decode(record["image"]), self.size)
+        if rng.random() < self.flips:
+            pixels = pixels[:, ::-1]
+        return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": np.int32(record["label"])}
+
+
+def latents(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One record of a latent cache: `moments` [2, row, col, 2 channels] of picture and mirror image, and `label` int32."""
+    return {"moments": record["moments"], "label": np.int32(record["label"])}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A source whose class names became numbers; `classes` are the names, in alphabetical order."""
+
+    source: Source
+    column: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        return record | {"label": self.classes.index(record[self.column])}
+
+
+def open_labelled(cfg: SourceConfig, label: str, classes: int) -> Source:
+    """Records with `label`, from 0 to classes - 1, out of a column of numbers or of names.
+
+    Raises InputError where the data has no such column, or other classes than the model.
+    """
+    cfg = replace(cfg, text="", columns=tuple(dict.fromkeys((*cfg.columns, label))))
+    source = open_source(cfg)
+    first: Any = source[0].get(label)
+    if first is None:
+        raise InputError(f"{cfg.path} has no labels: name their column with label")
+    if isinstance(first, str):
+        names = open_source(replace(cfg, image=""))
+        source = Named(source, label, tuple(sorted({names[i][label] for i in range(len(names))})))
+    known = getattr(source, "classes", ())
+    if known and len(known) != classes:
+        raise InputError(f"{cfg.path} has {len(known)} classes ({', '.join(known)[:80]}), the model {classes}: set student.classes")
+    return source
+
+
+def is_latent(cfg: SourceConfig) -> bool:
+    """Whether the data is a latent cache."""
+    return (Path(cfg.path) / "moments.npy").is_file()
