@@ -5,7 +5,9 @@ layer's number), and, where it is not torch's order (written axes, then read axe
 
     ("image/blocks/attn/query/kernel", "vision_model.encoder.layers.{layer}.self_attn.q_proj.weight")
     ("image/cls_position + image/position", "...position_embedding.weight", "1 embed + (grid_row grid_col) embed")
+    ("decoder/up/*/resnets/*/conv1/bias", "decoder.up_blocks.*.resnets.*.conv1.bias")
 
+Modules that are listed and not stacked have a `*` for each number: one row for all that the model has.
 Copying out of a view reads the file's pages, copying into it writes them: nothing is read before it is needed.
 """
 
@@ -77,6 +79,21 @@ class _Row:
             raise ValueError(f"layout row {row}: {len(paths)} leaves, {len(orders)} orders")
         return cls(paths, row[1], orders)
 
+    def numbered(self, spec: Spec) -> "Iterator[_Row]":
+        """The row itself, or one for each match of its stars, which stand for the same text throughout."""
+        if "*" not in self.paths[0]:
+            yield self
+            return
+        stars = re.compile(re.escape(self.paths[0]).replace(r"\*", "([^/]+)"))
+        for found in filter(None, map(stars.fullmatch, spec)):
+            paths = tuple(_fill(path, found.groups()) for path in self.paths)
+            yield _Row(paths, _fill(self.key, found.groups()), self.orders)
+
+
+def _fill(text: str, stars: Sequence[str]) -> str:
+    parts = text.split("*")
+    return "".join(part + star for part, star in zip(parts, (*stars, ""), strict=True))
+
 
 def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
     """The foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a dimension of size 1."""
@@ -119,8 +136,7 @@ class Layout:
     def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf]]]:
         """Every foreign key this layout speaks of, with its row and our leaves."""
         covered: set[str] = set()
-        for text in self.rows:
-            row = _Row.parse(text)
+        for row in (row for text in self.rows for row in _Row.parse(text).numbered(spec)):
             leaves = [spec[p] for p in row.paths if p in spec]
             if not leaves:
                 continue  # a part this variant of the model does not have; a missing leaf shows up below
@@ -183,8 +199,13 @@ def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], na
         key = min(unexpected)
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
     for key, tensor in expected.items():
-        if key in tensors and tuple(tensors[key].shape) != tensor.shape:
+        # A 1x1 convolution is a linear map: files differ in the ones they keep at the end.
+        if key in tensors and _squeezed(tensors[key].shape) != _squeezed(tensor.shape):
             raise InputError(f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs {tensor.shape}")
+
+
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[: max((i + 1 for i, n in enumerate(shape) if n != 1), default=0)])
 
 
 def _inner(leaf: Leaf) -> tuple[int, ...]:
