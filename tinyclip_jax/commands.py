@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from common.checkpoint.convert import Donor, Family
 
 
-def family() -> "Family":
+def families() -> "list[Family]":
     """Its models and their foreign formats, for convert, inspect and eval."""
     from tinyclip_jax.zoo import FAMILY
 
-    return FAMILY
+    return [FAMILY]
 
 
 def demo(seed: int, out: "Path") -> dict[str, Any]:

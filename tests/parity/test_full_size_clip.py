@@ -7,8 +7,8 @@ import pytest
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.weights import open_safetensors, read_json
 from common.data.text import Tokenizer
-from tinyclip_jax.commands import family
 from tinyclip_jax.verify import inputs
+from tinyclip_jax.zoo import FAMILY
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -36,7 +36,7 @@ def theirs(request, seeded, tmp_path_factory):
 def converted(theirs, tmp_path_factory):
     _, folder = theirs
     ours, back = (tmp_path_factory.mktemp("converted") / name for name in ("ours", "back"))
-    checks = [convert(open_donor(folder, [family()]), ours, "heirloom"), convert(open_donor(ours, [family()]), back, "hf")]
+    checks = [convert(open_donor(folder, [FAMILY]), ours, "heirloom"), convert(open_donor(ours, [FAMILY]), back, "hf")]
     return checks, ours, back
 
 
@@ -49,7 +49,7 @@ def torch_features(model, images, tokens):
 def test_features_agree_with_transformers(theirs, converted):
     model, _ = theirs
     _, ours, _ = converted
-    donor = open_donor(ours, [family()])
+    donor = open_donor(ours, [FAMILY])
     images, tokens = inputs(donor.cfg)
     params = {path: np.asarray(view, np.float32) for path, view in donor.source.values.items()}
     got = jax.jit(donor.model.apply)(params, images, tokens)
@@ -78,7 +78,7 @@ def test_the_way_back_keeps_every_bit_and_transformers_loads_it(theirs, converte
     for key, value in original.items():
         assert value.dtype == returned[key].dtype
         assert value.tobytes() == returned[key].tobytes(), key
-    images, tokens = inputs(open_donor(folder, [family()]).cfg)
+    images, tokens = inputs(open_donor(folder, [FAMILY]).cfg)
     reloaded = transformers.CLIPModel.from_pretrained(back, dtype=torch.float32).eval()
     for a, b in zip(torch_features(reloaded, images, tokens), torch_features(model, images, tokens), strict=True):
         np.testing.assert_array_equal(a, b)

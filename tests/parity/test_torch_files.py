@@ -11,7 +11,7 @@ from common.checkpoint.convert import convert, open_donor, open_tensors, weights
 from common.checkpoint.torch_file import open_torch, write_torch
 from common.checkpoint.weights import open_safetensors
 from common.errors import InputError
-from tinyclip_jax.commands import family
+from tinyclip_jax.zoo import FAMILY
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -157,7 +157,7 @@ def test_original_files_under_any_wrapper_are_the_same_model(small, wrap, tmp_pa
     small.save_pretrained(hf)
     extra = {"_image_encoder.l0_module.hidden_loga": torch.zeros(3), "_text_encoder.attn_mask": torch.zeros(16, 16)}
     torch.save({"state_dict": {wrap(key): value for key, value in (original(small) | extra).items()}, "epoch": 1}, file)
-    donor, reference = open_donor(file, [family()]), open_donor(hf, [family()])
+    donor, reference = open_donor(file, [FAMILY]), open_donor(hf, [FAMILY])
     assert donor.format == "original" and reference.format == "hf"
     assert donor.source.spec == reference.source.spec
     for path, value in reference.source.values.items():
@@ -168,8 +168,8 @@ def test_original_files_under_any_wrapper_are_the_same_model(small, wrap, tmp_pa
 def test_conversion_through_every_format_is_verified_and_exact(small, to, tmp_path):
     small.save_pretrained(tmp_path / "hf")
     hf = open_safetensors(tmp_path / "hf" / "model.safetensors")
-    first = convert(open_donor(tmp_path / "hf", [family()]), tmp_path / to, to)
-    again = convert(open_donor(tmp_path / to, [family()]), tmp_path / "back", "hf")
+    first = convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / to, to)
+    again = convert(open_donor(tmp_path / to, [FAMILY]), tmp_path / "back", "hf")
     assert (first.reference, again.reference) == ("open_clip's formulas in torch", "transformers.CLIPModel")
     assert first.passed and first.max_error < 1e-4 and again.passed and again.max_error < 1e-4
     for key, value in open_safetensors(tmp_path / "back" / "model.safetensors").items():
@@ -183,7 +183,7 @@ def test_conversion_through_every_format_is_verified_and_exact(small, to, tmp_pa
 def test_bfloat16_reaches_the_original_format(small, tmp_path):
     small.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     small.float()
-    check = convert(open_donor(tmp_path / "hf", [family()]), tmp_path / "original", "original")
+    check = convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "original", "original")
     assert check.passed
     written = torch.load(tmp_path / "original" / "tinyclip.pt", weights_only=True)["state_dict"]
     assert {value.dtype for value in written.values()} == {torch.bfloat16}
@@ -195,7 +195,7 @@ def test_a_bare_bin_beside_its_config_is_read(small, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_bytes((tmp_path / "hf" / "config.json").read_bytes())
     torch.save(small.state_dict(), folder / "pytorch_model.bin")
-    a, b = open_donor(folder, [family()]), open_donor(tmp_path / "hf", [family()])
+    a, b = open_donor(folder, [FAMILY]), open_donor(tmp_path / "hf", [FAMILY])
     assert a.cfg == b.cfg
     for path in a.source.values:
         np.testing.assert_array_equal(np.asarray(a.source.values[path]), np.asarray(b.source.values[path]))

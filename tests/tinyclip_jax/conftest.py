@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from common.nn.functional import functional
-from tinyclip_jax.commands import family
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
+from tinyclip_jax.zoo import FAMILY
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "clip"
 
@@ -21,7 +21,7 @@ def goldens():
 
 @pytest.fixture(scope="session")
 def families():
-    return [family()]
+    return [FAMILY]
 
 
 @pytest.fixture(scope="session")

@@ -173,10 +173,10 @@ from pathlib import Path
 from common.checkpoint import weights
 from common.checkpoint.convert import convert, open_donor
 from common.errors import InputError
-from tinyclip_jax.commands import family
+from tinyclip_jax.zoo import FAMILY
 
 source, destination, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-donor = open_donor(source, [family()])
+donor = open_donor(source, [FAMILY])
 if what == "fill":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the weights are 196,732 bytes
 else:

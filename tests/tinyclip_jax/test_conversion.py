@@ -20,9 +20,9 @@ from common.errors import InputError, VerificationError
 from common.nn.functional import functional
 from common.surgery.layout import Tensor
 from tinyclip_jax import layouts
-from tinyclip_jax.commands import family
 from tinyclip_jax.formats import FORMATS, read_preprocess, write_preprocess
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
+from tinyclip_jax.zoo import FAMILY
 
 CHECKPOINTS = ("hf_quick_gelu", "hf_gelu", "open_clip_f16")
 FILES = {"hf": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
@@ -275,9 +275,9 @@ def test_number_of_tensors_in_each_format(layout):
 
 
 def test_every_format_has_a_name_that_family_knows():
-    assert [family().format(f.name).file for f in FORMATS] == ["model.safetensors", "open_clip_model.safetensors", "tinyclip.pt"]
+    assert [FAMILY.format(f.name).file for f in FORMATS] == ["model.safetensors", "open_clip_model.safetensors", "tinyclip.pt"]
     with pytest.raises(InputError, match="no format 'onnx' for tinyclip models; there are heirloom, hf, open_clip, original"):
-        family().format("onnx")
+        FAMILY.format("onnx")
 
 
 @pytest.mark.parametrize("to", ["hf", "open_clip", "heirloom"])

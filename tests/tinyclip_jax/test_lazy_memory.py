@@ -21,7 +21,7 @@ from common.checkpoint.weights import create_safetensors
 from common.nn.functional import functional
 from common.surgery.graft import graft
 from common.train.mesh import MeshConfig, shardings, start
-from tinyclip_jax.commands import family
+from tinyclip_jax.zoo import FAMILY
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 
@@ -31,7 +31,7 @@ text = TextConfig(vocab=4096, context=16, layers=3)
 big = ClipConfig(ImageConfig(size=64, width=512, layers=12, heads=8, hidden=2048), text)
 small = ClipConfig(ImageConfig(size=64, width=256, layers=12, heads=4, hidden=1024), text)
 spec, student = functional(Clip, big).spec, functional(Clip, small)
-hf, mesh = family().format("hf"), start(MeshConfig(data=1, fsdp=8))
+hf, mesh = FAMILY.format("hf"), start(MeshConfig(data=1, fsdp=8))
 (folder / "hf").mkdir()
 with create_safetensors(folder / "hf" / hf.file, hf.layout.foreign(spec)):
     pass
@@ -62,7 +62,7 @@ def peak(job):
 
 
 def opened(name):
-    return open_donor(folder / name, [family()])
+    return open_donor(folder / name, [FAMILY])
 
 
 def inherit():

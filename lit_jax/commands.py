@@ -1,0 +1,13 @@
+"""What LiT adds to the `heirloom` command. Imports nothing heavy: each verb loads what it needs when it runs."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from common.checkpoint.convert import Family
+
+
+def families() -> "list[Family]":
+    """Its models and their foreign formats, for convert and inspect."""
+    from lit_jax import autoencoder_layouts
+
+    return [autoencoder_layouts.FAMILY]
