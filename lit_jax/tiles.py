@@ -14,9 +14,9 @@ from common.nn.functional import Functional
 def decode_tiled(model: Functional, params: Mapping[str, Any], latents: jax.Array, tile: int, overlap: int) -> jax.Array:
     """Pictures of unscaled latents [batch, row, col, latent], as `decode` makes them: [batch, height, width, 3] f32.
 
-    tile, overlap: latent positions along a side, the overlap at least; where tiles overlap, one fades linearly into the next. The decoder is compiled
-    once, for one tile, and runs over them in a loop. Attention and GroupNorm see a tile and not the picture, so the result
-    approaches `decode` as tiles grow; a tile as large as the picture is `decode` itself.
+    tile, overlap: latent positions along a side, the overlap at least; where tiles overlap, one fades linearly into the next. The
+    decoder is compiled once, for one tile, and runs over them in a loop. Attention and GroupNorm see a tile and not the picture, so
+    the result approaches `decode` as tiles grow; a tile as large as the picture is `decode` itself.
     Raises InputError when tiles would not advance.
     """
     if not 0 <= overlap < tile:

@@ -141,7 +141,7 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
                 raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
             for file, cfg, tensors in found:
                 if overrides and not hasattr(cfg, "override"):
-                    raise InputError(f"{file}: the config of a model of this kind ({family.name}) is whole; leave out {', '.join(overrides)}")
+                    raise InputError(f"{file}: an {family.name} model has no {' or '.join(overrides)} to set; leave it out")
                 cfg = cfg.override(**overrides) if overrides else cfg
                 model = functional(family.module, cfg)
                 views = format.layout.view(tensors, model.spec, str(file))
