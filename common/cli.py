@@ -131,7 +131,7 @@ def _ask(name: str, verb: str) -> Any:
     if name not in found:
         raise InputError(f"no method {name!r}{nearest(name, found)} (installed: {', '.join(found)})")
     if not hasattr(found[name], verb):
-        raise InputError(f"{name} has no {verb}; these have: {', '.join(m for m in found if hasattr(found[m], verb))}")
+        raise InputError(f"{name} has no {verb}; {', '.join(m for m in found if hasattr(found[m], verb)) or 'no installed method'} has")
     return getattr(found[name], verb)
 
 

@@ -169,7 +169,9 @@ class Layout:
 
         Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
         """
-        _check(tensors, self.foreign(spec), self.name, (*self.ignore, *self.constant), where)
+        expected = self.foreign(spec)
+        tensors = {key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()}
+        _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
         for row, key, leaves in self._entries(spec):
             tensor = tensors[key]
@@ -199,13 +201,14 @@ def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], na
         key = min(unexpected)
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
     for key, tensor in expected.items():
-        # A 1x1 convolution is a linear map: files differ in the ones they keep at the end.
-        if key in tensors and _squeezed(tensors[key].shape) != _squeezed(tensor.shape):
+        if key in tensors and tuple(tensors[key].shape) != tensor.shape:
             raise InputError(f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs {tensor.shape}")
 
 
-def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(shape[: max((i + 1 for i, n in enumerate(shape) if n != 1), default=0)])
+def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor with as many ones at the end as `shape` has: a 1x1 convolution is a linear map, and files hold either."""
+    rank = min(tensor.ndim, len(shape))
+    return tensor.reshape(shape) if tensor.shape[:rank] == shape[:rank] and tensor.size == prod(shape) else tensor
 
 
 def _inner(leaf: Leaf) -> tuple[int, ...]:
