@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SOURCE", help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME")
     sub.add_argument("destination", metavar="DEST", type=Path)
     sub.add_argument("--to", default="heirloom", metavar="FORMAT", help="heirloom, hf, open_clip, original, ... (default: heirloom)")
-    sub.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="where a bare weights file cannot tell")
+    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="what bare weights cannot tell: heads, activation")
     sub.add_argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference")
     sub.add_argument("--force", action="store_true", help="replace DEST")
 
@@ -135,6 +135,14 @@ def _ask(name: str, verb: str) -> Any:
     return getattr(found[name], verb)
 
 
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` from the command line, numbers as numbers."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"--set {pair}: write NAME=VALUE, such as heads=6")
+    return {name: int(value) if value.isdigit() else value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
 def _open(source: str, **overrides: Any) -> Any:
     """A checkpoint by SOURCE: the run folders we write count as their model."""
     from common.checkpoint.convert import open_donor
@@ -165,8 +173,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from common.checkpoint.convert import convert
 
-    overrides = {"activation": args.activation} if args.activation else {}
-    donor = _open(args.source, **overrides)
+    donor = _open(args.source, **_settings(args.set))
     check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
     _write_json(args, asdict(check))
     if check.reference:

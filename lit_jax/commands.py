@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from common.checkpoint.convert import Family
 
 
-def families() -> "list[Family]":
-    """Its models and their foreign formats, for convert and inspect."""
-    from lit_jax import autoencoder_layouts
+def families() -> list["Family"]:
+    """Its models and their foreign formats, for convert, inspect and eval."""
+    from lit_jax import autoencoder_layouts, zoo
 
-    return [autoencoder_layouts.FAMILY]
+    return [zoo.FAMILY, autoencoder_layouts.FAMILY]

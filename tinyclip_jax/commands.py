@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from common.checkpoint.convert import Donor, Family
 
 
-def families() -> "list[Family]":
+def families() -> list["Family"]:
     """Its models and their foreign formats, for convert, inspect and eval."""
     from tinyclip_jax.zoo import FAMILY
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.nn.attention import Attention, Kernel, softmax
 from common.nn.block import Block, Remat, scan, stack
 from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
+from common.nn.mlp import ACTIVATIONS
 from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
 from common.surgery.axes import Spec
@@ -83,7 +84,9 @@ class ClipConfig:
     def override(
         self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
     ) -> "ClipConfig":
-        """The same model with what the shapes of its weights cannot tell."""
+        """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
+        if activation and activation not in ACTIVATIONS:
+            raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
         return replace(
             self,
             image=replace(self.image, activation=activation or self.image.activation, heads=image_heads or self.image.heads),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from common.checkpoint import weights
 from common.checkpoint.torch_file import open_torch, write_torch
 from common.checkpoint.weights import FILE, Tensors, read_json, write_json
-from common.errors import InputError, VerificationError
+from common.errors import InputError, VerificationError, nearest
 from common.nn.functional import Functional, functional
 from common.surgery.axes import Spec
 from common.surgery.layout import Layout, Tensor, View, own_views
@@ -27,6 +28,7 @@ TOLERANCE = 1e-4
 class Format:
     """One foreign format of a model family.
 
+    layout: the table of names, or a function of the config where it depends on it.
     file: name of the weights inside a folder we write; its ending says whether torch or safetensors writes it.
     read_config(tensors, folder): the model's config, or None when this is another format.
     write_config(cfg, folder): writes the format's own JSON files beside the weights.
@@ -34,11 +36,14 @@ class Format:
     """
 
     name: str
-    layout: Layout
+    layout: Layout | Callable[[Any], Layout]
     file: str
     read_config: Callable[[Tensors, Path], Any]
     write_config: Callable[[Any, Path], None]
     clean: Callable[[str], str] = lambda key: key
+
+    def layout_of(self, cfg: Any) -> Layout:
+        return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
 
 
 @dataclass(frozen=True)
@@ -140,16 +145,27 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
                 names = " and ".join(file.name for file, *_ in found)
                 raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
             for file, cfg, tensors in found:
-                if overrides and not hasattr(cfg, "override"):
-                    raise InputError(f"{file}: an {family.name} model has no {' or '.join(overrides)} to set; leave it out")
-                cfg = cfg.override(**overrides) if overrides else cfg
+                cfg = _override(cfg, overrides)
                 model = functional(family.module, cfg)
-                views = format.layout.view(tensors, model.spec, str(file))
-                origin = {p: f"{file.name}:{key}" for p, key in format.layout.keys(model.spec).items()}
+                layout = format.layout_of(cfg)
+                views = layout.view(tensors, model.spec, str(file))
+                layout.check_values(tensors, model.spec, str(file))
+                origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
                 return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views, origin), format.name, path, file)
     known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families)
     sample = ", ".join(next(iter(opened.values())).keys() or ["none"])
     raise InputError(f"{path}: its tensors ({sample[:80]} ...) are of no known model; known are {known}")
+
+
+def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
+    if not overrides:
+        return cfg
+    if not hasattr(cfg, "override"):
+        raise InputError(f"{min(overrides)!r} cannot be set for this model, whose config.json tells all; leave it out")
+    known = list(signature(cfg.override).parameters)
+    if unknown := overrides.keys() - set(known):
+        raise InputError(f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are {', '.join(known)})")
+    return cfg.override(**overrides)
 
 
 def _recognise(format: Format, raw: Tensors, file: Path) -> tuple[Any, Tensors] | None:
@@ -260,13 +276,15 @@ def _write_ours(donor: Donor, folder: Path) -> None:
 
 
 def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
+    format.write_config(donor.cfg, folder)  # first: it refuses what the format cannot say
     spec, values = donor.source.spec, donor.source.values
-    shapes = format.layout.foreign(spec)
+    layout = format.layout_of(donor.cfg)
+    shapes = layout.foreign(spec)
 
     def fill(out: Tensors) -> None:
-        for path, view in format.layout.view(out, spec).items():
+        for path, view in layout.view(out, spec).items():
             view.write(values[path])
-        for key, value in format.layout.constant.items():
+        for key, value in layout.constant.items():
             out[key][...] = value
 
     if format.file.endswith(_TORCH):
@@ -276,7 +294,6 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
     else:
         with weights.create_safetensors(folder / format.file, shapes) as out:
             fill(out)
-    format.write_config(donor.cfg, folder)
 
 
 def describe(path: Path) -> dict[str, Any] | None:

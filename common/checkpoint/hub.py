@@ -1,4 +1,4 @@
-"""Where a SOURCE is: a local path, a model that comes with a package, or `hf:org/name[@revision]`, fetched once."""
+"""Where a SOURCE is: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]`, fetched once."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +26,18 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
         return path
     from huggingface_hub import HfApi, snapshot_download
 
-    name, _, revision = source.removeprefix("hf:").partition("@")
+    where, _, revision = source.removeprefix("hf:").partition("@")
+    name, folder = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
     try:
-        files = HfApi().list_repo_files(name, revision=revision or None)
+        files = [f for f in HfApi().list_repo_files(name, revision=revision or None) if f.startswith(folder)]
         # Safetensors where there are any; pickles only where there is nothing else.
         weights = _WEIGHTS if any(f.endswith(".safetensors") for f in files) else ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*weights, *_OTHER]))
+        wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in (*weights, *_OTHER)]
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
     except Exception as error:  # the hub's client raises its own, httpx's and OSError alike: all mean it could not be had
         cached = _cached(name, revision)
-        if cached is not None:
-            return cached
+        if cached is not None and (cached / folder).exists():
+            return cached / folder
         raise InputError(f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network") from error
 
 

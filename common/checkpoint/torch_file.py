@@ -1,5 +1,6 @@
 """Reading and writing torch's own files, without ever running what is pickled in them."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from common.checkpoint.weights import Tensors
 from common.errors import InputError
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("ema", "state_dict", "model", "model_state_dict")  # the average before the raw weights where a file has both
 
 
 def open_torch(path: Path) -> Tensors:
@@ -22,7 +23,8 @@ def open_torch(path: Path) -> Tensors:
     try:
         import zipfile
 
-        state = torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
+        with torch.serialization.safe_globals([Namespace]):  # the arguments many training scripts save along
+            state = torch.load(path, mmap=zipfile.is_zipfile(path), **kwargs)
     except Exception as error:  # torch raises nearly every type here, all of them about this file
         why = str(error) or type(error).__name__
         if "TorchScript" in why:

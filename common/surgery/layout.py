@@ -8,6 +8,8 @@ layer's number), and, where it is not torch's order (written axes, then read axe
     ("decoder/up/*/resnets/*/conv1/bias", "decoder.up_blocks.*.resnets.*.conv1.bias")
 
 Modules that are listed and not stacked have a `*` for each number: one row for all that the model has.
+A `{layer}` in the key of a leaf that is not stacked means that the file repeats it in every layer.
+
 Copying out of a view reads the file's pages, copying into it writes them: nothing is read before it is needed.
 """
 
@@ -21,13 +23,19 @@ import numpy as np
 from common.errors import InputError, nearest
 from common.surgery.axes import Leaf, Spec, matches
 
+CLOSE = 1e-5  # of a constant: other libraries compute it in float32
+
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One of our leaves as strided views of foreign tensors: a part per layer, or a single part."""
+    """One of our leaves as strided views of foreign tensors: a part per layer, or a single part.
+
+    copies: further places that hold the same; they are written, and not read.
+    """
 
     parts: tuple[np.ndarray, ...]
     layered: bool
+    copies: tuple[np.ndarray, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,9 +55,11 @@ class View:
         if isinstance(value, View):
             sources: Sequence[np.ndarray] = value.parts
         else:
-            sources = list(value) if self.layered else [value]
+            sources = list(value) if self.layered else [np.asarray(value)]
         for part, source in zip(self.parts, sources, strict=True):
             np.copyto(part, source, casting="same_kind")
+        for copy in self.copies:
+            np.copyto(copy, sources[0], casting="same_kind")
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         out = np.empty(self.shape, dtype or self.dtype)
@@ -125,7 +135,8 @@ def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
 class Layout:
     """The table between one model's leaves and one foreign format.
 
-    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys written back with these values.
+    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are no parameters here and always hold
+    these values, such as fixed position tables: they may be left out of a file, and are written back.
     """
 
     name: str
@@ -144,7 +155,7 @@ class Layout:
                 raise ValueError(f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them")
             covered.update(row.paths)
             if "{layer}" in row.key:
-                for i in range(leaves[0].shape[0]):
+                for i in range(leaves[0].shape[0] if leaves[0].layered else _layers(spec)):
                     yield row, row.key.replace("{layer}", str(i)), leaves
             else:
                 yield row, row.key, leaves
@@ -182,7 +193,21 @@ class Layout:
                 piece = tensor if length is None else tensor[start : start + length]
                 start += length or 0
                 parts[path].append(_as_ours(piece, leaf, terms))
-        return {path: View(tuple(p), spec[path].layered) for path, p in parts.items()}
+        return {path: View(tuple(p), True) if spec[path].layered else View((p[0],), False, tuple(p[1:])) for path, p in parts.items()}
+
+    def check_values(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> None:
+        """Raises InputError where a constant has other values than it must, or a repeated tensor is not the same in every layer."""
+        for key, value in self.constant.items():
+            if key in tensors and not np.allclose(tensors[key], value, rtol=0, atol=CLOSE):
+                raise InputError(f"{where}: tensor {key!r} is fixed in {self.name} models, and here it has other values: is it one?")
+        keys = self.keys(spec)
+        for path, view in self.view(tensors, spec, where).items():
+            if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
+                raise InputError(f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all")
+
+
+def _layers(spec: Spec) -> int:
+    return next(leaf.shape[0] for leaf in spec.values() if leaf.layered)
 
 
 def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict[str, View]:

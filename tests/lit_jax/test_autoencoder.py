@@ -217,7 +217,7 @@ def test_weights_without_config_and_with_flags_of_others_are_refused(tmp_path):
     shutil.copy(GOLDEN / FILE, tmp_path)
     with pytest.raises(InputError, match=r"needs its config\.json beside the weights"):
         open_donor(tmp_path, [FAMILY])
-    with pytest.raises(InputError, match="an autoencoder model has no activation to set; leave it out"):
+    with pytest.raises(InputError, match="'activation' cannot be set for this model"):
         open_donor(GOLDEN, [FAMILY], activation="gelu")
     with pytest.raises(InputError, match="not of this version"):
         config({"channels": [32], "widths": 3})

@@ -170,3 +170,36 @@ def test_ones_at_the_end_of_a_shape_make_no_difference_and_others_do():
             layout.view({"weight": np.zeros(shape, np.float32)}, {"kernel": leaf})
     with pytest.raises(InputError, match="has shape"):
         own_views({"kernel": np.zeros((3, 2, 1), np.float32)}, {"kernel": leaf}, "file")
+
+
+SHARED = Layout("shared", (("w", "layers.{layer}.w"), ("embedder", "layers.{layer}.time")), constant={"position": np.linspace(0, 1, 4)})
+SHARED_SPEC = {
+    "w": Leaf(Axes.parse("layer embed -> hidden"), (3, 2, 4), np.dtype(np.float32)),
+    "embedder": Leaf(Axes.parse("time -> embed"), (5, 2), np.dtype(np.float32)),
+}
+
+
+def test_what_a_file_repeats_in_every_layer_is_written_everywhere_and_read_once():
+    rng = np.random.default_rng(0)
+    file = {key: np.zeros(t.shape, t.dtype) for key, t in SHARED.foreign(SHARED_SPEC).items()}
+    assert file["layers.2.time"].shape == (2, 5)
+    embedder = rng.standard_normal((5, 2)).astype(np.float32)
+    SHARED.view(file, SHARED_SPEC)["embedder"].write(embedder)
+    for i in range(3):
+        np.testing.assert_array_equal(file[f"layers.{i}.time"], embedder.T)
+    view = SHARED.view(file, SHARED_SPEC)["embedder"]
+    np.testing.assert_array_equal(np.asarray(view), embedder)
+    assert view.shape == (5, 2)
+    file["layers.1.time"][0, 0] += 1
+    with pytest.raises(InputError, match="differs from layer to layer"):
+        SHARED.check_values(file | {"position": SHARED.constant["position"]}, SHARED_SPEC)
+
+
+def test_a_constant_may_be_absent_but_not_another():
+    file = {key: np.zeros(t.shape, t.dtype) for key, t in SHARED.foreign(SHARED_SPEC).items()}
+    with pytest.raises(InputError, match="'position' is fixed in shared models"):
+        SHARED.check_values(file, SHARED_SPEC)
+    file["position"] = SHARED.constant["position"] + 5e-6
+    SHARED.check_values(file, SHARED_SPEC)
+    del file["position"]
+    SHARED.check_values(file, SHARED_SPEC)

@@ -1,0 +1,18 @@
+"""Fixed position tables."""
+
+import numpy as np
+
+
+def sincos(rows: int, cols: int, width: int, scale: float = 1.0) -> np.ndarray:
+    """The two-dimensional sine-cosine table of MAE and DiT: [rows, cols, width] float32, computed in float64.
+
+    The first half of the channels says the column, the second half the row; each half is the sines, then the cosines, of the index
+    over `scale` at width / 4 frequencies from 1 down to 1/10000. Raises ValueError when width is no multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"a sine-cosine table needs a width that is a multiple of 4, not {width}")
+    frequency = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    row, col = (np.outer(np.arange(n) / scale, frequency) for n in (rows, cols))
+    row, col = (np.concatenate([np.sin(angle), np.cos(angle)], axis=1) for angle in (row, col))
+    halves = np.broadcast_to(col, (rows, cols, width // 2)), np.broadcast_to(row[:, None], (rows, cols, width // 2))
+    return np.concatenate(halves, axis=2).astype(np.float32)

@@ -1,0 +1,171 @@
+"""DiT (Peebles & Xie 2023) and LiT (arXiv 2501.12976): one transformer over patches, with softmax or few-head linear attention."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.errors import InputError
+from common.nn.attention import Attention, Kernel, softmax
+from common.nn.block import Block, Remat, each, modulate, scan, stack
+from common.nn.dense import Dense, Sizes, normal, param, xavier_uniform, zeros
+from common.nn.norm import LayerNorm
+from common.nn.patch import PatchEmbed
+from common.nn.position import sincos
+from common.surgery.axes import Spec
+from common.surgery.report import attention_macs, count, kernel_macs
+from lit_jax.attention import Features, Filters, LinearAttention
+
+FREQUENCIES = 256  # of the timestep features
+EPS = 1e-6  # of every LayerNorm
+XAVIER = xavier_uniform()
+SOFTMAX_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published DiTs, by width
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """A class-conditional diffusion transformer over latents or pixels."""
+
+    size: int = 32
+    """Side of the input: latent cells, or pixels where there is no autoencoder."""
+    channels: int = 4
+    patch: int = 2
+    width: int = 1152
+    layers: int = 28
+    heads: int = 16
+    hidden: int = 4608
+    """Units between the two layers of the MLP."""
+    classes: int = 1000
+    """Labels are 0 to classes - 1; the label `classes` is none."""
+    attention: Literal["softmax", "linear"] = "softmax"
+    """DiT's, or LiT's linear attention with a depthwise branch on the values."""
+    features: Features = "relu"
+    """Kernel of linear attention: relu (LiT), gelu, focused (FLatten), focused_gelu."""
+    filters: Filters = "shared"
+    """Depthwise filters of linear attention: one bank for all heads (LiT), a filter per channel, or none."""
+    window: int = 5
+    """Side of the depthwise filters."""
+    remat: Remat = "none"
+    """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
+    kernel: Kernel = "xla"
+    """Softmax attention: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side. Raises InputError when they do not fill the input."""
+        if self.size < self.patch or self.size % self.patch:
+            raise InputError(f"patches of {self.patch} do not fill inputs of {self.size}: change size or patch")
+        return self.size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head. Raises InputError when the heads do not divide the width."""
+        if self.heads < 1 or self.width % self.heads:
+            raise InputError(f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)")
+        return self.width // self.heads
+
+    def override(self, heads: int | None = None) -> "DitConfig":
+        """The same model with what the shapes of its weights cannot tell."""
+        return replace(self, heads=heads or self.heads)
+
+
+class Modulation(NamedTuple):
+    """Everything the network knows of time and label: [layer, 6, batch, embed] for the blocks and [2, batch, embed] for the end."""
+
+    blocks: jax.Array
+    final: jax.Array
+
+
+class Dit(nnx.Module):
+    """Noise and variance of a noisy input. x: [batch, size, size, channels] f32; t: [batch], fractional allowed; labels: [batch] int32.
+
+    Returns [batch, size, size, 2 channels] f32: the predicted noise, then where between its bounds the variance lies (-1 to 1).
+    """
+
+    def __init__(self, cfg: DitConfig, *, rngs: nnx.Rngs):
+        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden)
+        sizes |= dict(patch_row=cfg.patch, patch_col=cfg.patch, channel=cfg.channels, out_channel=2 * cfg.channels)
+        sizes |= dict(frequency=FREQUENCIES, label=cfg.classes + 1)
+        attention: Any = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), out=XAVIER)
+        if cfg.attention == "linear":
+            sizes |= dict(filter_row=cfg.window, filter_col=cfg.window)
+            attention = partial(LinearAttention, sizes, features=cfg.features, filters=cfg.filters)
+        block: dict[str, Any] = dict(activation="gelu_tanh", eps=EPS, up=XAVIER, down=XAVIER, bias=zeros, affine=False)
+        self.patch = PatchEmbed(sizes, init=XAVIER, bias=zeros, rngs=rngs)
+        self.time = TimeEmbed(sizes, rngs=rngs)
+        self.label = LabelEmbed(sizes, rngs=rngs)
+        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, **block, rngs=rngs), cfg.layers, rngs)
+        self.modulation = stack(lambda rngs: Dense("embed -> part embed", sizes | {"part": 6}, init=zeros, rngs=rngs), cfg.layers, rngs)
+        self.final_modulation = Dense("embed -> part embed", sizes | {"part": 2}, init=zeros, rngs=rngs)
+        self.final_norm = LayerNorm(sizes, eps=EPS, affine=False, rngs=rngs)
+        self.final = Dense("embed -> patch_row patch_col out_channel", sizes, init=zeros, rngs=rngs)
+        self.cfg = cfg
+
+    def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        return self.denoise(x, self.modulations(t, labels))
+
+    def modulations(self, t: jax.Array, labels: jax.Array) -> Modulation:
+        """What time and label say to every layer: it depends on nothing else, so a sampler computes it once for all its steps."""
+        condition = jax.nn.silu(self.time(t) + self.label(labels))
+        return Modulation(jnp.moveaxis(each(self.modulation, condition), 2, 1), jnp.moveaxis(self.final_modulation(condition), 1, 0))
+
+    def denoise(self, x: jax.Array, modulation: Modulation) -> jax.Array:
+        cfg = self.cfg
+        x = self.patch(x)
+        x = x + sincos(cfg.grid, cfg.grid, cfg.width).reshape(cfg.tokens, cfg.width).astype(x.dtype)
+        x = scan(self.blocks, x, modulation.blocks, remat=cfg.remat)
+        shift, scale = modulation.final[:, :, None].astype(x.dtype)
+        patches = self.final(modulate(self.final_norm(x), shift, scale)).astype(jnp.float32)
+        images = patches.reshape(-1, cfg.grid, cfg.grid, *patches.shape[2:]).swapaxes(2, 3)
+        return images.reshape(-1, cfg.size, cfg.size, 2 * cfg.channels)
+
+
+class TimeEmbed(nnx.Module):
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        self.up = Dense("frequency -> embed", sizes, init=normal(0.02), rngs=rngs)
+        self.down = Dense("embed -> embed", sizes, init=normal(0.02), rngs=rngs)
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.up(time_features(t))))
+
+
+class LabelEmbed(nnx.Module):
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        self.table = param("label -> embed", sizes, normal(0.02), rngs)
+
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        return self.table[...][labels]
+
+
+def time_features(t: jax.Array) -> jax.Array:
+    """[batch] -> [batch, 256] f32: cosines, then sines, at frequencies from 1 down to nearly 1/10000."""
+    half = FREQUENCIES // 2
+    frequency = jnp.asarray(np.exp(-np.log(10000) * np.arange(half) / half), jnp.float32)
+    angle = t.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
+
+
+def parameters(spec: Spec) -> dict[str, int]:
+    """Trained parameters; the fixed position table is none."""
+    return {"total": count(spec, "**")}
+
+
+def macs(cfg: DitConfig, spec: Spec) -> int:
+    """Multiply-accumulates of one input, conditioning included (spec: §2.4 counts the blocks' part that grows with the tokens)."""
+    once = [(pattern, 1) for pattern in ("time/**", "modulation/**", "final_modulation/**")]
+    # The taps of a shared bank serve every head.
+    depthwise = cfg.tokens * (cfg.heads if cfg.filters == "shared" else 1)
+    conv = [("blocks/attn/depthwise/**", depthwise)] if "blocks/attn/depthwise/kernel" in spec else []
+    total = sum(kernel_macs(spec, (*once, *conv, ("**", cfg.tokens))).values())
+    if cfg.attention == "softmax":
+        return total + attention_macs(spec["blocks/attn/query/kernel"], cfg.tokens)
+    # The state, its readout, and the normaliser.
+    return total + cfg.layers * 2 * cfg.tokens * cfg.width * (cfg.head_dim + 1)

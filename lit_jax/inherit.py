@@ -1,0 +1,32 @@
+"""LiT from a DiT (LiT §3.3): every tensor but self-attention, whose projections may be kept, regrouped into fewer heads."""
+
+from typing import Literal
+
+from common.errors import InputError
+from common.surgery.maps import FRESH, AxisMap, Fresh, first
+from common.surgery.plan import Maps, Plan
+from lit_jax.dit import DitConfig
+
+Keep = Literal["none", "o", "v", "kv", "qkv", "qkvo", "q", "all"]
+_PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
+
+
+def graft_attention(donor: DitConfig, student: DitConfig, keep: Keep = "none") -> Plan:
+    """The plan from a DiT to a student of the same shape with other attention.
+
+    keep: projections of self-attention that are inherited as well. The paper and its class-conditional code keep none, its
+    text-to-image code "o"; "all" is for a donor with the same attention, such as a LiT of another resolution. Regrouping heads
+    leaves each projection as it is, channel by channel; what the layer computes changes.
+    Raises InputError when the shapes differ.
+    """
+    for name in ("channels", "patch", "width", "layers", "hidden", "classes"):
+        if getattr(donor, name) != getattr(student, name):
+            sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
+            raise InputError(f"the student's {name} is {sizes}: a LiT has its donor's shape")
+    if keep == "all":
+        return Plan((("**", {}),))
+    regroup: dict[str, AxisMap] = {"head head_dim": first(student.width)}
+    kept: list[tuple[str, Maps | Fresh]] = [(f"blocks/attn/{_PROJECTIONS[p]}/*", regroup) for p in (() if keep == "none" else keep)]
+    own = student.attention == "linear" and (student.filters != "none" or student.features.startswith("focused"))
+    rest: list[tuple[str, Maps | Fresh]] = [("blocks/attn/**", FRESH)] if own or keep != "qkvo" else []
+    return Plan((*kept, *rest, ("**", {})))

@@ -1,0 +1,161 @@
+"""Converted DiTs against torch: the same noisy inputs through our model and through DiT's formulas on the foreign tensors."""
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.checkpoint.convert import Check, open_tensors
+from common.nn.functional import functional
+from common.nn.position import sincos
+from lit_jax.dit import Dit, DitConfig
+
+TOLERANCE = 1e-4
+EXAMPLES = 2
+
+
+def inputs(cfg: DitConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seeded inputs [2, size, size, channels] f32, times [2] int32 and labels [2] int32, the last label being none."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((EXAMPLES, cfg.size, cfg.size, cfg.channels)).astype(np.float32)
+    return x, np.array([17, 903], np.int32), np.array([rng.integers(cfg.classes), cfg.classes], np.int32)
+
+
+def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
+    """Compare predictions, f32 at highest precision, with DiT's formulas in torch on the tensors of `file`; tolerance 1e-4 relative.
+
+    The weights of diffusers are checked by the same formulas: its own class computes the timestep features and one norm
+    differently, and the note says by how much that changes the prediction. Without torch only finiteness can be checked.
+    """
+    x, t, labels = inputs(cfg)
+    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(jax.jit(functional(Dit, cfg).apply)(full, x, t, labels))
+    if not np.isfinite(ours).all():
+        return Check(passed=False, reference=None, note="predictions are not finite")
+    if format == "heirloom" or find_spec("torch") is None:
+        return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
+    tensors = open_tensors(file)
+    rename = _as_fair if format == "diffusers" else lambda tensors: {key.removeprefix("module."): value for key, value in tensors.items()}
+    theirs = formulas(cfg, rename(tensors), x, t, labels)
+    error = np.abs(ours - theirs) / max(np.abs(theirs).max(), 1e-12)
+    flat = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+    norm = np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])
+    return Check(
+        passed=bool(error.max() <= TOLERANCE),
+        reference="DiT's formulas in torch",
+        max_error=float(error.max()),
+        mean_error=float(error.mean()),
+        cosine=float(flat[0] @ flat[1] / norm) if norm else 1.0,
+        versions={name: version(name) for name in ("jax", "torch")},
+        note=_difference(file, theirs, x, t, labels) if format == "diffusers" else "",
+    )
+
+
+def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """DiT's forward pass in torch on tensors in its own names; [batch, size, size, 2 channels]."""
+    import torch
+    import torch.nn.functional as F
+
+    w = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
+
+    def linear(x: Any, name: str) -> Any:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x: Any, shift: Any, scale: Any) -> Any:
+        return F.layer_norm(x, (cfg.width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    mix = _softmax if cfg.attention == "softmax" else _linear_attention
+    with torch.no_grad():
+        frequency = torch.exp(-np.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+        angle = torch.from_numpy(t).float()[:, None] * frequency
+        c = linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+        c = F.silu(c + w["y_embedder.embedding_table.weight"][torch.from_numpy(labels).long()])
+        y = F.conv2d(torch.from_numpy(x).permute(0, 3, 1, 2), w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=cfg.patch)
+        y = y.flatten(2).transpose(1, 2)
+        y = y + w.get("pos_embed", torch.from_numpy(sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width)))
+        for i in range(cfg.layers):
+            m = linear(c, f"blocks.{i}.adaLN_modulation.1").chunk(6, 1)
+            y = y + m[2][:, None] * mix(cfg, norm(y, m[0], m[1]), w, f"blocks.{i}.attn", linear)
+            z = F.gelu(linear(norm(y, m[3], m[4]), f"blocks.{i}.mlp.fc1"), approximate="tanh")
+            y = y + m[5][:, None] * linear(z, f"blocks.{i}.mlp.fc2")
+        m = linear(c, "final_layer.adaLN_modulation.1").chunk(2, 1)
+        y = linear(norm(y, m[0], m[1]), "final_layer.linear")
+        y = y.reshape(len(x), cfg.grid, cfg.grid, cfg.patch, cfg.patch, -1).permute(0, 1, 3, 2, 4, 5)
+        return y.reshape(len(x), cfg.size, cfg.size, -1).numpy()
+
+
+def _softmax(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any]) -> Any:
+    import torch.nn.functional as F
+
+    q, k, v = linear(x, f"{name}.qkv").reshape(len(x), cfg.tokens, 3, cfg.heads, cfg.head_dim).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), cfg.tokens, cfg.width)
+    return linear(out, f"{name}.proj")
+
+
+def _linear_attention(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any]) -> Any:
+    """LiT's attention as its release writes it: sums, not our centred means."""
+    import torch.nn.functional as F
+
+    def heads(x: Any) -> Any:
+        return x.reshape(len(x), cfg.tokens, cfg.heads, cfg.head_dim).transpose(1, 2)
+
+    q = linear(x, f"{name}.q")
+    k, v = linear(x, f"{name}.kv").chunk(2, 2)
+    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
+    if cfg.features == "focused":
+        q, k = (z / F.softplus(w[f"{name}.scale"]) for z in (q, k))
+        q, k = (z**3 / ((z**3).norm(dim=2, keepdim=True) + 1e-6) * z.norm(dim=2, keepdim=True) for z in (q, k))
+    q, k, v = heads(q), heads(k), heads(v)
+    z = 1 / (q @ k.mean(2, keepdim=True).transpose(2, 3) + 1e-6)
+    out = q @ (k.transpose(2, 3) * cfg.tokens**-0.5 @ (v * cfg.tokens**-0.5)) * z
+    out = out.transpose(1, 2).reshape(len(x), cfg.tokens, cfg.width)
+    if cfg.filters != "none":
+        weight, bias = w[f"{name}.dwc.weight"], w[f"{name}.dwc.bias"]
+        images = v.transpose(2, 3).reshape(-1, len(weight), cfg.grid, cfg.grid)  # a shared bank sees heads as a batch
+        conv = F.conv2d(images, weight, bias, padding=cfg.window // 2, groups=len(weight))
+        out = out + conv.reshape(len(x), cfg.width, cfg.tokens).transpose(1, 2)
+    return linear(out, f"{name}.proj")
+
+
+def _as_fair(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """diffusers' tensors under facebookresearch's names, by plain renaming and concatenation."""
+    first = "transformer_blocks.0.norm1.emb"
+    names = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
+    names |= {f"{first}.timestep_embedder.linear_{n}": f"t_embedder.mlp.{2 * n - 2}" for n in (1, 2)}
+    names |= {f"{first}.class_embedder.embedding_table": "y_embedder.embedding_table"}
+    moved = [(f"{theirs}.{leaf}", f"{ours}.{leaf}") for theirs, ours in names.items() for leaf in ("weight", "bias")]
+    out = {ours: tensors[theirs] for theirs, ours in moved if theirs in tensors}
+    inner = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+    layers = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("transformer_blocks."))
+    for i in range(layers):
+        for leaf in ("weight", "bias"):
+            out |= {f"blocks.{i}.{ours}.{leaf}": tensors[f"transformer_blocks.{i}.{theirs}.{leaf}"] for theirs, ours in inner.items()}
+            out[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate([tensors[f"transformer_blocks.{i}.attn1.to_{p}.{leaf}"] for p in "qkv"])
+    return out
+
+
+def _difference(file: Path, ours: np.ndarray, x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> str:
+    """How far diffusers' own class is from DiT's formulas on these weights."""
+    why = "diffusers' DiT divides the timestep exponents by 127 (DiT: 128) and norms before the MLP with eps 1e-5 (DiT: 1e-6)"
+    if find_spec("diffusers") is None:
+        return f"{why}; it is not installed, so the difference was not measured"
+    theirs = diffusers_prediction(file.parent, x, t, labels)
+    return f"{why}: its prediction differs by {np.abs(ours - theirs).max() / np.abs(theirs).max():.1e} of the largest value"
+
+
+def diffusers_prediction(folder: Path, x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What `DiTTransformer2DModel` says, [batch, size, size, 2 channels]."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        images = torch.from_numpy(x).permute(0, 3, 1, 2)
+        out = model(images, timestep=torch.from_numpy(t).long(), class_labels=torch.from_numpy(labels).long()).sample
+    return out.permute(0, 2, 3, 1).numpy()

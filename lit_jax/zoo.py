@@ -1,0 +1,37 @@
+"""Models by name: the published sizes of DiT and LiT, and where their weights are (spec §1.1, §2.3, §5)."""
+
+from dataclasses import replace
+from typing import Any
+
+from common.checkpoint.convert import Donor, Family, open_donor
+from common.checkpoint.hub import locate
+from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
+from lit_jax.formats import FORMATS, companions, config
+from lit_jax.verify import verify
+
+FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs)
+
+LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
+_SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
+
+# Sources of the recipes. DiT's weights are CC-BY-NC 4.0, and so is what inherits from them.
+DIT_XL_2_256 = "hf:facebook/DiT-XL-2-256/transformer"
+DIT_XL_2_512 = "hf:facebook/DiT-XL-2-512/transformer"
+AUTOENCODER = "hf:stabilityai/sd-vae-ft-ema"
+
+
+def dit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
+    """A published DiT: `size` s, b, l or xl, over latents of an autoencoder that shrinks pictures eight times."""
+    width, layers = _SIZES[size]
+    return DitConfig(pixels // 8, 4, patch, width, layers, SOFTMAX_HEADS[width], 4 * width)
+
+
+def lit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
+    """Its LiT: few-head linear attention, everything else alike."""
+    cfg = dit(size, patch, pixels)
+    return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
+
+
+def open_dit(source: str, **overrides: Any) -> Donor:
+    """Any DiT or LiT by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
+    return open_donor(locate(source, FAMILY.embedded), [FAMILY], **overrides)

@@ -1,0 +1,98 @@
+"""facebookresearch/DiT's files at the size of DiT-S/2 and LiT-S/2: DiT's formulas in torch, the way back, training checkpoints."""
+
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.checkpoint import weights
+from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.weights import read_json, write_json
+from common.errors import InputError
+from common.nn.functional import functional
+from lit_jax.dit import Dit, DitConfig
+from lit_jax.zoo import FAMILY, dit, lit
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.parity
+
+SMALL = DitConfig(size=16, channels=3, width=32, layers=2, heads=2, hidden=48, classes=7)
+VARIANTS = {
+    "dit": SMALL,
+    "lit": replace(SMALL, attention="linear"),
+    "per channel": replace(SMALL, attention="linear", filters="channel", window=3),
+    "focused": replace(SMALL, attention="linear", features="focused"),
+    "no filters": replace(SMALL, attention="linear", filters="none"),
+}
+
+
+def folder_of(cfg, path, seed=0):
+    """A weights folder of ours with numbers far from zero."""
+    rng = np.random.default_rng(seed)
+    spec = functional(Dit, cfg).spec
+    scale = {p: leaf.extent("read") ** -0.5 if p.endswith("kernel") else 0.2 for p, leaf in spec.items()}
+    path.mkdir()
+    weights.write_params(path, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()})
+    weights.write_config(path, "lit", cfg)
+    return path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back_and_the_same_function(variant, tmp_path):
+    ours = folder_of(VARIANTS[variant], tmp_path / "ours")
+    there = convert(open_donor(ours, [FAMILY]), tmp_path / "fair", "fair")
+    back = convert(open_donor(tmp_path / "fair", [FAMILY]), tmp_path / "back", "heirloom")
+    for check in (there, back):
+        assert check.reference == "DiT's formulas in torch" and 0 < check.max_error < 5e-5 and check.cosine > 0.99999
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
+    assert read_json(tmp_path / "back" / "config.json") == read_json(ours / "config.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [dit("s"), lit("s")], ids=["DiT-S/2", "LiT-S/2"])
+def test_full_size(cfg, tmp_path):
+    ours = folder_of(cfg, tmp_path / "ours")
+    check = convert(open_donor(ours, [FAMILY]), tmp_path / "fair", "fair")
+    assert check.passed and 0 < check.max_error < 1e-4
+    state = torch.load(tmp_path / "fair" / "dit.pt", weights_only=True)["state_dict"]
+    assert state["pos_embed"].shape == (1, 256, 384)
+    assert sum(x.numel() for x in state.values()) - state["pos_embed"].numel() == sum(
+        leaf.count for leaf in functional(Dit, cfg).spec.values()
+    )
+
+
+@pytest.fixture
+def state(tmp_path):
+    convert(open_donor(folder_of(SMALL, tmp_path / "ours"), [FAMILY]), tmp_path / "fair", "fair", verify=False)
+    return torch.load(tmp_path / "fair" / "dit.pt", weights_only=True)["state_dict"]
+
+
+def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
+    raw = {f"module.{key}": value + 1 for key, value in state.items()}
+    torch.save({"model": raw, "ema": state, "opt": {"step": 3}, "args": Namespace(model="DiT-S/2", lr=1e-4)}, tmp_path / "0400000.pt")
+    donor = open_donor(tmp_path / "0400000.pt", [FAMILY], heads=2)
+    assert donor.cfg == SMALL
+    np.testing.assert_array_equal(donor.source.values["final/bias"], state["final_layer.linear.bias"].numpy().reshape(2, 2, 6))
+
+
+def test_a_bare_file_of_unknown_width_asks_for_its_heads(state, tmp_path):
+    torch.save(state, tmp_path / "bare.pt")
+    with pytest.raises(InputError, match="say how many"):
+        open_donor(tmp_path / "bare.pt", [FAMILY])
+
+
+def test_another_position_table_is_refused(state, tmp_path):
+    state["pos_embed"] = state["pos_embed"].flip(2)
+    torch.save(state, tmp_path / "other.pt")
+    write_json(tmp_path / "dit.json", {"heads": 2})
+    with pytest.raises(InputError, match="'pos_embed' is fixed in fair models"):
+        open_donor(tmp_path / "other.pt", [FAMILY])
+
+
+def test_diffusers_reads_what_is_written_and_the_note_measures_its_difference(tmp_path):
+    pytest.importorskip("diffusers")
+    cfg = replace(SMALL, hidden=128)
+    check = convert(open_donor(folder_of(cfg, tmp_path / "ours"), [FAMILY]), tmp_path / "out", "diffusers")
+    assert check.passed and check.max_error < 5e-5
+    assert "127" in check.note and "its prediction differs by" in check.note
