@@ -36,10 +36,9 @@ from common.nn.functional import functional
 from common.surgery.graft import graft
 from common.surgery.plan import Plan, Source, apply
 from common.train.mesh import MeshConfig, shardings, start
-from tinyclip_jax.commands import family
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip
-from tinyclip_jax.zoo import STUDENTS, VIT_B_32
+from tinyclip_jax.zoo import FAMILY, STUDENTS, VIT_B_32
 
 STUDENT = STUDENTS["vit_61m_32"]
 MB = 1e6
@@ -109,7 +108,7 @@ def anonymous() -> int:
 
 def make_donor(folder: Path) -> None:
     """A ViT-B/32 of random weights as transformers writes it."""
-    format, rng = family().format("hf"), np.random.default_rng(0)
+    format, rng = FAMILY.format("hf"), np.random.default_rng(0)
     folder.mkdir()
     with create_safetensors(folder / format.file, format.layout.foreign(functional(Clip, VIT_B_32).spec)) as out:
         for tensor in out.values():
@@ -118,7 +117,7 @@ def make_donor(folder: Path) -> None:
 
 
 def donor(folder: Path) -> Donor:
-    return open_donor(folder / "hf", [family()])
+    return open_donor(folder / "hf", [FAMILY])
 
 
 def copy(folder: Path) -> int:
@@ -134,7 +133,7 @@ def to_ours(folder: Path) -> int:
 
 
 def to_hf(folder: Path) -> int:
-    convert(open_donor(folder / "ours", [family()]), folder / "back", "hf", force=True, verify=False)
+    convert(open_donor(folder / "ours", [FAMILY]), folder / "back", "hf", force=True, verify=False)
     return 0
 
 

@@ -125,6 +125,16 @@ def _families() -> list[Any]:
     return [family for method in methods().values() for family in method.families()]
 
 
+def _ask(name: str, verb: str) -> Any:
+    """What a method says to a verb. Raises InputError for an unknown method, or one that has nothing to say."""
+    found = methods()
+    if name not in found:
+        raise InputError(f"no method {name!r}{nearest(name, found)} (installed: {', '.join(found)})")
+    if not hasattr(found[name], verb):
+        raise InputError(f"{name} has no {verb}; {', '.join(m for m in found if hasattr(found[m], verb)) or 'no installed method'} has")
+    return getattr(found[name], verb)
+
+
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE` from the command line, numbers as numbers."""
     for pair in pairs:
@@ -150,14 +160,12 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    found = methods()
-    if args.method not in found:
-        raise InputError(f"no method {args.method!r}{nearest(args.method, found)} (installed: {', '.join(found)})")
+    demo = _ask(args.method, "demo")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{args.out}: cannot hold the results ({error.strerror}); choose another --out") from error
-    _write_json(args, found[args.method].demo(args.seed, args.out))
+    _write_json(args, demo(args.seed, args.out))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -229,7 +237,8 @@ def _eval(args: argparse.Namespace) -> None:
     else:
         args.data = args.data or "emoji"
         donor = _open(args.what)
-        rows = next(m for m in methods().values() if donor.family in m.families()).evaluate(donor, args)
+        method = next(name for name, method in methods().items() if donor.family in method.families())
+        rows = _ask(method, "evaluate")(donor, args)
     out = Table(box=None, pad_edge=False)
     for header in ("dataset", "metric", "value", "published", "n"):
         out.add_column(header, justify="left" if header in ("dataset", "metric") else "right")

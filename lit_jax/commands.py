@@ -8,6 +8,6 @@ if TYPE_CHECKING:
 
 def families() -> list["Family"]:
     """Its models and their foreign formats, for convert, inspect and eval."""
-    from lit_jax.zoo import FAMILY
+    from lit_jax import autoencoder_layouts, zoo
 
-    return [FAMILY]
+    return [zoo.FAMILY, autoencoder_layouts.FAMILY]

@@ -29,14 +29,14 @@ class Pixels:
     flips: float
     """Probability of the mirror image: 0.5 where left and right mean nothing, 0 for digits."""
 
-    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
         pixels = adm_crop(decode(record["image"]), self.size)
         if rng.random() < self.flips:
             pixels = pixels[:, ::-1]
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": np.int32(record["label"])}
 
 
-def latents(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def latents(record: Record, rng: np.random.Generator) -> dict[str, Any]:
     """One record of a latent cache: `moments` [2, row, col, 2 channels] of picture and mirror image, and `label` int32."""
     return {"moments": record["moments"], "label": np.int32(record["label"])}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from common.surgery.report import provenance
 
 COPY = Plan((("**", {}),))
 _TORCH = (".pt", ".pth", ".bin")
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,26 @@ class Check:
     unexpected: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+
+
+def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, reference: str, libraries: Sequence[str]) -> Check:
+    """Outputs [example, ...] of our model and of the reference, pair by pair; passed up to TOLERANCE. libraries: packages it used."""
+    errors = [np.abs(a - b) / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)]
+    largest = max(float(error.max()) for error in errors)
+    return Check(
+        passed=largest <= TOLERANCE,
+        reference=reference,
+        max_error=largest,
+        mean_error=float(np.mean([error.mean() for error in errors])),
+        cosine=min(_cosine(a, b) for a, b in zip(ours, theirs, strict=True)),
+        versions={name: version(name) for name in ("jax", *libraries)},
+    )
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the two values of each example; the smallest."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (a, b))
+    return float(((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min())
 
 
 @dataclass(frozen=True)
@@ -138,6 +160,8 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
 def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
     if not overrides:
         return cfg
+    if not hasattr(cfg, "override"):
+        raise InputError(f"{min(overrides)!r} cannot be set for this model, whose config.json tells all; leave it out")
     known = list(signature(cfg.override).parameters)
     if unknown := overrides.keys() - set(known):
         raise InputError(f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are {', '.join(known)})")

@@ -38,7 +38,7 @@ class SourceConfig:
 
     path: str = ""
     """emoji | emoji:noto | emoji:fluent | emoji:twemoji (embedded), a folder of pictures, a .csv or .tsv, .tar or .parquet files (a file,
-    a folder, a glob, or numbered as in shards/{00000..00127}.tar), or tfds:name[:version][@data_dir]"""
+    a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays, or tfds:name[:version][@data_dir]"""
     split: str = ""
     """train, test, ... for data that has splits: a parquet column `split`, TFDS, a folder with sub-folders train/ test/"""
     image: str = "image"
@@ -83,7 +83,7 @@ def _open(cfg: SourceConfig) -> Source:
         folder = files[0]
         files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.tar"))
         if not files:
-            return FolderSource(folder, cfg)
+            return ArraySource(folder, cfg) if any(folder.glob("*.npy")) else FolderSource(folder, cfg)
     kinds: dict[str, type[ParquetSource] | type[TarSource]] = {".parquet": ParquetSource, ".tar": TarSource}
     suffixes = {file.suffix for file in files}
     if len(suffixes) == 1 and (kind := kinds.get(files[0].suffix)):
@@ -388,6 +388,40 @@ class DecodedGroups:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
+
+
+class ArraySource:
+    """A folder of .npy arrays of one length, a column each, memory-mapped: rows come as they are stored, in any shape and dtype."""
+
+    def __init__(self, folder: Path, cfg: SourceConfig):
+        if cfg.split:
+            raise InputError(f"{folder} holds arrays, which have no splits; leave split empty")
+        _require([cfg.image, cfg.text, *cfg.columns], sorted(file.stem for file in folder.glob("*.npy")), folder)
+        self._folder, self._cfg = folder, cfg
+        lengths = {name: len(self._array(name)) for name in (cfg.image, cfg.text, *cfg.columns) if name}
+        if not lengths:
+            raise InputError(f"{folder}: no array is asked for; name some with columns")
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"{folder}: its arrays have different lengths ({', '.join(f'{n} {k:,}' for n, k in lengths.items())})")
+        self._length = next(iter(lengths.values()))
+
+    def _array(self, name: str) -> np.ndarray:
+        file = self._folder / f"{name}.npy"
+        try:
+            return np.load(file, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is not readable as an array: {error}") from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        cfg, record = self._cfg, Record(key=f"{self._folder} row {index}")
+        if cfg.image:
+            record["image"] = np.array(self._array(cfg.image)[index])
+        if cfg.text:
+            record["text"] = str(self._array(cfg.text)[index])
+        return record | {name: np.array(self._array(name)[index]) for name in cfg.columns}
 
 
 class TfdsSource:

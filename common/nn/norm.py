@@ -1,4 +1,4 @@
-"""Layer normalisation."""
+"""Normalisation, of the channels of a token or of groups of channels over an image."""
 
 import jax
 import jax.numpy as jnp
@@ -25,3 +25,18 @@ class LayerNorm(nnx.Module):
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalise groups of the last axis, `channel`, over all axes but the first; statistics in f32, the input's dtype out."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float, rngs: nnx.Rngs):
+        self.groups, self.eps = groups, eps
+        self.scale = param("channel", {"channel": channels}, ones, rngs)
+        self.bias = param("channel", {"channel": channels}, zeros, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32).reshape(len(x), -1, self.groups, x.shape[-1] // self.groups)
+        y = y - y.mean((1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.eps)
+        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)

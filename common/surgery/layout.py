@@ -5,7 +5,9 @@ layer's number), and, where it is not torch's order (written axes, then read axe
 
     ("image/blocks/attn/query/kernel", "vision_model.encoder.layers.{layer}.self_attn.q_proj.weight")
     ("image/cls_position + image/position", "...position_embedding.weight", "1 embed + (grid_row grid_col) embed")
+    ("decoder/up/*/resnets/*/conv1/bias", "decoder.up_blocks.*.resnets.*.conv1.bias")
 
+Modules that are listed and not stacked have a `*` for each number: one row for all that the model has.
 A `{layer}` in the key of a leaf that is not stacked means that the file repeats it in every layer.
 
 Copying out of a view reads the file's pages, copying into it writes them: nothing is read before it is needed.
@@ -87,6 +89,21 @@ class _Row:
             raise ValueError(f"layout row {row}: {len(paths)} leaves, {len(orders)} orders")
         return cls(paths, row[1], orders)
 
+    def numbered(self, spec: Spec) -> "Iterator[_Row]":
+        """The row itself, or one for each match of its stars, which stand for the same text throughout."""
+        if "*" not in self.paths[0]:
+            yield self
+            return
+        stars = re.compile(re.escape(self.paths[0]).replace(r"\*", "([^/]+)"))
+        for found in filter(None, map(stars.fullmatch, spec)):
+            paths = tuple(_fill(path, found.groups()) for path in self.paths)
+            yield _Row(paths, _fill(self.key, found.groups()), self.orders)
+
+
+def _fill(text: str, stars: Sequence[str]) -> str:
+    parts = text.split("*")
+    return "".join(part + star for part, star in zip(parts, (*stars, ""), strict=True))
+
 
 def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
     """The foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a dimension of size 1."""
@@ -130,8 +147,7 @@ class Layout:
     def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf]]]:
         """Every foreign key this layout speaks of, with its row and our leaves."""
         covered: set[str] = set()
-        for text in self.rows:
-            row = _Row.parse(text)
+        for row in (row for text in self.rows for row in _Row.parse(text).numbered(spec)):
             leaves = [spec[p] for p in row.paths if p in spec]
             if not leaves:
                 continue  # a part this variant of the model does not have; a missing leaf shows up below
@@ -164,7 +180,9 @@ class Layout:
 
         Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
         """
-        _check(tensors, self.foreign(spec), self.name, (*self.ignore, *self.constant), where)
+        expected = self.foreign(spec)
+        tensors = {key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()}
+        _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
         for row, key, leaves in self._entries(spec):
             tensor = tensors[key]
@@ -210,6 +228,12 @@ def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], na
     for key, tensor in expected.items():
         if key in tensors and tuple(tensors[key].shape) != tensor.shape:
             raise InputError(f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs {tensor.shape}")
+
+
+def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor with as many ones at the end as `shape` has: a 1x1 convolution is a linear map, and files hold either."""
+    rank = min(tensor.ndim, len(shape))
+    return tensor.reshape(shape) if tensor.shape[:rank] == shape[:rank] and tensor.size == prod(shape) else tensor
 
 
 def _inner(leaf: Leaf) -> tuple[int, ...]:

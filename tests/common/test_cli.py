@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypat
     assert error.startswith("heirloom: ") and error.count("\n") == 1
     assert "Traceback" not in error
     assert [p.name for p in tmp_path.iterdir()] in ([], ["heirloom-demo"])
+
+
+def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from common import cli
+    from tinyclip_jax.zoo import EMBEDDED, FAMILY
+
+    here = cli.methods()
+    mute = SimpleNamespace(families=lambda: [replace(FAMILY, name="other"), FAMILY])
+    monkeypatch.setattr(cli, "methods", lambda: {"mute": mute})
+    assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
+    assert main(["eval", str(EMBEDDED["emoji"])]) == 2
+    monkeypatch.setattr(cli, "methods", lambda: {"mute": mute, "tinyclip": here["tinyclip"]})
+    assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "heirloom: mute has no demo; no installed method has" and lines[1].startswith("heirloom: mute has no evaluate")
+    assert lines[2] == "heirloom: mute has no demo; tinyclip has"
 
 
 def test_help_comes_before_anything_heavy_is_imported():

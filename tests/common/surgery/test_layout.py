@@ -142,6 +142,36 @@ def test_our_own_files_are_views_too():
         own_views({p: t for p, t in tensors.items() if p != "cls"}, model, "file")
 
 
+def test_stars_stand_for_the_numbers_of_listed_modules():
+    kernel, bias = (Leaf(Axes.parse(axes), shape, np.dtype(np.float32)) for axes, shape in (("in -> out", (3, 2)), ("-> out", (2,))))
+    paths = ("up/0/resnets/0", "up/0/resnets/1", "up/11/resnets/0")
+    model = {f"{path}/{leaf}": kernel for path in paths for leaf in ("q", "k")} | {f"{path}/bias": bias for path in paths[1:]}
+    layout = Layout("lists", (("up/*/resnets/*/q + up/*/resnets/*/k", "up_*.*.qk.weight"), ("up/*/resnets/*/bias", "*_of_*.bias")))
+    keys = {"up_0.0.qk.weight", "up_0.1.qk.weight", "up_11.0.qk.weight", "0_of_1.bias", "11_of_0.bias"}
+    assert layout.foreign(model).keys() == keys
+    file = {key: np.arange(12, dtype=np.float32).reshape(4, 3) if "qk" in key else np.ones(2, np.float32) for key in keys}
+    np.testing.assert_array_equal(layout.view(file, model)["up/11/resnets/0/k"], [[6, 9], [7, 10], [8, 11]])
+    assert layout.keys(model)["up/0/resnets/1/k"] == "up_0.1.qk.weight"
+    with pytest.raises(ValueError, match="no row for 'up/0/mid'"):
+        layout.foreign(model | {"up/0/mid": bias})
+
+
+def test_ones_at_the_end_of_a_shape_make_no_difference_and_others_do():
+    leaf = Leaf(Axes.parse("in -> out"), (3, 2), np.dtype(np.float32))
+    layout, kernel = Layout("linear", (("kernel", "weight"),)), np.arange(6, dtype=np.float32).reshape(2, 3)
+    for ones in ((), (1,), (1, 1)):
+        file = {"weight": kernel.reshape(2, 3, *ones).copy()}
+        view = layout.view(file, {"kernel": leaf})["kernel"]
+        np.testing.assert_array_equal(view, kernel.T)
+        view.write(np.zeros((3, 2), np.float32))
+        assert not file["weight"].any()
+    for shape in ((1, 2, 3), (3, 2), (6,), (2, 3, 2)):
+        with pytest.raises(InputError, match="has shape"):
+            layout.view({"weight": np.zeros(shape, np.float32)}, {"kernel": leaf})
+    with pytest.raises(InputError, match="has shape"):
+        own_views({"kernel": np.zeros((3, 2, 1), np.float32)}, {"kernel": leaf}, "file")
+
+
 SHARED = Layout("shared", (("w", "layers.{layer}.w"), ("embedder", "layers.{layer}.time")), constant={"position": np.linspace(0, 1, 4)})
 SHARED_SPEC = {
     "w": Leaf(Axes.parse("layer embed -> hidden"), (3, 2, 4), np.dtype(np.float32)),

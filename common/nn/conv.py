@@ -1,0 +1,36 @@
+"""Convolutions over images, NHWC."""
+
+import jax
+from flax import nnx
+
+from common.nn.dense import Init, param, uniform_fan_in
+
+
+class Conv(nnx.Module):
+    """`x` is [batch, row, col, read], the result [batch, row, col, written], in the kernel's dtype.
+
+    size: side of the kernel. padding: zeros before and after either side; unless given, what keeps the size at stride 1.
+    """
+
+    def __init__(
+        self,
+        read: int,
+        written: int,
+        *,
+        size: int = 3,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        init: Init = uniform_fan_in,
+        bias: Init = uniform_fan_in,
+        rngs: nnx.Rngs,
+    ):
+        sizes = {"row": size, "col": size, "in": read, "out": written}
+        self.kernel = param("row col in -> out", sizes, init, rngs)
+        self.bias = param("-> out", sizes, bias, rngs, fan_in=size**2 * read)
+        self.stride, self.padding = stride, padding or (size // 2, (size - 1) // 2)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        strides, padding = (self.stride, self.stride), (self.padding, self.padding)
+        y = jax.lax.conv_general_dilated(x.astype(kernel.dtype), kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + self.bias[...].astype(y.dtype)

@@ -1,0 +1,112 @@
+"""Cached latents: what is kept, what comes back through the pipeline, and what a draw from it is."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.checkpoint.convert import open_donor
+from common.data.images import Preprocess, eval_image
+from common.data.images import decode as decode_picture
+from common.data.pipeline import PipelineConfig, training_batches
+from common.data.sources import SourceConfig, open_source
+from common.errors import InputError
+from common.train.mesh import MeshConfig, start
+from lit_jax.autoencoder import AutoencoderConfig
+from lit_jax.autoencoder_layouts import FAMILY
+from lit_jax.latents import cache_latents, cached_config, sample_cached
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
+
+
+class Pictures:
+    """Eleven seeded pictures, 30 x 24, and their labels."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).integers(0, 256, (30, 24, 3)).astype(np.uint8)
+        return {"key": f"picture {index}", "image": image, "label": np.int32(index % 3), "text": "a picture", "name": "x"}
+
+
+@pytest.fixture(scope="module")
+def donor():
+    return open_donor(GOLDEN, [FAMILY])
+
+
+@pytest.fixture(scope="module")
+def params(donor):
+    # The golden's logvar is spread on purpose; here it shall be that of a trained model, far from its limits.
+    values = {path: np.array(view) for path, view in donor.source.values.items()}
+    values["quant/kernel"][..., 4:] /= 12
+    return values
+
+
+@pytest.fixture(scope="module")
+def cache(donor, params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "cache"
+    cache_latents(donor.cfg, donor.model, params, Pictures(), path, start(MeshConfig()), size=16, batch=8)
+    return path
+
+
+def read(path):
+    return open_source(SourceConfig(str(path), image="", text="", columns=("moments", "label")))
+
+
+def test_moments_of_both_views_are_kept(cache, donor, params):
+    """By hand for picture 9, in the second batch, which is short: half precision keeps eleven bits."""
+    source = read(cache)
+    assert len(source) == 11 and sorted(p.name for p in cache.iterdir()) == [
+        "autoencoder.json",
+        "label.npy",
+        "moments.npy",
+        "preprocess.json",
+    ]
+    image = eval_image(decode_picture(Pictures()[9]["image"]), Preprocess(16, (0.5,) * 3, (0.5,) * 3))
+    assert -1 <= image.min() < -0.8 and 0.8 < image.max() <= 1
+    views = np.stack([image, image[:, ::-1]])
+    mean, logvar = jax.jit(partial(donor.model.apply, method="encode"))(params, views)
+    record = source[9]
+    assert record["label"] == 0 and record["moments"].dtype == np.float16 and record["moments"].shape == (2, 4, 4, 8)
+    np.testing.assert_allclose(record["moments"], np.concatenate([mean, logvar], -1), rtol=2e-3, atol=1e-3)
+    assert cached_config(cache) == donor.cfg
+
+
+def test_the_pipeline_reads_it_by_index_in_every_worker(cache):
+    want = read(cache)
+    for workers in (0, 2):
+        batches = training_batches(read(cache), PipelineConfig(batch=4, workers=workers), Preprocess(), None, 0)
+        batch = next(batches)
+        batches.close()
+        assert batch["moments"].shape == (4, 2, 4, 4, 8) and batch["moments"].dtype == np.float16
+        rows = [next(i for i in range(11) if np.array_equal(want[i]["moments"], m)) for m in batch["moments"]]
+        assert len(set(rows)) == 4 and batch["label"].tolist() == [i % 3 for i in rows]
+
+
+def test_a_draw_is_scaled_and_takes_either_view():
+    cfg = AutoencoderConfig(scaling_factor=0.5)
+    mean = jnp.stack([jnp.full((400, 2, 2, 4), 2.0), jnp.full((400, 2, 2, 4), -2.0)], 1)
+    moments = jnp.concatenate([mean, jnp.full_like(mean, -30)], -1).astype(jnp.float16)
+    latents = sample_cached(cfg, moments, jax.random.key(0))
+    assert latents.shape == (400, 2, 2, 4) and latents.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.abs(latents), 1, rtol=1e-5)
+    mirrored = (latents < 0).all((1, 2, 3))
+    assert (mirrored | (latents > 0).all((1, 2, 3))).all()  # never half a picture
+    assert 160 < mirrored.sum() < 240  # 200, standard deviation 10
+    noisy = sample_cached(cfg, jnp.zeros((400, 2, 2, 2, 8)), jax.random.key(1))
+    assert abs(float(noisy.std()) - 0.5) < 0.02
+
+
+def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_path):
+    spoilt = params | {"quant/bias": np.full(8, 1e6, np.float32)}
+    arguments = (Pictures(), tmp_path / "cache", start(MeshConfig()))
+    with pytest.raises(InputError, match="a picture among 0 to 8 has moments that float16 cannot hold"):
+        cache_latents(donor.cfg, donor.model, spoilt, *arguments, size=16, batch=8)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(InputError, match="cache exists"):
+        cache_latents(donor.cfg, donor.model, params, *arguments, size=16, batch=8)
