@@ -40,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _takes_flags(args: argparse.Namespace) -> bool:
-    """Whether fields of a recipe may follow."""
-    from common import config
-
-    return args.verb == "train" or (args.verb == "eval" and config.is_recipe(args.what))
+    """Whether fields of a recipe, or of what a method does with weights, may follow."""
+    return args.verb in ("train", "eval", "sample")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,13 +93,21 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("eval", _eval, "score weights, or the student of a recipe as it starts", json=True)
     sub.add_argument("what", metavar="PATH|CONFIG")
-    sub.add_argument("--data", help="pairs or labelled pictures: emoji (the default), a folder, .csv, .tar, .parquet, tfds:NAME")
+    sub.add_argument("--data", help="emoji (default for a CLIP), a folder, .csv, .tar, .parquet, tfds:NAME; an .npz of the ADM suite")
     sub.add_argument("--split", default="", help="train, test, ... where the data has splits (emoji: test)")
     sub.add_argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)")
     sub.add_argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)")
     sub.add_argument("--task", choices=("retrieval", "zeroshot"), default="retrieval")
     sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order (zeroshot)")
     sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line (zeroshot)")
+
+    sub = verb("sample", _sample, "draw pictures of classes, as a grid; how is a flag (--steps 50, --guidance 4)", json=True)
+    sub.add_argument("what", metavar="PATH", help="a DiT or LiT by SOURCE")
+    sub.add_argument("--class", dest="classes", type=int, nargs="+", metavar="N", help="classes to draw (default: the first eight)")
+    sub.add_argument("--count", type=int, default=4, metavar="N", help="pictures of each class")
+    sub.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="where the grid goes")
+    sub.add_argument("--autoencoder", metavar="SOURCE", help="the decoder of a latent model")
+    sub.add_argument("--seed", type=int, default=0)
 
     sub = verb("report", _report, "the curves and pictures of a run as one HTML page")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -123,6 +129,10 @@ def _write_json(args: argparse.Namespace, value: Any) -> None:
 
 def _families() -> list[Any]:
     return [family for method in methods().values() for family in method.families()]
+
+
+def _method_of(donor: Any) -> str:
+    return next(name for name, method in methods().items() if donor.family in method.families())
 
 
 def _ask(name: str, verb: str) -> Any:
@@ -235,18 +245,25 @@ def _eval(args: argparse.Namespace) -> None:
             raise InputError(f"{name} goes with weights; a recipe names its own data (--held-out.path)")
         rows = config.load(args.what, args.flags).evaluate()
     else:
-        args.data = args.data or "emoji"
         donor = _open(args.what)
-        method = next(name for name, method in methods().items() if donor.family in method.families())
-        rows = _ask(method, "evaluate")(donor, args)
+        rows = _ask(_method_of(donor), "evaluate")(donor, args)
     out = Table(box=None, pad_edge=False)
-    for header in ("dataset", "metric", "value", "published", "n"):
-        out.add_column(header, justify="left" if header in ("dataset", "metric") else "right")
+    protocol = any("protocol" in row for row in rows)
+    for header in ("dataset", "metric", "value", "published", "n", *(("protocol",) if protocol else ())):
+        out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
     for row in rows:
-        published = "" if row["published"] is None else f"{row['published']:.1f}"
-        out.add_row(row["dataset"], row["metric"], f"{row['value']:.1f}", published, f"{row['n']:,}")
+        published = "" if row["published"] is None else f"{row['published']:.4g}"
+        how = (row["protocol"],) if protocol else ()
+        out.add_row(row["dataset"], row["metric"], f"{row['value']:.4g}", published, f"{row['n']:,}", *how)
     Console().print(out)
     _write_json(args, {"rows": rows})
+
+
+def _sample(args: argparse.Namespace) -> None:
+    donor = _open(args.what)
+    drawn = _ask(_method_of(donor), "sample")(donor, args)
+    _write_json(args, drawn)
+    print(f"{drawn['picture']}: {len(drawn['labels'])} pictures in {drawn['seconds']:.1f} s, compilation included")
 
 
 def _report(args: argparse.Namespace) -> None:

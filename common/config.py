@@ -65,11 +65,13 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
             line, what = error.lineno, error.msg
         what = " ".join(what.split())  # one line, whatever was raised
         raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; mend the recipe") from error
-    return _override(cfg, flags, f"heirloom train {name}", module.__doc__) if flags else cfg
+    return parse(cfg, flags, f"heirloom train {name}", module.__doc__)
 
 
-def _override(cfg: Any, flags: Sequence[str], prog: str, description: str | None) -> Any:
+def parse(cfg: Any, flags: Sequence[str], prog: str, description: str | None = None) -> Any:
     """The config with its fields set by flags. Raises InputError with tyro's complaint, which comes as a framed paragraph, on one line."""
+    if not flags:
+        return cfg
     import tyro
 
     with contextlib.redirect_stderr(io.StringIO()) as complaint:

@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.train.metrics import MetricsFile
 
 PICTURES = ("first_batch.png",)
+SAMPLES = 8  # grids of samples shown
 
 
 def write(run: Path) -> Path:
@@ -22,7 +23,7 @@ def write(run: Path) -> Path:
     if not lines:
         raise InputError(f"{run}: metrics.jsonl is empty so far; wait for the first line")
     config = read_json(run / "config.json")
-    pictures = [p for p in (run / name for name in PICTURES) if p.is_file()]
+    pictures = [p for p in (*(run / name for name in PICTURES), *_spread(sorted(run.glob("samples/*.png")))) if p.is_file()]
     parts = [
         f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {_number(lines[-1]['loss'])}</p>",
         *(_figure(name, *curve) for name, curve in _curves(lines).items()),
@@ -32,6 +33,12 @@ def write(run: Path) -> Path:
     with staged(run / "report.html", force=True) as file:
         file.write_text(_PAGE.format(title=html.escape(run.name), body="\n".join(parts)))
     return run / "report.html"
+
+
+def _spread(files: list[Path]) -> list[Path]:
+    """At most as many as one looks at, evenly over the run, the last among them."""
+    every = -(-len(files) // SAMPLES) if files else 1
+    return files[::-1][::every][::-1]
 
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>

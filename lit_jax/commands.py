@@ -1,9 +1,12 @@
 """What LiT adds to the `heirloom` command. Imports nothing heavy: each verb loads what it needs when it runs."""
 
-from typing import TYPE_CHECKING
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.checkpoint.convert import Family
+    from pathlib import Path
+
+    from common.checkpoint.convert import Donor, Family
 
 
 def families() -> list["Family"]:
@@ -11,3 +14,24 @@ def families() -> list["Family"]:
     from lit_jax import autoencoder_layouts, zoo
 
     return [zoo.FAMILY, autoencoder_layouts.FAMILY]
+
+
+def demo(seed: int, out: "Path") -> dict[str, Any]:
+    """A LiT inherits from the embedded DiT and is distilled from it, beside the same LiT from scratch."""
+    from lit_jax.demo import run
+
+    return run(seed, out)
+
+
+def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
+    """FID and its relatives, for `heirloom eval PATH`."""
+    from lit_jax.evaluate import evaluate_folder
+
+    return evaluate_folder(donor, args)
+
+
+def sample(donor: "Donor", args: Namespace) -> dict[str, Any]:
+    """A grid of pictures, for `heirloom sample PATH`."""
+    from lit_jax.generate import sample_folder
+
+    return sample_folder(donor, args)

@@ -17,7 +17,7 @@ from common.checkpoint.weights import staged
 from common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
 from common.errors import InputError
 from common.nn.functional import Functional
-from common.train.mesh import batch_sharding
+from common.train.mesh import batch_sharding, replicated
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split
 
@@ -51,7 +51,6 @@ class SampleConfig:
 class Draw:
     """`draw(params, labels, key)`: pixels or scaled latents [n, size, size, channels] f32 for labels [n] int."""
 
-    model: Functional
     cfg: DitConfig
     how: SampleConfig
     mesh: Mesh
@@ -59,14 +58,15 @@ class Draw:
 
     def __call__(self, params: Mapping[str, Any], labels: np.ndarray | Sequence[int], key: jax.Array) -> jax.Array:
         """Raises InputError for a label that the model does not have."""
-        labels = np.asarray(labels, np.int32)
+        labels, shards = np.asarray(labels, np.int32), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if len(wrong := labels[(labels < 0) | (labels > self.cfg.classes)]):
             raise InputError(f"no class {wrong[0]}: this model has 0 to {self.cfg.classes - 1}")
         unique, which = np.unique(labels, return_inverse=True)
         if self.how.guidance != 1:
             unique = np.append(unique, self.cfg.classes).astype(np.int32)
+        which = np.pad(which, (0, -len(labels) % shards)).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            return self.jitted(params, unique, which.astype(np.int32), key)
+            return self.jitted(params, unique, which, key)[: len(labels)]
 
 
 def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
@@ -78,27 +78,26 @@ def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> 
         n = len(which)
         modulations = partial(model.apply, params, method="modulations")
         size = len(sampler) * len(unique) * (6 * cfg.layers + 2) * cfg.width * 4
+        ahead = None
         if size <= AHEAD:
             t, labels = (x.ravel() for x in jnp.meshgrid(times, unique, indexing="ij"))
-            ahead = jax.tree.map(lambda x: x.reshape(*x.shape[:2], len(sampler), len(unique), -1), modulations(t, labels))
+            ahead = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels))
 
         def denoise(x: jax.Array, i: jax.Array) -> Prediction:
-            if size <= AHEAD:
-                here = jax.tree.map(lambda x: x[:, :, i], ahead)
-            else:
-                here = modulations(jnp.full(len(unique), times[i]), unique)
+            told = modulations(jnp.full(len(unique), times[i]), unique) if ahead is None else jax.tree.map(lambda x: x[..., i, :, :], ahead)
 
             def predict(rows: jax.Array) -> Prediction:
-                return split(model.apply(params, x, Modulation(*(m[:, :, rows] for m in here)), method="denoise"))
+                return split(model.apply(params, x, Modulation(*(m[..., rows, :] for m in told)), method="denoise"))
 
             if how.guidance == 1:
                 return predict(which)
             return guide(predict(which), predict(jnp.full(n, len(unique) - 1)), how)
 
         start, noise = jax.random.split(key)
-        return sampler.run(denoise, jax.random.normal(start, (n, cfg.size, cfg.size, cfg.channels)), noise)
+        x = jax.lax.with_sharding_constraint(jax.random.normal(start, (n, cfg.size, cfg.size, cfg.channels)), batch_sharding(mesh))
+        return sampler.run(denoise, x, noise)
 
-    return Draw(model, cfg, how, mesh, jax.jit(draw, out_shardings=batch_sharding(mesh)))
+    return Draw(cfg, how, mesh, jax.jit(draw, out_shardings=replicated(mesh)))
 
 
 def guide(conditional: Prediction, free: Prediction, how: SampleConfig) -> Prediction:
@@ -107,11 +106,6 @@ def guide(conditional: Prediction, free: Prediction, how: SampleConfig) -> Predi
     if how.guided == "first three":
         guided = jnp.concatenate([guided[..., :3], conditional.noise[..., 3:]], axis=-1)
     return Prediction(guided, conditional.ratio)
-
-
-def to_uint8(pixels: Any) -> np.ndarray:
-    """[-1, 1] to 0..255 as DiT's script does: truncated, not rounded."""
-    return np.clip(127.5 * np.asarray(pixels) + 128, 0, 255).astype(np.uint8)
 
 
 def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:

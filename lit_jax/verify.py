@@ -1,7 +1,7 @@
 """Converted DiTs against torch: the same noisy inputs through our model and through DiT's formulas on the foreign tensors."""
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Check, open_tensors
+from common.checkpoint.convert import Check, compare, open_tensors
 from common.nn.functional import functional
 from common.nn.position import sincos
 from lit_jax.dit import Dit, DitConfig
 
-TOLERANCE = 1e-4
 EXAMPLES = 2
 
 
@@ -43,18 +42,8 @@ def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -
     tensors = open_tensors(file)
     rename = _as_fair if format == "diffusers" else lambda tensors: {key.removeprefix("module."): value for key, value in tensors.items()}
     theirs = formulas(cfg, rename(tensors), x, t, labels)
-    error = np.abs(ours - theirs) / max(np.abs(theirs).max(), 1e-12)
-    flat = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
-    norm = np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])
-    return Check(
-        passed=bool(error.max() <= TOLERANCE),
-        reference="DiT's formulas in torch",
-        max_error=float(error.max()),
-        mean_error=float(error.mean()),
-        cosine=float(flat[0] @ flat[1] / norm) if norm else 1.0,
-        versions={name: version(name) for name in ("jax", "torch")},
-        note=_difference(file, theirs, x, t, labels) if format == "diffusers" else "",
-    )
+    check = compare([ours], [theirs], reference="DiT's formulas in torch", libraries=("torch",))
+    return replace(check, note=_difference(file, theirs, x, t, labels)) if format == "diffusers" else check
 
 
 def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:

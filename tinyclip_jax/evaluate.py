@@ -14,7 +14,7 @@ from common.data.images import Preprocess
 from common.data.pipeline import evaluation_batches
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.evaluate.features import embedder
 from common.evaluate.retrieval import Recall, distinct, retrieval
 from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
@@ -25,6 +25,7 @@ from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
+OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--templates", "--json")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ def _name(data: SourceConfig) -> str:
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
+    if args.flags:
+        raise InputError(f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help")
+    args.data = args.data or "emoji"
     pre = read_preprocess(donor.folder, donor.cfg.image.size)
     tokenizer = read_tokenizer(donor.folder, donor.cfg)
     if tokenizer is None:

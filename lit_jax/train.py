@@ -1,0 +1,235 @@
+"""Training a DiT or LiT: the recipe's config, its loss, and one linear trainer (spec §1.5, §3, §4)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.checkpoint.convert import Donor, Family, hashes
+from common.config import to_json
+from common.data.pipeline import PipelineConfig, training_batches
+from common.data.sources import SourceConfig
+from common.diffusion import add_noise, linear_schedule
+from common.errors import InputError
+from common.nn.functional import Functional, functional
+from common.surgery.graft import graft
+from common.surgery.plan import Resolution
+from common.surgery.report import provenance
+from common.train.loop import Run
+from common.train.mesh import MeshConfig, shardings, start
+from common.train.metrics import WriterName, open_writers
+from common.train.optim import OptimConfig, make_optimizer
+from common.train.parameters import best, load_params, save_params
+from common.train.state import State, abstract_state, create_state
+from common.train.step import LossFn, StepConfig, cast, make_step
+from lit_jax.autoencoder import AutoencoderConfig
+from lit_jax.data import Pixels, is_latent, latents, open_labelled
+from lit_jax.decode import Pictures, open_pictures
+from lit_jax.dit import Dit, DitConfig, macs
+from lit_jax.inherit import Keep, graft_attention
+from lit_jax.latents import cached_config, sample_cached
+from lit_jax.losses import DistillConfig, diffusion, distillation, split
+from lit_jax.sample import SampleConfig, drawer, save_grid
+from lit_jax.zoo import FAMILY, open_dit
+
+DIT_OPTIMIZER = OptimConfig(lr=1e-4, warmup=0, schedule="constant", b2=0.999, eps=1e-8, weight_decay=0.0, clip=None)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of DiT or LiT."""
+
+    student: DitConfig = field(default_factory=DitConfig)
+    donor: str = ""
+    """SOURCE of the DiT to inherit from; empty: from scratch."""
+    keep: Keep = "none"
+    """Projections of self-attention that are inherited as well: none, as in the paper; o, v, ...; all, from a donor of the same kind."""
+    teacher: str = ""
+    """SOURCE of the model to distil from; empty: none."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    label_drop: float = 0.1
+    """Share of the examples whose label is hidden, for classifier-free guidance."""
+    data: SourceConfig = field(default_factory=SourceConfig)
+    """Labelled pictures, cropped to student.size pixels; or a latent cache."""
+    label: str = "label"
+    """Column of the class: numbers from 0, or names, which are numbered in alphabetical order."""
+    flips: float = 0.5
+    """Share of the pictures that are mirrored. A latent cache holds both and takes either half of the time."""
+    pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=256))
+    autoencoder: str = ""
+    """SOURCE of the decoder that turns sampled latents into pictures; not needed to train on a cache."""
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=50, guidance=4.0))
+    """How the grid is drawn that shows progress; its scores are not the paper's."""
+    samples: int = 16
+    """Pictures in the grid, classes in turn; 0: none."""
+    optim: OptimConfig = DIT_OPTIMIZER
+    step: StepConfig = field(default_factory=lambda: StepConfig(ema=0.9999))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    steps: int = 400_000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of freshly initialised parameters."""
+    writers: tuple[WriterName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
+    log_every: int = 100
+    eval_every: int = 10_000
+    """Steps between two sample grids, RUN/samples/STEP.png."""
+    save_every: int = 10_000
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the paper to print beside ours, by metric."""
+
+    def train(self, directory: Path) -> None:
+        train(self, directory)
+
+    def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
+        return inherit(self, destination, force=force)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        raise InputError("a recipe of lit is scored by its trained weights: heirloom eval RUN --features ... --data ...")
+
+    def describe(self) -> tuple[Family, DitConfig]:
+        return FAMILY, self.student
+
+
+def train(cfg: Config, directory: Path) -> None:
+    """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
+    run = Run.open(directory, to_json(cfg))
+    mesh = start(cfg.mesh)
+    if run.finished(cfg.steps):
+        print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
+        return
+
+    donor, teacher = opened(cfg.donor), opened(cfg.teacher if cfg.distill.active else "")
+    source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
+    cached = cached_config(Path(cfg.data.path)) if is_latent(cfg.data) else None
+    example = latents if cached else Pixels(cfg.student.size, cfg.flips)
+    check_shapes(cfg, example(source[0], np.random.default_rng(0)), teacher)
+    data = training_batches(source, cfg.pipeline, example, mesh=mesh)
+    pictures = open_pictures(cfg.student, cfg.autoencoder, mesh)
+
+    student = functional(Dit, cfg.student)
+    optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
+    step = make_step(
+        loss_fn(cfg, student, teacher, cached),
+        optimizer,
+        student.spec,
+        mesh,
+        cfg.step,
+        frozen=load_params(teacher, mesh) if teacher else None,
+    )
+    state = run.restore_or(
+        lambda: create_state(initial(cfg, student, donor, shardings(student.spec, mesh)), optimizer, student.spec, mesh, cfg.step.ema),
+        like=abstract_state(optimizer, student.spec, mesh, cfg.step.ema),
+    )
+    if int(state.step) == 0 and not cached:
+        first_look(run, data)
+    draw = drawer(student, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
+    run.fit(
+        state,
+        step,
+        data,
+        cfg.steps,
+        examples_per_step=cfg.pipeline.batch,
+        writers=open_writers(cfg.writers, directory, run.config, int(state.step)),
+        log_every=cfg.log_every,
+        save_every=cfg.save_every,
+        eval_every=cfg.eval_every,
+        evaluate=partial(show, cfg, run, draw, pictures) if draw and pictures else None,
+        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), lambda _: None, force=True),
+        # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
+        flops_per_example=6 * macs(cfg.student, student.spec) + (2 * macs(teacher.cfg, teacher.model.spec) if teacher else 0),
+    )
+
+
+def opened(source: str) -> Donor | None:
+    """The checkpoint a config names, if it names one."""
+    return open_dit(source) if source else None
+
+
+def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
+    """Raises InputError where data, student and teacher do not see the same thing."""
+    c = cfg.student
+    given = example["image"].shape if "image" in example else (*example["moments"].shape[1:3], example["moments"].shape[3] // 2)
+    if given != (c.size, c.size, c.channels):
+        takes = f"the student takes {[c.size, c.size, c.channels]}"
+        raise InputError(f"the data is {list(given)}, {takes}: set student.size and student.channels")
+    if teacher and (t := teacher.cfg) and (t.size, t.channels, t.classes) != (c.size, c.channels, c.classes):
+        theirs = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
+        raise InputError(f"the teacher sees {theirs}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
+
+
+def loss_fn(cfg: Config, student: Functional, teacher: Donor | None, cached: AutoencoderConfig | None) -> LossFn:
+    """DiT's loss on pixels or on latents drawn from their moments, and the teacher's two terms; one forward pass each."""
+    schedule = linear_schedule()
+
+    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+        time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
+        clean = sample_cached(cached, batch["moments"], latent_key) if cached else batch["image"]
+        n = len(clean)
+        step = jax.random.randint(time_key, (n,), 0, len(schedule))
+        noise = jax.random.normal(noise_key, clean.shape)
+        noisy = add_noise(schedule, clean, step, noise)
+        dropped = jnp.where(jax.random.uniform(drop_key, (n,)) < cfg.label_drop, cfg.student.classes, batch["label"])
+
+        predicted = split(student.apply(params, noisy, step, dropped))
+        parts = diffusion(schedule, predicted, clean, noisy, step, noise)._asdict()
+        total = parts["mse"] + parts["bound"]
+        if teacher:
+            labels = dropped if cfg.distill.dropped == "shared" else batch["label"]
+            theirs = split(teacher.model.apply(cast(frozen, cfg.step.compute), noisy, step, labels))
+            apart = distillation(schedule, predicted, theirs, step, cfg.distill.target)
+            total = total + cfg.distill.noise * apart.noise + cfg.distill.variance * apart.variance
+            parts |= {"kd_noise": apart.noise, "kd_variance": apart.variance}
+        return total.mean(), {name: (value.sum(), float(n)) for name, value in parts.items()}
+
+    return loss
+
+
+def initial(cfg: Config, student: Functional, donor: Donor | None, place: Mapping[str, Any] | None) -> dict[str, jax.Array]:
+    """The student before the first step: inherited or from scratch, in its shardings."""
+    init = partial(student.init, jax.random.key(cfg.seed))
+    return graft(resolve(cfg, student, donor), donor.source, student.spec, place, init) if donor else init(place=place)
+
+
+def resolve(cfg: Config, student: Functional, donor: Donor) -> Resolution:
+    return graft_attention(donor.cfg, cfg.student, cfg.keep).resolve(donor.source, student.spec)
+
+
+def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str, Any]:
+    """Cut the student of a recipe from its donor and write it as a weights folder; returns its provenance."""
+    from common.checkpoint.weights import write_json
+
+    if not cfg.donor:
+        raise InputError("this recipe trains from scratch: it names no donor to inherit from")
+    donor, student = open_dit(cfg.donor), functional(Dit, cfg.student)
+    record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
+    params = initial(cfg, student, donor, None)
+    save_params(destination, FAMILY.name, cfg.student, params, lambda folder: write_json(folder / "provenance.json", record), force=force)
+    return record
+
+
+def first_look(run: Run, data: Any) -> None:
+    """Draw the first batch: what is fed is what is meant. The stream is put back to its start."""
+    before = data.state()
+    batch = next(data)
+    if jax.process_index() == 0:
+        pixels, labels = (np.asarray(batch[name].addressable_data(0))[:64] for name in ("image", "label"))
+        save_grid(Pictures.to_uint8(pixels), run.directory / "first_batch.png")
+        print(f"first labels: {', '.join(map(str, labels[:8]))}; pictures: {run.directory / 'first_batch.png'}")
+    data.restore(before)
+
+
+def show(cfg: Config, run: Run, draw: Callable[..., jax.Array], pictures: Pictures, state: State) -> dict[str, float]:
+    """Write a grid of samples, the same noise every time; there is no number in it."""
+    labels = np.arange(cfg.samples) % cfg.student.classes
+    drawn = pictures(draw(best(state), labels, jax.random.key(cfg.seed)))
+    if jax.process_index() == 0:
+        folder = run.directory / "samples"
+        folder.mkdir(exist_ok=True)
+        save_grid(drawn, folder / f"{int(state.step):07d}.png")
+    return {}
