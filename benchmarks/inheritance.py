@@ -14,12 +14,13 @@ import tempfile
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
+from operator import ge
 from pathlib import Path
 
 import jax
 
 from common import config
-from tinyclip_jax.demo import METRIC, RECIPE, race, steps_to_reach
+from tinyclip_jax.demo import METRIC, RECIPE, race
 
 PAPER = (1.4, 7.8)
 
@@ -40,7 +41,7 @@ def main() -> None:
                 donors = {"inherited": cfg.donor, "scratch": ""}
                 races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
             scores = {name: race.final[METRIC] for name, race in races.items()}
-            reached = steps_to_reach(races["inherited"], scores["scratch"])
+            reached = races["inherited"].reaches(scores["scratch"], ge)
             rows.append({"steps": steps, "seed": seed, **scores, "reached": reached})
             print(rows[-1], flush=True)
     print(f"\n{'steps':>6} {'inherited R@1':>16} {'scratch R@1':>16} {'speed-up':>22}   paper {PAPER[0]}-{PAPER[1]}x")

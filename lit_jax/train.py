@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor, Family, hashes
 from common.config import to_json
@@ -21,7 +22,7 @@ from common.surgery.graft import graft
 from common.surgery.plan import Resolution
 from common.surgery.report import provenance
 from common.train.loop import Run
-from common.train.mesh import MeshConfig, shardings, start
+from common.train.mesh import MeshConfig, replicated, shardings, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.parameters import best, load_params, save_params
@@ -61,6 +62,8 @@ class Config:
     flips: float = 0.5
     """Share of the pictures that are mirrored. A latent cache holds both and takes either half of the time."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=256))
+    held_out: SourceConfig = field(default_factory=SourceConfig)
+    """Data of the same kind for the loss on noise it was not trained on; an empty path: none."""
     autoencoder: str = ""
     """SOURCE of the decoder that turns sampled latents into pictures; not needed to train on a cache."""
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=50, guidance=4.0))
@@ -78,7 +81,7 @@ class Config:
     """Where metrics go beside metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
     log_every: int = 100
     eval_every: int = 10_000
-    """Steps between two sample grids, RUN/samples/STEP.png."""
+    """Steps between two sample grids, RUN/samples/STEP.png, and scores on held-out data."""
     save_every: int = 10_000
     published: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the paper to print beside ours, by metric."""
@@ -128,7 +131,11 @@ def train(cfg: Config, directory: Path) -> None:
     )
     if int(state.step) == 0 and not cached:
         first_look(run, data)
-    draw = drawer(student, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
+    shows = []
+    if cfg.held_out.path:
+        shows.append(held_out_loss(cfg, student, mesh))
+    if cfg.samples and pictures:
+        shows.append(partial(show, cfg, run, drawer(student, cfg.student, cfg.sample, mesh), pictures))
     run.fit(
         state,
         step,
@@ -139,7 +146,7 @@ def train(cfg: Config, directory: Path) -> None:
         log_every=cfg.log_every,
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
-        evaluate=partial(show, cfg, run, draw, pictures) if draw and pictures else None,
+        evaluate=(lambda state: {name: value for each in shows for name, value in each(state).items()}) if shows else None,
         on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), lambda _: None, force=True),
         # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
         flops_per_example=6 * macs(cfg.student, student.spec) + (2 * macs(teacher.cfg, teacher.model.spec) if teacher else 0),
@@ -188,6 +195,35 @@ def loss_fn(cfg: Config, student: Functional, teacher: Donor | None, cached: Aut
         return total.mean(), {name: (value.sum(), float(n)) for name, value in parts.items()}
 
     return loss
+
+
+HELD_OUT, ROWS = 512, 128  # pictures that the held-out loss looks at, and how many at a time
+
+
+def held_out_loss(cfg: Config, student: Functional, mesh: Mesh) -> Callable[[State], dict[str, float]]:
+    """`state -> {"mse": ...}`: squared error of the noise, averaged over evenly spread times; noise and times are always the same."""
+    source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
+    cached = cached_config(Path(cfg.held_out.path)) if is_latent(cfg.held_out) else None
+    example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
+    examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
+    batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    n = len(examples)
+    clean = sample_cached(cached, jnp.asarray(batch["moments"]), jax.random.key(0)) if cached else jnp.asarray(batch["image"])
+    step = jnp.asarray(rng.permutation(n) * len(schedule) // n, jnp.int32)
+    noise = jax.random.normal(jax.random.key(1), clean.shape)
+    noisy = add_noise(schedule, clean, step, noise)
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def errors(params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
+        return jnp.square(split(student.apply(params, noisy, step, labels)).noise - noise).mean((1, 2, 3))
+
+    def score(state: State) -> dict[str, float]:
+        with jax.set_mesh(mesh):
+            parts = [[x[i : i + ROWS] for x in (noisy, step, batch["label"], noise)] for i in range(0, n, ROWS)]
+            rows = [np.asarray(errors(best(state), *part)) for part in parts]
+        return {"mse": float(np.concatenate(rows).mean())}
+
+    return score
 
 
 def initial(cfg: Config, student: Functional, donor: Donor | None, place: Mapping[str, Any] | None) -> dict[str, jax.Array]:

@@ -1,9 +1,9 @@
 """`heirloom demo`: a student inherits from the embedded teacher and races the same student from scratch, on held-out emoji."""
 
-import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from common.checkpoint.weights import staged
 from common.data.images import decode
 from common.data.pipeline import evaluation_batches
 from common.data.sources import open_source
+from common.demo import Race
 from common.nn.functional import functional
 from common.train.mesh import start
 from common.train.parameters import load_params
@@ -31,16 +32,6 @@ RECIPE = "tinyclip/emoji"
 METRIC = "r1"
 QUERIES, RESULTS = 6, 5
 COLOURS = {"inherited": "#c8553d", "scratch": "#588b8b"}
-
-
-@dataclass(frozen=True)
-class Race:
-    """One student's way: held-out R@1 (mean of both directions) by step, and where its weights are."""
-
-    steps: list[int]
-    scores: list[float]
-    final: dict[str, float]
-    weights: Path
 
 
 def run(seed: int, out: Path) -> dict[str, Any]:
@@ -64,7 +55,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
             races["inherited"].weights.rename(student)
         picture = draw(cfg, races, scores["teacher"][METRIC], {"inherited": out / "student", "scratch": races["scratch"].weights}, out)
 
-    caught_up = steps_to_reach(races["inherited"], scores["scratch"][METRIC])
+    caught_up = races["inherited"].reaches(scores["scratch"][METRIC], ge)
     seconds = time.perf_counter() - started
     console.print("\nretrieval on 300 concepts nobody was trained on", soft_wrap=True)
     console.print(_table(counts, scores))
@@ -82,19 +73,11 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     }
 
 
-def steps_to_reach(race: Race, score: float) -> int | None:
-    """The first measured step at which a student has at least `score`; None when it never does."""
-    return next((step for step, own in zip(race.steps, race.scores, strict=True) if own >= score), None)
-
-
 def race(cfg: Config, folder: Path) -> Race:
     """Train one student; its score before the first step belongs to the curve."""
     before = next(row["value"] for row in cfg.evaluate() if row["metric"] == METRIC) / 100
     cfg.train(folder)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    scored = [line for line in lines if f"eval/{METRIC}" in line]
-    final = {name.removeprefix("eval/"): value for name, value in scored[-1].items() if name.startswith("eval/")}
-    return Race([0, *(line["step"] for line in scored)], [before, *(line[f"eval/{METRIC}"] for line in scored)], final, folder / "model")
+    return Race.of(folder, METRIC, before)
 
 
 def _score(cfg: Config, source: str) -> dict[str, float]:

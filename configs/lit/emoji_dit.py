@@ -1,4 +1,4 @@
-"""The donor and teacher of the demo: a small DiT on all embedded emoji at 32 px, a class for each CLDR group.
+"""The donor and teacher of the demo: a small DiT on the embedded emoji at 32 px, a class for each CLDR group.
 
     heirloom train lit/emoji_dit --run runs/emoji_dit
 
@@ -18,7 +18,7 @@ from lit_jax.train import DIT_OPTIMIZER, Config
 def get_config() -> Config:
     return Config(
         student=DitConfig(size=32, channels=3, patch=4, width=128, layers=6, heads=4, hidden=512, classes=9),
-        data=SourceConfig("emoji"),
+        data=SourceConfig("emoji", split="train"),
         label="group",
         flips=0.0,
         pipeline=PipelineConfig(batch=64),
@@ -26,7 +26,7 @@ def get_config() -> Config:
         samples=36,
         optim=replace(DIT_OPTIMIZER, lr=1e-3, warmup=100, schedule="cosine"),
         step=StepConfig(ema=0.998),
-        steps=3000,
+        steps=2000,
         log_every=50,
         eval_every=500,
         save_every=500,

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import ge, le
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from PIL import Image
 import tinyclip_jax
 from common import config
 from common.cli import main
+from common.demo import Race
 from common.errors import InputError
-from tinyclip_jax.demo import Race, steps_to_reach
 
 ROOT = Path(__file__).parents[2]
 TEACHER = 6_315_457
@@ -32,6 +33,7 @@ import sys
 from dataclasses import replace
 from common import config
 from common.cli import main
+from common.demo import Race
 from common.data.sources import SourceConfig
 
 recipe = config.load("tinyclip/emoji")
@@ -65,7 +67,8 @@ def test_the_demo_races_draws_and_reports(tmp_path):
 
 def test_steps_to_reach():
     race = Race([0, 10, 20], [0.1, 0.3, 0.5], {}, None)
-    assert [steps_to_reach(race, score) for score in (0.05, 0.3, 0.31, 0.6)] == [0, 10, 20, None]
+    assert [race.reaches(score, ge) for score in (0.05, 0.3, 0.31, 0.6)] == [0, 10, 20, None]
+    assert [race.reaches(score, le) for score in (0.05, 0.1, 0.6)] == [None, 0, 0]
 
 
 def test_a_notebook_finds_the_apple(teacher, tmp_path):
