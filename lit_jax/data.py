@@ -57,10 +57,10 @@ class Named:
         return record | {"label": self.classes.index(record[self.column])}
 
 
-def open_labelled(cfg: SourceConfig, label: str, classes: int) -> Source:
-    """Records with `label`, from 0 to classes - 1, out of a column of numbers or of names.
+def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None) -> Source:
+    """Records with `label`, a number from 0, out of a column of numbers or of names.
 
-    Raises InputError where the data has no such column, or other classes than the model.
+    Raises InputError where the data has no such column, or not as many `classes` as the model.
     """
     cfg = replace(cfg, text="", columns=tuple(dict.fromkeys((*cfg.columns, label))))
     source = open_source(cfg)
@@ -71,7 +71,7 @@ def open_labelled(cfg: SourceConfig, label: str, classes: int) -> Source:
         names = open_source(replace(cfg, image=""))
         source = Named(source, label, tuple(sorted({names[i][label] for i in range(len(names))})))
     known = getattr(source, "classes", ())
-    if known and len(known) != classes:
+    if classes and known and len(known) != classes:
         raise InputError(f"{cfg.path} has {len(known)} classes ({', '.join(known)[:80]}), the model {classes}: set student.classes")
     return source
 

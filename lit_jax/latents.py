@@ -1,6 +1,8 @@
 """Latents computed once: the moments of every picture and of its mirror image, which each epoch draws from anew."""
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -9,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.progress import track
 
 from common.checkpoint.weights import read_json, staged, write_json
-from common.data.images import Preprocess
-from common.data.pipeline import evaluation_batches
-from common.data.sources import Source
+from common.data.images import decode
+from common.data.sources import Record, Source
 from common.errors import InputError
 from common.evaluate.features import embedder
 from common.nn.functional import Functional
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
 from lit_jax.autoencoder_layouts import config
+from lit_jax.data import adm_crop
 
 CONFIG = "autoencoder.json"
 
@@ -36,41 +39,46 @@ def cache_latents(
     dtype: Literal["float16", "float32"] = "float16",
     force: bool = False,
 ) -> None:
-    """Encode the pictures of `source`, their central squares at `size` pixels, into a folder that `open_source` reads by index.
+    """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by index.
 
     Its arrays are `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled;
-    and each column of numbers (`label`) under its own name. The folder gets its name when it is complete.
+    and `label`, int32, where the records have one. The folder gets its name when it is complete.
     Raises InputError for a picture that does not decode, a moment that `dtype` cannot hold, and where `path` exists already.
     """
-    pre = Preprocess(size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        images = images.astype(jnp.float32) / 127.5 - 1
         views = jnp.stack([images, images[:, :, ::-1]])
         moments = jax.lax.map(lambda x: jnp.concatenate(model.apply(params, x, method="encode"), -1), views)
         return jnp.moveaxis(moments, 0, 1).astype(dtype)
 
+    def pixels(record: Record) -> np.ndarray:
+        try:
+            return adm_crop(decode(record["image"]), size)
+        except InputError as error:
+            raise InputError(f"{record['key']}: {error}; replace the file or take it out of the set") from error
+
+    if "image" not in source[0]:
+        raise InputError("these records have no pictures to encode: name their column with image")
     embed = embedder(encode, mesh, batch)
-    with staged(path, force=force) as folder:
+    with staged(path, force=force) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder.mkdir()
         arrays: dict[str, np.memmap] = {}
-        done = 0
-        for examples in evaluation_batches(source, batch, pre):
-            if "image" not in examples:
-                raise InputError("these records have no pictures to encode: name their column with image")
-            columns = {name: value for name, value in examples.items() if name != "image" and value.dtype.kind in "iuf"}
-            columns["moments"] = embed(params, examples["image"])
+        for start in track(range(0, len(source), batch), description="encoding"):
+            records = [source[i] for i in range(start, min(start + batch, len(source)))]
+            columns = {"moments": embed(params, np.stack(list(pool.map(pixels, records))))}
             if not np.isfinite(columns["moments"]).all():
-                raise InputError(f"a picture among {done} to {done + len(columns['moments'])} has moments that {dtype} cannot hold")
+                raise InputError(f"a picture among {start} to {start + len(records)} has moments that {dtype} cannot hold")
+            if "label" in records[0]:
+                columns["label"] = np.array([record["label"] for record in records], np.int32)
             for name, value in columns.items():
                 if name not in arrays:
                     shape = (len(source), *value.shape[1:])
                     arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)
-                arrays[name][done : done + len(value)] = value
-            done += len(columns["moments"])
+                arrays[name][start : start + len(value)] = value
         for array in arrays.values():
             array.flush()
         write_json(folder / CONFIG, asdict(cfg))
-        pre.save(folder)
 
 
 def cached_config(path: Path) -> AutoencoderConfig:

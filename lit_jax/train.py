@@ -35,7 +35,7 @@ from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.latents import cached_config, sample_cached
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
-from lit_jax.sample import SampleConfig, drawer, save_grid
+from lit_jax.sample import Draw, SampleConfig, drawer, save_grid
 from lit_jax.zoo import FAMILY, open_dit
 
 DIT_OPTIMIZER = OptimConfig(lr=1e-4, warmup=0, schedule="constant", b2=0.999, eps=1e-8, weight_decay=0.0, clip=None)
@@ -83,8 +83,6 @@ class Config:
     eval_every: int = 10_000
     """Steps between two sample grids, RUN/samples/STEP.png, and scores on held-out data."""
     save_every: int = 10_000
-    published: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the paper to print beside ours, by metric."""
 
     def train(self, directory: Path) -> None:
         train(self, directory)
@@ -131,11 +129,14 @@ def train(cfg: Config, directory: Path) -> None:
     )
     if int(state.step) == 0 and not cached:
         first_look(run, data)
-    shows = []
-    if cfg.held_out.path:
-        shows.append(held_out_loss(cfg, student, mesh))
-    if cfg.samples and pictures:
-        shows.append(partial(show, cfg, run, drawer(student, cfg.student, cfg.sample, mesh), pictures))
+    score = held_out_loss(cfg, student, mesh) if cfg.held_out.path else None
+    draw = drawer(student, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
+
+    def evaluate(state: State) -> dict[str, float]:
+        if draw and pictures:
+            show(cfg, run, draw, pictures, int(state.step), best(state))
+        return score(best(state)) if score else {}
+
     run.fit(
         state,
         step,
@@ -146,7 +147,7 @@ def train(cfg: Config, directory: Path) -> None:
         log_every=cfg.log_every,
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
-        evaluate=(lambda state: {name: value for each in shows for name, value in each(state).items()}) if shows else None,
+        evaluate=evaluate if draw or score else None,
         on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), lambda _: None, force=True),
         # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
         flops_per_example=6 * macs(cfg.student, student.spec) + (2 * macs(teacher.cfg, teacher.model.spec) if teacher else 0),
@@ -200,8 +201,8 @@ def loss_fn(cfg: Config, student: Functional, teacher: Donor | None, cached: Aut
 HELD_OUT, ROWS = 512, 128  # pictures that the held-out loss looks at, and how many at a time
 
 
-def held_out_loss(cfg: Config, student: Functional, mesh: Mesh) -> Callable[[State], dict[str, float]]:
-    """`state -> {"mse": ...}`: squared error of the noise, averaged over evenly spread times; noise and times are always the same."""
+def held_out_loss(cfg: Config, student: Functional, mesh: Mesh) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+    """`params -> {"mse": ...}`: squared error of the noise, averaged over evenly spread times; noise and times are always the same."""
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
     cached = cached_config(Path(cfg.held_out.path)) if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
@@ -217,10 +218,10 @@ def held_out_loss(cfg: Config, student: Functional, mesh: Mesh) -> Callable[[Sta
     def errors(params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
         return jnp.square(split(student.apply(params, noisy, step, labels)).noise - noise).mean((1, 2, 3))
 
-    def score(state: State) -> dict[str, float]:
+    def score(params: Mapping[str, Any]) -> dict[str, float]:
         with jax.set_mesh(mesh):
             parts = [[x[i : i + ROWS] for x in (noisy, step, batch["label"], noise)] for i in range(0, n, ROWS)]
-            rows = [np.asarray(errors(best(state), *part)) for part in parts]
+            rows = [np.asarray(errors(params, *part)) for part in parts]
         return {"mse": float(np.concatenate(rows).mean())}
 
     return score
@@ -260,12 +261,11 @@ def first_look(run: Run, data: Any) -> None:
     data.restore(before)
 
 
-def show(cfg: Config, run: Run, draw: Callable[..., jax.Array], pictures: Pictures, state: State) -> dict[str, float]:
-    """Write a grid of samples, the same noise every time; there is no number in it."""
+def show(cfg: Config, run: Run, draw: Draw, pictures: Pictures, step: int, params: Mapping[str, Any]) -> None:
+    """Write a grid of samples, from the same noise every time."""
     labels = np.arange(cfg.samples) % cfg.student.classes
-    drawn = pictures(draw(best(state), labels, jax.random.key(cfg.seed)))
+    drawn = pictures(draw(params, labels, jax.random.key(cfg.seed)))
     if jax.process_index() == 0:
         folder = run.directory / "samples"
         folder.mkdir(exist_ok=True)
-        save_grid(drawn, folder / f"{int(state.step):07d}.png")
-    return {}
+        save_grid(drawn, folder / f"{step:07d}.png")

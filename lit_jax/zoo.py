@@ -1,6 +1,7 @@
 """Models by name: the published sizes of DiT and LiT, and where their weights are (spec §1.1, §2.3, §5)."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from common.checkpoint.convert import Donor, Family, open_donor
@@ -9,7 +10,9 @@ from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, companions, config
 from lit_jax.verify import verify
 
-FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs)
+EMBEDDED = {"emoji_dit": Path(__file__).parent / "emoji_dit"}
+
+FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
@@ -34,4 +37,4 @@ def lit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
 
 def open_dit(source: str, **overrides: Any) -> Donor:
     """Any DiT or LiT by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
-    return open_donor(locate(source, FAMILY.embedded), [FAMILY], **overrides)
+    return open_donor(locate(source, EMBEDDED), [FAMILY], **overrides)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from common.checkpoint.convert import open_donor
-from common.data.images import Preprocess, eval_image
-from common.data.images import decode as decode_picture
+from common.data.images import decode
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError
 from common.train.mesh import MeshConfig, start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
+from lit_jax.data import adm_crop, latents
 from lit_jax.latents import cache_latents, cached_config, sample_cached
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
@@ -64,9 +64,8 @@ def test_moments_of_both_views_are_kept(cache, donor, params):
         "autoencoder.json",
         "label.npy",
         "moments.npy",
-        "preprocess.json",
     ]
-    image = eval_image(decode_picture(Pictures()[9]["image"]), Preprocess(16, (0.5,) * 3, (0.5,) * 3))
+    image = adm_crop(decode(Pictures()[9]["image"]), 16).astype(np.float32) / 127.5 - 1
     assert -1 <= image.min() < -0.8 and 0.8 < image.max() <= 1
     views = np.stack([image, image[:, ::-1]])
     mean, logvar = jax.jit(partial(donor.model.apply, method="encode"))(params, views)
@@ -79,7 +78,7 @@ def test_moments_of_both_views_are_kept(cache, donor, params):
 def test_the_pipeline_reads_it_by_index_in_every_worker(cache):
     want = read(cache)
     for workers in (0, 2):
-        batches = training_batches(read(cache), PipelineConfig(batch=4, workers=workers), Preprocess(), None, 0)
+        batches = training_batches(read(cache), PipelineConfig(batch=4, workers=workers), latents)
         batch = next(batches)
         batches.close()
         assert batch["moments"].shape == (4, 2, 4, 4, 8) and batch["moments"].dtype == np.float16
@@ -91,11 +90,11 @@ def test_a_draw_is_scaled_and_takes_either_view():
     cfg = AutoencoderConfig(scaling_factor=0.5)
     mean = jnp.stack([jnp.full((400, 2, 2, 4), 2.0), jnp.full((400, 2, 2, 4), -2.0)], 1)
     moments = jnp.concatenate([mean, jnp.full_like(mean, -30)], -1).astype(jnp.float16)
-    latents = sample_cached(cfg, moments, jax.random.key(0))
-    assert latents.shape == (400, 2, 2, 4) and latents.dtype == jnp.float32
-    np.testing.assert_allclose(jnp.abs(latents), 1, rtol=1e-5)
-    mirrored = (latents < 0).all((1, 2, 3))
-    assert (mirrored | (latents > 0).all((1, 2, 3))).all()  # never half a picture
+    drawn = sample_cached(cfg, moments, jax.random.key(0))
+    assert drawn.shape == (400, 2, 2, 4) and drawn.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.abs(drawn), 1, rtol=1e-5)
+    mirrored = (drawn < 0).all((1, 2, 3))
+    assert (mirrored | (drawn > 0).all((1, 2, 3))).all()  # never half a picture
     assert 160 < mirrored.sum() < 240  # 200, standard deviation 10
     noisy = sample_cached(cfg, jnp.zeros((400, 2, 2, 2, 8)), jax.random.key(1))
     assert abs(float(noisy.std()) - 0.5) < 0.02

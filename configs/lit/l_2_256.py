@@ -1,0 +1,16 @@
+"""LiT-L/2 at 256 px: few-head linear attention, inherited and distilled (LiT, tables 4 to 8).
+
+    python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
+    heirloom train lit/l_2_256 --run runs/lit_l_2_256
+
+Donor: our own DiT-L/2. The paper has no table for L; its figure puts LiT-L/2 at 100K steps before DiT-L/2 at 400K (FID-50K 23.3, no
+guidance). Four heads are a recollection of its config table. The result comes with the terms of DiT's weights (CC-BY-NC 4.0).
+"""
+
+from lit_jax.recipes import imagenet
+from lit_jax.train import Config
+from lit_jax.zoo import DIT_XL_2_256, lit
+
+
+def get_config() -> Config:
+    return imagenet(lit("l"), steps=400_000, donor="runs/dit_l_2_256/model", teacher=DIT_XL_2_256)

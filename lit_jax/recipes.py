@@ -1,0 +1,26 @@
+"""What the published ImageNet recipes have in common (spec §1.5, §5.1)."""
+
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig
+from common.train.step import StepConfig
+from lit_jax.dit import DitConfig
+from lit_jax.train import DIT_OPTIMIZER, Config
+from lit_jax.zoo import AUTOENCODER
+
+
+def imagenet(student: DitConfig, *, steps: int, batch: int = 256, donor: str = "", teacher: str = "") -> Config:
+    """AdamW at a constant 1e-4, no decay, EMA 0.9999, on the latent cache `data/imagenet_PIXELS` (scripts/cache_latents.py).
+
+    Deviation: activations and kernels are bf16, where the papers have f32 with TF32 matmuls.
+    """
+    return Config(
+        student=student,
+        donor=donor,
+        teacher=teacher,
+        data=SourceConfig(f"data/imagenet_{8 * student.size}", image="", text="", columns=("moments",)),
+        pipeline=PipelineConfig(batch=batch, workers=8),
+        autoencoder=AUTOENCODER,
+        optim=DIT_OPTIMIZER,
+        step=StepConfig(compute="bfloat16", ema=0.9999),
+        steps=steps,
+    )

@@ -1,0 +1,45 @@
+"""Encode labelled pictures once: the moments of every picture and of its mirror image, which `heirloom train lit/...` reads.
+
+    python scripts/cache_latents.py imagenet/train data/imagenet_256 --size 256
+
+SOURCE is anything data.path takes: a folder with a sub-folder per class, tar shards, tfds:imagenet2012. 10 GB for ImageNet at 256 px.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.checkpoint.convert import open_donor
+from common.checkpoint.hub import locate
+from common.data.sources import SourceConfig
+from common.errors import InputError
+from common.train.mesh import MeshConfig, start
+from common.train.parameters import load_params
+from lit_jax import autoencoder_layouts
+from lit_jax.data import open_labelled
+from lit_jax.latents import cache_latents
+from lit_jax.zoo import AUTOENCODER
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
+    parser.add_argument("--split", default="")
+    parser.add_argument("--label", default="label", help="column of the class: numbers, or names")
+    parser.add_argument("--autoencoder", default=AUTOENCODER, metavar="SOURCE")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    source = open_labelled(SourceConfig(args.source, split=args.split), args.label)
+    donor, mesh = open_donor(locate(args.autoencoder), [autoencoder_layouts.FAMILY]), start(MeshConfig())
+    params = load_params(donor, mesh)
+    cache_latents(donor.cfg, donor.model, params, source, args.destination, mesh, size=args.size, batch=args.batch, force=args.force)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"cache_latents: {error}")
