@@ -67,6 +67,40 @@ def test_sharded_equals_unsharded_bit_for_bit(shape):
     assert float(np.abs(plain["w"][:, 256:]).min()) > 0  # fresh rows come from the initialiser
 
 
+SPLITS = st.tuples(*[st.none() | st.integers(0, 2)] * 3)  # for each axis of the mesh the axis of the parameter it splits
+HALVES = st.sampled_from([0.0, -1.5, 2.0])
+
+
+@st.composite
+def maps(draw, source):
+    """To eight rows from `source`: some fresh, some scaled, or mixed by a matrix."""
+    if draw(st.booleans()):
+        return matrix(np.array(draw(st.lists(HALVES, min_size=8 * source, max_size=8 * source)), np.float32).reshape(8, source))
+    rows = draw(st.lists(st.integers(-1, source - 1), min_size=8, max_size=8))
+    return pick(rows, np.array(draw(st.lists(HALVES, min_size=8, max_size=8)), np.float32) if draw(st.booleans()) else None)
+
+
+@settings(max_examples=15)
+@given(st.tuples(maps(4), maps(5), maps(6)), SPLITS)
+def test_a_random_plan_gives_the_same_bits_in_any_sharding(chosen, splits):
+    names = ("data", "fsdp", "tensor")
+    layout = [tuple(name for name, axis in zip(names, splits, strict=True) if axis == i) or None for i in range(3)]
+    place = {"w": NamedSharding(mesh(2, 2, 2), PartitionSpec(*layout))}
+    source, target = (Leaf(Axes.parse("layer embed -> hidden"), shape, F32) for shape in ((4, 5, 6), (8, 8, 8)))
+    plan = Plan((("w", dict(zip(source.axes.names, chosen, strict=True))),))
+    # Small whole numbers times halves: sums are exact in whatever order a block adds them.
+    donor = Source({"w": source}, {"w": np.random.default_rng(0).integers(-9, 9, source.shape).astype(np.float32)})
+    fresh = np.arange(512, dtype=np.float32).reshape(8, 8, 8) + 0.25
+
+    def init(paths, place):
+        return {"w": jax.device_put(fresh, place["w"])}
+
+    plain, spread = graft(plan, donor, {"w": target}, None, init)["w"], graft(plan, donor, {"w": target}, place, init)["w"]
+    np.testing.assert_array_equal(spread, plain)
+    assert spread.sharding == place["w"]
+    assert spread.sharding.shard_shape((8, 8, 8)) == tuple(8 >> sum(axis == i for axis in splits) for i in range(3))
+
+
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=2), st.booleans())
 def test_graft_equals_apply(layers, dense):
