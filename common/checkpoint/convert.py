@@ -290,9 +290,11 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
             out[key][...] = value
 
     if format.file.endswith(_TORCH):
-        tensors = {key: np.empty(t.shape, t.dtype) for key, t in shapes.items()}
-        fill(tensors)
-        write_torch(folder / format.file, tensors)
+        # torch.save wants every tensor at once: mapped from a file that goes again, they are not in memory.
+        with weights.create_safetensors(folder / FILE, shapes) as out:
+            fill(out)
+            write_torch(folder / format.file, out)
+        (folder / FILE).unlink()
     else:
         with weights.create_safetensors(folder / format.file, shapes) as out:
             fill(out)

@@ -17,6 +17,7 @@ from common import config
 from common.cli import main
 from common.demo import Race
 from common.errors import InputError
+from tinyclip_jax.zoo import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 TEACHER = 6_315_457
@@ -63,6 +64,12 @@ def test_the_demo_races_draws_and_reports(tmp_path):
     assert picture.shape[1] > 1000 and picture.std() > 10
     assert tinyclip_jax.load(str(tmp_path / "student")).cfg == config.load("tinyclip/emoji").student
     assert all(word in done.stdout for word in ("teacher", "inherited", "scratch", "picture:"))
+
+
+def test_the_teacher_is_small_enough_to_clone():
+    files = list(EMBEDDED["emoji"].iterdir())
+    assert {file.name for file in files} == {"README.md", "config.json", "model.safetensors", "preprocess.json", "tokenizer.json"}
+    assert sum(file.stat().st_size for file in files) <= 14e6
 
 
 def test_steps_to_reach():

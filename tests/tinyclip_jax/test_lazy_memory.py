@@ -13,11 +13,13 @@ SLACK = 64e6  # compiled programs, allocator; the file is more than three times 
 
 PROGRAM = """
 import json, sys, threading
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import rmtree
 import jax
 import numpy as np
 from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import create_safetensors
+from common.checkpoint.weights import create_safetensors, write_json
 from common.nn.functional import functional
 from common.surgery.graft import graft
 from common.train.mesh import MeshConfig, shardings, start
@@ -36,6 +38,15 @@ hf, mesh = FAMILY.format("hf"), start(MeshConfig(data=1, fsdp=8))
 with create_safetensors(folder / "hf" / hf.file, hf.layout.foreign(spec)):
     pass
 hf.write_config(big, folder / "hf")
+shapes, names = hf.layout.foreign(spec), ("a.safetensors", "b.safetensors", "c.safetensors")
+(folder / "shards").mkdir()
+for i, name in enumerate(names):
+    with create_safetensors(folder / "shards" / name, {key: shapes[key] for key in list(shapes)[i::3]}):
+        pass
+write_json(folder / "shards" / "model.safetensors.index.json", {"weight_map": {key: names[i % 3] for i, key in enumerate(shapes)}})
+hf.write_config(big, folder / "shards")
+if find_spec("torch"):
+    import torch
 jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))
 
 
@@ -71,15 +82,25 @@ def inherit():
     return jax.block_until_ready(graft(manual(big, small), opened("hf").source, student.spec, place, init))
 
 
-print(json.dumps({
+def written(source, name, to):
+    return peak(lambda: convert(opened(source), folder / name, to, verify=False))
+
+
+found = {
     "file": (folder / "hf" / hf.file).stat().st_size,
     "leaf": max(leaf.nbytes for leaf in spec.values()),
     "student": sum(leaf.nbytes for leaf in student.spec.values()),
     "everything": peak(lambda: [np.asarray(view) for view in opened("hf").source.values.values()]),
-    "to ours": peak(lambda: convert(opened("hf"), folder / "ours", "heirloom", verify=False)),
-    "to hf": peak(lambda: convert(opened("ours"), folder / "back", "hf", verify=False)),
+    "to ours": written("hf", "ours", "heirloom"),
+    "to hf": written("ours", "back", "hf"),
+    "shards to ours": written("shards", "whole", "heirloom"),
     "inherit": peak(inherit),
-}))
+}
+if find_spec("torch"):
+    found["ours to .pt"] = written("ours", "original", "original")
+    found[".pt to ours"] = written("original", "again", "heirloom")
+rmtree(folder)
+print(json.dumps(found))
 """
 
 
@@ -98,8 +119,10 @@ def test_the_measurement_sees_a_whole_checkpoint_in_memory(bytes_of):
     assert bytes_of["everything"] > 0.9 * bytes_of["file"]
 
 
-@pytest.mark.parametrize("job", ["to ours", "to hf"])
+@pytest.mark.parametrize("job", ["to ours", "to hf", "shards to ours", "ours to .pt", ".pt to ours"])
 def test_conversion_goes_from_file_to_file(job, bytes_of):
+    if ".pt" in job:
+        pytest.importorskip("torch")
     assert bytes_of[job] < SLACK
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from common import config
 from common.checkpoint.weights import open_safetensors
+from common.cli import main
 from common.errors import InputError
 from common.nn.functional import functional
 from common.train.mesh import MeshConfig, start
@@ -134,6 +137,18 @@ def test_a_loss_that_cannot_be_computed_is_refused(loss, message):
     cfg = replace(config.load("tinyclip/smoke"), loss=loss)
     with pytest.raises(InputError, match=message):
         loss_fn(cfg, functional(Clip, cfg.student), None)
+
+
+@pytest.mark.parametrize(("named", "missing"), [([], "teacher_image"), (["teacher_image"], "teacher_text")])
+def test_embeddings_that_are_no_columns_are_missed_in_one_line(named, missing, tmp_path, capsys):
+    rows = [{"image": b"", "caption": f"caption {i}", "teacher_image": [1.0, 0.0]} for i in range(3)]
+    file = tmp_path / "pairs.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    flags = ["--teacher", "embeddings", "--loss.alpha", "1", "--data.path", str(file), "--data.split", ""]
+    columns = ["--data.columns", *named] if named else []
+    assert main(["train", "tinyclip/smoke", "--run", str(tmp_path / "run"), *flags, *columns]) == 2
+    said = f"heirloom: {file} has no {missing}: teacher embeddings are columns of the data, named in data.columns\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji):

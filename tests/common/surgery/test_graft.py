@@ -3,16 +3,18 @@
 from functools import partial
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from common.checkpoint.weights import create_safetensors, open_safetensors
 from common.surgery.axes import Axes, Leaf
 from common.surgery.graft import graft
-from common.surgery.layout import View
-from common.surgery.maps import FRESH, first, matrix, pad, pick
+from common.surgery.layout import Layout, Tensor, View
+from common.surgery.maps import FRESH, first, matrix, pad, pick, sided
 from common.surgery.plan import Plan, Source, apply
 from common.train.mesh import shardings
 
@@ -67,6 +69,40 @@ def test_sharded_equals_unsharded_bit_for_bit(shape):
     assert float(np.abs(plain["w"][:, 256:]).min()) > 0  # fresh rows come from the initialiser
 
 
+SPLITS = st.tuples(*[st.none() | st.integers(0, 2)] * 3)  # for each axis of the mesh the axis of the parameter it splits
+HALVES = st.sampled_from([0.0, -1.5, 2.0])
+
+
+@st.composite
+def maps(draw, source):
+    """To eight rows from `source`: some fresh, some scaled, or mixed by a matrix."""
+    if draw(st.booleans()):
+        return matrix(np.array(draw(st.lists(HALVES, min_size=8 * source, max_size=8 * source)), np.float32).reshape(8, source))
+    rows = draw(st.lists(st.integers(-1, source - 1), min_size=8, max_size=8))
+    return pick(rows, np.array(draw(st.lists(HALVES, min_size=8, max_size=8)), np.float32) if draw(st.booleans()) else None)
+
+
+@settings(max_examples=15)
+@given(st.tuples(maps(4), maps(5), maps(6)), SPLITS)
+def test_a_random_plan_gives_the_same_bits_in_any_sharding(chosen, splits):
+    names = ("data", "fsdp", "tensor")
+    layout = [tuple(name for name, axis in zip(names, splits, strict=True) if axis == i) or None for i in range(3)]
+    place = {"w": NamedSharding(mesh(2, 2, 2), PartitionSpec(*layout))}
+    source, target = (Leaf(Axes.parse("layer embed -> hidden"), shape, F32) for shape in ((4, 5, 6), (8, 8, 8)))
+    plan = Plan((("w", dict(zip(source.axes.names, chosen, strict=True))),))
+    # Small whole numbers times halves: sums are exact in whatever order a block adds them.
+    donor = Source({"w": source}, {"w": np.random.default_rng(0).integers(-9, 9, source.shape).astype(np.float32)})
+    fresh = np.arange(512, dtype=np.float32).reshape(8, 8, 8) + 0.25
+
+    def init(paths, place):
+        return {"w": jax.device_put(fresh, place["w"])}
+
+    plain, spread = graft(plan, donor, {"w": target}, None, init)["w"], graft(plan, donor, {"w": target}, place, init)["w"]
+    np.testing.assert_array_equal(spread, plain)
+    assert spread.sharding == place["w"]
+    assert spread.sharding.shard_shape((8, 8, 8)) == tuple(8 >> sum(axis == i for axis in splits) for i in range(3))
+
+
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=2), st.booleans())
 def test_graft_equals_apply(layers, dense):
@@ -118,6 +154,54 @@ def test_trap_a_memory_map_is_not_aliased(tmp_path):
         mapped[...] = 7
         assert float(got.max()) == 1.0
         mapped[...] = 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_trap_scattered_rows_of_a_safetensors_file(tmp_path, dtype):
+    # Slices of the safetensors library take no index arrays; from maps any axis gives any rows, through a transposing layout too.
+    rows, keys = [0, 3, 4, 9], [f"layers.{i}.fc.weight" for i in range(10)]
+    file = {key: np.random.default_rng(i).standard_normal((10, 8)).astype(dtype) for i, key in enumerate(keys)}
+    with create_safetensors(tmp_path / "m.safetensors", {key: Tensor(value.shape, value.dtype) for key, value in file.items()}) as out:
+        for key, value in file.items():
+            out[key][...] = value
+    layout = Layout("toy", (("w", "layers.{layer}.fc.weight"),))  # torch's order: written, then read
+    spec = {"w": Leaf(Axes.parse("layer embed -> hidden"), (10, 8, 10), np.dtype(dtype))}
+    target = {"w": Leaf(Axes.parse("layer embed -> hidden"), (4, 4, 4), np.dtype(dtype))}
+    plan = Plan((("w", {"layer": pick(rows), "embed": pick([7, 0, 2, 0]), "hidden": pick(rows)}),))
+    place = {"w": NamedSharding(mesh(2, 2, 2), PartitionSpec("data", "fsdp", "tensor"))}
+    source = Source(spec, layout.view(open_safetensors(tmp_path / "m.safetensors"), spec))
+    expected = np.stack([file[key].T for key in keys])[np.ix_(rows, [7, 0, 2, 0], rows)]
+    for where in (None, place):
+        got = np.asarray(graft(plan, source, target, where, init)["w"])
+        assert got.dtype == dtype and got.tobytes() == expected.tobytes()
+
+
+def test_trap_statistics_of_a_batch_norm_are_picked_and_never_scaled():
+    # A mask over hidden units scales them where they are read. A variance under the mask would want its square.
+    rng = np.random.default_rng(0)
+    norm = {f"norm/{name}": "hidden" for name in ("scale", "bias", "mean", "variance")}
+    axes = {"up/kernel": "embed -> hidden", **norm, "down/kernel": "hidden -> embed"}
+
+    def spec(hidden):
+        sizes = {"embed": 6, "hidden": hidden}
+        parsed = {path: Axes.parse(text) for path, text in axes.items()}
+        return {path: Leaf(a, tuple(sizes[name] for name in a.names), F32) for path, a in parsed.items()}
+
+    values = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in spec(10).items()}
+    values["norm/variance"] = rng.uniform(0.2, 3, 10).astype(np.float32)
+
+    def net(p, x, mask=1.0):
+        x = (x @ p["up/kernel"] - p["norm/mean"]) / np.sqrt(p["norm/variance"] + 1e-5) * p["norm/scale"] + p["norm/bias"]
+        return np.maximum(x, 0) * mask @ p["down/kernel"]
+
+    rows, kept = [0, 3, 4, 9], np.array([0.5, 2.0, 1.5, 0.25], np.float32)
+    plan = Plan((("**", {"hidden": sided(pick(rows), read=pick(rows, kept))}),))
+    student = {path: np.asarray(value) for path, value in graft(plan, Source(spec(10), values), spec(4), None, init).items()}
+    for path in norm:
+        np.testing.assert_array_equal(student[path], values[path][rows])
+    mask, x = np.zeros(10, np.float32), rng.standard_normal((5, 6)).astype(np.float32)
+    mask[rows] = kept
+    np.testing.assert_allclose(net(student, x), net(values, x, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_leaves_are_the_initialisers_own_bits():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import InputError
 from common.surgery.graft import graft
 from common.surgery.maps import even, every, first, matrix, pad, pick, resize, sided
-from common.surgery.plan import Plan, apply
+from common.surgery.plan import Plan, Source, apply
 
 SIZES = {"layer": (3, 2), "embed": (4, 5), "head": (3, 4)}
 FRESH_VALUE = -77.0
@@ -92,6 +92,54 @@ def test_growing_matrices_on_both_sides_get_their_gradients(leaf, donor):
         direction = np.random.default_rng(2).normal(size=m.shape).astype(np.float32)
         ahead, behind = (value(grow | {name: m + step * direction}) for step in (5e-3, -5e-3))
         np.testing.assert_allclose(np.vdot(gradient[name], direction), (ahead - behind) / 1e-2, rtol=2e-3, atol=2e-3)
+
+
+@st.composite
+def linear(draw, axis):
+    """A map without fresh rows, and the matrix it stands for."""
+    source, target = SIZES[axis]
+    halves = st.sampled_from([0.0, -1.5, 2.0])
+    if draw(st.booleans()):
+        values = np.array(draw(st.lists(halves, min_size=target * source, max_size=target * source)), np.float32)
+        return matrix(values.reshape(target, source)), values.reshape(target, source)
+    rows = draw(st.lists(st.integers(0, source - 1), min_size=target, max_size=target))
+    scale = np.array(draw(st.lists(halves, min_size=target, max_size=target)), np.float32)
+    return pick(rows, scale), np.eye(source, dtype=np.float32)[rows] * scale[:, None]
+
+
+@settings(max_examples=20)
+@given(chosen=st.fixed_dictionaries({axis: linear(axis) for axis in SIZES}), seed=st.integers(0, 99))
+def test_the_gradient_of_a_random_plan_is_its_transpose(leaf, chosen, seed):
+    spec = {"w": leaf("layer embed -> head head_dim", 3, 4, 3, 2)}
+    target = {"w": leaf("layer embed -> head head_dim", 2, 5, 4, 2)}
+    plan = Plan((("w", {axis: map for axis, (map, _) in chosen.items()}),))
+    # Small whole numbers times halves: sums are exact in any order.
+    rng = np.random.default_rng(seed)
+    value, cotangent = (rng.integers(-9, 9, tree["w"].shape).astype(np.float32) for tree in (spec, target))
+
+    def student(w):
+        return apply(plan, Source(spec, {"w": w}), target)["w"]
+
+    out, pull = jax.vjp(student, jnp.asarray(value))
+    dense = [chosen[axis][1] for axis in SIZES]
+    np.testing.assert_array_equal(out, np.einsum("kl,fe,gh,lehd->kfgd", *dense, value))
+    np.testing.assert_array_equal(pull(jnp.asarray(cotangent))[0], np.einsum("kl,fe,gh,kfgd->lehd", *dense, cotangent))
+
+
+@settings(max_examples=10)
+@given(rows=st.lists(st.integers(0, 3), min_size=5, max_size=5), seed=st.integers(0, 99))
+def test_masks_that_scale_rows_are_learned(leaf, rows, seed):
+    """TinyCLIP's automatic method: the gradient of a mask gathers whatever its row touches, on the side it scales."""
+    spec, target = {"w": leaf("embed -> embed", 4, 4)}, {"w": leaf("embed -> embed", 5, 5)}
+    rng = np.random.default_rng(seed)
+    value, cotangent = (rng.integers(-9, 9, tree["w"].shape).astype(np.float32) for tree in (spec, target))
+
+    def student(mask):
+        embed = sided(pick(rows), write=pick(rows, mask))
+        return jnp.vdot(apply(Plan((("w", {"embed": embed}),)), Source(spec, {"w": value}), target)["w"], cotangent)
+
+    gradient = jax.grad(student)(jnp.ones(5))
+    np.testing.assert_array_equal(gradient, (value[np.ix_(rows, rows)] * cotangent).sum(0))
 
 
 @pytest.mark.parametrize(
