@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.experimental import multihost_utils
@@ -45,11 +45,11 @@ class Run:
     """The JSON saved beside the restored state: the position in the data and the open metrics window."""
 
     @classmethod
-    def open(cls, directory: Path | str, config: Mapping[str, Any], changed: Literal["refuse", "accept"] = "refuse") -> "Run":
+    def open(cls, directory: Path | str, config: Mapping[str, Any]) -> "Run":
         """Create the folder, or come back to it. Touches no device, so it may come before `start`.
 
-        changed: what to do when the folder holds a run begun with another config. Raises InputError, with the difference field by
-        field, when that is refused; and when the folder cannot be written.
+        Raises InputError when the folder holds a run begun with another config, with the difference field by field, and when it
+        cannot be written.
         """
         directory = Path(directory).absolute()
         file, text = directory / "config.json", json.dumps(config, indent=2)
@@ -58,7 +58,7 @@ class Run:
             begun = (directory / METRICS).exists()  # a config that did not get as far may be mended
             lines = difference(json.loads(file.read_text()), json.loads(text)) if begun else []
             lines = [line for line in lines if not line.startswith(FREE)]
-            if lines and changed == "refuse":
+            if lines:
                 raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or set it back:", *lines]))
             # every process of a job writes the same bytes, so it does not matter which is last
             part = file.with_name(f"config.json.{os.getpid()}.part")

@@ -150,7 +150,7 @@ def test_what_does_not_fit_together_is_one_line(cfg, lit, setup):
     check_shapes(Config(student=lit), example, teacher)
     with pytest.raises(InputError, match=r"the data is \[8, 8, 3\], the student takes \[16, 16, 3\]"):
         check_shapes(Config(student=replace(lit, size=16)), example, None)
-    with pytest.raises(InputError, match="of 5 classes, the student .* of 7"):
+    with pytest.raises(InputError, match=r"of 5 classes, the student .* of 7"):
         check_shapes(Config(student=replace(lit, classes=7)), example, teacher)
     with pytest.raises(InputError, match=r"the data is \[8, 8, 3\]"):
         check_shapes(Config(student=replace(lit, size=16)), {"moments": np.zeros((2, 8, 8, 6))}, None)

@@ -162,8 +162,6 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path):
         "  old: true before, absent now",
         "  new: absent before, null now",
     ]
-    assert Run.open(tmp_path, changed, changed="accept").config == changed
-    assert json.loads((tmp_path / "config.json").read_text()) == changed
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 

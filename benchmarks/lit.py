@@ -1,0 +1,224 @@
+"""Inheritance and distillation of a linear diffusion transformer on CIFAR-10, in pixels, at equal student steps.
+
+    python scripts/make_cifar10.py ...                                   # once: data/cifar10
+    python benchmarks/lit.py --json benchmarks/results/lit_cpu.json      # two CPU cores, under 90 minutes
+    python benchmarks/lit.py --size gpu --features inception --json benchmarks/results/lit_gpu.json
+
+A DiT is trained once as donor and teacher. Four students then take the same steps on the same data, over several seeds: the DiT and
+the LiT from scratch, a LiT that inherits, and one that inherits and is distilled. The paper's LiT needs 20 % of its DiT's steps.
+Then the heads: few, default and many, with one bank of filters for all heads and with a filter for each channel, so that the number
+of filters and the number of heads can be told apart (spec §2.5); and what each costs.
+
+Scores: squared error of the noise on the test pictures, and KID of 1,000 samples against them, over Inception features with
+--features, else over 8 x 8 thumbnails.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from operator import le
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig, open_source
+from common.demo import Race
+from common.evaluate.extractor import open_extractor
+from common.evaluate.fid import kid
+from common.evaluate.generated import measurer
+from common.nn.functional import functional
+from common.train.mesh import start
+from common.train.parameters import load_params
+from common.train.step import StepConfig
+from lit_jax.decode import Pictures
+from lit_jax.demo import race, thumbnails
+from lit_jax.dit import Dit, DitConfig, macs
+from lit_jax.losses import DistillConfig
+from lit_jax.sample import SampleConfig, drawer
+from lit_jax.train import DIT_OPTIMIZER, Config
+from lit_jax.zoo import open_dit
+
+PAPER = 0.2  # share of the DiT's steps after which LiT is as good
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a machine can do."""
+
+    model: DitConfig
+    heads: int
+    """Of the LiT: few."""
+    donor_steps: int
+    steps: int
+    batch: int
+    samples: int
+    compute: Any = "float32"
+
+
+PIXELS = DitConfig(size=32, channels=3, patch=4, width=96, layers=4, heads=6, hidden=384, classes=10)
+SIZES = {
+    "smoke": Size(replace(PIXELS, width=32, layers=2, heads=4, hidden=64), heads=2, donor_steps=20, steps=10, batch=16, samples=20),
+    "cpu": Size(PIXELS, heads=2, donor_steps=1500, steps=300, batch=64, samples=1000),
+    "gpu": Size(
+        replace(PIXELS, patch=2, width=384, layers=8, heads=6, hidden=1536),
+        heads=2,
+        donor_steps=20_000,
+        steps=4000,
+        batch=256,
+        samples=5000,
+    ),
+}
+Features = Callable[[np.ndarray], np.ndarray]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/cifar10")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--features", type=Path, help="an Inception network for KID")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not Path(args.data).is_dir():
+        sys.exit(f"{args.data}: no such folder; make it with scripts/make_cifar10.py")
+    size, rows = SIZES[args.size], []
+    features, real = reference(args.data, args.features)
+    with tempfile.TemporaryDirectory() as folder:
+        donor_run = Path(folder) / "donor"
+        race(config(size, args.data, size.model, size.donor_steps, seed=100), donor_run)
+        donor = str(donor_run / "model")
+        for seed in args.seeds:
+            for name, cfg in {**arms(size, args.data, donor, seed), **heads(size, args.data, donor, seed)}.items():
+                begun = time.perf_counter()
+                run = race(cfg, Path(folder) / f"{name}-{seed}")
+                pictures = samples(cfg, size, run, seed)
+                distance = kid(features(pictures), real, size=min(1000, size.samples), seed=seed).mean
+                rows.append({"arm": name, "seed": seed, "mse": run.final["mse"], "kid": distance, "steps": run.steps, "curve": run.scores})
+                rows[-1] |= {"heads": cfg.student.heads, "filters": cfg.student.filters, "seconds": round(time.perf_counter() - begun, 1)}
+                print({k: v for k, v in rows[-1].items() if k not in ("steps", "curve")}, flush=True)
+        costs = {name: latency(cfg.student, size) for name, cfg in heads(size, args.data, donor, 0).items()}
+        costs["dit"] = latency(size.model, size)
+    report(size, rows, costs)
+    if args.json:
+        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
+        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
+        made |= {"size": asdict(size), "features": str(args.features or "8 x 8 thumbnails"), "milliseconds": costs, "paper": PAPER}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
+
+
+def config(size: Size, data: str, student: DitConfig, steps: int, *, seed: int, donor: str = "", teacher: str = "") -> Config:
+    return Config(
+        student=student,
+        donor=donor,
+        teacher=teacher,
+        distill=DistillConfig(),
+        data=SourceConfig(f"{data}/train"),
+        held_out=SourceConfig(f"{data}/test"),
+        pipeline=PipelineConfig(batch=size.batch, seed=seed),
+        sample=SampleConfig("ddim", steps=25, guidance=1.0),
+        samples=0,
+        optim=replace(DIT_OPTIMIZER, lr=1e-3, warmup=max(steps // 20, 1), schedule="cosine"),
+        step=StepConfig(ema=max(0.9, 1 - 10 / steps), seed=seed, compute=size.compute),
+        steps=steps,
+        seed=seed,
+        log_every=max(steps // 20, 1),
+        eval_every=max(steps // 20, 1),
+        save_every=steps,
+    )
+
+
+def lit(size: Size, heads: int, filters: Any = "shared") -> DitConfig:
+    return replace(size.model, attention="linear", heads=heads, filters=filters)
+
+
+def arms(size: Size, data: str, donor: str, seed: int) -> dict[str, Config]:
+    """The four students of the comparison."""
+    few = lit(size, size.heads)
+    return {
+        "DiT, scratch": config(size, data, size.model, size.steps, seed=seed),
+        "LiT, scratch": config(size, data, few, size.steps, seed=seed),
+        "LiT, inherits": config(size, data, few, size.steps, seed=seed, donor=donor),
+        "LiT, inherits, distilled": config(size, data, few, size.steps, seed=seed, donor=donor, teacher=donor),
+    }
+
+
+def heads(size: Size, data: str, donor: str, seed: int) -> dict[str, Config]:
+    """Few, default and many heads, with either kind of filters; few with shared ones is an arm above."""
+    many = size.model.width // 4
+    return {
+        f"{n} heads, {filters} filters": config(size, data, lit(size, n, filters), size.steps, seed=seed, donor=donor)
+        for n in (size.heads, size.model.heads, many)
+        for filters in ("shared", "channel")
+    }
+
+
+def reference(data: str, network: Path | None) -> tuple[Features, np.ndarray]:
+    """A function from pictures to features, and those of the first 1,000 test pictures."""
+    source = open_source(SourceConfig(f"{data}/test", text=""))
+    pictures = np.stack([source[i]["image"] for i in range(1000)])
+    features: Features = thumbnails
+    if network:
+        measure = measurer(open_extractor(network), start(Config().mesh))
+        features = lambda pictures: measure([pictures]).pooled  # noqa: E731
+    return features, features(pictures)
+
+
+def samples(cfg: Config, size: Size, run: Race, seed: int) -> np.ndarray:
+    """Pictures of all classes equally often, from the same noise whatever the model."""
+    donor, mesh = open_dit(str(run.weights)), start(cfg.mesh)
+    draw, params = drawer(donor.model, donor.cfg, cfg.sample, mesh), load_params(donor, mesh)
+    parts = range(0, size.samples, 250)
+    drawn = [draw(params, np.arange(i, min(i + 250, size.samples)) % 10, jax.random.fold_in(jax.random.key(seed), i)) for i in parts]
+    return Pictures.to_uint8(np.concatenate(drawn))
+
+
+def latency(cfg: DitConfig, size: Size) -> dict[str, float]:
+    """Milliseconds of one forward pass of a batch, the median of ten, and its multiply-accumulates."""
+    model = functional(Dit, cfg)
+    params = model.init(jax.random.key(0))
+    inputs = (jnp.ones((size.batch, cfg.size, cfg.size, cfg.channels)), jnp.zeros(size.batch), jnp.zeros(size.batch, jnp.int32))
+    forward = jax.jit(model.apply)
+    jax.block_until_ready(forward(params, *inputs))
+    times = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        jax.block_until_ready(forward(params, *inputs))
+        times.append(time.perf_counter() - begun)
+    return {"ms": round(1000 * statistics.median(times), 2), "gmacs": round(size.batch * macs(cfg, model.spec) / 1e9, 3)}
+
+
+def report(size: Size, rows: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> None:
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    print(f"\n{'':<28}{'mse':>18}{'KID':>20}{'ms':>9}{'GMACs':>9}")
+    for name in names:
+        mine = [row for row in rows if row["arm"] == name]
+        cost = costs.get(name, costs["dit"] if name.startswith("DiT") else costs[f"{size.heads} heads, shared filters"])
+        print(f"{name:<28}{spread(mine, 'mse'):>18}{spread(mine, 'kid'):>20}{cost['ms']:>9.1f}{cost['gmacs']:>9.2f}")
+    last = {row["seed"]: row for row in rows if row["arm"] == "LiT, inherits, distilled"}
+    for row in (r for r in rows if r["arm"] == "DiT, scratch"):
+        other = last[row["seed"]]
+        step = Race(other["steps"], other["curve"], {}, Path()).reaches(row["mse"], le)
+        when = f"after {step} of {size.steps} steps ({step / size.steps:.0%})" if step is not None else f"not within {size.steps} steps"
+        print(f"seed {row['seed']}: the distilled LiT has the DiT's final error {when}; the paper's after {PAPER:.0%}")
+
+
+def spread(rows: list[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows]
+    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+
+
+if __name__ == "__main__":
+    main()

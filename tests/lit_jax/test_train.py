@@ -1,0 +1,219 @@
+"""LiT from the command line at toy size: train, stop, resume, inherit, distil, sample, score."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from common.checkpoint.weights import open_safetensors, read_json
+from common.cli import main
+from common.data import emoji
+from common.evaluate import generated
+from common.evaluate.extractor import Extractor
+from common.evaluate.inception import Features, InceptionConfig
+from common.nn.dense import Dense
+from common.nn.functional import functional
+from lit_jax import evaluate, train
+from lit_jax.data import Pixels, adm_crop, open_labelled
+
+SIZES = ["--student.size", "8", "--student.width", "16", "--student.hidden", "32", "--student.layers", "2", "--student.heads", "2"]
+SHORT = ["--pipeline.batch", "8", "--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "2", "--optim.warmup", "2"]
+TINY = [*SIZES, *SHORT, "--samples", "2", "--sample.steps", "2", "--data.path", "emoji:noto", "--held-out.path", "emoji:noto"]
+
+
+def weights_of(run):
+    return {path: np.array(value) for path, value in open_safetensors(run / "model" / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory):
+    """A softmax DiT of six steps."""
+    run = tmp_path_factory.mktemp("donor") / "run"
+    assert main(["train", "lit/smoke", "--run", str(run), *TINY, "--student.attention", "softmax", "--student.heads", "4"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def distilled(donor, tmp_path_factory):
+    """A LiT that inherits and is distilled."""
+    run = tmp_path_factory.mktemp("lit") / "run"
+    model = str(donor / "model")
+    assert main(["train", "lit/smoke", "--run", str(run), *TINY, "--donor", model, "--teacher", model]) == 0
+    return run
+
+
+def test_a_run_leaves_curves_grids_and_weights(distilled):
+    lines = [json.loads(line) for line in (distilled / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] > 0 and line["kd_noise"] >= 0 and line["mse"] > 0 for line in lines)
+    assert [line["step"] for line in lines if "eval/mse" in line] == [3, 6]
+    assert sorted(p.name for p in (distilled / "samples").iterdir()) == ["0000003.png", "0000006.png"]
+    assert Image.open(distilled / "first_batch.png").size[0] >= 24
+    assert read_json(distilled / "model" / "config.json")["model"]["attention"] == "linear"
+
+
+def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(donor, distilled, tmp_path, monkeypatch):
+    run, held_out = tmp_path / "run", train.held_out_loss
+
+    def stops(*args):
+        score = held_out(*args)
+
+        def and_stop(params):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return score(params)
+
+        return and_stop
+
+    model = str(donor / "model")
+    arguments = ["train", "lit/smoke", "--run", str(run), *TINY, "--donor", model, "--teacher", model]
+    monkeypatch.setattr(train, "held_out_loss", stops)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0 and not (run / "model").exists()
+    monkeypatch.setattr(train, "held_out_loss", held_out)
+    assert main(arguments) == 0
+    for path, value in weights_of(distilled).items():
+        np.testing.assert_array_equal(weights_of(run)[path], value, err_msg=path)
+    curves = [[json.loads(line)["loss"] for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (distilled, run)]
+    assert curves[0] == curves[1]
+
+
+def test_inherit_writes_the_student_and_where_it_is_from(donor, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from dataclasses import replace\nfrom common import config\n\n\ndef get_config():\n"
+        "    cfg = config.load('lit/smoke')\n"
+        "    student = replace(cfg.student, size=8, width=16, hidden=32)\n"
+        f"    return replace(cfg, student=student, donor={str(donor / 'model')!r}, keep='v')\n"
+    )
+    assert main(["inherit", str(recipe), str(tmp_path / "student"), "--json", str(tmp_path / "record.json")]) == 0
+    record = read_json(tmp_path / "record.json")
+    assert record["parameters"]["blocks/attn/value/kernel"]["fraction"] == 1
+    assert record["parameters"]["blocks/attn/out/kernel"]["fraction"] == 0
+    student, theirs = open_safetensors(tmp_path / "student" / "model.safetensors"), weights_of(donor)
+    kernels = [np.asarray(weights["blocks/attn/value/kernel"]).reshape(2, 16, 16) for weights in (student, theirs)]
+    np.testing.assert_array_equal(*kernels)
+
+
+def test_a_trained_run_draws(distilled, tmp_path):
+    out = tmp_path / "grid.png"
+    command = ["sample", str(distilled), "--class", "3", "1", "--count", "3", "--steps", "2", "--sampler", "ddim", "--out", str(out)]
+    assert main([*command, "--json", str(tmp_path / "drawn.json")]) == 0
+    assert read_json(tmp_path / "drawn.json")["labels"] == [3, 3, 3, 1, 1, 1]
+    assert Image.open(out).size == (240, 160)  # 3 x 2 pictures of 8 px, enlarged ten times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class", "9"], "no class 9: this model has 0 to 8"),
+        (["--class", "9", "--stps", "3"], "stps"),
+        (["--steps", "333", "--sampler", "ddim"], "no integer stride makes 333 steps"),
+    ],
+)
+def test_mistakes_of_sampling_are_one_line(distilled, tmp_path, capsys, arguments, message):
+    if "--class" in arguments and "--steps" not in arguments:
+        arguments = [*arguments, "--steps", "2"]
+    assert main(["sample", str(distilled), "--out", str(tmp_path / "x.png"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+class Colours(nnx.Module):
+    """Mean colours as features: a network small enough for a test."""
+
+    def __init__(self, cfg: InceptionConfig, *, rngs: nnx.Rngs):
+        self.fc = Dense("colour -> class", {"colour": 3, "class": cfg.classes}, bias=None, rngs=rngs)
+
+    def __call__(self, images):
+        x = images.astype(jnp.float32) / 255
+        return Features(x.mean((1, 2)), x[:, 0, 0, :2], self.fc(x.mean((1, 2))))
+
+
+def test_a_trained_run_is_scored(distilled, tmp_path, monkeypatch):
+    monkeypatch.setattr(generated, "POOL", 3)
+    monkeypatch.setattr(generated, "SPATIAL", 2)
+    cfg = InceptionConfig("colours", 4, "average")
+    params = {"fc/kernel": np.random.default_rng(0).standard_normal((3, 4), np.float32)}
+    monkeypatch.setattr(evaluate, "open_extractor", lambda path: Extractor(cfg, functional(Colours, cfg), params))
+    saved, scores = tmp_path / "samples.npz", tmp_path / "scores.json"
+    how = [
+        "--samples",
+        "22",
+        "--batch",
+        "8",
+        "--sample.steps",
+        "2",
+        "--sample.sampler",
+        "ddim",
+        "--labels",
+        "balanced",
+        "--save",
+        str(saved),
+    ]
+    command = ["eval", str(distilled), "--data", "emoji:noto", "--split", "test", "--features", "colours", *how]
+    assert main([*command, "--json", str(scores)]) == 0
+    rows = {row["metric"]: row for row in read_json(scores)["rows"]}
+    assert set(rows) == {"fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std"}
+    assert all(
+        row["n"] == 22 and row["protocol"] == "colours; ddim 2 steps, guidance 1 on first three, balanced labels" for row in rows.values()
+    )
+    drawn = np.load(saved)["arr_0"]
+    assert drawn.shape == (22, 8, 8, 3) and drawn.dtype == np.uint8
+    # The samples against themselves: no distance.
+    assert main(["eval", str(distilled), "--data", str(saved), "--features", "colours", *how[:-2], "--json", str(scores)]) == 0
+    rows = {row["metric"]: row["value"] for row in read_json(scores)["rows"]}
+    assert abs(rows["fid"]) < 1e-6 and rows["precision"] == rows["recall"] == 1
+
+
+def test_scores_need_features_and_a_reference(distilled, capsys):
+    assert main(["eval", str(distilled), "--data", "emoji"]) == 2
+    assert "give --features" in capsys.readouterr().err
+    assert main(["eval", str(distilled), "--features", "x"]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_names_of_classes_become_numbers_in_alphabetical_order():
+    from common.data.sources import SourceConfig
+    from common.errors import InputError
+
+    source = open_labelled(SourceConfig("emoji:noto", split="test"), "group", 9)
+    groups = sorted(
+        {"activities", "animals-nature", "flags", "food-drink", "objects", "people-body", "smileys-emotion", "symbols", "travel-places"}
+    )
+    assert source.classes == tuple(groups) and len(source) == 300 and emoji.STYLES[0] == "noto"
+    record = source[7]
+    assert groups[record["label"]] == record["group"]
+    with pytest.raises(InputError, match=r"has 9 classes .* the model 10"):
+        open_labelled(SourceConfig("emoji:noto"), "group", 10)
+    with pytest.raises(InputError, match="no column 'grp'"):
+        open_labelled(SourceConfig("emoji:noto"), "grp", 9)
+
+
+def test_pixels_are_cropped_flipped_and_centred_on_zero():
+    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, :, None] * 16, (16, 16, 3)).copy()
+    plain = Pixels(16, flips=0.0)({"image": ramp, "label": 3}, np.random.default_rng(0))
+    np.testing.assert_allclose(plain["image"][0, :, 0], np.arange(16) * 16 / 127.5 - 1, rtol=1e-6)
+    assert plain["label"] == 3 and plain["label"].dtype == np.int32
+    mirrored = Pixels(16, flips=1.0)({"image": ramp, "label": 3}, np.random.default_rng(0))
+    np.testing.assert_array_equal(mirrored["image"], plain["image"][:, ::-1])
+    rng = np.random.default_rng(1)
+    share = np.mean([Pixels(16, flips=0.5)({"image": ramp, "label": 0}, rng)["image"][0, 0, 0] > 0 for _ in range(300)])
+    assert 0.4 < share < 0.6
+
+
+def test_the_crop_of_guided_diffusion():
+    """Halved by boxes while the short side is twice the size, then bicubic: by its steps, in PIL's own words."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3)).astype(np.uint8))
+    by_hand = picture.resize((65, 37), Image.Resampling.BOX).resize((32, 18), Image.Resampling.BOX)
+    by_hand = by_hand.resize((round(32 * 16 / 18), 16), Image.Resampling.BICUBIC)
+    left = (by_hand.width - 16) // 2
+    np.testing.assert_array_equal(adm_crop(picture, 16), np.asarray(by_hand)[:, left : left + 16])
+    assert adm_crop(picture, 16).shape == (16, 16, 3) and jax.device_count() >= 1
