@@ -1,7 +1,13 @@
 """Eight CPU devices and exact matmuls, set before anything asks JAX for a device."""
 
+import os
+
 import jax
 from hypothesis import settings
+
+# Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number of devices:
+# on two cores a step with many of them waited for ever. In a larger pool it does not; XLA reads its size from here.
+os.environ.setdefault("NPROC", "64")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
