@@ -60,7 +60,7 @@ class Draw:
         """Raises InputError for a label that the model does not have."""
         labels, shards = np.asarray(labels, np.int32), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if len(wrong := labels[(labels < 0) | (labels > self.cfg.classes)]):
-            raise InputError(f"no class {wrong[0]}: this model has 0 to {self.cfg.classes - 1}")
+            raise InputError(f"no class {wrong[0]}: this model has 0 to {self.cfg.classes - 1}, and {self.cfg.classes} for none")
         unique, which = np.unique(labels, return_inverse=True)
         if self.how.guidance != 1:
             unique = np.append(unique, self.cfg.classes).astype(np.int32)

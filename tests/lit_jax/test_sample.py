@@ -82,7 +82,7 @@ def test_without_guidance_the_free_branch_is_not_computed(lit, model, mesh):
 
 def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
     module, params = model
-    with pytest.raises(InputError, match="no class 6: this model has 0 to 4"):
+    with pytest.raises(InputError, match="no class 6: this model has 0 to 4, and 5 for none"):
         drawer(module, lit, SampleConfig("ddim", 2), mesh)(params, [6], jax.random.key(0))
     with pytest.raises(InputError, match="steps 333 with ddim: no integer stride"):
         SampleConfig("ddim", 333).make()

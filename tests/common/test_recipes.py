@@ -1,6 +1,6 @@
 """The resolved config of each recipe as text: a change of a default shows as a diff of these files.
 
-Rewrite them with `python tests/tinyclip_jax/test_recipes.py` and read the diff.
+Rewrite them with `python tests/common/test_recipes.py` and read the diff.
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 from common import config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "configs"
-RECIPES = [name for name in config.recipes() if name.startswith("tinyclip/")]
+RECIPES = config.recipes()
 
 
 def text(name):
