@@ -19,7 +19,7 @@ from common.data.sources import open_source
 from common.demo import Race
 from common.evaluate.fid import kid
 from common.nn.functional import functional
-from common.train.mesh import start
+from common.train.mesh import shardings, start
 from common.train.parameters import load_params
 from lit_jax.data import adm_crop
 from lit_jax.decode import Pictures
@@ -82,7 +82,8 @@ def run(seed: int, out: Path) -> dict[str, Any]:
 def race(cfg: Config, folder: Path) -> Race:
     """Train one student; its loss before the first step belongs to the curve."""
     mesh, student = start(cfg.mesh), functional(Dit, cfg.student)
-    before = held_out_loss(cfg, student, mesh)(initial(cfg, student, opened(cfg.donor), None))[METRIC]
+    start_weights = initial(cfg, student, opened(cfg.donor), shardings(student.spec, mesh))
+    before = held_out_loss(cfg, student, mesh)(start_weights)[METRIC]
     cfg.train(folder)
     return Race.of(folder, METRIC, before)
 

@@ -18,7 +18,7 @@ from lit_jax.zoo import EMBEDDED, open_dit
 
 
 @pytest.fixture
-def tiny(tmp_path, draw, monkeypatch):
+def tiny(one_device, tmp_path, draw, monkeypatch):
     """The demo's recipe with a model of two layers at 8 px and four steps."""
     donor = DitConfig(size=8, channels=3, patch=4, width=16, layers=1, heads=4, hidden=32, classes=9)
     folder = tmp_path / "donor"

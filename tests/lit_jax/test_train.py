@@ -35,7 +35,7 @@ def weights_of(run):
 
 
 @pytest.fixture(scope="module")
-def donor(tmp_path_factory, draw):
+def donor(one_device, tmp_path_factory, draw):
     """A softmax DiT."""
     folder = tmp_path_factory.mktemp("donor") / "model"
     cfg = DitConfig(size=8, channels=3, patch=4, width=16, layers=2, heads=4, hidden=32, classes=9)
