@@ -3,7 +3,7 @@
     heirloom train lit/emoji --run runs/lit                                 # inherits, and mimics
     heirloom train lit/emoji --run runs/scratch --donor "" --teacher ""     # the same from scratch
 
-Two CPU cores, about two minutes. Two heads of 64 replace four of 32.
+Two CPU cores, under two minutes each. Two heads of 64 replace four of 32.
 """
 
 from dataclasses import replace
