@@ -36,7 +36,7 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
     except Exception as error:  # the hub's client raises its own, httpx's and OSError alike: all mean it could not be had
         cached = _cached(name, revision)
-        if cached is not None and (cached / folder).exists():
+        if cached is not None and (not folder or (cached / folder).is_dir()):
             return cached / folder
         raise InputError(f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network") from error
 

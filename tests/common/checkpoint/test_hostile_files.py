@@ -179,6 +179,16 @@ def test_pickles_are_fetched_only_where_there_is_nothing_else(hub):
     assert asked[0] == ("org/name", None) and "*.bin" in asked[1][2]
 
 
+def test_of_a_repository_a_folder(hub):
+    asked = hub(["transformer/model.safetensors", "vae/weights.bin"])
+    assert locate("hf:org/name/transformer@v1") == Path("/cache/transformer")
+    name, revision, patterns = asked[-1]
+    assert (name, revision) == ("org/name", "v1")
+    assert "transformer/*.safetensors" in patterns and all(pattern.startswith("transformer/") for pattern in patterns)
+    locate("hf:org/name/vae")
+    assert "vae/*.bin" in asked[-1][2]  # no safetensors in this folder, whatever lies in others
+
+
 def test_without_a_network_the_cache_serves_or_one_line_says_so(hub):
     hub(None, cached="/earlier")
     assert locate("hf:org/name") == Path("/earlier")
