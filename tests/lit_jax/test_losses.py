@@ -55,7 +55,7 @@ def test_the_bound_teaches_the_variance_alone_and_no_gradient_reaches_the_teache
         return diffusion(SCHEDULE, predicted, clean, noisy, step, noise).bound.sum()
 
     grads = jax.grad(bound)(student)
-    assert not np.asarray(grads.noise).any() and np.abs(grads.ratio[1]).min() > 1.0  # at late times the bounds of the variance meet
+    assert not np.asarray(grads.noise).any() and np.abs(grads.ratio[1]).min() > 0.1  # at late times the bounds of the variance meet
     mse = jax.grad(lambda p: diffusion(SCHEDULE, p, clean, noisy, step, noise).mse.sum())(student)
     np.testing.assert_allclose(mse.noise, 2 * (student.noise - noise) / 12, rtol=1e-5)
     assert not np.asarray(mse.ratio).any()
