@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor, Family, hashes
+from common.checkpoint.weights import write_json
 from common.config import to_json
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.sources import SourceConfig
@@ -239,8 +240,6 @@ def resolve(cfg: Config, student: Functional, donor: Donor) -> Resolution:
 
 def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str, Any]:
     """Cut the student of a recipe from its donor and write it as a weights folder; returns its provenance."""
-    from common.checkpoint.weights import write_json
-
     if not cfg.donor:
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
     donor, student = open_dit(cfg.donor), functional(Dit, cfg.student)

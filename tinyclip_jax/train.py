@@ -227,12 +227,13 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
     donor, student = open_clip_model(cfg.donor), functional(Clip, cfg.student)
     record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
-    with weights.staged(destination, force=force) as folder:
-        folder.mkdir()
-        weights.write_params(folder, initial(cfg, student, donor, None))
-        weights.write_config(folder, FAMILY.name, cfg.student)
+    inputs = read_inputs(cfg, donor, None)
+
+    def beside(folder: Path) -> None:
         weights.write_json(folder / "provenance.json", record)
-        companions(read_inputs(cfg, donor, None), folder)
+        companions(inputs, folder)
+
+    save_params(destination, FAMILY.name, cfg.student, initial(cfg, student, donor, None), beside, force=force)
     return record
 
 

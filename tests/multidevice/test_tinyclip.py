@@ -27,9 +27,9 @@ from common.data.sources import open_source
 from common.data.text import Tokenizer
 from common.nn.functional import functional
 from common.surgery.plan import Source
+from common.train.parameters import load_params
 from common.train.state import create_state
 from common.train.step import make_step
-from tinyclip_jax.evaluate import load_params
 from tinyclip_jax.model import Clip
 from tinyclip_jax.pretrained import Pretrained
 from tinyclip_jax.train import captions, loss_fn
