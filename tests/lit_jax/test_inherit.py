@@ -25,10 +25,14 @@ def cut(donor_cfg, student_cfg, keep, draw):
     return weights, graft(plan, source, student.spec, None, partial(student.init, jax.random.key(3))), plan.resolve(source, student.spec)
 
 
+@pytest.fixture(scope="module")
+def fresh(lit):
+    return functional(Dit, lit).init(jax.random.key(3))
+
+
 @pytest.mark.parametrize("keep", ["none", "o", "v", "kv", "qkv", "qkvo", "q"])
-def test_changed_leaves(cfg, lit, draw, keep):
+def test_changed_leaves(cfg, lit, draw, fresh, keep):
     weights, student, resolution = cut(cfg, lit, keep, draw)
-    fresh = functional(Dit, lit).init(jax.random.key(3))
     kept = {PROJECTIONS[p] for p in keep} if keep != "none" else set()
     for path, value in student.items():
         inherits = not path.startswith("blocks/attn") or path.split("/")[2] in kept
