@@ -9,18 +9,20 @@ the LiT from scratch, a LiT that inherits, and one that inherits and is distille
 Then the heads: few, default and many, with one bank of filters for all heads and with a filter for each channel, so that the number
 of filters and the number of heads can be told apart (spec §2.5); and what each costs.
 
-Scores: squared error of the noise on the test pictures, and KID of 1,000 samples against them, over Inception features with
+Scores: squared error of the noise on 1,000 test pictures, and KID of 1,000 samples against them, over Inception features with
 --features, else over 8 x 8 thumbnails.
 """
 
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig, open_source
+from common.data.sources import SourceConfig
 from common.demo import Race
 from common.evaluate.extractor import open_extractor
 from common.evaluate.fid import kid
@@ -50,6 +52,7 @@ from lit_jax.sample import SampleConfig, drawer
 from lit_jax.train import DIT_OPTIMIZER, Config
 from lit_jax.zoo import open_dit
 
+HELD_OUT = 1000  # test pictures
 PAPER = 0.2  # share of the DiT's steps after which LiT is as good
 
 
@@ -89,26 +92,27 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--features", type=Path, help="an Inception network for KID")
+    parser.add_argument("--runs", type=Path, help="keep every arm's run and score here; what is there is not run again")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not Path(args.data).is_dir():
         sys.exit(f"{args.data}: no such folder; make it with scripts/make_cifar10.py")
-    size, rows = SIZES[args.size], []
-    features, real = reference(args.data, args.features)
-    with tempfile.TemporaryDirectory() as folder:
-        donor_run = Path(folder) / "donor"
-        race(config(size, args.data, size.model, size.donor_steps, seed=100), donor_run)
-        donor = str(donor_run / "model")
+    size = SIZES[args.size]
+    with nullcontext(args.runs) if args.runs else tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        runs.mkdir(parents=True, exist_ok=True)
+        donor = str(runs / "donor" / "model")
+        features, real = reference(runs / "test", args.data, args.features)
+        data = {"data": SourceConfig(f"{args.data}/train"), "held_out": SourceConfig(str(runs / "test"))}
+        once(runs / "donor.json", lambda: race(config(size, data, size.model, size.donor_steps, seed=100), runs / "donor").final)
+        rows = []
         for seed in args.seeds:
-            for name, cfg in {**arms(size, args.data, donor, seed), **heads(size, args.data, donor, seed)}.items():
-                begun = time.perf_counter()
-                run = race(cfg, Path(folder) / f"{name}-{seed}")
-                pictures = samples(cfg, size, run, seed)
-                distance = kid(features(pictures), real, size=min(1000, size.samples), seed=seed).mean
-                rows.append({"arm": name, "seed": seed, "mse": run.final["mse"], "kid": distance, "steps": run.steps, "curve": run.scores})
-                rows[-1] |= {"heads": cfg.student.heads, "filters": cfg.student.filters, "seconds": round(time.perf_counter() - begun, 1)}
+            for name, cfg in {**arms(size, data, donor, seed), **heads(size, data, donor, seed)}.items():
+                run = runs / f"{name}-{seed}".replace(", ", "-").replace(" ", "_")
+                row = once(run.with_suffix(".json"), lambda: score(cfg, size, run, features, real))  # noqa: B023
+                rows.append({"arm": name, "seed": seed, **row})
                 print({k: v for k, v in rows[-1].items() if k not in ("steps", "curve")}, flush=True)
-        costs = {name: latency(cfg.student, size) for name, cfg in heads(size, args.data, donor, 0).items()}
+        costs = {name: latency(cfg.student, size) for name, cfg in heads(size, data, donor, 0).items()}
         costs["dit"] = latency(size.model, size)
     report(size, rows, costs)
     if args.json:
@@ -119,14 +123,40 @@ def main() -> None:
         args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
 
 
-def config(size: Size, data: str, student: DitConfig, steps: int, *, seed: int, donor: str = "", teacher: str = "") -> Config:
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, from `path` if it was measured before."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(measure()))
+        part.rename(path)
+    return json.loads(path.read_text())
+
+
+def score(cfg: Config, size: Size, folder: Path, features: Features, real: np.ndarray) -> dict[str, Any]:
+    """One arm: its curve, its last error, and the distance of what it draws."""
+    begun = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+    run = race(cfg, folder)
+    distance = kid(features(samples(cfg, size, run, cfg.seed)), real, size=min(1000, size.samples), seed=cfg.seed).mean
+    kind = {"heads": cfg.student.heads, "filters": cfg.student.filters}
+    return kind | {
+        "mse": run.final["mse"],
+        "kid": distance,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "steps": run.steps,
+        "curve": run.scores,
+    }
+
+
+def config(
+    size: Size, data: dict[str, SourceConfig], student: DitConfig, steps: int, *, seed: int, donor: str = "", teacher: str = ""
+) -> Config:
     return Config(
         student=student,
         donor=donor,
         teacher=teacher,
         distill=DistillConfig(),
-        data=SourceConfig(f"{data}/train"),
-        held_out=SourceConfig(f"{data}/test"),
+        **data,
         pipeline=PipelineConfig(batch=size.batch, seed=seed),
         sample=SampleConfig("ddim", steps=25, guidance=1.0),
         samples=0,
@@ -144,7 +174,7 @@ def lit(size: Size, heads: int, filters: Any = "shared") -> DitConfig:
     return replace(size.model, attention="linear", heads=heads, filters=filters)
 
 
-def arms(size: Size, data: str, donor: str, seed: int) -> dict[str, Config]:
+def arms(size: Size, data: dict[str, SourceConfig], donor: str, seed: int) -> dict[str, Config]:
     """The four students of the comparison."""
     few = lit(size, size.heads)
     return {
@@ -155,7 +185,7 @@ def arms(size: Size, data: str, donor: str, seed: int) -> dict[str, Config]:
     }
 
 
-def heads(size: Size, data: str, donor: str, seed: int) -> dict[str, Config]:
+def heads(size: Size, data: dict[str, SourceConfig], donor: str, seed: int) -> dict[str, Config]:
     """Few, default and many heads, with either kind of filters; few with shared ones is an arm above."""
     many = size.model.width // 4
     return {
@@ -165,15 +195,17 @@ def heads(size: Size, data: str, donor: str, seed: int) -> dict[str, Config]:
     }
 
 
-def reference(data: str, network: Path | None) -> tuple[Features, np.ndarray]:
-    """A function from pictures to features, and those of the first 1,000 test pictures."""
-    source = open_source(SourceConfig(f"{data}/test", text=""))
-    pictures = np.stack([source[i]["image"] for i in range(1000)])
+def reference(folder: Path, data: str, network: Path | None) -> tuple[Features, np.ndarray]:
+    """A function from pictures to features, and those of the first test pictures, which are left in `folder`."""
+    folder.mkdir(exist_ok=True)
+    first = {name: np.load(f"{data}/test/{name}.npy", mmap_mode="r")[:HELD_OUT] for name in ("image", "label")}
+    for name, array in first.items():
+        np.save(folder / f"{name}.npy", array)
     features: Features = thumbnails
     if network:
         measure = measurer(open_extractor(network), start(Config().mesh))
         features = lambda pictures: measure([pictures]).pooled  # noqa: E731
-    return features, features(pictures)
+    return features, features(first["image"])
 
 
 def samples(cfg: Config, size: Size, run: Race, seed: int) -> np.ndarray:

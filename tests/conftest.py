@@ -1,6 +1,9 @@
-"""Eight CPU devices and exact matmuls, set before anything asks JAX for a device."""
+"""Eight CPU devices, exact matmuls and quick compiles, set before anything asks JAX for a device."""
 
 import os
+
+# Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for one small run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 from hypothesis import settings

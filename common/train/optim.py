@@ -1,4 +1,4 @@
-"""AdamW as the papers use it: warm-up and cosine, and weight decay decided for every parameter by its role."""
+"""AdamW as the papers use it, or Muon: warm-up and cosine, and weight decay decided for every parameter by its role."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from common.errors import InputError, nearest
-from common.surgery.axes import Spec, matches, select
+from common.surgery.axes import Leaf, Spec, matches, select
 
 # The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
 # split into axes of their own and layers are stacked, so a bias may have three.
@@ -21,6 +22,8 @@ SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
 class OptimConfig:
     """AdamW. The defaults are TinyCLIP's (train.py and script/*.sh of the release)."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """Muon orthogonalises the update of each layer's kernels, at the size of Adam's updates (arXiv:2502.16982); the rest is NAdam's."""
     lr: float = 1e-4
     """Peak learning rate."""
     warmup: int = 2000
@@ -68,7 +71,7 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTransformation:
-    """Clip, Adam, decay, learning rate; moments in f32, none for frozen parameters.
+    """Clip, Adam or Muon, decay, learning rate; moments in f32, none for frozen parameters.
 
     The rate of the last update stays in the state as `learning_rate`, where the step's metrics find it.
     Raises InputError on a pattern that matches no parameter, and on a parameter of unknown role.
@@ -76,12 +79,30 @@ def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTr
     frozen = {path for pattern in cfg.frozen for path in select(pattern, spec)}
     trained = optax.chain(
         optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32),
+        _scale(cfg, spec),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed(cfg, spec)),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(cfg, total)),
     )
     groups = {path: "frozen" if path in frozen else "trained" for path in spec}
     return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, groups)
+
+
+def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
+    if cfg.algorithm == "adamw":
+        return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32)
+    matrices = {path: _matrix(path, leaf) for path, leaf in spec.items()}
+    # A rate of -1 undoes the sign: rate and decay follow for all parameters alike.
+    return optax.contrib.muon(
+        -1.0, adam_b1=cfg.b1, adam_b2=cfg.b2, mu_dtype=jnp.float32, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
+    )
+
+
+def _matrix(path: str, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
+    """A kernel as the matrix that its layer multiplies by, whatever its number of dimensions: from what it reads to what it writes."""
+    read, write = leaf.axes.where("read"), leaf.axes.where("write")
+    if not (path.endswith("kernel") and read and write):
+        return None
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=read, output_axis=write)
 
 
 def decayed(cfg: OptimConfig, spec: Spec) -> dict[str, bool]:

@@ -89,3 +89,23 @@ def test_moments_are_float32():
     params = {"a/kernel": jnp.ones(3)}
     _, state = updates(OptimConfig(warmup=0), params, params)
     assert {optax.tree.get(state, name)["a/kernel"].dtype for name in ("mu", "nu")} == {jnp.dtype("float32")}
+
+
+def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
+    axes = {"query/kernel": "layer embed -> head head_dim", "query/bias": "layer -> head head_dim", "filter/kernel": "row col embed"}
+    shapes = {"query/kernel": (3, 8, 2, 3), "query/bias": (3, 2, 3), "filter/kernel": (5, 5, 8)}
+    spec = {path: Leaf(Axes.parse(axes[path]), shapes[path], np.dtype("float32")) for path in axes}
+    cfg = OptimConfig(algorithm="muon", lr=0.1, warmup=0, schedule="constant", weight_decay=0.0, clip=None)
+    optimizer = make_optimizer(cfg, spec, 10)
+    grads = {path: jax.random.normal(jax.random.key(i), shape) for i, (path, shape) in enumerate(shapes.items())}
+    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    # A layer's update is a multiple of U V^T of its gradient, 8 x 6; its size that of Adam's: RMS 0.2 times the rate.
+    for update, grad in zip(updates["query/kernel"].reshape(3, 8, 6), grads["query/kernel"].reshape(3, 8, 6), strict=True):
+        u, _, v = np.linalg.svd(grad, full_matrices=False)
+        singular = np.diag(u.T @ update @ v.T) / (-0.1 * 0.2 * 8**0.5)
+        np.testing.assert_allclose(singular, 1, atol=0.4)  # five Newton-Schulz steps leave them between 0.7 and 1.2
+    rest = {path: grads[path] for path in ("query/bias", "filter/kernel")}  # no matrices
+    nadam = optax.nadam(0.1, cfg.b1, cfg.b2)
+    expected, _ = nadam.update(rest, nadam.init(rest), rest)
+    for path in rest:
+        np.testing.assert_allclose(updates[path], expected[path], rtol=1e-5)
