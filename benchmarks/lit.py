@@ -74,7 +74,7 @@ class Size:
 PIXELS = DitConfig(size=32, channels=3, patch=4, width=96, layers=4, heads=6, hidden=384, classes=10)
 SIZES = {
     "smoke": Size(replace(PIXELS, width=32, layers=2, heads=4, hidden=64), heads=2, donor_steps=20, steps=10, batch=16, samples=20),
-    "cpu": Size(PIXELS, heads=2, donor_steps=1500, steps=300, batch=64, samples=1000),
+    "cpu": Size(PIXELS, heads=2, donor_steps=3000, steps=300, batch=32, samples=1000),
     "gpu": Size(
         replace(PIXELS, patch=2, width=384, layers=8, heads=6, hidden=1536),
         heads=2,
