@@ -133,13 +133,18 @@ class Plan:
 def _runs(path: str, leaf: Leaf, donor: Leaf, pattern: str, maps: Maps) -> list[Run]:
     """Cut the axes of a leaf into runs, each under its map, and check that the sizes agree."""
     names, sides = leaf.axes.names, leaf.axes.sides
+    joint: dict[int, str] = {}  # by the position of each axis
+    for key in maps:
+        axes = tuple(key.split())
+        for i in range(len(names) - len(axes) + 1 if len(axes) > 1 else 0):
+            if names[i : i + len(axes)] == axes:
+                if other := next((joint[j] for j in range(i, i + len(axes)) if j in joint), None):
+                    raise InputError(f"{path}: the rule {pattern!r} maps {other!r} and {key!r}, which share an axis; keep one")
+                joint |= dict.fromkeys(range(i, i + len(axes)), key)
     runs, i = [], 0
     while i < len(names):
-        key, stop = names[i], i + 1
-        for joint in maps:
-            width = len(joint.split())
-            if width > 1 and tuple(joint.split()) == names[i : i + width]:
-                key, stop = joint, i + width
+        key = joint.get(i, names[i])
+        stop = i + len(key.split())
         run = Run(names[i:stop], leaf.shape[i:stop], donor.shape[i:stop], _on_side(maps.get(key), sides[i]))
         _check(path, run, leaf, pattern)
         runs.append(run)

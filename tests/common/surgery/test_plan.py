@@ -217,6 +217,11 @@ W = "layer embed -> head head_dim|2 8 4 2"
         ((("**", {"head": pick([0, 1, 2, 9])}),), dict(a=W), r"picks row 9 of axis 'head', the donor has 4"),
         ((("**", {"head": matrix(np.ones((4, 5)))}),), dict(a=W), r"axis 'head' goes from 4 to 4, the matrix of rule '\*\*' is \(4, 5\)"),
         ((("**", {}),), dict(a="layer embed -> hidden|2 8 4"), r"a: axes are 'layer embed -> head head_dim' in the donor"),
+        (
+            (("**", {"head head_dim": first(8), "embed head": first(32)}),),
+            dict(a=W),
+            r"a: the rule '\*\*' maps 'head head_dim' and 'embed head', which share an axis",
+        ),
         ((("**", {"head": PerLayer((first(4),))}),), dict(a=W), r"speaks of 1 layers"),
     ],
 )
