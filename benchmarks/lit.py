@@ -9,7 +9,7 @@ the LiT from scratch, a LiT that inherits, and one that inherits and is distille
 Then the heads: few, default and many, with one bank of filters for all heads and with a filter for each channel, so that the number
 of filters and the number of heads can be told apart (spec §2.5); and what each costs.
 
-Scores: squared error of the noise on 1,000 test pictures, and KID of 1,000 samples against them over 8 x 8 thumbnails; with
+Scores: squared error of the noise on 512 test pictures, and KID of 1,000 samples against 1,000 of them over 8 x 8 thumbnails; with
 --features over Inception features too (on a CPU three pictures a second).
 """
 

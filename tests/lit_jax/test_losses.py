@@ -12,6 +12,7 @@ from common.diffusion import Prediction, linear_schedule
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.plan import Source
+from common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from lit_jax.dit import Dit
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
 from lit_jax.train import Config, check_shapes, loss_fn
@@ -154,3 +155,26 @@ def test_what_does_not_fit_together_is_one_line(cfg, lit, setup):
         check_shapes(Config(student=replace(lit, classes=7)), example, teacher)
     with pytest.raises(InputError, match=r"the data is \[8, 8, 3\]"):
         check_shapes(Config(student=replace(lit, size=16)), {"moments": np.zeros((2, 8, 8, 6))}, None)
+
+
+def test_loss_and_gradients_are_the_same_on_any_mesh(lit, setup):
+    student, params, teacher, batch = setup
+    cfg, key = Config(student=lit, teacher="x"), jax.random.key(5)
+
+    def gradients(params, batch, frozen):
+        (loss, _), grads = jax.value_and_grad(loss_fn(cfg, student, teacher, None), has_aux=True)(params, batch, key, frozen)
+        return loss, grads
+
+    def on(**sizes):
+        mesh = start(MeshConfig(**sizes))
+        theirs = shardings(teacher.model.spec, mesh)
+        places = shardings(student.spec, mesh), batch_sharding(mesh), theirs
+        with jax.set_mesh(mesh):
+            return jax.device_get(jax.jit(gradients, in_shardings=places)(params, batch, teacher.source.values))
+
+    loss, expected = jax.jit(gradients)(params, batch, teacher.source.values)
+    for sizes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+        other, grads = on(**sizes)
+        np.testing.assert_allclose(other, loss, rtol=1e-5)
+        for path, gradient in expected.items():
+            np.testing.assert_allclose(grads[path], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
