@@ -73,9 +73,12 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
         state, *inputs = layer
         return nnx.merge(graph, state)(x, *inputs), None
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (state, *inputs))[0]
+    return jax.lax.scan(rematerialised(body, remat), x, (state, *inputs))[0]
+
+
+def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The body of a scan, recomputed in the backward pass as `remat` says."""
+    return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
 
 
 def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:

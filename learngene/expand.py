@@ -1,0 +1,88 @@
+"""From a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`; everything else is copied, resized or fresh."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from common.errors import InputError
+from common.surgery.maps import FRESH, AxisMap, even, first, matrix, pick, resize
+from common.surgery.plan import Maps, Plan
+
+if TYPE_CHECKING:
+    from learngene.vit import VitConfig
+
+Head = Literal["inherit", "fresh"]
+
+
+def layer_map(depth: int, stages: int) -> list[int]:
+    """The stage of each layer: `divmod(depth, stages)` copies of every stage, the rest to the first ones; 12 of 5 is SWS's own list.
+
+    Nothing is published for fewer layers than stages: then stages are taken evenly from the first to the last.
+    Raises InputError for a depth below 1.
+    """
+    if depth < 1 or stages < 1:
+        raise InputError(f"a depth of {depth} from {stages} stages: both must be 1 or more")
+    if depth < stages:
+        return even(stages, depth).rows.tolist()
+    each, rest = divmod(depth, stages)
+    return [stage for stage in range(stages) for _ in range(each + (stage < rest))]
+
+
+def unrolled_map(layout: Sequence[int]) -> list[int]:
+    """The stage of each layer of the auxiliary net: (2, 1) is 0, 0, 1."""
+    return [stage for stage, times in enumerate(layout) for _ in range(times)]
+
+
+def linear_coefficients(depth: int) -> np.ndarray:
+    """TLEG's line, [depth, 2] f32: layer l is block 0 plus l / depth times block 1, so the last coefficient is below 1."""
+    return np.stack([np.ones(depth), np.arange(depth) / depth], axis=1).astype(np.float32)
+
+
+def expansion(gene: "VitConfig", student: "VitConfig", layers: Sequence[int] = (), head: Head = "inherit") -> Plan:
+    """The plan from a gene to an ordinary ViT.
+
+    layers: the stage of each layer, for SWS; unless given, the auxiliary net's own layout where the depth is its depth, so that the
+    descendant computes what it does, else `layer_map`. Raises InputError where the two do not belong together.
+    """
+    if gene.gene == "none":
+        raise InputError(f"this is an ordinary ViT of {gene.layers} layers, not a gene; choose a method: select, stack, interlace, ...")
+    if gene.gene == "tleg":
+        if layers:
+            raise InputError("TLEG's layers lie on a line: a gene of it takes no map")
+        return around(gene, student, matrix(linear_coefficients(student.layers)), head)
+    own = unrolled_map(gene.layout)
+    rows = list(layers) or (own if student.layers == len(own) else layer_map(student.layers, gene.layers))
+    if len(rows) != student.layers:
+        raise InputError(f"the map names {len(rows)} layers, the student has {student.layers}: give one stage for each layer")
+    if outside := [row for row in rows if not 0 <= row < gene.layers]:
+        raise InputError(f"the map names stage {outside[0]}, the gene has 0 to {gene.layers - 1}")
+    return around(gene, student, pick(rows), head)
+
+
+def around(donor: "VitConfig", student: "VitConfig", layer: AxisMap, head: Head) -> Plan:
+    """A plan for models that differ in depth, input size and classes: `layer` maps the blocks, positions are resampled.
+
+    The head is inherited with the label set: not where the number of classes differs, nor where a fresh one is asked for.
+    Raises InputError where channels, patches or widths differ.
+    """
+    for name in ("channels", "patch", "width", "hidden"):
+        if getattr(donor, name) != getattr(student, name):
+            sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
+            raise InputError(f"the student's {name} is {sizes}: depth, size and classes may differ, {name} may not (or select from a larger)")
+    heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
+    return Plan((("position", grid(donor, student)), ("blocks/**", {"layer": layer, **heads}), *outside(donor, student, head)))
+
+
+def outside(donor: "VitConfig", student: "VitConfig", head: Head) -> tuple[tuple[str, Maps], ...]:
+    """The rules of what is neither position nor block."""
+    fresh = head == "fresh" or donor.classes != student.classes
+    heads = ("**head/*", FRESH) if fresh else ("**head/*", {})
+    return (heads, ("**", {}))  # type: ignore[return-value]
+
+
+def grid(donor: "VitConfig", student: "VitConfig") -> Maps:
+    """Positions for another number of patches, resampled as torch does it (bicubic, a = -0.75)."""
+    if donor.grid == student.grid:
+        return {}
+    return {"grid_row": resize(donor.grid, student.grid), "grid_col": resize(donor.grid, student.grid)}

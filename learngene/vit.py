@@ -1,0 +1,258 @@
+"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies many times."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.errors import InputError, nearest
+from common.nn.attention import Attention, Kernel, softmax
+from common.nn.block import Block, Remat, rematerialised, scan, stack
+from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, zeros
+from common.nn.mlp import ACTIVATIONS
+from common.nn.norm import LayerNorm
+from common.nn.patch import PatchEmbed
+from common.surgery.axes import Spec
+from common.surgery.report import attention_macs, count, kernel_macs
+from learngene.expand import linear_coefficients, unrolled_map
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Tokens = Literal["none", "cls", "cls+dist"]
+Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
+Gene = Literal["none", "sws", "tleg"]
+SMALL: Init = normal(0.02)
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """A ViT, or the gene of one: then `layers` blocks are stored, and `layout` says how the auxiliary net applies them."""
+
+    size: int = 224
+    """Side of the input, pixels."""
+    channels: int = 3
+    patch: int = 16
+    """Side of a patch, pixels."""
+    width: int = 384
+    layers: int = 12
+    """Blocks that are stored."""
+    heads: int = 6
+    hidden: int = 1536
+    """Units between the two layers of the MLP."""
+    classes: int = 1000
+    tokens: Tokens = "none"
+    """Learned tokens in front of the patches: none (SWS), the class token (ViT), or also DeiT's distillation token."""
+    pool: Pool = "norm_mean"
+    """What the head sees: the mean of normalised tokens (SWS's auxiliary net), the normalised mean (timm), the class token, or
+    class and distillation token, each with a head of its own, whose logits are averaged (DeiT)."""
+    activation: Activation = "gelu"
+    eps: float = 1e-6
+    """Of every LayerNorm."""
+    gene: Gene = "none"
+    """How the stored blocks make the layers that are applied: one each, repeated by stage (SWS), or on a line (TLEG)."""
+    layout: tuple[int, ...] = ()
+    """Of a gene: how often each stored block is applied (SWS), or the depth of the auxiliary net (TLEG: one number)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last layer while training; it rises linearly from 0."""
+    tying: Literal["gather", "loop"] = "gather"
+    """How SWS's auxiliary net repeats its blocks: gathered before one scan, or a scan for each stage, which needs no copies of them."""
+    remat: Remat = "none"
+    """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
+    kernel: Kernel = "xla"
+    """Attention: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", tuple(self.layout))
+        wanted = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
+        if wanted and self.tokens not in wanted:
+            raise InputError(f"pool {self.pool!r} needs the token it classifies: set tokens to {wanted[0]!r}")
+        if self.gene == "none" and self.layout:
+            raise InputError("a layout belongs to a gene: set gene to 'sws' or 'tleg', or leave layout empty")
+        if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
+            raise InputError(f"a gene of {self.layers} blocks needs a layout of {self.layers} counts, each 1 or more, not {self.layout}")
+        if self.gene == "tleg" and (self.layers != 2 or len(self.layout) != 1):
+            raise InputError("TLEG's gene has 2 blocks and a layout of one number, the depth of its auxiliary net")
+
+    @property
+    def depth(self) -> int:
+        """Blocks that are applied: those of the auxiliary net where this is a gene."""
+        return sum(self.layout) or self.layers
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side. Raises InputError when they do not fill the picture."""
+        if self.size < self.patch or self.size % self.patch:
+            raise InputError(f"patches of {self.patch} px do not fill pictures of {self.size} px: change size or patch")
+        return self.size // self.patch
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches."""
+        return {"none": 0, "cls": 1, "cls+dist": 2}[self.tokens]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head. Raises InputError when the heads do not divide the width."""
+        if self.heads < 1 or self.width % self.heads:
+            raise InputError(f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)")
+        return self.width // self.heads
+
+    def of_depth(self, depth: int) -> "VitConfig":
+        """The ordinary ViT of `depth` untied blocks that a gene, or another ViT of this shape, expands to."""
+        return replace(self, layers=depth, gene="none", layout=())
+
+    def override(
+        self, heads: int | None = None, activation: Activation | None = None, eps: str | None = None, layout: str | None = None
+    ) -> "VitConfig":
+        """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
+        if activation and activation not in ACTIVATIONS:
+            raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
+        return replace(
+            self,
+            heads=heads or self.heads,
+            activation=activation or self.activation,
+            eps=_number(eps) if eps else self.eps,
+            layout=counts(str(layout), "layout") if layout else self.layout,
+        )
+
+
+def counts(text: str, name: str) -> tuple[int, ...]:
+    """`3,3,4,3,3` as numbers. Raises InputError naming the option when it is something else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{name} is {text!r}: write whole numbers separated by commas, such as 3,3,4,3,3") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"eps is {text!r}: write a number, such as 1e-6") from error
+
+
+class DroppedBlock(Block):
+    """A block whose branches are skipped for some samples while training. keep: [2, batch], 0 or 1 / (1 - rate) for either branch."""
+
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        if keep is None:
+            return super().__call__(x)
+        attn, mlp = keep[:, :, None, None].astype(x.dtype)
+        x = x + attn * self.attn(self.attn_norm(x))
+        return x + mlp * self.mlp(self.mlp_norm(x))
+
+
+class Token(nnx.Module):
+    """A learned token with its position."""
+
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        self.cls = param("-> embed", sizes, SMALL, rngs)
+        self.cls_position = param("-> embed", sizes, SMALL, rngs)
+
+    def __call__(self) -> jax.Array:
+        return self.cls[...] + self.cls_position[...]
+
+
+class Vit(nnx.Module):
+    """Class logits, [batch, classes] f32, of images [batch, size, size, channels] f32, normalised.
+
+    Of a gene, this is its auxiliary net: the stored blocks are unrolled inside the forward pass, so that their gradients add up.
+    Initial values are SWS's: N(0, 0.02^2), zero biases, and torch's default for the patch embedding.
+    """
+
+    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden, grid_row=cfg.grid, grid_col=cfg.grid)
+        sizes |= dict(patch_row=cfg.patch, patch_col=cfg.patch, channel=cfg.channels)
+        sizes["class"] = cfg.classes
+        attention = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), qkv=SMALL, out=SMALL)
+        block: dict[str, Any] = dict(attention=attention, activation=cfg.activation, eps=cfg.eps, up=SMALL, down=SMALL, bias=zeros)
+        self.patch = PatchEmbed(sizes, init=uniform_fan_in, bias=uniform_fan_in, rngs=rngs)
+        self.class_token = Token(sizes, rngs=rngs) if cfg.prefix > 0 else None
+        self.distillation_token = Token(sizes, rngs=rngs) if cfg.prefix > 1 else None
+        self.position = param("grid_row grid_col -> embed", sizes, SMALL, rngs)
+        self.blocks: Any = stack(lambda rngs: DroppedBlock(sizes, **block, rngs=rngs), cfg.layers, rngs)
+        if cfg.gene == "tleg":  # the slope of a norm starts at 0, so that every layer's scale is 1
+            for norm in (self.blocks.attn_norm, self.blocks.mlp_norm):
+                norm.scale[...] = norm.scale[...].at[1].set(0)
+        self.norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs)
+        self.head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs)
+        self.distillation_head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.pool == "cls+dist" else None
+        self.cfg = cfg
+
+    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """key: draws stochastic depth; without it every block is applied, as in evaluation."""
+        x = self.embed(images)
+        keep = self._keep(key, len(x))
+        if self.cfg.gene == "sws" and self.cfg.tying == "loop":
+            return self.classify(loop(self.blocks, self.cfg, x, keep))
+        return self.classify(scan(unrolled(self.blocks, self.cfg), x, *keep, remat=self.cfg.remat))
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Tokens in front, patches behind: [batch, token, embed]."""
+        x = self.patch(images)
+        x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
+        front = [token() for token in (self.class_token, self.distillation_token) if token is not None]
+        tokens = [jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, x.shape[-1])) for token in front]
+        return jnp.concatenate([*tokens, x], axis=1) if tokens else x
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        """Pool, normalise, and the head or the mean of both heads: [batch, classes] f32."""
+        pool, patches = self.cfg.pool, x[:, self.cfg.prefix :]
+        if pool == "norm_mean":
+            return self.head(self.norm(patches).mean(1)).astype(jnp.float32)
+        if pool == "mean_norm":
+            return self.head(self.norm(patches.mean(1))).astype(jnp.float32)
+        logits = self.head(self.norm(x[:, 0]))
+        if self.distillation_head is not None:
+            logits = (logits + self.distillation_head(self.norm(x[:, 1]))) / 2
+        return logits.astype(jnp.float32)
+
+    def _keep(self, key: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
+        """Per layer, branch and sample 0 or 1 / (1 - rate): [layer, 2, batch]; nothing when no branch is ever dropped."""
+        if key is None or self.cfg.drop_path == 0:
+            return ()
+        kept = 1 - jnp.linspace(0, self.cfg.drop_path, self.cfg.depth)[:, None, None]
+        drawn = jax.random.bernoulli(key, jnp.broadcast_to(kept, (self.cfg.depth, 2, batch)))
+        return (drawn / kept,)
+
+
+def unrolled(blocks: nnx.Module, cfg: VitConfig) -> nnx.Module:
+    """The blocks that are applied, from those that are stored: a gather along `layer`, or for TLEG a line."""
+    if cfg.gene == "none":
+        return blocks
+    graph, state = nnx.split(blocks)
+    if cfg.gene == "sws":
+        rows = np.asarray(unrolled_map(cfg.layout))
+        return nnx.merge(graph, jax.tree.map(lambda x: jnp.take(x, rows, axis=0), state))
+    line = jnp.asarray(linear_coefficients(cfg.depth))
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.tensordot(line.astype(x.dtype), x, axes=1), state))
+
+
+def loop(blocks: nnx.Module, cfg: VitConfig, x: jax.Array, keep: tuple[jax.Array, ...]) -> jax.Array:
+    """SWS's auxiliary net without copies of its blocks: for each stage a scan whose body holds the one block it repeats."""
+    graph, state = nnx.split(blocks)
+    first = 0
+    for stage, times in enumerate(cfg.layout):
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, stage=stage: leaf[stage], state))
+        body = rematerialised(lambda x, keep, block=block: (block(x, *keep), None), cfg.remat)
+        x = jax.lax.scan(body, x, tuple(part[first : first + times] for part in keep), length=times)[0]
+        first += times
+    return x
+
+
+def parameters(spec: Spec) -> dict[str, int]:
+    """Stored parameters: of the blocks, and all of them."""
+    return {"blocks": count(spec, "blocks/**"), "total": count(spec, "**")}
+
+
+def macs(cfg: VitConfig, spec: Spec) -> int:
+    """Multiply-accumulates of one image; of a gene, those of its auxiliary net."""
+    tokens = cfg.grid**2 + cfg.prefix
+    heads = (("head/**", 1), ("distillation_head/**", 1)) if cfg.pool == "cls+dist" else (("head/**", 1),)
+    counted = kernel_macs(spec, (*heads, ("patch/**", cfg.grid**2), ("blocks/**", tokens)))
+    inside = sum(n for path, n in counted.items() if path.startswith("blocks/")) + attention_macs(spec["blocks/attn/query/kernel"], tokens)
+    outside = sum(n for path, n in counted.items() if not path.startswith("blocks/"))
+    return outside + inside * cfg.depth // cfg.layers
