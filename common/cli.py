@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _takes_flags(args: argparse.Namespace) -> bool:
     """Whether fields of a recipe, or of what a method does with weights, may follow."""
-    return args.verb in ("train", "eval", "sample")
+    return args.verb in ("train", "eval", "sample", "compare")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +108,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="where the grid goes")
     sub.add_argument("--autoencoder", metavar="SOURCE", help="the decoder of a latent model")
     sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("expand", _expand, "a model of any depth from a gene", json=True)
+    sub.add_argument("gene", metavar="GENE", help="a gene, or another ViT, by SOURCE")
+    sub.add_argument("destination", metavar="DEST", type=Path)
+    sub.add_argument("--depth", type=int, required=True, metavar="N", help="layers of the result")
+    sub.add_argument("--map", default="", metavar="0,0,1,...", help="the gene's block for each layer (default: spread evenly, in order)")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="another resolution: positions are resampled")
+    sub.add_argument("--classes", type=int, metavar="N", help="another number of classes: a fresh head")
+    sub.add_argument("--seed", type=int, default=0, help="of what is fresh")
+    sub.add_argument("--force", action="store_true", help="replace DEST")
+
+    sub = verb("compare", _compare, "ways to start models of several depths: accuracy against cost, in one table", json=True)
+    sub.add_argument("what", nargs="?", metavar="CONFIG")
+    sub.add_argument("--run", type=Path, metavar="DIR", help="where the runs go; the same command again resumes")
+    sub.add_argument("--cost", metavar="6-15", help="only the ratios of storage and training for these depths, by formula; needs no CONFIG")
 
     sub = verb("report", _report, "the curves and pictures of a run as one HTML page")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -264,6 +279,20 @@ def _sample(args: argparse.Namespace) -> None:
     drawn = _ask(_method_of(donor), "sample")(donor, args)
     _write_json(args, drawn)
     print(f"{drawn['picture']}: {len(drawn['labels'])} pictures in {drawn['seconds']:.1f} s, compilation included")
+
+
+def _expand(args: argparse.Namespace) -> None:
+    donor = _open(args.gene)
+    record = _ask(_method_of(donor), "expand")(donor, args)
+    _write_json(args, record)
+    print(f"{args.destination}: {args.depth} layers, {record['fraction']:.1%} of the parameters come from {record['source']}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    able = [method for method in methods().values() if hasattr(method, "compare")]
+    if not able:
+        raise InputError("no installed method has compare")
+    _write_json(args, able[0].compare(args))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -45,6 +45,10 @@ def expansion(gene: "VitConfig", student: "VitConfig", layers: Sequence[int] = (
     layers: the stage of each layer, for SWS; unless given, the auxiliary net's own layout where the depth is its depth, so that the
     descendant computes what it does, else `layer_map`. Raises InputError where the two do not belong together.
     """
+    if gene.gene == student.gene and gene.layers == student.layers and not layers:
+        return around(gene, student, first(gene.layers), head)  # the same model, to be trained on
+    if student.gene != "none":
+        raise InputError(f"the student is a gene ({student.gene}): only a gene of the same kind and number of blocks can start it")
     if gene.gene == "none":
         raise InputError(f"this is an ordinary ViT of {gene.layers} layers, not a gene; choose a method: select, stack, interlace, ...")
     if gene.gene == "tleg":

@@ -30,10 +30,11 @@ class Format:
     """One foreign format of a model family.
 
     layout: the table of names, or a function of the config where it depends on it.
-    file: name of the weights inside a folder we write; its ending says whether torch or safetensors writes it.
+    file: name of the weights inside a folder we write; its ending says whether torch, safetensors or numpy (.npz) writes it.
     read_config(tensors, folder): the model's config, or None when this is another format.
     write_config(cfg, folder): writes the format's own JSON files beside the weights.
     clean: brings the keys of a file in the wild to the layout's.
+    wrapper: of a torch file, the key its tensors are under.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Format:
     read_config: Callable[[Tensors, Path], Any]
     write_config: Callable[[Any, Path], None]
     clean: Callable[[str], str] = lambda key: key
+    wrapper: str = "state_dict"
 
     def layout_of(self, cfg: Any) -> Layout:
         return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
@@ -191,16 +193,18 @@ def weights_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.npz"):
         if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
             return found
-    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt or .pth)")
+    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth or .npz)")
 
 
 def open_tensors(file: Path) -> Tensors:
     """The tensors of a weights file under the names it gives them, memory-mapped."""
     if file.name.endswith(".index.json"):
         return weights.open_sharded(file, open_tensors)
+    if file.suffix == ".npz":
+        return weights.open_npz(file)
     return open_torch(file) if file.suffix in _TORCH else weights.open_safetensors(file)
 
 
@@ -289,11 +293,14 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
         for key, value in layout.constant.items():
             out[key][...] = value
 
-    if format.file.endswith(_TORCH):
-        # torch.save wants every tensor at once: mapped from a file that goes again, they are not in memory.
+    if format.file.endswith((*_TORCH, ".npz")):
+        # torch and numpy want every tensor at once: mapped from a file that goes again, they are not in memory.
         with weights.create_safetensors(folder / FILE, shapes) as out:
             fill(out)
-            write_torch(folder / format.file, out)
+            if format.file.endswith(".npz"):
+                np.savez(folder / format.file, **out)  # type: ignore[arg-type]
+            else:
+                write_torch(folder / format.file, out, format.wrapper)
         (folder / FILE).unlink()
     else:
         with weights.create_safetensors(folder / format.file, shapes) as out:

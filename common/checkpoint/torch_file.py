@@ -41,10 +41,10 @@ def open_torch(path: Path) -> Tensors:
     return {key: _numpy(value, torch) for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def write_torch(path: Path, tensors: Tensors) -> None:
-    """Write `{"state_dict": tensors}` as torch.save would. Raises InputError without torch."""
+def write_torch(path: Path, tensors: Tensors, wrapper: str = "state_dict") -> None:
+    """Write `{wrapper: tensors}` as torch.save would. Raises InputError without torch."""
     torch = _torch(path)
-    torch.save({"state_dict": {key: _tensor(value, torch) for key, value in tensors.items()}}, path)
+    torch.save({wrapper: {key: _tensor(value, torch) for key, value in tensors.items()}}, path)
 
 
 def _numpy(tensor: Any, torch: Any) -> np.ndarray:

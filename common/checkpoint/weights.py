@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -62,6 +63,15 @@ def open_safetensors(path: Path) -> Tensors:
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         tensors[key] = np.asarray(buffer[start:stop]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
+
+
+def open_npz(path: Path) -> Tensors:
+    """The arrays of a numpy archive, in memory: its members are not mapped. Raises InputError when it is damaged or holds objects."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: np.ascontiguousarray(archive[key]).reshape(archive[key].shape) for key in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable numpy archive ({str(error).splitlines()[0]}); fetch it again") from error
 
 
 def open_sharded(index: Path, open_shard: Callable[[Path], Tensors] = open_safetensors) -> Tensors:

@@ -8,7 +8,8 @@ layer's number), and, where it is not torch's order (written axes, then read axe
     ("decoder/up/*/resnets/*/conv1/bias", "decoder.up_blocks.*.resnets.*.conv1.bias")
 
 Modules that are listed and not stacked have a `*` for each number: one row for all that the model has.
-A `{layer}` in the key of a leaf that is not stacked means that the file repeats it in every layer.
+A `{layer}` in the key of a leaf that is not stacked means that the file repeats it in every layer. Layers that have names instead
+of numbers are `{layer:base|slope}`. Leaves that share a tensor follow one another along the first dimension that is not 1 in all.
 
 Copying out of a view reads the file's pages, copying into it writes them: nothing is read before it is needed.
 """
@@ -23,6 +24,7 @@ import numpy as np
 from common.errors import InputError, nearest
 from common.surgery.axes import Leaf, Spec, matches
 
+_LAYER = re.compile(r"\{layer(?::([^}]*))?\}")
 CLOSE = 1e-5  # of a constant: other libraries compute it in float32
 
 
@@ -154,9 +156,9 @@ class Layout:
             if len(leaves) != len(row.paths):
                 raise ValueError(f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them")
             covered.update(row.paths)
-            if "{layer}" in row.key:
+            if _LAYER.search(row.key):
                 for i in range(leaves[0].shape[0] if leaves[0].layered else _layers(spec)):
-                    yield row, row.key.replace("{layer}", str(i)), leaves
+                    yield row, _LAYER.sub(lambda m, i=i: m[1].split("|")[i] if m[1] else str(i), row.key), leaves  # type: ignore[misc]
             else:
                 yield row, row.key, leaves
         if left := [p for p in spec if p not in covered]:
@@ -166,8 +168,10 @@ class Layout:
         """The tensors a file of this format holds for a model of `spec`, constants included."""
         out = {}
         for row, key, leaves in self._entries(spec):
-            shapes = [_foreign_shape(leaf, _terms(order, leaf)) for leaf, order in zip(leaves, row.orders, strict=True)]
-            shape = shapes[0] if len(shapes) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
+            terms = [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
+            shapes, joint = [_foreign_shape(leaf, t) for leaf, t in zip(leaves, terms, strict=True)], _joint(terms)
+            first = shapes[0]
+            shape = first if len(shapes) == 1 else (*first[:joint], sum(s[joint] for s in shapes), *first[joint + 1 :])
             out[key] = Tensor(shape, leaves[0].dtype)
         return out | {key: Tensor(value.shape, value.dtype) for key, value in self.constant.items()}
 
@@ -186,11 +190,11 @@ class Layout:
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
         for row, key, leaves in self._entries(spec):
             tensor = tensors[key]
-            start = 0
-            for path, leaf, order in zip(row.paths, leaves, row.orders, strict=True):
-                terms = _terms(order, leaf)
-                length = _foreign_shape(leaf, terms)[0] if len(leaves) > 1 else None
-                piece = tensor if length is None else tensor[start : start + length]
+            start, all_terms = 0, [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
+            joint = _joint(all_terms)
+            for path, leaf, terms in zip(row.paths, leaves, all_terms, strict=True):
+                length = _foreign_shape(leaf, terms)[joint] if len(leaves) > 1 else None
+                piece = tensor if length is None else tensor[(*[slice(None)] * joint, slice(start, start + length))]
                 start += length or 0
                 parts[path].append(_as_ours(piece, leaf, terms))
         return {path: View(tuple(p), True) if spec[path].layered else View((p[0],), False, tuple(p[1:])) for path, p in parts.items()}
@@ -204,6 +208,11 @@ class Layout:
         for path, view in self.view(tensors, spec, where).items():
             if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
                 raise InputError(f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all")
+
+
+def _joint(terms: list[list[list[int]]]) -> int:
+    """The dimension along which leaves that share a tensor follow one another."""
+    return next((i for i, groups in enumerate(zip(*terms, strict=False)) if any(groups)), 0)
 
 
 def _layers(spec: Spec) -> int:

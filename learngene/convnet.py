@@ -1,0 +1,109 @@
+"""A small residual convnet: the teacher of the demo and the benchmark, where no pretrained classifier is at hand."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.checkpoint.convert import Donor, Family
+from common.errors import InputError
+from common.nn.conv import Conv
+from common.nn.dense import Dense, Init, normal
+from common.nn.norm import GroupNorm
+from common.surgery.axes import Spec
+from common.surgery.report import count
+from learngene.formats import carry_preprocess, finite
+
+GROUPS, EPS = 8, 1e-5
+
+
+def he(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    """N(0, 2 / fan_in)."""
+    return (2 / fan_in) ** 0.5 * jax.random.normal(key, shape)
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Stages of residual blocks; each but the first halves the picture."""
+
+    size: int = 32
+    """Side of the input, pixels."""
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels of each stage, multiples of 8."""
+    blocks: int = 2
+    """Residual blocks in each stage."""
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if not self.widths or any(width % GROUPS for width in self.widths):
+            raise InputError(f"widths {self.widths}: give one or more multiples of {GROUPS}")
+
+
+class Residual(nnx.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1 x 1 convolution on the way past where the shape changes."""
+
+    def __init__(self, read: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(read, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv1 = Conv(read, width, stride=stride, init=he, rngs=rngs)
+        self.norm2 = GroupNorm(width, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv2 = Conv(width, width, init=he, rngs=rngs)
+        self.past = Conv(read, width, size=1, stride=stride, init=he, rngs=rngs) if (read, stride) != (width, 1) else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.norm1(x))
+        past = x if self.past is None else self.past(y)
+        return past + self.conv2(jax.nn.relu(self.norm2(self.conv1(y))))
+
+
+class ConvNet(nnx.Module):
+    """Class logits, [batch, classes] f32, of images [batch, size, size, 3] f32, normalised."""
+
+    def __init__(self, cfg: ConvConfig, *, rngs: nnx.Rngs):
+        self.stem = Conv(3, cfg.widths[0], init=he, rngs=rngs)
+        reads = [cfg.widths[0], *cfg.widths]
+        self.blocks = nnx.List(
+            Residual(reads[stage] if first else width, width, 2 if stage and first else 1, rngs=rngs)
+            for stage, width in enumerate(cfg.widths)
+            for first in [True, *[False] * (cfg.blocks - 1)]
+        )
+        self.norm = GroupNorm(cfg.widths[-1], groups=GROUPS, eps=EPS, rngs=rngs)
+        init: Init = normal(0.02)
+        self.head = Dense("channel -> class", {"channel": cfg.widths[-1], "class": cfg.classes}, init=init, rngs=rngs)
+
+    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(jax.nn.relu(self.norm(x)).mean((1, 2))).astype(jnp.float32)
+
+
+def config(saved: Mapping[str, Any]) -> ConvConfig:
+    """The config of a weights folder of ours."""
+    try:
+        return ConvConfig(**saved)
+    except TypeError as error:
+        raise InputError(f"config.json is not of this version of learngene: {error}") from error
+
+
+def parameters(spec: Spec) -> dict[str, int]:
+    return {"total": count(spec, "**")}
+
+
+def macs(cfg: ConvConfig, spec: Spec) -> int:
+    """Multiply-accumulates of one image: each kernel at every place of its output."""
+    total = spec["stem/kernel"].count * cfg.size**2 + spec["head/kernel"].count
+    for path, leaf in spec.items():
+        if path.startswith("blocks/") and path.endswith("/kernel"):
+            total += leaf.count * -(-cfg.size // 2 ** (int(path.split("/")[1]) // cfg.blocks)) ** 2
+    return total
+
+
+def companions(donor: Donor, destination: Any, format: str) -> None:
+    carry_preprocess(donor, destination, format)
+
+
+FAMILY = Family("convnet", ConvNet, config, (), companions, finite, parameters, macs)

@@ -1,0 +1,157 @@
+"""Labelled pictures for a classifier: streamed in batches, or, where they fit, kept on the devices."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from common.data.images import Box, Preprocess, decode, random_box
+from common.data.labelled import open_labelled
+from common.data.pipeline import PipelineConfig
+from common.data.sources import Record, Source, SourceConfig
+from common.errors import InputError
+from common.train.mesh import batch_sharding, replicated
+from learngene.augment import AugmentConfig
+from learngene.randaugment import RandAugment
+
+LOGITS = "teacher_logits"  # the column of a teacher's cached answers
+
+
+def square(picture: Image.Image, pre: Preprocess, share: float = 1.0) -> np.ndarray:
+    """The centre, uint8 [size, size, 3]: shorter side to size / share, then cut. share: 0.875 for ImageNet, 1 for small pictures."""
+    short = round(pre.size / share)
+    scale = short / min(picture.size)
+    if scale != 1:
+        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), pre.filter)
+    left, top = (picture.width - pre.size) // 2, (picture.height - pre.size) // 2
+    return np.asarray(Box(left, top, pre.size, pre.size).cut(picture))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record to `image` uint8 [size, size, 3], or [views, size, size, 3], `label` int32, and a teacher's logits where it has them."""
+
+    cfg: AugmentConfig
+    pre: Preprocess
+
+    @cached_property
+    def randaugment(self) -> RandAugment | None:
+        fill = tuple(round(255 * mean) for mean in self.pre.mean)
+        return RandAugment.parse(self.cfg.randaugment, fill) if self.cfg.randaugment else None
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
+        picture = decode(record["image"])
+        views = [self.view(picture, rng) for _ in range(self.cfg.views)]
+        example = {"image": views[0] if len(views) == 1 else np.stack(views), "label": np.int32(record["label"])}
+        return example | ({LOGITS: np.asarray(record[LOGITS], np.float32)} if LOGITS in record else {})
+
+    def view(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        size = self.pre.size
+        if self.cfg.crop == "resized":
+            box = random_box(*picture.size, self.cfg.scale, rng)
+            picture = box.cut(picture).resize((size, size), self.pre.filter)
+        else:
+            picture = Image.fromarray(square(picture, self.pre))
+        return np.asarray(self.randaugment(picture, rng) if self.randaugment else picture)
+
+
+class Resident:
+    """Batches out of arrays that lie on every device whole: no decoding and no copying while training.
+
+    The order is that of the seed: every epoch each example once, batches running on across epochs.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
+        """arrays: columns of one length. Raises InputError when there are fewer examples than a batch, or several processes."""
+        self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
+        if self.examples < cfg.batch:
+            raise InputError(f"the data has {self.examples} examples, fewer than a batch of {cfg.batch}; make the batch smaller")
+        if jax.process_count() > 1:
+            raise InputError("data on the devices is for one process; set storage to 'stream'")
+        self._arrays = jax.device_put(arrays, replicated(mesh))
+        self._take = jax.jit(
+            lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()}, out_shardings=batch_sharding(mesh)
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        positions = np.arange(self.done * self.cfg.batch, (self.done + 1) * self.cfg.batch)
+        epochs = positions // self.examples
+        rows = np.concatenate([self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs)])
+        self.done += 1
+        return self._take(self._arrays, rows)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.cfg.seed, epoch)).permutation(self.examples)
+
+    def state(self) -> dict[str, int]:
+        return {"batches": self.done, "examples": self.examples, "batch": self.cfg.batch, "seed": self.cfg.seed}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Continue behind the batch after which `state` was taken. Raises InputError when it belongs to another stream."""
+        for name, value in self.state().items():
+            if name != "batches" and state.get(name) != value:
+                raise InputError(f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now; set it back")
+        self.done = state["batches"]
+
+
+def load(source: Source, example: Example) -> dict[str, np.ndarray]:
+    """All examples as arrays [n, ...], decoded in threads."""
+    stream = grain.MapDataset.source(source).seed(0).random_map(example).to_iter_dataset(grain.ReadOptions(8, 64))
+    examples = list(stream)
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+def evaluation(data: SourceConfig, label: str, pre: Preprocess, share: float, batch: int, classes: int) -> "Evaluation":
+    """Held-out pictures, opened. Raises InputError when they cannot be read or have other classes."""
+    return Evaluation(data.path, open_labelled(data, label, classes), pre, share, batch)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out pictures in batches of one size; the last is filled up with pictures whose label is -1."""
+
+    name: str
+    source: Source
+    pre: Preprocess
+    share: float
+    batch: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        if len(self) <= 20_000 and self.pre.size <= 64:
+            yield from self._kept
+        else:
+            yield from self._read()
+
+    @cached_property
+    def _kept(self) -> list[dict[str, np.ndarray]]:
+        return list(self._read())
+
+    def _read(self) -> Iterator[dict[str, np.ndarray]]:
+        stream = grain.MapDataset.source(self.source).map(self._example).to_iter_dataset(grain.ReadOptions(8, 2 * self.batch))
+        for part in stream.batch(self.batch):
+            missing = self.batch - len(part["label"])
+            yield {
+                "image": np.concatenate([part["image"], np.zeros((missing, *part["image"].shape[1:]), np.uint8)]),
+                "label": np.concatenate([part["label"], np.full(missing, -1, np.int32)]),
+            }
+
+    def _example(self, record: Record) -> dict[str, Any]:
+        return {"image": square(decode(record["image"]), self.pre, self.share), "label": np.int32(record["label"])}
+
+
+def columns(data: SourceConfig, logits: bool) -> SourceConfig:
+    """The source with a teacher's cached logits, where they are wanted."""
+    return replace(data, columns=(*data.columns, LOGITS)) if logits else data

@@ -1,0 +1,79 @@
+"""Accuracy of a classifier on held-out pictures."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from common import config
+from common.checkpoint.convert import Donor
+from common.data.images import Preprocess
+from common.data.sources import SourceConfig
+from common.errors import InputError
+from common.nn.functional import Functional
+from common.train.mesh import MeshConfig, replicated, start
+from common.train.parameters import load_params
+from learngene.data import Evaluation, evaluation
+from learngene.formats import read_preprocess
+
+Score = Callable[[Mapping[str, Any]], dict[str, float]]
+"""`score(params)`: top1, top5 (shares) and loss (nats)."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How `heirloom eval PATH --data DATA` scores a classifier."""
+
+    label: str = "label"
+    """Column of the class: numbers from 0, or names, which are numbered in alphabetical order."""
+    crop: float = 0.875
+    """Share of the shorter side that the central crop keeps: 224 of 256 for ImageNet, 1 for small pictures."""
+    batch: int = 256
+
+
+def normalised(pixels: jax.Array, pre: Preprocess) -> jax.Array:
+    """Pixels in 0..1 as a model of this preprocessing sees them."""
+    return (pixels - jnp.asarray(pre.mean)) / jnp.asarray(pre.std)
+
+
+def scorer(model: Functional, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
+    """`params -> {"top1": ..., "top5": ..., "loss": ...}` on all held-out pictures; a tie counts against the right class."""
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def count(params: Mapping[str, Any], image: jax.Array, label: jax.Array) -> jax.Array:
+        logits = model.apply(params, normalised(image.astype(jnp.float32) / 255, pre))
+        known = label >= 0
+        right = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)
+        rank = (logits >= right).sum(1) - 1
+        loss = jax.nn.logsumexp(logits, axis=1) - right[:, 0]
+        return jnp.stack([(value * known).sum() for value in (rank < 1, rank < 5, loss)])
+
+    def score(params: Mapping[str, Any]) -> dict[str, float]:
+        with jax.set_mesh(mesh):
+            total = sum(np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out)
+        return dict(zip(("top1", "top5", "loss"), (total / len(held_out)).tolist(), strict=True))
+
+    return score
+
+
+def rows(scores: Mapping[str, float], dataset: str, n: int) -> list[dict[str, Any]]:
+    """What `heirloom eval` prints: shares in percent."""
+    shown = {name: value if name == "loss" else 100 * value for name, value in scores.items()}
+    return [{"dataset": dataset, "metric": name, "value": value, "published": None, "n": n} for name, value in shown.items()]
+
+
+def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
+    """Rows of `heirloom eval PATH`; of a gene, its auxiliary net is scored. Raises InputError without data."""
+    cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
+    if not args.data:
+        raise InputError("give --data: labelled pictures, such as a folder with a sub-folder for each class")
+    pre, mesh = read_preprocess(donor.folder, donor.cfg.size), start(MeshConfig())
+    data = SourceConfig(args.data, args.split, args.image, text="")
+    held_out = evaluation(data, cfg.label, pre, cfg.crop, cfg.batch, donor.cfg.classes)
+    return rows(scorer(donor.model, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))

@@ -1,0 +1,115 @@
+"""ViT checkpoints of others in our names (spec §8.2): timm and DeiT, Hugging Face, SWS and TLEG genes, google-research archives."""
+
+from common.surgery.layout import Layout
+from learngene.vit import VitConfig
+
+Rows = tuple[tuple[str, ...], ...]
+PATCH = "embed channel patch_row patch_col"
+
+
+def _module(ours: str, theirs: str, weight: str = "weight", bias: str = "bias") -> Rows:
+    """Weight and bias of a linear layer or a norm."""
+    own = "scale" if ours.endswith("norm") else "kernel"
+    return ((f"{ours}/{own}", f"{theirs}.{weight}"), (f"{ours}/bias", f"{theirs}.{bias}"))
+
+
+def _positions(cfg: VitConfig, key: str) -> Rows:
+    """Positions of the learned tokens, then of the patches, in one table [1, token, embed]."""
+    front = ("class_token/cls_position", "distillation_token/cls_position")[: cfg.prefix]
+    return ((" + ".join((*front, "position")), key, " + ".join((*("1 1 embed",) * len(front), "1 (grid_row grid_col) embed"))),)
+
+
+def _stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Rows:
+    return (
+        ("patch/project/kernel", f"{patch}.weight", PATCH),
+        ("patch/project/bias", f"{patch}.bias"),
+        ("class_token/cls", cls, "1 1 embed"),
+        ("distillation_token/cls", dist, "1 1 embed"),
+        *_positions(cfg, position),
+    )
+
+
+def _timm_blocks(prefix: str, suffix: str = "", weight: str = "weight", bias: str = "bias") -> Rows:
+    """The blocks in timm's names; q, k and v are packed, rows in this order."""
+    names = {"attn_norm": "norm1", "attn/out": "attn.proj", "mlp_norm": "norm2", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
+    packed = [" + ".join(f"blocks/attn/{p}/{leaf}" for p in ("query", "key", "value")) for leaf in ("kernel", "bias")]
+    rows = tuple(row for a, b in names.items() for row in _module(f"blocks/{a}", f"{prefix}.{b}{suffix}", weight, bias))
+    return (*rows, (packed[0], f"{prefix}.attn.qkv{suffix}.{weight}"), (packed[1], f"{prefix}.attn.qkv{suffix}.{bias}"))
+
+
+def _timm(name: str, cfg: VitConfig, blocks: Rows) -> Layout:
+    norm = "fc_norm" if cfg.pool == "mean_norm" else "norm"
+    heads = (*_module("head", "head"), *_module("distillation_head", "head_dist"))
+    return Layout(name, (*_stem(cfg, "patch_embed.proj", "cls_token", "dist_token", "pos_embed"), *blocks, *_module("norm", norm), *heads))
+
+
+def timm(cfg: VitConfig) -> Layout:
+    """timm, and the files of facebookresearch/deit."""
+    return _timm("timm", cfg, _timm_blocks("blocks.{layer}"))
+
+
+def sws(cfg: VitConfig) -> Layout:
+    """The auxiliary net of AlphaXia/SWS: one instance of each module for each stage."""
+    return _timm("sws", cfg, _timm_blocks("blocks.block", ".instances.{layer}"))
+
+
+def tleg(cfg: VitConfig) -> Layout:
+    """The auxiliary net of AlphaXia/TLEG: a base and a slope of each tensor."""
+    return _timm("tleg", cfg, _timm_blocks("blocks.block", ".instances.0", *(f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias"))))
+
+
+def hf(cfg: VitConfig) -> Layout:
+    """transformers' ViT and DeiT, as their files are on disk."""
+    model = "deit" if cfg.prefix == 2 else "vit"
+    embeddings, block = f"{model}.embeddings", f"{model}.encoder.layer.{{layer}}"
+    names = {
+        "attn_norm": "layernorm_before",
+        "attn/query": "attention.attention.query",
+        "attn/key": "attention.attention.key",
+        "attn/value": "attention.attention.value",
+        "attn/out": "attention.output.dense",
+        "mlp_norm": "layernorm_after",
+        "mlp/up": "intermediate.dense",
+        "mlp/down": "output.dense",
+    }
+    head = "cls_classifier" if cfg.pool == "cls+dist" else "classifier"
+    tokens = (f"{embeddings}.cls_token", f"{embeddings}.distillation_token", f"{embeddings}.position_embeddings")
+    return Layout(
+        "hf",
+        (
+            *_stem(cfg, f"{embeddings}.patch_embeddings.projection", *tokens),
+            *(row for ours, theirs in names.items() for row in _module(f"blocks/{ours}", f"{block}.{theirs}")),
+            *_module("norm", f"{model}.layernorm"),
+            *_module("head", head),
+            *_module("distillation_head", "distillation_classifier"),
+        ),
+        ignore=(f"{model}.pooler.**",),
+    )
+
+
+def google(cfg: VitConfig) -> Layout:
+    """The archives of google-research/vision_transformer; kernels are written as they are applied, and heads are apart."""
+    block = "Transformer/encoderblock_{layer}"
+    attention, mlp = f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3"
+    axes = {"query": "embed head head_dim", "key": "embed head head_dim", "value": "embed head head_dim", "out": "head head_dim embed"}
+    projections = [(f"blocks/attn/{p}/kernel", f"{attention}/{p}/kernel", order) for p, order in axes.items()]
+    biases = [(f"blocks/attn/{p}/bias", f"{attention}/{p}/bias", "embed" if p == "out" else "head head_dim") for p in axes]
+    norms = {"blocks/attn_norm": f"{block}/LayerNorm_0", "blocks/mlp_norm": f"{block}/LayerNorm_2", "norm": "Transformer/encoder_norm"}
+    return Layout(
+        "google",
+        (
+            ("patch/project/kernel", "embedding/kernel", "patch_row patch_col channel embed"),
+            ("patch/project/bias", "embedding/bias"),
+            ("class_token/cls", "cls", "1 1 embed"),
+            *_positions(cfg, "Transformer/posembed_input/pos_embedding"),
+            *projections,
+            *biases,
+            ("blocks/mlp/up/kernel", f"{mlp}/Dense_0/kernel", "embed hidden"),
+            ("blocks/mlp/up/bias", f"{mlp}/Dense_0/bias"),
+            ("blocks/mlp/down/kernel", f"{mlp}/Dense_1/kernel", "hidden embed"),
+            ("blocks/mlp/down/bias", f"{mlp}/Dense_1/bias"),
+            *((f"{ours}/{leaf}", f"{theirs}/{leaf}") for ours, theirs in norms.items() for leaf in ("scale", "bias")),
+            ("head/kernel", "head/kernel", "embed class"),
+            ("head/bias", "head/bias"),
+        ),
+    )

@@ -1,0 +1,143 @@
+"""Other ways from a trained ViT to one of another depth or size (spec §7): each is a plan over the same axes."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import numpy as np
+
+from common.errors import InputError
+from common.surgery.maps import FRESH, Pick, even, first, pick
+from common.surgery.plan import Plan
+from learngene.expand import Head, around, expansion, grid, layer_map, unrolled_map
+from learngene.vit import VitConfig
+
+Method = Literal["expand", "shuffled", "every", "select", "heur", "auto", "stack", "interlace", "ligo"]
+HEUR_LAYERS, AUTO_LAYERS = 3, 6  # blocks kept by Heur-LG and Auto-LG
+ALPHA_QK, ALPHA_VO = (0.7, 0.7), (0.4, 0.4)  # of mimetic initialisation: weight of the noise, weight of the identity
+
+
+def shuffled(gene: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """Control: SWS's expansion with its stages in reverse order."""
+    layers = unrolled_map(gene.layout) if student.layers == gene.depth else layer_map(student.layers, gene.layers)
+    return expansion(gene, student, [gene.layers - 1 - stage for stage in layers], head)
+
+
+def every(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """Control: layers of an ordinary ViT, spread evenly; a deeper student repeats them in order."""
+    deeper = student.layers > donor.layers
+    rows = pick(layer_map(student.layers, donor.layers)) if deeper else even(donor.layers, student.layers)
+    return around(donor, student, rows, head)
+
+
+def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """Weight selection (Xu et al., ICLR 2024): the first layers, and of each axis evenly spaced rows; never the head.
+
+    Deviation: the release selects from the packed rows of q, k and v at once; where the widths do not divide, that mixes them up, and
+    here each is selected on its own. Raises InputError where the donor is smaller.
+    """
+    for name in ("layers", "width", "hidden"):
+        if getattr(student, name) > getattr(donor, name):
+            raise InputError(f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: nothing to select from")
+    width = evenly(donor.width, student.width)
+    inner = {"head head_dim": width, "hidden": evenly(donor.hidden, student.hidden)}
+    return Plan(
+        (
+            ("**head/*", FRESH),
+            ("position", {"embed": width, **grid(donor, student)}),
+            ("blocks/**", {"layer": first(student.layers), "embed": width, **inner}),
+            ("**", {"embed": width}),
+        )
+    )
+
+
+def evenly(source: int, target: int) -> Pick:
+    """Weight selection's rows: multiples of source / target where that is whole, else rounded steps, half to even."""
+    return pick(range(0, source, source // target)) if source % target == 0 else even(source, target)
+
+
+def heur(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """Heur-LG (Vanilla-LG): the donor's last three blocks on top of fresh ones; nothing else is kept."""
+    kept = _at_least(donor, student, HEUR_LAYERS)
+    return _blocks(donor, student, pick([*[-1] * (student.layers - kept), *range(donor.layers - kept, donor.layers)]))
+
+
+def auto(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """Auto-LG: the donor's first six blocks, fresh ones above; nothing else is kept."""
+    kept = _at_least(donor, student, AUTO_LAYERS)
+    return _blocks(donor, student, pick([*range(kept), *[-1] * (student.layers - kept)]))
+
+
+def _at_least(donor: VitConfig, student: VitConfig, wanted: int) -> int:
+    return min(wanted, donor.layers, student.layers)
+
+
+def _blocks(donor: VitConfig, student: VitConfig, layer: Pick) -> Plan:
+    blocks = around(donor, student, layer, "fresh").rules[1]
+    return Plan((blocks, ("**", FRESH)))
+
+
+def stack(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """StackBERT's order: the donor's layers, again from the first."""
+    return around(donor, student, pick([layer % donor.layers for layer in range(student.layers)]), head)
+
+
+def interlace(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
+    """Each of the donor's layers twice in a row. Raises InputError for more than twice its depth, which the rule does not reach."""
+    if student.layers > 2 * donor.layers:
+        raise InputError(f"interlacing {donor.layers} layers makes at most {2 * donor.layers}, not {student.layers}")
+    return around(donor, student, pick([layer // 2 for layer in range(student.layers)]), head)
+
+
+METHODS: dict[str, Callable[[VitConfig, VitConfig, Head], Plan]] = {
+    "expand": lambda gene, student, head: expansion(gene, student, (), head),
+    "shuffled": shuffled,
+    "every": every,
+    "select": select,
+    "heur": heur,
+    "auto": auto,
+    "stack": stack,
+    "interlace": interlace,
+}
+
+
+def plan(method: str, donor: VitConfig, student: VitConfig, layers: tuple[int, ...] = (), head: Head = "inherit") -> Plan:
+    """The plan of a method by name. Raises InputError where donor and method do not go together."""
+    if method == "expand":
+        return expansion(donor, student, layers, head)
+    if layers:
+        raise InputError(f"a map of layers belongs to the method 'expand', not to {method!r}")
+    if method != "shuffled" and donor.gene != "none":
+        raise InputError(f"{method!r} starts from an ordinary ViT, and the donor is a gene: use 'expand'")
+    return METHODS[method](donor, student, head)
+
+
+def mimetic(cfg: VitConfig, key: jax.Array) -> dict[str, np.ndarray]:
+    """Mimetic initialisation (Trockman and Kolter 2023, after structured_init): the attention kernels of every block.
+
+    Per head Q K^T resembles 0.7 Z + 0.7 I, and V times the projection 0.4 Z - 0.4 I, Z noise of variance 1 / width. Needs no donor.
+    """
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    width, heads, dim = cfg.width, cfg.heads, cfg.head_dim
+    out = {name: np.empty((cfg.layers, *shape), np.float32) for name, shape in _kernels(width, heads, dim).items()}
+    for layer in range(cfg.layers):
+        for head in range(heads):
+            u, v = _factors(rng, width, *ALPHA_QK, sign=1)
+            out["blocks/attn/query/kernel"][layer, :, head], out["blocks/attn/key/kernel"][layer, :, head] = u[:, :dim], v[:, :dim]
+        u, v = _factors(rng, width, *ALPHA_VO, sign=-1)
+        out["blocks/attn/value/kernel"][layer] = u.reshape(width, heads, dim)
+        out["blocks/attn/out/kernel"][layer] = v.T.reshape(heads, dim, width)
+    return out
+
+
+def _kernels(width: int, heads: int, dim: int) -> dict[str, tuple[int, ...]]:
+    read = {f"blocks/attn/{name}/kernel": (width, heads, dim) for name in ("query", "key", "value")}
+    return {**read, "blocks/attn/out/kernel": (heads, dim, width)}
+
+
+def _factors(rng: np.random.Generator, width: int, noise: float, identity: float, sign: int) -> tuple[np.ndarray, np.ndarray]:
+    """u, v with u v^T = noise Z + sign identity I, columns by falling singular value."""
+    z = rng.uniform(-1, 1, (width, width)) * (3 / width) ** 0.5
+    u, s, vt = np.linalg.svd(noise * z + sign * identity * np.eye(width))
+    return u * np.sqrt(s), vt.T * np.sqrt(s)
+

@@ -1,0 +1,133 @@
+"""Converted ViTs against torch: the same pictures through our model, and through transformers or a ViT's formulas on the foreign tensors."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.checkpoint.convert import Check, compare, open_tensors
+from common.nn.functional import functional
+from learngene.expand import linear_coefficients, unrolled_map
+from learngene.vit import Vit, VitConfig
+
+EXAMPLES = 2
+
+
+def pictures(cfg: VitConfig) -> np.ndarray:
+    """Seeded inputs, [2, size, size, channels] f32."""
+    return np.random.default_rng(0).standard_normal((EXAMPLES, cfg.size, cfg.size, cfg.channels)).astype(np.float32)
+
+
+def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
+    """Compare logits, f32 at highest precision; tolerance 1e-4 relative. Without torch only finiteness can be checked."""
+    x = pictures(cfg)
+    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(jax.jit(functional(Vit, cfg).apply)(full, x))
+    if not np.isfinite(ours).all():
+        return Check(passed=False, reference=None, note="logits are not finite")
+    if format == "heirloom" or find_spec("torch") is None:
+        return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
+    if format == "hf" and find_spec("transformers") is not None:
+        return compare([ours], [transformers_logits(file.parent, x)], reference="transformers", libraries=("torch", "transformers"))
+    theirs = formulas(cfg, as_timm(cfg, open_tensors(file), format), x)
+    return compare([ours], [theirs], reference="ViT's formulas in torch", libraries=("torch",))
+
+
+def transformers_logits(folder: Path, x: np.ndarray) -> np.ndarray:
+    """What transformers' own class says; `x` as in `pictures`."""
+    import torch
+    import transformers
+
+    cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = getattr(transformers, (cfg.architectures or ["ViTForImageClassification"])[0])
+    with torch.no_grad():
+        loaded = model.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        return loaded(torch.from_numpy(x).permute(0, 3, 1, 2)).logits.numpy()
+
+
+def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """A ViT's forward pass in torch on tensors in timm's names; [batch, classes]."""
+    import torch
+    import torch.nn.functional as F
+
+    w = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
+    activation = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+    def linear(x: Any, name: str) -> Any:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x: Any, name: str) -> Any:
+        return F.layer_norm(x, (cfg.width,), w[f"{name}.weight"], w[f"{name}.bias"], cfg.eps)
+
+    with torch.no_grad():
+        images = torch.from_numpy(x).permute(0, 3, 1, 2)
+        y = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=cfg.patch).flatten(2).transpose(1, 2)
+        front = [w[key].expand(len(y), -1, -1) for key in ("cls_token", "dist_token") if key in w]
+        y = torch.cat([*front, y], 1) + w["pos_embed"]
+        for i in range(cfg.depth):
+            qkv = linear(norm(y, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
+            q, k, v = qkv.reshape(len(y), -1, 3, cfg.heads, cfg.head_dim).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(y.shape)
+            y = y + linear(mixed, f"blocks.{i}.attn.proj")
+            inner = activation[cfg.activation](linear(norm(y, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+            y = y + linear(inner, f"blocks.{i}.mlp.fc2")
+        if cfg.pool == "mean_norm":
+            return linear(norm(y[:, cfg.prefix :].mean(1), "fc_norm"), "head").numpy()
+        y = norm(y, "norm")
+        if cfg.pool == "norm_mean":
+            return linear(y[:, cfg.prefix :].mean(1), "head").numpy()
+        logits = linear(y[:, 0], "head")
+        return ((logits + linear(y[:, 1], "head_dist")) / 2 if cfg.pool == "cls+dist" else logits).numpy()
+
+
+def as_timm(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> dict[str, np.ndarray]:
+    """Tensors of another format under timm's names, genes unrolled, by plain renaming, slicing and concatenation."""
+    if format in ("sws", "tleg"):
+        return _unrolled(cfg, tensors, format)
+    if format == "google":
+        return _from_google(cfg, tensors)
+    return dict(tensors)
+
+
+def _unrolled(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> dict[str, np.ndarray]:
+    out = {key: value for key, value in tensors.items() if not key.startswith("blocks.")}
+    modules = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    for name in (f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")):
+        module, leaf = name.rsplit(".", 1)
+        instances = f"blocks.block.{module}.instances"
+        if format == "sws":
+            layers = [tensors[f"{instances}.{stage}.{leaf}"] for stage in unrolled_map(cfg.layout)]
+        else:
+            base, slope = (tensors[f"{instances}.0.{leaf}_{part}"] for part in ("base", "ilayer"))
+            layers = [base + share * slope for share in linear_coefficients(cfg.depth)[:, 1]]
+        out |= {f"blocks.{i}.{name}": value for i, value in enumerate(layers)}
+    return out
+
+
+def _from_google(cfg: VitConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    from learngene.formats import _clean_google
+
+    w = {_clean_google(key): value for key, value in tensors.items()}
+    out = {"patch_embed.proj.weight": w["embedding/kernel"].transpose(3, 2, 0, 1), "patch_embed.proj.bias": w["embedding/bias"]}
+    out |= {"pos_embed": w["Transformer/posembed_input/pos_embedding"]} | ({"cls_token": w["cls"]} if "cls" in w else {})
+    out |= {"norm.weight": w["Transformer/encoder_norm/scale"], "norm.bias": w["Transformer/encoder_norm/bias"]}
+    out |= {"head.weight": w["head/kernel"].T, "head.bias": w["head/bias"]}
+    for i in range(cfg.layers):
+        ours, theirs = f"blocks.{i}", f"Transformer/encoderblock_{i}"
+        attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        kernels = [w[f"{attention}/{p}/kernel"].reshape(cfg.width, cfg.width) for p in ("query", "key", "value")]
+        out[f"{ours}.attn.qkv.weight"] = np.concatenate([kernel.T for kernel in kernels])
+        out[f"{ours}.attn.qkv.bias"] = np.concatenate([w[f"{attention}/{p}/bias"].reshape(-1) for p in ("query", "key", "value")])
+        out[f"{ours}.attn.proj.weight"] = w[f"{attention}/out/kernel"].reshape(cfg.width, cfg.width).T
+        out[f"{ours}.attn.proj.bias"] = w[f"{attention}/out/bias"]
+        for number, layer in enumerate(("fc1", "fc2")):
+            out[f"{ours}.mlp.{layer}.weight"] = w[f"{theirs}/MlpBlock_3/Dense_{number}/kernel"].T
+            out[f"{ours}.mlp.{layer}.bias"] = w[f"{theirs}/MlpBlock_3/Dense_{number}/bias"]
+        for norm, layer in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            out[f"{ours}.{norm}.weight"], out[f"{ours}.{norm}.bias"] = w[f"{theirs}/{layer}/scale"], w[f"{theirs}/{layer}/bias"]
+    return out

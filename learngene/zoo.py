@@ -1,0 +1,46 @@
+"""Models by name: the published sizes of auxiliary nets and descendants (spec §2.1, §3, §4.3)."""
+
+from dataclasses import replace
+from typing import Any
+
+from common.checkpoint.convert import Donor, Family, open_donor
+from common.checkpoint.hub import locate
+from learngene import convnet
+from learngene.formats import FORMATS, carry_preprocess, config
+from learngene.verify import verify
+from learngene.vit import Vit, VitConfig, macs, parameters
+
+FAMILY = Family("learngene", Vit, config, FORMATS, carry_preprocess, verify, parameters, macs)
+FAMILIES = (FAMILY, convnet.FAMILY)
+
+STAGES = (3, 3, 4, 3, 3)  # SWS's released layout
+_WIDTHS = {"ti": 192, "s": 384, "b": 768}
+
+# A stand-in for LeViT-384, SWS's own teacher, whose checkpoint only an old timm can read.
+TEACHER = "hf:facebook/deit-base-distilled-patch16-224"
+
+
+def vit(size: str, depth: int = 12) -> VitConfig:
+    """The descendant ti, s or b of `depth` layers: DeiT's widths and heads of 64, no class token."""
+    width = _WIDTHS[size]
+    return VitConfig(width=width, heads=width // 64, hidden=4 * width, layers=depth, drop_path=0.1)
+
+
+def auxiliary(size: str, layout: tuple[int, ...] = STAGES) -> VitConfig:
+    """The auxiliary net that trains a gene: Aux-S and Aux-B of SWS, and the same for Ti."""
+    return replace(vit(size), layers=len(layout), gene="sws", layout=layout)
+
+
+def paper_auxiliary(size: str) -> VitConfig:
+    """As released: 12 heads whatever the width and an eps of 1e-5 (traps T1, T3); its descendants normalise the mean (T2)."""
+    return replace(auxiliary(size), heads=12, eps=1e-5)
+
+
+def paper_vit(size: str, depth: int = 12) -> VitConfig:
+    """The released descendant: the mean is normalised, not the tokens (T2), with timm's heads and eps."""
+    return replace(vit(size, depth), pool="mean_norm")
+
+
+def open_classifier(source: str, **overrides: Any) -> Donor:
+    """A ViT, a gene or a convnet by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
+    return open_donor(locate(source), FAMILIES, **overrides)
