@@ -22,7 +22,7 @@ from common.data.sources import Source, SourceConfig
 from common.errors import InputError
 from common.nn.functional import Functional, functional
 from common.surgery.graft import graft
-from common.surgery.plan import Resolution
+from common.surgery.plan import Plan, Resolution
 from common.surgery.report import provenance
 from common.train.loop import Run
 from common.train.mesh import MeshConfig, shardings, start
@@ -31,7 +31,7 @@ from common.train.optim import OptimConfig, make_optimizer
 from common.train.parameters import best, load_params, save_params
 from common.train.state import abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
-from learngene import relatives
+from learngene import ligo, relatives
 from learngene.augment import AugmentConfig, augment
 from learngene.convnet import FAMILY as CONVNET
 from learngene.convnet import ConvConfig
@@ -125,6 +125,7 @@ class TeacherConfig(Config):
     """The same run with a convnet: a teacher where no pretrained one is at hand."""
 
     student: ConvConfig = field(default_factory=ConvConfig)  # type: ignore[assignment]
+    optim: OptimConfig = replace(ADAMW, no_decay=())
 
     @property
     def family(self) -> Family:
@@ -273,7 +274,18 @@ def resolve(cfg: Config, student: Functional, donor: Donor) -> Resolution:
     if donor.cfg.heads != cfg.student.heads:
         regrouped = f"{donor.cfg.heads} heads become {cfg.student.heads}"
         print(f"note: {regrouped}: the projections are kept, but what attention computes with them changes")
-    return relatives.plan(cfg.method, donor.cfg, cfg.student, cfg.layers, cfg.head).resolve(donor.source, student.spec)
+    made = grown(cfg, student, donor) if cfg.method == "ligo" else relatives.plan(cfg.method, donor.cfg, cfg.student, cfg.layers, cfg.head)
+    return made.resolve(donor.source, student.spec)
+
+
+def grown(cfg: Config, student: Functional, donor: Donor) -> Plan:
+    """LiGO's plan, its matrices learned from the labels of the recipe's data."""
+    mesh = start(cfg.mesh)
+    loss = loss_fn(replace(cfg, teacher=""), student, None)
+    data = batches(cfg, open_labelled(cfg.data, cfg.label, cfg.student.classes), mesh)
+    return ligo.fit(
+        donor.cfg, donor.source, cfg.student, student.spec, lambda params, batch, key: loss(dict(params), batch, key, None)[0], data, cfg.seed
+    )
 
 
 def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str, Any]:

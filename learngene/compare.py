@@ -1,0 +1,279 @@
+"""`heirloom compare`: several ways to start models of several depths, by accuracy after 0, 1 and n epochs and by what all of it costs."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common import config
+from common.checkpoint.convert import Family
+from common.checkpoint.weights import read_json, staged, write_json
+from common.config import to_json
+from common.data.labelled import open_labelled
+from common.errors import InputError, nearest
+from common.nn.functional import functional
+from common.train.loop import difference
+from common.train.mesh import shardings, start
+from common.train.metrics import MetricsFile
+from common.train.optim import OptimConfig
+from learngene import cost, relatives
+from learngene.evaluate import scorer
+from learngene.relatives import Method
+from learngene.train import ADAMW, Config, TeacherConfig, held_out, initial, open_teacher, opened
+from learngene.vit import VitConfig
+from learngene.zoo import FAMILY, open_classifier
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to start: from which of the trained genes, by which method, and whether the teacher goes on teaching."""
+
+    gene: str = ""
+    method: Method = "expand"
+    taught: bool = False
+    mimetic: bool = False
+
+
+ARMS = {
+    "scratch": Arm(),
+    "mimetic": Arm(mimetic=True),
+    "kd": Arm(taught=True),
+    "sws": Arm("sws"),
+    "shuffled": Arm("sws", "shuffled"),
+    "tleg": Arm("tleg"),
+    "untied": Arm("untied", "every"),
+    "select": Arm("untied", "select"),
+    "heur": Arm("untied", "heur"),
+    "auto": Arm("untied", "auto"),
+    "stack": Arm("shallow", "stack"),
+    "interlace": Arm("shallow", "interlace"),
+    "ligo": Arm("shallow", "ligo"),
+}
+"""kd, untied and shuffled are controls: what the teacher alone brings, what sharing brings, what the order of stages brings."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A gene's recipe, and the descendants to compare."""
+
+    gene: Config = field(default_factory=Config)
+    """The gene of SWS; other methods train theirs by the same recipe, with other blocks: TLEG's two, all of them untied (untied, select,
+    heur, auto), or as many as the gene has (stack, interlace, ligo)."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Trained first, where the gene's recipe names no teacher."""
+    depths: tuple[int, ...] = (4, 6, 8)
+    methods: tuple[str, ...] = ("sws", "scratch")
+    """Out of scratch, mimetic, kd, sws, shuffled, tleg, untied, select, heur, auto, stack, interlace, ligo."""
+    epochs: int = 3
+    """Of every descendant, on the gene's data."""
+    tune: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=3e-4))
+    """Of descendants that inherit."""
+    scratch: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=1e-3))
+    """Of those that do not: a tuning rate would be a straw man."""
+
+    def train(self, directory: Path) -> None:
+        report(self, compare(self, directory))
+
+    def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
+        raise InputError("a comparison makes many models: heirloom compare CONFIG --run DIR, then heirloom expand DIR/gene-sws DEST --depth N")
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        raise InputError("a comparison is scored by running it: heirloom compare CONFIG --run DIR")
+
+    def describe(self) -> tuple[Family, VitConfig]:
+        return FAMILY, self.gene.student
+
+
+def compare_command(args: Namespace) -> dict[str, Any]:
+    """`heirloom compare`: a comparison, or the recipe of a gene, with every field as a flag; or only the costs by formula."""
+    if args.cost:
+        if args.what or args.flags:
+            raise InputError("--cost computes the published ratios and takes no CONFIG")
+        return cost.report(cost.parse_depths(args.cost))
+    if not args.what:
+        raise InputError("name a recipe to compare with, such as learngene/emoji; or --cost 6-15 for the ratios alone")
+    if not args.run:
+        raise InputError("give --run DIR, the folder for the runs")
+    cfg: Any = config.load(args.what)
+    if isinstance(cfg, Config):
+        cfg = Comparison(cfg)
+    if not isinstance(cfg, Comparison):
+        raise InputError(f"{args.what} is no recipe of a gene: compare takes learngene's")
+    cfg = config.parse(cfg, _split(args.flags), f"heirloom compare {args.what}")
+    results = compare(cfg, args.run)
+    report(cfg, results)
+    return results
+
+
+def _split(flags: list[str]) -> list[str]:
+    """`--depths 4,6,8` as tyro takes it: `--depths 4 6 8`."""
+    out: list[str] = []
+    for before, flag in zip(["", *flags], flags, strict=False):
+        out += flag.split(",") if before in ("--depths", "--methods") else [flag]
+    return out
+
+
+def check(cfg: Comparison) -> None:
+    """Raises InputError for an unknown method, and for a depth that a method cannot make."""
+    student = cfg.gene.student
+    if student.gene != "sws":
+        raise InputError("compare starts from the recipe of an SWS gene (student.gene sws); TLEG's is derived from it")
+    if not cfg.gene.held_out.path:
+        raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
+    for name in cfg.methods:
+        if name not in ARMS:
+            raise InputError(f"no method {name!r}{nearest(name, ARMS)} (there are {', '.join(ARMS)})")
+        for depth in cfg.depths:
+            if ARMS[name].gene and ARMS[name].method != "ligo":
+                relatives.plan(ARMS[name].method, gene_config(student, ARMS[name].gene), student.of_depth(depth))
+
+
+def gene_config(student: VitConfig, kind: str) -> VitConfig:
+    """What is trained before: SWS's gene, TLEG's, the auxiliary net untied, or a ViT of as many layers as there are stages."""
+    if kind == "tleg":
+        return replace(student, gene="tleg", layers=2, layout=(student.depth,))
+    return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[kind]
+
+
+def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
+    """Train what is needed, each in a folder of its own, and collect `comparison.json`. Everything that is finished is kept."""
+    check(cfg)
+    teacher = cfg.gene.teacher or trained(cfg.teacher, directory / "teacher")
+    kinds = dict.fromkeys(ARMS[name].gene for name in cfg.methods if ARMS[name].gene)
+    gene = replace(cfg.gene, teacher=teacher)
+    recipes = {kind: replace(gene, student=gene_config(gene.student, kind)) for kind in kinds}
+    genes = {kind: trained(recipe, directory / f"gene-{kind}") for kind, recipe in recipes.items()}
+    arms = {}
+    for name in cfg.methods:
+        for depth in cfg.depths:
+            recipe = descendant(cfg, name, depth, genes.get(ARMS[name].gene, ""), teacher)
+            arms[f"{name}-{depth}"] = {"method": name, "depth": depth} | curve(recipe, directory / f"{name}-{depth}")
+    results = {
+        "teacher": teacher_row(gene, cfg.teacher if not cfg.gene.teacher else None, teacher),
+        "genes": {kind: gene_row(recipe, directory / f"gene-{kind}") for kind, recipe in recipes.items()},
+        "arms": arms,
+    }
+    with staged(directory / "comparison.json", force=True) as file:
+        write_json(file, results)
+    return results
+
+
+def trained(recipe: Config, folder: Path) -> str:
+    """A run, finished; returns the SOURCE of its model."""
+    recipe.train(folder)
+    return str(folder / "model")
+
+
+def epoch_steps(recipe: Config) -> int:
+    """Optimizer steps in which about every example is seen once."""
+    return max(round(len(open_labelled(recipe.data, recipe.label)) / recipe.pipeline.batch), 1)
+
+
+def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) -> Config:
+    """The recipe of one arm: labels only, unless the teacher goes on; scores once an epoch."""
+    arm, steps = ARMS[name], epoch_steps(cfg.gene)
+    return replace(
+        cfg.gene,
+        student=cfg.gene.student.of_depth(depth),
+        donor=gene if arm.gene else "",
+        method=arm.method,
+        init="mimetic" if arm.mimetic else "random",
+        teacher=teacher if arm.taught else "",
+        optim=cfg.tune if arm.gene else cfg.scratch,
+        steps=cfg.epochs * steps,
+        eval_every=steps,
+        log_every=steps,
+        save_every=cfg.epochs * steps,
+    )
+
+
+def curve(recipe: Config, folder: Path) -> dict[str, Any]:
+    """Train one arm; its accuracy by epoch from before the first step, and what it cost. Kept as `result.json` in its folder."""
+    file, about = folder / "result.json", to_json(recipe)
+    if file.is_file():
+        saved = read_json(file)
+        if lines := difference(saved["config"], about):
+            raise InputError("\n".join([f"{folder} was run with another config; take a new --run, or set it back:", *lines]))
+        return saved["result"]
+    mesh, student = start(recipe.mesh), functional(recipe.family.module, recipe.student)
+    score = scorer(student, held_out(recipe), recipe.pre, mesh)
+    before = score(initial(recipe, student, opened(recipe.donor), shardings(student.spec, mesh)))
+    recipe.train(folder)
+    scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
+    result = {
+        "top1": [before["top1"], *(line["eval/top1"] for line in scored)],
+        "steps": [0, *(line["step"] for line in scored)],
+        "lr": recipe.optim.lr,
+        "parameters": cost.count(recipe.student),
+        "macs": cost.work(recipe.student),
+        "pictures": recipe.steps * recipe.pictures,
+        "flops": training_flops(recipe),
+    }
+    with staged(file, force=True) as part:
+        write_json(part, {"config": about, "result": result})
+    return result
+
+
+def training_flops(recipe: Config) -> float:
+    """Pictures times operations: two for a multiply-accumulate, three passes for the student, one for a teacher."""
+    spec = functional(recipe.family.module, recipe.student).spec
+    passes = 6 * recipe.family.macs(recipe.student, spec)
+    if recipe.teacher:
+        teacher = open_classifier(recipe.teacher)
+        passes += 2 * teacher.family.macs(teacher.cfg, teacher.model.spec)
+    return float(recipe.steps * recipe.pictures * passes)
+
+
+def gene_row(recipe: Config, folder: Path) -> dict[str, Any]:
+    scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
+    return {"top1": scored[-1]["eval/top1"], "parameters": cost.count(recipe.student), "flops": training_flops(recipe)}
+
+
+def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict[str, Any]:
+    """The teacher's own accuracy and size, and what its training cost where it was trained here (None where it was not)."""
+    donor, mesh = open_classifier(source), start(gene.mesh)
+    found = open_teacher(replace(gene, teacher=source), mesh)
+    assert found is not None
+    score = scorer(donor.model, held_out(gene), recipe.pre if recipe else gene.pre, mesh)
+    parameters = donor.family.parameters(donor.model.spec)["total"]
+    return {"top1": score(found.weights)["top1"], "parameters": parameters, "flops": training_flops(recipe) if recipe else None}
+
+
+def report(cfg: Comparison, results: dict[str, Any]) -> None:
+    """One table: accuracy after 0, 1 and n epochs, what tuning one model and training its gene once cost, what is stored for all depths."""
+    table = Table(box=None, pad_edge=False)
+    after = sorted({0, 1, cfg.epochs} & set(range(cfg.epochs + 1)))
+    headers = ["", "depth", *(f"after {n}" for n in after), "TFLOP", "once before", "stored for all depths"]
+    for header in headers:
+        table.add_column(header, justify="right" if header else "left")
+    teacher = results["teacher"]
+    known = "unknown" if teacher["flops"] is None else _tera(teacher["flops"])
+    table.add_row("teacher", "", *[""] * (len(after) - 1), _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}")
+    for name in cfg.methods:
+        rows = [results["arms"][f"{name}-{depth}"] for depth in cfg.depths]
+        gene = results["genes"].get(ARMS[name].gene)
+        stored = gene["parameters"] if gene else sum(row["parameters"] for row in rows)
+        for row in rows:
+            first = row is rows[0]
+            once = _tera(gene["flops"]) if gene and first else ""
+            accuracy = [_percent(row["top1"][n]) for n in after]
+            table.add_row(name, str(row["depth"]), *accuracy, _tera(row["flops"]), once, f"{stored:,}" if first else "")
+    console = Console()
+    console.print("\naccuracy on held-out pictures, by epochs of training", soft_wrap=True)
+    console.print(table)
+    console.print(
+        "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's forward passes; "
+        "the teacher's own training stands in its row.",
+        soft_wrap=True,
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.2f}"

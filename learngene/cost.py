@@ -1,0 +1,81 @@
+"""What a gene saves, by formula (spec §6): stored parameters, pre-training, total training; and what each ratio takes for granted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import InputError
+from common.nn.functional import functional
+from learngene.vit import Vit, VitConfig, macs, parameters
+from learngene.zoo import auxiliary, vit
+
+SCRATCH_EPOCHS, TUNE_EPOCHS = 100, 5  # of every descendant, as the published ratios imply
+AUX_EPOCHS = {"s": 150, "b": 100}  # released
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """`6-15` or `4,6,8`. Raises InputError for anything else."""
+    try:
+        if "-" in text:
+            low, high = (int(part) for part in text.split("-"))
+            found = tuple(range(low, high + 1))
+        else:
+            found = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"depths {text!r}: write 6-15, or 4,6,8") from error
+    if not found or min(found) < 1:
+        raise InputError(f"depths {text!r}: give depths of 1 or more, the lower first")
+    return found
+
+
+def count(cfg: VitConfig) -> int:
+    return parameters(functional(Vit, cfg).spec)["total"]
+
+
+def work(cfg: VitConfig) -> int:
+    """Multiply-accumulates of one picture, forward."""
+    return macs(cfg, functional(Vit, cfg).spec)
+
+
+def ratios(size: str, depths: Sequence[int]) -> dict[str, float]:
+    """The three published ratios for one size, and the training ratios once more in pictures times MACs."""
+    gene, models = auxiliary(size), [vit(size, depth) for depth in depths]
+    n, aux = len(depths), AUX_EPOCHS[size]
+    each = [work(model) for model in models]
+    before, tuning = SCRATCH_EPOCHS * sum(each), TUNE_EPOCHS * sum(each)
+    return {
+        "storage": sum(map(count, models)) / count(gene),
+        "models": sum(map(count, models)),
+        "gene": count(gene),
+        "pre_training": n * SCRATCH_EPOCHS / 100,
+        "pre_training_released": n * SCRATCH_EPOCHS / aux,
+        "total_training": n * SCRATCH_EPOCHS / (100 + n * TUNE_EPOCHS),
+        "total_training_released": n * SCRATCH_EPOCHS / (aux + n * 10),
+        "total_training_macs": before / (100 * work(gene) + tuning),
+    }
+
+
+def report(depths: Sequence[int]) -> dict[str, Any]:
+    """Print the ratios for S and B, and return them."""
+    found = {size: ratios(size, depths) for size in AUX_EPOCHS}
+    table = Table(box=None, pad_edge=False)
+    for header in (f"depths {depths[0]} to {depths[-1]}, {len(depths)} models", "S", "B", "takes for granted"):
+        table.add_column(header, justify="right" if header in "SB" else "left")
+    n = len(depths)
+    millions = {size: f"{r['models'] / 1e6:.2f} M over {r['gene'] / 1e6:.3f} M" for size, r in found.items()}
+    granted = {
+        "storage": f"all {n} models kept, or one gene file with stem, norm and head: {millions['s']} (S), {millions['b']} (B)",
+        "pre_training": "100 epochs for each model, 100 for the gene; the teacher's training not counted",
+        "pre_training_released": "the same, with the released 150 epochs of Aux-S and 100 of Aux-B",
+        "total_training": f"and {TUNE_EPOCHS} epochs of tuning for each model; an epoch costs the same at every depth",
+        "total_training_released": "the released 150 and 100 epochs for the gene, 10 of tuning",
+        "total_training_macs": "100 and 5 epochs, weighed by the work of an epoch: the auxiliary net has 16 layers",
+    }
+    for name, why in granted.items():
+        table.add_row(name.replace("_", " "), *(f"{found[size][name]:.{1 if name == 'storage' else 2}f}x" for size in found), why)
+    console = Console()
+    console.print(table)
+    console.print("none of these is a property of SWS: any method with a gene of this size and these epochs has them", soft_wrap=True)
+    return {"depths": list(depths), **found}

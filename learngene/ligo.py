@@ -1,0 +1,87 @@
+"""LiGO (Wang et al., ICLR 2023): the maps from a small ViT to a larger one are learned, for some hundred steps, before it trains."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common.errors import InputError
+from common.surgery.axes import Spec
+from common.surgery.maps import AxisMap, matrix, sided
+from common.surgery.plan import Maps, Plan, Source, apply
+from learngene.expand import grid
+from learngene.vit import VitConfig
+
+STEPS, RATE = 100, 1e-3
+NOISE = 0.03
+GROUPS = ("attn_norm", "attn/query", "attn/key", "attn/value", "attn/out", "mlp_norm", "mlp/up", "mlp/down")
+Matrices = Mapping[str, Any]
+Loss = Callable[[Mapping[str, Any], Any, jax.Array], jax.Array]
+"""`loss(params, batch, key)` of the larger model."""
+
+
+def first_matrices(donor: VitConfig, student: VitConfig, seed: int) -> dict[str, np.ndarray]:
+    """Before learning: a noisy stack along layer, and units repeated where a width grows, divided among their copies where they are read."""
+    rng = np.random.default_rng(seed)
+    stacked = np.eye(donor.layers)[np.arange(student.layers) % donor.layers]
+    noisy = {group: stacked + rng.uniform(0, NOISE, stacked.shape) for group in GROUPS}
+    out = {f"layer {group}": mix / mix.sum(1, keepdims=True) for group, mix in noisy.items()}
+    for name, source, target in (("embed", donor.width, student.width), ("inner", donor.width, student.width)):
+        out |= _repeated(name, source, target)
+    out |= _repeated("hidden", donor.hidden, student.hidden)
+    return {name: value.astype(np.float32) for name, value in out.items()}
+
+
+def _repeated(name: str, source: int, target: int) -> dict[str, np.ndarray]:
+    write = np.eye(source)[np.arange(target) % source]
+    return {f"{name} write": write, f"{name} read": write / write.sum(0)}
+
+
+def plan(donor: VitConfig, student: VitConfig, m: Matrices) -> Plan:
+    """The larger model as linear maps of the smaller: a mix of layers for each kind of tensor, and a map for each side of each width.
+
+    Raises InputError where classes, channels or patches differ, or the student is the smaller one.
+    """
+    for name in ("classes", "channels", "patch"):
+        if getattr(donor, name) != getattr(student, name):
+            raise InputError(f"LiGO learns maps between models of the same {name}: {getattr(donor, name)} and {getattr(student, name)} differ")
+    if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
+        raise InputError("LiGO grows a model: the student must be as large as its donor in layers, width and hidden")
+    widths: dict[str, AxisMap] = {
+        axis: sided(matrix(m[f"{name} write"]), read=matrix(m[f"{name} read"]))
+        for axis, name in (("embed", "embed"), ("head head_dim", "inner"), ("hidden", "hidden"))
+    }
+    blocks = tuple((f"blocks/{group}/*", {"layer": matrix(m[f"layer {group}"])} | _of(group, widths)) for group in GROUPS)
+    embed: Maps = {"embed": widths["embed"]}
+    return Plan((*blocks, ("position", {**embed, **grid(donor, student)}), ("head/bias", {}), ("**", embed)))
+
+
+def _of(group: str, widths: Mapping[str, AxisMap]) -> dict[str, AxisMap]:
+    axes = {"attn": ("embed", "head head_dim"), "mlp": ("embed", "hidden")}.get(group.partition("/")[0], ("embed",))
+    return {axis: widths[axis] for axis in axes}
+
+
+def fit(
+    donor: VitConfig, source: Source, student: VitConfig, spec: Spec, loss: Loss, batches: Iterator[Any], seed: int, steps: int = STEPS
+) -> Plan:
+    """Learn the matrices with Adam on the larger model's loss; the donor's parameters stay as they are."""
+    matrices = first_matrices(donor, student, seed)
+    plan(donor, student, matrices).resolve(source, spec)  # its mistakes before the first step
+    frozen = {path: jnp.asarray(np.asarray(value)) for path, value in source.values.items()}
+    optimizer = optax.adam(RATE)
+
+    @jax.jit
+    def step(matrices: Matrices, state: Any, frozen: Mapping[str, Any], batch: Any, key: jax.Array) -> tuple[Any, Any]:
+        def grown(matrices: Matrices) -> jax.Array:
+            return loss(apply(plan(donor, student, matrices), Source(source.spec, frozen), spec), batch, key)
+
+        updates, state = optimizer.update(jax.grad(grown)(matrices), state)
+        return optax.apply_updates(matrices, updates), state
+
+    learned, state = {name: jnp.asarray(value) for name, value in matrices.items()}, optimizer.init(matrices)
+    for n in range(steps):
+        learned, state = step(learned, state, frozen, next(batches), jax.random.fold_in(jax.random.key(seed), n))
+    return plan(donor, student, {name: np.asarray(value) for name, value in learned.items()})

@@ -1,0 +1,64 @@
+"""ViTs and genes small enough for a test."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from common.checkpoint import weights
+from common.nn.functional import functional
+from learngene.vit import Vit, VitConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vit"
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Whole runs on one of the fake devices: eight of them on two cores wait for one another most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def gene():
+    """A gene of two blocks whose auxiliary net has five layers: 4 patches, width 16, 2 heads, 5 classes."""
+    return VitConfig(size=8, patch=4, width=16, layers=2, heads=2, hidden=32, classes=5, gene="sws", layout=(2, 3))
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """`draw(spec, seed)`: parameters far from their initial values."""
+
+    def draw(spec, seed=0):
+        rng = np.random.default_rng(seed)
+        scale = {path: leaf.extent("read") ** -0.5 if path.endswith("kernel") else 0.2 for path, leaf in spec.items()}
+        return {path: (scale[path] * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in spec.items()}
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def images():
+    return np.random.default_rng(1).standard_normal((3, 8, 8, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def folder_of(tmp_path, draw):
+    """`folder_of(cfg)`: a weights folder of ours with drawn parameters."""
+
+    def write(cfg, name="ours", seed=0):
+        folder = tmp_path / name
+        folder.mkdir()
+        weights.write_params(folder, draw(functional(Vit, cfg).spec, seed))
+        weights.write_config(folder, "learngene", cfg)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of ViTs that timm and transformers wrote, and their logits."""
+    return GOLDEN, dict(np.load(GOLDEN / "expected.npz"))

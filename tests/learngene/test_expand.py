@@ -1,0 +1,211 @@
+"""Which block goes where: SWS's list, the rule for other depths, and the relatives (spec §4, §7, §13)."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from common.errors import InputError
+from common.nn.functional import functional
+from common.surgery.graft import graft
+from common.surgery.plan import Source
+from learngene import ligo, relatives
+from learngene.expand import layer_map, unrolled_map
+from learngene.relatives import evenly, mimetic, plan
+from learngene.vit import Vit, VitConfig
+
+COUNTS = {
+    5: (1, 1, 1, 1, 1),
+    6: (2, 1, 1, 1, 1),
+    7: (2, 2, 1, 1, 1),
+    8: (2, 2, 2, 1, 1),
+    9: (2, 2, 2, 2, 1),
+    10: (2, 2, 2, 2, 2),
+    11: (3, 2, 2, 2, 2),
+    12: (3, 3, 2, 2, 2),
+    13: (3, 3, 3, 2, 2),
+    14: (3, 3, 3, 3, 2),
+    15: (3, 3, 3, 3, 3),
+    16: (4, 3, 3, 3, 3),
+}
+
+
+def test_the_published_map():
+    assert layer_map(12, 5) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [layer_map(6, 4).count(s) for s in range(4)] == [2, 2, 1, 1] and layer_map(12, 4) == unrolled_map((3, 3, 3, 3))
+
+
+@pytest.mark.parametrize("depth", COUNTS)
+def test_the_rule_for_other_depths(depth):
+    assert layer_map(depth, 5) == unrolled_map(COUNTS[depth])
+
+
+def test_fewer_layers_than_stages_take_the_ends():
+    assert [layer_map(d, 5) for d in (1, 2, 3, 4)] == [[0], [0, 4], [0, 2, 4], [0, 1, 3, 4]]
+    with pytest.raises(InputError, match="must be 1 or more"):
+        layer_map(0, 5)
+
+
+@pytest.fixture(scope="module")
+def donor(gene, draw):
+    """An ordinary ViT of six layers."""
+    cfg = gene.of_depth(6)
+    spec = functional(Vit, cfg).spec
+    return cfg, Source(spec, draw(spec))
+
+
+def cut(method, donor, student, layers=(), head="inherit"):
+    """The student's parameters, and what the same initialiser gives without a donor."""
+    cfg, source = donor
+    model = functional(Vit, student)
+    init = lambda paths=None, place=None: model.init(jax.random.key(7), paths, place)  # noqa: E731
+    made = graft(plan(method, cfg, student, layers, head), source, model.spec, None, init)
+    return {path: np.asarray(value) for path, value in made.items()}, {path: np.asarray(value) for path, value in init().items()}
+
+
+def rows(values, donor, path="blocks/mlp/up/kernel"):
+    """For each layer of `path` the donor's layer that it equals; -1 for none."""
+    source = donor[1].values[path]
+    return [next((i for i, own in enumerate(source) if np.array_equal(own, layer)), -1) for layer in values[path]]
+
+
+@pytest.mark.parametrize(
+    ("method", "depth", "expected"),
+    [
+        ("stack", 8, [0, 1, 2, 3, 4, 5, 0, 1]),
+        ("interlace", 8, [0, 0, 1, 1, 2, 2, 3, 3]),
+        ("every", 3, [0, 2, 5]),
+        ("every", 8, [0, 0, 1, 1, 2, 3, 4, 5]),
+        ("heur", 5, [-1, -1, 3, 4, 5]),
+        ("auto", 8, [0, 1, 2, 3, 4, 5, -1, -1]),
+        ("select", 4, [0, 1, 2, 3]),
+    ],
+)
+def test_which_layers_the_relatives_take(donor, method, depth, expected):
+    made, fresh = cut(method, donor, donor[0].of_depth(depth))
+    assert rows(made, donor) == rows(made, donor, "blocks/attn/query/bias") == expected
+    kept = method not in ("heur", "auto")
+    np.testing.assert_array_equal(made["patch/project/kernel"], donor[1].values["patch/project/kernel"] if kept else fresh["patch/project/kernel"])
+    if method in ("heur", "auto"):  # fresh rows are the initialiser's, not zeros
+        layer = expected.index(-1)
+        np.testing.assert_array_equal(made["blocks/mlp/up/kernel"][layer], fresh["blocks/mlp/up/kernel"][layer])
+
+
+def test_a_gene_expands_by_rule_by_layout_and_by_list(gene, draw):
+    spec = functional(Vit, gene).spec
+    own = (gene, Source(spec, draw(spec)))
+    assert rows(cut("expand", own, gene.of_depth(3))[0], own) == [0, 0, 1]
+    assert rows(cut("expand", own, gene.of_depth(5))[0], own) == [0, 0, 1, 1, 1]  # the auxiliary net's own layout
+    assert rows(cut("expand", own, gene.of_depth(3), (1, 0, 1))[0], own) == [1, 0, 1]
+    assert rows(cut("shuffled", own, gene.of_depth(3))[0], own) == [1, 1, 0]
+    for layers, complaint in (((0, 1), "names 2 layers, the student has 3"), ((0, 1, 2), "names stage 2, the gene has 0 to 1")):
+        with pytest.raises(InputError, match=complaint):
+            cut("expand", own, gene.of_depth(3), layers)
+
+
+def test_heads_follow_the_label_set_and_positions_the_resolution(gene, draw):
+    spec = functional(Vit, gene).spec
+    own = (gene, Source(spec, draw(spec)))
+    same, _ = cut("expand", own, gene.of_depth(3))
+    np.testing.assert_array_equal(same["head/kernel"], own[1].values["head/kernel"])
+    for student, head in ((replace(gene.of_depth(3), classes=7), "inherit"), (gene.of_depth(3), "fresh")):
+        made, fresh = cut("expand", own, student, head=head)
+        np.testing.assert_array_equal(made["head/kernel"], fresh["head/kernel"])
+        np.testing.assert_array_equal(made["norm/scale"], own[1].values["norm/scale"])
+    larger, _ = cut("expand", own, replace(gene.of_depth(3), size=16))
+    assert larger["position"].shape == (4, 4, 16)
+
+
+def test_positions_are_resampled_as_torch_does(golden):
+    expected = np.load(golden[0].parent / "bicubic.npz")
+    spec = functional(Vit, VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))).spec
+    cfg = VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))
+    values = {path: np.zeros(leaf.shape, np.float32) for path, leaf in spec.items()} | {"position": expected["input"]}
+    for size, name in ((48, "up"), (20, "down")):
+        made, _ = cut("expand", (cfg, Source(spec, values)), replace(cfg.of_depth(1), size=size))
+        np.testing.assert_allclose(made["position"], expected[name], atol=5e-6)
+
+
+def test_weight_selection_takes_the_published_rows(donor, gene):
+    assert evenly(384, 192).rows.tolist() == list(range(0, 384, 2))
+    assert evenly(16, 6).rows.tolist() == [0, 3, 6, 9, 12, 15] and evenly(5, 3).rows.tolist() == [0, 2, 4]
+    small = replace(gene.of_depth(2), width=8, hidden=12, heads=2)
+    made, fresh = cut("select", donor, small)
+    theirs = donor[1].values
+    np.testing.assert_array_equal(made["blocks/mlp/up/kernel"], theirs["blocks/mlp/up/kernel"][:2, ::2][:, :, evenly(32, 12).rows])
+    query = theirs["blocks/attn/query/kernel"].reshape(6, 16, 16)[:2, ::2, ::2].reshape(2, 8, 2, 4)
+    np.testing.assert_array_equal(made["blocks/attn/query/kernel"], query)
+    np.testing.assert_array_equal(made["head/kernel"], fresh["head/kernel"])
+    with pytest.raises(InputError, match="nothing to select from"):
+        cut("select", donor, replace(small, width=32))
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "complaint"),
+    [
+        ("expand", dict(), "not a gene; choose a method"),
+        ("interlace", dict(layers=13), "at most 12, not 13"),
+        ("stack", dict(width=32), "the student's width is 32, the donor's 16"),
+        ("stack", dict(layers=2, gene="sws", layout=(1, 1)), "is a gene"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(donor, method, change, complaint):
+    student = replace(donor[0], **{"layers": 4} | change)
+    with pytest.raises(InputError, match=complaint):
+        plan(method, donor[0], student)
+
+
+def test_a_gene_is_no_donor_for_the_relatives(gene):
+    with pytest.raises(InputError, match="starts from an ordinary ViT, and the donor is a gene"):
+        plan("stack", gene, gene.of_depth(4))
+
+
+def test_mimetic_attention_is_near_the_identity(gene):
+    cfg = replace(gene.of_depth(2), width=64, heads=4)
+    kernels = mimetic(cfg, jax.random.key(0))
+    query, key, value, out = (kernels[f"blocks/attn/{name}/kernel"].astype(np.float64) for name in ("query", "key", "value", "out"))
+    product = np.einsum("ldhk,lhke->lde", value, out)
+    diagonal = np.eye(64, dtype=bool)
+    assert abs(product[:, diagonal].mean() + 0.4) < 0.03 and abs(product[:, ~diagonal].std() - 0.4 / 8) < 0.005
+    scores = np.einsum("ldhk,lehk->lhde", query, key)
+    assert (scores[..., diagonal].mean(-1) > 10 * np.abs(scores[..., ~diagonal].mean(-1))).all()
+
+
+def test_ligo_starts_as_a_noisy_stack_and_learns(donor, images):
+    cfg, source = donor
+    student = cfg.of_depth(8)
+    model = functional(Vit, student)
+    before = ligo.first_matrices(cfg, student, seed=0)
+    mix = before["layer mlp/up"]
+    np.testing.assert_allclose(mix.sum(1), 1, rtol=1e-5)
+    assert mix.argmax(1).tolist() == [0, 1, 2, 3, 4, 5, 0, 1] and (mix.max(1) > 0.8).all() and (mix.min(1) > 0).any()
+    np.testing.assert_array_equal(before["embed write"], np.eye(16))
+    target = np.random.default_rng(3).standard_normal((3, 5)).astype(np.float32)
+
+    def loss(params, batch, key):
+        return ((model.apply(params, batch) - target) ** 2).mean()
+
+    def grown(plan):
+        return float(loss(graft(plan, source, model.spec, None, model.init), images, None))
+
+    learned = ligo.fit(cfg, source, student, model.spec, loss, iter(lambda: images, None), seed=0, steps=20)
+    assert grown(learned) < 0.95 * grown(ligo.plan(cfg, student, before))
+
+
+def test_ligo_keeps_the_function_when_only_the_mlp_grows(donor, images):
+    """Without noise, units repeated where they are written and divided where they are read compute the same."""
+    cfg, source = donor
+    student = replace(cfg, hidden=64)
+    matrices = ligo.first_matrices(cfg, student, seed=0) | {f"layer {group}": np.eye(6, dtype=np.float32) for group in ligo.GROUPS}
+    small, large = functional(Vit, cfg), functional(Vit, student)
+    params = graft(ligo.plan(cfg, student, matrices), source, large.spec, None, large.init)
+    np.testing.assert_allclose(large.apply(params, images), small.apply(dict(source.values), images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="LiGO grows a model"):
+        ligo.plan(student, cfg, matrices)
+
+
+def test_every_method_has_a_plan():
+    from typing import get_args
+
+    assert set(relatives.METHODS) | {"ligo"} == set(get_args(relatives.Method))

@@ -1,0 +1,122 @@
+"""The auxiliary net is its own expansion, and its sizes are the published ones (spec §3, §9, §13)."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.errors import InputError
+from common.nn.functional import functional
+from common.surgery.plan import Source, apply
+from learngene.cost import ratios, work
+from learngene.expand import expansion
+from learngene.vit import Vit, VitConfig, macs, parameters
+from learngene.zoo import auxiliary, vit
+
+
+@pytest.fixture(scope="module")
+def aux(gene, draw):
+    model = functional(Vit, gene)
+    return model, draw(model.spec)
+
+
+@pytest.fixture(scope="module")
+def descendant(gene, aux):
+    model = functional(Vit, gene.of_depth(5))
+    return model, apply(expansion(gene, gene.of_depth(5)), Source(aux[0].spec, aux[1]), model.spec)
+
+
+def test_published_sizes_to_the_unit():
+    totals = {size: parameters(functional(Vit, auxiliary(size)).spec) for size in ("ti", "s", "b")}
+    assert {size: n["total"] for size, n in totals.items()} == {"ti": 2_602_984, "s": 9_628_648, "b": 36_951_016}
+    assert {size: n["blocks"] for size, n in totals.items()} == {"ti": 5 * 444_864, "s": 5 * 1_774_464, "b": 5 * 7_087_872}
+    assert [parameters(functional(Vit, vit(size)).spec)["total"] for size in ("ti", "s", "b")] == [5_717_032, 22_049_896, 86_566_120]
+
+
+def test_an_auxiliary_net_costs_what_its_layers_cost():
+    assert work(auxiliary("s")) == work(vit("s", 16))
+    # 12 layers at 196 tokens: 12 D^2 multiply-accumulates a token, and two products of the attention.
+    inside = 12 * (196 * 12 * 384**2 + 2 * 196**2 * 384)
+    assert work(vit("s")) == inside + 196 * 768 * 384 + 384 * 1000
+
+
+def test_cost_ratios_are_the_published_ones():
+    s, b = ratios("s", range(6, 16)), ratios("b", range(6, 16))
+    assert round(s["storage"], 1) == 20.1 and round(b["storage"], 1) == 20.5
+    assert s["pre_training"] == b["pre_training"] == 10
+    assert round(s["total_training"], 2) == 6.67 and s["total_training_released"] == 4.0 and b["total_training_released"] == 5.0
+
+
+def test_the_auxiliary_net_is_its_expansion_to_the_bit(aux, descendant, images):
+    (model, params), (plain, copied) = aux, descendant
+    np.testing.assert_array_equal(jax.jit(model.apply)(params, images), jax.jit(plain.apply)(copied, images))
+
+
+def test_tied_gradients_are_sums_of_untied_ones(gene, aux, descendant, images):
+    (model, params), (plain, copied) = aux, descendant
+    weights = np.random.default_rng(2).standard_normal((3, 5)).astype(np.float32)
+    tied = jax.jit(jax.grad(lambda p: (model.apply(p, images) * weights).sum()))(params)
+    untied = jax.jit(jax.grad(lambda p: (plain.apply(p, images) * weights).sum()))(copied)
+    for path, value in tied.items():
+        expected = untied[path]
+        if path.startswith("blocks/"):
+            expected = np.stack([expected[:2].sum(0), expected[2:].sum(0)])
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=path)
+    # Untied they differ from copy to copy: one step takes the layers apart.
+    assert np.abs(untied["blocks/mlp/up/kernel"][0] - untied["blocks/mlp/up/kernel"][1]).max() > 1e-3
+
+
+def test_gather_and_loop_agree_and_drop_the_same_branches(gene, aux, images):
+    dropping = replace(gene, drop_path=0.5)
+    gather, loop = functional(Vit, dropping), functional(Vit, replace(dropping, tying="loop", remat="full"))
+    for key in (None, jax.random.key(3)):
+        np.testing.assert_allclose(loop.apply(aux[1], images, key), gather.apply(aux[1], images, key), rtol=1e-5, atol=1e-5)
+    assert np.abs(gather.apply(aux[1], images, jax.random.key(3)) - gather.apply(aux[1], images)).max() > 1e-2
+    np.testing.assert_array_equal(aux[0].apply(aux[1], images, jax.random.key(3)), aux[0].apply(aux[1], images))  # a rate of 0
+
+
+def test_stochastic_depth_keeps_the_mean_and_rises_linearly(gene):
+    model = Vit(replace(gene, drop_path=0.4), rngs=__import__("flax").nnx.Rngs(0))
+    (keep,) = model._keep(jax.random.key(0), 20_000)
+    assert keep.shape == (5, 2, 20_000)
+    np.testing.assert_allclose(keep.mean(2), 1, atol=0.03)
+    np.testing.assert_allclose((keep == 0).mean(2), np.linspace(0, 0.4, 5)[:, None] * np.ones((1, 2)), atol=0.015)
+
+
+def test_fresh_values_are_the_released_ones():
+    params = functional(Vit, VitConfig(width=96, heads=2, hidden=384, layers=2, classes=10)).init(jax.random.key(0))
+    assert abs(float(params["blocks/mlp/up/kernel"].std()) - 0.02) < 5e-4
+    assert abs(float(params["position"].std()) - 0.02) < 5e-4
+    bound = (3 * 16 * 16) ** -0.5
+    assert 0.99 * bound < float(jnp.abs(params["patch/project/kernel"]).max()) <= bound
+    assert not np.any(params["blocks/attn/query/bias"]) and np.all(params["norm/scale"] == 1)
+
+
+def test_tleg_starts_with_a_norm_of_scale_one_and_lies_on_a_line(gene, draw, images):
+    cfg = replace(gene, gene="tleg", layout=(5,))
+    model, plain = functional(Vit, cfg), functional(Vit, cfg.of_depth(5))
+    fresh = model.init(jax.random.key(0))
+    np.testing.assert_array_equal(fresh["blocks/attn_norm/scale"], np.stack([np.ones(16), np.zeros(16)]))
+    params = draw(model.spec)
+    expanded = apply(expansion(cfg, cfg.of_depth(5)), Source(model.spec, params), plain.spec)
+    base, slope = params["blocks/mlp/down/kernel"]
+    np.testing.assert_array_equal(expanded["blocks/mlp/down/kernel"][0], base)
+    np.testing.assert_allclose(expanded["blocks/mlp/down/kernel"][4], base + 4 / 5 * slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(plain.apply(expanded, images), model.apply(params, images), rtol=1e-4, atol=1e-4)
+    assert macs(cfg, model.spec) == macs(cfg.of_depth(5), plain.spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (dict(layout=(2,)), "needs a layout of 2 counts"),
+        (dict(gene="none"), "a layout belongs to a gene"),
+        (dict(gene="tleg"), "2 blocks and a layout of one number"),
+        (dict(pool="cls"), "needs the token it classifies"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(gene, change, complaint):
+    with pytest.raises(InputError, match=complaint):
+        replace(gene, **change)
