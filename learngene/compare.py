@@ -78,7 +78,9 @@ class Comparison:
         report(self, compare(self, directory))
 
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
-        raise InputError("a comparison makes many models: heirloom compare CONFIG --run DIR, then heirloom expand DIR/gene-sws DEST --depth N")
+        raise InputError(
+            "a comparison makes many models: heirloom compare CONFIG --run DIR, then heirloom expand DIR/gene-sws DEST --depth N"
+        )
 
     def evaluate(self) -> list[dict[str, Any]]:
         raise InputError("a comparison is scored by running it: heirloom compare CONFIG --run DIR")

@@ -38,7 +38,9 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     ahead = [depth for depth in cfg.depths if arms[f"sws-{depth}"]["top1"][0] > arms[f"scratch-{depth}"]["top1"][-1]]
     said = f"for {len(ahead)} of {len(cfg.depths)} depths the gene, untrained at that depth, is ahead of {cfg.epochs} epoch from scratch"
     console.print(f"{said}; took {seconds:.0f} s", soft_wrap=True)
-    console.print(f"picture: {picture}   gene: {out / 'gene'}   another depth: heirloom expand {out / 'gene'} DEST --depth 5", soft_wrap=True)
+    console.print(
+        f"picture: {picture}   gene: {out / 'gene'}   another depth: heirloom expand {out / 'gene'} DEST --depth 5", soft_wrap=True
+    )
     deepest = cfg.depths[-1]
     scores: dict[str, Any] = {"teacher": {"top1": results["teacher"]["top1"]}}
     scores |= {"inherited": {"top1": arms[f"sws-{deepest}"]["top1"][-1]}, "scratch": {"top1": arms[f"scratch-{deepest}"]["top1"][-1]}}

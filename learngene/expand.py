@@ -73,7 +73,9 @@ def around(donor: "VitConfig", student: "VitConfig", layer: AxisMap, head: Head)
     for name in ("channels", "patch", "width", "hidden"):
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
-            raise InputError(f"the student's {name} is {sizes}: depth, size and classes may differ, {name} may not (or select from a larger)")
+            raise InputError(
+                f"the student's {name} is {sizes}: depth, size and classes may differ, {name} may not (or select from a larger)"
+            )
     heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
     return Plan((("position", grid(donor, student)), ("blocks/**", {"layer": layer, **heads}), *outside(donor, student, head)))
 

@@ -115,7 +115,9 @@ def _write_deit(cfg: VitConfig, folder: Path) -> None:
 
 def _published_heads(cfg: VitConfig, known: bool) -> None:
     if not known:
-        raise InputError(f"a bare file cannot tell {cfg.heads} heads at a width of {cfg.width}; write --to timm, or keep the heirloom format")
+        raise InputError(
+            f"a bare file cannot tell {cfg.heads} heads at a width of {cfg.width}; write --to timm, or keep the heirloom format"
+        )
 
 
 def _read_sws(tensors: Tensors, folder: Path) -> VitConfig | None:
@@ -149,7 +151,9 @@ def _gene(cfg: VitConfig, kind: str, released: bool) -> None:
     if cfg.gene != kind:
         raise InputError(f"this is no gene of {kind}, and its file can hold nothing else")
     if not released or cfg.eps != _SWS_EPS or cfg.activation != "gelu":
-        raise InputError(f"a file of {kind} cannot tell layout {cfg.layout} and eps {cfg.eps:g}: it holds released ones; keep the heirloom format")
+        raise InputError(
+            f"a file of {kind} cannot tell layout {cfg.layout} and eps {cfg.eps:g}: it holds released ones; keep the heirloom format"
+        )
 
 
 def _read_hf(tensors: Tensors, folder: Path) -> VitConfig | None:
@@ -235,7 +239,9 @@ def _write_google(cfg: VitConfig, folder: Path) -> None:
     if cfg.gene != "none":
         _ordinary(cfg, "google")
     if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")) or cfg.activation != "gelu_tanh" or cfg.eps != 1e-6:
-        raise InputError("google-research's ViT has tanh GELU, eps 1e-6 and one class token, or the mean of normalised tokens; this one differs")
+        raise InputError(
+            "google-research's ViT has tanh GELU, eps 1e-6 and one class token, or the mean of normalised tokens; this one differs"
+        )
 
 
 FORMATS = (

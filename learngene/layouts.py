@@ -55,7 +55,9 @@ def sws(cfg: VitConfig) -> Layout:
 
 def tleg(cfg: VitConfig) -> Layout:
     """The auxiliary net of AlphaXia/TLEG: a base and a slope of each tensor."""
-    return _timm("tleg", cfg, _timm_blocks("blocks.block", ".instances.0", *(f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias"))))
+    return _timm(
+        "tleg", cfg, _timm_blocks("blocks.block", ".instances.0", *(f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias")))
+    )
 
 
 def hf(cfg: VitConfig) -> Layout:

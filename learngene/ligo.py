@@ -24,7 +24,7 @@ Loss = Callable[[Mapping[str, Any], Any, jax.Array], jax.Array]
 
 
 def first_matrices(donor: VitConfig, student: VitConfig, seed: int) -> dict[str, np.ndarray]:
-    """Before learning: a noisy stack along layer, and units repeated where a width grows, divided among their copies where they are read."""
+    """Before learning: a noisy stack of layers; units are repeated where a width grows, and divided among copies where read."""
     rng = np.random.default_rng(seed)
     stacked = np.eye(donor.layers)[np.arange(student.layers) % donor.layers]
     noisy = {group: stacked + rng.uniform(0, NOISE, stacked.shape) for group in GROUPS}
@@ -47,7 +47,9 @@ def plan(donor: VitConfig, student: VitConfig, m: Matrices) -> Plan:
     """
     for name in ("classes", "channels", "patch"):
         if getattr(donor, name) != getattr(student, name):
-            raise InputError(f"LiGO learns maps between models of the same {name}: {getattr(donor, name)} and {getattr(student, name)} differ")
+            raise InputError(
+                f"LiGO learns maps between models of the same {name}: {getattr(donor, name)} and {getattr(student, name)} differ"
+            )
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
         raise InputError("LiGO grows a model: the student must be as large as its donor in layers, width and hidden")
     widths: dict[str, AxisMap] = {

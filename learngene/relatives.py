@@ -38,7 +38,9 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
     """
     for name in ("layers", "width", "hidden"):
         if getattr(student, name) > getattr(donor, name):
-            raise InputError(f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: nothing to select from")
+            raise InputError(
+                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: nothing to select from"
+            )
     width = evenly(donor.width, student.width)
     inner = {"head head_dim": width, "hidden": evenly(donor.hidden, student.hidden)}
     return Plan(
@@ -140,4 +142,3 @@ def _factors(rng: np.random.Generator, width: int, noise: float, identity: float
     z = rng.uniform(-1, 1, (width, width)) * (3 / width) ** 0.5
     u, s, vt = np.linalg.svd(noise * z + sign * identity * np.eye(width))
     return u * np.sqrt(s), vt.T * np.sqrt(s)
-

@@ -47,6 +47,7 @@ from learngene.zoo import FAMILY, open_classifier
 CACHED = "logits"
 # DeiT's AdamW. Deviation: the cosine runs per step and ends at 0; the release steps per epoch, a step late, and ends at a minimum.
 ADAMW = OptimConfig(lr=5e-4, warmup=0, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("**position",), clip=None)
+CONVNET_ADAMW = replace(ADAMW, no_decay=())  # it has no positions to spare
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class TeacherConfig(Config):
     """The same run with a convnet: a teacher where no pretrained one is at hand."""
 
     student: ConvConfig = field(default_factory=ConvConfig)  # type: ignore[assignment]
-    optim: OptimConfig = replace(ADAMW, no_decay=())
+    optim: OptimConfig = CONVNET_ADAMW
 
     @property
     def family(self) -> Family:
@@ -198,7 +199,9 @@ def check(cfg: Config, teacher: Teacher | None = None) -> None:
     if isinstance(cfg.student, VitConfig) and cfg.student.gene != "none" and not (cfg.teacher or teacher) and cfg.distill.alpha == 1:
         raise InputError("this gene would learn from labels alone: name a teacher, or say so with --distill.alpha 0")
     if cfg.teacher == CACHED and cfg.augment.changes:
-        raise InputError("a teacher's cached logits belong to unchanged pictures: turn augmentation off, or let the teacher look (a SOURCE)")
+        raise InputError(
+            "a teacher's cached logits belong to unchanged pictures: turn augmentation off, or let the teacher look (a SOURCE)"
+        )
     if cfg.augment.views > 1 and cfg.storage == "device":
         raise InputError("data on the devices has one view of each picture: set augment.views to 1, or storage to 'stream'")
     if cfg.storage == "device" and (cfg.augment.crop == "resized" or cfg.augment.randaugment):
@@ -284,7 +287,13 @@ def grown(cfg: Config, student: Functional, donor: Donor) -> Plan:
     loss = loss_fn(replace(cfg, teacher=""), student, None)
     data = batches(cfg, open_labelled(cfg.data, cfg.label, cfg.student.classes), mesh)
     return ligo.fit(
-        donor.cfg, donor.source, cfg.student, student.spec, lambda params, batch, key: loss(dict(params), batch, key, None)[0], data, cfg.seed
+        donor.cfg,
+        donor.source,
+        cfg.student,
+        student.spec,
+        lambda params, batch, key: loss(dict(params), batch, key, None)[0],
+        data,
+        cfg.seed,
     )
 
 

@@ -1,4 +1,4 @@
-"""Converted ViTs against torch: the same pictures through our model, and through transformers or a ViT's formulas on the foreign tensors."""
+"""Converted ViTs against torch: the same pictures through our model and through transformers or a ViT's formulas on the foreign tensors."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -56,7 +56,11 @@ def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -
     import torch.nn.functional as F
 
     w = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
-    activation = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+    activation = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }
 
     def linear(x: Any, name: str) -> Any:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
 from common.config import to_json
+from common.data.labelled import open_labelled
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.sources import SourceConfig
 from common.diffusion import add_noise, linear_schedule
@@ -30,7 +31,7 @@ from common.train.parameters import best, load_params, save_params
 from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
 from lit_jax.autoencoder import AutoencoderConfig
-from lit_jax.data import Pixels, is_latent, latents, open_labelled
+from lit_jax.data import Pixels, is_latent, latents
 from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.inherit import Keep, graft_attention

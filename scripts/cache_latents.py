@@ -11,12 +11,12 @@ from pathlib import Path
 
 from common.checkpoint.convert import open_donor
 from common.checkpoint.hub import locate
+from common.data.labelled import open_labelled
 from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
-from lit_jax.data import open_labelled
 from lit_jax.latents import cache_latents
 from lit_jax.zoo import AUTOENCODER
 

@@ -15,7 +15,7 @@ from learngene.augment import AugmentConfig
 from learngene.compare import Comparison
 from learngene.convnet import ConvConfig
 from learngene.losses import DistillConfig
-from learngene.train import ADAMW, Config, TeacherConfig
+from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig
 from learngene.vit import VitConfig
 
 EPOCH = 61  # steps of 64 pictures
@@ -47,7 +47,7 @@ def get_config() -> Comparison:
         pipeline=gene.pipeline,
         held_out=gene.held_out,
         crop=gene.crop,
-        optim=replace(ADAMW, no_decay=(), lr=2e-3, warmup=EPOCH // 2),
+        optim=replace(CONVNET_ADAMW, lr=2e-3, warmup=EPOCH // 2),
         steps=8 * EPOCH,
         log_every=EPOCH,
         eval_every=EPOCH,

@@ -86,7 +86,9 @@ def test_which_layers_the_relatives_take(donor, method, depth, expected):
     made, fresh = cut(method, donor, donor[0].of_depth(depth))
     assert rows(made, donor) == rows(made, donor, "blocks/attn/query/bias") == expected
     kept = method not in ("heur", "auto")
-    np.testing.assert_array_equal(made["patch/project/kernel"], donor[1].values["patch/project/kernel"] if kept else fresh["patch/project/kernel"])
+    np.testing.assert_array_equal(
+        made["patch/project/kernel"], donor[1].values["patch/project/kernel"] if kept else fresh["patch/project/kernel"]
+    )
     if method in ("heur", "auto"):  # fresh rows are the initialiser's, not zeros
         layer = expected.index(-1)
         np.testing.assert_array_equal(made["blocks/mlp/up/kernel"][layer], fresh["blocks/mlp/up/kernel"][layer])

@@ -16,13 +16,14 @@ from common.checkpoint import weights
 from common.checkpoint.weights import open_safetensors, read_json
 from common.cli import main
 from common.data import emoji
+from common.data.labelled import open_labelled
 from common.evaluate import generated
 from common.evaluate.extractor import Extractor
 from common.evaluate.inception import Features, InceptionConfig
 from common.nn.dense import Dense
 from common.nn.functional import functional
 from lit_jax import evaluate, train
-from lit_jax.data import Pixels, adm_crop, open_labelled
+from lit_jax.data import Pixels, adm_crop
 from lit_jax.dit import Dit, DitConfig
 
 SIZES = ["--student.size", "8", "--student.width", "16", "--student.hidden", "32", "--student.layers", "2", "--student.heads", "2"]

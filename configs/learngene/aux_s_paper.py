@@ -1,0 +1,15 @@
+"""Aux-S exactly as released: 12 heads, eps 1e-5, and a divergence divided by batch times classes (SWS; traps T1, T3, T8).
+
+    heirloom train learngene/aux_s_paper --run runs/aux_s_paper
+
+Hardware and time as learngene/aux_s.
+"""
+
+from learngene.losses import DistillConfig
+from learngene.recipes import imagenet
+from learngene.train import Config
+from learngene.zoo import TEACHER, paper_auxiliary
+
+
+def get_config() -> Config:
+    return imagenet(paper_auxiliary("s"), epochs=150, lr=5e-4, warmup=5, teacher=TEACHER, distill=DistillConfig(reduction="numel"))
