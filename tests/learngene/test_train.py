@@ -1,0 +1,294 @@
+"""Teacher, gene and descendant from the command line at toy size: train, stop, resume, expand, score, compare."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from common import config
+from common.checkpoint.weights import open_safetensors, read_json
+from common.cli import main
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig
+from common.errors import InputError
+from common.nn.functional import functional
+from common.train.mesh import MeshConfig, start
+from learngene import train
+from learngene.augment import AugmentConfig
+from learngene.compare import ARMS, Comparison, compare, descendant
+from learngene.convnet import ConvConfig, ConvNet, macs
+from learngene.data import LOGITS, Example, Resident, load
+from learngene.losses import DistillConfig
+from learngene.train import ADAMW, CONVNET_ADAMW, Config, Teacher, TeacherConfig, loss_fn
+from learngene.vit import Vit, VitConfig
+from learngene.zoo import open_classifier
+
+ROWS = 48
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Coloured squares on grey, one colour a class: three classes that a few steps can tell apart."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        label = np.arange(ROWS, dtype=np.int32) % 3
+        image = rng.integers(90, 120, (ROWS, 8, 8, 3)).astype(np.uint8)
+        image[np.arange(ROWS), 2:6, 2:6, label] = 255
+        folder = tmp_path_factory.getbasetemp() / "squares" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "image.npy", image)
+        np.save(folder / "label.npy", label)
+        np.save(folder / f"{LOGITS}.npy", 4 * np.eye(3, dtype=np.float32)[label])
+    return tmp_path_factory.getbasetemp() / "squares"
+
+
+@pytest.fixture(scope="module")
+def gene_config(data):
+    student = VitConfig(size=8, patch=4, width=16, layers=2, heads=2, hidden=32, classes=3, gene="sws", layout=(2, 2))
+    return Config(
+        student=student,
+        distill=DistillConfig(),
+        data=SourceConfig(str(data / "train"), text=""),
+        storage="device",
+        pipeline=PipelineConfig(batch=16),
+        held_out=SourceConfig(str(data / "test"), text=""),
+        crop=1.0,
+        optim=replace(ADAMW, lr=1e-2, warmup=2),
+        steps=24,
+        log_every=6,
+        eval_every=12,
+        save_every=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison(gene_config):
+    shared = {name: getattr(gene_config, name) for name in ("data", "storage", "pipeline", "held_out", "crop", "log_every", "eval_every")}
+    conv = ConvConfig(size=8, widths=(8,), blocks=1, classes=3)
+    teacher = TeacherConfig(student=conv, optim=replace(CONVNET_ADAMW, lr=1e-2, warmup=2), steps=24, save_every=24, **shared)
+    rates = {name: replace(ADAMW, lr=1e-3, warmup=0) for name in ("tune", "scratch")}
+    return Comparison(gene=gene_config, teacher=teacher, depths=(4,), methods=("sws", "shuffled", "kd"), epochs=1, **rates)
+
+
+@pytest.fixture(scope="module")
+def compared(one_device, comparison, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    return folder, compare(comparison, folder)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_teacher_and_gene_learn(compared):
+    folder, results = compared
+    assert results["teacher"]["top1"] > 0.9 and results["genes"]["sws"]["top1"] > 0.9
+    gene = lines_of(folder / "gene-sws")
+    assert gene[-1]["teacher"] < 0.5 * gene[0]["teacher"] and "labels" not in gene[-1]  # alpha 1 looks at no label
+    assert open_classifier(str(folder / "gene-sws" / "model")).cfg.layout == (2, 2)
+
+
+def test_before_its_first_step_a_descendant_of_the_same_layout_is_the_auxiliary_net(compared):
+    _, results = compared
+    assert results["arms"]["sws-4"]["top1"][0] == results["genes"]["sws"]["top1"]
+    assert results["arms"]["shuffled-4"]["top1"][0] < results["arms"]["sws-4"]["top1"][0]
+    assert results["arms"]["kd-4"]["top1"][0] < 0.7
+
+
+def test_costs_are_pictures_times_operations(compared, comparison):
+    folder, results = compared
+    arms, kd = results["arms"], results["arms"]["kd-4"]
+    assert kd["steps"] == [0, 3] and kd["pictures"] == 48
+    teacher = open_classifier(str(folder / "teacher" / "model"))
+    assert kd["flops"] - arms["sws-4"]["flops"] == 48 * 2 * macs(teacher.cfg, teacher.model.spec)
+    assert arms["sws-4"]["flops"] == 48 * 6 * arms["sws-4"]["macs"]
+    assert results["genes"]["sws"]["parameters"] < arms["sws-4"]["parameters"]
+
+
+def test_what_is_finished_is_not_run_again(compared, comparison, monkeypatch):
+    folder, results = compared
+    monkeypatch.setattr(train.Run, "fit", None)
+    assert compare(comparison, folder) == results == read_json(folder / "comparison.json")
+    changed = replace(comparison, tune=replace(comparison.tune, lr=1e-4))
+    with pytest.raises(InputError, match=r"optim\.lr: 0\.001 before, 0\.0001 now"):
+        compare(changed, folder)
+
+
+def test_every_method_of_a_comparison_can_start(gene_config, compared):
+    """Each arm's first parameters, out of drawn donors: fresh where it inherits nothing, elsewhere not."""
+    folder, _ = compared
+    cfg = Comparison(gene=gene_config)
+    source = str(folder / "gene-sws" / "model")
+    for name, arm in ARMS.items():
+        if arm.gene in ("", "sws"):
+            recipe = descendant(cfg, name, 3, source, "")
+            assert recipe.student.layers == 3 and bool(recipe.donor) == bool(arm.gene)
+            assert recipe.optim == (cfg.tune if arm.gene else cfg.scratch)
+
+
+def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, tmp_path, capsys, monkeypatch):
+    folder, _ = compared
+    monkeypatch.setattr(config, "load", lambda name, flags=(): comparison)
+    command = ["compare", "mine", "--run", str(folder), "--depths", "4", "--methods", "sws,kd", "--json", str(tmp_path / "c.json")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if line[:3] in ("tea", "sws", "kd ")] == ["teacher", "sws", "kd"]
+    assert set(read_json(tmp_path / "c.json")["arms"]) == {"sws-4", "kd-4"}
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["compare"], "name a recipe to compare with"),
+        (["compare", "learngene/emoji"], "give --run DIR"),
+        (["compare", "learngene/emoji", "--cost", "6-15"], "takes no CONFIG"),
+        (["compare", "--cost", "six"], "write 6-15, or 4,6,8"),
+        (["compare", "learngene/emoji", "--run", "x", "--methods", "sws,tlg"], "no method 'tlg'; did you mean 'tleg'?"),
+        (["compare", "learngene/emoji", "--run", "x", "--methods", "interlace", "--depths", "7"], "at most 6, not 7"),
+        (["train", "learngene/smoke", "--run", "x", "--distill.alpha", "1"], "this gene would learn from labels alone"),
+        (["train", "learngene/smoke", "--run", "x", "--teacher", "logits"], "belong to unchanged pictures"),
+        (["train", "learngene/smoke", "--run", "x", "--augment.crop", "resized"], "happen while reading"),
+        (["train", "learngene/smoke", "--run", "x", "--student.channels", "1"], "are read with 3 channels"),
+        (["inherit", "learngene/smoke", "x"], "names no donor"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, command, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1 and not (tmp_path / "x" / "model").exists()
+
+
+def test_the_published_ratios_from_the_command_line(tmp_path, capsys):
+    assert main(["compare", "--cost", "6-15", "--json", str(tmp_path / "c.json")]) == 0
+    out = capsys.readouterr().out
+    for words in (["storage", "20.1x", "20.5x"], ["training", "10.00x", "10.00x"], ["training", "6.67x", "6.67x"]):
+        assert any(all(word in line.split() for word in words) for line in out.splitlines()), words
+    assert read_json(tmp_path / "c.json")["depths"] == list(range(6, 16))
+
+
+def test_expand_writes_a_descendant_and_where_it_is_from(compared, tmp_path, capsys):
+    gene = str(compared[0] / "gene-sws")
+    command = ["expand", gene, str(tmp_path / "d3"), "--depth", "3", "--map", "0,1,1", "--json", str(tmp_path / "record.json")]
+    assert main(command) == 0
+    record = read_json(tmp_path / "record.json")
+    assert record["fraction"] == 1 and record["parameters"]["blocks/mlp/up/kernel"]["maps"] == "layer: rows 0 1 1"
+    theirs = open_safetensors(compared[0] / "gene-sws" / "model" / "model.safetensors")["blocks/mlp/up/kernel"]
+    np.testing.assert_array_equal(open_safetensors(tmp_path / "d3" / "model.safetensors")["blocks/mlp/up/kernel"], theirs[[0, 1, 1]])
+    assert main(["expand", gene, str(tmp_path / "d1"), "--depth", "1", "--classes", "7", "--size", "16"]) == 0
+    assert "nothing is published for 1 layers of 2 stages" in capsys.readouterr().out
+    other = open_classifier(str(tmp_path / "d1")).cfg
+    assert (other.layers, other.classes, other.size, other.gene) == (1, 7, 16, "none")
+    for arguments, complaint in ((["--depth", "3", "--map", "0,x"], "separated by commas"), (["--depth", "2", "--map", "0,5"], "stage 5")):
+        assert main(["expand", gene, str(tmp_path / "no"), *arguments]) == 2
+        assert complaint in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert main(["expand", str(compared[0] / "teacher"), str(tmp_path / "no"), "--depth", "3"]) == 2
+    assert "is a convnet: only genes and ViTs expand" in capsys.readouterr().err
+
+
+def test_eval_of_a_gene_scores_its_auxiliary_net(compared, data, tmp_path, capsys):
+    folder, results = compared
+    command = ["eval", str(folder / "gene-sws"), "--data", str(data / "test"), "--crop", "1", "--json", str(tmp_path / "e.json")]
+    assert main(command) == 0
+    rows = {row["metric"]: row for row in read_json(tmp_path / "e.json")["rows"]}
+    assert rows["top1"]["value"] == 100 * results["genes"]["sws"]["top1"] and rows["top5"]["value"] == 100 and rows["top1"]["n"] == ROWS
+    assert main(["eval", str(folder / "gene-sws")]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(compared, gene_config, tmp_path, monkeypatch):
+    folder = compared[0]
+    recipe, run, scorer = replace(gene_config, teacher=str(folder / "teacher" / "model")), tmp_path / "run", train.scorer
+
+    def stops(*args):
+        score = scorer(*args)
+
+        def and_stop(params):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return score(params)
+
+        return and_stop
+
+    monkeypatch.setattr(train, "scorer", stops)
+    with pytest.raises(SystemExit):
+        recipe.train(run)
+    monkeypatch.setattr(train, "scorer", scorer)
+    recipe.train(run)
+    assert [line["loss"] for line in lines_of(run)] == [line["loss"] for line in lines_of(folder / "gene-sws")]
+    ours, theirs = (open_safetensors(r / "model" / "model.safetensors") for r in (run, folder / "gene-sws"))
+    for path, value in theirs.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def batch_of(cfg, data):
+    source = train.open_labelled(replace(cfg.data, columns=(LOGITS,)), "label")
+    loaded = load(source, Example(cfg.augment, cfg.pre))
+    return {name: value[:6] for name, value in loaded.items()}
+
+
+def test_the_loss_weighs_labels_and_teacher(gene_config, data):
+    student = functional(Vit, gene_config.student)
+    params, batch = student.init(jax.random.key(0)), batch_of(gene_config, data)
+    teacher = Teacher(np.float32(2.0), lambda weights, pixels: weights * pixels.mean((1, 2)))
+    pixels = batch["image"].astype(np.float32) / 255
+    logits = np.asarray(student.apply(params, (pixels - gene_config.pre.mean) / np.asarray(gene_config.pre.std)), np.float64)
+    log_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    def divergence(target):
+        log_p = target - np.log(np.exp(target).sum(1, keepdims=True))
+        return (np.exp(log_p) * (log_p - log_q)).sum() / 6
+
+    labels = -log_q[np.arange(6), batch["label"]].mean()
+    taught, cached = divergence(2 * pixels.mean((1, 2)).astype(np.float64)), divergence(batch[LOGITS].astype(np.float64))
+    for cfg, who, expected in (
+        (gene_config, teacher, taught),
+        (replace(gene_config, distill=DistillConfig(alpha=0.25)), teacher, 0.75 * labels + 0.25 * taught),
+        (replace(gene_config, teacher="logits"), None, cached),
+        (gene_config, None, labels),  # nobody to learn from
+    ):
+        value, metrics = loss_fn(cfg, student, who)(params, batch, jax.random.key(0), who and who.weights)
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+        assert metrics["accuracy"][0] == (logits.argmax(1) == batch["label"]).mean()
+
+
+def test_views_are_told_apart_and_share_a_label(gene_config, data):
+    cfg = replace(gene_config, storage="stream", augment=AugmentConfig(crop="resized", views=2), teacher="")
+    batch = next(train.batches(cfg, train.open_labelled(cfg.data, "label"), start(MeshConfig())))
+    assert batch["image"].shape == (16, 2, 8, 8, 3) and batch["image"].dtype == np.uint8
+    assert (np.asarray(batch["image"])[:, 0] != np.asarray(batch["image"])[:, 1]).any()
+    student = functional(Vit, cfg.student)
+    _, metrics = loss_fn(cfg, student, None)(student.init(jax.random.key(0)), batch, jax.random.key(0), None)
+    assert cfg.pictures == 32 and 0 <= metrics["accuracy"][0] <= 1
+
+
+def test_resident_batches_cover_an_epoch_and_resume():
+    mesh = start(MeshConfig())
+    arrays = {"label": np.arange(40, dtype=np.int32), "image": np.arange(40, dtype=np.uint8)}
+    data = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
+    first = np.concatenate([next(data)["label"] for _ in range(5)])
+    assert sorted(first[:40].tolist()) == sorted(first[40:80].tolist()) == list(range(40)) and (first[:40] != first[40:80]).any()
+    state = data.state()
+    ahead = np.asarray(next(data)["label"])
+    other = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
+    other.restore(state)
+    np.testing.assert_array_equal(next(other)["label"], ahead)
+    with pytest.raises(InputError, match="seed was 3 and is 4 now"):
+        Resident(arrays, PipelineConfig(batch=16, seed=4), mesh).restore(state)
+    with pytest.raises(InputError, match="fewer than a batch"):
+        Resident(arrays, PipelineConfig(batch=64), mesh)
+
+
+def test_a_convnet_halves_pictures_and_counts_its_work():
+    cfg = ConvConfig(size=8, widths=(8, 16), blocks=2, classes=3)
+    model = functional(ConvNet, cfg)
+    logits = model.apply(model.init(jax.random.key(0)), np.ones((2, 8, 8, 3), np.float32))
+    assert logits.shape == (2, 3)
+    first = 64 * (3 * 8 * 9 + 4 * 8 * 8 * 9)
+    second = 16 * (8 * 16 * 9 + 8 * 16 + 3 * 16 * 16 * 9)
+    assert macs(cfg, model.spec) == first + second + 16 * 3
+    with pytest.raises(InputError, match="multiples of 8"):
+        ConvConfig(widths=(12,))
