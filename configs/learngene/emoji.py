@@ -48,10 +48,10 @@ def get_config() -> Comparison:
         held_out=gene.held_out,
         crop=gene.crop,
         optim=replace(CONVNET_ADAMW, lr=2e-3, warmup=EPOCH // 2),
-        steps=8 * EPOCH,
+        steps=6 * EPOCH,
         log_every=EPOCH,
         eval_every=EPOCH,
-        save_every=8 * EPOCH,
+        save_every=6 * EPOCH,
     )
     return Comparison(
         gene=gene,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from common.checkpoint.weights import create_safetensors, open_safetensors, open_sharded, staged
+from common.checkpoint.weights import create_safetensors, open_npz, open_safetensors, open_sharded, staged
 from common.errors import InputError
 from common.surgery.layout import Tensor
 
@@ -62,6 +62,17 @@ def test_noise_is_not_a_safetensors_file(tmp_path):
     file.write_bytes((20).to_bytes(8, "little") + b"x" * 64)
     with pytest.raises(InputError, match="not a safetensors file"):
         open_safetensors(file)
+
+
+def test_a_numpy_archive_is_read_and_one_with_objects_is_not(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"x/y": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "scalar": np.float32(2)})
+    found = open_npz(tmp_path / "a.npz")
+    assert found["x/y"].flags.c_contiguous and found["x/y"].tolist() == [[0, 1, 2], [3, 4, 5]] and found["scalar"].shape == ()
+    np.savez(tmp_path / "b.npz", x=np.array([{"a": 1}], object))
+    (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    for name in ("b", "c"):
+        with pytest.raises(InputError, match=rf"{name}\.npz: not a readable numpy archive"):
+            open_npz(tmp_path / f"{name}.npz")
 
 
 def test_shards_are_one_checkpoint_and_a_missing_one_is_named(tmp_path):

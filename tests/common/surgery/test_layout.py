@@ -203,3 +203,24 @@ def test_a_constant_may_be_absent_but_not_another():
     SHARED.check_values(file, SHARED_SPEC)
     del file["position"]
     SHARED.check_values(file, SHARED_SPEC)
+
+
+def test_leaves_follow_one_another_behind_dimensions_of_one_and_layers_may_have_names():
+    named = Layout("named", (("cls + grid", "pos", "1 1 embed + 1 (grid_row grid_col) embed"), ("line", "block.{layer:base|slope}.weight")))
+    spec = {
+        "cls": Leaf(Axes.parse("-> embed"), (3,), np.dtype("float32")),
+        "grid": Leaf(Axes.parse("grid_row grid_col -> embed"), (2, 2, 3), np.dtype("float32")),
+        "line": Leaf(Axes.parse("layer in -> out"), (2, 4, 5), np.dtype("float32")),
+    }
+    shapes = {key: tensor.shape for key, tensor in named.foreign(spec).items()}
+    assert shapes == {"pos": (1, 5, 3), "block.base.weight": (5, 4), "block.slope.weight": (5, 4)}
+    tensors = {key: np.random.default_rng(0).standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    views = named.view(tensors, spec)
+    np.testing.assert_array_equal(np.asarray(views["cls"]), tensors["pos"][0, 0])
+    np.testing.assert_array_equal(np.asarray(views["grid"]), tensors["pos"][0, 1:].reshape(2, 2, 3))
+    np.testing.assert_array_equal(np.asarray(views["line"]), np.stack([tensors[f"block.{n}.weight"].T for n in ("base", "slope")]))
+    empty = {key: np.zeros_like(value) for key, value in tensors.items()}
+    for path, view in named.view(empty, spec).items():
+        view.write(views[path])
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(empty[key], value)
