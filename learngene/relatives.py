@@ -107,6 +107,8 @@ def plan(method: str, donor: VitConfig, student: VitConfig, layers: tuple[int, .
     """The plan of a method by name. Raises InputError where donor and method do not go together."""
     if method == "expand":
         return expansion(donor, student, layers, head)
+    if student.gene != "none":
+        raise InputError(f"{method!r} makes an ordinary ViT, and the student is a gene: set student.gene to 'none'")
     if layers:
         raise InputError(f"a map of layers belongs to the method 'expand', not to {method!r}")
     if method != "shuffled" and donor.gene != "none":

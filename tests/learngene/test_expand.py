@@ -55,13 +55,19 @@ def donor(gene, draw):
     return cfg, Source(spec, draw(spec))
 
 
-def cut(method, donor, student, layers=(), head="inherit"):
-    """The student's parameters, and what the same initialiser gives without a donor."""
-    cfg, source = donor
-    model = functional(Vit, student)
-    init = lambda paths=None, place=None: model.init(jax.random.key(7), paths, place)  # noqa: E731
-    made = graft(plan(method, cfg, student, layers, head), source, model.spec, None, init)
-    return {path: np.asarray(value) for path, value in made.items()}, {path: np.asarray(value) for path, value in init().items()}
+@pytest.fixture(scope="module")
+def cut(draw):
+    """`cut(method, donor, student)`: the student's parameters, and the values an initialiser has for all of them."""
+
+    def cut(method, donor, student, layers=(), head="inherit"):
+        cfg, source = donor
+        spec = functional(Vit, student).spec
+        fresh = draw(spec, seed=9)
+        init = lambda paths, place: {path: jax.numpy.asarray(fresh[path]) for path in paths}  # noqa: E731
+        made = graft(plan(method, cfg, student, layers, head), source, spec, None, init)
+        return {path: np.asarray(value) for path, value in made.items()}, fresh
+
+    return cut
 
 
 def rows(values, donor, path="blocks/mlp/up/kernel"):
@@ -82,7 +88,7 @@ def rows(values, donor, path="blocks/mlp/up/kernel"):
         ("select", 4, [0, 1, 2, 3]),
     ],
 )
-def test_which_layers_the_relatives_take(donor, method, depth, expected):
+def test_which_layers_the_relatives_take(cut, donor, method, depth, expected):
     made, fresh = cut(method, donor, donor[0].of_depth(depth))
     assert rows(made, donor) == rows(made, donor, "blocks/attn/query/bias") == expected
     kept = method not in ("heur", "auto")
@@ -94,7 +100,7 @@ def test_which_layers_the_relatives_take(donor, method, depth, expected):
         np.testing.assert_array_equal(made["blocks/mlp/up/kernel"][layer], fresh["blocks/mlp/up/kernel"][layer])
 
 
-def test_a_gene_expands_by_rule_by_layout_and_by_list(gene, draw):
+def test_a_gene_expands_by_rule_by_layout_and_by_list(cut, gene, draw):
     spec = functional(Vit, gene).spec
     own = (gene, Source(spec, draw(spec)))
     assert rows(cut("expand", own, gene.of_depth(3))[0], own) == [0, 0, 1]
@@ -106,7 +112,7 @@ def test_a_gene_expands_by_rule_by_layout_and_by_list(gene, draw):
             cut("expand", own, gene.of_depth(3), layers)
 
 
-def test_heads_follow_the_label_set_and_positions_the_resolution(gene, draw):
+def test_heads_follow_the_label_set_and_positions_the_resolution(cut, gene, draw):
     spec = functional(Vit, gene).spec
     own = (gene, Source(spec, draw(spec)))
     same, _ = cut("expand", own, gene.of_depth(3))
@@ -119,7 +125,7 @@ def test_heads_follow_the_label_set_and_positions_the_resolution(gene, draw):
     assert larger["position"].shape == (4, 4, 16)
 
 
-def test_positions_are_resampled_as_torch_does(golden):
+def test_positions_are_resampled_as_torch_does(cut, golden):
     expected = np.load(golden[0].parent / "bicubic.npz")
     spec = functional(Vit, VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))).spec
     cfg = VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))
@@ -129,7 +135,7 @@ def test_positions_are_resampled_as_torch_does(golden):
         np.testing.assert_allclose(made["position"], expected[name], atol=5e-6)
 
 
-def test_weight_selection_takes_the_published_rows(donor, gene):
+def test_weight_selection_takes_the_published_rows(cut, donor, gene):
     assert evenly(384, 192).rows.tolist() == list(range(0, 384, 2))
     assert evenly(16, 6).rows.tolist() == [0, 3, 6, 9, 12, 15] and evenly(5, 3).rows.tolist() == [0, 2, 4]
     small = replace(gene.of_depth(2), width=8, hidden=12, heads=2)

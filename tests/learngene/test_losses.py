@@ -135,7 +135,7 @@ def test_randaugment_reads_timms_words_and_repeats_itself():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_keep_the_size_and_do_what_they_say(name):
     rng = np.random.default_rng(3)
-    ramp = np.broadcast_to(np.linspace(20, 230, 16).astype(np.uint8)[None, :, None], (12, 16, 3)).copy()
+    ramp = np.broadcast_to(np.linspace(20, 230, 16).astype(np.uint8)[None, :, None], (48, 16, 3)).copy()
     picture = Image.fromarray(ramp)
     out = np.asarray(OPERATIONS[name](picture, 0.9, rng, (7, 8, 9)))
     assert out.shape == ramp.shape
