@@ -21,6 +21,7 @@ from common.train.metrics import MetricsFile
 from common.train.optim import OptimConfig
 from learngene import cost, relatives
 from learngene.evaluate import scorer
+from learngene.formats import read_preprocess
 from learngene.relatives import Method
 from learngene.train import ADAMW, Config, TeacherConfig, held_out, initial, open_teacher, opened
 from learngene.vit import VitConfig
@@ -201,7 +202,7 @@ def curve(recipe: Config, folder: Path) -> dict[str, Any]:
             raise InputError("\n".join([f"{folder} was run with another config; take a new --run, or set it back:", *lines]))
         return saved["result"]
     mesh, student = start(recipe.mesh), functional(recipe.family.module, recipe.student)
-    score = scorer(student, held_out(recipe), recipe.pre, mesh)
+    score = scorer(recipe.family, recipe.student, held_out(recipe), recipe.pre, mesh)
     before = score(initial(recipe, student, opened(recipe.donor), shardings(student.spec, mesh)))
     recipe.train(folder)
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
@@ -239,7 +240,7 @@ def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict
     donor, mesh = open_classifier(source), start(gene.mesh)
     found = open_teacher(replace(gene, teacher=source), mesh)
     assert found is not None
-    score = scorer(donor.model, held_out(gene), recipe.pre if recipe else gene.pre, mesh)
+    score = scorer(donor.family, donor.cfg, held_out(gene), read_preprocess(donor.folder, donor.cfg.size), mesh)
     parameters = donor.family.parameters(donor.model.spec)["total"]
     return {"top1": score(found.weights)["top1"], "parameters": parameters, "flops": training_flops(recipe) if recipe else None}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import grain
@@ -104,13 +104,17 @@ class Resident:
         self.done = state["batches"]
 
 
-def load(source: Source, example: Example) -> dict[str, np.ndarray]:
-    """All examples as arrays [n, ...], decoded in threads."""
-    stream = grain.MapDataset.source(source).seed(0).random_map(example).to_iter_dataset(grain.ReadOptions(8, 64))
+@lru_cache(maxsize=2)  # several models learn from the same pictures
+def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> dict[str, np.ndarray]:
+    """All examples as arrays [n, ...], decoded in threads. Raises what `open_labelled` raises."""
+    stream = (
+        grain.MapDataset.source(open_labelled(data, label, classes)).seed(0).random_map(example).to_iter_dataset(grain.ReadOptions(8, 64))
+    )
     examples = list(stream)
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 
+@lru_cache(maxsize=2)
 def evaluation(data: SourceConfig, label: str, pre: Preprocess, share: float, batch: int, classes: int) -> "Evaluation":
     """Held-out pictures, opened. Raises InputError when they cannot be read or have other classes."""
     return Evaluation(data.path, open_labelled(data, label, classes), pre, share, batch)

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common import config
-from common.checkpoint.convert import Donor
+from common.checkpoint.convert import Donor, Family
 from common.data.images import Preprocess
 from common.data.sources import SourceConfig
 from common.errors import InputError
-from common.nn.functional import Functional
+from common.nn.functional import functional
 from common.train.mesh import MeshConfig, replicated, start
 from common.train.parameters import load_params
 from learngene.data import Evaluation, evaluation
@@ -42,8 +42,22 @@ def normalised(pixels: jax.Array, pre: Preprocess) -> jax.Array:
     return (pixels - jnp.asarray(pre.mean)) / jnp.asarray(pre.std)
 
 
-def scorer(model: Functional, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
+def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
     """`params -> {"top1": ..., "top5": ..., "loss": ...}` on all held-out pictures; a tie counts against the right class."""
+    count = counter(family.module, cfg, pre, mesh)
+
+    def score(params: Mapping[str, Any]) -> dict[str, float]:
+        with jax.set_mesh(mesh):
+            total = sum(np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out)
+        return dict(zip(("top1", "top5", "loss"), (total / len(held_out)).tolist(), strict=True))
+
+    return score
+
+
+@lru_cache(maxsize=16)  # models of one shape are compiled once, however many are compared
+def counter(module: Callable[..., Any], cfg: Any, pre: Preprocess, mesh: Mesh) -> Callable[..., jax.Array]:
+    """`(params, image, label) -> [right, among the first five, loss]`, summed over the pictures whose label is not negative."""
+    model = functional(module, cfg)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def count(params: Mapping[str, Any], image: jax.Array, label: jax.Array) -> jax.Array:
@@ -54,12 +68,7 @@ def scorer(model: Functional, held_out: Evaluation, pre: Preprocess, mesh: Mesh)
         loss = jax.nn.logsumexp(logits, axis=1) - right[:, 0]
         return jnp.stack([(value * known).sum() for value in (rank < 1, rank < 5, loss)])
 
-    def score(params: Mapping[str, Any]) -> dict[str, float]:
-        with jax.set_mesh(mesh):
-            total = sum(np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out)
-        return dict(zip(("top1", "top5", "loss"), (total / len(held_out)).tolist(), strict=True))
-
-    return score
+    return count
 
 
 def rows(scores: Mapping[str, float], dataset: str, n: int) -> list[dict[str, Any]]:
@@ -76,4 +85,4 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     pre, mesh = read_preprocess(donor.folder, donor.cfg.size), start(MeshConfig())
     data = SourceConfig(args.data, args.split, args.image, text="")
     held_out = evaluation(data, cfg.label, pre, cfg.crop, cfg.batch, donor.cfg.classes)
-    return rows(scorer(donor.model, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))
+    return rows(scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))

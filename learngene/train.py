@@ -18,7 +18,7 @@ from common.config import to_json
 from common.data.images import Preprocess
 from common.data.labelled import open_labelled
 from common.data.pipeline import PipelineConfig, training_batches
-from common.data.sources import Source, SourceConfig
+from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import Functional, functional
 from common.surgery.graft import graft
@@ -35,7 +35,7 @@ from learngene import ligo, relatives
 from learngene.augment import AugmentConfig, augment
 from learngene.convnet import FAMILY as CONVNET
 from learngene.convnet import ConvConfig
-from learngene.data import LOGITS, Evaluation, Example, Resident, columns, evaluation, load
+from learngene.data import LOGITS, Evaluation, Example, Resident, columns, decoded, evaluation
 from learngene.evaluate import normalised, rows, scorer
 from learngene.expand import Head, layer_map
 from learngene.formats import IMAGENET, read_preprocess
@@ -156,8 +156,7 @@ def train(cfg: Config, directory: Path, teacher: Teacher | None = None) -> None:
 
     check(cfg, teacher)
     donor, teacher = opened(cfg.donor), teacher or open_teacher(cfg, mesh)
-    source = open_labelled(columns(cfg.data, cfg.teacher == CACHED), cfg.label, cfg.student.classes)
-    data = batches(cfg, source, mesh)
+    data = batches(cfg, mesh)
     student = functional(cfg.family.module, cfg.student)
     optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
     step = make_step(loss_fn(cfg, student, teacher), optimizer, student.spec, mesh, cfg.step, frozen=teacher and teacher.weights)
@@ -167,7 +166,7 @@ def train(cfg: Config, directory: Path, teacher: Teacher | None = None) -> None:
     )
     if int(state.step) == 0:
         first_look(cfg, run, data)
-    score = scorer(student, held_out(cfg), cfg.pre, mesh) if cfg.held_out.path else None
+    score = scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, mesh) if cfg.held_out.path else None
     run.fit(
         state,
         step,
@@ -225,12 +224,12 @@ def open_teacher(cfg: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
     return Teacher(load_params(donor, mesh), logits, donor.family.macs(sees, donor.model.spec))
 
 
-def batches(cfg: Config, source: Source, mesh: jax.sharding.Mesh) -> Any:
+def batches(cfg: Config, mesh: jax.sharding.Mesh) -> Any:
     """Training batches from the source or from the devices."""
-    example = Example(cfg.augment, cfg.pre)
+    data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
-        return Resident(load(source, example), cfg.pipeline, mesh)
-    return training_batches(source, cfg.pipeline, example, mesh=mesh)
+        return Resident(decoded(data, cfg.label, cfg.student.classes, example), cfg.pipeline, mesh)
+    return training_batches(open_labelled(data, cfg.label, cfg.student.classes), cfg.pipeline, example, mesh=mesh)
 
 
 def loss_fn(cfg: Config, student: Functional, teacher: Teacher | None) -> LossFn:
@@ -285,7 +284,7 @@ def grown(cfg: Config, student: Functional, donor: Donor) -> Plan:
     """LiGO's plan, its matrices learned from the labels of the recipe's data."""
     mesh = start(cfg.mesh)
     loss = loss_fn(replace(cfg, teacher=""), student, None)
-    data = batches(cfg, open_labelled(cfg.data, cfg.label, cfg.student.classes), mesh)
+    data = batches(replace(cfg, teacher=""), mesh)
     return ligo.fit(
         donor.cfg,
         donor.source,
@@ -342,7 +341,7 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
         raise InputError("this recipe names no held-out data; give --held-out.path")
     mesh, student, data = start(cfg.mesh), functional(cfg.family.module, cfg.student), held_out(cfg)
     params = initial(cfg, student, opened(cfg.donor), shardings(student.spec, mesh))
-    return rows(scorer(student, data, cfg.pre, mesh)(params), data.name, len(data))
+    return rows(scorer(cfg.family, cfg.student, data, cfg.pre, mesh)(params), data.name, len(data))
 
 
 def first_look(cfg: Config, run: Run, data: Any) -> None:

@@ -185,7 +185,7 @@ class Vit(nnx.Module):
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """key: draws stochastic depth; without it every block is applied, as in evaluation."""
         x = self.embed(images)
-        keep = self._keep(key, len(x))
+        keep = kept(self.cfg, key, len(x))
         if self.cfg.gene == "sws" and self.cfg.tying == "loop":
             return self.classify(loop(self.blocks, self.cfg, x, keep))
         return self.classify(scan(unrolled(self.blocks, self.cfg), x, *keep, remat=self.cfg.remat))
@@ -210,13 +210,13 @@ class Vit(nnx.Module):
             logits = (logits + self.distillation_head(self.norm(x[:, 1]))) / 2
         return logits.astype(jnp.float32)
 
-    def _keep(self, key: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
-        """Per layer, branch and sample 0 or 1 / (1 - rate): [layer, 2, batch]; nothing when no branch is ever dropped."""
-        if key is None or self.cfg.drop_path == 0:
-            return ()
-        kept = 1 - jnp.linspace(0, self.cfg.drop_path, self.cfg.depth)[:, None, None]
-        drawn = jax.random.bernoulli(key, jnp.broadcast_to(kept, (self.cfg.depth, 2, batch)))
-        return (drawn / kept,)
+
+def kept(cfg: VitConfig, key: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
+    """Per layer, branch and sample 0 or 1 / (1 - rate): [layer, 2, batch]; nothing when no branch is ever dropped."""
+    if key is None or cfg.drop_path == 0:
+        return ()
+    share = 1 - jnp.linspace(0, cfg.drop_path, cfg.depth)[:, None, None]
+    return (jax.random.bernoulli(key, jnp.broadcast_to(share, (cfg.depth, 2, batch))) / share,)
 
 
 def unrolled(blocks: nnx.Module, cfg: VitConfig) -> nnx.Module:

@@ -33,10 +33,10 @@ def get_config() -> Comparison:
         held_out=SourceConfig("emoji", split="test"),
         crop=1.0,
         optim=replace(ADAMW, lr=1e-3, warmup=EPOCH // 2),
-        steps=10 * EPOCH,
+        steps=8 * EPOCH,
         log_every=EPOCH,
-        eval_every=5 * EPOCH,
-        save_every=10 * EPOCH,
+        eval_every=4 * EPOCH,
+        save_every=8 * EPOCH,
     )
     teacher = TeacherConfig(
         student=ConvConfig(size=32, widths=(16, 32, 64), blocks=1, classes=9),
@@ -48,10 +48,10 @@ def get_config() -> Comparison:
         held_out=gene.held_out,
         crop=gene.crop,
         optim=replace(CONVNET_ADAMW, lr=2e-3, warmup=EPOCH // 2),
-        steps=6 * EPOCH,
+        steps=5 * EPOCH,
         log_every=EPOCH,
         eval_every=EPOCH,
-        save_every=6 * EPOCH,
+        save_every=5 * EPOCH,
     )
     return Comparison(
         gene=gene,

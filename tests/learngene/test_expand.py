@@ -191,6 +191,7 @@ def test_ligo_starts_as_a_noisy_stack_and_learns(donor, images):
     np.testing.assert_array_equal(before["embed write"], np.eye(16))
     target = np.random.default_rng(3).standard_normal((3, 5)).astype(np.float32)
 
+    @jax.jit
     def loss(params, batch, key):
         return ((model.apply(params, batch) - target) ** 2).mean()
 
@@ -208,7 +209,9 @@ def test_ligo_keeps_the_function_when_only_the_mlp_grows(donor, images):
     matrices = ligo.first_matrices(cfg, student, seed=0) | {f"layer {group}": np.eye(6, dtype=np.float32) for group in ligo.GROUPS}
     small, large = functional(Vit, cfg), functional(Vit, student)
     params = graft(ligo.plan(cfg, student, matrices), source, large.spec, None, large.init)
-    np.testing.assert_allclose(large.apply(params, images), small.apply(dict(source.values), images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(large.apply)(params, images), jax.jit(small.apply)(dict(source.values), images), rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(InputError, match="LiGO grows a model"):
         ligo.plan(student, cfg, matrices)
 

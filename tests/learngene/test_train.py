@@ -21,7 +21,7 @@ from learngene import train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, descendant
 from learngene.convnet import ConvConfig, ConvNet, macs
-from learngene.data import LOGITS, Example, Resident, load
+from learngene.data import LOGITS, Example, Resident, decoded
 from learngene.losses import DistillConfig
 from learngene.train import ADAMW, CONVNET_ADAMW, Config, Teacher, TeacherConfig, loss_fn
 from learngene.vit import Vit, VitConfig
@@ -225,8 +225,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(compared, gene_config
 
 
 def batch_of(cfg, data):
-    source = train.open_labelled(replace(cfg.data, columns=(LOGITS,)), "label")
-    loaded = load(source, Example(cfg.augment, cfg.pre))
+    loaded = decoded(replace(cfg.data, columns=(LOGITS,)), "label", 3, Example(cfg.augment, cfg.pre))
     return {name: value[:6] for name, value in loaded.items()}
 
 
@@ -235,7 +234,7 @@ def test_the_loss_weighs_labels_and_teacher(gene_config, data):
     params, batch = student.init(jax.random.key(0)), batch_of(gene_config, data)
     teacher = Teacher(np.float32(2.0), lambda weights, pixels: weights * pixels.mean((1, 2)))
     pixels = batch["image"].astype(np.float32) / 255
-    logits = np.asarray(student.apply(params, (pixels - gene_config.pre.mean) / np.asarray(gene_config.pre.std)), np.float64)
+    logits = np.asarray(jax.jit(student.apply)(params, (pixels - gene_config.pre.mean) / np.asarray(gene_config.pre.std)), np.float64)
     log_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
     def divergence(target):
@@ -250,18 +249,18 @@ def test_the_loss_weighs_labels_and_teacher(gene_config, data):
         (replace(gene_config, teacher="logits"), None, cached),
         (gene_config, None, labels),  # nobody to learn from
     ):
-        value, metrics = loss_fn(cfg, student, who)(params, batch, jax.random.key(0), who and who.weights)
+        value, metrics = jax.jit(loss_fn(cfg, student, who))(params, batch, jax.random.key(0), who and who.weights)
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
         assert metrics["accuracy"][0] == (logits.argmax(1) == batch["label"]).mean()
 
 
 def test_views_are_told_apart_and_share_a_label(gene_config, data):
     cfg = replace(gene_config, storage="stream", augment=AugmentConfig(crop="resized", views=2), teacher="")
-    batch = next(train.batches(cfg, train.open_labelled(cfg.data, "label"), start(MeshConfig())))
+    batch = next(train.batches(cfg, start(MeshConfig())))
     assert batch["image"].shape == (16, 2, 8, 8, 3) and batch["image"].dtype == np.uint8
     assert (np.asarray(batch["image"])[:, 0] != np.asarray(batch["image"])[:, 1]).any()
     student = functional(Vit, cfg.student)
-    _, metrics = loss_fn(cfg, student, None)(student.init(jax.random.key(0)), batch, jax.random.key(0), None)
+    _, metrics = jax.jit(loss_fn(cfg, student, None))(student.init(jax.random.key(0)), batch, jax.random.key(0), None)
     assert cfg.pictures == 32 and 0 <= metrics["accuracy"][0] <= 1
 
 
@@ -285,7 +284,7 @@ def test_resident_batches_cover_an_epoch_and_resume():
 def test_a_convnet_halves_pictures_and_counts_its_work():
     cfg = ConvConfig(size=8, widths=(8, 16), blocks=2, classes=3)
     model = functional(ConvNet, cfg)
-    logits = model.apply(model.init(jax.random.key(0)), np.ones((2, 8, 8, 3), np.float32))
+    logits = jax.jit(model.apply)(model.init(jax.random.key(0)), np.ones((2, 8, 8, 3), np.float32))
     assert logits.shape == (2, 3)
     first = 64 * (3 * 8 * 9 + 4 * 8 * 8 * 9)
     second = 16 * (8 * 16 * 9 + 8 * 16 + 3 * 16 * 16 * 9)

@@ -12,7 +12,7 @@ from common.nn.functional import functional
 from common.surgery.plan import Source, apply
 from learngene.cost import ratios, work
 from learngene.expand import expansion
-from learngene.vit import Vit, VitConfig, macs, parameters
+from learngene.vit import Vit, VitConfig, kept, macs, parameters
 from learngene.zoo import auxiliary, vit
 
 
@@ -70,16 +70,16 @@ def test_tied_gradients_are_sums_of_untied_ones(gene, aux, descendant, images):
 
 def test_gather_and_loop_agree_and_drop_the_same_branches(gene, aux, images):
     dropping = replace(gene, drop_path=0.5)
-    gather, loop = functional(Vit, dropping), functional(Vit, replace(dropping, tying="loop", remat="full"))
-    for key in (None, jax.random.key(3)):
-        np.testing.assert_allclose(loop.apply(aux[1], images, key), gather.apply(aux[1], images, key), rtol=1e-5, atol=1e-5)
-    assert np.abs(gather.apply(aux[1], images, jax.random.key(3)) - gather.apply(aux[1], images)).max() > 1e-2
-    np.testing.assert_array_equal(aux[0].apply(aux[1], images, jax.random.key(3)), aux[0].apply(aux[1], images))  # a rate of 0
+    gather, loop = (jax.jit(functional(Vit, cfg).apply) for cfg in (dropping, replace(dropping, tying="loop", remat="full")))
+    dropped = gather(aux[1], images, jax.random.key(3))
+    np.testing.assert_allclose(loop(aux[1], images, jax.random.key(3)), dropped, rtol=1e-5, atol=1e-5)
+    whole = jax.jit(aux[0].apply)(aux[1], images, jax.random.key(3))  # a rate of 0: training is evaluation
+    np.testing.assert_array_equal(whole, jax.jit(aux[0].apply)(aux[1], images))
+    assert np.abs(whole - dropped).max() > 1e-2
 
 
 def test_stochastic_depth_keeps_the_mean_and_rises_linearly(gene):
-    model = Vit(replace(gene, drop_path=0.4), rngs=__import__("flax").nnx.Rngs(0))
-    (keep,) = model._keep(jax.random.key(0), 20_000)
+    keep = np.asarray(jax.jit(lambda key: kept(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0)))
     assert keep.shape == (5, 2, 20_000)
     np.testing.assert_allclose(keep.mean(2), 1, atol=0.03)
     np.testing.assert_allclose((keep == 0).mean(2), np.linspace(0, 0.4, 5)[:, None] * np.ones((1, 2)), atol=0.015)
@@ -104,7 +104,7 @@ def test_tleg_starts_with_a_norm_of_scale_one_and_lies_on_a_line(gene, draw, ima
     base, slope = params["blocks/mlp/down/kernel"]
     np.testing.assert_array_equal(expanded["blocks/mlp/down/kernel"][0], base)
     np.testing.assert_allclose(expanded["blocks/mlp/down/kernel"][4], base + 4 / 5 * slope, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(plain.apply(expanded, images), model.apply(params, images), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(plain.apply)(expanded, images), jax.jit(model.apply)(params, images), rtol=1e-4, atol=1e-4)
     assert macs(cfg, model.spec) == macs(cfg.of_depth(5), plain.spec)
 
 
