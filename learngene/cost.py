@@ -1,6 +1,8 @@
 """What a gene saves, by formula (spec §6): stored parameters, pre-training, total training; and what each ratio takes for granted."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +10,7 @@ from rich.table import Table
 
 from common.errors import InputError
 from common.nn.functional import functional
+from common.surgery.axes import Spec
 from learngene.vit import Vit, VitConfig, macs, parameters
 from learngene.zoo import auxiliary, vit
 
@@ -31,12 +34,20 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 
 def count(cfg: VitConfig) -> int:
-    return parameters(functional(Vit, cfg).spec)["total"]
+    """Stored parameters."""
+    one = parameters(_of_one_block(cfg.of_depth(1)))
+    return one["total"] + (cfg.layers - 1) * one["blocks"]
 
 
 def work(cfg: VitConfig) -> int:
     """Multiply-accumulates of one picture, forward."""
-    return macs(cfg, functional(Vit, cfg).spec)
+    repeated = replace(cfg, gene="sws", layers=1, layout=(cfg.depth,))
+    return macs(repeated, _of_one_block(cfg.of_depth(1)))
+
+
+@cache
+def _of_one_block(cfg: VitConfig) -> Spec:
+    return functional(Vit, cfg).spec
 
 
 def ratios(size: str, depths: Sequence[int]) -> dict[str, float]:

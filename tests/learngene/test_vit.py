@@ -10,7 +10,7 @@ import pytest
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.plan import Source, apply
-from learngene.cost import ratios, work
+from learngene.cost import count, ratios, work
 from learngene.expand import expansion
 from learngene.vit import Vit, VitConfig, kept, macs, parameters
 from learngene.zoo import auxiliary, vit
@@ -36,7 +36,8 @@ def test_published_sizes_to_the_unit():
 
 
 def test_an_auxiliary_net_costs_what_its_layers_cost():
-    assert work(auxiliary("s")) == work(vit("s", 16))
+    aux = functional(Vit, auxiliary("s")).spec
+    assert macs(auxiliary("s"), aux) == work(auxiliary("s")) == work(vit("s", 16)) and count(auxiliary("s")) == parameters(aux)["total"]
     # 12 layers at 196 tokens: 12 D^2 multiply-accumulates a token, and two products of the attention.
     inside = 12 * (196 * 12 * 384**2 + 2 * 196**2 * 384)
     assert work(vit("s")) == inside + 196 * 768 * 384 + 384 * 1000
