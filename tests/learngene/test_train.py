@@ -58,18 +58,18 @@ def gene_config(data):
         held_out=SourceConfig(str(data / "test"), text=""),
         crop=1.0,
         optim=replace(ADAMW, lr=1e-2, warmup=2),
-        steps=24,
-        log_every=6,
-        eval_every=12,
-        save_every=6,
+        steps=48,
+        log_every=12,
+        eval_every=24,
+        save_every=24,
     )
 
 
 @pytest.fixture(scope="module")
 def comparison(gene_config):
     shared = {name: getattr(gene_config, name) for name in ("data", "storage", "pipeline", "held_out", "crop", "log_every", "eval_every")}
-    conv = ConvConfig(size=8, widths=(8,), blocks=1, classes=3)
-    teacher = TeacherConfig(student=conv, optim=replace(CONVNET_ADAMW, lr=1e-2, warmup=2), steps=24, save_every=24, **shared)
+    conv = ConvConfig(size=8, widths=(16,), blocks=1, classes=3)
+    teacher = TeacherConfig(student=conv, optim=replace(CONVNET_ADAMW, lr=2e-2, warmup=2), steps=72, save_every=72, **shared)
     rates = {name: replace(ADAMW, lr=1e-3, warmup=0) for name in ("tune", "scratch")}
     return Comparison(gene=gene_config, teacher=teacher, depths=(4,), methods=("sws", "shuffled", "kd"), epochs=1, **rates)
 
