@@ -1,5 +1,6 @@
 """`heirloom compare`: several ways to start models of several depths, by accuracy after 0, 1 and n epochs and by what all of it costs."""
 
+import json
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -195,7 +196,7 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
 
 def curve(recipe: Config, folder: Path) -> dict[str, Any]:
     """Train one arm; its accuracy by epoch from before the first step, and what it cost. Kept as `result.json` in its folder."""
-    file, about = folder / "result.json", to_json(recipe)
+    file, about = folder / "result.json", json.loads(json.dumps(to_json(recipe)))
     if file.is_file():
         saved = read_json(file)
         if lines := difference(saved["config"], about):
@@ -208,6 +209,7 @@ def curve(recipe: Config, folder: Path) -> dict[str, Any]:
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
     result = {
         "top1": [before["top1"], *(line["eval/top1"] for line in scored)],
+        "loss": [before["loss"], *(line["eval/loss"] for line in scored)],
         "steps": [0, *(line["step"] for line in scored)],
         "lr": recipe.optim.lr,
         "parameters": cost.count(recipe.student),

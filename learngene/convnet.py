@@ -98,7 +98,9 @@ def macs(cfg: ConvConfig, spec: Spec) -> int:
     total = spec["stem/kernel"].count * cfg.size**2 + spec["head/kernel"].count
     for path, leaf in spec.items():
         if path.startswith("blocks/") and path.endswith("/kernel"):
-            total += leaf.count * -((-cfg.size // 2 ** (int(path.split("/")[1]) // cfg.blocks)) ** 2)
+            stage = int(path.split("/")[1]) // cfg.blocks
+            side = -(-cfg.size // 2**stage)
+            total += leaf.count * side**2
     return total
 
 

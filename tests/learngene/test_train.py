@@ -95,7 +95,8 @@ def test_teacher_and_gene_learn(compared):
 def test_before_its_first_step_a_descendant_of_the_same_layout_is_the_auxiliary_net(compared):
     _, results = compared
     assert results["arms"]["sws-4"]["top1"][0] == results["genes"]["sws"]["top1"]
-    assert results["arms"]["shuffled-4"]["top1"][0] < results["arms"]["sws-4"]["top1"][0]
+    # These colours survive any order of two stages, but less surely.
+    assert results["arms"]["shuffled-4"]["loss"][0] > 1.02 * results["arms"]["sws-4"]["loss"][0]
     assert results["arms"]["kd-4"]["top1"][0] < 0.7
 
 
