@@ -48,7 +48,7 @@ def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh
 
     def score(params: Mapping[str, Any]) -> dict[str, float]:
         with jax.set_mesh(mesh):
-            total = sum(np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out)
+            total = np.sum([np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out], axis=0)
         return dict(zip(("top1", "top5", "loss"), (total / len(held_out)).tolist(), strict=True))
 
     return score

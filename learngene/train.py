@@ -195,7 +195,7 @@ def check(cfg: Config, teacher: Teacher | None = None) -> None:
         raise InputError(f"pictures are read with 3 channels, the student has {cfg.student.channels}: set student.channels to 3")
     if cfg.init != "random" and (cfg.donor or cfg.family is not FAMILY):
         raise InputError("init 'mimetic' is for a ViT without donor: leave donor empty, or init 'random'")
-    if isinstance(cfg.student, VitConfig) and cfg.student.gene != "none" and not (cfg.teacher or teacher) and cfg.distill.alpha == 1:
+    if getattr(cfg.student, "gene", "none") != "none" and not (cfg.teacher or teacher) and cfg.distill.alpha == 1:
         raise InputError("this gene would learn from labels alone: name a teacher, or say so with --distill.alpha 0")
     if cfg.teacher == CACHED and cfg.augment.changes:
         raise InputError(

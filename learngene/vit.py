@@ -173,10 +173,11 @@ class Vit(nnx.Module):
         self.class_token = Token(sizes, rngs=rngs) if cfg.prefix > 0 else None
         self.distillation_token = Token(sizes, rngs=rngs) if cfg.prefix > 1 else None
         self.position = param("grid_row grid_col -> embed", sizes, SMALL, rngs)
-        self.blocks: Any = stack(lambda rngs: DroppedBlock(sizes, **block, rngs=rngs), cfg.layers, rngs)
+        blocks: Any = stack(lambda rngs: DroppedBlock(sizes, **block, rngs=rngs), cfg.layers, rngs)
         if cfg.gene == "tleg":  # the slope of a norm starts at 0, so that every layer's scale is 1
-            for norm in (self.blocks.attn_norm, self.blocks.mlp_norm):
+            for norm in (blocks.attn_norm, blocks.mlp_norm):
                 norm.scale[...] = norm.scale[...].at[1].set(0)
+        self.blocks = blocks
         self.norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs)
         self.head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs)
         self.distillation_head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.pool == "cls+dist" else None
