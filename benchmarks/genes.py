@@ -1,9 +1,9 @@
 """Six claims about genes on small data: SWS, TLEG and weight selection against training from scratch, with controls, over several seeds.
 
     python scripts/make_fashion_mnist.py ...                                                  # once: data/fashion_mnist
-    python benchmarks/learngene.py --runs runs/genes --json benchmarks/results/learngene_cpu.json
+    python benchmarks/genes.py --runs runs/genes --json benchmarks/results/genes_cpu.json
     python scripts/make_cifar10.py ...                                                        # once: data/cifar10
-    python benchmarks/learngene.py --size gpu --runs runs/genes_gpu --json benchmarks/results/learngene_gpu.json
+    python benchmarks/genes.py --size gpu --runs runs/genes_gpu --json benchmarks/results/genes_gpu.json
 
 Estimated: two hours on two CPU cores (Fashion-MNIST), two on a GPU (CIFAR-10). Everything finished is kept in --runs, and the same
 command goes on where it was stopped.
