@@ -127,6 +127,8 @@ def check(cfg: Comparison) -> None:
         raise InputError("compare starts from the recipe of an SWS gene (student.gene sws); TLEG's is derived from it")
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
+    if not cfg.gene.teacher and not cfg.teacher.data.path:
+        raise InputError("the recipe names no teacher, and none to train: give --gene.teacher SOURCE, with the same classes and size")
     for name in cfg.methods:
         if name not in ARMS:
             raise InputError(f"no method {name!r}{nearest(name, ARMS)} (there are {', '.join(ARMS)})")
