@@ -30,15 +30,16 @@ class PerClass(nnx.Module):
         self.each = Dense("feature -> embed", sizes, rngs=rngs)
         self.mean = Dense("feature -> embed", sizes, rngs=rngs)
         self.pooled = Dense("embed -> embed", sizes, rngs=rngs)
-        self.count = param("-> embed", sizes, normal(0.02), rngs)
+        self.count = Dense("one -> embed", sizes | {"one": 1}, init=normal(0.02), bias=None, rngs=rngs)
         self.whole = Dense("embed -> embed", sizes, rngs=rngs)
 
     def __call__(self, x: jax.Array, there: jax.Array) -> Condition:
         weight = there[..., None].astype(x.dtype)
-        count = jnp.maximum(weight.sum(2), 1)
+        seen = weight.sum(2)
+        count = jnp.maximum(seen, 1)
         mean = (x * weight).sum(2) / count
         pooled = (jax.nn.gelu(self.each(x)) * weight).sum(2) / count
-        tokens = self.mean(mean) + self.pooled(pooled) + jnp.log(count) * self.count[...]
+        tokens = self.mean(mean) + self.pooled(pooled) + self.count(jnp.log1p(seen))
         return Condition(tokens, self.whole(tokens.mean(1)))
 
 
