@@ -1,11 +1,15 @@
 """What a generator of weights has to beat (spec §5.2). Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Heads = np.ndarray
+PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
 
 
 def with_bias(x: np.ndarray) -> np.ndarray:
@@ -45,32 +49,39 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ridge:
-    """A linear map from condition to weights, the penalty chosen on held-out rows."""
+    """A linear map from condition to weights, [in + 1, out]; the penalty is chosen on classes that were left out."""
 
     matrix: np.ndarray
     penalty: float
 
     @classmethod
-    def fit(cls, condition: np.ndarray, weights: np.ndarray, penalties: tuple[float, ...] = (0.01, 0.1, 1, 10, 100, 1000)) -> "Ridge":
-        """condition: [n, in]; weights: [n, out]. The last tenth of the rows chooses, then all are used."""
-        x, y = with_bias(condition).astype(np.float64), weights.astype(np.float64)
-        cut = len(x) - max(len(x) // 10, 1)
+    def fit(cls, condition: np.ndarray, weights: np.ndarray, groups: np.ndarray, penalties: Sequence[float] = PENALTIES) -> "Ridge":
+        """condition: [n, in]; weights: [n, out]; groups: [n], what a row must not share with the rows it is tested on (its class).
 
-        def solve(rows: slice, penalty: float) -> np.ndarray:
+        The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would choose too little.
+        """
+        x, y = with_bias(condition).astype(np.float64), weights.astype(np.float64)
+        held = groups >= np.quantile(np.unique(groups), 0.8)
+
+        def solve(rows: np.ndarray, penalty: float) -> np.ndarray:
             return np.linalg.solve(x[rows].T @ x[rows] + penalty * np.eye(x.shape[1]), x[rows].T @ y[rows])
 
-        errors = [float(np.mean((x[cut:] @ solve(slice(cut), p) - y[cut:]) ** 2)) for p in penalties]
+        errors = [float(np.mean((x[held] @ solve(~held, p) - y[held]) ** 2)) for p in penalties]
         best = penalties[int(np.argmin(errors))]
-        return cls(solve(slice(None), best), best)
+        return cls(solve(np.ones(len(x), bool), best), best)
 
     def __call__(self, condition: np.ndarray) -> np.ndarray:
         return (with_bias(condition) @ self.matrix).astype(np.float32)
 
 
-def row_condition(support: np.ndarray) -> np.ndarray:
-    """What a row is predicted from: its class's mean feature and the task's. [task, class, picture, f] -> [task, class, 2 f]."""
-    mean = support.mean(2)
-    return np.concatenate([mean, np.broadcast_to(mean.mean(1, keepdims=True), mean.shape)], axis=-1)
+def row_condition(mean: Any) -> Any:
+    """What a linear map predicts a row from: the class's mean feature, its direction, the task's mean and the offset from it, and both
+    squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or traced."""
+    xp = jnp if isinstance(mean, jax.Array) else np
+    size = xp.mean(mean**2, -1, keepdims=True)
+    task = xp.broadcast_to(xp.mean(mean, -2, keepdims=True), mean.shape)
+    others = xp.broadcast_to(xp.mean(size, -2, keepdims=True), size.shape)
+    return xp.concatenate([mean, mean / xp.sqrt(size + 1e-6), task, mean - task, size, others], -1)
 
 
 def noisy(weights: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:

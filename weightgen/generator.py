@@ -1,6 +1,6 @@
 """The generator: codec, condition and denoiser as one model, its loss, and how it is sampled (spec §2.10-2.11, §7.2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,14 +11,17 @@ from flax import nnx
 
 from common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear_schedule, respace, scaled_linear_schedule
 from common.errors import InputError
+from common.nn.dense import param, zeros
 from common.nn.functional import Functional
-from weightgen.codec import Pca, PcaFit
+from weightgen.baselines import Ridge, row_condition
+from weightgen.codec import Pca, fit_pca
 from weightgen.conditions import Condition, MlpSet, PerClass, SetConfig, SetOfSets
 from weightgen.denoiser import DenoiserConfig, TokenDit
+from weightgen.data import Bank
 from weightgen.nets import NetConfig
-from weightgen.zoo import head_tokens
+from weightgen.zoo import Zoo, head_tokens
 
-CODEC = ("codec/**",)  # fitted before training and never updated
+FITTED = ("codec/**", "prior/**")  # fitted before training and never updated
 FULL = 1000  # steps of the default schedule
 
 
@@ -34,12 +37,33 @@ class GeneratorConfig:
     mlp: the released dense layers over slots, which do."""
     shots: int = 5
     """Pictures of each class it looks at, at most."""
+    prior: Literal["none", "linear"] = "linear"
+    """linear: a ridge map from the condition to a head's rows, fitted before; diffusion then models what it leaves. For heads per class."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     schedule: Literal["linear", "scaled_linear"] = "linear"
     """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
 
+    def __post_init__(self) -> None:
+        if self.prior == "linear" and (self.net.kind != "head" or self.condition != "per_class"):
+            raise InputError('a linear prior predicts the rows of a head from its classes: for other networks set prior to "none"')
+
     def chain(self) -> Schedule:
         return linear_schedule(FULL) if self.schedule == "linear" else scaled_linear_schedule()
+
+
+class LinearPrior(nnx.Module):
+    """Rows of a head by a linear map of `row_condition`, one map for each number of pictures. mean: [batch, class, feature]."""
+
+    def __init__(self, features: int, shots: int, length: int, *, rngs: nnx.Rngs):
+        sizes = {"shots": shots, "condition": 4 * features + 3, "weight": length}
+        self.table = param("shots condition -> weight", sizes, zeros, rngs)
+
+    def __call__(self, support: jax.Array, there: jax.Array) -> jax.Array:
+        count = there.sum(2)
+        mean = (support * there[..., None]).sum(2) / jnp.maximum(count, 1)[..., None]
+        condition = row_condition(mean)
+        condition = jnp.concatenate([condition, jnp.ones_like(condition[..., :1])], -1)
+        return jnp.einsum("bci,bio->bco", condition, self.table[...][jnp.maximum(count[:, 0], 1) - 1])
 
 
 class Generator(nnx.Module):
@@ -58,6 +82,7 @@ class Generator(nnx.Module):
             self.condition = SetOfSets(SetConfig(features=features), width, rngs=rngs)
         else:
             self.condition = MlpSet(features, cfg.net.classes * cfg.shots, width, rngs=rngs)
+        self.prior = LinearPrior(features, cfg.shots, spec.length, rngs=rngs) if cfg.prior == "linear" else None
         order: Any = "exchangeable" if cfg.net.kind == "head" and cfg.condition == "per_class" else "ordered"
         self.denoiser = TokenDit(cfg.denoiser, cfg.latent, spec.rows, order, rngs=rngs)
         self.rows = spec.rows
@@ -79,16 +104,34 @@ class Generator(nnx.Module):
     def predict(self, noisy: jax.Array, t: jax.Array, told: Condition) -> jax.Array:
         return self.denoiser(noisy, t, told)
 
-    def encode(self, tokens: jax.Array) -> jax.Array:
-        return self.codec.encode(tokens)
+    def expected(self, support: jax.Array, there: jax.Array) -> jax.Array:
+        """What the prior says of the tokens, [batch, token, length]; 0 without one."""
+        return jnp.zeros(()) if self.prior is None else self.prior(support, there)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        return self.codec.decode(latents)
+    def encode(self, tokens: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
+        return self.codec.encode(tokens - self.expected(support, there))
+
+    def decode(self, latents: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
+        return self.codec.decode(latents) + self.expected(support, there)
 
 
-def with_codec(params: Mapping[str, jax.Array], fit: PcaFit) -> dict[str, jax.Array]:
-    """The parameters with a fitted codec in place."""
-    return {**params, "codec/mean": jnp.asarray(fit.mean), "codec/components": jnp.asarray(fit.components), "codec/scale": jnp.asarray(fit.scale)}
+def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: int = 4000) -> dict[str, np.ndarray]:
+    """What needs no training: the linear prior, and PCA of what it leaves, from at most `most` networks of the zoo."""
+    rng = np.random.default_rng(seed)
+    rows = np.arange(len(zoo)) if len(zoo) <= most else np.sort(rng.choice(len(zoo), most, replace=False))
+    tokens, fitted = zoo.tokens(rows), {}
+    rest = [tokens]
+    if cfg.prior == "linear":
+        classes = np.asarray(zoo.classes[rows])
+        support, maps, rest = bank.draw(classes, cfg.shots, rng), [], []
+        for shots in range(1, cfg.shots + 1):
+            condition = row_condition(support[:, :, :shots].mean(2))
+            ridge = Ridge.fit(condition.reshape(-1, condition.shape[-1]), tokens.reshape(-1, tokens.shape[-1]), classes.reshape(-1))
+            maps.append(ridge.matrix)
+            rest.append(tokens - ridge(condition))
+        fitted["prior/table"] = np.stack(maps).astype(np.float32)
+    pca = fit_pca(np.concatenate(rest).reshape(-1, tokens.shape[-1]), cfg.latent)
+    return fitted | {"codec/mean": pca.mean, "codec/components": pca.components, "codec/scale": pca.scale}
 
 
 def loss(
@@ -103,12 +146,12 @@ def loss(
 
     def value(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
         times, noises, drops = jax.random.split(key, 3)
-        clean = jax.lax.stop_gradient(model.apply(params, batch["tokens"], method="encode"))
+        seen = jnp.broadcast_to(jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None], batch["support"].shape[:3])
+        clean = jax.lax.stop_gradient(model.apply(params, batch["tokens"], batch["support"], seen, method="encode"))
         step = jax.random.randint(times, (len(clean),), 0, len(schedule))
         noise = jax.random.normal(noises, clean.shape)
         kept = jax.random.uniform(drops, (len(clean), 1, 1)) >= dropout
-        there = (jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None]) & kept
-        there = jnp.broadcast_to(there, batch["support"].shape[:3])
+        there = seen & kept
         predicted = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], there)
         alpha, sigma = _alpha_sigma(schedule, step)
         error = jnp.mean(jnp.square(predicted - (alpha * noise - sigma * clean)))
@@ -157,7 +200,7 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
     ) -> jax.Array:
         spec = head_tokens(cfg.net)
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (spec.rows, cfg.latent)))(index)
-        clean = None if start is None else model.apply(params, start, method="encode")
+        clean = None if start is None else model.apply(params, start, support, there, method="encode")
         told = model.apply(params, support, there, method="told")
         untold = model.apply(params, support, jnp.zeros_like(there), method="told") if how.guidance != 1 else None
 
@@ -178,7 +221,7 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
         x = noise
         if clean is not None and how.strength < 1:
             x = float(sampler.alpha[0]) * clean + float(sampler.sigma[0]) * noise
-        out = model.apply(params, sampler.run(denoise, x, key), method="decode")
+        out = model.apply(params, sampler.run(denoise, x, key), support, there, method="decode")
         return out if start is None or known is None else jnp.where(known[:, None], start, out)
 
     return draw
