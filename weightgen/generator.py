@@ -86,6 +86,7 @@ class Generator(nnx.Module):
         order: Any = "exchangeable" if cfg.net.kind == "head" and cfg.condition == "per_class" else "ordered"
         self.denoiser = TokenDit(cfg.denoiser, cfg.latent, spec.rows, order, rngs=rngs)
         self.rows = spec.rows
+        self.first_class = next(piece.first for piece in spec.pieces if piece.path == "out/kernel")
         self.cfg = cfg
 
     def __call__(self, noisy: jax.Array, t: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
@@ -97,9 +98,9 @@ class Generator(nnx.Module):
         found = self.condition(support, there)
         if self.cfg.net.kind == "head":
             return found
-        # The rows of the last layer are the classes; the neurons before it are told the task as a whole.
-        gap = self.rows - self.cfg.net.classes
-        return Condition(jnp.pad(found.tokens, ((0, 0), (gap, 0), (0, 0))), found.whole)
+        # The rows of the last layer are the classes; the other neurons are told the task as a whole.
+        before = self.first_class
+        return Condition(jnp.pad(found.tokens, ((0, 0), (before, self.rows - before - self.cfg.net.classes), (0, 0))), found.whole)
 
     def predict(self, noisy: jax.Array, t: jax.Array, told: Condition) -> jax.Array:
         return self.denoiser(noisy, t, told)

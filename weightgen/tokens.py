@@ -95,8 +95,8 @@ class TokenSpec:
             leaf = np.asarray(leaves[piece.path])
             if leaf.shape[len(lead) :] != piece.shape:
                 raise InputError(f"{piece.path}: shape {leaf.shape[len(lead) :]}, the tokens were cut for {piece.shape}")
-            moved = leaf.astype(dtype).transpose(*range(len(lead)), *(len(lead) + i for i in piece.order))
-            self._block(out, piece)[...] = self._pad(moved.reshape(*lead, piece.size), piece)
+            moved = leaf.astype(dtype).transpose((*range(len(lead)), *(len(lead) + i for i in piece.order)))
+            self._block(out, piece)[...] = self._pad(moved.reshape((*lead, piece.size)), piece)
         return out
 
     def unflatten(self, tokens: Any, like: Any) -> Any:
@@ -111,8 +111,8 @@ class TokenSpec:
             if path not in pieces:
                 return leaf
             piece = pieces[path]
-            block = self._block(tokens, piece).reshape(*lead, piece.rows * piece.width)[..., : piece.size]
-            moved = block.reshape(*lead, *(piece.shape[i] for i in piece.order))
+            block = self._block(tokens, piece).reshape((*lead, piece.rows * piece.width))[..., : piece.size]
+            moved = block.reshape((*lead, *(piece.shape[i] for i in piece.order)))
             back = np.argsort(piece.order)
             return moved.transpose(*range(len(lead)), *(len(lead) + i for i in back)).astype(leaf.dtype)
 
