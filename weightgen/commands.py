@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def families() -> list["Family"]:
-    """Its generators, for inspect, eval and generate."""
-    from weightgen.formats import FAMILY
+    """Its generators and what belongs to them, for inspect, eval and generate."""
+    from weightgen.formats import FAMILIES
 
-    return [FAMILY]
+    return FAMILIES
 
 
 def demo(seed: int, out: "Path") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Pictures as features by class: what zoos are trained on, and what a data set looks like to the generator."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +119,22 @@ class Bank:
             raise InputError(f"class {names[int(counts.argmin())]!r} has no picture here")
         return cls(np.ascontiguousarray(features[order]), np.concatenate([[0], np.cumsum(counts)]), tuple(names))
 
+    def save(self, folder: Path) -> None:
+        """Write `bank.npz` into a zoo's folder."""
+        np.savez(folder / "bank.npz", features=self.features, starts=self.starts, names=np.array(self.names))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bank":
+        """Raises InputError for a folder without one, such as a zoo of imported checkpoints."""
+        if not (folder / "bank.npz").is_file():
+            raise InputError(f"{folder} has no bank.npz: nothing says what its networks were trained on")
+        with np.load(folder / "bank.npz") as stored:
+            return cls(stored["features"], stored["starts"], tuple(stored["names"].tolist()))
+
+    def first(self, classes: int) -> "Bank":
+        """The first classes alone."""
+        return Bank(self.features[: self.starts[classes]], self.starts[: classes + 1], self.names[:classes])
+
     @cached_property
     def counts(self) -> np.ndarray:
         return np.diff(self.starts)
@@ -151,20 +166,12 @@ class EmojiTasks:
     """The emoji by CLDR subgroup, split three ways by concept, some subgroups unseen by the zoo.
 
     Of each class the concepts are dealt to support, select and test: no concept, in any hand, is in two of them.
-    seen, unseen: part -> bank. The zoo learns from `zoo`, the seen support pictures, each also turned and recoloured as further
-    pseudo-classes.
+    seen, unseen: part -> bank. The zoo learns from the seen support pictures.
     """
 
-    zoo: Bank
     seen: dict[str, Bank]
     unseen: dict[str, Bank]
     projection: Projection
-
-
-def turned(picture: np.ndarray) -> list[np.ndarray]:
-    """A picture and its pseudo-classes: turned by half, its colours rotated, both. uint8 [h, w, 3] each."""
-    colours = np.roll(picture, 1, axis=2)
-    return [picture, picture[::-1, ::-1], colours, colours[::-1, ::-1]]
 
 
 def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int = 6, seed: int = 0) -> EmojiTasks:
@@ -189,8 +196,7 @@ def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int
 
     kept = [r for r in records if r["subgroup"] in names]
     encode = encoder(backend)
-    pictures = [np.asarray(decode(r["image"])) for r in kept]
-    raw = encode(pictures)
+    raw = encode([r["image"] for r in kept])
     seen = np.array([r["subgroup"] in groups["seen"] for r in kept])
     parts = np.array([part_of[r["concept"]] for r in kept])
     donor = seen & (parts == "support")
@@ -201,16 +207,7 @@ def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int
         rows = np.flatnonzero((parts == part) & (seen == (group == "seen")))
         return Bank.of(x[rows], np.array([groups[group].index(kept[i]["subgroup"]) for i in rows]), groups[group])
 
-    views = [turned(pictures[i]) for i in np.flatnonzero(donor)]
-    copies = [projection(encode([v[k] for v in views])) for k in range(1, len(views[0]))]
-    labels = np.array([groups["seen"].index(kept[i]["subgroup"]) for i in np.flatnonzero(donor)])
-    n = len(groups["seen"])
-    zoo = Bank.of(
-        np.concatenate([x[donor], *copies]),
-        np.concatenate([labels + k * n for k in range(len(copies) + 1)]),
-        [f"{name}{'' if k == 0 else f' (pseudo {k})'}" for k in range(len(copies) + 1) for name in groups["seen"]],
-    )
-    return EmojiTasks(zoo, {p: bank("seen", p) for p in SHARES}, {p: bank("unseen", p) for p in SHARES}, projection)
+    return EmojiTasks({p: bank("seen", p) for p in SHARES}, {p: bank("unseen", p) for p in SHARES}, projection)
 
 
 def draw_tasks(classes: int, tasks: int, ways: int, rng: np.random.Generator) -> np.ndarray:
@@ -218,12 +215,3 @@ def draw_tasks(classes: int, tasks: int, ways: int, rng: np.random.Generator) ->
     if classes < ways:
         raise InputError(f"{ways}-way tasks need {ways} classes, there are {classes}")
     return np.argsort(rng.random((tasks, classes)), axis=1)[:, :ways].astype(np.int32)
-
-
-def png(picture: np.ndarray) -> bytes:
-    """uint8 [h, w, 3] as a PNG."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(picture).save(out, "PNG")
-    return out.getvalue()

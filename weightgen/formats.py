@@ -9,9 +9,12 @@ from common.checkpoint.convert import Check, Donor, Family
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.report import kernel_macs
+from weightgen.autoencoder import TokenVae, TokenVaeConfig
+from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.denoiser import DenoiserConfig
 from weightgen.generator import Generator, GeneratorConfig
-from weightgen.nets import NetConfig
+from weightgen.nets import MODULES, NetConfig
+from weightgen.zoo import head_tokens
 
 COMPANIONS = ("features.safetensors", "report.json")
 
@@ -45,10 +48,34 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 def macs(cfg: GeneratorConfig, spec: Spec) -> int:
     """Multiply-accumulates of one denoising step of one network, attention's own products left out."""
-    from weightgen.zoo import head_tokens
-
     tokens = head_tokens(cfg.net).rows
-    return tokens * kernel_macs({path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")})
+    own = {path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")}
+    once = [(pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")]
+    return sum(kernel_macs(own, [*once, ("**", tokens)]).values())
+
+
+def _simple(name: str, module: Any, config: Any) -> Family:
+    """A family of ours without foreign formats, whose matmuls each count once."""
+
+    def read(model: Mapping[str, Any]) -> Any:
+        try:
+            return config(**model)
+        except TypeError as error:
+            raise InputError(f"config.json does not describe a {name} ({error}); make it again") from error
+
+    def count(cfg: Any, spec: Spec) -> int:
+        return sum(kernel_macs(spec, [("**", 1)]).values())
+
+    return Family(name, module, read, (), companions, verify, parameters, count)
+
+
+def network(cfg: NetConfig, *, rngs: Any) -> Any:
+    """The module of a network of a zoo."""
+    return MODULES[cfg.kind](cfg, rngs=rngs)
 
 
 FAMILY = Family("weightgen", Generator, config, (), companions, verify, parameters, macs)
+CODEC = _simple("weightgen-codec", TokenVae, TokenVaeConfig)
+ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
+NETWORK = _simple("weightgen-network", network, NetConfig)
+FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK]

@@ -1,18 +1,15 @@
-"""Training: recipes of zoo, codec, encoder and generator, and the loop they share."""
+"""The loop that codec, encoder and generator share, and batches of zoos."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from common.data.pipeline import Batches
-from common.nn.functional import Functional
 from common.surgery.axes import Spec
 from common.train.loop import Run
 from common.train.mesh import MeshConfig, batch_sharding
@@ -51,12 +48,11 @@ def fit(
     data: Batches,
     *,
     frozen: tuple[str, ...] = (),
+    no_decay: tuple[str, ...] = (),
     save: Callable[[dict[str, jax.Array]], None] | None = None,
 ) -> dict[str, jax.Array]:
     """Train in a run folder, or go on there; returns the averaged parameters. `frozen`: path patterns that are not updated."""
-    from dataclasses import replace
-
-    optim = replace(cfg.optim, frozen=(*cfg.optim.frozen, *frozen), no_decay=(*cfg.optim.no_decay, *frozen))
+    optim = replace(cfg.optim, frozen=(*cfg.optim.frozen, *frozen), no_decay=(*cfg.optim.no_decay, *frozen, *no_decay))
     optimizer = make_optimizer(optim, spec, cfg.steps)
     step = make_step(loss, optimizer, spec, mesh, cfg.step)
     state = run.restore_or(

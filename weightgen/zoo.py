@@ -16,7 +16,7 @@ from common.checkpoint.weights import read_json, staged, write_json
 from common.errors import InputError
 from common.nn.functional import Functional
 from weightgen.nets import NetConfig, net
-from weightgen.tokens import TokenSpec, chunks, neurons
+from weightgen.tokens import Piece, TokenSpec, chunks, neurons
 
 Params = dict[str, jax.Array]
 
@@ -100,12 +100,15 @@ class Zoo:
         out[..., self.spec.mask] = flat
         return out
 
-    def save(self, folder: Path, *, force: bool = False) -> None:
+    def save(self, folder: Path, *, beside: Callable[[Path], Any] | None = None, force: bool = False) -> None:
+        """Write a zoo's folder; `beside(folder)` adds what travels along."""
         with staged(folder, force=force) as out:
             out.mkdir()
             for name in ("weights", "quality", "classes"):
                 np.save(out / f"{name}.npy", getattr(self, name))
             write_json(out / "zoo.json", {"net": self.net and asdict(self.net), "pieces": [asdict(p) for p in self.spec.pieces]})
+            if beside:
+                beside(out)
 
 
 def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
@@ -120,8 +123,6 @@ def open_zoo(folder: Path) -> Zoo:
     about = read_json(folder / "zoo.json")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("weights", "quality", "classes")}
     cfg = NetConfig(**about["net"]) if about["net"] else None
-    from weightgen.tokens import Piece
-
     pieces = tuple(Piece(**{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()}) for piece in about["pieces"])
     rows, length = max(p.first + p.rows for p in pieces), max(p.column + p.width for p in pieces)
     return Zoo(**arrays, net=cfg, spec=TokenSpec(pieces, rows, length))
@@ -136,15 +137,16 @@ def build(
     start: Literal["shared", "random"] = "shared",
     chunk: int = 500,
     seed: int = 0,
+    first: int = 0,
 ) -> Iterator[Params]:
     """Train a zoo chunk by chunk, so that it never has to be in memory; yields populations of `chunk` networks and a rest.
 
-    data(first, last): x [member, example, ...] and y [member, example] of these members.
+    first: where to begin, a multiple of `chunk`. data(first, last): x [member, example, ...] and y [member, example] of these members.
     """
     model = net(cfg)
     run = jax.jit(lambda params, x, y, key: fit_population(model, params, x, y, fit, key))
     key = jax.random.key(seed)
-    for first in range(0, members, chunk):
+    for first in range(first, members, chunk):
         last = min(first + chunk, members)
         x, y = data(first, last)
         # Shared means shared by the whole zoo: the key does not depend on the chunk.
