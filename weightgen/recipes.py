@@ -88,7 +88,7 @@ class ZooRecipe(Stage):
             quality = np.asarray(accuracy(model, params, x, y), np.float32)
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()})), quality=quality)
-            metrics.write({"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())})
+            metrics.append({"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())})
             print(f"{min((i + 1) * self.chunk, self.members):,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on held-out pictures")
         chunks = [np.load(file) for file in sorted(parts.glob("*.npz"))]
         zoo = Zoo(*(np.concatenate([c[name] for c in chunks]) for name in ("weights", "quality")), classes, self.net, spec)
