@@ -100,7 +100,12 @@ def gaussian(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarra
 
 
 def kde(
-    latents: np.ndarray, n: int, rng: np.random.Generator, *, bandwidth: float = 0.002, draws: Literal["independent", "legacy"] = "independent"
+    latents: np.ndarray,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    bandwidth: float = 0.002,
+    draws: Literal["independent", "legacy"] = "independent",
 ) -> np.ndarray:
     """Kernel density sampling dimension by dimension (S_KDE; give it the best 30 % for S_KDE30). latents: [member, latent].
 

@@ -131,10 +131,6 @@ class Bank:
         with np.load(folder / "bank.npz") as stored:
             return cls(stored["features"], stored["starts"], tuple(stored["names"].tolist()))
 
-    def first(self, classes: int) -> "Bank":
-        """The first classes alone."""
-        return Bank(self.features[: self.starts[classes]], self.starts[: classes + 1], self.names[:classes])
-
     @cached_property
     def counts(self) -> np.ndarray:
         return np.diff(self.starts)

@@ -35,8 +35,12 @@ def run(seed: int, out: Path, cfg: ProofConfig | None = None) -> dict[str, Any]:
         for name, backend in BACKBONES.items():
             tasks = emoji_tasks(backend)
             unseen, seen = (len(group["support"].names) for group in (tasks.unseen, tasks.seen))
-            console.print(f"\n{name}: {cfg.ways}-way heads; classes are CLDR subgroups, {seen} for the zoo and {unseen} unseen", soft_wrap=True)
-            results[name] = prove(cfg, tasks, Path(folder) / backend.replace(":", "-"), seed, lambda line: console.print(line, soft_wrap=True))
+            console.print(
+                f"\n{name}: {cfg.ways}-way heads; classes are CLDR subgroups, {seen} for the zoo and {unseen} unseen", soft_wrap=True
+            )
+            results[name] = prove(
+                cfg, tasks, Path(folder) / backend.replace(":", "-"), seed, lambda line: console.print(line, soft_wrap=True)
+            )
             console.print(table(results[name]))
             console.print(judgement(results[name]))
     picture = plot(results, out)

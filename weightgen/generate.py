@@ -4,7 +4,6 @@ import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,7 +61,9 @@ def read_task(donor: Donor, dataset: str, seed: int) -> Task:
     if not names:
         raise InputError(f"{dataset} has no classes: put the pictures of each class into a sub-folder of its own")
     if len(names) != donor.cfg.net.classes:
-        raise InputError(f"{dataset} has {len(names)} classes, this generator makes {donor.cfg.net.classes}-way heads; keep as many sub-folders")
+        raise InputError(
+            f"{dataset} has {len(names)} classes, this generator makes {donor.cfg.net.classes}-way heads; keep as many sub-folders"
+        )
     projection = Projection.load(donor.folder)
     records = [source[i] for i in range(len(source))]
     labels = np.array([int(r["label"]) for r in records])
@@ -104,7 +105,10 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
         "parameters": head_tokens(donor.cfg.net).count,
     }
     if task.test is None:
-        return about | {"accuracy": None, "note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}
+        return about | {
+            "accuracy": None,
+            "note": "no class has pictures left over, so nothing is known of these weights; add more pictures",
+        }
     support = task.support[:, :, : task.shots]
     scores = head_accuracy(drawn.samples[:, None], *task.test)[:, 0]
     chosen = int(head_accuracy(drawn.samples[:, None], *task.select)[:, 0].argmax())

@@ -16,8 +16,8 @@ from common.nn.functional import Functional
 from weightgen.baselines import Ridge, row_condition
 from weightgen.codec import Pca, fit_pca
 from weightgen.conditions import Condition, MlpSet, PerClass, SetConfig, SetOfSets
-from weightgen.denoiser import DenoiserConfig, TokenDit
 from weightgen.data import Bank
+from weightgen.denoiser import DenoiserConfig, TokenDit
 from weightgen.nets import NetConfig
 from weightgen.zoo import Zoo, head_tokens
 
@@ -40,6 +40,8 @@ class GeneratorConfig:
     prior: Literal["none", "linear"] = "linear"
     """linear: a ridge map from the condition to a head's rows, fitted before; diffusion then models what it leaves. For heads per class."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    told: int = 0
+    """Features of the pictures in the condition; 0: as many as the network has inputs."""
     schedule: Literal["linear", "scaled_linear"] = "linear"
     """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
 
@@ -75,7 +77,7 @@ class Generator(nnx.Module):
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         spec, width = head_tokens(cfg.net), cfg.denoiser.width
         self.codec = Pca(spec.length, cfg.latent, rngs=rngs)
-        features = cfg.net.features if cfg.net.kind != "cnn" else cfg.shots  # what a picture is told as
+        features = cfg.told or cfg.net.features
         if cfg.condition == "per_class":
             self.condition: Any = PerClass(features, width, rngs=rngs)
         elif cfg.condition == "set":

@@ -9,7 +9,6 @@ from functools import cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -68,6 +67,7 @@ class Text:
 def reference_text(vocab: int = 2048) -> Text:
     """The language reference in byte-pair tokens fitted to its first 80 %; the last tenths are for selecting and testing."""
     from pydoc_data import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     # Topics in a fixed order, and each whole in one part: no sentence is on two sides.

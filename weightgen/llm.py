@@ -7,7 +7,6 @@ with the same budget of trials, and scored on a set that selected nothing.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,7 +134,10 @@ def row_proposal(tensors: Mapping[str, np.ndarray], latent: int, spread: float =
     widths: dict[int, list[np.ndarray]] = {}
     for tensor in tensors.values():
         widths.setdefault(tensor.shape[1], []).append(tensor)
-    fits = {width: fit_pca(np.concatenate(parts).astype(np.float32), min(latent, width, sum(map(len, parts)))) for width, parts in widths.items()}
+    fits = {
+        width: fit_pca(np.concatenate(parts).astype(np.float32), min(latent, width, sum(map(len, parts))))
+        for width, parts in widths.items()
+    }
 
     def propose(name: str, tensor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         fit = fits[tensor.shape[1]]

@@ -1,6 +1,6 @@
 """Proof A (spec §6): heads for classes the zoo never saw, from 5 pictures of each or 1, beside everything that could do it as well.
 
-    build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  300 tasks of unseen classes
+build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  300 tasks of unseen classes
 """
 
 from collections.abc import Callable
@@ -115,7 +115,9 @@ class Exam:
         rng = np.random.default_rng([seed, 1])
         classes = draw_tasks(len(banks["support"].names), tasks, ways, rng)
         parts = {name: bank.all(classes, int(bank.counts.max())) for name, bank in banks.items() if name != "support"}
-        return cls(classes, banks["support"].draw(classes, max(SHOTS), rng), banks["support"].all(classes, MOST), parts["select"], parts["test"])
+        return cls(
+            classes, banks["support"].draw(classes, max(SHOTS), rng), banks["support"].all(classes, MOST), parts["select"], parts["test"]
+        )
 
 
 def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
@@ -152,7 +154,9 @@ def prove(cfg: ProofConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Cal
             if kind == "unseen":
                 pairs |= {f"{name}, {shots}": value for name, value in found_pairs.items()}
                 extra |= {f"{name}, {shots}": value for name, value in found_extra.items()}
-    return Result(rows, criteria(cfg, pairs, extra), extra | {"codec": {"before": found.before, "after": found.after, "error": found.error}})
+    return Result(
+        rows, criteria(cfg, pairs, extra), extra | {"codec": {"before": found.before, "after": found.after, "error": found.error}}
+    )
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,9 @@ class Known:
         rows, rng, ridge = means[classes], np.random.default_rng([seed, 2]), {}
         for shots in SHOTS:
             condition = baselines.row_condition(bank.draw(classes, shots, rng).mean(2))
-            ridge[shots] = baselines.Ridge.fit(condition.reshape(-1, condition.shape[-1]), heads.reshape(-1, heads.shape[-1]), classes.reshape(-1))
+            ridge[shots] = baselines.Ridge.fit(
+                condition.reshape(-1, condition.shape[-1]), heads.reshape(-1, heads.shape[-1]), classes.reshape(-1)
+            )
         inner = bank.features - np.repeat(means, bank.counts, axis=0)
         return cls(heads, rows.mean(1), rows, ridge, inner.T @ inner / len(inner))
 
@@ -253,11 +259,17 @@ def criteria(cfg: ProofConfig, by_task: dict[str, np.ndarray], extra: dict[str, 
 
     out = {}
     for shots in SHOTS:
-        out[f"{shots} pictures: averaged - nearest row"] = above(f"generated, averaged, {shots}", f"nearest zoo row per class, {shots}", 0.05)
+        out[f"{shots} pictures: averaged - nearest row"] = above(
+            f"generated, averaged, {shots}", f"nearest zoo row per class, {shots}", 0.05
+        )
     out["1 picture: averaged - gradient descent"] = above("generated, averaged, 1", "gradient descent on the pictures, 1", 0.0)
     for shots in SHOTS:
         gap = Estimate.of(by_task[f"generated from another task's pictures, {shots}"] - 1 / cfg.ways)
-        out[f"{shots} pictures: shuffled condition - chance"] = {"measured": str(gap), "bar": "within 3", "met": abs(gap.mean) + gap.half < 0.03}
+        out[f"{shots} pictures: shuffled condition - chance"] = {
+            "measured": str(gap),
+            "bar": "within 3",
+            "met": abs(gap.mean) + gap.half < 0.03,
+        }
     for shots in SHOTS:
         found = extra[f"novelty, {shots}"]
         met = found["generated"] >= found["zoo"]

@@ -79,8 +79,14 @@ class ZooRecipe(Stage):
         metrics.truncate(sum(len(np.load(file)["quality"]) for file in done))
         first = len(done) * self.chunk
         populations = build(
-            self.net, lambda a, b: bank.all(classes[a:b], self.pictures), self.members, self.fit, start=self.start, chunk=self.chunk,
-            seed=self.seed, first=first,
+            self.net,
+            lambda a, b: bank.all(classes[a:b], self.pictures),
+            self.members,
+            self.fit,
+            start=self.start,
+            chunk=self.chunk,
+            seed=self.seed,
+            first=first,
         )
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
@@ -88,8 +94,12 @@ class ZooRecipe(Stage):
             quality = np.asarray(accuracy(model, params, x, y), np.float32)
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()})), quality=quality)
-            metrics.append({"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())})
-            print(f"{min((i + 1) * self.chunk, self.members):,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on held-out pictures")
+            metrics.append(
+                {"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())}
+            )
+            print(
+                f"{min((i + 1) * self.chunk, self.members):,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on held-out pictures"
+            )
         chunks = [np.load(file) for file in sorted(parts.glob("*.npz"))]
         zoo = Zoo(*(np.concatenate([c[name] for c in chunks]) for name in ("weights", "quality")), classes, self.net, spec)
         zoo.save(directory / "zoo", beside=lambda folder: (bank.save(folder), projection.save(folder)))
@@ -101,7 +111,7 @@ class ZooRecipe(Stage):
         """Pictures to train on, pictures to score on, and how they became features."""
         if self.data == "emoji":
             tasks: EmojiTasks = emoji_tasks(self.backend, self.net.features, seed=0)
-            return tasks.zoo.first(len(tasks.seen["test"].names)), tasks.seen["test"], tasks.projection
+            return tasks.seen["support"], tasks.seen["test"], tasks.projection
         source = open_source(SourceConfig(self.data))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
@@ -185,7 +195,16 @@ class CodecRecipe(Stage):
             measure(self.gate, zoo, bank, code, self.loop.seed).check(self.gate.force)
             save_params(run.model, CODEC.name, cfg, params, lambda folder: None, force=True)
 
-        fit(run, self.loop, mesh, model.spec, lambda: model.init(jax.random.key(self.loop.seed)), value, placed(make, mesh, self.loop.seed), save=save)
+        fit(
+            run,
+            self.loop,
+            mesh,
+            model.spec,
+            lambda: model.init(jax.random.key(self.loop.seed)),
+            value,
+            placed(make, mesh, self.loop.seed),
+            save=save,
+        )
 
     def _config(self, zoo: Zoo) -> TokenVaeConfig:
         return TokenVaeConfig(zoo.spec.rows, zoo.spec.length, self.latent, self.width, self.layers)
@@ -227,7 +246,13 @@ class EncoderRecipe(Stage):
             return loss_of(batch["w"], data), {"retrieved": (hit.sum(), len(data))}
 
         fit(
-            run, self.loop, mesh, model.spec, lambda: model.init(jax.random.key(self.loop.seed)), value, placed(make, mesh, self.loop.seed),
+            run,
+            self.loop,
+            mesh,
+            model.spec,
+            lambda: model.init(jax.random.key(self.loop.seed)),
+            value,
+            placed(make, mesh, self.loop.seed),
             no_decay=("**/points1", "**/points2", "**/seed"),
             save=lambda params: save_params(run.model, ENCODER.name, self.encoder, params, lambda folder: None, force=True),
         )
@@ -255,7 +280,7 @@ class GeneratorRecipe(Stage):
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128))
 
     def config(self) -> GeneratorConfig:
-        return GeneratorConfig(self.net, self.latent, self.condition, self.shots, self.prior, self.denoiser, self.schedule)
+        return GeneratorConfig(self.net, self.latent, self.condition, self.shots, self.prior, self.denoiser, schedule=self.schedule)
 
     def train(self, directory: Path) -> None:
         run, zoo, cfg, mesh = Run.open(directory, to_json(self)), open_zoo(Path(self.zoo)), self.config(), start(self.loop.mesh)
@@ -276,11 +301,16 @@ class GeneratorRecipe(Stage):
         measure(self.gate, zoo, bank, code, self.loop.seed).check(self.gate.force)
         projection = Projection.load(Path(self.zoo))
         fit(
-            run, self.loop, mesh, model.spec, lambda: params, loss(model, cfg, self.dropout),
-            generator_batches(zoo, bank, cfg.shots, self.loop, mesh), frozen=FITTED if cfg.prior == "linear" else FITTED[:1],
+            run,
+            self.loop,
+            mesh,
+            model.spec,
+            lambda: params,
+            loss(model, cfg, self.dropout),
+            generator_batches(zoo, bank, cfg.shots, self.loop, mesh),
+            frozen=FITTED if cfg.prior == "linear" else FITTED[:1],
             save=lambda params: save_params(run.model, FAMILY.name, cfg, params, projection.save, force=True),
         )
 
     def describe(self) -> Any:
         return FAMILY, self.config()
-

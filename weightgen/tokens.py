@@ -184,7 +184,9 @@ def chunks(tree: Any, length: int | None = None, *, select: str = "", exclude: s
         fan_out = leaf.shape[0] if leaf.shape else 1
         where = {"first": 0, "column": at} if length is None else {"first": at, "column": 0}
         order = tuple(range(len(leaf.shape)))
-        pieces.append(Piece(name, tuple(leaf.shape), order, rows=rows, width=width, fan_in=size // max(fan_out, 1), fan_out=fan_out, **where))
+        pieces.append(
+            Piece(name, tuple(leaf.shape), order, rows=rows, width=width, fan_in=size // max(fan_out, 1), fan_out=fan_out, **where)
+        )
         at += size if length is None else rows
     return TokenSpec(tuple(pieces), 1 if length is None else at, at if length is None else length)
 

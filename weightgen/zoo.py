@@ -161,7 +161,12 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "", q
     quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file.
     Raises InputError for a folder without checkpoints and for one of another shape.
     """
-    files = [file for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth") for file in weights_files(path)]
+    files = [
+        file
+        for path in sorted(folder.iterdir())
+        if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")
+        for file in weights_files(path)
+    ]
     if not files:
         raise InputError(f"{folder} holds no checkpoints (.safetensors, .pt, .pth, or folders of them)")
     if quality is None and (folder / "quality.json").is_file():

@@ -1,6 +1,6 @@
 """4,000 five-way heads on emoji: the zoo of the demo. A minute on two CPU cores; 71 % right on pictures the heads were not trained on.
 
-    heirloom train weightgen/zoo --run runs/zoo
+heirloom train weightgen/zoo --run runs/zoo
 """
 
 from weightgen.recipes import ZooRecipe

@@ -36,7 +36,11 @@ def test_published_counts(module, cfg, parameters):
 def test_the_latent_is_4_x_16_x_16_and_the_image_must_be_filled():
     assert VaeConfig().latent_shape == (16, 16, 4)
     model = functional(ConvVae, VaeConfig())
-    out = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode").mean, {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in model.spec.items()}, jax.ShapeDtypeStruct((2, 2864), np.float32))
+    out = jax.eval_shape(
+        lambda p, x: model.apply(p, x, method="encode").mean,
+        {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in model.spec.items()},
+        jax.ShapeDtypeStruct((2, 2864), np.float32),
+    )
     assert out.shape == (2, 16, 16, 4)
     quants = sum(leaf.count for path, leaf in model.spec.items() if "quant/" in path)
     assert quants == 92
@@ -95,7 +99,9 @@ def test_the_released_schedule_and_its_samplers():
     before, alpha = chain.alpha_bar[t - 1], 1 - chain.beta[t]
     precision = 1 / (1 - before) + alpha / chain.beta[t]
     assert chain.posterior_variance[t] == pytest.approx(1 / precision)
-    assert chain.posterior_mean[t] == pytest.approx([np.sqrt(alpha) / chain.beta[t] / precision, np.sqrt(before) / (1 - before) / precision])
+    assert chain.posterior_mean[t] == pytest.approx(
+        [np.sqrt(alpha) / chain.beta[t] / precision, np.sqrt(before) / (1 - before) / precision]
+    )
     # DDIM at eta 1 over all steps takes DDPM's steps, with the posterior variance.
     a, b = ddim(chain, eta=1.0), ddpm(chain)
     on_clean = np.stack([a.keep, a.clean]), np.stack([b.keep, b.clean])

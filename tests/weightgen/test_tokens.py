@@ -60,7 +60,9 @@ def test_a_neuron_is_what_it_reads_and_its_bias():
     cfg = NetConfig("mlp", features=3, hidden=4, classes=2)
     model = net(cfg)
     spec = neurons(model.spec)
-    params = {path: np.random.default_rng(i).standard_normal(leaf.shape).astype(np.float32) for i, (path, leaf) in enumerate(model.spec.items())}
+    params = {
+        path: np.random.default_rng(i).standard_normal(leaf.shape).astype(np.float32) for i, (path, leaf) in enumerate(model.spec.items())
+    }
     tokens = spec.flatten(params)
     assert tokens.shape == (6, 5) and spec.count == 4 * 4 + 2 * 5
     np.testing.assert_array_equal(tokens[3, :4], [*params["up/kernel"][:, 1], params["up/bias"][1]])
