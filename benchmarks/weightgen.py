@@ -17,7 +17,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +58,7 @@ class Size:
     steps: int
     tasks: int
     kinds: tuple[str, ...] = ("mlp", "cnn")
-    denoiser: DenoiserConfig = DenoiserConfig(width=128, layers=4, heads=4, hidden=256)
+    denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=128, layers=4, heads=4, hidden=256))
 
 
 SIZES = {

@@ -28,8 +28,7 @@ def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
     centred = rows - mean
     # Of the smaller Gram matrix: rows are many and short, or few and long.
     if rows.shape[0] >= rows.shape[1]:
-        values, vectors = np.linalg.eigh(centred.T @ centred)
-        components = vectors[:, ::-1][:, :latent]
+        components = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :latent]
     else:
         components = np.linalg.svd(centred, full_matrices=False)[2][:latent].T
     scale = (centred @ components).std()

@@ -1,6 +1,6 @@
 """What the generator is told: sets of picture features by class, text, labels of chunks (spec §2.6-2.8, §7.4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -111,7 +111,7 @@ class SetOfSets(nnx.Module):
 
     def __init__(self, cfg: SetConfig, latent: int = 1024, *, rngs: nnx.Rngs):
         self.intra = SetTransformer(cfg, rngs=rngs)
-        self.inter = SetTransformer(cfg, rngs=rngs)
+        self.inter = SetTransformer(replace(cfg, features=cfg.out), rngs=rngs)
         self.out = Dense("embed -> latent", {"embed": cfg.out, "latent": latent}, bias=uniform_fan_in, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -128,13 +128,14 @@ class MlpSet(nnx.Module):
 
     def __init__(self, features: int = 512, slots: int = 50, latent: int = 1024, *, rngs: nnx.Rngs):
         sizes = {"slot": slots, "mixed": 4, "feature": features, "latent": latent}
-        self.mix = Dense("slot -> mixed", sizes, bias=uniform_fan_in, rngs=rngs)
+        self.kernel = param("slot -> mixed", sizes, uniform_fan_in, rngs)
+        self.bias = param("-> mixed", sizes, uniform_fan_in, rngs, fan_in=slots)
         self.out = Dense("feature mixed -> latent", sizes, bias=uniform_fan_in, rngs=rngs)
         self.slots = slots
 
     def __call__(self, x: jax.Array) -> jax.Array:
         slots = x.transpose(0, 3, 2, 1).reshape(len(x), x.shape[-1], -1)[..., : self.slots]
-        mixed = slots @ self.mix.kernel[...][: slots.shape[-1]] + self.mix.bias[...]
+        mixed = slots @ self.kernel[...][: slots.shape[-1]] + self.bias[...]
         return self.out(jax.nn.leaky_relu(mixed, 0.01))
 
 

@@ -94,7 +94,10 @@ def nearest_distance(weights: np.ndarray, zoo: np.ndarray, *, skip_self: bool = 
 
 
 def error_overlap(generated: np.ndarray, zoo: np.ndarray) -> np.ndarray:
-    """max_j |E_g and E_j| / |E_g or E_j| over zoo networks, of sets of misclassified examples (spec §5.1). [n, example], [m, example] bool."""
+    """max_j |E_g and E_j| / |E_g or E_j| over zoo networks, of sets of misclassified examples (spec §5.1).
+
+    generated: [n, example], zoo: [m, example] bool; returns [n].
+    """
     g, z = generated.astype(np.float64), zoo.astype(np.float64)
     both = g @ z.T
     either = g.sum(1)[:, None] + z.sum(1) - both

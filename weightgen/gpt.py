@@ -6,6 +6,7 @@ The text is Python's own language reference as it comes with every CPython (`pyd
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -37,7 +38,10 @@ class GptConfig:
 
 
 class Gpt(nnx.Module):
-    """Pre-norm decoder with learned positions; embedding and output share a table. tokens: [batch, time] int32; logits [batch, time, vocab]."""
+    """Pre-norm decoder with learned positions; embedding and output share a table. tokens: [batch, time] int32.
+
+    Returns logits [batch, time, vocab].
+    """
 
     def __init__(self, cfg: GptConfig, *, rngs: nnx.Rngs):
         sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.width // cfg.heads, hidden=cfg.hidden, vocab=cfg.vocab, time=cfg.context)
@@ -74,7 +78,7 @@ def reference_text(vocab: int = 2048) -> Text:
     names = sorted(topics.topics)
     order = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     cuts = [0, int(0.8 * len(order)), int(0.9 * len(order)), len(order)]
-    parts = ["\n".join(topics.topics[name] for name in order[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = ["\n".join(topics.topics[name] for name in order[a:b]) for a, b in pairwise(cuts)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -113,7 +117,7 @@ class Choices:
 
 
 def word_choice(text: np.ndarray, cfg: GptConfig, questions: int, options: int = 8, seed: int = 0) -> Choices:
-    """After a context of half the model's, which token follows? Wrong options are tokens of the same text, as frequent as they are there."""
+    """After a context of half the model's, which token follows? Wrong options are drawn from the same text."""
     rng = np.random.default_rng(seed)
     length = cfg.context // 2
     starts = rng.choice(len(text) - length - 1, questions, replace=len(text) - length - 1 < questions)

@@ -94,7 +94,7 @@ class Stage(nnx.Module):
 
 
 class Unet(nnx.Module):
-    """x: [batch, size, size, 1] noisy latent, t: [batch], condition: [batch, size, size, 1]; returns the noise, the shape of x, 0 at first."""
+    """x: [batch, size, size, 1] noisy latent; t: [batch]; condition: the shape of x. Returns the noise, 0 at first."""
 
     def __init__(self, cfg: UnetConfig, *, rngs: nnx.Rngs):
         width, embed = cfg.channels, 4 * cfg.channels

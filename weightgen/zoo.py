@@ -146,13 +146,13 @@ def build(
     model = net(cfg)
     run = jax.jit(lambda params, x, y, key: fit_population(model, params, x, y, fit, key))
     key = jax.random.key(seed)
-    for first in range(first, members, chunk):
-        last = min(first + chunk, members)
-        x, y = data(first, last)
+    for at in range(first, members, chunk):
+        last = min(at + chunk, members)
+        x, y = data(at, last)
         # Shared means shared by the whole zoo: the key does not depend on the chunk.
-        begin = key if start == "shared" else jax.random.fold_in(key, first)
-        params = initial_population(model, last - first, start, begin)
-        yield run(params, x, y, jax.random.fold_in(key, 10**6 + first))
+        begin = key if start == "shared" else jax.random.fold_in(key, at)
+        params = initial_population(model, last - at, start, begin)
+        yield run(params, x, y, jax.random.fold_in(key, 10**6 + at))
 
 
 def import_folder(folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None) -> Zoo:
