@@ -132,7 +132,7 @@ def arm(size: Size, world: World, kind: str, begin: str, seed: int, folder: Path
     pair = np.isin(subsets, (len(world.train.names) - 2, len(world.train.names) - 1)).sum(1) == 2
     classes = subsets[~pair][rng.choice((~pair).sum(), size.members)]
     targets = subsets[pair][rng.choice(pair.sum(), size.tasks, replace=False)]
-    cfg = NetConfig(kind, features=world.shape[-1], classes=5)  # type: ignore[arg-type]
+    cfg = NetConfig(kind, features=world.shape[-1], classes=5)
     model, spec = net(cfg), head_tokens(cfg)
 
     def pictures(bank: Bank, rows: np.ndarray, each: int, salt: int) -> tuple[np.ndarray, np.ndarray]:
@@ -214,9 +214,10 @@ def arm(size: Size, world: World, kind: str, begin: str, seed: int, folder: Path
             found = Estimate.of(np.asarray(accuracy(model, after, xt, yt)))
             table[name][str(budget)] = {"mean": found.mean, "ci95": found.half}
     drawn = flat(spec, samples[0])
+    own = accuracy(model, {k: v[:50] for k, v in tree.items()}, *pictures(world.test, classes[:50], 50, 7))
     return {
         "kind": kind, "begin": begin, "seed": seed, "accuracy": table,
-        "zoo": float(np.mean(np.asarray(accuracy(model, {k: v[:50] for k, v in tree.items()}, *pictures(world.test, classes[:50], 50, 7))))),
+        "zoo": float(np.mean(np.asarray(own))),
         "distance": float(np.median(nearest_distance(drawn, zoo.weights))),
         "distance within the zoo": float(np.median(nearest_distance(zoo.weights[:200], zoo.weights, skip_self=True))),
         "distance of noise": float(np.median(nearest_distance(noisy(zoo.weights[:50], 0.06, rng), zoo.weights))),

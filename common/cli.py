@@ -281,7 +281,8 @@ def _generate(args: argparse.Namespace) -> None:
     _write_json(args, made)
     for name, value in (made["accuracy"] or {}).items():
         print(f"{name:<34}{100 * value:6.1f} %")
-    print(f"{made['folder']}: {len(made['weights'])} weights folder{'s' if len(made['weights']) > 1 else ''}, {made['condition']}, report.json")
+    count = len(made["weights"])
+    print(f"{made['folder']}: {count} weights folder{'s' if count > 1 else ''} and report.json; {made['condition']}")
 
 
 def _report(args: argparse.Namespace) -> None:

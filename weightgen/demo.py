@@ -36,7 +36,8 @@ def run(seed: int, out: Path, cfg: ProofConfig | None = None) -> dict[str, Any]:
             tasks = emoji_tasks(backend)
             unseen, seen = (len(group["support"].names) for group in (tasks.unseen, tasks.seen))
             console.print(
-                f"\n{name}: {cfg.ways}-way heads; classes are CLDR subgroups, {seen} for the zoo and {unseen} unseen", soft_wrap=True
+                f"\n{name}: {cfg.ways}-way heads from 5 pictures of each class, or 1; {seen} CLDR subgroups for the zoo, {unseen} unseen",
+                soft_wrap=True,
             )
             results[name] = prove(
                 cfg, tasks, Path(folder) / backend.replace(":", "-"), seed, lambda line: console.print(line, soft_wrap=True)
@@ -58,10 +59,9 @@ def run(seed: int, out: Path, cfg: ProofConfig | None = None) -> dict[str, Any]:
 def table(result: Result) -> Table:
     """Accuracy in percent with its 95 % interval, a column for each kind of classes and number of pictures."""
     out = Table(box=None, pad_edge=False)
-    out.add_column("accuracy, %")
+    out.add_column("accuracy, %", no_wrap=True)
     for group in result.rows:
-        kind, shots = group.split(", ")
-        out.add_column(f"{kind}, {shots} picture{'s' if shots != '1' else ''}", justify="right")
+        out.add_column(group, justify="right")  # kind of classes, pictures of each
     for name in next(iter(result.rows.values())):
         out.add_row(name, *(str(rows[name]) for rows in result.rows.values()))
     return out

@@ -42,9 +42,9 @@ class ProofConfig:
     latent: int = 48
     denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=64, layers=2, heads=4, hidden=128))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128, save_every=10**9))
-    tasks: int = 300
-    samples: int = 16
-    sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=15))
+    tasks: int = 400
+    samples: int = 48
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=10))
     tolerance: float = 0.02
     """Accuracy the codec may lose on heads of unseen classes."""
 

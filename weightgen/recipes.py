@@ -98,7 +98,7 @@ class ZooRecipe(Stage):
                 {"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())}
             )
             print(
-                f"{min((i + 1) * self.chunk, self.members):,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on held-out pictures"
+                f"{min((i + 1) * self.chunk, self.members):,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on other pictures"
             )
         chunks = [np.load(file) for file in sorted(parts.glob("*.npz"))]
         zoo = Zoo(*(np.concatenate([c[name] for c in chunks]) for name in ("weights", "quality")), classes, self.net, spec)

@@ -151,7 +151,9 @@ def test_criteria_say_what_was_measured(proof):
     gap = proof.criteria["5 pictures: averaged - nearest row"]
     rows = proof.rows["unseen, 5"]
     measured = rows["generated, weights averaged"].mean - rows["nearest zoo row per class"].mean
-    assert gap["measured"].startswith(f"{100 * measured:.1f}") and gap["met"] == (measured - float(gap["measured"].split()[-1]) / 100 > 0.05)
+    assert gap["measured"].startswith(f"{100 * measured:.1f}") and gap["met"] == (
+        measured - float(gap["measured"].split()[-1]) / 100 > 0.05
+    )
     assert proof.extra["novelty, 5"]["noise"] < proof.extra["novelty, 5"]["zoo"]
     assert proof.extra["codec"]["error"] < 1e-6  # nine latents of nine weights
 
@@ -199,7 +201,11 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, ca
     report = json.loads((made / "report.json").read_text())
     assert report["classes"] == ["class0", "class1", "class2"] and report["condition"] == "5-shot, 0 gradient steps"
     assert {"single sample", "best by test (oracle)", "prototype", "pictures of the wrong classes"} < report["accuracy"].keys()
-    assert report["accuracy"]["prototype"] > 0.8 and json.loads((tmp_path / "g.json").read_text())["weights"] == ["sample-000", "sample-001", "sample-002"]
+    assert report["accuracy"]["prototype"] > 0.8 and json.loads((tmp_path / "g.json").read_text())["weights"] == [
+        "sample-000",
+        "sample-001",
+        "sample-002",
+    ]
     assert "21 parameters" in heirloom("inspect", made / "sample-000").replace("total ", "")
     assert "weights averaged" in heirloom("eval", model, "--data", three, "--steps", "4")
     assert main(["generate", str(model), "--dataset", str(three), "--out", str(made)]) == 2

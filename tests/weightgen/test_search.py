@@ -33,7 +33,9 @@ def test_an_adapter_has_one_form(rng):
 def test_adapters_of_a_checkpoint(rng):
     tensors = {"m.q.lora_A.weight": rng.standard_normal((2, 6)), "m.q.lora_B.weight": rng.standard_normal((5, 2)), "m.scale": np.ones(1)}
     fixed = canonical_tensors(tensors)
-    np.testing.assert_allclose(fixed["m.q.lora_B.weight"] @ fixed["m.q.lora_A.weight"], tensors["m.q.lora_B.weight"] @ tensors["m.q.lora_A.weight"])
+    np.testing.assert_allclose(
+        fixed["m.q.lora_B.weight"] @ fixed["m.q.lora_A.weight"], tensors["m.q.lora_B.weight"] @ tensors["m.q.lora_A.weight"]
+    )
     assert fixed["m.scale"] is tensors["m.scale"]
     with pytest.raises(InputError, match="only lora_A"):
         canonical_tensors({"m.q.lora_A.weight": tensors["m.q.lora_A.weight"]})
@@ -47,7 +49,10 @@ def test_matching_finds_a_permutation_back(kind, axes, rng):
     shuffled = align.permute(tree, groups, {g.name: rng.permutation(g.size) for g in groups})
     back = align.align(tree, shuffled, groups)
     assert all(np.array_equal(back[path], tree[path]) for path in tree)
-    assert all(np.array_equal(a, b) for a, b in zip(align.canonical(tree, groups).values(), align.canonical(shuffled, groups).values(), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(align.canonical(tree, groups).values(), align.canonical(shuffled, groups).values(), strict=True)
+    )
     x = rng.standard_normal((3, 8) if kind == "mlp" else (3, 28, 28, 1)).astype(np.float32)
     one, two = (model.apply({k: v.astype(np.float32) for k, v in t.items()}, x) for t in (tree, shuffled))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
@@ -146,7 +151,7 @@ def test_four_numbers_are_kept_apart(rng):
 
 def test_novelty_and_diversity(rng):
     zoo = rng.standard_normal((10, 4))
-    np.testing.assert_allclose(nearest_distance(zoo[3:4] + [[0.1, 0, 0, 0]], zoo), 0.1, atol=1e-6)
+    np.testing.assert_allclose(nearest_distance(zoo[3:4] + 0.1 * np.eye(4)[:1], zoo), 0.1, atol=1e-6)
     apart = np.linalg.norm(zoo[:, None] - zoo[None], axis=-1) + 1e9 * np.eye(10)
     np.testing.assert_allclose(nearest_distance(zoo, zoo, skip_self=True), apart.min(1))
     wrong = np.array([[1, 1, 0, 0]], bool)
