@@ -65,7 +65,7 @@ class ZooRecipe(Stage):
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`. A run that is stopped goes on at its last finished chunk."""
         if self.net.kind == "cnn":
-            raise InputError("a zoo recipe trains on features: net.kind head or mlp (benchmarks/weightgen.py builds zoos of CNNs)")
+            raise InputError("a zoo recipe trains on features: net.kind head or mlp (benchmarks/generated_init.py builds zoos of CNNs)")
         run = Run.open(directory, to_json(self))
         if (directory / "zoo").is_dir():
             print(f"{directory} is finished: the zoo is in {directory / 'zoo'}")
@@ -97,9 +97,8 @@ class ZooRecipe(Stage):
             metrics.append(
                 {"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())}
             )
-            print(
-                f"{min((i + 1) * self.chunk, self.members):,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on other pictures"
-            )
+            done_now = min((i + 1) * self.chunk, self.members)
+            print(f"{done_now:,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on other pictures")
         chunks = [np.load(file) for file in sorted(parts.glob("*.npz"))]
         zoo = Zoo(*(np.concatenate([c[name] for c in chunks]) for name in ("weights", "quality")), classes, self.net, spec)
         zoo.save(directory / "zoo", beside=lambda folder: (bank.save(folder), projection.save(folder)))
