@@ -12,6 +12,8 @@ from weightgen.autoencoder import ConvVae, TokenVae, TokenVaeConfig, VaeConfig, 
 from weightgen.codec import fit_pca, gate
 from weightgen.conditions import MlpSet, PerClass, SetConfig, SetOfSets, SetTransformer
 from weightgen.contrast import info_nce, siglip, soft_target
+from weightgen.generator import GeneratorConfig
+from weightgen.reference import Reference, ReferenceConfig, latent_scale, preset, sample, stage2_loss
 from weightgen.unet import Unet, UnetConfig
 
 
@@ -179,3 +181,38 @@ def test_autoencoders_learn_eight_vectors_by_heart(kind):
     params = overfit(model, loss, 800, 4e-3)
     back = model.apply(params, model.apply(params, x, method="encode").mean, method="decode")
     assert float(jnp.sum((back - x) ** 2) / jnp.sum(x**2)) < 1e-3
+
+
+def test_the_released_pipeline_fits_together():
+    cfg = ReferenceConfig(
+        VaeConfig(1, 24, 64, 1, 8, channels=8, multiples=(1, 1), blocks=1),
+        UnetConfig(size=8, channels=8, multiples=(1,), attention=(), groups=4),
+        features=SetConfig(features=6),
+        slots=6,
+        scale=0.5,
+        steps=4,
+    )
+    model = functional(Reference, cfg)
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
+    support = jnp.asarray(rng.standard_normal((3, 3, 2, 6)), jnp.float32)
+    key = jax.random.key(1)
+    # Decoding the latent image is decoding the latent: the reshape by memory order is undone, and so is the scale.
+    image = model.apply(params, weights, key, method="latents")
+    back, _ = model.apply(params, weights, key, method="reconstruct")
+    np.testing.assert_allclose(model.apply(params, image, method="decode"), 0.5 * back, atol=1e-5)
+    k = latent_scale(model, params, weights, key)
+    assert float((k * image).std()) == pytest.approx(1, rel=1e-5)
+    # A UNet that says 0 has the error of unit noise; the autoencoder is not trained by it, and drawing gives finite weights.
+    value, grads = jax.value_and_grad(lambda p: stage2_loss(model, cfg, k, p, weights, support, key))(params)
+    assert float(value) == pytest.approx(1, abs=0.25)
+    assert not any(np.asarray(g).any() for path, g in grads.items() if path.startswith("vae/"))
+    assert np.asarray(grads["unet/leave/bias"]).any()
+    drawn = sample(model, cfg, k, params, support, key)
+    assert drawn.shape == (3, 24) and np.isfinite(drawn).all()
+    assert preset("d2nwg") == ReferenceConfig() and preset("default") == GeneratorConfig()
+    with pytest.raises(InputError, match="did you mean 'd2nwg'"):
+        preset("d2nw")
+    with pytest.raises(InputError, match="does not fill"):
+        ReferenceConfig(cfg.vae)
