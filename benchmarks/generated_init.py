@@ -1,7 +1,7 @@
 """Generated networks as initialisation, where weights are no convex affair (spec §6, Proof B).
 
-    python benchmarks/generated_init.py --data fashion-mnist --runs runs/proof_b --json benchmarks/results/generated_init_cpu.json
-    python benchmarks/generated_init.py --size gpu --data fashion-mnist --runs runs/proof_b_gpu --json benchmarks/results/generated_init_gpu.json
+    python benchmarks/generated_init.py --data fashion-mnist --runs runs/cpu --json benchmarks/results/generated_init_cpu.json
+    python benchmarks/generated_init.py --size gpu --data fashion-mnist --runs runs/gpu --json benchmarks/results/generated_init_gpu.json
 
 --data: a folder of .npy arrays, train_image.npy [n, 28, 28] or [n, 32, 32, 3] uint8, train_label.npy [n], and test_* alike. Zoos of MLPs
 (64-16-5, on PCA features) and of the 2,464-parameter CNN are trained on random 5-class subsets, from one shared initialisation, from
