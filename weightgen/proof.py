@@ -5,6 +5,7 @@ build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from weightgen.codec import Gate, gate
 from weightgen.data import Bank, EmojiTasks, draw_tasks
 from weightgen.denoiser import DenoiserConfig
 from weightgen.evaluate import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_right, nearest_distance
-from weightgen.generator import FITTED, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.generator import FITTED, Draw, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig, net
 from weightgen.train import LoopConfig, fit, generator_batches
 from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
@@ -74,11 +75,16 @@ def build_zoo(cfg: ProofConfig, tasks: EmojiTasks, seed: int) -> Zoo:
 
 @dataclass(frozen=True)
 class Trained:
-    """A generator in memory."""
+    """A generator in memory, and how it is sampled."""
 
     model: Functional
     cfg: GeneratorConfig
     params: dict[str, jax.Array]
+    how: SampleConfig
+
+    @cached_property
+    def draw(self) -> Draw:
+        return drawer(self.model, self.cfg, self.how)
 
 
 def train_generator(cfg: ProofConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
@@ -97,7 +103,7 @@ def train_generator(cfg: ProofConfig, zoo: Zoo, bank: Bank, folder: Path, seed: 
         generator_batches(zoo, bank, config.shots, loop, mesh),
         frozen=FITTED,
     )
-    return Trained(model, config, params)
+    return Trained(model, config, params, cfg.sample)
 
 
 @dataclass(frozen=True)
@@ -128,10 +134,15 @@ def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: Any, head: NetConf
 
 
 def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
-    model = net(head)
-    params = initial_population(model, len(x), "shared", jax.random.key(0))
-    run = jax.jit(lambda params, x, y: fit_population(model, params, x, y, cfg, jax.random.key(0)))
-    return spec.flatten({path: np.asarray(leaf) for path, leaf in run(params, x, y).items()})
+    """A head for each task, from zero. x: [task, example, feature]; y: [task, example]."""
+    return spec.flatten({path: np.asarray(leaf) for path, leaf in _trainer(cfg, head)(x, y).items()})
+
+
+@cache
+def _trainer(cfg: FitConfig, head: NetConfig) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """Compiled once for each shape of tasks."""
+    model, key = net(head), jax.random.key(0)
+    return jax.jit(lambda x, y: fit_population(model, initial_population(model, len(x), "shared", key), x, y, cfg, key))
 
 
 def prove(cfg: ProofConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Callable[[str], None] = print) -> Result:
@@ -234,10 +245,12 @@ def sit(
 
 def sample(cfg: ProofConfig, generator: Trained, support: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """[sample, task, way, feature + 1]; sample s of task t has the index s * tasks + t."""
-    draw, n = drawer(generator.model, generator.cfg, cfg.sample), len(support)
+    n = len(support)
     there = np.broadcast_to(np.arange(support.shape[2]) < shots, support.shape[:3])
     key = jax.random.key(seed)
-    return np.stack([np.asarray(draw(generator.params, support, there, key, np.arange(s * n, (s + 1) * n))) for s in range(cfg.samples)])
+    return np.stack(
+        [np.asarray(generator.draw(generator.params, support, there, key, np.arange(s * n, (s + 1) * n))) for s in range(cfg.samples)]
+    )
 
 
 def codec_gate(cfg: ProofConfig, generator: Trained, exam: Exam, zoo: Zoo) -> Gate:
