@@ -3,7 +3,6 @@
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -169,8 +168,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if task.test is None:
         raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
     about = report(donor, task, draw_weights(donor, task, how, 8, 0), how, 0)
-    row = partial(dict, dataset=args.data, published=None, n=about["test pictures"], protocol=about["condition"])
-    return [row(metric=name, value=100 * value) for name, value in about["accuracy"].items()]
+    shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
+    return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items()]
 
 
 def _check(donor: Donor) -> None:

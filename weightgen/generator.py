@@ -101,6 +101,7 @@ class Generator(nnx.Module):
         if self.cfg.net.kind == "head":
             return found
         # The rows of the last layer are the classes; the other neurons are told the task as a whole.
+        assert found.tokens is not None
         before = self.first_class
         return Condition(jnp.pad(found.tokens, ((0, 0), (before, self.rows - before - self.cfg.net.classes), (0, 0))), found.whole)
 

@@ -84,7 +84,8 @@ def reference_text(vocab: int = 2048) -> Text:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator([parts[0]], trainer)
-    return Text(*(np.array(tokenizer.encode(part).ids, np.int32) for part in parts), tokenizer.get_vocab_size())
+    train, select, test = (np.array(tokenizer.encode(part).ids, np.int32) for part in parts)
+    return Text(train, select, test, tokenizer.get_vocab_size())
 
 
 def train(model: Functional, cfg: GptConfig, text: np.ndarray, steps: int, *, batch: int = 32, lr: float = 2e-3, seed: int = 0) -> Params:

@@ -100,8 +100,14 @@ class ZooRecipe(Stage):
             done_now = min((i + 1) * self.chunk, self.members)
             print(f"{done_now:,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on other pictures")
         chunks = [np.load(file) for file in sorted(parts.glob("*.npz"))]
-        zoo = Zoo(*(np.concatenate([c[name] for c in chunks]) for name in ("weights", "quality")), classes, self.net, spec)
-        zoo.save(directory / "zoo", beside=lambda folder: (bank.save(folder), projection.save(folder)))
+        weights, quality = (np.concatenate([c[name] for c in chunks]) for name in ("weights", "quality"))
+        zoo = Zoo(weights, quality, classes, self.net, spec)
+
+        def beside(folder: Path) -> None:
+            bank.save(folder)
+            projection.save(folder)
+
+        zoo.save(directory / "zoo", beside=beside)
         for file in parts.glob("*.npz"):
             file.unlink()
         parts.rmdir()

@@ -77,10 +77,14 @@ def placed(make: Callable[[np.random.Generator], dict[str, np.ndarray]], mesh: M
         n = first
         while True:
             rows = make(np.random.default_rng([seed, n]))
-            yield {name: jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda i, x=x: x[i]) for name, x in rows.items()}
+            yield {name: _place(x, mesh) for name, x in rows.items()}
             n += 1
 
     return Batches(start, {"seed": seed})
+
+
+def _place(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
 def generator_batches(zoo: Zoo, bank: Bank, shots: int, cfg: LoopConfig, mesh: Mesh) -> Batches:

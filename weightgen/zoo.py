@@ -70,7 +70,7 @@ def initial_population(model: Functional, members: int, start: Literal["shared",
     return jax.vmap(model.init)(jax.random.split(key, members))
 
 
-def accuracy(model: Functional, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+def accuracy(model: Functional, params: Params, x: Any, y: Any) -> jax.Array:
     """Share right of each network, [member], over its examples with y >= 0."""
     right = jax.vmap(model.apply)(params, x).argmax(-1) == y
     return jnp.sum(right & (y >= 0), -1) / jnp.maximum(jnp.sum(y >= 0, -1), 1)
@@ -123,7 +123,8 @@ def open_zoo(folder: Path) -> Zoo:
     about = read_json(folder / "zoo.json")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("weights", "quality", "classes")}
     cfg = NetConfig(**about["net"]) if about["net"] else None
-    pieces = tuple(Piece(**{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()}) for piece in about["pieces"])
+    fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in about["pieces"]]
+    pieces = tuple(Piece(**piece) for piece in fields)
     rows, length = max(p.first + p.rows for p in pieces), max(p.column + p.width for p in pieces)
     return Zoo(**arrays, net=cfg, spec=TokenSpec(pieces, rows, length))
 
