@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _takes_flags(args: argparse.Namespace) -> bool:
     """Whether fields of a recipe, or of what a method does with weights, may follow."""
-    return args.verb in ("train", "eval", "sample", "compare")
+    return args.verb in ("train", "eval", "sample", "compare", "generate")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("what", nargs="?", metavar="CONFIG")
     sub.add_argument("--run", type=Path, metavar="DIR", help="where the runs go; the same command again resumes")
     sub.add_argument("--cost", metavar="6-15", help="only the ratios of storage and training for these depths, by formula; needs no CONFIG")
+
+    sub = verb("generate", _generate, "weights for the classes of a data set; how is a flag (--steps 50, --guidance 2)", json=True)
+    sub.add_argument("what", metavar="PATH", help="a generator by SOURCE: RUN/model of a generator recipe")
+    sub.add_argument("--dataset", required=True, metavar="DIR", help="a folder with a sub-folder of pictures for each class")
+    sub.add_argument("-n", type=int, default=8, metavar="N", help="how many to draw (default: 8)")
+    sub.add_argument("--reduce", choices=("none", "mean"), default="none", help="mean: write the average of all instead of each")
+    sub.add_argument("--out", type=Path, default=Path("generated"), metavar="DIR", help="where the weights folders and report.json go")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--force", action="store_true", help="replace what is there")
 
     sub = verb("report", _report, "the curves and pictures of a run as one HTML page")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -293,6 +302,16 @@ def _compare(args: argparse.Namespace) -> None:
     if not able:
         raise InputError("no installed method has compare")
     _write_json(args, able[0].compare(args))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    donor = _open(args.what)
+    made = _ask(_method_of(donor), "generate")(donor, args)
+    _write_json(args, made)
+    for name, value in (made["accuracy"] or {}).items():
+        print(f"{name:<34}{100 * value:6.1f} %")
+    count = len(made["weights"])
+    print(f"{made['folder']}: {count} weights folder{'s' if count > 1 else ''} and report.json; {made['condition']}")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -65,6 +65,11 @@ def linear_schedule(steps: int = 1000, first: float = 1e-4, last: float = 0.02) 
     return Schedule(np.cumprod(1 - np.linspace(first, last, steps, dtype=np.float64)), np.arange(steps))
 
 
+def scaled_linear_schedule(steps: int = 1024, first: float = 0.0015, last: float = 0.0155) -> Schedule:
+    """The roots of the betas rise linearly (latent diffusion; the defaults are D2NWG's)."""
+    return Schedule(np.cumprod(1 - np.linspace(sqrt(first), sqrt(last), steps, dtype=np.float64) ** 2), np.arange(steps))
+
+
 def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedule:
     """The chain shortened to `steps`: "even" from the first to the last time (iDDPM), "integer" strides from 0 (DDIM).
 

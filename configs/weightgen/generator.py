@@ -1,0 +1,11 @@
+"""The generator of the demo: heads for the classes of a folder, from 1 to 5 pictures of each. Two minutes on two CPU cores.
+
+heirloom train weightgen/generator --run runs/generator
+heirloom generate runs/generator/model --dataset pictures -n 8 --reduce mean
+"""
+
+from weightgen.recipes import GeneratorRecipe
+
+
+def get_config() -> GeneratorRecipe:
+    return GeneratorRecipe()

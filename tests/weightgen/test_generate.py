@@ -1,0 +1,236 @@
+"""Generators: what they draw, from the recipe to the folder; and the proof on a world where the right answer is known."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
+
+from common.cli import main
+from common.nn.functional import functional
+from common.train.optim import OptimConfig
+from weightgen.data import SHARES, Bank, EmojiTasks, Projection
+from weightgen.denoiser import DenoiserConfig
+from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, loss
+from weightgen.nets import NetConfig
+from weightgen.proof import ProofConfig, prove
+from weightgen.train import LoopConfig
+from weightgen.zoo import FitConfig, import_folder, open_zoo
+
+SMALL = DenoiserConfig(width=16, layers=1, heads=2, hidden=16)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Whole runs on one of the fake devices: eight of them on two cores wait for one another most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """A head generator with weights far from the initial ones and a codec that keeps everything."""
+    cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=2, denoiser=SMALL)
+    model = functional(Generator, cfg)
+    rng = np.random.default_rng(0)
+    params = {path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in model.spec.items()}
+    params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros(5)}
+    support = jnp.asarray(rng.standard_normal((8, 3, 2, 4)), jnp.float32)
+    return cfg, model, params, support, jnp.ones((8, 3, 2), bool)
+
+
+def test_heads_follow_the_order_of_classes(generator):
+    _, model, params, support, there = generator
+    x, t = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3, 5)), jnp.float32), jnp.full(8, 300.0)
+    out = model.apply(params, x, t, support, there)
+    turned = model.apply(params, x[:, ::-1], t, support[:, ::-1], there)
+    np.testing.assert_allclose(turned[:, ::-1], out, atol=1e-5)
+    expected = [model.apply(params, s, there, method="expected") for s in (support, support[:, ::-1])]
+    np.testing.assert_allclose(expected[0][:, ::-1], expected[1], atol=1e-5)
+    # Whoever is told other pictures says something else.
+    assert np.abs(np.asarray(model.apply(params, x, t, support[::-1], there) - out)).max() > 1e-2
+
+
+def test_samples_are_the_same_on_one_device_and_on_eight(generator):
+    cfg, model, params, support, there = generator
+    draw = drawer(model, cfg, SampleConfig(steps=5, guidance=1.5))
+    key, index = jax.random.key(0), jnp.arange(8)
+    one = np.asarray(draw(params, support, there, key, index))
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    many = draw(params, *(jax.device_put(a, rows) for a in (support, there)), key, jax.device_put(index, rows))
+    assert len(many.sharding.device_set) == 8
+    np.testing.assert_allclose(np.asarray(many), one, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(draw(params, support[5:6], there[5:6], key, jnp.array([5]))[0], one[5], rtol=1e-5, atol=1e-5)
+
+
+def test_given_weights_are_refined_and_kept_where_known(generator):
+    cfg, model, params, support, there = generator
+    start = jnp.asarray(np.random.default_rng(2).standard_normal((8, 3, 5)), jnp.float32)
+    key, index, known = jax.random.key(0), jnp.arange(8), jnp.array([True, False, False])
+    painted = drawer(model, cfg, SampleConfig(steps=5))(params, support, there, key, index, start, known)
+    np.testing.assert_array_equal(painted[:, 0], start[:, 0])
+    free = drawer(model, cfg, SampleConfig(steps=5))(params, support, there, key, index)
+    assert np.abs(np.asarray(painted - start))[:, 1:].min() > 0 and np.abs(np.asarray(painted - free))[:, 1:].max() > 1e-4
+    near = drawer(model, cfg, SampleConfig(steps=50, strength=0.02))(params, support, there, key, index, start)
+    assert np.abs(np.asarray(near - start)).mean() < 0.1 * np.abs(np.asarray(free - start)).mean()
+
+
+def test_diffusion_returns_the_one_latent_it_knows():
+    import optax
+
+    cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=1, prior="none", denoiser=DenoiserConfig(32, 1, 2, 32))
+    model = functional(Generator, cfg)
+    head = np.random.default_rng(0).standard_normal((1, 3, 5)).astype(np.float32)
+    params = model.init(jax.random.key(0)) | {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(())}
+    batch = {"tokens": np.repeat(head, 32, 0), "support": np.zeros((32, 3, 1, 4), np.float32), "shots": np.ones(32, np.int32)}
+    batch["support"][:] = np.random.default_rng(1).standard_normal((3, 1, 4))
+    value, optimizer = loss(model, cfg, 0.0), optax.adam(optax.cosine_decay_schedule(5e-3, 600))
+
+    @jax.jit
+    def run(params):
+        def step(carry, i):
+            params, state = carry
+            grads = jax.grad(lambda p: value(p, batch, jax.random.fold_in(jax.random.key(1), i), None)[0])(params)
+            grads = {k: jnp.zeros_like(v) if k.startswith("codec") else v for k, v in grads.items()}
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(600))[0][0]
+
+    there = np.ones((4, 3, 1), bool)
+    drawn = drawer(model, cfg, SampleConfig(steps=50))(run(params), batch["support"][:4], there, jax.random.key(2), np.arange(4))
+    assert np.abs(np.asarray(drawn) - head).max() < 0.15 < np.abs(head).max()
+
+
+def world(classes, seed, features=8):
+    """Gaussian classes, a bank for each part."""
+    rng = np.random.default_rng(seed)
+    centre = 1.2 * rng.standard_normal((classes, features))
+    names = [str(i) for i in range(classes)]
+    labels = np.repeat(np.arange(classes), 12)
+    return {p: Bank.of((centre[labels] + rng.standard_normal((len(labels), features))).astype(np.float32), labels, names) for p in SHARES}
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory, one_device):
+    cfg = ProofConfig(
+        members=150,
+        fit=FitConfig(steps=30, lr=0.1, weight_decay=0.03),
+        few=FitConfig(steps=30, lr=0.1, weight_decay=0.1),
+        latent=9,
+        denoiser=SMALL,
+        loop=LoopConfig(steps=30, batch=32, optim=OptimConfig(lr=2e-3, warmup=3, clip=1.0), log_every=10, save_every=10**6),
+        tasks=40,
+        samples=4,
+        sample=SampleConfig(steps=8),
+    )
+    tasks = EmojiTasks(world(20, 0), world(12, 1), Projection("pixels", np.zeros(8), np.eye(8)))
+    return prove(cfg, tasks, tmp_path_factory.mktemp("proof") / "run", 0, lambda line: None)
+
+
+def test_the_proof_in_a_world_of_gaussians(proof):
+    five, one = (proof.rows[f"unseen, {shots}"] for shots in (5, 1))
+    assert five["random head"].mean == pytest.approx(0.2, abs=0.06) and five["zoo mean"].mean == pytest.approx(0.2, abs=0.06)
+    assert five["prototype"].mean > 0.75 > five["nearest zoo row per class"].mean > 0.3
+    assert five["prototype"].mean > one["prototype"].mean + 0.05
+    assert five["trained on all pictures of the classes"].mean > 0.75
+    # The prior alone is worth something before the denoiser is, and the condition decides.
+    assert five["generated, weights averaged"].mean > five["generated from another task's pictures"].mean + 0.3
+    assert five["generated from another task's pictures"].mean == pytest.approx(0.2, abs=0.08)
+    assert five["generated, best by test (oracle)"].mean >= five["generated, best by selection set"].mean
+    assert five["generated, weights averaged"].mean >= five["generated, single sample"].mean - 0.01
+
+
+def test_criteria_say_what_was_measured(proof):
+    assert len(proof.criteria) == 7 and all({"measured", "bar", "met"} == found.keys() for found in proof.criteria.values())
+    gap = proof.criteria["5 pictures: averaged - nearest row"]
+    rows = proof.rows["unseen, 5"]
+    measured = rows["generated, weights averaged"].mean - rows["nearest zoo row per class"].mean
+    assert gap["measured"].startswith(f"{100 * measured:.1f}") and gap["met"] == (
+        measured - float(gap["measured"].split()[-1]) / 100 > 0.05
+    )
+    assert proof.extra["novelty, 5"]["noise"] < proof.extra["novelty, 5"]["zoo"]
+    assert proof.extra["codec"]["error"] < 1e-6  # nine latents of nine weights
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Six classes of coloured noise, ten pictures each."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for c in range(6):
+        (folder / f"class{c}").mkdir()
+        colour = rng.integers(40, 215, 3)
+        for i in range(10):
+            picture = np.clip(colour + rng.integers(-30, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(folder / f"class{c}" / f"{i}.png")
+    return folder
+
+
+def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, capsys):
+    def heirloom(*argv):
+        assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    net = ["--net.features", "6", "--net.classes", "3"]
+    zoo = ["train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "40", "--chunk", "20"]
+    heirloom(*zoo)
+    stored = open_zoo(tmp_path / "zoo" / "zoo")
+    assert len(stored) == 40 and stored.weights.shape == (40, 21) and stored.quality.mean() > 0.8
+    assert "finished" in heirloom(*zoo)
+    loop = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
+    small = ["--latent", "7", "--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
+    train = ["train", "weightgen/generator", "--zoo", tmp_path / "zoo" / "zoo", *net, *loop]
+    heirloom(*train, "--run", tmp_path / "generator", *small)
+    # The gate: two numbers a row do not carry six features.
+    small[1] = "1"
+    assert main([str(a) for a in [*train, "--run", tmp_path / "lossy", *small, "--prior", "none"]]) == 2
+    assert "the codec loses accuracy" in capsys.readouterr().err and not (tmp_path / "lossy" / "model").exists()
+
+    three = tmp_path / "three"
+    three.mkdir()
+    for c in range(3):
+        (three / f"class{c}").symlink_to(pictures / f"class{c}")
+    model, made = tmp_path / "generator" / "model", tmp_path / "made"
+    heirloom("generate", model, "--dataset", three, "-n", "3", "--out", made, "--steps", "4", "--json", tmp_path / "g.json")
+    assert sorted(p.name for p in made.iterdir()) == ["features.safetensors", "report.json", "sample-000", "sample-001", "sample-002"]
+    report = json.loads((made / "report.json").read_text())
+    assert report["classes"] == ["class0", "class1", "class2"] and report["condition"] == "5-shot, 0 gradient steps"
+    assert {"single sample", "best by test (oracle)", "prototype", "pictures of the wrong classes"} < report["accuracy"].keys()
+    assert report["accuracy"]["prototype"] > 0.8 and json.loads((tmp_path / "g.json").read_text())["weights"] == [
+        "sample-000",
+        "sample-001",
+        "sample-002",
+    ]
+    assert "21 parameters" in heirloom("inspect", made / "sample-000").replace("total ", "")
+    assert "weights averaged" in heirloom("eval", model, "--data", three, "--steps", "4")
+    assert main(["generate", str(model), "--dataset", str(three), "--out", str(made)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["generate", str(model), "--dataset", str(pictures), "--out", str(tmp_path / "x")]) == 2
+    assert "6 classes, this generator makes 3-way heads" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
+    from safetensors.numpy import save_file
+
+    from common.errors import InputError
+
+    rng = np.random.default_rng(0)
+    trees = [{"w": rng.standard_normal((3, 2)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)} for _ in range(3)]
+    for i, tree in enumerate(trees):
+        save_file(tree, tmp_path / f"{i}.safetensors")
+    (tmp_path / "quality.json").write_text('{"1.safetensors": 0.5}')
+    zoo = import_folder(tmp_path)
+    np.testing.assert_array_equal(np.nan_to_num(zoo.quality, nan=-1), np.float32([-1, 0.5, -1]))
+    back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
+    assert all(np.array_equal(back[k], trees[2][k]) for k in back)
+    zoo.save(tmp_path / "zoo")
+    assert np.array_equal(open_zoo(tmp_path / "zoo").tokens(slice(None)), zoo.tokens(slice(None)))
+    save_file({"w": np.zeros((4, 2), np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "3.safetensors")
+    (tmp_path / "zoo").rename(tmp_path.parent / "zoo-elsewhere")
+    with pytest.raises(InputError, match=r"3\.safetensors is of another architecture"):
+        import_folder(tmp_path)

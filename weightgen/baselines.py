@@ -1,0 +1,121 @@
+"""What a generator of weights has to beat (spec §5.2). Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Heads = np.ndarray
+PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
+
+
+def with_bias(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
+
+
+def prototype(support: np.ndarray) -> Heads:
+    """Class means, bias minus half their square norm: nearest mean. support: [task, class, picture, feature]."""
+    mean = support.mean(2)
+    return np.concatenate([mean, -0.5 * np.sum(mean**2, -1, keepdims=True)], axis=-1)
+
+
+def discriminant(support: np.ndarray, spread: np.ndarray, shrink: float = 0.5) -> Heads:
+    """Linear discriminant with the within-class covariance of the zoo's classes, shrunk towards a multiple of one.
+
+    spread: [feature, feature], that covariance.
+    """
+    d = len(spread)
+    inverse = np.linalg.inv((1 - shrink) * spread + shrink * np.trace(spread) / d * np.eye(d))
+    mean = support.mean(2)
+    return np.concatenate([mean @ inverse, -0.5 * np.einsum("tcf,fg,tcg->tc", mean, inverse, mean)[..., None]], axis=-1)
+
+
+def nearest_model(condition: np.ndarray, zoo_condition: np.ndarray, heads: Heads) -> Heads:
+    """The head of the zoo's task whose mean feature is closest in cosine. condition: [task, feature]; zoo_condition: [member, feature]."""
+    return heads[np.argmax(_unit(condition) @ _unit(zoo_condition).T, axis=1)]
+
+
+def nearest_row(prototypes: np.ndarray, zoo_prototypes: np.ndarray, rows: np.ndarray) -> Heads:
+    """For each class the row of the zoo's most similar class (cosine). prototypes: [task, class, feature]; rows: [n, feature + 1]."""
+    return rows[np.argmax(_unit(prototypes) @ _unit(zoo_prototypes).T, axis=-1)]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A linear map from condition to weights, [in + 1, out]; the penalty is chosen on classes that were left out."""
+
+    matrix: np.ndarray
+    penalty: float
+
+    @classmethod
+    def fit(cls, condition: np.ndarray, weights: np.ndarray, groups: np.ndarray, penalties: Sequence[float] = PENALTIES) -> "Ridge":
+        """condition: [n, in]; weights: [n, out]; groups: [n], what a row must not share with the rows it is tested on (its class).
+
+        The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would choose too little.
+        """
+        x, y = with_bias(condition).astype(np.float64), weights.astype(np.float64)
+        held = groups >= np.quantile(np.unique(groups), 0.8)
+
+        def solve(rows: np.ndarray, penalty: float) -> np.ndarray:
+            return np.linalg.solve(x[rows].T @ x[rows] + penalty * np.eye(x.shape[1]), x[rows].T @ y[rows])
+
+        errors = [float(np.mean((x[held] @ solve(~held, p) - y[held]) ** 2)) for p in penalties]
+        best = penalties[int(np.argmin(errors))]
+        return cls(solve(np.ones(len(x), bool), best), best)
+
+    def __call__(self, condition: np.ndarray) -> np.ndarray:
+        return (with_bias(condition) @ self.matrix).astype(np.float32)
+
+
+def row_condition(mean: Any) -> Any:
+    """What a linear map predicts a row from: the class's mean feature, its direction, the task's mean and the offset from it, and both
+    squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or traced."""
+    xp = jnp if isinstance(mean, jax.Array) else np
+    size = xp.mean(mean**2, -1, keepdims=True)
+    task = xp.broadcast_to(xp.mean(mean, -2, keepdims=True), mean.shape)
+    others = xp.broadcast_to(xp.mean(size, -2, keepdims=True), size.shape)
+    return xp.concatenate([mean, mean / xp.sqrt(size + 1e-6), task, mean - task, size, others], -1)
+
+
+def noisy(weights: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Zoo networks with noise of `sigma` times each weight's spread over the zoo: [n, count]."""
+    return (weights + sigma * weights.std(0) * rng.standard_normal(weights.shape)).astype(np.float32)
+
+
+def average(weights: np.ndarray, n: int, members: int, rng: np.random.Generator) -> np.ndarray:
+    """`n` averages of `members` random networks each."""
+    return np.stack([weights[rng.choice(len(weights), members, replace=False)].mean(0) for _ in range(n)])
+
+
+def gaussian(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """`n` draws from an independent Gaussian per weight."""
+    return (weights.mean(0) + weights.std(0) * rng.standard_normal((n, weights.shape[1]))).astype(np.float32)
+
+
+def kde(
+    latents: np.ndarray,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    bandwidth: float = 0.002,
+    draws: Literal["independent", "legacy"] = "independent",
+) -> np.ndarray:
+    """Kernel density sampling dimension by dimension (S_KDE; give it the best 30 % for S_KDE30). latents: [member, latent].
+
+    legacy: each dimension is sampled from the same seed, so that all pick the same member and share the noise, as the released
+    code does: training latents shifted by a constant.
+    """
+    shape = (n, latents.shape[1])
+    if draws == "legacy":
+        pick = np.broadcast_to(rng.integers(len(latents), size=(n, 1)), shape)
+        noise = np.broadcast_to(rng.standard_normal((n, 1)), shape)
+    else:
+        pick, noise = rng.integers(len(latents), size=shape), rng.standard_normal(shape)
+    return (np.take_along_axis(latents, pick, axis=0) + bandwidth * noise).astype(np.float32)

@@ -1,0 +1,87 @@
+"""Stage 1: weights to latents and back. PCA needs no training and is the default; autoencoders live in `autoencoder.py`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from common.errors import InputError
+from common.nn.dense import param, zeros
+
+
+@dataclass(frozen=True)
+class PcaFit:
+    """What PCA found. mean: [length]; components: [length, latent] orthonormal; scale: one number, the spread of all latents."""
+
+    mean: np.ndarray
+    components: np.ndarray
+    scale: np.ndarray
+
+
+def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
+    """PCA of rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
+    if latent > min(rows.shape):
+        raise InputError(f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most")
+    mean = rows.mean(0, dtype=np.float64)
+    centred = rows - mean
+    # Of the smaller Gram matrix: rows are many and short, or few and long.
+    if rows.shape[0] >= rows.shape[1]:
+        components = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :latent]
+    else:
+        components = np.linalg.svd(centred, full_matrices=False)[2][:latent].T
+    scale = (centred @ components).std()
+    return PcaFit(*(np.asarray(x, np.float32) for x in (mean, components, scale)))
+
+
+class Pca(nnx.Module):
+    """Encode tokens [..., length] to latents [..., latent] with spread 1, and decode. Its parameters are fitted, never trained."""
+
+    def __init__(self, length: int, latent: int, *, rngs: nnx.Rngs):
+        sizes = {"weight": length, "latent": latent}
+        self.mean = param("weight", sizes, zeros, rngs)
+        self.components = param("weight -> latent", sizes, zeros, rngs)
+        self.scale = param("", sizes, zeros, rngs)
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        return (tokens - self.mean[...]) @ self.components[...] / self.scale[...]
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        return (latents * self.scale[...]) @ self.components[...].T + self.mean[...]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a codec may be used: the accuracy of networks before and after a round trip, and the relative squared error."""
+
+    before: float
+    after: float
+    error: float
+    tolerance: float
+
+    @property
+    def drop(self) -> float:
+        return self.before - self.after
+
+    @property
+    def passed(self) -> bool:
+        return self.drop <= self.tolerance
+
+    def check(self, force: bool = False) -> None:
+        """Raises InputError when reconstructed networks are worse than the tolerance allows, unless told to go on."""
+        if not self.passed and not force:
+            raise InputError(
+                f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip "
+                f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force True"
+            )
+
+
+def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
+    """Squared error over the squared spread around the mean network (spec §5.1). Both [n, ...]."""
+    return float(np.sum((weights - back) ** 2) / max(np.sum((weights - weights.mean(0)) ** 2), 1e-30))
+
+
+def gate(before: Any, after: Any, weights: np.ndarray, back: np.ndarray, tolerance: float) -> Gate:
+    """From the accuracies [n] of the same networks before and after."""
+    return Gate(float(np.mean(before)), float(np.mean(after)), relative_error(weights, back), tolerance)

@@ -1,0 +1,213 @@
+"""Pictures as features by class: what zoos are trained on, and what a data set looks like to the generator."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.checkpoint.convert import Donor, open_donor
+from common.checkpoint.hub import locate
+from common.data.images import Preprocess, decode, eval_image
+from common.data.sources import SourceConfig, open_source
+from common.errors import InputError
+
+Encode = Callable[[Sequence[Any]], np.ndarray]
+"""Pictures (encoded bytes or uint8 [h, w, 3]) to raw features [picture, raw] f32."""
+THUMBNAIL = 16  # pixels a side, of the backend "pixels"
+BATCH = 256
+SHARES = {"support": 0.5, "select": 0.2, "test": 0.3}  # of a class's concepts
+
+
+def encoder(backend: str) -> Encode:
+    """`pixels`: thumbnails of 16 x 16; anything else: the image tower of the model at that SOURCE (`embedded:emoji`, `hf:...`).
+
+    Any function of that shape serves as well; this one is for configs. Raises InputError when the model has no image tower.
+    """
+    if backend == "pixels":
+        return lambda pictures: np.stack([_thumbnail(p) for p in pictures])
+    donor = _open(backend)
+    if not hasattr(donor.family.module, "encode_image"):
+        raise InputError(f"{backend} is a {donor.family.name} model, which encodes no images: name a CLIP, or pixels")
+    if not (donor.folder / "preprocess.json").is_file():
+        raise InputError(f"{backend}: no preprocess.json beside the weights; heirloom convert {backend} DEST makes a folder that has one")
+    pre = Preprocess.load(donor.folder)
+    params = {path: np.asarray(view, np.float32) for path, view in donor.source.values.items()}
+    forward = jax.jit(lambda x: donor.model.apply(params, x, method="encode_image"))
+
+    def encode(pictures: Sequence[Any]) -> np.ndarray:
+        out = []
+        for i in range(0, len(pictures), BATCH):
+            part = np.stack([eval_image(decode(p), pre) for p in pictures[i : i + BATCH]])
+            full = np.zeros((BATCH, *part.shape[1:]), np.float32)  # one shape, one compilation
+            full[: len(part)] = part
+            out.append(np.asarray(forward(full))[: len(part)])
+        return np.concatenate(out)
+
+    return encode
+
+
+def _open(source: str) -> Donor:
+    """A model of any installed method: methods do not import one another, but their families are announced."""
+    from common.cli import methods
+
+    families = [family for method in methods().values() for family in method.families()]
+    return open_donor(locate(source, {name: path for family in families for name, path in family.embedded.items()}), families)
+
+
+def _thumbnail(picture: Any) -> np.ndarray:
+    small = decode(picture).resize((THUMBNAIL, THUMBNAIL))
+    return np.asarray(small, np.float32).reshape(-1) / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Projection:
+    """PCA of raw features, then one scale for all: features have a mean square of 1 on the classes it was fitted to.
+
+    mean: [raw]; components: [raw, feature] f32, scale folded in.
+    """
+
+    backend: str
+    mean: np.ndarray
+    components: np.ndarray
+
+    @classmethod
+    def fit(cls, backend: str, raw: np.ndarray, features: int) -> "Projection":
+        if features > min(raw.shape):
+            raise InputError(f"{features} features of {raw.shape[0]} pictures with {raw.shape[1]} raw features: ask for fewer")
+        mean = raw.mean(0)
+        _, values, rows = np.linalg.svd(raw - mean, full_matrices=False)
+        scale = np.sqrt(len(raw) * features / np.sum(values[:features] ** 2))
+        return cls(backend, mean.astype(np.float32), (rows[:features].T * scale).astype(np.float32))
+
+    def __call__(self, raw: np.ndarray) -> np.ndarray:
+        return ((raw - self.mean) @ self.components).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write `features.safetensors` beside a generator's weights."""
+        save_file({"mean": self.mean, "components": self.components}, folder / "features.safetensors", {"backend": self.backend})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Projection":
+        from safetensors import safe_open
+
+        file = folder / "features.safetensors"
+        if not file.is_file():
+            raise InputError(f"{folder} has no features.safetensors: this generator does not know how to look at pictures")
+        with safe_open(file, framework="numpy") as opened:
+            backend = opened.metadata()["backend"]
+        return cls(backend, **load_file(file))
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: of the classes."""
+
+    features: np.ndarray
+    starts: np.ndarray
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, features: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> "Bank":
+        order = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels, minlength=len(names))
+        if not counts.all():
+            raise InputError(f"class {names[int(counts.argmin())]!r} has no picture here")
+        return cls(np.ascontiguousarray(features[order]), np.concatenate([[0], np.cumsum(counts)]), tuple(names))
+
+    def save(self, folder: Path) -> None:
+        """Write `bank.npz` into a zoo's folder."""
+        np.savez(folder / "bank.npz", features=self.features, starts=self.starts, names=np.array(self.names))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bank":
+        """Raises InputError for a folder without one, such as a zoo of imported checkpoints."""
+        if not (folder / "bank.npz").is_file():
+            raise InputError(f"{folder} has no bank.npz: nothing says what its networks were trained on")
+        with np.load(folder / "bank.npz") as stored:
+            return cls(stored["features"], stored["starts"], tuple(stored["names"].tolist()))
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
+        """[..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class has fewer."""
+        counts = self.counts[classes][..., None]
+        # The first `shots` of a random order of each class's pictures: ranks of noise, with the surplus at the end.
+        noise = rng.random((*classes.shape, int(max(self.counts.max(), shots))))
+        noise[np.arange(noise.shape[-1]) >= counts] = 2
+        rank = np.argsort(noise, axis=-1)[..., :shots]
+        rank = np.take_along_axis(rank, np.arange(shots) % np.minimum(counts, shots), axis=-1)
+        return self.features[self.starts[:-1][classes][..., None] + rank]
+
+    def all(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `most` pictures of each class, and labels 0 to ways - 1 with -1 for what is not there.
+
+        classes: [task, ways]. Returns [task, ways * most, feature] and [task, ways * most] int32.
+        """
+        tasks, ways = classes.shape
+        at = self.starts[:-1][classes][..., None] + np.minimum(np.arange(most), self.counts[classes][..., None] - 1)
+        there = np.arange(most) < self.counts[classes][..., None]
+        labels = np.where(there, np.arange(ways)[:, None], -1)
+        return self.features[at].reshape(tasks, ways * most, -1), labels.reshape(tasks, -1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class EmojiTasks:
+    """The emoji by CLDR subgroup, split three ways by concept, some subgroups unseen by the zoo.
+
+    Of each class the concepts are dealt to support, select and test: no concept, in any hand, is in two of them.
+    seen, unseen: part -> bank. The zoo learns from the seen support pictures.
+    """
+
+    seen: dict[str, Bank]
+    unseen: dict[str, Bank]
+    projection: Projection
+
+
+def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int = 6, seed: int = 0) -> EmojiTasks:
+    """Read the embedded emoji. held_out: subgroups no zoo network sees; least: concepts a subgroup must have to be a class."""
+    source = open_source(SourceConfig("emoji", columns=("subgroup", "concept")))
+    records = [source[i] for i in range(len(source))]
+    concepts: dict[str, list[str]] = {}
+    for record in records:
+        members = concepts.setdefault(record["subgroup"], [])
+        if record["concept"] not in members:
+            members.append(record["concept"])
+    names = sorted(name for name, members in concepts.items() if len(members) >= least)
+    rng = np.random.default_rng(seed)
+    order = [names[i] for i in rng.permutation(len(names))]
+    groups = {"unseen": sorted(order[:held_out]), "seen": sorted(order[held_out:])}
+    part_of: dict[str, str] = {}
+    for name in names:
+        members = [concepts[name][i] for i in rng.permutation(len(concepts[name]))]
+        cuts = np.rint(np.cumsum([0.0, *SHARES.values()]) * len(members)).astype(int)
+        for part, first, last in zip(SHARES, cuts, cuts[1:], strict=False):
+            part_of |= {concept: part for concept in members[first:last]}
+
+    kept = [r for r in records if r["subgroup"] in names]
+    encode = encoder(backend)
+    raw = encode([r["image"] for r in kept])
+    seen = np.array([r["subgroup"] in groups["seen"] for r in kept])
+    parts = np.array([part_of[r["concept"]] for r in kept])
+    donor = seen & (parts == "support")
+    projection = Projection.fit(backend, raw[donor], features)
+    x = projection(raw)
+
+    def bank(group: str, part: str) -> Bank:
+        rows = np.flatnonzero((parts == part) & (seen == (group == "seen")))
+        return Bank.of(x[rows], np.array([groups[group].index(kept[i]["subgroup"]) for i in rows]), groups[group])
+
+    return EmojiTasks({p: bank("seen", p) for p in SHARES}, {p: bank("unseen", p) for p in SHARES}, projection)
+
+
+def draw_tasks(classes: int, tasks: int, ways: int, rng: np.random.Generator) -> np.ndarray:
+    """[task, ways] int32: distinct classes in random order."""
+    if classes < ways:
+        raise InputError(f"{ways}-way tasks need {ways} classes, there are {classes}")
+    return np.argsort(rng.random((tasks, classes)), axis=1)[:, :ways].astype(np.int32)

@@ -1,0 +1,236 @@
+"""The generator: codec, condition and denoiser as one model, its loss, and how it is sampled (spec §2.10-2.11, §7.2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear_schedule, respace, scaled_linear_schedule
+from common.errors import InputError
+from common.nn.dense import param, zeros
+from common.nn.functional import Functional
+from weightgen.baselines import Ridge, row_condition
+from weightgen.codec import Pca, fit_pca
+from weightgen.conditions import Condition, MlpSet, PerClass, SetConfig, SetOfSets
+from weightgen.data import Bank
+from weightgen.denoiser import DenoiserConfig, TokenDit
+from weightgen.nets import NetConfig
+from weightgen.zoo import Zoo, head_tokens
+
+FITTED = ("codec/**", "prior/**")  # fitted before training and never updated
+FULL = 1000  # steps of the default schedule
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """A generator of the weights of one architecture from a few pictures of each class."""
+
+    net: NetConfig = field(default_factory=NetConfig)
+    latent: int = 48
+    """Numbers a token is coded in."""
+    condition: Literal["per_class", "set", "mlp"] = "per_class"
+    """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not know the order;
+    mlp: the released dense layers over slots, which do."""
+    shots: int = 5
+    """Pictures of each class it looks at, at most."""
+    prior: Literal["none", "linear"] = "linear"
+    """linear: a ridge map from the condition to a head's rows, fitted before; diffusion then models what it leaves. For heads per class."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    told: int = 0
+    """Features of the pictures in the condition; 0: as many as the network has inputs."""
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+    """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
+
+    def __post_init__(self) -> None:
+        if self.prior == "linear" and (self.net.kind != "head" or self.condition != "per_class"):
+            raise InputError('a linear prior predicts the rows of a head from its classes: for other networks set prior to "none"')
+
+    def chain(self) -> Schedule:
+        return linear_schedule(FULL) if self.schedule == "linear" else scaled_linear_schedule()
+
+
+class LinearPrior(nnx.Module):
+    """Rows of a head by a linear map of `row_condition`, one map for each number of pictures. mean: [batch, class, feature]."""
+
+    def __init__(self, features: int, shots: int, length: int, *, rngs: nnx.Rngs):
+        sizes = {"shots": shots, "condition": 4 * features + 3, "weight": length}
+        self.table = param("shots condition -> weight", sizes, zeros, rngs)
+
+    def __call__(self, support: jax.Array, there: jax.Array) -> jax.Array:
+        count = there.sum(2)
+        mean = (support * there[..., None]).sum(2) / jnp.maximum(count, 1)[..., None]
+        condition = row_condition(mean)
+        condition = jnp.concatenate([condition, jnp.ones_like(condition[..., :1])], -1)
+        return jnp.einsum("bci,bio->bco", condition, self.table[...][jnp.maximum(count[:, 0], 1) - 1])
+
+
+class Generator(nnx.Module):
+    """Latents, noise and pictures to a prediction. Tokens are the network's neurons, [batch, token, length].
+
+    support: [batch, class, shots, feature]; there: [batch, class, shots] bool; none at all is how guidance asks without a condition.
+    """
+
+    def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
+        spec, width = head_tokens(cfg.net), cfg.denoiser.width
+        self.codec = Pca(spec.length, cfg.latent, rngs=rngs)
+        features = cfg.told or cfg.net.features
+        if cfg.condition == "per_class":
+            self.condition: Any = PerClass(features, width, rngs=rngs)
+        elif cfg.condition == "set":
+            self.condition = SetOfSets(SetConfig(features=features), width, rngs=rngs)
+        else:
+            self.condition = MlpSet(features, cfg.net.classes * cfg.shots, width, rngs=rngs)
+        self.prior = LinearPrior(features, cfg.shots, spec.length, rngs=rngs) if cfg.prior == "linear" else None
+        order: Any = "exchangeable" if cfg.net.kind == "head" and cfg.condition == "per_class" else "ordered"
+        self.denoiser = TokenDit(cfg.denoiser, cfg.latent, spec.rows, order, rngs=rngs)
+        self.rows = spec.rows
+        self.first_class = next(piece.first for piece in spec.pieces if piece.path == "out/kernel")
+        self.cfg = cfg
+
+    def __call__(self, noisy: jax.Array, t: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
+        return self.denoiser(noisy, t, self.told(support, there))
+
+    def told(self, support: jax.Array, there: jax.Array) -> Condition:
+        if not isinstance(self.condition, PerClass):
+            return Condition(None, self.condition(support * there[..., None]))
+        found = self.condition(support, there)
+        if self.cfg.net.kind == "head":
+            return found
+        # The rows of the last layer are the classes; the other neurons are told the task as a whole.
+        assert found.tokens is not None
+        before = self.first_class
+        return Condition(jnp.pad(found.tokens, ((0, 0), (before, self.rows - before - self.cfg.net.classes), (0, 0))), found.whole)
+
+    def predict(self, noisy: jax.Array, t: jax.Array, told: Condition) -> jax.Array:
+        return self.denoiser(noisy, t, told)
+
+    def expected(self, support: jax.Array, there: jax.Array) -> jax.Array:
+        """What the prior says of the tokens, [batch, token, length]; 0 without one."""
+        return jnp.zeros(()) if self.prior is None else self.prior(support, there)
+
+    def encode(self, tokens: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
+        return self.codec.encode(tokens - self.expected(support, there))
+
+    def decode(self, latents: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
+        return self.codec.decode(latents) + self.expected(support, there)
+
+
+def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: int = 4000) -> dict[str, np.ndarray]:
+    """What needs no training: the linear prior, and PCA of what it leaves, from at most `most` networks of the zoo."""
+    rng = np.random.default_rng(seed)
+    rows = np.arange(len(zoo)) if len(zoo) <= most else np.sort(rng.choice(len(zoo), most, replace=False))
+    tokens, fitted = zoo.tokens(rows), {}
+    rest = [tokens]
+    if cfg.prior == "linear":
+        classes = np.asarray(zoo.classes[rows])
+        support, maps, rest = bank.draw(classes, cfg.shots, rng), [], []
+        for shots in range(1, cfg.shots + 1):
+            condition = row_condition(support[:, :, :shots].mean(2))
+            ridge = Ridge.fit(condition.reshape(-1, condition.shape[-1]), tokens.reshape(-1, tokens.shape[-1]), classes.reshape(-1))
+            maps.append(ridge.matrix)
+            rest.append(tokens - ridge(condition))
+        fitted["prior/table"] = np.stack(maps).astype(np.float32)
+    pca = fit_pca(np.concatenate(rest).reshape(-1, tokens.shape[-1]), cfg.latent)
+    return fitted | {"codec/mean": pca.mean, "codec/components": pca.components, "codec/scale": pca.scale}
+
+
+def loss(
+    model: Functional, cfg: GeneratorConfig, dropout: float
+) -> Callable[[dict[str, Any], dict[str, Any], jax.Array, Any], tuple[jax.Array, dict[str, Any]]]:
+    """Mean squared error of v = alpha noise - sigma clean, times uniform; the condition is dropped with probability `dropout`.
+
+    batch: tokens [b, token, length] f32, support [b, class, shots, feature] f32, shots [b] int32.
+    Deviation: the released model predicts the noise; v keeps the conditional mean well scaled at all times.
+    """
+    schedule = cfg.chain()
+
+    def value(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+        times, noises, drops = jax.random.split(key, 3)
+        seen = jnp.broadcast_to(jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None], batch["support"].shape[:3])
+        clean = jax.lax.stop_gradient(model.apply(params, batch["tokens"], batch["support"], seen, method="encode"))
+        step = jax.random.randint(times, (len(clean),), 0, len(schedule))
+        noise = jax.random.normal(noises, clean.shape)
+        kept = jax.random.uniform(drops, (len(clean), 1, 1)) >= dropout
+        there = seen & kept
+        predicted = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], there)
+        alpha, sigma = _alpha_sigma(schedule, step)
+        error = jnp.mean(jnp.square(predicted - (alpha * noise - sigma * clean)))
+        return error, {}
+
+    return value
+
+
+def _alpha_sigma(schedule: Schedule, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bar = jnp.asarray(schedule.alpha_bar, jnp.float32)[step][:, None, None]
+    return jnp.sqrt(bar), jnp.sqrt(1 - bar)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How weights are drawn."""
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = 50
+    guidance: float = 1.0
+    """Above 1: away from what is predicted without a condition."""
+    strength: float = 1.0
+    """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
+
+
+Draw = Callable[..., jax.Array]
+
+
+def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
+    """`draw(params, support, there, key, index, start=None, known=None)`: tokens [batch, token, length] f32, compiled once per shape.
+
+    index: [batch] int32, which sample of the seed a row is: (key, index) fixes its noise on any number of devices. start: tokens to
+    refine (with `strength` below 1), or whose parts are kept where `known` [token] is True (in-painting).
+    """
+    full = cfg.chain()
+    chain = respace(full, min(how.steps, len(full)))
+    if not 0 < how.strength <= 1:
+        raise InputError(f"a strength of {how.strength:g}: choose above 0 and up to 1")
+    sampler = ddim(chain) if how.sampler == "ddim" else ddpm(chain)
+    first = len(sampler) - max(round(how.strength * len(sampler)), 1)
+    sampler = type(sampler)(*(getattr(sampler, name)[first:] for name in sampler.__dataclass_fields__))
+
+    @jax.jit
+    def draw(
+        params: Any, support: jax.Array, there: jax.Array, key: jax.Array, index: jax.Array, start: Any = None, known: Any = None
+    ) -> jax.Array:
+        spec = head_tokens(cfg.net)
+        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (spec.rows, cfg.latent)))(index)
+        clean = None if start is None else model.apply(params, start, support, there, method="encode")
+        told = model.apply(params, support, there, method="told")
+        untold = model.apply(params, support, jnp.zeros_like(there), method="told") if how.guidance != 1 else None
+
+        def denoise(x: jax.Array, i: jax.Array) -> Prediction:
+            t = jnp.full(len(x), jnp.asarray(sampler.time, jnp.float32)[i])
+            alpha, sigma = (jnp.asarray(table, jnp.float32)[i] for table in (sampler.alpha, sampler.sigma))
+            if clean is not None and known is not None:
+                x = jnp.where(known[:, None], alpha * clean + sigma * noise, x)
+            v = model.apply(params, x, t, told, method="predict")
+            if untold is not None:
+                away = model.apply(params, x, t, untold, method="predict")
+                v = away + how.guidance * (v - away)
+            predicted = sigma * x + alpha * v
+            if clean is not None and known is not None:
+                predicted = jnp.where(known[:, None], noise, predicted)
+            return Prediction(predicted)
+
+        x = noise
+        if clean is not None and how.strength < 1:
+            x = float(sampler.alpha[0]) * clean + float(sampler.sigma[0]) * noise
+        out = model.apply(params, sampler.run(denoise, x, key), support, there, method="decode")
+        return out if start is None or known is None else jnp.where(known[:, None], start, out)
+
+    return draw
+
+
+def reduce_mean(tokens: np.ndarray) -> np.ndarray:
+    """The average of samples [n, ...] in weight space: for convex heads the conditional mean, which one sample is not (spec §6.2)."""
+    return np.mean(tokens, axis=0)

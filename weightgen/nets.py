@@ -1,0 +1,105 @@
+"""The networks that zoos are made of: small enough that thousands train at once under `vmap`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.errors import InputError
+from common.nn.dense import Dense, param, uniform_fan_in, zeros
+from common.nn.functional import Functional, functional
+
+Kind = Literal["head", "mlp", "cnn"]
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """A network of a zoo."""
+
+    kind: Kind = "head"
+    """head: one linear layer on features; mlp: one hidden layer on features; cnn: the small CNN of the public model zoos."""
+    features: int = 64
+    """Inputs of a head or an mlp; channels of the pictures of a cnn."""
+    hidden: int = 16
+    """Hidden units of an mlp."""
+    classes: int = 5
+
+
+class Head(nnx.Module):
+    """A linear classifier that starts at zero. x: [..., feature]; returns logits [..., class]."""
+
+    def __init__(self, cfg: NetConfig, *, rngs: nnx.Rngs):
+        self.out = Dense("feature -> class", {"feature": cfg.features, "class": cfg.classes}, init=zeros, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(x)
+
+
+class SmallMlp(nnx.Module):
+    """feature -> hidden -> class with ReLU; 64-16-5 has 1,125 parameters. x: [..., feature]."""
+
+    def __init__(self, cfg: NetConfig, *, rngs: nnx.Rngs):
+        sizes = {"feature": cfg.features, "hidden": cfg.hidden, "class": cfg.classes}
+        self.up = Dense("feature -> hidden", sizes, bias=uniform_fan_in, rngs=rngs)
+        self.out = Dense("hidden -> class", sizes, bias=uniform_fan_in, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jax.nn.relu(self.up(x)))
+
+
+class SmallConv(nnx.Module):
+    """A valid convolution. x: [batch, row, col, read].
+
+    It multiplies patches by a matrix: under `vmap` over networks that is a batched matmul, where XLA's own would be a grouped
+    convolution, many times slower on a CPU.
+    """
+
+    def __init__(self, read: str, written: str, sizes: Mapping[str, int], size: int, *, rngs: nnx.Rngs):
+        self.kernel = param(f"row col {read} -> {written}", {**sizes, "row": size, "col": size}, uniform_fan_in, rngs)
+        self.bias = param(f"-> {written}", sizes, uniform_fan_in, rngs, fan_in=size**2 * sizes[read])
+        self.size = size
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows, cols = (n - self.size + 1 for n in x.shape[1:3])
+        patches = jnp.stack([x[:, i : i + rows, j : j + cols] for i in range(self.size) for j in range(self.size)], axis=3)
+        return jnp.tensordot(patches, self.kernel[...].reshape(self.size**2, *self.kernel.shape[2:]), axes=2) + self.bias[...]
+
+
+class SmallCnn(nnx.Module):
+    """The CNN of the public model zoos: 2,464 parameters at one channel, 2,864 at three (spec §3.1). x: [batch, 28, 28, channel].
+
+    conv 5x5 to 8, pool, conv 5x5 to 6, pool, conv 2x2 to 4, then 36 -> 20 -> classes.
+    """
+
+    def __init__(self, cfg: NetConfig, *, rngs: nnx.Rngs):
+        sizes = {"channel": cfg.features, "first": 8, "second": 6, "third": 4, "cell": 9, "hidden": 20, "class": cfg.classes}
+        self.conv1 = SmallConv("channel", "first", sizes, 5, rngs=rngs)
+        self.conv2 = SmallConv("first", "second", sizes, 5, rngs=rngs)
+        self.conv3 = SmallConv("second", "third", sizes, 2, rngs=rngs)
+        self.up = Dense("cell third -> hidden", sizes, bias=uniform_fan_in, rngs=rngs)
+        self.out = Dense("hidden -> class", sizes, bias=uniform_fan_in, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.tanh(_pool(self.conv1(x)))
+        x = jnp.tanh(_pool(self.conv2(x)))
+        x = jnp.tanh(self.conv3(x))
+        return self.out(jnp.tanh(self.up(x.reshape(len(x), -1, x.shape[-1]))))
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    """The largest of each 2 x 2."""
+    n, row, col, channel = x.shape
+    return x.reshape(n, row // 2, 2, col // 2, 2, channel).max((2, 4))
+
+
+MODULES: dict[str, Any] = {"head": Head, "mlp": SmallMlp, "cnn": SmallCnn}
+
+
+def net(cfg: NetConfig) -> Functional:
+    """The network as functions of a flat tree. Raises InputError for an unknown kind."""
+    if cfg.kind not in MODULES:
+        raise InputError(f"no network {cfg.kind!r} (there are {', '.join(MODULES)})")
+    return functional(MODULES[cfg.kind], cfg)

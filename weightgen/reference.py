@@ -1,0 +1,126 @@
+"""D2NWG as released (spec §2): vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024 steps.
+
+It is here to be compared with; `GeneratorConfig` is what this package recommends. Its choices are kept, the odd ones too: weights are
+divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not know the order of classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
+from common.errors import InputError, nearest
+from common.nn.functional import Functional
+from weightgen.autoencoder import ConvVae, VaeConfig, vae_loss
+from weightgen.conditions import MlpSet, SetConfig, SetOfSets
+from weightgen.generator import GeneratorConfig
+from weightgen.unet import Unet, UnetConfig
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The base config of the release: 2,864 weights, 1,024 latents."""
+
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    unet: UnetConfig = field(default_factory=UnetConfig)
+    encoder: Literal["mlp", "set"] = "mlp"
+    """mlp: the default of the released YAML; set: Set Transformers, as the paper stresses."""
+    features: SetConfig = field(default_factory=SetConfig)
+    slots: int = 50
+    """Pictures times classes the mlp has places for."""
+    scale: float = 1.0
+    """Weights are divided by this: 1 for small CNNs, 0.125 for ResNets, 0.1 for language models."""
+    steps: int = 1024
+
+    def __post_init__(self) -> None:
+        row, col, latent = self.vae.latent_shape
+        if row * col * latent != self.unet.size**2:
+            raise InputError(f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change unet.size")
+
+
+def preset(name: str) -> ReferenceConfig | GeneratorConfig:
+    """`d2nwg`: as released; `default`: what we recommend. Raises InputError for another name."""
+    presets: dict[str, Callable[[], Any]] = {"d2nwg": ReferenceConfig, "default": GeneratorConfig}
+    if name not in presets:
+        raise InputError(f"no preset {name!r}{nearest(name, presets)} (there are {', '.join(presets)})")
+    return presets[name]()
+
+
+class Reference(nnx.Module):
+    """Autoencoder, condition and UNet. weights: [batch, rows * length]; support: [batch, class, picture, feature]; images NHWC."""
+
+    def __init__(self, cfg: ReferenceConfig, *, rngs: nnx.Rngs):
+        cells = cfg.unet.size**2
+        self.vae = ConvVae(cfg.vae, rngs=rngs)
+        if cfg.encoder == "mlp":
+            self.condition: Any = MlpSet(cfg.features.features, cfg.slots, cells, rngs=rngs)
+        else:
+            self.condition = SetOfSets(cfg.features, cells, rngs=rngs)
+        self.unet = Unet(cfg.unet, rngs=rngs)
+        self.cfg = cfg
+
+    def reconstruct(self, weights: jax.Array, key: jax.Array) -> Any:
+        return self.vae(weights / self.cfg.scale, key)
+
+    def latents(self, weights: jax.Array, key: jax.Array) -> jax.Array:
+        """A draw from the posterior as an image of one channel: by memory order, channels first, which is no spatial layout."""
+        z = self.vae.encode(weights / self.cfg.scale).sample(key)
+        return jnp.moveaxis(z, -1, 1).reshape(len(z), self.cfg.unet.size, self.cfg.unet.size, 1)
+
+    def decode(self, image: jax.Array) -> jax.Array:
+        row, col, latent = self.cfg.vae.latent_shape
+        return self.vae.decode(jnp.moveaxis(image.reshape(len(image), latent, row, col), 1, -1)) * self.cfg.scale
+
+    def told(self, support: jax.Array) -> jax.Array:
+        return self.condition(support).reshape(len(support), self.cfg.unet.size, self.cfg.unet.size, 1)
+
+    def predict(self, noisy: jax.Array, t: jax.Array, told: jax.Array) -> jax.Array:
+        return self.unet(noisy, t, told)
+
+
+def stage1_loss(
+    model: Functional, cfg: ReferenceConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6
+) -> jax.Array:
+    """The autoencoder's loss on weights [batch, count] (spec §2.5)."""
+    back, posterior = model.apply(params, weights, key, method="reconstruct")
+    return vae_loss(weights / cfg.scale, back, posterior, beta=beta)
+
+
+def latent_scale(model: Functional, params: Params, weights: jax.Array, key: jax.Array) -> jax.Array:
+    """k = 1 / std of the latents of the first batch, computed once."""
+    return 1 / model.apply(params, weights, key, method="latents").std()
+
+
+def stage2_loss(
+    model: Functional, cfg: ReferenceConfig, k: jax.Array, params: Params, weights: jax.Array, support: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition encoder does."""
+    posterior, times, noises = jax.random.split(key, 3)
+    schedule = scaled_linear_schedule(cfg.steps)
+    clean = k * jax.lax.stop_gradient(model.apply(params, weights, posterior, method="latents"))
+    step = jax.random.randint(times, (len(clean),), 0, len(schedule))
+    noise = jax.random.normal(noises, clean.shape)
+    told = model.apply(params, support, method="told")
+    found = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], told, method="predict")
+    return jnp.mean(jnp.square(found - noise))
+
+
+def sample(model: Functional, cfg: ReferenceConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array) -> jax.Array:
+    """Weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the condition is encoded once."""
+    sampler = ddpm(scaled_linear_schedule(cfg.steps))
+    told = model.apply(params, support, method="told")
+    time = jnp.asarray(sampler.time, jnp.float32)
+
+    def denoise(x: jax.Array, i: jax.Array) -> Prediction:
+        noise = model.apply(params, x, jnp.full(len(x), time[i]), told, method="predict")
+        return Prediction(noise, -jnp.ones_like(x))  # -1: the smaller of both variances, the posterior's
+
+    start, steps = jax.random.split(key)
+    x = jax.random.normal(start, (len(support), cfg.unet.size, cfg.unet.size, 1))
+    return model.apply(params, sampler.run(denoise, x, steps) / k, method="decode")

@@ -1,0 +1,216 @@
+"""Weights as tokens, and back to exactly the same tree (spec §2.2, §7.1).
+
+Three ways to cut: a whole model as one long row, each tensor in chunks of a length, or neuron by neuron, which needs our named
+axes: a token is what one written unit reads, its bias included. Rows are padded with zeros; the mask says where the weights are.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from math import prod
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from common.errors import InputError
+from common.surgery.axes import Spec
+
+Cut = Literal["model", "layer", "neuron"]
+STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor's share of the tokens: rows `first` to `first + rows`, from column `column` on, `width` numbers a row at most."""
+
+    path: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    """Permutation of its dimensions after which it is cut row by row."""
+    first: int
+    rows: int
+    column: int
+    width: int
+    fan_in: int
+    fan_out: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """How a tree becomes tokens [rows, length]. Make it with `chunks` or `neurons`."""
+
+    pieces: tuple[Piece, ...]
+    rows: int
+    length: int
+
+    @property
+    def count(self) -> int:
+        """Weights in all tokens, padding left out."""
+        return sum(piece.size for piece in self.pieces)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """[rows, length] bool: where a weight is, and not padding."""
+        mask = np.zeros((self.rows, self.length), bool)
+        for piece in self.pieces:
+            self._block(mask, piece)[...] = self._pad(np.ones(piece.size, bool), piece)
+        return mask
+
+    @cached_property
+    def tensor(self) -> np.ndarray:
+        """[rows, length] int32: the index of the tensor a weight belongs to, -1 in the padding."""
+        found = np.full((self.rows, self.length), -1, np.int32)
+        for i, piece in enumerate(self.pieces):
+            self._block(found, piece)[...] = np.where(self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece))
+        return found
+
+    def meta(self) -> list[dict[str, Any]]:
+        """For each row what it holds: {"token", "parts": [{path, offset, fan_in, fan_out}]}; offset counts rows of the tensor."""
+        return [
+            {
+                "token": row,
+                "parts": [
+                    {"path": p.path, "offset": row - p.first, "fan_in": p.fan_in, "fan_out": p.fan_out}
+                    for p in self.pieces
+                    if p.first <= row < p.first + p.rows
+                ],
+            }
+            for row in range(self.rows)
+        ]
+
+    def flatten(self, tree: Any) -> np.ndarray:
+        """Tokens [..., rows, length] of a tree; leaves may share leading axes, as in a population. The dtype holds all leaves exactly."""
+        leaves = dict(named_leaves(tree))
+        lead = np.shape(leaves[self.pieces[0].path])[: np.ndim(leaves[self.pieces[0].path]) - len(self.pieces[0].shape)]
+        dtype = np.result_type(np.float32, *(_exact(leaves[piece.path].dtype) for piece in self.pieces))
+        out = np.zeros((*lead, self.rows, self.length), dtype)
+        for piece in self.pieces:
+            leaf = np.asarray(leaves[piece.path])
+            if leaf.shape[len(lead) :] != piece.shape:
+                raise InputError(f"{piece.path}: shape {leaf.shape[len(lead) :]}, the tokens were cut for {piece.shape}")
+            moved = leaf.astype(dtype).transpose((*range(len(lead)), *(len(lead) + i for i in piece.order)))
+            self._block(out, piece)[...] = self._pad(moved.reshape((*lead, piece.size)), piece)
+        return out
+
+    def unflatten(self, tokens: Any, like: Any) -> Any:
+        """The inverse of `flatten`: `like` with its selected leaves replaced, dtype and structure kept; padding is ignored.
+
+        tokens: [..., rows, length] numpy, or traced by jax (leaves then get the leading axes too).
+        """
+        pieces = {piece.path: piece for piece in self.pieces}
+        lead = tokens.shape[:-2]
+
+        def replaced(path: str, leaf: Any) -> Any:
+            if path not in pieces:
+                return leaf
+            piece = pieces[path]
+            block = self._block(tokens, piece).reshape((*lead, piece.rows * piece.width))[..., : piece.size]
+            moved = block.reshape((*lead, *(piece.shape[i] for i in piece.order)))
+            back = np.argsort(piece.order)
+            return moved.transpose(*range(len(lead)), *(len(lead) + i for i in back)).astype(leaf.dtype)
+
+        return map_named(replaced, like)
+
+    def _block(self, tokens: Any, piece: Piece) -> Any:
+        return tokens[..., piece.first : piece.first + piece.rows, piece.column : piece.column + piece.width]
+
+    @staticmethod
+    def _pad(flat: np.ndarray, piece: Piece) -> np.ndarray:
+        gap = [(0, 0)] * (flat.ndim - 1) + [(0, piece.rows * piece.width - piece.size)]
+        return np.pad(flat, gap).reshape(*flat.shape[:-1], piece.rows, piece.width)
+
+
+def _exact(dtype: Any) -> Any:
+    return np.float64 if np.dtype(dtype) == np.float64 else np.float32
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
+    if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
+        return list(tree.items())
+    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def map_named(change: Any, tree: Any) -> Any:
+    """The same tree with each leaf replaced by `change(name, leaf)`."""
+    if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
+        return {name: change(name, leaf) for name, leaf in tree.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: change(_name(path), leaf), tree)
+
+
+def _name(path: Sequence[Any]) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tuple[str, Any]]:
+    """Floating leaves whose name matches the regex `select` and not `exclude` (running statistics, unless given).
+
+    Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
+    """
+    found = []
+    for name, leaf in named_leaves(tree):
+        if not re.search(select, name) or (exclude and re.search(exclude, name)):
+            continue
+        kind = np.dtype(leaf.dtype)
+        if kind.kind in "iub":
+            if select and re.fullmatch(select, name):
+                raise InputError(f"{name} is {kind}: counters and quantised weights cannot be generated; dequantise it or leave it out")
+            continue
+        found.append((name, leaf))
+    if not found:
+        raise InputError(f"no floating tensor matches {select!r}; the tree has {', '.join(n for n, _ in named_leaves(tree))[:200]}")
+    return found
+
+
+def chunks(tree: Any, length: int | None = None, *, select: str = "", exclude: str = STATISTICS) -> TokenSpec:
+    """Cut any tree (or dict of a checkpoint's tensors) into rows; arrays may be `jax.ShapeDtypeStruct`s.
+
+    length None: model-wise, one row with all tensors end to end. Else layer-wise: each tensor by itself, padded to whole chunks.
+    """
+    leaves = selected(tree, select, exclude)
+    sizes = [prod(leaf.shape) for _, leaf in leaves]
+    if length is not None and length < 1:
+        raise InputError(f"chunks of {length} weights: choose 1 or more")
+    pieces, at = [], 0
+    for (name, leaf), size in zip(leaves, sizes, strict=True):
+        rows, width = (1, size) if length is None else (-(-size // length), length)
+        fan_out = leaf.shape[0] if leaf.shape else 1
+        where = {"first": 0, "column": at} if length is None else {"first": at, "column": 0}
+        order = tuple(range(len(leaf.shape)))
+        pieces.append(
+            Piece(name, tuple(leaf.shape), order, rows=rows, width=width, fan_in=size // max(fan_out, 1), fan_out=fan_out, **where)
+        )
+        at += size if length is None else rows
+    return TokenSpec(tuple(pieces), 1 if length is None else at, at if length is None else length)
+
+
+def neurons(spec: Spec, *, select: str = "") -> TokenSpec:
+    """Cut a model of ours neuron by neuron: tensors of one module that write the same units share a row.
+
+    A carried tensor (a norm's scale) counts as written. Raises InputError when nothing matches.
+    """
+    paths = [path for path in spec if re.search(select, path)]
+    if not paths:
+        raise InputError(f"no parameter matches {select!r}")
+    pieces: list[Piece] = []
+    first = 0
+    for _, group in groupby(paths, key=lambda path: path.rpartition("/")[0]):
+        column, rows = 0, None
+        for path in sorted(group, key=lambda p: len(spec[p].axes.where("read")) == 0):
+            leaf = spec[path]
+            out, read = leaf.axes.where("stack", "write", "carry"), leaf.axes.where("read")
+            units = prod(leaf.shape[i] for i in out)
+            if rows is not None and units != rows:
+                first, column = first + rows, 0
+            rows, width = units, prod(leaf.shape[i] for i in read)
+            pieces.append(Piece(path, leaf.shape, (*out, *read), first, rows, column, width, leaf.extent("read"), leaf.extent("write")))
+            column += width
+        first += rows or 0
+    return TokenSpec(tuple(pieces), first, max(piece.column + piece.width for piece in pieces))

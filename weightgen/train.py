@@ -1,0 +1,101 @@
+"""The loop that codec, encoder and generator share, and batches of zoos."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from common.data.pipeline import Batches
+from common.surgery.axes import Spec
+from common.train.loop import Run
+from common.train.mesh import MeshConfig, batch_sharding
+from common.train.optim import OptimConfig, make_optimizer
+from common.train.parameters import best
+from common.train.state import abstract_state, create_state
+from common.train.step import LossFn, StepConfig, make_step
+from weightgen.data import Bank
+from weightgen.zoo import Zoo
+
+OPTIMIZER = OptimConfig(lr=1e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.01, clip=1.0)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the trainings of this package share."""
+
+    steps: int = 2000
+    batch: int = 256
+    optim: OptimConfig = OPTIMIZER
+    step: StepConfig = field(default_factory=lambda: StepConfig(ema=0.995))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    """Of fresh parameters, and of the order and the conditions drawn."""
+    log_every: int = 100
+    save_every: int = 1000
+
+
+def fit(
+    run: Run,
+    cfg: LoopConfig,
+    mesh: Mesh,
+    spec: Spec,
+    init: Callable[[], dict[str, jax.Array]],
+    loss: LossFn,
+    data: Batches,
+    *,
+    frozen: tuple[str, ...] = (),
+    no_decay: tuple[str, ...] = (),
+    save: Callable[[dict[str, jax.Array]], None] | None = None,
+) -> dict[str, jax.Array]:
+    """Train in a run folder, or go on there; returns the averaged parameters. `frozen`: path patterns that are not updated."""
+    optim = replace(cfg.optim, frozen=(*cfg.optim.frozen, *frozen), no_decay=(*cfg.optim.no_decay, *frozen, *no_decay))
+    optimizer = make_optimizer(optim, spec, cfg.steps)
+    step = make_step(loss, optimizer, spec, mesh, cfg.step)
+    state = run.restore_or(
+        lambda: create_state(init(), optimizer, spec, mesh, cfg.step.ema), like=abstract_state(optimizer, spec, mesh, cfg.step.ema)
+    )
+    state = run.fit(
+        state,
+        step,
+        data,
+        cfg.steps,
+        examples_per_step=cfg.batch,
+        log_every=cfg.log_every,
+        save_every=cfg.save_every,
+        on_finish=(lambda state: save(best(state))) if save else None,
+    )
+    return best(state)
+
+
+def placed(make: Callable[[np.random.Generator], dict[str, np.ndarray]], mesh: Mesh, seed: int) -> Batches:
+    """An endless, resumable stream: batch n is `make(rng)` with a generator of (seed, n), placed on the mesh."""
+
+    def start(first: int) -> Iterator[dict[str, Any]]:
+        n = first
+        while True:
+            rows = make(np.random.default_rng([seed, n]))
+            yield {name: _place(x, mesh) for name, x in rows.items()}
+            n += 1
+
+    return Batches(start, {"seed": seed})
+
+
+def _place(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+
+
+def generator_batches(zoo: Zoo, bank: Bank, shots: int, cfg: LoopConfig, mesh: Mesh) -> Batches:
+    """Zoo networks with fresh pictures of their classes, 1 to `shots` of each, drawn anew at every step."""
+
+    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        rows = np.sort(rng.integers(len(zoo), size=cfg.batch))
+        return {
+            "tokens": zoo.tokens(rows),
+            "support": bank.draw(np.asarray(zoo.classes[rows]), shots, rng),
+            "shots": rng.integers(1, shots + 1, size=cfg.batch).astype(np.int32),
+        }
+
+    return placed(make, mesh, cfg.seed)

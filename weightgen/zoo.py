@@ -1,0 +1,188 @@
+"""Zoos: thousands of small networks trained at once, with what they were trained on; and folders of foreign checkpoints."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common.checkpoint.convert import open_tensors, weights_files
+from common.checkpoint.weights import read_json, staged, write_json
+from common.errors import InputError
+from common.nn.functional import Functional
+from weightgen.nets import NetConfig, net
+from weightgen.tokens import Piece, TokenSpec, chunks, neurons
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How each network of a zoo is trained: AdamW on softmax cross-entropy, the same for all."""
+
+    steps: int = 100
+    batch: int = 0
+    """Examples a step; 0: all of them."""
+    lr: float = 0.05
+    weight_decay: float = 0.0
+    """L2 penalty added to the loss, half its square norm times this."""
+
+
+def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array, cfg: FitConfig, key: jax.Array) -> Params:
+    """Train every network on its own data under one `vmap` and `scan`.
+
+    params: leaves [member, ...]; x: [member, example, ...]; y: [member, example] int32, -1 for an example that is not there.
+    """
+
+    def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+        there = y >= 0
+        nats = optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), jnp.maximum(y, 0))
+        penalty = sum(jnp.sum(jnp.square(leaf)) for leaf in params.values())
+        return jnp.sum(nats * there) / jnp.maximum(there.sum(), 1) + 0.5 * cfg.weight_decay * penalty
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(cfg.lr, cfg.steps))
+
+    def one(params: Params, x: jax.Array, y: jax.Array, key: jax.Array) -> Params:
+        def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
+            params, state = carry
+            bx, by = x, y
+            if cfg.batch:
+                rows = jax.random.randint(jax.random.fold_in(key, i), (cfg.batch,), 0, len(x))
+                bx, by = x[rows], y[rows]
+            updates, state = optimizer.update(jax.grad(loss)(params, bx, by), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(cfg.steps))[0][0]
+
+    return jax.vmap(one)(params, x, y, jax.random.split(key, len(x)))
+
+
+def initial_population(model: Functional, members: int, start: Literal["shared", "random"], key: jax.Array) -> Params:
+    """`members` networks, all from one initialisation or each from its own: leaves [member, ...]."""
+    if start == "shared":
+        one = model.init(key)
+        return {path: jnp.broadcast_to(leaf, (members, *leaf.shape)) for path, leaf in one.items()}
+    return jax.vmap(model.init)(jax.random.split(key, members))
+
+
+def accuracy(model: Functional, params: Params, x: Any, y: Any) -> jax.Array:
+    """Share right of each network, [member], over its examples with y >= 0."""
+    right = jax.vmap(model.apply)(params, x).argmax(-1) == y
+    return jnp.sum(right & (y >= 0), -1) / jnp.maximum(jnp.sum(y >= 0, -1), 1)
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Trained networks on disk, memory-mapped: millions of them are read row by row.
+
+    weights: [member, count] f32, each network's tokens without padding; quality: [member] f32, accuracy on data it was not trained
+    on, or NaN; classes: [member, ways] int32, indices into the bank of pictures it was trained on, or empty.
+    """
+
+    weights: np.ndarray
+    quality: np.ndarray
+    classes: np.ndarray
+    net: NetConfig | None
+    spec: TokenSpec
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def tokens(self, rows: Any) -> np.ndarray:
+        """Tokens [..., rows, length] f32 of the members at `rows`; only they are read."""
+        flat = np.asarray(self.weights[rows])
+        out = np.zeros((*flat.shape[:-1], self.spec.rows, self.spec.length), np.float32)
+        out[..., self.spec.mask] = flat
+        return out
+
+    def save(self, folder: Path, *, beside: Callable[[Path], Any] | None = None, force: bool = False) -> None:
+        """Write a zoo's folder; `beside(folder)` adds what travels along."""
+        with staged(folder, force=force) as out:
+            out.mkdir()
+            for name in ("weights", "quality", "classes"):
+                np.save(out / f"{name}.npy", getattr(self, name))
+            write_json(out / "zoo.json", {"net": self.net and asdict(self.net), "pieces": [asdict(p) for p in self.spec.pieces]})
+            if beside:
+                beside(out)
+
+
+def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
+    """[..., rows, length] -> [..., count]: the weights without the padding."""
+    return np.asarray(tokens[..., spec.mask], np.float32)
+
+
+def open_zoo(folder: Path) -> Zoo:
+    """A zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none."""
+    if not (folder / "zoo.json").is_file():
+        raise InputError(f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)")
+    about = read_json(folder / "zoo.json")
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("weights", "quality", "classes")}
+    cfg = NetConfig(**about["net"]) if about["net"] else None
+    fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in about["pieces"]]
+    pieces = tuple(Piece(**piece) for piece in fields)
+    rows, length = max(p.first + p.rows for p in pieces), max(p.column + p.width for p in pieces)
+    return Zoo(**arrays, net=cfg, spec=TokenSpec(pieces, rows, length))
+
+
+def build(
+    cfg: NetConfig,
+    data: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    members: int,
+    fit: FitConfig,
+    *,
+    start: Literal["shared", "random"] = "shared",
+    chunk: int = 500,
+    seed: int = 0,
+    first: int = 0,
+) -> Iterator[Params]:
+    """Train a zoo chunk by chunk, so that it never has to be in memory; yields populations of `chunk` networks and a rest.
+
+    first: where to begin, a multiple of `chunk`. data(first, last): x [member, example, ...] and y [member, example] of these members.
+    """
+    model = net(cfg)
+    run = jax.jit(lambda params, x, y, key: fit_population(model, params, x, y, fit, key))
+    key = jax.random.key(seed)
+    for at in range(first, members, chunk):
+        last = min(at + chunk, members)
+        x, y = data(at, last)
+        # Shared means shared by the whole zoo: the key does not depend on the chunk.
+        begin = key if start == "shared" else jax.random.fold_in(key, at)
+        params = initial_population(model, last - at, start, begin)
+        yield run(params, x, y, jax.random.fold_in(key, 10**6 + at))
+
+
+def import_folder(folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None) -> Zoo:
+    """A zoo of the checkpoints in a folder (safetensors or torch, one architecture), tensors read one at a time.
+
+    quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file.
+    Raises InputError for a folder without checkpoints and for one of another shape.
+    """
+    files = [
+        file
+        for path in sorted(folder.iterdir())
+        if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")
+        for file in weights_files(path)
+    ]
+    if not files:
+        raise InputError(f"{folder} holds no checkpoints (.safetensors, .pt, .pth, or folders of them)")
+    if quality is None and (folder / "quality.json").is_file():
+        quality = json.loads((folder / "quality.json").read_text())
+    spec = chunks(open_tensors(files[0]), chunk, select=select)
+    rows = np.zeros((len(files), spec.count), np.float32)
+    for row, file in zip(rows, files, strict=True):
+        try:
+            row[...] = flat(spec, spec.flatten(open_tensors(file)))
+        except (KeyError, InputError) as error:
+            raise InputError(f"{file} is of another architecture than {files[0]} ({error}); keep one architecture in a zoo") from error
+    scores = np.array([(quality or {}).get(file.name, np.nan) for file in files], np.float32)
+    return Zoo(rows, scores, np.zeros((len(files), 0), np.int32), None, spec)
+
+
+def head_tokens(cfg: NetConfig) -> TokenSpec:
+    """A head, an mlp or a cnn neuron by neuron."""
+    return neurons(net(cfg).spec)
