@@ -22,6 +22,7 @@ from common.nn.functional import Functional
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
+from tinyclip_jax.masks import Masked
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
@@ -53,7 +54,9 @@ class Scored:
 Score = Callable[[Mapping[str, Any]], Scored]
 
 
-def retrieval_on(data: SourceConfig, model: Functional, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh) -> Score:
+def retrieval_on(
+    data: SourceConfig, model: Functional | Masked, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
+) -> Score:
     """`params -> Scored`: recall at 1, 5, 10 both ways. Pictures of one `concept` share their captions; else each has its own.
 
     Raises InputError when the data cannot be read or has no captions.

@@ -88,7 +88,10 @@ HF = Layout(
 )
 
 # The mask and the three integers are buffers of OpenAI's archives and of older releases.
-OPEN_CLIP = _open_clip("open_clip", "visual.", "", "logit_scale", ("attn_mask", "input_resolution", "context_length", "vocab_size"))
+_BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
+OPEN_CLIP = _open_clip(
+    "open_clip", "visual.", "", "logit_scale", ("attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
+)
 
 # A training file carries the parameters of the learned masks beside the weights.
 ORIGINAL = _open_clip(

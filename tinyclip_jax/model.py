@@ -32,9 +32,12 @@ class ImageConfig:
     """Side of a patch, pixels."""
     width: int = 768
     layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    """Units between the two layers of the MLP."""
+    heads: int | tuple[int, ...] = 12
+    """Of each layer; a tuple: pruned layers that differ. A layer without heads adds a constant."""
+    hidden: int | tuple[int, ...] = 3072
+    """Units between the two layers of the MLP, as `heads`."""
+    head_dim: int | None = None
+    """Channels of a head; None: width / heads."""
     activation: Activation = "gelu"
     eps: float = 1e-5
     """Of every LayerNorm."""
@@ -60,8 +63,9 @@ class TextConfig:
     vocab: int = 49408
     width: int = 512
     layers: int = 12
-    heads: int = 8
-    hidden: int = 2048
+    heads: int | tuple[int, ...] = 8
+    hidden: int | tuple[int, ...] = 2048
+    head_dim: int | None = None
     activation: Activation = "gelu"
     eps: float = 1e-5
     eot: int | None = None
@@ -81,9 +85,7 @@ class ClipConfig:
     attention: Kernel = "xla"
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
 
-    def override(
-        self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
-    ) -> "ClipConfig":
+    def override(self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None) -> "ClipConfig":
         """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
         if activation and activation not in ACTIVATIONS:
             raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
@@ -102,9 +104,21 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
     """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file cannot tell how many."""
+    for name in ("heads", "hidden"):
+        if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
+            raise InputError(f"{name} has {len(sizes)} numbers for {c.layers} layers: give one for each")
+    if c.head_dim is not None:
+        return c.head_dim
+    if isinstance(c.heads, tuple):
+        raise InputError("heads that differ from layer to layer need a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
         raise InputError(f"{c.heads} heads do not divide a width of {c.width}; say how many there are (image_heads, text_heads)")
     return c.width // c.heads
+
+
+def uniform(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """One number where all layers have the same, and have any."""
+    return sizes[0] if len(set(sizes)) == 1 and sizes[0] else sizes
 
 
 class Features(NamedTuple):
@@ -118,7 +132,7 @@ class Features(NamedTuple):
 class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.image, cfg.image.width**-0.5
-        sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
+        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
         attention = partial(Attention, sizes, attend=softmax(kernel=cfg.attention))
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
@@ -126,26 +140,24 @@ class ImageTower(nnx.Module):
         self.cls_position = param("-> embed", sizes, normal(std), rngs)
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
         self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
-        self.blocks = stack(
-            lambda rngs: Block(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs
-        )
+        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
-        self.remat: Remat = cfg.remat
+        self.layers, self.remat = c.layers, cfg.remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
         x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
-        x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1))
-        x = scan(self.blocks, x, remat=self.remat)
-        return self.projection(self.post_norm(x[:, 0]))
+        x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1), keep)
+        x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
+        return self.projection(self.post_norm(x[:, 0], keep))
 
 
 class TextTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
-        sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
+        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
         attention = partial(Attention, sizes, attend=softmax(causal=True), qkv=normal(std), out=normal(residual))
@@ -155,15 +167,30 @@ class TextTower(nnx.Module):
         self.blocks = stack(lambda rngs: Block(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
-        self.eot, self.remat = c.eot, cfg.remat
+        self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.token(tokens)
         x = x + self.position[: tokens.shape[1]].astype(x.dtype)
-        x = scan(self.blocks, x, remat=self.remat)
+        x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
         end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
         # Pooling before the norm gives the same row and spares normalising the others.
-        return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]))
+        return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], keep))
+
+
+def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
+    """The further arguments of every block (no modulation, `keep`), stacked along layer."""
+    return () if keep is None else (None, jnp.broadcast_to(keep, (layers, *keep.shape)))
+
+
+class Keep(NamedTuple):
+    """Channels of the residual streams that learned masks have left, bool [embed]; None: all, as in any model that is not being pruned."""
+
+    image: jax.Array | None = None
+    text: jax.Array | None = None
+
+
+ALL = Keep()
 
 
 class TokenTable(nnx.Module):
@@ -185,16 +212,16 @@ class Clip(nnx.Module):
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 
-    def __call__(self, images: jax.Array, tokens: jax.Array) -> Features:
-        return Features(self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale[...]))
+    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL) -> Features:
+        return Features(self.encode_image(images, keep), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
+    def encode_image(self, images: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.image(images))
+        return _unit(self.image(images, keep.image))
 
-    def encode_text(self, tokens: jax.Array) -> jax.Array:
+    def encode_text(self, tokens: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.text(tokens))
+        return _unit(self.text(tokens, keep.text))
 
 
 def parameters(spec: Spec) -> dict[str, int]:

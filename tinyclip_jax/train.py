@@ -1,7 +1,7 @@
 """Training a TinyCLIP: the recipe's config, its loss, and one linear trainer (spec §2, §3, §6)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import log
 from pathlib import Path
@@ -9,16 +9,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import Donor, Family, hashes
 from common.config import to_json
 from common.data.images import Preprocess
-from common.data.pipeline import Augment, PipelineConfig, check_first_batch, training_batches
+from common.data.pipeline import Augment, Batches, PipelineConfig, check_first_batch, training_batches
 from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
 from common.nn.functional import Functional, functional
+from common.surgery.axes import Spec, matches
 from common.surgery.graft import graft
 from common.surgery.plan import Resolution
 from common.surgery.report import provenance
@@ -26,13 +30,27 @@ from common.train.loop import Run
 from common.train.mesh import MeshConfig, shardings, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, load_params, save_params
-from common.train.state import abstract_state, create_state
-from common.train.step import LossFn, StepConfig, cast, make_step
+from common.train.parameters import best, gathered, load_params, save_params
+from common.train.state import State, abstract_state, create_state
+from common.train.step import LossFn, Step, StepConfig, cast, make_step
 from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
-from tinyclip_jax.inherit import DepthRule, manual
+from tinyclip_jax.inherit import DepthRule, expand, manual, prune
 from tinyclip_jax.losses import affinity_mimicking, contrastive
+from tinyclip_jax.masks import (
+    MULTIPLIERS,
+    PATTERN,
+    MaskConfig,
+    Masked,
+    bounded,
+    constraint,
+    deterministic_gates,
+    initial_masks,
+    mask_spec,
+    sample,
+    sparsity,
+    split,
+)
 from tinyclip_jax.model import Clip, ClipConfig, total_macs
 from tinyclip_jax.zoo import FAMILY, open_clip_model
 
@@ -85,6 +103,8 @@ class Config:
     log_every: int = 50
     eval_every: int = 1000
     save_every: int = 1000
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    """Automatic inheritance: `student` is the original model, learned masks decide what of it stays."""
     published: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the paper to print beside ours, by metric."""
 
@@ -125,41 +145,140 @@ def train(cfg: Config, directory: Path) -> None:
     augment = Augment(inputs.pre, inputs.tokenizer, cfg.student.text.context, cfg.pipeline.tags)
     augment.check(source[0])
     data = training_batches(source, cfg.pipeline, augment, mesh=mesh)
-
-    student = functional(Clip, cfg.student)
-    place = shardings(student.spec, mesh)
-    optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
-    step = make_step(
-        loss_fn(cfg, student, teacher),
-        optimizer,
-        student.spec,
-        mesh,
-        cfg.step,
-        frozen=load_params(teacher, mesh) if teacher else None,
-        project=partial(hold_scale, cfg.loss),
-    )
-    state = run.restore_or(
-        lambda: create_state(initial(cfg, student, donor, place), optimizer, student.spec, mesh, cfg.step.ema),
-        like=abstract_state(optimizer, student.spec, mesh, cfg.step.ema),
-    )
-    if int(state.step) == 0:
+    if run.checkpoints.latest() is None:
         first_look(run, data, inputs)
-    score = retrieval_on(cfg.held_out, student, inputs.pre, inputs.tokenizer, cfg.student, mesh) if cfg.held_out.path else None
-    run.fit(
-        state,
-        step,
-        data,
-        cfg.steps,
-        examples_per_step=cfg.pipeline.batch,
-        writers=open_writers(cfg.writers, directory, run.config, int(state.step)),
-        log_every=cfg.log_every,
-        save_every=cfg.save_every,
-        eval_every=cfg.eval_every,
-        evaluate=(lambda state: score(best(state)).summary()) if score else None,
-        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), partial(companions, inputs), force=True),
+    setting = Setting(cfg, run, mesh, donor, teacher, load_params(teacher, mesh) if teacher else None, inputs, data)
+    if cfg.masks.prune_step:
+        distil(setting, *learn_masks(setting))
+    else:
+        distil(setting, cfg.student, partial(initial, cfg, functional(Clip, cfg.student), donor))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the phases of a run share."""
+
+    cfg: Config
+    run: Run
+    mesh: Mesh
+    donor: Donor | None
+    teacher: Donor | None
+    frozen: Any
+    """The teacher's parameters on the devices."""
+    inputs: Inputs
+    data: Batches
+
+    def fit(
+        self, state: State, step: Step, total: int, student: Functional, model: Any, scored: Callable[[State], Any], **ends: Any
+    ) -> State:
+        """Up to step `total`; `model` computes what `scored(state)` gives it, for retrieval on the held-out pairs."""
+        cfg = self.cfg
+        args = (cfg.held_out, model, self.inputs.pre, self.inputs.tokenizer, cfg.student, self.mesh)
+        score = retrieval_on(*args) if cfg.held_out.path else None
         # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
-        flops_per_example=6 * total_macs(cfg.student, student.spec) + (2 * total_macs(teacher.cfg, teacher.model.spec) if teacher else 0),
-    )
+        flops = 6 * total_macs(cfg.student, student.spec)
+        return self.run.fit(
+            state,
+            step,
+            self.data,
+            total,
+            examples_per_step=cfg.pipeline.batch,
+            writers=open_writers(cfg.writers, self.run.directory, self.run.config, int(state.step)),
+            log_every=cfg.log_every,
+            save_every=cfg.save_every,
+            eval_every=cfg.eval_every,
+            evaluate=(lambda state: score(scored(state)).summary()) if score else None,
+            flops_per_example=flops + (2 * total_macs(self.teacher.cfg, self.teacher.model.spec) if self.teacher else 0),
+            **ends,
+        )
+
+
+def distil(s: Setting, student_cfg: ClipConfig, make: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+    """Train the student from `make(place)`, or on from where it was, to the end of the run, and write its weights.
+
+    After a mask phase the optimizer is new, and the cosine goes from the full rate without a warm-up (spec §4.5).
+    """
+    cfg, student = s.cfg, functional(Clip, student_cfg)
+    begun = cfg.masks.prune_step
+    optim = replace(cfg.optim, warmup=0) if begun else cfg.optim
+    place, optimizer = shardings(student.spec, s.mesh), make_optimizer(optim, student.spec, cfg.steps - begun)
+    loss = loss_fn(cfg, student, s.teacher)
+    step = make_step(loss, optimizer, student.spec, s.mesh, cfg.step, frozen=s.frozen, project=partial(hold_scale, cfg.loss))
+
+    def new() -> State:
+        state = create_state(make(place), optimizer, student.spec, s.mesh, cfg.step.ema)
+        return replace(state, step=jax.device_put(np.int32(begun), state.step.sharding))
+
+    state = s.run.restore_or(new, abstract_state(optimizer, student.spec, s.mesh, cfg.step.ema), after=begun)
+    beside = partial(companions, s.inputs)
+
+    def finish(state: State) -> None:
+        save_params(s.run.model, FAMILY.name, student_cfg, best(state), beside, spec=student.spec, force=True)
+
+    s.fit(state, step, cfg.steps, student, student, best, on_finish=finish)
+
+
+def learn_masks(s: Setting) -> tuple[ClipConfig, Callable[[Mapping[str, Any]], dict[str, Any]]]:
+    """The mask phase: weights, masks and multipliers together up to `prune_step`, then the cut (spec §4.5, §4.6).
+
+    Returns the pruned model's config and its parameters as a function of shardings; it also stands in RUN/pruned, so that a resume
+    knows its shape.
+    """
+    cfg, folder = s.cfg, s.run.directory / "pruned"
+    if (s.run.checkpoints.latest() or 0) > cfg.masks.prune_step:
+        found = open_clip_model(str(folder))
+        return found.cfg, lambda place: load_params(found, s.mesh)
+    student = functional(Clip, cfg.student)
+    masked, spec = Masked(student), student.spec | mask_spec(cfg.student)
+    optimizer = mask_optimizer(cfg, spec)
+    plain = loss_fn(cfg, masked, s.teacher)
+
+    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, given: Any) -> tuple[jax.Array, dict[str, Any]]:
+        weights, masks = split(params)
+        frozen, wanted = given
+        total, metrics = plain(weights | sample(key, masks), batch, key, frozen)
+        gone = sparsity(cfg.student, masks)
+        penalty = constraint(gone, wanted, masks)
+        return total + penalty, metrics | {"sparsity": (gone, 1.0), "wanted": (wanted, 1.0), "constraint": (penalty, 1.0)}
+
+    def project(params: dict[str, Any]) -> dict[str, Any]:
+        return bounded(hold_scale(cfg.loss, params))
+
+    def gates(state: State) -> dict[str, Any]:
+        return deterministic_gates({path: gathered(x) for path, x in split(best(state))[1].items()}, cfg.masks.round_to)
+
+    step = make_step(loss, optimizer, spec, s.mesh, cfg.step, frozen=s.frozen, project=project, scheduled=cfg.masks.wanted)
+    place = shardings(spec, s.mesh)
+
+    def new() -> State:
+        start = initial_masks(s.donor.cfg if s.donor else cfg.student, cfg.student)
+        return create_state(initial(cfg, student, s.donor, place) | start, optimizer, spec, s.mesh, cfg.step.ema)
+
+    state = s.run.restore_or(new, abstract_state(optimizer, spec, s.mesh, cfg.step.ema))
+    state = s.fit(state, step, cfg.masks.prune_step, student, masked, lambda state: split(best(state))[0] | gates(state))
+    weights = {path: gathered(x) for path, x in split(best(state))[0].items()}
+    pruned = prune(cfg.student, weights, gates(state), cfg.masks)
+    small = functional(Clip, pruned.cfg).spec
+    beside = partial(companions, s.inputs)
+    save_params(folder, FAMILY.name, pruned.cfg, pruned.params, beside, spec=small, force=True)
+    return pruned.cfg, lambda place: pruned.params
+
+
+def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
+    """AdamW for the weights, its rate rising over the whole phase; Adam down for the masks and up for the multipliers.
+
+    The gradient is clipped over all of them together (spec §4.5).
+    """
+    optim, steps = cfg.optim, cfg.masks.prune_step
+    rising = replace(optim, warmup=steps, clip=None, no_decay=(*optim.no_decay, PATTERN))
+    groups = {
+        "weights": make_optimizer(rising, spec, steps),
+        "masks": optax.adam(cfg.masks.lr),
+        "multipliers": optax.adam(-cfg.masks.lr),
+    }
+    kind = {path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks" for path in spec if matches(PATTERN, path)}
+    clip = optax.identity() if optim.clip is None else optax.clip_by_global_norm(optim.clip)
+    return optax.chain(clip, optax.partition(groups, {path: kind.get(path, "weights") for path in spec}))
 
 
 def opened(source: str) -> Donor | None:
@@ -167,7 +286,7 @@ def opened(source: str) -> Donor | None:
     return None if source in ("", EMBEDDINGS) else open_clip_model(source)
 
 
-def loss_fn(cfg: Config, student: Functional, teacher: Donor | None) -> LossFn:
+def loss_fn(cfg: Config, student: Functional | Masked, teacher: Donor | None) -> LossFn:
     """Affinity mimicking of a live teacher or of embeddings in the batch, and the contrastive loss, weighted by alpha."""
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -218,11 +337,14 @@ def initial(cfg: Config, student: Functional, donor: Donor | None, place: Mappin
 
 
 def resolve(cfg: Config, student: Functional, donor: Donor) -> Resolution:
-    return manual(donor.cfg, cfg.student, cfg.depth_rule).resolve(donor.source, student.spec)
+    plan = expand(donor.cfg, cfg.student) if cfg.masks.prune_step else manual(donor.cfg, cfg.student, cfg.depth_rule)
+    return plan.resolve(donor.source, student.spec)
 
 
 def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str, Any]:
     """Cut the student of a recipe from its donor and write it as a weights folder; returns its provenance."""
+    if cfg.masks.prune_step:
+        raise InputError("automatic inheritance learns what to cut: run the recipe with heirloom train, the cut model is RUN/pruned")
     if not cfg.donor:
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
     donor, student = open_clip_model(cfg.donor), functional(Clip, cfg.student)
@@ -244,8 +366,12 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
     mesh = start(cfg.mesh)
     donor, student = opened(cfg.donor), functional(Clip, cfg.student)
     inputs = read_inputs(cfg, donor or opened(cfg.teacher), open_source(cfg.data) if cfg.tokenizer == "fit" else None)
-    score = retrieval_on(cfg.held_out, student, inputs.pre, inputs.tokenizer, cfg.student, mesh)
-    return score(initial(cfg, student, donor, shardings(student.spec, mesh))).rows(cfg.published)
+    params: dict[str, Any] = initial(cfg, student, donor, shardings(student.spec, mesh))
+    model: Functional | Masked = student
+    if cfg.masks.prune_step:
+        masks = initial_masks(donor.cfg if donor else cfg.student, cfg.student)
+        params, model = params | deterministic_gates(masks, cfg.masks.round_to), Masked(student)
+    return retrieval_on(cfg.held_out, model, inputs.pre, inputs.tokenizer, cfg.student, mesh)(params).rows(cfg.published)
 
 
 def read_inputs(cfg: Config, donor: Donor | None, source: Source | None) -> Inputs:

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.checkpoint.convert import Check, compare, open_tensors
 from common.nn.functional import functional
-from tinyclip_jax.model import Clip, ClipConfig
+from tinyclip_jax.model import Clip, ClipConfig, head_dim
 
 EXAMPLES = 4
 
@@ -82,14 +82,17 @@ def _open_clip(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tok
     def blocks(x: Any, prefix: str, c: Any, mask: Any) -> Any:
         for i in range(c.layers):
             p = f"{prefix}transformer.resblocks.{i}"
-            y = norm(x, f"{p}.ln_1", c.eps).transpose(0, 1)
-            y, _ = F.multi_head_attention_forward(
-                y, y, y, c.width, c.heads, t[f"{p}.attn.in_proj_weight"], t[f"{p}.attn.in_proj_bias"], None, None, False, 0.0,
-                t[f"{p}.attn.out_proj.weight"], t[f"{p}.attn.out_proj.bias"], training=False, need_weights=False, attn_mask=mask,
-            )  # fmt: skip
-            x = x + y.transpose(0, 1)
-            y = act(F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"]), c.activation)
-            x = x + F.linear(y, t[f"{p}.mlp.c_proj.weight"], t[f"{p}.mlp.c_proj.bias"])
+            if f"{p}.attn.in_proj_weight" in t:
+                y = norm(x, f"{p}.ln_1", c.eps)
+                packed = F.linear(y, t[f"{p}.attn.in_proj_weight"], t[f"{p}.attn.in_proj_bias"])
+                q, k, v = packed.reshape(*y.shape[:2], 3, -1, head_dim(c)).permute(2, 0, 3, 1, 4)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+                x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"])
+            x = x + t.get(f"{p}.attn.out_proj.bias", 0)  # of a layer without heads the files of the release keep nothing, ours this
+            if f"{p}.mlp.c_fc.weight" in t:
+                y = act(F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"]), c.activation)
+                x = x + F.linear(y, t[f"{p}.mlp.c_proj.weight"])
+            x = x + t[f"{p}.mlp.c_proj.bias"]
         return x
 
     with torch.no_grad():

@@ -10,7 +10,8 @@ from common.nn.dense import Sizes, ones, param, zeros
 class LayerNorm(nnx.Module):
     """Normalise the last axis, `embed`; statistics in f32 whatever the input's dtype, which the result keeps.
 
-    `affine=False`: no scale and bias of its own, where a modulation brings them.
+    `affine=False`: no scale and bias of its own, where a modulation brings them. keep: [embed], bool, the channels that learned masks
+    have left; statistics are over these alone and the others come out as 0 (TinyCLIP §3.2).
     """
 
     def __init__(self, sizes: Sizes, *, eps: float, affine: bool = True, rngs: nnx.Rngs):
@@ -18,13 +19,13 @@ class LayerNorm(nnx.Module):
         self.scale = param("embed", sizes, ones, rngs) if affine else None
         self.bias = param("embed", sizes, zeros, rngs) if affine else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y - y.mean(-1, keepdims=True, where=keep)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True, where=keep) + self.eps)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+        return (y if keep is None else jnp.where(keep, y, 0)).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):

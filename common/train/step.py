@@ -67,10 +67,12 @@ def make_step(
     cfg: StepConfig,
     frozen: Any = None,
     project: Callable[[Params], Params] | None = None,
+    scheduled: Callable[[jax.Array], Any] | None = None,
 ) -> Step:
     """Compile loss, gradient, update and average into one step.
 
-    project: applied to the parameters after the update, such as a bound on `logit_scale`.
+    project: applied to the parameters after the update, such as a bound on `logit_scale`. scheduled: values of a step's number that the
+    loss wants; its last argument then is `(frozen, scheduled(step))`.
     A step whose loss or gradient norm is not finite changes nothing but the counters `step` and `skipped`.
     Metrics, as (sum, count): the loss function's, `loss`, `grad_norm` (of all parameters, before clipping), `lr` if
     the optimizer's state shows a `learning_rate`, and `skipped`; of a skipped step all but `skipped` are (0, 0).
@@ -81,7 +83,8 @@ def make_step(
 
     def step(state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-        (loss, metrics), grads = gradients(state.params, batch, key, frozen)
+        given = frozen if scheduled is None else (frozen, scheduled(state.step))
+        (loss, metrics), grads = gradients(state.params, batch, key, given)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
