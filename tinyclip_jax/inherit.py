@@ -104,7 +104,8 @@ def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str,
     """
     small = replace(cfg, image=_smaller(cfg.image, "image", gates), text=_smaller(cfg.text, "text", gates))
     plan = cutting(gates, how)
-    return Pruned(small, apply(plan, Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec))
+    cut = apply(plan, Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec)
+    return Pruned(small, {path: np.asarray(value) for path, value in cut.items()})
 
 
 def cutting(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:

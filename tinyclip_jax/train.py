@@ -1,6 +1,6 @@
 """Training a TinyCLIP: the recipe's config, its loss, and one linear trainer (spec §2, §3, §6)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import log
@@ -74,8 +74,19 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of progressive distillation (spec §5): what it has instead of the recipe's own."""
+
+    student: ClipConfig
+    steps: int
+    warmup: int = 2000
+    """Steps of linear warm-up; with masks their phase is the warm-up."""
+    masks: MaskConfig = field(default_factory=MaskConfig)
+
+
+@dataclass(frozen=True)
 class Config:
-    """One run of TinyCLIP."""
+    """One run of TinyCLIP, or several stages of it."""
 
     student: ClipConfig = field(default_factory=ClipConfig)
     teacher: str = ""
@@ -105,20 +116,48 @@ class Config:
     save_every: int = 1000
     masks: MaskConfig = field(default_factory=MaskConfig)
     """Automatic inheritance: `student` is the original model, learned masks decide what of it stays."""
+    stages: tuple[Stage, ...] = ()
+    """Progressive distillation: each stage inherits from the model of the one before it, all have the same teacher."""
+    stage: int = 0
+    """The one stage to run; 0: all in turn, from the first that is not finished."""
     published: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the paper to print beside ours, by metric."""
 
     def train(self, directory: Path) -> None:
-        train(self, directory)
+        for cfg, folder in self._in_turn(directory):
+            train(cfg, folder)
 
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
-        return inherit(self, destination, force=force)
+        return inherit(self._first(), destination, force=force)
 
     def evaluate(self) -> list[dict[str, Any]]:
-        return evaluate(self)
+        return evaluate(self._first())
 
     def describe(self) -> tuple[Family, ClipConfig]:
-        return FAMILY, self.student
+        return FAMILY, self.stages[-1].student if self.stages else self.student
+
+    def _in_turn(self, directory: Path) -> Iterator[tuple["Config", Path]]:
+        """The config and folder of each stage to run. Raises InputError for a stage that is none, or whose donor is not there yet."""
+        if not self.stages:
+            yield self, directory
+            return
+        if not 0 <= self.stage <= len(self.stages):
+            raise InputError(f"there are stages 1 to {len(self.stages)}: stage {self.stage} is none of them")
+        for n in [self.stage] if self.stage else range(1, len(self.stages) + 1):
+            before = directory / f"stage_{n - 1}" / "model"
+            if n > 1 and not before.exists():
+                raise InputError(f"stage {n} goes on from {before}, which is not there: run stage {n - 1} first")
+            yield self.in_stage(n, self.donor if n == 1 else str(before)), directory / f"stage_{n}"
+
+    def _first(self) -> "Config":
+        """What a command that trains nothing speaks of: the recipe, or its first stage."""
+        return self.in_stage(1, self.donor) if self.stages else self
+
+    def in_stage(self, n: int, donor: str) -> "Config":
+        """Stage n = 1, 2, ... as a config of its own."""
+        stage = self.stages[n - 1]
+        alone = replace(self, donor=donor, stages=(), stage=0)
+        return replace(alone, student=stage.student, steps=stage.steps, masks=stage.masks, optim=replace(self.optim, warmup=stage.warmup))
 
 
 @dataclass(frozen=True)
@@ -133,6 +172,8 @@ def train(cfg: Config, directory: Path) -> None:
     """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
+    if cfg.masks.prune_step and cfg.masks.prune_step >= cfg.steps:
+        raise InputError(f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: leave some for the model that is cut")
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return

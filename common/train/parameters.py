@@ -57,6 +57,6 @@ def best(state: State) -> dict[str, jax.Array]:
 
 def gathered(value: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of an array, on every process."""
-    if isinstance(value, np.ndarray) or value.is_fully_addressable:
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
