@@ -17,6 +17,7 @@ from common.errors import InputError
 from tinyclip_jax import layouts
 from tinyclip_jax.masks import per_layer
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, head_dim, uniform
+from tinyclip_jax.resnet import STAGES, ResNetConfig
 
 # transformers' defaults, which its configs leave out.
 _HF_TEXT: dict[str, Any] = dict(
@@ -38,7 +39,8 @@ def config(saved: Mapping[str, Any]) -> ClipConfig:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
     try:
-        return ClipConfig(**{**saved, "image": ImageConfig(**tower(saved["image"])), "text": TextConfig(**tower(saved["text"]))})
+        image = ResNetConfig if "blocks" in saved["image"] else ImageConfig
+        return ClipConfig(**{**saved, "image": image(**tower(saved["image"])), "text": TextConfig(**tower(saved["text"]))})
     except (TypeError, KeyError) as error:
         raise InputError(f"config.json is not of this version of tinyclip: {error}") from error
 
@@ -86,6 +88,8 @@ def _hf_activation(name: str) -> Any:
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     names = {ours: theirs for theirs, ours in _HF_ACTIVATIONS.items()}
+    if isinstance(cfg.image, ResNetConfig):
+        raise InputError("Hugging Face's CLIP has no ResNet; write this model as open_clip or original")
     if not (_plain(cfg.image) and _plain(cfg.text)):
         raise InputError("Hugging Face's CLIP has the same heads in every layer and they fill the width; write a pruned model as original")
 
@@ -110,7 +114,7 @@ def _read_open_clip(tensors: Tensors, folder: Path) -> ClipConfig | None:
         return cfg.override(activation="quick_gelu") if "input_resolution" in tensors else cfg  # OpenAI's archives carry it
     theirs = read_json(file).get("model_cfg", {})
     image = theirs.get("vision_cfg", {})
-    if _plain(cfg.image):
+    if isinstance(cfg.image, ImageConfig) and _plain(cfg.image):
         cfg = cfg.override(image_heads=cfg.image.width // image.get("head_width", 64))
     if _plain(cfg.text):
         cfg = cfg.override(text_heads=theirs.get("text_cfg", {}).get("heads", cfg.text.heads))
@@ -119,20 +123,27 @@ def _read_open_clip(tensors: Tensors, folder: Path) -> ClipConfig | None:
 
 def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     image, text = cfg.image, cfg.text
-    if image.eps != 1e-5 or text.eps != 1e-5 or image.activation != text.activation or image.activation == "gelu_tanh":
+    activation = text.activation
+    if image.eps != 1e-5 or text.eps != 1e-5 or activation == "gelu_tanh" or getattr(image, "activation", activation) != activation:
         raise InputError("open_clip's layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model differs")
     if text.eot not in (None, text.vocab - 1):
         raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
-    vision_cfg: dict[str, Any] = dict(image_size=image.size, layers=image.layers, width=image.width, patch_size=image.patch)
+    vision_cfg: dict[str, Any] = dict(image_size=image.size, width=image.width)
+    if isinstance(image, ResNetConfig):
+        vision_cfg |= dict(layers=image.blocks, heads=image.heads)
+    else:
+        vision_cfg |= dict(layers=image.layers, patch_size=image.patch)
     text_cfg: dict[str, Any] = dict(
         context_length=text.context, vocab_size=text.vocab, width=text.width, heads=text.heads, layers=text.layers
     )
     for theirs, c in ((vision_cfg, image), (text_cfg, text)):
+        if isinstance(c, ResNetConfig):
+            continue
         # The library builds layers that are alike; of pruned ones the sizes are told, and the names of tensors are its own.
         ratio = dict(mlp_ratio=c.hidden / c.width) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
         theirs |= ratio | (dict(head_width=head_dim(c)) if theirs is vision_cfg or not _plain(c) else {})
         theirs |= {} if _plain(c) else dict(heads=c.heads)
-    model = dict(embed_dim=cfg.joint, quick_gelu=image.activation == "quick_gelu", vision_cfg=vision_cfg, text_cfg=text_cfg)
+    model = dict(embed_dim=cfg.joint, quick_gelu=activation == "quick_gelu", vision_cfg=vision_cfg, text_cfg=text_cfg)
     write_json(folder / "open_clip_config.json", dict(model_cfg=model))
 
 
@@ -148,17 +159,25 @@ def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
     Layers of automatic models differ: heads from in_proj, hidden units from c_fc, none where these are absent (spec §8.3).
     """
     try:
-        width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         vocab, text_width = tensors[f"{text}token_embedding.weight"].shape
+        context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{text}text_projection"].shape[1]
+        text_tower = TextConfig(context=context, vocab=vocab, **_blocks(tensors, f"{text}transformer.resblocks.", text_width))
+        if f"{image}layer1.0.conv1.weight" in tensors:
+            return ClipConfig(_infer_resnet(tensors, image), text_tower, joint=joint)
+        width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
-        context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{image}proj"].shape[1]
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
-    return ClipConfig(
-        ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width)),
-        TextConfig(context=context, vocab=vocab, **_blocks(tensors, f"{text}transformer.resblocks.", text_width)),
-        joint=joint,
-    )
+    image_tower = ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width))
+    return ClipConfig(image_tower, text_tower, joint=joint)
+
+
+def _infer_resnet(tensors: Tensors, prefix: str) -> ResNetConfig:
+    """Heads are of 64; the side of the input follows from the positions that are pooled."""
+    width = len(tensors[f"{prefix}layer1.0.conv1.weight"])
+    blocks = tuple(sum(f"{prefix}layer{stage}.{i}.conv1.weight" in tensors for i in range(100)) for stage in STAGES)
+    grid = isqrt(len(tensors[f"{prefix}attnpool.positional_embedding"]) - 1)
+    return ResNetConfig(size=32 * grid, width=width, blocks=blocks, heads=max(1, 32 * width // HEAD))
 
 
 def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
@@ -181,6 +200,8 @@ def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tenso
     """Of a layer without heads the released files hold no attention at all: a norm that nothing reads, and no constant to add."""
     tensors = {key: value for key, value in tensors.items() if value.size}
     for prefix, c in ((image, cfg.image), (text, cfg.text)):
+        if isinstance(c, ResNetConfig):
+            continue
         for i, heads in enumerate(per_layer(c.heads, c.layers)):
             for name in ("ln_1.weight", "ln_1.bias", "attn.out_proj.bias"):
                 key = f"{prefix}transformer.resblocks.{i}.{name}"
@@ -202,7 +223,8 @@ def _clean_original(key: str) -> str:
 
 def _nothing(cfg: ClipConfig, folder: Path) -> None:
     """The original files carry no config: shapes tell it."""
-    if head_dim(cfg.image) != HEAD or head_dim(cfg.text) != HEAD:
+    image_head = cfg.image.embed // cfg.image.heads if isinstance(cfg.image, ResNetConfig) else head_dim(cfg.image)
+    if image_head != HEAD or head_dim(cfg.text) != HEAD:
         raise InputError("the original layout knows heads of 64 only; this model has others")
 
 

@@ -10,8 +10,9 @@ from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, scaled, sided
 from common.surgery.plan import Maps, Plan, Source, apply
-from tinyclip_jax.masks import EXACT, TOWERS, MaskConfig, per_layer
+from tinyclip_jax.masks import EXACT, TOWERS, MaskConfig, per_layer, tower_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
+from tinyclip_jax.resnet import ResNetConfig, leading
 
 DepthRule = Literal["interval", "even"]
 _DEPTH = {"interval": every, "even": even}
@@ -31,14 +32,28 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
     Both towers are cut alike; the similarity scale is not inherited, as in the released code. `depth_rule="even"` spreads
     the layers. An image tower of another resolution has its position grid resampled.
     """
+    text = ("text/**", _tower(teacher.text, student.text, depth_rule))
+    if isinstance(teacher.image, ResNetConfig) or isinstance(student.image, ResNetConfig):
+        return Plan((("logit_scale", FRESH), *_resnet(teacher, student), text))
     return Plan(
         (
             ("logit_scale", FRESH),
             ("image/position", _grid(teacher.image, student.image)),
             ("image/**", _tower(teacher.image, student.image, depth_rule)),
-            ("text/**", _tower(teacher.text, student.text, depth_rule)),
+            text,
         )
     )
+
+
+def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
+    """Leading filters, statistics and heads, layer by layer: stages keep their depth (spec §3.2)."""
+    if not (isinstance(teacher.image, ResNetConfig) and isinstance(student.image, ResNetConfig)):
+        raise InputError("one image tower is a ResNet, the other a ViT: nothing of one can be inherited by the other")
+    if teacher.image.blocks != student.image.blocks:
+        raise InputError(f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: take these")
+    if student.image.width > teacher.image.width:
+        raise InputError(f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: nothing to cut from")
+    return leading(functional(Clip, student).spec, "image/**")
 
 
 def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
@@ -80,7 +95,8 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
         sizes = {"embed": (before.width, now.width), "head": (before.heads, now.heads), "hidden": (before.hidden, now.hidden)}
         return {axis: _extended(axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items()}
 
-    return Plan((("logit_scale", {}), ("image/**", tower(donor.image, student.image)), ("text/**", tower(donor.text, student.text))))
+    towers = {name: tower(tower_of(donor, name), tower_of(student, name)) for name in TOWERS}
+    return Plan((("logit_scale", {}), *((f"{name}/**", maps) for name, maps in towers.items())))
 
 
 def _extended(axis: str, n: int, to: int) -> Pick:
@@ -102,7 +118,7 @@ def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str,
 
     cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: its two `legacy_*` fields count.
     """
-    small = replace(cfg, image=_smaller(cfg.image, "image", gates), text=_smaller(cfg.text, "text", gates))
+    small = replace(cfg, image=_smaller(cfg, "image", gates), text=_smaller(cfg, "text", gates))
     plan = cutting(gates, how)
     cut = apply(plan, Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec)
     return Pruned(small, {path: np.asarray(value) for path, value in cut.items()})
@@ -138,7 +154,8 @@ def _kept(gates: np.ndarray) -> Any:
     return sided(ones, read=padded([layer[kept] for layer, kept in zip(gates, rows, strict=True)]))
 
 
-def _smaller(c: Any, tower: str, gates: Mapping[str, np.ndarray]) -> Any:
+def _smaller(cfg: ClipConfig, tower: str, gates: Mapping[str, np.ndarray]) -> Any:
+    c = tower_of(cfg, tower)
     sizes = {name: tuple(np.count_nonzero(gates[f"masks/{tower}/{name}"], axis=1).tolist()) for name in ("head", "hidden")}
     width = int(np.count_nonzero(gates[f"masks/{tower}/embed"]))
     return replace(c, width=width, heads=uniform(sizes["head"]), hidden=uniform(sizes["hidden"]), head_dim=head_dim(c))

@@ -18,6 +18,7 @@ from common.errors import InputError
 from common.nn.functional import Functional
 from common.surgery.axes import Axes, Leaf, Spec, matches
 from tinyclip_jax.model import ClipConfig, ImageConfig, Keep, TextConfig
+from tinyclip_jax.resnet import ResNetConfig
 
 LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this and clipped to 0..1, so that a gate can be exactly 0 or 1
 TEMPERATURE = 2 / 3
@@ -119,7 +120,7 @@ def mask_spec(cfg: ClipConfig) -> Spec:
     """The trained leaves beside the weights: log-alphas and, per tower, the two multipliers of the constraint."""
     spec = {}
     for tower in TOWERS:
-        c, (heads, hidden) = _tower(cfg, tower), _full(cfg, tower)
+        c, (heads, hidden) = tower_of(cfg, tower), _full(cfg, tower)
         sizes = dict(embed=c.width, layer=c.layers, head=heads, hidden=hidden)
         for name, axes in GATES.items():
             parsed = Axes.parse(axes)
@@ -132,7 +133,7 @@ def initial_masks(donor: ClipConfig, cfg: ClipConfig) -> dict[str, np.ndarray]:
     """All gates open; those of what a donor of an earlier stage has lost are closed (load_pruned_model of the release)."""
     masks = {path: np.full(leaf.shape, OPEN if _is_gate(path) else MULTIPLIER, np.float32) for path, leaf in mask_spec(cfg).items()}
     for tower in TOWERS:
-        before, now = _tower(donor, tower), _tower(cfg, tower)
+        before, now = tower_of(donor, tower), tower_of(cfg, tower)
         masks[f"masks/{tower}/embed"][before.width :] = CLOSED
         for name, sizes in (("head", before.heads), ("hidden", before.hidden)):
             for row, size in zip(masks[f"masks/{tower}/{name}"], per_layer(sizes, now.layers), strict=True):
@@ -147,14 +148,14 @@ def bounded(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def prunable(cfg: ClipConfig, tower: str) -> int:
     """Parameters of the projections and MLPs that masks can remove (spec §4.3: embeddings, norms and the joint projection do not count)."""
-    c, heads, hidden = _tower(cfg, tower), *_full(cfg, tower)
+    c, heads, hidden = tower_of(cfg, tower), *_full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     return c.layers * (per_head * heads + 2 * c.width * hidden + c.width + hidden)
 
 
 def remaining(cfg: ClipConfig, tower: str, masks: Mapping[str, Any]) -> jax.Array:
     """The expected number of these parameters that stays."""
-    c, (heads, _) = _tower(cfg, tower), _full(cfg, tower)
+    c, (heads, _) = tower_of(cfg, tower), _full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     embed, head, hidden = (jnp.sum(score(masks[f"masks/{tower}/{name}"])) for name in GATES)
     return embed * head * per_head / c.width + 2 * embed * hidden
@@ -222,13 +223,16 @@ def _is_gate(path: str) -> bool:
     return path.startswith("masks/") and path.rsplit("/", 1)[1] in GATES
 
 
-def _tower(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
+def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
+    """The config of a tower. Raises InputError for a ResNet."""
+    if isinstance(cfg.image, ResNetConfig):
+        raise InputError("masks are for ViTs: no ResNet was pruned with them (masks.prune_step is 0 for manual inheritance)")
     return cfg.image if tower == "image" else cfg.text
 
 
 def _full(cfg: ClipConfig, tower: str) -> tuple[int, int]:
     """Heads and hidden units of every layer. Raises InputError when they differ: masks are put on whole models."""
-    c = _tower(cfg, tower)
+    c = tower_of(cfg, tower)
     if isinstance(c.heads, tuple) or isinstance(c.hidden, tuple):
         raise InputError(f"student.{tower} has layers of different sizes: masks start from the original model, name its sizes")
     return c.heads, c.hidden

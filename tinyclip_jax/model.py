@@ -18,6 +18,8 @@ from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
 from common.surgery.axes import Spec
 from common.surgery.report import attention_macs, count, kernel_macs
+from common.train.optim import is_statistic
+from tinyclip_jax.resnet import ResNet, ResNetConfig, positions
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -76,7 +78,7 @@ class TextConfig:
 class ClipConfig:
     """A CLIP: two towers into one joint space."""
 
-    image: ImageConfig = field(default_factory=ImageConfig)
+    image: ImageConfig | ResNetConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     joint: int = 512
     """Size of the joint embedding."""
@@ -89,9 +91,12 @@ class ClipConfig:
         """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
         if activation and activation not in ACTIVATIONS:
             raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
+        image = self.image
+        if isinstance(image, ImageConfig):
+            image = replace(image, activation=activation or image.activation, heads=image_heads or image.heads)
         return replace(
             self,
-            image=replace(self.image, activation=activation or self.image.activation, heads=image_heads or self.image.heads),
+            image=image,
             text=replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads),
         )
 
@@ -100,6 +105,11 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
     """A published ViT CLIP: heads of 64, MLPs of four widths, 77 tokens of 49,408 (spec: TinyCLIP model_configs)."""
     image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
     return ClipConfig(image, TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width))
+
+
+def resnet(width: int, text_layers: int) -> ClipConfig:
+    """A published ResNet CLIP: joint space of 1024, text width 512 (spec: TinyCLIP §1.3)."""
+    return replace(vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024)
 
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
@@ -131,6 +141,7 @@ class Features(NamedTuple):
 
 class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
+        assert isinstance(cfg.image, ImageConfig)
         c, std = cfg.image, cfg.image.width**-0.5
         sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
@@ -145,7 +156,7 @@ class ImageTower(nnx.Module):
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.layers, self.remat = c.layers, cfg.remat
 
-    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
         x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
@@ -204,20 +215,22 @@ class TokenTable(nnx.Module):
 class Clip(nnx.Module):
     """Image and text towers and the logarithm of the similarity scale.
 
-    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token.
+    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token. train: batch norms
+    go by the batch; no difference to a ViT.
     """
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
-        self.image = ImageTower(cfg, rngs=rngs)
+        resnet = cfg.image if isinstance(cfg.image, ResNetConfig) else None
+        self.image = ResNet(resnet, cfg.joint, rngs=rngs) if resnet else ImageTower(cfg, rngs=rngs)
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 
-    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL) -> Features:
-        return Features(self.encode_image(images, keep), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
+    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL, train: bool = False) -> Features:
+        return Features(self.encode_image(images, keep, train), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
 
-    def encode_image(self, images: jax.Array, keep: Keep = ALL) -> jax.Array:
+    def encode_image(self, images: jax.Array, keep: Keep = ALL, train: bool = False) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.image(images, keep.image))
+        return _unit(self.image(images, keep.image, train))
 
     def encode_text(self, tokens: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
@@ -225,21 +238,27 @@ class Clip(nnx.Module):
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Counts as published figures give them: image and text without the token table, the table, and the grand total."""
+    """Counts as published figures give them: image and text without the token table, the table, and the grand total.
+
+    Running statistics are no parameters.
+    """
+    spec = {path: leaf for path, leaf in spec.items() if not is_statistic(path)}
     table = count(spec, "text/token/table")
     return {"image": count(spec, "image/**"), "text": count(spec, "text/**") - table, "token_table": table, "total": count(spec, "**")}
 
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
     """Multiply-accumulates of one image and of one caption, attention scores and values included (spec §1.5)."""
-    image, text = cfg.image.tokens, cfg.text.context
-    counted = kernel_macs(
-        spec,
-        (("image/patch/**", image - 1), ("*/projection/**", 1), ("image/blocks/**", image), ("text/blocks/**", text)),
-    )
+    if isinstance(cfg.image, ResNetConfig):
+        image, query, uses = cfg.image.grid**2 + 1, "image/pool/query/kernel", tuple(positions(cfg.image))
+    else:
+        image, query = cfg.image.tokens, "image/blocks/attn/query/kernel"
+        uses = (("image/patch/**", image - 1), ("image/projection/**", 1), ("image/blocks/**", image))
+    text = cfg.text.context
+    counted = kernel_macs(spec, (*uses, ("text/projection/**", 1), ("text/blocks/**", text)))
     towers = {tower: sum(n for path, n in counted.items() if path.startswith(tower)) for tower in ("image", "text")}
     return {
-        "image": towers["image"] + attention_macs(spec["image/blocks/attn/query/kernel"], image),
+        "image": towers["image"] + attention_macs(spec[query], image),
         "text": towers["text"] + attention_macs(spec["text/blocks/attn/query/kernel"], text),
     }
 

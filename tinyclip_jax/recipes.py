@@ -21,6 +21,9 @@ AUTO_STAGES = (
     Stage(VIT_B_32, STEPS_25, masks=MaskConfig(prune_step=8000, start=0.5, target=0.75)),
 )
 
+# The released code decides by the model's name: without "vit" in it these betas and this epsilon.
+RESNET_OPTIMIZER = OptimConfig(lr=1e-4, warmup=2000, b2=0.999, eps=1e-8)
+
 
 def laion(*, top1: float, **fields: Any) -> Config:
     """On LAION-400M as img2dataset shards, batch 8192."""

@@ -331,7 +331,7 @@ def loss_fn(cfg: Config, student: Functional | Masked, teacher: Donor | None) ->
     """Affinity mimicking of a live teacher or of embeddings in the batch, and the contrastive loss, weighted by alpha."""
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
-        image, text, scale = student.apply(params, batch["image"], batch["text"])
+        image, text, scale = student.apply(params, batch["image"], batch["text"], train=True)
         parts = {}
         if cfg.loss.alpha > 0:
             if teacher:

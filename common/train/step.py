@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.train.mesh import ROWS, batch_sharding, replicated, shardings
+from common.train.optim import is_statistic
 from common.train.state import State, state_shardings
 
 Params = dict[str, Any]
@@ -85,7 +86,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         given = frozen if scheduled is None else (frozen, scheduled(state.step))
         (loss, metrics), grads = gradients(state.params, batch, key, given)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm({path: gradient for path, gradient in grads.items() if not is_statistic(path)})
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt = optimizer.update(grads, state.opt, state.params)

@@ -33,10 +33,9 @@ FAST = MaskConfig(prune_step=6, target=0.3, warmup=3, lr=1.5)
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Compiling is most of these tests, and optimising most of that."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
