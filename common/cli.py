@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)")
     sub.add_argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)")
     sub.add_argument("--task", choices=("retrieval", "zeroshot"), default="retrieval")
+    sub.add_argument("--suite", type=Path, metavar="DIR", help="every data set of a folder, published numbers beside (CLIPs)")
+    sub.add_argument("--beside", metavar="SOURCE", help="another model on the same suite, such as the teacher")
     sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order (zeroshot)")
     sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line (zeroshot)")
 
@@ -241,20 +243,23 @@ def _eval(args: argparse.Namespace) -> None:
 
     if config.is_recipe(args.what):
         given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
+        given |= {"--suite": args.suite, "--beside": args.beside}
         if name := next((name for name, value in given.items() if value), None):
             raise InputError(f"{name} goes with weights; a recipe names its own data (--held-out.path)")
         rows = config.load(args.what, args.flags).evaluate()
     else:
         donor = _open(args.what)
-        rows = _ask(_method_of(donor), "evaluate")(donor, args)
+        others = {"beside": _open(args.beside)} if args.beside else {}
+        rows = _ask(_method_of(donor), "evaluate")(donor, args, **others)
     out = Table(box=None, pad_edge=False)
-    protocol = any("protocol" in row for row in rows)
-    for header in ("dataset", "metric", "value", "published", "n", *(("protocol",) if protocol else ())):
+    protocol, beside = (any(name in row for row in rows) for name in ("protocol", "beside"))
+    second = (Path(args.beside).name,) if beside else ()
+    for header in ("dataset", "metric", "value", *second, "published", "n", *(("protocol",) if protocol else ())):
         out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
     for row in rows:
-        published = "" if row["published"] is None else f"{row['published']:.4g}"
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if beside else ()), "published")]
         how = (row["protocol"],) if protocol else ()
-        out.add_row(row["dataset"], row["metric"], f"{row['value']:.4g}", published, f"{row['n']:,}", *how)
+        out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
     Console().print(out)
     _write_json(args, {"rows": rows})
 

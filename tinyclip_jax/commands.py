@@ -23,8 +23,8 @@ def demo(seed: int, out: "Path") -> dict[str, Any]:
     return run(seed, out)
 
 
-def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
-    """Retrieval on pairs or zero-shot on classes, for `heirloom eval PATH`."""
+def evaluate(donor: "Donor", args: Namespace, beside: "Donor | None" = None) -> list[dict[str, Any]]:
+    """Retrieval on pairs, zero-shot on classes, or the suite, for `heirloom eval PATH`."""
     from tinyclip_jax.evaluate import evaluate_folder
 
-    return evaluate_folder(donor, args)
+    return evaluate_folder(donor, args, beside)
