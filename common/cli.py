@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _takes_flags(args: argparse.Namespace) -> bool:
     """Whether fields of a recipe, or of what a method does with weights, may follow."""
-    return args.verb in ("train", "eval", "sample")
+    return args.verb in ("train", "cache", "eval", "sample")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="CONFIG")
     sub.add_argument("destination", metavar="DEST", type=Path)
     sub.add_argument("--force", action="store_true", help="replace DEST")
+
+    sub = verb("cache", _cache, "a teacher's embeddings of a recipe's data, stored once (then --teacher cache:DEST)", json=True)
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument("destination", metavar="DEST", type=Path)
 
     sub = verb("train", _train, "run a recipe; the same command again resumes; every field is a flag (--optim.lr 3e-4)")
     sub.add_argument("config", metavar="CONFIG")
@@ -227,6 +231,17 @@ def _inherit(args: argparse.Namespace) -> None:
     record = config.load(args.config).inherit(args.destination, force=args.force)
     _write_json(args, record)
     print(f"{args.destination}: {record['fraction']:.1%} of the parameters come from {record['source']}")
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from common import config
+
+    recipe = config.load(args.config, args.flags)
+    if not hasattr(recipe, "cache"):
+        raise InputError(f"{args.config}: this method keeps no embeddings of a teacher")
+    about = recipe.cache(args.destination)
+    _write_json(args, about)
+    print(f"{args.destination}: embeddings of {about['records']:,} records by {about['teacher']}")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from common.checkpoint import weights
 from common.checkpoint.convert import Donor, Family, hashes
 from common.config import to_json
 from common.data.images import Preprocess
-from common.data.pipeline import Augment, Batches, PipelineConfig, check_first_batch, training_batches
+from common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, check_first_batch, training_batches
 from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -33,6 +33,8 @@ from common.train.optim import OptimConfig, make_optimizer
 from common.train.parameters import best, gathered, load_params, save_params
 from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, Step, StepConfig, cast, make_step
+from tinyclip_jax import cache
+from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, expand, manual, prune
@@ -55,7 +57,6 @@ from tinyclip_jax.model import Clip, ClipConfig, total_macs
 from tinyclip_jax.zoo import FAMILY, open_clip_model
 
 EMBEDDINGS = "embeddings"
-TARGETS = ("teacher_image", "teacher_text")
 LARGEST_SCALE = 100.0
 
 
@@ -90,7 +91,8 @@ class Config:
 
     student: ClipConfig = field(default_factory=ClipConfig)
     teacher: str = ""
-    """SOURCE of the model to mimic; "embeddings": columns teacher_image and teacher_text of the data; empty: none."""
+    """SOURCE of the model to mimic; "embeddings": columns teacher_image and teacher_text of the data; "cache:DIR": what `heirloom cache`
+    stored; empty: none."""
     donor: str = ""
     """SOURCE of the weights to inherit; empty: from scratch."""
     depth_rule: DepthRule = "interval"
@@ -99,6 +101,8 @@ class Config:
     """A tokenizer.json or its folder; "fit": fitted to the captions of the data; empty: the donor's or teacher's, or CLIP's."""
     data: SourceConfig = field(default_factory=SourceConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    augment: AugmentName = "random"
+    """Random crops and a random one of several captions, or none: the centre and the first, which a stored teacher needs."""
     held_out: SourceConfig = field(default_factory=SourceConfig)
     """Pairs for retrieval while training; an empty path: no evaluation."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -132,6 +136,9 @@ class Config:
 
     def evaluate(self) -> list[dict[str, Any]]:
         return evaluate(self._first())
+
+    def cache(self, destination: Path) -> dict[str, Any]:
+        return cache_teacher(self._first(), destination)
 
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.stages[-1].student if self.stages else self.student
@@ -181,9 +188,13 @@ def train(cfg: Config, directory: Path) -> None:
     donor, teacher = opened(cfg.donor), opened(cfg.teacher)
     source = open_source(cfg.data)
     inputs = read_inputs(cfg, donor or teacher, source)
+    if cfg.teacher.startswith(cache.PREFIX):
+        if cfg.augment != "none":
+            raise InputError('a stored teacher saw every picture uncropped: set augment to "none", or take the live teacher')
+        source = cache.Cached(source, Path(cfg.teacher.removeprefix(cache.PREFIX)), cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
         raise InputError(f"{cfg.data.path} has no {min(missing)}: teacher embeddings are columns of the data, named in data.columns")
-    augment = Augment(inputs.pre, inputs.tokenizer, cfg.student.text.context, cfg.pipeline.tags)
+    augment = Augment(inputs.pre, inputs.tokenizer, cfg.student.text.context, cfg.pipeline.tags, cfg.augment)
     augment.check(source[0])
     data = training_batches(source, cfg.pipeline, augment, mesh=mesh)
     if run.checkpoints.latest() is None:
@@ -324,7 +335,7 @@ def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
 
 def opened(source: str) -> Donor | None:
     """The checkpoint a config names, if it names one."""
-    return None if source in ("", EMBEDDINGS) else open_clip_model(source)
+    return None if source in ("", EMBEDDINGS) or source.startswith(cache.PREFIX) else open_clip_model(source)
 
 
 def loss_fn(cfg: Config, student: Functional | Masked, teacher: Donor | None) -> LossFn:
@@ -415,11 +426,22 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
     return retrieval_on(cfg.held_out, model, inputs.pre, inputs.tokenizer, cfg.student, mesh)(params).rows(cfg.published)
 
 
+def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
+    """Store the embeddings of the recipe's teacher on its data; returns what they are of."""
+    teacher = opened(cfg.teacher)
+    if teacher is None:
+        raise InputError("this recipe has no live teacher whose embeddings could be stored: give --teacher SOURCE")
+    mesh, source = start(cfg.mesh), open_source(cfg.data)
+    inputs = read_inputs(cfg, opened(cfg.donor) or teacher, source)
+    return cache.write(destination, source, cfg.data, teacher, inputs.pre, inputs.tokenizer, mesh)
+
+
 def read_inputs(cfg: Config, donor: Donor | None, source: Source | None) -> Inputs:
     """Preprocessing and tokenizer: what the config names, else the donor's, else CLIP's."""
     pre = Preprocess(size=cfg.student.image.size)
-    if donor:
-        theirs = read_preprocess(donor.folder, donor.cfg.image.size)
+    stored = Path(cfg.teacher.removeprefix(cache.PREFIX)) if cfg.teacher.startswith(cache.PREFIX) else None
+    if donor or stored:
+        theirs = read_preprocess(donor.folder, donor.cfg.image.size) if donor else Preprocess.load(stored or "")
         pre = Preprocess(cfg.student.image.size, theirs.mean, theirs.std, theirs.interpolation, theirs.scale)
     if cfg.tokenizer == "fit":
         if source is None:
@@ -428,7 +450,7 @@ def read_inputs(cfg: Config, donor: Donor | None, source: Source | None) -> Inpu
     elif cfg.tokenizer:
         tokenizer = Tokenizer.load(cfg.tokenizer)
     else:
-        found = read_tokenizer(donor.folder, donor.cfg) if donor else Tokenizer.clip()
+        found = read_tokenizer(donor.folder, donor.cfg) if donor else Tokenizer.load(stored) if stored else Tokenizer.clip()
         if found is None:
             raise InputError(f"{donor and donor.path} comes without a tokenizer; name one with --tokenizer")
         tokenizer = found
