@@ -470,9 +470,16 @@ def captions(source: Source) -> list[str]:
 
 
 def first_look(run: Run, data: Any, inputs: Inputs) -> None:
-    """Draw the first batch and print a caption: what is fed is what is meant. The stream is put back to its start."""
+    """Draw the first batch and print a caption: what is fed is what is meant. The stream is put back to its start.
+
+    Raises InputError when all pictures or all captions are the same: data that was never real trains to chance, without a word.
+    """
     before = data.state()
     batch = next(data)
+    for name, what in (("image", "pictures"), ("text", "captions")):
+        rows = np.asarray(batch[name].addressable_data(0))
+        if len(rows) > 1 and (rows == rows[0]).all():
+            raise InputError(f"all {what} of the first batch are the same: is {run.config['data']['path']} the data you mean?")
     if jax.process_index() == 0:
         picture = run.directory / "first_batch.png"
         print(f'first caption: "{check_first_batch(batch, inputs.tokenizer, picture, inputs.pre)}"; pictures: {picture}')
