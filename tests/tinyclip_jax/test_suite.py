@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -83,7 +84,9 @@ def data(tmp_path_factory):
 
 
 def test_one_command_scores_what_is_there_and_names_what_is_not(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "WARM_UP", 1)
     monkeypatch.setattr(suite, "TIMED", 2)
+    monkeypatch.setattr(suite, "probe", partial(probe, strengths=(1.0,)))
     out = tmp_path / "report.json"
     assert main(["eval", str(model), "--suite", str(data), "--beside", str(model), "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
