@@ -33,14 +33,12 @@ FAST = MaskConfig(prune_step=6, target=0.3, warmup=3, lr=1.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiling is most of these tests, optimising and sharding most of that; runs on meshes are in tests/multidevice."""
+def one_device():
+    """Sharding takes most of the time of small runs; runs on meshes are in tests/multidevice."""
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "start", lambda cfg: mesh)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
