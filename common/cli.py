@@ -104,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", choices=("retrieval", "zeroshot"), default="retrieval")
     sub.add_argument("--suite", type=Path, metavar="DIR", help="every data set of a folder, published numbers beside (CLIPs)")
     sub.add_argument("--beside", metavar="SOURCE", help="another model on the same suite, such as the teacher")
-    sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order (zeroshot)")
-    sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line (zeroshot)")
+    sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order, or imagenet (zeroshot)")
+    sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)")
 
     sub = verb("sample", _sample, "draw pictures of classes, as a grid; how is a flag (--steps 50, --guidance 4)", json=True)
     sub.add_argument("what", metavar="PATH", help="a DiT or LiT by SOURCE")

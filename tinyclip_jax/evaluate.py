@@ -1,7 +1,7 @@
 """Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot), spec §7."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from common.data.pipeline import evaluation_batches
 from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError, nearest
+from common.evaluate import imagenet
 from common.evaluate.features import embedder
 from common.evaluate.retrieval import Recall, distinct, retrieval
 from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
@@ -157,16 +158,19 @@ def evaluate_folder(donor: Donor, args: Namespace, beside: Donor | None = None) 
     else:
         data = SourceConfig(args.data, split, args.image, text="", columns=("label",))
         source = open_source(data)
-        classes = _lines(args.classes) or tuple(getattr(source, "classes", ()))
+        classes = _lines(args.classes, [name for _, name in imagenet.CLASSES]) or tuple(getattr(source, "classes", ()))
         if not classes:
             raise InputError(f"{data.path} names no classes: give --classes, a file with one name a line")
-        score = zeroshot_over(_name(data), source, setup, classes, _lines(args.templates) or TEMPLATES)
+        score = zeroshot_over(_name(data), source, setup, classes, _lines(args.templates, imagenet.TEMPLATES) or TEMPLATES)
     return score(load_params(donor, mesh)).rows()
 
 
-def _lines(file: Path | None) -> tuple[str, ...]:
+def _lines(file: Path | None, shipped: Sequence[str]) -> tuple[str, ...]:
+    """What a file says, a line each; `imagenet` is what comes with this package."""
     if file is None:
         return ()
+    if str(file) == "imagenet":
+        return tuple(shipped)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     return tuple(line for line in file.read_text().splitlines() if line.strip())
