@@ -9,7 +9,7 @@ import numpy as np
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, scaled, sided
-from common.surgery.plan import Maps, Plan, Source, apply
+from common.surgery.plan import Maps, Plan, Resolution, Source, build
 from tinyclip_jax.masks import EXACT, TOWERS, MaskConfig, per_layer, tower_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
 from tinyclip_jax.resnet import ResNetConfig, leading
@@ -107,10 +107,11 @@ def _extended(axis: str, n: int, to: int) -> Pick:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A compact model: layers differ in heads and hidden units, and are zero-padded in memory."""
+    """A compact model: layers differ in heads and hidden units, and are zero-padded in memory. `resolution` says what became of what."""
 
     cfg: ClipConfig
     params: dict[str, np.ndarray]
+    resolution: Resolution
 
 
 def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Pruned:
@@ -120,8 +121,8 @@ def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str,
     """
     small = replace(cfg, image=_smaller(cfg, "image", gates), text=_smaller(cfg, "text", gates))
     plan = cutting(gates, how)
-    cut = apply(plan, Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec)
-    return Pruned(small, {path: np.asarray(value) for path, value in cut.items()})
+    resolution = plan.resolve(Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec)
+    return Pruned(small, {line.path: np.asarray(build(line)) for line in resolution.lines}, resolution)
 
 
 def cutting(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:

@@ -221,7 +221,10 @@ class Clip(nnx.Module):
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         resnet = cfg.image if isinstance(cfg.image, ResNetConfig) else None
-        self.image = ResNet(resnet, cfg.joint, rngs=rngs) if resnet else ImageTower(cfg, rngs=rngs)
+        if resnet:
+            self.image: Any = ResNet(resnet, cfg.joint, remat=cfg.remat, kernel=cfg.attention, rngs=rngs)
+        else:
+            self.image = ImageTower(cfg, rngs=rngs)
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 

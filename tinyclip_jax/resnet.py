@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.errors import InputError
-from common.nn.attention import softmax
+from common.nn.attention import Kernel, softmax
+from common.nn.block import Remat, run
 from common.nn.conv import Conv
 from common.nn.dense import Dense, normal, param, zeros
 from common.nn.norm import BatchNorm
@@ -51,8 +52,8 @@ class ResNetConfig:
 class ResNet(nnx.Module):
     """images: [batch, size, size, 3] to [batch, joint]. train: normalise by the batch, and let the running statistics follow."""
 
-    def __init__(self, c: ResNetConfig, joint: int, *, rngs: nnx.Rngs):
-        half, eps = c.width // 2, c.eps
+    def __init__(self, c: ResNetConfig, joint: int, *, remat: Remat = "none", kernel: Kernel = "xla", rngs: nnx.Rngs):
+        half, eps, self.remat = c.width // 2, c.eps, remat
         self.conv1, self.bn1 = Conv(3, half, stride=2, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)
         self.conv2, self.bn2 = Conv(half, half, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)
         self.conv3, self.bn3 = Conv(half, c.width, bias=None, rngs=rngs), BatchNorm(c.width, eps=eps, rngs=rngs)
@@ -63,7 +64,7 @@ class ResNet(nnx.Module):
                 blocks.append(Bottleneck(channels, planes, stride=2 if stage > 1 and i == 0 else 1, eps=eps, rngs=rngs))
                 channels = EXPANSION * planes
             setattr(self, f"layer{stage}", nnx.List(blocks))
-        self.pool = AttentionPool(c, joint, rngs=rngs)
+        self.pool = AttentionPool(c, joint, kernel=kernel, rngs=rngs)
 
     def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
         x = images
@@ -72,7 +73,7 @@ class ResNet(nnx.Module):
         x = average_pool(x, 2)
         for stage in STAGES:
             for block in getattr(self, f"layer{stage}"):
-                x = block(x, train)
+                x = run(block, x, train, remat=self.remat)
         return self.pool(x)
 
 
@@ -102,14 +103,14 @@ class Bottleneck(nnx.Module):
 class AttentionPool(nnx.Module):
     """One attention of the mean over all positions: [batch, row, col, embed] to [batch, joint]."""
 
-    def __init__(self, c: ResNetConfig, joint: int, *, rngs: nnx.Rngs):
+    def __init__(self, c: ResNetConfig, joint: int, *, kernel: Kernel, rngs: nnx.Rngs):
         sizes = dict(embed=c.embed, head=c.heads, head_dim=c.embed // c.heads, joint=joint, grid_row=c.grid, grid_col=c.grid)
         init = normal(c.embed**-0.5)
         self.cls_position = param("-> embed", sizes, init, rngs)
         self.position = param("grid_row grid_col -> embed", sizes, init, rngs)
         self.query, self.key, self.value = (Dense("embed -> head head_dim", sizes, init=init, rngs=rngs) for _ in range(3))
         self.out = Dense("head head_dim -> joint", sizes, init=init, rngs=rngs)
-        self.attend = softmax()
+        self.attend = softmax(kernel=kernel)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         mean = x.mean((1, 2))[:, None] + self.cls_position[...].astype(x.dtype)

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from common.checkpoint import weights
 from common.checkpoint.convert import Donor, Family, hashes
+from common.checkpoint.weights import write_json
 from common.config import to_json
 from common.data.images import Preprocess
 from common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, check_first_batch, training_batches
@@ -311,7 +311,12 @@ def learn_masks(s: Setting) -> tuple[ClipConfig, Callable[[Mapping[str, Any]], d
     weights = {path: gathered(x) for path, x in split(best(state))[0].items()}
     pruned = prune(cfg.student, weights, gates(state), cfg.masks)
     small = functional(Clip, pruned.cfg).spec
-    beside = partial(companions, s.inputs)
+    record = {"source": f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"} | provenance(pruned.resolution)
+
+    def beside(folder: Path) -> None:
+        companions(s.inputs, folder)
+        write_json(folder / "provenance.json", record)
+
     save_params(folder, FAMILY.name, pruned.cfg, pruned.params, beside, spec=small, force=True)
     return pruned.cfg, lambda place: pruned.params
 
@@ -404,7 +409,7 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
     inputs = read_inputs(cfg, donor, None)
 
     def beside(folder: Path) -> None:
-        weights.write_json(folder / "provenance.json", record)
+        write_json(folder / "provenance.json", record)
         companions(inputs, folder)
 
     save_params(destination, FAMILY.name, cfg.student, initial(cfg, student, donor, None), beside, force=force)

@@ -78,6 +78,14 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
     return jax.lax.scan(body, x, (state, *inputs))[0]
 
 
+def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
+    """A single block that is no part of a stack, with the same choice of what to recompute."""
+    if remat == "none":
+        return block(x, *inputs)
+    graph, state = nnx.split(block)
+    return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, *inputs), policy=_POLICIES[remat])(state, x)
+
+
 def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:
     """The outputs of all modules of a stack for the same `x`: [layer, ...]."""
     graph, state = nnx.split(blocks)

@@ -5,16 +5,19 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.graft import graft
 from common.surgery.plan import Source
+from common.train.optim import OptimConfig
 from tinyclip_jax import masks
 from tinyclip_jax.inherit import expand, prune
 from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic, gate, prunable, score, sparsity
 from tinyclip_jax.model import Clip, parameters
+from tinyclip_jax.train import Config, mask_optimizer
 from tinyclip_jax.zoo import VIT_B_32
 
 
@@ -159,3 +162,26 @@ def test_a_tower_without_channels_is_refused(small):
     _, leaves = small
     with pytest.raises(InputError, match="masks/text/embed: no channel is left"):
         masks.deterministic_gates(leaves | {"masks/text/embed": np.full(24, -20.0)})
+
+
+def test_the_constraint_reaches_what_is_wanted(small):
+    """Masks and multipliers as they are trained, against a task that would rather keep everything: to within a hundredth."""
+    cfg, _ = small
+    how = MaskConfig(prune_step=1500, target=0.4, warmup=500)
+    spec = masks.mask_spec(cfg)
+    optimizer = mask_optimizer(Config(student=cfg, masks=how, optim=OptimConfig(clip=None)), spec)
+
+    def loss(leaves, step):
+        gone = sparsity(cfg, leaves)
+        return constraint(gone, how.wanted(step), leaves) + 2 * gone, gone
+
+    def step(carry, n):
+        leaves, state = carry
+        gradients, gone = jax.grad(loss, has_aux=True)(leaves, n)
+        updates, state = optimizer.update(gradients, state, leaves)
+        return (masks.bounded(optax.apply_updates(leaves, updates)), state), gone
+
+    leaves = {path: jnp.asarray(value) for path, value in masks.initial_masks(cfg, cfg).items()}
+    (leaves, _), gone = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))((leaves, optimizer.init(leaves)))
+    assert float(gone[-1]) == pytest.approx(0.4, abs=0.01) and float(gone[100]) < 0.1
+    assert float(leaves["masks/image/linear"]) > masks.MULTIPLIER
