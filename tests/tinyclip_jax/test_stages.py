@@ -52,7 +52,6 @@ def recipe(tmp_path_factory):
         teacher=str(folder),
         donor=str(folder),
         data=data,
-        held_out=replace(data, path="emoji:fluent"),
         pipeline=PipelineConfig(batch=16),
         optim=OptimConfig(lr=1e-3, warmup=1),
         log_every=1,
@@ -95,15 +94,13 @@ def test_each_stage_starts_from_the_model_of_the_one_before(whole, recipe):
     assert lines(whole / "stage_2")[0]["sparsity"] == pytest.approx(gone, abs=1e-5) and gone > 0.1
 
 
-def test_stopped_in_either_phase_it_goes_on_to_the_same_bits(recipe, whole, tmp_path, monkeypatch):
+def test_stopped_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_path, monkeypatch):
     one = replace(recipe, stages=recipe.stages[:1])
     requested = loop.Stop.requested
-    for stop in (3, 8):
-        monkeypatch.setattr(loop.Stop, "requested", lambda self, step, stop=stop: step == stop or requested(self, step))
-        with pytest.raises(SystemExit):
-            one.train(tmp_path)
-        assert not (tmp_path / "stage_1" / "model").exists()
-        assert (tmp_path / "stage_1" / "pruned").exists() == (stop == 8)
+    monkeypatch.setattr(loop.Stop, "requested", lambda self, step: step == 8)
+    with pytest.raises(SystemExit):
+        one.train(tmp_path)
+    assert not (tmp_path / "stage_1" / "model").exists() and (tmp_path / "stage_1" / "pruned").exists()
     monkeypatch.setattr(loop.Stop, "requested", requested)
     one.train(tmp_path)
     assert lines(tmp_path / "stage_1") == lines(whole / "stage_1")
@@ -122,7 +119,7 @@ def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_
 
 
 def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
-    spec = functional(Clip, TEACHER).spec | mask_spec(TEACHER)
+    spec = {"image/cls": functional(Clip, TEACHER).spec["image/cls"]} | mask_spec(TEACHER)
     cfg = replace(recipe, masks=FAST, optim=OptimConfig(lr=1e-3, clip=1.0, weight_decay=0.0))
     params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in spec.items()}
     gradients = {path: np.ones(leaf.shape, np.float32) for path, leaf in spec.items()}
@@ -142,3 +139,11 @@ def test_what_cannot_be_pruned_is_said(recipe, tmp_path):
         replace(auto, student=smaller).train(tmp_path / "run")
     with pytest.raises(InputError, match=r"masks.prune_step is 10 of 10 steps"):
         replace(auto, masks=replace(FAST, prune_step=10)).train(tmp_path / "late")
+
+
+def test_before_the_first_step_all_gates_are_open(recipe):
+    """The student that masks are put on scores as its donor does."""
+    auto = replace(recipe, stages=(), masks=FAST, held_out=recipe.data)
+    donor = replace(auto, masks=MaskConfig())
+    for ours, theirs in zip(auto.evaluate(), donor.evaluate(), strict=True):
+        assert ours["metric"] == theirs["metric"] and ours["value"] == pytest.approx(theirs["value"], abs=1.0)
