@@ -264,8 +264,12 @@ def _eval(args: argparse.Namespace) -> None:
         rows = config.load(args.what, args.flags).evaluate()
     else:
         donor = _open(args.what)
-        others = {"beside": _open(args.beside)} if args.beside else {}
-        rows = _ask(_method_of(donor), "evaluate")(donor, args, **others)
+        if args.beside and not args.suite:
+            raise InputError("--beside goes with --suite DIR")
+        if args.suite:
+            rows = _ask(_method_of(donor), "suite")(donor, _open(args.beside) if args.beside else None, args)
+        else:
+            rows = _ask(_method_of(donor), "evaluate")(donor, args)
     out = Table(box=None, pad_edge=False)
     protocol, beside = (any(name in row for row in rows) for name in ("protocol", "beside"))
     second = (Path(args.beside).name,) if beside else ()

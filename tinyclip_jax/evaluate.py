@@ -138,16 +138,15 @@ def _name(data: SourceConfig) -> str:
     return f"{data.path}/{data.split}" if data.split else data.path
 
 
-def evaluate_folder(donor: Donor, args: Namespace, beside: Donor | None = None) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
+def no_flags(args: Namespace) -> None:
+    """Raises InputError for an argument that `heirloom eval` does not have: weights have no recipe whose fields could be set."""
     if args.flags:
         raise InputError(f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help")
-    if args.suite:
-        from tinyclip_jax.suite import run_suite
 
-        return run_suite(donor, beside, args.suite)
-    if beside:
-        raise InputError("--beside goes with --suite DIR")
+
+def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
+    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
+    no_flags(args)
     args.data = args.data or "emoji"
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
     mesh = start(MeshConfig())
