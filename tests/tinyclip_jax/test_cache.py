@@ -28,7 +28,15 @@ def one_device():
 @pytest.fixture(scope="module")
 def recipe():
     cfg = config.load("tinyclip/emoji")
-    small = replace(cfg, data=SourceConfig("emoji:noto", split="test"), held_out=SourceConfig(), augment="none", steps=3, log_every=1)
+    small = replace(
+        cfg,
+        data=SourceConfig("emoji:noto", split="test"),
+        held_out=SourceConfig(),
+        augment="none",
+        steps=3,
+        log_every=1,
+        optim=replace(cfg.optim, warmup=1),
+    )
     return replace(
         small, student=replace(cfg.student, image=replace(cfg.student.image, layers=1)), pipeline=replace(cfg.pipeline, batch=16)
     )
