@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _takes_flags(args: argparse.Namespace) -> bool:
     """Whether fields of a recipe, or of what a method does with weights, may follow."""
-    return args.verb in ("train", "eval", "sample", "compare", "generate")
+    return args.verb in ("train", "eval", "sample", "compare", "generate", "cache")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("destination", metavar="DEST", type=Path)
     sub.add_argument("--force", action="store_true", help="replace DEST")
 
+    sub = verb("cache", _cache, "a teacher's embeddings of a recipe's data, stored once (then --teacher cache:DEST)", json=True)
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument("destination", metavar="DEST", type=Path)
+
     sub = verb("train", _train, "run a recipe; the same command again resumes; every field is a flag (--optim.lr 3e-4)")
     sub.add_argument("config", metavar="CONFIG")
     sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="the folder of the run")
@@ -98,8 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)")
     sub.add_argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)")
     sub.add_argument("--task", choices=("retrieval", "zeroshot"), default="retrieval")
-    sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order (zeroshot)")
-    sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line (zeroshot)")
+    sub.add_argument("--suite", type=Path, metavar="DIR", help="every data set of a folder, published numbers beside (CLIPs)")
+    sub.add_argument("--beside", metavar="SOURCE", help="another model on the same suite, such as the teacher")
+    sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order, or imagenet (zeroshot)")
+    sub.add_argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)")
 
     sub = verb("sample", _sample, "draw pictures of classes, as a grid; how is a flag (--steps 50, --guidance 4)", json=True)
     sub.add_argument("what", metavar="PATH", help="a DiT or LiT by SOURCE")
@@ -251,6 +257,17 @@ def _inherit(args: argparse.Namespace) -> None:
     print(f"{args.destination}: {record['fraction']:.1%} of the parameters come from {record['source']}")
 
 
+def _cache(args: argparse.Namespace) -> None:
+    from common import config
+
+    recipe = config.load(args.config, args.flags)
+    if not hasattr(recipe, "cache"):
+        raise InputError(f"{args.config}: this method keeps no embeddings of a teacher")
+    about = recipe.cache(args.destination)
+    _write_json(args, about)
+    print(f"{args.destination}: embeddings of {about['records']:,} records by {about['teacher']}")
+
+
 def _train(args: argparse.Namespace) -> None:
     from common import config
 
@@ -265,20 +282,27 @@ def _eval(args: argparse.Namespace) -> None:
 
     if config.is_recipe(args.what):
         given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
+        given |= {"--suite": args.suite, "--beside": args.beside}
         if name := next((name for name, value in given.items() if value), None):
             raise InputError(f"{name} goes with weights; a recipe names its own data (--held-out.path)")
         rows = config.load(args.what, args.flags).evaluate()
     else:
         donor = _open(args.what)
-        rows = _ask(_method_of(donor), "evaluate")(donor, args)
+        if args.beside and not args.suite:
+            raise InputError("--beside goes with --suite DIR")
+        if args.suite:
+            rows = _ask(_method_of(donor), "suite")(donor, _open(args.beside) if args.beside else None, args)
+        else:
+            rows = _ask(_method_of(donor), "evaluate")(donor, args)
     out = Table(box=None, pad_edge=False)
-    protocol = any("protocol" in row for row in rows)
-    for header in ("dataset", "metric", "value", "published", "n", *(("protocol",) if protocol else ())):
+    protocol, beside = (any(name in row for row in rows) for name in ("protocol", "beside"))
+    second = (Path(args.beside).name,) if beside else ()
+    for header in ("dataset", "metric", "value", *second, "published", "n", *(("protocol",) if protocol else ())):
         out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
     for row in rows:
-        published = "" if row["published"] is None else f"{row['published']:.4g}"
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if beside else ()), "published")]
         how = (row["protocol"],) if protocol else ()
-        out.add_row(row["dataset"], row["metric"], f"{row['value']:.4g}", published, f"{row['n']:,}", *how)
+        out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
     Console().print(out)
     _write_json(args, {"rows": rows})
 

@@ -76,7 +76,9 @@ def parse(cfg: Any, flags: Sequence[str], prog: str, description: str | None = N
 
     with contextlib.redirect_stderr(io.StringIO()) as complaint:
         try:
-            return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=prog, description=description)
+            # Of a field that may be of several types, the flags of the one it has.
+            how = (tyro.conf.AvoidSubcommands,)
+            return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=prog, description=description, config=how)
         except SystemExit as end:
             if not end.code:
                 raise  # --help

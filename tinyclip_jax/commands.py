@@ -23,6 +23,15 @@ def demo(seed: int, out: "Path") -> dict[str, Any]:
     return run(seed, out)
 
 
+def suite(donor: "Donor", beside: "Donor | None", args: Namespace) -> list[dict[str, Any]]:
+    """Every data set of a folder, for `heirloom eval PATH --suite DIR`, of another model beside it if asked for."""
+    from tinyclip_jax.evaluate import no_flags
+    from tinyclip_jax.suite import run_suite
+
+    no_flags(args)
+    return run_suite(donor, beside, args.suite)
+
+
 def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
     """Retrieval on pairs or zero-shot on classes, for `heirloom eval PATH`."""
     from tinyclip_jax.evaluate import evaluate_folder

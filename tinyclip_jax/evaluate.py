@@ -1,7 +1,7 @@
 """Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot), spec §7."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from common.checkpoint.convert import Donor
 from common.data.images import Preprocess
 from common.data.pipeline import evaluation_batches
-from common.data.sources import SourceConfig, open_source
+from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError, nearest
+from common.evaluate import imagenet
 from common.evaluate.features import embedder
 from common.evaluate.retrieval import Recall, distinct, retrieval
 from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
@@ -22,10 +23,11 @@ from common.nn.functional import Functional
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from tinyclip_jax.formats import read_preprocess, read_tokenizer
+from tinyclip_jax.masks import Masked
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
-OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--templates", "--json")
+OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--templates", "--suite", "--beside", "--json")
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,45 @@ class Scored:
 Score = Callable[[Mapping[str, Any]], Scored]
 
 
-def retrieval_on(data: SourceConfig, model: Functional, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh) -> Score:
+@dataclass(frozen=True)
+class Setup:
+    """A model and what stands before it, on a mesh."""
+
+    model: Functional | Masked
+    pre: Preprocess
+    tokenizer: Tokenizer
+    cfg: ClipConfig
+    mesh: Mesh
+
+    def embed(self, tower: str, size: int = BATCH) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
+        """`(params, rows) -> features`: of pictures ("image") or of tokens ("text")."""
+        return embedder(lambda params, x: self.model.apply(params, x, method=f"encode_{tower}"), self.mesh, size)
+
+
+def setup_of(donor: Donor, mesh: Mesh) -> Setup:
+    """Raises InputError when a checkpoint came without the tokenizer of its vocabulary."""
+    tokenizer = read_tokenizer(donor.folder, donor.cfg)
+    if tokenizer is None:
+        raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens; put tokenizer.json beside the weights")
+    return Setup(donor.model, read_preprocess(donor.folder, donor.cfg.image.size), tokenizer, donor.cfg, mesh)
+
+
+def retrieval_on(
+    data: SourceConfig, model: Functional | Masked, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
+) -> Score:
+    """`retrieval_over` of what a config names. Raises InputError when the data cannot be read."""
+    return retrieval_over(_name(data), open_source(data), Setup(model, pre, tokenizer, cfg, mesh))
+
+
+def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
     """`params -> Scored`: recall at 1, 5, 10 both ways. Pictures of one `concept` share their captions; else each has its own.
 
-    Raises InputError when the data cannot be read or has no captions.
+    Raises InputError when the data has no captions.
     """
-    source = open_source(data)
-    image = embedder(lambda params, x: model.apply(params, x, method="encode_image"), mesh, BATCH)
-    text = embedder(lambda params, x: model.apply(params, x, method="encode_text"), mesh, BATCH)
+    image, text = setup.embed("image"), setup.embed("text")
 
     def score(params: Mapping[str, Any]) -> Scored:
-        batches = evaluation_batches(source, BATCH, pre, tokenizer, cfg.text.context)
+        batches = evaluation_batches(source, BATCH, setup.pre, setup.tokenizer, setup.cfg.text.context)
         seen = 0
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ("image", "image_group", "tokens", "text_group")}
         for batch in batches:
@@ -78,42 +108,28 @@ def retrieval_on(data: SourceConfig, model: Functional, pre: Preprocess, tokeniz
         tokens = columns["tokens"][once]
         captions = np.concatenate([text(params, tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)])
         recall: Recall = retrieval(columns["image"], captions, columns["image_group"], columns["text_group"][once])
-        return Scored(_name(data), seen, recall.flat())
+        return Scored(name, seen, recall.flat())
 
     return score
 
 
-def zeroshot_on(
-    data: SourceConfig,
-    model: Functional,
-    pre: Preprocess,
-    tokenizer: Tokenizer,
-    cfg: ClipConfig,
-    mesh: Mesh,
-    names: tuple[str, ...] = (),
-    templates: tuple[str, ...] = TEMPLATES,
-) -> Score:
-    """`params -> Scored`: top-1 and top-5 over the classes of labelled pictures; `names` default to the data's own.
+def zeroshot_over(name: str, source: Source, setup: Setup, classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES) -> Score:
+    """`params -> Scored`: top-1 and top-5 over the classes of labelled pictures, by name in the order of their labels.
 
-    Raises InputError when the data has no labels, or none of its own names.
+    Raises InputError when the data has no labels.
     """
-    source = open_source(data)
-    classes = names or tuple(getattr(source, "classes", ()))
-    if not classes:
-        raise InputError(f"{data.path} names no classes: give --classes, a file with one name a line")
-    image = embedder(lambda params, x: model.apply(params, x, method="encode_image"), mesh, BATCH)
-    text = embedder(lambda params, x: model.apply(params, x, method="encode_text"), mesh, max(BATCH, len(templates)))
+    image, text = setup.embed("image"), setup.embed("text", max(BATCH, len(templates)))
 
     def score(params: Mapping[str, Any]) -> Scored:
-        vectors = classifier(classes, templates, lambda captions: text(params, tokenizer(captions, cfg.text.context)))
+        vectors = classifier(classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context)))
         features, labels = [], []
-        for batch in evaluation_batches(source, BATCH, pre):
+        for batch in evaluation_batches(source, BATCH, setup.pre):
             if "label" not in batch:
-                raise InputError(f"{data.path} has no labels: zero-shot needs a folder per class, or a column `label`")
+                raise InputError(f"{name} has no labels: zero-shot needs a folder per class, or a column `label`")
             features.append(image(params, batch["image"]))
             labels.append(batch["label"])
         found = accuracy(np.concatenate(features), vectors, np.concatenate(labels))
-        return Scored(_name(data), sum(map(len, labels)), {"top1": found.top1, "top5": found.top5})
+        return Scored(name, sum(map(len, labels)), {"top1": found.top1, "top5": found.top5})
 
     return score
 
@@ -122,29 +138,38 @@ def _name(data: SourceConfig) -> str:
     return f"{data.path}/{data.split}" if data.split else data.path
 
 
-def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
+def no_flags(args: Namespace) -> None:
+    """Raises InputError for an argument that `heirloom eval` does not have: weights have no recipe whose fields could be set."""
     if args.flags:
         raise InputError(f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help")
+
+
+def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
+    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
+    no_flags(args)
     args.data = args.data or "emoji"
-    pre = read_preprocess(donor.folder, donor.cfg.image.size)
-    tokenizer = read_tokenizer(donor.folder, donor.cfg)
-    if tokenizer is None:
-        raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens; put tokenizer.json beside the weights")
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
     mesh = start(MeshConfig())
-    setup = (donor.model, pre, tokenizer, donor.cfg, mesh)
+    setup = setup_of(donor, mesh)
     if args.task == "retrieval":
-        score = retrieval_on(SourceConfig(args.data, split, args.image, args.text), *setup)
+        data = SourceConfig(args.data, split, args.image, args.text)
+        score = retrieval_over(_name(data), open_source(data), setup)
     else:
         data = SourceConfig(args.data, split, args.image, text="", columns=("label",))
-        score = zeroshot_on(data, *setup, _lines(args.classes), _lines(args.templates) or TEMPLATES)
+        source = open_source(data)
+        classes = _lines(args.classes, [name for _, name in imagenet.CLASSES]) or tuple(getattr(source, "classes", ()))
+        if not classes:
+            raise InputError(f"{data.path} names no classes: give --classes, a file with one name a line")
+        score = zeroshot_over(_name(data), source, setup, classes, _lines(args.templates, imagenet.TEMPLATES) or TEMPLATES)
     return score(load_params(donor, mesh)).rows()
 
 
-def _lines(file: Path | None) -> tuple[str, ...]:
+def _lines(file: Path | None, shipped: Sequence[str]) -> tuple[str, ...]:
+    """What a file says, a line each; `imagenet` is what comes with this package."""
     if file is None:
         return ()
+    if str(file) == "imagenet":
+        return tuple(shipped)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     return tuple(line for line in file.read_text().splitlines() if line.strip())

@@ -6,6 +6,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from common.checkpoint.convert import Donor, Format
@@ -14,7 +15,9 @@ from common.data.images import Preprocess
 from common.data.text import Tokenizer
 from common.errors import InputError
 from tinyclip_jax import layouts
-from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
+from tinyclip_jax.masks import per_layer
+from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, head_dim, uniform
+from tinyclip_jax.resnet import STAGES, ResNetConfig
 
 # transformers' defaults, which its configs leave out.
 _HF_TEXT: dict[str, Any] = dict(
@@ -25,13 +28,19 @@ _HF_IMAGE: dict[str, Any] = dict(
 ) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
 _HF_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 CLIP_VOCAB = 49408
+HEAD = 64  # channels of a head in every published model
 _LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
 
 
 def config(saved: Mapping[str, Any]) -> ClipConfig:
     """The config of a weights folder of ours."""
+
+    def tower(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
     try:
-        return ClipConfig(**{**saved, "image": ImageConfig(**saved["image"]), "text": TextConfig(**saved["text"])})
+        image = ResNetConfig if "blocks" in saved["image"] else ImageConfig
+        return ClipConfig(**{**saved, "image": image(**tower(saved["image"])), "text": TextConfig(**tower(saved["text"]))})
     except (TypeError, KeyError) as error:
         raise InputError(f"config.json is not of this version of tinyclip: {error}") from error
 
@@ -79,6 +88,10 @@ def _hf_activation(name: str) -> Any:
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     names = {ours: theirs for theirs, ours in _HF_ACTIVATIONS.items()}
+    if isinstance(cfg.image, ResNetConfig):
+        raise InputError("Hugging Face's CLIP has no ResNet; write this model as open_clip or original")
+    if not (_plain(cfg.image) and _plain(cfg.text)):
+        raise InputError("Hugging Face's CLIP has the same heads in every layer and they fill the width; write a pruned model as original")
 
     def tower(c: ImageConfig | TextConfig) -> dict[str, Any]:
         sizes = dict(hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads)
@@ -101,25 +114,36 @@ def _read_open_clip(tensors: Tensors, folder: Path) -> ClipConfig | None:
         return cfg.override(activation="quick_gelu") if "input_resolution" in tensors else cfg  # OpenAI's archives carry it
     theirs = read_json(file).get("model_cfg", {})
     image = theirs.get("vision_cfg", {})
-    heads = cfg.image.width // image.get("head_width", 64)
-    cfg = cfg.override(image_heads=heads, text_heads=theirs.get("text_cfg", {}).get("heads", cfg.text.heads))
+    if isinstance(cfg.image, ImageConfig) and _plain(cfg.image):
+        cfg = cfg.override(image_heads=cfg.image.width // image.get("head_width", 64))
+    if _plain(cfg.text):
+        cfg = cfg.override(text_heads=theirs.get("text_cfg", {}).get("heads", cfg.text.heads))
     return cfg.override(activation="quick_gelu") if theirs.get("quick_gelu") else cfg
 
 
 def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     image, text = cfg.image, cfg.text
-    if image.eps != 1e-5 or text.eps != 1e-5 or image.activation != text.activation or image.activation == "gelu_tanh":
+    activation = text.activation
+    if image.eps != 1e-5 or text.eps != 1e-5 or activation == "gelu_tanh" or getattr(image, "activation", activation) != activation:
         raise InputError("open_clip's layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model differs")
     if text.eot not in (None, text.vocab - 1):
         raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
-    model = dict(
-        embed_dim=cfg.joint,
-        quick_gelu=image.activation == "quick_gelu",
-        vision_cfg=dict(image_size=image.size, layers=image.layers, width=image.width, patch_size=image.patch)
-        | dict(head_width=image.width // image.heads, mlp_ratio=image.hidden / image.width),
-        text_cfg=dict(context_length=text.context, vocab_size=text.vocab, width=text.width, heads=text.heads, layers=text.layers)
-        | dict(mlp_ratio=text.hidden / text.width),
+    vision_cfg: dict[str, Any] = dict(image_size=image.size, width=image.width)
+    if isinstance(image, ResNetConfig):
+        vision_cfg |= dict(layers=image.blocks, heads=image.heads)
+    else:
+        vision_cfg |= dict(layers=image.layers, patch_size=image.patch)
+    text_cfg: dict[str, Any] = dict(
+        context_length=text.context, vocab_size=text.vocab, width=text.width, heads=text.heads, layers=text.layers
     )
+    for theirs, c in ((vision_cfg, image), (text_cfg, text)):
+        if isinstance(c, ResNetConfig):
+            continue
+        # The library builds layers that are alike; of pruned ones the sizes are told, and the names of tensors are its own.
+        ratio = dict(mlp_ratio=c.hidden / c.width) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
+        theirs |= ratio | (dict(head_width=head_dim(c)) if theirs is vision_cfg or not _plain(c) else {})
+        theirs |= {} if _plain(c) else dict(heads=c.heads)
+    model = dict(embed_dim=cfg.joint, quick_gelu=activation == "quick_gelu", vision_cfg=vision_cfg, text_cfg=text_cfg)
     write_json(folder / "open_clip_config.json", dict(model_cfg=model))
 
 
@@ -130,26 +154,65 @@ def _read_original(tensors: Tensors, folder: Path) -> ClipConfig | None:
 
 
 def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
-    """The config that the shapes of open_clip's tensors imply; heads are of 64, activations exact GELU (spec §1.1)."""
+    """The config that the shapes of open_clip's tensors imply; heads are of 64, activations exact GELU (spec §1.1).
+
+    Layers of automatic models differ: heads from in_proj, hidden units from c_fc, none where these are absent (spec §8.3).
+    """
     try:
-        width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         vocab, text_width = tensors[f"{text}token_embedding.weight"].shape
+        context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{text}text_projection"].shape[1]
+        text_tower = TextConfig(context=context, vocab=vocab, **_blocks(tensors, f"{text}transformer.resblocks.", text_width))
+        if f"{image}layer1.0.conv1.weight" in tensors:
+            return ClipConfig(_infer_resnet(tensors, image), text_tower, joint=joint)
+        width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
-        image_mlp = len(tensors[f"{image}transformer.resblocks.0.mlp.c_fc.weight"])
-        text_mlp = len(tensors[f"{text}transformer.resblocks.0.mlp.c_fc.weight"])
-        context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{image}proj"].shape[1]
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
-    image_layers, text_layers = (_depth(tensors, f"{tower}transformer.resblocks.") for tower in (image, text))
-    return ClipConfig(
-        ImageConfig(size=grid * patch, patch=patch, width=width, layers=image_layers, heads=width // 64, hidden=image_mlp),
-        TextConfig(context=context, vocab=vocab, width=text_width, layers=text_layers, heads=text_width // 64, hidden=text_mlp),
-        joint=joint,
-    )
+    image_tower = ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width))
+    return ClipConfig(image_tower, text_tower, joint=joint)
 
 
-def _depth(tensors: Tensors, prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))
+def _infer_resnet(tensors: Tensors, prefix: str) -> ResNetConfig:
+    """Heads are of 64; the side of the input follows from the positions that are pooled."""
+    width = len(tensors[f"{prefix}layer1.0.conv1.weight"])
+    blocks = tuple(sum(f"{prefix}layer{stage}.{i}.conv1.weight" in tensors for i in range(100)) for stage in STAGES)
+    grid = isqrt(len(tensors[f"{prefix}attnpool.positional_embedding"]) - 1)
+    return ResNetConfig(size=32 * grid, width=width, blocks=blocks, heads=max(1, 32 * width // HEAD))
+
+
+def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
+    """Width, layers, heads and hidden units of one tower."""
+    layers = 1 + max((int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1)
+    if not layers:
+        raise InputError(f"tensor '{prefix}0.*' is missing: this is not a whole CLIP with ViT and text towers")
+
+    def rows(name: str) -> tuple[int, ...]:
+        return tuple(len(tensors.get(f"{prefix}{i}.{name}", ())) for i in range(layers))
+
+    packed, hidden = rows("attn.in_proj_weight"), rows("mlp.c_fc.weight")
+    sizes: dict[str, Any] = dict(width=width, layers=layers, hidden=uniform(hidden))
+    if set(packed) == {3 * width}:
+        return sizes | dict(heads=width // HEAD)
+    return sizes | dict(heads=uniform(tuple(n // (3 * HEAD) for n in packed)), head_dim=HEAD)
+
+
+def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tensors:
+    """Of a layer without heads the released files hold no attention at all: a norm that nothing reads, and no constant to add."""
+    tensors = {key: value for key, value in tensors.items() if value.size}
+    for prefix, c in ((image, cfg.image), (text, cfg.text)):
+        if isinstance(c, ResNetConfig):
+            continue
+        for i, heads in enumerate(per_layer(c.heads, c.layers)):
+            for name in ("ln_1.weight", "ln_1.bias", "attn.out_proj.bias"):
+                key = f"{prefix}transformer.resblocks.{i}.{name}"
+                if not heads and key not in tensors:
+                    tensors[key] = np.zeros(c.width, tensors[f"{prefix}transformer.resblocks.{i}.ln_2.weight"].dtype)
+    return tensors
+
+
+def _plain(c: ImageConfig | TextConfig) -> bool:
+    """Whether all layers are alike and their heads fill the width."""
+    return isinstance(c.heads, int) and isinstance(c.hidden, int) and (c.head_dim is None or c.heads * c.head_dim == c.width)
 
 
 def _clean_original(key: str) -> str:
@@ -160,7 +223,8 @@ def _clean_original(key: str) -> str:
 
 def _nothing(cfg: ClipConfig, folder: Path) -> None:
     """The original files carry no config: shapes tell it."""
-    if cfg.image.width != 64 * cfg.image.heads or cfg.text.width != 64 * cfg.text.heads:
+    image_head = cfg.image.embed // cfg.image.heads if isinstance(cfg.image, ResNetConfig) else head_dim(cfg.image)
+    if image_head != HEAD or head_dim(cfg.text) != HEAD:
         raise InputError("the original layout knows heads of 64 only; this model has others")
 
 
@@ -173,8 +237,17 @@ FORMATS = (
         _read_open_clip,
         _write_open_clip,
         clean=lambda key: key.removeprefix("module."),
+        complete=lambda cfg, tensors: _complete(cfg, tensors, "visual.", ""),
     ),
-    Format("original", layouts.ORIGINAL, "tinyclip.pt", _read_original, _nothing, clean=_clean_original),
+    Format(
+        "original",
+        layouts.ORIGINAL,
+        "tinyclip.pt",
+        _read_original,
+        _nothing,
+        clean=_clean_original,
+        complete=lambda cfg, tensors: _complete(cfg, tensors, "_image_encoder.visual.", "_text_encoder."),
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """CLIP checkpoints of others in our names (spec §8.3): Hugging Face, open_clip, and the original TinyCLIP files."""
 
 from common.surgery.layout import Layout
+from tinyclip_jax.resnet import STAGES
 
 Rows = tuple[tuple[str, ...], ...]
 
@@ -44,10 +45,33 @@ def _module(ours: str, theirs: str) -> Rows:
     return ((f"{ours}/{weight}", f"{theirs}.weight"), (f"{ours}/bias", f"{theirs}.bias"))
 
 
+def _resnet(theirs: str) -> Rows:
+    """CLIP's ResNet in open_clip's names; convolutions are stored as [out, in, row, col]."""
+    rows: list[tuple[str, ...]] = []
+
+    def pair(where: str, conv: str, norm: str, their_conv: str, their_norm: str) -> None:
+        ours, foreign = f"image/{where}", f"{theirs}{where.replace('/', '.')}"
+        rows.append((f"{ours}{conv}/kernel", f"{foreign}{their_conv}.weight", "out in row col"))
+        names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+        rows.extend((f"{ours}{norm}/{leaf}", f"{foreign}{their_norm}.{name}") for leaf, name in names.items())
+
+    for where in ("", *(f"layer{stage}/*/" for stage in STAGES)):
+        for i in (1, 2, 3):
+            pair(where, f"conv{i}", f"bn{i}", f"conv{i}", f"bn{i}")
+        if where:
+            pair(where, "down", "down_bn", "downsample.0", "downsample.1")
+    pool, foreign = "image/pool", f"{theirs}attnpool"
+    rows.append((f"{pool}/cls_position + {pool}/position", f"{foreign}.positional_embedding", _POSITION))
+    for ours, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "c_proj")):
+        rows.extend(_module(f"{pool}/{ours}", f"{foreign}.{name}"))
+    return tuple(rows)
+
+
 def _open_clip(name: str, image: str, text: str, scale: str, ignore: tuple[str, ...]) -> Layout:
     return Layout(
         name,
         (
+            *_resnet(image),
             ("image/patch/project/kernel", f"{image}conv1.weight", _CONV),
             ("image/cls", f"{image}class_embedding"),
             ("image/cls_position + image/position", f"{image}positional_embedding", _POSITION),
@@ -88,9 +112,11 @@ HF = Layout(
 )
 
 # The mask and the three integers are buffers of OpenAI's archives and of older releases.
-OPEN_CLIP = _open_clip("open_clip", "visual.", "", "logit_scale", ("attn_mask", "input_resolution", "context_length", "vocab_size"))
+_BUFFERS = ("**num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
+OPEN_CLIP = _open_clip(
+    "open_clip", "visual.", "", "logit_scale", ("attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
+)
 
 # A training file carries the parameters of the learned masks beside the weights.
-ORIGINAL = _open_clip(
-    "original", "_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale", ("**l0_module**", "_text_encoder.attn_mask")
-)
+_TRAINED = ("**l0_module**", "**num_batches_tracked", "_text_encoder.attn_mask")
+ORIGINAL = _open_clip("original", "_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale", _TRAINED)

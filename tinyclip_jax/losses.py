@@ -1,7 +1,22 @@
-"""Losses of TinyCLIP (§3; clip_soft_loss.py). Features are unit norm and f32; the batch is the global one."""
+"""Losses of TinyCLIP (§3; clip_soft_loss.py). Features are unit norm and f32; the batch is the global one.
+
+Both losses are the cross-entropy of one matrix of similarities, by rows and by columns, under a matrix of targets. Neither matrix is ever
+whole: a device holds its rows of it, `CHUNK` at a time, against the gathered columns. The way back computes them again.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+CHUNK = 1024  # rows of similarities in memory at a time
+ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
+NEVER = -1e30  # the logit of a target that is none; finite, so that differences of two are
+TargetLogits = Callable[[Any, Any], jax.Array]
+"""`(rows, columns) -> [rows, columns]`: logits of the targets, from whatever is known of either side."""
 
 
 def affinity_mimicking(
@@ -18,19 +33,8 @@ def affinity_mimicking(
     scale, teacher_scale: inverse temperatures (1/0.02 in the released recipes).
     Returns the mean over the global batch of both directions, halved each (nats).
     """
-    logits = scale * similarity(image, text)
-    teacher = jax.lax.stop_gradient(teacher_scale * similarity(teacher_image, teacher_text))
-    return (soft_cross_entropy(logits, teacher) + soft_cross_entropy(logits.T, teacher.T)) / 2
-
-
-def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
-    """Cosines [images, captions]. In full precision: a TPU's bf16 passes would move logits by a tenth at a scale of 50."""
-    return jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def soft_cross_entropy(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
-    """Mean over rows of the cross-entropy of softmax(logits) under softmax(target_logits), nats. Both [rows, columns]."""
-    return -jnp.mean(jnp.sum(jax.nn.softmax(target_logits, axis=-1) * jax.nn.log_softmax(logits, axis=-1), axis=-1))
+    rows, columns = jax.lax.stop_gradient((teacher_scale * teacher_image, teacher_text))
+    return _cross_entropy(similarity, image, text, jnp.asarray(scale, jnp.float32), rows, columns)
 
 
 def contrastive(image: jax.Array, text: jax.Array, scale: jax.Array | float, group: jax.Array | None = None) -> jax.Array:
@@ -39,11 +43,166 @@ def contrastive(image: jax.Array, text: jax.Array, scale: jax.Array | float, gro
     image, text: [batch, joint] unit norm, f32. group: [batch] int; pairs of one group are positives of one another, and
     share the target evenly (None: every pair is its own group).
     """
-    logits = scale * similarity(image, text)
     if group is None:
         group = jnp.arange(len(image))
-    target = (group[:, None] == group[None]).astype(jnp.float32)
-    target = target / target.sum(-1, keepdims=True)
-    rows = jnp.sum(target * jax.nn.log_softmax(logits, axis=-1), axis=-1)
-    columns = jnp.sum(target * jax.nn.log_softmax(logits.T, axis=-1), axis=-1)
-    return -(jnp.mean(rows) + jnp.mean(columns)) / 2
+    return _cross_entropy(_same_group, image, text, jnp.asarray(scale, jnp.float32), group, group)
+
+
+def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
+    """Cosines [images, captions]. In full precision: a TPU's bf16 passes would move logits by a tenth at a scale of 50."""
+    return jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _same_group(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Logits whose softmax is even over the members of a group."""
+    return jnp.where(rows[:, None] == columns[None], 0.0, NEVER)
+
+
+class _Sums(NamedTuple):
+    """Of rows or of columns, [n] each: largest logit, sum of exponentials relative to it; the same of the targets, and the student's
+    logits summed with the targets' weights."""
+
+    largest: jax.Array
+    total: jax.Array
+    target_largest: jax.Array
+    target_total: jax.Array
+    cross: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array, target: jax.Array, axis: int) -> "_Sums":
+        largest, target_largest = logits.max(axis), target.max(axis)
+        weight = jnp.exp(target - jnp.expand_dims(target_largest, axis))
+        total = jnp.exp(logits - jnp.expand_dims(largest, axis)).sum(axis)
+        return cls(largest, total, target_largest, weight.sum(axis), (weight * logits).sum(axis))
+
+    def rescaled(self, largest: jax.Array, target_largest: jax.Array) -> "_Sums":
+        shift, target_shift = jnp.exp(self.largest - largest), jnp.exp(self.target_largest - target_largest)
+        return _Sums(largest, self.total * shift, target_largest, self.target_total * target_shift, self.cross * target_shift)
+
+    def with_more(self, more: "_Sums") -> "_Sums":
+        """Of both parts of an axis."""
+        tops = jnp.maximum(self.largest, more.largest), jnp.maximum(self.target_largest, more.target_largest)
+        a, b = self.rescaled(*tops), more.rescaled(*tops)
+        return _Sums(*tops[:1], a.total + b.total, tops[1], a.target_total + b.target_total, a.cross + b.cross)
+
+    def over(self, axes: tuple[str, ...]) -> "_Sums":
+        """Of the parts on all devices along mesh axes."""
+        if not axes:
+            return self
+        part = self.rescaled(jax.lax.pmax(self.largest, axes), jax.lax.pmax(self.target_largest, axes))
+        return part._replace(**{name: jax.lax.psum(getattr(part, name), axes) for name in ("total", "target_total", "cross")})
+
+    @property
+    def normaliser(self) -> jax.Array:
+        return self.largest + jnp.log(self.total)
+
+    @property
+    def target_normaliser(self) -> jax.Array:
+        return self.target_largest + jnp.log(self.target_total)
+
+    @property
+    def cross_entropy(self) -> jax.Array:
+        return self.normaliser - self.cross / self.target_total
+
+
+class _Normalisers(NamedTuple):
+    """Logarithms of the softmax's denominators, [n] each, of the rows of this device and of all columns."""
+
+    row: Any
+    target_row: Any
+    column: Any
+    target_column: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(target: TargetLogits, image: Any, text: Any, scale: Any, target_rows: Any, target_columns: Any) -> jax.Array:
+    return _forward(target, image, text, scale, target_rows, target_columns)[0]
+
+
+def _forward(target: TargetLogits, *inputs: Any) -> tuple[jax.Array, Any]:
+    axes = _row_axes()
+    rows, one = PartitionSpec(axes), PartitionSpec()
+    into = (rows, rows, one, rows, rows)
+    outof = (one, _Normalisers(rows, rows, one, one))
+    loss, normalisers = _on_devices(partial(_forward_here, target, axes), axes, into, outof)(*inputs)
+    return loss, (inputs, normalisers)
+
+
+def _backward(target: TargetLogits, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    inputs, normalisers = saved
+    axes = _row_axes()
+    rows, one = PartitionSpec(axes), PartitionSpec()
+    into = (rows, rows, one, rows, rows, _Normalisers(rows, rows, one, one))
+    back = _on_devices(partial(_backward_here, target, axes), axes, into, (rows, rows, one))
+    return *(gradient * x for x in back(*inputs, normalisers)), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _forward_here(target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any) -> Any:
+    """Loss and normalisers from this device's rows and everyone's columns."""
+    text, columns = _gathered(text, axes), _gathered(columns, axes)
+    nothing = jnp.full(len(text), NEVER), jnp.zeros(len(text))
+    start = _Sums(*nothing, *nothing, jnp.zeros(len(text)))
+
+    def chunk(sums: _Sums, part: Any) -> tuple[_Sums, _Sums]:
+        image, rows = part
+        logits, wanted = scale * similarity(image, text), target(rows, columns)
+        return sums.with_more(_Sums.of(logits, wanted, 0)), _Sums.of(logits, wanted, 1)
+
+    by_column, by_row = jax.lax.scan(chunk, start, _chunked((image, rows)))
+    by_row = jax.tree.map(lambda x: x.reshape(-1), by_row)
+    by_column = by_column.over(axes)
+    loss = (_sum(by_row.cross_entropy.sum(), axes) + by_column.cross_entropy.sum()) / (2 * len(text))
+    return loss, _Normalisers(by_row.normaliser, by_row.target_normaliser, by_column.normaliser, by_column.target_normaliser)
+
+
+def _backward_here(
+    target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any, n: _Normalisers
+) -> Any:
+    """Gradients of image, text and scale: the similarities are computed again, softmax minus target is what flows back."""
+    everyone, columns = _gathered(text, axes), _gathered(columns, axes)
+    highest = jax.lax.Precision.HIGHEST
+
+    def chunk(sums: Any, part: Any) -> tuple[Any, jax.Array]:
+        image, rows, row, target_row = part
+        cosines, wanted = similarity(image, everyone), target(rows, columns)
+        logits = scale * cosines
+        excess = jnp.exp(logits - row[:, None]) - jnp.exp(wanted - target_row[:, None])
+        excess += jnp.exp(logits - n.column) - jnp.exp(wanted - n.target_column)
+        excess /= 2 * len(everyone)
+        by_text, by_scale = sums
+        by_text += scale * jnp.matmul(excess.T, image, precision=highest)
+        return (by_text, by_scale + (excess * cosines).sum()), scale * jnp.matmul(excess, everyone, precision=highest)
+
+    start = jnp.zeros_like(everyone), jnp.zeros(())
+    (by_text, by_scale), by_image = jax.lax.scan(chunk, start, _chunked((image, rows, n.row, n.target_row)))
+    if axes:
+        by_text = jax.lax.psum_scatter(by_text, axes, tiled=True)
+    return by_image.reshape(image.shape), by_text, _sum(by_scale, axes)
+
+
+def _chunked(rows: Any) -> Any:
+    """[n, ...] -> [n / c, c, ...] with the largest c up to CHUNK that divides n."""
+    n = len(jax.tree.leaves(rows)[0])
+    size = max(c for c in range(1, min(CHUNK, n) + 1) if n % c == 0)
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+
+
+def _row_axes() -> tuple[str, ...]:
+    """The axes of the mesh in use that split rows; none outside of a step."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in ROWS if axis in mesh.axis_names and mesh.shape[axis] > 1)
+
+
+def _on_devices(function: Callable[..., Any], axes: tuple[str, ...], into: Any, outof: Any) -> Callable[..., Any]:
+    return jax.shard_map(function, in_specs=into, out_specs=outof, check_vma=False) if axes else function
+
+
+def _gathered(x: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+
+
+def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x

@@ -18,6 +18,8 @@ from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
 from common.surgery.axes import Spec
 from common.surgery.report import attention_macs, count, kernel_macs
+from common.train.optim import is_statistic
+from tinyclip_jax.resnet import ResNet, ResNetConfig, positions
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -32,9 +34,12 @@ class ImageConfig:
     """Side of a patch, pixels."""
     width: int = 768
     layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    """Units between the two layers of the MLP."""
+    heads: int | tuple[int, ...] = 12
+    """Of each layer; a tuple: pruned layers that differ. A layer without heads adds a constant."""
+    hidden: int | tuple[int, ...] = 3072
+    """Units between the two layers of the MLP, as `heads`."""
+    head_dim: int | None = None
+    """Channels of a head; None: width / heads."""
     activation: Activation = "gelu"
     eps: float = 1e-5
     """Of every LayerNorm."""
@@ -60,8 +65,9 @@ class TextConfig:
     vocab: int = 49408
     width: int = 512
     layers: int = 12
-    heads: int = 8
-    hidden: int = 2048
+    heads: int | tuple[int, ...] = 8
+    hidden: int | tuple[int, ...] = 2048
+    head_dim: int | None = None
     activation: Activation = "gelu"
     eps: float = 1e-5
     eot: int | None = None
@@ -72,7 +78,7 @@ class TextConfig:
 class ClipConfig:
     """A CLIP: two towers into one joint space."""
 
-    image: ImageConfig = field(default_factory=ImageConfig)
+    image: ImageConfig | ResNetConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     joint: int = 512
     """Size of the joint embedding."""
@@ -81,15 +87,16 @@ class ClipConfig:
     attention: Kernel = "xla"
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
 
-    def override(
-        self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
-    ) -> "ClipConfig":
+    def override(self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None) -> "ClipConfig":
         """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
         if activation and activation not in ACTIVATIONS:
             raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
+        image = self.image
+        if isinstance(image, ImageConfig):
+            image = replace(image, activation=activation or image.activation, heads=image_heads or image.heads)
         return replace(
             self,
-            image=replace(self.image, activation=activation or self.image.activation, heads=image_heads or self.image.heads),
+            image=image,
             text=replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads),
         )
 
@@ -100,11 +107,28 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
     return ClipConfig(image, TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width))
 
 
+def resnet(width: int, text_layers: int) -> ClipConfig:
+    """A published ResNet CLIP: joint space of 1024, text width 512 (spec: TinyCLIP §1.3)."""
+    return replace(vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024)
+
+
 def head_dim(c: ImageConfig | TextConfig) -> int:
     """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file cannot tell how many."""
+    for name in ("heads", "hidden"):
+        if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
+            raise InputError(f"{name} has {len(sizes)} numbers for {c.layers} layers: give one for each")
+    if c.head_dim is not None:
+        return c.head_dim
+    if isinstance(c.heads, tuple):
+        raise InputError("heads that differ from layer to layer need a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
         raise InputError(f"{c.heads} heads do not divide a width of {c.width}; say how many there are (image_heads, text_heads)")
     return c.width // c.heads
+
+
+def uniform(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """One number where all layers have the same, and have any."""
+    return sizes[0] if len(set(sizes)) == 1 and sizes[0] else sizes
 
 
 class Features(NamedTuple):
@@ -117,8 +141,9 @@ class Features(NamedTuple):
 
 class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
+        assert isinstance(cfg.image, ImageConfig)
         c, std = cfg.image, cfg.image.width**-0.5
-        sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
+        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
         attention = partial(Attention, sizes, attend=softmax(kernel=cfg.attention))
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
@@ -126,26 +151,24 @@ class ImageTower(nnx.Module):
         self.cls_position = param("-> embed", sizes, normal(std), rngs)
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
         self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
-        self.blocks = stack(
-            lambda rngs: Block(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs
-        )
+        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
-        self.remat: Remat = cfg.remat
+        self.layers, self.remat = c.layers, cfg.remat
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
         x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
-        x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1))
-        x = scan(self.blocks, x, remat=self.remat)
-        return self.projection(self.post_norm(x[:, 0]))
+        x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1), keep)
+        x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
+        return self.projection(self.post_norm(x[:, 0], keep))
 
 
 class TextTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
-        sizes = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
+        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
         attention = partial(Attention, sizes, attend=softmax(causal=True), qkv=normal(std), out=normal(residual))
@@ -155,15 +178,30 @@ class TextTower(nnx.Module):
         self.blocks = stack(lambda rngs: Block(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
-        self.eot, self.remat = c.eot, cfg.remat
+        self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.token(tokens)
         x = x + self.position[: tokens.shape[1]].astype(x.dtype)
-        x = scan(self.blocks, x, remat=self.remat)
+        x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
         end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
         # Pooling before the norm gives the same row and spares normalising the others.
-        return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]))
+        return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], keep))
+
+
+def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
+    """The further arguments of every block (no modulation, `keep`), stacked along layer."""
+    return () if keep is None else (None, jnp.broadcast_to(keep, (layers, *keep.shape)))
+
+
+class Keep(NamedTuple):
+    """Channels of the residual streams that learned masks have left, bool [embed]; None: all, as in any model that is not being pruned."""
+
+    image: jax.Array | None = None
+    text: jax.Array | None = None
+
+
+ALL = Keep()
 
 
 class TokenTable(nnx.Module):
@@ -177,42 +215,53 @@ class TokenTable(nnx.Module):
 class Clip(nnx.Module):
     """Image and text towers and the logarithm of the similarity scale.
 
-    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token.
+    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token. train: batch norms
+    go by the batch; no difference to a ViT.
     """
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
-        self.image = ImageTower(cfg, rngs=rngs)
+        resnet = cfg.image if isinstance(cfg.image, ResNetConfig) else None
+        if resnet:
+            self.image: Any = ResNet(resnet, cfg.joint, remat=cfg.remat, kernel=cfg.attention, rngs=rngs)
+        else:
+            self.image = ImageTower(cfg, rngs=rngs)
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 
-    def __call__(self, images: jax.Array, tokens: jax.Array) -> Features:
-        return Features(self.encode_image(images), self.encode_text(tokens), jnp.exp(self.logit_scale[...]))
+    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL, train: bool = False) -> Features:
+        return Features(self.encode_image(images, keep, train), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
+    def encode_image(self, images: jax.Array, keep: Keep = ALL, train: bool = False) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.image(images))
+        return _unit(self.image(images, keep.image, train))
 
-    def encode_text(self, tokens: jax.Array) -> jax.Array:
+    def encode_text(self, tokens: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.text(tokens))
+        return _unit(self.text(tokens, keep.text))
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Counts as published figures give them: image and text without the token table, the table, and the grand total."""
+    """Counts as published figures give them: image and text without the token table, the table, and the grand total.
+
+    Running statistics are no parameters.
+    """
+    spec = {path: leaf for path, leaf in spec.items() if not is_statistic(path)}
     table = count(spec, "text/token/table")
     return {"image": count(spec, "image/**"), "text": count(spec, "text/**") - table, "token_table": table, "total": count(spec, "**")}
 
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
     """Multiply-accumulates of one image and of one caption, attention scores and values included (spec §1.5)."""
-    image, text = cfg.image.tokens, cfg.text.context
-    counted = kernel_macs(
-        spec,
-        (("image/patch/**", image - 1), ("*/projection/**", 1), ("image/blocks/**", image), ("text/blocks/**", text)),
-    )
+    if isinstance(cfg.image, ResNetConfig):
+        image, query, uses = cfg.image.grid**2 + 1, "image/pool/query/kernel", tuple(positions(cfg.image))
+    else:
+        image, query = cfg.image.tokens, "image/blocks/attn/query/kernel"
+        uses = (("image/patch/**", image - 1), ("image/projection/**", 1), ("image/blocks/**", image))
+    text = cfg.text.context
+    counted = kernel_macs(spec, (*uses, ("text/projection/**", 1), ("text/blocks/**", text)))
     towers = {tower: sum(n for path, n in counted.items() if path.startswith(tower)) for tower in ("image", "text")}
     return {
-        "image": towers["image"] + attention_macs(spec["image/blocks/attn/query/kernel"], image),
+        "image": towers["image"] + attention_macs(spec[query], image),
         "text": towers["text"] + attention_macs(spec["text/blocks/attn/query/kernel"], text),
     }
 

@@ -52,7 +52,7 @@ class Pretrained:
         """Write a weights folder, which every command and `load` take."""
         with weights.staged(Path(folder), force=force) as staging:
             staging.mkdir()
-            weights.write_params(staging, self.params)
+            weights.write_params(staging, self.params, spec=self.model.spec)
             weights.write_config(staging, FAMILY.name, self.cfg)
             self.pre.save(staging)
             if self.tokenizer is not None:

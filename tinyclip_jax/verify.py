@@ -11,7 +11,8 @@ import numpy as np
 
 from common.checkpoint.convert import Check, compare, open_tensors
 from common.nn.functional import functional
-from tinyclip_jax.model import Clip, ClipConfig
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
+from tinyclip_jax.resnet import ResNetConfig
 
 EXAMPLES = 4
 
@@ -82,22 +83,58 @@ def _open_clip(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tok
     def blocks(x: Any, prefix: str, c: Any, mask: Any) -> Any:
         for i in range(c.layers):
             p = f"{prefix}transformer.resblocks.{i}"
-            y = norm(x, f"{p}.ln_1", c.eps).transpose(0, 1)
-            y, _ = F.multi_head_attention_forward(
-                y, y, y, c.width, c.heads, t[f"{p}.attn.in_proj_weight"], t[f"{p}.attn.in_proj_bias"], None, None, False, 0.0,
-                t[f"{p}.attn.out_proj.weight"], t[f"{p}.attn.out_proj.bias"], training=False, need_weights=False, attn_mask=mask,
-            )  # fmt: skip
-            x = x + y.transpose(0, 1)
-            y = act(F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"]), c.activation)
-            x = x + F.linear(y, t[f"{p}.mlp.c_proj.weight"], t[f"{p}.mlp.c_proj.bias"])
+            if f"{p}.attn.in_proj_weight" in t:
+                y = norm(x, f"{p}.ln_1", c.eps)
+                packed = F.linear(y, t[f"{p}.attn.in_proj_weight"], t[f"{p}.attn.in_proj_bias"])
+                q, k, v = packed.reshape(*y.shape[:2], 3, -1, head_dim(c)).permute(2, 0, 3, 1, 4)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+                x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"])
+            x = x + t.get(f"{p}.attn.out_proj.bias", 0)  # of a layer without heads the files of the release keep nothing, ours this
+            if f"{p}.mlp.c_fc.weight" in t:
+                y = act(F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"]), c.activation)
+                x = x + F.linear(y, t[f"{p}.mlp.c_proj.weight"])
+            x = x + t[f"{p}.mlp.c_proj.bias"]
         return x
 
-    with torch.no_grad():
-        x = F.conv2d(torch.from_numpy(images).permute(0, 3, 1, 2), t["visual.conv1.weight"], stride=cfg.image.patch)
+    def bottleneck(x: Any, p: str, stride: int) -> Any:
+        pool = lambda x: F.avg_pool2d(x, stride)  # noqa: E731
+        y = F.relu(batch_norm(F.conv2d(x, t[f"{p}.conv1.weight"]), f"{p}.bn1"))
+        y = F.relu(batch_norm(F.conv2d(y, t[f"{p}.conv2.weight"], padding=1), f"{p}.bn2"))
+        y = batch_norm(F.conv2d(pool(y), t[f"{p}.conv3.weight"]), f"{p}.bn3")
+        if f"{p}.downsample.0.weight" in t:
+            x = batch_norm(F.conv2d(pool(x), t[f"{p}.downsample.0.weight"]), f"{p}.downsample.1")
+        return F.relu(x + y)
+
+    def batch_norm(x: Any, p: str) -> Any:
+        return F.batch_norm(x, t[f"{p}.running_mean"], t[f"{p}.running_var"], t[f"{p}.weight"], t[f"{p}.bias"], eps=1e-5)
+
+    def resnet(c: ResNetConfig, x: Any) -> Any:
+        for i, stride in ((1, 2), (2, 1), (3, 1)):
+            x = F.relu(batch_norm(F.conv2d(x, t[f"visual.conv{i}.weight"], stride=stride, padding=1), f"visual.bn{i}"))
+        x = F.avg_pool2d(x, 2)
+        for stage, count in enumerate(c.blocks, 1):
+            for i in range(count):
+                x = bottleneck(x, f"visual.layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1)
+        x = x.flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x]) + t["visual.attnpool.positional_embedding"][:, None]
+        q, k, v = (t[f"visual.attnpool.{n}_proj.weight"] for n in "qkv")
+        biases = torch.cat([t[f"visual.attnpool.{n}_proj.bias"] for n in "qkv"])
+        out, _ = F.multi_head_attention_forward(
+            x, x, x, c.embed, c.heads, None, biases, None, None, False, 0.0, t["visual.attnpool.c_proj.weight"],
+            t["visual.attnpool.c_proj.bias"], training=False, need_weights=False, use_separate_proj_weight=True,
+            q_proj_weight=q, k_proj_weight=k, v_proj_weight=v,
+        )  # fmt: skip
+        return out[0]
+
+    def vit(c: ImageConfig, x: Any) -> Any:
+        x = F.conv2d(x, t["visual.conv1.weight"], stride=c.patch)
         x = torch.cat([t["visual.class_embedding"].expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
-        x = x + t["visual.positional_embedding"]
-        x = blocks(norm(x, "visual.ln_pre", cfg.image.eps), "visual.", cfg.image, None)
-        image = norm(x[:, 0], "visual.ln_post", cfg.image.eps) @ t["visual.proj"]
+        x = norm(x + t["visual.positional_embedding"], "visual.ln_pre", c.eps)
+        return norm(blocks(x, "visual.", c, None)[:, 0], "visual.ln_post", c.eps) @ t["visual.proj"]
+
+    with torch.no_grad():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        image = resnet(cfg.image, pixels) if isinstance(cfg.image, ResNetConfig) else vit(cfg.image, pixels)
         ids = torch.from_numpy(tokens).long()
         x = t["token_embedding.weight"][ids] + t["positional_embedding"][: ids.shape[1]]
         mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)

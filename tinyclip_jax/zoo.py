@@ -6,23 +6,27 @@ from typing import Any
 from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
 from tinyclip_jax.formats import FORMATS, companions, config
-from tinyclip_jax.model import Clip, ClipConfig, parameters, total_macs, vit
+from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
 FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED)
 
+RN50 = resnet(64, 12)
 VIT_B_32, VIT_B_16 = vit(224, 32, 768, 12, 512, 12), vit(224, 16, 768, 12, 512, 12)
 STUDENTS: dict[str, ClipConfig] = {
     "vit_61m_32": vit(224, 32, 640, 12, 512, 9),
     "vit_40m_32": vit(224, 32, 512, 12, 512, 6),
     "vit_39m_16": vit(224, 16, 512, 12, 512, 6),
     "vit_8m_16": vit(224, 16, 256, 10, 256, 3),
+    "rn_30m": resnet(56, 9),
+    "rn_19m": resnet(44, 6),
 }
 
 # Sources of the recipes. The hub's TinyCLIPs are by the paper's author, MIT.
 LAION_B_32 = "hf:timm/vit_base_patch32_clip_224.laion2b_e16"
+OPENAI_RN50 = "hf:timm/resnet50_clip.openai"
 OPENAI_B_16 = "hf:openai/clip-vit-base-patch16"
 TINYCLIP_61M = "hf:wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TINYCLIP_39M = "hf:wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M"

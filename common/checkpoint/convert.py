@@ -15,7 +15,7 @@ from common.checkpoint.weights import FILE, Tensors, read_json, write_json
 from common.errors import InputError, VerificationError, nearest
 from common.nn.functional import Functional, functional
 from common.surgery.axes import Spec
-from common.surgery.layout import Layout, Tensor, View, own_views
+from common.surgery.layout import Layout, View, own_tensors, own_views
 from common.surgery.plan import Plan, Source
 from common.surgery.report import provenance
 
@@ -35,6 +35,9 @@ class Format:
     write_config(cfg, folder): writes the format's own JSON files beside the weights.
     clean: brings the keys of a file in the wild to the layout's.
     wrapper: of a torch file, the key its tensors are under.
+
+
+    complete(cfg, tensors): the tensors with what files of the wild leave out because it has no effect.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Format:
     write_config: Callable[[Any, Path], None]
     clean: Callable[[str], str] = lambda key: key
     wrapper: str = "state_dict"
+
+
+    complete: Callable[[Any, Tensors], Tensors] = lambda cfg, tensors: tensors
 
     def layout_of(self, cfg: Any) -> Layout:
         return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
@@ -150,6 +156,7 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
                 raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
             for file, cfg, tensors in found:
                 cfg = _override(cfg, overrides)
+                tensors = format.complete(cfg, tensors)
                 model = functional(family.module, cfg)
                 layout = format.layout_of(cfg)
                 views = layout.view(tensors, model.spec, str(file))
@@ -273,9 +280,9 @@ def _as_stored(spec: Spec, views: Mapping[str, View]) -> Spec:
 
 def _write_ours(donor: Donor, folder: Path) -> None:
     spec, values = donor.source.spec, donor.source.values
-    with weights.create_safetensors(folder / FILE, {path: Tensor(leaf.shape, leaf.dtype) for path, leaf in spec.items()}) as out:
-        for path, view in values.items():
-            view.read(out[path])
+    with weights.create_safetensors(folder / FILE, own_tensors(spec)) as out:
+        for path, view in own_views(out, spec, str(folder)).items():
+            view.write(values[path])
     weights.write_config(folder, donor.family.name, donor.cfg)
     record = provenance(COPY.resolve(donor.source, spec))
     write_json(folder / "provenance.json", {"source": str(donor.path), "format": donor.format} | record)

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
+from common.surgery.axes import Spec
 from common.surgery.layout import Tensor
 
 Tensors = dict[str, np.ndarray]
@@ -192,12 +193,25 @@ def write_config(folder: Path, method: str, model: Any) -> None:
     write_json(folder / "config.json", {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)})
 
 
-def write_params(folder: Path, params: Mapping[str, Any], dtype: Any = None) -> None:
-    """Write parameters (jax or numpy) as `model.safetensors`, one leaf at a time; `dtype` None keeps each leaf's own."""
+def write_params(folder: Path, params: Mapping[str, Any], dtype: Any = None, spec: Spec | None = None) -> None:
+    """Write parameters (jax or numpy) as `model.safetensors`, one leaf at a time; `dtype` None keeps each leaf's own.
+
+    spec: says which leaves are zero-padded; these are written layer by layer, without the padding.
+    """
+    params = dict(_unpadded(params, spec or {}))
     tensors = {path: Tensor(tuple(value.shape), np.dtype(dtype or value.dtype)) for path, value in params.items()}
     with create_safetensors(folder / FILE, tensors) as out:
         for path, value in params.items():
             out[path][...] = np.asarray(jax.device_get(value))
+
+
+def _unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]]:
+    for path, value in params.items():
+        if path in spec and (leaf := spec[path]).ragged:
+            for i in range(leaf.shape[0]):
+                yield f"{path}/{i}", value[(i, *(slice(n) for n in leaf.in_layer(i)))]
+        else:
+            yield path, value
 
 
 def read_json(path: Path) -> dict[str, Any]:

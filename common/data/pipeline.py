@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grain
 import jax
@@ -25,6 +25,7 @@ from common.errors import InputError
 from common.train.mesh import batch_sharding
 
 Batch = dict[str, Any]
+AugmentName = Literal["random", "none"]
 ON_DEVICE = 2  # batches whose copy to the devices runs ahead of the step
 GRID = 64  # pictures `check_first_batch` draws at most
 
@@ -47,27 +48,34 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class Augment:
-    """One record to one training example of a CLIP; without a tokenizer captions are left out."""
+    """One record to one training example of a CLIP; without a tokenizer captions are left out.
+
+    augment: "random" crops and a random one of several captions, or "none": the centre and the first, as in evaluation.
+    """
 
     pre: Preprocess
     tokenizer: Tokenizer | None
     context: int
     tags: float = 0.0
+    augment: AugmentName = "random"
 
     def check(self, record: Record) -> None:
-        """Raises InputError when the record lacks captions or tags that are asked for."""
+        """Raises InputError when the record lacks captions or tags that are asked for, or tags are drawn without augmentation."""
+        if self.tags and self.augment == "none":
+            raise InputError('tags are drawn at random: set pipeline.tags to 0, or augment to "random"')
         _check_record(record, self.tokenizer, self.tags)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         example = {k: v for k, v in record.items() if isinstance(v, np.ndarray | np.generic) and k not in ("image", "text")}
         if self.tokenizer is not None:
             text = record["text"]
-            caption = text if isinstance(text, str) else text[rng.integers(len(text))]
+            caption = text if isinstance(text, str) else text[rng.integers(len(text)) if self.augment == "random" else 0]
             if self.tags:
                 caption = ", ".join([caption, *(tag for tag in record["tags"] if rng.random() < self.tags)])
             example["text"] = self.tokenizer(caption, self.context)[0]
         if "image" in record:
-            example["image"] = train_image(_decode(record), self.pre, rng)
+            picture = _decode(record)
+            example["image"] = train_image(picture, self.pre, rng) if self.augment == "random" else eval_image(picture, self.pre)
         return example
 
 

@@ -163,9 +163,13 @@ class FolderSource:
             except UnicodeDecodeError as error:
                 raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}") from error
         elif self.classes:
-            name = self._names[index].split("/")[0]
-            record |= {"label": np.int32(bisect.bisect_left(self.classes, name))} | ({"text": name} if self._cfg.text else {})
+            label = self.label(index)
+            record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
         return record
+
+    def label(self, index: int) -> int:
+        """The class of a picture, without reading it."""
+        return bisect.bisect_left(self.classes, self._names[index].split("/")[0])
 
 
 def _pictures(paths: Iterable[Path], root: Path) -> list[str]:

@@ -19,7 +19,7 @@ class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
     attention: makes the module that mixes tokens, called with `rngs`. affine=False: for the call with a modulation, [part, batch, embed],
-    whose six parts are shift, scale and gate of either branch (adaLN-Zero; DiT §3.2).
+    whose six parts are shift, scale and gate of either branch (adaLN-Zero; DiT §3.2). keep: [embed], bool, as in `LayerNorm`.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, modulation: jax.Array | None = None, keep: jax.Array | None = None) -> jax.Array:
         if modulation is None:
-            x = x + self.attn(self.attn_norm(x))
-            return x + self.mlp(self.mlp_norm(x))
+            x = x + self.attn(self.attn_norm(x, keep))
+            return x + self.mlp(self.mlp_norm(x, keep))
         parts = modulation[:, :, None].astype(x.dtype)
         x = x + parts[2] * self.attn(modulate(self.attn_norm(x), parts[0], parts[1]))
         return x + parts[5] * self.mlp(modulate(self.mlp_norm(x), parts[3], parts[4]))
@@ -79,6 +79,14 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
 def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """The body of a scan, recomputed in the backward pass as `remat` says."""
     return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
+
+
+def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
+    """A single block that is no part of a stack, with the same choice of what to recompute."""
+    if remat == "none":
+        return block(x, *inputs)
+    graph, state = nnx.split(block)
+    return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, *inputs), policy=_POLICIES[remat])(state, x)
 
 
 def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:

@@ -21,16 +21,16 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: tuple[int, int] | None = None,
         init: Init = uniform_fan_in,
-        bias: Init = uniform_fan_in,
+        bias: Init | None = uniform_fan_in,
         rngs: nnx.Rngs,
     ):
         sizes = {"row": size, "col": size, "in": read, "out": written}
         self.kernel = param("row col in -> out", sizes, init, rngs)
-        self.bias = param("-> out", sizes, bias, rngs, fan_in=size**2 * read)
+        self.bias = None if bias is None else param("-> out", sizes, bias, rngs, fan_in=size**2 * read)
         self.stride, self.padding = stride, padding or (size // 2, (size - 1) // 2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         strides, padding = (self.stride, self.stride), (self.padding, self.padding)
         y = jax.lax.conv_general_dilated(x.astype(kernel.dtype), kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from flax import nnx
 
 from common.surgery.axes import Axes
 
-Sizes = Mapping[str, int]
+Sizes = Mapping[str, Any]
+"""The size of each axis, an int; a tuple of ints: another one in each layer of the stack, zero-padded to the largest."""
 Init = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
 """`init(key, shape, fan_in, fan_out)`: f32 values; the fans are the extents read and written."""
 
@@ -50,9 +52,16 @@ def xavier_uniform(packed: int = 1) -> Init:
 def param(axes: str, sizes: Sizes, init: Init, rngs: nnx.Rngs, *, fan_in: int | None = None) -> nnx.Param:
     """A parameter whose shape is its axes' sizes. `fan_in` overrides what the axes say (a bias knows its kernel's)."""
     parsed = Axes.parse(axes)
-    shape = tuple(sizes[name] for name in parsed.names)
+    shape = tuple(extent(sizes, name) for name in parsed.names)
     read, written = (prod(shape[i] for i in parsed.where(side)) for side in ("read", "write"))
-    return nnx.Param(init(rngs.params(), shape, fan_in or read, written), axes=str(parsed))
+    ragged = tuple((name, size) for name in parsed.names if isinstance(size := sizes[name], tuple))
+    return nnx.Param(init(rngs.params(), shape, fan_in or read, written), axes=str(parsed), ragged=ragged)
+
+
+def extent(sizes: Sizes, name: str) -> int:
+    """The size of an axis in memory: of one that differs by layer the largest, and at least 1."""
+    size = sizes[name]
+    return max(1, *size) if isinstance(size, tuple) else size
 
 
 class Dense(nnx.Module):
@@ -67,7 +76,7 @@ class Dense(nnx.Module):
         written = [parsed.names[i] for i in parsed.where("write")]
         self.rank = len(read)
         self.kernel = param(axes, sizes, init, rngs)
-        fan_in = prod(sizes[name] for name in read)
+        fan_in = prod(extent(sizes, name) for name in read)
         self.bias = None if bias is None else param(f"-> {' '.join(written)}", sizes, bias, rngs, fan_in=fan_in)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """The bridge from Flax NNX to plain functions: a module describes a model once, everything else sees a flat dict.
 
-    model  = functional(Clip, cfg)
-    params = model.init(jax.random.key(0))          # {"image/blocks/attn/query/kernel": Array, ...}
-    output = model.apply(params, images, tokens)
+model  = functional(Clip, cfg)
+params = model.init(jax.random.key(0))          # {"image/blocks/attn/query/kernel": Array, ...}
+output = model.apply(params, images, tokens)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from common.errors import nearest
@@ -36,7 +37,8 @@ class Functional:
 
         def make(key: jax.Array) -> Params:
             leaves = jax.tree.leaves(nnx.split(self._make(key))[1])
-            return {path: leaf for path, leaf in zip(self.spec, leaves, strict=True) if path in wanted}
+            found = {path: leaf for path, leaf in zip(self.spec, leaves, strict=True) if path in wanted}
+            return {path: jnp.where(self.spec[path].filled(), x, 0) if self.spec[path].ragged else x for path, x in found.items()}
 
         # Always jitted: eager and compiled initialisers differ in their last bits.
         return jax.jit(make, out_shardings=place and {p: place[p] for p in wanted})(key)
@@ -66,7 +68,11 @@ def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
     graph, state = nnx.split(nnx.eval_shape(partial(make, jax.random.key(0))))
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     spec = {
-        "/".join(map(str, path)): Leaf(Axes.parse(variable.get_metadata()["axes"]), tuple(leaf.shape), leaf.dtype)
+        "/".join(map(str, path)): _leaf(variable.get_metadata(), leaf)
         for (path, variable), (_, leaf) in zip(nnx.to_flat_state(state), leaves, strict=True)
     }
     return Functional(spec, make, graph, tree)
+
+
+def _leaf(metadata: Mapping[str, Any], value: Any) -> Leaf:
+    return Leaf(Axes.parse(metadata["axes"]), tuple(value.shape), value.dtype, dict(metadata.get("ragged", ())))

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.nn.dense import Sizes, ones, param, zeros
+from common.nn.dense import Init, Sizes, ones, param, zeros
 
 
 class LayerNorm(nnx.Module):
     """Normalise the last axis, `embed`; statistics in f32 whatever the input's dtype, which the result keeps.
 
-    `affine=False`: no scale and bias of its own, where a modulation brings them.
+    `affine=False`: no scale and bias of its own, where a modulation brings them. keep: [embed], bool, the channels that learned masks
+    have left; statistics are over these alone and the others come out as 0 (TinyCLIP §3.2).
     """
 
     def __init__(self, sizes: Sizes, *, eps: float, affine: bool = True, rngs: nnx.Rngs):
@@ -18,13 +19,13 @@ class LayerNorm(nnx.Module):
         self.scale = param("embed", sizes, ones, rngs) if affine else None
         self.bias = param("embed", sizes, zeros, rngs) if affine else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y - y.mean(-1, keepdims=True, where=keep)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True, where=keep) + self.eps)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+        return (y if keep is None else jnp.where(keep, y, 0)).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -40,3 +41,50 @@ class GroupNorm(nnx.Module):
         y = y - y.mean((1, 3), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.eps)
         return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Normalise each channel of the last axis over all others; statistics in f32, the input's dtype out.
+
+    `mean` and `variance` are the running statistics, leaves of the parameters like any other. In training (`train`) the batch's own are
+    used, and the running ones follow: what they get as gradient is their distance to the batch's (the variance's unbiased), which
+    `common.train.optim` takes a tenth of at each step, torch's momentum. Sharded rows are one batch: statistics are over all devices.
+    """
+
+    def __init__(self, channels: int, *, eps: float, scale: Init = ones, rngs: nnx.Rngs):
+        sizes = {"channel": channels}
+        self.eps = eps
+        self.scale = param("channel", sizes, scale, rngs)
+        self.bias = param("channel", sizes, zeros, rngs)
+        self.mean = param("channel", sizes, zeros, rngs)
+        self.variance = param("channel", sizes, ones, rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        y, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+        mean, variance = self.mean[...], self.variance[...]
+        if train:
+            running, count = (mean, variance), x.size // x.shape[-1]
+            mean, variance = y.mean(axes), y.var(axes)
+            y = _follow(y, running, (mean, variance * count / (count - 1)))
+        y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+Statistics = tuple[jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def _follow(y: jax.Array, running: Statistics, batch: Statistics) -> jax.Array:
+    """y itself. On the way back the running statistics get their distance to the batch's, whatever the loss is."""
+    return y
+
+
+def _follow_forward(y: jax.Array, running: Statistics, batch: Statistics) -> tuple[jax.Array, Statistics]:
+    return y, jax.tree.map(jnp.subtract, running, batch)
+
+
+def _follow_backward(distance: Statistics, gradient: jax.Array) -> tuple[jax.Array, Statistics, None]:
+    return gradient, distance, None
+
+
+_follow.defvjp(_follow_forward, _follow_backward)

@@ -86,6 +86,20 @@ class Leaf:
         rest = [self.ragged.get(n, (s,) * layers) for n, s in zip(self.axes.names[1:], self.shape[1:], strict=True)]
         return sum(prod(sizes[i] for sizes in rest) for i in range(layers))
 
+    def filled(self) -> np.ndarray:
+        """Where a zero-padded array holds elements and not padding: bool, broadcasts over the array."""
+        out = np.ones((self.shape[0], *[1] * (len(self.shape) - 1)), bool)
+        for i, (name, size) in enumerate(zip(self.axes.names, self.shape, strict=True)):
+            if name in self.ragged:
+                shape = [self.shape[0], *[1] * (len(self.shape) - 1)]
+                shape[i] = size
+                out = out & (np.arange(size) < np.array(self.ragged[name])[:, None]).reshape(shape)
+        return out
+
+    def in_layer(self, layer: int) -> tuple[int, ...]:
+        """The true shape in one layer of the stack, padding left out."""
+        return tuple(self.ragged[n][layer] if n in self.ragged else s for n, s in zip(self.axes.names[1:], self.shape[1:], strict=True))
+
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize

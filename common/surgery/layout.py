@@ -32,7 +32,8 @@ CLOSE = 1e-5  # of a constant: other libraries compute it in float32
 class View:
     """One of our leaves as strided views of foreign tensors: a part per layer, or a single part.
 
-    copies: further places that hold the same; they are written, and not read.
+    copies: further places that hold the same; they are written, and not read. Parts of different sizes are a leaf that is zero-padded
+    in memory: the padding is added on reading and cut off on writing.
     """
 
     parts: tuple[np.ndarray, ...]
@@ -41,16 +42,25 @@ class View:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.parts), *self.parts[0].shape) if self.layered else self.parts[0].shape
+        return (len(self.parts), *self._padded) if self.layered else self.parts[0].shape
+
+    @property
+    def _padded(self) -> tuple[int, ...]:
+        return tuple(max(1, *sizes) for sizes in zip(*(part.shape for part in self.parts), strict=True))
 
     @property
     def dtype(self) -> np.dtype:
         return self.parts[0].dtype
 
+    def layer(self, i: int) -> np.ndarray:
+        """One layer; a view of the file unless it is padded."""
+        part = self.parts[i]
+        return part if part.shape == self._padded else np.pad(part, [(0, n - m) for n, m in zip(self._padded, part.shape, strict=True)])
+
     def read(self, into: np.ndarray) -> None:
         """Copy out, into an array or another file's memory map, without an intermediate."""
-        for part, target in zip(self.parts, into if self.layered else [into], strict=True):
-            np.copyto(target, part, casting="same_kind")
+        for i, target in enumerate(into if self.layered else [into]):
+            np.copyto(target, self.layer(i) if self.layered else self.parts[0], casting="same_kind")
 
     def write(self, value: "View | np.ndarray") -> None:
         """Copy in; from another view part by part, without an intermediate."""
@@ -59,7 +69,7 @@ class View:
         else:
             sources = list(value) if self.layered else [np.asarray(value)]
         for part, source in zip(self.parts, sources, strict=True):
-            np.copyto(part, source, casting="same_kind")
+            np.copyto(part, source[tuple(slice(n) for n in part.shape)], casting="same_kind")
         for copy in self.copies:
             np.copyto(copy, sources[0], casting="same_kind")
 
@@ -146,8 +156,8 @@ class Layout:
     ignore: tuple[str, ...] = ()
     constant: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf]]]:
-        """Every foreign key this layout speaks of, with its row and our leaves."""
+    def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf], int]]:
+        """Every foreign key this layout speaks of, with its row, our leaves, and the layer it is of."""
         covered: set[str] = set()
         for row in (row for text in self.rows for row in _Row.parse(text).numbered(spec)):
             leaves = [spec[p] for p in row.paths if p in spec]
@@ -158,26 +168,28 @@ class Layout:
             covered.update(row.paths)
             if _LAYER.search(row.key):
                 for i in range(leaves[0].shape[0] if leaves[0].layered else _layers(spec)):
-                    yield row, _LAYER.sub(lambda m, i=i: m[1].split("|")[i] if m[1] else str(i), row.key), leaves  # type: ignore[misc]
+                    key = _LAYER.sub(lambda m, i=i: m[1].split("|")[i] if m[1] else str(i), row.key)  # type: ignore[misc]
+                    yield row, key, leaves, i
             else:
-                yield row, row.key, leaves
+                yield row, row.key, leaves, 0
         if left := [p for p in spec if p not in covered]:
             raise ValueError(f"layout {self.name!r} has no row for {left[0]!r}")
 
     def foreign(self, spec: Spec) -> dict[str, Tensor]:
         """The tensors a file of this format holds for a model of `spec`, constants included."""
         out = {}
-        for row, key, leaves in self._entries(spec):
+        for row, key, leaves, layer in self._entries(spec):
             terms = [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
-            shapes, joint = [_foreign_shape(leaf, t) for leaf, t in zip(leaves, terms, strict=True)], _joint(terms)
+            shapes, joint = [_foreign_shape(leaf, t, layer) for leaf, t in zip(leaves, terms, strict=True)], _joint(terms)
             first = shapes[0]
             shape = first if len(shapes) == 1 else (*first[:joint], sum(s[joint] for s in shapes), *first[joint + 1 :])
-            out[key] = Tensor(shape, leaves[0].dtype)
+            if prod(shape):  # a layer without heads has no projections
+                out[key] = Tensor(shape, leaves[0].dtype)
         return out | {key: Tensor(value.shape, value.dtype) for key, value in self.constant.items()}
 
     def keys(self, spec: Spec) -> dict[str, str]:
         """The foreign key (with `{layer}` where there are several) each of our leaves lives under."""
-        return {path: row.key for row, _, _ in self._entries(spec) for path in row.paths}
+        return {path: row.key for row, *_ in self._entries(spec) for path in row.paths}
 
     def view(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> dict[str, View]:
         """Our leaves as views of `tensors` (memory-mapped for laziness, writable to convert back).
@@ -188,15 +200,15 @@ class Layout:
         tensors = {key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()}
         _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
-        for row, key, leaves in self._entries(spec):
-            tensor = tensors[key]
+        for row, key, leaves, layer in self._entries(spec):
             start, all_terms = 0, [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
             joint = _joint(all_terms)
             for path, leaf, terms in zip(row.paths, leaves, all_terms, strict=True):
-                length = _foreign_shape(leaf, terms)[joint] if len(leaves) > 1 else None
-                piece = tensor if length is None else tensor[(*[slice(None)] * joint, slice(start, start + length))]
-                start += length or 0
-                parts[path].append(_as_ours(piece, leaf, terms))
+                shape = _foreign_shape(leaf, terms, layer)
+                tensor = tensors[key] if key in expected else np.zeros(shape, leaf.dtype)
+                piece = tensor if len(leaves) == 1 else tensor[(*[slice(None)] * joint, slice(start, start + shape[joint]))]
+                start += shape[joint] if len(leaves) > 1 else 0
+                parts[path].append(_as_ours(piece, leaf, terms, layer))
         return {path: View(tuple(p), True) if spec[path].layered else View((p[0],), False, tuple(p[1:])) for path, p in parts.items()}
 
     def check_values(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> None:
@@ -219,10 +231,27 @@ def _layers(spec: Spec) -> int:
     return next(leaf.shape[0] for leaf in spec.values() if leaf.layered)
 
 
+def own_tensors(spec: Spec) -> dict[str, Tensor]:
+    """What a file of ours holds: keys are our paths; of a leaf whose layers differ in size a tensor per layer, `path/{layer}`."""
+    out: dict[str, Tensor] = {}
+    for path, leaf in spec.items():
+        if leaf.ragged:
+            out |= {f"{path}/{i}": Tensor(leaf.in_layer(i), leaf.dtype) for i in range(leaf.shape[0])}
+        else:
+            out[path] = Tensor(leaf.shape, leaf.dtype)
+    return out
+
+
 def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict[str, View]:
-    """Leaves of a file of ours, whose keys are our paths. Raises what `Layout.view` raises."""
-    _check(tensors, {path: Tensor(leaf.shape, leaf.dtype) for path, leaf in spec.items()}, "heirloom", (), where)
-    return {path: View(tuple(tensors[path]) if leaf.layered else (tensors[path],), leaf.layered) for path, leaf in spec.items()}
+    """Leaves of a file of ours. Raises what `Layout.view` raises."""
+    _check(tensors, own_tensors(spec), "heirloom", (), where)
+
+    def parts(path: str, leaf: Leaf) -> tuple[np.ndarray, ...]:
+        if leaf.ragged:
+            return tuple(tensors[f"{path}/{i}"] for i in range(leaf.shape[0]))
+        return tuple(tensors[path]) if leaf.layered else (tensors[path],)
+
+    return {path: View(parts(path, leaf), leaf.layered) for path, leaf in spec.items()}
 
 
 def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str) -> None:
@@ -245,18 +274,18 @@ def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return tensor.reshape(shape) if tensor.shape[:rank] == shape[:rank] and tensor.size == prod(shape) else tensor
 
 
-def _inner(leaf: Leaf) -> tuple[int, ...]:
-    return leaf.shape[1:] if leaf.layered else leaf.shape
+def _inner(leaf: Leaf, layer: int) -> tuple[int, ...]:
+    return leaf.in_layer(layer) if leaf.layered else leaf.shape
 
 
-def _foreign_shape(leaf: Leaf, terms: list[list[int]]) -> tuple[int, ...]:
-    sizes = _inner(leaf)
+def _foreign_shape(leaf: Leaf, terms: list[list[int]], layer: int) -> tuple[int, ...]:
+    sizes = _inner(leaf, layer)
     return tuple(prod(sizes[i] for i in term) for term in terms)
 
 
-def _as_ours(tensor: np.ndarray, leaf: Leaf, terms: list[list[int]]) -> np.ndarray:
+def _as_ours(tensor: np.ndarray, leaf: Leaf, terms: list[list[int]], layer: int) -> np.ndarray:
     """Split the grouped dimensions and bring them into our order: strides only, no copy."""
-    sizes, order = _inner(leaf), [i for term in terms for i in term]
+    sizes, order = _inner(leaf, layer), [i for term in terms for i in term]
     split = tensor.reshape([sizes[i] for i in order])
     if tensor.size and not np.may_share_memory(split, tensor):
         raise ValueError("a foreign tensor must be contiguous to be seen as a view")

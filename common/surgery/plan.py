@@ -121,7 +121,9 @@ class Plan:
                 raise InputError(f"{path}: axes are '{donor.axes}' in the donor and '{leaf.axes}' here")
             runs = tuple(_runs(path, leaf, donor, pattern, maps))
             idle -= {(rule_of[path], " ".join(run.names)) for run in runs if run.map is not None}
-            fraction = prod(run.map.fraction for run in runs if run.map is not None)
+            # Maps speak of rows in memory; where layers differ in size, padding is no part of what there is to inherit.
+            padded = prod(leaf.shape) / leaf.count if leaf.count else 1.0
+            fraction = min(1.0, padded * prod(run.map.fraction for run in runs if run.map is not None))
             lines.append(Line(path, leaf, source.values[path], pattern, runs, fraction, source.origin.get(path, path)))
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
@@ -238,8 +240,9 @@ def _build_layers(source: Any, runs: Sequence[Run], blocks: Sequence[Index]) -> 
         raise ValueError("maps per layer go with layers that are neither scaled nor fresh")
     index = tuple(s for block in blocks[1:] for s in block)
     targets = range(layer.target[0])[blocks[0][0]]
-    layers = source.parts if isinstance(source, View) else source
-    parts = [_build(layers[r], [run.in_layer(t) for run in inner], index) for t, r in zip(targets, layer.rows(blocks[0]), strict=True)]
+    read = source.layer if isinstance(source, View) else source.__getitem__
+    rows = layer.rows(blocks[0])
+    parts = [_build(read(r), [run.in_layer(t) for run in inner], index) for t, r in zip(targets, rows, strict=True)]
     return _numpy_of(*parts).stack(parts)
 
 
@@ -260,7 +263,7 @@ def _gather(source: Any, shape: Sequence[int], selectors: Sequence[slice | np.nd
         sizes = [len(np.arange(n)[s]) for n, s in zip(shape, selectors, strict=True)]
         out = np.empty(sizes, source.dtype)
         for i, layer in enumerate(layers):
-            out[i] = _gather(source.parts[layer], shape[1:], selectors[1:])
+            out[i] = _gather(source.layer(layer), shape[1:], selectors[1:])
         return out
     array = source if tuple(source.shape) == tuple(shape) else source.reshape(shape)
     array = array[tuple(s if isinstance(s, slice) else slice(None) for s in selectors)]

@@ -81,10 +81,13 @@ class Run:
         """Whether all `total` steps are taken and the model is written."""
         return self.model.exists() and self.checkpoints.latest() == total
 
-    def restore_or(self, make_state: Callable[[], State], like: State) -> State:
-        """The last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or a new one."""
+    def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
+        """The last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or a new one.
+
+        after: states up to this step are of an earlier phase of the run, and have other shapes.
+        """
         step = self.checkpoints.latest()
-        if step is None:
+        if step is None or step <= after:
             return make_state()
         restored = self.checkpoints.restore(step, like)
         self.resumed = restored.data

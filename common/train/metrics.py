@@ -205,14 +205,21 @@ class Clock:
         return timing
 
 
+IDLE = 0.5  # share of the time waiting for data from which it is worth a sentence
+
+
 class ProgressLine:
-    """One live line on a terminal; elsewhere a plain line per log interval. Silent in all processes but the first."""
+    """One live line on a terminal; elsewhere a plain line per log interval. Silent in all processes but the first.
+
+    Says once, when devices wait for data most of the time, what to do about it.
+    """
 
     def __init__(self, total: int, work: Work, console: Console) -> None:
         self.total, self.work, self.console = total, work, console
         steps = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}")
         self._bar = Progress(steps, BarColumn(24), TextColumn("{task.description}"), console=console)
         self._task: TaskID = self._bar.add_task("", total=total)
+        self._told = False
 
     def __enter__(self) -> "ProgressLine":
         if self.console.is_terminal:
@@ -231,6 +238,10 @@ class ProgressLine:
         self._bar.update(self._task, completed=line["step"], description=text)
         if not self.console.is_terminal:
             self.console.print(f"step {line['step']:,}/{self.total:,}  {text}", highlight=False, soft_wrap=True)
+        if line["timing"]["data_wait"] > IDLE and not self._told:
+            self._told = True
+            share = f"{line['timing']['data_wait']:.0%}"
+            self.console.print(f"devices are idle {share} of the time, waiting for data: raise pipeline.workers", soft_wrap=True)
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:

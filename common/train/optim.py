@@ -16,6 +16,9 @@ from common.surgery.axes import Leaf, Spec, matches, select
 # split into axes of their own and layers are stacked, so a bias may have three.
 DECAYED = frozenset({"kernel", "table", "position", "cls_position"})
 SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
+# Running statistics of batch norms get as gradient their distance to the batch's, and follow it by a tenth (torch's momentum).
+STATISTICS = frozenset({"mean", "variance"})
+MOMENTUM = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,13 @@ def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTr
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed(cfg, spec)),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(cfg, total)),
     )
-    groups = {path: "frozen" if path in frozen else "trained" for path in spec}
-    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, groups)
+    groups = {path: "frozen" if path in frozen else "followed" if is_statistic(path) else "trained" for path in spec}
+    return optax.partition({"trained": trained, "followed": optax.sgd(MOMENTUM), "frozen": optax.set_to_zero()}, groups)
+
+
+def is_statistic(path: str) -> bool:
+    """Whether a parameter is a running statistic, which follows the batches and is not trained."""
+    return path.rpartition("/")[2] in STATISTICS
 
 
 def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
@@ -118,7 +126,7 @@ def _decays(cfg: OptimConfig, path: str) -> bool:
         return False
     if any(matches(pattern, path) for pattern in cfg.decay):
         return True
-    if role not in DECAYED | SPARED:
+    if role not in DECAYED | SPARED | STATISTICS:
         hint = nearest(role, DECAYED | SPARED)
         raise InputError(f"{path}: no weight decay is known for {role!r}{hint}; name it in optim.decay or optim.no_decay")
     return role in DECAYED

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import COPY, Donor
+from common.surgery.axes import Spec
 from common.surgery.graft import graft
 from common.train.mesh import shardings
 from common.train.state import State
@@ -26,15 +27,25 @@ def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def save_params(
-    path: Path, method: str, cfg: Any, params: Mapping[str, jax.Array], companions: Callable[[Path], None], *, force: bool = False
+    path: Path,
+    method: str,
+    cfg: Any,
+    params: Mapping[str, Any],
+    companions: Callable[[Path], None],
+    *,
+    spec: Spec | None = None,
+    force: bool = False,
 ) -> None:
-    """Write a weights folder; every process gathers, the first one writes. `companions(folder)` adds what travels along."""
-    whole = {name: _gathered(value) for name, value in params.items()}
+    """Write a weights folder; every process gathers, the first one writes. `companions(folder)` adds what travels along.
+
+    spec: needed where layers differ in size (`write_params`).
+    """
+    whole = {name: gathered(value) for name, value in params.items()}
     if jax.process_index() != 0:
         return
     with weights.staged(path, force=force) as folder:
         folder.mkdir()
-        weights.write_params(folder, whole)
+        weights.write_params(folder, whole, spec=spec)
         weights.write_config(folder, method, cfg)
         companions(folder)
 
@@ -44,7 +55,8 @@ def best(state: State) -> dict[str, jax.Array]:
     return state.params if state.ema is None else state.ema
 
 
-def _gathered(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
+def gathered(value: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.train.mesh import ROWS, batch_sharding, replicated, shardings
+from common.train.optim import is_statistic
 from common.train.state import State, state_shardings
 
 Params = dict[str, Any]
@@ -67,10 +68,12 @@ def make_step(
     cfg: StepConfig,
     frozen: Any = None,
     project: Callable[[Params], Params] | None = None,
+    scheduled: Callable[[jax.Array], Any] | None = None,
 ) -> Step:
     """Compile loss, gradient, update and average into one step.
 
-    project: applied to the parameters after the update, such as a bound on `logit_scale`.
+    project: applied to the parameters after the update, such as a bound on `logit_scale`. scheduled: values of a step's number that the
+    loss wants; its last argument then is `(frozen, scheduled(step))`.
     A step whose loss or gradient norm is not finite changes nothing but the counters `step` and `skipped`.
     Metrics, as (sum, count): the loss function's, `loss`, `grad_norm` (of all parameters, before clipping), `lr` if
     the optimizer's state shows a `learning_rate`, and `skipped`; of a skipped step all but `skipped` are (0, 0).
@@ -81,8 +84,9 @@ def make_step(
 
     def step(state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-        (loss, metrics), grads = gradients(state.params, batch, key, frozen)
-        norm = optax.tree.norm(grads)
+        given = frozen if scheduled is None else (frozen, scheduled(state.step))
+        (loss, metrics), grads = gradients(state.params, batch, key, given)
+        norm = optax.tree.norm({path: gradient for path, gradient in grads.items() if not is_statistic(path)})
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt = optimizer.update(grads, state.opt, state.params)

@@ -6,25 +6,10 @@ LAION-400M as img2dataset shards, 6 epochs at batch 8192 (script/*.sh of the rel
 Hardware of the release: 32 GPUs. Expected: 62.4 % ImageNet-1k zero-shot top-1 (README of the release).
 """
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.mesh import MeshConfig
-from common.train.optim import OptimConfig
-from common.train.step import StepConfig
+from tinyclip_jax.recipes import STEPS_75, laion
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import LAION_B_32, STUDENTS
 
 
 def get_config() -> Config:
-    return Config(
-        student=STUDENTS["vit_61m_32"],
-        teacher=LAION_B_32,
-        donor=LAION_B_32,
-        data=SourceConfig("laion400m/*.tar"),
-        pipeline=PipelineConfig(batch=8192, workers=16),
-        optim=OptimConfig(lr=1e-4, warmup=2000),
-        step=StepConfig(compute="bfloat16"),
-        mesh=MeshConfig(data=-1, fsdp=8),
-        steps=292_968,
-        published={"top1": 62.4},
-    )
+    return laion(student=STUDENTS["vit_61m_32"], teacher=LAION_B_32, donor=LAION_B_32, steps=STEPS_75, top1=62.4)

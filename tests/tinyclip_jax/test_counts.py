@@ -4,7 +4,8 @@ import pytest
 
 from common.nn.functional import functional
 from tinyclip_jax.model import Clip, macs, parameters, total_macs
-from tinyclip_jax.zoo import STUDENTS, VIT_B_16, VIT_B_32
+from tinyclip_jax.resnet import ResNetConfig
+from tinyclip_jax.zoo import RN50, STUDENTS, VIT_B_16, VIT_B_32
 
 # spec §1.5: image, text without the token table, token table, grand total; G multiply-accumulates of image and text
 PUBLISHED = {
@@ -14,6 +15,9 @@ PUBLISHED = {
     "vit_40m_32": (STUDENTS["vit_40m_32"], (39_691_776, 19_216_896, 25_296_896, 84_205_569), (2.00, 1.49)),
     "vit_39m_16": (STUDENTS["vit_39m_16"], (38_587_392, 19_216_896, 25_296_896, 83_101_185), (7.99, 1.49)),
     "vit_8m_16": (STUDENTS["vit_8m_16"], (8_276_992, 2_520_576, 12_648_448, 23_446_017), (1.79, 0.19)),
+    "rn50": (RN50, (38_316_896, 38_393_344, 25_296_896, 102_007_137), (6.11, 2.98)),
+    "rn_30m": (STUDENTS["rn_30m"], (29_583_780, 28_936_192, 25_296_896, 83_816_869), (4.69, 2.24)),
+    "rn_19m": (STUDENTS["rn_19m"], (18_596_766, 19_479_040, 25_296_896, 63_372_703), (2.92, 1.49)),
 }
 
 
@@ -45,8 +49,25 @@ def block_macs(width, hidden, tokens):
 
 def image_macs(cfg):
     c = cfg.image
+    if isinstance(c, ResNetConfig):
+        return resnet_macs(c, cfg.joint)
     tokens = (c.size // c.patch) ** 2
     return tokens * 3 * c.patch**2 * c.width + c.layers * block_macs(c.width, 4 * c.width, tokens + 1) + c.width * cfg.joint
+
+
+def resnet_macs(c, joint):
+    """Stem at half the side, bottlenecks, and an attention of all 50 positions with its projections."""
+    w = c.width
+    total = (c.size // 2) ** 2 * 9 * (3 * w // 2 + (w // 2) ** 2 + w * w // 2)
+    side, read = c.size // 4, w
+    for stage, blocks in enumerate(c.blocks):
+        planes = w * 2**stage
+        for i in range(blocks):
+            after = side // 2 if stage and not i else side
+            total += side**2 * (read * planes + 9 * planes**2) + after**2 * 4 * planes * (planes + (read if not i else 0))
+            side, read = after, 4 * planes
+    tokens = side**2 + 1
+    return total + tokens * read * (3 * read + joint) + 2 * tokens**2 * read
 
 
 def text_macs(cfg):

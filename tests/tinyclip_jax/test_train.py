@@ -22,6 +22,7 @@ from common.checkpoint.weights import open_safetensors
 from common.cli import main
 from common.errors import InputError
 from common.nn.functional import functional
+from common.train.loop import Run
 from common.train.mesh import MeshConfig, start
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.parameters import best
@@ -29,7 +30,7 @@ from common.train.state import create_state
 from common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, hold_scale, initial, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, first_look, hold_scale, initial, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -225,3 +226,20 @@ def test_similarities_are_computed_in_full_precision():
 def test_patches_that_do_not_fill_the_picture_are_refused(cfg):
     with pytest.raises(InputError, match="patches of 8 px do not fill pictures of 33 px"):
         functional(Clip, replace(cfg, image=replace(cfg.image, size=33)))
+
+
+@pytest.mark.parametrize(("same", "what"), [("image", "pictures"), ("text", "captions")])
+def test_a_first_batch_that_is_all_the_same_is_refused(same, what, tmp_path):
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(4, 2, 2, 3)), "text": rng.integers(0, 9, (4, 5))}
+    batch[same] = np.zeros_like(batch[same])
+
+    class Data:
+        def __next__(self):
+            return {name: jax.device_put(value) for name, value in batch.items()}
+
+        def state(self):
+            return {}
+
+    with pytest.raises(InputError, match=f"all {what} of the first batch are the same: is synthetic the data you mean"):
+        first_look(Run(tmp_path, {"data": {"path": "synthetic"}}), Data(), None)

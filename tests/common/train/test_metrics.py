@@ -1,9 +1,11 @@
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from common.errors import InputError
-from common.train.metrics import MetricsFile, TensorBoard, WeightsAndBiases, Window, Work, describe, peak_flops
+from common.train.metrics import MetricsFile, ProgressLine, TensorBoard, WeightsAndBiases, Window, Work, describe, peak_flops
 
 
 def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):
@@ -75,3 +77,13 @@ def test_a_missing_package_says_what_to_install(writer, package, tmp_path, monke
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(InputError, match=f"pip install {package}"):
         writer(tmp_path)
+
+
+def test_devices_that_wait_for_data_are_told_of_once():
+    out = io.StringIO()
+    progress = ProgressLine(10, Work(4), Console(file=out, width=200))
+    timing = {"seconds": 1.0, "examples_per_second": 4.0, "mfu": None, "data_wait": 0.9}
+    for step in (1, 2):
+        progress.show({"step": step, "loss": 1.0, "timing": timing})
+    assert out.getvalue().count("devices are idle 90% of the time, waiting for data: raise pipeline.workers") == 1
+    assert out.getvalue().count("data wait 90%") == 2

@@ -1,0 +1,12 @@
+"""ImageNet-1k as CLIP classifies it: the names of its classes and the 80 templates (OpenAI CLIP, MIT; see LICENSE beside this file)."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+CLASSES: tuple[tuple[str, str], ...] = tuple(
+    (identifier, name) for identifier, name in (line.split("\t") for line in (_HERE / "classes.tsv").read_text().splitlines())
+)
+"""(WordNet identifier, name) of the 1,000 classes, in the order of their labels."""
+
+TEMPLATES: tuple[str, ...] = tuple((_HERE / "templates.txt").read_text().splitlines())
+"""80 templates with {} for the name."""

@@ -1,0 +1,72 @@
+"""Linear probe: logistic regression on frozen features by L-BFGS, its regularisation swept on validation examples (CLIP §3.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import minimize
+
+STRENGTHS = tuple(10.0**power for power in range(-6, 5))
+ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Share of test examples whose class is first, and the strength that was best in validation."""
+
+    top1: float
+    strength: float
+
+
+def probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    held_back: float = 0.1,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> Probe:
+    """Fit on all but `held_back` of the training examples for each strength, fit the best one again on all, and score the test examples.
+
+    features: [n, width] f32, labels: [n] int from 0. strength: lambda of `mean cross-entropy + lambda / 2 |weights|^2`, biases free.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    held = order[: max(1, round(held_back * len(labels)))]
+    rest = order[len(held) :]
+    classes = int(max(labels.max(), test_labels.max())) + 1
+    scored = []
+    start = np.zeros((features.shape[1] + 1) * classes)
+    for strength in sorted(strengths, reverse=True):  # from stiff to free: each solution is a good start for the next
+        start = _fit(features[rest], labels[rest], classes, strength, start)
+        scored.append((_accuracy(start, features[held], labels[held], classes), strength))
+    best = max(scored)[1]
+    weights = _fit(features, labels, classes, best, start)
+    return Probe(_accuracy(weights, test_features, test_labels, classes), best)
+
+
+def _fit(features: np.ndarray, labels: np.ndarray, classes: int, strength: float, start: np.ndarray) -> np.ndarray:
+    inputs, targets = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
+
+    def loss(flat: jax.Array) -> jax.Array:
+        weights = flat.reshape(-1, classes)
+        logits = jnp.matmul(inputs, weights[:-1], precision=jax.lax.Precision.HIGHEST) + weights[-1]
+        right = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
+        return -right.mean() + strength / 2 * jnp.square(weights[:-1]).sum()
+
+    both = jax.jit(jax.value_and_grad(loss))
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = both(jnp.asarray(flat, jnp.float32))
+        return float(value), np.asarray(gradient, np.float64)
+
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS})
+    return np.asarray(found.x)
+
+
+def _accuracy(flat: np.ndarray, features: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    weights = flat.reshape(-1, classes)
+    return float(np.mean((features @ weights[:-1] + weights[-1]).argmax(1) == labels))

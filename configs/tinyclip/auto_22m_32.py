@@ -1,0 +1,16 @@
+"""TinyCLIP-auto-ViT-22M-32-Text-10M (automatic, 100 -> 25 %, in three stages): learned masks decide what of ViT-B/32 laion2b_e16 stays.
+
+    heirloom train tinyclip/auto_22m_32 --run runs/auto_22m_32 --data.path "laion400m/{00000..41407}.tar"
+    heirloom train tinyclip/auto_22m_32 --run runs/auto_22m_32 --stage 2 ...                # one stage by itself
+
+LAION-400M as img2dataset shards, batch 8192, 6, 16 and 25 epochs (lengths of released files; later stages are inferred, spec §5). The
+exact widths come from the masks. Hardware of the release: 32 GPUs. Expected: 53.7 % ImageNet-1k zero-shot top-1 (README of the release).
+"""
+
+from tinyclip_jax.recipes import AUTO_STAGES, laion
+from tinyclip_jax.train import Config
+from tinyclip_jax.zoo import LAION_B_32, VIT_B_32
+
+
+def get_config() -> Config:
+    return laion(student=VIT_B_32, teacher=LAION_B_32, donor=LAION_B_32, stages=AUTO_STAGES[:3], top1=53.7)

@@ -1,0 +1,38 @@
+"""The demo's counterpart with learned masks: the embedded teacher to 50 and to 25 % of its blocks, on emoji.
+
+    heirloom train tinyclip/emoji_auto --run runs/emoji_auto
+
+Two stages of 200 steps, for two CPU cores. Deviation: the masks' rate is ten times the release's, whose phase is 3,000 steps and more.
+"""
+
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig
+from common.train.optim import OptimConfig
+from tinyclip_jax.masks import MaskConfig
+from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
+from tinyclip_jax.train import Config, Stage
+
+
+def get_config() -> Config:
+    whole = ClipConfig(
+        ImageConfig(size=60, patch=12, width=192, layers=8, heads=3, hidden=768),
+        TextConfig(context=16, vocab=4096, width=192, layers=4, heads=3, hidden=768),
+        joint=256,
+    )
+    return Config(
+        student=whole,
+        teacher="embedded:emoji",
+        donor="embedded:emoji",
+        data=SourceConfig("emoji", split="train"),
+        held_out=SourceConfig("emoji", split="test"),
+        pipeline=PipelineConfig(batch=128),
+        optim=OptimConfig(lr=1e-3),
+        log_every=10,
+        eval_every=50,
+        save_every=100,
+        stages=tuple(Stage(whole, 200, masks=masks) for masks in (MASKS, MASKS_ON)),
+    )
+
+
+MASKS = MaskConfig(prune_step=120, target=0.5, warmup=60, lr=0.2)
+MASKS_ON = MaskConfig(prune_step=120, start=0.5, target=0.75, warmup=60, lr=0.2)

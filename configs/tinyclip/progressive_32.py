@@ -1,0 +1,17 @@
+"""ViT-B/32 -> 61M -> 40M by hand (manual, 100 -> 75 -> 50 %): both published stages in one recipe, taught by the original throughout.
+
+    heirloom train tinyclip/progressive_32 --run runs/progressive --data.path "laion400m/{00000..41407}.tar"
+    heirloom train tinyclip/progressive_32 --run runs/progressive --stage 2 ...
+
+The same as tinyclip/vit_61m_32, then tinyclip/vit_40m_32 from its result. Expected: 62.4 %, then 59.8 % ImageNet-1k zero-shot top-1
+(README of the release). Hardware of the release: 32 GPUs.
+"""
+
+from tinyclip_jax.recipes import STEPS_50, STEPS_75, laion
+from tinyclip_jax.train import Config, Stage
+from tinyclip_jax.zoo import LAION_B_32, STUDENTS
+
+
+def get_config() -> Config:
+    stages = (Stage(STUDENTS["vit_61m_32"], STEPS_75), Stage(STUDENTS["vit_40m_32"], STEPS_50))
+    return laion(teacher=LAION_B_32, donor=LAION_B_32, stages=stages, top1=59.8)

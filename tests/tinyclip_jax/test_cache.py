@@ -1,0 +1,88 @@
+"""Teacher embeddings stored once teach what the live teacher teaches."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from common import config
+from common.cli import main
+from common.data.sources import SourceConfig, open_source
+from common.errors import InputError
+from tinyclip_jax import train
+from tinyclip_jax.cache import Cached
+from tinyclip_jax.zoo import open_clip_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "start", lambda cfg: mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    cfg = config.load("tinyclip/emoji")
+    small = replace(
+        cfg,
+        data=SourceConfig("emoji:noto", split="test"),
+        held_out=SourceConfig(),
+        augment="none",
+        steps=3,
+        log_every=1,
+        optim=replace(cfg.optim, warmup=1),
+    )
+    return replace(
+        small, student=replace(cfg.student, image=replace(cfg.student.image, layers=1)), pipeline=replace(cfg.pipeline, batch=16)
+    )
+
+
+@pytest.fixture(scope="module")
+def stored(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    recipe.cache(folder)
+    return folder
+
+
+def losses(cfg, folder):
+    cfg.train(folder)
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_is_that_of_the_live_teacher(recipe, stored, tmp_path):
+    live, cached = losses(recipe, tmp_path / "live"), losses(replace(recipe, teacher=f"cache:{stored}"), tmp_path / "cached")
+    np.testing.assert_allclose(cached, live, rtol=1e-5)
+    assert len(set(live)) == 3
+
+
+def test_a_recipe_without_donor_finds_the_inputs_beside_the_cache(recipe, stored):
+    cfg = replace(recipe, teacher=f"cache:{stored}", donor="")
+    inputs, theirs = train.read_inputs(cfg, None, None), open_clip_model(recipe.teacher)
+    assert inputs.tokenizer.vocab_size <= theirs.cfg.text.vocab and inputs.pre.size == theirs.cfg.image.size
+
+
+def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
+    cached = replace(recipe, teacher=f"cache:{stored}")
+    with pytest.raises(InputError, match=r"was made with path 'emoji:noto', here it is 'emoji:fluent': make another cache"):
+        replace(cached, data=SourceConfig("emoji:fluent", split="test")).train(tmp_path / "fluent")
+    with pytest.raises(InputError, match='a stored teacher saw every picture uncropped: set augment to "none"'):
+        replace(cached, augment="random").train(tmp_path / "random")
+    with pytest.raises(InputError, match="is no cache of embeddings"):
+        inputs = train.read_inputs(recipe, open_clip_model(recipe.donor), None)
+        Cached(open_source(recipe.data), tmp_path, recipe.data, inputs.pre, inputs.tokenizer)
+    with pytest.raises(InputError, match="exists; give another name"):
+        recipe.cache(stored)
+    with pytest.raises(InputError, match=r'set pipeline.tags to 0, or augment to "random"'):
+        replace(cached, pipeline=replace(cached.pipeline, tags=0.5)).train(tmp_path / "tags")
+
+
+def test_the_command_says_what_it_needs(capsys, tmp_path):
+    assert main(["cache", "tinyclip/smoke", str(tmp_path / "cache")]) == 2
+    assert "has no live teacher whose embeddings could be stored" in capsys.readouterr().err
+    assert main(["cache", "lit/smoke", str(tmp_path / "cache")]) == 2
+    assert "keeps no embeddings of a teacher" in capsys.readouterr().err

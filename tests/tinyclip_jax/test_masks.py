@@ -1,0 +1,187 @@
+"""Learned masks: reference values of the released code, and that cutting what they close changes no output."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from common.errors import InputError
+from common.nn.functional import functional
+from common.surgery.graft import graft
+from common.surgery.plan import Source
+from common.train.optim import OptimConfig
+from tinyclip_jax import masks
+from tinyclip_jax.inherit import expand, prune
+from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic, gate, prunable, score, sparsity
+from tinyclip_jax.model import Clip, parameters
+from tinyclip_jax.train import Config, mask_optimizer
+from tinyclip_jax.zoo import VIT_B_32
+
+
+@pytest.mark.parametrize(
+    ("log_alpha", "expected"),
+    [
+        (10, 0.999991),
+        (4.60517, 0.997982),
+        (2, 0.973367),
+        (1, 0.930771),
+        (0, 0.831822),
+        (-1, 0.645335),
+        (-2, 0.400975),
+        (-4.60517, 0.047130),
+    ],
+)
+def test_score_is_the_probability_that_a_gate_is_open(log_alpha, expected):
+    assert float(score(log_alpha)) == pytest.approx(expected, abs=1e-6)
+    draws = gate(log_alpha, jnp.linspace(masks.EPS, 1 - masks.EPS, 100_001))
+    assert float((draws > 0).mean()) == pytest.approx(expected, abs=2e-5)
+
+
+def test_gates_of_training():
+    assert float(gate(1.0, 0.3)) == pytest.approx(0.568417, abs=1e-6)
+    assert float(gate(2.0, 0.01)) == 0
+    assert float(gate(-2.0, 0.99)) == 1
+
+
+def test_gates_of_evaluation_keep_soft_values_and_drop_the_smallest():
+    np.testing.assert_allclose(deterministic([4.60517]), [0.996035], atol=1e-6)
+    found = deterministic([3.0, 2, 1, 0, -1, -2, -3, 4])
+    np.testing.assert_allclose(found[[2, 3]], [0.768525, 0.5], atol=1e-6)
+    assert np.flatnonzero(found == 0).tolist() == [5, 6]
+    assert np.flatnonzero(deterministic([3.0, 2, 1, 0, -1, -2, -3, 4], round_to=4) == 0).tolist() == []
+    assert np.count_nonzero(deterministic(np.full((2, 100), -4.60517))) == 2 * 5  # 4.7 of 100 expected, per row
+
+
+def test_zeros_are_rounded_half_to_even(monkeypatch):
+    monkeypatch.setattr(masks, "score", lambda x: np.full(np.shape(x), 0.25))
+    assert np.count_nonzero(deterministic(np.arange(6.0))) == 6 - 4  # 4.5 zeros expected
+    assert np.count_nonzero(deterministic(np.arange(2.0))) == 2 - 2  # 1.5 zeros expected
+
+
+def test_sizes_of_vit_b_32():
+    assert (prunable(VIT_B_32, "image"), prunable(VIT_B_32, "text")) == (85_017_600, 37_804_032)
+    leaves = masks.initial_masks(VIT_B_32, VIT_B_32)
+    assert float(sparsity(VIT_B_32, leaves)) == pytest.approx(0.000644, abs=1e-6)
+    assert float(sparsity(VIT_B_32, masks.bounded(leaves))) == pytest.approx(0.004654, abs=1e-6)
+
+
+def test_the_constraint_is_one_sided_and_raised_by_its_multipliers():
+    leaves = {f"masks/{t}/{name}": jnp.float32(10) for t in masks.TOWERS for name in masks.MULTIPLIERS}
+    assert float(constraint(0.20, 0.25, leaves)) == pytest.approx(0.525, abs=1e-6)
+    assert float(constraint(0.30, 0.25, leaves)) == 0
+    assert float(MaskConfig(start=0.25, target=0.5).wanted(500)) == pytest.approx(0.375)
+    assert float(MaskConfig(start=0.25, target=0.5).wanted(4000)) == 0.5
+
+
+@pytest.fixture(scope="module")
+def small(cfg):
+    """The CLIP of these tests with GELUs, and log-alphas drawn so that something of everything closes."""
+    cfg = replace(cfg, image=replace(cfg.image, activation="gelu"), text=replace(cfg.text, activation="gelu"))
+    rng = np.random.default_rng(0)
+    leaves = {path: rng.normal(0.5, 2.5, leaf.shape).astype(np.float32) for path, leaf in masks.mask_spec(cfg).items()}
+    leaves = {path: np.array(value) for path, value in masks.bounded(leaves).items()}
+    leaves["masks/image/head"][1] = -9  # a layer that loses all heads
+    leaves["masks/text/hidden"][0] = -9  # one that loses all hidden units
+    return cfg, leaves
+
+
+@pytest.fixture(scope="module")
+def pruned(small, params):
+    cfg, leaves = small
+    return prune(cfg, params, masks.deterministic_gates(leaves))
+
+
+def outputs(model, params, images, tokens):
+    features = jax.jit(model.apply)(params, images, tokens)
+    return np.concatenate([features.image, features.text], axis=1)
+
+
+def test_masked_and_pruned_compute_the_same(small, pruned, params, images, tokens):
+    cfg, leaves = small
+    gates = masks.deterministic_gates(leaves)
+    masked = outputs(Masked(functional(Clip, cfg)), params | gates, images, tokens)
+    assert pruned.cfg.image.heads[1] == 0 and pruned.cfg.text.hidden[0] == 0 and pruned.cfg.image.width < cfg.image.width
+    np.testing.assert_allclose(outputs(functional(Clip, pruned.cfg), pruned.params, images, tokens), masked, atol=1e-5)
+    assert np.abs(masked - outputs(functional(Clip, cfg), params, images, tokens)).max() > 0.1
+
+
+def test_the_legacy_flags_are_the_defects_of_the_release(small, params, images, tokens):
+    cfg, leaves = small
+    gates = masks.deterministic_gates(leaves)
+    legacy = prune(cfg, params, gates, MaskConfig(legacy_proj_scale=True, legacy_drop_bias=True))
+    exact = prune(cfg, params, gates)
+    kept = gates["masks/text/embed"][gates["masks/text/embed"] > 0]
+    np.testing.assert_allclose(legacy.params["text/projection/kernel"], kept[:, None] * exact.params["text/projection/kernel"], rtol=1e-6)
+    assert not legacy.params["image/blocks/attn/out/bias"][1].any() and exact.params["image/blocks/attn/out/bias"][1].any()
+    np.testing.assert_array_equal(legacy.params["image/blocks/attn/out/bias"][0], exact.params["image/blocks/attn/out/bias"][0])
+    model = functional(Clip, exact.cfg)
+    assert np.abs(outputs(model, legacy.params, images, tokens) - outputs(model, exact.params, images, tokens)).max() > 1e-3
+
+
+def test_padding_counts_for_nothing_and_gets_no_gradient(pruned, images, tokens):
+    model = functional(Clip, pruned.cfg)
+    expected = sum(np.prod([*leaf.in_layer(i)]) for leaf in model.spec.values() if leaf.layered for i in range(leaf.shape[0]))
+    expected += sum(np.prod(leaf.shape) for leaf in model.spec.values() if not leaf.layered)
+    assert parameters(model.spec)["total"] == expected < sum(x.size for x in pruned.params.values())
+    gradients = jax.jit(jax.grad(lambda p: model.apply(p, images, tokens).image.sum() + model.apply(p, images, tokens).text[0].sum()))(
+        pruned.params
+    )
+    for path, leaf in model.spec.items():
+        if leaf.ragged:
+            for values in (pruned.params[path], gradients[path], model.init(jax.random.key(0), [path])[path]):
+                assert not np.asarray(values)[np.broadcast_to(~leaf.filled(), leaf.shape)].any(), path
+            assert np.asarray(gradients[path]).any() or leaf.count == 0, path
+
+
+def test_a_pruned_model_goes_on_where_it_was(small, pruned):
+    """Expansion and pruning at once: the same shape, and the weights up to the soft factor of an open gate."""
+    cfg, _ = small
+    spec = functional(Clip, cfg).spec
+    full = graft(expand(pruned.cfg, cfg), Source(functional(Clip, pruned.cfg).spec, pruned.params), spec, None, None)
+    leaves = masks.initial_masks(pruned.cfg, cfg)
+    again = prune(cfg, {p: np.asarray(x) for p, x in full.items()}, masks.deterministic_gates(leaves))
+    assert again.cfg == pruned.cfg
+    for path, value in pruned.params.items():
+        np.testing.assert_allclose(again.params[path], value, rtol=2e-5, atol=1e-7, err_msg=path)
+    assert float(sparsity(cfg, leaves)) > 0.3
+
+
+def test_widths_for_lanes_are_rounded_up(small, params):
+    cfg, leaves = small
+    rounded = prune(cfg, params, masks.deterministic_gates(leaves, round_to=8)).cfg
+    plain = prune(cfg, params, masks.deterministic_gates(leaves)).cfg
+    assert rounded.image.width % 8 == 0 and plain.image.width <= rounded.image.width < plain.image.width + 8
+    assert all(a % 8 == 0 and b <= a < b + 8 for a, b in zip(rounded.text.hidden, plain.text.hidden, strict=True))
+    assert rounded.image.heads == plain.image.heads
+
+
+def test_a_tower_without_channels_is_refused(small):
+    _, leaves = small
+    with pytest.raises(InputError, match="masks/text/embed: no channel is left"):
+        masks.deterministic_gates(leaves | {"masks/text/embed": np.full(24, -20.0)})
+
+
+def test_the_constraint_reaches_what_is_wanted(small):
+    """Masks and multipliers as they are trained, against a task that would rather keep everything: to within a hundredth."""
+    cfg, _ = small
+    how = MaskConfig(prune_step=1500, target=0.4, warmup=500)
+    spec = masks.mask_spec(cfg)
+    optimizer = mask_optimizer(Config(student=cfg, masks=how, optim=OptimConfig(clip=None)), spec)
+
+    def loss(leaves, step):
+        gone = sparsity(cfg, leaves)
+        return constraint(gone, how.wanted(step), leaves) + 2 * gone, gone
+
+    def step(carry, n):
+        leaves, state = carry
+        gradients, gone = jax.grad(loss, has_aux=True)(leaves, n)
+        updates, state = optimizer.update(gradients, state, leaves)
+        return (masks.bounded(optax.apply_updates(leaves, updates)), state), gone
+
+    leaves = {path: jnp.asarray(value) for path, value in masks.initial_masks(cfg, cfg).items()}
+    (leaves, _), gone = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))((leaves, optimizer.init(leaves)))
+    assert float(gone[-1]) == pytest.approx(0.4, abs=0.01) and float(gone[100]) < 0.1
+    assert float(leaves["masks/image/linear"]) > masks.MULTIPLIER

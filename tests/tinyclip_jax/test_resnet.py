@@ -1,0 +1,124 @@
+"""ResNet towers: batch-norm statistics as leaves of the tree, inheritance of leading filters, and the layout of open_clip."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.weights import open_safetensors
+from common.data.images import Preprocess
+from common.errors import InputError
+from common.nn.functional import functional
+from common.surgery.graft import graft
+from common.surgery.plan import Source
+from common.train.optim import OptimConfig, make_optimizer
+from common.train.state import create_state
+from common.train.step import StepConfig, make_step
+from tinyclip_jax.inherit import manual
+from tinyclip_jax.model import Clip, ClipConfig, TextConfig
+from tinyclip_jax.pretrained import Pretrained
+from tinyclip_jax.resnet import ResNetConfig
+
+TEXT = TextConfig(context=8, vocab=40, width=64, layers=2, heads=1, hidden=16)
+TEACHER = ClipConfig(ResNetConfig(size=32, width=4, blocks=(1, 2, 1, 1), heads=2), TEXT, joint=12)
+STUDENT = replace(TEACHER, image=replace(TEACHER.image, width=2, heads=1), text=replace(TEXT, layers=1))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model = functional(Clip, TEACHER)
+    rng = np.random.default_rng(0)
+    params = {path: rng.uniform(0.1, 0.9, leaf.shape).astype(np.float32) for path, leaf in model.spec.items()}
+    return model, params
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(1)
+    return {"image": rng.normal(size=(8, 32, 32, 3)).astype(np.float32), "text": rng.integers(0, 40, (8, 8)).astype(np.int32)}
+
+
+def test_running_statistics_follow_the_batch_and_are_used_in_evaluation_only(teacher, batch):
+    model, params = teacher
+    optimizer = make_optimizer(OptimConfig(lr=0.0, warmup=0, schedule="constant"), model.spec, 10)
+    names = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((2, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2])
+
+    def loss(params, batch, key, frozen):
+        return model.apply(params, batch["image"], batch["text"], train=True).image[:, 0].sum() * 1e-3, {}
+
+    step = make_step(loss, optimizer, model.spec, mesh, StepConfig())
+    state, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
+    conv = jax.lax.conv_general_dilated(
+        batch["image"], params["image/conv1/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    seen = np.asarray(conv, np.float64).reshape(-1, conv.shape[-1])  # of the whole batch, which two devices share
+    np.testing.assert_allclose(state.params["image/bn1/mean"], 0.9 * params["image/bn1/mean"] + 0.1 * seen.mean(0), rtol=1e-4)
+    expected = 0.9 * params["image/bn1/variance"] + 0.1 * seen.var(0, ddof=1)
+    np.testing.assert_allclose(state.params["image/bn1/variance"], expected, rtol=1e-4)
+    np.testing.assert_array_equal(state.params["image/conv1/kernel"], params["image/conv1/kernel"])
+    assert float(metrics["grad_norm"][0]) < 1  # the distances of statistics, of hundreds here, are no gradient
+    moved = state.params | {path: params[path] for path in params if not path.endswith(("mean", "variance"))}
+    evaluated = [jax.jit(partial(model.apply, method="encode_image"))(p, batch["image"]) for p in (params, moved)]
+    assert np.abs(np.asarray(evaluated[0]) - np.asarray(evaluated[1])).max() > 1e-3
+
+
+def test_a_student_takes_leading_filters_statistics_and_heads(teacher):
+    model, params = teacher
+    student = functional(Clip, STUDENT)
+    plan = manual(TEACHER, STUDENT).resolve(Source(model.spec, params), student.spec)
+    got = graft(plan, Source(model.spec, params), student.spec, None, partial(student.init, jax.random.key(0)))
+    for path, leaf in student.spec.items():
+        if path.startswith("image/"):
+            np.testing.assert_array_equal(got[path], params[path][tuple(slice(n) for n in leaf.shape)], err_msg=path)
+    assert got["image/layer2/0/bn3/variance"].shape == (16,) and got["image/pool/query/kernel"].shape == (64, 1, 64)
+    total = sum(leaf.count for leaf in student.spec.values())
+    assert sum(line.fraction * line.target.count for line in plan.lines) == total - 1  # all but the scale
+
+
+def test_towers_of_two_kinds_inherit_nothing():
+    vit = replace(TEACHER, image=ClipConfig().image)
+    with pytest.raises(InputError, match="one image tower is a ResNet, the other a ViT"):
+        manual(vit, TEACHER)
+    with pytest.raises(InputError, match=r"have \(1, 1, 1, 1\) blocks, the donor's \(1, 2, 1, 1\): take these"):
+        manual(TEACHER, replace(TEACHER, image=replace(TEACHER.image, blocks=(1, 1, 1, 1))))
+    with pytest.raises(InputError, match="48 px is no multiple of 32"):
+        functional(Clip, replace(TEACHER, image=replace(TEACHER.image, size=48)))
+
+
+def test_to_open_clips_names_and_back_bit_for_bit(teacher, families, tmp_path):
+    _, params = teacher
+    cfg = replace(TEACHER, image=replace(TEACHER.image))
+    Pretrained(cfg, functional(Clip, cfg), params, Preprocess(32), None).save(tmp_path / "ours")
+    convert(open_donor(tmp_path / "ours", families), tmp_path / "open", "open_clip", verify=False)
+    tensors = open_safetensors(tmp_path / "open" / "open_clip_model.safetensors")
+    assert tensors["visual.layer2.0.downsample.0.weight"].shape == (32, 16, 1, 1)
+    assert tensors["visual.layer1.0.conv2.weight"].shape == (4, 4, 3, 3)
+    np.testing.assert_array_equal(tensors["visual.bn1.running_var"], params["image/bn1/variance"])
+    np.testing.assert_array_equal(tensors["visual.conv1.weight"], params["image/conv1/kernel"].transpose(3, 2, 0, 1))
+    again = open_donor(tmp_path / "open", families)
+    assert again.cfg == cfg
+    for path, value in params.items():
+        np.testing.assert_array_equal(np.asarray(again.source.values[path]), value, err_msg=path)
+
+
+def test_recomputed_blocks_give_the_same_gradients(batch):
+    cfg = replace(TEACHER, image=replace(TEACHER.image, blocks=(1, 1, 1, 1)))
+    model = functional(Clip, cfg)
+    params = {path: np.full(leaf.shape, 0.1, np.float32) for path, leaf in model.spec.items()}
+    params |= model.init(jax.random.key(0), [path for path in params if path.endswith("kernel")])
+
+    def gradients(cfg):
+        def loss(params):
+            return functional(Clip, cfg).apply(params, batch["image"], batch["text"], train=True).image[:, 0].sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, recomputed = gradients(cfg), gradients(replace(cfg, remat="full"))
+    for path, expected in plain.items():
+        np.testing.assert_allclose(recomputed[path], expected, rtol=1e-4, atol=1e-6, err_msg=path)
+    assert np.abs(plain["image/layer2/0/bn1/mean"]).max() > 1e-3  # the statistics' distance, once and not twice

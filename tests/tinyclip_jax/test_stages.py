@@ -1,0 +1,149 @@
+"""Automatic inheritance and progressive distillation as a person runs them: one recipe, several stages, a stop, the same command."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from common.checkpoint.weights import open_safetensors, read_json
+from common.data.images import Preprocess
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig, open_source
+from common.data.text import Tokenizer
+from common.errors import InputError
+from common.nn.functional import functional
+from common.train import loop
+from common.train.optim import OptimConfig
+from tinyclip_jax import train
+from tinyclip_jax.masks import MaskConfig, initial_masks, mask_spec, sparsity
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters
+from tinyclip_jax.pretrained import Pretrained
+from tinyclip_jax.train import Config, Stage, captions, mask_optimizer
+from tinyclip_jax.zoo import open_clip_model
+
+TEACHER = ClipConfig(
+    ImageConfig(size=16, patch=8, width=32, layers=2, heads=4, hidden=64),
+    TextConfig(context=8, vocab=540, width=32, layers=2, heads=4, hidden=64),
+    joint=16,
+)
+FAST = MaskConfig(prune_step=6, target=0.3, warmup=3, lr=1.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Sharding takes most of the time of small runs; runs on meshes are in tests/multidevice."""
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "start", lambda cfg: mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    model, data = functional(Clip, TEACHER), SourceConfig("emoji:noto", split="test")
+    tokenizer = Tokenizer.train(captions(open_source(data)), 540)
+    Pretrained(TEACHER, model, model.init(jax.random.key(0)), Preprocess(16), tokenizer).save(folder)
+    return Config(
+        student=TEACHER,
+        teacher=str(folder),
+        donor=str(folder),
+        data=data,
+        pipeline=PipelineConfig(batch=16),
+        optim=OptimConfig(lr=1e-3, warmup=1),
+        log_every=1,
+        eval_every=100,
+        save_every=2,
+        stages=(Stage(TEACHER, 10, masks=FAST), Stage(TEACHER, 8, masks=replace(FAST, start=0.3, target=0.5))),
+    )
+
+
+def lines(folder):
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    recipe.train(folder)
+    return folder
+
+
+def test_masks_are_learned_then_cut_then_the_small_model_learns(whole):
+    first = lines(whole / "stage_1")
+    assert [line["step"] for line in first] == list(range(1, 11))
+    wanted = [line["wanted"] for line in first[:6]]
+    np.testing.assert_allclose(wanted, [0, 0.1, 0.2, 0.3, 0.3, 0.3], atol=1e-6)
+    assert first[0]["sparsity"] < 0.02 < 0.1 < first[5]["sparsity"]
+    # Linear over the whole phase whatever the warm-up; then from the full rate down, without a second one.
+    np.testing.assert_allclose([line["lr"] for line in first[:6]], [1e-3 * n / 6 for n in range(1, 7)], rtol=1e-5)
+    np.testing.assert_allclose([line["lr"] for line in first[6:]], [5e-4 * (1 + np.cos(np.pi * n / 4)) for n in range(4)], rtol=1e-5)
+    assert "sparsity" in first[5] and "sparsity" not in first[6]
+
+
+def test_each_stage_starts_from_the_model_of_the_one_before(whole, recipe):
+    sizes = [parameters(open_clip_model(str(whole / f"stage_{n}" / "model")).source.spec)["total"] for n in (1, 2)]
+    assert parameters(functional(Clip, TEACHER).spec)["total"] > sizes[0] > sizes[1]
+    assert read_json(whole / "stage_2" / "config.json")["donor"] == str(whole / "stage_1" / "model")
+    assert read_json(whole / "stage_2" / "config.json")["teacher"] == recipe.teacher
+    # The first step of a stage knows what is gone already.
+    gone = float(sparsity(TEACHER, initial_masks(open_clip_model(str(whole / "stage_1" / "model")).cfg, TEACHER)))
+    assert lines(whole / "stage_2")[0]["sparsity"] == pytest.approx(gone, abs=1e-5) and gone > 0.1
+
+
+def test_stopped_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_path, monkeypatch):
+    one = replace(recipe, stages=recipe.stages[:1])
+    requested = loop.Stop.requested
+    monkeypatch.setattr(loop.Stop, "requested", lambda self, step: step == 8)
+    with pytest.raises(SystemExit):
+        one.train(tmp_path)
+    assert not (tmp_path / "stage_1" / "model").exists() and (tmp_path / "stage_1" / "pruned").exists()
+    monkeypatch.setattr(loop.Stop, "requested", requested)
+    one.train(tmp_path)
+    assert lines(tmp_path / "stage_1") == lines(whole / "stage_1")
+    ours, theirs = (open_safetensors(f / "stage_1" / "model" / "model.safetensors") for f in (tmp_path, whole))
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_path):
+    with pytest.raises(InputError, match=r"stage 2 goes on from .*stage_1/model, which is not there: run stage 1 first"):
+        replace(recipe, stage=2).train(tmp_path)
+    with pytest.raises(InputError, match="there are stages 1 to 2: stage 3 is none of them"):
+        replace(recipe, stage=3).train(tmp_path)
+    replace(recipe, stage=2).train(whole)  # finished: exits at once
+
+
+def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
+    spec = {"image/cls": functional(Clip, TEACHER).spec["image/cls"]} | mask_spec(TEACHER)
+    cfg = replace(recipe, masks=FAST, optim=OptimConfig(lr=1e-3, clip=1.0, weight_decay=0.0))
+    params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in spec.items()}
+    gradients = {path: np.ones(leaf.shape, np.float32) for path, leaf in spec.items()}
+    optimizer = mask_optimizer(cfg, spec)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    assert float(updates["masks/image/linear"]) == pytest.approx(1.5, rel=1e-3)  # Adam's first step: the rate, up
+    np.testing.assert_allclose(updates["masks/text/head"], -1.5, rtol=1e-3)
+    np.testing.assert_allclose(updates["image/cls"], -1e-3 / 6, rtol=1e-2)
+
+
+def test_what_cannot_be_pruned_is_said(recipe, tmp_path):
+    auto = replace(recipe, stages=(), masks=FAST, steps=10)
+    with pytest.raises(InputError, match="automatic inheritance learns what to cut"):
+        auto.inherit(tmp_path / "student")
+    smaller = replace(TEACHER, image=replace(TEACHER.image, width=16, heads=2, hidden=32))
+    with pytest.raises(InputError, match="the donor's 'embed' is 32 and the student's 16"):
+        replace(auto, student=smaller).train(tmp_path / "run")
+    with pytest.raises(InputError, match=r"masks.prune_step is 10 of 10 steps"):
+        replace(auto, masks=replace(FAST, prune_step=10)).train(tmp_path / "late")
+
+
+def test_before_the_first_step_all_gates_are_open(recipe):
+    """The student that masks are put on scores as its donor does."""
+    auto = replace(recipe, stages=(), masks=FAST, held_out=recipe.data)
+    donor = replace(auto, masks=MaskConfig())
+    for ours, theirs in zip(auto.evaluate(), donor.evaluate(), strict=True):
+        assert ours["metric"] == theirs["metric"] and ours["value"] == pytest.approx(theirs["value"], abs=1.0)

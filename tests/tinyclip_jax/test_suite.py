@@ -1,0 +1,157 @@
+"""The evaluation suite on folders as they come: which protocol, which classes, what is missing."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.checkpoint.convert import open_donor
+from common.cli import main
+from common.data.images import Preprocess
+from common.data.text import Tokenizer
+from common.errors import InputError
+from common.evaluate.imagenet import CLASSES, TEMPLATES
+from common.evaluate.probe import probe
+from common.nn.functional import functional
+from common.train.mesh import MeshConfig, start
+from common.train.parameters import load_params
+from tinyclip_jax import suite
+from tinyclip_jax.evaluate import setup_of
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
+from tinyclip_jax.pretrained import Pretrained
+
+CFG = ClipConfig(
+    ImageConfig(size=8, patch=8, width=16, layers=1, heads=2, hidden=16),
+    TextConfig(context=8, vocab=540, width=16, layers=1, heads=2, hidden=16),
+    joint=8,
+)
+
+
+def test_imagenet_is_whole():
+    assert len(CLASSES) == len(dict(CLASSES)) == 1000 and len(TEMPLATES) == 80
+    assert CLASSES[0] == ("n01440764", "tench") and CLASSES[999][1] == "toilet paper"
+    assert [i for i, _ in CLASSES] == sorted(i for i, _ in CLASSES)
+    assert all(t.count("{}") == 1 for t in TEMPLATES)
+
+
+def test_the_probe_separates_what_can_be_and_chooses_its_strength():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    features = (np.eye(3)[labels] + 0.2 * rng.standard_normal((300, 3))).astype(np.float32)
+    found = probe(features[:200], labels[:200], features[200:], labels[200:], strengths=(1e-3, 1e3))
+    assert found.top1 > 0.97 and found.strength == 1e-3
+    assert probe(features[:200], labels[:200], features[200:], rng.permutation(labels[200:])).top1 < 0.6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    clip = functional(Clip, CFG)
+    Pretrained(CFG, clip, clip.init(jax.random.key(0)), Preprocess(8), Tokenizer.train(["a photo of a tench"], 540)).save(folder)
+    return folder
+
+
+def picture(file, shade):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(file)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four of the suite's data sets, tiny."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for i, identifier in enumerate(("n01440764", "n01443537", "n15075141")):
+        picture(root / "imagenet-a" / identifier / "0.png", 60 * i)
+    for number in (0, 2, 10):
+        picture(root / "imagenet-v2" / str(number) / "0.png", 20 * number)
+    images = [
+        {"filename": f"{i}.png", "split": "test" if i else "train", "sentences": [{"raw": f"no {i} {j}"} for j in range(6)]}
+        for i in range(3)
+    ]
+    for i in range(3):
+        picture(root / "flickr30k" / "images" / f"{i}.png", 70 * i)
+    (root / "flickr30k" / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    for split in ("train", "test"):
+        folder = root / "cifar10" / split
+        folder.mkdir(parents=True)
+        np.save(folder / "image.npy", rng.integers(0, 256, (12, 8, 8, 3), np.uint8))
+        np.save(folder / "label.npy", (np.arange(12) % 10).astype(np.int32))
+    return root
+
+
+def test_one_command_scores_what_is_there_and_names_what_is_not(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "WARM_UP", 1)
+    monkeypatch.setattr(suite, "TIMED", 2)
+    monkeypatch.setattr(suite, "probe", partial(probe, strengths=(1.0,)))
+    out = tmp_path / "report.json"
+    assert main(["eval", str(model), "--suite", str(data), "--beside", str(model), "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    found = {(row["dataset"], row["metric"]): row for row in rows}
+    assert {d for d, m in found if m == "missing"} == {
+        "imagenet",
+        "imagenet-r",
+        "imagenet-sketch",
+        "objectnet",
+        "coco",
+        "fashion-mnist",
+        "openclipart",
+    }
+    assert all(row["value"] is None for row in rows if row["metric"] == "missing")
+    assert {m for d, m in found if d == "cifar10"} == {"top1", "top5", "linear_probe"}
+    assert found["flickr30k", "image_to_text_r1"]["n"] == 2 and found["imagenet-a", "top5"]["value"] == 100
+    rates = [found["throughput", f"{what}_per_second"]["value"] for what in ("images", "texts", "pairs")]
+    assert rates[2] < min(rates[:2])
+    for row in rows:
+        assert row["metric"] == "missing" or row["dataset"] == "throughput" or row["beside"] == row["value"]
+    assert "missing" in capsys.readouterr().out
+
+
+def test_classes_of_numbered_folders_are_in_numerical_meaning(model, data):
+    """Sorted as text, "10" comes before "2": label 1 is then class 10."""
+    setup = setup_of(open_donor(model, [family()]), start(MeshConfig()))
+    seen = []
+    original = setup.tokenizer
+
+    class Spy:
+        def __call__(self, captions, context):
+            seen.append(captions[0])
+            return original(captions, context)
+
+    params = load_params(open_donor(model, [family()]), setup.mesh)
+    suite.SUITE["imagenet-v2"](replace(setup, tokenizer=Spy()), params, data / "imagenet-v2")
+    assert seen == [TEMPLATES[0].format(CLASSES[i][1]) for i in (0, 10, 2)]
+
+
+def family():
+    from tinyclip_jax.zoo import FAMILY
+
+    return FAMILY
+
+
+def test_objectnet_is_over_the_classes_imagenet_has(model, tmp_path):
+    root = tmp_path / "objectnet"
+    for i, name in enumerate(("chair", "drill", "spoon")):
+        picture(root / "images" / name / "0.png", 50 * i)
+    (root / "mappings").mkdir()
+    (root / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps({"chair": "Chair", "drill": "Drill", "spoon": "Spoon"}))
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps({"Chair": "folding chair", "Spoon": "wooden spoon"}))
+    donor = open_donor(model, [family()])
+    setup = setup_of(donor, start(MeshConfig()))
+    scored = suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
+    assert scored.n == 2
+
+
+def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
+    donor = open_donor(model, [family()])
+    with pytest.raises(InputError, match="holds no data set of the suite"):
+        suite.run_suite(donor, None, tmp_path)
+    (tmp_path / "cifar100").mkdir()
+    with pytest.raises(InputError, match="cifar100: no data set of the suite has this name"):
+        suite.run_suite(donor, None, tmp_path)
+    picture(tmp_path / "wrong" / "imagenet" / "tench" / "0.png", 0)
+    with pytest.raises(InputError, match="the folder 'tench' is no class of ImageNet"):
+        suite.run_suite(donor, None, tmp_path / "wrong")

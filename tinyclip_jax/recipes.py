@@ -1,0 +1,47 @@
+"""What the published recipes have in common (spec §5, §6)."""
+
+from typing import Any
+
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig
+from common.train.mesh import MeshConfig
+from common.train.optim import OptimConfig
+from common.train.step import StepConfig
+from tinyclip_jax.masks import MaskConfig
+from tinyclip_jax.train import Config, Stage
+from tinyclip_jax.zoo import VIT_B_32
+
+# 292,968 steps are 6 epochs of LAION-400M at batch 8192. The lengths of later stages are inferred: 16 and 25 epochs.
+STEPS_75, STEPS_50, STEPS_25 = 292_968, 781_248, 1_220_700
+
+# Each stage of automatic inheritance takes another quarter of the original.
+AUTO_STAGES = (
+    Stage(VIT_B_32, STEPS_75, masks=MaskConfig(prune_step=3000, start=0.0, target=0.25)),
+    Stage(VIT_B_32, STEPS_50, masks=MaskConfig(prune_step=5000, start=0.25, target=0.5)),
+    Stage(VIT_B_32, STEPS_25, masks=MaskConfig(prune_step=8000, start=0.5, target=0.75)),
+)
+
+# The released code decides by the model's name: without "vit" in it these betas and this epsilon.
+RESNET_OPTIMIZER = OptimConfig(lr=1e-4, warmup=2000, b2=0.999, eps=1e-8)
+
+
+def laion(*, top1: float, **fields: Any) -> Config:
+    """On LAION-400M as img2dataset shards, batch 8192."""
+    return _published("laion400m/*.tar", 8192, top1, **fields)
+
+
+def yfcc(*, top1: float, **fields: Any) -> Config:
+    """On YFCC-15M, batch 4096 (as users of the release have it), 25 epochs."""
+    return _published("yfcc15m/*.tar", 4096, top1, steps=91_552, **fields)
+
+
+def _published(data: str, batch: int, top1: float, **fields: Any) -> Config:
+    settings: dict[str, Any] = {
+        "data": SourceConfig(data),
+        "pipeline": PipelineConfig(batch=batch, workers=16),
+        "optim": OptimConfig(lr=1e-4, warmup=2000),
+        "step": StepConfig(compute="bfloat16"),
+        "mesh": MeshConfig(data=-1, fsdp=8),
+        "published": {"top1": top1},
+    }
+    return Config(**settings | fields)

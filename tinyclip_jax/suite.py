@@ -1,0 +1,207 @@
+"""The evaluation suite (spec §7): every data set of a folder by its protocol, published numbers beside, what is missing named.
+
+A folder DIR holds, as far as they are there:
+
+    DIR/imagenet/ imagenet-a/ imagenet-r/ imagenet-sketch/   a folder per class, named by WordNet identifier (n01440764)
+    DIR/imagenet-v2/                                         a folder per class, named by number (0 to 999)
+    DIR/objectnet/images/ and mappings/                      as objectnet.dev gives it
+    DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and the pictures it names under images/
+    DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy (scripts/make_suite.py)
+    DIR/openclipart/                                         parquet with image and caption (scripts/make_suite.py)
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from common.checkpoint.convert import Donor
+from common.checkpoint.weights import read_json
+from common.data.pipeline import evaluation_batches
+from common.data.sources import FolderSource, Record, Source, SourceConfig, open_source
+from common.errors import InputError
+from common.evaluate.imagenet import CLASSES, TEMPLATES
+from common.evaluate.probe import probe
+from common.train.mesh import MeshConfig, start
+from common.train.parameters import load_params
+from tinyclip_jax.evaluate import BATCH, Scored, Setup, retrieval_over, setup_of, zeroshot_over
+from tinyclip_jax.model import parameters
+from tinyclip_jax.published import PUBLISHED
+
+PLAIN = ("a photo of a {}.",)
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+LABELLED = SourceConfig(text="", columns=("label",))
+WARM_UP, TIMED, AT_ONCE = 10, 50, 32  # calls of the throughput's protocol, and examples in each
+
+Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
+
+
+def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
+    """Over the classes whose folders are there: of ImageNet-A and -R 200, of the others all."""
+    source = FolderSource(folder, LABELLED)
+    by_identifier = dict(CLASSES)
+    by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
+    names = by_number if name == "imagenet-v2" else by_identifier
+    if unknown := [c for c in source.classes if c not in names]:
+        raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet; it is named n01440764 or, in imagenet-v2, 0 to 999")
+    return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
+
+
+def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
+    """Over the classes that ImageNet has as well, under ObjectNet's own names."""
+    label = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
+    shared = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
+    source = FolderSource(folder / "images", LABELLED)
+    kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
+    names = tuple(label[source.classes[i]].lower() for i in kept)
+    return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
+
+
+class Classes:
+    """The records of some classes of a source, numbered anew."""
+
+    def __init__(self, source: FolderSource, kept: Sequence[int]):
+        self._source, self._number = source, {label: i for i, label in enumerate(kept)}
+        self._rows = [i for i in range(len(source)) if source.label(i) in self._number]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[self._rows[index]]
+        return record | {"label": np.int32(self._number[int(record["label"])])}
+
+
+class Karpathy:
+    """Pictures of a split of Karpathy's dataset_*.json, each with its first five captions (spec §7.2)."""
+
+    def __init__(self, folder: Path, split: str = "test"):
+        files = sorted(folder.glob("dataset*.json"))
+        if len(files) != 1:
+            raise InputError(f"{folder} needs one dataset_*.json of Karpathy's splits, it has {len(files)}")
+        self._root = folder / "images"
+        self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
+        if not self._images:
+            raise InputError(f"{files[0]} has no picture of split {split!r}")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        image = self._images[index]
+        file = self._root / image.get("filepath", "") / image["filename"]
+        try:
+            pixels = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{file} is not readable: {error.strerror}") from error
+        return Record(key=str(file), image=pixels, text=[sentence["raw"] for sentence in image["sentences"][:5]])
+
+
+def _karpathy(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
+    return retrieval_over(name, Karpathy(folder), setup)(params)
+
+
+def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
+    return retrieval_over(name, open_source(SourceConfig(str(folder))), setup)(params)
+
+
+def _small(classes: tuple[str, ...], name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
+    """Zero-shot on the test pictures, and a linear probe on features of the training pictures."""
+    train, test = (open_source(replace(LABELLED, path=str(folder / split))) for split in ("train", "test"))
+    zeroshot = zeroshot_over(name, test, setup, classes, PLAIN)(params)
+    (x, y), (test_x, test_y) = (_features(source, setup, params) for source in (train, test))
+    return replace(zeroshot, metrics={**zeroshot.metrics, "linear_probe": probe(x, y, test_x, test_y).top1})
+
+
+def _features(source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    embed = setup.embed("image")
+    batches = [(embed(params, batch["image"]), batch["label"]) for batch in evaluation_batches(source, BATCH, setup.pre)]
+    return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
+
+
+SUITE: dict[str, Scores] = {
+    **{name: partial(_imagenet, name) for name in ("imagenet", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")},
+    "objectnet": partial(_objectnet, "objectnet"),
+    **{name: partial(_karpathy, name) for name in ("flickr30k", "coco")},
+    "cifar10": partial(_small, CIFAR10, "cifar10"),
+    "fashion-mnist": partial(_small, FASHION, "fashion-mnist"),
+    "openclipart": partial(_pairs, "openclipart"),
+}
+
+
+def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str, Any]]:
+    """Rows {dataset, metric, value, beside, published, n} of every data set in `folder`; of a missing one a row without value.
+
+    beside: another model, such as the teacher, scored on the same data. Raises InputError when the folder holds none of them, or a data
+    set is there and not as it should be.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; it holds data sets named {', '.join(SUITE)}")
+    if unknown := sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")):
+        raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name (there are {', '.join(SUITE)})")
+    there = [name for name in SUITE if (folder / name).is_dir()]
+    if not there:
+        raise InputError(f"{folder} holds no data set of the suite: name its folders {', '.join(SUITE)}")
+    mesh = start(MeshConfig())
+    models = [_score_all(model, there, folder, mesh) for model in (donor, beside) if model]
+    published = published_for(donor)
+    rows = []
+    for key, measured in models[0].items():
+        dataset, metric = key
+        known = published.get(f"{dataset}/{metric}")
+        row = {"dataset": dataset, "metric": metric, "value": measured.value, "published": known, "n": measured.n}
+        rows.append(row | ({"beside": models[1][key].value} if beside else {}))
+    for name in SUITE:
+        if name not in there:
+            known = next((value for key, value in published.items() if key.startswith(f"{name}/")), None)
+            rows.append({"dataset": name, "metric": "missing", "value": None, "published": known, "n": 0})
+    return rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of a report: percent, or examples per second; of `n` examples."""
+
+    value: float
+    n: int
+
+
+def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> dict[tuple[str, str], Measured]:
+    params, setup = load_params(donor, mesh), setup_of(donor, mesh)
+    out: dict[tuple[str, str], Measured] = {}
+    for name in names:
+        scored = SUITE[name](setup, params, folder / name)
+        out |= {(name, metric): Measured(100 * value, scored.n) for metric, value in scored.metrics.items()}
+    return out | {("throughput", name): Measured(rate, TIMED * AT_ONCE) for name, rate in throughput(setup, params).items()}
+
+
+def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
+    """Images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, each awaited (spec §7.3)."""
+    c = setup.cfg
+    inputs = {
+        "image": np.zeros((AT_ONCE, c.image.size, c.image.size, 3), np.float32),
+        "text": np.ones((AT_ONCE, c.text.context), np.int32),
+    }
+    rates = {}
+    for tower, batch in inputs.items():
+        encode = jax.jit(partial(setup.model.apply, method=f"encode_{tower}"))
+        for _ in range(WARM_UP):
+            jax.block_until_ready(encode(params, batch))
+        started = time.perf_counter()
+        for _ in range(TIMED):
+            jax.block_until_ready(encode(params, batch))
+        rates[f"{tower}s_per_second"] = TIMED * AT_ONCE / (time.perf_counter() - started)
+    return rates | {"pairs_per_second": 1 / sum(1 / rate for rate in rates.values())}
+
+
+def published_for(donor: Donor) -> Mapping[str, float]:
+    """Published numbers, by `dataset/metric`, of the model that has these sizes; none when no published one has."""
+    counts = parameters(donor.source.spec)
+    return PUBLISHED.get((round(counts["image"] / 1e6), round(counts["text"] / 1e6)), {})
