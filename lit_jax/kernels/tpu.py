@@ -12,17 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCKS = (512, 384, 256, 128)  # tokens at a time
-WHOLE = 1024  # tokens: so many are one block where no block divides them
+from lit_jax.kernels import Terms
+
+BLOCKS = (512, 384, 256, 128)  # tokens at a time; where none divides them, tokens are padded, which is a copy
 QUADRATIC = 512  # tokens: up to here the token x token weights of a head stay in VMEM
-
-
-class Terms(NamedTuple):
-    """The numbers of the formula. relu: whether the kernel applies the feature map, or finds it applied."""
-
-    eps: float
-    offset: float
-    relu: bool
 
 
 class Forward(NamedTuple):
@@ -41,23 +34,20 @@ class Gradients(NamedTuple):
     value: jax.Array
 
 
-def block(tokens: int) -> int | None:
-    """Tokens at a time; None where the kernels of the linear order cannot cut so many."""
-    return next((size for size in BLOCKS if tokens % size == 0), tokens if tokens <= WHOLE else None)
-
-
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
     """The linear order in two passes over the tokens: state and means into VMEM, then the queries against them."""
-    heads, d, n = q.shape
-    size = _size(n)
+    heads, d, tokens = q.shape
+    q, k, v = map(_pad, (q, k, v))
+    n = q.shape[2]
+    size = _block(n)
     steps = n // size
     # A block that is not used in a phase stays where it was left, so that nothing is moved twice.
     late = pl.BlockSpec((None, d, size), lambda h, phase, i: (h, 0, i * phase))
     early = pl.BlockSpec((None, d, size), lambda h, phase, i: (h, 0, i * (1 - phase) + (steps - 1) * phase))
     row = pl.BlockSpec((None, 1, d), lambda h, phase, i: (h, 0, 0))
     state = jax.ShapeDtypeStruct((heads, d, d), q.dtype)
-    out, *known = pl.pallas_call(
-        partial(_forward, terms, n),
+    out, *known, normaliser = pl.pallas_call(
+        partial(_forward, terms, tokens),
         grid=(heads, 2, steps),
         in_specs=[late, early, early],
         out_specs=[
@@ -72,7 +62,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         name="linear_attention_forward",
     )(q, k, v)
-    return Forward(out, *known)
+    return Forward(out[..., :tokens], *known, normaliser[..., :tokens])
 
 
 def backward(q: jax.Array, k: jax.Array, v: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> Gradients:
@@ -83,34 +73,38 @@ def backward(q: jax.Array, k: jax.Array, v: jax.Array, known: Forward, grad: jax
 
 def query_gradient(q: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, the state's gradient rounded to bf16, and what every key's gradient is shifted by, [batch * head, 1, head_dim] f32."""
-    heads, d, n = q.shape
-    size = _size(n)
+    n = q.shape[2]
+    q, grad, normaliser = _pad(q), _pad(grad), _pad(known.normaliser, 1)
+    heads, d, padded = q.shape
+    size = _block(padded)
     tokens = pl.BlockSpec((None, d, size), lambda h, i: (h, 0, i))
     state = pl.BlockSpec((None, d, d), lambda h, i: (h, 0, 0))
     row = pl.BlockSpec((None, 1, d), lambda h, i: (h, 0, 0))
     dq, dstate, shift = pl.pallas_call(
         partial(_query_gradient, terms),
-        grid=(heads, n // size),
+        grid=(heads, padded // size),
         in_specs=[tokens, tokens, state, row, row, pl.BlockSpec((None, 1, size), lambda h, i: (h, 0, i))],
         out_specs=[tokens, state, row],
         out_shape=[_like(q), _like(known.state), _like(known.key)],
         scratch_shapes=[pltpu.VMEM((d, d), jnp.float32), *[pltpu.VMEM((d, 1), jnp.float32)] * 3],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="linear_attention_query_gradient",
-    )(q, grad, known.state, known.key, known.value, known.normaliser)
-    return dq, dstate, shift
+    )(q, grad, known.state, known.key, known.value, normaliser)
+    return dq[..., :n], dstate, shift
 
 
 def key_value_gradients(
     k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms
 ) -> tuple[jax.Array, jax.Array]:
     """dk and dv from the state's gradient, which is a mean over the tokens still to be divided by their number."""
-    heads, d, n = k.shape
-    size = _size(n)
+    n = k.shape[2]
+    k, v = _pad(k), _pad(v)
+    heads, d, padded = k.shape
+    size = _block(padded)
     tokens = pl.BlockSpec((None, d, size), lambda h, i: (h, 0, i))
     dk, dv = pl.pallas_call(
         partial(_key_value_gradients, terms, n),
-        grid=(heads, n // size),
+        grid=(heads, padded // size),
         in_specs=[tokens, tokens, pl.BlockSpec((None, d, d), lambda h, i: (h, 0, 0)), pl.BlockSpec((None, 1, d), lambda h, i: (h, 0, 0))],
         out_specs=[tokens, tokens],
         out_shape=[_like(k), _like(v)],
@@ -118,7 +112,7 @@ def key_value_gradients(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="linear_attention_key_value_gradients",
     )(k, v, dstate, shift)
-    return dk, dv
+    return dk[..., :n], dv[..., :n]
 
 
 def forward_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> jax.Array:
@@ -287,11 +281,14 @@ def _diagonal(d: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (d, d), 0) == jax.lax.broadcasted_iota(jnp.int32, (d, d), 1)
 
 
-def _size(tokens: int) -> int:
-    size = block(tokens)
-    if size is None:
-        raise ValueError(f"{tokens} tokens are no multiple of {BLOCKS[-1]}")
-    return size
+def _block(tokens: int) -> int:
+    return next(size for size in BLOCKS if tokens % size == 0)
+
+
+def _pad(x: jax.Array, value: float = 0) -> jax.Array:
+    """Tokens to a multiple of the smallest block. Keys and values of zero change no sum."""
+    missing = -x.shape[2] % BLOCKS[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=value) if missing else x
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
