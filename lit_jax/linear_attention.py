@@ -8,6 +8,7 @@ What is computed is the same function with keys and values centred: the large ra
 cancel in the backward pass, never enters a rounded product.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -127,6 +128,7 @@ class _Run(NamedTuple):
         xla = partial(_by_xla, name, self.problem)
         if self.implementation == "xla":
             return xla(*arrays)
+        kernel = _differentiable_once(kernel)
         if not self.chosen:
             return kernel(*arrays)
         return jax.lax.platform_dependent(*arrays, default=xla, **{PLATFORMS[self.implementation]: kernel})
@@ -191,6 +193,16 @@ def _backward(run: _Run, residuals: Any, grad: jax.Array) -> Any:
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _differentiable_once(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    called = jax.custom_jvp(kernel)
+
+    @called.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError("a kernel of linear attention is differentiated once; second derivatives are with implementation='xla'")
+
+    return called
 
 
 def _by_xla(name: str, problem: Problem, *arrays: Any) -> Any:
