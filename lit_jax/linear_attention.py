@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from common.errors import InputError
 from lit_jax.kernels import PLATFORMS, FeatureMap, Known, Layout, Order, Problem, choice
-from lit_jax.kernels.xla import depthwise
+from lit_jax.kernels.xla import check_branch, depthwise
 
 __all__ = ["depthwise", "linear_attention"]
 
@@ -69,8 +69,7 @@ def linear_attention(
         raise ValueError(f"q, k, v must be of one shape [batch, token, head, head_dim], got {q.shape}, {k.shape}, {v.shape}")
     _, tokens, heads, head_dim = q.shape if layout == "bnhd" else (q.shape[0], q.shape[3], *q.shape[1:3])
     if conv_weight is not None:
-        grid = grid or (round(tokens**0.5),) * 2
-        _check_branch(conv_weight, grid, tokens, heads * head_dim)
+        grid = check_branch(conv_weight, grid, tokens, heads * head_dim)
     problem = Problem(eps, feature_offset, feature_map, order or ("quadratic" if tokens <= QUADRATIC_UP_TO else "linear"), layout, grid)
     if implementation == "reference":
         return _reference(q, k, v, conv_weight, conv_bias, problem)
@@ -85,17 +84,7 @@ def linear_attention(
     return _attend(q, k, v, conv_weight, conv_bias, run)
 
 
-def _check_branch(weight: jax.Array, grid: tuple[int, int], tokens: int, channels: int) -> None:
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"{tokens} tokens are no grid of {grid[0]} x {grid[1]}: pass grid=(height, width)")
-    rows, cols, found = weight.shape
-    if found != channels or rows % 2 == 0 or cols % 2 == 0:
-        raise ValueError(f"conv_weight {weight.shape} must be [odd, odd, {channels}]")
-
-
-def _reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
-) -> jax.Array:
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem) -> jax.Array:
     wide = jnp.promote_types(v.dtype, jnp.float32)
     turned = problem.layout == "bhdn"
     q, k, values = (jnp.moveaxis(x, 3, 1).astype(wide) if turned else x.astype(wide) for x in (q, k, v))
@@ -166,9 +155,9 @@ class _Run(NamedTuple):
             "s": PartitionSpec() if quadratic else Known(by_head, by_head, by_head, PartitionSpec(batch, None, head)),
         }
         # No residual varies over an axis it is not split over, but that is not the kernels' to prove.
-        return jax.shard_map(
-            kernel, in_specs=tuple(map(specs.get, given)), out_specs=tuple(map(specs.get, returned)), check_vma=False
-        )(*arrays)
+        return jax.shard_map(kernel, in_specs=tuple(map(specs.get, given)), out_specs=tuple(map(specs.get, returned)), check_vma=False)(
+            *arrays
+        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -93,9 +93,7 @@ def query_gradient(q: jax.Array, known: Forward, grad: jax.Array, terms: Terms) 
     return dq[..., :n], dstate, shift
 
 
-def key_value_gradients(
-    k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms
-) -> tuple[jax.Array, jax.Array]:
+def key_value_gradients(k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
     """dk and dv from the state's gradient, which is a mean over the tokens still to be divided by their number."""
     n = k.shape[2]
     k, v = _pad(k), _pad(v)
