@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import Donor, Family, hashes
+from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
 from common.data.images import Preprocess
 from common.data.pipeline import Augment, PipelineConfig, check_first_batch, training_batches
@@ -34,7 +36,7 @@ from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, manual
 from tinyclip_jax.losses import affinity_mimicking, contrastive
 from tinyclip_jax.model import Clip, ClipConfig, total_macs
-from tinyclip_jax.zoo import FAMILY, open_clip_model
+from tinyclip_jax.zoo import FAMILY, open_clip_model, outline
 
 EMBEDDINGS = "embeddings"
 TARGETS = ("teacher_image", "teacher_text")
@@ -97,6 +99,9 @@ class Config:
     def evaluate(self) -> list[dict[str, Any]]:
         return evaluate(self)
 
+    def abstract(self, mesh: Mesh) -> Abstract:
+        return abstract(self, mesh)
+
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.student
 
@@ -157,9 +162,30 @@ def train(cfg: Config, directory: Path) -> None:
         eval_every=cfg.eval_every,
         evaluate=(lambda state: score(best(state)).summary()) if score else None,
         on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), partial(companions, inputs), force=True),
-        # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
-        flops_per_example=6 * total_macs(cfg.student, student.spec) + (2 * total_macs(teacher.cfg, teacher.model.spec) if teacher else 0),
+        flops_per_example=flops(cfg, student, teacher),
     )
+
+
+def flops(cfg: Config, student: Functional, teacher: Donor | Outline | None) -> float:
+    """Of one pair: two operations per multiply-accumulate forward, twice that backward; the teacher goes forward only."""
+    return 6 * total_macs(cfg.student, student.spec) + (2 * total_macs(teacher.cfg, teacher.model.spec) if teacher else 0)
+
+
+def abstract(cfg: Config, mesh: Mesh) -> Abstract:
+    """The step of `train` with shapes for arrays."""
+    student, teacher = functional(Clip, cfg.student), None
+    if cfg.teacher not in ("", EMBEDDINGS):
+        teacher = outline(cfg.teacher)
+    optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
+    frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
+    loss, project = loss_fn(cfg, student, teacher), partial(hold_scale, cfg.loss)
+    step = make_step(loss, optimizer, student.spec, mesh, cfg.step, frozen=frozen, project=project)
+    n, size = cfg.pipeline.batch, cfg.student.image.size
+    arrays: Any = {"image": ((n, size, size, 3), jnp.float32), "text": ((n, cfg.student.text.context), jnp.int32)}
+    if cfg.teacher == EMBEDDINGS:
+        arrays |= {name: ((n, cfg.student.joint), jnp.float32) for name in TARGETS}
+    state = abstract_state(optimizer, student.spec, mesh, cfg.step.ema)
+    return Abstract(step, state, abstract_batch(mesh, **arrays), n * flops(cfg, student, teacher))
 
 
 def opened(source: str) -> Donor | None:
@@ -167,7 +193,7 @@ def opened(source: str) -> Donor | None:
     return None if source in ("", EMBEDDINGS) else open_clip_model(source)
 
 
-def loss_fn(cfg: Config, student: Functional, teacher: Donor | None) -> LossFn:
+def loss_fn(cfg: Config, student: Functional, teacher: Donor | Outline | None) -> LossFn:
     """Affinity mimicking of a live teacher or of embeddings in the batch, and the contrastive loss, weighted by alpha."""
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:

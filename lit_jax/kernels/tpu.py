@@ -251,7 +251,9 @@ def _scores(q: jax.Array, k: jax.Array, terms: Terms) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, over: int, and_over: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((over,), (and_over,)), ((), ())), preferred_element_type=jnp.float32)
+    # The default of a process may be "highest", which Mosaic does not know for bfloat16: products of it are exact as they are.
+    precision = jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, (((over,), (and_over,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -204,11 +204,11 @@ def test_every_head_lowers_for_a_tpu(d, order):
 
 
 def test_a_lit_takes_one_step_with_each_implementation(interpreted):
-    """Loss and gradient norm of a step in bfloat16 on two devices, kernels inside `shard_map`."""
-    cfg = DitConfig(size=16, channels=3, patch=2, width=64, layers=2, heads=2, hidden=64, classes=4, attention="linear")
+    """Loss and gradient norm of a step in bfloat16."""
+    cfg = DitConfig(size=16, channels=3, patch=2, width=64, layers=1, heads=2, hidden=64, classes=4, attention="linear")
     rng = np.random.default_rng(0)
     batch = {"image": rng.standard_normal((2, 16, 16, 3)).astype(np.float32), "label": np.arange(2, dtype=np.int32)}
-    mesh = jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2])
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
     def step(implementation):
         model = functional(Dit, replace(cfg, implementation=implementation))
@@ -223,4 +223,5 @@ def test_a_lit_takes_one_step_with_each_implementation(interpreted):
 
     wanted = step("reference")
     for implementation in ("xla", "mosaic_tpu"):
-        np.testing.assert_allclose(step(implementation), wanted, rtol=[2e-3, 2e-2])
+        off = np.abs(np.array(step(implementation)) / wanted - 1)
+        assert off[0] < 2e-3 and off[1] < 2e-2, (implementation, off)
