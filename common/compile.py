@@ -233,7 +233,7 @@ def lines(name: str, result: Mapping[str, Any]) -> list[str]:
     if not result["fits"]:
         return [*out, f"does not fit: {needed:.2f} GiB a device of {hbm:.2f}; try {result['advice']}"]
     out.append(f"fits: {needed:.2f} GiB a device of {hbm:.2f}")
-    out += [f"  {kind}: {c['count']:,}, {c['bytes'] / GIB:.2f} GiB a device" for kind, c in result["collectives"].items()]
+    out += [f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step" for kind, c in result["collectives"].items()]
     parts = ", ".join(f"{part} {1e3 * seconds:.1f} ms" for part, seconds in result["parts"].items())
-    out.append(f"{result['flops'] / 1e12:,.1f} TFLOP a step; at the chip's limits: {parts}, so no step under {1e3 * result['step_seconds']:.1f} ms")
-    return out
+    out.append(f"{result['flops'] / 1e12:,.3g} TFLOP a step; at the chip's limits: {parts}")
+    return [*out, f"so no step is shorter than {1e3 * result['step_seconds']:.1f} ms"]

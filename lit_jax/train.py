@@ -172,8 +172,10 @@ def abstract(cfg: Config, mesh: Mesh) -> Abstract:
     frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
     step = make_step(loss_fn(cfg, student, teacher, cached), optimizer, student.spec, mesh, cfg.step, frozen=frozen)
     n, size, channels = cfg.pipeline.batch, cfg.student.size, cfg.student.channels
-    data: Any = {"moments": ((n, 2, size, size, 2 * channels), jnp.float16)} if cached else {"image": ((n, size, size, channels), jnp.float32)}
-    batch = abstract_batch(mesh, label=((n,), jnp.int32), **data)
+    inputs: Any = {"moments": ((n, 2, size, size, 2 * channels), jnp.float16)}
+    if not cached:
+        inputs = {"image": ((n, size, size, channels), jnp.float32)}
+    batch = abstract_batch(mesh, label=((n,), jnp.int32), **inputs)
     return Abstract(step, abstract_state(optimizer, student.spec, mesh, cfg.step.ema), batch, n * flops(cfg, student, teacher))
 
 
