@@ -81,7 +81,7 @@ def ours(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, weight: 
 
 
 def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: bool) -> list[dict[str, Any]]:
-    kernel = [name for name, where in PLATFORMS.items() if where == {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())]
+    kernel = [name for name, where in PLATFORMS.items() if where == jax.default_backend()]
     names = {"plain formula, autodiff": partial(ours, "reference"), **{f"ours, {name}": partial(ours, name) for name in ("xla", *kernel)}}
     # Softmax over many tokens does not fit a CPU: its scores are heads x tokens x tokens.
     names |= {"softmax": softmax} if scores and sets[0]["q"].shape[2] * sets[0]["q"].shape[3] % SOFTMAX_HEAD == 0 else {}

@@ -51,8 +51,8 @@ class DitConfig:
     window: int = 5
     """Side of the depthwise filters."""
     implementation: Implementation | None = None
-    """What computes linear attention: xla, or a kernel (mosaic_tpu, mosaic_gpu; for bfloat16); None: the kernel measured on this kind of
-    device, else xla (`heirloom doctor` says which)."""
+    """What computes linear attention: xla, or the kernels for TPUs (mosaic_tpu, in bfloat16); None: the kernel that was measured on this
+    kind of device, else xla (`heirloom doctor` says which)."""
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"

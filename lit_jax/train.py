@@ -35,6 +35,7 @@ from lit_jax.data import Pixels, is_latent, latents, open_labelled
 from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.inherit import Keep, graft_attention
+from lit_jax.kernels import PLATFORMS
 from lit_jax.latents import cached_config, sample_cached
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
 from lit_jax.sample import Draw, SampleConfig, drawer, save_grid
@@ -106,6 +107,7 @@ def train(cfg: Config, directory: Path) -> None:
     """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
+    check_device(cfg.student)
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
@@ -182,6 +184,13 @@ def abstract(cfg: Config, mesh: Mesh) -> Abstract:
 def opened(source: str) -> Donor | None:
     """The checkpoint a config names, if it names one."""
     return open_dit(source) if source else None
+
+
+def check_device(cfg: DitConfig) -> None:
+    """Raises InputError where a kernel is asked for that is another platform's."""
+    wanted = PLATFORMS.get(cfg.implementation or "", jax.default_backend())
+    if wanted != jax.default_backend():
+        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {jax.default_backend()}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:

@@ -21,7 +21,7 @@ FeatureMap = Literal["relu", "none"]
 Order = Literal["linear", "quadratic"]
 Layout = Literal["bnhd", "bhdn"]
 
-PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+PLATFORMS = {"mosaic_tpu": "tpu"}
 _MEASURED = Path(__file__).parent / "measured.json"
 
 
@@ -67,7 +67,7 @@ class Choice(NamedTuple):
 def choice() -> Choice:
     """A kernel is taken only on a kind of device that it was measured on: the result is committed in `measured.json`."""
     kind, platform = jax.devices()[0].device_kind, jax.default_backend()
-    kernel = next((name for name, where in PLATFORMS.items() if where == {"gpu": "cuda"}.get(platform, platform)), None)
+    kernel = next((name for name, where in PLATFORMS.items() if where == platform), None)
     if kernel is None:
         return Choice("xla", f"there is no kernel for {platform}")
     if kind not in measured():

@@ -25,44 +25,41 @@ def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tu
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
 ) -> tuple[jax.Array, Known | None]:
-    q, k, v = (_feature_major(x, problem) for x in (q, k, v))
-    batch, heads, d, n = v.shape
+    q, k, v = (_turned(x, problem) for x in (q, k, v))
     known = None
     if problem.order == "quadratic":
         out = tpu.forward_quadratic(merge(q), merge(k), merge(v), problem.terms)
     else:
         out, *rest = tpu.forward(merge(q), merge(k), merge(v), problem.terms)
-        state, key, value, normaliser = (x.reshape(batch, heads, *x.shape[1:]) for x in rest)
+        state, key, value, normaliser = (x.reshape(*v.shape[:2], *x.shape[1:]).swapaxes(0, 1) for x in rest)
         known = Known(state, key[:, :, 0], value[:, :, 0], jnp.moveaxis(normaliser[:, :, 0], 1, 2))
+    out = out.reshape(v.shape)
     if weight is not None:
-        images = out.reshape(batch, heads * d, n)
-        out = tpu_depthwise.depthwise(v.reshape(images.shape), weight, bias, images, problem.grid or (1, n))
-    return _as_given(out.reshape(v.shape), problem), known
+        out = tpu_depthwise.depthwise(v, weight, bias, out, problem.grid or (1, v.shape[-1]))
+    return _back(out, problem), known
 
 
 def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    q, k, v, grad = (_feature_major(x, problem) for x in (q, k, v, grad))
-    batch, heads, d, n = v.shape
+    q, k, v, grad = (_turned(x, problem) for x in (q, k, v, grad))
     if known is None:
         found = tpu.backward_quadratic(merge(q), merge(k), merge(v), merge(grad), problem.terms)
     else:
-        key, value, normaliser = (merge(x)[:, None] for x in (known.key, known.value, jnp.moveaxis(known.normaliser, 2, 1)))
-        rest = tpu.Forward(merge(v), merge(known.state), key, value, normaliser)
+        state, key, value, normaliser = (merge(x.swapaxes(0, 1)) for x in (*known[:3], jnp.moveaxis(known.normaliser, 2, 1)))
+        rest = tpu.Forward(merge(v), state, key[:, None], value[:, None], normaliser[:, None])
         found = tpu.backward(merge(q), merge(k), merge(v), rest, merge(grad), problem.terms)
-    dv, dweight, dbias = found.value, None, None
+    dq, dk, dv = (x.reshape(v.shape) for x in found)
+    dweight = dbias = None
     if weight is not None:
-        images = (x.reshape(batch, heads * d, n) for x in (v, grad, dv))
-        v, grad, dv = images
-        dv, dweight, dbias = tpu_depthwise.depthwise_gradients(v, weight, grad, dv, problem.grid or (1, n))
-    dq, dk, dv = (_as_given(x.reshape(batch, heads, d, n), problem) for x in (found.query, found.key, dv))
-    return dq, dk, dv, dweight, dbias
+        dv, dweight, dbias = tpu_depthwise.depthwise_gradients(v, weight, grad, dv, problem.grid or (1, v.shape[-1]))
+    return _back(dq, problem), _back(dk, problem), _back(dv, problem), dweight, dbias
 
 
-def _feature_major(x: jax.Array, problem: Problem) -> jax.Array:
-    return x if problem.layout == "bhdn" else jnp.transpose(x, (0, 2, 3, 1))
+def _turned(x: jax.Array, problem: Problem) -> jax.Array:
+    """[head, batch, head_dim, token]: the order in which XLA's matmul writes a feature-major projection, so that this moves nothing."""
+    return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (2, 0, 3, 1))
 
 
-def _as_given(x: jax.Array, problem: Problem) -> jax.Array:
-    return x if problem.layout == "bhdn" else jnp.transpose(x, (0, 3, 1, 2))
+def _back(x: jax.Array, problem: Problem) -> jax.Array:
+    return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (1, 3, 0, 2))

