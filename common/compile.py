@@ -106,7 +106,7 @@ class Abstract:
     flops: float
 
 
-def abstract_params(spec: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
+def abstract_params(spec: dict[str, Any], mesh: Any) -> dict[str, Any]:
     """The parameters of a model as shapes in their shardings."""
     import jax
 
@@ -124,6 +124,13 @@ def abstract_batch(mesh: Any, **arrays: tuple[tuple[int, ...], Any]) -> dict[str
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, (shape, dtype) in arrays.items()}
 
 
+# How the compiler says that a step does not fit; the second knows its temporaries alone.
+REFUSALS = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
+    r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+)
+
+
 def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     """Compile the train step of a recipe for a slice. Raises InputError for a recipe or a slice that does not go together.
 
@@ -136,6 +143,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
 
     from common.train.mesh import sizes
 
+    if not hasattr(cfg, "abstract"):
+        raise InputError("recipes of this method cannot be compiled ahead of time: they have no abstract()")
     devices = describe(topology).devices
     shape = sizes(cfg.mesh, len(devices))
     placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
@@ -147,7 +156,7 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        used = next((found for form in REFUSALS if (found := re.search(form, str(error)))), None)
         if used is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}

@@ -148,11 +148,12 @@ class _Run(NamedTuple):
         batch, head = self._axes
         of_tokens = PartitionSpec(batch, None, head) if self.problem.layout == "bnhd" else PartitionSpec(batch, head)
         by_head, quadratic = PartitionSpec(batch, head), self.problem.order == "quadratic"
-        specs = {
+        known: Any = (by_head, by_head, by_head, PartitionSpec(batch, None, head))
+        specs: dict[str, Any] = {
             "q": of_tokens,
             "w": PartitionSpec(None, None, head),
             "b": PartitionSpec(head),
-            "s": PartitionSpec() if quadratic else Known(by_head, by_head, by_head, PartitionSpec(batch, None, head)),
+            "s": PartitionSpec() if quadratic else Known(*known),
         }
         # No residual varies over an axis it is not split over, but that is not the kernels' to prove.
         return jax.shard_map(kernel, in_specs=tuple(map(specs.get, given)), out_specs=tuple(map(specs.get, returned)), check_vma=False)(

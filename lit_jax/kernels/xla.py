@@ -32,7 +32,7 @@ def backward(
     dweight = dbias = None
     if weight is not None:
         bias = jnp.zeros(weight.shape[-1], _accumulator(v))
-        _, back = jax.vjp(lambda *x: depthwise(*x, problem.grid), v.astype(_accumulator(v)), weight, bias)
+        _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), v.astype(_accumulator(v)), weight, bias)
         through, dweight, dbias = back(grad.astype(_accumulator(v)))
         dv = dv + through
     dq, dk = _mask(dq, q, problem.feature_map), _mask(dk, k, problem.feature_map)
