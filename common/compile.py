@@ -156,7 +156,7 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = next((found for form in REFUSALS if (found := re.search(form, str(error)))), None)
+        used = next((refused for form in REFUSALS if (refused := re.search(form, str(error)))), None)
         if used is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
