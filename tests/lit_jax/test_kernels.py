@@ -204,7 +204,7 @@ def test_every_head_lowers_for_a_tpu(d, order):
     def run(q, k, v):
         return linear_attention(q, k, v, layout="bhdn", conv_weight=weight, grid=(16, 32), order=order, implementation="mosaic_tpu").sum()
 
-    text = jax.jit(jax.grad(run, (0, 1, 2))).trace(shape, shape, shape).lower(lowering_platforms=("tpu",)).as_text()
+    text = jax.jit(jax.value_and_grad(run, (0, 1, 2))).trace(shape, shape, shape).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == (5 if order == "linear" else 4)
 
 
