@@ -28,13 +28,14 @@ RECIPES = {
 }
 HEAD = """# The recipes on TPU pods
 
-Every published recipe's real train step, teacher included, compiled for a pod on a machine that has no TPU. Nothing ran: memory is the
+Published recipes' real train steps, teacher included, compiled for a pod on a machine that has no TPU. Nothing ran: memory is the
 compiler's own figure, the shortest step is what FLOPs, bytes and links alone would take, which no run reaches.
 
     python scripts/compile_recipes.py
 
 Measured on {date} with jax {jax} and libtpu {libtpu}. *Bound by* says which limit of a chip gives the shortest step: matmuls (our count of
 FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read), or links (all collectives, one after the other).
+A collective in a loop counts once for each trip where the compiled module states the trips, else once: read these columns as a lower bound.
 
 | recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | shortest step | bound by |
 |---|---|---|---|---|---|---|---|---|---|---|
