@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _takes_flags(args: argparse.Namespace) -> bool:
     """Whether fields of a recipe, or of what a method does with weights, may follow."""
-    return args.verb in ("train", "eval", "sample", "compare", "generate", "cache")
+    return args.verb in ("train", "eval", "sample", "compare", "generate", "cache", "compile")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("train", _train, "run a recipe; the same command again resumes; every field is a flag (--optim.lr 3e-4)")
     sub.add_argument("config", metavar="CONFIG")
     sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="the folder of the run")
+
+    sub = verb("compile", _compile, "the train step of a recipe for a TPU pod, on any machine: memory, collectives, limits", json=True)
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x4, v6e:8x8, ...")
 
     sub = verb("eval", _eval, "score weights, or the student of a recipe as it starts", json=True)
     sub.add_argument("what", metavar="PATH|CONFIG")
@@ -196,7 +200,7 @@ def _open(source: str, **overrides: Any) -> Any:
 def _doctor(args: argparse.Namespace) -> None:
     from common.doctor import examine
 
-    _write_json(args, examine())
+    _write_json(args, examine([method.doctor for method in methods().values() if hasattr(method, "doctor")]))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -272,6 +276,15 @@ def _train(args: argparse.Namespace) -> None:
     from common import config
 
     config.load(args.config, args.flags).train(args.run)
+
+
+def _compile(args: argparse.Namespace) -> None:
+    from common import compile, config
+
+    topology = compile.Topology.parse(args.topology)
+    result = compile.compile_for(config.load(args.config, args.flags), topology)
+    print("\n".join(compile.lines(args.config, result)))
+    _write_json(args, result)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -27,6 +27,9 @@ class Recipe(Protocol):
     def evaluate(self) -> list[dict[str, Any]]:
         """Score the student as it starts; rows {dataset, metric, value, published, n}."""
 
+    def abstract(self, mesh: Any) -> Any:
+        """The train step as a `common.compile.Abstract`, for `heirloom compile`."""
+
     def describe(self) -> Any:
         """The student as (family, config), for `inspect`."""
 

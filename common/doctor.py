@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,8 +14,8 @@ PAIRS = (("0.12", "0.12.12"), ("0.11", "0.12.9"), ("0.10", "0.12.8"))
 SIZE = 2048
 
 
-def examine() -> dict[str, Any]:
-    """Print versions, backend and devices, multiply two matrices; return it all as data.
+def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
+    """Print versions, backend and devices, multiply two matrices; return it all as data. more: the lines that methods add.
 
     Raises InputError, saying what to type, for a pair of versions that do not go together or a device that does not compute.
     """
@@ -46,6 +47,8 @@ def examine() -> dict[str, Any]:
         print(hint or "no accelerator here; for one, pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine")
     if "torch" not in found:
         print("no torch: .pt files cannot be read, conversions are checked by structure only (pip install 'heirloom-jax[torch]')")
+    for line in more:
+        print(line())
     print("ready")
     return {"versions": found, "backend": jax.default_backend(), "devices": len(devices), "kinds": kinds, "gflops": rate}
 

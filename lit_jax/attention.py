@@ -1,13 +1,17 @@
 """LiT's attention as a module: projections, the feature map, the depthwise branch (LiT §3.1; FLatten for the focused map)."""
 
+from math import prod
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
-from lit_jax.linear_attention import linear_attention
+from common.train.mesh import ROWS
+from lit_jax.kernels import choice
+from lit_jax.linear_attention import Implementation, linear_attention
 
 Features = Literal["relu", "gelu", "focused", "focused_gelu"]
 Filters = Literal["shared", "channel", "none"]
@@ -18,7 +22,15 @@ FOCUS = 3  # the power of the focused map
 class LinearAttention(nnx.Module):
     """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed], a square in raster order."""
 
-    def __init__(self, sizes: Sizes, *, features: Features = "relu", filters: Filters = "shared", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        features: Features = "relu",
+        filters: Filters = "shared",
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
         # Xavier of the matrices as the release has them: q alone, k and v as one.
         self.query = Dense("embed -> head head_dim", sizes, init=xavier_uniform(), rngs=rngs)
         self.key = Dense("embed -> head head_dim", sizes, init=xavier_uniform(packed=2), rngs=rngs)
@@ -28,13 +40,23 @@ class LinearAttention(nnx.Module):
         self.scale = param("head head_dim", sizes, zeros, rngs) if features.startswith("focused") else None
         self.features = features
         self.heads = sizes["head"]
+        self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        # Projections write the layout that the kernel reads, so that nothing is transposed in between.
+        feature_major = self.features == "relu" and (self.implementation or choice().implementation) == "mosaic_tpu"
+        project = _feature_major if feature_major else Dense.__call__
+        query, key, value = project(self.query, x), project(self.key, x), project(self.value, x)
         weight = bias = None
         if self.depthwise is not None:
             weight, bias = self.depthwise.banks(self.heads)
         options: dict[str, Any] = dict(eps=OFFSET, feature_offset=OFFSET, conv_weight=weight, conv_bias=bias)
+        options |= dict(implementation=self.implementation, shards=_shards(len(x), self.heads))
+        if feature_major:
+            mixed = linear_attention(query, key, value, layout="bhdn", **options)
+            kernel, bias = self.out.kernel[...], self.out.bias
+            y = jnp.einsum("bhdn,hde->bne", mixed.astype(kernel.dtype), kernel)
+            return y if bias is None else y + bias[...].astype(y.dtype)
         if self.features != "relu":
             query, key = self.map(query), self.map(key)
             options |= dict(feature_map="none", feature_offset=0.0)
@@ -67,6 +89,24 @@ class Depthwise(nnx.Module):
         if bias.ndim == 1:
             return jnp.tile(kernel, (1, 1, heads)), jnp.tile(bias, heads)
         return kernel.reshape(*kernel.shape[:2], -1), bias.reshape(-1)
+
+
+def _feature_major(dense: Dense, x: jax.Array) -> jax.Array:
+    """`dense` from [batch, token, embed] to [batch, head, head_dim, token]."""
+    kernel = dense.kernel[...]
+    y = jnp.einsum("bne,ehd->bhdn", x.astype(kernel.dtype), kernel)
+    return y if dense.bias is None else y + dense.bias[...][..., None].astype(y.dtype)
+
+
+def _shards(batch: int, heads: int) -> PartitionSpec | None:
+    """The axes of the mesh around a step over which batch and heads are split, as far as they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    rows = [name for name in ROWS if name in mesh.shape]
+    over_rows = batch % prod(mesh.shape[name] for name in rows) == 0
+    over_heads = "tensor" in mesh.shape and heads % mesh.shape["tensor"] == 0
+    return PartitionSpec(tuple(rows) if over_rows else None, "tensor" if over_heads else None)
 
 
 def _norm(x: jax.Array) -> jax.Array:

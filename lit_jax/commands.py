@@ -35,3 +35,11 @@ def sample(donor: "Donor", args: Namespace) -> dict[str, Any]:
     from lit_jax.generate import sample_folder
 
     return sample_folder(donor, args)
+
+
+def doctor() -> str:
+    """What computes linear attention here, and why."""
+    from lit_jax.kernels import choice
+
+    implementation, reason = choice()
+    return f"linear attention by {implementation}: {reason}"

@@ -19,6 +19,7 @@ from common.nn.position import sincos
 from common.surgery.axes import Spec
 from common.surgery.report import attention_macs, count, kernel_macs
 from lit_jax.attention import Features, Filters, LinearAttention
+from lit_jax.linear_attention import Implementation
 
 FREQUENCIES = 256  # of the timestep features
 EPS = 1e-6  # of every LayerNorm
@@ -49,6 +50,9 @@ class DitConfig:
     """Depthwise filters of linear attention: one bank for all heads (LiT), a filter per channel, or none."""
     window: int = 5
     """Side of the depthwise filters."""
+    implementation: Implementation | None = None
+    """What computes linear attention: xla, or the kernels for TPUs (mosaic_tpu, in bfloat16); None: the kernel that was measured on this
+    kind of device, else xla (`heirloom doctor` says which)."""
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
@@ -97,7 +101,7 @@ class Dit(nnx.Module):
         attention: Any = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), out=XAVIER)
         if cfg.attention == "linear":
             sizes |= dict(filter_row=cfg.window, filter_col=cfg.window)
-            attention = partial(LinearAttention, sizes, features=cfg.features, filters=cfg.filters)
+            attention = partial(LinearAttention, sizes, features=cfg.features, filters=cfg.filters, implementation=cfg.implementation)
         block: dict[str, Any] = dict(activation="gelu_tanh", eps=EPS, up=XAVIER, down=XAVIER, bias=zeros, affine=False)
         self.patch = PatchEmbed(sizes, init=XAVIER, bias=zeros, rngs=rngs)
         self.time = TimeEmbed(sizes, rngs=rngs)

@@ -8,18 +8,28 @@ What is computed is the same function with keys and values centred: the large ra
 cancel in the backward pass, never enters a rounded product.
 """
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-FeatureMap = Literal["relu", "none"]
-Implementation = Literal["xla", "reference"]
-Order = Literal["linear", "quadratic"]
-Layout = Literal["bnhd", "bhdn"]
+from common.errors import InputError
+from lit_jax.kernels import PLATFORMS, FeatureMap, Known, Layout, Order, Problem, choice
+from lit_jax.kernels.xla import check_branch, depthwise
+
+__all__ = ["depthwise", "linear_attention"]
+
+Implementation = Literal["xla", "mosaic_tpu", "reference"]
 QUADRATIC_UP_TO = 256  # tokens: below this the N x N order does less work and has no state
+
+
+class Unsupported(InputError, ValueError):
+    """A kernel that was asked for by name cannot take these arrays."""
 
 
 def linear_attention(
@@ -36,6 +46,7 @@ def linear_attention(
     implementation: Implementation | None = None,
     order: Order | None = None,
     layout: Layout = "bnhd",
+    shards: PartitionSpec | None = None,
 ) -> jax.Array:
     """Non-causal linear attention of every head over its own tokens, plus the depthwise convolution of the values.
 
@@ -44,232 +55,149 @@ def linear_attention(
     conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The values are seen as images of
     `grid` = (height, width) in raster order; None: square. A bank shared by the heads is tiled by the caller.
     feature_map: "relu" applies phi; "none" takes q and k as features, to which only the offset is added.
-    implementation: "xla" (the default) accumulates in f32 whatever the dtype, with a closed-form gradient; "reference" is the definition
-    in f32 (f64 for f64 input), differentiated by JAX. order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token
-    weights; None chooses by the number of tokens. Both are the same function.
-    Raises ValueError for shapes that do not fit.
+    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" are
+    kernels for bfloat16, differentiable once, which want layout "bhdn"; "reference" is the definition in f32 (f64 for f64 input),
+    differentiated by JAX. None: the kernel for this device if it was measured on its kind, else "xla".
+    order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens.
+    Both are the same function.
+    shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over several devices; what XLA
+    computes it partitions by itself.
+    For `jax.checkpoint` policies q, k, v are named `lin_attn_q`, ..., the sums over tokens `lin_attn_state`, the result `lin_attn_out`.
+    Raises ValueError for shapes that do not fit, `Unsupported` where a kernel is named that cannot take them.
     """
-    if layout == "bhdn":
-        q, k, v = (jnp.moveaxis(x, 3, 1) for x in (q, k, v))
     if not (q.ndim == 4 and q.shape == k.shape == v.shape):
         raise ValueError(f"q, k, v must be of one shape [batch, token, head, head_dim], got {q.shape}, {k.shape}, {v.shape}")
-    if implementation == "reference":
-        out = _reference(q, k, v, eps, feature_offset, feature_map)
-    else:
-        order = order or ("quadratic" if q.shape[1] <= QUADRATIC_UP_TO else "linear")
-        out = _attend(q, k, v, eps, feature_offset, feature_map, order)
+    _, tokens, heads, head_dim = q.shape if layout == "bnhd" else (q.shape[0], q.shape[3], *q.shape[1:3])
     if conv_weight is not None:
-        out = out + depthwise(v, conv_weight, conv_bias, grid)
-    out = out.astype(v.dtype)
-    return jnp.moveaxis(out, 1, 3) if layout == "bhdn" else out
+        grid = check_branch(conv_weight, grid, tokens, heads * head_dim)
+    problem = Problem(eps, feature_offset, feature_map, order or ("quadratic" if tokens <= QUADRATIC_UP_TO else "linear"), layout, grid)
+    if implementation == "reference":
+        return _reference(q, k, v, conv_weight, conv_bias, problem)
+
+    window = None if conv_weight is None else conv_weight.shape[:2]
+    picked = implementation or choice().implementation
+    if reason := _module(picked).refuses(problem, head_dim, tokens, v.dtype, window):
+        if implementation:
+            raise Unsupported(f"linear attention by {implementation}: {reason}; or take the implementation xla")
+        picked = "xla"
+    run = _Run(problem, picked, implementation is None, shards)
+    return _attend(q, k, v, conv_weight, conv_bias, run)
 
 
-def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, grid: tuple[int, int] | None = None) -> jax.Array:
-    """Depthwise convolution of [batch, token, head, head_dim] as images of `grid`, zero padding; accumulated and returned in f32 or wider.
-
-    As shifted multiply-adds: a depthwise convolution maps badly to matrix units. Raises ValueError when the grid does not hold the tokens.
-    """
-    batch, tokens, heads, head_dim = v.shape
-    height, width = grid or (round(tokens**0.5),) * 2
-    if height * width != tokens:
-        raise ValueError(f"{tokens} tokens are no grid of {height} x {width}: pass grid=(height, width)")
-    rows, cols, channels = weight.shape
-    if channels != heads * head_dim or rows % 2 == 0 or cols % 2 == 0:
-        raise ValueError(f"conv_weight {weight.shape} must be [odd, odd, {heads * head_dim}]")
-    wide = _accumulator(v)
-    out = _filter(v.reshape(batch, height, width, channels).astype(wide), weight.astype(wide))
-    out = out if bias is None else out + bias.astype(wide)
-    return out.reshape(batch, tokens, heads, head_dim)
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem) -> jax.Array:
+    wide = jnp.promote_types(v.dtype, jnp.float32)
+    turned = problem.layout == "bhdn"
+    q, k, values = (jnp.moveaxis(x, 3, 1).astype(wide) if turned else x.astype(wide) for x in (q, k, v))
+    q, k = ((jax.nn.relu(x) if problem.feature_map == "relu" else x) + problem.offset for x in (q, k))
+    state = jnp.einsum("bnhd,bnhe->bhde", k, values) / k.shape[1]
+    normaliser = jnp.einsum("bnhd,bhd->bnh", q, k.mean(1)) + problem.eps
+    out = jnp.einsum("bnhd,bhde->bnhe", q, state) / normaliser[..., None]
+    if weight is not None:
+        out = out + depthwise(values, weight, bias, problem.grid)
+    return (jnp.moveaxis(out, 1, 3) if turned else out).astype(v.dtype)
 
 
-@jax.custom_vjp
-def _filter(images: jax.Array, weight: jax.Array) -> jax.Array:
-    """Each channel of [batch, row, col, channel] correlated with its filter, zero padding."""
-    shifted = _shifted(images, weight.shape)
-    return jnp.asarray(sum(image * weight[tap] for tap, image in shifted.items()))
+class _Run(NamedTuple):
+    """How a call is computed. chosen: by us for this device, so that lowered for another platform it is XLA's."""
+
+    problem: Problem
+    implementation: str
+    chosen: bool
+    shards: PartitionSpec | None
+
+    def forward(self, *arrays: Any) -> Any:
+        """out, known."""
+        return self._on_platform(self._forward, "forward", *arrays)
+
+    def backward(self, *arrays: Any) -> Any:
+        """dq, dk, dv, dweight, dbias."""
+        return self._on_platform(self._backward, "backward", *arrays)
+
+    def _on_platform(self, kernel: Any, name: str, *arrays: Any) -> Any:
+        xla = partial(_by_xla, name, self.problem)
+        if self.implementation == "xla":
+            return xla(*arrays)
+        kernel = _differentiable_once(kernel)
+        if not self.chosen:
+            return kernel(*arrays)
+        return jax.lax.platform_dependent(*arrays, default=xla, **{PLATFORMS[self.implementation]: kernel})
+
+    def _forward(self, *arrays: Any) -> Any:
+        module = _module(self.implementation)
+        return self._split(lambda *x: module.forward(*x, self.problem), "qqqwb", "qs", arrays)
+
+    def _backward(self, *arrays: Any) -> Any:
+        batch, _ = self._axes
+
+        def local(*arrays: Any) -> Any:
+            *of_tokens, dweight, dbias = _module(self.implementation).backward(*arrays, self.problem)
+            if dweight is not None and batch:
+                dweight, dbias = jax.lax.psum((dweight, dbias), batch)
+            return *of_tokens, dweight, dbias
+
+        return self._split(local, "qqqwsq", "qqqwb", arrays)
+
+    @property
+    def _axes(self) -> tuple[Any, Any]:
+        return (*(self.shards or ()), None, None)[:2]
+
+    def _split(self, kernel: Any, given: str, returned: str, arrays: Any) -> Any:
+        """`kernel` on each device's part of batch and heads: a compiled kernel cannot be partitioned by XLA."""
+        if not self.shards:
+            return kernel(*arrays)
+        batch, head = self._axes
+        of_tokens = PartitionSpec(batch, None, head) if self.problem.layout == "bnhd" else PartitionSpec(batch, head)
+        by_head, quadratic = PartitionSpec(batch, head), self.problem.order == "quadratic"
+        known: Any = (by_head, by_head, by_head, PartitionSpec(batch, None, head))
+        specs: dict[str, Any] = {
+            "q": of_tokens,
+            "w": PartitionSpec(None, None, head),
+            "b": PartitionSpec(head),
+            "s": PartitionSpec() if quadratic else Known(*known),
+        }
+        # No residual varies over an axis it is not split over, but that is not the kernels' to prove.
+        return jax.shard_map(kernel, in_specs=tuple(map(specs.get, given)), out_specs=tuple(map(specs.get, returned)), check_vma=False)(
+            *arrays
+        )
 
 
-def _shifted(images: jax.Array, shape: tuple[int, ...]) -> dict[tuple[int, int], jax.Array]:
-    """What each tap of a filter sees: `images` [..., row, col, channel], moved against it."""
-    rows, cols = shape[:2]
-    height, width = images.shape[-3:-1]
-    padded = jnp.pad(images, ((0, 0),) * (images.ndim - 3) + ((rows // 2,) * 2, (cols // 2,) * 2, (0, 0)))
-    return {(i, j): padded[..., i : i + height, j : j + width, :] for i in range(rows) for j in range(cols)}
-
-
-def _filter_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    images, weight = residuals
-
-    def reduced(images: jax.Array, grad: jax.Array) -> jax.Array:
-        return jnp.stack([(image * grad).sum((0, 1, 2)) for image in _shifted(images, weight.shape).values()])
-
-    def scanned(images: jax.Array, grad: jax.Array) -> jax.Array:
-        # XLA's CPU backend sums one channel at a time, in scalars; adding up whole images is ten times as fast.
-        def add(total: list[jax.Array], pair: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
-            image, grad = pair
-            return [t + x * grad for t, x in zip(total, _shifted(image, weight.shape).values(), strict=True)], None
-
-        total, _ = jax.lax.scan(add, [jnp.zeros_like(images[0])] * weight[..., 0].size, (images, grad))
-        return jnp.stack([t.sum((0, 1)) for t in total])
-
-    dweight = jax.lax.platform_dependent(images, grad, cpu=scanned, default=reduced)
-    return _filter(grad, weight[::-1, ::-1]), dweight.reshape(weight.shape)
-
-
-_filter.defvjp(lambda images, weight: (_filter(images, weight), (images, weight)), _filter_backward)
-
-
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, eps: float, offset: float, feature_map: FeatureMap) -> jax.Array:
-    q, k, v = (x.astype(_accumulator(x)) for x in (q, k, v))
-    q, k = _map(q, feature_map) + offset, _map(k, feature_map) + offset
-    state = jnp.einsum("bnhd,bnhe->bhde", k, v) / k.shape[1]
-    normaliser = jnp.einsum("bnhd,bhd->bnh", q, k.mean(1)) + eps
-    return jnp.einsum("bnhd,bhde->bnhe", q, state) / normaliser[..., None]
-
-
-class _State(NamedTuple):
-    """What one head knows of all tokens, and each query's normaliser; f32 but for `state`, which is rounded as it is used."""
-
-    state: jax.Array  # [batch, head, head_dim, head_dim], keys and values centred
-    key: jax.Array  # [batch, head, head_dim], mean feature
-    value: jax.Array  # [batch, head, head_dim], mean value
-    normaliser: jax.Array  # [batch, token, head]
-
-
-def _accumulator(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _map(x: jax.Array, feature_map: FeatureMap) -> jax.Array:
-    return jax.nn.relu(x) if feature_map == "relu" else x
-
-
-def _mask(x: jax.Array, of: jax.Array, feature_map: FeatureMap) -> jax.Array:
-    return jnp.where(of > 0, x, 0) if feature_map == "relu" else x
-
-
-def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
-    """A contraction of operands of one dtype, accumulated in f32 or wider."""
-    wide = _accumulator(operands[0])
-    if operands[0].dtype == wide:
-        return jnp.einsum(subscripts, *operands)
-
-    def widened(*operands: jax.Array) -> jax.Array:  # XLA's CPU backend has no mixed product for every shape; this is the same number
-        return jnp.einsum(subscripts, *(x.astype(wide) for x in operands))
-
-    def mixed(*operands: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, *operands, preferred_element_type=wide)
-
-    return jax.lax.platform_dependent(*operands, cpu=widened, default=mixed)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, eps: float, offset: float, feature_map: FeatureMap, order: Order
-) -> jax.Array:
-    """The attention alone, in the accumulator's dtype."""
-    return _forward(q, k, v, eps, offset, feature_map, order)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, run: _Run) -> jax.Array:
+    return _forward(q, k, v, weight, bias, run)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, eps: float, offset: float, feature_map: FeatureMap, order: Order
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, run: _Run
 ) -> tuple[jax.Array, Any]:
-    # Named for `jax.checkpoint` policies: saving the state alone spares the second pass over keys and values.
+    # Named for `jax.checkpoint` policies: saving state and result spares the backward pass the whole forward one.
     q, k, v = (checkpoint_name(x, f"lin_attn_{name}") for x, name in zip((q, k, v), "qkv", strict=True))
-    if order == "quadratic":
-        weights, _ = _weights(q, k, eps, offset, feature_map)
-        return _product("bhnm,bmhd->bnhd", weights.astype(v.dtype), v), (q, k, v, None)
-    wide = _accumulator(q)
-    features = _map(k, feature_map)
-    mean_key = features.astype(wide).mean(1)
-    mean_value = v.astype(wide).mean(1)
-    if q.dtype == wide:
-        # Full precision: centre before the product, so that the large parts never meet.
-        state = _product("bnhd,bnhe->bhde", features, v - mean_value[:, None]) / k.shape[1]
-    else:
-        # Low precision: the products of rounded inputs are exact, the accumulator is wide, and nothing more is rounded.
-        state = _product("bnhd,bnhe->bhde", features, v) / k.shape[1] - mean_key[..., None] * mean_value[..., None, :]
-    mean_key = mean_key + offset
-    normaliser = jnp.einsum("bnhd,bhd->bnh", _map(q, feature_map).astype(wide) + offset, mean_key) + eps
-    known = _State(*(checkpoint_name(x, "lin_attn_state") for x in (state.astype(q.dtype), mean_key, mean_value, normaliser)))
-    out = _product("bnhd,bhde->bnhe", _query(q, known, offset, feature_map), known.state)
-    out = out + (1 - eps / normaliser)[..., None] * mean_value[:, None]
-    return out, (q, k, v, known)
+    out, known = run.forward(q, k, v, weight, bias)
+    known = checkpoint_name(known, "lin_attn_state")
+    return checkpoint_name(out, "lin_attn_out"), (q, k, v, weight, bias, known)
 
 
-def _query(q: jax.Array, known: _State, offset: float, feature_map: FeatureMap) -> jax.Array:
-    """Features of the queries over their normalisers, rounded to the input's dtype."""
-    features = _map(q, feature_map).astype(_accumulator(q)) + offset
-    return (features / known.normaliser[..., None]).astype(q.dtype)
-
-
-def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map: FeatureMap) -> tuple[jax.Array, jax.Array]:
-    """[batch, head, token, token] weights and [batch, head, token] normalisers."""
-    # With the offset outside the product, features stay exact in low precision.
-    wide = _accumulator(q)
-    q0, k0 = _map(q, feature_map), _map(k, feature_map)
-    scores = _product("bnhd,bmhd->bhnm", q0, k0)
-    if offset:
-        rows, columns = (jnp.moveaxis(x.astype(wide).sum(-1), 1, 2) for x in (q0, k0))
-        scores = scores + offset * (rows[..., None] + columns[..., None, :] + q.shape[-1] * offset)
-    scores = scores / q.shape[1]
-    normaliser = scores.sum(-1) + eps
-    return scores / normaliser[..., None], normaliser
-
-
-def _backward(eps: float, offset: float, feature_map: FeatureMap, order: Order, residuals: Any, grad: jax.Array) -> Any:
-    q, k, v, known = residuals
-    grad = grad.astype(v.dtype)
-    backward = _backward_quadratic if order == "quadratic" else _backward_linear
-    dq, dk, dv = backward(q, k, v, known, grad, eps, offset, feature_map)
-    return _mask(dq, q, feature_map).astype(q.dtype), _mask(dk, k, feature_map).astype(k.dtype), dv.astype(v.dtype)
-
-
-def _backward_linear(
-    q: jax.Array, k: jax.Array, v: jax.Array, known: _State, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One pass over the queries, one over keys and values; the output is never read (its rounding would dominate dq)."""
-    wide, tokens = _accumulator(q), q.shape[1]
-    query = _query(q, known, offset, feature_map)
-    back = _product("bnhe,bhde->bnhd", grad, known.state)
-    share = (eps / known.normaliser) * jnp.einsum("bnhe,bhe->bnh", grad.astype(wide), known.value)
-    along = (back * query.astype(wide)).sum(-1) - share
-    dq = (back - along[..., None] * known.key[:, None]) / known.normaliser[..., None]
-
-    dstate = _product("bnhd,bnhe->bhde", query, grad).astype(q.dtype)
-    shift = jnp.einsum("bnhd,bnh->bhd", query.astype(wide), along)
-    if q.dtype == wide:
-        dk = _product("bnhe,bhde->bnhd", v - known.value[:, None], dstate)
-    else:
-        # The rounded gradient of the state stands in both terms, so that their large parts cancel exactly.
-        dk = _product("bnhe,bhde->bnhd", v, dstate)
-        shift = shift + jnp.einsum("bhde,bhe->bhd", dstate.astype(wide), known.value)
-    dk = dk - shift[:, None]
-    dv = _product("bnhd,bhde->bnhe", _map(k, feature_map), dstate) + offset * dstate.astype(wide).sum(-2)[:, None]
-    return dq, dk / tokens, dv / tokens
-
-
-def _backward_quadratic(
-    q: jax.Array, k: jax.Array, v: jax.Array, known: None, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide, tokens = _accumulator(q), q.shape[1]
-    weights, normaliser = _weights(q, k, eps, offset, feature_map)
-    weights = weights.astype(q.dtype)
-    # A value common to all tokens reaches the scores through eps alone: it is taken out here as in the linear order.
-    mean_value = v.astype(wide).mean(1)
-    common = jnp.einsum("bnhd,bhd->bhn", grad.astype(wide), mean_value)
-    if q.dtype == wide:
-        dweights = _product("bnhd,bmhd->bhnm", grad, v - mean_value[:, None])
-    else:
-        dweights = _product("bnhd,bmhd->bhnm", grad, v) - common[..., None]
-    along = (dweights * weights.astype(wide)).sum(-1) - common * eps / normaliser
-    dscores = (dweights - along[..., None]) / normaliser[..., None]
-    rows, columns = dscores.sum(-1), dscores.sum(-2)
-    dscores = dscores.astype(q.dtype)
-    dq = _product("bhnm,bmhd->bnhd", dscores, _map(k, feature_map)) + offset * jnp.moveaxis(rows, 1, 2)[..., None]
-    dk = _product("bhnm,bnhd->bmhd", dscores, _map(q, feature_map)) + offset * jnp.moveaxis(columns, 1, 2)[..., None]
-    dv = _product("bhnm,bnhd->bmhd", weights, grad)
-    return dq / tokens, dk / tokens, dv
+def _backward(run: _Run, residuals: Any, grad: jax.Array) -> Any:
+    q, k, v, weight, bias, known = residuals
+    dq, dk, dv, dweight, dbias = run.backward(q, k, v, weight, known, grad)
+    return dq, dk, dv, None if weight is None else dweight.astype(weight.dtype), None if bias is None else dbias.astype(bias.dtype)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _differentiable_once(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    called = jax.custom_jvp(kernel)
+
+    @called.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError("a kernel of linear attention is differentiated once; second derivatives are with implementation='xla'")
+
+    return called
+
+
+def _by_xla(name: str, problem: Problem, *arrays: Any) -> Any:
+    return getattr(_module("xla"), name)(*arrays, problem)
+
+
+def _module(implementation: str) -> Any:
+    return import_module(f"lit_jax.kernels.{implementation}")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
+from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
 from common.data.labelled import open_labelled
 from common.data.pipeline import PipelineConfig, training_batches
@@ -35,10 +36,11 @@ from lit_jax.data import Pixels, is_latent, latents
 from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.inherit import Keep, graft_attention
+from lit_jax.kernels import PLATFORMS
 from lit_jax.latents import cached_config, sample_cached
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
 from lit_jax.sample import Draw, SampleConfig, drawer, save_grid
-from lit_jax.zoo import FAMILY, open_dit
+from lit_jax.zoo import FAMILY, open_dit, outline
 
 DIT_OPTIMIZER = OptimConfig(lr=1e-4, warmup=0, schedule="constant", b2=0.999, eps=1e-8, weight_decay=0.0, clip=None)
 
@@ -95,6 +97,9 @@ class Config:
     def evaluate(self) -> list[dict[str, Any]]:
         raise InputError("a recipe of lit is scored by its trained weights: heirloom eval RUN --features ... --data ...")
 
+    def abstract(self, mesh: Mesh) -> Abstract:
+        return abstract(self, mesh)
+
     def describe(self) -> tuple[Family, DitConfig]:
         return FAMILY, self.student
 
@@ -103,6 +108,7 @@ def train(cfg: Config, directory: Path) -> None:
     """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
+    check_device(cfg.student)
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
@@ -151,14 +157,41 @@ def train(cfg: Config, directory: Path) -> None:
         eval_every=cfg.eval_every,
         evaluate=evaluate if draw or score else None,
         on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), lambda _: None, force=True),
-        # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
-        flops_per_example=6 * macs(cfg.student, student.spec) + (2 * macs(teacher.cfg, teacher.model.spec) if teacher else 0),
+        flops_per_example=flops(cfg, student, teacher),
     )
+
+
+def flops(cfg: Config, student: Functional, teacher: Donor | Outline | None) -> float:
+    """Of one example: two operations per multiply-accumulate forward, twice that backward; the teacher goes forward only."""
+    return 6 * macs(cfg.student, student.spec) + (2 * macs(teacher.cfg, teacher.model.spec) if teacher else 0)
+
+
+def abstract(cfg: Config, mesh: Mesh) -> Abstract:
+    """The step of `train` with shapes for arrays: latents as `cache_latents` keeps them where there is an autoencoder, else pixels."""
+    student = functional(Dit, cfg.student)
+    teacher = outline(cfg.teacher) if cfg.teacher and cfg.distill.active else None
+    cached = AutoencoderConfig() if cfg.autoencoder else None
+    optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
+    frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
+    step = make_step(loss_fn(cfg, student, teacher, cached), optimizer, student.spec, mesh, cfg.step, frozen=frozen)
+    n, size, channels = cfg.pipeline.batch, cfg.student.size, cfg.student.channels
+    inputs: Any = {"moments": ((n, 2, size, size, 2 * channels), jnp.float16)}
+    if not cached:
+        inputs = {"image": ((n, size, size, channels), jnp.float32)}
+    batch = abstract_batch(mesh, label=((n,), jnp.int32), **inputs)
+    return Abstract(step, abstract_state(optimizer, student.spec, mesh, cfg.step.ema), batch, n * flops(cfg, student, teacher))
 
 
 def opened(source: str) -> Donor | None:
     """The checkpoint a config names, if it names one."""
     return open_dit(source) if source else None
+
+
+def check_device(cfg: DitConfig) -> None:
+    """Raises InputError where a kernel is asked for that is another platform's."""
+    wanted = PLATFORMS.get(cfg.implementation or "", jax.default_backend())
+    if wanted != jax.default_backend():
+        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {jax.default_backend()}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
@@ -173,7 +206,7 @@ def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor 
         raise InputError(f"the teacher sees {theirs}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
 
 
-def loss_fn(cfg: Config, student: Functional, teacher: Donor | None, cached: AutoencoderConfig | None) -> LossFn:
+def loss_fn(cfg: Config, student: Functional, teacher: Donor | Outline | None, cached: AutoencoderConfig | None) -> LossFn:
     """DiT's loss on pixels or on latents drawn from their moments, and the teacher's two terms; one forward pass each."""
     schedule = linear_schedule()
 

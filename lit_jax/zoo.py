@@ -6,6 +6,8 @@ from typing import Any
 
 from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
+from common.compile import Outline
+from common.nn.functional import functional
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, companions, config
 from lit_jax.verify import verify
@@ -33,6 +35,15 @@ def lit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
     """Its LiT: few-head linear attention, everything else alike."""
     cfg = dit(size, patch, pixels)
     return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
+
+
+PUBLISHED = {DIT_XL_2_256: dit("xl"), DIT_XL_2_512: dit("xl", pixels=512)}
+
+
+def outline(source: str) -> Donor | Outline:
+    """A teacher for `heirloom compile`: published ones need not be fetched for their shapes."""
+    cfg = PUBLISHED.get(source)
+    return Outline(cfg, functional(Dit, cfg)) if cfg else open_dit(source)
 
 
 def open_dit(source: str, **overrides: Any) -> Donor:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
+from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
 from common.data.images import Preprocess
 from common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, check_first_batch, training_batches
@@ -54,7 +55,7 @@ from tinyclip_jax.masks import (
     split,
 )
 from tinyclip_jax.model import Clip, ClipConfig, total_macs
-from tinyclip_jax.zoo import FAMILY, open_clip_model
+from tinyclip_jax.zoo import FAMILY, open_clip_model, outline
 
 EMBEDDINGS = "embeddings"
 LARGEST_SCALE = 100.0
@@ -139,6 +140,9 @@ class Config:
 
     def cache(self, destination: Path) -> dict[str, Any]:
         return cache_teacher(self._first(), destination)
+
+    def abstract(self, mesh: Mesh) -> Abstract:
+        return abstract(self._first(), mesh)
 
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.stages[-1].student if self.stages else self.student
@@ -227,8 +231,6 @@ class Setting:
         cfg = self.cfg
         args = (cfg.held_out, model, self.inputs.pre, self.inputs.tokenizer, cfg.student, self.mesh)
         score = retrieval_on(*args) if cfg.held_out.path else None
-        # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
-        flops = 6 * total_macs(cfg.student, student.spec)
         return self.run.fit(
             state,
             step,
@@ -240,7 +242,7 @@ class Setting:
             save_every=cfg.save_every,
             eval_every=cfg.eval_every,
             evaluate=(lambda state: score(scored(state)).summary()) if score else None,
-            flops_per_example=flops + (2 * total_macs(self.teacher.cfg, self.teacher.model.spec) if self.teacher else 0),
+            flops_per_example=flops(cfg, student, self.teacher),
             **ends,
         )
 
@@ -338,12 +340,38 @@ def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
     return optax.chain(clip, optax.partition(groups, {path: kind.get(path, "weights") for path in spec}))
 
 
+def flops(cfg: Config, student: Functional, teacher: Donor | Outline | None) -> float:
+    """Of one pair: two operations per multiply-accumulate forward, twice that backward; the teacher goes forward only."""
+    return 6 * total_macs(cfg.student, student.spec) + (2 * total_macs(teacher.cfg, teacher.model.spec) if teacher else 0)
+
+
+def abstract(cfg: Config, mesh: Mesh) -> Abstract:
+    """The step of `train` with shapes for arrays; of an automatic recipe the one after the cut, at the size before it."""
+    student, stored = functional(Clip, cfg.student), _stored(cfg.teacher)
+    teacher = outline(cfg.teacher) if cfg.teacher and not stored else None
+    optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
+    frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
+    loss, project = loss_fn(cfg, student, teacher), partial(hold_scale, cfg.loss)
+    step = make_step(loss, optimizer, student.spec, mesh, cfg.step, frozen=frozen, project=project)
+    n, size = cfg.pipeline.batch, cfg.student.image.size
+    arrays: Any = {"image": ((n, size, size, 3), jnp.float32), "text": ((n, cfg.student.text.context), jnp.int32)}
+    if stored:
+        arrays |= {name: ((n, cfg.student.joint), jnp.float32) for name in TARGETS}
+    state = abstract_state(optimizer, student.spec, mesh, cfg.step.ema)
+    return Abstract(step, state, abstract_batch(mesh, **arrays), n * flops(cfg, student, teacher))
+
+
 def opened(source: str) -> Donor | None:
     """The checkpoint a config names, if it names one."""
-    return None if source in ("", EMBEDDINGS) or source.startswith(cache.PREFIX) else open_clip_model(source)
+    return open_clip_model(source) if source and not _stored(source) else None
 
 
-def loss_fn(cfg: Config, student: Functional | Masked, teacher: Donor | None) -> LossFn:
+def _stored(teacher: str) -> bool:
+    """Whether its embeddings come with the batch."""
+    return teacher == EMBEDDINGS or teacher.startswith(cache.PREFIX)
+
+
+def loss_fn(cfg: Config, student: Functional | Masked, teacher: Donor | Outline | None) -> LossFn:
     """Affinity mimicking of a live teacher or of embeddings in the batch, and the contrastive loss, weighted by alpha."""
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
+from common.compile import Outline
+from common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS, companions, config
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
@@ -30,6 +32,15 @@ OPENAI_RN50 = "hf:timm/resnet50_clip.openai"
 OPENAI_B_16 = "hf:openai/clip-vit-base-patch16"
 TINYCLIP_61M = "hf:wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TINYCLIP_39M = "hf:wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M"
+
+
+PUBLISHED = {LAION_B_32: VIT_B_32, OPENAI_B_16: VIT_B_16, TINYCLIP_61M: STUDENTS["vit_61m_32"], TINYCLIP_39M: STUDENTS["vit_39m_16"]}
+
+
+def outline(source: str) -> Donor | Outline:
+    """A teacher for `heirloom compile`: published ones need not be fetched for their shapes."""
+    cfg = PUBLISHED.get(source)
+    return Outline(cfg, functional(Clip, cfg)) if cfg else open_clip_model(source)
 
 
 def open_clip_model(source: str, **overrides: Any) -> Donor:

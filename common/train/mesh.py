@@ -37,16 +37,21 @@ def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
     number of devices, and, naming them, when processes do not show up within `patience` seconds.
     """
     _join(patience)
-    devices = jax.device_count()
-    sizes = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    free = [name for name, size in sizes.items() if size == -1]
-    given = math.prod(size for size in sizes.values() if size != -1)
+    shape = sizes(cfg, jax.device_count())
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+    """The axes of the mesh and their sizes. Raises InputError when these do not multiply to the number of devices."""
+    shape = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    free = [name for name, size in shape.items() if size == -1]
+    given = math.prod(size for size in shape.values() if size != -1)
     if len(free) == 1 and given > 0 and devices % given == 0:
-        sizes[free[0]] = devices // given
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
-        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        shape[free[0]] = devices // given
+    if min(shape.values()) < 1 or math.prod(shape.values()) != devices:
+        asked = " x ".join(f"{name} {size}" for name, size in shape.items())
         raise InputError(f"mesh {asked} does not make {devices} devices: change the sizes, one of them may be -1 (the rest)")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return shape
 
 
 def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:

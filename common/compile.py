@@ -1,0 +1,248 @@
+"""`heirloom compile`: the train step of a recipe, compiled for a TPU pod on any machine (extra `tpu` for the compiler, libtpu).
+
+Nothing runs. What the compiler says of memory is its own; FLOPs are our count from the axes, for it counts a scanned layer once.
+"""
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from math import prod
+from typing import Any
+
+from common.errors import InputError, nearest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them: a chip, or half of one where `cores` is 2. Bytes, bytes/s and bf16 FLOP/s are a device's."""
+
+    hbm: float
+    bandwidth: float
+    flops: float
+    link: float
+    """Bytes/s of a chip over all its links."""
+    cores: int = 1
+
+
+# Public data sheets of the chips (cloud.google.com/tpu/docs); halved where a chip has two devices.
+CHIPS = {
+    "v4": Chip(16 * GIB, 0.61e12, 137e12, 300e9, cores=2),
+    "v5e": Chip(16 * GIB, 0.82e12, 197e12, 200e9),
+    "v5p": Chip(95 * GIB, 2.77e12, 459e12, 600e9),
+    "v6e": Chip(32 * GIB, 1.64e12, 918e12, 448e9),
+    "tpu7x": Chip(96 * GIB, 3.69e12, 1153e12, 1200e9, cores=2),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice of a pod: the name of its chips, and how they are arranged."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Topology":
+        """`v5e:16x16`. Raises InputError for another form, and for chips that the compiler does not know."""
+        name, _, arranged = text.partition(":")
+        if not re.fullmatch(r"\d+(x\d+){1,2}", arranged):
+            raise InputError(f"--topology {text}: write the chip and its arrangement, such as v5e:16x16 or v5p:4x4x4")
+        if name not in CHIPS:
+            raise InputError(f"--topology {text}: no chip {name!r}{nearest(name, CHIPS)} (there are {', '.join(CHIPS)})")
+        return cls(name, tuple(map(int, arranged.split("x"))))
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.name]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'x'.join(map(str, self.shape))}"
+
+
+def describe(topology: Topology) -> Any:
+    """JAX's description of the slice. Raises InputError without libtpu, or for an arrangement that does not exist."""
+    if find_spec("libtpu") is None:
+        raise InputError("the compiler for TPUs is not installed: pip install 'heirloom-jax[tpu]'")
+    # libtpu asks its surroundings which machine it is on; these are the answers of one that has no TPU.
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
+    except Exception as error:  # the compiler raises its own kinds
+        raise InputError(f"no slice {topology}: {' '.join(str(error).split())[:200]}") from error
+
+
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint without its weights: what it takes to compile a step with it as teacher."""
+
+    cfg: Any
+    model: Any
+
+
+@dataclass(frozen=True)
+class Abstract:
+    """A train step and what it is called with, as `jax.ShapeDtypeStruct`s in their shardings. flops: of one step, all devices."""
+
+    step: Any
+    state: Any
+    batch: Mapping[str, Any]
+    flops: float
+
+
+def abstract_params(spec: dict[str, Any], mesh: Any) -> dict[str, Any]:
+    """The parameters of a model as shapes in their shardings."""
+    import jax
+
+    from common.train.mesh import shardings
+
+    return {path: jax.ShapeDtypeStruct(spec[path].shape, spec[path].dtype, sharding=s) for path, s in shardings(spec, mesh).items()}
+
+
+def abstract_batch(mesh: Any, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
+    """{name: ((batch, ...), dtype)} as shapes whose rows are split."""
+    import jax
+
+    from common.train.mesh import batch_sharding
+
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, (shape, dtype) in arrays.items()}
+
+
+# How the compiler says that a step does not fit; the second knows its temporaries alone.
+REFUSALS = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
+    r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+)
+
+
+def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
+    """Compile the train step of a recipe for a slice. Raises InputError for a recipe or a slice that does not go together.
+
+    Returns fits, devices, bytes_per_device and hbm (bytes), flops (of a step, all devices), collectives {kind: {count, bytes}} (a device's,
+    in a step), step_seconds (the roofline: no step is shorter than the largest of its parts), bound (which part), advice, seconds.
+    """
+    import jax
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
+    from common.train.mesh import sizes
+
+    if not hasattr(cfg, "abstract"):
+        raise InputError("recipes of this method cannot be compiled ahead of time: they have no abstract()")
+    devices = describe(topology).devices
+    shape = sizes(cfg.mesh, len(devices))
+    placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
+    abstract = cfg.abstract(Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)))
+    chip, started = topology.chip, time.perf_counter()
+    result: dict[str, Any] = {"topology": str(topology), "devices": len(devices), "mesh": shape, "batch": cfg.pipeline.batch}
+    result |= {"hbm": chip.hbm, "flops": abstract.flops}
+    lowered = abstract.step.lower(abstract.state, abstract.batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = next((refused for form in REFUSALS if (refused := re.search(form, str(error)))), None)
+        if used is None:
+            raise
+        unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+        needed, there = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
+        result |= {"fits": False, "bytes_per_device": needed, "hbm": there, "collectives": {}, "advice": advice(cfg)}
+        return result | {"seconds": time.perf_counter() - started}
+
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    found = collectives(compiled.as_text())
+    parts = {
+        "matmuls": abstract.flops / len(devices) / chip.flops,
+        # Weights, gradients and moments pass through once; activations are written and read.
+        "memory": (held + 2 * memory.temp_size_in_bytes) / chip.bandwidth,
+        "links": sum(kind["bytes"] for kind in found.values()) / (chip.link / chip.cores),
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    result |= {"fits": True, "bytes_per_device": needed, "collectives": found, "parts": parts, "bound": bound, "advice": ""}
+    return result | {"step_seconds": parts[bound], "seconds": time.perf_counter() - started}
+
+
+def advice(cfg: Any) -> str:
+    """What to change when a step does not fit, in the words of the recipe's flags."""
+    found = [f"--{name} full" for name, value in _fields(asdict(cfg), "") if name.endswith("remat") and value in ("none", "dots")]
+    if cfg.mesh.fsdp == 1:
+        found.append("--mesh.fsdp 8")
+    if not found:
+        found.append("a smaller --pipeline.batch, or --step.accumulate where the loss allows it")
+    return " or ".join(found)
+
+
+def _fields(value: Any, name: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [field for key, inner in value.items() for field in _fields(inner, f"{name}.{key}".lstrip("."))]
+    return [(name, value)]
+
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Communication in a compiled module: {kind: {count, bytes}}, the body of a loop as often as it runs."""
+    blocks: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if (head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)) and not line.startswith(" "):
+            name = head[2]
+            blocks[name] = []
+            entry = name if head[1] else entry
+        elif name:
+            blocks[name].append(line)
+
+    found: dict[str, Counter[str]] = {}
+
+    def visit(block: str, times: int) -> None:
+        for line in blocks.get(block, ()):
+            operation = re.search(r"= (.*?) ([a-z\-]+?)(-start)?\(", line)
+            if operation is None:
+                continue
+            kind = operation[2]
+            if kind in KINDS:
+                shapes = re.findall(r"(\w+)\[([\d,]*)\]", operation[1])
+                # An asynchronous one returns operands and result; the larger is what travels.
+                sizes = [WIDTHS[t] * prod(map(int, filter(None, dims.split(",")))) for t, dims in shapes if t in WIDTHS]
+                moved = max(sizes) if operation[3] else sum(sizes)
+                found.setdefault(kind, Counter()).update(count=times, bytes=times * moved)
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for called in re.findall(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)", line):
+                if kind not in KINDS:
+                    visit(called, times * (int(trips[1]) if trips and kind == "while" else 1))
+
+    visit(entry, 1)
+    return {kind: dict(found[kind]) for kind in KINDS if kind in found}
+
+
+def lines(name: str, result: Mapping[str, Any]) -> list[str]:
+    """The result of `compile_for` for people."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "one device"
+    needed, hbm = result["bytes_per_device"] / GIB, result["hbm"] / GIB
+    out = [f"{name} on {result['topology']}: {result['devices']} devices ({mesh}), batch {result['batch']:,}"]
+    if not result["fits"]:
+        return [*out, f"does not fit: {needed:.2f} GiB a device of {hbm:.2f}; try {result['advice']}"]
+    out.append(f"fits: {needed:.2f} GiB a device of {hbm:.2f}")
+    out += [f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step" for kind, c in result["collectives"].items()]
+    parts = ", ".join(f"{part} {1e3 * seconds:.1f} ms" for part, seconds in result["parts"].items())
+    out.append(f"{result['flops'] / 1e12:,.3g} TFLOP a step; at the chip's limits: {parts}")
+    return [*out, f"so no step is shorter than {1e3 * result['step_seconds']:.1f} ms"]

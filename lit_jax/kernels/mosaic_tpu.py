@@ -1,0 +1,65 @@
+"""`implementation="mosaic_tpu"`: the kernels of `tpu` and `tpu_depthwise`. Token-major arrays are transposed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lit_jax.kernels import Known, Problem, merge, tpu, tpu_depthwise
+
+LARGEST = 576  # head_dim: the state and its gradient have to fit into VMEM beside the tokens
+
+
+def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
+    if dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
+    if head_dim % 32 or head_dim > LARGEST:
+        return f"head_dim must be a multiple of 32 up to {LARGEST}, not {head_dim}"
+    if problem.order == "quadratic" and tokens > tpu.QUADRATIC:
+        return f"its quadratic order ends at {tpu.QUADRATIC} tokens, not {tokens}"
+    if window and tokens > tpu_depthwise.MOST:
+        return f"its depthwise branch ends at {tpu_depthwise.MOST} tokens, not {tokens}"
+    return None
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
+) -> tuple[jax.Array, Known | None]:
+    q, k, v = (_turned(x, problem) for x in (q, k, v))
+    known = None
+    if problem.order == "quadratic":
+        out = tpu.forward_quadratic(merge(q), merge(k), merge(v), problem.terms)
+    else:
+        out, *rest = tpu.forward(merge(q), merge(k), merge(v), problem.terms)
+        state, key, value, normaliser = (x.reshape(*v.shape[:2], *x.shape[1:]).swapaxes(0, 1) for x in rest)
+        known = Known(state, key[:, :, 0], value[:, :, 0], jnp.moveaxis(normaliser[:, :, 0], 1, 2))
+    out = out.reshape(v.shape)
+    if weight is not None:
+        out = tpu_depthwise.depthwise(v, weight, bias, out, problem.grid or (1, v.shape[-1]))
+    return _back(out, problem), known
+
+
+def backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    q, k, v, grad = (_turned(x, problem) for x in (q, k, v, grad))
+    if known is None:
+        found = tpu.backward_quadratic(merge(q), merge(k), merge(v), merge(grad), problem.terms)
+    else:
+        state, key, value, normaliser = (merge(x.swapaxes(0, 1)) for x in (*known[:3], jnp.moveaxis(known.normaliser, 2, 1)))
+        rest = tpu.Forward(merge(v), state, key[:, None], value[:, None], normaliser[:, None])
+        found = tpu.backward(merge(q), merge(k), merge(v), rest, merge(grad), problem.terms)
+    dq, dk, dv = (x.reshape(v.shape) for x in found)
+    dweight = dbias = None
+    if weight is not None:
+        dv, dweight, dbias = tpu_depthwise.depthwise_gradients(v, weight, grad, dv, problem.grid or (1, v.shape[-1]))
+    return _back(dq, problem), _back(dk, problem), _back(dv, problem), dweight, dbias
+
+
+def _turned(x: jax.Array, problem: Problem) -> jax.Array:
+    """[head, batch, head_dim, token]: the order in which XLA's matmul writes a feature-major projection, so that this moves nothing."""
+    return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (2, 0, 3, 1))
+
+
+def _back(x: jax.Array, problem: Problem) -> jax.Array:
+    return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (1, 3, 0, 2))

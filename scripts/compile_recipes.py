@@ -1,0 +1,78 @@
+"""The published recipes compiled for TPU slices, without a TPU: docs/compile.md and docs/compile.json.
+
+    pip install -e '.[tpu]' && python scripts/compile_recipes.py            # what the table lacks: minutes each, under 4 GB
+    python scripts/compile_recipes.py lit/xl_2_512                          # this one again
+"""
+
+import json
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from common import config
+from common.compile import GIB, Topology, compile_for
+from common.errors import InputError
+
+DOCS = Path(__file__).parent.parent / "docs"
+RECIPES = {
+    "tinyclip/vit_61m_32": ["v5e:16x16"],
+    "lit/xl_2_256": ["v5e:8x8", "v5e:8x8 --mesh.fsdp 8", "v5e:8x8 --mesh.fsdp 8 --student.implementation mosaic_tpu"],
+    "lit/xl_2_512": ["v5e:8x8 --mesh.fsdp 8"],
+    "tinyclip/vit_40m_32": ["v5e:16x16"],
+    "tinyclip/vit_39m_16": ["v5e:16x16"],
+    "tinyclip/vit_8m_16": ["v5e:16x16"],
+    "lit/s_2_256": ["v5e:4x4"],
+    "lit/b_2_256": ["v5e:4x4"],
+    "lit/l_2_256": ["v5e:8x8 --mesh.fsdp 8"],
+}
+HEAD = """# The recipes on TPU pods
+
+Published recipes' real train steps, teacher included, compiled for a pod on a machine that has no TPU. Nothing ran: memory is the
+compiler's own figure, the shortest step is what FLOPs, bytes and links alone would take, which no run reaches.
+
+    python scripts/compile_recipes.py
+
+Measured on {date} with jax {jax} and libtpu {libtpu}. *Bound by* says which limit of a chip gives the shortest step: matmuls (our count of
+FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read), or links (all collectives, one after the other).
+A collective in a loop counts once for each trip where the compiled module states the trips, else once: read these columns as a lower bound.
+
+| recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | shortest step | bound by |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def row(name: str, how: str, r: dict) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
+    found = ", ".join(f"{c['count']} {kind} ({c['bytes'] / 2**20:,.0f} MiB)" for kind, c in r["collectives"].items()) or "-"
+    fits = "yes" if r["fits"] else f"no: {r['advice']}"
+    limit = f"{1e3 * r['step_seconds']:.1f} ms | {r['bound']}" if r["fits"] else "- | -"
+    memory = f"{r['bytes_per_device'] / GIB:.2f} | {r['hbm'] / GIB:.2f}"
+    return f"| {name} | {how} | {mesh} | {r['batch']:,} | {memory} | {fits} | {found} | {r['flops'] / 1e12:,.4g} | {limit} |"
+
+
+def main(wanted: list[str]) -> None:
+    file = DOCS / "compile.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for name in wanted or RECIPES:
+        for how in RECIPES[name]:
+            if f"{name} {how}" in results and not wanted:
+                continue
+            topology, *flags = how.split()
+            try:
+                results[f"{name} {how}"] = compile_for(config.load(name, flags), Topology.parse(topology))
+            except InputError as error:
+                sys.exit(f"{name}: {error}")
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            print(row(name, how, results[f"{name} {how}"]), flush=True)
+            write(results)
+
+
+def write(results: dict[str, dict]) -> None:
+    text = HEAD.format(date=date.today(), jax=version("jax"), libtpu=version("libtpu"))
+    rows = [row(name, how, results[f"{name} {how}"]) for name, ways in RECIPES.items() for how in ways if f"{name} {how}" in results]
+    (DOCS / "compile.md").write_text(text + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
