@@ -54,9 +54,9 @@ class LinearAttention(nnx.Module):
         options |= dict(implementation=self.implementation, shards=_shards(len(x), self.heads))
         if feature_major:
             mixed = linear_attention(query, key, value, layout="bhdn", **options)
-            kernel, bias = self.out.kernel[...], self.out.bias
+            kernel = self.out.kernel[...]
             y = jnp.einsum("bhdn,hde->bne", mixed.astype(kernel.dtype), kernel)
-            return y if bias is None else y + bias[...].astype(y.dtype)
+            return y if self.out.bias is None else y + self.out.bias[...].astype(y.dtype)
         if self.features != "relu":
             query, key = self.map(query), self.map(key)
             options |= dict(feature_map="none", feature_offset=0.0)

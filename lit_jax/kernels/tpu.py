@@ -46,7 +46,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
     early = pl.BlockSpec((None, d, size), lambda h, phase, i: (h, 0, i * (1 - phase) + (steps - 1) * phase))
     row = pl.BlockSpec((None, 1, d), lambda h, phase, i: (h, 0, 0))
     state = jax.ShapeDtypeStruct((heads, d, d), q.dtype)
-    out, *known, normaliser = pl.pallas_call(
+    out, mixed, key, value, normaliser = pl.pallas_call(
         partial(_forward, terms, tokens),
         grid=(heads, 2, steps),
         in_specs=[late, early, early],
@@ -62,7 +62,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         name="linear_attention_forward",
     )(q, k, v)
-    return Forward(out[..., :tokens], *known, normaliser[..., :tokens])
+    return Forward(out[..., :tokens], mixed, key, value, normaliser[..., :tokens])
 
 
 def backward(q: jax.Array, k: jax.Array, v: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> Gradients:

@@ -22,7 +22,7 @@ def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax
     """onto + convolution of v. v, onto: [head, batch, head_dim, token]; weight [row, col, channel]; bias [channel]; like `onto`."""
     call = _Call(v, weight, grid)
     (out,) = call(
-        partial(_convolve, grid, weight.shape[:2]),
+        partial(_convolve, grid, (weight.shape[0], weight.shape[1])),
         "depthwise",
         [call.pad(v), call.pad(onto)],
         [jax.ShapeDtypeStruct(call.pad(onto).shape, onto.dtype)],
