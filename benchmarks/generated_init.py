@@ -1,4 +1,4 @@
-"""Generated networks as initialisation, where weights are no convex affair (spec §6, Proof B).
+"""Generated networks as initialisation, where weights are no convex affair.
 
     python benchmarks/generated_init.py --data fashion-mnist --runs runs/cpu --json benchmarks/results/generated_init_cpu.json
     python benchmarks/generated_init.py --size gpu --data fashion-mnist --runs runs/gpu --json benchmarks/results/generated_init_gpu.json

@@ -1,4 +1,4 @@
-"""Exploring the weights of a language model trained here (spec §2.13), beside noise of the same norm at the same budget.
+"""Exploring the weights of a language model trained here, beside noise of the same norm at the same budget.
 
     python benchmarks/language_model.py --json benchmarks/results/language_model.json       # about 20 minutes on two CPU cores
 

@@ -7,7 +7,7 @@
 A DiT is trained once as donor and teacher. Four students then take the same steps on the same data, over several seeds: the DiT and
 the LiT from scratch, a LiT that inherits, and one that inherits and is distilled. The paper's LiT needs 20 % of its DiT's steps.
 Then the heads: few, default and many, with one bank of filters for all heads and with a filter for each channel, so that the number
-of filters and the number of heads can be told apart (spec §2.5); and what each costs.
+of filters and the number of heads can be told apart; and what each costs.
 
 Scores: squared error of the noise on 512 test pictures, and KID of 1,000 samples against 1,000 of them over 8 x 8 thumbnails; with
 --features over Inception features too (on a CPU three pictures a second).

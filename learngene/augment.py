@@ -1,4 +1,4 @@
-"""What happens to a picture before the model sees it (DeiT's recipe, spec §5): crops and RandAugment on the host, the rest on devices."""
+"""What happens to a picture before the model sees it (DeiT's recipe): crops and RandAugment on the host, the rest on devices."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What a gene saves, by formula (spec §6): stored parameters, pre-training, total training; and what each ratio takes for granted."""
+"""What a gene saves, by formula: stored parameters, pre-training, total training; and what each ratio takes for granted."""
 
 from collections.abc import Sequence
 from dataclasses import replace

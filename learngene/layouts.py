@@ -1,4 +1,4 @@
-"""ViT checkpoints of others in our names (spec §8.2): timm and DeiT, Hugging Face, SWS and TLEG genes, google-research archives."""
+"""ViT checkpoints of others in our names: timm and DeiT, Hugging Face, SWS and TLEG genes, google-research archives."""
 
 from common.surgery.layout import Layout
 from learngene.vit import VitConfig

@@ -1,4 +1,4 @@
-"""What the ImageNet recipes have in common (spec §2.5, §5): DeiT's augmentation, and rates for 512 pictures a step."""
+"""What the ImageNet recipes have in common: DeiT's augmentation, and rates for 512 pictures a step."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Other ways from a trained ViT to one of another depth or size (spec §7): each is a plan over the same axes."""
+"""Other ways from a trained ViT to one of another depth or size: each is a plan over the same axes."""
 
 from collections.abc import Callable
 from typing import Literal

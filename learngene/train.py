@@ -1,4 +1,4 @@
-"""Training a teacher, a gene or a descendant: the recipe's config, its loss, and one linear trainer (spec §2, §4, §5)."""
+"""Training a teacher, a gene or a descendant: the recipe's config, its loss, and one linear trainer."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Models by name: the published sizes of auxiliary nets and descendants (spec §2.1, §3, §4.3)."""
+"""Models by name: the published sizes of auxiliary nets and descendants."""
 
 from dataclasses import replace
 from typing import Any

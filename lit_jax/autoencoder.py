@@ -206,7 +206,7 @@ def sample_latents(cfg: AutoencoderConfig, moments: Moments, key: jax.Array) -> 
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Counts by half, the 1x1 convolutions next to the latents included (spec: 83,653,863 in total)."""
+    """Counts by half, the 1x1 convolutions next to the latents included (83,653,863 in total at the published size)."""
     encoder = count(spec, "encoder/**") + count(spec, "quant/*")
     return {"encoder": encoder, "decoder": count(spec, "**") - encoder, "total": count(spec, "**")}
 

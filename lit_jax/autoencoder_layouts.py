@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL in our names, both ways, and the proof that it computes the same (spec §7.4)."""
+"""diffusers' AutoencoderKL in our names, both ways, and the proof that it computes the same."""
 
 import re
 from collections.abc import Mapping

@@ -163,7 +163,7 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 
 def macs(cfg: DitConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one input, conditioning included (spec: §2.4 counts the blocks' part that grows with the tokens)."""
+    """Multiply-accumulates of one input, conditioning included (papers count the blocks' part that grows with the tokens)."""
     once = [(pattern, 1) for pattern in ("time/**", "modulation/**", "final_modulation/**")]
     # The taps of a shared bank serve every head.
     depthwise = cfg.tokens * (cfg.heads if cfg.filters == "shared" else 1)

@@ -1,4 +1,4 @@
-"""Scoring a trained model by the pictures it draws (ADM suite, spec §8)."""
+"""Scoring a trained model by the pictures it draws (ADM suite)."""
 
 import tempfile
 from argparse import Namespace

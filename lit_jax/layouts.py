@@ -1,4 +1,4 @@
-"""DiT and LiT checkpoints of others in our names (spec §7.1, §7.2): facebookresearch/DiT and diffusers."""
+"""DiT and LiT checkpoints of others in our names: facebookresearch/DiT and diffusers."""
 
 from common.nn.position import sincos
 from common.surgery.layout import Layout

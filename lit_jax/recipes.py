@@ -1,4 +1,4 @@
-"""What the published ImageNet recipes have in common (spec §1.5, §5.1)."""
+"""What the published ImageNet recipes have in common."""
 
 from common.data.pipeline import PipelineConfig
 from common.data.sources import SourceConfig

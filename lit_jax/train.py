@@ -1,4 +1,4 @@
-"""Training a DiT or LiT: the recipe's config, its loss, and one linear trainer (spec §1.5, §3, §4)."""
+"""Training a DiT or LiT: the recipe's config, its loss, and one linear trainer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

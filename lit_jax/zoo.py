@@ -1,4 +1,4 @@
-"""Models by name: the published sizes of DiT and LiT, and where their weights are (spec §1.1, §2.3, §5)."""
+"""Models by name: the published sizes of DiT and LiT, and where their weights are."""
 
 from dataclasses import replace
 from pathlib import Path

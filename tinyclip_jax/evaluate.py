@@ -1,4 +1,4 @@
-"""Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot), spec §7."""
+"""Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)"""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence

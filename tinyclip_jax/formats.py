@@ -154,9 +154,9 @@ def _read_original(tensors: Tensors, folder: Path) -> ClipConfig | None:
 
 
 def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
-    """The config that the shapes of open_clip's tensors imply; heads are of 64, activations exact GELU (spec §1.1).
+    """The config that the shapes of open_clip's tensors imply; heads are of 64, activations exact GELU.
 
-    Layers of automatic models differ: heads from in_proj, hidden units from c_fc, none where these are absent (spec §8.3).
+    Layers of automatic models differ: heads from in_proj, hidden units from c_fc, none where these are absent.
     """
     try:
         vocab, text_width = tensors[f"{text}token_embedding.weight"].shape

@@ -46,7 +46,7 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
 
 
 def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
-    """Leading filters, statistics and heads, layer by layer: stages keep their depth (spec §3.2)."""
+    """Leading filters, statistics and heads, layer by layer: stages keep their depth."""
     if not (isinstance(teacher.image, ResNetConfig) and isinstance(student.image, ResNetConfig)):
         raise InputError("one image tower is a ResNet, the other a ViT: nothing of one can be inherited by the other")
     if teacher.image.blocks != student.image.blocks:
@@ -115,7 +115,7 @@ class Pruned:
 
 
 def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Pruned:
-    """Cut a masked model to what its gates keep, with their values folded into the weights: the same outputs (spec §4.6).
+    """Cut a masked model to what its gates keep, with their values folded into the weights: the same outputs.
 
     cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: its two `legacy_*` fields count.
     """

@@ -1,4 +1,4 @@
-"""CLIP checkpoints of others in our names (spec §8.3): Hugging Face, open_clip, and the original TinyCLIP files."""
+"""CLIP checkpoints of others in our names: Hugging Face, open_clip, and the original TinyCLIP files."""
 
 from common.surgery.layout import Layout
 from tinyclip_jax.resnet import STAGES

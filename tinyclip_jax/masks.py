@@ -147,7 +147,7 @@ def bounded(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prunable(cfg: ClipConfig, tower: str) -> int:
-    """Parameters of the projections and MLPs that masks can remove (spec §4.3: embeddings, norms and the joint projection do not count)."""
+    """Parameters of the projections and MLPs that masks can remove (embeddings, norms and the joint projection do not count)."""
     c, heads, hidden = tower_of(cfg, tower), *_full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     return c.layers * (per_head * heads + 2 * c.width * hidden + c.width + hidden)
@@ -179,7 +179,7 @@ def constraint(gone: Any, wanted: Any, masks: Mapping[str, Any]) -> jax.Array:
 
 def scaled(params: Mapping[str, Any], spec: Spec, gates: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of the masked model: what writes to the residual stream times the embed gate, and what reads heads or hidden units
-    times theirs (spec §4.2: the same as masking activations)."""
+    times theirs (the same as masking activations)."""
     out = {}
     for path, leaf in spec.items():
         value = params[path]

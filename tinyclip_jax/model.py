@@ -102,13 +102,13 @@ class ClipConfig:
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
-    """A published ViT CLIP: heads of 64, MLPs of four widths, 77 tokens of 49,408 (spec: TinyCLIP model_configs)."""
+    """A published ViT CLIP: heads of 64, MLPs of four widths, 77 tokens of 49,408 (model_configs of the release)."""
     image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
     return ClipConfig(image, TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width))
 
 
 def resnet(width: int, text_layers: int) -> ClipConfig:
-    """A published ResNet CLIP: joint space of 1024, text width 512 (spec: TinyCLIP §1.3)."""
+    """A published ResNet CLIP: joint space of 1024, text width 512."""
     return replace(vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024)
 
 
@@ -251,7 +251,7 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
-    """Multiply-accumulates of one image and of one caption, attention scores and values included (spec §1.5)."""
+    """Multiply-accumulates of one image and of one caption, attention scores and values included."""
     if isinstance(cfg.image, ResNetConfig):
         image, query, uses = cfg.image.grid**2 + 1, "image/pool/query/kernel", tuple(positions(cfg.image))
     else:

@@ -1,6 +1,6 @@
 """Published numbers, by the model's size: millions of parameters of the image tower and of the text tower without its token table.
 
-The students' are of the README of the release (spec §7.4), their throughput on a GPU it does not name; the teachers' are of open_clip's
+The students' are of the README of the release, their throughput on a GPU it does not name; the teachers' are of open_clip's
 tables of results.
 """
 

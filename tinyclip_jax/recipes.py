@@ -1,4 +1,4 @@
-"""What the published recipes have in common (spec §5, §6)."""
+"""What the published recipes have in common."""
 
 from typing import Any
 

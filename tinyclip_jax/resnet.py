@@ -1,4 +1,4 @@
-"""CLIP's ResNet as image tower (spec §1.3): a stem of three convolutions, average pools for strides, and attention that pools."""
+"""CLIP's ResNet as image tower: a stem of three convolutions, average pools for strides, and attention that pools."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ def positions(c: ResNetConfig) -> Iterator[tuple[str, int]]:
 
 
 def leading(spec: Spec, pattern: str) -> list[tuple[str, Maps]]:
-    """Rules that give every leaf the leading part of its source along each axis: filters, statistics, heads (spec §3.2)."""
+    """Rules that give every leaf the leading part of its source along each axis: filters, statistics, heads."""
     rules: list[tuple[str, Maps]] = []
     for path in select(pattern, spec):
         leaf = spec[path]

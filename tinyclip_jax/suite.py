@@ -1,4 +1,4 @@
-"""The evaluation suite (spec §7): every data set of a folder by its protocol, published numbers beside, what is missing named.
+"""The evaluation suite: every data set of a folder by its protocol, published numbers beside, what is missing named.
 
 A folder DIR holds, as far as they are there:
 
@@ -80,7 +80,7 @@ class Classes:
 
 
 class Karpathy:
-    """Pictures of a split of Karpathy's dataset_*.json, each with its first five captions (spec §7.2)."""
+    """Pictures of a split of Karpathy's dataset_*.json, each with its first five captions."""
 
     def __init__(self, folder: Path, split: str = "test"):
         files = sorted(folder.glob("dataset*.json"))
@@ -183,7 +183,7 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
-    """Images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, each awaited (spec §7.3)."""
+    """Images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, each awaited."""
     c = setup.cfg
     inputs = {
         "image": np.zeros((AT_ONCE, c.image.size, c.image.size, 3), np.float32),

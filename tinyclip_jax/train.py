@@ -1,4 +1,4 @@
-"""Training a TinyCLIP: the recipe's config, its loss, and one linear trainer (spec §2, §3, §6)."""
+"""Training a TinyCLIP: the recipe's config, its loss, and one linear trainer."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -77,7 +77,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of progressive distillation (spec §5): what it has instead of the recipe's own."""
+    """One stage of progressive distillation: what it has instead of the recipe's own."""
 
     student: ClipConfig
     steps: int
@@ -250,7 +250,7 @@ class Setting:
 def distil(s: Setting, student_cfg: ClipConfig, make: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     """Train the student from `make(place)`, or on from where it was, to the end of the run, and write its weights.
 
-    After a mask phase the optimizer is new, and the cosine goes from the full rate without a warm-up (spec §4.5).
+    After a mask phase the optimizer is new, and the cosine goes from the full rate without a warm-up.
     """
     cfg, student = s.cfg, functional(Clip, student_cfg)
     begun = cfg.masks.prune_step
@@ -273,7 +273,7 @@ def distil(s: Setting, student_cfg: ClipConfig, make: Callable[[Mapping[str, Any
 
 
 def learn_masks(s: Setting) -> tuple[ClipConfig, Callable[[Mapping[str, Any]], dict[str, Any]]]:
-    """The mask phase: weights, masks and multipliers together up to `prune_step`, then the cut (spec §4.5, §4.6).
+    """The mask phase: weights, masks and multipliers together up to `prune_step`, then the cut.
 
     Returns the pruned model's config and its parameters as a function of shardings; it also stands in RUN/pruned, so that a resume
     knows its shape.
@@ -326,7 +326,7 @@ def learn_masks(s: Setting) -> tuple[ClipConfig, Callable[[Mapping[str, Any]], d
 def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
     """AdamW for the weights, its rate rising over the whole phase; Adam down for the masks and up for the multipliers.
 
-    The gradient is clipped over all of them together (spec §4.5).
+    The gradient is clipped over all of them together.
     """
     optim, steps = cfg.optim, cfg.masks.prune_step
     rising = replace(optim, warmup=steps, clip=None, no_decay=(*optim.no_decay, PATTERN))

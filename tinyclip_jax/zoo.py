@@ -1,4 +1,4 @@
-"""Models by name: the teacher that lives in this package, and the published ones on the Hugging Face hub (spec §8.1)."""
+"""Models by name: the teacher that lives in this package, and the published ones on the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any

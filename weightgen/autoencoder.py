@@ -1,4 +1,4 @@
-"""The reference KL autoencoder of weight vectors (spec §2.4-2.5), and a transformer over tokens in its place."""
+"""The reference KL autoencoder of weight vectors, and a transformer over tokens in its place."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -224,7 +224,7 @@ class TokenVae(nnx.Module):
 
 
 def vae_loss(x: jax.Array, back: jax.Array, posterior: Posterior, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
-    """Summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (spec §2.5; nats).
+    """Summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
 
     The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes nothing.
     """

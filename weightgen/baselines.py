@@ -1,4 +1,4 @@
-"""What a generator of weights has to beat (spec §5.2). Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
+"""What a generator of weights has to beat. Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -78,7 +78,7 @@ class Gate:
 
 
 def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
-    """Squared error over the squared spread around the mean network (spec §5.1). Both [n, ...]."""
+    """Squared error over the squared spread around the mean network. Both [n, ...]."""
     return float(np.sum((weights - back) ** 2) / max(np.sum((weights - weights.mean(0)) ** 2), 1e-30))
 
 

@@ -1,4 +1,4 @@
-"""What the generator is told: sets of picture features by class, text, labels of chunks (spec §2.6-2.8, §7.4)."""
+"""What the generator is told: sets of picture features by class, text, labels of chunks."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Condition(NamedTuple):
 
 
 class PerClass(nnx.Module):
-    """A token for each class from its pictures, and their mean for the task: equivariant to the order of classes (spec §7.4).
+    """A token for each class from its pictures, and their mean for the task: equivariant to the order of classes.
 
     x: [batch, class, picture, feature]; there: [batch, class, picture] bool, which pictures count. Invariant to their order.
     """
@@ -45,7 +45,7 @@ class PerClass(nnx.Module):
 
 @dataclass(frozen=True)
 class SetConfig:
-    """The released Set Transformer: 684,160 parameters (spec §2.7)."""
+    """The released Set Transformer: 684,160 parameters."""
 
     features: int = 512
     hidden: int = 128
@@ -106,7 +106,7 @@ class SetOfSets(nnx.Module):
     """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer to `latent`.
 
     x: [batch, class, picture, feature]; returns [batch, latent]. Invariant to the order of classes: it cannot say which row of a head
-    belongs to which class (spec §2.7), which `PerClass` can.
+    belongs to which class, which `PerClass` can.
     """
 
     def __init__(self, cfg: SetConfig, latent: int = 1024, *, rngs: nnx.Rngs):
@@ -121,7 +121,7 @@ class SetOfSets(nnx.Module):
 
 
 class MlpSet(nnx.Module):
-    """The released default: a dense layer over (picture, class) slots, then over features (spec §2.8). Order-sensitive.
+    """The released default: a dense layer over (picture, class) slots, then over features. Order-sensitive.
 
     x: [batch, class, picture, feature]; slots are picture-major; tasks with fewer classes use the first slots, as released.
     """
@@ -140,7 +140,7 @@ class MlpSet(nnx.Module):
 
 
 class Label(nnx.Module):
-    """A learned embedding of an integer, such as which chunk of a checkpoint a row is (spec §2.10). label: [batch] int32.
+    """A learned embedding of an integer, such as which chunk of a checkpoint a row is. label: [batch] int32.
 
     The label `labels` stands for none, for guidance.
     """

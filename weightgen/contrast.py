@@ -1,4 +1,4 @@
-"""Alignment of data-set embeddings with latents of weights (spec §2.9). weights, data: [batch, latent] f32; each returns a mean (nats)."""
+"""Alignment of data-set embeddings with latents of weights. weights, data: [batch, latent] f32; each returns a mean (nats)."""
 
 import jax
 import jax.numpy as jnp

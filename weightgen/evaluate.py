@@ -1,4 +1,4 @@
-"""The numbers every report has (spec §5.1): four accuracies kept apart, novelty, diversity, and whether the condition is used."""
+"""The numbers every report has: four accuracies kept apart, novelty, diversity, and whether the condition is used."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ def nearest_distance(weights: np.ndarray, zoo: np.ndarray, *, skip_self: bool = 
 
 
 def error_overlap(generated: np.ndarray, zoo: np.ndarray) -> np.ndarray:
-    """max_j |E_g and E_j| / |E_g or E_j| over zoo networks, of sets of misclassified examples (spec §5.1).
+    """max_j |E_g and E_j| / |E_g or E_j| over zoo networks, of sets of misclassified examples.
 
     generated: [n, example], zoo: [m, example] bool; returns [n].
     """

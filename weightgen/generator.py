@@ -1,4 +1,4 @@
-"""The generator: codec, condition and denoiser as one model, its loss, and how it is sampled (spec §2.10-2.11, §7.2)."""
+"""The generator: codec, condition and denoiser as one model, its loss, and how it is sampled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -232,5 +232,5 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
 
 
 def reduce_mean(tokens: np.ndarray) -> np.ndarray:
-    """The average of samples [n, ...] in weight space: for convex heads the conditional mean, which one sample is not (spec §6.2)."""
+    """The average of samples [n, ...] in weight space: for convex heads the conditional mean, which one sample is not."""
     return np.mean(tokens, axis=0)

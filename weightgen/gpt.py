@@ -1,4 +1,4 @@
-"""A GPT-2-shaped language model, small enough to train here, and a score for it: choosing the right word (spec §2.13).
+"""A GPT-2-shaped language model, small enough to train here, and a score for it: choosing the right word.
 
 The text is Python's own language reference as it comes with every CPython (`pydoc_data.topics`): real English, and no download.
 """

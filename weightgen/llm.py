@@ -1,4 +1,4 @@
-"""Exploring around one big checkpoint (spec §2.13): rank tensors, propose new ones, keep what a selection set likes.
+"""Exploring around one big checkpoint: rank tensors, propose new ones, keep what a selection set likes.
 
 There is no zoo here. What is called sampling is a perturbation of one model, so everything is reported beside noise of the same norm
 with the same budget of trials, and scored on a set that selected nothing.

@@ -1,4 +1,4 @@
-"""Low-rank adapters: their gauge, and turning a checkpoint of them into tokens (spec §7.5).
+"""Low-rank adapters: their gauge, and turning a checkpoint of them into tokens.
 
 An adapter is a product B A; (B R, R^-1 A) is the same adapter for every invertible R. A generator that is not told would see an
 arbitrary basis, so adapters are brought to one form first.

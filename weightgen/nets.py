@@ -69,7 +69,7 @@ class SmallConv(nnx.Module):
 
 
 class SmallCnn(nnx.Module):
-    """The CNN of the public model zoos: 2,464 parameters at one channel, 2,864 at three (spec §3.1). x: [batch, 28, 28, channel].
+    """The CNN of the public model zoos: 2,464 parameters at one channel, 2,864 at three. x: [batch, 28, 28, channel].
 
     conv 5x5 to 8, pool, conv 5x5 to 6, pool, conv 2x2 to 4, then 36 -> 20 -> classes.
     """

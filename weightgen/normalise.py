@@ -1,4 +1,4 @@
-"""Scaling of weight tokens before they are coded; fitted on a zoo, inverted exactly up to rounding (spec §2.3, §7.2)."""
+"""Scaling of weight tokens before they are coded; fitted on a zoo, inverted exactly up to rounding."""
 
 from dataclasses import dataclass
 from typing import Literal

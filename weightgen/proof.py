@@ -1,4 +1,4 @@
-"""Proof A (spec §6): heads for classes the zoo never saw, from 5 pictures of each or 1, beside everything that could do it as well.
+"""Proof A: heads for classes the zoo never saw, from 5 pictures of each or 1, beside everything that could do it as well.
 
 build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  300 tasks of unseen classes
 """

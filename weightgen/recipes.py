@@ -220,7 +220,7 @@ class CodecRecipe(Stage):
 
 @dataclass(frozen=True)
 class EncoderRecipe(Stage):
-    """Align a data-set encoder with the latents of the networks trained on the data (spec §2.9)."""
+    """Align a data-set encoder with the latents of the networks trained on the data."""
 
     zoo: str = "runs/zoo/zoo"
     loss: Literal["soft_target", "info_nce", "siglip"] = "info_nce"

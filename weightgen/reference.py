@@ -1,4 +1,4 @@
-"""D2NWG as released (spec §2): vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024 steps.
+"""D2NWG as released: vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024 steps.
 
 It is here to be compared with; `GeneratorConfig` is what this package recommends. Its choices are kept, the odd ones too: weights are
 divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not know the order of classes.
@@ -87,7 +87,7 @@ class Reference(nnx.Module):
 def stage1_loss(
     model: Functional, cfg: ReferenceConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6
 ) -> jax.Array:
-    """The autoencoder's loss on weights [batch, count] (spec §2.5)."""
+    """The autoencoder's loss on weights [batch, count]."""
     back, posterior = model.apply(params, weights, key, method="reconstruct")
     return vae_loss(weights / cfg.scale, back, posterior, beta=beta)
 

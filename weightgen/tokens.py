@@ -1,4 +1,4 @@
-"""Weights as tokens, and back to exactly the same tree (spec §2.2, §7.1).
+"""Weights as tokens, and back to exactly the same tree.
 
 Three ways to cut: a whole model as one long row, each tensor in chunks of a length, or neuron by neuron, which needs our named
 axes: a token is what one written unit reads, its bias included. Rows are padded with zeros; the mask says where the weights are.

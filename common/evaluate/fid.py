@@ -1,4 +1,4 @@
-"""Scores of a generator from the features of its pictures: FID, Inception score, precision and recall (ADM suite), and KID (spec §8.1)."""
+"""Scores of a generator from the features of its pictures: FID, Inception score, precision and recall (ADM suite), and KID."""
 
 import warnings
 from collections.abc import Iterator

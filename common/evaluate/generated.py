@@ -1,4 +1,4 @@
-"""Generated pictures against a reference batch of the ADM suite: both through one Inception, then scored (spec §8.1)."""
+"""Generated pictures against a reference batch of the ADM suite: both through one Inception, then scored."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping

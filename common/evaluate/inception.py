@@ -1,4 +1,4 @@
-"""Inception-v3 as the scores of generators see pictures: pooled, spatial and class features, resized inside (spec §8.1).
+"""Inception-v3 as the scores of generators see pictures: pooled, spatial and class features, resized inside.
 
 Two sets of weights fit, and their numbers do not compare: each has a name, the protocol, that goes with every score.
 "adm" is the frozen graph of 2015 that published FIDs are computed with, in pytorch-fid's names; "inception-v3-q8" an 8-bit

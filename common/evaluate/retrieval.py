@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at k both ways, with any number of right answers per query (spec §7.2)."""
+"""Image-text retrieval: recall at k both ways, with any number of right answers per query."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names in templates, averaged on the sphere (spec §7.1)."""
+"""Zero-shot classification: class names in templates, averaged on the sphere."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

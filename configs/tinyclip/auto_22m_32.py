@@ -3,7 +3,7 @@
     heirloom train tinyclip/auto_22m_32 --run runs/auto_22m_32 --data.path "laion400m/{00000..41407}.tar"
     heirloom train tinyclip/auto_22m_32 --run runs/auto_22m_32 --stage 2 ...                # one stage by itself
 
-LAION-400M as img2dataset shards, batch 8192, 6, 16 and 25 epochs (lengths of released files; later stages are inferred, spec §5). The
+LAION-400M as img2dataset shards, batch 8192, 6, 16 and 25 epochs (lengths of released files; later stages are inferred). The
 exact widths come from the masks. Hardware of the release: 32 GPUs. Expected: 53.7 % ImageNet-1k zero-shot top-1 (README of the release).
 """
 

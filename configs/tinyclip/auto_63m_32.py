@@ -2,7 +2,7 @@
 
     heirloom train tinyclip/auto_63m_32 --run runs/auto_63m_32 --data.path "laion400m/{00000..41407}.tar"
 
-LAION-400M as img2dataset shards, batch 8192, 6 epochs (lengths of released files; later stages are inferred, spec §5). The
+LAION-400M as img2dataset shards, batch 8192, 6 epochs (lengths of released files; later stages are inferred). The
 exact widths come from the masks. Hardware of the release: 32 GPUs. Expected: 63.9 % ImageNet-1k zero-shot top-1;
 64.5 % on LAION+YFCC-400M (README of the release).
 """

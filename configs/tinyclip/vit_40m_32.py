@@ -2,7 +2,7 @@
 
     heirloom train tinyclip/vit_40m_32 --run runs/vit_40m_32 --data.path "laion400m/{00000..41407}.tar"
 
-LAION-400M as img2dataset shards, batch 8192. The epochs of the released file are inferred to be 16 (spec §5), the script says 6:
+LAION-400M as img2dataset shards, batch 8192. The epochs of the released file are inferred to be 16, the script says 6:
 this recipe takes 16. Hardware of the release: 32 GPUs. Expected: 59.8 % ImageNet-1k zero-shot top-1 (README of the release).
 """
 

@@ -1,4 +1,4 @@
-"""Files of timm, DeiT, transformers, SWS, TLEG and google-research, both ways (spec §8)."""
+"""Files of timm, DeiT, transformers, SWS, TLEG and google-research, both ways."""
 
 import shutil
 from dataclasses import replace

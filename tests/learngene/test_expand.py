@@ -1,4 +1,4 @@
-"""Which block goes where: SWS's list, the rule for other depths, and the relatives (spec §4, §7, §13)."""
+"""Which block goes where: SWS's list, the rule for other depths, and the relatives."""
 
 from dataclasses import replace
 from itertools import repeat

@@ -1,4 +1,4 @@
-"""Distillation and augmentation, by their formulas (spec §2.3, §5, §13)."""
+"""Distillation and augmentation, by their formulas."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The auxiliary net is its own expansion, and its sizes are the published ones (spec §3, §9, §13)."""
+"""The auxiliary net is its own expansion, and its sizes are the published ones."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""diffusers' DiT in and out, bit for bit, and what its class computes differently (spec §7.2)."""
+"""diffusers' DiT in and out, bit for bit, and what its class computes differently."""
 
 import shutil
 

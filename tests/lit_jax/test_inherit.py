@@ -1,4 +1,4 @@
-"""LiT from a DiT: exactly the leaves that the option names stay fresh (spec §3, §11.9)."""
+"""LiT from a DiT: exactly the leaves that the option names stay fresh."""
 
 from dataclasses import replace
 from functools import partial

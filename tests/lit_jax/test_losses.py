@@ -1,4 +1,4 @@
-"""DiT's loss and the hybrid distillation, by hand in numpy (spec §1.4, §4)."""
+"""DiT's loss and the hybrid distillation, by hand in numpy."""
 
 from dataclasses import replace
 

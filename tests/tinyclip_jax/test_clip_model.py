@@ -187,7 +187,7 @@ def test_a_population_under_vmap_is_a_loop(model, draw, images, tokens):
 
 
 def test_initial_values_are_those_of_the_papers_code():
-    """spec §1.1: standard deviations, zeros and ones, and the scale."""
+    """Standard deviations, zeros and ones, and the scale."""
     cfg = ClipConfig(
         ImageConfig(size=64, patch=16, width=128, layers=2, heads=2, hidden=512),
         TextConfig(context=77, vocab=1000, width=64, layers=3, heads=1, hidden=256),

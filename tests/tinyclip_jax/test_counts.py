@@ -7,7 +7,7 @@ from tinyclip_jax.model import Clip, macs, parameters, total_macs
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.zoo import RN50, STUDENTS, VIT_B_16, VIT_B_32
 
-# spec §1.5: image, text without the token table, token table, grand total; G multiply-accumulates of image and text
+# image, text without the token table, token table, grand total; G multiply-accumulates of image and text
 PUBLISHED = {
     "vit_b_32": (VIT_B_32, (87_849_216, 38_131_200, 25_296_896, 151_277_313), (4.41, 2.98)),
     "vit_b_16": (VIT_B_16, (86_192_640, 38_131_200, 25_296_896, 149_620_737), (17.56, 2.98)),

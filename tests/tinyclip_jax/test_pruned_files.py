@@ -1,4 +1,4 @@
-"""Automatically pruned models on disk: ragged files, padded memory, and the layouts of others by shape inference (spec §8.3)."""
+"""Automatically pruned models on disk: ragged files, padded memory, and the layouts of others by shape inference."""
 
 from dataclasses import replace
 
