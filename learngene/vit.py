@@ -137,7 +137,7 @@ def _number(text: str) -> float:
 class DroppedBlock(Block):
     """A block whose branches are skipped for some samples while training. keep: [2, batch], 0 or 1 / (1 - rate) for either branch."""
 
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:  # type: ignore[override]  # other inputs
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         if keep is None:
             return super().__call__(x)
         attn, mlp = keep[:, :, None, None].astype(x.dtype)

@@ -139,6 +139,16 @@ class Features(NamedTuple):
     scale: jax.Array
 
 
+class MaskedBlock(Block):
+    """A block that learned masks may leave fewer channels. keep: [embed], bool, as in `LayerNorm`."""
+
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        if keep is None:
+            return super().__call__(x)
+        x = x + self.attn(self.attn_norm(x, keep))
+        return x + self.mlp(self.mlp_norm(x, keep))
+
+
 class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         assert isinstance(cfg.image, ImageConfig)
@@ -151,7 +161,9 @@ class ImageTower(nnx.Module):
         self.cls_position = param("-> embed", sizes, normal(std), rngs)
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
         self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
-        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs)
+        self.blocks = stack(
+            lambda rngs: MaskedBlock(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs
+        )
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.layers, self.remat = c.layers, cfg.remat
@@ -175,7 +187,7 @@ class TextTower(nnx.Module):
         mlp: dict[str, Any] = dict(activation=c.activation, up=normal((2 * c.width) ** -0.5), down=normal(residual))
         self.token = TokenTable(sizes, rngs=rngs)
         self.position = param("position -> embed", sizes, normal(0.01), rngs)
-        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs)
+        self.blocks = stack(lambda rngs: MaskedBlock(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
@@ -190,8 +202,8 @@ class TextTower(nnx.Module):
 
 
 def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
-    """The further arguments of every block (no modulation, `keep`), stacked along layer."""
-    return () if keep is None else (None, jnp.broadcast_to(keep, (layers, *keep.shape)))
+    """The further arguments of every block, stacked along layer."""
+    return () if keep is None else (jnp.broadcast_to(keep, (layers, *keep.shape)),)
 
 
 class Keep(NamedTuple):

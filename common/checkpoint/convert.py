@@ -35,8 +35,6 @@ class Format:
     write_config(cfg, folder): writes the format's own JSON files beside the weights.
     clean: brings the keys of a file in the wild to the layout's.
     wrapper: of a torch file, the key its tensors are under.
-
-
     complete(cfg, tensors): the tensors with what files of the wild leave out because it has no effect.
     """
 
@@ -47,8 +45,6 @@ class Format:
     write_config: Callable[[Any, Path], None]
     clean: Callable[[str], str] = lambda key: key
     wrapper: str = "state_dict"
-
-
     complete: Callable[[Any, Tensors], Tensors] = lambda cfg, tensors: tensors
 
     def layout_of(self, cfg: Any) -> Layout:

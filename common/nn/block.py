@@ -19,7 +19,7 @@ class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
     attention: makes the module that mixes tokens, called with `rngs`. affine=False: for the call with a modulation, [part, batch, embed],
-    whose six parts are shift, scale and gate of either branch (adaLN-Zero; DiT §3.2). keep: [embed], bool, as in `LayerNorm`.
+    whose six parts are shift, scale and gate of either branch (adaLN-Zero; DiT §3.2).
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array, modulation: jax.Array | None = None, keep: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
         if modulation is None:
-            x = x + self.attn(self.attn_norm(x, keep))
-            return x + self.mlp(self.mlp_norm(x, keep))
+            x = x + self.attn(self.attn_norm(x))
+            return x + self.mlp(self.mlp_norm(x))
         parts = modulation[:, :, None].astype(x.dtype)
         x = x + parts[2] * self.attn(modulate(self.attn_norm(x), parts[0], parts[1]))
         return x + parts[5] * self.mlp(modulate(self.mlp_norm(x), parts[3], parts[4]))
