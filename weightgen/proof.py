@@ -39,7 +39,7 @@ class ProofConfig:
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, lr=0.1, weight_decay=0.03))
     """Of the zoo's heads, with all pictures of their classes."""
     few: FitConfig = field(default_factory=lambda: FitConfig(steps=60, lr=0.1, weight_decay=0.1))
-    """Of the baseline that trains on the 1 or 5 pictures; of penalties from 0.003 to 0.3 the last alone does better on the selection set."""
+    """Of the baseline that trains on the 1 or 5 pictures; of penalties from 0.003 to 0.3 only the last is better on the selection set."""
     latent: int = 48
     denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=64, layers=2, heads=4, hidden=128))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128, save_every=10**9))
