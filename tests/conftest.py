@@ -1,9 +1,13 @@
 """Eight CPU devices, exact matmuls and quick compiles, set before anything asks JAX for a device."""
 
 import os
+from pathlib import Path
 
 # Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for one small run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# And what was compiled once is kept, for the other processes and for the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 from hypothesis import settings

@@ -165,6 +165,7 @@ def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
         if f"{image}layer1.0.conv1.weight" in tensors:
             return ClipConfig(_infer_resnet(tensors, image), text_tower, joint=joint)
         width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
+        joint = tensors[f"{image}proj"].shape[1]
         grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error

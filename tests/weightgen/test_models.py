@@ -178,7 +178,7 @@ def test_autoencoders_learn_eight_vectors_by_heart(kind):
         back, posterior = model.apply(params, x, jax.random.fold_in(jax.random.key(1), i))
         return vae_loss(x, back, posterior, beta=1e-6)
 
-    params = overfit(model, loss, 800, 4e-3)
+    params = overfit(model, loss, 200, 1e-2)
     back = model.apply(params, model.apply(params, x, method="encode").mean, method="decode")
     assert float(jnp.sum((back - x) ** 2) / jnp.sum(x**2)) < 1e-3
 
