@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import pytest
 from hypothesis import settings
 
 # Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number of devices:
@@ -22,3 +23,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 settings.register_profile("heirloom", deadline=None, derandomize=True)
 settings.load_profile("heirloom")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Whole runs on one of the fake devices: eight of them on two cores wait for one another most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield

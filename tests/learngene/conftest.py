@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,14 +10,6 @@ from common.nn.functional import functional
 from learngene.vit import Vit, VitConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vit"
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    """Whole runs on one of the fake devices: eight of them on two cores wait for one another most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="session")

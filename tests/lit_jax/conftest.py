@@ -3,21 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from lit_jax.dit import DitConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dit"
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    """Whole runs on one of the fake devices: eight of them on two cores wait for one another most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="session")

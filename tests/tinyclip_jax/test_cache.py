@@ -3,10 +3,8 @@
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from common import config
 from common.cli import main
@@ -17,16 +15,8 @@ from tinyclip_jax.cache import Cached
 from tinyclip_jax.zoo import open_clip_model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "start", lambda cfg: mesh)
-        yield
-
-
 @pytest.fixture(scope="module")
-def recipe():
+def recipe(one_device):
     cfg = config.load("tinyclip/emoji")
     small = replace(
         cfg,

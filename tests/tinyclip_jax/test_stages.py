@@ -6,7 +6,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from common.checkpoint.weights import open_safetensors, read_json
 from common.data.images import Preprocess
@@ -17,7 +16,6 @@ from common.errors import InputError
 from common.nn.functional import functional
 from common.train import loop
 from common.train.optim import OptimConfig
-from tinyclip_jax import train
 from tinyclip_jax.masks import MaskConfig, initial_masks, mask_spec, sparsity
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters
 from tinyclip_jax.pretrained import Pretrained
@@ -32,17 +30,8 @@ TEACHER = ClipConfig(
 FAST = MaskConfig(prune_step=6, target=0.3, warmup=3, lr=1.5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Sharding takes most of the time of small runs; runs on meshes are in tests/multidevice."""
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "start", lambda cfg: mesh)
-        yield
-
-
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(one_device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
     model, data = functional(Clip, TEACHER), SourceConfig("emoji:noto", split="test")
     tokenizer = Tokenizer.train(captions(open_source(data)), 540)

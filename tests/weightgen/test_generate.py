@@ -24,14 +24,6 @@ SMALL = DenoiserConfig(width=16, layers=1, heads=2, hidden=16)
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    """Whole runs on one of the fake devices: eight of them on two cores wait for one another most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        yield
-
-
-@pytest.fixture(scope="module")
 def generator():
     """A head generator with weights far from the initial ones and a codec that keeps everything."""
     cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=2, denoiser=SMALL)
