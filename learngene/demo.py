@@ -91,7 +91,7 @@ def draw(cfg: Comparison, results: dict[str, Any], out: Path) -> Path:
         axes.axhline(teacher, color="#888", linestyle="--", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0, None)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3)
     left.set_xticks(np.arange(len(cfg.depths)), [f"{depth} layers" for depth in cfg.depths])
     left.set_ylabel("accuracy on held-out emoji, %")
     left.annotate("teacher", (-0.5, teacher), (2, 3), textcoords="offset points", color="#666")
