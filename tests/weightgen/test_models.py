@@ -1,5 +1,7 @@
 """Published counts, symmetries, and the reference losses."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,11 @@ from weightgen.contrast import info_nce, siglip, soft_target
 from weightgen.generator import GeneratorConfig
 from weightgen.reference import Reference, ReferenceConfig, latent_scale, preset, sample, stage2_loss
 from weightgen.unet import Unet, UnetConfig
+
+
+def run(model, method="__call__"):
+    """Compiled whole: operation by operation these networks take ten times as long."""
+    return jax.jit(partial(model.apply, method=method))
 
 
 def count(model):
@@ -55,10 +62,11 @@ def test_the_unet_is_zero_at_first_and_uses_its_condition():
     model = functional(Unet, cfg)
     params = model.init(jax.random.key(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32)
-    assert not np.asarray(model.apply(params, x, jnp.ones(2), x)).any()
+    apply = run(model)
+    assert not np.asarray(apply(params, x, jnp.ones(2), x)).any()
     rng = np.random.default_rng(1)
     params = {path: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in params.items()}
-    outs = [np.asarray(model.apply(params, x, jnp.full(2, t), c)) for t, c in ((1.0, x), (1.0, -x), (500.0, x))]
+    outs = [np.asarray(apply(params, x, jnp.full(2, t), c)) for t, c in ((1.0, x), (1.0, -x), (500.0, x))]
     assert np.abs(outs[0] - outs[1]).max() > 1e-3 and np.abs(outs[0] - outs[2]).max() > 1e-3
 
 
@@ -70,10 +78,11 @@ def pictures():
 def test_the_set_encoder_does_not_know_any_order(pictures):
     model = functional(lambda cfg, rngs: SetOfSets(cfg, 8, rngs=rngs), SetConfig(16, hidden=8, inducing=4, out=16))
     params = model.init(jax.random.key(0))
-    out = np.asarray(model.apply(params, pictures))
+    apply = run(model)
+    out = np.asarray(apply(params, pictures))
     for other in (pictures[:, ::-1], pictures[:, :, ::-1]):
-        np.testing.assert_allclose(model.apply(params, other), out, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(model.apply(params, pictures[::-1])) - out).max() > 1e-3
+        np.testing.assert_allclose(apply(params, other), out, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(apply(params, pictures[::-1])) - out).max() > 1e-3
 
 
 def test_tokens_per_class_follow_the_order_of_classes(pictures):
@@ -179,7 +188,7 @@ def test_autoencoders_learn_eight_vectors_by_heart(kind):
         return vae_loss(x, back, posterior, beta=1e-6)
 
     params = overfit(model, loss, 200, 1e-2)
-    back = model.apply(params, model.apply(params, x, method="encode").mean, method="decode")
+    back = run(model, "decode")(params, run(model, "encode")(params, x).mean)
     assert float(jnp.sum((back - x) ** 2) / jnp.sum(x**2)) < 1e-3
 
 
@@ -199,17 +208,17 @@ def test_the_released_pipeline_fits_together():
     support = jnp.asarray(rng.standard_normal((3, 3, 2, 6)), jnp.float32)
     key = jax.random.key(1)
     # Decoding the latent image is decoding the latent: the reshape by memory order is undone, and so is the scale.
-    image = model.apply(params, weights, key, method="latents")
-    back, _ = model.apply(params, weights, key, method="reconstruct")
-    np.testing.assert_allclose(model.apply(params, image, method="decode"), 0.5 * back, atol=1e-5)
+    image = run(model, "latents")(params, weights, key)
+    back, _ = run(model, "reconstruct")(params, weights, key)
+    np.testing.assert_allclose(run(model, "decode")(params, image), 0.5 * back, atol=1e-5)
     k = latent_scale(model, params, weights, key)
     assert float((k * image).std()) == pytest.approx(1, rel=1e-5)
     # A UNet that says 0 has the error of unit noise; the autoencoder is not trained by it, and drawing gives finite weights.
-    value, grads = jax.value_and_grad(lambda p: stage2_loss(model, cfg, k, p, weights, support, key))(params)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: stage2_loss(model, cfg, k, p, weights, support, key)))(params)
     assert float(value) == pytest.approx(1, abs=0.25)
     assert not any(np.asarray(g).any() for path, g in grads.items() if path.startswith("vae/"))
     assert np.asarray(grads["unet/leave/bias"]).any()
-    drawn = sample(model, cfg, k, params, support, key)
+    drawn = jax.jit(lambda params: sample(model, cfg, k, params, support, key))(params)
     assert drawn.shape == (3, 24) and np.isfinite(drawn).all()
     assert preset("d2nwg") == ReferenceConfig() and preset("default") == GeneratorConfig()
     with pytest.raises(InputError, match="did you mean 'd2nwg'"):
