@@ -61,9 +61,9 @@ def table(result: Result) -> Table:
     out = Table(box=None, pad_edge=False)
     out.add_column("accuracy, %", no_wrap=True)
     for group in result.rows:
-        out.add_column(group, justify="right")  # kind of classes, pictures of each
+        out.add_column(group, justify="right", no_wrap=True)  # kind of classes, pictures of each
     for name in next(iter(result.rows.values())):
-        out.add_row(name, *(str(rows[name]) for rows in result.rows.values()))
+        out.add_row(name, *(str(rows[name]).replace(" ", "") for rows in result.rows.values()))  # 80 columns hold it
     return out
 
 
