@@ -192,15 +192,14 @@ def _recognise(format: Format, raw: Tensors, file: Path) -> tuple[Any, Tensors] 
 def weights_files(path: Path) -> list[Path]:
     """The weights of a checkpoint: the file itself, or those of a folder (an index of shards, safetensors before pickles).
 
-    An .npz in a folder may be anything: archives of weights are named.
     Raises InputError when there are none.
     """
     if path.is_file():
         return [path]
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.npz"):
         if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
             return found
-    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt or .pth)")
+    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth or .npz)")
 
 
 def open_tensors(file: Path) -> Tensors:

@@ -103,7 +103,9 @@ def test_two_weights_files_in_a_folder(hf, families):
 
 def test_a_folder_without_weights(hf, families):
     (hf / "model.safetensors").unlink()
-    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt or \.pth\)")
+    refused(hf, families, r"its tensors \(images, tokens, .*\) are of no known model")  # expected.npz
+    (hf / "expected.npz").unlink()
+    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, \.pth or \.npz\)")
 
 
 def test_tensors_of_no_known_model(tmp_path, families):
