@@ -170,7 +170,8 @@ def test_a_kernel_is_chosen_where_it_was_measured_and_nowhere_else(monkeypatch):
         def run(q, k, v):
             return linear_attention(q, k, v, layout="bhdn", conv_weight=weight, conv_bias=bias, grid=(16, 24)).sum()
 
-        return jax.jit(jax.grad(run)).trace(x, k.astype(x.dtype), v.astype(x.dtype)).lower(lowering_platforms=(platform,)).as_text()
+        every = jax.jit(jax.value_and_grad(run, (0, 1, 2)))  # newer JAX leaves out the kernels nobody asks for
+        return every.trace(x, k.astype(x.dtype), v.astype(x.dtype)).lower(lowering_platforms=(platform,)).as_text()
 
     assert "tpu_custom_call" not in text("tpu")
     monkeypatch.setattr(module, "choice", lambda: Choice("mosaic_tpu", "measured"))
