@@ -30,7 +30,7 @@ class Chip:
     cores: int = 1
 
 
-# Public data sheets of the chips (cloud.google.com/tpu/docs); halved where a chip has two devices.
+# v5e and v5p as in cloud.google.com/tpu/docs, the others unchecked; halved where a chip has two devices.
 CHIPS = {
     "v4": Chip(16 * GIB, 0.61e12, 137e12, 300e9, cores=2),
     "v5e": Chip(16 * GIB, 0.82e12, 197e12, 200e9),

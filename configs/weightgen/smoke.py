@@ -1,4 +1,4 @@
-"""Half a minute on a laptop: 200 heads on thumbnails of emoji, to see that zoos are built.
+"""200 heads on thumbnails of emoji, to see that zoos are built.
 
 heirloom train weightgen/smoke --run runs/smoke
 """
