@@ -13,6 +13,8 @@ from tinyclip_jax.zoo import FAMILY
 
 pytestmark = pytest.mark.parity
 
+pytest.importorskip("torch")
+
 TEXT = TextConfig(context=8, vocab=40, width=19, layers=2, heads=(1, 0), hidden=(5, 0), head_dim=64)
 MODELS = {
     "pruned": ClipConfig(ImageConfig(size=16, patch=8, width=23, layers=3, heads=(2, 0, 1), hidden=(7, 3, 9), head_dim=64), TEXT, joint=12),
