@@ -16,7 +16,7 @@ from common.data.pipeline import PipelineConfig
 from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import functional
-from common.train.mesh import MeshConfig, start
+from common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from learngene import train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, descendant
@@ -257,6 +257,24 @@ def test_the_loss_weighs_labels_and_teacher(gene_config, data):
         value, metrics = jax.jit(loss_fn(cfg, student, who))(params, batch, jax.random.key(0), who and who.weights)
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
         assert metrics["accuracy"][0] == (logits.argmax(1) == batch["label"]).mean()
+
+
+def test_a_genes_loss_and_tied_gradients_are_the_same_on_a_mesh(gene_config, data):
+    student = functional(Vit, gene_config.student)
+    params, loss = student.init(jax.random.key(0)), loss_fn(replace(gene_config, teacher="logits"), student, None)
+    batch = {name: np.concatenate([value, value[:2]]) for name, value in batch_of(gene_config, data).items()}
+
+    def gradients(params, batch):
+        return jax.value_and_grad(lambda p: loss(p, batch, jax.random.key(0), None)[0])(params)
+
+    expected, untouched = jax.jit(gradients)(params, batch)
+    mesh = start(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        places = shardings(student.spec, mesh), batch_sharding(mesh)
+        value, grads = jax.device_get(jax.jit(gradients, in_shardings=places)(params, batch))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for path, gradient in untouched.items():  # a bias of keys has none but for rounding
+        np.testing.assert_allclose(grads[path], gradient, atol=1e-5 * max(np.abs(gradient).max(), 1e-4), err_msg=path)
 
 
 def test_views_are_told_apart_and_share_a_label(gene_config, data):
