@@ -10,10 +10,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
+from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
 from common.data.images import Preprocess
 from common.data.labelled import open_labelled
@@ -42,7 +44,7 @@ from learngene.formats import IMAGENET, read_preprocess
 from learngene.losses import DistillConfig, cross_entropy, distillation
 from learngene.relatives import Method
 from learngene.vit import VitConfig, counts
-from learngene.zoo import FAMILY, open_classifier
+from learngene.zoo import FAMILY, open_classifier, outline
 
 CACHED = "logits"
 # DeiT's AdamW. Deviation: the cosine runs per step and ends at 0; the release steps per epoch, a step late, and ends at a minimum.
@@ -117,6 +119,9 @@ class Config:
     def evaluate(self) -> list[dict[str, Any]]:
         return evaluate(self)
 
+    def abstract(self, mesh: Mesh) -> Abstract:
+        return abstract(self, mesh)
+
     def describe(self) -> tuple[Family, Any]:
         return self.family, self.student
 
@@ -179,9 +184,31 @@ def train(cfg: Config, directory: Path, teacher: Teacher | None = None) -> None:
         eval_every=cfg.eval_every,
         evaluate=(lambda state: score(best(state))) if score else None,
         on_finish=lambda state: save_params(run.model, cfg.family.name, cfg.student, best(state), cfg.pre.save, force=True),
-        # A forward pass is two operations per multiply-accumulate, a backward pass twice that; the teacher goes forward only.
-        flops_per_example=6 * cfg.family.macs(cfg.student, student.spec) + (2 * teacher.macs if teacher else 0),
+        flops_per_example=flops(cfg, student, teacher),
     )
+
+
+def flops(cfg: Config, student: Functional, teacher: Teacher | None) -> float:
+    """Of one picture: two operations per multiply-accumulate forward, twice that backward; the teacher goes forward only."""
+    return 6 * cfg.family.macs(cfg.student, student.spec) + (2 * teacher.macs if teacher else 0)
+
+
+def abstract(cfg: Config, mesh: Mesh) -> Abstract:
+    """The step of `train` with shapes for arrays."""
+    student = functional(cfg.family.module, cfg.student)
+    teacher = None
+    if cfg.teacher not in ("", CACHED) and cfg.distill.alpha > 0:
+        sees = outline(cfg.teacher)
+        family = sees.family if isinstance(sees, Donor) else FAMILY
+        teacher = classifier(cfg, sees, family, IMAGENET, abstract_params(sees.model.spec, mesh))
+    optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
+    step = make_step(loss_fn(cfg, student, teacher), optimizer, student.spec, mesh, cfg.step, frozen=teacher and teacher.weights)
+    n, views = cfg.pipeline.batch, (cfg.augment.views,) if cfg.augment.views > 1 else ()
+    arrays: Any = {"image": ((n, *views, cfg.student.size, cfg.student.size, 3), jnp.uint8), "label": ((n,), jnp.int32)}
+    if cfg.teacher == CACHED:
+        arrays |= {LOGITS: ((n, cfg.student.classes), jnp.float32)}
+    state = abstract_state(optimizer, student.spec, mesh, cfg.step.ema)
+    return Abstract(step, state, abstract_batch(mesh, **arrays), cfg.pictures * flops(cfg, student, teacher))
 
 
 def opened(source: str) -> Donor | None:
@@ -207,7 +234,7 @@ def check(cfg: Config, teacher: Teacher | None = None) -> None:
         raise InputError("resized crops and RandAugment happen while reading: set storage to 'stream', or augment.crop to 'shift'")
 
 
-def open_teacher(cfg: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
+def open_teacher(cfg: Config, mesh: Mesh) -> Teacher | None:
     """The teacher a config names, sharded like a student. Raises InputError when it sees other pictures or other classes."""
     donor = opened(cfg.teacher) if cfg.distill.alpha > 0 else None
     if donor is None:
@@ -216,15 +243,19 @@ def open_teacher(cfg: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
     if (sees.size, sees.classes) != (student.size, student.classes):
         theirs = f"{sees.size} px and {sees.classes} classes"
         raise InputError(f"the teacher has {theirs}, the student {student.size} px and {student.classes}: they must be the same")
-    pre = read_preprocess(donor.folder, sees.size)
+    return classifier(cfg, donor, donor.family, read_preprocess(donor.folder, sees.size), load_params(donor, mesh))
+
+
+def classifier(cfg: Config, source: Donor | Outline, family: Family, pre: Preprocess, weights: Any) -> Teacher:
+    """A model as the teacher of `cfg`, which hands it pixels that are not normalised yet."""
 
     def logits(weights: Any, pixels: jax.Array) -> jax.Array:
-        return donor.model.apply(cast(weights, cfg.step.compute), normalised(pixels, pre))
+        return source.model.apply(cast(weights, cfg.step.compute), normalised(pixels, pre))
 
-    return Teacher(load_params(donor, mesh), logits, donor.family.macs(sees, donor.model.spec))
+    return Teacher(weights, logits, family.macs(source.cfg, source.model.spec))
 
 
-def batches(cfg: Config, mesh: jax.sharding.Mesh) -> Any:
+def batches(cfg: Config, mesh: Mesh) -> Any:
     """Training batches from the source or from the devices."""
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":

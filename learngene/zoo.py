@@ -5,6 +5,8 @@ from typing import Any
 
 from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
+from common.compile import Outline
+from common.nn.functional import functional
 from learngene import convnet
 from learngene.formats import FORMATS, carry_preprocess, config
 from learngene.verify import verify
@@ -18,6 +20,7 @@ _WIDTHS = {"ti": 192, "s": 384, "b": 768}
 
 # A stand-in for LeViT-384, SWS's own teacher, whose checkpoint only an old timm can read.
 TEACHER = "hf:facebook/deit-base-distilled-patch16-224"
+PUBLISHED = {TEACHER: VitConfig(width=768, heads=12, hidden=3072, layers=12, tokens="cls+dist", pool="cls+dist", eps=1e-12)}
 
 
 def vit(size: str, depth: int = 12) -> VitConfig:
@@ -39,6 +42,12 @@ def paper_auxiliary(size: str) -> VitConfig:
 def paper_vit(size: str, depth: int = 12) -> VitConfig:
     """The released descendant: the mean is normalised, not the tokens (T2), with timm's heads and eps."""
     return replace(vit(size, depth), pool="mean_norm")
+
+
+def outline(source: str) -> Donor | Outline:
+    """A teacher for `heirloom compile`: the published one need not be fetched for its shapes."""
+    cfg = PUBLISHED.get(source)
+    return Outline(cfg, functional(Vit, cfg)) if cfg else open_classifier(source)
 
 
 def open_classifier(source: str, **overrides: Any) -> Donor:

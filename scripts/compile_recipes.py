@@ -25,6 +25,8 @@ RECIPES = {
     "lit/s_2_256": ["v5e:4x4"],
     "lit/b_2_256": ["v5e:4x4"],
     "lit/l_2_256": ["v5e:8x8 --mesh.fsdp 8"],
+    "learngene/aux_s": ["v5e:4x4"],
+    "learngene/aux_b": ["v5e:4x4"],
 }
 HEAD = """# The recipes on TPU pods
 

@@ -17,6 +17,14 @@ def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path
     assert result["step_seconds"] == max(result["parts"].values()) > 0
 
 
+def test_a_step_of_a_gene_with_its_published_teacher_is_outlined_not_fetched():
+    flags = ["--student.layers", "1", "--student.layout", "2", "--student.size", "224", "--pipeline.batch", "4"]
+    recipe = config.load("learngene/aux_ti", flags)
+    result = compile_for(recipe, Topology.parse("v5e:2x2"))
+    teacher = 17.5e9  # DeiT-B's multiply-accumulates
+    assert result["fits"] and result["flops"] > 4 * recipe.augment.views * 2 * teacher
+
+
 def test_what_does_not_fit_is_told_with_advice():
     flags = ["--pipeline.batch", "262144", "--student.width", "256", "--student.heads", "4", "--student.hidden", "1024"]
     result = compile_for(config.load("lit/smoke", flags), Topology.parse("v5e:2x2"))
