@@ -69,9 +69,9 @@ FASHION = VitConfig(size=28, patch=7, width=64, layers=3, heads=2, hidden=256, c
 CIFAR = VitConfig(size=32, patch=4, width=192, layers=5, heads=3, hidden=768, classes=10, gene="sws", layout=(2, 2, 2, 2, 2))
 CPU = Size(
     data="data/fashion_mnist",
-    train=10_000,
-    validation=2_000,
-    test=10_000,
+    train=6_000,
+    validation=1_000,
+    test=4_000,
     student=FASHION,
     teacher=ConvConfig(size=28, widths=(16, 32, 64), blocks=1),
     depths=(4, 6),

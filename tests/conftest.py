@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -31,3 +32,15 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         yield
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """`draw(spec, seed)`: parameters far from their initial values, so that no gate is closed."""
+
+    def draw(spec, seed=0):
+        rng = np.random.default_rng(seed)
+        scale = {path: leaf.extent("read") ** -0.5 if path.endswith("kernel") else 0.2 for path, leaf in spec.items()}
+        return {path: (scale[path] * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in spec.items()}
+
+    return draw

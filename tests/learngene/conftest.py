@@ -19,18 +19,6 @@ def gene():
 
 
 @pytest.fixture(scope="session")
-def draw():
-    """`draw(spec, seed)`: parameters far from their initial values."""
-
-    def draw(spec, seed=0):
-        rng = np.random.default_rng(seed)
-        scale = {path: leaf.extent("read") ** -0.5 if path.endswith("kernel") else 0.2 for path, leaf in spec.items()}
-        return {path: (scale[path] * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in spec.items()}
-
-    return draw
-
-
-@pytest.fixture(scope="session")
 def images():
     return np.random.default_rng(1).standard_normal((3, 8, 8, 3)).astype(np.float32)
 

@@ -24,18 +24,6 @@ def lit(cfg):
 
 
 @pytest.fixture(scope="session")
-def draw():
-    """`draw(spec, seed)`: parameters far from their initial values, so that no gate is closed."""
-
-    def draw(spec, seed=0):
-        rng = np.random.default_rng(seed)
-        scale = {path: leaf.extent("read") ** -0.5 if path.endswith("kernel") else 0.2 for path, leaf in spec.items()}
-        return {path: (scale[path] * rng.standard_normal(leaf.shape)).astype(np.float32) for path, leaf in spec.items()}
-
-    return draw
-
-
-@pytest.fixture(scope="session")
 def batch(cfg):
     """Noisy inputs, times and labels (the last is none)."""
     rng = np.random.default_rng(1)

@@ -8,6 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from common.data import sources
+from common.data.images import decode
+from common.data.labelled import open_labelled
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError
 
@@ -229,6 +231,16 @@ def test_the_emoji_of_this_package():
     assert not {r["concept"] for r in noto["train"]} & {r["concept"] for r in noto["test"]}
     with pytest.raises(InputError, match="did you mean 'noto'"):
         open_source(SourceConfig("emoji:nota"))
+
+
+def test_the_digits_of_this_package():
+    train, test = (open_labelled(SourceConfig("digits", split=split), "label", 10) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1500, 297)
+    ink = 255 - np.asarray(decode(train[0]["image"]), np.float32)  # a nought
+    assert ink.shape == (8, 8, 3) and train[0]["label"] == 0
+    assert ink[3:5, 3:5].mean() < ink[3:5, [2, 5]].mean()
+    with pytest.raises(InputError, match="has no column 'caption'"):
+        open_source(SourceConfig("digits"))
 
 
 # TensorFlow Datasets
