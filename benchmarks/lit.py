@@ -45,7 +45,7 @@ from common.train.mesh import start
 from common.train.parameters import load_params
 from common.train.step import StepConfig
 from lit_jax.decode import Pictures
-from lit_jax.demo import race, thumbnails
+from lit_jax.demo import race
 from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.losses import DistillConfig
 from lit_jax.sample import SampleConfig, drawer
@@ -84,6 +84,8 @@ SIZES = {
         samples=5000,
     ),
 }
+THUMBNAIL = 8  # pixels
+COLOURS = {"DiT, scratch": "#888888", "LiT, scratch": "#588b8b", "LiT, inherits": "#e8a87c", "LiT, inherits, distilled": "#c8553d"}
 Features = Callable[[np.ndarray], np.ndarray]
 
 
@@ -127,6 +129,7 @@ def main() -> None:
         made |= {"size": asdict(size), "milliseconds": costs, "paper": PAPER}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
+        plot(size, rows, args.json.with_suffix(".png"))
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -220,6 +223,13 @@ def extractors(network: Path | None) -> dict[str, Features]:
     return features
 
 
+def thumbnails(pictures: np.ndarray) -> np.ndarray:
+    """Pictures shrunk to 8 x 8 by averaging, [n, 192] in [-1, 1]: coarse features, but honest ones for 32 pixels and no network."""
+    n, side = pictures.shape[:2]
+    cell = side // THUMBNAIL
+    return pictures.reshape(n, THUMBNAIL, cell, THUMBNAIL, cell, 3).mean((2, 4)).reshape(n, -1) / 127.5 - 1
+
+
 def samples(cfg: Config, size: Size, run: Race, seed: int) -> np.ndarray:
     """Pictures of all classes equally often, from the same noise whatever the model."""
     donor, mesh = open_dit(str(run.weights)), start(cfg.mesh)
@@ -262,6 +272,21 @@ def report(size: Size, rows: list[dict[str, Any]], costs: dict[str, dict[str, fl
         step = Race(other["steps"], other["curve"], {}, Path()).reaches(row["mse"], le)
         when = f"after {step} of {size.steps} steps ({step / size.steps:.0%})" if step is not None else f"not within {size.steps} steps"
         print(f"seed {row['seed']}: the distilled LiT has the DiT's final error {when}; the paper's after {PAPER:.0%}")
+
+
+def plot(size: Size, rows: list[dict[str, Any]], file: Path) -> None:
+    """The four students' errors over their steps, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for name, colour in COLOURS.items():
+        for n, row in enumerate(r for r in rows if r["arm"] == name):
+            axes.plot(row["steps"], row["curve"], color=colour, linewidth=1.5, label=None if n else name)
+    axes.set(xlabel="step", ylabel="squared error of the noise, CIFAR-10 test pictures", yscale="log", xlim=(0, size.steps))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
 
 
 def spread(rows: list[dict[str, Any]], name: str) -> str:

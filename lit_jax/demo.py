@@ -1,4 +1,4 @@
-"""`heirloom demo lit`: a LiT inherits from the embedded DiT and is distilled from it, beside the same LiT from scratch, on emoji."""
+"""`heirloom demo lit`: a LiT inherits from the embedded DiT and is distilled from it, beside the same LiT from scratch, on digits."""
 
 import tempfile
 import time
@@ -15,24 +15,22 @@ from rich.table import Table
 from common import config
 from common.checkpoint.weights import staged
 from common.data.images import decode
-from common.data.sources import open_source
+from common.data.labelled import open_labelled
+from common.data.sources import SourceConfig
 from common.demo import Race
 from common.evaluate.fid import kid
 from common.nn.functional import functional
 from common.train.mesh import shardings, start
 from common.train.parameters import load_params
-from lit_jax.data import adm_crop
 from lit_jax.decode import Pictures
 from lit_jax.dit import Dit, parameters
 from lit_jax.sample import drawer, grid
 from lit_jax.train import Config, held_out_loss, initial, opened
 from lit_jax.zoo import open_dit
 
-RECIPE = "lit/emoji"
+RECIPE = "lit/digits"
 METRIC = "mse"
-CLASSES = ("activities", "animals", "flags", "food", "objects", "people", "smileys", "symbols", "travel")
-OF_EACH, SHOWN = 16, 5  # pictures drawn of each class for the score, and those the grid has room for
-THUMBNAIL = 8  # pixels
+OF_EACH, SHOWN = 30, 6  # pictures drawn of each class for the scores, and those the grid has room for
 COLOURS = {"inherited": "#c8553d", "scratch": "#588b8b"}
 
 
@@ -47,7 +45,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     counts = {"teacher": parameters(teacher.model.spec)["total"], "student": parameters(functional(Dit, cfg.student).spec)["total"]}
     console.print(
         f"teacher: a DiT of {counts['teacher']:,} parameters with softmax attention; student: a LiT of {counts['student']:,}. "
-        f"{cfg.steps} steps of {cfg.pipeline.batch} emoji each, first inheriting and distilled, then from scratch."
+        f"{cfg.steps} steps of {cfg.pipeline.batch} digits each, first inheriting and distilled, then from scratch."
     )
     with tempfile.TemporaryDirectory(dir=out) as folder:  # beside the result, which is renamed into place
         arms = {"inherited": cfg, "scratch": replace(cfg, donor="", teacher="")}
@@ -57,13 +55,18 @@ def run(seed: int, out: Path) -> dict[str, Any]:
         with staged(out / "student", force=True) as student:
             races["inherited"].weights.rename(student)
 
-    real = thumbnails(held_out_pictures(cfg))
     losses = {"teacher": {METRIC: loss(cfg, cfg.teacher)}} | {name: race.final for name, race in races.items()}
-    scores = {name: losses[name] | {"kid": kid(real, thumbnails(pictures), seed=seed).mean} for name, pictures in drawn.items()}
+    known, real = real_digits(cfg.data), real_digits(cfg.held_out)
+    asked = np.tile(np.arange(cfg.student.classes), OF_EACH)
+    scores: dict[str, dict[str, float]] = {
+        name: losses[name] | {"kid": kid(real[0], flat(pictures), seed=seed).mean, "recognised": recognised(known, flat(pictures), asked)}
+        for name, pictures in drawn.items()
+    }
+    scores["real"] = {"recognised": recognised(known, *real)}
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], le)
     picture = plot(races, scores["teacher"][METRIC], drawn, out)
     seconds = time.perf_counter() - started
-    console.print("\nloss on held-out emoji, and distance of what is drawn from them (lower is better)", soft_wrap=True)
+    console.print("\nloss on held-out digits, distance of drawn from real (lower is better), share that reads as asked", soft_wrap=True)
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
     console.print(f"the inherited student reached scratch's final loss {reached}; took {seconds:.0f} s", soft_wrap=True)
@@ -95,36 +98,46 @@ def loss(cfg: Config, source: str) -> float:
 
 
 def draw(cfg: Config, source: str, seed: int) -> np.ndarray:
-    """Pictures of every class in turn, uint8 [16 x 9, side, side, 3], from the same noise whatever the model."""
+    """Pictures of every class in turn, uint8 [30 x 10, side, side, 3], from the same noise whatever the model."""
     donor, mesh = open_dit(source), start(cfg.mesh)
     labels = np.tile(np.arange(cfg.student.classes), OF_EACH)
     return Pictures.to_uint8(drawer(donor.model, donor.cfg, cfg.sample, mesh)(load_params(donor, mesh), labels, jax.random.key(seed)))
 
 
-def held_out_pictures(cfg: Config) -> np.ndarray:
-    source = open_source(cfg.held_out)
-    return np.stack([adm_crop(decode(source[i]["image"]), cfg.student.size) for i in range(len(source))])
+def real_digits(source: SourceConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures as `flat` returns them, and their labels."""
+    opened = open_labelled(source, "label")
+    records = [opened[i] for i in range(len(opened))]
+    return flat(np.stack([np.asarray(decode(record["image"])) for record in records])), np.array([record["label"] for record in records])
 
 
-def thumbnails(pictures: np.ndarray) -> np.ndarray:
-    """Pictures shrunk to 8 x 8 by averaging, [n, 192] in [-1, 1]: coarse features, but honest ones for 32 pixels and no network."""
-    n, side = pictures.shape[:2]
-    cell = side // THUMBNAIL
-    return pictures.reshape(n, THUMBNAIL, cell, THUMBNAIL, cell, 3).mean((2, 4)).reshape(n, -1) / 127.5 - 1
+def flat(pictures: np.ndarray) -> np.ndarray:
+    """Pixels as features, float64 [n, side * side] in [-1, 1]: the mean of the channels. Honest for 64 pixels and no network."""
+    return pictures.mean(-1).reshape(len(pictures), -1) / 127.5 - 1
+
+
+def recognised(known: tuple[np.ndarray, np.ndarray], features: np.ndarray, labels: np.ndarray) -> float:
+    """Share of pictures whose nearest training digit bears their label."""
+    pictures, names = known
+    distance = (pictures**2).sum(1) - 2 * features @ pictures.T
+    return float((names[distance.argmin(1)] == labels).mean())
 
 
 def _table(counts: dict[str, int], scores: dict[str, dict[str, float]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for header in ("", "parameters", "loss", f"KID of {THUMBNAIL} x {THUMBNAIL} thumbnails"):
+    for header in ("", "parameters", "loss", "KID of pixels", "read as asked"):
         table.add_column(header, justify="right" if header else "left")
     for name, metrics in scores.items():
-        count = counts["teacher" if name == "teacher" else "student"]
-        table.add_row(name, f"{count:,}", f"{metrics[METRIC]:.4f}", f"{metrics['kid']:.4f}")
+        if name == "real":
+            table.add_row("held-out digits", "", "", "", f"{metrics['recognised']:.1%}")
+        else:
+            count = counts["teacher" if name == "teacher" else "student"]
+            table.add_row(name, f"{count:,}", f"{metrics[METRIC]:.4f}", f"{metrics['kid']:.4f}", f"{metrics['recognised']:.1%}")
     return table
 
 
 def plot(races: dict[str, Race], teacher: float, drawn: dict[str, np.ndarray], out: Path) -> Path:
-    """Both curves, and what teacher and students draw side by side, a row for each class; returns the PNG."""
+    """Both curves, and what teacher and students draw side by side, a row for each digit; returns the PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5.6), layout="constrained", facecolor="white")
@@ -134,15 +147,15 @@ def plot(races: dict[str, Race], teacher: float, drawn: dict[str, np.ndarray], o
         axes.plot(race.steps, race.scores, color=COLOURS[name], linewidth=2.5, label=name)
     axes.axhline(teacher, color="#888", linestyle="--", linewidth=1)
     axes.annotate("teacher", (races["scratch"].steps[-1], teacher), (-2, 3), textcoords="offset points", color="#666", ha="right")
-    axes.set(xlabel="step", ylabel="squared error of the noise, held-out emoji", yscale="log", xlim=(0, races["scratch"].steps[-1]))
+    axes.set(xlabel="step", ylabel="squared error of the noise, held-out digits", yscale="log", xlim=(0, races["scratch"].steps[-1]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     for cell, (name, pictures) in zip(right.subplots(1, len(drawn)), drawn.items(), strict=True):
-        classes = len(CLASSES)
-        by_class = pictures.reshape(-1, classes, *pictures.shape[1:])[:SHOWN].swapaxes(0, 1)
+        pictures = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        classes, side = len(pictures) // OF_EACH, pictures.shape[1]
+        by_class = pictures.reshape(OF_EACH, classes, *pictures.shape[1:])[:SHOWN].swapaxes(0, 1)
         cell.imshow(grid(by_class.reshape(-1, *pictures.shape[1:]), SHOWN), interpolation="nearest")
-        side = pictures.shape[1]
-        cell.set_yticks(side * (np.arange(classes) + 0.5), CLASSES if name == "teacher" else [""] * classes, fontsize=11)
+        cell.set_yticks(side * (np.arange(classes) + 0.5), map(str, range(classes)) if name == "teacher" else [""] * classes, fontsize=11)
         cell.set_xticks([])
         cell.tick_params(length=0)
         cell.spines[:].set_visible(False)

@@ -12,7 +12,7 @@ from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, companions, config
 from lit_jax.verify import verify
 
-EMBEDDED = {"emoji_dit": Path(__file__).parent / "emoji_dit"}
+EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
 FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED)
 

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: folders, tables, tar shards, parquet, TFDS and the emoji that live in this package.
+"""Where pictures and captions come from: folders, tables, tar shards, parquet, TFDS, and the emoji and digits that live in this package.
 
 A *source* is a random-access sequence of records. A record is a dict with `key` (file and name, for messages), `image`
 (encoded bytes, or uint8 [h, w, 3]) and/or `text` (a string, or a list of strings when a picture has several captions),
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from common.data import emoji
+from common.data import digits, emoji
 from common.data.tar_index import STEM, index_shard, read_span
 from common.errors import InputError, nearest
 
@@ -37,8 +37,8 @@ class SourceConfig:
     """Which data to read."""
 
     path: str = ""
-    """emoji | emoji:noto | emoji:fluent | emoji:twemoji (embedded), a folder of pictures, a .csv or .tsv, .tar or .parquet files (a file,
-    a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays, or tfds:name[:version][@data_dir]"""
+    """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits (embedded), a folder of pictures, a .csv or .tsv, .tar or .parquet files
+    (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays, or tfds:name[:version][@data_dir]"""
     split: str = ""
     """train, test, ... for data that has splits: a parquet column `split`, TFDS, a folder with sub-folders train/ test/"""
     image: str = "image"
@@ -74,10 +74,12 @@ def _open(cfg: SourceConfig) -> Source:
             raise InputError(f"no emoji style {rest!r}{nearest(rest, emoji.STYLES)} ({', '.join(emoji.STYLES)})")
         columns = tuple(dict.fromkeys(("concept", "tags", *cfg.columns)))
         return ParquetSource([emoji.path(style) for style in ([rest] if rest else emoji.STYLES)], replace(cfg, columns=columns))
+    if cfg.path == "digits":
+        return ParquetSource([digits.PATH], cfg)
     if scheme == "tfds":
         return TfdsSource(rest, cfg)
     if not cfg.path:
-        raise InputError("no data given: set path to emoji, a folder, a .csv, .tar or .parquet files, or tfds:NAME")
+        raise InputError("no data given: set path to emoji or digits, a folder, a .csv, .tar or .parquet files, or tfds:NAME")
     files = _files(cfg.path)
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
