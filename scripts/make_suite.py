@@ -9,7 +9,6 @@ public domain is taken, one picture per title; the titles are its captions.
 """
 
 import argparse
-import gzip
 import io
 import re
 import subprocess
@@ -17,12 +16,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
-IDX = {"train": "train", "test": "t10k"}
 PUBLIC_DOMAIN = re.compile(rb"creativecommons.org/licenses/publicdomain|web.resource.org/cc/PublicDomain", re.IGNORECASE)
 TITLE = re.compile(r"<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 SIDE, LARGEST = 224, 16_000_000  # shorter side of what is kept, pixels; a few posters take seconds each
@@ -35,31 +32,12 @@ def main() -> None:
     parser.add_argument("--fashion-mnist", type=Path, metavar="ROOT")
     parser.add_argument("--openclipart", type=Path, metavar="ROOT")
     args = parser.parse_args()
-    if args.cifar10:
-        script = Path(__file__).with_name("make_cifar10.py")
-        subprocess.run([sys.executable, script, args.cifar10, args.destination / "cifar10"], check=True)
-    if args.fashion_mnist:
-        fashion_mnist(args.fashion_mnist, args.destination / "fashion-mnist")
+    for package, name in ((args.cifar10, "cifar10"), (args.fashion_mnist, "fashion-mnist")):
+        if package:
+            script = Path(__file__).with_name(f"make_{name.replace('-', '_')}.py")
+            subprocess.run([sys.executable, script, package, args.destination / name], check=True)
     if args.openclipart:
         openclipart(args.openclipart, args.destination / "openclipart")
-
-
-def fashion_mnist(root: Path, out: Path) -> None:
-    """Its idx files as arrays; grey becomes three equal channels."""
-    for split, prefix in IDX.items():
-        pixels = np.frombuffer(found(root, f"{prefix}-images-idx3-ubyte.gz"), np.uint8, offset=16).reshape(-1, 28, 28, 1)
-        labels = np.frombuffer(found(root, f"{prefix}-labels-idx1-ubyte.gz"), np.uint8, offset=8)
-        folder = out / split
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "image.npy", pixels.repeat(3, axis=3))
-        np.save(folder / "label.npy", labels.astype(np.int32))
-
-
-def found(root: Path, name: str) -> bytes:
-    file = next(root.rglob(name), None)
-    if file is None:
-        sys.exit(f"{root}: has no {name}; unpack dataset-fashion-mnist there")
-    return gzip.decompress(file.read_bytes())
 
 
 def openclipart(root: Path, out: Path) -> None:

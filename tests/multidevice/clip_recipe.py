@@ -20,8 +20,8 @@ def get_config() -> Config:
         loss=LossConfig(alpha=0.5, scale="learned"),
         # A large eps: Adam would make whole steps of what is only rounding, such as the gradient of the keys' biases.
         optim=OptimConfig(lr=1e-3, warmup=2, eps=1e-2),
-        steps=12,
+        steps=16,
         log_every=1,
-        eval_every=6,
+        eval_every=8,
         save_every=2,
     )
