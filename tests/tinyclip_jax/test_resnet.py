@@ -1,5 +1,6 @@
 """ResNet towers: batch-norm statistics as leaves of the tree, inheritance of leading filters, and the layout of open_clip."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -8,13 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from common import config
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.weights import open_safetensors
 from common.data.images import Preprocess
+from common.data.pipeline import PipelineConfig
+from common.data.sources import SourceConfig
+from common.data.text import Tokenizer
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.graft import graft
 from common.surgery.plan import Source
+from common.train.mesh import MeshConfig
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.state import create_state
 from common.train.step import StepConfig, make_step
@@ -124,3 +130,21 @@ def test_recomputed_blocks_give_the_same_gradients(batch):
     for path, expected in plain.items():
         np.testing.assert_allclose(recomputed[path], expected, rtol=1e-4, atol=1e-6, err_msg=path)
     assert np.abs(plain["image/layer2/0/bn1/mean"]).max() > 1e-3  # the statistics' distance, once and not twice
+
+
+def test_a_published_recipe_trains_at_a_small_size(one_device, tmp_path):
+    sized = replace(TEXT, context=8, vocab=540)
+    donor, student = (replace(cfg, text=replace(sized, layers=cfg.text.layers)) for cfg in (TEACHER, STUDENT))
+    model, data = functional(Clip, donor), SourceConfig("emoji:noto", split="test")
+    params = model.init(jax.random.key(0))
+    Pretrained(donor, model, params, Preprocess(32), Tokenizer.train(["a cat", "a dog"], 540)).save(tmp_path / "donor")
+    published = config.load("tinyclip/rn_30m")
+    cfg = replace(
+        published, student=replace(student, remat=published.student.remat), teacher=str(tmp_path / "donor"), donor=str(tmp_path / "donor")
+    )
+    replace(cfg, data=data, pipeline=PipelineConfig(batch=8), mesh=MeshConfig(), steps=2, log_every=1).train(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([5e-8, 1e-7]) and all(line["affinity"] > 1 for line in lines)
+    trained = open_safetensors(tmp_path / "run" / "model" / "model.safetensors")
+    np.testing.assert_allclose(trained["image/conv1/kernel"], params["image/conv1/kernel"][..., :1], atol=1e-6)
+    assert np.abs(trained["image/bn1/mean"]).max() > 1e-3  # the statistics follow the pictures, whatever the rate

@@ -1,12 +1,15 @@
 """Automatic inheritance and progressive distillation as a person runs them: one recipe, several stages, a stop, the same command."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
+from common import config
+from common.checkpoint.state import Checkpoints
 from common.checkpoint.weights import open_safetensors, read_json
 from common.data.images import Preprocess
 from common.data.pipeline import PipelineConfig
@@ -14,12 +17,12 @@ from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
 from common.nn.functional import functional
-from common.train import loop
+from common.train.mesh import MeshConfig
 from common.train.optim import OptimConfig
 from tinyclip_jax.masks import MaskConfig, initial_masks, mask_spec, sparsity
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters
 from tinyclip_jax.pretrained import Pretrained
-from tinyclip_jax.train import Config, Stage, captions, mask_optimizer
+from tinyclip_jax.train import captions, mask_optimizer
 from tinyclip_jax.zoo import open_clip_model
 
 TEACHER = ClipConfig(
@@ -36,17 +39,21 @@ def recipe(one_device, tmp_path_factory):
     model, data = functional(Clip, TEACHER), SourceConfig("emoji:noto", split="test")
     tokenizer = Tokenizer.train(captions(open_source(data)), 540)
     Pretrained(TEACHER, model, model.init(jax.random.key(0)), Preprocess(16), tokenizer).save(folder)
-    return Config(
-        student=TEACHER,
+    published = config.load("tinyclip/auto_45m_32")  # whose optimizer, precision and stages stay
+    first, second = (replace(stage, student=replace(TEACHER, remat=stage.student.remat)) for stage in published.stages)
+    return replace(
+        published,
+        student=first.student,
         teacher=str(folder),
         donor=str(folder),
         data=data,
         pipeline=PipelineConfig(batch=16),
-        optim=OptimConfig(lr=1e-3, warmup=1),
+        mesh=MeshConfig(),
+        optim=replace(published.optim, lr=1e-3),
         log_every=1,
         eval_every=100,
         save_every=2,
-        stages=(Stage(TEACHER, 10, masks=FAST), Stage(TEACHER, 8, masks=replace(FAST, start=0.3, target=0.5))),
+        stages=(replace(first, steps=10, masks=FAST), replace(second, steps=8, masks=replace(FAST, start=0.3, target=0.5))),
     )
 
 
@@ -83,15 +90,14 @@ def test_each_stage_starts_from_the_model_of_the_one_before(whole, recipe):
     assert lines(whole / "stage_2")[0]["sparsity"] == pytest.approx(gone, abs=1e-5) and gone > 0.1
 
 
-def test_stopped_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_path, monkeypatch):
-    one = replace(recipe, stages=recipe.stages[:1])
-    requested = loop.Stop.requested
-    monkeypatch.setattr(loop.Stop, "requested", lambda self, step: step == 8)
-    with pytest.raises(SystemExit):
-        one.train(tmp_path)
-    assert not (tmp_path / "stage_1" / "model").exists() and (tmp_path / "stage_1" / "pruned").exists()
-    monkeypatch.setattr(loop.Stop, "requested", requested)
-    one.train(tmp_path)
+def test_killed_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_path):
+    # What a kill after step 9 leaves: the state of step 8, a line too many, no model.
+    left = tmp_path / "stage_1"
+    shutil.copytree(whole / "stage_1", left, ignore=shutil.ignore_patterns("model", "10"))
+    metrics = (left / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (left / "metrics.jsonl").write_text("".join(metrics[:9]))
+    assert Checkpoints(left / "checkpoints").latest() == 8 and (left / "pruned").exists() and not (left / "model").exists()
+    replace(recipe, stages=recipe.stages[:1]).train(tmp_path)
     assert lines(tmp_path / "stage_1") == lines(whole / "stage_1")
     ours, theirs = (open_safetensors(f / "stage_1" / "model" / "model.safetensors") for f in (tmp_path, whole))
     assert ours.keys() == theirs.keys()
