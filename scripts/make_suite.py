@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 from PIL import Image
 from pyarrow import parquet
@@ -31,13 +32,21 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, metavar="PACKAGE")
     parser.add_argument("--fashion-mnist", type=Path, metavar="ROOT")
     parser.add_argument("--openclipart", type=Path, metavar="ROOT")
+    parser.add_argument("--train", type=int, metavar="N", help="only the first N training pictures, for the probes of a slow machine")
     args = parser.parse_args()
     for package, name in ((args.cifar10, "cifar10"), (args.fashion_mnist, "fashion-mnist")):
         if package:
             script = Path(__file__).with_name(f"make_{name.replace('-', '_')}.py")
             subprocess.run([sys.executable, script, package, args.destination / name], check=True)
+            if args.train:
+                first(args.train, args.destination / name / "train")
     if args.openclipart:
         openclipart(args.openclipart, args.destination / "openclipart")
+
+
+def first(n: int, split: Path) -> None:
+    for file in split.glob("*.npy"):
+        np.save(file, np.load(file)[:n])
 
 
 def openclipart(root: Path, out: Path) -> None:

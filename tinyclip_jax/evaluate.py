@@ -118,20 +118,40 @@ def zeroshot_over(name: str, source: Source, setup: Setup, classes: tuple[str, .
 
     Raises InputError when the data has no labels.
     """
-    image, text = setup.embed("image"), setup.embed("text", max(BATCH, len(templates)))
 
     def score(params: Mapping[str, Any]) -> Scored:
-        vectors = classifier(classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context)))
-        features, labels = [], []
-        for batch in evaluation_batches(source, BATCH, setup.pre):
-            if "label" not in batch:
-                raise InputError(f"{name} has no labels: zero-shot needs a folder per class, or a column `label`")
-            features.append(image(params, batch["image"]))
-            labels.append(batch["label"])
-        found = accuracy(np.concatenate(features), vectors, np.concatenate(labels))
-        return Scored(name, sum(map(len, labels)), {"top1": found.top1, "top5": found.top5})
+        features, labels = features_of(name, source, setup, params)
+        return zeroshot(name, features, labels, setup, params, classes, templates)
 
     return score
+
+
+def zeroshot(
+    name: str,
+    features: np.ndarray,
+    labels: np.ndarray,
+    setup: Setup,
+    params: Mapping[str, Any],
+    classes: tuple[str, ...],
+    templates: tuple[str, ...],
+) -> Scored:
+    """The same over features that are there: [n, joint] f32 with labels [n] int."""
+    text = setup.embed("text", max(BATCH, len(templates)))
+    vectors = classifier(classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context)))
+    found = accuracy(features, vectors, labels)
+    return Scored(name, len(labels), {"top1": found.top1, "top5": found.top5})
+
+
+def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Features [n, joint] f32 of labelled pictures, and their labels [n]. Raises InputError when the data has no labels."""
+    image = setup.embed("image")
+    features, labels = [], []
+    for batch in evaluation_batches(source, BATCH, setup.pre):
+        if "label" not in batch:
+            raise InputError(f"{name} has no labels: zero-shot needs a folder per class, or a column `label`")
+        features.append(image(params, batch["image"]))
+        labels.append(batch["label"])
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def _name(data: SourceConfig) -> str:

@@ -23,14 +23,13 @@ from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor
 from common.checkpoint.weights import read_json
-from common.data.pipeline import evaluation_batches
-from common.data.sources import FolderSource, Record, Source, SourceConfig, open_source
+from common.data.sources import FolderSource, Record, SourceConfig, open_source
 from common.errors import InputError
 from common.evaluate.imagenet import CLASSES, TEMPLATES
 from common.evaluate.probe import probe
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from tinyclip_jax.evaluate import BATCH, Scored, Setup, retrieval_over, setup_of, zeroshot_over
+from tinyclip_jax.evaluate import Scored, Setup, features_of, retrieval_over, setup_of, zeroshot, zeroshot_over
 from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED
 
@@ -114,16 +113,10 @@ def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> 
 
 def _small(classes: tuple[str, ...], name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
     """Zero-shot on the test pictures, and a linear probe on features of the training pictures."""
-    train, test = (open_source(replace(LABELLED, path=str(folder / split))) for split in ("train", "test"))
-    zeroshot = zeroshot_over(name, test, setup, classes, PLAIN)(params)
-    (x, y), (test_x, test_y) = (_features(source, setup, params) for source in (train, test))
-    return replace(zeroshot, metrics={**zeroshot.metrics, "linear_probe": probe(x, y, test_x, test_y).top1})
-
-
-def _features(source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    embed = setup.embed("image")
-    batches = [(embed(params, batch["image"]), batch["label"]) for batch in evaluation_batches(source, BATCH, setup.pre)]
-    return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
+    sources = (open_source(replace(LABELLED, path=str(folder / split))) for split in ("train", "test"))
+    (x, y), (test_x, test_y) = (features_of(name, source, setup, params) for source in sources)
+    scored = zeroshot(name, test_x, test_y, setup, params, classes, PLAIN)
+    return replace(scored, metrics={**scored.metrics, "linear_probe": probe(x, y, test_x, test_y).top1})
 
 
 SUITE: dict[str, Scores] = {
