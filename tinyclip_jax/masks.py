@@ -48,6 +48,8 @@ class MaskConfig:
     """Steps in which the wanted share rises from `start` to `target`."""
     lr: float = 0.02
     """Learning rate of the masks (down) and of the multipliers of the constraint (up)."""
+    momentum: float = 0.9
+    """First beta of their Adam. Phases of a hundred steps want 0: with momentum gates go on closing for ten steps after enough are."""
     round_to: int = 1
     """Widths and hidden units are rounded up to a multiple: 8, 64, 128 fill the lanes of a TPU. Deviation: the release has 1."""
     legacy_proj_scale: bool = False

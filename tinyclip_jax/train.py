@@ -332,8 +332,8 @@ def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
     rising = replace(optim, warmup=steps, clip=None, no_decay=(*optim.no_decay, PATTERN))
     groups = {
         "weights": make_optimizer(rising, spec, steps),
-        "masks": optax.adam(cfg.masks.lr),
-        "multipliers": optax.adam(-cfg.masks.lr),
+        "masks": optax.adam(cfg.masks.lr, b1=cfg.masks.momentum),
+        "multipliers": optax.adam(-cfg.masks.lr, b1=cfg.masks.momentum),
     }
     kind = {path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks" for path in spec if matches(PATTERN, path)}
     clip = optax.identity() if optim.clip is None else optax.clip_by_global_norm(optim.clip)

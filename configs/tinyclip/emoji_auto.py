@@ -2,7 +2,8 @@
 
     heirloom train tinyclip/emoji_auto --run runs/emoji_auto
 
-Two stages of 200 steps, for two CPU cores. Deviation: the masks' rate is ten times the release's, whose phase is 3,000 steps and more.
+Two stages of 200 steps, for two CPU cores. Deviation: the masks' rate is ten times the release's, whose phase is 3,000 steps and more, and
+without momentum, which in so short a phase would close far more gates than wanted.
 """
 
 from common.data.pipeline import PipelineConfig
@@ -34,5 +35,5 @@ def get_config() -> Config:
     )
 
 
-MASKS = MaskConfig(prune_step=120, target=0.5, warmup=60, lr=0.2)
-MASKS_ON = MaskConfig(prune_step=120, start=0.5, target=0.75, warmup=60, lr=0.2)
+MASKS = MaskConfig(prune_step=120, target=0.5, warmup=60, lr=0.2, momentum=0.0)
+MASKS_ON = MaskConfig(prune_step=120, start=0.5, target=0.75, warmup=60, lr=0.2, momentum=0.0)

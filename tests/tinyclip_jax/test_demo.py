@@ -10,10 +10,12 @@ from operator import ge, le
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import tinyclip_jax
 from common import config
 from common.cli import main
+from common.data import emoji
 from common.data.sources import SourceConfig, open_source
 from common.demo import Race
 from common.errors import InputError
@@ -31,13 +33,14 @@ def teacher(one_device):
 
 
 def test_the_demo_races_draws_and_reports(tmp_path, monkeypatch, capsys):
-    recipe = config.load("tinyclip/emoji")
+    recipe, pairs = config.load("tinyclip/emoji"), tmp_path / "pairs.parquet"
+    parquet.write_table(parquet.read_table(emoji.path("noto"), filters=[("split", "=", "test")]).slice(0, 100), pairs)
     short = replace(
         recipe,
         steps=1,
         eval_every=1,
         log_every=1,
-        held_out=SourceConfig("emoji:noto", split="test"),
+        held_out=SourceConfig(str(pairs), columns=("concept",)),
         pipeline=replace(recipe.pipeline, batch=16),
         optim=replace(recipe.optim, warmup=1),
     )
@@ -47,9 +50,9 @@ def test_the_demo_races_draws_and_reports(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--seed", "3", "--out", str(tmp_path), "--json", str(tmp_path / "demo.json")]) == 0
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["parameters"] == {"teacher": TEACHER, "student": STUDENT}
-    # Even untrained, the inherited student knows more than chance (0.3 %); scratch does not.
+    # Even untrained, the inherited student knows more than chance (1 %); scratch does not.
     curves = {name: curve["r1"] for name, curve in found["curves"].items()}
-    assert found["scores"]["teacher"]["r1"] > 0.05 > curves["inherited"][0] > 0.006 > curves["scratch"][0]
+    assert found["scores"]["teacher"]["r1"] > 0.1 > curves["inherited"][0] > 0.02 > curves["scratch"][0]
     assert [len(curves[name]) for name in ("inherited", "scratch")] == [2, 2]
     assert found["steps"] == 1 and found["steps_to_scratch"] == 0 and found["seconds"] > 0
     picture = np.asarray(Image.open(found["picture"]).convert("L"))
