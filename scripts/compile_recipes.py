@@ -16,7 +16,7 @@ from common.errors import InputError
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = {
-    "tinyclip/vit_61m_32": ["v5e:16x16"],
+    "tinyclip/vit_61m_32": ["v5e:16x16", "v5e:16x16 --student.remat none"],
     "lit/xl_2_256": ["v5e:8x8", "v5e:8x8 --mesh.fsdp 8", "v5e:8x8 --mesh.fsdp 8 --student.implementation mosaic_tpu"],
     "lit/xl_2_512": ["v5e:8x8 --mesh.fsdp 8"],
     "tinyclip/vit_40m_32": ["v5e:16x16"],
