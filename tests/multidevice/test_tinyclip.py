@@ -135,8 +135,13 @@ def finish(process):
 
 
 def await_step(process, step):
-    """Read what a run prints up to the line of a step."""
-    assert any(line.startswith(f"step {step}/") for line in process.stdout), process.stderr.read()[-3000:]
+    """What a run prints up to the line of a step."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith(f"step {step}/"):
+            return "".join(said)
+    raise AssertionError(process.stderr.read()[-3000:])
 
 
 def curve(run):
@@ -193,9 +198,9 @@ def test_a_run_moves_from_two_processes_that_are_killed_to_two_devices_and_back(
     assert 2 <= killed < CFG.steps - 4 and not (run / "model").exists()
 
     alone = launch(run, 2, (1, 2, 1))
-    await_step(alone, killed + 1)
+    said = await_step(alone, killed + 1)
     alone.send_signal(signal.SIGTERM)
-    out = finish(alone)
+    out = said + finish(alone)
     assert first_step(out) == killed + 1 and "first caption" not in out  # it went on, and did not begin again
     stopped = int(re.search(rf"^stopped at step (\d+) of {CFG.steps}", out, re.MULTILINE)[1])
     assert Checkpoints(run / "checkpoints").latest() == stopped == len(curve(run)) and not (run / "model").exists()
