@@ -137,13 +137,15 @@ class Bank:
 
     def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
         """[..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class has fewer."""
-        counts = self.counts[classes][..., None]
-        # The first `shots` of a random order of each class's pictures: ranks of noise, with the surplus at the end.
-        noise = rng.random((*classes.shape, int(max(self.counts.max(), shots))))
-        noise[np.arange(noise.shape[-1]) >= counts] = 2
-        rank = np.argsort(noise, axis=-1)[..., :shots]
-        rank = np.take_along_axis(rank, np.arange(shots) % np.minimum(counts, shots), axis=-1)
-        return self.features[self.starts[:-1][classes][..., None] + rank]
+        counts = self.counts[classes]
+        picks = np.zeros((*classes.shape, shots), np.int64)
+        for k in range(shots):
+            pick = (rng.random(classes.shape) * np.maximum(counts - k, 1)).astype(np.int64)
+            for taken in np.moveaxis(np.sort(picks[..., :k], axis=-1), -1, 0):
+                pick += pick >= taken  # the pick-th of those that are left
+            picks[..., k] = pick
+        picks = np.take_along_axis(picks, np.arange(shots) % np.minimum(counts, shots)[..., None], axis=-1)
+        return self.features[self.starts[:-1][classes][..., None] + picks]
 
     def all(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Up to `most` pictures of each class, and labels 0 to ways - 1 with -1 for what is not there.

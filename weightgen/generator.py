@@ -17,7 +17,7 @@ from weightgen.baselines import Ridge, row_condition
 from weightgen.codec import Pca, fit_pca
 from weightgen.conditions import Condition, MlpSet, PerClass, SetConfig, SetOfSets
 from weightgen.data import Bank
-from weightgen.denoiser import DenoiserConfig, TokenDit
+from weightgen.denoiser import DenoiserConfig, Order, TokenDit
 from weightgen.nets import NetConfig
 from weightgen.zoo import Zoo, head_tokens
 
@@ -49,6 +49,11 @@ class GeneratorConfig:
         if self.prior == "linear" and (self.net.kind != "head" or self.condition != "per_class"):
             raise InputError('a linear prior predicts the rows of a head from its classes: for other networks set prior to "none"')
 
+    @property
+    def order(self) -> Order:
+        """Rows of a head are exchangeable where each is told its class; other tokens are known by their place."""
+        return "exchangeable" if self.net.kind == "head" and self.condition == "per_class" else "ordered"
+
     def chain(self) -> Schedule:
         return linear_schedule(FULL) if self.schedule == "linear" else scaled_linear_schedule()
 
@@ -76,7 +81,6 @@ class Generator(nnx.Module):
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         spec, width = head_tokens(cfg.net), cfg.denoiser.width
-        self.codec = Pca(spec.length, cfg.latent, rngs=rngs)
         features = cfg.told or cfg.net.features
         if cfg.condition == "per_class":
             self.condition: Any = PerClass(features, width, rngs=rngs)
@@ -85,8 +89,8 @@ class Generator(nnx.Module):
         else:
             self.condition = MlpSet(features, cfg.net.classes * cfg.shots, width, rngs=rngs)
         self.prior = LinearPrior(features, cfg.shots, spec.length, rngs=rngs) if cfg.prior == "linear" else None
-        order: Any = "exchangeable" if cfg.net.kind == "head" and cfg.condition == "per_class" else "ordered"
-        self.denoiser = TokenDit(cfg.denoiser, cfg.latent, spec.rows, order, rngs=rngs)
+        self.codec = Pca(1 if cfg.order == "exchangeable" else spec.rows, spec.length, cfg.latent, rngs=rngs)
+        self.denoiser = TokenDit(cfg.denoiser, cfg.latent, spec.rows, cfg.order, rngs=rngs)
         self.rows = spec.rows
         self.first_class = next(piece.first for piece in spec.pieces if piece.path == "out/kernel")
         self.cfg = cfg
@@ -134,8 +138,10 @@ def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: 
             maps.append(ridge.matrix)
             rest.append(tokens - ridge(condition))
         fitted["prior/table"] = np.stack(maps).astype(np.float32)
-    pca = fit_pca(np.concatenate(rest).reshape(-1, tokens.shape[-1]), cfg.latent)
-    return fitted | {"codec/mean": pca.mean, "codec/components": pca.components, "codec/scale": pca.scale}
+    left = np.concatenate(rest)
+    mean = left.mean((0, 1) if cfg.order == "exchangeable" else 0, dtype=np.float64).astype(np.float32).reshape(-1, tokens.shape[-1])
+    pca = fit_pca((left - mean).reshape(-1, tokens.shape[-1]), cfg.latent)
+    return fitted | {"codec/mean": mean + pca.mean, "codec/components": pca.components, "codec/scale": pca.scale}
 
 
 def loss(

@@ -25,12 +25,13 @@ from weightgen.codec import fit_pca, gate
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder
 from weightgen.denoiser import DenoiserConfig
+from weightgen.evaluate import accuracy
 from weightgen.formats import CODEC, ENCODER, FAMILY
 from weightgen.generator import FITTED, Generator, GeneratorConfig, fit_stage1, loss
-from weightgen.nets import NetConfig, net
+from weightgen.nets import NetConfig, net, predict
 from weightgen.normalise import Kind, Normaliser
 from weightgen.train import LoopConfig, fit, generator_batches, placed
-from weightgen.zoo import FitConfig, Zoo, accuracy, build, flat, head_tokens, open_zoo
+from weightgen.zoo import FitConfig, Zoo, build, flat, head_tokens, open_zoo
 
 
 class Stage:
@@ -72,7 +73,7 @@ class ZooRecipe(Stage):
             return
         bank, held, projection = self._banks()
         classes = draw_tasks(len(held.names), self.members, self.net.classes, np.random.default_rng(self.seed))
-        spec, model, metrics = head_tokens(self.net), net(self.net), MetricsFile(run.directory / "metrics.jsonl")
+        spec, metrics = head_tokens(self.net), MetricsFile(run.directory / "metrics.jsonl")
         parts = directory / "parts"
         parts.mkdir(exist_ok=True)
         done = sorted(parts.glob("*.npz"))
@@ -91,7 +92,7 @@ class ZooRecipe(Stage):
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
             x, y = held.all(rows, int(held.counts.max()))
-            quality = np.asarray(accuracy(model, params, x, y), np.float32)
+            quality = accuracy(predict(self.net, params, x), y, self.net.classes).astype(np.float32)
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()})), quality=quality)
             metrics.append(
@@ -154,7 +155,7 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> Any:
     back = np.asarray(code(tokens, rows))
     x, y = bank.all(np.asarray(zoo.classes[rows]), 20)
     like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.spec.items()}
-    before, after = (accuracy(model, zoo.spec.unflatten(jnp.asarray(t), like), x, y) for t in (tokens, back))
+    before, after = (accuracy(predict(zoo.net, zoo.spec.unflatten(jnp.asarray(t), like), x), y, zoo.net.classes) for t in (tokens, back))
     found = gate(before, after, tokens, back, cfg.tolerance)
     print(f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip, relative error {found.error:.4f}")
     return found

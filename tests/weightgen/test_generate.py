@@ -30,7 +30,7 @@ def generator():
     model = functional(Generator, cfg)
     rng = np.random.default_rng(0)
     params = {path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in model.spec.items()}
-    params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros(5)}
+    params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros((1, 5))}
     support = jnp.asarray(rng.standard_normal((8, 3, 2, 4)), jnp.float32)
     return cfg, model, params, support, jnp.ones((8, 3, 2), bool)
 
