@@ -5,11 +5,13 @@
 
 --data: the folder of scripts/make_fashion_mnist.py or make_cifar10.py. Zoos of MLPs (64-16-5, on PCA features) and of the small CNN
 (2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared initialisation, from random ones, and from
-random ones with matched neurons. One generator per zoo, conditioned on 5 pictures of each class in the task's order; targets hold the
-last two classes, which no zoo network has seen together. Networks are judged at 0, 1, 5 and 25 steps of fine-tuning on the target,
-beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network with noise, and ridge. The size `cpu` is cut
-to what one core does in half an hour: 2,000 MLPs or 200 CNNs a zoo, small generators, 20 targets. The size `gpu` has not run yet.
-Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing rows stay in.
+random ones with matched neurons. One generator per zoo is told 5 pictures of each class in the task's order: a ridge map to all weights,
+and diffusion of what it leaves. Targets hold the last two classes, which no zoo network has seen together. Networks are judged at 0, 1,
+5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network with noise, and
+ridge alone. Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing rows stay in.
+
+The size `cpu` is cut to what one core does in half an hour: 2,000 MLPs or 100 CNNs a zoo, small generators, 20 targets. `gpu` has not
+run yet.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from weightgen.codec import gate
 from weightgen.data import Bank, Projection
 from weightgen.denoiser import DenoiserConfig
 from weightgen.evaluate import Estimate, accuracy, disagreement, error_overlap, nearest_distance
-from weightgen.generator import FITTED, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig, net, predict
 from weightgen.train import LoopConfig, fit, generator_batches
 from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
@@ -74,7 +76,7 @@ def _size(mlp: int, cnn: int, pictures: int, steps: dict[str, int], batch: int, 
 
 SIZES = {
     "smoke": _size(20, 10, 8, {"mlp": 3, "cnn": 3}, 16, 3, 2, DenoiserConfig(width=16, layers=1, heads=2, hidden=16), 8, at_once=1),
-    "cpu": _size(2000, 200, 100, {"mlp": 200, "cnn": 80}, 32, 500, 20, at_once=1),
+    "cpu": _size(2000, 100, 60, {"mlp": 200, "cnn": 60}, 32, 200, 20, at_once=1),
     "gpu": _size(4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, 20_000, 100, DenoiserConfig(384, 8, 6, 1536), 128),
 }
 SAMPLES = 8
@@ -213,7 +215,7 @@ def arm(
 
     # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low rank.
     features = world.told.features.shape[1]
-    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, "none", size.denoiser, features)
+    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, "linear", size.denoiser, features)
     generator = functional(Generator, generator_cfg)
     loop = LoopConfig(
         size.steps,
@@ -232,7 +234,7 @@ def arm(
         lambda: generator.init(jax.random.key(seed)) | fitted,
         loss(generator, generator_cfg, 0.1),
         generator_batches(zoo, world.told, SHOTS, loop, mesh),
-        frozen=FITTED[:1],
+        frozen=generator_cfg.fitted,
     )
     lap("generator")
 

@@ -119,16 +119,16 @@ class Bank:
             raise InputError(f"class {names[int(counts.argmin())]!r} has no picture here")
         return cls(np.ascontiguousarray(features[order]), np.concatenate([[0], np.cumsum(counts)]), tuple(names))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, name: str = "bank") -> None:
         """Write `bank.npz` into a zoo's folder."""
-        np.savez(folder / "bank.npz", features=self.features, starts=self.starts, names=np.array(self.names))
+        np.savez(folder / f"{name}.npz", features=self.features, starts=self.starts, names=np.array(self.names))
 
     @classmethod
-    def load(cls, folder: Path) -> "Bank":
-        """Raises InputError for a folder without one, such as a zoo of imported checkpoints."""
-        if not (folder / "bank.npz").is_file():
-            raise InputError(f"{folder} has no bank.npz: nothing says what its networks were trained on")
-        with np.load(folder / "bank.npz") as stored:
+    def load(cls, folder: Path, name: str = "bank") -> "Bank":
+        """Raises InputError for a folder without one."""
+        if not (folder / f"{name}.npz").is_file():
+            raise InputError(f"{folder} has no {name}.npz: nothing says what its networks were trained on")
+        with np.load(folder / f"{name}.npz") as stored:
             return cls(stored["features"], stored["starts"], tuple(stored["names"].tolist()))
 
     @cached_property

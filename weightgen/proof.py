@@ -21,7 +21,7 @@ from weightgen.codec import Gate, gate
 from weightgen.data import Bank, EmojiTasks, draw_tasks
 from weightgen.denoiser import DenoiserConfig
 from weightgen.evaluate import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
-from weightgen.generator import FITTED, Draw, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.generator import Draw, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig, net
 from weightgen.train import LoopConfig, fit, generator_batches
 from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
@@ -101,7 +101,7 @@ def train_generator(cfg: ProofConfig, zoo: Zoo, bank: Bank, folder: Path, seed: 
         lambda: model.init(jax.random.key(seed)) | fitted,
         loss(model, config, dropout=0.1),
         generator_batches(zoo, bank, config.shots, loop, mesh),
-        frozen=FITTED,
+        frozen=config.fitted,
     )
     return Trained(model, config, params, cfg.sample)
 

@@ -27,7 +27,7 @@ from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emo
 from weightgen.denoiser import DenoiserConfig
 from weightgen.evaluate import accuracy
 from weightgen.formats import CODEC, ENCODER, FAMILY
-from weightgen.generator import FITTED, Generator, GeneratorConfig, fit_stage1, loss
+from weightgen.generator import Generator, GeneratorConfig, fit_stage1, loss
 from weightgen.nets import NetConfig, net, predict
 from weightgen.normalise import Kind, Normaliser
 from weightgen.train import LoopConfig, fit, generator_batches, placed
@@ -314,7 +314,7 @@ class GeneratorRecipe(Stage):
             lambda: params,
             loss(model, cfg, self.dropout),
             generator_batches(zoo, bank, cfg.shots, self.loop, mesh),
-            frozen=FITTED if cfg.prior == "linear" else FITTED[:1],
+            frozen=cfg.fitted,
             save=lambda params: save_params(run.model, FAMILY.name, cfg, params, projection.save, force=True),
         )
 

@@ -16,7 +16,7 @@ from common.checkpoint.weights import read_json, staged, write_json
 from common.errors import InputError
 from common.nn.functional import Functional
 from weightgen.nets import NetConfig, net
-from weightgen.tokens import Piece, TokenSpec, chunks, neurons
+from weightgen.tokens import TokenSpec, chunks, neurons
 
 Params = dict[str, jax.Array]
 
@@ -86,16 +86,15 @@ class Zoo:
     classes: np.ndarray
     net: NetConfig | None
     spec: TokenSpec
+    whole: TokenSpec | None = None
+    """Where members are single chunks of checkpoints: how a checkpoint is cut into them."""
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def tokens(self, rows: Any) -> np.ndarray:
         """Tokens [..., rows, length] f32 of the members at `rows`; only they are read."""
-        flat = np.asarray(self.weights[rows])
-        out = np.zeros((*flat.shape[:-1], self.spec.rows, self.spec.length), np.float32)
-        out[..., self.spec.mask] = flat
-        return out
+        return self.spec.padded(np.asarray(self.weights[rows]))
 
     def save(self, folder: Path, *, beside: Callable[[Path], Any] | None = None, force: bool = False) -> None:
         """Write a zoo's folder; `beside(folder)` adds what travels along."""
@@ -103,7 +102,8 @@ class Zoo:
             out.mkdir()
             for name in ("weights", "quality", "classes"):
                 np.save(out / f"{name}.npy", getattr(self, name))
-            write_json(out / "zoo.json", {"net": self.net and asdict(self.net), "pieces": [asdict(p) for p in self.spec.pieces]})
+            pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in (("pieces", self.spec), ("whole", self.whole))}
+            write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces)
             if beside:
                 beside(out)
 
@@ -120,10 +120,8 @@ def open_zoo(folder: Path) -> Zoo:
     about = read_json(folder / "zoo.json")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("weights", "quality", "classes")}
     cfg = NetConfig(**about["net"]) if about["net"] else None
-    fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in about["pieces"]]
-    pieces = tuple(Piece(**piece) for piece in fields)
-    rows, length = max(p.first + p.rows for p in pieces), max(p.column + p.width for p in pieces)
-    return Zoo(**arrays, net=cfg, spec=TokenSpec(pieces, rows, length))
+    whole = TokenSpec.of(about["whole"]) if about.get("whole") else None
+    return Zoo(**arrays, net=cfg, spec=TokenSpec.of(about["pieces"]), whole=whole)
 
 
 def build(
