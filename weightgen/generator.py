@@ -68,8 +68,11 @@ class GeneratorConfig:
     @property
     def tokens(self) -> TokenSpec:
         """How what it makes in one go is laid out: a network, or a single chunk of one."""
-        if self.condition == "chunk" and self.cut is not None:
-            return one_chunk(self.cut)
+        return one_chunk(self.whole) if self.condition == "chunk" else self.whole
+
+    @property
+    def whole(self) -> TokenSpec:
+        """How a finished network is laid out."""
         return self.cut or head_tokens(self.net or NetConfig())
 
     @property

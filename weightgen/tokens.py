@@ -53,7 +53,8 @@ class TokenSpec:
     @classmethod
     def of(cls, pieces: Sequence[Mapping[str, Any]]) -> "TokenSpec":
         """From the pieces as JSON has them."""
-        found = tuple(Piece(**{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()}) for piece in pieces)
+        fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in pieces]
+        found = tuple(Piece(**piece) for piece in fields)
         return cls(found, max(p.first + p.rows for p in found), max(p.column + p.width for p in found))
 
     @property

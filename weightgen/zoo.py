@@ -1,6 +1,5 @@
 """Zoos: thousands of small networks trained at once, with what they were trained on; and folders of foreign checkpoints."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from common.checkpoint.convert import open_tensors, weights_files
 from common.checkpoint.weights import read_json, staged, write_json
 from common.errors import InputError
 from common.nn.functional import Functional
+from weightgen.lora import PAIR, canonical_tensors
 from weightgen.nets import NetConfig, net
-from weightgen.tokens import TokenSpec, chunks, neurons
+from weightgen.tokens import TokenSpec, chunks, neurons, one_chunk
 
 Params = dict[str, jax.Array]
 
@@ -151,31 +151,45 @@ def build(
         yield run(params, x, y, jax.random.fold_in(key, 10**6 + at))
 
 
-def import_folder(folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None) -> Zoo:
-    """A zoo of the checkpoints in a folder (safetensors or torch, one architecture), tensors read one at a time.
+def import_folder(
+    folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None
+) -> tuple[Zoo, tuple[str, ...]]:
+    """A zoo of the checkpoints in a folder (safetensors or torch, one architecture), tensors read one at a time; and its tasks in words.
 
-    quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file.
+    quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file. `tasks.json` there says what
+    each file is for; a file it does not name, or all of them, are a task of that name. Pairs of low-rank adapters are made canonical.
     Raises InputError for a folder without checkpoints and for one of another shape.
     """
-    files = [
-        file
-        for path in sorted(folder.iterdir())
-        if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")
-        for file in weights_files(path)
-    ]
-    if not files:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    members = [path for path in paths if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")]
+    if not members:
         raise InputError(f"{folder} holds no checkpoints (.safetensors, .pt, .pth, or folders of them)")
-    if quality is None and (folder / "quality.json").is_file():
-        quality = json.loads((folder / "quality.json").read_text())
-    spec = chunks(open_tensors(files[0]), chunk, select=select)
-    rows = np.zeros((len(files), spec.count), np.float32)
-    for row, file in zip(rows, files, strict=True):
+    named = {name: read_json(folder / f"{name}.json") for name in ("quality", "tasks") if (folder / f"{name}.json").is_file()}
+    quality, tasks = quality or named.get("quality", {}), named.get("tasks", {})
+    spec = chunks(_tensors(members[0]), chunk, select=select)
+    rows = np.zeros((len(members), spec.count), np.float32)
+    for row, path in zip(rows, members, strict=True):
         try:
-            row[...] = flat(spec, spec.flatten(open_tensors(file)))
+            row[...] = flat(spec, spec.flatten(_tensors(path)))
         except (KeyError, InputError) as error:
-            raise InputError(f"{file} is of another architecture than {files[0]} ({error}); keep one architecture in a zoo") from error
-    scores = np.array([(quality or {}).get(file.name, np.nan) for file in files], np.float32)
-    return Zoo(rows, scores, np.zeros((len(files), 0), np.int32), None, spec)
+            raise InputError(f"{path} is of another architecture than {members[0]} ({error}); keep one architecture in a zoo") from error
+    scores = np.array([quality.get(path.name, np.nan) for path in members], np.float32)
+    said = [tasks.get(path.name, path.stem) for path in members]
+    words = tuple(dict.fromkeys(said))
+    return Zoo(rows, scores, np.array([[words.index(task)] for task in said], np.int32), None, spec), words
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint, adapters in their canonical form."""
+    tensors = {key: tensor for file in weights_files(path) for key, tensor in open_tensors(file).items()}
+    return canonical_tensors(tensors) if any(PAIR.match(key) for key in tensors) else tensors
+
+
+def by_chunk(zoo: Zoo) -> Zoo:
+    """Each chunk a member of its own, known by its number."""
+    rows = zoo.tokens(slice(None)).reshape(-1, zoo.spec.length)
+    numbers = np.tile(np.arange(zoo.spec.rows, dtype=np.int32), len(zoo))[:, None]
+    return Zoo(rows, np.repeat(zoo.quality, zoo.spec.rows), numbers, None, one_chunk(zoo.spec), zoo.spec)
 
 
 def head_tokens(cfg: NetConfig) -> TokenSpec:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from common.cli import main
 from common.nn.functional import functional
@@ -163,20 +164,84 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, capsys):
-    def heirloom(*argv):
+@pytest.fixture
+def heirloom(capsys, one_device):
+    def run(*argv):
         assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
+    return run
+
+
+LOOP = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
+TINY = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
+
+
+def test_a_learned_codec_and_an_aligned_encoder_make_other_networks(pictures, tmp_path, heirloom):
+    zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "generator" / "model"
+    net = ["--net.kind", "mlp", "--net.features", "6", "--net.hidden", "4", "--net.classes", "6", "--fit.lr", "0.05"]
+    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    codec = ["--latent", "7", "--width", "16", "--layers", "1", "--gate.force", "True"]
+    heirloom("train", "weightgen/codec", "--run", tmp_path / "codec", "--zoo", zoo, *codec, *LOOP)
+    sizes = ["--encoder.features", "6", "--encoder.hidden", "8", "--encoder.out", "8", "--encoder.inducing", "4"]
+    by = ["--codec", tmp_path / "codec" / "model"]
+    heirloom("train", "weightgen/encoder", "--run", tmp_path / "encoder", "--zoo", zoo, *by, *sizes, *LOOP)
+    by += ["--encoder", tmp_path / "encoder" / "model", "--condition", "set", "--prior", "none", "--gate.force", "True"]
+    heirloom("train", "weightgen/generator", "--run", tmp_path / "generator", "--zoo", zoo, *by, *LOOP, *TINY)
+    made, codec, encoder = (load_file(p / "model.safetensors") for p in (model, *(tmp_path / n / "model" for n in ("codec", "encoder"))))
+    kept = {f"codec/{k}": v for k, v in codec.items()} | {f"condition/{k}": v for k, v in encoder.items() if k.startswith("int")}
+    assert len(kept) > 60 and all(np.array_equal(made[path], x) for path, x in kept.items())
+    assert not np.array_equal(made["condition/out/kernel"][..., :8], encoder["out/kernel"][..., :8])
+    heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made", "--steps", "2", "--reduce", "mean")
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert report["parameters"] == 7 * 4 + 5 * 6 and 0 < report["accuracy"]["gradient descent on the pictures"] <= 1
+    assert report["disagreement"] is not None and (tmp_path / "made" / "mean" / "model.safetensors").is_file()
+
+
+def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
+    folder, rng, words = tmp_path / "adapters", np.random.default_rng(0), ["a red fruit", "a fast car", "a sad face"]
+    folder.mkdir()
+    names = [f"layers.{i}.query.lora_{side}.weight" for i in range(2) for side in "AB"]
+    shapes = [(2, 6), (5, 2)] * 2
+    for i in range(6):
+        tensors = {n: (rng.standard_normal(s) + i // 2).astype(np.float32) for n, s in zip(names, shapes, strict=True)}
+        save_file(tensors, folder / f"{i}.safetensors")
+    (folder / "tasks.json").write_text(json.dumps({f"{i}.safetensors": words[i // 2] for i in range(6)}))
+    made = tmp_path / "made"
+
+    def generate(name, *told, condition, chunk=0, members="checkpoints"):
+        by = ["--folder", folder, "--backend", "embedded:emoji", "--chunk", chunk, "--members", members]
+        heirloom("train", "weightgen/checkpoints", "--run", tmp_path / f"{name}-zoo", *by)
+        zoo = ["--zoo", tmp_path / f"{name}-zoo" / "zoo", "--condition", condition, "--prior", "none", "--latent", "3"]
+        heirloom("train", "weightgen/generator", "--run", tmp_path / name, *zoo, *LOOP, *TINY)
+        ask = [tmp_path / name / "model", *told, "-n", "2", "--out", made, "--force", "--steps", "2"]
+        heirloom("generate", *ask)
+        tensors = load_file(made / "sample-001" / "model.safetensors")
+        assert {n: t.shape for n, t in tensors.items()} == dict(zip(names, shapes, strict=True))
+        return json.loads((made / "report.json").read_text())
+
+    report = generate("text", "--task", "a sad face", condition="text")
+    assert report["accuracy"] is None and report["novelty"]["of"] == 6
+    assert report["distance to the task's own networks"].keys() == {"told it", "told another"}
+    # What was stored is in one gauge: both sides of a pair are balanced.
+    zoo = open_zoo(tmp_path / "text-zoo" / "zoo")
+    down, up = list(zoo.spec.unflatten(zoo.tokens(3), zoo.spec.like).values())[:2]
+    np.testing.assert_allclose(down @ down.T, up.T @ up, rtol=1e-4, atol=1e-4)
+    assert generate("chunk", condition="chunk", chunk=8, members="chunks")["novelty"]["of"] == 6 * 8
+    generate("label", "--task", "a fast car", condition="label")
+    assert main(["generate", str(tmp_path / "label" / "model"), "--task", "a fast cat", "--out", str(made), "--force"]) == 2
+    assert "did you mean 'a fast car'" in capsys.readouterr().err
+
+
+def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, capsys):
     net = ["--net.features", "6", "--net.classes", "3"]
     zoo = ["train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "40", "--chunk", "20"]
     heirloom(*zoo)
     stored = open_zoo(tmp_path / "zoo" / "zoo")
     assert len(stored) == 40 and stored.weights.shape == (40, 21) and stored.quality.mean() > 0.8
     assert "finished" in heirloom(*zoo)
-    loop = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
-    small = ["--latent", "7", "--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
-    train = ["train", "weightgen/generator", "--zoo", tmp_path / "zoo" / "zoo", *net, *loop]
+    small = ["--latent", "7", *TINY]
+    train = ["train", "weightgen/generator", "--zoo", tmp_path / "zoo" / "zoo", *LOOP]
     heirloom(*train, "--run", tmp_path / "generator", *small)
     # The gate: two numbers a row do not carry six features.
     small[1] = "1"
@@ -193,6 +258,7 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, ca
     report = json.loads((made / "report.json").read_text())
     assert report["classes"] == ["class0", "class1", "class2"] and report["condition"] == "5-shot, 0 gradient steps"
     assert {"single sample", "best by test (oracle)", "prototype", "pictures of the wrong classes"} < report["accuracy"].keys()
+    assert report["novelty"]["of"] == 40 and report["novelty"]["noise"] < report["novelty"]["zoo"] and 0 <= report["error IoU"] <= 1
     assert report["accuracy"]["prototype"] > 0.8 and json.loads((tmp_path / "g.json").read_text())["weights"] == [
         "sample-000",
         "sample-001",
@@ -203,12 +269,10 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, ca
     assert main(["generate", str(model), "--dataset", str(three), "--out", str(made)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["generate", str(model), "--dataset", str(pictures), "--out", str(tmp_path / "x")]) == 2
-    assert "6 classes, this generator makes 3-way heads" in capsys.readouterr().err
+    assert "6 classes, this generator makes 3-way networks" in capsys.readouterr().err
 
 
 def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
-    from safetensors.numpy import save_file
-
     from common.errors import InputError
 
     rng = np.random.default_rng(0)
@@ -216,7 +280,8 @@ def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
     for i, tree in enumerate(trees):
         save_file(tree, tmp_path / f"{i}.safetensors")
     (tmp_path / "quality.json").write_text('{"1.safetensors": 0.5}')
-    zoo = import_folder(tmp_path)
+    zoo, words = import_folder(tmp_path)
+    assert words == ("0", "1", "2") and zoo.classes.tolist() == [[0], [1], [2]]
     np.testing.assert_array_equal(np.nan_to_num(zoo.quality, nan=-1), np.float32([-1, 0.5, -1]))
     back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
     assert all(np.array_equal(back[k], trees[2][k]) for k in back)
