@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -135,13 +136,11 @@ class Generator(nnx.Module):
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         spec, width = cfg.tokens, cfg.denoiser.width
-        self.codec: Any = Pca(1 if cfg.by_row else spec.rows, spec.length, cfg.latent, rngs=rngs) if cfg.codec is None else None
-        if cfg.codec is not None:
-            self.codec = TokenCodec(cfg.codec, rngs=rngs)
+        pca = partial(Pca, 1 if cfg.by_row else spec.rows, spec.length, cfg.latent)
+        self.codec: Any = pca(rngs=rngs) if cfg.codec is None else TokenCodec(cfg.codec, rngs=rngs)
         self.condition = CONDITIONS[cfg.condition](cfg, width, rngs)
-        self.prior: Any = None
-        if cfg.prior == "linear":
-            self.prior = (RowPrior if cfg.by_row else WholePrior)(cfg, rngs=rngs)
+        prior = RowPrior if cfg.by_row else WholePrior
+        self.prior: Any = prior(cfg, rngs=rngs) if cfg.prior == "linear" else None
         latent = cfg.latent if cfg.codec is None else cfg.codec.latent
         self.denoiser = TokenDit(cfg.denoiser, latent, spec.rows, "exchangeable" if cfg.by_row else "ordered", rngs=rngs)
         self.rows = spec.rows
