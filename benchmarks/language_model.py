@@ -41,6 +41,7 @@ from weightgen.gpt import (
     GptConfig,
     adapted,
     fresh_adapter,
+    last_logits,
     module_texts,
     reference_text,
     scorer,
@@ -110,8 +111,9 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     begun, text = time.process_time(), reference_text(size.model.vocab)
     model = functional(Gpt, size.model)
     base = {k: np.asarray(v) for k, v in train(model, size.model, text.train, size.steps, seed=seed).items()}
-    select = scorer(model, word_choice(text.select, size.model, size.questions, seed=seed))
-    test = scorer(model, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
+    last = last_logits(model)
+    select = scorer(last, word_choice(text.select, size.model, size.questions, seed=seed))
+    test = scorer(last, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
     tensors = llm.unstacked(base)
     names = [entry.name for entry in llm.top(llm.rank(tensors), size.share)]
     proposals = {
@@ -205,8 +207,9 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
         "trained on the five windows": np.stack([spec.flatten(one(few, i)) for i in range(n)]),
         "trained on half the module": np.stack([spec.flatten(one(whole, i)) for i in range(n)]),
     }
+    last = last_logits(model)
     scores = {
-        part: [scorer(model, word_choice(getattr(texts[name], part), cfg, size.questions, seed=seed)) for name in unseen]
+        part: [scorer(last, word_choice(getattr(texts[name], part), cfg, size.questions, seed=seed)) for name in unseen]
         for part in ("select", "test")
     }
 

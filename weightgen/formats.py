@@ -12,12 +12,14 @@ from common.checkpoint.convert import Check, Donor, Family, open_donor
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.report import kernel_macs
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig
+from weightgen.autoencoder import TokenCodec, TokenVaeConfig, VaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.denoiser import DenoiserConfig
 from weightgen.generator import Generator, GeneratorConfig
 from weightgen.nets import MODULES, NetConfig
+from weightgen.reference import Reference, ReferenceConfig
 from weightgen.tokens import TokenSpec
+from weightgen.unet import UnetConfig
 from weightgen.zoo import Zoo
 
 COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "report.json")
@@ -70,10 +72,7 @@ def _simple(name: str, module: Any, config: Any) -> Family:
         except TypeError as error:
             raise InputError(f"config.json does not describe a {name} ({error}); make it again") from error
 
-    def count(cfg: Any, spec: Spec) -> int:
-        return sum(kernel_macs(spec, [("**", 1)]).values())
-
-    return Family(name, module, read, (), companions, verify, parameters, count)
+    return Family(name, module, read, (), companions, verify, parameters, _once)
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
@@ -81,11 +80,31 @@ def network(cfg: NetConfig, *, rngs: Any) -> Any:
     return MODULES[cfg.kind](cfg, rngs=rngs)
 
 
+def reference_config(model: Mapping[str, Any]) -> ReferenceConfig:
+    """From the `model` of a config.json."""
+    try:
+        parts = {"vae": VaeConfig, "unet": UnetConfig, "features": SetConfig, "net": NetConfig}
+        read = {name: part and kind(**_tuples(part)) for name, kind in parts.items() for part in [model[name]]}
+        return ReferenceConfig(**{**model, **read})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"config.json is not that of a reference generator ({error}); train it again") from error
+
+
+def _tuples(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+
+
+def _once(cfg: Any, spec: Spec) -> int:
+    """Every matmul counted once."""
+    return sum(kernel_macs(spec, [("**", 1)]).values())
+
+
 FAMILY = Family("weightgen", Generator, config, (), companions, verify, parameters, macs)
 CODEC = _simple("weightgen-codec", TokenCodec, TokenVaeConfig)
 ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
 NETWORK = _simple("weightgen-network", network, NetConfig)
-FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK]
+REFERENCE = Family("weightgen-d2nwg", Reference, reference_config, (), companions, verify, parameters, _once)
+FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK, REFERENCE]
 
 
 def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, np.ndarray]]:

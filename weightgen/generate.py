@@ -18,12 +18,14 @@ from common.data.sources import SourceConfig, open_source
 from common.errors import InputError, nearest
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
+from weightgen import reference
 from weightgen.baselines import noisy, prototype
 from weightgen.data import Projection, encoder, shown, text_encoder, thumbnails
 from weightgen.evaluate import accuracy, disagreement, error_overlap, head_accuracy, nearest_distance
-from weightgen.formats import FAMILY, NETWORK
+from weightgen.formats import FAMILY, NETWORK, REFERENCE
 from weightgen.generator import GeneratorConfig, SampleConfig, drawer
 from weightgen.nets import NetConfig, net, predict
+from weightgen.reference import ReferenceConfig
 from weightgen.zoo import FitConfig, fit_population, flat, initial_population
 
 FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.1), "mlp": FitConfig(60, lr=0.01), "cnn": FitConfig(60, lr=0.01)}
@@ -68,9 +70,9 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
 
     Raises InputError when the folder has no classes, or other numbers of them than the generator takes.
     """
-    cfg: GeneratorConfig = donor.cfg
+    cfg: Any = donor.cfg
     if cfg.net is None:
-        raise InputError(f"{donor.path} is told by {cfg.condition}, not by pictures: give --task")
+        raise InputError(f"{donor.path} is told by words, not by pictures: give --task")
     source = open_source(SourceConfig(dataset))
     names = getattr(source, "classes", ())
     if not names:
@@ -103,8 +105,8 @@ def read_words(donor: Donor, task: str) -> Task:
 
     Raises InputError for a generator told by pictures, and for a task the zoo has not.
     """
-    cfg: GeneratorConfig = donor.cfg
-    if cfg.condition not in WORDS:
+    cfg: Any = donor.cfg
+    if isinstance(cfg, ReferenceConfig) or cfg.condition not in WORDS:
         raise InputError(f"{donor.path} is told by pictures: give --dataset, a folder with a sub-folder for each class")
     if cfg.condition == "chunk":
         return Task(("all chunks",), np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1), 1)
@@ -120,22 +122,26 @@ def read_words(donor: Donor, task: str) -> Task:
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> Drawn:
-    """`n` networks; sample i of a seed is the same whatever n is."""
+    """`n` networks; sample i of a seed is the same whatever n is, but for the reference."""
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)
     params = load_params(donor, start(MeshConfig()))
     condition = np.tile(task.condition, (n, 1, 1, 1))
     there = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
-    draw = drawer(donor.model, cfg, how)
-    rows = np.asarray(draw(params, condition, there, jax.random.key(seed), np.arange(n * items)))
+    key = jax.random.key(seed)
+    if isinstance(cfg, ReferenceConfig):
+        # Its sampler is its own: all steps, no guidance, and noise that depends on n.
+        weights = reference.sample(donor.model, cfg, params["k"], params, jnp.asarray(condition[:, :, : task.shots]), key)
+        samples = cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
+        return Drawn(samples, samples.mean(0))
+    rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, there, key, np.arange(n * items)))
     samples = rows.reshape(n, items * rows.shape[1], -1)
     return Drawn(samples, samples.mean(0))
 
 
-def labels_of(cfg: GeneratorConfig, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
+def labels_of(cfg: Any, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
     """What networks [n, token, length] see in pictures x: [n, picture]."""
-    assert cfg.net is not None
     params = cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like)
     return predict(cfg.net, params, np.broadcast_to(x, (len(tokens), *x.shape)), at_once=50)
 
@@ -152,7 +158,7 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
 def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int) -> dict[str, Any]:
     """Accuracies on what was left over, each named for what it is, beside baselines that need no zoo; novelty, diversity, and whether
     the condition is used."""
-    cfg: GeneratorConfig = donor.cfg
+    cfg: Any = donor.cfg
     about: dict[str, Any] = {
         "classes": list(task.names),
         "condition": f"{task.shots}-shot, 0 gradient steps" if task.support else f"{cfg.condition}, 0 gradient steps",
@@ -163,7 +169,7 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
     }
     zoo = load_file(donor.folder / "neighbours.safetensors")
     rng, mine = np.random.default_rng(seed), _flat(cfg, drawn.samples)
-    if cfg.condition == "chunk":
+    if isinstance(cfg, GeneratorConfig) and cfg.condition == "chunk":
         return about | {"novelty": _novelty(drawn.samples.reshape(-1, cfg.whole.length), zoo["weights"], rng)}
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
@@ -196,7 +202,7 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
     }
 
 
-def _flat(cfg: GeneratorConfig, tokens: np.ndarray) -> np.ndarray:
+def _flat(cfg: Any, tokens: np.ndarray) -> np.ndarray:
     return flat(cfg.whole, tokens)
 
 
@@ -246,7 +252,7 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     return about | {"folder": str(args.out), "weights": list(chosen), "seconds": round(time.perf_counter() - begun, 2)}
 
 
-def _write(folder: Path, cfg: GeneratorConfig, tokens: np.ndarray, task: Task) -> None:
+def _write(folder: Path, cfg: Any, tokens: np.ndarray, task: Task) -> None:
     """A network of ours as a weights folder; of a foreign checkpoint the tensors under their own names."""
     if cfg.net is None:
         save_file(
@@ -273,5 +279,5 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
 
 
 def _check(donor: Donor) -> None:
-    if donor.family.name != FAMILY.name or not isinstance(donor.cfg, GeneratorConfig):
+    if donor.family.name not in (FAMILY.name, REFERENCE.name):
         raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe")

@@ -90,7 +90,8 @@ def module_texts(vocab: int = 2048, least: int = 4000) -> dict[str, Text]:
     for file in sorted(Path(os.__file__).parent.glob("*.py")):
         ids = np.array(tokenizer.encode(file.read_text(encoding="utf-8")).ids, np.int32)
         if len(ids) >= least:
-            found[file.stem] = Text(*np.split(ids, [len(ids) // 2, 3 * len(ids) // 4]), vocab)
+            train, select, test = np.split(ids, [len(ids) // 2, 3 * len(ids) // 4])
+            found[file.stem] = Text(train, select, test, vocab)
     return found
 
 
@@ -212,15 +213,13 @@ def word_choice(text: np.ndarray, cfg: GptConfig, questions: int, options: int =
     return Choices(whole.astype(np.int32), answer)
 
 
-@cache
-def _last(model: Functional) -> Any:
-    """Logits behind a context, compiled once for each shape."""
+def last_logits(model: Functional) -> Callable[[Params, np.ndarray], Any]:
+    """Logits behind each context, compiled once for all questions of a shape."""
     return jax.jit(lambda params, tokens: model.apply(params, tokens)[:, -1])
 
 
-def scorer(model: Functional, choices: Choices) -> Callable[[Params], float]:
+def scorer(last: Callable[[Params, np.ndarray], Any], choices: Choices) -> Callable[[Params], float]:
     """`score(params)`: share of questions whose right option the model finds likeliest."""
-    last = _last(model)
 
     def score(params: Params) -> float:
         found = np.take_along_axis(np.asarray(last(params, choices.tokens[:, 0, :-1])), choices.tokens[:, :, -1], axis=1).argmax(1)

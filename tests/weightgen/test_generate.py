@@ -198,6 +198,34 @@ def test_a_learned_codec_and_an_aligned_encoder_make_other_networks(pictures, tm
     assert report["disagreement"] is not None and (tmp_path / "made" / "mean" / "model.safetensors").is_file()
 
 
+def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom):
+    zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
+    net = ["--net.features", "6", "--net.classes", "6"]
+    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    vae = [
+        "--vae.fdim",
+        "64",
+        "--vae.resolution",
+        "8",
+        "--vae.channels",
+        "8",
+        "--vae.multiples",
+        "1",
+        "--vae.blocks",
+        "1",
+        "--vae.latent",
+        "1",
+    ]
+    unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
+    loops = [f"--stage{i}.{name}" for i in (1, 2) for name in ("steps 3", "batch 4", "optim.warmup 1")]
+    flags = [*vae, *unet, "--chain", "3", "--gate.force", "True", *" ".join(loops).split()]
+    heirloom("train", "weightgen/d2nwg", "--run", tmp_path / "d2nwg", "--zoo", zoo, *flags)
+    weights = load_file(model / "model.safetensors")
+    assert weights["k"] > 0 and weights["k"] != 1  # of the latents of the first batch
+    heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made")
+    assert load_file(tmp_path / "made" / "sample-001" / "model.safetensors")["out/kernel"].shape == (6, 6)
+
+
 def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
     folder, rng, words = tmp_path / "adapters", np.random.default_rng(0), ["a red fruit", "a fast car", "a sad face"]
     folder.mkdir()
