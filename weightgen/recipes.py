@@ -185,7 +185,8 @@ class CodecRecipe(Stage):
     normalise: Kind = "tensor"
     beta: float = 1e-4
     """Weight of the KL."""
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: GateConfig = field(default_factory=lambda: GateConfig(force=True))
+    """Measured only: the generator that takes the codec refuses it."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def train(self, directory: Path) -> None:
