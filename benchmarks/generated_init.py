@@ -5,13 +5,14 @@
 
 --data: the folder of scripts/make_fashion_mnist.py or make_cifar10.py. Zoos of MLPs (64-16-5, on PCA features) and of the small CNN
 (2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared initialisation, from random ones, and from
-random ones with matched neurons. One generator per zoo is told 5 pictures of each class in the task's order: a ridge map to all weights,
-and diffusion of what it leaves. Targets hold the last two classes, which no zoo network has seen together. Networks are judged at 0, 1,
-5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network with noise, and
-ridge alone. Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing rows stay in.
+random ones with matched neurons. Generators are told 5 pictures of each class in the task's order: diffusion of all weights, and a ridge
+map (the prior) with diffusion of what it leaves. Targets hold the last two classes, which no zoo network has seen together. Networks are
+judged at 0, 1, 5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network
+with noise, and ridge alone. Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing
+rows stay in.
 
-The size `cpu` is cut to what one core does in half an hour: 2,000 MLPs or 100 CNNs a zoo, small generators, 20 targets. `gpu` has not
-run yet.
+The size `cpu` is cut for one core: 2,000 MLPs or 100 CNNs a zoo, small generators, 20 targets. The MLPs took 30 s of CPU an arm, two
+thirds of it compiling; the CNNs and the size `gpu` have not run yet.
 """
 
 import argparse
@@ -60,8 +61,8 @@ class Size:
     pictures: int
     """Of each class, per network."""
     fit: dict[str, FitConfig]
-    steps: int
-    """Of each generator."""
+    steps: dict[str, int]
+    """Of a generator."""
     tasks: int
     denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=64, layers=2, heads=4, hidden=128))
     batch: int = 64
@@ -75,10 +76,15 @@ def _size(mlp: int, cnn: int, pictures: int, steps: dict[str, int], batch: int, 
 
 
 SIZES = {
-    "smoke": _size(20, 10, 8, {"mlp": 3, "cnn": 3}, 16, 3, 2, DenoiserConfig(width=16, layers=1, heads=2, hidden=16), 8, at_once=1),
-    "cpu": _size(2000, 100, 60, {"mlp": 200, "cnn": 60}, 32, 200, 20, at_once=1),
-    "gpu": _size(4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, 20_000, 100, DenoiserConfig(384, 8, 6, 1536), 128),
+    "smoke": _size(
+        20, 10, 8, {"mlp": 3, "cnn": 3}, 16, {"mlp": 3, "cnn": 3}, 2, DenoiserConfig(width=16, layers=1, heads=2, hidden=16), 8, at_once=1
+    ),
+    "cpu": _size(2000, 100, 100, {"mlp": 200, "cnn": 60}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
+    "gpu": _size(
+        4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, {"mlp": 20_000, "cnn": 20_000}, 100, DenoiserConfig(384, 8, 6, 1536), 128
+    ),
 }
+PRIORS = ("none", "linear")
 SAMPLES = 8
 CNN_FEATURES = 64  # of the pictures a CNN's generator is told, by PCA
 
@@ -98,6 +104,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--kinds", nargs="+", choices=HIDDEN, default=list(HIDDEN))
+    parser.add_argument("--priors", nargs="+", choices=PRIORS, default=list(PRIORS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, required=True, help="where trainings and finished arms are kept")
     parser.add_argument("--json", type=Path)
@@ -111,19 +118,23 @@ def main() -> None:
         world = read(args.data, kind)
         for seed in args.seeds:
             networks = cache(partial(population, size, world, kind, seed))  # the random ones serve two arms
-            for begin in ("shared", "random", "aligned"):
-                done = args.runs / f"{args.size}-{kind}-{begin}-{seed}.json"
+            for begin, prior in itertools.product(("shared", "random", "aligned"), args.priors):
+                done = args.runs / f"{args.size}-{kind}-{begin}-{prior}-{seed}.json"
                 if not done.exists():
-                    found = arm(size, world, kind, begin, seed, networks, args.runs / done.stem)
+                    found = arm(size, world, kind, begin, prior, seed, networks, args.runs / done.stem)
                     done.write_text(json.dumps(found, indent=2) + "\n")
                 rows.append(json.loads(done.read_text()))
                 report(rows[-1:])
+                if args.json:
+                    write(args.json, size, args.data.name, rows)
     report(rows)
-    if args.json:
-        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"size": asdict(size), "data": args.data.name, "rows": rows}, indent=2) + "\n")
+
+
+def write(file: Path, size: Size, data: str, rows: list[dict[str, Any]]) -> None:
+    device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
+    made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(made | {"size": asdict(size), "data": data, "rows": rows}, indent=2) + "\n")
 
 
 def read(folder: Path, kind: str) -> World:
@@ -193,7 +204,7 @@ def matched(tree: dict[str, np.ndarray], reference: dict[str, np.ndarray], cfg: 
 
 
 def arm(
-    size: Size, world: World, kind: str, begin: str, seed: int, networks: Callable[[Any], dict[str, np.ndarray]], folder: Path
+    size: Size, world: World, kind: str, begin: str, prior: Any, seed: int, networks: Callable[[Any], dict[str, np.ndarray]], folder: Path
 ) -> dict[str, Any]:
     """Zoo, generator and every initialisation, judged on subsets no zoo network saw."""
     clock = [time.process_time()]  # others may use the machine
@@ -215,19 +226,19 @@ def arm(
 
     # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low rank.
     features = world.told.features.shape[1]
-    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, "linear", size.denoiser, features)
+    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, prior, size.denoiser, features)
     generator = functional(Generator, generator_cfg)
     loop = LoopConfig(
-        size.steps,
+        size.steps[kind],
         min(size.batch, len(tokens)),
-        OptimConfig(lr=1e-3, warmup=max(size.steps // 20, 1), clip=1.0),
+        OptimConfig(lr=1e-3, warmup=max(size.steps[kind] // 20, 1), clip=1.0),
         seed=seed,
-        save_every=size.steps,
+        save_every=size.steps[kind],
     )
     mesh = start(loop.mesh)
     fitted = {path: jnp.asarray(value) for path, value in fit_stage1(generator_cfg, zoo, world.told, seed).items()}
     params = fit(
-        Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "size": asdict(size)}),
+        Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)}),
         loop,
         mesh,
         generator.spec,
@@ -306,7 +317,7 @@ def arm(
     }
     lap("report")
     return {
-        "kind": kind, "begin": begin, "seed": seed, "accuracy": table,
+        "kind": kind, "begin": begin, "prior": prior, "seed": seed, "accuracy": table,
         "at 0 steps": {"single": float(by_test.mean()), "oracle of 8, by test": float(by_test.max(0).mean())},
         "zoo": codec.before, "zoo after codec": codec.after, "codec error": codec.error,
         "distance": {name: float(np.median(found)) for name, found in distances.items()},
@@ -327,14 +338,14 @@ def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    for kind, begin in dict.fromkeys((row["kind"], row["begin"]) for row in rows):
-        mine = [row for row in rows if (row["kind"], row["begin"]) == (kind, begin)]
+    for kind, begin, prior in dict.fromkeys((row["kind"], row["begin"], row["prior"]) for row in rows):
+        mine = [row for row in rows if (row["kind"], row["begin"], row["prior"]) == (kind, begin, prior)]
 
         def mean(name: str, part: str = "", mine: Any = mine) -> float:
             return float(np.mean([row[name][part] if part else row[name] for row in mine]))
 
         took = sum(sum(row["seconds of CPU"].values()) for row in mine)
-        print(f"\n{kind}, {begin} zoo ({len(mine)} seeds, {took:.0f} s of CPU)", end="")
+        print(f"\n{kind}, {begin} zoo, prior {prior} ({len(mine)} seeds, {took:.0f} s of CPU)", end="")
         print(f": {100 * mean('zoo'):.1f} % on its own tasks, {100 * mean('zoo after codec'):.1f} % through the codec")
         print(f"{'accuracy on unseen subsets, %, after steps':<44}" + "".join(f"{b:>8}" for b in BUDGETS))
         for name in mine[0]["accuracy"]:
