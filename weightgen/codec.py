@@ -76,7 +76,7 @@ class Gate:
         if not self.passed and not force:
             raise InputError(
                 f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip "
-                f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force True"
+                f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force"
             )
 
 

@@ -181,12 +181,12 @@ def test_a_learned_codec_and_an_aligned_encoder_make_other_networks(pictures, tm
     zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "generator" / "model"
     net = ["--net.kind", "mlp", "--net.features", "6", "--net.hidden", "4", "--net.classes", "6", "--fit.lr", "0.05"]
     heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
-    codec = ["--latent", "7", "--width", "16", "--layers", "1", "--gate.force", "True"]
+    codec = ["--latent", "7", "--width", "16", "--layers", "1"]
     heirloom("train", "weightgen/codec", "--run", tmp_path / "codec", "--zoo", zoo, *codec, *LOOP)
     sizes = ["--encoder.features", "6", "--encoder.hidden", "8", "--encoder.out", "8", "--encoder.inducing", "4"]
     by = ["--codec", tmp_path / "codec" / "model"]
     heirloom("train", "weightgen/encoder", "--run", tmp_path / "encoder", "--zoo", zoo, *by, *sizes, *LOOP)
-    by += ["--encoder", tmp_path / "encoder" / "model", "--condition", "set", "--prior", "none", "--gate.force", "True"]
+    by += ["--encoder", tmp_path / "encoder" / "model", "--condition", "set", "--prior", "none", "--gate.force"]
     heirloom("train", "weightgen/generator", "--run", tmp_path / "generator", "--zoo", zoo, *by, *LOOP, *TINY)
     made, codec, encoder = (load_file(p / "model.safetensors") for p in (model, *(tmp_path / n / "model" for n in ("codec", "encoder"))))
     kept = {f"codec/{k}": v for k, v in codec.items()} | {f"condition/{k}": v for k, v in encoder.items() if k.startswith("int")}
@@ -218,7 +218,7 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
     ]
     unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
     loops = [f"--stage{i}.{name}" for i in (1, 2) for name in ("steps 3", "batch 4", "optim.warmup 1")]
-    flags = [*vae, *unet, "--chain", "3", "--gate.force", "True", *" ".join(loops).split()]
+    flags = [*vae, *unet, "--chain", "3", "--gate.force", *" ".join(loops).split()]
     heirloom("train", "weightgen/d2nwg", "--run", tmp_path / "d2nwg", "--zoo", zoo, *flags)
     weights = load_file(model / "model.safetensors")
     assert weights["k"] > 0 and weights["k"] != 1  # of the latents of the first batch
