@@ -10,6 +10,7 @@ from flax import nnx
 from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
 
 XAVIER = xavier_uniform()
+LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers: no kernels, never decayed
 
 
 class Condition(NamedTuple):

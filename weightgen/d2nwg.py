@@ -17,7 +17,7 @@ from common.train.optim import OptimConfig
 from common.train.parameters import save_params
 from common.train.step import StepConfig
 from weightgen.autoencoder import VaeConfig
-from weightgen.conditions import SetConfig
+from weightgen.conditions import LEARNED_POINTS, SetConfig
 from weightgen.data import Bank, Projection
 from weightgen.formats import REFERENCE, save_neighbours
 from weightgen.recipes import GateConfig, Stage, measure, pictures_of
@@ -67,6 +67,7 @@ class ReferenceRecipe(Stage):
         zoo, bank = open_zoo(folder), Bank.load(folder)
         cfg = self.config(zoo, bank)
         model = functional(Reference, cfg)
+        points = LEARNED_POINTS if self.encoder == "set" else ()
         fresh = model.init(jax.random.key(self.stage1.seed)) | {"k": jnp.float32(1)}
 
         def vectors(tokens: np.ndarray) -> np.ndarray:
@@ -85,6 +86,7 @@ class ReferenceRecipe(Stage):
             lambda params, batch, key, frozen: (stage1_loss(model, cfg, params, batch["weights"], key, self.beta), {}),
             placed(weights, mesh, self.stage1.seed),
             frozen=("k", "unet/**", "condition/**"),
+            no_decay=points,
         )
         mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
 
@@ -116,6 +118,7 @@ class ReferenceRecipe(Stage):
             value,
             batches,
             frozen=("k", "vae/**"),
+            no_decay=points,
             save=lambda params: save(params, beside, force=True),
         )
 

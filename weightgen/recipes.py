@@ -23,7 +23,7 @@ from common.train.parameters import save_params
 from weightgen import contrast
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig, vae_loss
 from weightgen.codec import fit_pca, gate, relative_error
-from weightgen.conditions import SetConfig, SetOfSets
+from weightgen.conditions import LEARNED_POINTS, SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder, shown, text_encoder, thumbnails
 from weightgen.denoiser import DenoiserConfig
 from weightgen.evaluate import accuracy
@@ -279,7 +279,7 @@ class EncoderRecipe(Stage):
             lambda: model.init(jax.random.key(self.loop.seed)),
             value,
             placed(make, mesh, self.loop.seed),
-            no_decay=("**/points1", "**/points2", "**/seed"),
+            no_decay=LEARNED_POINTS,
             save=lambda params: save_params(run.model, ENCODER.name, self.encoder, params, lambda folder: None, force=True),
         )
 
@@ -387,6 +387,7 @@ class GeneratorRecipe(Stage):
             loss(model, cfg, self.dropout),
             generator_batches(zoo, bank, cfg.shots, self.loop, mesh),
             frozen=frozen,
+            no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
             save=lambda params: save_params(run.model, FAMILY.name, cfg, params, beside, force=True),
         )
 
