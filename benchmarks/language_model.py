@@ -17,7 +17,7 @@ import json
 import platform
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -52,7 +52,7 @@ from weightgen.gpt import (
 )
 from weightgen.lora import canonical_tensors
 from weightgen.tokens import chunks
-from weightgen.train import LoopConfig, generator_batches
+from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
 from weightgen.train import fit as train_loop
 from weightgen.zoo import Zoo, flat
 
@@ -165,13 +165,15 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     classes = np.repeat(np.arange(len(seen)), COPIES)[:, None].astype(np.int32)
     zoo = Zoo(weights, np.full(len(members), np.nan, np.float32), classes, None, spec)
     hidden = jax.jit(lambda tokens: model.apply(base, tokens, method="hidden").mean(1))
-    looked = {name: np.asarray(hidden(windows_of(texts[name].train, cfg.context, (40,), rng))) for name in names}
+    windows = {name: windows_of(texts[name].train, time_, (40,), rng) for name in names}
+    looked = {name: np.asarray(hidden(windows[name][:, :-1])) for name in names}
     project = Projection.fit("base", np.concatenate([looked[name] for name in seen]), min(24, cfg.width))
     bank = Bank.of(project(np.concatenate([looked[n] for n in seen])), np.repeat(np.arange(len(seen)), 40), seen)
     told = np.stack([project(looked[name][:SHOTS]) for name in unseen])[:, None]
 
+    optim = replace(OPTIMIZER, warmup=size.generator_steps // 10)
     gen_cfg = GeneratorConfig(None, min(48, len(members) - 1), "per_class", SHOTS, "linear", DENOISER, bank.features.shape[1], cut=spec)
-    generator, loop = functional(Generator, gen_cfg), LoopConfig(size.generator_steps, min(64, len(members)), seed=seed)
+    generator, loop = functional(Generator, gen_cfg), LoopConfig(size.generator_steps, min(64, len(members)), optim, seed=seed)
     mesh = start(loop.mesh)
     fitted = {path: jnp.asarray(x) for path, x in fit_stage1(gen_cfg, zoo, bank, seed).items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,8 +190,7 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     tokens, condition = zoo.tokens(slice(None)), told[:, 0].mean(1)
     centres = np.stack([bank.features[40 * c : 40 * c + 40].mean(0) for c in classes[:, 0]])
     near = nearest_model(condition, centres, tokens)
-    few = fit([np.concatenate([windows_of(texts[name].train, time_, (SHOTS,), np.random.default_rng([seed, 2, i])).reshape(-1)] * 2)
-               for i, name in enumerate(unseen)])  # fmt: skip
+    few = fit([np.tile(windows[name][:SHOTS].reshape(-1), 2) for name in unseen])
     whole = fit([texts[name].train for name in unseen])
     step = (near - tokens.mean(0)).reshape(n, -1)
     noise = rng.standard_normal(step.shape)
