@@ -1,7 +1,7 @@
 """The generator: codec, condition and denoiser as one model, its loss, and how it is sampled."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ class Generator(nnx.Module):
 
 CONDITIONS: dict[str, Callable[[GeneratorConfig, int, nnx.Rngs], Any]] = {
     "per_class": lambda cfg, width, rngs: PerClass(cfg.features, width, rngs=rngs),
-    "set": lambda cfg, width, rngs: SetOfSets(cfg.encoder or SetConfig(features=cfg.features), width, rngs=rngs),
+    "set": lambda cfg, width, rngs: SetOfSets(replace(cfg.encoder or SetConfig(features=cfg.features), latent=width), rngs=rngs),
     "mlp": lambda cfg, width, rngs: MlpSet(cfg.features, cfg.ways * cfg.shots, width, rngs=rngs),
     "text": lambda cfg, width, rngs: Text(cfg.features, width, rngs=rngs),
     "label": lambda cfg, width, rngs: Label(cfg.labels, width, rngs=rngs),

@@ -1,7 +1,7 @@
 """What `heirloom train` runs: a zoo, a codec, an encoder, a generator. Each writes a folder that the next one names."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shutil import copy
@@ -250,6 +250,7 @@ class EncoderRecipe(Stage):
     latent: int = 64
     """Components of that PCA."""
     encoder: SetConfig = field(default_factory=lambda: SetConfig(features=64, hidden=64, out=64))
+    """Its latent becomes that of the frozen side."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def train(self, directory: Path) -> None:
@@ -259,8 +260,8 @@ class EncoderRecipe(Stage):
             return
         bank, loss_of = Bank.load(Path(self.zoo)), getattr(contrast, self.loss)
         latents = self._latents(zoo)
-        width = latents(zoo.tokens(slice(0, 1))).shape[1]
-        model = functional(partial(SetOfSets, latent=width), self.encoder)
+        cfg = replace(self.encoder, latent=latents(zoo.tokens(slice(0, 1))).shape[1])
+        model = functional(SetOfSets, cfg)
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             rows = np.sort(rng.integers(len(zoo), size=self.loop.batch))
@@ -280,7 +281,7 @@ class EncoderRecipe(Stage):
             value,
             placed(make, mesh, self.loop.seed),
             no_decay=LEARNED_POINTS,
-            save=lambda params: save_params(run.model, ENCODER.name, self.encoder, params, lambda folder: None, force=True),
+            save=lambda params: save_params(run.model, ENCODER.name, cfg, params, lambda folder: None, force=True),
         )
 
     def _latents(self, zoo: Zoo) -> Callable[[np.ndarray], np.ndarray]:
@@ -293,7 +294,7 @@ class EncoderRecipe(Stage):
         return lambda tokens: ((flat(zoo.spec, tokens) - pca.mean) @ pca.components / pca.scale).astype(np.float32)
 
     def describe(self) -> Any:
-        return ENCODER, self.encoder
+        return ENCODER, replace(self.encoder, latent=self.latent)
 
 
 @dataclass(frozen=True)

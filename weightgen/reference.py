@@ -5,7 +5,7 @@ divided by a constant and nothing else, latents are drawn from the posterior, an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -77,7 +77,7 @@ class Reference(nnx.Module):
         if cfg.encoder == "mlp":
             self.condition: Any = MlpSet(cfg.features.features, cfg.slots, cells, rngs=rngs)
         else:
-            self.condition = SetOfSets(cfg.features, cells, rngs=rngs)
+            self.condition = SetOfSets(replace(cfg.features, latent=cells), rngs=rngs)
         self.unet = Unet(cfg.unet, rngs=rngs)
         self.k = param("", {}, zeros, rngs)  # by which latents are multiplied; fitted between the stages
         self.cfg = cfg
