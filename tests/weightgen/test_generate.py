@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 from common.cli import main
 from common.nn.functional import functional
 from common.train.optim import OptimConfig
-from weightgen.data import SHARES, Bank, EmojiTasks, Projection
+from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
 from weightgen.denoiser import DenoiserConfig
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, loss
+from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig
 from weightgen.proof import ProofConfig, prove
 from weightgen.train import LoopConfig
-from weightgen.zoo import FitConfig, import_folder, open_zoo
+from weightgen.zoo import FitConfig, Zoo, import_folder, open_zoo
 
 SMALL = DenoiserConfig(width=16, layers=1, heads=2, hidden=16)
 
@@ -98,6 +98,27 @@ def test_diffusion_returns_the_one_latent_it_knows():
     there = np.ones((4, 3, 1), bool)
     drawn = drawer(model, cfg, SampleConfig(steps=50))(run(params), batch["support"][:4], there, jax.random.key(2), np.arange(4))
     assert np.abs(np.asarray(drawn) - head).max() < 0.15 < np.abs(head).max()
+
+
+def test_a_linear_prior_of_whole_networks_is_a_ridge_map():
+    cfg = GeneratorConfig(NetConfig("mlp", 4, 3, classes=2), latent=5, shots=2, denoiser=SMALL)
+    model, spec, rng = functional(Generator, cfg), cfg.tokens, np.random.default_rng(0)
+    bank = Bank.of(rng.standard_normal((24, 4)).astype(np.float32), np.repeat(np.arange(6), 4), list("abcdef"))
+    classes = draw_tasks(6, 30, 2, rng)
+    zoo = Zoo(rng.standard_normal((30, spec.count)).astype(np.float32), np.zeros(30, np.float32), classes, cfg.net, spec)
+    fitted = fit_stage1(cfg, zoo, bank)
+    params = model.init(jax.random.key(0)) | fitted
+    support, there = bank.draw(classes, 2, rng), np.ones((30, 2, 2), bool)
+    for shots in (1, 2):
+        there[:, :, shots:] = False
+        told = np.c_[support[:, :, :shots].mean(2).reshape(30, -1), np.ones(30)]
+        found = np.asarray(model.apply(params, support, there, method="expected"))
+        np.testing.assert_allclose(found[:, spec.mask], told @ fitted["prior/table"][shots - 1], rtol=1e-5, atol=1e-5)
+        assert not found[:, ~spec.mask].any()
+        there[:] = True
+    latents = model.apply(params, zoo.tokens(slice(None)), support, there, method="encode")
+    back = model.apply(params, latents, support, there, method="decode")
+    np.testing.assert_allclose(back, zoo.tokens(slice(None)), atol=1e-4)  # five latents of tokens of five
 
 
 def world(classes, seed, features=8):
