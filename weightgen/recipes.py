@@ -93,7 +93,7 @@ class ZooRecipe(Stage):
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
             x, y = shown(self.net, *held.all(rows, min(int(held.counts.max()), 100)))
-            quality = accuracy(predict(self.net, params, x), y, self.net.classes).astype(np.float32)
+            quality = accuracy(predict(self.net, params, x, self.fit.at_once), y, self.net.classes).astype(np.float32)
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()})), quality=quality)
             metrics.append(
@@ -167,7 +167,7 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None
         print(f"codec: relative error {relative_error(flat(zoo.spec, tokens), flat(zoo.spec, back)):.4f}; nothing is known of its accuracy")
         return None
     x, y = shown(zoo.net, *bank.all(np.asarray(zoo.classes[rows]), 20))
-    nets = [predict(zoo.net, zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like), x) for t in (tokens, back)]
+    nets = [predict(zoo.net, zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like), x, at_once=20) for t in (tokens, back)]
     before, after = (accuracy(labels, y, zoo.net.classes) for labels in nets)
     found = gate(before, after, tokens, back, cfg.tolerance)
     print(f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip, relative error {found.error:.4f}")
