@@ -297,6 +297,9 @@ class EncoderRecipe(Stage):
         return ENCODER, replace(self.encoder, latent=self.latent)
 
 
+ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
+
+
 @dataclass(frozen=True)
 class GeneratorRecipe(Stage):
     """Prior and codec, the gate, then diffusion; `RUN/model` is what `heirloom generate` takes."""
@@ -354,17 +357,10 @@ class GeneratorRecipe(Stage):
         if cfg.condition == "label":
             bank = Bank.numbers(bank.names)
         model = functional(Generator, cfg)
-        fitted = fit_stage1(cfg, zoo, bank, self.loop.seed)
-        if self.codec:
-            fitted |= {f"codec/{name}": x for name, x in open_part(self.codec, CODEC, "weightgen/codec")[1].items()}
-        frozen = cfg.fitted
-        if self.encoder:
-            # As released: only its last layer goes on learning, and is a fresh one.
-            kept = ("intra/", "inter/")
-            aligned = open_part(self.encoder, ENCODER, "weightgen/encoder")[1]
-            fitted |= {f"condition/{name}": x for name, x in aligned.items() if name.startswith(kept)}
-            frozen += tuple(f"condition/{part}**" for part in kept)
+        fitted = self.fitted(cfg, zoo, bank)
         params = model.init(jax.random.key(self.loop.seed)) | {path: jnp.asarray(value) for path, value in fitted.items()}
+        # As released: of an aligned encoder only the last layer goes on learning, and is a fresh one.
+        frozen = cfg.fitted + tuple(f"condition/{part}**" for part in ALIGNED if self.encoder)
 
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
             support = bank.draw(np.asarray(zoo.classes[rows]), cfg.shots, np.random.default_rng(self.loop.seed))
@@ -391,6 +387,16 @@ class GeneratorRecipe(Stage):
             no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
             save=lambda params: save_params(run.model, FAMILY.name, cfg, params, beside, force=True),
         )
+
+    def fitted(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> dict[str, np.ndarray]:
+        """What is there before training: prior and PCA, or the parts that other recipes trained."""
+        fitted = fit_stage1(cfg, zoo, bank, self.loop.seed)
+        if self.codec:
+            fitted |= {f"codec/{name}": x for name, x in open_part(self.codec, CODEC, "weightgen/codec")[1].items()}
+        if self.encoder:
+            aligned = open_part(self.encoder, ENCODER, "weightgen/encoder")[1]
+            fitted |= {f"condition/{name}": x for name, x in aligned.items() if name.startswith(ALIGNED)}
+        return fitted
 
     def describe(self) -> Any:
         return FAMILY, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))
