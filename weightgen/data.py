@@ -61,7 +61,7 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
     if not hasattr(donor.family.module, "encode_text"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no text: name a CLIP")
     tokenizer, context = Tokenizer.load(donor.folder), donor.cfg.text.context
-    params = {path: jnp.asarray(view, jnp.float32) for path, view in donor.source.values.items()}
+    params = {path: jnp.asarray(np.asarray(view, np.float32)) for path, view in donor.source.values.items()}
     forward = jax.jit(lambda tokens: donor.model.apply(params, tokens, method="encode_text"))
 
     def encode(texts: Sequence[str]) -> np.ndarray:
