@@ -1,14 +1,18 @@
 """Generated networks as initialisation, where weights are no convex affair.
 
-    python benchmarks/generated_init.py --data fashion-mnist --runs runs/cpu --json benchmarks/results/generated_init_cpu.json
-    python benchmarks/generated_init.py --size gpu --data fashion-mnist --runs runs/gpu --json benchmarks/results/generated_init_gpu.json
+    python benchmarks/generated_init.py --data data/fashion_mnist --runs runs/cpu --json benchmarks/results/generated_init_cpu.json
+    python benchmarks/generated_init.py --size gpu --data data/fashion_mnist --runs runs/gpu --json generated_init_gpu.json
 
---data: a folder of .npy arrays, train_image.npy [n, 28, 28] or [n, 32, 32, 3] uint8, train_label.npy [n], and test_* alike. Zoos of MLPs
-(64-16-5, on PCA features) and of the 2,464-parameter CNN are trained on random 5-class subsets, from one shared initialisation, from
-random ones, and from random ones with matched neurons. One generator per zoo, conditioned on 5 pictures of each class in the task's
-order; subsets with a held-out class pair are never in a zoo. Networks are judged at 0, 1, 5 and 25 steps of fine-tuning on the
-target, beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network with noise, and ridge. Every arm of
-every seed is saved when it is done, and a run that is stopped goes on with the next; losing rows stay in.
+--data: the folder of scripts/make_fashion_mnist.py or make_cifar10.py. Zoos of MLPs (64-16-5, on PCA features) and of the small CNN
+(2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared initialisation, from random ones, and from
+random ones with matched neurons. Generators are told 5 pictures of each class in the task's order: diffusion of all weights, and a ridge
+map (the prior) with diffusion of what it leaves. Targets hold the last two classes, which no zoo network has seen together. Networks are
+judged at 0, 1, 5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network
+with noise, and ridge alone. Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing
+rows stay in.
+
+The size `cpu` is cut for one core: 2,000 MLPs or 100 CNNs a zoo, small generators, 20 targets. The MLPs took 30 s of CPU an arm, two
+thirds of it compiling; the CNNs and the size `gpu` have not run yet.
 """
 
 import argparse
@@ -19,9 +23,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +39,14 @@ from common.train.mesh import start
 from common.train.optim import OptimConfig
 from weightgen import align
 from weightgen.baselines import Ridge, nearest_model, noisy
+from weightgen.codec import gate
 from weightgen.data import Bank, Projection
 from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, nearest_distance
-from weightgen.generator import FITTED, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig, net
+from weightgen.evaluate import Estimate, accuracy, disagreement, error_overlap, nearest_distance
+from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.nets import NetConfig, net, predict
 from weightgen.train import LoopConfig, fit, generator_batches
-from weightgen.zoo import FitConfig, Zoo, accuracy, build, fit_population, flat, head_tokens, initial_population
+from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
 
 BUDGETS = (0, 1, 5, 25)  # steps of fine-tuning
 HIDDEN = {"mlp": ("hidden",), "cnn": ("first", "second", "hidden")}  # units that may be permuted; a third-layer channel is tied to cells
@@ -51,21 +57,36 @@ SHOTS = 5
 class Size:
     """What a machine can do."""
 
-    members: int
+    members: dict[str, int]
     pictures: int
     """Of each class, per network."""
-    fit: FitConfig
-    steps: int
+    fit: dict[str, FitConfig]
+    steps: dict[str, int]
+    """Of a generator."""
     tasks: int
-    kinds: tuple[str, ...] = ("mlp", "cnn")
-    denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=128, layers=4, heads=4, hidden=256))
+    denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=64, layers=2, heads=4, hidden=128))
+    batch: int = 64
+    draws: int = 25
+    """Steps of the sampler."""
+
+
+def _size(mlp: int, cnn: int, pictures: int, steps: dict[str, int], batch: int, *rest: Any, at_once: int = 0, **more: Any) -> Size:
+    fits = {kind: FitConfig(n, batch, lr=0.01, at_once=at_once if kind == "cnn" else 0) for kind, n in steps.items()}
+    return Size({"mlp": mlp, "cnn": cnn}, pictures, fits, *rest, **more)
 
 
 SIZES = {
-    "smoke": Size(30, 8, FitConfig(steps=3, batch=16, lr=0.01), 3, 2, denoiser=DenoiserConfig(width=16, layers=1, heads=2, hidden=16)),
-    "cpu": Size(1000, 100, FitConfig(steps=200, batch=64, lr=0.01), 2000, 40),
-    "gpu": Size(4000, 500, FitConfig(steps=1000, batch=128, lr=0.005), 20_000, 100, denoiser=DenoiserConfig(384, 8, 6, 1536)),
+    "smoke": _size(
+        20, 10, 8, {"mlp": 3, "cnn": 3}, 16, {"mlp": 3, "cnn": 3}, 2, DenoiserConfig(width=16, layers=1, heads=2, hidden=16), 8, at_once=1
+    ),
+    "cpu": _size(2000, 100, 100, {"mlp": 200, "cnn": 60}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
+    "gpu": _size(
+        4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, {"mlp": 20_000, "cnn": 20_000}, 100, DenoiserConfig(384, 8, 6, 1536), 128
+    ),
 }
+PRIORS = ("none", "linear")
+SAMPLES = 8
+CNN_FEATURES = 64  # of the pictures a CNN's generator is told, by PCA
 
 
 @dataclass(frozen=True)
@@ -82,162 +103,257 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--kinds", nargs="+", choices=HIDDEN, default=list(HIDDEN))
+    parser.add_argument("--priors", nargs="+", choices=PRIORS, default=list(PRIORS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, required=True, help="where trainings and finished arms are kept")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     size, rows = SIZES[args.size], []
     args.runs.mkdir(parents=True, exist_ok=True)
-    for kind, begin, seed in itertools.product(size.kinds, ("shared", "random", "aligned"), args.seeds):
-        done = args.runs / f"{args.size}-{kind}-{begin}-{seed}.json"
-        if not done.exists():
-            found = arm(size, read(args.data, kind), kind, begin, seed, args.runs / done.stem)
-            done.write_text(json.dumps(found, indent=2) + "\n")
-        rows.append(json.loads(done.read_text()))
-        report(rows[-1:])
+    # The arms compile the same programs; once is enough.
+    jax.config.update("jax_compilation_cache_dir", str(args.runs / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    for kind in args.kinds:
+        world = read(args.data, kind)
+        for seed in args.seeds:
+            networks = cache(partial(population, size, world, kind, seed))  # the random ones serve two arms
+            for begin, prior in itertools.product(("shared", "random", "aligned"), args.priors):
+                done = args.runs / f"{args.size}-{kind}-{begin}-{prior}-{seed}.json"
+                if not done.exists():
+                    found = arm(size, world, kind, begin, prior, seed, networks, args.runs / done.stem)
+                    done.write_text(json.dumps(found, indent=2) + "\n")
+                rows.append(json.loads(done.read_text()))
+                report(rows[-1:])
+                if args.json:
+                    write(args.json, size, args.data.name, rows)
     report(rows)
-    if args.json:
-        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"size": asdict(size), "data": args.data.name, "rows": rows}, indent=2) + "\n")
+
+
+def write(file: Path, size: Size, data: str, rows: list[dict[str, Any]]) -> None:
+    device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
+    made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(made | {"size": asdict(size), "data": data, "rows": rows}, indent=2) + "\n")
 
 
 def read(folder: Path, kind: str) -> World:
     """28 x 28 pictures in [-1, 1] for a CNN, 64 PCA features for an MLP."""
     arrays = {}
-    for name in ("train_image", "train_label", "test_image", "test_label"):
+    for name in ("train/image", "train/label", "test/image", "test/label"):
         if not (folder / f"{name}.npy").is_file():
-            raise InputError(f"{folder}/{name}.npy is missing: store the pictures as .npy arrays")
+            raise InputError(f"{folder}/{name}.npy is missing: make the folder with scripts/make_fashion_mnist.py or make_cifar10.py")
         arrays[name] = np.load(folder / f"{name}.npy")
-    x, t = (arrays[f"{part}_image"].astype(np.float32) / 127.5 - 1 for part in ("train", "test"))
+    x, t = (arrays[f"{part}/image"] for part in ("train", "test"))
     if x.shape[1] == 32:
         x, t = x[:, 2:30, 2:30], t[:, 2:30, 2:30]
-    x, t = (a.reshape(*a.shape[:3], -1) for a in (x, t))
-    names = [str(c) for c in np.unique(arrays["train_label"])]
-    project = Projection.fit("pixels", x[:10_000].reshape(min(len(x), 10_000), -1), 64)
-    told = project(x.reshape(len(x), -1))
-    y, u = arrays["train_label"], arrays["test_label"]
+    if (x[:1000] == x[:1000, :, :, :1]).all():
+        x, t = x[..., :1], t[..., :1]  # grey
+    shape = x.shape[1:]
+    x, t = (a.reshape(len(a), -1).astype(np.float32) / 127.5 - 1 for a in (x, t))
+    names = [str(c) for c in np.unique(arrays["train/label"])]
+    project = Projection.fit("pixels", x[:10_000], CNN_FEATURES)
+    y, u = arrays["train/label"], arrays["test/label"]
+    told = Bank.of(project(x), y, names)
     if kind == "mlp":
-        return World(Bank.of(told, y, names), Bank.of(project(t.reshape(len(t), -1)), u, names), Bank.of(told, y, names), (64,))
-    return World(Bank.of(x.reshape(len(x), -1), y, names), Bank.of(t.reshape(len(t), -1), u, names), Bank.of(told, y, names), x.shape[1:])
+        return World(told, Bank.of(project(t), u, names), told, (CNN_FEATURES,))
+    return World(Bank.of(x, y, names), Bank.of(t, u, names), told, shape)
 
 
-def arm(size: Size, world: World, kind: str, begin: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Zoo, generator and every initialisation, judged on subsets no zoo network saw."""
-    begun = time.perf_counter()
+def pictures(world: World, bank: Bank, classes: np.ndarray, each: int, salt: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """x [member, 5 * each, ...] and y of these classes [member, 5]."""
+    x = bank.draw(classes, each, np.random.default_rng(salt))
+    y = np.broadcast_to(np.repeat(np.arange(5), each), (len(classes), 5 * each)).astype(np.int32)
+    return x.reshape(len(classes), 5 * each, *world.shape), y
+
+
+def subsets(size: Size, kind: str, seed: int, names: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of the zoo's networks, [member, 5], and of the targets, which hold both of the last two classes, as no zoo network does."""
     rng = np.random.default_rng(seed)
-    subsets = np.array(list(itertools.permutations(range(len(world.train.names)), 5)), np.int32)
-    # No zoo network is trained on a subset that holds both classes of the last pair; targets all do.
-    pair = np.isin(subsets, (len(world.train.names) - 2, len(world.train.names) - 1)).sum(1) == 2
-    classes = subsets[~pair][rng.choice((~pair).sum(), size.members)]
-    targets = subsets[pair][rng.choice(pair.sum(), size.tasks, replace=False)]
-    cfg = NetConfig(kind, features=world.shape[-1], classes=5)
-    model, spec = net(cfg), head_tokens(cfg)
+    every = np.array(list(itertools.permutations(range(names), 5)), np.int32)
+    both = np.isin(every, (names - 2, names - 1)).sum(1) == 2
+    return every[~both][rng.choice((~both).sum(), size.members[kind])], every[both][rng.choice(both.sum(), size.tasks, replace=False)]
 
-    def pictures(bank: Bank, rows: np.ndarray, each: int, salt: int) -> tuple[np.ndarray, np.ndarray]:
-        x = bank.draw(rows, each, np.random.default_rng([seed, salt]))
-        y = np.broadcast_to(np.repeat(np.arange(5), each), (len(rows), 5 * each)).astype(np.int32)
-        return x.reshape(len(rows), 5 * each, *world.shape), y
 
-    first = "shared" if begin == "shared" else "random"
+def population(size: Size, world: World, kind: str, seed: int, begin: Literal["shared", "random"]) -> dict[str, np.ndarray]:
+    """The trained networks of a zoo, leaves [member, ...]."""
+    cfg = config(world, kind)
+    classes, _ = subsets(size, kind, seed, len(world.train.names))
     parts = build(
-        cfg, lambda a, b: pictures(world.train, classes[a:b], size.pictures, a), size.members, size.fit, start=first, chunk=100, seed=seed
-    )
-    trees = [{k: np.asarray(v) for k, v in part.items()} for part in parts]
-    tree = {k: np.concatenate([t[k] for t in trees]) for k in model.spec}
-    if begin == "aligned":
-        groups = align.symmetries(model.spec, HIDDEN[kind])
-        members = [{k: v[i] for k, v in tree.items()} for i in range(size.members)]
-        aligned = [align.align(members[0], member, groups) for member in members]
-        tree = {k: np.stack([member[k] for member in aligned]) for k in tree}
-    zoo = Zoo(flat(spec, spec.flatten(tree)), np.zeros(size.members, np.float32), classes, cfg, spec)
-
-    latent = min(48, spec.length, size.members * spec.rows)
-    config = GeneratorConfig(cfg, latent, "mlp", SHOTS, "none", size.denoiser)
-    # The condition is PCA features for either kind of network.
-    config = replace(config, told=world.told.features.shape[1])
-    generator, mesh = functional(Generator, config), start(LoopConfig().mesh)
-    loop = LoopConfig(
-        size.steps,
-        min(128, size.members),
-        OptimConfig(lr=5e-4, warmup=max(size.steps // 20, 1), clip=1.0),
+        cfg,
+        lambda a, b: pictures(world, world.train, classes[a:b], size.pictures, [seed, a]),
+        size.members[kind],
+        size.fit[kind],
+        start=begin,
+        chunk=100,
         seed=seed,
-        save_every=size.steps,
     )
-    fitted = {path: jnp.asarray(value) for path, value in fit_stage1(config, zoo, world.told, seed).items()}
+    trees = [{path: np.asarray(leaf) for path, leaf in part.items()} for part in parts]
+    return {path: np.concatenate([tree[path] for tree in trees]) for path in trees[0]}
+
+
+def config(world: World, kind: Any) -> NetConfig:
+    return NetConfig(kind, features=world.shape[-1], classes=5)
+
+
+def matched(tree: dict[str, np.ndarray], reference: dict[str, np.ndarray], cfg: NetConfig) -> dict[str, np.ndarray]:
+    """Each network of a population with its neurons in the order that suits `reference`."""
+    groups = align.symmetries(net(cfg).spec, HIDDEN[cfg.kind])
+    members = [align.align(reference, {k: v[i] for k, v in tree.items()}, groups) for i in range(len(next(iter(tree.values()))))]
+    return {path: np.stack([member[path] for member in members]) for path in tree}
+
+
+def arm(
+    size: Size, world: World, kind: str, begin: str, prior: Any, seed: int, networks: Callable[[Any], dict[str, np.ndarray]], folder: Path
+) -> dict[str, Any]:
+    """Zoo, generator and every initialisation, judged on subsets no zoo network saw."""
+    clock = [time.process_time()]  # others may use the machine
+    seconds: dict[str, float] = {}
+
+    def lap(name: str) -> None:
+        clock.append(time.process_time())
+        seconds[name] = round(clock[-1] - clock[-2], 1)
+
+    cfg = config(world, kind)
+    model, spec = net(cfg), head_tokens(cfg)
+    classes, targets = subsets(size, kind, seed, len(world.train.names))
+    tree = networks("shared" if begin == "shared" else "random")
+    if begin == "aligned":
+        tree = matched(tree, {k: v[0] for k, v in tree.items()}, cfg)
+    zoo = Zoo(flat(spec, spec.flatten(tree)), np.zeros(len(classes), np.float32), classes, cfg, spec)
+    tokens = zoo.tokens(slice(None))
+    lap("zoo")
+
+    # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low rank.
+    features = world.told.features.shape[1]
+    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, prior, size.denoiser, features)
+    generator = functional(Generator, generator_cfg)
+    loop = LoopConfig(
+        size.steps[kind],
+        min(size.batch, len(tokens)),
+        OptimConfig(lr=1e-3, warmup=max(size.steps[kind] // 20, 1), clip=1.0),
+        seed=seed,
+        save_every=size.steps[kind],
+    )
+    mesh = start(loop.mesh)
+    fitted = {path: jnp.asarray(value) for path, value in fit_stage1(generator_cfg, zoo, world.told, seed).items()}
     params = fit(
-        Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "size": asdict(size)}),
+        Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)}),
         loop,
         mesh,
         generator.spec,
         lambda: generator.init(jax.random.key(seed)) | fitted,
-        loss(generator, config, 0.1),
+        loss(generator, generator_cfg, 0.1),
         generator_batches(zoo, world.told, SHOTS, loop, mesh),
-        frozen=FITTED[:1],
+        frozen=generator_cfg.fitted,
     )
-    support = world.told.draw(targets, SHOTS, rng)
-    there = np.ones(support.shape[:3], bool)
-    draw = drawer(generator, config, SampleConfig(steps=50))
-    samples = np.stack(
-        [np.asarray(draw(params, support, there, jax.random.key(seed), np.arange(len(targets)) + i * len(targets))) for i in range(8)]
-    )
-    shuffled = np.asarray(draw(params, np.roll(support, 1, axis=1), there, jax.random.key(seed), np.arange(len(targets))))
+    lap("generator")
 
-    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.spec.items()}
-    tokens = zoo.tokens(slice(None))
+    rng = np.random.default_rng([seed, 1])
+    support = world.told.draw(targets, SHOTS, rng)
+    there, n = np.ones(support.shape[:3], bool), len(targets)
+    draw = drawer(generator, generator_cfg, SampleConfig(steps=size.draws))
+    key = jax.random.key(seed)
+    samples = np.stack([np.asarray(draw(params, support, there, key, np.arange(n) + i * n)) for i in range(SAMPLES)])
+    shuffled = np.asarray(draw(params, np.roll(support, 1, axis=1), there, key, np.arange(n)))
     told = world.told.draw(classes, SHOTS, rng).mean(2)
-    condition = support.mean(2).reshape(len(targets), -1)
+    condition = support.mean(2).reshape(n, -1)
     ridge = Ridge.fit(told.reshape(len(told), -1), tokens.reshape(len(tokens), -1), classes[:, 0])
     near = nearest_model(condition, told.reshape(len(told), -1), tokens)
-    starts: dict[str, Callable[[], Any]] = {
-        "random init": lambda: initial_population(model, len(targets), "random", jax.random.key(seed + 1)),
-        "the zoo's own init": lambda: initial_population(model, len(targets), "shared", jax.random.key(seed)),
-        "zoo mean": lambda: np.broadcast_to(tokens.mean(0), near.shape),
-        "nearest zoo network": lambda: near,
-        "nearest zoo network + 0.06 noise": lambda: near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
-        "random zoo network": lambda: tokens[rng.integers(len(tokens), size=len(targets))],
-        "ridge": lambda: ridge(condition).reshape(near.shape),
-        "generated": lambda: samples[0],
-        "generated, 8 averaged": lambda: samples.mean(0),
-        "generated, wrong order of classes": lambda: shuffled,
+
+    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.spec.items()}
+    at_once = size.fit[kind].at_once
+
+    def labels(weights: Any, x: np.ndarray) -> np.ndarray:
+        return predict(cfg, weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like), x, at_once)
+
+    # Three sets of different pictures: to fine-tune on, to choose a sample by, to test on.
+    pool, y = pictures(world, world.train, targets, size.pictures, [seed, 2])
+    held = np.tile(np.arange(size.pictures) >= 0.8 * size.pictures, 5)
+    (x, y), select = (pool[:, ~held], y[:, ~held]), (pool[:, held], y[:, held])
+    xt, yt = pictures(world, world.test, targets, min(size.pictures, 50), [seed, 3])
+    by_select = np.stack([accuracy(labels(sample, select[0]), select[1], 5) for sample in samples])
+    predicted = np.stack([labels(sample, xt) for sample in samples])
+    by_test = np.stack([accuracy(found, yt, 5) for found in predicted])
+
+    starts: dict[str, Any] = {
+        "random init": initial_population(model, n, "random", jax.random.key(seed + 1)),
+        "the zoo's own init": initial_population(model, n, "shared", jax.random.key(seed)),
+        "zoo mean": np.broadcast_to(tokens.mean(0), near.shape),
+        "random zoo network": tokens[rng.integers(len(tokens), size=n)],
+        "nearest zoo network": near,
+        "nearest zoo network + 0.06 noise": near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
+        "ridge": ridge(condition).reshape(near.shape),
+        "generated": samples[0],
+        "generated, 8 averaged": samples.mean(0),
+        "generated, best of 8 by selection set": samples[by_select.argmax(0), np.arange(n)],
+        "generated, wrong order of classes": shuffled,
     }
-    x, y = pictures(world.train, targets, size.pictures, 10**6)
-    xt, yt = pictures(world.test, targets, min(size.pictures, 200), 10**6)
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for name, make in starts.items():
-        made = make()
+    for name, made in starts.items():
         now = made if isinstance(made, dict) else spec.unflatten(jnp.asarray(made, jnp.float32), like)
         table[name] = {}
         for budget in BUDGETS:
             after = now if budget == 0 else tune(size, cfg, now, x, y, budget, seed)
-            found = Estimate.of(np.asarray(accuracy(model, after, xt, yt)))
+            found = Estimate.of(accuracy(labels(after, xt), yt, 5))
             table[name][str(budget)] = {"mean": found.mean, "ci95": found.half}
-    drawn = flat(spec, samples[0])
-    own = accuracy(model, {k: v[:50] for k, v in tree.items()}, *pictures(world.test, classes[:50], 50, 7))
+    lap("judging")
+
+    some = np.sort(rng.choice(len(tokens), min(100, len(tokens)), replace=False))
+    own, own_labels = pictures(world, world.test, classes[some], min(size.pictures, 50), [seed, 4])
+    there = np.ones((len(some), 5, SHOTS), bool)
+    seen = world.told.draw(classes[some], SHOTS, rng)
+    coded = generator.apply(params, generator.apply(params, tokens[some], seen, there, method="encode"), seen, there, method="decode")
+    codec = gate(*(accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded)), tokens[some], np.asarray(coded), 0.02)
+    drawn = samples[0]
+    if begin == "aligned":
+        # Neurons in the zoo's order, or distances would count the order.
+        drawn = spec.flatten(matched(spec.unflatten(drawn, like), {k: v[0] for k, v in tree.items()}, cfg))
+    theirs = np.stack([labels(np.broadcast_to(tokens[i], near[:5].shape), xt[:5]) for i in some[:30]]) != yt[:5]
+    distances = {
+        "generated": nearest_distance(flat(spec, drawn), zoo.weights),
+        "within the zoo": nearest_distance(zoo.weights[:200], zoo.weights[:200], skip_self=True),
+        "zoo network + 0.06 noise": nearest_distance(noisy(zoo.weights[:50], 0.06, rng), zoo.weights),
+    }
+    lap("report")
     return {
-        "kind": kind, "begin": begin, "seed": seed, "accuracy": table,
-        "zoo": float(np.mean(np.asarray(own))),
-        "distance": float(np.median(nearest_distance(drawn, zoo.weights))),
-        "distance within the zoo": float(np.median(nearest_distance(zoo.weights[:200], zoo.weights, skip_self=True))),
-        "distance of noise": float(np.median(nearest_distance(noisy(zoo.weights[:50], 0.06, rng), zoo.weights))),
-        "seconds": round(time.perf_counter() - begun, 1),
+        "kind": kind, "begin": begin, "prior": prior, "seed": seed, "accuracy": table,
+        "at 0 steps": {"single": float(by_test.mean()), "oracle of 8, by test": float(by_test.max(0).mean())},
+        "zoo": codec.before, "zoo after codec": codec.after, "codec error": codec.error,
+        "distance": {name: float(np.median(found)) for name, found in distances.items()},
+        "error IoU": float(np.mean([error_overlap(predicted[0][i : i + 1] != yt[i], theirs[:, i])[0] for i in range(len(theirs[0]))])),
+        "disagreement": disagreement(predicted),
+        "seconds of CPU": seconds,
     }  # fmt: skip
 
 
 def tune(size: Size, cfg: NetConfig, params: Any, x: Any, y: Any, steps: int, seed: int) -> Any:
     """The same optimizer for every start: Adam at the zoo's rate, no more than `steps` steps."""
-    few = replace(size.fit, steps=steps)
-    return jax.jit(lambda p, x, y: fit_population(net(cfg), p, x, y, few, jax.random.key(seed)))(params, x, y)
+    return _tuner(replace(size.fit[cfg.kind], steps=steps), cfg)(params, x, y, jax.random.key(seed))
+
+
+@cache
+def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
+    return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y, few, key))
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    for kind, begin in dict.fromkeys((row["kind"], row["begin"]) for row in rows):
-        mine = [row for row in rows if (row["kind"], row["begin"]) == (kind, begin)]
-        print(f"\n{kind}, {begin} zoo ({len(mine)} seeds; zoo {100 * np.mean([r['zoo'] for r in mine]):.1f} % on its own tasks)")
+    for kind, begin, prior in dict.fromkeys((row["kind"], row["begin"], row["prior"]) for row in rows):
+        mine = [row for row in rows if (row["kind"], row["begin"], row["prior"]) == (kind, begin, prior)]
+
+        def mean(name: str, part: str = "", mine: Any = mine) -> float:
+            return float(np.mean([row[name][part] if part else row[name] for row in mine]))
+
+        took = sum(sum(row["seconds of CPU"].values()) for row in mine)
+        print(f"\n{kind}, {begin} zoo, prior {prior} ({len(mine)} seeds, {took:.0f} s of CPU)", end="")
+        print(f": {100 * mean('zoo'):.1f} % on its own tasks, {100 * mean('zoo after codec'):.1f} % through the codec")
         print(f"{'accuracy on unseen subsets, %, after steps':<44}" + "".join(f"{b:>8}" for b in BUDGETS))
         for name in mine[0]["accuracy"]:
             print(f"{name:<44}" + "".join(f"{100 * np.mean([r['accuracy'][name][str(b)]['mean'] for r in mine]):>8.1f}" for b in BUDGETS))
+        print(f"{'generated, best of 8 by test (oracle)':<44}{100 * mean('at 0 steps', 'oracle of 8, by test'):>8.1f}")
+        far = [mean("distance", part) for part in ("generated", "within the zoo", "zoo network + 0.06 noise")]
+        print(f"nearest zoo network: {far[0]:.2f} away, within the zoo {far[1]:.2f}, noise {far[2]:.2f};", end=" ")
+        print(f"error IoU {mean('error IoU'):.2f}, disagreement {mean('disagreement'):.2f}", flush=True)
 
 
 if __name__ == "__main__":

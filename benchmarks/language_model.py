@@ -1,29 +1,60 @@
-"""Exploring the weights of a language model trained here, beside noise of the same norm at the same budget.
+"""The weights of a language model trained here, explored and adapted, beside noise of the same norm at the same budget.
 
     python benchmarks/language_model.py --json benchmarks/results/language_model.json       # not yet run at this size
 
-A GPT-2-shaped model (4 layers, width 128) is trained on Python's language reference. Its matrices are ranked by Spectrum's
+A GPT-2-shaped model (4 layers, width 64) is trained on Python's language reference. Its matrices are ranked by Spectrum's
 signal-to-noise ratio; the best quarter of each kind is searched greedily with two proposals: latents drawn around the tensor's own, and
 Gaussian noise of the same norm. Both get the same number of trials, on the selection questions; what is reported is the test
-questions, other text. Soups of what was accepted and the midpoint to the base follow. Each seed is saved when it is done, and a run
-that is stopped goes on with the next.
+questions, other text. Soups of what was accepted and the midpoint to the base follow.
+
+Then low-rank adapters: one for each module of the standard library, in one gauge, is a zoo; a generator that is told five windows of a
+module (the base model's mean hidden state) draws adapters for modules no adapter of the zoo saw. All are scored by word choice on other
+parts of the module. Each seed is saved when it is done, and a run that is stopped goes on with the next.
 """
 
 import argparse
 import json
 import platform
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from common.nn.functional import functional
+from common.nn.functional import Functional, functional
+from common.train.loop import Run
+from common.train.mesh import start
 from weightgen import llm
-from weightgen.gpt import Gpt, GptConfig, reference_text, scorer, train, word_choice
+from weightgen.baselines import nearest_model, noisy
+from weightgen.data import Bank, Projection
+from weightgen.denoiser import DenoiserConfig
+from weightgen.evaluate import Estimate, nearest_distance
+from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.gpt import (
+    Gpt,
+    GptConfig,
+    adapted,
+    fresh_adapter,
+    last_logits,
+    module_texts,
+    reference_text,
+    scorer,
+    train,
+    train_adapters,
+    windows_of,
+    word_choice,
+)
+from weightgen.lora import canonical_tensors
+from weightgen.tokens import chunks
+from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
+from weightgen.train import fit as train_loop
+from weightgen.zoo import Zoo, flat
 
 
 @dataclass(frozen=True)
@@ -32,13 +63,20 @@ class Size:
     steps: int
     questions: int
     candidates: int
+    adapter_steps: int
+    generator_steps: int
+    modules: int
+    """At most, seen and unseen."""
+    unseen: int
     share: float = 0.25
 
 
 SIZES = {
-    "smoke": Size(GptConfig(vocab=512, context=16, width=32, layers=2, heads=2), steps=10, questions=50, candidates=2),
-    "cpu": Size(GptConfig(), steps=1000, questions=500, candidates=8),
+    "smoke": Size(GptConfig(vocab=512, context=16, width=32, layers=2, heads=2), 10, 50, 2, 3, 3, 10, 3),
+    "cpu": Size(GptConfig(vocab=1024, context=32, width=64), 400, 300, 8, 25, 300, 80, 20),
 }
+RANK, SHOTS, COPIES, SAMPLES = 2, 5, 2, 8  # of adapters; windows told; adapters of a module; draws
+DENOISER = DenoiserConfig(width=64, layers=2, heads=4, hidden=128)
 STEP = 0.05  # norm of a proposal over the tensor's, for all of them
 
 
@@ -63,18 +101,19 @@ def main() -> None:
             }
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(made | {"size": asdict(size), "rows": rows}, indent=2) + "\n")
-    print(f"\n{'':<44}{'select':>10}{'test':>10}   (share of right words, mean over seeds)")
+    print(f"\n{'':<52}{'select':>10}{'test':>10}   (share of right words, mean over seeds)")
     for name in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == name]
-        print(f"{name:<44}{np.mean([r['select'] for r in mine]):>10.3f}{np.mean([r['test'] for r in mine]):>10.3f}")
+        print(f"{name:<52}" + "".join(f"{np.mean([r.get(part, np.nan) for r in mine]):>10.3f}" for part in ("select", "test")))
 
 
 def explore(size: Size, seed: int) -> list[dict[str, Any]]:
-    begun, text = time.perf_counter(), reference_text(size.model.vocab)
+    begun, text = time.process_time(), reference_text(size.model.vocab)
     model = functional(Gpt, size.model)
     base = {k: np.asarray(v) for k, v in train(model, size.model, text.train, size.steps, seed=seed).items()}
-    select = scorer(model, word_choice(text.select, size.model, size.questions, seed=seed))
-    test = scorer(model, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
+    last = last_logits(model)
+    select = scorer(last, word_choice(text.select, size.model, size.questions, seed=seed))
+    test = scorer(last, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
     tensors = llm.unstacked(base)
     names = [entry.name for entry in llm.top(llm.rank(tensors), size.share)]
     proposals = {
@@ -97,7 +136,107 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
         found = llm.greedy(base, names, propose, select, size.candidates, seed)
         add(f"{arm}, greedy", found.params, trials=found.trials, kept=len(found.accepted))
         add(f"{arm}, soup of what was kept", llm.soup([base, *found.accepted]))
-        add(f"{arm}, midway to the base", llm.interpolate(base, found.params, 0.5), seconds=round(time.perf_counter() - begun, 1))
+        add(f"{arm}, midway to the base", llm.interpolate(base, found.params, 0.5), seconds=round(time.process_time() - begun, 1))
+    rows += [row | {"seed": seed} for row in adapt(size, model, base, seed)]
+    rows[-1]["seconds"] = round(time.process_time() - begun, 1)
+    return rows
+
+
+def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str, Any]]:
+    """Adapters for unseen modules, by every way there is; accuracies are means over modules."""
+    cfg, rng, key = size.model, np.random.default_rng([seed, 1]), jax.random.key(seed)
+    texts = module_texts(cfg.vocab)
+    names = [sorted(texts)[i] for i in rng.permutation(len(texts))][: size.modules]
+    seen, unseen = names[size.unseen :], names[: size.unseen]
+    time_ = cfg.context + 1
+
+    def fit(parts: list[np.ndarray]) -> Any:
+        windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng) for part in parts])
+        return {path: np.asarray(x) for path, x in train_adapters(model, cfg, base, windows, fresh_adapter(cfg, RANK, key)).items()}
+
+    def one(population: Any, i: int) -> dict[str, np.ndarray]:
+        return canonical_tensors({path: x[i] for path, x in population.items()})
+
+    # The zoo: adapters in one gauge, end to end, and what the base model makes of windows of each module.
+    trained = fit([texts[name].train for name in seen for _ in range(COPIES)])
+    members = [one(trained, i) for i in range(len(seen) * COPIES)]
+    spec = chunks(members[0])
+    weights = np.stack([flat(spec, spec.flatten(m)) for m in members])
+    classes = np.repeat(np.arange(len(seen)), COPIES)[:, None].astype(np.int32)
+    zoo = Zoo(weights, np.full(len(members), np.nan, np.float32), classes, None, spec)
+    hidden = jax.jit(lambda tokens: model.apply(base, tokens, method="hidden").mean(1))
+    windows = {name: windows_of(texts[name].train, time_, (40,), rng) for name in names}
+    looked = {name: np.asarray(hidden(windows[name][:, :-1])) for name in names}
+    project = Projection.fit("base", np.concatenate([looked[name] for name in seen]), min(24, cfg.width))
+    bank = Bank.of(project(np.concatenate([looked[n] for n in seen])), np.repeat(np.arange(len(seen)), 40), seen)
+    told = np.stack([project(looked[name][:SHOTS]) for name in unseen])[:, None]
+
+    optim = replace(OPTIMIZER, warmup=size.generator_steps // 10)
+    gen_cfg = GeneratorConfig(None, min(48, len(members) - 1), "per_class", SHOTS, "linear", DENOISER, bank.features.shape[1], cut=spec)
+    generator, loop = functional(Generator, gen_cfg), LoopConfig(size.generator_steps, min(64, len(members)), optim, seed=seed)
+    mesh = start(loop.mesh)
+    fitted = {path: jnp.asarray(x) for path, x in fit_stage1(gen_cfg, zoo, bank, seed).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        params = train_loop(
+            Run.open(Path(folder) / "run", {"seed": seed}), loop, mesh, generator.spec, lambda: generator.init(key) | fitted,
+            loss(generator, gen_cfg, 0.1), generator_batches(zoo, bank, SHOTS, loop, mesh), frozen=gen_cfg.fitted,
+        )  # fmt: skip
+    draw, there, n = drawer(generator, gen_cfg, SampleConfig(steps=20)), np.ones((len(unseen), 1, SHOTS), bool), len(unseen)
+
+    def sample(i: int, told: np.ndarray = told) -> np.ndarray:
+        return np.asarray(draw(params, told, there, key, np.arange(n) + i * n))
+
+    samples = np.stack([sample(i) for i in range(SAMPLES)])
+    tokens, condition = zoo.tokens(slice(None)), told[:, 0].mean(1)
+    centres = np.stack([bank.features[40 * c : 40 * c + 40].mean(0) for c in classes[:, 0]])
+    near = nearest_model(condition, centres, tokens)
+    few = fit([np.tile(windows[name][:SHOTS].reshape(-1), 2) for name in unseen])
+    whole = fit([texts[name].train for name in unseen])
+    step = (near - tokens.mean(0)).reshape(n, -1)
+    noise = rng.standard_normal(step.shape)
+    noise *= np.linalg.norm(step, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    expected = np.asarray(generator.apply(params, told, there, method="expected"))
+    arms = {
+        "no adapter": np.zeros_like(near),
+        "zoo mean": np.broadcast_to(tokens.mean(0), near.shape),
+        "zoo mean + noise of matched norm": tokens.mean(0) + noise.reshape(near.shape),
+        "nearest zoo adapter": near,
+        "ridge": expected,
+        "generated, single sample": samples[0],
+        "generated, 8 averaged": samples.mean(0),
+        "generated, told another module": sample(0, np.roll(told, 1, axis=0)),
+        "trained on the five windows": np.stack([spec.flatten(one(few, i)) for i in range(n)]),
+        "trained on half the module": np.stack([spec.flatten(one(whole, i)) for i in range(n)]),
+    }
+    last = last_logits(model)
+    scores = {
+        part: [scorer(last, word_choice(getattr(texts[name], part), cfg, size.questions, seed=seed)) for name in unseen]
+        for part in ("select", "test")
+    }
+
+    def judge(tokens: np.ndarray, part: str) -> np.ndarray:
+        return np.array([score(adapted(base, spec.unflatten(t, spec.like))) for score, t in zip(scores[part], tokens, strict=True)])
+
+    rows: list[dict[str, Any]] = []
+    found = {name: judge(tokens, "test") for name, tokens in arms.items()}
+    by_select, by_test = (np.stack([judge(s, part) for s in samples]) for part in ("select", "test"))
+    found["generated, best of 8 by selection set"] = by_test[by_select.argmax(0), np.arange(n)]
+    found["generated, best of 8 by test (oracle)"] = by_test.max(0)
+    for name, values in found.items():
+        gap = Estimate.of(values - found["zoo mean"])
+        rows.append({"arm": f"adapter: {name}", "test": float(values.mean()), "over zoo mean": gap.mean, "ci95": gap.half})
+        print(rows[-1], flush=True)
+    drawn = flat(spec, samples[0])
+    rows[0] |= {
+        "modules": [len(seen), len(unseen)],
+        "weights": spec.count,
+        "distance": {
+            "generated": float(np.median(nearest_distance(drawn, weights))),
+            "within the zoo": float(np.median(nearest_distance(weights, weights, skip_self=True))),
+            "noise": float(np.median(nearest_distance(noisy(weights, 0.04, rng), weights))),
+        },
+        "spread of samples": float(by_test.std(0).mean()),
+    }
     return rows
 
 

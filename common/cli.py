@@ -134,9 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", type=Path, metavar="DIR", help="where the runs go; the same command again resumes")
     sub.add_argument("--cost", metavar="6-15", help="only the ratios of storage and training for these depths, by formula; needs no CONFIG")
 
-    sub = verb("generate", _generate, "weights for the classes of a data set; how is a flag (--steps 50, --guidance 2)", json=True)
+    sub = verb("generate", _generate, "weights for the classes of a data set or a task in words; how is a flag (--steps 50)", json=True)
     sub.add_argument("what", metavar="PATH", help="a generator by SOURCE: RUN/model of a generator recipe")
-    sub.add_argument("--dataset", required=True, metavar="DIR", help="a folder with a sub-folder of pictures for each class")
+    sub.add_argument("--dataset", metavar="DIR", help="a folder with a sub-folder of pictures for each class")
+    sub.add_argument("--task", default="", metavar="WORDS", help="what the weights are for, where no pictures say it")
     sub.add_argument("-n", type=int, default=8, metavar="N", help="how many to draw (default: 8)")
     sub.add_argument("--reduce", choices=("none", "mean"), default="none", help="mean: write the average of all instead of each")
     sub.add_argument("--out", type=Path, default=Path("generated"), metavar="DIR", help="where the weights folders and report.json go")

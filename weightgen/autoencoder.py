@@ -13,6 +13,7 @@ from common.nn.block import Block, scan, stack
 from common.nn.conv import Conv
 from common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform, zeros
 from common.nn.norm import GroupNorm
+from weightgen.normalise import Kind
 
 GROUPS, EPS = 2, 1e-6
 FLOOR, CEILING = -30.0, 20.0  # of the log-variance
@@ -187,6 +188,8 @@ class TokenVaeConfig:
     width: int = 64
     layers: int = 2
     heads: int = 4
+    normalise: Kind = "tensor"
+    """What is done to weights before."""
 
 
 class TokenVae(nnx.Module):
@@ -221,6 +224,36 @@ class TokenVae(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array) -> Any:
         posterior = self.encode(x)
         return self.decode(posterior.sample(key)), posterior
+
+
+class TokenCodec(nnx.Module):
+    """A token autoencoder in the place of `Pca`: weights in, latents with spread 1 out, and back.
+
+    `mean`, `std` (of the normaliser) and `scale` (of the latents) are fitted; the rest is trained.
+    """
+
+    def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
+        sizes = {"token": cfg.tokens, "weight": cfg.length}
+        self.mean, self.std = (param("token weight", sizes, zeros, rngs) for _ in range(2))
+        self.scale = param("", sizes, zeros, rngs)
+        self.vae = TokenVae(cfg, rngs=rngs)
+        self.asinh = cfg.normalise == "asinh"
+
+    def normalise(self, tokens: jax.Array) -> jax.Array:
+        scaled = (tokens - self.mean[...]) / self.std[...]
+        return jnp.arcsinh(scaled) if self.asinh else scaled
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        return self.vae.encode(self.normalise(tokens)).mean / self.scale[...]
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        scaled = self.vae.decode(latents * self.scale[...])
+        return (jnp.sinh(scaled) if self.asinh else scaled) * self.std[...] + self.mean[...]
+
+    def __call__(self, tokens: jax.Array, key: jax.Array) -> Any:
+        """Normalised tokens, their reconstruction from a drawn latent, and the posterior: what `vae_loss` takes."""
+        x = self.normalise(tokens)
+        return x, *self.vae(x, key)
 
 
 def vae_loss(x: jax.Array, back: jax.Array, posterior: Posterior, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:

@@ -36,11 +36,14 @@ def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
 
 
 class Pca(nnx.Module):
-    """Encode tokens [..., length] to latents [..., latent] with spread 1, and decode. Its parameters are fitted, never trained."""
+    """Encode tokens [..., token, length] to latents [..., token, latent] with spread 1, and decode. Fitted, never trained.
 
-    def __init__(self, length: int, latent: int, *, rngs: nnx.Rngs):
-        sizes = {"weight": length, "latent": latent}
-        self.mean = param("weight", sizes, zeros, rngs)
+    tokens: 1 where all share a mean, as the rows of a head do; else each token has its own, that of the zoo's mean network.
+    """
+
+    def __init__(self, tokens: int, length: int, latent: int, *, rngs: nnx.Rngs):
+        sizes = {"token": tokens, "weight": length, "latent": latent}
+        self.mean = param("token weight", sizes, zeros, rngs)
         self.components = param("weight -> latent", sizes, zeros, rngs)
         self.scale = param("", sizes, zeros, rngs)
 
@@ -73,7 +76,7 @@ class Gate:
         if not self.passed and not force:
             raise InputError(
                 f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip "
-                f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force True"
+                f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force"
             )
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
 
 XAVIER = xavier_uniform()
+LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers: no kernels, never decayed
 
 
 class Condition(NamedTuple):
@@ -52,6 +53,8 @@ class SetConfig:
     heads: int = 2
     inducing: int = 32
     out: int = 512
+    latent: int = 1024
+    """Numbers that a set of sets becomes."""
 
 
 class Mab(nnx.Module):
@@ -103,16 +106,16 @@ class SetTransformer(nnx.Module):
 
 
 class SetOfSets(nnx.Module):
-    """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer to `latent`.
+    """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer to the latent.
 
     x: [batch, class, picture, feature]; returns [batch, latent]. Invariant to the order of classes: it cannot say which row of a head
     belongs to which class, which `PerClass` can.
     """
 
-    def __init__(self, cfg: SetConfig, latent: int = 1024, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: SetConfig, *, rngs: nnx.Rngs):
         self.intra = SetTransformer(cfg, rngs=rngs)
         self.inter = SetTransformer(replace(cfg, features=cfg.out), rngs=rngs)
-        self.out = Dense("embed -> latent", {"embed": cfg.out, "latent": latent}, bias=uniform_fan_in, rngs=rngs)
+        self.out = Dense("embed -> latent", {"embed": cfg.out, "latent": cfg.latent}, bias=uniform_fan_in, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, classes = x.shape[:2]

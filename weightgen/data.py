@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -14,11 +15,14 @@ from common.checkpoint.convert import Donor, open_donor
 from common.checkpoint.hub import locate
 from common.data.images import Preprocess, decode, eval_image
 from common.data.sources import SourceConfig, open_source
+from common.data.text import Tokenizer
 from common.errors import InputError
+from weightgen.nets import NetConfig
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
 """Pictures (encoded bytes or uint8 [h, w, 3]) to raw features [picture, raw] f32."""
 THUMBNAIL = 16  # pixels a side, of the backend "pixels"
+CNN_SIDE = 28
 BATCH = 256
 SHARES = {"support": 0.5, "select": 0.2, "test": 0.3}  # of a class's concepts
 
@@ -51,6 +55,22 @@ def encoder(backend: str) -> Encode:
     return encode
 
 
+def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """Words to unit vectors [text, feature] f32, by the text tower of the model at that SOURCE. Raises InputError when it has none."""
+    donor = _open(backend)
+    if not hasattr(donor.family.module, "encode_text"):
+        raise InputError(f"{backend} is a {donor.family.name} model, which encodes no text: name a CLIP")
+    tokenizer, context = Tokenizer.load(donor.folder), donor.cfg.text.context
+    params = {path: jnp.asarray(np.asarray(view, np.float32)) for path, view in donor.source.values.items()}
+    forward = jax.jit(lambda tokens: donor.model.apply(params, tokens, method="encode_text"))
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        raw = np.asarray(forward(tokenizer(list(texts), context)), np.float32)
+        return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+    return encode
+
+
 def _open(source: str) -> Donor:
     """A model of any installed method: methods do not import one another, but their families are announced."""
     from common.cli import methods
@@ -59,9 +79,19 @@ def _open(source: str) -> Donor:
     return open_donor(locate(source, {name: path for family in families for name, path in family.embedded.items()}), families)
 
 
-def _thumbnail(picture: Any) -> np.ndarray:
-    small = decode(picture).resize((THUMBNAIL, THUMBNAIL))
-    return np.asarray(small, np.float32).reshape(-1) / 127.5 - 1
+def _thumbnail(picture: Any, side: int = THUMBNAIL, channels: int = 3) -> np.ndarray:
+    small = decode(picture).resize((side, side))
+    return np.asarray(small if channels == 3 else small.convert("L"), np.float32).reshape(-1) / 127.5 - 1
+
+
+def thumbnails(pictures: Sequence[Any], channels: int) -> np.ndarray:
+    """What a cnn sees, [picture, 28 * 28 * channels] in [-1, 1]; 1 channel is grey."""
+    return np.stack([_thumbnail(p, CNN_SIDE, channels) for p in pictures])
+
+
+def shown(net: NetConfig, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Examples [..., feature] in the shape in which a network takes them, and their labels."""
+    return x.reshape(*x.shape[:-1], CNN_SIDE, CNN_SIDE, net.features) if net.kind == "cnn" else x, y
 
 
 @dataclass(frozen=True)
@@ -83,6 +113,11 @@ class Projection:
         _, values, rows = np.linalg.svd(raw - mean, full_matrices=False)
         scale = np.sqrt(len(raw) * features / np.sum(values[:features] ** 2))
         return cls(backend, mean.astype(np.float32), (rows[:features].T * scale).astype(np.float32))
+
+    @classmethod
+    def identity(cls, backend: str, features: int) -> "Projection":
+        """For unit vectors, as texts have: all features, scaled to a mean square of 1."""
+        return cls(backend, np.zeros(features, np.float32), np.float32(features**0.5) * np.eye(features, dtype=np.float32))
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         return ((raw - self.mean) @ self.components).astype(np.float32)
@@ -119,16 +154,21 @@ class Bank:
             raise InputError(f"class {names[int(counts.argmin())]!r} has no picture here")
         return cls(np.ascontiguousarray(features[order]), np.concatenate([[0], np.cumsum(counts)]), tuple(names))
 
-    def save(self, folder: Path) -> None:
+    @classmethod
+    def numbers(cls, names: Sequence[str]) -> "Bank":
+        """Tasks that are told by their number: its one feature."""
+        return cls.of(np.arange(len(names), dtype=np.float32)[:, None], np.arange(len(names)), names)
+
+    def save(self, folder: Path, name: str = "bank") -> None:
         """Write `bank.npz` into a zoo's folder."""
-        np.savez(folder / "bank.npz", features=self.features, starts=self.starts, names=np.array(self.names))
+        np.savez(folder / f"{name}.npz", features=self.features, starts=self.starts, names=np.array(self.names))
 
     @classmethod
-    def load(cls, folder: Path) -> "Bank":
-        """Raises InputError for a folder without one, such as a zoo of imported checkpoints."""
-        if not (folder / "bank.npz").is_file():
-            raise InputError(f"{folder} has no bank.npz: nothing says what its networks were trained on")
-        with np.load(folder / "bank.npz") as stored:
+    def load(cls, folder: Path, name: str = "bank") -> "Bank":
+        """Raises InputError for a folder without one."""
+        if not (folder / f"{name}.npz").is_file():
+            raise InputError(f"{folder} has no {name}.npz: nothing says what its networks were trained on")
+        with np.load(folder / f"{name}.npz") as stored:
             return cls(stored["features"], stored["starts"], tuple(stored["names"].tolist()))
 
     @cached_property
@@ -137,13 +177,15 @@ class Bank:
 
     def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
         """[..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class has fewer."""
-        counts = self.counts[classes][..., None]
-        # The first `shots` of a random order of each class's pictures: ranks of noise, with the surplus at the end.
-        noise = rng.random((*classes.shape, int(max(self.counts.max(), shots))))
-        noise[np.arange(noise.shape[-1]) >= counts] = 2
-        rank = np.argsort(noise, axis=-1)[..., :shots]
-        rank = np.take_along_axis(rank, np.arange(shots) % np.minimum(counts, shots), axis=-1)
-        return self.features[self.starts[:-1][classes][..., None] + rank]
+        counts = self.counts[classes]
+        picks = np.zeros((*classes.shape, shots), np.int64)
+        for k in range(shots):
+            pick = (rng.random(classes.shape) * np.maximum(counts - k, 1)).astype(np.int64)
+            for taken in np.moveaxis(np.sort(picks[..., :k], axis=-1), -1, 0):
+                pick += pick >= taken  # the pick-th of those that are left
+            picks[..., k] = pick
+        picks = np.take_along_axis(picks, np.arange(shots) % np.minimum(counts, shots)[..., None], axis=-1)
+        return self.features[self.starts[:-1][classes][..., None] + picks]
 
     def all(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Up to `most` pictures of each class, and labels 0 to ways - 1 with -1 for what is not there.

@@ -17,6 +17,7 @@ from weightgen.conditions import Condition
 
 FREQUENCIES = 128
 EPS = 1e-6
+Order = Literal["exchangeable", "ordered"]
 XAVIER = xavier_uniform()
 
 
@@ -43,7 +44,7 @@ class TokenDit(nnx.Module):
     their order; `ordered` ones (the neurons of a network, chunks) have a learned position each. adaLN-Zero as in DiT: 0 at first.
     """
 
-    def __init__(self, cfg: DenoiserConfig, latent: int, tokens: int, order: Literal["exchangeable", "ordered"], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DenoiserConfig, latent: int, tokens: int, order: Order, *, rngs: nnx.Rngs):
         sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden, latent=latent, token=tokens)
         sizes |= dict(frequency=FREQUENCIES)
         attention: Any = partial(Attention, sizes, attend=softmax(), out=XAVIER)

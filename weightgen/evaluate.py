@@ -27,18 +27,21 @@ class Estimate:
         return f"{100 * self.mean:.1f} ± {100 * self.half:.1f}"
 
 
-def head_right(heads: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which examples are right: [..., task, example] bool. heads: [..., task, class, feature + 1]; x: [task, example, feature]; y: labels,
-    -1 where there is no example (never right)."""
-    logits = np.einsum("...tcf,tef->...tec", heads, with_bias(x), optimize=True)
-    return logits.argmax(-1) == y
+def accuracy(predicted: np.ndarray, y: Any, classes: int) -> np.ndarray:
+    """Share right of [..., example] predictions, every class counting the same; y: labels, -1 where there is no example."""
+    right = predicted == y
+    by_class = [(right & (y == c)).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in range(classes)]
+    return np.mean(by_class, axis=0)
+
+
+def head_labels(heads: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Predicted classes [..., task, example]. heads: [..., task, class, feature + 1]; x: [task, example, feature]."""
+    return np.einsum("...tcf,tef->...tec", heads, with_bias(x), optimize=True).argmax(-1)
 
 
 def head_accuracy(heads: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Balanced over classes: every class of a task counts the same. Returns [..., task]."""
-    right, ways = head_right(heads, x, y), heads.shape[-2]
-    by_class = [(right & (y == c)).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in range(ways)]
-    return np.mean(by_class, axis=0)
+    """`accuracy` of heads, [..., task]."""
+    return accuracy(head_labels(heads, x), y, heads.shape[-2])
 
 
 @dataclass(frozen=True)

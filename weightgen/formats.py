@@ -5,24 +5,33 @@ from pathlib import Path
 from shutil import copy
 from typing import Any
 
-from common.checkpoint.convert import Check, Donor, Family
+import numpy as np
+from safetensors.numpy import save_file
+
+from common.checkpoint.convert import Check, Donor, Family, open_donor
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.report import kernel_macs
-from weightgen.autoencoder import TokenVae, TokenVaeConfig
+from weightgen.autoencoder import TokenCodec, TokenVaeConfig, VaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.denoiser import DenoiserConfig
 from weightgen.generator import Generator, GeneratorConfig
 from weightgen.nets import MODULES, NetConfig
-from weightgen.zoo import head_tokens
+from weightgen.reference import Reference, ReferenceConfig
+from weightgen.tokens import TokenSpec
+from weightgen.unet import UnetConfig
+from weightgen.zoo import Zoo
 
-COMPANIONS = ("features.safetensors", "report.json")
+COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "report.json")
 
 
 def config(model: Mapping[str, Any]) -> GeneratorConfig:
     """From the `model` of a config.json."""
     try:
-        return GeneratorConfig(**{**model, "net": NetConfig(**model["net"]), "denoiser": DenoiserConfig(**model["denoiser"])})
+        parts = {"net": NetConfig, "denoiser": DenoiserConfig, "codec": TokenVaeConfig, "encoder": SetConfig}
+        read = {name: part and kind(**part) for name, kind in parts.items() for part in [model[name]]}
+        cut = model["cut"] and TokenSpec.of(model["cut"]["pieces"])
+        return GeneratorConfig(**{**model, **read, "cut": cut})
     except (KeyError, TypeError) as error:
         raise InputError(f"config.json is not that of a generator of weights ({error}); train it again") from error
 
@@ -48,7 +57,7 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 def macs(cfg: GeneratorConfig, spec: Spec) -> int:
     """Multiply-accumulates of one denoising step of one network, attention's own products left out."""
-    tokens = head_tokens(cfg.net).rows
+    tokens = cfg.tokens.rows
     own = {path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")}
     once = [(pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")]
     return sum(kernel_macs(own, [*once, ("**", tokens)]).values())
@@ -63,10 +72,7 @@ def _simple(name: str, module: Any, config: Any) -> Family:
         except TypeError as error:
             raise InputError(f"config.json does not describe a {name} ({error}); make it again") from error
 
-    def count(cfg: Any, spec: Spec) -> int:
-        return sum(kernel_macs(spec, [("**", 1)]).values())
-
-    return Family(name, module, read, (), companions, verify, parameters, count)
+    return Family(name, module, read, (), companions, verify, parameters, _once)
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
@@ -74,8 +80,44 @@ def network(cfg: NetConfig, *, rngs: Any) -> Any:
     return MODULES[cfg.kind](cfg, rngs=rngs)
 
 
+def reference_config(model: Mapping[str, Any]) -> ReferenceConfig:
+    """From the `model` of a config.json."""
+    try:
+        parts = {"vae": VaeConfig, "unet": UnetConfig, "features": SetConfig, "net": NetConfig}
+        read = {name: part and kind(**_tuples(part)) for name, kind in parts.items() for part in [model[name]]}
+        return ReferenceConfig(**{**model, **read})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"config.json is not that of a reference generator ({error}); train it again") from error
+
+
+def _tuples(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+
+
+def _once(cfg: Any, spec: Spec) -> int:
+    """Every matmul counted once."""
+    return sum(kernel_macs(spec, [("**", 1)]).values())
+
+
 FAMILY = Family("weightgen", Generator, config, (), companions, verify, parameters, macs)
-CODEC = _simple("weightgen-codec", TokenVae, TokenVaeConfig)
+CODEC = _simple("weightgen-codec", TokenCodec, TokenVaeConfig)
 ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
 NETWORK = _simple("weightgen-network", network, NetConfig)
-FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK]
+REFERENCE = Family("weightgen-d2nwg", Reference, reference_config, (), companions, verify, parameters, _once)
+FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK, REFERENCE]
+
+
+def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """Config and weights of a codec or an encoder by its folder. Raises InputError when it is something else."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such folder; heirloom train {made_by} --run RUN makes RUN/model")
+    donor = open_donor(Path(path), [family])
+    return donor.cfg, {name: np.asarray(view, np.float32) for name, view in donor.source.values.items()}
+
+
+def save_neighbours(folder: Path, zoo: Zoo, seed: int) -> None:
+    """Write `neighbours.safetensors`: zoo networks that generated ones are held against, up to 1,000 of them or 16 MB."""
+    most = min(len(zoo), 1000, max(2**24 // (4 * zoo.spec.count), 2))
+    rows = np.sort(np.random.default_rng(seed).choice(len(zoo), most, replace=False))
+    tensors = {"weights": np.asarray(zoo.weights[rows], np.float32), "classes": np.asarray(zoo.classes[rows])}
+    save_file(tensors, folder / "neighbours.safetensors", {"zoo": str(len(zoo))})

@@ -1,161 +1,267 @@
-"""`heirloom generate PATH --dataset DIR`: weights for the classes of a folder of pictures, and a report that says how good they are."""
+"""`heirloom generate PATH`: weights for the classes of a folder of pictures, or for a task in words, and a report of what they are."""
 
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from common import config
 from common.checkpoint.convert import Donor
-from common.checkpoint.weights import staged, write_config, write_json, write_params
+from common.checkpoint.weights import read_json, staged, write_config, write_json, write_params
 from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from weightgen.baselines import prototype
-from weightgen.data import Projection, encoder
-from weightgen.evaluate import disagreement, head_accuracy
-from weightgen.formats import FAMILY, NETWORK
+from weightgen import reference
+from weightgen.baselines import noisy, prototype
+from weightgen.data import Projection, encoder, shown, text_encoder, thumbnails
+from weightgen.evaluate import accuracy, disagreement, error_overlap, head_accuracy, nearest_distance
+from weightgen.formats import FAMILY, NETWORK, REFERENCE
 from weightgen.generator import GeneratorConfig, SampleConfig, drawer
-from weightgen.nets import net
-from weightgen.proof import few_shot_heads
-from weightgen.zoo import FitConfig, head_tokens
+from weightgen.nets import NetConfig, net, predict
+from weightgen.reference import ReferenceConfig
+from weightgen.zoo import FitConfig, fit_population, flat, initial_population
 
-FEW = FitConfig(steps=60, lr=0.1, weight_decay=0.1)
+FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.1), "mlp": FitConfig(60, lr=0.01), "cnn": FitConfig(60, lr=0.01)}
+WORDS = ("text", "label", "chunk")  # conditions that are no pictures
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """told: [picture, feature], as the generator sees them; x: as the network does; y: [picture] labels."""
+
+    told: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
 
 
 @dataclass(frozen=True)
 class Task:
-    """One data set: condition [1, class, shots, feature] with how many count, and what is left as (x, y) for selecting and testing.
+    """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk of a checkpoint.
 
-    select, test are None where a class has no pictures left over.
+    support, select, test: different pictures to look at, choose by and test on; None for a task in words, the latter two also where a
+    class has no pictures left over.
     """
 
     names: tuple[str, ...]
-    support: np.ndarray
+    condition: np.ndarray
     shots: int
-    select: Any
-    test: Any
+    support: Pictures | None = None
+    select: Pictures | None = None
+    test: Pictures | None = None
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens [sample, class, feature + 1] of heads for the task's classes, and the averaged one."""
+    """Tokens [sample, token, length] of whole networks, and the averaged one."""
 
     samples: np.ndarray
     mean: np.ndarray
 
 
-def read_task(donor: Donor, dataset: str, seed: int) -> Task:
+def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     """Pictures of a folder with a sub-folder for each class, dealt to condition, selection and test at random.
 
     Raises InputError when the folder has no classes, or other numbers of them than the generator takes.
     """
+    cfg: Any = donor.cfg
+    if cfg.net is None:
+        raise InputError(f"{donor.path} is told by words, not by pictures: give --task")
     source = open_source(SourceConfig(dataset))
     names = getattr(source, "classes", ())
     if not names:
         raise InputError(f"{dataset} has no classes: put the pictures of each class into a sub-folder of its own")
-    if len(names) != donor.cfg.net.classes:
-        raise InputError(
-            f"{dataset} has {len(names)} classes, this generator makes {donor.cfg.net.classes}-way heads; keep as many sub-folders"
-        )
+    if len(names) != cfg.ways:
+        raise InputError(f"{dataset} has {len(names)} classes, this generator makes {cfg.ways}-way networks; keep as many sub-folders")
     projection = Projection.load(donor.folder)
     records = [source[i] for i in range(len(source))]
     labels = np.array([int(r["label"]) for r in records])
-    x = projection(encoder(projection.backend)([r["image"] for r in records]))
+    told = projection(encoder(projection.backend)([r["image"] for r in records]))
+    seen = thumbnails([r["image"] for r in records], cfg.net.features) if cfg.net.kind == "cnn" else told
+    x, _ = shown(cfg.net, seen, labels)
     rng = np.random.default_rng(seed)
     order = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(names))]
     if empty := [name for name, own in zip(names, order, strict=True) if not len(own)]:
         raise InputError(f"{dataset}/{empty[0]} has no picture")
-    shots = min(donor.cfg.shots, *(len(own) for own in order))
-    support = np.zeros((1, len(names), donor.cfg.shots, x.shape[1]), np.float32)
+    shots = min(cfg.shots, *(len(own) for own in order))
+    condition = np.zeros((1, len(names), cfg.shots, told.shape[1]), np.float32)
     for c, own in enumerate(order):
-        support[0, c, :shots] = x[own[:shots]]
+        condition[0, c, :shots] = told[own[:shots]]
     rest = [own[shots:] for own in order]
-    parts = [np.concatenate([own[i::2] for own in rest]) for i in (0, 1)]
+    deal = [np.concatenate([own[:shots] for own in order]), *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1))]
+    support, select, test = (Pictures(told[rows], x[rows], labels[rows]) for rows in deal)
     enough = min(len(own) for own in rest) >= 2
-    select, test = ((x[rows][None], labels[rows][None]) if enough else None for rows in parts)
-    return Task(tuple(names), support, shots, select, test)
+    return Task(tuple(names), condition, shots, support, select if enough else None, test if enough else None)
+
+
+def read_words(donor: Donor, task: str) -> Task:
+    """A task in words: embedded where the generator is told by text, else one of the zoo's. Chunks need none.
+
+    Raises InputError for a generator told by pictures, and for a task the zoo has not.
+    """
+    cfg: Any = donor.cfg
+    if isinstance(cfg, ReferenceConfig) or cfg.condition not in WORDS:
+        raise InputError(f"{donor.path} is told by pictures: give --dataset, a folder with a sub-folder for each class")
+    if cfg.condition == "chunk":
+        return Task(("all chunks",), np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1), 1)
+    known = read_json(donor.folder / "tasks.json")["tasks"]
+    if not task:
+        raise InputError(f"give --task, such as {known[0]!r}: what the weights are for")
+    if cfg.condition == "text":
+        projection = Projection.load(donor.folder)
+        return Task((task,), projection(text_encoder(projection.backend)([task])).reshape(1, 1, 1, -1), 1)
+    if task not in known:
+        raise InputError(f"no task {task!r} in the zoo{nearest(task, known)}; there are {', '.join(known[:10])}")
+    return Task((task,), np.float32(known.index(task)).reshape(1, 1, 1, 1), 1)
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> Drawn:
-    """`n` heads; sample i of a seed is the same whatever n is."""
+    """`n` networks; sample i of a seed is the same whatever n is, but for the reference."""
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
-    cfg = donor.cfg
+    cfg, items = donor.cfg, len(task.condition)
     params = load_params(donor, start(MeshConfig()))
-    there = np.broadcast_to(np.arange(cfg.shots) < task.shots, (n, len(task.names), cfg.shots))
-    draw = drawer(donor.model, cfg, how)
-    samples = np.asarray(draw(params, np.repeat(task.support, n, axis=0), there, jax.random.key(seed), np.arange(n)))
+    condition = np.tile(task.condition, (n, 1, 1, 1))
+    there = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
+    key = jax.random.key(seed)
+    if isinstance(cfg, ReferenceConfig):
+        # Its sampler is its own: all steps, no guidance, and noise that depends on n.
+        weights = reference.sample(donor.model, cfg, params["k"], params, jnp.asarray(condition[:, :, : task.shots]), key)
+        samples = cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
+        return Drawn(samples, samples.mean(0))
+    rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, there, key, np.arange(n * items)))
+    samples = rows.reshape(n, items * rows.shape[1], -1)
     return Drawn(samples, samples.mean(0))
 
 
+def labels_of(cfg: Any, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """What networks [n, token, length] see in pictures x: [n, picture]."""
+    params = cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like)
+    return predict(cfg.net, params, np.broadcast_to(x, (len(tokens), *x.shape)), at_once=50)
+
+
+def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
+    """A network trained on these pictures alone, from scratch: a population of one."""
+    model = net(cfg)
+    begin = initial_population(model, 1, "random", jax.random.key(seed))
+    return fit_population(
+        model, begin, jnp.asarray(pictures.x[None]), jnp.asarray(pictures.y[None], jnp.int32), FEW[cfg.kind], jax.random.key(seed)
+    )
+
+
 def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int) -> dict[str, Any]:
-    """Accuracies on what was left over, each named for what it is, beside the baselines that need no zoo; diversity; shuffled condition."""
+    """Accuracies on what was left over, each named for what it is, beside baselines that need no zoo; novelty, diversity, and whether
+    the condition is used."""
+    cfg: Any = donor.cfg
     about: dict[str, Any] = {
         "classes": list(task.names),
-        "condition": f"{task.shots}-shot, 0 gradient steps",
+        "condition": f"{task.shots}-shot, 0 gradient steps" if task.support else f"{cfg.condition}, 0 gradient steps",
         "seed": seed,
         "sample": asdict(how),
-        "parameters": head_tokens(donor.cfg.net).count,
+        "parameters": cfg.whole.count,
+        "accuracy": None,
     }
-    if task.test is None:
-        return about | {
-            "accuracy": None,
-            "note": "no class has pictures left over, so nothing is known of these weights; add more pictures",
-        }
-    support = task.support[:, :, : task.shots]
-    scores = head_accuracy(drawn.samples[:, None], *task.test)[:, 0]
-    chosen = int(head_accuracy(drawn.samples[:, None], *task.select)[:, 0].argmax())
-    turned = replace(task, support=np.roll(task.support, 1, axis=1))
-    shuffled = draw_weights(donor, turned, how, 1, seed).samples
-    labels = np.einsum("scf,ef->sec", drawn.samples, np.concatenate([task.test[0][0], np.ones((task.test[0].shape[1], 1))], 1)).argmax(-1)
-    spec = head_tokens(donor.cfg.net)
+    zoo = load_file(donor.folder / "neighbours.safetensors")
+    rng, mine = np.random.default_rng(seed), _flat(cfg, drawn.samples)
+    if isinstance(cfg, GeneratorConfig) and cfg.condition == "chunk":
+        return about | {"novelty": _novelty(drawn.samples.reshape(-1, cfg.whole.length), zoo["weights"], rng)}
+    about["novelty"] = _novelty(mine, zoo["weights"], rng)
+    if cfg.net is None:
+        return about | {"distance to the task's own networks": _told_apart(donor, task, drawn, zoo, how, seed)}
+    if task.support is None or task.select is None or task.test is None:
+        return about | {"note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}
+    ways, y = len(task.names), task.test.y
+    found = labels_of(cfg, drawn.samples, task.test.x)
+    scores = accuracy(found, y, ways)
+    chosen = int(accuracy(labels_of(cfg, drawn.samples, task.select.x), task.select.y, ways).argmax())
+    turned = draw_weights(donor, replace(task, condition=np.roll(task.condition, 1, axis=1)), how, 1, seed).samples
+    alone = trained_on(cfg.net, task.support, seed)
     one: Any = {
         "single sample": scores.mean(),
-        "weights averaged": head_accuracy(drawn.mean[None], *task.test)[0],
+        "weights averaged": accuracy(labels_of(cfg, drawn.mean[None], task.test.x), y, ways)[0],
         "best by selection set": scores[chosen],
         "best by test (oracle)": scores.max(),
-        "pictures of the wrong classes": head_accuracy(shuffled, *task.test)[0],
-        "prototype": head_accuracy(prototype(support), *task.test)[0],
-        "gradient descent on the pictures": head_accuracy(few_shot_heads(support, FEW, spec, donor.cfg.net), *task.test)[0],
-        "chance": 1 / len(task.names),
+        "pictures of the wrong classes": accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0],
+        "prototype": head_accuracy(prototype(task.condition[:, :, : task.shots]), task.test.told[None], y[None])[0],
+        "gradient descent on the pictures": accuracy(predict(cfg.net, alone, task.test.x[None]), y, ways)[0],
+        "chance": 1 / ways,
     }
     about["accuracy"] = {name: round(float(value), 5) for name, value in one.items()}
-    about["test pictures"] = int(task.test[1].size)
-    about["selected"] = chosen
-    about["disagreement"] = disagreement(labels) if len(labels) > 1 else None
-    return about
+    theirs = labels_of(cfg, cfg.whole.padded(zoo["weights"][:200]), task.test.x)
+    return about | {
+        "test pictures": int(y.size),
+        "selected": chosen,
+        "disagreement": disagreement(found) if len(found) > 1 else None,
+        "error IoU": float(error_overlap(found != y, theirs != y).mean()),
+    }
+
+
+def _flat(cfg: Any, tokens: np.ndarray) -> np.ndarray:
+    return flat(cfg.whole, tokens)
+
+
+def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
+    """Medians of the L2 distance to the nearest zoo network kept beside the generator: of samples, of these networks, of noisy ones."""
+    found = {
+        "generated": nearest_distance(weights, zoo),
+        "zoo": nearest_distance(zoo, zoo, skip_self=True),
+        "noise": nearest_distance(noisy(zoo, 0.04, rng), zoo),
+    }
+    return {name: float(np.median(distances)) for name, distances in found.items()} | {"of": len(zoo)}
+
+
+def _told_apart(donor: Donor, task: Task, drawn: Drawn, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
+    """Mean L2 distance of samples to the mean of the task's networks, and of samples told another task; None for a task not in the zoo."""
+    known = read_json(donor.folder / "tasks.json")["tasks"]
+    own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
+    if not own.any() or len(known) < 2:
+        return None
+    other = draw_weights(donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, len(drawn.samples), seed)
+    centre = zoo["weights"][own].mean(0)
+    sets = {"told it": drawn.samples, "told another": other.samples}
+    return {name: float(np.linalg.norm(_flat(donor.cfg, tokens) - centre, axis=1).mean()) for name, tokens in sets.items()}
 
 
 def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.n` heads for the classes of `args.dataset` and write them as weights folders, with `report.json`, into `args.out`.
+    """Draw `args.n` networks for the classes of `args.dataset`, or for `args.task` in words, and write them as weights folders, with
+    `report.json`, into `args.out`.
 
     The flags left over are fields of `SampleConfig`. Raises InputError for data that does not fit and for an existing folder.
     """
     _check(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom generate {donor.path}")
     begun = time.perf_counter()
-    task = read_task(donor, args.dataset, args.seed)
+    task = read_pictures(donor, args.dataset, args.seed) if args.dataset else read_words(donor, args.task)
     drawn = draw_weights(donor, task, how, args.n, args.seed)
     about = report(donor, task, drawn, how, args.seed)
-    model, spec = net(donor.cfg.net), head_tokens(donor.cfg.net)
-    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.spec.items()}
     chosen = {"mean": drawn.mean} if args.reduce == "mean" else {f"sample-{i:03d}": tokens for i, tokens in enumerate(drawn.samples)}
     with staged(args.out, force=args.force) as folder:
         folder.mkdir()
         for name, tokens in chosen.items():
             (folder / name).mkdir()
-            write_params(folder / name, spec.unflatten(jnp.asarray(tokens), like))
-            write_config(folder / name, NETWORK.name, donor.cfg.net)
-            write_json(folder / name / "classes.json", {"classes": list(task.names), "features": "features.safetensors beside report.json"})
-        Projection.load(donor.folder).save(folder)
+            _write(folder / name, donor.cfg, tokens, task)
+        if task.support:
+            Projection.load(donor.folder).save(folder)
         write_json(folder / "report.json", about)
     return about | {"folder": str(args.out), "weights": list(chosen), "seconds": round(time.perf_counter() - begun, 2)}
+
+
+def _write(folder: Path, cfg: Any, tokens: np.ndarray, task: Task) -> None:
+    """A network of ours as a weights folder; of a foreign checkpoint the tensors under their own names."""
+    if cfg.net is None:
+        save_file(
+            {path: np.ascontiguousarray(x) for path, x in cfg.whole.unflatten(tokens, cfg.whole.like).items()}, folder / "model.safetensors"
+        )
+        return
+    write_params(folder, cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like))
+    write_config(folder, NETWORK.name, cfg.net)
+    write_json(folder / "classes.json", {"classes": list(task.names), "features": "features.safetensors beside report.json"})
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
@@ -164,7 +270,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
     how = config.parse(SampleConfig(), args.flags, f"heirloom eval {donor.path}")
-    task = read_task(donor, args.data, 0)
+    task = read_pictures(donor, args.data, 0)
     if task.test is None:
         raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
     about = report(donor, task, draw_weights(donor, task, how, 8, 0), how, 0)
@@ -173,7 +279,5 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
 
 
 def _check(donor: Donor) -> None:
-    if donor.family.name != FAMILY.name or not isinstance(donor.cfg, GeneratorConfig):
+    if donor.family.name not in (FAMILY.name, REFERENCE.name):
         raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe")
-    if donor.cfg.net.kind != "head":
-        raise InputError(f"{donor.path} generates an {donor.cfg.net.kind}; from pictures by class this command makes heads")

@@ -1,7 +1,8 @@
 """The generator: codec, condition and denoiser as one model, its loss, and how it is sampled."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -13,59 +14,118 @@ from common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear
 from common.errors import InputError
 from common.nn.dense import param, zeros
 from common.nn.functional import Functional
+from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.baselines import Ridge, row_condition
 from weightgen.codec import Pca, fit_pca
-from weightgen.conditions import Condition, MlpSet, PerClass, SetConfig, SetOfSets
+from weightgen.conditions import Condition, Label, MlpSet, PerClass, SetConfig, SetOfSets, Text
 from weightgen.data import Bank
 from weightgen.denoiser import DenoiserConfig, TokenDit
 from weightgen.nets import NetConfig
-from weightgen.zoo import Zoo, head_tokens
+from weightgen.tokens import TokenSpec, one_chunk
+from weightgen.zoo import Zoo, flat, head_tokens
 
-FITTED = ("codec/**", "prior/**")  # fitted before training and never updated
 FULL = 1000  # steps of the default schedule
+
+Told = Literal["per_class", "set", "mlp", "text", "label", "chunk"]
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """A generator of the weights of one architecture from a few pictures of each class."""
+    """A generator of the weights of one architecture, told by pictures of classes, by words, or by a number."""
 
-    net: NetConfig = field(default_factory=NetConfig)
+    net: NetConfig | None = field(default_factory=NetConfig)
+    """None: checkpoints of others, cut as `cut` says."""
     latent: int = 48
     """Numbers a token is coded in."""
-    condition: Literal["per_class", "set", "mlp"] = "per_class"
+    condition: Told = "per_class"
     """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not know the order;
-    mlp: the released dense layers over slots, which do."""
+    mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the tasks of the zoo;
+    chunk: the number of the chunk, each drawn by itself."""
     shots: int = 5
     """Pictures of each class it looks at, at most."""
     prior: Literal["none", "linear"] = "linear"
-    """linear: a ridge map from the condition to a head's rows, fitted before; diffusion then models what it leaves. For heads per class."""
+    """linear: a ridge map from the condition to the weights, fitted before; diffusion then models what it leaves."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     told: int = 0
-    """Features of the pictures in the condition; 0: as many as the network has inputs."""
+    """Features of the pictures in the condition, or of a text; 0: as many as the network has inputs."""
     schedule: Literal["linear", "scaled_linear"] = "linear"
     """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
+    cut: TokenSpec | None = None
+    codec: TokenVaeConfig | None = None
+    """None: PCA."""
+    encoder: SetConfig | None = None
+    """Sizes of the Set Transformers of the condition `set`; None: the released ones."""
+    labels: int = 0
+    """Tasks or chunks there are."""
 
     def __post_init__(self) -> None:
-        if self.prior == "linear" and (self.net.kind != "head" or self.condition != "per_class"):
-            raise InputError('a linear prior predicts the rows of a head from its classes: for other networks set prior to "none"')
+        if self.prior == "linear" and self.condition in ("label", "chunk"):
+            raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
+        if self.prior == "linear" and self.codec is not None:
+            raise InputError('a learned codec codes weights, not what a linear prior leaves of them: set prior to "none"')
+        if self.net is None and self.cut is None:
+            raise InputError("a generator needs a network, or how checkpoints are cut")
+
+    @property
+    def tokens(self) -> TokenSpec:
+        """How what it makes in one go is laid out: a network, or a single chunk of one."""
+        return one_chunk(self.whole) if self.condition == "chunk" else self.whole
+
+    @property
+    def whole(self) -> TokenSpec:
+        """How a finished network is laid out."""
+        return self.cut or head_tokens(self.net or NetConfig())
+
+    @property
+    def features(self) -> int:
+        """Numbers a picture or a text is told in."""
+        return self.told or (self.net.features if self.net else 0)
+
+    @property
+    def ways(self) -> int:
+        """Classes in a condition."""
+        return self.net.classes if self.net else 1
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Patterns of what is fitted before training and never updated."""
+        return ("codec/**", "prior/**") if self.prior == "linear" else ("codec/**",)
+
+    @property
+    def by_row(self) -> bool:
+        """Rows of a head are exchangeable where each is told its class; other tokens are known by their place."""
+        return self.net is not None and self.net.kind == "head" and self.condition == "per_class"
 
     def chain(self) -> Schedule:
         return linear_schedule(FULL) if self.schedule == "linear" else scaled_linear_schedule()
 
 
-class LinearPrior(nnx.Module):
+class RowPrior(nnx.Module):
     """Rows of a head by a linear map of `row_condition`, one map for each number of pictures. mean: [batch, class, feature]."""
 
-    def __init__(self, features: int, shots: int, length: int, *, rngs: nnx.Rngs):
-        sizes = {"shots": shots, "condition": 4 * features + 3, "weight": length}
+    def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
+        sizes = {"shots": cfg.shots, "condition": 4 * cfg.features + 3, "weight": cfg.tokens.length}
         self.table = param("shots condition -> weight", sizes, zeros, rngs)
 
-    def __call__(self, support: jax.Array, there: jax.Array) -> jax.Array:
-        count = there.sum(2)
-        mean = (support * there[..., None]).sum(2) / jnp.maximum(count, 1)[..., None]
+    def __call__(self, mean: jax.Array, shots: jax.Array) -> jax.Array:
         condition = row_condition(mean)
         condition = jnp.concatenate([condition, jnp.ones_like(condition[..., :1])], -1)
-        return jnp.einsum("bci,bio->bco", condition, self.table[...][jnp.maximum(count[:, 0], 1) - 1])
+        return jnp.einsum("bci,bio->bco", condition, self.table[...][shots - 1])
+
+
+class WholePrior(nnx.Module):
+    """All weights of a network by a linear map of its classes' means, end to end in their order. mean: [batch, class, feature]."""
+
+    def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
+        self.spec = cfg.tokens
+        sizes = {"shots": cfg.shots, "condition": cfg.ways * cfg.features + 1, "weight": self.spec.count}
+        self.table = param("shots condition -> weight", sizes, zeros, rngs)
+
+    def __call__(self, mean: jax.Array, shots: jax.Array) -> jax.Array:
+        condition = mean.reshape(len(mean), -1)
+        condition = jnp.concatenate([condition, jnp.ones_like(condition[:, :1])], -1)
+        weights = jnp.einsum("bi,bio->bo", condition, self.table[...][shots - 1])
+        return jnp.zeros((len(mean), *self.spec.mask.shape)).at[:, self.spec.mask].set(weights)
 
 
 class Generator(nnx.Module):
@@ -75,48 +135,65 @@ class Generator(nnx.Module):
     """
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
-        spec, width = head_tokens(cfg.net), cfg.denoiser.width
-        self.codec = Pca(spec.length, cfg.latent, rngs=rngs)
-        features = cfg.told or cfg.net.features
-        if cfg.condition == "per_class":
-            self.condition: Any = PerClass(features, width, rngs=rngs)
-        elif cfg.condition == "set":
-            self.condition = SetOfSets(SetConfig(features=features), width, rngs=rngs)
-        else:
-            self.condition = MlpSet(features, cfg.net.classes * cfg.shots, width, rngs=rngs)
-        self.prior = LinearPrior(features, cfg.shots, spec.length, rngs=rngs) if cfg.prior == "linear" else None
-        order: Any = "exchangeable" if cfg.net.kind == "head" and cfg.condition == "per_class" else "ordered"
-        self.denoiser = TokenDit(cfg.denoiser, cfg.latent, spec.rows, order, rngs=rngs)
+        spec, width = cfg.tokens, cfg.denoiser.width
+        pca = partial(Pca, 1 if cfg.by_row else spec.rows, spec.length, cfg.latent)
+        self.codec: Any = pca(rngs=rngs) if cfg.codec is None else TokenCodec(cfg.codec, rngs=rngs)
+        self.condition = CONDITIONS[cfg.condition](cfg, width, rngs)
+        prior = RowPrior if cfg.by_row else WholePrior
+        self.prior: Any = prior(cfg, rngs=rngs) if cfg.prior == "linear" else None
+        latent = cfg.latent if cfg.codec is None else cfg.codec.latent
+        self.denoiser = TokenDit(cfg.denoiser, latent, spec.rows, "exchangeable" if cfg.by_row else "ordered", rngs=rngs)
         self.rows = spec.rows
-        self.first_class = next(piece.first for piece in spec.pieces if piece.path == "out/kernel")
+        self.first_class = next((piece.first for piece in spec.pieces if piece.path == "out/kernel"), 0)
         self.cfg = cfg
 
     def __call__(self, noisy: jax.Array, t: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
         return self.denoiser(noisy, t, self.told(support, there))
 
     def told(self, support: jax.Array, there: jax.Array) -> Condition:
-        if not isinstance(self.condition, PerClass):
+        cfg = self.cfg
+        if cfg.condition in ("label", "chunk"):
+            number = jnp.where(there[:, 0, 0], support[:, 0, 0, 0].astype(jnp.int32), cfg.labels)
+            return Condition(None, self.condition(number))
+        if cfg.condition == "text":
+            return Condition(None, self.condition(support[:, 0, 0] * there[:, 0, 0, None]))
+        if cfg.condition != "per_class":
             return Condition(None, self.condition(support * there[..., None]))
         found = self.condition(support, there)
-        if self.cfg.net.kind == "head":
+        if cfg.by_row:
             return found
+        if cfg.net is None:
+            return Condition(None, found.whole)
         # The rows of the last layer are the classes; the other neurons are told the task as a whole.
-        assert found.tokens is not None
         before = self.first_class
-        return Condition(jnp.pad(found.tokens, ((0, 0), (before, self.rows - before - self.cfg.net.classes), (0, 0))), found.whole)
+        return Condition(jnp.pad(found.tokens, ((0, 0), (before, self.rows - before - cfg.ways), (0, 0))), found.whole)
 
     def predict(self, noisy: jax.Array, t: jax.Array, told: Condition) -> jax.Array:
         return self.denoiser(noisy, t, told)
 
     def expected(self, support: jax.Array, there: jax.Array) -> jax.Array:
         """What the prior says of the tokens, [batch, token, length]; 0 without one."""
-        return jnp.zeros(()) if self.prior is None else self.prior(support, there)
+        if self.prior is None:
+            return jnp.zeros(())
+        count = there.sum(2)
+        mean = (support * there[..., None]).sum(2) / jnp.maximum(count, 1)[..., None]
+        return self.prior(mean, jnp.maximum(count[:, 0], 1))
 
     def encode(self, tokens: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
         return self.codec.encode(tokens - self.expected(support, there))
 
     def decode(self, latents: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
         return self.codec.decode(latents) + self.expected(support, there)
+
+
+CONDITIONS: dict[str, Callable[[GeneratorConfig, int, nnx.Rngs], Any]] = {
+    "per_class": lambda cfg, width, rngs: PerClass(cfg.features, width, rngs=rngs),
+    "set": lambda cfg, width, rngs: SetOfSets(replace(cfg.encoder or SetConfig(features=cfg.features), latent=width), rngs=rngs),
+    "mlp": lambda cfg, width, rngs: MlpSet(cfg.features, cfg.ways * cfg.shots, width, rngs=rngs),
+    "text": lambda cfg, width, rngs: Text(cfg.features, width, rngs=rngs),
+    "label": lambda cfg, width, rngs: Label(cfg.labels, width, rngs=rngs),
+    "chunk": lambda cfg, width, rngs: Label(cfg.labels, width, rngs=rngs),
+}
 
 
 def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: int = 4000) -> dict[str, np.ndarray]:
@@ -129,13 +206,24 @@ def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: 
         classes = np.asarray(zoo.classes[rows])
         support, maps, rest = bank.draw(classes, cfg.shots, rng), [], []
         for shots in range(1, cfg.shots + 1):
-            condition = row_condition(support[:, :, :shots].mean(2))
-            ridge = Ridge.fit(condition.reshape(-1, condition.shape[-1]), tokens.reshape(-1, tokens.shape[-1]), classes.reshape(-1))
+            mean = support[:, :, :shots].mean(2)
+            if cfg.by_row:
+                condition = row_condition(mean)
+                ridge = Ridge.fit(condition.reshape(-1, condition.shape[-1]), tokens.reshape(-1, tokens.shape[-1]), classes.reshape(-1))
+                expected = ridge(condition)
+            else:
+                condition = mean.reshape(len(mean), -1)
+                ridge = Ridge.fit(condition, flat(zoo.spec, tokens), classes[:, 0])
+                expected = zoo.spec.padded(ridge(condition))
             maps.append(ridge.matrix)
-            rest.append(tokens - ridge(condition))
+            rest.append(tokens - expected)
         fitted["prior/table"] = np.stack(maps).astype(np.float32)
-    pca = fit_pca(np.concatenate(rest).reshape(-1, tokens.shape[-1]), cfg.latent)
-    return fitted | {"codec/mean": pca.mean, "codec/components": pca.components, "codec/scale": pca.scale}
+    if cfg.codec is not None:
+        return fitted
+    left = np.concatenate(rest)
+    mean = left.mean((0, 1) if cfg.by_row else 0, dtype=np.float64).astype(np.float32).reshape(-1, tokens.shape[-1])
+    pca = fit_pca((left - mean).reshape(-1, tokens.shape[-1]), cfg.latent)
+    return fitted | {"codec/mean": mean + pca.mean, "codec/components": pca.components, "codec/scale": pca.scale}
 
 
 def loss(
@@ -202,8 +290,8 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
     def draw(
         params: Any, support: jax.Array, there: jax.Array, key: jax.Array, index: jax.Array, start: Any = None, known: Any = None
     ) -> jax.Array:
-        spec = head_tokens(cfg.net)
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (spec.rows, cfg.latent)))(index)
+        latent = cfg.latent if cfg.codec is None else cfg.codec.latent
+        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (cfg.tokens.rows, latent)))(index)
         clean = None if start is None else model.apply(params, start, support, there, method="encode")
         told = model.apply(params, support, there, method="told")
         untold = model.apply(params, support, jnp.zeros_like(there), method="told") if how.guidance != 1 else None

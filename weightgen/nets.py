@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from common.errors import InputError
@@ -103,3 +105,14 @@ def net(cfg: NetConfig) -> Functional:
     if cfg.kind not in MODULES:
         raise InputError(f"no network {cfg.kind!r} (there are {', '.join(MODULES)})")
     return functional(MODULES[cfg.kind], cfg)
+
+
+@cache
+def _predictor(cfg: NetConfig, at_once: int) -> Any:
+    apply = net(cfg).apply
+    return jax.jit(lambda params, x: jax.lax.map(lambda m: apply(*m).argmax(-1), (params, x), batch_size=at_once or len(x)))
+
+
+def predict(cfg: NetConfig, params: Mapping[str, Any], x: Any, at_once: int = 0) -> np.ndarray:
+    """The class each network sees in each of its examples, [member, example] int32. x: [member, example, ...]."""
+    return np.asarray(_predictor(cfg, at_once)(params, x))

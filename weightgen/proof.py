@@ -20,8 +20,8 @@ from weightgen import baselines
 from weightgen.codec import Gate, gate
 from weightgen.data import Bank, EmojiTasks, draw_tasks
 from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_right, nearest_distance
-from weightgen.generator import FITTED, Draw, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.evaluate import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
+from weightgen.generator import Draw, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig, net
 from weightgen.train import LoopConfig, fit, generator_batches
 from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
@@ -101,7 +101,7 @@ def train_generator(cfg: ProofConfig, zoo: Zoo, bank: Bank, folder: Path, seed: 
         lambda: model.init(jax.random.key(seed)) | fitted,
         loss(model, config, dropout=0.1),
         generator_batches(zoo, bank, config.shots, loop, mesh),
-        frozen=FITTED,
+        frozen=config.fitted,
     )
     return Trained(model, config, params, cfg.sample)
 
@@ -226,18 +226,17 @@ def sit(
     by_task |= {"generated, averaged": scores.mean, "generated from another task's pictures": head_accuracy(shuffled, *exam.test)}
     rows = {name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"} | scores.rows("generated")
     everything = flat(zoo.spec, samples[0])
-    wrong = ~head_right(samples[0], *exam.test)[0] & (exam.test[1][0] >= 0)
-    others = ~head_right(known.heads[:, None], exam.test[0][:1], exam.test[1][:1])[:, 0] & (exam.test[1][0] >= 0)
+    there, labels = exam.test[1] >= 0, head_labels(samples, exam.test[0])
+    others = head_labels(known.heads[:, None], exam.test[0][:1])[:, 0]
+    wrong, theirs = ((found != exam.test[1][0]) & there[0] for found in (labels[0, :1], others))
     novelty = Novelty(
         float(np.median(nearest_distance(everything, zoo.weights))),
         float(np.median(nearest_distance(zoo.weights[:n], zoo.weights, skip_self=True))),
         float(np.median(nearest_distance(flat(zoo.spec, methods["zoo head + 0.04 noise"]), zoo.weights))),
     )
-    labels = np.einsum("stcf,tef->stec", samples, baselines.with_bias(exam.test[0]), optimize=True).argmax(-1)
-    there = exam.test[1] >= 0
     extra = {
         "novelty": {"generated": novelty.generated, "zoo": novelty.zoo, "noise": novelty.noise},
-        "error IoU, first task": float(error_overlap(wrong[None], others)[0]),
+        "error IoU, first task": float(error_overlap(wrong, theirs)[0]),
         "disagreement": disagreement(labels[:, there]),
     }
     return rows, by_task, extra

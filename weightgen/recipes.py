@@ -1,16 +1,17 @@
-"""What `heirloom train` runs: a zoo, a codec, an encoder or a generator. Each writes a folder that the next one names."""
+"""What `heirloom train` runs: a zoo, a codec, an encoder, a generator. Each writes a folder that the next one names."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shutil import copy
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.weights import staged
+from common.checkpoint.weights import read_json, staged, write_json
 from common.config import to_json
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError
@@ -20,17 +21,18 @@ from common.train.mesh import start
 from common.train.metrics import MetricsFile
 from common.train.parameters import save_params
 from weightgen import contrast
-from weightgen.autoencoder import TokenVae, TokenVaeConfig, vae_loss
-from weightgen.codec import fit_pca, gate
-from weightgen.conditions import SetConfig, SetOfSets
-from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder
+from weightgen.autoencoder import TokenCodec, TokenVaeConfig, vae_loss
+from weightgen.codec import fit_pca, gate, relative_error
+from weightgen.conditions import LEARNED_POINTS, SetConfig, SetOfSets
+from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder, shown, text_encoder, thumbnails
 from weightgen.denoiser import DenoiserConfig
-from weightgen.formats import CODEC, ENCODER, FAMILY
-from weightgen.generator import FITTED, Generator, GeneratorConfig, fit_stage1, loss
-from weightgen.nets import NetConfig, net
+from weightgen.evaluate import accuracy
+from weightgen.formats import CODEC, ENCODER, FAMILY, open_part, save_neighbours
+from weightgen.generator import Generator, GeneratorConfig, Told, fit_stage1, loss
+from weightgen.nets import NetConfig, predict
 from weightgen.normalise import Kind, Normaliser
 from weightgen.train import LoopConfig, fit, generator_batches, placed
-from weightgen.zoo import FitConfig, Zoo, accuracy, build, flat, head_tokens, open_zoo
+from weightgen.zoo import FitConfig, Zoo, build, by_chunk, flat, head_tokens, import_folder, open_zoo
 
 
 class Stage:
@@ -45,14 +47,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class ZooRecipe(Stage):
-    """Train a zoo of heads or MLPs on features, by random tasks."""
+    """Train a zoo by random tasks: heads or MLPs on features, or CNNs on pictures of 28 x 28."""
 
     data: str = "emoji"
     """emoji (its CLDR subgroups, some held out), or a folder with a sub-folder of pictures for each class."""
     backend: str = "embedded:emoji"
     """What looks at pictures: a SOURCE with an image tower, or pixels."""
     net: NetConfig = field(default_factory=NetConfig)
-    """features: how many components of the backend's features are kept; classes: of a task."""
+    """features: how many components of the backend's features are kept (of a cnn: 1 for grey, 3 for colour); classes: of a task."""
+    told: int = 64
+    """Of a cnn: components of the backend's features by which its generator will be told what to make."""
     start: Literal["shared", "random"] = "shared"
     members: int = 4000
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, lr=0.1, weight_decay=0.03))
@@ -64,15 +68,13 @@ class ZooRecipe(Stage):
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`. A run that is stopped goes on at its last finished chunk."""
-        if self.net.kind == "cnn":
-            raise InputError("a zoo recipe trains on features: net.kind head or mlp (benchmarks/generated_init.py builds zoos of CNNs)")
         run = Run.open(directory, to_json(self))
         if (directory / "zoo").is_dir():
             print(f"{directory} is finished: the zoo is in {directory / 'zoo'}")
             return
-        bank, held, projection = self._banks()
+        bank, held, told, projection = self._banks()
         classes = draw_tasks(len(held.names), self.members, self.net.classes, np.random.default_rng(self.seed))
-        spec, model, metrics = head_tokens(self.net), net(self.net), MetricsFile(run.directory / "metrics.jsonl")
+        spec, metrics = head_tokens(self.net), MetricsFile(run.directory / "metrics.jsonl")
         parts = directory / "parts"
         parts.mkdir(exist_ok=True)
         done = sorted(parts.glob("*.npz"))
@@ -80,7 +82,7 @@ class ZooRecipe(Stage):
         first = len(done) * self.chunk
         populations = build(
             self.net,
-            lambda a, b: bank.all(classes[a:b], self.pictures),
+            lambda a, b: shown(self.net, *bank.all(classes[a:b], self.pictures)),
             self.members,
             self.fit,
             start=self.start,
@@ -90,8 +92,8 @@ class ZooRecipe(Stage):
         )
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
-            x, y = held.all(rows, int(held.counts.max()))
-            quality = np.asarray(accuracy(model, params, x, y), np.float32)
+            x, y = shown(self.net, *held.all(rows, min(int(held.counts.max()), 100)))
+            quality = accuracy(predict(self.net, params, x, self.fit.at_once), y, self.net.classes).astype(np.float32)
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()})), quality=quality)
             metrics.append(
@@ -104,7 +106,9 @@ class ZooRecipe(Stage):
         zoo = Zoo(weights, quality, classes, self.net, spec)
 
         def beside(folder: Path) -> None:
-            bank.save(folder)
+            told.save(folder)
+            if told is not bank:
+                bank.save(folder, "pictures")
             projection.save(folder)
 
         zoo.save(directory / "zoo", beside=beside)
@@ -112,11 +116,13 @@ class ZooRecipe(Stage):
             file.unlink()
         parts.rmdir()
 
-    def _banks(self) -> tuple[Bank, Bank, Projection]:
-        """Pictures to train on, pictures to score on, and how they became features."""
+    def _banks(self) -> tuple[Bank, Bank, Bank, Projection]:
+        """Pictures to train on, pictures to score on, those to train on as a generator is told them, and how they became features."""
         if self.data == "emoji":
+            if self.net.kind == "cnn":
+                raise InputError("there are too few emoji for CNNs: set data to a folder with a sub-folder for each class")
             tasks: EmojiTasks = emoji_tasks(self.backend, self.net.features, seed=0)
-            return tasks.seen["support"], tasks.seen["test"], tasks.projection
+            return tasks.seen["support"], tasks.seen["test"], tasks.seen["support"], tasks.projection
         source = open_source(SourceConfig(self.data))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
@@ -128,9 +134,12 @@ class ZooRecipe(Stage):
         order = np.argsort(labels, kind="stable")
         held = np.zeros(len(labels), bool)
         held[order] = place < np.maximum(np.rint(SHARES["select"] * np.bincount(labels)[labels[order]]), 1)
-        projection = Projection.fit(self.backend, raw[~held], self.net.features)
-        x = projection(raw)
-        return Bank.of(x[~held], labels[~held], names), Bank.of(x[held], labels[held], names), projection
+        features = self.net.features if self.net.kind != "cnn" else self.told
+        projection = Projection.fit(self.backend, raw[~held], features)
+        told = projection(raw)
+        x = told if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
+        train, score = (Bank.of(x[rows], labels[rows], names) for rows in (~held, held))
+        return train, score, train if x is told else Bank.of(told[~held], labels[~held], names), projection
 
     def describe(self) -> Any:
         raise InputError("a zoo is no model: heirloom train builds it")
@@ -146,18 +155,23 @@ class GateConfig:
     """Networks of the zoo it is measured on."""
 
 
-def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> Any:
-    """The gate, on `members` networks of the zoo and the pictures of their classes. code(tokens, rows) -> tokens."""
-    assert zoo.net is not None
+def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None:
+    """The gate, on `members` networks of the zoo and the pictures of their classes. code(tokens, rows) -> tokens.
+
+    Raises InputError when it is not passed. Checkpoints of others have no pictures: only the error is printed.
+    """
     rows = np.sort(np.random.default_rng(seed).choice(len(zoo), min(cfg.members, len(zoo)), replace=False))
-    tokens, model = zoo.tokens(rows), net(zoo.net)
+    tokens = zoo.tokens(rows)
     back = np.asarray(code(tokens, rows))
-    x, y = bank.all(np.asarray(zoo.classes[rows]), 20)
-    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.spec.items()}
-    before, after = (accuracy(model, zoo.spec.unflatten(jnp.asarray(t), like), x, y) for t in (tokens, back))
+    if zoo.net is None:
+        print(f"codec: relative error {relative_error(flat(zoo.spec, tokens), flat(zoo.spec, back)):.4f}; nothing is known of its accuracy")
+        return None
+    x, y = shown(zoo.net, *bank.all(np.asarray(zoo.classes[rows]), 20))
+    nets = [predict(zoo.net, zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like), x, at_once=20) for t in (tokens, back)]
+    before, after = (accuracy(labels, y, zoo.net.classes) for labels in nets)
     found = gate(before, after, tokens, back, cfg.tolerance)
     print(f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip, relative error {found.error:.4f}")
-    return found
+    found.check(cfg.force)
 
 
 @dataclass(frozen=True)
@@ -172,6 +186,7 @@ class CodecRecipe(Stage):
     beta: float = 1e-4
     """Weight of the KL."""
     gate: GateConfig = field(default_factory=lambda: GateConfig(force=True))
+    """Measured only: the generator that takes the codec refuses it."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def train(self, directory: Path) -> None:
@@ -179,25 +194,28 @@ class CodecRecipe(Stage):
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        bank = Bank.load(Path(self.zoo))
-        cfg = self._config(zoo)
-        model = functional(TokenVae, cfg)
-        scaled = Normaliser.fit(self.normalise, zoo.spec, zoo.tokens(slice(0, 4000)))
+        bank, cfg = pictures_of(self.zoo), self._config(zoo)
+        model = functional(TokenCodec, cfg)
+        some = zoo.tokens(slice(0, 4000))
+        scaled = Normaliser.fit(self.normalise, zoo.spec, some)
+        fitted = {"mean": scaled.mean, "std": scaled.std, "scale": np.float32(1)}
+        mask = jnp.asarray(zoo.spec.mask)
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
-            return {"x": scaled(zoo.tokens(np.sort(rng.integers(len(zoo), size=self.loop.batch))))}
+            return {"tokens": zoo.tokens(np.sort(rng.integers(len(zoo), size=self.loop.batch)))}
 
         def value(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
-            back, posterior = model.apply(params, batch["x"], key)
-            mask = jnp.asarray(zoo.spec.mask)
-            return vae_loss(jnp.where(mask, batch["x"], 0), jnp.where(mask, back, 0), posterior, beta=self.beta), {}
+            x, back, posterior = model.apply(params, batch["tokens"], key)
+            return vae_loss(jnp.where(mask, x, 0), jnp.where(mask, back, 0), posterior, beta=self.beta), {}
 
         def save(params: Any) -> None:
-            def code(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
-                z = model.apply(params, scaled(tokens), method="encode").mean
-                return scaled.invert(np.asarray(model.apply(params, z, method="decode")))
+            encode = jax.jit(partial(model.apply, method="encode"))
+            params = params | {"scale": encode(params, some).std()}
 
-            measure(self.gate, zoo, bank, code, self.loop.seed).check(self.gate.force)
+            def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
+                return model.apply(params, encode(params, tokens), method="decode")
+
+            measure(self.gate, zoo, bank, code, self.loop.seed)
             save_params(run.model, CODEC.name, cfg, params, lambda folder: None, force=True)
 
         fit(
@@ -205,14 +223,15 @@ class CodecRecipe(Stage):
             self.loop,
             mesh,
             model.spec,
-            lambda: model.init(jax.random.key(self.loop.seed)),
+            lambda: model.init(jax.random.key(self.loop.seed)) | {name: jnp.asarray(x) for name, x in fitted.items()},
             value,
             placed(make, mesh, self.loop.seed),
+            frozen=tuple(fitted),
             save=save,
         )
 
     def _config(self, zoo: Zoo) -> TokenVaeConfig:
-        return TokenVaeConfig(zoo.spec.rows, zoo.spec.length, self.latent, self.width, self.layers)
+        return TokenVaeConfig(zoo.spec.rows, zoo.spec.length, self.latent, self.width, self.layers, normalise=self.normalise)
 
     def describe(self) -> Any:
         return CODEC, self._config(open_zoo(Path(self.zoo)))
@@ -226,9 +245,12 @@ class EncoderRecipe(Stage):
     loss: Literal["soft_target", "info_nce", "siglip"] = "info_nce"
     """soft_target: as released; info_nce, siglip: normalised."""
     shots: int = 5
+    codec: str = ""
+    """RUN/model of a codec recipe, whose latents are the frozen side; none: PCA of whole networks."""
     latent: int = 64
-    """Components of PCA of whole networks, the frozen side."""
+    """Components of that PCA."""
     encoder: SetConfig = field(default_factory=lambda: SetConfig(features=64, hidden=64, out=64))
+    """Its latent becomes that of the frozen side."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def train(self, directory: Path) -> None:
@@ -237,13 +259,13 @@ class EncoderRecipe(Stage):
             print(f"{directory} is finished: {run.model}")
             return
         bank, loss_of = Bank.load(Path(self.zoo)), getattr(contrast, self.loss)
-        pca = fit_pca(np.asarray(zoo.weights[:4000]), self.latent)
-        model = functional(partial(SetOfSets, latent=self.latent), self.encoder)
+        latents = self._latents(zoo)
+        cfg = replace(self.encoder, latent=latents(zoo.tokens(slice(0, 1))).shape[1])
+        model = functional(SetOfSets, cfg)
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             rows = np.sort(rng.integers(len(zoo), size=self.loop.batch))
-            latents = (np.asarray(zoo.weights[rows]) - pca.mean) @ pca.components / pca.scale
-            return {"w": latents.astype(np.float32), "support": bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng)}
+            return {"w": latents(zoo.tokens(rows)), "support": bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng)}
 
         def value(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             data = model.apply(params, batch["support"])
@@ -258,23 +280,39 @@ class EncoderRecipe(Stage):
             lambda: model.init(jax.random.key(self.loop.seed)),
             value,
             placed(make, mesh, self.loop.seed),
-            no_decay=("**/points1", "**/points2", "**/seed"),
-            save=lambda params: save_params(run.model, ENCODER.name, self.encoder, params, lambda folder: None, force=True),
+            no_decay=LEARNED_POINTS,
+            save=lambda params: save_params(run.model, ENCODER.name, cfg, params, lambda folder: None, force=True),
         )
 
+    def _latents(self, zoo: Zoo) -> Callable[[np.ndarray], np.ndarray]:
+        """Tokens to [member, latent], the side that is not trained."""
+        if self.codec:
+            cfg, params = open_part(self.codec, CODEC, "weightgen/codec")
+            encode = jax.jit(partial(functional(TokenCodec, cfg).apply, params, method="encode"))
+            return lambda tokens: np.asarray(encode(tokens)).reshape(len(tokens), -1)
+        pca = fit_pca(np.asarray(zoo.weights[:4000]), self.latent)
+        return lambda tokens: ((flat(zoo.spec, tokens) - pca.mean) @ pca.components / pca.scale).astype(np.float32)
+
     def describe(self) -> Any:
-        return ENCODER, self.encoder
+        return ENCODER, replace(self.encoder, latent=self.latent)
+
+
+ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
 
 
 @dataclass(frozen=True)
 class GeneratorRecipe(Stage):
-    """Prior and codec without training, the gate, then diffusion; `RUN/model` is what `heirloom generate` takes."""
+    """Prior and codec, the gate, then diffusion; `RUN/model` is what `heirloom generate` takes."""
 
     zoo: str = "runs/zoo/zoo"
-    net: NetConfig = field(default_factory=NetConfig)
-    """Must be the zoo's."""
     latent: int = 48
-    condition: Literal["per_class", "set", "mlp"] = "per_class"
+    """Numbers a token is coded in by PCA."""
+    codec: str = ""
+    """RUN/model of a codec recipe in the place of PCA."""
+    condition: Told = "per_class"
+    """per_class, set, mlp: by pictures; text, label, chunk: for zoos of imported checkpoints."""
+    encoder: str = ""
+    """RUN/model of an encoder recipe, for the condition set: both Set Transformers are taken from it and kept."""
     prior: Literal["none", "linear"] = "linear"
     schedule: Literal["linear", "scaled_linear"] = "linear"
     shots: int = 5
@@ -284,27 +322,59 @@ class GeneratorRecipe(Stage):
     gate: GateConfig = field(default_factory=GateConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128))
 
-    def config(self) -> GeneratorConfig:
-        return GeneratorConfig(self.net, self.latent, self.condition, self.shots, self.prior, self.denoiser, schedule=self.schedule)
+    def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
+        """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made for."""
+        told, given = ("pictures", "pictures") if zoo.net else (zoo_words(Path(self.zoo)), "words")
+        fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label"), "label": ("label",), "chunk": ("chunk",)}
+        if self.condition not in fits[told]:
+            raise InputError(f"{self.zoo} is a zoo told by {told}: set condition to {' or '.join(fits[told])}")
+        codec = open_part(self.codec, CODEC, "weightgen/codec")[0] if self.codec else None
+        encoder = open_part(self.encoder, ENCODER, "weightgen/encoder")[0] if self.encoder else None
+        if encoder and self.condition != "set":
+            raise InputError(f"an encoder is for the condition set, not {self.condition}")
+        return GeneratorConfig(
+            zoo.net,
+            self.latent,
+            self.condition,
+            1 if given == "words" else self.shots,
+            self.prior,
+            self.denoiser,
+            bank.features.shape[1],
+            self.schedule,
+            None if zoo.net else zoo.whole or zoo.spec,
+            codec,
+            encoder,
+            len(bank.names) if self.condition in ("label", "chunk") else 0,
+        )
 
     def train(self, directory: Path) -> None:
-        run, zoo, cfg, mesh = Run.open(directory, to_json(self)), open_zoo(Path(self.zoo)), self.config(), start(self.loop.mesh)
+        run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), start(self.loop.mesh)
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        if zoo.net != self.net:
-            raise InputError(f"{self.zoo} holds networks {zoo.net}, the recipe asks for {self.net}: set --net.* to the zoo's")
-        bank, model = Bank.load(Path(self.zoo)), functional(Generator, cfg)
-        fitted = {path: jnp.asarray(value) for path, value in fit_stage1(cfg, zoo, bank, self.loop.seed).items()}
-        params = model.init(jax.random.key(self.loop.seed)) | fitted
+        zoo, bank = open_zoo(folder), Bank.load(folder)
+        cfg = self.config(zoo, bank)
+        if cfg.condition == "label":
+            bank = Bank.numbers(bank.names)
+        model = functional(Generator, cfg)
+        fitted = self.fitted(cfg, zoo, bank)
+        params = model.init(jax.random.key(self.loop.seed)) | {path: jnp.asarray(value) for path, value in fitted.items()}
+        # As released: of an aligned encoder only the last layer goes on learning, and is a fresh one.
+        frozen = cfg.fitted + tuple(f"condition/{part}**" for part in ALIGNED if self.encoder)
 
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
             support = bank.draw(np.asarray(zoo.classes[rows]), cfg.shots, np.random.default_rng(self.loop.seed))
             there = np.ones(support.shape[:3], bool)
             return model.apply(params, model.apply(params, tokens, support, there, method="encode"), support, there, method="decode")
 
-        measure(self.gate, zoo, bank, code, self.loop.seed).check(self.gate.force)
-        projection = Projection.load(Path(self.zoo))
+        measure(self.gate, zoo, pictures_of(self.zoo), code, self.loop.seed)
+
+        def beside(out: Path) -> None:
+            save_neighbours(out, zoo, self.loop.seed)
+            for name in ("features.safetensors", "tasks.json"):
+                if (folder / name).is_file():
+                    copy(folder / name, out / name)
+
         fit(
             run,
             self.loop,
@@ -313,9 +383,81 @@ class GeneratorRecipe(Stage):
             lambda: params,
             loss(model, cfg, self.dropout),
             generator_batches(zoo, bank, cfg.shots, self.loop, mesh),
-            frozen=FITTED if cfg.prior == "linear" else FITTED[:1],
-            save=lambda params: save_params(run.model, FAMILY.name, cfg, params, projection.save, force=True),
+            frozen=frozen,
+            no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
+            save=lambda params: save_params(run.model, FAMILY.name, cfg, params, beside, force=True),
         )
 
+    def fitted(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> dict[str, np.ndarray]:
+        """What is there before training: prior and PCA, or the parts that other recipes trained."""
+        fitted = fit_stage1(cfg, zoo, bank, self.loop.seed)
+        if self.codec:
+            fitted |= {f"codec/{name}": x for name, x in open_part(self.codec, CODEC, "weightgen/codec")[1].items()}
+        if self.encoder:
+            aligned = open_part(self.encoder, ENCODER, "weightgen/encoder")[1]
+            fitted |= {f"condition/{name}": x for name, x in aligned.items() if name.startswith(ALIGNED)}
+        return fitted
+
     def describe(self) -> Any:
-        return FAMILY, self.config()
+        return FAMILY, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))
+
+
+@dataclass(frozen=True)
+class CheckpointsRecipe(Stage):
+    """A zoo of checkpoints that exist: one architecture, a file or folder each, of any library that writes safetensors or torch files.
+
+    `tasks.json` in the folder says in words what each is for, {file: words}; without it, each is its own task. Low-rank adapters of
+    peft are brought into one gauge first.
+    """
+
+    folder: str = "checkpoints"
+    select: str = ""
+    """Regex of the tensors that are generated; the others are left alone."""
+    chunk: int = 0
+    """Length of chunks each tensor is cut into; 0: a whole checkpoint is one row."""
+    members: Literal["checkpoints", "chunks"] = "checkpoints"
+    """chunks: each chunk is a member by itself, known by its number, as was done for language models."""
+    backend: str = ""
+    """What embeds the words: a SOURCE with a text tower (embedded:emoji); none: tasks are numbers, and only these can be asked for."""
+
+    def train(self, directory: Path) -> None:
+        """Write `RUN/zoo`."""
+        Run.open(directory, to_json(self))
+        if (directory / "zoo").is_dir():
+            print(f"{directory} is finished: the zoo is in {directory / 'zoo'}")
+            return
+        if self.members == "chunks" and not self.chunk:
+            raise InputError("chunks need a length: set chunk, such as 4096")
+        zoo, words = import_folder(Path(self.folder), chunk=self.chunk or None, select=self.select)
+        if self.members == "chunks":
+            zoo = by_chunk(zoo)
+            words = tuple(f"chunk {i}" for i in range(zoo.classes.max() + 1))
+        bank, projection = Bank.numbers(words), None
+        told = "chunk" if self.members == "chunks" else "label"
+        if self.backend and told == "label":
+            told, raw = "text", text_encoder(self.backend)(words)
+            projection = Projection.identity(self.backend, raw.shape[1])
+            bank = Bank.of(projection(raw), np.arange(len(words)), words)
+
+        def beside(folder: Path) -> None:
+            bank.save(folder)
+            write_json(folder / "tasks.json", {"told": told, "tasks": words})
+            if projection:
+                projection.save(folder)
+
+        zoo.save(directory / "zoo", beside=beside)
+        print(f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks told by {told}")
+
+    def describe(self) -> Any:
+        raise InputError("a zoo is no model: heirloom train builds it")
+
+
+def pictures_of(zoo: str) -> Bank:
+    """What the networks of a zoo saw: pictures, or the features that generators are told."""
+    folder = Path(zoo)
+    return Bank.load(folder, "pictures" if (folder / "pictures.npz").is_file() else "bank")
+
+
+def zoo_words(folder: Path) -> str:
+    """How an imported zoo's members are told apart: text, label or chunk."""
+    return str(read_json(folder / "tasks.json")["told"])

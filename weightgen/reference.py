@@ -5,7 +5,7 @@ divided by a constant and nothing else, latents are drawn from the posterior, an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -14,11 +14,15 @@ from flax import nnx
 
 from common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
 from common.errors import InputError, nearest
+from common.nn.dense import param, zeros
 from common.nn.functional import Functional
 from weightgen.autoencoder import ConvVae, VaeConfig, vae_loss
 from weightgen.conditions import MlpSet, SetConfig, SetOfSets
 from weightgen.generator import GeneratorConfig
+from weightgen.nets import NetConfig
+from weightgen.tokens import TokenSpec
 from weightgen.unet import Unet, UnetConfig
+from weightgen.zoo import head_tokens
 
 Params = dict[str, Any]
 
@@ -37,6 +41,18 @@ class ReferenceConfig:
     scale: float = 1.0
     """Weights are divided by this: 1 for small CNNs, 0.125 for ResNets, 0.1 for language models."""
     steps: int = 1024
+    net: NetConfig | None = None
+    """What the weights are of, where a zoo of ours says it."""
+    shots: int = 5
+
+    @property
+    def whole(self) -> TokenSpec:
+        """How a network is laid out."""
+        return head_tokens(self.net or NetConfig())
+
+    @property
+    def ways(self) -> int:
+        return self.net.classes if self.net else 0
 
     def __post_init__(self) -> None:
         row, col, latent = self.vae.latent_shape
@@ -61,12 +77,17 @@ class Reference(nnx.Module):
         if cfg.encoder == "mlp":
             self.condition: Any = MlpSet(cfg.features.features, cfg.slots, cells, rngs=rngs)
         else:
-            self.condition = SetOfSets(cfg.features, cells, rngs=rngs)
+            self.condition = SetOfSets(replace(cfg.features, latent=cells), rngs=rngs)
         self.unet = Unet(cfg.unet, rngs=rngs)
+        self.k = param("", {}, zeros, rngs)  # by which latents are multiplied; fitted between the stages
         self.cfg = cfg
 
     def reconstruct(self, weights: jax.Array, key: jax.Array) -> Any:
         return self.vae(weights / self.cfg.scale, key)
+
+    def code(self, weights: jax.Array) -> jax.Array:
+        """There and back by the mean of the posterior, [batch, count]."""
+        return self.vae.decode(self.vae.encode(weights / self.cfg.scale).mean) * self.cfg.scale
 
     def latents(self, weights: jax.Array, key: jax.Array) -> jax.Array:
         """A draw from the posterior as an image of one channel: by memory order, channels first, which is no spatial layout."""

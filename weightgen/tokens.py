@@ -50,6 +50,24 @@ class TokenSpec:
     rows: int
     length: int
 
+    @classmethod
+    def of(cls, pieces: Sequence[Mapping[str, Any]]) -> "TokenSpec":
+        """From the pieces as JSON has them."""
+        fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in pieces]
+        found = tuple(Piece(**piece) for piece in fields)
+        return cls(found, max(p.first + p.rows for p in found), max(p.column + p.width for p in found))
+
+    @property
+    def like(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The tensors it was cut from, in f32: what `unflatten` takes when nothing else is to be kept."""
+        return {piece.path: jax.ShapeDtypeStruct(piece.shape, np.float32) for piece in self.pieces}
+
+    def padded(self, weights: np.ndarray) -> np.ndarray:
+        """[..., count] weights without padding to tokens [..., rows, length]."""
+        out = np.zeros((*weights.shape[:-1], self.rows, self.length), np.float32)
+        out[..., self.mask] = weights
+        return out
+
     @property
     def count(self) -> int:
         """Weights in all tokens, padding left out."""
@@ -189,6 +207,11 @@ def chunks(tree: Any, length: int | None = None, *, select: str = "", exclude: s
         )
         at += size if length is None else rows
     return TokenSpec(tuple(pieces), 1 if length is None else at, at if length is None else length)
+
+
+def one_chunk(spec: TokenSpec) -> TokenSpec:
+    """A single row of a cut, as a network of its own."""
+    return TokenSpec((Piece("chunk", (spec.length,), (0,), 0, 1, 0, spec.length, spec.length, 1),), 1, spec.length)
 
 
 def neurons(spec: Spec, *, select: str = "") -> TokenSpec:

@@ -1,6 +1,5 @@
 """Zoos: thousands of small networks trained at once, with what they were trained on; and folders of foreign checkpoints."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from common.checkpoint.convert import open_tensors, weights_files
 from common.checkpoint.weights import read_json, staged, write_json
 from common.errors import InputError
 from common.nn.functional import Functional
+from weightgen.lora import PAIR, canonical_tensors
 from weightgen.nets import NetConfig, net
-from weightgen.tokens import Piece, TokenSpec, chunks, neurons
+from weightgen.tokens import TokenSpec, chunks, neurons, one_chunk
 
 Params = dict[str, jax.Array]
 
@@ -31,10 +31,12 @@ class FitConfig:
     lr: float = 0.05
     weight_decay: float = 0.0
     """L2 penalty added to the loss, half its square norm times this."""
+    at_once: int = 0
+    """Networks under one `vmap`, group after group; 0: all. On a CPU small convolutions are quickest one by one."""
 
 
 def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array, cfg: FitConfig, key: jax.Array) -> Params:
-    """Train every network on its own data under one `vmap` and `scan`.
+    """Train every network on its own data under `vmap` and `scan`.
 
     params: leaves [member, ...]; x: [member, example, ...]; y: [member, example] int32, -1 for an example that is not there.
     """
@@ -59,7 +61,8 @@ def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array
 
         return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(cfg.steps))[0][0]
 
-    return jax.vmap(one)(params, x, y, jax.random.split(key, len(x)))
+    keys = jax.random.split(key, len(x))
+    return jax.lax.map(lambda member: one(*member), (params, x, y, keys), batch_size=cfg.at_once or len(x))
 
 
 def initial_population(model: Functional, members: int, start: Literal["shared", "random"], key: jax.Array) -> Params:
@@ -68,12 +71,6 @@ def initial_population(model: Functional, members: int, start: Literal["shared",
         one = model.init(key)
         return {path: jnp.broadcast_to(leaf, (members, *leaf.shape)) for path, leaf in one.items()}
     return jax.vmap(model.init)(jax.random.split(key, members))
-
-
-def accuracy(model: Functional, params: Params, x: Any, y: Any) -> jax.Array:
-    """Share right of each network, [member], over its examples with y >= 0."""
-    right = jax.vmap(model.apply)(params, x).argmax(-1) == y
-    return jnp.sum(right & (y >= 0), -1) / jnp.maximum(jnp.sum(y >= 0, -1), 1)
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,15 @@ class Zoo:
     classes: np.ndarray
     net: NetConfig | None
     spec: TokenSpec
+    whole: TokenSpec | None = None
+    """Where members are single chunks of checkpoints: how a checkpoint is cut into them."""
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def tokens(self, rows: Any) -> np.ndarray:
         """Tokens [..., rows, length] f32 of the members at `rows`; only they are read."""
-        flat = np.asarray(self.weights[rows])
-        out = np.zeros((*flat.shape[:-1], self.spec.rows, self.spec.length), np.float32)
-        out[..., self.spec.mask] = flat
-        return out
+        return self.spec.padded(np.asarray(self.weights[rows]))
 
     def save(self, folder: Path, *, beside: Callable[[Path], Any] | None = None, force: bool = False) -> None:
         """Write a zoo's folder; `beside(folder)` adds what travels along."""
@@ -106,7 +102,8 @@ class Zoo:
             out.mkdir()
             for name in ("weights", "quality", "classes"):
                 np.save(out / f"{name}.npy", getattr(self, name))
-            write_json(out / "zoo.json", {"net": self.net and asdict(self.net), "pieces": [asdict(p) for p in self.spec.pieces]})
+            pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in (("pieces", self.spec), ("whole", self.whole))}
+            write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces)
             if beside:
                 beside(out)
 
@@ -123,10 +120,8 @@ def open_zoo(folder: Path) -> Zoo:
     about = read_json(folder / "zoo.json")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("weights", "quality", "classes")}
     cfg = NetConfig(**about["net"]) if about["net"] else None
-    fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in about["pieces"]]
-    pieces = tuple(Piece(**piece) for piece in fields)
-    rows, length = max(p.first + p.rows for p in pieces), max(p.column + p.width for p in pieces)
-    return Zoo(**arrays, net=cfg, spec=TokenSpec(pieces, rows, length))
+    whole = TokenSpec.of(about["whole"]) if about.get("whole") else None
+    return Zoo(**arrays, net=cfg, spec=TokenSpec.of(about["pieces"]), whole=whole)
 
 
 def build(
@@ -156,31 +151,45 @@ def build(
         yield run(params, x, y, jax.random.fold_in(key, 10**6 + at))
 
 
-def import_folder(folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None) -> Zoo:
-    """A zoo of the checkpoints in a folder (safetensors or torch, one architecture), tensors read one at a time.
+def import_folder(
+    folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None
+) -> tuple[Zoo, tuple[str, ...]]:
+    """A zoo of the checkpoints in a folder (safetensors or torch, one architecture), tensors read one at a time; and its tasks in words.
 
-    quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file.
+    quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file. `tasks.json` there says what
+    each file is for; a file it does not name, or all of them, are a task of that name. Pairs of low-rank adapters are made canonical.
     Raises InputError for a folder without checkpoints and for one of another shape.
     """
-    files = [
-        file
-        for path in sorted(folder.iterdir())
-        if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")
-        for file in weights_files(path)
-    ]
-    if not files:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    members = [path for path in paths if path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")]
+    if not members:
         raise InputError(f"{folder} holds no checkpoints (.safetensors, .pt, .pth, or folders of them)")
-    if quality is None and (folder / "quality.json").is_file():
-        quality = json.loads((folder / "quality.json").read_text())
-    spec = chunks(open_tensors(files[0]), chunk, select=select)
-    rows = np.zeros((len(files), spec.count), np.float32)
-    for row, file in zip(rows, files, strict=True):
+    named = {name: read_json(folder / f"{name}.json") for name in ("quality", "tasks") if (folder / f"{name}.json").is_file()}
+    quality, tasks = quality or named.get("quality", {}), named.get("tasks", {})
+    spec = chunks(_tensors(members[0]), chunk, select=select)
+    rows = np.zeros((len(members), spec.count), np.float32)
+    for row, path in zip(rows, members, strict=True):
         try:
-            row[...] = flat(spec, spec.flatten(open_tensors(file)))
+            row[...] = flat(spec, spec.flatten(_tensors(path)))
         except (KeyError, InputError) as error:
-            raise InputError(f"{file} is of another architecture than {files[0]} ({error}); keep one architecture in a zoo") from error
-    scores = np.array([(quality or {}).get(file.name, np.nan) for file in files], np.float32)
-    return Zoo(rows, scores, np.zeros((len(files), 0), np.int32), None, spec)
+            raise InputError(f"{path} is of another architecture than {members[0]} ({error}); keep one architecture in a zoo") from error
+    scores = np.array([quality.get(path.name, np.nan) for path in members], np.float32)
+    said = [tasks.get(path.name, path.stem) for path in members]
+    words = tuple(dict.fromkeys(said))
+    return Zoo(rows, scores, np.array([[words.index(task)] for task in said], np.int32), None, spec), words
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint, adapters in their canonical form."""
+    tensors = {key: tensor for file in weights_files(path) for key, tensor in open_tensors(file).items()}
+    return canonical_tensors(tensors) if any(PAIR.match(key) for key in tensors) else tensors
+
+
+def by_chunk(zoo: Zoo) -> Zoo:
+    """Each chunk a member of its own, known by its number."""
+    rows = zoo.tokens(slice(None)).reshape(-1, zoo.spec.length)
+    numbers = np.tile(np.arange(zoo.spec.rows, dtype=np.int32), len(zoo))[:, None]
+    return Zoo(rows, np.repeat(zoo.quality, zoo.spec.rows), numbers, None, one_chunk(zoo.spec), zoo.spec)
 
 
 def head_tokens(cfg: NetConfig) -> TokenSpec:

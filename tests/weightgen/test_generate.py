@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from common.cli import main
 from common.nn.functional import functional
 from common.train.optim import OptimConfig
-from weightgen.data import SHARES, Bank, EmojiTasks, Projection
+from common.train.parameters import save_params
+from weightgen.conditions import SetConfig, SetOfSets
+from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
 from weightgen.denoiser import DenoiserConfig
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, loss
+from weightgen.formats import ENCODER
+from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig
 from weightgen.proof import ProofConfig, prove
+from weightgen.recipes import GeneratorRecipe
 from weightgen.train import LoopConfig
-from weightgen.zoo import FitConfig, import_folder, open_zoo
+from weightgen.zoo import FitConfig, Zoo, import_folder, open_zoo
 
 SMALL = DenoiserConfig(width=16, layers=1, heads=2, hidden=16)
 
@@ -30,7 +35,7 @@ def generator():
     model = functional(Generator, cfg)
     rng = np.random.default_rng(0)
     params = {path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in model.spec.items()}
-    params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros(5)}
+    params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros((1, 5))}
     support = jnp.asarray(rng.standard_normal((8, 3, 2, 4)), jnp.float32)
     return cfg, model, params, support, jnp.ones((8, 3, 2), bool)
 
@@ -99,6 +104,27 @@ def test_diffusion_returns_the_one_latent_it_knows():
     assert np.abs(np.asarray(drawn) - head).max() < 0.15 < np.abs(head).max()
 
 
+def test_a_linear_prior_of_whole_networks_is_a_ridge_map():
+    cfg = GeneratorConfig(NetConfig("mlp", 4, 3, classes=2), latent=5, shots=2, denoiser=SMALL)
+    model, spec, rng = functional(Generator, cfg), cfg.tokens, np.random.default_rng(0)
+    bank = Bank.of(rng.standard_normal((24, 4)).astype(np.float32), np.repeat(np.arange(6), 4), list("abcdef"))
+    classes = draw_tasks(6, 30, 2, rng)
+    zoo = Zoo(rng.standard_normal((30, spec.count)).astype(np.float32), np.zeros(30, np.float32), classes, cfg.net, spec)
+    fitted = fit_stage1(cfg, zoo, bank)
+    params = model.init(jax.random.key(0)) | fitted
+    support, there = bank.draw(classes, 2, rng), np.ones((30, 2, 2), bool)
+    for shots in (1, 2):
+        there[:, :, shots:] = False
+        told = np.c_[support[:, :, :shots].mean(2).reshape(30, -1), np.ones(30)]
+        found = np.asarray(model.apply(params, support, there, method="expected"))
+        np.testing.assert_allclose(found[:, spec.mask], told @ fitted["prior/table"][shots - 1], rtol=1e-5, atol=1e-5)
+        assert not found[:, ~spec.mask].any()
+        there[:] = True
+    latents = model.apply(params, zoo.tokens(slice(None)), support, there, method="encode")
+    back = model.apply(params, latents, support, there, method="decode")
+    np.testing.assert_allclose(back, zoo.tokens(slice(None)), atol=1e-4)  # five latents of tokens of five
+
+
 def world(classes, seed, features=8):
     """Gaussian classes, a bank for each part."""
     rng = np.random.default_rng(seed)
@@ -163,20 +189,116 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, capsys):
-    def heirloom(*argv):
+@pytest.fixture
+def heirloom(capsys, one_device):
+    def run(*argv):
         assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
+    return run
+
+
+LOOP = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
+TINY = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
+
+
+def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path, heirloom):
+    zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "generator" / "model"
+    net = ["--net.kind", "mlp", "--net.features", "6", "--net.hidden", "4", "--net.classes", "6", "--fit.lr", "0.05"]
+    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    codec = ["--latent", "7", "--width", "16", "--layers", "1"]
+    heirloom("train", "weightgen/codec", "--run", tmp_path / "codec", "--zoo", zoo, *codec, *LOOP)
+    by = ["--codec", tmp_path / "codec" / "model", "--prior", "none", "--gate.force"]
+    heirloom("train", "weightgen/generator", "--run", tmp_path / "generator", "--zoo", zoo, *by, *LOOP, *TINY)
+    made, codec = (load_file(path / "model.safetensors") for path in (model, tmp_path / "codec" / "model"))
+    assert len(codec) > 30 and all(np.array_equal(made[f"codec/{path}"], x) for path, x in codec.items())
+    # An encoder's folder is taken apart in the same way; training one takes long to compile.
+    cfg = SetConfig(6, hidden=8, inducing=4, out=8, latent=7)
+    aligned = functional(SetOfSets, cfg).init(jax.random.key(1))
+    save_params(tmp_path / "encoder", ENCODER.name, cfg, aligned, lambda folder: None)
+    recipe = GeneratorRecipe(str(zoo), condition="set", latent=7, encoder=str(tmp_path / "encoder"))
+    stored, bank = open_zoo(zoo), Bank.load(zoo)
+    config = recipe.config(stored, bank)
+    fitted = recipe.fitted(config, stored, bank)
+    spec = functional(Generator, config).spec
+    assert all(x.shape == spec[path].shape for path, x in fitted.items())
+    taken = {path.removeprefix("condition/") for path in fitted if path.startswith("condition/")}
+    assert taken == {path for path in aligned if path.startswith(("intra/", "inter/"))} and len(taken) > 40
+    heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made", "--steps", "2", "--reduce", "mean")
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert report["parameters"] == 7 * 4 + 5 * 6 and 0 < report["accuracy"]["gradient descent on the pictures"] <= 1
+    assert report["disagreement"] is not None and (tmp_path / "made" / "mean" / "model.safetensors").is_file()
+
+
+def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom):
+    zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
+    net = ["--net.features", "6", "--net.classes", "6"]
+    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    vae = [
+        "--vae.fdim",
+        "64",
+        "--vae.resolution",
+        "8",
+        "--vae.channels",
+        "8",
+        "--vae.multiples",
+        "1",
+        "--vae.blocks",
+        "1",
+        "--vae.latent",
+        "1",
+    ]
+    unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
+    loops = [f"--stage{i}.{name}" for i in (1, 2) for name in ("steps 3", "batch 4", "optim.warmup 1")]
+    flags = [*vae, *unet, "--chain", "3", "--gate.force", *" ".join(loops).split()]
+    heirloom("train", "weightgen/d2nwg", "--run", tmp_path / "d2nwg", "--zoo", zoo, *flags)
+    weights = load_file(model / "model.safetensors")
+    assert weights["k"] > 0 and weights["k"] != 1  # of the latents of the first batch
+    heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made")
+    assert load_file(tmp_path / "made" / "sample-001" / "model.safetensors")["out/kernel"].shape == (6, 6)
+
+
+def test_adapters_for_a_task_in_words(tmp_path, heirloom):
+    folder, rng, words = tmp_path / "adapters", np.random.default_rng(0), ["a red fruit", "a fast car", "a sad face"]
+    folder.mkdir()
+    names = [f"layers.{i}.query.lora_{side}.weight" for i in range(2) for side in "AB"]
+    shapes = [(2, 6), (5, 2)] * 2
+    for i in range(6):
+        tensors = {n: (rng.standard_normal(s) + i // 2).astype(np.float32) for n, s in zip(names, shapes, strict=True)}
+        save_file(tensors, folder / f"{i}.safetensors")
+    (folder / "tasks.json").write_text(json.dumps({f"{i}.safetensors": words[i // 2] for i in range(6)}))
+    made = tmp_path / "made"
+
+    def generate(name, *told, condition, chunk=0, members="checkpoints"):
+        by = ["--folder", folder, "--backend", "embedded:emoji", "--chunk", chunk, "--members", members]
+        heirloom("train", "weightgen/checkpoints", "--run", tmp_path / f"{name}-zoo", *by)
+        zoo = ["--zoo", tmp_path / f"{name}-zoo" / "zoo", "--condition", condition, "--prior", "none", "--latent", "3"]
+        heirloom("train", "weightgen/generator", "--run", tmp_path / name, *zoo, *LOOP, *TINY)
+        ask = [tmp_path / name / "model", *told, "-n", "2", "--out", made, "--force", "--steps", "2"]
+        heirloom("generate", *ask)
+        tensors = load_file(made / "sample-001" / "model.safetensors")
+        assert {n: t.shape for n, t in tensors.items()} == dict(zip(names, shapes, strict=True))
+        return json.loads((made / "report.json").read_text())
+
+    report = generate("text", "--task", "a sad face", condition="text")
+    assert report["accuracy"] is None and report["novelty"]["of"] == 6
+    assert report["distance to the task's own networks"].keys() == {"told it", "told another"}
+    # What was stored is in one gauge: both sides of a pair are balanced.
+    zoo = open_zoo(tmp_path / "text-zoo" / "zoo")
+    down, up = list(zoo.spec.unflatten(zoo.tokens(3), zoo.spec.like).values())[:2]
+    np.testing.assert_allclose(down @ down.T, up.T @ up, rtol=1e-4, atol=1e-4)
+    assert generate("chunk", condition="chunk", chunk=8, members="chunks")["novelty"]["of"] == 6 * 8
+
+
+def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, capsys):
     net = ["--net.features", "6", "--net.classes", "3"]
     zoo = ["train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "40", "--chunk", "20"]
     heirloom(*zoo)
     stored = open_zoo(tmp_path / "zoo" / "zoo")
     assert len(stored) == 40 and stored.weights.shape == (40, 21) and stored.quality.mean() > 0.8
     assert "finished" in heirloom(*zoo)
-    loop = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
-    small = ["--latent", "7", "--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
-    train = ["train", "weightgen/generator", "--zoo", tmp_path / "zoo" / "zoo", *net, *loop]
+    small = ["--latent", "7", *TINY]
+    train = ["train", "weightgen/generator", "--zoo", tmp_path / "zoo" / "zoo", *LOOP]
     heirloom(*train, "--run", tmp_path / "generator", *small)
     # The gate: two numbers a row do not carry six features.
     small[1] = "1"
@@ -193,6 +315,7 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, ca
     report = json.loads((made / "report.json").read_text())
     assert report["classes"] == ["class0", "class1", "class2"] and report["condition"] == "5-shot, 0 gradient steps"
     assert {"single sample", "best by test (oracle)", "prototype", "pictures of the wrong classes"} < report["accuracy"].keys()
+    assert report["novelty"]["of"] == 40 and report["novelty"]["noise"] < report["novelty"]["zoo"] and 0 <= report["error IoU"] <= 1
     assert report["accuracy"]["prototype"] > 0.8 and json.loads((tmp_path / "g.json").read_text())["weights"] == [
         "sample-000",
         "sample-001",
@@ -203,12 +326,10 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, one_device, ca
     assert main(["generate", str(model), "--dataset", str(three), "--out", str(made)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["generate", str(model), "--dataset", str(pictures), "--out", str(tmp_path / "x")]) == 2
-    assert "6 classes, this generator makes 3-way heads" in capsys.readouterr().err
+    assert "6 classes, this generator makes 3-way networks" in capsys.readouterr().err
 
 
 def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
-    from safetensors.numpy import save_file
-
     from common.errors import InputError
 
     rng = np.random.default_rng(0)
@@ -216,7 +337,8 @@ def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
     for i, tree in enumerate(trees):
         save_file(tree, tmp_path / f"{i}.safetensors")
     (tmp_path / "quality.json").write_text('{"1.safetensors": 0.5}')
-    zoo = import_folder(tmp_path)
+    zoo, words = import_folder(tmp_path)
+    assert words == ("0", "1", "2") and zoo.classes.tolist() == [[0], [1], [2]]
     np.testing.assert_array_equal(np.nan_to_num(zoo.quality, nan=-1), np.float32([-1, 0.5, -1]))
     back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
     assert all(np.array_equal(back[k], trees[2][k]) for k in back)

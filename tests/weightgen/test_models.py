@@ -76,7 +76,7 @@ def pictures():
 
 
 def test_the_set_encoder_does_not_know_any_order(pictures):
-    model = functional(lambda cfg, rngs: SetOfSets(cfg, 8, rngs=rngs), SetConfig(16, hidden=8, inducing=4, out=16))
+    model = functional(SetOfSets, SetConfig(16, hidden=8, inducing=4, out=16, latent=8))
     params = model.init(jax.random.key(0))
     apply = run(model)
     out = np.asarray(apply(params, pictures))

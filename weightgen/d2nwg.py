@@ -1,0 +1,126 @@
+"""The recipe of the release: first the autoencoder of weight vectors, then diffusion of its latents (see `reference`)."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.config import to_json
+from common.nn.functional import functional
+from common.train.loop import Run
+from common.train.mesh import start
+from common.train.optim import OptimConfig
+from common.train.parameters import save_params
+from common.train.step import StepConfig
+from weightgen.autoencoder import VaeConfig
+from weightgen.conditions import LEARNED_POINTS, SetConfig
+from weightgen.data import Bank, Projection
+from weightgen.formats import REFERENCE, save_neighbours
+from weightgen.recipes import GateConfig, Stage, measure, pictures_of
+from weightgen.reference import Reference, ReferenceConfig, latent_scale, stage1_loss, stage2_loss
+from weightgen.train import LoopConfig, fit, generator_batches, placed
+from weightgen.unet import UnetConfig
+from weightgen.zoo import Zoo, flat, open_zoo
+
+# Adam without schedule for the autoencoder; AdamW with a long warm-up for the UNet. Samples are not drawn from an average.
+ADAM = OptimConfig(lr=1.115e-3, warmup=1, schedule="constant", b1=0.5, b2=0.9, eps=1e-8, weight_decay=0.0, clip=None)
+ADAMW = OptimConfig(lr=1.133e-4, warmup=10_000, schedule="constant", b2=0.999, eps=1e-8, weight_decay=0.01, clip=None)
+
+
+@dataclass(frozen=True)
+class ReferenceRecipe(Stage):
+    """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes."""
+
+    zoo: str = "runs/zoo/zoo"
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    """Its length becomes the number of weights of the zoo's networks."""
+    unet: UnetConfig = field(default_factory=UnetConfig)
+    encoder: Literal["mlp", "set"] = "mlp"
+    features: SetConfig = field(default_factory=SetConfig)
+    """Of the Set Transformers; the features become those of the zoo's pictures."""
+    scale: float = 1.0
+    """Weights are divided by this: 1 for small CNNs, 0.125 for ResNets."""
+    shots: int = 5
+    beta: float = 1e-6
+    """Weight of the KL."""
+    chain: int = 1024
+    """Steps of the diffusion, all of which are taken to draw."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    stage1: LoopConfig = field(default_factory=lambda: LoopConfig(50_000, 64, ADAM, StepConfig()))
+    stage2: LoopConfig = field(default_factory=lambda: LoopConfig(100_000, 64, ADAMW, StepConfig()))
+
+    def config(self, zoo: Zoo, bank: Bank) -> ReferenceConfig:
+        features = replace(self.features, features=bank.features.shape[1])
+        vae = replace(self.vae, length=-(-zoo.spec.count // self.vae.rows))
+        slots = self.shots * zoo.classes.shape[1]
+        return ReferenceConfig(vae, self.unet, self.encoder, features, slots, self.scale, self.chain, zoo.net, self.shots)
+
+    def train(self, directory: Path) -> None:
+        run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), start(self.stage1.mesh)
+        if run.finished(self.stage2.steps):
+            print(f"{directory} is finished: {run.model}")
+            return
+        zoo, bank = open_zoo(folder), Bank.load(folder)
+        cfg = self.config(zoo, bank)
+        model = functional(Reference, cfg)
+        points = LEARNED_POINTS if self.encoder == "set" else ()
+        fresh = model.init(jax.random.key(self.stage1.seed)) | {"k": jnp.float32(1)}
+
+        def vectors(tokens: np.ndarray) -> np.ndarray:
+            weights = flat(zoo.spec, tokens)
+            return np.pad(weights, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - weights.shape[1])))
+
+        def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
+            return {"weights": vectors(zoo.tokens(np.sort(rng.integers(len(zoo), size=self.stage1.batch))))}
+
+        autoencoder = fit(
+            Run.open(directory / "stage_1", to_json(self)),
+            self.stage1,
+            mesh,
+            model.spec,
+            lambda: fresh,
+            lambda params, batch, key, frozen: (stage1_loss(model, cfg, params, batch["weights"], key, self.beta), {}),
+            placed(weights, mesh, self.stage1.seed),
+            frozen=("k", "unet/**", "condition/**"),
+            no_decay=points,
+        )
+        mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
+
+        def code(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            return zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
+
+        measure(self.gate, zoo, pictures_of(self.zoo), code, self.stage1.seed)
+        first = weights(np.random.default_rng([self.stage2.seed, 0]))["weights"]
+        params = autoencoder | {"k": latent_scale(model, autoencoder, jnp.asarray(first), jax.random.key(self.stage2.seed))}
+        batches = generator_batches(zoo, bank, self.shots, self.stage2, mesh)
+
+        def value(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+            tokens = batch["tokens"][:, zoo.spec.mask]
+            vector = jnp.pad(tokens, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - tokens.shape[1])))
+            # All pictures count: the released encoders are always given as many.
+            return stage2_loss(model, cfg, params["k"], params, vector, batch["support"], key), {}
+
+        def beside(out: Path) -> None:
+            save_neighbours(out, zoo, self.stage2.seed)
+            Projection.load(folder).save(out)
+
+        save = partial(save_params, run.model, REFERENCE.name, cfg)
+        fit(
+            run,
+            self.stage2,
+            mesh,
+            model.spec,
+            lambda: params,
+            value,
+            batches,
+            frozen=("k", "vae/**"),
+            no_decay=points,
+            save=lambda params: save(params, beside, force=True),
+        )
+
+    def describe(self) -> Any:
+        return REFERENCE, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))
