@@ -24,7 +24,7 @@ from lit_jax.kernels.xla import check_branch, depthwise
 
 __all__ = ["depthwise", "linear_attention"]
 
-Implementation = Literal["xla", "mosaic_tpu", "reference"]
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu", "reference"]
 QUADRATIC_UP_TO = 256  # tokens: below this the N x N order does less work and has no state
 
 
@@ -55,8 +55,8 @@ def linear_attention(
     conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The values are seen as images of
     `grid` = (height, width) in raster order; None: square. A bank shared by the heads is tiled by the caller.
     feature_map: "relu" applies phi; "none" takes q and k as features, to which only the offset is added.
-    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" are
-    kernels for bfloat16, differentiable once, which want layout "bhdn"; "reference" is the definition in f32 (f64 for f64 input),
+    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu"
+    and "mosaic_gpu" (Hopper) are kernels for bfloat16, differentiable once, the first for layout "bhdn", the second for "bnhd"; "reference" is the definition in f32 (f64 for f64 input),
     differentiated by JAX. None: the kernel for this device if it was measured on its kind, else "xla".
     order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens.
     Both are the same function.
@@ -120,7 +120,8 @@ class _Run(NamedTuple):
         kernel = _differentiable_once(kernel)
         if not self.chosen:
             return kernel(*arrays)
-        return jax.lax.platform_dependent(*arrays, default=xla, **{PLATFORMS[self.implementation]: kernel})
+        platform = {"tpu": "tpu", "gpu": "cuda"}[PLATFORMS[self.implementation]]
+        return jax.lax.platform_dependent(*arrays, default=xla, **{platform: kernel})
 
     def _forward(self, *arrays: Any) -> Any:
         module = _module(self.implementation)

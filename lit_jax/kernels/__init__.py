@@ -21,7 +21,7 @@ FeatureMap = Literal["relu", "none"]
 Order = Literal["linear", "quadratic"]
 Layout = Literal["bnhd", "bhdn"]
 
-PLATFORMS = {"mosaic_tpu": "tpu"}
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 _MEASURED = Path(__file__).parent / "measured.json"
 
 

@@ -36,7 +36,7 @@ class Operand(NamedTuple):
 class Tile(NamedTuple):
     """What a warpgroup has when its product is complete. Rows are vectors [rows], columns [columns of this warpgroup]; all f32.
 
-    dots: products of the rows of the left operand with the vectors `along`. whole: sums over the warpgroups what each has of a row.
+    dots: products of the left operand's rows with the vectors `along`. whole: sums over the warpgroups what each has of a row.
     """
 
     product: jax.Array  # [rows, columns]
@@ -69,13 +69,14 @@ def product(
     finish: Callable[[Tile], Sequence[jax.Array]],
     *,
     along: Sequence[jax.Array] = (),
+    offset: float = 0,
     rows: Sequence[jax.Array] = (),
     columns: Sequence[jax.Array] = (),
     beside: Sequence[Operand] = (),
 ) -> list[jax.Array]:
     """finish(left @ right) for every head of every image.
 
-    along: f32 [batch, head, contracted]; rows: f32 [batch, head, row]; columns: f32 [batch, head, column]; beside: like the product.
+    along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied; rows: f32 [batch, head, row]; columns: f32 [batch, head, column]; beside: like the product.
     """
     plan = _plan(left, right, along, beside)
     batch, head = left.array.shape[0], left.array.shape[2 if left.by_token else 1]
@@ -101,7 +102,7 @@ def product(
     )
 
     def body(left_ref: Any, right_ref: Any, *refs: Any, **memory: Any) -> None:
-        _body(plan, left, right, beside, results, finish, left_ref, right_ref, refs, **memory)
+        _body(plan, left, right, beside, results, finish, offset, left_ref, right_ref, refs, **memory)
 
     return plgpu.kernel(
         body,
@@ -117,7 +118,8 @@ def product(
 
 
 def _body(
-    plan: Any, left: Operand, right: Operand, beside: Any, results: Any, finish: Any, left_ref: Any, right_ref: Any, refs: Any, *,
+    plan: Any, left: Operand, right: Operand, beside: Any, results: Any, finish: Any, offset: float, left_ref: Any, right_ref: Any,
+    refs: Any, *,
     stages: Any, shelf: Any, along_smem: Any, rows_smem: Any, columns_smem: Any, beside_smem: Any, loaded: Any, parts: Any, met: Any,
 ) -> None:  # fmt: skip
     b, h, tile, wg = (lax.axis_index(axis) for axis in ("batch", "head", "tile", "wg"))
@@ -136,7 +138,7 @@ def _body(
         w = plgpu.transpose_ref(right_smem.at[across], (1, 0)) if right.turned else right_smem.at[:, across]
         plgpu.wgmma(accumulator, a, w)
         part = pl.ds(index[0] * plan.depth, plan.depth)
-        x = left_smem[...].astype(jnp.float32) if dots else None
+        x = left_smem[...].astype(jnp.float32) + offset if dots else None
         dots = [dot + (x * lax.broadcast_in_dim(v[wg, part], x.shape, [1])).sum(1) for dot, v in zip(dots, along_smem, strict=True)]
         plgpu.wgmma_wait(0)
         return accumulator, dots
