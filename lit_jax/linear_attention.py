@@ -55,9 +55,10 @@ def linear_attention(
     conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The values are seen as images of
     `grid` = (height, width) in raster order; None: square. A bank shared by the heads is tiled by the caller.
     feature_map: "relu" applies phi; "none" takes q and k as features, to which only the offset is added.
-    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu"
-    and "mosaic_gpu" (Hopper) are kernels for bfloat16, differentiable once, the first for layout "bhdn", the second for "bnhd"; "reference" is the definition in f32 (f64 for f64 input),
-    differentiated by JAX. None: the kernel for this device if it was measured on its kind, else "xla".
+    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" and
+    "mosaic_gpu" (for Hopper) are kernels for bfloat16, differentiable once, which want layout "bhdn" and "bnhd"; "reference" is the
+    definition in f32 (f64 for f64 input), differentiated by JAX. None: the kernel for this device if it was measured on its kind,
+    else "xla".
     order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens.
     Both are the same function.
     shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over several devices; what XLA

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILE = 64  # rows of one wgmma: every extent of an operand is a multiple
-SHARED = 225 * 1024  # bytes of shared memory for what is counted here, of the 227 KiB a block may have
+SHARED = 212 * 1024  # bytes of shared memory for tiles: a block may have 227 KiB, and the vectors take at most 15
 STAGES = 4  # tiles of the operands in flight
 
 
@@ -78,7 +78,7 @@ def product(
 
     along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied; rows: f32 [batch, head, row]; columns: f32 [batch, head, column]; beside: like the product.
     """
-    plan = _plan(left, right, along, beside)
+    plan = _plan(left, right, len(beside), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector])
     batch, head = left.array.shape[0], left.array.shape[2 if left.by_token else 1]
     height, width, wgs, mine = plan.height, plan.width, plan.warpgroups, plan.columns
     shapes = []
@@ -245,36 +245,39 @@ class _Plan(NamedTuple):
     def tiles(self) -> int:
         return -(-self.height // self.rows)
 
+    @property
+    def piece(self) -> int:
+        """Columns that a warpgroup writes at once."""
+        return next(size for size in (64, 96, 32) if self.columns % size == 0 and size % self.swizzled == 0)
+
     def stage(self, dtype: Any) -> Any:
-        """Where a warpgroup puts what it writes, a piece at a time."""
-        piece = next(size for size in (64, 96, 32) if self.columns % size == 0 and size % self.swizzled == 0)
+        """Where a warpgroup puts what it writes."""
         size = jnp.dtype(dtype).itemsize
-        swizzled = next(width for width in (128 // size, 64 // size) if piece % width == 0)
-        return plgpu.SMEM((self.warpgroups, TILE, piece), dtype, transforms=_transforms(swizzled, size))
+        swizzled = next(width for width in (128 // size, 64 // size) if self.piece % width == 0)
+        return plgpu.SMEM((self.warpgroups, TILE, self.piece), dtype, transforms=_transforms(swizzled, size))
 
 
-def _plan(left: Operand, right: Operand, along: Any, beside: Any) -> _Plan:
+def _plan(left: Operand, right: Operand, beside: int, written: list[int]) -> _Plan:
+    """beside: arrays read beside the product; written: bytes of an element of each result."""
     contracted, height = left.shape if left.turned else left.shape[::-1]
     width = right.shape[0 if right.turned else 1]
-    columns = next(c for c in _columns(width))
-    aligned = columns % 64 == 0 and contracted % 64 == 0
-    swizzled = 64 if aligned else 32
-    depth = 64 if contracted % 64 == 0 else 96
-    rows = TILE
-    each = (rows + width) * depth * 2
-    other = width * TILE * 2 + len(beside) * rows * width * 2
-    steps = min(STAGES, (SHARED - other) // each)
-    if steps < 2:
-        swizzled, depth = 32, 32
-        steps = min(STAGES, (SHARED - other) // ((rows + width) * depth * 2))
-    return _Plan(height, width, contracted, rows, columns, depth, swizzled, steps)
+    columns = _columns(width)
+    swizzled, depth = (64, 64) if columns % 64 == 0 and contracted % 64 == 0 else (32, 64 if contracted % 64 == 0 else 96)
+    # Two steps in flight at least, if need be thin ones.
+    for swizzled, depth in ((swizzled, depth), (32, 32)):
+        plan = _Plan(height, width, contracted, TILE, columns, depth, swizzled, STAGES)
+        other = beside * plan.rows * width * 2 + sum(written) * plan.warpgroups * TILE * plan.piece
+        plan = plan._replace(steps=min(STAGES, (SHARED - other) // (2 * depth * (plan.rows + width))))
+        if plan.steps >= 2:
+            break
+    return plan
 
 
-def _columns(width: int) -> list[int]:
-    """Columns for one warpgroup."""
+def _columns(width: int) -> int:
+    """Of one warpgroup."""
     options = [width // n for n in (1, 2, 3) if width % (32 * n) == 0 and width // n <= 256]
     wide = [c for c in options if c % 64 == 0 and c <= 192] or options
-    return sorted(wide)[-1:] if width <= 128 else sorted(wide)
+    return max(wide) if width <= 128 else min(wide)
 
 
 def _transforms(columns: int, size: int = 2) -> tuple[Any, ...]:
