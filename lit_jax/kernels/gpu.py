@@ -5,7 +5,6 @@ A block computes `rows` rows of one head's product. One warpgroup feeds tiles of
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +59,12 @@ class Result(NamedTuple):
     by_token: bool = True
     vector: bool = False
 
+    def array(self, batch: int, head: int, height: int, width: int) -> jax.ShapeDtypeStruct:
+        if self.vector:
+            return jax.ShapeDtypeStruct((batch, head, height), jnp.float32)
+        rows = (height, head) if self.by_token else (head, height)
+        return jax.ShapeDtypeStruct((batch, *rows, width), self.dtype)
+
 
 def product(
     name: str,
@@ -76,26 +81,22 @@ def product(
 ) -> list[jax.Array]:
     """finish(left @ right) for every head of every image.
 
-    along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied; rows: f32 [batch, head, row]; columns: f32 [batch, head, column]; beside: like the product.
+    along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied; rows: f32 [batch, head, row];
+    columns: f32 [batch, head, column]; beside: of the product's shape.
     """
     plan = _plan(left, right, len(beside), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector])
     batch, head = left.array.shape[0], left.array.shape[2 if left.by_token else 1]
-    height, width, wgs, mine = plan.height, plan.width, plan.warpgroups, plan.columns
-    shapes = []
-    for result in results:
-        shape = (batch, head, height) if result.vector else (batch, height, head, width) if result.by_token else (batch, head, height, width)
-        shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32 if result.vector else result.dtype))
+    wgs = plan.warpgroups
     vectors = [*along, *rows, *columns]
     given = len(along) * (plan.contracted // plan.part) + len(rows) + len(columns) + len(beside)
 
-    stages = [plan.stage(result.dtype) for result in results if not result.vector]
     scratch = dict(
-        stages=stages,
+        stages=[plan.stage(result.dtype) for result in results if not result.vector],
         shelf=[plgpu.SMEM((wgs, plan.rows), jnp.float32) for result in results if result.vector],
         along_smem=[plgpu.SMEM((wgs, plan.contracted), jnp.float32) for _ in along],
         rows_smem=[plgpu.SMEM((wgs, plan.rows), jnp.float32) for _ in rows],
-        columns_smem=[plgpu.SMEM((wgs, mine), jnp.float32) for _ in columns],
-        beside_smem=[plgpu.SMEM((wgs, plan.rows, mine), jnp.bfloat16, transforms=_transforms(plan.swizzled)) for _ in beside],
+        columns_smem=[plgpu.SMEM((wgs, plan.columns), jnp.float32) for _ in columns],
+        beside_smem=[plgpu.SMEM((wgs, plan.rows, plan.columns), jnp.bfloat16, transforms=_transforms(plan.swizzled)) for _ in beside],
         loaded=plgpu.Barrier(num_arrivals=max(given, 1), num_barriers=wgs),
         parts=plgpu.SMEM((wgs, plan.rows), jnp.float32),
         met=plgpu.Barrier(num_arrivals=wgs),
@@ -106,7 +107,7 @@ def product(
 
     return plgpu.kernel(
         body,
-        out_type=shapes,
+        out_type=[result.array(batch, head, plan.height, plan.width) for result in results],
         grid=(batch, head, plan.tiles),
         grid_names=("batch", "head", "tile"),
         num_threads=wgs + 1,
@@ -134,8 +135,8 @@ def _body(
 
     def step(index: Any, left_smem: Any, right_smem: Any, carry: Any) -> Any:
         accumulator, dots = carry
-        a = plgpu.transpose_ref(left_smem, (1, 0)) if left.turned else left_smem
-        w = plgpu.transpose_ref(right_smem.at[across], (1, 0)) if right.turned else right_smem.at[:, across]
+        a = left_smem.transpose((1, 0)) if left.turned else left_smem
+        w = right_smem.at[across].transpose((1, 0)) if right.turned else right_smem.at[:, across]
         plgpu.wgmma(accumulator, a, w)
         part = pl.ds(index[0] * plan.depth, plan.depth)
         x = left_smem[...].astype(jnp.float32) + offset if dots else None
@@ -239,7 +240,7 @@ class _Plan(NamedTuple):
     @property
     def part(self) -> int:
         """Of a contracted vector what one copy can take, which are at most 256 elements."""
-        return next(self.contracted // n for n in range(1, self.contracted) if self.contracted % (32 * n) == 0 and self.contracted // n <= 256)
+        return next(size for size in range(256, 0, -32) if self.contracted % size == 0)
 
     @property
     def tiles(self) -> int:
@@ -262,15 +263,16 @@ def _plan(left: Operand, right: Operand, beside: int, written: list[int]) -> _Pl
     contracted, height = left.shape if left.turned else left.shape[::-1]
     width = right.shape[0 if right.turned else 1]
     columns = _columns(width)
-    swizzled, depth = (64, 64) if columns % 64 == 0 and contracted % 64 == 0 else (32, 64 if contracted % 64 == 0 else 96)
-    # Two steps in flight at least, if need be thin ones.
-    for swizzled, depth in ((swizzled, depth), (32, 32)):
+    depth = 64 if contracted % 64 == 0 else 96
+    swizzled = 64 if columns % 64 == 0 and depth == 64 else 32
+
+    def plan(depth: int, swizzled: int) -> _Plan:
         plan = _Plan(height, width, contracted, TILE, columns, depth, swizzled, STAGES)
         other = beside * plan.rows * width * 2 + sum(written) * plan.warpgroups * TILE * plan.piece
-        plan = plan._replace(steps=min(STAGES, (SHARED - other) // (2 * depth * (plan.rows + width))))
-        if plan.steps >= 2:
-            break
-    return plan
+        return plan._replace(steps=min(STAGES, (SHARED - other) // (2 * depth * (plan.rows + width))))
+
+    thick = plan(depth, swizzled)
+    return thick if thick.steps >= 2 else plan(32, 32)
 
 
 def _columns(width: int) -> int:

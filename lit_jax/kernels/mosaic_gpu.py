@@ -120,8 +120,9 @@ def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tu
 
     results = [Result(), Result(vector=True)]
     out, normaliser = product(
-        "linear_attention_out", Operand(q), Operand(state, by_token=False), results, finish, along=[key], offset=offset, columns=[sums, value]
-    )
+        "linear_attention_out", Operand(q), Operand(state, by_token=False), results, finish,
+        along=[key], offset=offset, columns=[sums, value],
+    )  # fmt: skip
     d = call.head_dim
     known = Known(state[..., :d, :d], key[..., :d], value[..., :d], jnp.moveaxis(normaliser[..., : call.tokens], 1, 2))
     return out, known
@@ -236,9 +237,7 @@ def _valid(call: _Call) -> list[jax.Array]:
     return [jnp.pad(one, ((0, 0), (0, 0), (0, call.missing[0])))]
 
 
-def _summed(
-    name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | None = None, *vectors: jax.Array
-) -> jax.Array:
+def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | None = None, *vectors: jax.Array) -> jax.Array:
     """finish(sum over tokens of x y^T, vectors down and across) in bf16 [batch, head, head_dim, head_dim], in parts if heads are few."""
     batch, tokens, heads, d = x.shape
     finish = finish or (lambda total: total)
@@ -253,9 +252,7 @@ def _summed(
         )
         return state
     x, y = (a.reshape(batch * parts, tokens // parts, heads, d) for a in (x, y))
-    (partial,) = product(
-        name, Operand(x, turned=True), Operand(y), [Result(jnp.float32, by_token=False)], lambda tile: [tile.product]
-    )
+    (partial,) = product(name, Operand(x, turned=True), Operand(y), [Result(jnp.float32, by_token=False)], lambda tile: [tile.product])
     total = partial.reshape(batch, parts, heads, d, d).sum(1)
     spread = (vectors[0][..., None], vectors[1][..., None, :]) if vectors else ()
     return finish(total, *spread).astype(jnp.bfloat16)
