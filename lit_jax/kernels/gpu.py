@@ -35,7 +35,7 @@ class Operand(NamedTuple):
 class Tile(NamedTuple):
     """What a warpgroup has when its product is complete. Rows are vectors [rows], columns [columns of this warpgroup]; all f32.
 
-    dots: products of the left operand's rows with the vectors `along`. whole: sums over the warpgroups what each has of a row.
+    dots: products of the left operand's rows with the vectors `along`. whole: sums over the warpgroups what each has of a row, once.
     """
 
     product: jax.Array  # [rows, columns]

@@ -1,6 +1,7 @@
 """`implementation="mosaic_gpu"`: few-head linear attention by the products of `gpu`, token-major; the depthwise branch is XLA's.
 
-The algebra is that of `lit_jax.linear_attention`; sums and everything elementwise are f32. Feature-major arrays are transposed.
+q and k are features, to which only the offset is to be added: ReLU is applied before. The algebra is that of `lit_jax.linear_attention`;
+sums and everything elementwise are f32. Feature-major arrays are transposed.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
 ) -> tuple[jax.Array, Known | None]:
     call = _Call(v, problem)
-    given = call.features(q), call.features(k), call.pad(call.token_major(v))
+    given = [call.pad(call.token_major(x)) for x in (q, k, v)]
     out, known = (_forward_quadratic if problem.order == "quadratic" else _forward_linear)(call, *given)
     out = call.cut(out)
     if weight is not None:
@@ -47,7 +48,7 @@ def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     call = _Call(v, problem)
-    given = call.features(q), call.features(k), call.pad(call.token_major(v)), call.pad(call.token_major(grad))
+    given = [call.pad(call.token_major(x)) for x in (q, k, v, grad)]
     found = _backward_quadratic(call, *given) if known is None else _backward_linear(call, *given, known)
     dq, dk, dv = map(call.cut, found)
     dweight = dbias = None
@@ -77,11 +78,6 @@ class _Call:
     def pad(self, x: jax.Array) -> jax.Array:
         tokens, width = self.missing
         return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, width))) if tokens or width else x
-
-    def features(self, x: jax.Array) -> jax.Array:
-        """Without their offset, which is added where nothing is rounded."""
-        x = self.pad(self.token_major(x))
-        return jnp.maximum(x, 0) if self.problem.feature_map == "relu" else x
 
     def cut(self, x: jax.Array) -> jax.Array:
         return x[:, : self.tokens, :, : self.head_dim]
