@@ -6,8 +6,8 @@ An implementation is a module with the functions
     forward(q, k, v, weight, bias, problem) -> out, known
     backward(q, k, v, weight, known, grad, problem) -> dq, dk, dv, dweight, dbias
 
-q, k, v, out, grad: in `problem.layout`, to mosaic_gpu q and k rectified; weight [row, col, head * head_dim] and bias [head * head_dim] of the depthwise branch, or None,
-whose gradients are f32.
+q, k, v, out, grad: in `problem.layout`, where mosaic_gpu gets q and k rectified; weight [row, col, head * head_dim] and bias
+[head * head_dim] of the depthwise branch, or None, whose gradients are f32.
 """
 
 import json
