@@ -230,6 +230,8 @@ def step_of_lit(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu", "mosaic_gpu"])
 def test_a_lit_takes_one_step_with_each_implementation(implementation, request):
+    if implementation == "mosaic_gpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("the interpreter of jax 0.10 takes half a minute for it; it runs with newer ones")
     if implementation != "xla":
         request.getfixturevalue({"mosaic_tpu": "interpreted", "mosaic_gpu": "interpreted_gpu"}[implementation])
     off = np.abs(step_of_lit(implementation) / step_of_lit("reference") - 1)
