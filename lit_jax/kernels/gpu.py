@@ -90,7 +90,7 @@ def product(
     vectors = [*along, *rows, *columns]
     given = len(along) * (plan.contracted // plan.part) + len(rows) + len(columns) + len(beside)
 
-    scratch = dict(
+    scratch: dict[str, Any] = dict(
         stages=[plan.stage(result.dtype) for result in results if not result.vector],
         shelf=[plgpu.SMEM((wgs, plan.rows), jnp.float32) for result in results if result.vector],
         along_smem=[plgpu.SMEM((wgs, plan.contracted), jnp.float32) for _ in along],
@@ -139,7 +139,7 @@ def _body(
         w = right_smem.at[across].transpose((1, 0)) if right.turned else right_smem.at[:, across]
         plgpu.wgmma(accumulator, a, w)
         part = pl.ds(index[0] * plan.depth, plan.depth)
-        x = left_smem[...].astype(jnp.float32) + offset if dots else None
+        x: Any = left_smem[...].astype(jnp.float32) + offset if dots else None
         dots = [dot + (x * lax.broadcast_in_dim(v[wg, part], x.shape, [1])).sum(1) for dot, v in zip(dots, along_smem, strict=True)]
         plgpu.wgmma_wait(0)
         return accumulator, dots
