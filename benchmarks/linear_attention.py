@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lit_jax.kernels import PLATFORMS
-from lit_jax.linear_attention import linear_attention
+from lit_jax.linear_attention import Unsupported, linear_attention
 
 SHAPES = ((384, 192), (768, 256), (1152, 288), (1152, 576))  # width, head_dim
 TOKENS = (256, 1024, 4096, 16384)  # of one image
@@ -80,8 +80,19 @@ def ours(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, weight: 
     return linear_attention(q, k, v, conv_weight=weight, conv_bias=bias, implementation=implementation)  # type: ignore[arg-type]
 
 
+def takes(implementation: str, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel for this kind of device is also for this device and head; if not it says why."""
+    x = jax.ShapeDtypeStruct(shape, DTYPE)
+    try:
+        jax.eval_shape(lambda x: ours(implementation, x, x, x, None, None), x)
+    except Unsupported as reason:
+        print(reason)
+        return False
+    return True
+
+
 def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: bool) -> list[dict[str, Any]]:
-    kernel = [name for name, where in PLATFORMS.items() if where == jax.default_backend()]
+    kernel = [name for name, where in PLATFORMS.items() if where == jax.default_backend() and takes(name, sets[0]["q"].shape)]
     names = {"plain formula, autodiff": partial(ours, "reference"), **{f"ours, {name}": partial(ours, name) for name in ("xla", *kernel)}}
     # Softmax over many tokens does not fit a CPU: its scores are heads x tokens x tokens.
     names |= {"softmax": softmax} if scores and sets[0]["q"].shape[2] * sets[0]["q"].shape[3] % SOFTMAX_HEAD == 0 else {}

@@ -51,8 +51,8 @@ class DitConfig:
     window: int = 5
     """Side of the depthwise filters."""
     implementation: Implementation | None = None
-    """What computes linear attention: xla, or the kernels for TPUs (mosaic_tpu, in bfloat16); None: the kernel that was measured on this
-    kind of device, else xla (`heirloom doctor` says which)."""
+    """What computes linear attention: xla, or in bfloat16 the kernels for TPUs (mosaic_tpu) or Hopper GPUs (mosaic_gpu); None: the kernel
+    that was measured on this kind of device, else xla (`heirloom doctor` says which)."""
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"

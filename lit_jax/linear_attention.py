@@ -24,7 +24,7 @@ from lit_jax.kernels.xla import check_branch, depthwise
 
 __all__ = ["depthwise", "linear_attention"]
 
-Implementation = Literal["xla", "mosaic_tpu", "reference"]
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu", "reference"]
 QUADRATIC_UP_TO = 256  # tokens: below this the N x N order does less work and has no state
 
 
@@ -55,9 +55,10 @@ def linear_attention(
     conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The values are seen as images of
     `grid` = (height, width) in raster order; None: square. A bank shared by the heads is tiled by the caller.
     feature_map: "relu" applies phi; "none" takes q and k as features, to which only the offset is added.
-    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" are
-    kernels for bfloat16, differentiable once, which want layout "bhdn"; "reference" is the definition in f32 (f64 for f64 input),
-    differentiated by JAX. None: the kernel for this device if it was measured on its kind, else "xla".
+    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" and
+    "mosaic_gpu" (for Hopper) are kernels for bfloat16, differentiable once, which want layout "bhdn" and "bnhd"; "reference" is the
+    definition in f32 (f64 for f64 input), differentiated by JAX. None: the kernel for this device if it was measured on its kind,
+    else "xla".
     order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens.
     Both are the same function.
     shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over several devices; what XLA
@@ -80,8 +81,19 @@ def linear_attention(
         if implementation:
             raise Unsupported(f"linear attention by {implementation}: {reason}; or take the implementation xla")
         picked = "xla"
+    if picked == "mosaic_gpu" and feature_map == "relu":
+        q, k = _rectified(q), _rectified(k)
     run = _Run(problem, picked, implementation is None, shards)
     return _attend(q, k, v, conv_weight, conv_bias, run)
+
+
+@jax.custom_vjp
+def _rectified(x: jax.Array) -> jax.Array:
+    """ReLU where the projection ends, so that XLA makes it one kernel; its gradient is attention's, which masks what it returns."""
+    return jnp.maximum(x, 0)
+
+
+_rectified.defvjp(lambda x: (jnp.maximum(x, 0), None), lambda _, grad: (grad,))
 
 
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem) -> jax.Array:
@@ -120,7 +132,8 @@ class _Run(NamedTuple):
         kernel = _differentiable_once(kernel)
         if not self.chosen:
             return kernel(*arrays)
-        return jax.lax.platform_dependent(*arrays, default=xla, **{PLATFORMS[self.implementation]: kernel})
+        platform = {"tpu": "tpu", "gpu": "cuda"}[PLATFORMS[self.implementation]]
+        return jax.lax.platform_dependent(*arrays, default=xla, **{platform: kernel})
 
     def _forward(self, *arrays: Any) -> Any:
         module = _module(self.implementation)

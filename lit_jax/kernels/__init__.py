@@ -6,8 +6,8 @@ An implementation is a module with the functions
     forward(q, k, v, weight, bias, problem) -> out, known
     backward(q, k, v, weight, known, grad, problem) -> dq, dk, dv, dweight, dbias
 
-q, k, v, out, grad: in `problem.layout`; weight [row, col, head * head_dim] and bias [head * head_dim] of the depthwise branch, or None,
-whose gradients are f32.
+q, k, v, out, grad: in `problem.layout`, where mosaic_gpu gets q and k rectified; weight [row, col, head * head_dim] and bias
+[head * head_dim] of the depthwise branch, or None, whose gradients are f32.
 """
 
 import json
@@ -21,7 +21,7 @@ FeatureMap = Literal["relu", "none"]
 Order = Literal["linear", "quadratic"]
 Layout = Literal["bnhd", "bhdn"]
 
-PLATFORMS = {"mosaic_tpu": "tpu"}
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 _MEASURED = Path(__file__).parent / "measured.json"
 
 

@@ -1,10 +1,13 @@
 """DiTs small enough for a test."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 
 from lit_jax.dit import DitConfig
 
@@ -34,3 +37,38 @@ def batch(cfg):
 def golden():
     """A small DiT of diffusers: its folder, and its own predictions."""
     return GOLDEN, dict(np.load(GOLDEN / "outputs.npz"))
+
+
+class _Numpy:
+    """numpy, whose matmul takes for transposed what the interpreter read untransposed."""
+
+    def __init__(self):
+        self.turned = threading.local()
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def matmul(self, *operands, dtype):
+        a, b = (np.asarray(x, dtype) for x in operands)
+        left, right = self.turned.flags
+        return (a.T if left else a) @ (b.T if right else b)
+
+
+@pytest.fixture
+def interpreted_gpu(monkeypatch):
+    """Kernels of GPUs run on the CPU; memory that nothing was written to is NaN.
+
+    JAX's interpreter (up to 0.12.0) does not know transposed operands of a wgmma: they are told apart here, and read as stored.
+    """
+    numpy, wgmma = _Numpy(), gpu_callbacks.wgmma
+
+    def with_transposes(*, a_transforms, b_transforms, **rest):
+        kept = [tuple(t for t in given if type(t).__name__ != "TransposeTransform") for given in (a_transforms, b_transforms)]
+        numpy.turned.flags = [len(k) < len(given) for k, given in zip(kept, (a_transforms, b_transforms), strict=True)]
+        return wgmma(a_transforms=kept[0], b_transforms=kept[1], **rest)
+
+    monkeypatch.setattr(gpu_callbacks, "np", numpy)
+    monkeypatch.setattr(gpu_callbacks, "wgmma", with_transposes)
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with force_gpu_interpret_mode(InterpretGPUParams(uninitialized_memory="nan")):
+        yield

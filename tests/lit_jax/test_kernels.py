@@ -1,6 +1,7 @@
 """The kernels of linear attention against its definition in float64, in the interpreter, and how they are chosen, split and mapped."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -209,25 +210,29 @@ def test_every_head_lowers_for_a_tpu(d, order):
     assert text.count("tpu_custom_call") == (5 if order == "linear" else 4)
 
 
-def test_a_lit_takes_one_step_with_each_implementation(interpreted):
+@cache
+def step_of_lit(implementation):
     """Loss and gradient norm of a step in bfloat16."""
     cfg = DitConfig(size=16, channels=3, patch=2, width=64, layers=1, heads=2, hidden=64, classes=4, attention="linear")
     rng = np.random.default_rng(0)
-    batch = {"image": rng.standard_normal((2, 16, 16, 3)).astype(np.float32), "label": np.arange(2, dtype=np.int32)}
+    batch = {"image": rng.standard_normal((1, 16, 16, 3)).astype(np.float32), "label": np.arange(1, dtype=np.int32)}
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    model = functional(Dit, replace(cfg, implementation=implementation))
+    recipe = Config(student=cfg, step=StepConfig(compute="bfloat16"))
+    optimizer = make_optimizer(recipe.optim, model.spec, 1)
+    step = make_step(loss_fn(recipe, model, None, None), optimizer, model.spec, mesh, recipe.step)
+    params = model.init(jax.random.key(0))
+    # The gates and the last layer start at zero, behind which no gradient reaches attention.
+    params = {path: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape) for path, x in params.items()}
+    _, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
+    return np.array([float(metrics[name][0]) for name in ("loss", "grad_norm")])
 
-    def step(implementation):
-        model = functional(Dit, replace(cfg, implementation=implementation))
-        recipe = Config(student=cfg, step=StepConfig(compute="bfloat16"))
-        optimizer = make_optimizer(recipe.optim, model.spec, 1)
-        step = make_step(loss_fn(recipe, model, None, None), optimizer, model.spec, mesh, recipe.step)
-        params = model.init(jax.random.key(0))
-        # The gates and the last layer start at zero, behind which no gradient reaches attention.
-        params = {path: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape) for path, x in params.items()}
-        _, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
-        return [float(metrics[name][0]) for name in ("loss", "grad_norm")]
 
-    wanted = step("reference")
-    for implementation in ("xla", "mosaic_tpu"):
-        off = np.abs(np.array(step(implementation)) / wanted - 1)
-        assert off[0] < 2e-3 and off[1] < 2e-2, (implementation, off)
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu", "mosaic_gpu"])
+def test_a_lit_takes_one_step_with_each_implementation(implementation, request):
+    if implementation == "mosaic_gpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("the interpreter of jax 0.10 takes half a minute for it; it runs with newer ones")
+    if implementation != "xla":
+        request.getfixturevalue({"mosaic_tpu": "interpreted", "mosaic_gpu": "interpreted_gpu"}[implementation])
+    off = np.abs(step_of_lit(implementation) / step_of_lit("reference") - 1)
+    assert off[0] < 2e-3 and off[1] < 2e-2, off
