@@ -48,8 +48,8 @@ def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     call = _Call(v, problem)
-    given = [call.pad(call.token_major(x)) for x in (q, k, v, grad)]
-    found = _backward_quadratic(call, *given) if known is None else _backward_linear(call, *given, known)
+    q_, k_, v_, grad_ = (call.pad(call.token_major(x)) for x in (q, k, v, grad))
+    found = _backward_quadratic(call, q_, k_, v_, grad_) if known is None else _backward_linear(call, q_, k_, v_, grad_, known)
     dq, dk, dv = map(call.cut, found)
     dweight = dbias = None
     if weight is not None:
