@@ -211,7 +211,9 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
     by = ["--codec", tmp_path / "codec" / "model", "--prior", "none", "--gate.force"]
     heirloom("train", "weightgen/generator", "--run", tmp_path / "generator", "--zoo", zoo, *by, *LOOP, *TINY)
     made, codec = (load_file(path / "model.safetensors") for path in (model, tmp_path / "codec" / "model"))
-    assert len(codec) > 30 and all(np.array_equal(made[f"codec/{path}"], x) for path, x in codec.items())
+    assert len(codec) > 30
+    for path, x in codec.items():  # frozen; the average of equal weights rounds
+        np.testing.assert_allclose(made[f"codec/{path}"], x, rtol=1e-5, atol=1e-8, err_msg=path)
     # An encoder's folder is taken apart in the same way; training one takes long to compile.
     cfg = SetConfig(6, hidden=8, inducing=4, out=8, latent=7)
     aligned = functional(SetOfSets, cfg).init(jax.random.key(1))
@@ -234,20 +236,8 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
     zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
     net = ["--net.features", "6", "--net.classes", "6"]
     heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
-    vae = [
-        "--vae.fdim",
-        "64",
-        "--vae.resolution",
-        "8",
-        "--vae.channels",
-        "8",
-        "--vae.multiples",
-        "1",
-        "--vae.blocks",
-        "1",
-        "--vae.latent",
-        "1",
-    ]
+    sizes = dict(fdim=64, resolution=8, channels=8, multiples=1, blocks=1, latent=1)
+    vae = [word for name, size in sizes.items() for word in (f"--vae.{name}", str(size))]
     unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
     loops = [f"--stage{i}.{name}" for i in (1, 2) for name in ("steps 3", "batch 4", "optim.warmup 1")]
     flags = [*vae, *unet, "--chain", "3", "--gate.force", *" ".join(loops).split()]
