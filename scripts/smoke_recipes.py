@@ -1,6 +1,6 @@
 """A few steps of every TinyCLIP recipe at its real size, on a CPU and without a download: does it build, inherit, train, cut and save?
 
-    python scripts/smoke_recipes.py                          # all; under 8 GB of memory, 4 GB of disk
+    python scripts/smoke_recipes.py                          # all
     python scripts/smoke_recipes.py tinyclip/vit_61m_32      # one
 
 Architecture, loss, optimizer, precision and stages are the recipe's. Not: its data (embedded emoji, four a step), its number of steps and
