@@ -1,10 +1,10 @@
 """A few steps of every TinyCLIP recipe at its real size, on a CPU and without a download: does it build, inherit, train, cut and save?
 
-    python scripts/smoke_recipes.py                          # all; under 8 GB of memory, 4 GB of disk
+    python scripts/smoke_recipes.py                          # all
     python scripts/smoke_recipes.py tinyclip/vit_61m_32      # one
 
-Architecture, loss, optimizer, precision and stages are the recipe's. Not: its data (embedded emoji, four a step), its number of steps, its
-mesh, and its teacher and donor, which are drawn at random in the sizes of the published ones.
+Architecture, loss, optimizer, precision and stages are the recipe's. Not: its data (embedded emoji, four a step), its number of steps and
+warm-up, its mesh, and its teacher and donor, which are drawn at random in the sizes of the published ones.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def short(cfg: Config, folder: Path) -> Config:
     def mask(masks: MaskConfig) -> MaskConfig:
         return replace(masks, prune_step=MASKED, warmup=1, lr=8.0) if masks.prune_step else masks
 
-    stages = tuple(replace(stage, steps=STEPS, masks=mask(stage.masks)) for stage in cfg.stages)
+    stages = tuple(replace(stage, steps=STEPS, warmup=1, masks=mask(stage.masks)) for stage in cfg.stages)
     data = embeddings(cfg.student.joint, folder) if cfg.teacher == EMBEDDINGS else PAIRS
     return replace(
         cfg,
@@ -83,6 +83,7 @@ def short(cfg: Config, folder: Path) -> Config:
         held_out=SourceConfig(),
         pipeline=replace(cfg.pipeline, batch=BATCH, workers=0),
         mesh=MeshConfig(),
+        optim=replace(cfg.optim, warmup=1),
         steps=STEPS,
         masks=mask(cfg.masks),
         stages=stages,

@@ -142,9 +142,11 @@ def test_a_published_recipe_trains_at_a_small_size(one_device, tmp_path):
     cfg = replace(
         published, student=replace(student, remat=published.student.remat), teacher=str(tmp_path / "donor"), donor=str(tmp_path / "donor")
     )
-    replace(cfg, data=data, pipeline=PipelineConfig(batch=8), mesh=MeshConfig(), steps=2, log_every=1).train(tmp_path / "run")
+    replace(
+        cfg, data=data, pipeline=PipelineConfig(batch=8), mesh=MeshConfig(), optim=replace(cfg.optim, warmup=1), steps=2, log_every=1
+    ).train(tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["lr"] for line in lines] == pytest.approx([5e-8, 1e-7]) and all(line["affinity"] > 1 for line in lines)
+    assert [line["lr"] for line in lines] == pytest.approx([1e-4, 1e-4]) and all(line["affinity"] > 1 for line in lines)
     trained = open_safetensors(tmp_path / "run" / "model" / "model.safetensors")
-    np.testing.assert_allclose(trained["image/conv1/kernel"], params["image/conv1/kernel"][..., :1], atol=1e-6)
-    assert np.abs(trained["image/bn1/mean"]).max() > 1e-3  # the statistics follow the pictures, whatever the rate
+    np.testing.assert_allclose(trained["image/conv1/kernel"], params["image/conv1/kernel"][..., :1], atol=3e-4)
+    assert np.abs(trained["image/bn1/mean"]).max() > 1e-3  # the statistics follow the pictures, a tenth of the way each step
