@@ -5,7 +5,7 @@
     python scripts/make_cifar10.py ...                                                        # once: data/cifar10
     python benchmarks/genes.py --size gpu --runs runs/genes_gpu --json benchmarks/results/genes_gpu.json
 
-Estimated: two hours on two CPU cores (Fashion-MNIST), two on a GPU (CIFAR-10). Everything finished is kept in --runs, and the same
+An hour of one CPU core (Fashion-MNIST); two hours estimated on a GPU (CIFAR-10). Everything finished is kept in --runs, and the same
 command goes on where it was stopped.
 
 A convnet teaches the genes; all genes take the same number of pictures. Each method's learning rate is the best of three on validation
