@@ -1,7 +1,7 @@
 """Inheritance and distillation of a linear diffusion transformer on CIFAR-10, in pixels, at equal student steps.
 
     python scripts/make_cifar10.py ...                                   # once: data/cifar10
-    python benchmarks/lit.py --json benchmarks/results/lit_cpu.json      # two CPU cores, 90 minutes estimated
+    python benchmarks/lit.py --json benchmarks/results/lit_cpu.json      # two hours of one CPU core
     python benchmarks/lit.py --size gpu --features inception --json benchmarks/results/lit_gpu.json
 
 A DiT is trained once as donor and teacher. Four students then take the same steps on the same data, over several seeds: the DiT and
