@@ -1,6 +1,6 @@
 """200 heads on thumbnails of emoji, to see that zoos are built.
 
-heirloom train weightgen/smoke --run runs/smoke
+    heirloom train weightgen/smoke --run runs/smoke
 """
 
 from weightgen.nets import NetConfig
