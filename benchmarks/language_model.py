@@ -2,7 +2,7 @@
 
     python benchmarks/language_model.py --json benchmarks/results/language_model.json       # not yet run at this size
 
-A GPT-2-shaped model (4 layers, width 64) is trained on Python's language reference. Its matrices are ranked by Spectrum's
+A GPT-2-shaped model (4 layers, width 128) is trained on Python's language reference. Its matrices are ranked by Spectrum's
 signal-to-noise ratio; the best quarter of each kind is searched greedily with two proposals: latents drawn around the tensor's own, and
 Gaussian noise of the same norm. Both get the same number of trials, on the selection questions; what is reported is the test
 questions, other text. Soups of what was accepted and the midpoint to the base follow.
@@ -73,7 +73,7 @@ class Size:
 
 SIZES = {
     "smoke": Size(GptConfig(vocab=512, context=16, width=32, layers=2, heads=2), 10, 50, 2, 3, 3, 10, 3),
-    "cpu": Size(GptConfig(vocab=1024, context=32, width=64), 400, 300, 8, 25, 300, 80, 20),
+    "cpu": Size(GptConfig(vocab=1024, context=32), 600, 400, 8, 25, 500, 80, 20),
 }
 RANK, SHOTS, COPIES, SAMPLES = 2, 5, 2, 8  # of adapters; windows told; adapters of a module; draws
 DENOISER = DenoiserConfig(width=64, layers=2, heads=4, hidden=128)

@@ -4,6 +4,7 @@ There is no zoo here. What is called sampling is a perturbation of one model, so
 with the same budget of trials, and scored on a set that selected nothing.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -57,7 +58,7 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
         if tensor.dtype.kind in "iub" and tensor.ndim == 2:
             raise InputError(f"{name} is {tensor.dtype}: the checkpoint is quantised; take the original, its spectrum means something")
         if tensor.ndim == 2 and min(tensor.shape) >= least and tensor.dtype.kind not in "iub":
-            kind = ".".join(part for part in name.replace("/", ".").split(".") if not part.isdigit())
+            kind = ".".join(part for part in re.split(r"[/.@]", name) if not part.isdigit())
             found.append(Ranked(name, kind, snr(tensor)))
     return sorted(found, key=lambda r: -r.snr)
 

@@ -66,13 +66,23 @@ class Choice(NamedTuple):
 
 def choice() -> Choice:
     """A kernel is taken only on a kind of device that it was measured on: the result is committed in `measured.json`."""
-    kind, platform = jax.devices()[0].device_kind, jax.default_backend()
+    device, platform = jax.devices()[0], jax.default_backend()
+    kind = device.device_kind
     kernel = next((name for name, where in PLATFORMS.items() if where == platform), None)
     if kernel is None:
         return Choice("xla", f"there is no kernel for {platform}")
+    if reason := foreign(device):
+        return Choice("xla", f"{kernel} is {reason}")
     if kind not in measured():
         return Choice("xla", f"{kernel} has not been measured on {kind}; select it by name")
     return Choice(kernel, f"measured on {kind}: {measured()[kind]}")
+
+
+def foreign(device: Any) -> str | None:
+    """What the kernels are and this GPU is not; None on a Hopper, and where there is no GPU."""
+    if device.platform == "gpu" and getattr(device, "compute_capability", None) != "9.0":
+        return f"written for Hopper (compute capability 9.0), and this is {device.device_kind}"
+    return None
 
 
 @cache

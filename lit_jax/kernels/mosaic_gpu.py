@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lit_jax.kernels import Known, Problem
+from lit_jax.kernels import Known, Problem, foreign
 from lit_jax.kernels.gpu import TILE, Operand, Result, Tile, product
 from lit_jax.kernels.xla import depthwise
 
@@ -26,10 +26,7 @@ def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tu
         return f"head_dim must be one of {', '.join(map(str, HEADS))}, not {head_dim}"
     if problem.order == "quadratic" and tokens > QUADRATIC:
         return f"its quadratic order ends at {QUADRATIC} tokens, not {tokens}"
-    device = jax.devices()[0]
-    if device.platform == "gpu" and getattr(device, "compute_capability", None) != "9.0":
-        return f"it is written for Hopper (compute capability 9.0), and this is {device.device_kind}"
-    return None
+    return foreign(jax.devices()[0])
 
 
 def forward(

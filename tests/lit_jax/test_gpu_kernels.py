@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import lit_jax.linear_attention as module
-from lit_jax.kernels import Choice, mosaic_gpu
+from lit_jax.kernels import Choice, choice, mosaic_gpu
 from lit_jax.linear_attention import Unsupported, linear_attention
 
 BARS = {"out": 2.5e-3, "dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dW": 5e-3, "db": 5e-3}
@@ -110,11 +110,13 @@ def test_a_named_kernel_says_why_it_cannot(change, reason):
         linear_attention(x, x, x, order=change.get("order"), implementation="mosaic_gpu")
 
 
-def test_other_gpus_are_refused_by_name(monkeypatch):
+def test_other_gpus_are_refused_by_name_and_never_chosen(monkeypatch):
     class Ampere:
         platform, compute_capability, device_kind = "gpu", "8.0", "NVIDIA A100"
 
     monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choice() == Choice("xla", "mosaic_gpu is written for Hopper (compute capability 9.0), and this is NVIDIA A100")
     x = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
     with pytest.raises(Unsupported, match=r"Hopper \(compute capability 9.0\), and this is NVIDIA A100"):
         linear_attention(x, x, x, implementation="mosaic_gpu")

@@ -81,6 +81,8 @@ def test_ranking_a_checkpoint_reads_files_and_refuses_quantised_ones(tmp_path, r
     assert [r.kind for r in ranked] == ["h.w"] * 4
     assert [r.snr for r in ranked] == sorted((llm.snr(tensors[f"h.{i}.w"]) for i in range(4)), reverse=True)
     assert [r.name for r in llm.top(ranked, 0.25)] == [ranked[0].name]
+    stacked = llm.unstacked({"blocks/up/kernel": np.stack(list(tensors.values()))[:4]})
+    assert len(stacked) == 4 and len(llm.top(llm.rank(stacked))) == 1, "layers of a stack are of one kind"
     with pytest.raises(InputError, match="quantised"):
         llm.rank({"w": np.ones((32, 32), np.int8)})
 
