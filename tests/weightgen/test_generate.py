@@ -19,7 +19,7 @@ from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
 from weightgen.denoiser import DenoiserConfig
 from weightgen.formats import ENCODER
 from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig
+from weightgen.nets import NetConfig, net
 from weightgen.proof import ProofConfig, prove
 from weightgen.recipes import GeneratorRecipe
 from weightgen.train import LoopConfig
@@ -234,8 +234,8 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
 
 def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom):
     zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
-    net = ["--net.features", "6", "--net.classes", "6"]
-    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    cnn = ["--net.kind", "cnn", "--net.features", "3", "--net.classes", "6", "--told", "6", "--fit.at_once", "1", "--fit.lr", "0.01"]
+    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *cnn, "--members", "20", "--chunk", "20")
     sizes = dict(fdim=64, resolution=8, channels=8, multiples=1, blocks=1, latent=1)
     vae = [word for name, size in sizes.items() for word in (f"--vae.{name}", str(size))]
     unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
@@ -245,7 +245,8 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
     weights = load_file(model / "model.safetensors")
     assert weights["k"] > 0 and weights["k"] != 1  # of the latents of the first batch
     heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made")
-    assert load_file(tmp_path / "made" / "sample-001" / "model.safetensors")["out/kernel"].shape == (6, 6)
+    drawn = load_file(tmp_path / "made" / "sample-001" / "model.safetensors")
+    assert {path: x.shape for path, x in drawn.items()} == {p: x.shape for p, x in net(NetConfig("cnn", 3, classes=6)).spec.items()}
 
 
 def test_adapters_for_a_task_in_words(tmp_path, heirloom):
@@ -270,6 +271,7 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom):
         assert {n: t.shape for n, t in tensors.items()} == dict(zip(names, shapes, strict=True))
         return json.loads((made / "report.json").read_text())
 
+    generate("label", "--task", "a fast car", condition="label")
     report = generate("text", "--task", "a sad face", condition="text")
     assert report["accuracy"] is None and report["novelty"]["of"] == 6
     assert report["distance to the task's own networks"].keys() == {"told it", "told another"}
