@@ -68,16 +68,18 @@ class Size:
     modules: int
     """At most, seen and unseen."""
     unseen: int
+    adapter_questions: int
+    """Of each module, to select by and to test on."""
     share: float = 0.25
 
 
 SIZES = {
-    "smoke": Size(GptConfig(vocab=512, context=16, width=32, layers=2, heads=2), 10, 50, 2, 3, 3, 10, 3),
-    "cpu": Size(GptConfig(vocab=1024, context=32), 600, 400, 8, 25, 500, 80, 20),
+    "smoke": Size(GptConfig(vocab=512, context=16, width=32, layers=2, heads=2), 10, 50, 2, 3, 3, 10, 3, 50),
+    "cpu": Size(GptConfig(vocab=1024, context=32), 600, 1000, 8, 200, 500, 110, 20, 400),
 }
-RANK, SHOTS, COPIES, SAMPLES = 2, 5, 2, 8  # of adapters; windows told; adapters of a module; draws
+RANK, RATE, SHOTS, SAMPLES = 4, 2e-2, 5, 8  # of adapters; of their training; windows told; draws
 DENOISER = DenoiserConfig(width=64, layers=2, heads=4, hidden=128)
-STEP = 0.05  # norm of a proposal over the tensor's, for all of them
+STEP = 0.2  # norm of a proposal over the tensor's, for all of them
 
 
 def main() -> None:
@@ -152,17 +154,17 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
 
     def fit(parts: list[np.ndarray]) -> Any:
         windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng) for part in parts])
-        return {path: np.asarray(x) for path, x in train_adapters(model, cfg, base, windows, fresh_adapter(cfg, RANK, key)).items()}
+        return {path: np.asarray(x) for path, x in train_adapters(model, cfg, base, windows, fresh_adapter(cfg, RANK, key), RATE).items()}
 
     def one(population: Any, i: int) -> dict[str, np.ndarray]:
         return canonical_tensors({path: x[i] for path, x in population.items()})
 
     # The zoo: adapters in one gauge, end to end, and what the base model makes of windows of each module.
-    trained = fit([texts[name].train for name in seen for _ in range(COPIES)])
-    members = [one(trained, i) for i in range(len(seen) * COPIES)]
+    trained = fit([texts[name].train for name in seen])
+    members = [one(trained, i) for i in range(len(seen))]
     spec = chunks(members[0])
     weights = np.stack([flat(spec, spec.flatten(m)) for m in members])
-    classes = np.repeat(np.arange(len(seen)), COPIES)[:, None].astype(np.int32)
+    classes = np.arange(len(seen), dtype=np.int32)[:, None]
     zoo = Zoo(weights, np.full(len(members), np.nan, np.float32), classes, None, spec)
     hidden = jax.jit(lambda tokens: model.apply(base, tokens, method="hidden").mean(1))
     windows = {name: windows_of(texts[name].train, time_, (40,), rng) for name in names}
@@ -210,7 +212,7 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     }
     last = last_logits(model)
     scores = {
-        part: [scorer(last, word_choice(getattr(texts[name], part), cfg, size.questions, seed=seed)) for name in unseen]
+        part: [scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed)) for name in unseen]
         for part in ("select", "test")
     }
 

@@ -44,7 +44,7 @@ class Setting:
     compute: str = "float32"
 
 
-SETTINGS = {"cpu": Setting(128, 64), "gpu": Setting(4000, 512, "bfloat16"), "smoke": Setting(12, 16)}
+SETTINGS = {"cpu": Setting(200, 64), "gpu": Setting(4000, 512, "bfloat16"), "smoke": Setting(12, 16)}
 
 
 def arms(setting: Setting, seed: int) -> dict[str, Config]:

@@ -61,7 +61,7 @@ class Gpt(nnx.Module):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """[batch, time, width], what the output table reads; its mean over time describes a text."""
-        x = jnp.take(self.table[...], tokens, axis=0) + self.position[...][: tokens.shape[1]]
+        x = self.table[...][tokens] + self.position[...][: tokens.shape[1]]
         return self.norm(scan(self.blocks, x))
 
 

@@ -44,7 +44,7 @@ class Functional:
         return jax.jit(make, out_shardings=place and {p: place[p] for p in wanted})(key)
 
     def apply(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Call a method of the module on these parameters.
+        """Call a method of the module on these parameters, arrays of JAX or NumPy (which no tracer could index).
 
         Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself would take any of them.
         """
@@ -55,7 +55,7 @@ class Functional:
         for path, leaf in self.spec.items():
             if tuple(params[path].shape) != leaf.shape:
                 raise ValueError(f"{path}: shape {tuple(params[path].shape)}, the model has {leaf}")
-        module = nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[path] for path in self.spec]))
+        module = nnx.merge(self._graph, jax.tree.unflatten(self._tree, [jnp.asarray(params[path]) for path in self.spec]))
         return getattr(module, method)(*args, **kwargs)
 
 
