@@ -11,7 +11,7 @@ judged at 0, 1, 5 and 25 steps of fine-tuning, beside random, shared and zoo-mea
 with noise, and ridge alone. Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing
 rows stay in.
 
-The size `cpu` is cut for one core: 2,000 MLPs or 100 CNNs a zoo, small generators, 20 targets. The MLPs took 30 s of CPU an arm, two
+The size `cpu` is cut for one core: 2,000 MLPs or 200 CNNs a zoo, small generators, 20 targets. The MLPs took 30 s of CPU an arm, two
 thirds of it compiling; the CNNs and the size `gpu` have not run yet.
 """
 
@@ -79,7 +79,7 @@ SIZES = {
     "smoke": _size(
         20, 10, 8, {"mlp": 3, "cnn": 3}, 16, {"mlp": 3, "cnn": 3}, 2, DenoiserConfig(width=16, layers=1, heads=2, hidden=16), 8, at_once=1
     ),
-    "cpu": _size(2000, 100, 100, {"mlp": 200, "cnn": 60}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
+    "cpu": _size(2000, 200, 100, {"mlp": 200, "cnn": 100}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
     "gpu": _size(
         4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, {"mlp": 20_000, "cnn": 20_000}, 100, DenoiserConfig(384, 8, 6, 1536), 128
     ),

@@ -90,7 +90,10 @@ def main() -> None:
     args = parser.parse_args()
     size, rows = SIZES[args.size], []
     if args.json and args.json.exists():
-        rows = [row for row in json.loads(args.json.read_text())["rows"] if row["seed"] in args.seeds]
+        stored = json.loads(args.json.read_text())
+        if stored["size"] != asdict(size):
+            parser.error(f"{args.json} is of another size: name another file, or remove it")
+        rows = [row for row in stored["rows"] if row["seed"] in args.seeds]
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue
@@ -103,10 +106,15 @@ def main() -> None:
             }
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(made | {"size": asdict(size), "rows": rows}, indent=2) + "\n")
-    print(f"\n{'':<52}{'select':>10}{'test':>10}   (share of right words, mean over seeds)")
+    print("\n| share of right words, %, mean and deviation over seeds | select | test |\n|---|---|---|")
     for name in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == name]
-        print(f"{name:<52}" + "".join(f"{np.mean([r.get(part, np.nan) for r in mine]):>10.3f}" for part in ("select", "test")))
+        print(f"| {name} | {spread(mine, 'select')} | {spread(mine, 'test')} |")
+
+
+def spread(rows: list[dict[str, Any]], part: str) -> str:
+    values = [100 * row[part] for row in rows if part in row]
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "".join(f"{v:.1f}" for v in values)
 
 
 def explore(size: Size, seed: int) -> list[dict[str, Any]]:
