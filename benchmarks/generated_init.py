@@ -7,9 +7,9 @@
 (2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared initialisation, from random ones, and from
 random ones with matched neurons. Generators are told 5 pictures of each class in the task's order: diffusion of all weights, and a ridge
 map (the prior) with diffusion of what it leaves. Targets hold the last two classes, which no zoo network has seen together. Networks are
-judged at 0, 1, 5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network, a zoo network
-with noise, and ridge alone. Every arm of every seed is saved when it is done, and a run that is stopped goes on with the next; losing
-rows stay in.
+judged at 0, 1, 5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network and it with noise,
+averages and densities of the zoo, ridge and a hypernetwork. Every arm of every seed is saved when it is done, and a run that is stopped
+goes on with the next; losing rows stay in.
 
 The size `cpu` is cut for one core: 2,000 MLPs or 200 CNNs a zoo, small generators, 20 targets. The MLPs took 30 s of CPU an arm, two
 thirds of it compiling; the CNNs and the size `gpu` have not run yet.
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cache, partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from common.train.loop import Run
 from common.train.mesh import start
 from common.train.optim import OptimConfig
 from weightgen import align
-from weightgen.baselines import Ridge, nearest_model, noisy
+from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
 from weightgen.codec import gate
 from weightgen.data import Bank, Projection
 from weightgen.denoiser import DenoiserConfig
@@ -49,7 +50,7 @@ from weightgen.train import LoopConfig, fit, generator_batches
 from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
 
 BUDGETS = (0, 1, 5, 25)  # steps of fine-tuning
-HIDDEN = {"mlp": ("hidden",), "cnn": ("first", "second", "hidden")}  # units that may be permuted; a third-layer channel is tied to cells
+HIDDEN = {"mlp": ("hidden",), "cnn": ("first", "second", "third", "hidden")}  # units that may be permuted
 SHOTS = 5
 
 
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     size, rows = SIZES[args.size], []
+    digest = sha256(repr(size).encode()).hexdigest()[:8]  # arms of another size are other arms
     args.runs.mkdir(parents=True, exist_ok=True)
     # The arms compile the same programs; once is enough.
     jax.config.update("jax_compilation_cache_dir", str(args.runs / "compiled"))
@@ -119,7 +121,7 @@ def main() -> None:
         for seed in args.seeds:
             networks = cache(partial(population, size, world, kind, seed))  # the random ones serve two arms
             for begin, prior in itertools.product(("shared", "random", "aligned"), args.priors):
-                done = args.runs / f"{args.size}-{kind}-{begin}-{prior}-{seed}.json"
+                done = args.runs / f"{args.data.name}-{digest}-{kind}-{begin}-{prior}-{seed}.json"
                 if not done.exists():
                     found = arm(size, world, kind, begin, prior, seed, networks, args.runs / done.stem)
                     done.write_text(json.dumps(found, indent=2) + "\n")
@@ -256,9 +258,13 @@ def arm(
     key = jax.random.key(seed)
     samples = np.stack([np.asarray(draw(params, support, there, key, np.arange(n) + i * n)) for i in range(SAMPLES)])
     shuffled = np.asarray(draw(params, np.roll(support, 1, axis=1), there, key, np.arange(n)))
-    told = world.told.draw(classes, SHOTS, rng).mean(2)
+    seen = world.told.draw(classes, SHOTS, rng)
+    latents = np.asarray(generator.apply(params, tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
+    density = kde(latents.reshape(len(latents), -1), n, rng).reshape(n, *latents.shape[1:])
+    told = seen.mean(2)
     condition = support.mean(2).reshape(n, -1)
     ridge = Ridge.fit(told.reshape(len(told), -1), tokens.reshape(len(tokens), -1), classes[:, 0])
+    hyper = hypernetwork(told.reshape(len(told), -1), tokens.reshape(len(tokens), -1), seed)
     near = nearest_model(condition, told.reshape(len(told), -1), tokens)
 
     like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.spec.items()}
@@ -283,7 +289,11 @@ def arm(
         "random zoo network": tokens[rng.integers(len(tokens), size=n)],
         "nearest zoo network": near,
         "nearest zoo network + 0.06 noise": near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
+        "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng)),
+        "Gaussian of each weight": spec.padded(gaussian(zoo.weights, n, rng)),
+        "kernel density of the codec's latents": np.asarray(generator.apply(params, density, support, there, method="decode")),
         "ridge": ridge(condition).reshape(near.shape),
+        "hypernetwork": hyper(condition).reshape(near.shape),
         "generated": samples[0],
         "generated, 8 averaged": samples.mean(0),
         "generated, best of 8 by selection set": samples[by_select.argmax(0), np.arange(n)],
@@ -312,7 +322,7 @@ def arm(
     theirs = np.stack([labels(np.broadcast_to(tokens[i], near[:5].shape), xt[:5]) for i in some[:30]]) != yt[:5]
     distances = {
         "generated": nearest_distance(flat(spec, drawn), zoo.weights),
-        "within the zoo": nearest_distance(zoo.weights[:200], zoo.weights[:200], skip_self=True),
+        "within the zoo": nearest_distance(zoo.weights[:200], zoo.weights, skip_self=True),
         "zoo network + 0.06 noise": nearest_distance(noisy(zoo.weights[:50], 0.06, rng), zoo.weights),
     }
     lap("report")

@@ -1,12 +1,13 @@
 """What a generator of weights has to beat. Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Heads = np.ndarray
 PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
@@ -72,6 +73,33 @@ class Ridge:
 
     def __call__(self, condition: np.ndarray) -> np.ndarray:
         return (with_bias(condition) @ self.matrix).astype(np.float32)
+
+
+def hypernetwork(
+    condition: np.ndarray, weights: np.ndarray, seed: int = 0, *, hidden: int = 256, steps: int = 1000
+) -> Callable[[Any], np.ndarray]:
+    """A network of one hidden layer from condition to weights, [n, in] -> [n, out]: squared error of standardised weights, Adam."""
+    mean, std = weights.mean(0), weights.std(0) + 1e-6
+    centre, spread = condition.mean(0), condition.std(0) + 1e-6
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = ((condition.shape[1], hidden), (hidden, weights.shape[1]))
+    params = [(jax.random.normal(key, size) / size[0] ** 0.5, jnp.zeros(size[1])) for key, size in zip(keys[:2], sizes, strict=True)]
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+
+    def apply(params: Any, x: Any) -> jax.Array:
+        (up, a), (down, b) = params
+        return jax.nn.relu(x @ up + a) @ down + b
+
+    def step(carry: Any, rows: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        grads = jax.grad(lambda p: jnp.mean(jnp.square(apply(p, x[rows]) - y[rows])))(params)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    x, y = (jnp.asarray(a, jnp.float32) for a in ((condition - centre) / spread, (weights - mean) / std))
+    rows = jax.random.randint(keys[2], (steps, min(128, len(x))), 0, len(x))
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, rows))((params, optimizer.init(params)))
+    return lambda told: np.asarray(apply(params, jnp.asarray((told - centre) / spread, jnp.float32)) * std + mean, np.float32)
 
 
 def row_condition(mean: Any) -> Any:

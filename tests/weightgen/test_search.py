@@ -41,7 +41,7 @@ def test_adapters_of_a_checkpoint(rng):
         canonical_tensors({"m.q.lora_A.weight": tensors["m.q.lora_A.weight"]})
 
 
-@pytest.mark.parametrize(("kind", "axes"), [("mlp", ["hidden"]), ("cnn", ["first", "second", "hidden"])])
+@pytest.mark.parametrize(("kind", "axes"), [("mlp", ["hidden"]), ("cnn", ["first", "second", "third", "hidden"])])
 def test_matching_finds_a_permutation_back(kind, axes, rng):
     model = net(NetConfig(kind, 8 if kind == "mlp" else 1))
     tree = {path: rng.standard_normal(leaf.shape) for path, leaf in model.spec.items()}
@@ -127,6 +127,16 @@ def test_ridge_is_penalised_by_classes_it_has_not_seen(rng):
     unrelated = baselines.Ridge.fit(x, answer[classes], classes, (1e-3, 1e6))
     related = baselines.Ridge.fit(x, x[:, :3], classes, (1e-3, 1e6))
     assert unrelated.penalty == 1e6 and related.penalty == 1e-3
+
+
+def test_a_hypernetwork_bends_where_ridge_cannot(rng):
+    told = rng.uniform(-2, 2, (600, 2)).astype(np.float32)
+    weights = np.stack([np.abs(told[:, 0]), told[:, 1], np.full(600, 3)], axis=1)
+    unseen, groups = rng.uniform(-2, 2, (200, 2)).astype(np.float32), np.arange(600)
+    right = np.stack([np.abs(unseen[:, 0]), unseen[:, 1], np.full(200, 3)], axis=1)
+    fits = baselines.hypernetwork(told, weights), baselines.Ridge.fit(told, weights, groups)
+    bent, straight = (np.square(fit(unseen) - right).mean() for fit in fits)
+    assert bent < 0.01 < 0.1 < straight
 
 
 def test_prototypes_and_discriminants_are_nearest_means(rng):
