@@ -1,6 +1,6 @@
 """What of TinyCLIP helps, on the embedded emoji: losses, inheritance by rule and by masks, one stage and two, at 50 and 25 % of the blocks.
 
-    python benchmarks/tinyclip.py --out runs/benchmark --json benchmarks/results/tinyclip.json
+    python benchmarks/tinyclip.py --out runs/benchmark --json benchmarks/results/tinyclip_cpu.json
     python benchmarks/tinyclip.py --setting gpu --out runs/benchmark_gpu --json ...
 
 Every arm has the same teacher (the embedded one), data, batch and number of steps; an arm in two stages has half of them in each, a mask

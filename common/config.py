@@ -47,7 +47,8 @@ def is_recipe(name: str) -> bool:
 def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     """The config of a shipped recipe or of a file, with fields overridden by flags (`--optim.lr 3e-4`).
 
-    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, and a wrong flag.
+    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, and a flag that is wrong or, as `cfg.idle()`
+    says of some, would do nothing.
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
@@ -68,6 +69,10 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
             line, what = error.lineno, error.msg
         what = " ".join(what.split())  # one line, whatever was raised
         raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; mend the recipe") from error
+    for flag in flags:
+        for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
+            if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
+                raise InputError(f"{flag} does nothing in this recipe, {why}")
     return parse(cfg, flags, f"heirloom train {name}", module.__doc__)
 
 

@@ -111,11 +111,9 @@ HF = Layout(
     ignore=("*_model.embeddings.position_ids",),
 )
 
-# The mask and the three integers are buffers of OpenAI's archives and of older releases.
+# Batch norm's counters; the mask and the three integers are buffers of OpenAI's archives and of older releases.
 _BUFFERS = ("**num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
-OPEN_CLIP = _open_clip(
-    "open_clip", "visual.", "", "logit_scale", ("attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
-)
+OPEN_CLIP = _open_clip("open_clip", "visual.", "", "logit_scale", _BUFFERS)
 
 # A training file carries the parameters of the learned masks beside the weights.
 _TRAINED = ("**l0_module**", "**num_batches_tracked", "_text_encoder.attn_mask")

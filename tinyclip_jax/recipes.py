@@ -27,30 +27,31 @@ AUTO_STAGES = (
 RESNET_OPTIMIZER = OptimConfig(lr=1e-4, warmup=2000, b2=0.999, eps=1e-8)
 
 
-def laion(*, top1: float, **fields: Any) -> Config:
+def laion(**fields: Any) -> Config:
     """On LAION-400M as img2dataset shards, batch 8192."""
-    return _published("laion400m/*.tar", 8192, top1, **fields)
+    return _published("laion400m/*.tar", 8192, **fields)
 
 
-def yfcc(*, top1: float, **fields: Any) -> Config:
+def yfcc(**fields: Any) -> Config:
     """On YFCC-15M, batch 4096 (as users of the release have it), 25 epochs."""
-    return _published("yfcc15m/*.tar", 4096, top1, steps=91_552, **fields)
+    return _published("yfcc15m/*.tar", 4096, steps=91_552, **fields)
 
 
-def _published(data: str, batch: int, top1: float, **fields: Any) -> Config:
+def _published(data: str, batch: int, **fields: Any) -> Config:
     settings: dict[str, Any] = {
         "data": SourceConfig(data),
         "pipeline": PipelineConfig(batch=batch, workers=16),
         "optim": OptimConfig(lr=1e-4, warmup=2000),
         "step": StepConfig(compute="bfloat16"),
         "mesh": MeshConfig(data=-1, fsdp=8),
-        "published": {"top1": top1},
     }
     cfg = Config(**settings | fields)
-    stages = tuple(replace(stage, student=recomputed(stage.student)) for stage in cfg.stages)
-    return replace(cfg, student=recomputed(cfg.student), stages=stages)
+    if cfg.stages:
+        return replace(cfg, stages=tuple(replace(stage, student=recomputed(stage.student)) for stage in cfg.stages))
+    return replace(cfg, student=recomputed(cfg.student))
 
 
 def recomputed(student: ClipConfig) -> ClipConfig:
-    """Each block again in the backward pass, as in the release. Where memory is left, `--student.remat none` is a quarter less work."""
+    """Each block again in the backward pass, as in the release. Where memory is left, `--student.remat none` (of a stage
+    `--stages.0.student.remat none`) is a quarter less work."""
     return replace(student, remat="full")

@@ -72,7 +72,8 @@ class LossConfig:
     teacher_scale: float | None = 50.0
     """The teacher's similarity scale; None: what its checkpoint says."""
     first_scale: Literal["fixed", "initial"] = "fixed"
-    """Scale of the very first step: "initial" is 1/0.07, as in the released code, which fixes it only after a step."""
+    """Scale of the very first step: "initial" is 1/0.07, as in the released code, which fixes it only after a step (with masks the
+    donor's, as all else)."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,10 @@ class Config:
     masks: MaskConfig = field(default_factory=MaskConfig)
     """Automatic inheritance: `student` is the original model, learned masks decide what of it stays."""
     stages: tuple[Stage, ...] = ()
-    """Progressive distillation: each stage inherits from the model of the one before it, all have the same teacher."""
+    """Progressive distillation: each stage inherits from the model of the one before it, all have the same teacher. Each has its own
+    student, steps, warm-up and masks."""
     stage: int = 0
     """The one stage to run; 0: all in turn, from the first that is not finished."""
-    published: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the paper to print beside ours, by metric."""
 
     def train(self, directory: Path) -> None:
         for cfg, folder in self._in_turn(directory):
@@ -146,6 +146,11 @@ class Config:
 
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.stages[-1].student if self.stages else self.student
+
+    def idle(self) -> dict[str, str]:
+        """Fields that do nothing here, and what to set instead."""
+        each = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
+        return {field: f"each stage has its own: set --stages.0.{name}" for field, name in each.items()} if self.stages else {}
 
     def _in_turn(self, directory: Path) -> Iterator[tuple["Config", Path]]:
         """The config and folder of each stage to run. Raises InputError for a stage that is none, or whose donor is not there yet."""
@@ -183,6 +188,8 @@ def train(cfg: Config, directory: Path) -> None:
     """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
+    if cfg.masks.round_to < 1:
+        raise InputError(f"masks.round_to is {cfg.masks.round_to}: widths are rounded to a multiple of 1 or more")
     if cfg.masks.prune_step and cfg.masks.prune_step >= cfg.steps:
         raise InputError(f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: leave some for the model that is cut")
     if run.finished(cfg.steps):
@@ -392,6 +399,10 @@ def loss_fn(cfg: Config, student: Functional | Masked, teacher: Donor | Outline 
 
     if cfg.step.accumulate > 1:
         raise InputError("step.accumulate compares pairs within micro-batches only, TinyCLIP's loss needs the whole batch: set it to 1")
+    if not 0 <= cfg.loss.alpha <= 1:
+        raise InputError(f"loss.alpha is {cfg.loss.alpha}: the share of affinity mimicking lies between 0 and 1")
+    if cfg.loss.teacher_scale is not None and cfg.loss.teacher_scale <= 0:
+        raise InputError(f"loss.teacher_scale is {cfg.loss.teacher_scale}: a scale is above 0 (the release has 50)")
     if cfg.loss.alpha > 0 and not cfg.teacher:
         raise InputError('loss.alpha is above 0 but there is no teacher: give teacher a SOURCE or "embeddings", or set loss.alpha to 0')
     if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (cfg.student.image.size, cfg.student.text.context):
@@ -456,7 +467,7 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
     if cfg.masks.prune_step:
         masks = initial_masks(donor.cfg if donor else cfg.student, cfg.student)
         params, model = params | deterministic_gates(masks, cfg.masks.round_to), Masked(student)
-    return retrieval_on(cfg.held_out, model, inputs.pre, inputs.tokenizer, cfg.student, mesh)(params).rows(cfg.published)
+    return retrieval_on(cfg.held_out, model, inputs.pre, inputs.tokenizer, cfg.student, mesh)(params).rows()
 
 
 def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     heirloom train tinyclip/emoji_auto --run runs/emoji_auto
 
-Two stages of 200 steps, for two CPU cores. Deviation: the masks' rate is ten times the release's, whose phase is 3,000 steps and more, and
+Two stages of 200 steps, for two CPU cores, a few minutes. Deviation: the masks' rate is ten times the release's, whose phase is 3,000 steps and more, and
 without momentum, which in so short a phase would close far more gates than wanted.
 """
 
@@ -21,7 +21,6 @@ def get_config() -> Config:
         joint=256,
     )
     return Config(
-        student=whole,
         teacher="embedded:emoji",
         donor="embedded:emoji",
         data=SourceConfig("emoji", split="train"),

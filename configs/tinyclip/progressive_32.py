@@ -14,4 +14,4 @@ from tinyclip_jax.zoo import LAION_B_32, STUDENTS
 
 def get_config() -> Config:
     stages = (Stage(STUDENTS["vit_61m_32"], STEPS_75), Stage(STUDENTS["vit_40m_32"], STEPS_50))
-    return laion(teacher=LAION_B_32, donor=LAION_B_32, stages=stages, top1=59.8)
+    return laion(teacher=LAION_B_32, donor=LAION_B_32, stages=stages)

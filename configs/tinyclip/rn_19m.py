@@ -13,4 +13,4 @@ from tinyclip_jax.zoo import OPENAI_RN50, STUDENTS
 
 def get_config() -> Config:
     models = {"student": STUDENTS["rn_19m"], "teacher": OPENAI_RN50, "donor": "runs/rn_30m/model"}
-    return laion(**models, optim=RESNET_OPTIMIZER, steps=2 * STEPS_75, top1=56.4)
+    return laion(**models, optim=RESNET_OPTIMIZER, steps=2 * STEPS_75)

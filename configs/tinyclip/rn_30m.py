@@ -14,4 +14,4 @@ from tinyclip_jax.zoo import OPENAI_RN50, STUDENTS
 
 def get_config() -> Config:
     models = {"student": STUDENTS["rn_30m"], "teacher": OPENAI_RN50, "donor": OPENAI_RN50}
-    return laion(**models, optim=RESNET_OPTIMIZER, steps=STEPS_75, top1=59.1)
+    return laion(**models, optim=RESNET_OPTIMIZER, steps=STEPS_75)

@@ -13,4 +13,4 @@ from tinyclip_jax.zoo import OPENAI_B_16, STUDENTS
 
 
 def get_config() -> Config:
-    return yfcc(student=STUDENTS["vit_39m_16"], teacher=OPENAI_B_16, donor=OPENAI_B_16, top1=63.5)
+    return yfcc(student=STUDENTS["vit_39m_16"], teacher=OPENAI_B_16, donor=OPENAI_B_16)

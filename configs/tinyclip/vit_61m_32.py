@@ -12,4 +12,4 @@ from tinyclip_jax.zoo import LAION_B_32, STUDENTS
 
 
 def get_config() -> Config:
-    return laion(student=STUDENTS["vit_61m_32"], teacher=LAION_B_32, donor=LAION_B_32, steps=STEPS_75, top1=62.4)
+    return laion(student=STUDENTS["vit_61m_32"], teacher=LAION_B_32, donor=LAION_B_32, steps=STEPS_75)

@@ -108,6 +108,54 @@ def test_masked_and_pruned_compute_the_same(small, pruned, params, images, token
     assert np.abs(masked - outputs(functional(Clip, cfg), params, images, tokens)).max() > 0.1
 
 
+def test_where_gates_act_is_as_written_out(small, params, images, tokens):
+    """The forward pass of the release, towers in plain sums: gates behind positions, heads, hidden units and both outputs, never on a norm's
+    result or a projection."""
+    cfg, leaves = small
+    gates = masks.deterministic_gates(leaves)
+
+    def norm(x, path, open_, i=...):
+        x = x[..., open_]
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        out = np.zeros((*x.shape[:-1], len(open_)))
+        out[..., open_] = y * params[f"{path}/scale"][i][open_] + params[f"{path}/bias"][i][open_]
+        return out
+
+    def tower(name, x, causal):
+        width, blocks = gates[f"masks/{name}/embed"], f"{name}/blocks"
+        open_ = width != 0
+        x = x * width
+        x = norm(x, "image/pre_norm", open_) if name == "image" else x
+        for i in range(len(gates[f"masks/{name}/head"])):
+            leaf = {path.removeprefix(f"{blocks}/"): value[i] for path, value in params.items() if path.startswith(blocks)}
+            y = norm(x, f"{blocks}/attn_norm", open_, i)
+            q, k, v = (np.einsum("bte,ehd->bthd", y, leaf[f"attn/{n}/kernel"]) + leaf[f"attn/{n}/bias"] for n in ("query", "key", "value"))
+            scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+            scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf) if causal else scores
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            heads = np.einsum("bhts,bshd->bthd", weights, v) * gates[f"masks/{name}/head"][i][:, None]
+            x = x + (np.einsum("bthd,hde->bte", heads, leaf["attn/out/kernel"]) + leaf["attn/out/bias"]) * width
+            y = norm(x, f"{blocks}/mlp_norm", open_, i)
+            units = jax.nn.gelu(y @ leaf["mlp/up/kernel"] + leaf["mlp/up/bias"], approximate=False) * gates[f"masks/{name}/hidden"][i]
+            x = x + (units @ leaf["mlp/down/kernel"] + leaf["mlp/down/bias"]) * width
+        return norm(x, f"{name}/post_norm", open_)
+
+    size, patch = cfg.image.size, cfg.image.patch
+    n = size // patch
+    cut = np.asarray(images).reshape(len(images), n, patch, n, patch, 3)
+    patches = np.einsum("biyjxc,yxce->bije", cut, params["image/patch/project/kernel"]).reshape(len(images), n * n, -1)
+    position = params["image/position"].reshape(n * n, -1)
+    first = np.broadcast_to(params["image/cls"] + params["image/cls_position"], (len(images), 1, cfg.image.width))
+    image = tower("image", np.concatenate([first, patches + position], axis=1), causal=False)[:, 0] @ params["image/projection/kernel"]
+    words = params["text/token/table"][tokens] + params["text/position"]
+    last = np.asarray(tokens).argmax(1)
+    text = tower("text", words, causal=True)[np.arange(len(tokens)), last] @ params["text/projection/kernel"]
+    expected = np.concatenate([x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)], axis=1)
+    found = outputs(Masked(functional(Clip, cfg)), params | gates, images, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_the_legacy_flags_are_the_defects_of_the_release(small, params, images, tokens):
     cfg, leaves = small
     gates = masks.deterministic_gates(leaves)

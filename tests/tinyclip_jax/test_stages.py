@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from common import config
@@ -115,16 +116,27 @@ def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_
     replace(recipe, stage=2).train(whole)  # finished: exits at once
 
 
+@pytest.mark.parametrize("flag", ["--steps=1000", "--student.remat", "--masks.round_to", "--optim.warmup"])
+def test_a_flag_that_every_stage_has_for_itself_is_refused(flag):
+    with pytest.raises(InputError, match=rf"{flag} does nothing in this recipe, each stage has its own: set --stages\.0\.[a-z]+$"):
+        config.load("tinyclip/auto_63m_32", [flag, "none"])
+    assert config.load("tinyclip/auto_63m_32", ["--stages.0.steps", "7"]).in_stage(1, "").steps == 7
+
+
 def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
     spec = {"image/cls": functional(Clip, TEACHER).spec["image/cls"]} | mask_spec(TEACHER)
     cfg = replace(recipe, masks=FAST, optim=OptimConfig(lr=1e-3, clip=1.0, weight_decay=0.0))
     params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in spec.items()}
     gradients = {path: np.ones(leaf.shape, np.float32) for path, leaf in spec.items()}
     optimizer = mask_optimizer(cfg, spec)
-    updates = jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params)[0])()
+    updates, state = jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params))()
     assert float(updates["masks/image/linear"]) == pytest.approx(1.5, rel=1e-3)  # Adam's first step: the rate, up
     np.testing.assert_allclose(updates["masks/text/head"], -1.5, rtol=1e-3)
     np.testing.assert_allclose(updates["image/cls"], -1e-3 / 6, rtol=1e-2)
+    # Adam's first step is blind to the size of gradients, its moments are not: a tenth of what is clipped to one over all leaves.
+    moments = [moment for _, moments in optax.tree.get_all_with_path(state, "mu") for moment in jax.tree.leaves(moments)]
+    assert sum(m.size for m in moments) == sum(p.size for p in params.values())
+    assert np.sqrt(sum(float((m**2).sum()) for m in moments)) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_what_cannot_be_pruned_is_said(recipe, tmp_path):
