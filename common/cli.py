@@ -318,6 +318,8 @@ def _eval(args: argparse.Namespace) -> None:
         how = (row["protocol"],) if protocol else ()
         out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
     Console().print(out)
+    for name in dict.fromkeys(row["published_of"] for row in rows if "published_of" in row):
+        print(f"published: {name}")
     _write_json(args, {"rows": rows})
 
 

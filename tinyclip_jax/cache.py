@@ -3,6 +3,7 @@
 The student then sees every picture as the teacher did: centre crop, first caption, no tags (`augment` is "none").
 """
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tinyclip_jax.evaluate import BATCH, Setup
 PREFIX = "cache:"
 TARGETS = ("teacher_image", "teacher_text")
 ABOUT = "cache.json"
+SOME, CONTEXT = 64, 77  # captions, and how much of each, by which data and tokenizer are known again
 
 
 def write(folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre: Preprocess, tokenizer: Tokenizer, mesh: Mesh) -> Any:
@@ -56,9 +58,12 @@ def write(folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre:
 
 def _about(source: Source, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer) -> dict[str, Any]:
     """What has to be the same for the embeddings to be those of these records."""
-    last = source[len(source) - 1]
-    same = {"records": len(source), "path": data.path, "split": data.split, "first": source[0]["key"], "last": last["key"]}
-    return same | {"size": pre.size, "mean": list(pre.mean), "std": list(pre.std), "vocabulary": tokenizer.vocab_size}
+    some = [source[int(i)] for i in np.linspace(0, len(source) - 1, min(SOME, len(source)))]
+    captions = [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in some]
+    same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
+    same |= {"records": len(source), "first": some[0]["key"], "last": some[-1]["key"]}
+    seen = {"size": pre.size, "mean": list(pre.mean), "std": list(pre.std), "interpolation": pre.interpolation}
+    return same | seen | {"tokens": sha256(tokenizer(captions, CONTEXT).tobytes()).hexdigest()[:16]}
 
 
 class Cached:

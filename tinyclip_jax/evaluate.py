@@ -43,11 +43,10 @@ class Scored:
         means = {name: value for name, value in self.metrics.items() if "_to_" not in name}
         return means or dict(self.metrics)
 
-    def rows(self, published: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-        """One row per metric, with the published value beside it where there is one. Shares are in percent."""
-        known = published or {}
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per metric. Shares are in percent."""
         return [
-            {"dataset": self.dataset, "metric": name, "value": 100 * value, "published": known.get(name), "n": self.n}
+            {"dataset": self.dataset, "metric": name, "value": 100 * value, "published": None, "n": self.n}
             for name, value in self.metrics.items()
         ]
 

@@ -167,9 +167,11 @@ def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
         width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         joint = tensors[f"{image}proj"].shape[1]
         grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
+        image_tower = ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width))
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
-    image_tower = ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width))
+    except (ValueError, IndexError) as error:  # names without the number of a layer, tensors with other axes
+        raise InputError(f"its tensors are not those of a CLIP with ViT and text towers ({error})") from error
     return ClipConfig(image_tower, text_tower, joint=joint)
 
 
@@ -207,7 +209,7 @@ def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tenso
             for name in ("ln_1.weight", "ln_1.bias", "attn.out_proj.bias"):
                 key = f"{prefix}transformer.resblocks.{i}.{name}"
                 if not heads and key not in tensors:
-                    tensors[key] = np.zeros(c.width, tensors[f"{prefix}transformer.resblocks.{i}.ln_2.weight"].dtype)
+                    tensors[key] = np.zeros(c.width, next(iter(tensors.values())).dtype)
     return tensors
 
 

@@ -47,7 +47,7 @@ class ImageConfig:
     @property
     def grid(self) -> int:
         """Patches along a side. Raises InputError when they do not fill the picture."""
-        if self.size % self.patch:
+        if self.patch < 1 or self.size % self.patch:
             raise InputError(f"patches of {self.patch} px do not fill pictures of {self.size} px: change image.size or image.patch")
         return self.size // self.patch
 

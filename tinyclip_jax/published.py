@@ -1,57 +1,73 @@
 """Published numbers, by the model's size: millions of parameters of the image tower and of the text tower without its token table.
 
-The students' are of the README of the release, their throughput on a GPU it does not name; the teachers' are of open_clip's
-tables of results.
+A size does not tell what a model was trained on, so the name of the published one goes with its numbers. The students' are of the README
+of the release, their throughput in half precision on a GPU it does not name; the teachers' are of open_clip's tables of results.
 """
 
-PUBLISHED: dict[tuple[int, int], dict[str, float]] = {
-    (39, 19): {"imagenet/top1": 63.5, "throughput/pairs_per_second": 1469},
-    (8, 3): {"imagenet/top1": 41.1, "throughput/pairs_per_second": 4150},
-    (30, 29): {"imagenet/top1": 59.1, "throughput/pairs_per_second": 1811},
-    (19, 19): {"imagenet/top1": 56.4, "throughput/pairs_per_second": 3024},
-    (61, 29): {"imagenet/top1": 62.4, "throughput/pairs_per_second": 3191},
-    (40, 19): {"imagenet/top1": 59.8, "throughput/pairs_per_second": 4641},
-    # Automatic models, LAION-400M; 64.5 and 62.7 on LAION+YFCC-400M.
-    (63, 31): {"imagenet/top1": 63.9, "throughput/pairs_per_second": 2905},
-    (45, 18): {"imagenet/top1": 61.4, "throughput/pairs_per_second": 3682},
-    (22, 10): {"imagenet/top1": 53.7, "throughput/pairs_per_second": 5504},
-    # ViT-B/32 laion2b_e16
-    (88, 38): {
-        "imagenet/top1": 65.65,
-        "imagenet-v2/top1": 57.39,
-        "imagenet-a/top1": 26.15,
-        "imagenet-r/top1": 75.88,
-        "imagenet-sketch/top1": 52.87,
-        "objectnet/top1": 48.77,
-        "flickr30k/text_to_image_r1": 66.4,
-        "flickr30k/image_to_text_r1": 84.4,
-        "coco/text_to_image_r1": 39.1,
-        "coco/image_to_text_r1": 56.2,
-    },
-    # ViT-B/16 openai
-    (86, 38): {
-        "imagenet/top1": 68.34,
-        "imagenet-v2/top1": 61.88,
-        "imagenet-a/top1": 49.95,
-        "imagenet-r/top1": 77.70,
-        "imagenet-sketch/top1": 48.24,
-        "objectnet/top1": 55.31,
-        "flickr30k/text_to_image_r1": 62.2,
-        "flickr30k/image_to_text_r1": 82.2,
-        "coco/text_to_image_r1": 33.1,
-        "coco/image_to_text_r1": 52.4,
-    },
-    # RN50 openai
-    (38, 38): {
-        "imagenet/top1": 59.82,
-        "imagenet-v2/top1": 52.84,
-        "imagenet-a/top1": 23.27,
-        "imagenet-r/top1": 60.73,
-        "imagenet-sketch/top1": 35.44,
-        "objectnet/top1": 41.41,
-        "flickr30k/text_to_image_r1": 57.4,
-        "flickr30k/image_to_text_r1": 80.0,
-        "coco/text_to_image_r1": 28.5,
-        "coco/image_to_text_r1": 48.8,
-    },
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """A model's name, and its numbers by `dataset/metric`."""
+
+    name: str
+    numbers: dict[str, float]
+
+
+PUBLISHED: dict[tuple[int, int], Published] = {
+    (39, 19): Published("TinyCLIP-ViT-39M-16-Text-19M, YFCC-15M", {"imagenet/top1": 63.5, "throughput/pairs_per_second": 1469}),
+    (8, 3): Published("TinyCLIP-ViT-8M-16-Text-3M, YFCC-15M", {"imagenet/top1": 41.1, "throughput/pairs_per_second": 4150}),
+    (30, 29): Published("TinyCLIP-ResNet-30M-Text-29M, LAION-400M", {"imagenet/top1": 59.1, "throughput/pairs_per_second": 1811}),
+    (19, 19): Published("TinyCLIP-ResNet-19M-Text-19M, LAION-400M", {"imagenet/top1": 56.4, "throughput/pairs_per_second": 3024}),
+    (61, 29): Published("TinyCLIP-ViT-61M-32-Text-29M, LAION-400M", {"imagenet/top1": 62.4, "throughput/pairs_per_second": 3191}),
+    (40, 19): Published("TinyCLIP-ViT-40M-32-Text-19M, LAION-400M", {"imagenet/top1": 59.8, "throughput/pairs_per_second": 4641}),
+    # On LAION+YFCC-400M 64.5 and 62.7.
+    (63, 31): Published("TinyCLIP-auto-ViT-63M-32-Text-31M, LAION-400M", {"imagenet/top1": 63.9, "throughput/pairs_per_second": 2905}),
+    (45, 18): Published("TinyCLIP-auto-ViT-45M-32-Text-18M, LAION-400M", {"imagenet/top1": 61.4, "throughput/pairs_per_second": 3682}),
+    (22, 10): Published("TinyCLIP-auto-ViT-22M-32-Text-10M, LAION-400M", {"imagenet/top1": 53.7, "throughput/pairs_per_second": 5504}),
+    (88, 38): Published(
+        "ViT-B/32, laion2b_e16",
+        {
+            "imagenet/top1": 65.65,
+            "imagenet-v2/top1": 57.39,
+            "imagenet-a/top1": 26.15,
+            "imagenet-r/top1": 75.88,
+            "imagenet-sketch/top1": 52.87,
+            "objectnet/top1": 48.77,
+            "flickr30k/text_to_image_r1": 66.4,
+            "flickr30k/image_to_text_r1": 84.4,
+            "coco/text_to_image_r1": 39.1,
+            "coco/image_to_text_r1": 56.2,
+        },
+    ),
+    (86, 38): Published(
+        "ViT-B/16, openai",
+        {
+            "imagenet/top1": 68.34,
+            "imagenet-v2/top1": 61.88,
+            "imagenet-a/top1": 49.95,
+            "imagenet-r/top1": 77.70,
+            "imagenet-sketch/top1": 48.24,
+            "objectnet/top1": 55.31,
+            "flickr30k/text_to_image_r1": 62.2,
+            "flickr30k/image_to_text_r1": 82.2,
+            "coco/text_to_image_r1": 33.1,
+            "coco/image_to_text_r1": 52.4,
+        },
+    ),
+    (38, 38): Published(
+        "RN50, openai",
+        {
+            "imagenet/top1": 59.82,
+            "imagenet-v2/top1": 52.84,
+            "imagenet-a/top1": 23.27,
+            "imagenet-r/top1": 60.73,
+            "imagenet-sketch/top1": 35.44,
+            "objectnet/top1": 41.41,
+            "flickr30k/text_to_image_r1": 57.4,
+            "flickr30k/image_to_text_r1": 80.0,
+            "coco/text_to_image_r1": 28.5,
+            "coco/image_to_text_r1": 48.8,
+        },
+    ),
 }

@@ -53,6 +53,10 @@ class ResNet(nnx.Module):
     """images: [batch, size, size, 3] to [batch, joint]. train: normalise by the batch, and let the running statistics follow."""
 
     def __init__(self, c: ResNetConfig, joint: int, *, remat: Remat = "none", kernel: Kernel = "xla", rngs: nnx.Rngs):
+        if len(c.blocks) != len(STAGES) or min(c.blocks) < 1:
+            raise InputError(f"image.blocks is {c.blocks}: a ResNet has four stages of one block or more")
+        if c.heads < 1 or c.embed % c.heads:
+            raise InputError(f"{c.heads} heads do not divide the {c.embed} channels that are pooled: change image.heads or image.width")
         half, eps, self.remat = c.width // 2, c.eps, remat
         self.conv1, self.bn1 = Conv(3, half, stride=2, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)
         self.conv2, self.bn2 = Conv(half, half, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)

@@ -29,21 +29,23 @@ from common.evaluate.imagenet import CLASSES, TEMPLATES
 from common.evaluate.probe import probe
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
+from common.train.step import cast
 from tinyclip_jax.evaluate import Scored, Setup, features_of, retrieval_over, setup_of, zeroshot, zeroshot_over
 from tinyclip_jax.model import parameters
-from tinyclip_jax.published import PUBLISHED
+from tinyclip_jax.published import PUBLISHED, Published
 
 PLAIN = ("a photo of a {}.",)
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LABELLED = SourceConfig(text="", columns=("label",))
+CLASSES_OF = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000, "objectnet": 313}
 WARM_UP, TIMED, AT_ONCE = 10, 50, 32  # calls of the throughput's protocol, and examples in each
 
 Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Over the classes whose folders are there: of ImageNet-A and -R 200, of the others all."""
+    """Over the classes whose folders are there: all that `CLASSES_OF` the set there are, or published numbers do not compare."""
     source = FolderSource(folder, LABELLED)
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
@@ -57,8 +59,11 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     """Over the classes that ImageNet has as well, under ObjectNet's own names."""
     label = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
     shared = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
-    source = FolderSource(folder / "images", LABELLED)
+    source = open_source(replace(LABELLED, path=str(folder / "images")))
+    assert isinstance(source, FolderSource)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
+    if not kept:
+        raise InputError(f"{folder / 'images'}: none of its folders is a class that the mappings share with ImageNet")
     names = tuple(label[source.classes[i]].lower() for i in kept)
     return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
 
@@ -86,9 +91,15 @@ class Karpathy:
         if len(files) != 1:
             raise InputError(f"{folder} needs one dataset_*.json of Karpathy's splits, it has {len(files)}")
         self._root = folder / "images"
-        self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
+        try:
+            self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
+            bare = [image["filename"] for image in self._images if not [sentence["raw"] for sentence in image["sentences"]]]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{files[0]} is none of Karpathy's files: {error} is missing in it") from error
         if not self._images:
             raise InputError(f"{files[0]} has no picture of split {split!r}")
+        if bare:
+            raise InputError(f"{files[0]}: {bare[0]} has no caption")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -104,6 +115,7 @@ class Karpathy:
 
 
 def _karpathy(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
+    """Deviation: a caption that a picture has twice is one query; the published protocol asks it twice."""
     return retrieval_over(name, Karpathy(folder), setup)(params)
 
 
@@ -130,9 +142,10 @@ SUITE: dict[str, Scores] = {
 
 
 def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str, Any]]:
-    """Rows {dataset, metric, value, beside, published, n} of every data set in `folder`; of a missing one a row without value.
+    """Rows {dataset, metric, value, beside, published, published_of, n} of every data set in `folder`; of a missing one without value.
 
-    beside: another model, such as the teacher, scored on the same data. Raises InputError when the folder holds none of them, or a data
+    beside: another model, such as the teacher, scored on the same data. published: of the model of this size whose name is published_of;
+    of no data set that lacks classes. Raises InputError when the folder holds none of them, or a data
     set is there and not as it should be.
     """
     if not folder.is_dir():
@@ -145,17 +158,26 @@ def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str
     mesh = start(MeshConfig())
     models = [_score_all(model, there, folder, mesh) for model in (donor, beside) if model]
     published = published_for(donor)
-    rows = []
-    for key, measured in models[0].items():
-        dataset, metric = key
-        known = published.get(f"{dataset}/{metric}")
-        row = {"dataset": dataset, "metric": metric, "value": measured.value, "published": known, "n": measured.n}
-        rows.append(row | ({"beside": models[1][key].value} if beside else {}))
+    partial_ = {name for name in there if name in CLASSES_OF and _folders(folder / name) < CLASSES_OF[name]}
+    rows: list[dict[str, Any]] = []
+
+    def add(dataset: str, metric: str, value: float | None, n: int, **more: Any) -> None:
+        known = published.numbers.get(f"{dataset}/{metric}") if published and dataset not in partial_ else None
+        said = {"published": known} | ({"published_of": published.name} if published and known is not None else {})
+        rows.append({"dataset": dataset, "metric": metric, "value": value, "n": n} | said | more)
+
+    for (dataset, metric), measured in models[0].items():
+        add(dataset, metric, measured.value, measured.n, **({"beside": models[1][dataset, metric].value} if beside else {}))
     for name in SUITE:
         if name not in there:
-            known = next((value for key, value in published.items() if key.startswith(f"{name}/")), None)
-            rows.append({"dataset": name, "metric": "missing", "value": None, "published": known, "n": 0})
+            add(name, "missing", None, 0)
     return rows
+
+
+def _folders(dataset: Path) -> int:
+    """Classes of a data set with a folder for each."""
+    root = dataset / "images" if dataset.name == "objectnet" else dataset
+    return sum(p.is_dir() and not p.name.startswith(".") for p in root.iterdir())
 
 
 @dataclass(frozen=True)
@@ -176,8 +198,12 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
-    """Images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, each awaited."""
+    """Images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, each awaited; matmuls in bfloat16.
+
+    Deviation: on a CPU, where half precision is slower, in float32.
+    """
     c = setup.cfg
+    params = cast(dict(params), "float32" if jax.default_backend() == "cpu" else "bfloat16")
     inputs = {
         "image": np.zeros((AT_ONCE, c.image.size, c.image.size, 3), np.float32),
         "text": np.ones((AT_ONCE, c.text.context), np.int32),
@@ -194,7 +220,7 @@ def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
     return rates | {"pairs_per_second": 1 / sum(1 / rate for rate in rates.values())}
 
 
-def published_for(donor: Donor) -> Mapping[str, float]:
-    """Published numbers, by `dataset/metric`, of the model that has these sizes; none when no published one has."""
+def published_for(donor: Donor) -> Published | None:
+    """The published model that has these sizes, if there is one. What it was trained on may be other data."""
     counts = parameters(donor.source.spec)
-    return PUBLISHED.get((round(counts["image"] / 1e6), round(counts["text"] / 1e6)), {})
+    return PUBLISHED.get((round(counts["image"] / 1e6), round(counts["text"] / 1e6)))

@@ -28,7 +28,12 @@ def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[
 
 
 def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accuracy:
-    """image: [images, joint], classes: [classes, joint], label: [images] int. A tie counts against the right class."""
+    """image: [images, joint], classes: [classes, joint], label: [images] int. A tie counts against the right class.
+
+    Raises InputError for labels that number no class.
+    """
+    if label.dtype.kind not in "iu" or label.min() < 0:
+        raise InputError(f"labels are whole numbers from 0 up, one of the data is {label.min()} ({label.dtype})")
     if label.max() >= len(classes):
         raise InputError(f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in order")
     similarity = image @ classes.T

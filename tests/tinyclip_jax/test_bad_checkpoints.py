@@ -127,6 +127,20 @@ def ours(hf, families, tmp_path):
     return tmp_path / "ours"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({"visual.transformer.resblocks.foo": t["visual.proj"]}),
+        lambda t: t.update({"visual.conv1.weight": t["visual.conv1.weight"][0]}),
+        lambda t: t.update({"text_projection": t["text_projection"][0]}),
+    ],
+)
+def test_tensors_of_no_clip_under_its_names(change, goldens, tmp_path, families):
+    folder = Path(shutil.copytree(goldens / "open_clip_f16", tmp_path / "open"))
+    rewrite(folder, change, "open_clip_model.safetensors")
+    refused(folder, families, "its tensors are not those of a CLIP with ViT and text towers")
+
+
 def test_a_folder_of_ours_that_was_spoilt(ours, families):
     config = json.loads((ours / "config.json").read_text())
     (ours / "config.json").write_text(json.dumps(config | {"method": "other"}))

@@ -9,6 +9,7 @@ import pytest
 from common import config
 from common.cli import main
 from common.data.sources import SourceConfig, open_source
+from common.data.text import Tokenizer
 from common.errors import InputError
 from tinyclip_jax import train
 from tinyclip_jax.cache import Cached
@@ -60,6 +61,12 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
     cached = replace(recipe, teacher=f"cache:{stored}")
     with pytest.raises(InputError, match=r"was made with path 'emoji:noto', here it is 'emoji:fluent': make another cache"):
         replace(cached, data=SourceConfig("emoji:fluent", split="test")).train(tmp_path / "fluent")
+    with pytest.raises(InputError, match=r"was made with text 'caption', here it is 'tags'"):
+        replace(cached, data=replace(recipe.data, text="tags")).train(tmp_path / "column")
+    with pytest.raises(InputError, match=r"was made with tokens '\w{16}'"):
+        other = Tokenizer.train(["words of another kind"] * 3, 540)
+        other.save(tmp_path)
+        replace(cached, tokenizer=str(tmp_path)).train(tmp_path / "tokenizer")
     with pytest.raises(InputError, match='a stored teacher saw every picture uncropped: set augment to "none"'):
         replace(cached, augment="random").train(tmp_path / "random")
     with pytest.raises(InputError, match="is no cache of embeddings"):

@@ -109,8 +109,8 @@ def test_masked_and_pruned_compute_the_same(small, pruned, params, images, token
 
 
 def test_where_gates_act_is_as_written_out(small, params, images, tokens):
-    """The forward pass of the release, towers in plain sums: gates behind positions, heads, hidden units and both outputs, never on a norm's
-    result or a projection."""
+    """The forward pass of the release in plain sums: gates behind positions, heads, hidden units and both outputs of a block, never on
+    what a norm or a projection gives."""
     cfg, leaves = small
     gates = masks.deterministic_gates(leaves)
 

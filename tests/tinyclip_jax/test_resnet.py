@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from safetensors.numpy import save_file
 
 from common import config
 from common.checkpoint.convert import convert, open_donor
@@ -94,8 +95,14 @@ def test_towers_of_two_kinds_inherit_nothing():
         manual(vit, TEACHER)
     with pytest.raises(InputError, match=r"have \(1, 1, 1, 1\) blocks, the donor's \(1, 2, 1, 1\): take these"):
         manual(TEACHER, replace(TEACHER, image=replace(TEACHER.image, blocks=(1, 1, 1, 1))))
-    with pytest.raises(InputError, match="48 px is no multiple of 32"):
-        functional(Clip, replace(TEACHER, image=replace(TEACHER.image, size=48)))
+    for change, message in (
+        ({"size": 48}, "48 px is no multiple of 32"),
+        ({"heads": 3}, "3 heads do not divide the 128 channels"),
+        ({"heads": 0}, "0 heads do not divide"),
+        ({"blocks": (1, 1, 1)}, "a ResNet has four stages"),
+    ):
+        with pytest.raises(InputError, match=message):
+            functional(Clip, replace(TEACHER, image=replace(TEACHER.image, **change)))
 
 
 def test_to_open_clips_names_and_back_bit_for_bit(teacher, families, tmp_path):
@@ -108,6 +115,9 @@ def test_to_open_clips_names_and_back_bit_for_bit(teacher, families, tmp_path):
     assert tensors["visual.layer1.0.conv2.weight"].shape == (4, 4, 3, 3)
     np.testing.assert_array_equal(tensors["visual.bn1.running_var"], params["image/bn1/variance"])
     np.testing.assert_array_equal(tensors["visual.conv1.weight"], params["image/conv1/kernel"].transpose(3, 2, 0, 1))
+    # Torch's batch norm counts batches, and its files hold the number.
+    file = tmp_path / "open" / "open_clip_model.safetensors"
+    save_file({name: np.array(t) for name, t in tensors.items()} | {"visual.bn1.num_batches_tracked": np.int64([7])}, file)
     again = open_donor(tmp_path / "open", families)
     assert again.cfg == cfg
     for path, value in params.items():

@@ -23,6 +23,7 @@ from tinyclip_jax import suite
 from tinyclip_jax.evaluate import setup_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained
+from tinyclip_jax.published import Published
 
 CFG = ClipConfig(
     ImageConfig(size=8, patch=8, width=16, layers=1, heads=2, hidden=16),
@@ -110,6 +111,22 @@ def test_one_command_scores_what_is_there_and_names_what_is_not(model, data, tmp
     assert "missing" in capsys.readouterr().out
 
 
+def test_published_numbers_are_of_a_named_model_and_whole_sets(model, data, monkeypatch):
+    donor = open_donor(model, [family()])
+    known = Published("another", {"imagenet-a/top1": 7.0, "flickr30k/image_to_text_r1": 8.0, "coco/image_to_text_r1": 9.0})
+    monkeypatch.setattr(suite, "published_for", lambda donor: known)
+    monkeypatch.setattr(suite, "_score_all", lambda *a: {key: suite.Measured(1.0, 3) for key in (A, F)})
+    A, F = ("imagenet-a", "top1"), ("flickr30k", "image_to_text_r1")
+
+    def published():
+        rows = suite.run_suite(donor, None, data)
+        return {(r["dataset"], r["metric"]): r.get("published_of") and r["published"] for r in rows}
+
+    assert published()[A] is None and published()[F] == 8.0  # three of 200 classes
+    monkeypatch.setitem(suite.CLASSES_OF, "imagenet-a", 3)
+    assert published()[A] == 7.0
+
+
 def test_classes_of_numbered_folders_are_in_numerical_meaning(model, data):
     """Sorted as text, "10" comes before "2": label 1 is then class 10."""
     setup = setup_of(open_donor(model, [family()]), start(MeshConfig()))
@@ -143,6 +160,9 @@ def test_objectnet_is_over_the_classes_imagenet_has(model, tmp_path):
     setup = setup_of(donor, start(MeshConfig()))
     scored = suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
     assert scored.n == 2
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text("{}")
+    with pytest.raises(InputError, match="none of its folders is a class that the mappings share"):
+        suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
 
 
 def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
@@ -152,6 +172,16 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
     (tmp_path / "cifar100").mkdir()
     with pytest.raises(InputError, match="cifar100: no data set of the suite has this name"):
         suite.run_suite(donor, None, tmp_path)
+    for change, message in (
+        ({"images": [{"split": "test"}]}, "none of Karpathy's files: 'sentences' is missing"),
+        ({"images": [{"split": "test", "filename": "0.png", "sentences": []}]}, "0.png has no caption"),
+        ({}, "'images' is missing"),
+    ):
+        file = tmp_path / "karpathy" / "coco" / "dataset_coco.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(change))
+        with pytest.raises(InputError, match=message):
+            suite.run_suite(donor, None, tmp_path / "karpathy")
     picture(tmp_path / "wrong" / "imagenet" / "tench" / "0.png", 0)
     with pytest.raises(InputError, match="the folder 'tench' is no class of ImageNet"):
         suite.run_suite(donor, None, tmp_path / "wrong")

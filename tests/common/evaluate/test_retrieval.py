@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from common.errors import InputError
 from common.evaluate.features import embedder
 from common.evaluate.retrieval import distinct, retrieval
 from common.evaluate.zeroshot import accuracy, classifier
@@ -75,3 +76,6 @@ def test_accuracy_by_hand_and_ties_count_against():
     image[2] = 1  # everything the same: the right class is last
     got = accuracy(image, classes, np.array([2, 4, 0]))
     assert (got.top1, got.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    for labels in (np.array([2, -1, 0]), np.array([2.0, 4, 0])):
+        with pytest.raises(InputError, match="labels are whole numbers from 0 up"):
+            accuracy(image, classes, labels)
