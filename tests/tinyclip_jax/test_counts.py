@@ -1,8 +1,11 @@
 """Published sizes: parameters exactly, multiply-accumulates at the published rounding and by a formula of its own."""
 
+import numpy as np
 import pytest
 
+from common.errors import InputError
 from common.nn.functional import functional
+from tinyclip_jax.formats import FORMATS
 from tinyclip_jax.model import Clip, macs, parameters, total_macs
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.zoo import RN50, STUDENTS, VIT_B_16, VIT_B_32
@@ -40,6 +43,24 @@ def test_macs_are_the_published_ones_and_the_formulas(name, specs):
     assert (round(counted["image"] / 1e9, 2), round(counted["text"] / 1e9, 2)) == (image, text)
     assert counted == {"image": image_macs(cfg), "text": text_macs(cfg)}
     assert total_macs(cfg, specs[name]) == image_macs(cfg) + text_macs(cfg)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_model_has_each_layout_and_is_known_by_it(name, format, specs, tmp_path):
+    """At full size, by names and shapes: arrays of one number that is nowhere stored."""
+    cfg, (*_, total), _ = PUBLISHED[name]
+    if format.name == "hf" and isinstance(cfg.image, ResNetConfig):
+        with pytest.raises(InputError, match="has no ResNet"):
+            format.write_config(cfg, tmp_path)
+        return
+    format.write_config(cfg, tmp_path)
+    tensors = {key: np.broadcast_to(np.zeros((), t.dtype), t.shape) for key, t in format.layout.foreign(specs[name]).items()}
+    statistics = sum(leaf.count for path, leaf in specs[name].items() if path.endswith(("/mean", "/variance")))
+    assert sum(t.size for t in tensors.values()) == total + statistics
+    assert format.read_config(tensors, tmp_path) == cfg
+    views = format.layout.view(tensors, specs[name])
+    assert {path: view.shape for path, view in views.items()} == {path: leaf.shape for path, leaf in specs[name].items()}
 
 
 def block_macs(width, hidden, tokens):
