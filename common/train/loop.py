@@ -130,6 +130,7 @@ class Run:
         peak = peak_flops(jax.devices()[0].device_kind)
         work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
         clock, window = Clock(work), Window(resumed.get("window", {}))
+        stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
             recorder = Recorder(log_every, file, progress, clock, window, writers, skipped=int(state.skipped))
@@ -164,6 +165,8 @@ class Run:
                     raise SystemExit(0)
         if on_finish is not None:
             on_finish(state)
+        if stops:  # asked for in the last step: the next phase or stage is for the same command again
+            raise SystemExit(0)
         return state
 
     @contextlib.contextmanager

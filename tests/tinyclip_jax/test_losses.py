@@ -172,3 +172,9 @@ def test_no_device_ever_holds_all_pairs(few_rows):
     ]
     assert ["f32[48,48]" in text for text in both] == [True, False]
     assert "f32[4,48]" in both[1]
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        mimic = jax.jit(jax.value_and_grad(affinity_mimicking, argnums=(0, 1)), in_shardings=(rows,) * 4 + (None, None))
+        text = mimic.lower(x, x, x, x, 50.0, 50.0).compile().as_text()
+    assert "f32[3,48]" in text and "f32[48,48]" not in text and "f32[6,48]" not in text  # of its six rows three at a time

@@ -196,6 +196,13 @@ def test_a_second_phase_goes_on_where_the_first_ended(train, tmp_path):
     asked = []
     with pytest.raises(SystemExit):
         train("phases", Rows({11: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    # A wish to stop in the last step of a phase: the phase is whole, and what would follow does not begin.
+    ended = []
+    with pytest.raises(SystemExit):
+        on = {TOTAL - 1: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+        train("phases", Rows({n: (lambda n=n: asked.append(n)) for n in range(TOTAL - 1)} | on), on_finish=ended.append)
+    assert len(ended) == 1
+    asked.append(TOTAL - 1)
     data = Rows({n: (lambda n=n: asked.append(n)) for n in range(50)})
     run, state = train("phases", data)
     step = make_step(lambda p, b, k, f: (p["logit_scale"] ** 2, {}), optax.sgd(0.1), SCALE, start(MeshConfig()), StepConfig())
