@@ -1,6 +1,6 @@
 """A few steps of every TinyCLIP recipe at its real size, on a CPU and without a download: does it build, inherit, train, cut and save?
 
-    python scripts/smoke_recipes.py                          # all
+    python scripts/smoke_recipes.py --out docs/recipes.md    # all
     python scripts/smoke_recipes.py tinyclip/vit_61m_32      # one
 
 Architecture, loss, optimizer, precision and stages are the recipe's. Not: its data (embedded emoji, four a step), its number of steps and
@@ -38,16 +38,32 @@ DRAWN: dict[str, ClipConfig] = PUBLISHED | {"runs/rn_30m/model": STUDENTS["rn_30
 PAIRS = SourceConfig("emoji:noto", split="test")
 
 
+HEAD = f"""# Every TinyCLIP recipe, a few steps
+
+`python scripts/smoke_recipes.py --out docs/recipes.md`: architecture, loss, optimizer, precision and stages are the recipe's; data are
+embedded emoji, {BATCH} a step for {STEPS} steps a stage, teacher and donor are drawn at random in the published sizes. It shows that a
+recipe builds, inherits, trains, cuts and saves at its real size, not that it learns. Seconds are of a shared CPU core. An automatic model's
+parameters are what {MASKED} steps of masks at a large rate happen to leave.
+
+| recipe | stages | parameters at the end | loss | seconds |
+|---|---|---|---|---|
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=[name for name in config.recipes() if name.startswith("tinyclip/")])
+    parser.add_argument("--out", type=Path, help="where the table goes as well")
     args = parser.parse_args()
-    print("| recipe | stages | parameters at the end | loss | seconds |\n|---|---|---|---|---|")
+    rows = []
     for name in args.recipes:
         with tempfile.TemporaryDirectory() as folder:
             row = smoke(config.load(name), Path(folder))
         loss = " -> ".join(f"{value:.3f}" for value in row["loss"])
-        print(f"| {name} | {row['stages']} | {row['parameters']:,} | {loss} | {row['seconds']:.0f} |", flush=True)
+        rows.append(f"| {name} | {row['stages']} | {row['parameters']:,} | {loss} | {row['seconds']:.0f} |")
+        print(rows[-1], flush=True)
+        if args.out:
+            args.out.write_text(HEAD + "\n".join(rows) + "\n")
 
 
 def smoke(recipe: Any, folder: Path) -> dict[str, Any]:
