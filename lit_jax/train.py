@@ -137,8 +137,10 @@ def train(cfg: Config, directory: Path) -> None:
     )
     if int(state.step) == 0 and not cached:
         first_look(run, data)
-    score = held_out_loss(cfg, student, mesh) if cfg.held_out.path else None
-    draw = drawer(student, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
+    # A kernel that is named for the steps does not take the f32 weights that are scored and drawn from.
+    trained = functional(Dit, cfg.student.kept)
+    score = held_out_loss(cfg, trained, mesh) if cfg.held_out.path else None
+    draw = drawer(trained, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
 
     def evaluate(state: State) -> dict[str, float]:
         if draw and pictures:
@@ -156,7 +158,7 @@ def train(cfg: Config, directory: Path) -> None:
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
         evaluate=evaluate if draw or score else None,
-        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), lambda _: None, force=True),
+        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student.kept, best(state), lambda _: None, force=True),
         flops_per_example=flops(cfg, student, teacher),
     )
 
@@ -278,8 +280,8 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
     donor, student = open_dit(cfg.donor), functional(Dit, cfg.student)
     record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
-    params = initial(cfg, student, donor, None)
-    save_params(destination, FAMILY.name, cfg.student, params, lambda folder: write_json(folder / "provenance.json", record), force=force)
+    params, kept = initial(cfg, student, donor, None), cfg.student.kept
+    save_params(destination, FAMILY.name, kept, params, lambda folder: write_json(folder / "provenance.json", record), force=force)
     return record
 
 
