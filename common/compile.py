@@ -6,14 +6,13 @@ Nothing runs. What the compiler says of memory is its own; FLOPs are our count f
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from math import prod
 from typing import Any
 
 from common.errors import InputError, nearest
+from common.hlo import collectives
 
 GIB = 2**30
 
@@ -193,45 +192,6 @@ def _fields(value: Any, name: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         return [field for key, inner in value.items() for field in _fields(inner, f"{name}.{key}".lstrip("."))]
     return [(name, value)]
-
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Communication in a compiled module: {kind: {count, bytes}}, the body of a loop as often as it runs."""
-    blocks: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if (head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)) and not line.startswith(" "):
-            name = head[2]
-            blocks[name] = []
-            entry = name if head[1] else entry
-        elif name:
-            blocks[name].append(line)
-
-    found: dict[str, Counter[str]] = {}
-
-    def visit(block: str, times: int) -> None:
-        for line in blocks.get(block, ()):
-            operation = re.search(r"= (.*?) ([a-z\-]+?)(-start)?\(", line)
-            if operation is None:
-                continue
-            kind = operation[2]
-            if kind in KINDS:
-                shapes = re.findall(r"(\w+)\[([\d,]*)\]", operation[1])
-                # An asynchronous one returns operands and result; the larger is what travels.
-                sizes = [WIDTHS[t] * prod(map(int, filter(None, dims.split(",")))) for t, dims in shapes if t in WIDTHS]
-                moved = max(sizes) if operation[3] else sum(sizes)
-                found.setdefault(kind, Counter()).update(count=times, bytes=times * moved)
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for called in re.findall(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)", line):
-                if kind not in KINDS:
-                    visit(called, times * (int(trips[1]) if trips and kind == "while" else 1))
-
-    visit(entry, 1)
-    return {kind: dict(found[kind]) for kind in KINDS if kind in found}
 
 
 def lines(name: str, result: Mapping[str, Any]) -> list[str]:

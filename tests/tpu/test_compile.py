@@ -1,11 +1,17 @@
 """`heirloom compile` on toy recipes: what it says of memory, communication and work."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from common import config
 from common.cli import main
-from common.compile import Topology, compile_for
+from common.compile import Topology, compile_for, describe
 from common.errors import InputError
+from common.hlo import collectives
 
 
 def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path):
@@ -15,6 +21,23 @@ def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path
     assert 0 < result["bytes_per_device"] < result["hbm"] == 16 * 2**30
     assert result["collectives"]["all-reduce"]["bytes"] > 0, "gradients of rows on four chips are summed"
     assert result["step_seconds"] == max(result["parts"].values()) > 0
+
+
+def test_collectives_of_scanned_layers_are_counted_once_a_layer():
+    """Each layer's weights are gathered forward and backward, their gradients summed once; the compiler makes one of them asynchronous."""
+    layers, size = 5, 512
+    mesh = Mesh(np.array(describe(Topology.parse("v5e:2x2")).devices), ("fsdp",), axis_types=(AxisType.Auto,))
+    weights = jax.ShapeDtypeStruct((layers, size, size), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp")))
+    x = jax.ShapeDtypeStruct((512, size), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
+
+    def loss(weights, x):
+        return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].astype(jnp.float32)).sum()
+
+    text = jax.jit(jax.grad(loss), out_shardings=weights.sharding).lower(weights, x).compile().as_text()
+    assert "AsyncCollectiveStart" in text and "known_trip_count" not in text
+    matrix = size * size * 2
+    wanted = {"all-gather": 2 * layers, "all-reduce": layers}
+    assert collectives(text) == {kind: {"count": n, "bytes": n * matrix} for kind, n in wanted.items()}
 
 
 def test_a_step_of_a_gene_with_its_published_teacher_is_outlined_not_fetched():
