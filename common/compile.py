@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 from common.errors import InputError, nearest
@@ -87,6 +88,24 @@ _NO_TPU_HERE = {
 }
 
 
+def mesh_on(topology: Topology, cfg: Any) -> Any:
+    """The mesh that a `MeshConfig` makes of a slice, as JAX would arrange it there."""
+    import numpy as np
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
+    from common.train.mesh import sizes
+
+    devices = describe(topology).devices
+    shape = sizes(cfg, len(devices))
+    if topology.name == "v4":
+        # JAX arranges a v4's chips as one device each, as they are where they run; here the compiler lists both halves of each.
+        placed = np.array(devices).reshape(tuple(shape.values()))
+    else:
+        placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
 @dataclass(frozen=True)
 class Outline:
     """A checkpoint without its weights: what it takes to compile a step with it as teacher."""
@@ -115,11 +134,14 @@ def abstract_params(spec: dict[str, Any], mesh: Any) -> dict[str, Any]:
 
 
 def abstract_batch(mesh: Any, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
-    """{name: ((batch, ...), dtype)} as shapes whose rows are split."""
+    """{name: ((batch, ...), dtype)} as shapes whose rows are split. Raises InputError where they do not divide."""
     import jax
 
-    from common.train.mesh import batch_sharding
+    from common.train.mesh import ROWS, batch_sharding
 
+    shards = prod(mesh.shape[axis] for axis in ROWS)
+    if uneven := next((shape[0] for shape, _ in arrays.values() if shape[0] % shards), None):
+        raise InputError(f"a batch of {uneven} cannot be divided into {shards} parts (mesh data x fsdp): change --pipeline.batch")
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, (shape, dtype) in arrays.items()}
 
 
@@ -137,19 +159,13 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     in a step), step_seconds (the roofline: no step is shorter than the largest of its parts), bound (which part), advice, seconds.
     """
     import jax
-    from jax.experimental import mesh_utils
-    from jax.sharding import AxisType, Mesh
-
-    from common.train.mesh import sizes
 
     if not hasattr(cfg, "abstract"):
         raise InputError("recipes of this method cannot be compiled ahead of time: they have no abstract()")
-    devices = describe(topology).devices
-    shape = sizes(cfg.mesh, len(devices))
-    placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
-    abstract = cfg.abstract(Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)))
-    chip, started = topology.chip, time.perf_counter()
-    result: dict[str, Any] = {"topology": str(topology), "devices": len(devices), "mesh": shape, "batch": cfg.pipeline.batch}
+    mesh = mesh_on(topology, cfg.mesh)
+    abstract = cfg.abstract(mesh)
+    chip, started, devices = topology.chip, time.perf_counter(), mesh.size
+    result: dict[str, Any] = {"topology": str(topology), "devices": devices, "mesh": dict(mesh.shape), "batch": cfg.pipeline.batch}
     result |= {"hbm": chip.hbm, "flops": abstract.flops}
     lowered = abstract.step.lower(abstract.state, abstract.batch)
     try:
@@ -168,7 +184,7 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     needed = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     found = collectives(compiled.as_text())
     parts = {
-        "matmuls": abstract.flops / len(devices) / chip.flops,
+        "matmuls": abstract.flops / devices / chip.flops,
         # Weights, gradients and moments pass through once; activations are written and read.
         "memory": (held + 2 * memory.temp_size_in_bytes) / chip.bandwidth,
         "links": sum(kind["bytes"] for kind in found.values()) / (chip.link / chip.cores),

@@ -108,7 +108,7 @@ def train(cfg: Config, directory: Path) -> None:
     """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
-    check_device(cfg.student)
+    check_device(cfg.student, jax.default_backend())
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
@@ -170,6 +170,7 @@ def flops(cfg: Config, student: Functional, teacher: Donor | Outline | None) -> 
 
 def abstract(cfg: Config, mesh: Mesh) -> Abstract:
     """The step of `train` with shapes for arrays: latents as `cache_latents` keeps them where there is an autoencoder, else pixels."""
+    check_device(cfg.student, mesh.devices.flat[0].platform)
     student = functional(Dit, cfg.student)
     teacher = outline(cfg.teacher) if cfg.teacher and cfg.distill.active else None
     cached = AutoencoderConfig() if cfg.autoencoder else None
@@ -189,11 +190,10 @@ def opened(source: str) -> Donor | None:
     return open_dit(source) if source else None
 
 
-def check_device(cfg: DitConfig) -> None:
+def check_device(cfg: DitConfig, platform: str) -> None:
     """Raises InputError where a kernel is asked for that is another platform's."""
-    wanted = PLATFORMS.get(cfg.implementation or "", jax.default_backend())
-    if wanted != jax.default_backend():
-        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {jax.default_backend()}: set it to xla")
+    if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
+        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {platform}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:

@@ -1,7 +1,25 @@
 """What `heirloom compile` says without a compiler."""
 
+import pytest
+
+from common import config
 from common.compile import Topology, advice
+from common.errors import InputError
+from common.train.mesh import MeshConfig, start
 from lit_jax.train import Config
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("pipeline.batch", "6", r"a batch of 6 cannot be divided into 8 parts"),
+        ("student.implementation", "mosaic_gpu", "mosaic_gpu is for gpu, this is cpu: set it to xla"),
+        ("student.window", "4", "filters of 4 x 4 tokens have no centre"),
+    ],
+)
+def test_recipes_that_do_not_go_with_the_slice(flag, value, message):
+    with pytest.raises(InputError, match=message):
+        config.load("lit/smoke", [f"--{flag}", value]).abstract(start(MeshConfig()))
 
 
 def test_advice_names_flags():

@@ -122,7 +122,7 @@ def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_pa
         on_finish(state)
 
     monkeypatch.setattr(train.Run, "fit", ends_at_once)
-    monkeypatch.setattr(train, "check_device", lambda cfg: None)
+    monkeypatch.setattr(train, "check_device", lambda *_: None)
     run = tmp_path / "run"
     assert main(["train", "lit/smoke", "--run", str(run), *TINY, "--student.implementation", "mosaic_tpu"]) == 0
     assert (run / "samples" / "0000000.png").exists()

@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from common import config
 from common.cli import main
-from common.compile import Topology, compile_for, describe
+from common.compile import Topology, compile_for, describe, mesh_on
 from common.errors import InputError
 from common.hlo import collectives
+from common.train.mesh import MeshConfig
 
 
 def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path):
@@ -55,10 +56,27 @@ def test_what_does_not_fit_is_told_with_advice():
     assert "--student.remat full" in result["advice"]
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5litepod:4x4", "v5e:3x5"])
-def test_no_such_slice(topology, capsys):
-    assert main(["compile", "lit/smoke", "--topology", topology]) == 2
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--topology", "v5e"],
+        ["--topology", "v5litepod:4x4"],
+        ["--topology", "v5e:3x5"],
+        ["--topology", "v5e:4x4", "--pipeline.batch", "6"],
+        ["--topology", "v5e:2x2", "--student.implementation", "mosaic_gpu", "--step.compute", "bfloat16"],
+    ],
+    ids=lambda flags: " ".join(flags[1:4]),
+)
+def test_what_cannot_be_compiled_is_one_line(flags, capsys):
+    assert main(["compile", "lit/smoke", *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("topology", "devices"), [("v4:2x2x2", 16), ("v5p:2x2x2", 8), ("tpu7x:2x2x1", 8)])
+def test_every_device_of_a_slice_has_its_place_in_the_mesh(topology, devices):
+    mesh = mesh_on(Topology.parse(topology), MeshConfig(fsdp=4))
+    assert dict(mesh.shape) == {"data": devices // 4, "fsdp": 4, "tensor": 1}
+    assert len({device.id for device in mesh.devices.flat}) == devices
 
 
 def test_topologies_are_parsed():
