@@ -27,4 +27,4 @@ def test_advice_names_flags():
 
 
 def test_chips_are_named_as_the_compiler_names_them():
-    assert Topology.parse("v5e:16x16").chip.hbm == 16 * 2**30
+    assert Topology.parse("v5e:16x16").chip.hbm == 15.75 * 2**30
