@@ -3,13 +3,16 @@
     python benchmarks/language_model.py --json benchmarks/results/language_model.json       # not yet run at this size
 
 A GPT-2-shaped model (4 layers, width 128) is trained on Python's language reference. Its matrices are ranked by Spectrum's
-signal-to-noise ratio; the best quarter of each kind is searched greedily with two proposals: latents drawn around the tensor's own, and
-Gaussian noise of the same norm. Both get the same number of trials, on the selection questions; what is reported is the test
+signal-to-noise ratio; the best quarter of each kind is searched greedily with three proposals of one norm: rows noised and denoised by a
+diffusion generator of the rows of these tensors (diffused rows), Gaussian latents around the tensor's own in the rows' principal
+components (PCA rows), and Gaussian noise. All get the same number of trials, on the selection questions; what is reported is the test
 questions, other text. Soups of what was accepted and the midpoint to the base follow.
 
 Then low-rank adapters: one for each module of the standard library, in one gauge, is a zoo; a generator that is told five windows of a
-module (the base model's mean hidden state) draws adapters for modules no adapter of the zoo saw. All are scored by word choice on other
-parts of the module. Each seed is saved when it is done, and a run that is stopped goes on with the next.
+module (the base model's mean hidden state) draws adapters for modules no adapter of the zoo saw. Beside it are noise around the zoo's
+mean with as many draws, of the same distance from the mean, and training on the five windows themselves for the number of steps that
+is best for modules of the zoo. All are scored by word choice on other parts of the module. Each seed is saved when it is done, and a
+run that is stopped goes on with the next.
 """
 
 import argparse
@@ -51,7 +54,7 @@ from weightgen.gpt import (
     word_choice,
 )
 from weightgen.lora import canonical_tensors
-from weightgen.tokens import chunks
+from weightgen.tokens import chunks, one_chunk
 from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
 from weightgen.train import fit as train_loop
 from weightgen.zoo import Zoo, flat
@@ -65,6 +68,7 @@ class Size:
     candidates: int
     adapter_steps: int
     generator_steps: int
+    """Of the generator of adapters, and of that of rows."""
     modules: int
     """At most, seen and unseen."""
     unseen: int
@@ -78,8 +82,11 @@ SIZES = {
     "cpu": Size(GptConfig(vocab=1024, context=32), 600, 1000, 8, 200, 500, 110, 20, 400),
 }
 RANK, RATE, SHOTS, SAMPLES = 4, 2e-2, 5, 8  # of adapters; of their training; windows told; draws
+STOPS, STOPPED_ON = (10, 25, 50, 100, 200), 15  # steps on the told windows to choose from, on so many modules of the zoo
 DENOISER = DenoiserConfig(width=64, layers=2, heads=4, hidden=128)
+ROW_DENOISER = DenoiserConfig(width=128, layers=2, heads=4, hidden=256)
 STEP = 0.2  # norm of a proposal over the tensor's, for all of them
+STRENGTH = 0.3  # of the noise rows are given before they are denoised: of their latents' variance 0.4 stays
 
 
 def main() -> None:
@@ -93,7 +100,7 @@ def main() -> None:
         stored = json.loads(args.json.read_text())
         if stored["size"] != asdict(size):
             parser.error(f"{args.json} is of another size: name another file, or remove it")
-        rows = [row for row in stored["rows"] if row["seed"] in args.seeds]
+        rows = stored["rows"]
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue
@@ -127,7 +134,8 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     tensors = llm.unstacked(base)
     names = [entry.name for entry in llm.top(llm.rank(tensors), size.share)]
     proposals = {
-        "generated rows": llm.matched(llm.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
+        "diffused rows": llm.matched(diffused({n: tensors[n] for n in names}, size, seed), STEP),
+        "PCA rows": llm.matched(llm.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
         "noise of matched norm": llm.noise_proposal(STEP),
     }
     rows: list[dict[str, Any]] = []
@@ -152,6 +160,42 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed: int) -> tuple[Functional, Any]:
+    """A generator of a zoo, and its parameters."""
+    generator, optim = functional(Generator, cfg), replace(OPTIMIZER, warmup=steps // 10)
+    loop = LoopConfig(steps, min(64, len(zoo)), optim, seed=seed)
+    mesh = start(loop.mesh)
+    fitted = {path: jnp.asarray(x) for path, x in fit_stage1(cfg, zoo, bank, seed).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        return generator, train_loop(
+            Run.open(Path(folder) / "run", {"seed": seed}), loop, mesh, generator.spec,
+            lambda: generator.init(jax.random.key(seed)) | fitted, loss(generator, cfg, 0.1),
+            generator_batches(zoo, bank, cfg.shots, loop, mesh), frozen=cfg.fitted,
+        )  # fmt: skip
+
+
+def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> llm.Propose:
+    """Layer-wise generation: a diffusion generator of all rows of these tensors, told which tensor a row is of, given the tensor's own."""
+    whole = chunks(tensors, size.model.width)
+    rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
+    classes = np.repeat(np.arange(len(names), dtype=np.int32), [piece.rows for piece in whole.pieces])[:, None]
+    zoo = Zoo(rows, np.full(len(rows), np.nan, np.float32), classes, None, cut)
+    latent = size.model.width // 2
+    cfg = GeneratorConfig(None, latent, "label", 1, "none", ROW_DENOISER, 1, cut=cut, labels=len(names))
+    generator, params = train_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed)
+    draw = drawer(generator, cfg, SampleConfig(steps=50, strength=STRENGTH))
+    around = jax.jit(lambda x, s, t: generator.apply(params, generator.apply(params, x, s, t, method="encode"), s, t, method="decode"))
+
+    def propose(name: str, tensor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        own = np.asarray(tensor, np.float32).reshape(-1, 1, size.model.width)
+        told, there = np.full((len(own), 1, 1, 1), names.index(name), np.float32), np.ones((len(own), 1, 1), bool)
+        drawn = draw(params, told, there, jax.random.key(int(rng.integers(2**31))), np.arange(len(own)), own)
+        # What the latents do not hold stays the tensor's own.
+        return (tensor + np.asarray(drawn - around(own, told, there)).reshape(tensor.shape)).astype(tensor.dtype)
+
+    return propose
+
+
 def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str, Any]]:
     """Adapters for unseen modules, by every way there is; accuracies are means over modules."""
     cfg, rng, key = size.model, np.random.default_rng([seed, 1]), jax.random.key(seed)
@@ -167,6 +211,11 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     def one(population: Any, i: int) -> dict[str, np.ndarray]:
         return canonical_tensors({path: x[i] for path, x in population.items()})
 
+    def fit_told(names: list[str], steps: int) -> list[dict[str, np.ndarray]]:
+        told = np.stack([windows[name][:SHOTS] for name in names])
+        found = train_adapters(model, cfg, base, np.repeat(told[:, None], steps, 1), fresh_adapter(cfg, RANK, key), RATE)
+        return [{path: np.asarray(x[i]) for path, x in found.items()} for i in range(len(names))]
+
     # The zoo: adapters in one gauge, end to end, and what the base model makes of windows of each module.
     trained = fit([texts[name].train for name in seen])
     members = [one(trained, i) for i in range(len(seen))]
@@ -181,16 +230,8 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     bank = Bank.of(project(np.concatenate([looked[n] for n in seen])), np.repeat(np.arange(len(seen)), 40), seen)
     told = np.stack([project(looked[name][:SHOTS]) for name in unseen])[:, None]
 
-    optim = replace(OPTIMIZER, warmup=size.generator_steps // 10)
     gen_cfg = GeneratorConfig(None, min(48, len(members) - 1), "per_class", SHOTS, "linear", DENOISER, bank.features.shape[1], cut=spec)
-    generator, loop = functional(Generator, gen_cfg), LoopConfig(size.generator_steps, min(64, len(members)), optim, seed=seed)
-    mesh = start(loop.mesh)
-    fitted = {path: jnp.asarray(x) for path, x in fit_stage1(gen_cfg, zoo, bank, seed).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        params = train_loop(
-            Run.open(Path(folder) / "run", {"seed": seed}), loop, mesh, generator.spec, lambda: generator.init(key) | fitted,
-            loss(generator, gen_cfg, 0.1), generator_batches(zoo, bank, SHOTS, loop, mesh), frozen=gen_cfg.fitted,
-        )  # fmt: skip
+    generator, params = train_generator(gen_cfg, zoo, bank, size.generator_steps, seed)
     draw, there, n = drawer(generator, gen_cfg, SampleConfig(steps=20)), np.ones((len(unseen), 1, SHOTS), bool), len(unseen)
 
     def sample(i: int, told: np.ndarray = told) -> np.ndarray:
@@ -200,38 +241,48 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     tokens, condition = zoo.tokens(slice(None)), told[:, 0].mean(1)
     centres = np.stack([bank.features[40 * c : 40 * c + 40].mean(0) for c in classes[:, 0]])
     near = nearest_model(condition, centres, tokens)
-    few = fit([np.tile(windows[name][:SHOTS].reshape(-1), 2) for name in unseen])
     whole = fit([texts[name].train for name in unseen])
-    step = (near - tokens.mean(0)).reshape(n, -1)
-    noise = rng.standard_normal(step.shape)
-    noise *= np.linalg.norm(step, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    mean = tokens.mean(0)
+    noise = rng.standard_normal(samples.shape)
+    # As far from the mean as the draws they stand beside.
+    far = np.linalg.norm((samples - mean).reshape(SAMPLES, n, -1), axis=2) / np.linalg.norm(noise.reshape(SAMPLES, n, -1), axis=2)
+    noises = mean + far[..., None, None] * noise
     expected = np.asarray(generator.apply(params, told, there, method="expected"))
+    last = last_logits(model)
+
+    def questions(names: list[str], part: str) -> list[llm.Score]:
+        return [scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed)) for name in names]
+
+    # A stopping rule that looks at no module it is used on.
+    on = seen[:STOPPED_ON]
+    rules = {
+        steps: np.mean([score(adapted(base, a)) for score, a in zip(questions(on, "select"), fit_told(on, steps), strict=True)])
+        for steps in STOPS
+    }
+    stop = max(rules, key=rules.__getitem__)
+    scores = {part: questions(unseen, part) for part in ("select", "test")}
+
+    def judge(tokens: np.ndarray, part: str) -> np.ndarray:
+        return np.array([score(adapted(base, spec.unflatten(t, spec.like))) for score, t in zip(scores[part], tokens, strict=True)])
+
     arms = {
         "no adapter": np.zeros_like(near),
-        "zoo mean": np.broadcast_to(tokens.mean(0), near.shape),
-        "zoo mean + noise of matched norm": tokens.mean(0) + noise.reshape(near.shape),
+        "zoo mean": np.broadcast_to(mean, near.shape),
+        "zoo mean + noise of matched norm": noises[0],
         "nearest zoo adapter": near,
         "ridge": expected,
         "generated, single sample": samples[0],
         "generated, 8 averaged": samples.mean(0),
         "generated, told another module": sample(0, np.roll(told, 1, axis=0)),
-        "trained on the five windows": np.stack([spec.flatten(one(few, i)) for i in range(n)]),
+        "trained on the five windows": np.stack([spec.flatten(adapter) for adapter in fit_told(unseen, stop)]),
         "trained on half the module": np.stack([spec.flatten(one(whole, i)) for i in range(n)]),
     }
-    last = last_logits(model)
-    scores = {
-        part: [scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed)) for name in unseen]
-        for part in ("select", "test")
-    }
-
-    def judge(tokens: np.ndarray, part: str) -> np.ndarray:
-        return np.array([score(adapted(base, spec.unflatten(t, spec.like))) for score, t in zip(scores[part], tokens, strict=True)])
-
     rows: list[dict[str, Any]] = []
     found = {name: judge(tokens, "test") for name, tokens in arms.items()}
-    by_select, by_test = (np.stack([judge(s, part) for s in samples]) for part in ("select", "test"))
-    found["generated, best of 8 by selection set"] = by_test[by_select.argmax(0), np.arange(n)]
-    found["generated, best of 8 by test (oracle)"] = by_test.max(0)
+    for name, draws in {"zoo mean + noise of matched norm": noises, "generated": samples}.items():
+        by_select, by_test = (np.stack([judge(s, part) for s in draws]) for part in ("select", "test"))
+        found[f"{name}, best of {SAMPLES} by selection set"] = by_test[by_select.argmax(0), np.arange(n)]
+        found[f"{name}, best of {SAMPLES} by test (oracle)"] = by_test.max(0)
     for name, values in found.items():
         gap = Estimate.of(values - found["zoo mean"])
         rows.append({"arm": f"adapter: {name}", "test": float(values.mean()), "over zoo mean": gap.mean, "ci95": gap.half})
@@ -246,6 +297,7 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
             "noise": float(np.median(nearest_distance(noisy(weights, 0.04, rng), weights))),
         },
         "spread of samples": float(by_test.std(0).mean()),
+        "steps on the five windows": stop,
     }
     return rows
 

@@ -181,9 +181,17 @@ class Sampler:
         return len(self.time)
 
     def run(self, denoise: Denoise, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Denoise x, which is N(0, 1) of any shape, by all steps. Step i draws from fold_in(key, i)."""
+        """Denoise x, which is N(0, 1) of any shape, by all steps. Step i draws from fold_in(key, i).
+
+        key: one for all of x, or [batch], one for each of its rows, which are then the same in any batch.
+        """
         names = ("alpha", "sigma", "keep", "clean", "before", "log_variance", "stochastic")
         table = {name: jnp.asarray(getattr(self, name), x.dtype) for name in names}
+
+        def drawn(key: jax.Array, i: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            if key.ndim:
+                return jax.vmap(lambda own: drawn(own, i, shape[1:]))(key)
+            return jax.random.normal(jax.random.fold_in(key, i), shape, x.dtype)
 
         def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             x, previous = carry
@@ -194,7 +202,7 @@ class Sampler:
             if self.stochastic.any():
                 low, high = row["log_variance"]
                 spread = high if ratio is None else (ratio + 1) / 2 * (high - low) + low
-                new = new + row["stochastic"] * jnp.exp(spread / 2) * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+                new = new + row["stochastic"] * jnp.exp(spread / 2) * drawn(key, i, x.shape)
             return (new, clean), None
 
         return jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(len(self)))[0][0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
+from common.errors import InputError
 from common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
 from common.train.mesh import ROWS
 from lit_jax.kernels import choice
@@ -75,11 +76,16 @@ class LinearAttention(nnx.Module):
 
 
 class Depthwise(nnx.Module):
-    """Filters over the grid of tokens: one bank of head_dim filters for all heads, or a filter for each channel."""
+    """Filters over the grid of tokens: one bank of head_dim filters for all heads, or a filter for each channel.
+
+    Raises InputError for filters of an even size.
+    """
 
     def __init__(self, sizes: Sizes, filters: Filters, *, rngs: nnx.Rngs):
         channels = "head_dim" if filters == "shared" else "head head_dim"
         taps = sizes["filter_row"] * sizes["filter_col"]
+        if taps % 2 == 0:
+            raise InputError(f"filters of {sizes['filter_row']} x {sizes['filter_col']} tokens have no centre: make student.window odd")
         self.kernel = param(f"filter_row filter_col {channels}", sizes, uniform_fan_in, rngs, fan_in=taps)
         self.bias = param(channels, sizes, uniform_fan_in, rngs, fan_in=taps)
 

@@ -76,6 +76,11 @@ class DitConfig:
             raise InputError(f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)")
         return self.width // self.heads
 
+    @property
+    def kept(self) -> "DitConfig":
+        """What is written beside weights: what computes attention is a setting of the run that trained them."""
+        return replace(self, implementation=None)
+
     def override(self, heads: int | None = None) -> "DitConfig":
         """The same model with what the shapes of its weights cannot tell."""
         return replace(self, heads=heads or self.heads)

@@ -108,7 +108,7 @@ def train(cfg: Config, directory: Path) -> None:
     """Run a recipe in its folder, or go on where it stopped. Raises InputError for anything the user can mend."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
-    check_device(cfg.student)
+    check_device(cfg.student, jax.default_backend())
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
@@ -137,8 +137,10 @@ def train(cfg: Config, directory: Path) -> None:
     )
     if int(state.step) == 0 and not cached:
         first_look(run, data)
-    score = held_out_loss(cfg, student, mesh) if cfg.held_out.path else None
-    draw = drawer(student, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
+    # A kernel that is named for the steps does not take the f32 weights that are scored and drawn from.
+    trained = functional(Dit, cfg.student.kept)
+    score = held_out_loss(cfg, trained, mesh) if cfg.held_out.path else None
+    draw = drawer(trained, cfg.student, cfg.sample, mesh) if cfg.samples and pictures else None
 
     def evaluate(state: State) -> dict[str, float]:
         if draw and pictures:
@@ -156,7 +158,7 @@ def train(cfg: Config, directory: Path) -> None:
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
         evaluate=evaluate if draw or score else None,
-        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student, best(state), lambda _: None, force=True),
+        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student.kept, best(state), lambda _: None, force=True),
         flops_per_example=flops(cfg, student, teacher),
     )
 
@@ -168,6 +170,7 @@ def flops(cfg: Config, student: Functional, teacher: Donor | Outline | None) -> 
 
 def abstract(cfg: Config, mesh: Mesh) -> Abstract:
     """The step of `train` with shapes for arrays: latents as `cache_latents` keeps them where there is an autoencoder, else pixels."""
+    check_device(cfg.student, mesh.devices.flat[0].platform)
     student = functional(Dit, cfg.student)
     teacher = outline(cfg.teacher) if cfg.teacher and cfg.distill.active else None
     cached = AutoencoderConfig() if cfg.autoencoder else None
@@ -187,11 +190,10 @@ def opened(source: str) -> Donor | None:
     return open_dit(source) if source else None
 
 
-def check_device(cfg: DitConfig) -> None:
+def check_device(cfg: DitConfig, platform: str) -> None:
     """Raises InputError where a kernel is asked for that is another platform's."""
-    wanted = PLATFORMS.get(cfg.implementation or "", jax.default_backend())
-    if wanted != jax.default_backend():
-        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {jax.default_backend()}: set it to xla")
+    if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
+        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {platform}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
@@ -278,8 +280,8 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
     donor, student = open_dit(cfg.donor), functional(Dit, cfg.student)
     record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
-    params = initial(cfg, student, donor, None)
-    save_params(destination, FAMILY.name, cfg.student, params, lambda folder: write_json(folder / "provenance.json", record), force=force)
+    params, kept = initial(cfg, student, donor, None), cfg.student.kept
+    save_params(destination, FAMILY.name, kept, params, lambda folder: write_json(folder / "provenance.json", record), force=force)
     return record
 
 

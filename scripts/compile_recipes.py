@@ -25,22 +25,32 @@ RECIPES = {
     "lit/s_2_256": ["v5e:4x4"],
     "lit/b_2_256": ["v5e:4x4"],
     "lit/l_2_256": ["v5e:8x8 --mesh.fsdp 8"],
-    "learngene/aux_s": ["v5e:4x4"],
-    "learngene/aux_b": ["v5e:4x4"],
+    "tinyclip/rn_30m": ["v5e:16x16"],
+    "tinyclip/auto_45m_32": ["v5e:16x16"],
+    "learngene/aux_ti": ["v5e:4x4 --pipeline.batch 176"],
+    "learngene/aux_s": ["v5e:4x4 --pipeline.batch 176"],
+    "learngene/aux_b": ["v5e:4x4 --pipeline.batch 176"],
+    "learngene/vit_s": ["v5e:4x4 --pipeline.batch 176"],
 }
 HEAD = """# The recipes on TPU pods
 
 Published recipes' real train steps, teacher included, compiled for a pod on a machine that has no TPU. Nothing ran: memory is the
-compiler's own figure, the shortest step is what FLOPs, bytes and links alone would take, which no run reaches.
+compiler's own figure, and the time of a step an estimate of what FLOPs, bytes and links alone would take, which no run is likely to reach.
 
     python scripts/compile_recipes.py
 
-Measured on {date} with jax {jax} and libtpu {libtpu}. *Bound by* says which limit of a chip gives the shortest step: matmuls (our count of
-FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read), or links (all collectives, one after the other).
-A collective in a loop counts once for each trip where the compiled module states the trips, else once: read these columns as a lower bound.
+*of* is the memory that the compiler gives to a program, less than the chip has. *Bound by* says which limit of a chip gives the estimate:
+matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of thumb), or links
+(all collectives, one after the other). *Collectives* are a device's, with the bytes of whole arrays: what is gathered, scattered, reduced
+or moved. One in a loop counts once for each trip; only in a loop whose condition is not *counter < constant* it counts once, which is then
+too few. Of a conditional both branches count, which is then too many. A sum of which each device keeps its part stands as an all-reduce
+where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu.
 
-| recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | shortest step | bound by |
-|---|---|---|---|---|---|---|---|---|---|---|
+tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
+then tinyclip/vit_40m_32, so it has no row. The 171 records of learngene's batches do not divide over 16 devices: their rows have 176.
+
+| recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | estimated step | bound by | compiled |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -50,7 +60,8 @@ def row(name: str, how: str, r: dict) -> str:
     fits = "yes" if r["fits"] else f"no: {r['advice']}"
     limit = f"{1e3 * r['step_seconds']:.1f} ms | {r['bound']}" if r["fits"] else "- | -"
     memory = f"{r['bytes_per_device'] / GIB:.2f} | {r['hbm'] / GIB:.2f}"
-    return f"| {name} | {how} | {mesh} | {r['batch']:,} | {memory} | {fits} | {found} | {r['flops'] / 1e12:,.4g} | {limit} |"
+    compiled = f"{r['date']}, {r['jax']}, {r['libtpu']}"
+    return f"| {name} | {how} | {mesh} | {r['batch']:,} | {memory} | {fits} | {found} | {r['flops'] / 1e12:,.4g} | {limit} | {compiled} |"
 
 
 def main(wanted: list[str]) -> None:
@@ -61,8 +72,9 @@ def main(wanted: list[str]) -> None:
             if f"{name} {how}" in results and not wanted:
                 continue
             topology, *flags = how.split()
+            made = {"date": str(date.today()), "jax": version("jax"), "libtpu": version("libtpu")}
             try:
-                results[f"{name} {how}"] = compile_for(config.load(name, flags), Topology.parse(topology))
+                results[f"{name} {how}"] = made | compile_for(config.load(name, flags), Topology.parse(topology))
             except InputError as error:
                 sys.exit(f"{name}: {error}")
             file.write_text(json.dumps(results, indent=1) + "\n")
@@ -71,9 +83,8 @@ def main(wanted: list[str]) -> None:
 
 
 def write(results: dict[str, dict]) -> None:
-    text = HEAD.format(date=date.today(), jax=version("jax"), libtpu=version("libtpu"))
     rows = [row(name, how, results[f"{name} {how}"]) for name, ways in RECIPES.items() for how in ways if f"{name} {how}" in results]
-    (DOCS / "compile.md").write_text(text + "\n".join(rows) + "\n")
+    (DOCS / "compile.md").write_text(HEAD + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

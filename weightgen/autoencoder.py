@@ -13,6 +13,7 @@ from common.nn.block import Block, scan, stack
 from common.nn.conv import Conv
 from common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform, zeros
 from common.nn.norm import GroupNorm
+from weightgen.denoiser import Order
 from weightgen.normalise import Kind
 
 GROUPS, EPS = 2, 1e-6
@@ -190,6 +191,12 @@ class TokenVaeConfig:
     heads: int = 4
     normalise: Kind = "tensor"
     """What is done to weights before."""
+    order: Order = "ordered"
+    """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their order."""
+
+    def __post_init__(self) -> None:
+        if self.order == "exchangeable" and self.normalise == "row":
+            raise InputError("rows of a head are exchangeable, normalising each by itself would tell them apart: set normalise to tensor")
 
 
 class TokenVae(nnx.Module):
@@ -210,16 +217,19 @@ class TokenVae(nnx.Module):
 
         self.enter, self.leave = Dense("weight -> embed", sizes, rngs=rngs), Dense("embed -> weight", sizes, rngs=rngs)
         self.shrink, self.grow = Dense("embed -> part latent", sizes, rngs=rngs), Dense("latent -> embed", sizes, rngs=rngs)
-        self.position = param("token -> embed", sizes, normal(0.02), rngs)
+        self.position = param("token -> embed", sizes, normal(0.02), rngs) if cfg.order == "ordered" else None
         self.encoder, self.decoder = blocks(), blocks()
 
+    def _placed(self, h: jax.Array) -> jax.Array:
+        return h if self.position is None else h + self.position[...]
+
     def encode(self, x: jax.Array) -> Posterior:
-        h = scan(self.encoder, self.enter(x) + self.position[...])
+        h = scan(self.encoder, self._placed(self.enter(x)))
         mean, log_variance = jnp.moveaxis(self.shrink(h), 2, 0)
         return Posterior(mean, jnp.clip(log_variance, FLOOR, CEILING))
 
     def decode(self, z: jax.Array) -> jax.Array:
-        return self.leave(scan(self.decoder, self.grow(z) + self.position[...]))
+        return self.leave(scan(self.decoder, self._placed(self.grow(z))))
 
     def __call__(self, x: jax.Array, key: jax.Array) -> Any:
         posterior = self.encode(x)

@@ -94,7 +94,8 @@ class GeneratorConfig:
     @property
     def by_row(self) -> bool:
         """Rows of a head are exchangeable where each is told its class; other tokens are known by their place."""
-        return self.net is not None and self.net.kind == "head" and self.condition == "per_class"
+        placed = self.codec is not None and self.codec.order == "ordered"
+        return self.net is not None and self.net.kind == "head" and self.condition == "per_class" and not placed
 
     def chain(self) -> Schedule:
         return linear_schedule(FULL) if self.schedule == "linear" else scaled_linear_schedule()
@@ -268,6 +269,12 @@ class SampleConfig:
     strength: float = 1.0
     """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"{self.steps} steps: take 1 or more")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"a strength of {self.strength:g}: choose above 0 and up to 1")
+
 
 Draw = Callable[..., jax.Array]
 
@@ -275,13 +282,12 @@ Draw = Callable[..., jax.Array]
 def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
     """`draw(params, support, there, key, index, start=None, known=None)`: tokens [batch, token, length] f32, compiled once per shape.
 
-    index: [batch] int32, which sample of the seed a row is: (key, index) fixes its noise on any number of devices. start: tokens to
-    refine (with `strength` below 1), or whose parts are kept where `known` [token] is True (in-painting).
+    index: [batch] int32, which sample of the seed a row is: (key, index) fixes its noise, that of ddpm's steps too, on any number of
+    devices. start: tokens to refine (with `strength` below 1), or whose parts are kept where `known` [token] is True (in-painting).
+    ddpm has the posterior's variance. Raises InputError for a strength below 1 and nothing to start from.
     """
     full = cfg.chain()
     chain = respace(full, min(how.steps, len(full)))
-    if not 0 < how.strength <= 1:
-        raise InputError(f"a strength of {how.strength:g}: choose above 0 and up to 1")
     sampler = ddim(chain) if how.sampler == "ddim" else ddpm(chain)
     first = len(sampler) - max(round(how.strength * len(sampler)), 1)
     sampler = type(sampler)(*(getattr(sampler, name)[first:] for name in sampler.__dataclass_fields__))
@@ -290,8 +296,11 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
     def draw(
         params: Any, support: jax.Array, there: jax.Array, key: jax.Array, index: jax.Array, start: Any = None, known: Any = None
     ) -> jax.Array:
+        if start is None and how.strength < 1:
+            raise InputError(f"a strength of {how.strength:g} refines given weights, and none are given: leave it at 1")
         latent = cfg.latent if cfg.codec is None else cfg.codec.latent
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (cfg.tokens.rows, latent)))(index)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(index)
+        noise = jax.vmap(lambda k: jax.random.normal(k, (cfg.tokens.rows, latent)))(keys)
         clean = None if start is None else model.apply(params, start, support, there, method="encode")
         told = model.apply(params, support, there, method="told")
         untold = model.apply(params, support, jnp.zeros_like(there), method="told") if how.guidance != 1 else None
@@ -308,12 +317,12 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
             predicted = sigma * x + alpha * v
             if clean is not None and known is not None:
                 predicted = jnp.where(known[:, None], noise, predicted)
-            return Prediction(predicted)
+            return Prediction(predicted, -jnp.ones_like(x))  # -1: the smaller of both variances, the posterior's
 
         x = noise
         if clean is not None and how.strength < 1:
             x = float(sampler.alpha[0]) * clean + float(sampler.sigma[0]) * noise
-        out = model.apply(params, sampler.run(denoise, x, key), support, there, method="decode")
+        out = model.apply(params, sampler.run(denoise, x, keys), support, there, method="decode")
         return out if start is None or known is None else jnp.where(known[:, None], start, out)
 
     return draw

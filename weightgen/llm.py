@@ -55,9 +55,10 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     """
     found = []
     for name, tensor in tensors.items():
-        if tensor.dtype.kind in "iub" and tensor.ndim == 2:
-            raise InputError(f"{name} is {tensor.dtype}: the checkpoint is quantised; take the original, its spectrum means something")
-        if tensor.ndim == 2 and min(tensor.shape) >= least and tensor.dtype.kind not in "iub":
+        # What is small and whole is a buffer, such as the numbers of positions.
+        if tensor.ndim == 2 and min(tensor.shape) >= least:
+            if tensor.dtype.kind in "iub":
+                raise InputError(f"{name} is {tensor.dtype}: the checkpoint is quantised; take the original, its spectrum means something")
             kind = ".".join(part for part in re.split(r"[/.@]", name) if not part.isdigit())
             found.append(Ranked(name, kind, snr(tensor)))
     return sorted(found, key=lambda r: -r.snr)

@@ -29,15 +29,17 @@ class Adapter:
 
 def canon(adapter: Adapter) -> Adapter:
     """The same update from the singular value decomposition of B A: roots of the singular values on both sides, in falling order; of
-    each direction the largest entry of its left vector is positive. Without forming the [out, in] product."""
+    each direction the largest entry of its left vector is positive. Without forming the [out, in] product. A rank above `out` or `in`
+    is kept, its surplus zeros."""
     out_basis, out_mix = np.linalg.qr(adapter.up.astype(np.float64))
     in_basis, in_mix = np.linalg.qr(adapter.down.astype(np.float64).T)
-    left, values, right = np.linalg.svd(out_mix @ in_mix.T)
+    left, values, right = np.linalg.svd(out_mix @ in_mix.T, full_matrices=False)
     left, right = out_basis @ left, right @ in_basis.T
     sign = np.sign(left[np.abs(left).argmax(0), np.arange(left.shape[1])])
     root = np.sqrt(values)
-    dtype = adapter.up.dtype
-    return Adapter(((sign * root)[:, None] * right).astype(dtype), (left * sign * root).astype(dtype))
+    dtype, surplus = adapter.up.dtype, len(adapter.down) - len(values)
+    down, up = np.pad((sign * root)[:, None] * right, ((0, surplus), (0, 0))), np.pad(left * sign * root, ((0, 0), (0, surplus)))
+    return Adapter(down.astype(dtype), up.astype(dtype))
 
 
 def adapters(tensors: Mapping[str, np.ndarray]) -> dict[str, Adapter]:

@@ -25,7 +25,7 @@ from weightgen.autoencoder import TokenCodec, TokenVaeConfig, vae_loss
 from weightgen.codec import fit_pca, gate, relative_error
 from weightgen.conditions import LEARNED_POINTS, SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder, shown, text_encoder, thumbnails
-from weightgen.denoiser import DenoiserConfig
+from weightgen.denoiser import DenoiserConfig, Order
 from weightgen.evaluate import accuracy
 from weightgen.formats import CODEC, ENCODER, FAMILY, open_part, save_neighbours
 from weightgen.generator import Generator, GeneratorConfig, Told, fit_stage1, loss
@@ -231,7 +231,8 @@ class CodecRecipe(Stage):
         )
 
     def _config(self, zoo: Zoo) -> TokenVaeConfig:
-        return TokenVaeConfig(zoo.spec.rows, zoo.spec.length, self.latent, self.width, self.layers, normalise=self.normalise)
+        order: Order = "exchangeable" if zoo.net and zoo.net.kind == "head" else "ordered"
+        return TokenVaeConfig(zoo.spec.rows, zoo.spec.length, self.latent, self.width, self.layers, normalise=self.normalise, order=order)
 
     def describe(self) -> Any:
         return CODEC, self._config(open_zoo(Path(self.zoo)))

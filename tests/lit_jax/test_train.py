@@ -114,6 +114,21 @@ def test_a_trained_run_draws(distilled, tmp_path):
     assert Image.open(out).size == (240, 160)  # 3 x 2 pictures of 8 px, enlarged ten times
 
 
+def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_path, monkeypatch):
+    """Kernels refuse the f32 weights that are scored, drawn from and kept. No step is taken: the kernel is another device's."""
+
+    def ends_at_once(_, state, *__, evaluate, on_finish, **___):
+        assert evaluate(state)["mse"] > 0
+        on_finish(state)
+
+    monkeypatch.setattr(train.Run, "fit", ends_at_once)
+    monkeypatch.setattr(train, "check_device", lambda *_: None)
+    run = tmp_path / "run"
+    assert main(["train", "lit/smoke", "--run", str(run), *TINY, "--student.implementation", "mosaic_tpu"]) == 0
+    assert (run / "samples" / "0000000.png").exists()
+    assert read_json(run / "model" / "config.json")["model"]["implementation"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,7 @@
 """Generators: what they draw, from the recipe to the folder; and the proof on a world where the right answer is known."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from common.cli import main
+from common.diffusion import linear_schedule
+from common.errors import InputError
 from common.nn.functional import functional
 from common.train.optim import OptimConfig
 from common.train.parameters import save_params
+from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
 from weightgen.denoiser import DenoiserConfig
@@ -25,6 +29,7 @@ from weightgen.recipes import GeneratorRecipe
 from weightgen.train import LoopConfig
 from weightgen.zoo import FitConfig, Zoo, import_folder, open_zoo
 
+ORDERS = ("ordered", "exchangeable")
 SMALL = DenoiserConfig(width=16, layers=1, heads=2, hidden=16)
 
 
@@ -48,13 +53,22 @@ def test_heads_follow_the_order_of_classes(generator):
     np.testing.assert_allclose(turned[:, ::-1], out, atol=1e-5)
     expected = [model.apply(params, s, there, method="expected") for s in (support, support[:, ::-1])]
     np.testing.assert_allclose(expected[0][:, ::-1], expected[1], atol=1e-5)
+    coded = functional(TokenCodec, TokenVaeConfig(3, 5, latent=4, width=16, layers=1, heads=2, order="exchangeable"))
+    learned = coded.init(jax.random.key(0)) | {"std": jnp.ones((3, 5)), "scale": jnp.ones(())}
+    for method, rows in (("encode", x), ("decode", x[..., :4])):
+        apply = jax.jit(partial(coded.apply, method=method))
+        found, back = (apply(learned, r) for r in (rows, rows[:, ::-1]))
+        np.testing.assert_allclose(back[:, ::-1], found, atol=1e-5)
+    by = [GeneratorConfig(NetConfig(features=4, classes=3), prior="none", codec=TokenVaeConfig(3, 5, order=o)) for o in ORDERS]
+    assert [cfg.by_row for cfg in by] == [False, True], "a codec that knows places needs a denoiser that does"
     # Whoever is told other pictures says something else.
     assert np.abs(np.asarray(model.apply(params, x, t, support[::-1], there) - out)).max() > 1e-2
 
 
-def test_samples_are_the_same_on_one_device_and_on_eight(generator):
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_are_the_same_on_one_device_and_on_eight(sampler, generator):
     cfg, model, params, support, there = generator
-    draw = drawer(model, cfg, SampleConfig(steps=5, guidance=1.5))
+    draw = drawer(model, cfg, SampleConfig(sampler, steps=5, guidance=1.5))
     key, index = jax.random.key(0), jnp.arange(8)
     one = np.asarray(draw(params, support, there, key, index))
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -63,6 +77,15 @@ def test_samples_are_the_same_on_one_device_and_on_eight(generator):
     assert len(many.sharding.device_set) == 8
     np.testing.assert_allclose(np.asarray(many), one, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(draw(params, support[5:6], there[5:6], key, jnp.array([5]))[0], one[5], rtol=1e-5, atol=1e-5)
+
+
+def test_steps_of_ddpm_have_the_variance_of_the_posterior(generator):
+    cfg, model, params, support, there = generator
+    params = params | {path: jnp.zeros_like(x) for path, x in params.items() if path.startswith("denoiser/final")}
+    drawn = drawer(model, cfg, SampleConfig("ddpm", steps=2))(params, support, there, jax.random.key(0), jnp.arange(8))
+    # The first step ends at the first time, where 1e-4 of noise is left; beta of that step is nearly 1.
+    spread = np.std(np.asarray(drawn - model.apply(params, support, there, method="expected")))
+    assert spread == pytest.approx(linear_schedule().beta[0] ** 0.5, rel=0.3)
 
 
 def test_given_weights_are_refined_and_kept_where_known(generator):
@@ -75,6 +98,10 @@ def test_given_weights_are_refined_and_kept_where_known(generator):
     assert np.abs(np.asarray(painted - start))[:, 1:].min() > 0 and np.abs(np.asarray(painted - free))[:, 1:].max() > 1e-4
     near = drawer(model, cfg, SampleConfig(steps=50, strength=0.02))(params, support, there, key, index, start)
     assert np.abs(np.asarray(near - start)).mean() < 0.1 * np.abs(np.asarray(free - start)).mean()
+    with pytest.raises(InputError, match="none are given"):
+        drawer(model, cfg, SampleConfig(strength=0.5))(params, support, there, key, index)
+    with pytest.raises(InputError, match="0 steps"):
+        SampleConfig(steps=0)
 
 
 def test_diffusion_returns_the_one_latent_it_knows():
@@ -322,8 +349,6 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
 
 
 def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
-    from common.errors import InputError
-
     rng = np.random.default_rng(0)
     trees = [{"w": rng.standard_normal((3, 2)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)} for _ in range(3)]
     for i, tree in enumerate(trees):

@@ -18,10 +18,12 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_an_adapter_has_one_form(rng):
-    down, up = rng.standard_normal((4, 20)), rng.standard_normal((12, 4))
+@pytest.mark.parametrize(("read", "written"), [(20, 12), (20, 2), (3, 12)])
+def test_an_adapter_has_one_form(read, written, rng):
+    down, up = rng.standard_normal((4, read)), rng.standard_normal((written, 4))
     first = canon(Adapter(down, up))
     np.testing.assert_allclose(first.delta, up @ down, atol=1e-10)
+    assert first.up.shape == up.shape and first.down.shape == down.shape
     np.testing.assert_allclose(first.up.T @ first.up, first.down @ first.down.T, atol=1e-10)  # balanced
     for seed in range(5):
         r = np.random.default_rng(seed).standard_normal((4, 4))
@@ -76,7 +78,7 @@ def test_spectrum_of_known_singular_values(rng):
 
 def test_ranking_a_checkpoint_reads_files_and_refuses_quantised_ones(tmp_path, rng):
     tensors = {f"h.{i}.w": rng.standard_normal((32, 32)).astype(np.float32) for i in range(4)}
-    save_file(tensors | {"norm": np.ones(32, np.float32)}, tmp_path / "model.safetensors")
+    save_file(tensors | {"norm": np.ones(32, np.float32), "position_ids": np.arange(512)[None]}, tmp_path / "model.safetensors")
     ranked = llm.rank_checkpoint(str(tmp_path))
     assert [r.kind for r in ranked] == ["h.w"] * 4
     assert [r.snr for r in ranked] == sorted((llm.snr(tensors[f"h.{i}.w"]) for i in range(4)), reverse=True)
