@@ -22,6 +22,8 @@ class PcaFit:
 
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
     """PCA of rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
+    if latent < 1:
+        raise InputError(f"{latent} latents: choose 1 or more")
     if latent > min(rows.shape):
         raise InputError(f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most")
     mean = rows.mean(0, dtype=np.float64)
@@ -56,28 +58,45 @@ class Pca(nnx.Module):
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a codec may be used: the accuracy of networks before and after a round trip, and the relative squared error."""
+    """Whether a codec may be used: the accuracy of networks before and after a round trip, NaN where it is not known, and the relative
+    squared error of what is coded. A codec that codes nothing must not pass: hence the limit of the error, and hence networks at chance,
+    which have nothing to lose, do not count."""
 
     before: float
     after: float
     error: float
     tolerance: float
+    chance: float = 0.0
+    limit: float = float("inf")
 
     @property
-    def drop(self) -> float:
-        return self.before - self.after
-
-    @property
-    def passed(self) -> bool:
-        return self.drop <= self.tolerance
-
-    def check(self, force: bool = False) -> None:
-        """Raises InputError when reconstructed networks are worse than the tolerance allows, unless told to go on."""
-        if not self.passed and not force:
-            raise InputError(
+    def fault(self) -> str:
+        """What is wrong, and what to do; empty when nothing is."""
+        if self.before - self.chance <= self.tolerance:
+            return (
+                f"the zoo's networks are at chance: {100 * self.before:.1f} % right, {100 * self.chance:.1f} % by guessing, so nothing is "
+                "known of the codec. Train the zoo for longer, or --gate.force"
+            )
+        if self.before - self.after > self.tolerance:
+            return (
                 f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip "
                 f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force"
             )
+        if self.error > self.limit:
+            return (
+                f"the codec loses the weights it is to code: relative error {self.error:.3f}, at most {self.limit:g} (gate.error). "
+                "Use more latents, or --gate.force"
+            )
+        return ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.fault
+
+    def check(self, force: bool = False) -> None:
+        """Raises InputError for a fault, unless told to go on."""
+        if self.fault and not force:
+            raise InputError(self.fault)
 
 
 def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
@@ -85,6 +104,14 @@ def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
     return float(np.sum((weights - back) ** 2) / max(np.sum((weights - weights.mean(0)) ** 2), 1e-30))
 
 
-def gate(before: Any, after: Any, weights: np.ndarray, back: np.ndarray, tolerance: float) -> Gate:
-    """From the accuracies [n] of the same networks before and after."""
-    return Gate(float(np.mean(before)), float(np.mean(after)), relative_error(weights, back), tolerance)
+def gate(
+    before: Any,
+    after: Any,
+    weights: np.ndarray,
+    back: np.ndarray,
+    tolerance: float,
+    chance: float = 0.0,
+    limit: float = float("inf"),
+) -> Gate:
+    """From the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
+    return Gate(float(np.mean(before)), float(np.mean(after)), relative_error(weights, back), tolerance, chance, limit)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.config import to_json
+from common.errors import InputError
 from common.nn.functional import functional
 from common.train.loop import Run
 from common.train.mesh import start
@@ -20,7 +21,7 @@ from weightgen.autoencoder import VaeConfig
 from weightgen.conditions import LEARNED_POINTS, SetConfig
 from weightgen.data import Bank, Projection
 from weightgen.formats import REFERENCE, save_neighbours
-from weightgen.recipes import GateConfig, Stage, measure, pictures_of
+from weightgen.recipes import GateConfig, Stage, left_out, measure, pictures_of
 from weightgen.reference import Reference, ReferenceConfig, latent_scale, stage1_loss, stage2_loss
 from weightgen.train import LoopConfig, fit, generator_batches, placed
 from weightgen.unet import UnetConfig
@@ -54,6 +55,8 @@ class ReferenceRecipe(Stage):
     stage2: LoopConfig = field(default_factory=lambda: LoopConfig(100_000, 64, ADAMW, StepConfig()))
 
     def config(self, zoo: Zoo, bank: Bank) -> ReferenceConfig:
+        if zoo.net is None:
+            raise InputError(f"{self.zoo} is of imported checkpoints, without pictures: heirloom train weightgen/generator takes them")
         features = replace(self.features, features=bank.features.shape[1])
         vae = replace(self.vae, length=-(-zoo.spec.count // self.vae.rows))
         slots = self.shots * zoo.classes.shape[1]
@@ -74,8 +77,10 @@ class ReferenceRecipe(Stage):
             weights = flat(zoo.spec, tokens)
             return np.pad(weights, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - weights.shape[1])))
 
+        shown_to = len(zoo) - left_out(self.gate, zoo)
+
         def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
-            return {"weights": vectors(zoo.tokens(np.sort(rng.integers(len(zoo), size=self.stage1.batch))))}
+            return {"weights": vectors(zoo.tokens(np.sort(rng.integers(shown_to, size=self.stage1.batch))))}
 
         autoencoder = fit(
             Run.open(directory / "stage_1", to_json(self)),
@@ -90,8 +95,8 @@ class ReferenceRecipe(Stage):
         )
         mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
 
-        def code(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
-            return zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
+        def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
+            return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
 
         measure(self.gate, zoo, pictures_of(self.zoo), code, self.stage1.seed)
         first = weights(np.random.default_rng([self.stage2.seed, 0]))["weights"]

@@ -1,7 +1,7 @@
 """Zoos: thousands of small networks trained at once, with what they were trained on; and folders of foreign checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from weightgen.nets import NetConfig, net
 from weightgen.tokens import TokenSpec, chunks, neurons, one_chunk
 
 Params = dict[str, jax.Array]
+ARRAYS = ("weights", "quality", "classes")  # of a zoo, a file each
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,15 @@ class Zoo:
         """Tokens [..., rows, length] f32 of the members at `rows`; only they are read."""
         return self.spec.padded(np.asarray(self.weights[rows]))
 
+    def first(self, members: int) -> "Zoo":
+        """The first `members` of them; nothing is read."""
+        return replace(self, **{name: getattr(self, name)[:members] for name in ARRAYS})
+
     def save(self, folder: Path, *, beside: Callable[[Path], Any] | None = None, force: bool = False) -> None:
         """Write a zoo's folder; `beside(folder)` adds what travels along."""
         with staged(folder, force=force) as out:
             out.mkdir()
-            for name in ("weights", "quality", "classes"):
+            for name in ARRAYS:
                 np.save(out / f"{name}.npy", getattr(self, name))
             pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in (("pieces", self.spec), ("whole", self.whole))}
             write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces)
@@ -118,7 +123,7 @@ def open_zoo(folder: Path) -> Zoo:
     if not (folder / "zoo.json").is_file():
         raise InputError(f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)")
     about = read_json(folder / "zoo.json")
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("weights", "quality", "classes")}
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     cfg = NetConfig(**about["net"]) if about["net"] else None
     whole = TokenSpec.of(about["whole"]) if about.get("whole") else None
     return Zoo(**arrays, net=cfg, spec=TokenSpec.of(about["pieces"]), whole=whole)

@@ -276,7 +276,7 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
     assert {path: x.shape for path, x in drawn.items()} == {p: x.shape for p, x in net(NetConfig("cnn", 3, classes=6)).spec.items()}
 
 
-def test_adapters_for_a_task_in_words(tmp_path, heirloom):
+def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
     folder, rng, words = tmp_path / "adapters", np.random.default_rng(0), ["a red fruit", "a fast car", "a sad face"]
     folder.mkdir()
     names = [f"layers.{i}.query.lora_{side}.weight" for i in range(2) for side in "AB"]
@@ -290,7 +290,7 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom):
     def generate(name, *told, condition, chunk=0, members="checkpoints"):
         by = ["--folder", folder, "--backend", "embedded:emoji", "--chunk", chunk, "--members", members]
         heirloom("train", "weightgen/checkpoints", "--run", tmp_path / f"{name}-zoo", *by)
-        zoo = ["--zoo", tmp_path / f"{name}-zoo" / "zoo", "--condition", condition, "--prior", "none", "--latent", "3"]
+        zoo = ["--zoo", tmp_path / f"{name}-zoo" / "zoo", "--condition", condition, "--prior", "none", "--latent", "5"]
         heirloom("train", "weightgen/generator", "--run", tmp_path / name, *zoo, *LOOP, *TINY)
         ask = [tmp_path / name / "model", *told, "-n", "2", "--out", made, "--force", "--steps", "2"]
         heirloom("generate", *ask)
@@ -299,6 +299,11 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom):
         return json.loads((made / "report.json").read_text())
 
     generate("label", "--task", "a fast car", condition="label")
+    zoo = ["--zoo", str(tmp_path / "label-zoo" / "zoo")]
+    lossy = [*zoo, "--run", str(tmp_path / "lossy"), "--condition", "label", "--prior", "none", "--latent", "1", "--gate.error", "0.3"]
+    assert main(["train", "weightgen/generator", *lossy, *LOOP, *TINY]) == 2 and "loses the weights" in capsys.readouterr().err
+    assert main(["train", "weightgen/d2nwg", *zoo, "--run", str(tmp_path / "d2nwg")]) == 2
+    assert "without pictures" in capsys.readouterr().err
     report = generate("text", "--task", "a sad face", condition="text")
     assert report["accuracy"] is None and report["novelty"]["of"] == 6
     assert report["distance to the task's own networks"].keys() == {"told it", "told another"}
@@ -316,9 +321,10 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     stored = open_zoo(tmp_path / "zoo" / "zoo")
     assert len(stored) == 40 and stored.weights.shape == (40, 21) and stored.quality.mean() > 0.8
     assert "finished" in heirloom(*zoo)
+    assert (Bank.load(tmp_path / "zoo" / "zoo", "held").counts == 2).all() and len(stored.first(32)) == 32
     small = ["--latent", "7", *TINY]
     train = ["train", "weightgen/generator", "--zoo", tmp_path / "zoo" / "zoo", *LOOP]
-    heirloom(*train, "--run", tmp_path / "generator", *small)
+    assert "of 8 networks it was not fitted on" in heirloom(*train, "--run", tmp_path / "generator", *small)
     # The gate: two numbers a row do not carry six features.
     small[1] = "1"
     assert main([str(a) for a in [*train, "--run", tmp_path / "lossy", *small, "--prior", "none"]]) == 2

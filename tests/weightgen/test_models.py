@@ -155,6 +155,14 @@ def test_pca_and_the_gate():
     with pytest.raises(InputError, match=r"90\.0 % before, 60\.0 % after"):
         bad.check()
     bad.check(force=True)
+    # A codec that codes nothing loses no accuracy where a prior has it all, or where there is none to lose.
+    nothing = np.broadcast_to(rows.mean(0), rows.shape)
+    for before, limit, wrong in ((0.9, 0.5, "relative error 1.000, at most 0.5"), (0.21, 2, "at chance: 21.0 % right, 20.0 %")):
+        with pytest.raises(InputError, match=wrong):
+            gate([before], [before], rows, nothing, 0.02, chance=0.2, limit=limit).check()
+    assert gate(np.nan, np.nan, rows, rows, 0.02, limit=0.5).passed and not gate(np.nan, np.nan, rows, nothing, 0.02, limit=0.5).passed
+    with pytest.raises(InputError, match="0 latents"):
+        fit_pca(rows, 0)
     assert bad.error == pytest.approx(rows.size / np.sum((rows - rows.mean(0)) ** 2))
 
 
