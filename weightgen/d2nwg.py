@@ -110,7 +110,7 @@ class ReferenceRecipe(Stage):
             return stage2_loss(model, cfg, params["k"], params, vector, batch["support"], key), {}
 
         def beside(out: Path) -> None:
-            save_neighbours(out, zoo, self.stage2.seed)
+            save_neighbours(out, zoo, self.stage2.seed, bank)
             Projection.load(folder).save(out)
 
         save = partial(save_params, run.model, REFERENCE.name, cfg)

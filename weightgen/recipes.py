@@ -392,7 +392,7 @@ class GeneratorRecipe(Stage):
         measure(self.gate, zoo, pictures_of(self.zoo), code, self.loop.seed)
 
         def beside(out: Path) -> None:
-            save_neighbours(out, zoo, self.loop.seed)
+            save_neighbours(out, zoo, self.loop.seed, bank)
             for name in ("features.safetensors", "tasks.json"):
                 if (folder / name).is_file():
                     copy(folder / name, out / name)
