@@ -348,7 +348,7 @@ def _generate(args: argparse.Namespace) -> None:
     donor = _open(args.what)
     made = _ask(_method_of(donor), "generate")(donor, args)
     _write_json(args, made)
-    for name, value in (made["accuracy"] or {}).items():
+    for name, value in ((name, value) for name, value in (made["accuracy"] or {}).items() if value is not None):
         print(f"{name:<34}{100 * value:6.1f} %")
     count = len(made["weights"])
     print(f"{made['folder']}: {count} weights folder{'s' if count > 1 else ''} and report.json; {made['condition']}")

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(Exception):
@@ -10,6 +11,13 @@ class InputError(Exception):
 
 class VerificationError(Exception):
     """A result was computed and is not what the reference says."""
+
+
+def positive(cfg: Any, *fields: str) -> None:
+    """Raises InputError for the first of these fields of a config that is below 1: what its `__post_init__` calls."""
+    for name in fields:
+        if (value := getattr(cfg, name)) < 1:
+            raise InputError(f"{name} is {value}: choose 1 or more")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

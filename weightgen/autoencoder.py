@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.attention import Attention, softmax
 from common.nn.block import Block, scan, stack
 from common.nn.conv import Conv
@@ -195,6 +195,7 @@ class TokenVaeConfig:
     """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their order."""
 
     def __post_init__(self) -> None:
+        positive(self, "latent", "layers")
         if self.order == "exchangeable" and self.normalise == "row":
             raise InputError("rows of a head are exchangeable, normalising each by itself would tell them apart: set normalise to tensor")
 

@@ -58,6 +58,7 @@ class Ridge:
     @classmethod
     def fit(cls, condition: np.ndarray, weights: np.ndarray, groups: np.ndarray, penalties: Sequence[float] = PENALTIES) -> "Ridge":
         """condition: [n, in]; weights: [n, out]; groups: [n], what a row must not share with the rows it is tested on (its class).
+        Whole networks are grouped by their first class alone: their other classes may be among those that were fitted.
 
         The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would choose too little.
         """

@@ -22,8 +22,6 @@ class PcaFit:
 
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
     """PCA of rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
-    if latent < 1:
-        raise InputError(f"{latent} latents: choose 1 or more")
     if latent > min(rows.shape):
         raise InputError(f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most")
     mean = rows.mean(0, dtype=np.float64)

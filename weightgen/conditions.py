@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import InputError, positive
 from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
 
 XAVIER = xavier_uniform()
@@ -55,6 +56,11 @@ class SetConfig:
     out: int = 512
     latent: int = 1024
     """Numbers that a set of sets becomes."""
+
+    def __post_init__(self) -> None:
+        positive(self, "features", "hidden", "heads", "inducing", "out", "latent")
+        if self.hidden % self.heads:
+            raise InputError(f"{self.heads} heads do not divide a hidden width of {self.hidden}: change heads or hidden")
 
 
 class Mab(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.config import to_json
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.functional import functional
 from common.train.loop import Run
 from common.train.mesh import start
@@ -53,6 +53,9 @@ class ReferenceRecipe(Stage):
     gate: GateConfig = field(default_factory=GateConfig)
     stage1: LoopConfig = field(default_factory=lambda: LoopConfig(50_000, 64, ADAM, StepConfig()))
     stage2: LoopConfig = field(default_factory=lambda: LoopConfig(100_000, 64, ADAMW, StepConfig()))
+
+    def __post_init__(self) -> None:
+        positive(self, "shots", "chain")
 
     def config(self, zoo: Zoo, bank: Bank) -> ReferenceConfig:
         if zoo.net is None:
@@ -110,7 +113,7 @@ class ReferenceRecipe(Stage):
             return stage2_loss(model, cfg, params["k"], params, vector, batch["support"], key), {}
 
         def beside(out: Path) -> None:
-            save_neighbours(out, zoo, self.stage2.seed)
+            save_neighbours(out, zoo, self.stage2.seed, bank)
             Projection.load(folder).save(out)
 
         save = partial(save_params, run.model, REFERENCE.name, cfg)

@@ -175,6 +175,11 @@ class Bank:
     def counts(self) -> np.ndarray:
         return np.diff(self.starts)
 
+    @cached_property
+    def means(self) -> np.ndarray:
+        """[class, feature] f32."""
+        return np.stack([self.features[a:b].mean(0) for a, b in zip(self.starts, self.starts[1:], strict=False)])
+
     def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
         """[..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class has fewer."""
         counts = self.counts[classes]

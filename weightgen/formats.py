@@ -14,6 +14,7 @@ from common.surgery.axes import Spec
 from common.surgery.report import kernel_macs
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig, VaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
+from weightgen.data import Bank
 from weightgen.denoiser import DenoiserConfig
 from weightgen.generator import Generator, GeneratorConfig
 from weightgen.nets import MODULES, NetConfig
@@ -115,9 +116,13 @@ def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, n
     return donor.cfg, {name: np.asarray(view, np.float32) for name, view in donor.source.values.items()}
 
 
-def save_neighbours(folder: Path, zoo: Zoo, seed: int) -> None:
-    """Write `neighbours.safetensors`: zoo networks that generated ones are held against, up to 1,000 of them or 16 MB."""
+def save_neighbours(folder: Path, zoo: Zoo, seed: int, bank: Bank) -> None:
+    """Write `neighbours.safetensors`: zoo networks that generated ones are held against, up to 1,000 of them or 16 MB, and the mean
+    features of the classes of each."""
     most = min(len(zoo), 1000, max(2**24 // (4 * zoo.spec.count), 2))
     rows = np.sort(np.random.default_rng(seed).choice(len(zoo), most, replace=False))
-    tensors = {"weights": np.asarray(zoo.weights[rows], np.float32), "classes": np.asarray(zoo.classes[rows])}
+    classes = np.asarray(zoo.classes[rows])
+    tensors = {"weights": np.asarray(zoo.weights[rows], np.float32), "classes": classes}
+    if zoo.net:
+        tensors["told"] = bank.means[classes]
     save_file(tensors, folder / "neighbours.safetensors", {"zoo": str(len(zoo))})

@@ -19,7 +19,7 @@ from common.errors import InputError, nearest
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from weightgen import reference
-from weightgen.baselines import noisy, prototype
+from weightgen.baselines import nearest_model, noisy, prototype
 from weightgen.data import Projection, encoder, shown, text_encoder, thumbnails
 from weightgen.evaluate import accuracy, disagreement, error_overlap, head_accuracy, nearest_distance
 from weightgen.formats import FAMILY, NETWORK, REFERENCE
@@ -28,7 +28,7 @@ from weightgen.nets import NetConfig, net, predict
 from weightgen.reference import ReferenceConfig
 from weightgen.zoo import FitConfig, fit_population, flat, initial_population
 
-FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.1), "mlp": FitConfig(60, lr=0.01), "cnn": FitConfig(60, lr=0.01)}
+FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.3), "mlp": FitConfig(60, lr=0.01), "cnn": FitConfig(60, lr=0.01)}
 WORDS = ("text", "label", "chunk")  # conditions that are no pictures
 
 
@@ -156,14 +156,15 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
 
 
 def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int) -> dict[str, Any]:
-    """Accuracies on what was left over, each named for what it is, beside baselines that need no zoo; novelty, diversity, and whether
-    the condition is used."""
+    """Accuracies on what was left over, each named for what it is, beside baselines with a zoo and without; novelty, diversity, and
+    whether the condition is used: None where all classes are told in no order."""
     cfg: Any = donor.cfg
     about: dict[str, Any] = {
         "classes": list(task.names),
         "condition": f"{task.shots}-shot, 0 gradient steps" if task.support else f"{cfg.condition}, 0 gradient steps",
         "seed": seed,
-        "sample": asdict(how),
+        # The reference takes all its steps, whatever is asked for.
+        "sample": asdict(SampleConfig("ddpm", cfg.steps) if isinstance(cfg, ReferenceConfig) else how),
         "parameters": cfg.whole.count,
         "accuracy": None,
     }
@@ -181,18 +182,20 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
     scores = accuracy(found, y, ways)
     chosen = int(accuracy(labels_of(cfg, drawn.samples, task.select.x), task.select.y, ways).argmax())
     turned = draw_weights(donor, replace(task, condition=np.roll(task.condition, 1, axis=1)), how, 1, seed).samples
+    others = _zoo_baselines(donor, task, zoo, rng)
     alone = trained_on(cfg.net, task.support, seed)
     one: Any = {
         "single sample": scores.mean(),
         "weights averaged": accuracy(labels_of(cfg, drawn.mean[None], task.test.x), y, ways)[0],
         "best by selection set": scores[chosen],
         "best by test (oracle)": scores.max(),
-        "pictures of the wrong classes": accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0],
+        "pictures of the wrong classes": accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0] if knows_order(cfg) else None,
+        **{name: accuracy(labels_of(cfg, tokens, task.test.x), y, ways).mean() for name, tokens in others.items()},
         "prototype": head_accuracy(prototype(task.condition[:, :, : task.shots]), task.test.told[None], y[None])[0],
         "gradient descent on the pictures": accuracy(predict(cfg.net, alone, task.test.x[None]), y, ways)[0],
         "chance": 1 / ways,
     }
-    about["accuracy"] = {name: round(float(value), 5) for name, value in one.items()}
+    about["accuracy"] = {name: None if value is None else round(float(value), 5) for name, value in one.items()}
     theirs = labels_of(cfg, cfg.whole.padded(zoo["weights"][:200]), task.test.x)
     return about | {
         "test pictures": int(y.size),
@@ -200,6 +203,29 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
         "disagreement": disagreement(found) if len(found) > 1 else None,
         "error IoU": float(error_overlap(found != y, theirs != y).mean()),
     }
+
+
+def knows_order(cfg: Any) -> bool:
+    """Whether the condition says which class is which. Set Transformers do not, so the same classes in another order are the same to
+    them; a linear prior beside them does."""
+    if isinstance(cfg, ReferenceConfig):
+        return cfg.encoder != "set"
+    return bool(cfg.condition != "set" or cfg.prior == "linear")
+
+
+def _zoo_baselines(donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Tokens [n, token, length] by name, of what the zoo gives without diffusion."""
+    cfg, weights = donor.cfg, zoo["weights"]
+    made = {"zoo mean": weights.mean(0)[None], "zoo networks + 0.04 noise": noisy(weights, 0.04, rng)[:50]}
+    if "told" in zoo:  # class by class: a network for these classes in another order is of no use
+        asked = task.condition[:, :, : task.shots].mean(2)
+        made["nearest zoo network"] = nearest_model(asked.reshape(1, -1), zoo["told"].reshape(len(weights), -1), weights)
+    found = {name: cfg.whole.padded(rows) for name, rows in made.items()}
+    if isinstance(cfg, GeneratorConfig) and cfg.prior == "linear":
+        there = np.broadcast_to(np.arange(cfg.shots) < task.shots, task.condition.shape[:3])
+        params = load_params(donor, start(MeshConfig()))
+        found["ridge"] = np.asarray(donor.model.apply(params, jnp.asarray(task.condition), there, method="expected"))
+    return found
 
 
 def _flat(cfg: Any, tokens: np.ndarray) -> np.ndarray:
@@ -275,7 +301,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
     about = report(donor, task, draw_weights(donor, task, how, 8, 0), how, 0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
-    return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items()]
+    return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items() if value is not None]
 
 
 def _check(donor: Donor) -> None:

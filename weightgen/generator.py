@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear_schedule, respace, scaled_linear_schedule
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.dense import param, zeros
 from common.nn.functional import Functional
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig
@@ -59,6 +59,7 @@ class GeneratorConfig:
     """Tasks or chunks there are."""
 
     def __post_init__(self) -> None:
+        positive(self, "latent", "shots")
         if self.prior == "linear" and self.condition in ("label", "chunk"):
             raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
         if self.prior == "linear" and self.codec is not None:
@@ -270,8 +271,8 @@ class SampleConfig:
     """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"{self.steps} steps: take 1 or more")
+        if self.steps < 2:  # the first is at the noisiest time and the last at the cleanest: one alone would be the latter
+            raise InputError(f"{self.steps} steps: take 2 or more")
         if not 0 < self.strength <= 1:
             raise InputError(f"a strength of {self.strength:g}: choose above 0 and up to 1")
 

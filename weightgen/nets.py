@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.dense import Dense, param, uniform_fan_in, zeros
 from common.nn.functional import Functional, functional
 
@@ -28,6 +28,9 @@ class NetConfig:
     hidden: int = 16
     """Hidden units of an mlp."""
     classes: int = 5
+
+    def __post_init__(self) -> None:
+        positive(self, "features", "hidden", "classes")
 
 
 class Head(nnx.Module):

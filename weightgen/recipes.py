@@ -14,7 +14,7 @@ import numpy as np
 from common.checkpoint.weights import read_json, staged, write_json
 from common.config import to_json
 from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.functional import functional
 from common.train.loop import Run
 from common.train.mesh import start
@@ -65,6 +65,9 @@ class ZooRecipe(Stage):
     chunk: int = 500
     """Networks trained at once."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`. A run that is stopped goes on at its last finished chunk."""
@@ -268,8 +271,11 @@ class EncoderRecipe(Stage):
     latent: int = 64
     """Components of that PCA."""
     encoder: SetConfig = field(default_factory=lambda: SetConfig(features=64, hidden=64, out=64))
-    """Its latent becomes that of the frozen side."""
+    """Its latent becomes that of the frozen side, its features those of the zoo's pictures."""
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "shots", "latent")
 
     def train(self, directory: Path) -> None:
         run, zoo, mesh = Run.open(directory, to_json(self)), open_zoo(Path(self.zoo)), start(self.loop.mesh)
@@ -278,7 +284,7 @@ class EncoderRecipe(Stage):
             return
         bank, loss_of = Bank.load(Path(self.zoo)), getattr(contrast, self.loss)
         latents = self._latents(zoo)
-        cfg = replace(self.encoder, latent=latents(zoo.tokens(slice(0, 1))).shape[1])
+        cfg = replace(self.encoder, features=bank.features.shape[1], latent=latents(zoo.tokens(slice(0, 1))).shape[1])
         model = functional(SetOfSets, cfg)
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -306,13 +312,14 @@ class EncoderRecipe(Stage):
         """Tokens to [member, latent], the side that is not trained."""
         if self.codec:
             cfg, params = open_part(self.codec, CODEC, "weightgen/codec")
+            check_codec(cfg, zoo, self.codec)
             encode = jax.jit(partial(functional(TokenCodec, cfg).apply, params, method="encode"))
             return lambda tokens: np.asarray(encode(tokens)).reshape(len(tokens), -1)
         pca = fit_pca(np.asarray(zoo.weights[:4000]), self.latent)
         return lambda tokens: ((flat(zoo.spec, tokens) - pca.mean) @ pca.components / pca.scale).astype(np.float32)
 
     def describe(self) -> Any:
-        return ENCODER, replace(self.encoder, latent=self.latent)
+        return ENCODER, replace(self.encoder, features=Bank.load(Path(self.zoo)).features.shape[1], latent=self.latent)
 
 
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
@@ -348,8 +355,14 @@ class GeneratorRecipe(Stage):
             raise InputError(f"{self.zoo} is a zoo told by {told}: set condition to {' or '.join(fits[told])}")
         codec = open_part(self.codec, CODEC, "weightgen/codec")[0] if self.codec else None
         encoder = open_part(self.encoder, ENCODER, "weightgen/encoder")[0] if self.encoder else None
+        if codec:
+            check_codec(codec, zoo, self.codec)
         if encoder and self.condition != "set":
             raise InputError(f"an encoder is for the condition set, not {self.condition}")
+        if encoder and encoder.features != bank.features.shape[1]:
+            raise InputError(
+                f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train an encoder on it"
+            )
         return GeneratorConfig(
             zoo.net,
             self.latent,
@@ -392,7 +405,7 @@ class GeneratorRecipe(Stage):
         measure(self.gate, zoo, pictures_of(self.zoo), code, self.loop.seed)
 
         def beside(out: Path) -> None:
-            save_neighbours(out, zoo, self.loop.seed)
+            save_neighbours(out, zoo, self.loop.seed, bank)
             for name in ("features.safetensors", "tasks.json"):
                 if (folder / name).is_file():
                     copy(folder / name, out / name)
@@ -472,6 +485,13 @@ class CheckpointsRecipe(Stage):
 
     def describe(self) -> Any:
         raise InputError("a zoo is no model: heirloom train builds it")
+
+
+def check_codec(cfg: TokenVaeConfig, zoo: Zoo, path: str) -> None:
+    """Raises InputError for a codec of other networks than the zoo's."""
+    own, ours = (cfg.tokens, cfg.length), (zoo.spec.rows, zoo.spec.length)
+    if own != ours:
+        raise InputError("{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(path, *own, *ours))
 
 
 def pictures_of(zoo: str) -> Bank:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, positive
 from common.nn.dense import param, zeros
 from common.nn.functional import Functional
 from weightgen.autoencoder import ConvVae, VaeConfig, vae_loss
@@ -55,6 +55,7 @@ class ReferenceConfig:
         return self.net.classes if self.net else 0
 
     def __post_init__(self) -> None:
+        positive(self, "steps", "shots")
         row, col, latent = self.vae.latent_shape
         if row * col * latent != self.unet.size**2:
             raise InputError(f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change unet.size")

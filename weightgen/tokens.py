@@ -173,6 +173,10 @@ def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tup
     Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
     """
     found = []
+    try:
+        re.compile(select)
+    except re.error as error:
+        raise InputError(f"{select!r} is no regular expression ({error}); mend select") from error
     for name, leaf in named_leaves(tree):
         if not re.search(select, name) or (exclude and re.search(exclude, name)):
             continue

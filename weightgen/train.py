@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.data.pipeline import Batches
+from common.errors import positive
 from common.surgery.axes import Spec
 from common.train.loop import Run
 from common.train.mesh import MeshConfig, batch_sharding
@@ -35,6 +36,9 @@ class LoopConfig:
     """Of fresh parameters, and of the order and the conditions drawn."""
     log_every: int = 100
     save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch", "log_every", "save_every")
 
 
 def fit(

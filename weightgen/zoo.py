@@ -12,7 +12,7 @@ import optax
 
 from common.checkpoint.convert import open_tensors, weights_files
 from common.checkpoint.weights import read_json, staged, write_json
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.functional import Functional
 from weightgen.lora import PAIR, canonical_tensors
 from weightgen.nets import NetConfig, net
@@ -34,6 +34,9 @@ class FitConfig:
     """L2 penalty added to the loss, half its square norm times this."""
     at_once: int = 0
     """Networks under one `vmap`, group after group; 0: all. On a CPU small convolutions are quickest one by one."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps")
 
 
 def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array, cfg: FitConfig, key: jax.Array) -> Params:
@@ -171,6 +174,10 @@ def import_folder(
         raise InputError(f"{folder} holds no checkpoints (.safetensors, .pt, .pth, or folders of them)")
     named = {name: read_json(folder / f"{name}.json") for name in ("quality", "tasks") if (folder / f"{name}.json").is_file()}
     quality, tasks = quality or named.get("quality", {}), named.get("tasks", {})
+    checks: tuple[tuple[str, Any, Any, str], ...] = (("quality", quality, (int, float), "a number"), ("tasks", tasks, str, "words"))
+    for name, values, kind, said in checks:
+        if not isinstance(values, Mapping) or not all(isinstance(value, kind) for value in values.values()):
+            raise InputError(f"{folder}/{name}.json must give {said} for each file: {{file name: {said}}}")
     spec = chunks(_tensors(members[0]), chunk, select=select)
     rows = np.zeros((len(members), spec.count), np.float32)
     for row, path in zip(rows, members, strict=True):
@@ -179,9 +186,9 @@ def import_folder(
         except (KeyError, InputError) as error:
             raise InputError(f"{path} is of another architecture than {members[0]} ({error}); keep one architecture in a zoo") from error
     scores = np.array([quality.get(path.name, np.nan) for path in members], np.float32)
-    said = [tasks.get(path.name, path.stem) for path in members]
-    words = tuple(dict.fromkeys(said))
-    return Zoo(rows, scores, np.array([[words.index(task)] for task in said], np.int32), None, spec), words
+    words_of = [tasks.get(path.name, path.stem) for path in members]
+    words = tuple(dict.fromkeys(words_of))
+    return Zoo(rows, scores, np.array([[words.index(task)] for task in words_of], np.int32), None, spec), words
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:

@@ -81,8 +81,8 @@ def product(
 ) -> list[jax.Array]:
     """finish(left @ right) for every head of every image.
 
-    along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied; rows: f32 [batch, head, row];
-    columns: f32 [batch, head, column]; beside: of the product's shape.
+    along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied, where left is not turned; rows: f32
+    [batch, head, row]; columns: f32 [batch, head, column]; beside: of the product's shape.
     """
     plan = _plan(left, right, len(beside), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector])
     batch, head = left.array.shape[0], left.array.shape[2 if left.by_token else 1]

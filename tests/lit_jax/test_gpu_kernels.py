@@ -7,18 +7,18 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import lit_jax.linear_attention as module
-from lit_jax.kernels import Choice, choice, mosaic_gpu
+from lit_jax.kernels import Choice, choice, gpu, mosaic_gpu
 from lit_jax.linear_attention import Unsupported, linear_attention
 
 BARS = {"out": 2.5e-3, "dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dW": 5e-3, "db": 5e-3}
 """Relative Frobenius error in bfloat16."""
 
 
-def inputs(images, d, tokens, mean):
+def inputs(images, heads, d, tokens, mean):
     """q, k, v, gradient token-major in bf16; the values have a mean of so many standard deviations. Weight and bias in f32."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.standard_normal((images, tokens, 1, d)) + mean * (name == "v"), jnp.bfloat16) for name in "qkvg"]
-    weight, bias = (jnp.asarray(rng.standard_normal(shape) / 5, jnp.float32) for shape in ((5, 5, d), (d,)))
+    arrays = [jnp.asarray(rng.standard_normal((images, tokens, heads, d)) + mean * (name == "v"), jnp.bfloat16) for name in "qkvg"]
+    weight, bias = (jnp.asarray(rng.standard_normal(shape) / 5, jnp.float32) for shape in ((5, 5, heads * d), (heads * d,)))
     return arrays, weight, bias
 
 
@@ -43,17 +43,68 @@ def errors(given, **options):
 
 
 @pytest.mark.parametrize(
-    ("images", "d", "grid", "options"),
+    ("heads", "d", "grid", "options"),
     [
         (1, 192, (8, 8), dict(order="linear")),
-        (2, 32, (6, 12), dict(order="quadratic", eps=0.5, feature_offset=1e-2)),
+        (2, 32, (5, 12), dict(order="quadratic", eps=0.5, feature_offset=1e-2)),
     ],
 )
-def test_kernels_meet_the_bars(interpreted_gpu, images, d, grid, options):
-    """Several tiles of channels and three warpgroups; then heads and tokens that do not fill a tile, and offsets that count."""
-    (q, k, v, g), weight, bias = inputs(images, d, grid[0] * grid[1], mean=3)
+def test_kernels_meet_the_bars(interpreted_gpu, heads, d, grid, options):
+    """Several tiles of channels and three warpgroups; then heads, tokens that do not fill a tile, and offsets that count."""
+    (q, k, v, g), weight, bias = inputs(1, heads, d, grid[0] * grid[1], mean=3)
     q = q.at[:, ::5].set(-1)  # dead queries
     found = errors(((q, k, v, g), weight, bias), grid=grid, **options)
+    assert all(found[name] <= BARS[name] for name in BARS), found
+
+
+def by_einsum(name, left, right, results, finish, *, along=(), offset=0, rows=(), columns=(), beside=()):
+    """`gpu.product` by its definition: what is around the kernels can be tested at sizes that the interpreter takes minutes for."""
+
+    def of_heads(operand, turned=False):
+        x = jnp.moveaxis(operand.array, 2, 1) if operand.by_token else operand.array
+        return (x.swapaxes(2, 3) if turned else x).astype(jnp.float32)
+
+    x, y = of_heads(left, left.turned), of_heads(right, right.turned)
+    dots = [jnp.einsum("bhij,bhj->bhi", x + offset, vector) for vector in along]
+
+    def tile(*parts):
+        return finish(gpu.Tile(*parts, whole=lambda x: x))
+
+    found = jax.vmap(jax.vmap(tile))(x @ y, dots, list(rows), list(columns), [of_heads(operand) for operand in beside])
+
+    def placed(x, result):
+        return x if result.vector else (jnp.moveaxis(x, 1, 2) if result.by_token else x).astype(result.dtype)
+
+    return [placed(x, result) for x, result in zip(found, results, strict=True)]
+
+
+def test_a_product_is_what_its_definition_says(interpreted_gpu):
+    """Two heads, two tiles of rows and two warpgroups, with all that can be given and returned."""
+    rng = np.random.default_rng(0)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    left, right, other = gpu.Operand(array(1, 2, 128, 64), by_token=False), gpu.Operand(array(1, 64, 2, 256)), array(1, 128, 2, 256)
+    along, rows, columns = (array(1, 2, n, dtype=jnp.float32) for n in (64, 128, 256))
+
+    def finish(tile):
+        whole = tile.whole(tile.product.sum(1))
+        return [tile.product + tile.down(tile.rows[0]) * tile.across(tile.columns[0]) + tile.beside[0], whole + tile.dots[0]]
+
+    given = dict(along=[along], offset=0.5, rows=[rows], columns=[columns], beside=[gpu.Operand(other)])
+    results = [gpu.Result(jnp.float32), gpu.Result(vector=True)]
+    for found, wanted in zip(*(run("x", left, right, results, finish, **given) for run in (gpu.product, by_einsum)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("d", "grid", "order", "parts"), [(32, (15, 40), "linear", 2), (64, (6, 12), "quadratic", 1)])
+def test_images_heads_parts_and_padded_tokens_meet_the_bars(monkeypatch, d, grid, order, parts):
+    """All that the kernels are called with and what is done with their results, the products themselves by XLA."""
+    monkeypatch.setattr(mosaic_gpu, "product", by_einsum)
+    tokens = grid[0] * grid[1]
+    assert tokens % gpu.TILE and mosaic_gpu._parts(2 * 2, -(-tokens // gpu.TILE)) == parts
+    found = errors(inputs(2, 2, d, tokens, mean=3), grid=grid, order=order, eps=0.5, feature_offset=1e-2)
     assert all(found[name] <= BARS[name] for name in BARS), found
 
 
@@ -68,20 +119,18 @@ def kernels(text):
     return text.count("stablehlo.custom_call @mosaic_gpu")
 
 
-@pytest.mark.parametrize("d", mosaic_gpu.HEADS)
-@pytest.mark.parametrize("order", ["linear", "quadratic"])
-def test_every_head_lowers_for_a_gpu(d, order):
-    """LiT-XL/2's with its gradients, which `tests/gpu` compiles for all."""
-    x = jax.ShapeDtypeStruct((1, 256, 2, d), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("d", "tokens", "order", "count"), [*((d, 1024, "linear", 6) for d in mosaic_gpu.HEADS), (288, 256, "quadratic", 7)]
+)
+def test_every_head_lowers_for_a_gpu(d, tokens, order, count):
+    """With its gradients and the branch; `tests/gpu` compiles both orders of all."""
+    x = jax.ShapeDtypeStruct((1, tokens, 2, d), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((5, 5, 2 * d), jnp.float32)
 
-    def run(q, k, v):
-        return linear_attention(q, k, v, order=order, implementation="mosaic_gpu")
+    def run(q, k, v, weight):
+        return linear_attention(q, k, v, conv_weight=weight, order=order, implementation="mosaic_gpu")
 
-    if d == 288:
-        count = 6 if order == "linear" else 7
-        assert kernels(lowered(lambda *x: [x, (y := jax.vjp(run, *x))[0], y[1](x[0])], x, x, x)) == count
-    else:
-        assert kernels(lowered(run, x, x, x)) == 2
+    assert kernels(lowered(lambda *x: [(y := jax.vjp(run, *x))[0], y[1](x[0])], x, x, x, weight)) == count
 
 
 def test_the_kernel_is_for_gpus_and_only_when_it_is_chosen(monkeypatch):

@@ -17,7 +17,7 @@ from common.train.optim import make_optimizer
 from common.train.state import create_state
 from common.train.step import StepConfig, make_step
 from lit_jax.dit import Dit, DitConfig
-from lit_jax.kernels import Choice, choice, xla
+from lit_jax.kernels import Choice, choice, tpu, xla
 from lit_jax.linear_attention import Unsupported, linear_attention
 from lit_jax.train import Config, loss_fn
 
@@ -65,12 +65,18 @@ def exact(arrays, weight, bias, **options):
 
 
 @pytest.mark.parametrize(
-    ("d", "grid", "order", "mean"),
-    [(32, (16, 24), "linear", 3), (288, (8, 16), "linear", 1), (64, (10, 13), "linear", 0), (32, (8, 16), "quadratic", 3)],
+    ("images", "heads", "d", "grid", "order", "mean"),
+    [
+        (1, 1, 32, (20, 32), "linear", 3),
+        (1, 1, 288, (8, 16), "linear", 1),
+        (2, 2, 32, (10, 13), "linear", 0),
+        (2, 1, 32, (8, 16), "quadratic", 3),
+    ],
 )
-def test_tpu_kernels_meet_the_bars(interpreted, d, grid, order, mean):
-    """Several blocks of tokens, the model's own head, tokens that are padded, and the quadratic order."""
-    given = inputs(1, 1, d, grid[0] * grid[1], mean)
+def test_tpu_kernels_meet_the_bars(interpreted, images, heads, d, grid, order, mean):
+    """Five blocks of tokens, the model's own head, images and heads of tokens that are padded, and the quadratic order."""
+    assert tpu._block(20 * 32) == 128
+    given = inputs(images, heads, d, grid[0] * grid[1], mean)
     options = dict(layout="bhdn", grid=grid, order=order)
     ours, wanted = gradients(*given, implementation="mosaic_tpu", **options), exact(*given, **options)
     errors = {name: error(ours[name], wanted[name]) for name in BARS}
@@ -221,9 +227,8 @@ def step_of_lit(implementation):
     recipe = Config(student=cfg, step=StepConfig(compute="bfloat16"))
     optimizer = make_optimizer(recipe.optim, model.spec, 1)
     step = make_step(loss_fn(recipe, model, None, None), optimizer, model.spec, mesh, recipe.step)
-    params = model.init(jax.random.key(0))
     # The gates and the last layer start at zero, behind which no gradient reaches attention.
-    params = {path: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape) for path, x in params.items()}
+    params = {path: x + 0.1 * rng.standard_normal(x.shape, np.float32) for path, x in model.init(jax.random.key(0)).items()}
     _, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
     return np.array([float(metrics[name][0]) for name in ("loss", "grad_norm")])
 
