@@ -344,6 +344,15 @@ def unfit(tmp_path_factory):
     return folder
 
 
+def test_an_encoder_is_trained_and_saved_without_its_temperature(unfit, tmp_path, heirloom):
+    sizes = ["--encoder.hidden", "4", "--encoder.heads", "1", "--encoder.inducing", "1", "--encoder.out", "4", "--latent", "3"]
+    heirloom("train", "weightgen/encoder", "--run", tmp_path / "run", "--zoo", unfit / "zoo", "--loss", "siglip", *sizes, *LOOP)
+    model = functional(SetOfSets, SetConfig(4, hidden=4, heads=1, inducing=1, out=4, latent=3))
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {path: x.shape for path, x in trained.items()} == {path: leaf.shape for path, leaf in model.spec.items()}
+    assert all(np.isfinite(x).all() for x in trained.values())
+
+
 def test_a_condition_without_order_is_not_judged_by_turning_it():
     told = {condition: GeneratorConfig(condition=condition, prior="none") for condition in ("set", "mlp", "per_class")}
     assert [knows_order(cfg) for cfg in told.values()] == [False, True, True]
