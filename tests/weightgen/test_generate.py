@@ -22,7 +22,7 @@ from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
 from weightgen.denoiser import DenoiserConfig
 from weightgen.formats import CODEC, ENCODER
-from weightgen.generate import knows_order
+from weightgen.generate import knows_order, look
 from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig, net
 from weightgen.proof import ProofConfig, prove
@@ -434,10 +434,16 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     ]
     assert "21 parameters" in heirloom("inspect", made / "sample-000").replace("total ", "")
     assert "weights averaged" in heirloom("eval", model, "--data", three, "--steps", "4")
+    heirloom("eval", made / "sample-000", "--data", three, "--json", tmp_path / "e.json")
+    (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
+    _, seen = look(str(three), Projection.load(made), NetConfig(features=6, classes=3))
+    head = load_file(made / "sample-000" / "model.safetensors")
+    right = (seen.x @ head["out/kernel"] + head["out/bias"]).argmax(1) == seen.y
+    assert row["n"] == 30 and row["value"] == pytest.approx(100 * right.mean(), abs=1e-4)
     assert main(["generate", str(model), "--dataset", str(three), "--out", str(made)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["generate", str(model), "--dataset", str(pictures), "--out", str(tmp_path / "x")]) == 2
-    assert "6 classes, this generator makes 3-way networks" in capsys.readouterr().err
+    assert "6 classes, these are 3-way networks" in capsys.readouterr().err
 
 
 def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
