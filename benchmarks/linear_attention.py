@@ -1,6 +1,7 @@
 """Linear attention: our implementations, the same formula differentiated by JAX, softmax, and PyTorch where it is installed.
 
-    python benchmarks/linear_attention.py --json benchmarks/results/linear_attention_cpu.json        # sizes by the device, minutes
+    python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 --json benchmarks/results/linear_attention_cpu.json
+                                                                                                     # two CPU cores, about six minutes
     python benchmarks/linear_attention.py --tokens 65536 --repeats 50 --json out.json                # the protocol, on a GPU
 
 A row is the median time of a call (calls are queued, and waited for together), with the spread of three rounds, its ratio to the plain
@@ -213,7 +214,8 @@ def main() -> None:
     limits = ceilings(args.repeats)
     print(f"{jax.devices()[0].device_kind}: copy {limits['bytes'] / 1e9:,.0f} GB/s, matmul {limits['flops'] / 1e12:,.2f} TFLOP/s")
     result: dict[str, Any] = {"date": str(date.today()), "machine": platform.platform(), "device": jax.devices()[0].device_kind}
-    result |= {"versions": installed(), "ceilings": limits, "tokens": args.tokens, "dtype": jnp.dtype(DTYPE).name, "rows": []}
+    result |= {"versions": installed(), "ceilings": limits, "dtype": jnp.dtype(DTYPE).name}
+    result |= {name: getattr(args, name) for name in ("tokens", "repeats", "widths", "images")} | {"rows": []}
     for width, d in SHAPES:
         if width not in args.widths:
             continue

@@ -1,7 +1,37 @@
 """Alignment of data-set embeddings with latents of weights. weights, data: [batch, latent] f32; each returns a mean (nats)."""
 
+from math import log
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.dense import param
+from weightgen.conditions import SetConfig, SetOfSets
+
+Loss = Literal["soft_target", "info_nce", "siglip"]
+MOST = log(100)  # of the learned scale's logarithm, as in CLIP
+
+
+class Aligned(nnx.Module):
+    """A data-set encoder with what its loss learns beside it: a temperature from 0.07 down to 0.01 (info_nce), a scale from 10 up to 100
+    and a bias from -10 (siglip), nothing (soft_target, as released)."""
+
+    def __init__(self, cfg: SetConfig, loss: Loss, *, rngs: nnx.Rngs):
+        self.encoder = SetOfSets(cfg, rngs=rngs)
+        begin = log(10) if loss == "siglip" else -log(0.07)
+        self.logit_scale = param("", {}, lambda *_: jnp.float32(begin), rngs)
+        self.logit_bias = param("", {}, lambda *_: jnp.float32(-10), rngs)
+        self.loss = loss
+
+    def __call__(self, support: jax.Array) -> jax.Array:
+        return self.encoder(support)
+
+    def nats(self, weights: jax.Array, data: jax.Array) -> jax.Array:
+        scale = jnp.exp(jnp.minimum(self.logit_scale[...], MOST))
+        learned: dict[str, Any] = {"info_nce": {"temperature": 1 / scale}, "siglip": {"scale": scale, "bias": self.logit_bias[...]}}
+        return LOSSES[self.loss](weights, data, **learned.get(self.loss, {}))
 
 
 def soft_target(weights: jax.Array, data: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -24,6 +54,9 @@ def siglip(weights: jax.Array, data: jax.Array, scale: jax.Array | float = 10.0,
     scores = scale * unit(weights) @ unit(data).T + bias
     signs = 2 * jnp.eye(len(scores)) - 1
     return jnp.mean(jax.nn.softplus(-signs * scores).sum(1))
+
+
+LOSSES: dict[Loss, Any] = {"soft_target": soft_target, "info_nce": info_nce, "siglip": siglip}
 
 
 def unit(x: jax.Array) -> jax.Array:

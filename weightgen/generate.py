@@ -65,6 +65,21 @@ class Drawn:
     mean: np.ndarray
 
 
+def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
+    """The classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
+    source = open_source(SourceConfig(dataset))
+    names = getattr(source, "classes", ())
+    if not names:
+        raise InputError(f"{dataset} has no classes: put the pictures of each class into a sub-folder of its own")
+    if len(names) != cfg.classes:
+        raise InputError(f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders")
+    records = [source[i] for i in range(len(source))]
+    labels = np.array([int(r["label"]) for r in records])
+    told = projection(encoder(projection.backend)([r["image"] for r in records]))
+    seen = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else told
+    return tuple(names), Pictures(told, shown(cfg, seen, labels)[0], labels)
+
+
 def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     """Pictures of a folder with a sub-folder for each class, dealt to condition, selection and test at random.
 
@@ -73,18 +88,8 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     cfg: Any = donor.cfg
     if cfg.net is None:
         raise InputError(f"{donor.path} is told by words, not by pictures: give --task")
-    source = open_source(SourceConfig(dataset))
-    names = getattr(source, "classes", ())
-    if not names:
-        raise InputError(f"{dataset} has no classes: put the pictures of each class into a sub-folder of its own")
-    if len(names) != cfg.ways:
-        raise InputError(f"{dataset} has {len(names)} classes, this generator makes {cfg.ways}-way networks; keep as many sub-folders")
-    projection = Projection.load(donor.folder)
-    records = [source[i] for i in range(len(source))]
-    labels = np.array([int(r["label"]) for r in records])
-    told = projection(encoder(projection.backend)([r["image"] for r in records]))
-    seen = thumbnails([r["image"] for r in records], cfg.net.features) if cfg.net.kind == "cnn" else told
-    x, _ = shown(cfg.net, seen, labels)
+    names, found = look(dataset, Projection.load(donor.folder), cfg.net)
+    told, x, labels = found.told, found.x, found.y
     rng = np.random.default_rng(seed)
     order = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(names))]
     if empty := [name for name, own in zip(names, order, strict=True) if not len(own)]:
@@ -97,7 +102,7 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     deal = [np.concatenate([own[:shots] for own in order]), *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1))]
     support, select, test = (Pictures(told[rows], x[rows], labels[rows]) for rows in deal)
     enough = min(len(own) for own in rest) >= 2
-    return Task(tuple(names), condition, shots, support, select if enough else None, test if enough else None)
+    return Task(names, condition, shots, support, select if enough else None, test if enough else None)
 
 
 def read_words(donor: Donor, task: str) -> Task:
@@ -291,10 +296,13 @@ def _write(folder: Path, cfg: Any, tokens: np.ndarray, task: Task) -> None:
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH --data DIR`: eight samples for these classes, every accuracy named for what it is."""
-    _check(donor)
+    """Rows of `heirloom eval PATH --data DIR`: of a generator eight samples for these classes, every accuracy named for what it is; of a
+    network it made, its accuracy on all pictures there are, those it was made from included where they lie there."""
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
+    if donor.family.name == NETWORK.name:
+        return [_evaluate_network(donor, args.data)]
+    _check(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom eval {donor.path}")
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
@@ -302,6 +310,18 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     about = report(donor, task, draw_weights(donor, task, how, 8, 0), how, 0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
     return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items() if value is not None]
+
+
+def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
+    cfg: Any = donor.cfg
+    if not (donor.folder / "classes.json").is_file():
+        raise InputError(f"{donor.path} has no classes.json: only networks that heirloom generate wrote say what their outputs are")
+    names, found = look(data, Projection.load(donor.folder.parent), cfg)
+    if (own := read_json(donor.folder / "classes.json")["classes"]) != list(names):
+        raise InputError(f"{data} has the classes {', '.join(names)}; this network knows {', '.join(own)}")
+    params = {path: jnp.asarray(np.asarray(view, np.float32))[None] for path, view in donor.source.values.items()}
+    value = 100 * float(accuracy(predict(cfg, params, found.x[None]), found.y, cfg.classes)[0])
+    return {"dataset": data, "published": None, "n": len(found.y), "protocol": "all pictures", "metric": "accuracy", "value": value}
 
 
 def _check(donor: Donor) -> None:

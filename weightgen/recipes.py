@@ -20,10 +20,10 @@ from common.train.loop import Run
 from common.train.mesh import start
 from common.train.metrics import MetricsFile
 from common.train.parameters import save_params
-from weightgen import contrast
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig, vae_loss
 from weightgen.codec import fit_pca, gate
-from weightgen.conditions import LEARNED_POINTS, SetConfig, SetOfSets
+from weightgen.conditions import LEARNED_POINTS, SetConfig
+from weightgen.contrast import Aligned, Loss, unit
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder, shown, text_encoder, thumbnails
 from weightgen.denoiser import DenoiserConfig, Order
 from weightgen.evaluate import accuracy
@@ -263,8 +263,8 @@ class EncoderRecipe(Stage):
     """Align a data-set encoder with the latents of the networks trained on the data."""
 
     zoo: str = "runs/zoo/zoo"
-    loss: Literal["soft_target", "info_nce", "siglip"] = "info_nce"
-    """soft_target: as released; info_nce, siglip: normalised."""
+    loss: Loss = "info_nce"
+    """soft_target: as released; info_nce, siglip: normalised, their temperature or scale and bias learned."""
     shots: int = 5
     codec: str = ""
     """RUN/model of a codec recipe, whose latents are the frozen side; none: PCA of whole networks."""
@@ -282,10 +282,10 @@ class EncoderRecipe(Stage):
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        bank, loss_of = Bank.load(Path(self.zoo)), getattr(contrast, self.loss)
+        bank = Bank.load(Path(self.zoo))
         latents = self._latents(zoo)
         cfg = replace(self.encoder, features=bank.features.shape[1], latent=latents(zoo.tokens(slice(0, 1))).shape[1])
-        model = functional(SetOfSets, cfg)
+        model = functional(lambda cfg, rngs: Aligned(cfg, self.loss, rngs=rngs), cfg)
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             rows = np.sort(rng.integers(len(zoo), size=self.loop.batch))
@@ -293,8 +293,12 @@ class EncoderRecipe(Stage):
 
         def value(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             data = model.apply(params, batch["support"])
-            hit = (contrast.unit(batch["w"]) @ contrast.unit(data).T).argmax(1) == jnp.arange(len(data))
-            return loss_of(batch["w"], data), {"retrieved": (hit.sum(), len(data))}
+            hit = (unit(batch["w"]) @ unit(data).T).argmax(1) == jnp.arange(len(data))
+            return model.apply(params, batch["w"], data, method="nats"), {"retrieved": (hit.sum(), len(data))}
+
+        def save(params: Any) -> None:
+            own = {path.removeprefix("encoder/"): x for path, x in params.items() if path.startswith("encoder/")}
+            save_params(run.model, ENCODER.name, cfg, own, lambda folder: None, force=True)
 
         fit(
             run,
@@ -305,7 +309,7 @@ class EncoderRecipe(Stage):
             value,
             placed(make, mesh, self.loop.seed),
             no_decay=LEARNED_POINTS,
-            save=lambda params: save_params(run.model, ENCODER.name, cfg, params, lambda folder: None, force=True),
+            save=save,
         )
 
     def _latents(self, zoo: Zoo) -> Callable[[np.ndarray], np.ndarray]:

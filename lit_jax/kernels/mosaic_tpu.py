@@ -7,16 +7,19 @@ import jax.numpy as jnp
 
 from lit_jax.kernels import Known, Problem, merge, tpu, tpu_depthwise
 
-LARGEST = 576  # head_dim: the state and its gradient have to fit into VMEM beside the tokens
+HEADS = (32, 64, 192, 256, 288, 384, 576)  # head_dim: those that were compiled
+WINDOW = (5, 5)  # so are these filters; the shifted copies of larger ones do not fit into VMEM at every size
 
 
 def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
-    if head_dim % 32 or head_dim > LARGEST:
-        return f"head_dim must be a multiple of 32 up to {LARGEST}, not {head_dim}"
+    if head_dim not in HEADS:
+        return f"head_dim must be one of {', '.join(map(str, HEADS))}, not {head_dim}"
     if problem.order == "quadratic" and tokens > tpu.QUADRATIC:
         return f"its quadratic order ends at {tpu.QUADRATIC} tokens, not {tokens}"
+    if window and window != WINDOW:
+        return f"its depthwise branch has filters of 5 x 5, not {window[0]} x {window[1]}"
     if window and tokens > tpu_depthwise.MOST:
         return f"its depthwise branch ends at {tpu_depthwise.MOST} tokens, not {tokens}"
     return None

@@ -191,16 +191,17 @@ def test_a_kernel_is_chosen_where_it_was_measured_and_nowhere_else(monkeypatch):
     ("change", "reason"),
     [
         (dict(dtype=jnp.float32), "computes in bfloat16, the arrays are float32"),
-        (dict(d=40), "multiple of 32 up to 576, not 40"),
-        (dict(d=640), "multiple of 32 up to 576, not 640"),
+        (dict(d=96), "must be one of 32, 64, 192, 256, 288, 384, 576, not 96"),
+        (dict(window=7), "filters of 5 x 5, not 7 x 7"),
         (dict(tokens=768, order="quadratic"), "ends at 512 tokens, not 768"),
     ],
 )
 def test_a_named_kernel_says_why_it_cannot(change, reason):
     order = change.get("order")
     x = jnp.zeros((1, 1, change.get("d", 32), change.get("tokens", 128)), change.get("dtype", jnp.bfloat16))
+    weight = jnp.zeros((change["window"],) * 2 + (32,)) if "window" in change else None
     with pytest.raises(Unsupported, match=reason):
-        linear_attention(x, x, x, layout="bhdn", order=order, implementation="mosaic_tpu")
+        linear_attention(x, x, x, layout="bhdn", conv_weight=weight, grid=(8, 16), order=order, implementation="mosaic_tpu")
 
 
 @pytest.mark.parametrize("d", [32, 64, 192, 256, 288, 384, 576])

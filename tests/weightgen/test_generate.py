@@ -22,7 +22,7 @@ from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
 from weightgen.denoiser import DenoiserConfig
 from weightgen.formats import CODEC, ENCODER
-from weightgen.generate import knows_order
+from weightgen.generate import knows_order, look
 from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
 from weightgen.nets import NetConfig, net
 from weightgen.proof import ProofConfig, prove
@@ -344,6 +344,15 @@ def unfit(tmp_path_factory):
     return folder
 
 
+def test_an_encoder_is_trained_and_saved_without_its_temperature(unfit, tmp_path, heirloom):
+    sizes = ["--encoder.hidden", "4", "--encoder.heads", "1", "--encoder.inducing", "1", "--encoder.out", "4", "--latent", "3"]
+    heirloom("train", "weightgen/encoder", "--run", tmp_path / "run", "--zoo", unfit / "zoo", "--loss", "siglip", *sizes, *LOOP)
+    model = functional(SetOfSets, SetConfig(4, hidden=4, heads=1, inducing=1, out=4, latent=3))
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {path: x.shape for path, x in trained.items()} == {path: leaf.shape for path, leaf in model.spec.items()}
+    assert all(np.isfinite(x).all() for x in trained.values())
+
+
 def test_a_condition_without_order_is_not_judged_by_turning_it():
     told = {condition: GeneratorConfig(condition=condition, prior="none") for condition in ("set", "mlp", "per_class")}
     assert [knows_order(cfg) for cfg in told.values()] == [False, True, True]
@@ -425,10 +434,16 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     ]
     assert "21 parameters" in heirloom("inspect", made / "sample-000").replace("total ", "")
     assert "weights averaged" in heirloom("eval", model, "--data", three, "--steps", "4")
+    heirloom("eval", made / "sample-000", "--data", three, "--json", tmp_path / "e.json")
+    (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
+    _, seen = look(str(three), Projection.load(made), NetConfig(features=6, classes=3))
+    head = load_file(made / "sample-000" / "model.safetensors")
+    right = (seen.x @ head["out/kernel"] + head["out/bias"]).argmax(1) == seen.y
+    assert row["n"] == 30 and row["value"] == pytest.approx(100 * right.mean(), abs=1e-4)
     assert main(["generate", str(model), "--dataset", str(three), "--out", str(made)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["generate", str(model), "--dataset", str(pictures), "--out", str(tmp_path / "x")]) == 2
-    assert "6 classes, this generator makes 3-way networks" in capsys.readouterr().err
+    assert "6 classes, these are 3-way networks" in capsys.readouterr().err
 
 
 def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):

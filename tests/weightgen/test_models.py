@@ -13,7 +13,7 @@ from common.nn.functional import functional
 from weightgen.autoencoder import ConvVae, TokenVae, TokenVaeConfig, VaeConfig, vae_loss
 from weightgen.codec import fit_pca, gate
 from weightgen.conditions import MlpSet, PerClass, SetConfig, SetOfSets, SetTransformer
-from weightgen.contrast import info_nce, siglip, soft_target
+from weightgen.contrast import LOSSES, Aligned, info_nce, siglip, soft_target
 from weightgen.generator import GeneratorConfig
 from weightgen.reference import Reference, ReferenceConfig, latent_scale, preset, sample, stage2_loss
 from weightgen.unet import Unet, UnetConfig
@@ -144,6 +144,24 @@ def test_other_alignment_losses():
         assert found == pytest.approx(np.log(np.exp(1 / temperature) + 3) - 1 / temperature, rel=1e-6)
     assert float(info_nce(eye, 7 * eye, 0.07)) < 1e-5 < float(info_nce(eye, eye[::-1], 0.07))
     assert float(siglip(eye, eye, 10.0, -5.0)) == pytest.approx(np.log1p(np.exp(-5)) * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "begin", "learned"),
+    [("info_nce", 1 / 0.07, {"logit_scale"}), ("siglip", 10, {"logit_scale", "logit_bias"}), ("soft_target", 1, set())],
+)
+def test_temperatures_are_learned(loss, begin, learned):
+    model = functional(lambda cfg, rngs: Aligned(cfg, loss, rngs=rngs), SetConfig(4, hidden=4, inducing=1, out=4, latent=8))
+    params = {path: jnp.zeros(leaf.shape) for path, leaf in model.spec.items()}
+    w, data = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 8)), jnp.float32)
+
+    def value(own):
+        return model.apply(params | own, w, data, method="nats")
+
+    own = {"logit_scale": jnp.log(float(begin)), "logit_bias": jnp.float32(-10)}
+    assert float(value(own)) == pytest.approx(float(LOSSES[loss](w, data)), rel=1e-5), "these are the constants of the functions"
+    assert {path for path, g in jax.grad(value)(own).items() if g} == learned
+    assert value({"logit_scale": jnp.float32(9)}) == value({"logit_scale": jnp.float32(5)}), "a scale of 100 at most"
 
 
 def test_pca_and_the_gate():
