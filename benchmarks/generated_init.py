@@ -85,8 +85,10 @@ SIZES = {
         4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, {"mlp": 20_000, "cnn": 20_000}, 100, DenoiserConfig(384, 8, 6, 1536), 128
     ),
 }
-PRIORS = ("none", "linear")
+BEGINS = ("shared", "random", "aligned")
+TOLD = {"none": "no prior", "linear": "ridge prior"}  # by GeneratorConfig.prior
 SAMPLES = 8
+ORACLE = f"oracle of {SAMPLES}, by test"
 CNN_FEATURES = 64  # of the pictures a CNN's generator is told, by PCA
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--kinds", nargs="+", choices=HIDDEN, default=list(HIDDEN))
-    parser.add_argument("--priors", nargs="+", choices=PRIORS, default=list(PRIORS))
+    parser.add_argument("--priors", nargs="+", choices=TOLD, default=list(TOLD))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, required=True, help="where trainings and finished arms are kept")
     parser.add_argument("--json", type=Path)
@@ -120,16 +122,16 @@ def main() -> None:
         world = read(args.data, kind)
         for seed in args.seeds:
             networks = cache(partial(population, size, world, kind, seed))  # the random ones serve two arms
-            for begin, prior in itertools.product(("shared", "random", "aligned"), args.priors):
+            for begin, prior in itertools.product(BEGINS, args.priors):
                 done = args.runs / f"{args.data.name}-{digest}-{kind}-{begin}-{prior}-{seed}.json"
                 if not done.exists():
                     found = arm(size, world, kind, begin, prior, seed, networks, args.runs / done.stem)
                     done.write_text(json.dumps(found, indent=2) + "\n")
                 rows.append(json.loads(done.read_text()))
-                report(rows[-1:])
+                print(tables(rows[-1:]), flush=True)
                 if args.json:
                     write(args.json, size, args.data.name, rows)
-    report(rows)
+    print(tables(rows))
 
 
 def write(file: Path, size: Size, data: str, rows: list[dict[str, Any]]) -> None:
@@ -328,7 +330,7 @@ def arm(
     lap("report")
     return {
         "kind": kind, "begin": begin, "prior": prior, "seed": seed, "accuracy": table,
-        "at 0 steps": {"single": float(by_test.mean()), "oracle of 8, by test": float(by_test.max(0).mean())},
+        "at 0 steps": {"single": float(by_test.mean()), ORACLE: float(by_test.max(0).mean())},
         "zoo": codec.before, "zoo after codec": codec.after, "codec error": codec.error,
         "distance": {name: float(np.median(found)) for name, found in distances.items()},
         "error IoU": float(np.mean([error_overlap(predicted[0][i : i + 1] != yt[i], theirs[:, i])[0] for i in range(len(theirs[0]))])),
@@ -347,23 +349,44 @@ def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
     return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y, few, key))
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    for kind, begin, prior in dict.fromkeys((row["kind"], row["begin"], row["prior"]) for row in rows):
-        mine = [row for row in rows if (row["kind"], row["begin"], row["prior"]) == (kind, begin, prior)]
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds as Markdown, a table for each kind of network: accuracy in % after steps of fine-tuning, by how the zoo began."""
+    parts = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of = {begin: [row for row in rows if (row["kind"], row["begin"]) == (kind, begin)] for begin in BEGINS}
+        of = {begin: mine for begin, mine in of.items() if mine}
+        head = [f"{begin}: {b}" if b == 0 else str(b) for begin in of for b in BUDGETS]
+        lines = [f"| {kind} | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
 
-        def mean(name: str, part: str = "", mine: Any = mine) -> float:
-            return float(np.mean([row[name][part] if part else row[name] for row in mine]))
+        def line(label: str, prior: str, value: Callable[[dict[str, Any], str], float | None], of: Any = of, lines: Any = lines) -> None:
+            cells = []
+            for mine, budget in itertools.product(of.values(), map(str, BUDGETS)):
+                found = [value(row, budget) for row in mine if row["prior"] == prior]
+                cells.append(f"{100 * np.mean(found):.1f}" if found and None not in found else "")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
 
-        took = sum(sum(row["seconds of CPU"].values()) for row in mine)
-        print(f"\n{kind}, {begin} zoo, prior {prior} ({len(mine)} seeds, {took:.0f} s of CPU)", end="")
-        print(f": {100 * mean('zoo'):.1f} % on its own tasks, {100 * mean('zoo after codec'):.1f} % through the codec")
-        print(f"{'accuracy on unseen subsets, %, after steps':<44}" + "".join(f"{b:>8}" for b in BUDGETS))
-        for name in mine[0]["accuracy"]:
-            print(f"{name:<44}" + "".join(f"{100 * np.mean([r['accuracy'][name][str(b)]['mean'] for r in mine]):>8.1f}" for b in BUDGETS))
-        print(f"{'generated, best of 8 by test (oracle)':<44}{100 * mean('at 0 steps', 'oracle of 8, by test'):>8.1f}")
-        far = [mean("distance", part) for part in ("generated", "within the zoo", "zoo network + 0.06 noise")]
-        print(f"nearest zoo network: {far[0]:.2f} away, within the zoo {far[1]:.2f}, noise {far[2]:.2f};", end=" ")
-        print(f"error IoU {mean('error IoU'):.2f}, disagreement {mean('disagreement'):.2f}", flush=True)
+        names, priors = list(rows[0]["accuracy"]), dict.fromkeys(row["prior"] for row in rows if row["kind"] == kind)
+        coded = [name for name in names if name.startswith(("generated", "kernel density"))]
+        for name in names:
+            if name not in coded:
+                line(name, next(iter(priors)), lambda row, budget, name=name: row["accuracy"][name][budget]["mean"])
+        for prior in priors:
+            for name in coded:
+                line(f"{name}, {TOLD[prior]}", prior, lambda row, budget, name=name: row["accuracy"][name][budget]["mean"])
+            line(f"{ORACLE}, {TOLD[prior]}", prior, lambda row, budget: row["at 0 steps"][ORACLE] if budget == "0" else None)
+        for begin, mine in of.items():
+            mean = {name: float(np.mean([row[name] for row in mine])) for name in ("zoo", "zoo after codec", "error IoU", "disagreement")}
+            took = sum(sum(row["seconds of CPU"].values()) for row in mine)
+            far = {name: f"{float(np.mean([row['distance'][name] for row in mine])):.2f}" for name in mine[0]["distance"]}
+            share = {name: f"{100 * value:.1f} %" for name, value in mean.items()}
+            lines += [
+                f"\n{begin}: zoo networks have {share['zoo']} on their own tasks, {share['zoo after codec']} through the codec. The nearest one",
+                f"is {far['generated']} from a generated network, {far['within the zoo']} from another of the zoo, and",
+                f"{far['zoo network + 0.06 noise']} from itself with noise. Error IoU {mean['error IoU']:.2f}, samples disagree on",
+                f"{share['disagreement']}. {len(mine)} arms, {took / 60:.0f} minutes of CPU.",
+            ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

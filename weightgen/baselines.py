@@ -61,14 +61,18 @@ class Ridge:
         Whole networks are grouped by their first class alone: their other classes may be among those that were fitted.
 
         The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would choose too little.
+        The constant is not penalised: without a use for the condition the map gives the mean.
         """
-        x, y = with_bias(condition).astype(np.float64), weights.astype(np.float64)
+        x, y = condition.astype(np.float64), weights.astype(np.float64)
         held = groups >= np.quantile(np.unique(groups), 0.8)
 
         def solve(rows: np.ndarray, penalty: float) -> np.ndarray:
-            return np.linalg.solve(x[rows].T @ x[rows] + penalty * np.eye(x.shape[1]), x[rows].T @ y[rows])
+            centre, mean = x[rows].mean(0), y[rows].mean(0)
+            a, b = x[rows] - centre, y[rows] - mean
+            slope = np.linalg.solve(a.T @ a + penalty * np.eye(x.shape[1]), a.T @ b)
+            return np.concatenate([slope, (mean - centre @ slope)[None]])
 
-        errors = [float(np.mean((x[held] @ solve(~held, p) - y[held]) ** 2)) for p in penalties]
+        errors = [float(np.mean((with_bias(x[held]) @ solve(~held, p) - y[held]) ** 2)) for p in penalties]
         best = penalties[int(np.argmin(errors))]
         return cls(solve(np.ones(len(x), bool), best), best)
 

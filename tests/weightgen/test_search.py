@@ -131,6 +131,12 @@ def test_ridge_is_penalised_by_classes_it_has_not_seen(rng):
     assert unrelated.penalty == 1e6 and related.penalty == 1e-3
 
 
+def test_ridge_falls_back_to_the_mean(rng):
+    weights, noise = 5 + rng.standard_normal((50, 3)), rng.standard_normal((50, 4))
+    found = baselines.Ridge.fit(noise, weights, np.arange(50), penalties=(1e6,))
+    np.testing.assert_allclose(found(noise), np.broadcast_to(weights.mean(0), (50, 3)), rtol=1e-3)
+
+
 def test_a_hypernetwork_bends_where_ridge_cannot(rng):
     told = rng.uniform(-2, 2, (600, 2)).astype(np.float32)
     weights = np.stack([np.abs(told[:, 0]), told[:, 1], np.full(600, 3)], axis=1)
