@@ -380,8 +380,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
             far = {name: f"{float(np.mean([row['distance'][name] for row in mine])):.2f}" for name in mine[0]["distance"]}
             share = {name: f"{100 * value:.1f} %" for name, value in mean.items()}
             lines += [
-                f"\n{begin}: zoo networks have {share['zoo']} on their own tasks, {share['zoo after codec']} through the codec. The nearest one",
-                f"is {far['generated']} from a generated network, {far['within the zoo']} from another of the zoo, and",
+                f"\n{begin}: zoo networks have {share['zoo']} on their own tasks, {share['zoo after codec']} through the codec. The",
+                f"nearest one is {far['generated']} from a generated network, {far['within the zoo']} from another of the zoo, and",
                 f"{far['zoo network + 0.06 noise']} from itself with noise. Error IoU {mean['error IoU']:.2f}, samples disagree on",
                 f"{share['disagreement']}. {len(mine)} arms, {took / 60:.0f} minutes of CPU.",
             ]
