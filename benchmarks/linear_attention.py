@@ -1,13 +1,19 @@
 r"""Linear attention: our implementations, the same formula differentiated by JAX, softmax, and PyTorch where it is installed.
 
+<<<<<<< HEAD
     python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 \
         --json benchmarks/results/linear_attention_cpu.json                                          # two CPU cores, about six minutes
+=======
+    results=benchmarks/results/linear_attention_cpu.json
+    python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 --json $results  # six minutes on two CPU cores
+>>>>>>> kernels
     python benchmarks/linear_attention.py --tokens 65536 --repeats 50 --json out.json                # the protocol, on a GPU
 
 A row is the median time of a call (calls are queued, and waited for together), with the spread of three rounds, its ratio to the plain
 formula differentiated by JAX, the share of the ideal time at the ceilings measured in this run (a copy, a matmul), the bytes XLA set
 aside for temporaries, and the relative error of what it computes against float64. Ideal times count 4 N D min(d, N) operations and 8 bytes
-a value forward, 12 N D min(d, N) and 24 bytes with the backward pass. Values have a mean of one standard deviation; three sets of inputs
+a value forward, 12 N D min(d, N) and 24 bytes (28 on a GPU, which reads once more) with the backward pass. Arrays are as LiT's projections
+write them for the implementation. Values have a mean of one standard deviation; three sets of inputs
 take turns. bfloat16, on a CPU float32. PyTorch runs in this process, after JAX. Losing rows stay in.
 """
 
@@ -78,14 +84,24 @@ def softmax(q: jax.Array, k: jax.Array, v: jax.Array, weight: Any, bias: Any) ->
 
 
 def ours(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, weight: Any, bias: Any) -> jax.Array:
-    return linear_attention(q, k, v, conv_weight=weight, conv_bias=bias, implementation=implementation)  # type: ignore[arg-type]
+    """On arrays that are `laid_out`; so is the result."""
+    turned = implementation == "mosaic_tpu"
+    q, k, v = (x.swapaxes(0, 1) if turned else x for x in (q, k, v))
+    options: Any = dict(conv_weight=weight, conv_bias=bias, implementation=implementation, layout="bhdn" if turned else "bnhd")
+    out = linear_attention(q, k, v, **options)
+    return out.swapaxes(0, 1) if turned else out
+
+
+def laid_out(implementation: str, x: Any) -> Any:
+    """[image, token, head, head_dim] as LiT has it before attention: for TPUs [head, image, head_dim, token], else as it is."""
+    return x.transpose(2, 0, 3, 1) if implementation == "mosaic_tpu" else x
 
 
 def takes(implementation: str, shape: tuple[int, ...]) -> bool:
     """Whether a kernel for this kind of device is also for this device and head; if not it says why."""
     x = jax.ShapeDtypeStruct(shape, DTYPE)
     try:
-        jax.eval_shape(lambda x: ours(implementation, x, x, x, None, None), x)
+        jax.eval_shape(lambda x: ours(implementation, *[laid_out(implementation, x)] * 3, None, None), x)
     except Unsupported as reason:
         print(reason)
         return False
@@ -98,9 +114,10 @@ def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: 
     # Softmax over many tokens does not fit a CPU: its scores are heads x tokens x tokens.
     names |= {"softmax": softmax} if scores and sets[0]["q"].shape[2] * sets[0]["q"].shape[3] % SOFTMAX_HEAD == 0 else {}
     order = ("q", "k", "v", "weight", "bias") if branch else ("q", "k", "v")
-    placed = [{name: jnp.asarray(x, DTYPE if name in "qkvg" else jnp.float32) for name, x in s.items()} for s in sets]
     rows: list[dict[str, Any]] = []
     for name, attend in names.items():
+        how = name.removeprefix("ours, ")
+        placed = [{n: jnp.asarray(laid_out(how, s[n]), DTYPE) if n in "qkvg" else jnp.asarray(s[n]) for n in s} for s in sets]
 
         def forward(s: Any, attend: Any = attend) -> Any:
             return attend(*(s[n] for n in order), *[None] * (5 - len(order)))
@@ -115,19 +132,20 @@ def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: 
             row = {"name": name, "direction": direction, "temporaries": temporaries} | measure(
                 compiled, placed, jax.block_until_ready, repeats
             )
-            rows.append(row | ({"error": error(compiled(placed[0]), placed[0], order)} if name != "softmax" else {}))
+            rows.append(row | ({"error": error(compiled(placed[0]), sets[0], order, how)} if name != "softmax" else {}))
     return rows
 
 
-def error(found: Any, s: dict[str, Any], order: tuple[str, ...]) -> float:
-    """The largest relative error of result and gradients, on the first image, against float64."""
+def error(found: Any, s: dict[str, Any], order: tuple[str, ...], implementation: str) -> float:
+    """The largest relative error of result and gradients of q, k and v, on the first image, against float64 of the same rounded inputs."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        one = {n: np.asarray(x[:1] if n in "qkvg" else x, np.float64) for n, x in s.items()}
+        one = {n: np.asarray(x[:1].astype(DTYPE) if n in "qkvg" else x, np.float64) for n, x in s.items()}
         attend = partial(ours, "reference")
         out, back = jax.vjp(lambda *x: attend(*x, *[None] * (5 - len(order))), *(jnp.asarray(one[n]) for n in order))
-        wanted = [out, *back(jnp.asarray(one["g"]))[:3]]
+        wanted = [laid_out(implementation, np.asarray(x)) for x in (out, *back(jnp.asarray(one["g"]))[:3])]
     found = [found] if not isinstance(found, tuple) else [found[0], *found[1][:3]]
-    pairs = ((np.asarray(f[:1], np.float64), np.asarray(w)) for f, w in zip(found, wanted, strict=False))
+    first = (slice(None), slice(1)) if implementation == "mosaic_tpu" else slice(1)
+    pairs = ((np.asarray(f[first], np.float64), w) for f, w in zip(found, wanted, strict=False))
     return float(max(np.linalg.norm(f - w) / np.linalg.norm(w) for f, w in pairs))
 
 
@@ -187,7 +205,7 @@ def rows_of_torch(sets: list[dict[str, Any]], branch: bool, repeats: int, scores
 
 def ideal(direction: str, images: int, n: int, width: int, d: int, ceiling: dict[str, float]) -> float:
     """Seconds at the ceilings: the larger of arithmetic and traffic."""
-    operations, per_value = (4, 8) if direction == "forward" else (12, 24)
+    operations, per_value = (4, 8) if direction == "forward" else (12, 28 if jax.default_backend() == "gpu" else 24)
     values = images * n * width
     return max(operations * values * min(d, n) / ceiling["flops"], per_value * (2 if CPU else 1) * values / ceiling["bytes"])
 
