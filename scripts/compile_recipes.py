@@ -27,10 +27,10 @@ RECIPES = {
     "lit/l_2_256": ["v5e:8x8 --mesh.fsdp 8"],
     "tinyclip/rn_30m": ["v5e:16x16"],
     "tinyclip/auto_45m_32": ["v5e:16x16"],
-    "learngene/aux_ti": ["v5e:4x4 --pipeline.batch 176"],
-    "learngene/aux_s": ["v5e:4x4 --pipeline.batch 176"],
-    "learngene/aux_b": ["v5e:4x4 --pipeline.batch 176"],
-    "learngene/vit_s": ["v5e:4x4 --pipeline.batch 176"],
+    "learngene/aux_ti": ["v5e:4x4"],
+    "learngene/aux_s": ["v5e:4x4"],
+    "learngene/aux_b": ["v5e:4x4"],
+    "learngene/vit_s": ["v5e:4x4"],
 }
 HEAD = """# The recipes on TPU pods
 
@@ -47,7 +47,7 @@ too few. Of a conditional both branches count, which is then too many. A sum of 
 where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu.
 
 tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
-then tinyclip/vit_40m_32, so it has no row. The 171 records of learngene's batches do not divide over 16 devices: their rows have 176.
+then tinyclip/vit_40m_32, so it has no row.
 
 | recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | estimated step | bound by | compiled |
 |---|---|---|---|---|---|---|---|---|---|---|---|
