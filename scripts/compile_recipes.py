@@ -16,8 +16,13 @@ from common.errors import InputError
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = {
-    "tinyclip/vit_61m_32": ["v5e:16x16", "v5e:16x16 --student.remat none"],
-    "lit/xl_2_256": ["v5e:8x8", "v5e:8x8 --mesh.fsdp 8", "v5e:8x8 --mesh.fsdp 8 --student.implementation mosaic_tpu"],
+    "tinyclip/vit_61m_32": ["v5e:16x16", "v5e:16x16 --student.remat none", "v5e:16x16 --mesh.fsdp 1"],
+    "lit/xl_2_256": [
+        "v5e:8x8",
+        "v5e:8x8 --student.remat full",
+        "v5e:8x8 --mesh.fsdp 8",
+        "v5e:8x8 --mesh.fsdp 8 --student.implementation mosaic_tpu",
+    ],
     "lit/xl_2_512": ["v5e:8x8 --mesh.fsdp 8"],
     "tinyclip/vit_40m_32": ["v5e:16x16"],
     "tinyclip/vit_39m_16": ["v5e:16x16"],
