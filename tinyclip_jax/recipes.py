@@ -5,7 +5,6 @@ from typing import Any
 
 from common.data.pipeline import PipelineConfig
 from common.data.sources import SourceConfig
-from common.train.mesh import MeshConfig
 from common.train.optim import OptimConfig
 from common.train.step import StepConfig
 from tinyclip_jax.masks import MaskConfig
@@ -43,7 +42,6 @@ def _published(data: str, batch: int, **fields: Any) -> Config:
         "pipeline": PipelineConfig(batch=batch, workers=16),
         "optim": OptimConfig(lr=1e-4, warmup=2000),
         "step": StepConfig(compute="bfloat16"),
-        "mesh": MeshConfig(data=-1, fsdp=8),
     }
     cfg = Config(**settings | fields)
     if cfg.stages:
