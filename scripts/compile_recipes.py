@@ -44,13 +44,13 @@ compiler's own figure, and the time of a step an estimate of what FLOPs, bytes a
 
     python scripts/compile_recipes.py
 
-*GiB* adds up arguments, results and temporaries; *of* is the memory that the compiler gives to a program, less than the chip has. Whether a
-step fits is the compiler's own judgement: it accepted one whose sum is above *of*. *Bound by* says which limit of a chip gives the
-estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of thumb),
-or links (all collectives, one after the other). *Collectives* are a device's, with the bytes of whole arrays: what is gathered, scattered, reduced
-or moved. One in a loop counts once for each trip; only in a loop whose condition is not *counter < constant* it counts once, which is then
-too few. Of a conditional both branches count, which is then too many. A sum of which each device keeps its part stands as an all-reduce
-where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu.
+*GiB* adds up arguments, results and temporaries; *of* is the memory that the compiler gives to a program, less than the chip has. Whether
+a step fits is the compiler's own judgement: it accepted one whose sum is above *of*. *Bound by* says which limit of a chip gives the
+estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of
+thumb), or links (all collectives, one after the other). *Collectives* are a device's, with the bytes of whole arrays: what is gathered,
+scattered, reduced or moved. One in a loop counts once for each trip; only in a loop whose condition is not *counter < constant* it counts
+once, which is then too few. Of a conditional both branches count, which is then too many. A sum of which each device keeps its part stands
+as an all-reduce where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu.
 
 tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
 then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are copied to every chip: split over eight (`--mesh.fsdp 8`) the
