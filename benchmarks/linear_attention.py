@@ -1,7 +1,7 @@
 """Linear attention: our implementations, the same formula differentiated by JAX, softmax, and PyTorch where it is installed.
 
     results=benchmarks/results/linear_attention_cpu.json
-    python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 --json $results  # six minutes on two CPU cores
+    python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 --json $results  # two idle CPU cores, 30 s
     python benchmarks/linear_attention.py --tokens 65536 --repeats 50 --json out.json                # the protocol, on a GPU
 
 A row is the median time of a call (calls are queued, and waited for together), with the spread of three rounds, its ratio to the plain
