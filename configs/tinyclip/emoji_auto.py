@@ -2,8 +2,8 @@
 
     heirloom train tinyclip/emoji_auto --run runs/emoji_auto
 
-Two stages of 200 steps, for two CPU cores, a few minutes. Deviation: the masks' rate is ten times the release's, whose phase is 3,000
-steps and more, and without momentum, which in so short a phase would close far more gates than wanted.
+Two stages of 200 steps, for two CPU cores; only tried for a few steps. Deviation: the masks' rate is ten times the release's, whose
+phase is 3,000 steps and more, and without momentum, which in so short a phase would close far more gates than wanted.
 """
 
 from common.data.pipeline import PipelineConfig

@@ -21,6 +21,7 @@ FeatureMap = Literal["relu", "none"]
 Order = Literal["linear", "quadratic"]
 Layout = Literal["bnhd", "bhdn"]
 
+HEADS = (32, 64, 192, 256, 288, 384, 576)  # head_dim: those that the kernels were compiled for
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 _MEASURED = Path(__file__).parent / "measured.json"
 

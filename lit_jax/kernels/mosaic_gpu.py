@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lit_jax.kernels import Known, Problem, foreign
+from lit_jax.kernels import HEADS, Known, Problem, foreign
 from lit_jax.kernels.gpu import TILE, Operand, Result, Tile, product
 from lit_jax.kernels.xla import depthwise
 
-HEADS = (32, 64, 192, 256, 288, 384, 576)  # head_dim: those that were compiled
 QUADRATIC = 512  # tokens
 BLOCKS = 264  # two for each multiprocessor: with fewer, a state is summed in parts
 

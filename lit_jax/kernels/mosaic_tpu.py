@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lit_jax.kernels import Known, Problem, merge, tpu, tpu_depthwise
+from lit_jax.kernels import HEADS, Known, Problem, merge, tpu, tpu_depthwise
 
-HEADS = (32, 64, 192, 256, 288, 384, 576)  # head_dim: those that were compiled
-WINDOW = (5, 5)  # so are these filters; the shifted copies of larger ones do not fit into VMEM at every size
+WINDOW = (5, 5)  # rows and columns of the filters that were compiled; the shifted copies of larger ones do not fit into VMEM at every size
 
 
 def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:

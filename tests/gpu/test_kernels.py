@@ -8,7 +8,7 @@ import pytest
 
 from common.nn.functional import functional
 from lit_jax.attention import LinearAttention
-from lit_jax.kernels.mosaic_gpu import HEADS
+from lit_jax.kernels import HEADS
 from lit_jax.linear_attention import linear_attention
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import lit_jax.linear_attention as module
-from lit_jax.kernels import Choice, choice, gpu, mosaic_gpu
+from lit_jax.kernels import HEADS, Choice, choice, gpu, mosaic_gpu
 from lit_jax.linear_attention import Unsupported, linear_attention
 
 BARS = {"out": 2.5e-3, "dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dW": 5e-3, "db": 5e-3}
@@ -120,7 +120,7 @@ def kernels(text):
 
 
 @pytest.mark.parametrize(
-    ("d", "tokens", "order", "count"), [*((d, 1024, "linear", 6) for d in mosaic_gpu.HEADS), (288, 256, "quadratic", 7)]
+    ("d", "tokens", "order", "count"), [*((d, 1024, "linear", 6) for d in HEADS), (288, 256, "quadratic", 7)]
 )
 def test_every_head_lowers_for_a_gpu(d, tokens, order, count):
     """With its gradients and the branch; `tests/gpu` compiles both orders of all."""
