@@ -221,11 +221,9 @@ def _convert(args: argparse.Namespace) -> None:
     donor = _open(args.source, **_settings(args.set))
     check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
     _write_json(args, asdict(check))
-    if check.reference:
-        found = f"verified against {check.reference}: largest relative error {check.max_error:.1e}, cosine {check.cosine:.6f}"
-    else:
-        found = f"not verified against a reference: {check.note}"
-    print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {found}")
+    for remark in donor.remarks:
+        print(f"{args.source}: {remark}")
+    print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {check.sentence()}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.checkpoint.convert import Check, Donor, Format
+from common.checkpoint.convert import Donor, Format, Found, Read
+from common.checkpoint.verify import Check
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.data.images import Preprocess
 from common.errors import InputError
@@ -244,13 +245,21 @@ def _write_google(cfg: VitConfig, folder: Path) -> None:
         )
 
 
+def _plain(read: Any) -> Any:
+    def config(found: Found) -> Read | None:
+        cfg = read(found.tensors, found.folder)
+        return cfg and Read(cfg)
+
+    return config
+
+
 FORMATS = (
-    Format("timm", layouts.timm, "model.safetensors", _read_timm, _write_timm),
-    Format("deit", layouts.timm, "deit.pth", _read_deit, _write_deit, wrapper="model"),
-    Format("hf", layouts.hf, "model.safetensors", _read_hf, _write_hf),
-    Format("sws", layouts.sws, "sws.pth", _read_sws, _write_sws, wrapper="model"),
-    Format("tleg", layouts.tleg, "tleg.pth", _read_tleg, _write_tleg, wrapper="model"),
-    Format("google", layouts.google, "vit.npz", _read_google, _write_google, clean=_clean_google),
+    Format("timm", layouts.timm, "model.safetensors", _plain(_read_timm), _write_timm),
+    Format("deit", layouts.timm, "deit.pth", _plain(_read_deit), _write_deit, wrapper="model"),
+    Format("hf", layouts.hf, "model.safetensors", _plain(_read_hf), _write_hf),
+    Format("sws", layouts.sws, "sws.pth", _plain(_read_sws), _write_sws, wrapper="model"),
+    Format("tleg", layouts.tleg, "tleg.pth", _plain(_read_tleg), _write_tleg, wrapper="model"),
+    Format("google", layouts.google, "vit.npz", _plain(_read_google), _write_google, clean=_clean_google),
 )
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Check, compare, open_tensors
+from common.checkpoint.unwrap import open_tensors
+from common.checkpoint.verify import Check, compare
 from common.nn.functional import functional
 from learngene.expand import linear_coefficients, unrolled_map
 from learngene.vit import Vit, VitConfig

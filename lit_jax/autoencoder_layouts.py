@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Check, Donor, Family, Format, compare, open_tensors
+from common.checkpoint.convert import Donor, Family, Format, Found, Read
+from common.checkpoint.unwrap import open_tensors
+from common.checkpoint.verify import Check, compare
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.errors import InputError
 from common.nn.functional import functional
@@ -158,5 +160,13 @@ def _companions(donor: Donor, destination: Path, format: str) -> None:
     """An autoencoder travels alone."""
 
 
-FORMATS = (Format("diffusers", DIFFUSERS, "diffusion_pytorch_model.safetensors", _read, _write, clean),)
+def _plain(read: Any) -> Any:
+    def config(found: Found) -> Read | None:
+        cfg = read(found.tensors, found.folder)
+        return cfg and Read(cfg)
+
+    return config
+
+
+FORMATS = (Format("diffusers", DIFFUSERS, "diffusion_pytorch_model.safetensors", _plain(_read), _write, clean),)
 FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs)

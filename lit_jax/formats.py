@@ -6,7 +6,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Donor, Format
+from common.checkpoint.convert import Donor, Format, Found, Read
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.errors import InputError
 from lit_jax import layouts
@@ -91,9 +91,17 @@ def _write_diffusers(cfg: DitConfig, folder: Path) -> None:
     write_json(folder / "config.json", {"_class_name": "DiTTransformer2DModel"} | _DIFFUSERS | sizes)
 
 
+def _plain(read: Any) -> Any:
+    def config(found: Found) -> Read | None:
+        cfg = read(found.tensors, found.folder)
+        return cfg and Read(cfg)
+
+    return config
+
+
 FORMATS = (
-    Format("fair", layouts.fair, "dit.pt", _read_fair, _write_fair, clean=lambda key: key.removeprefix("module.")),
-    Format("diffusers", layouts.DIFFUSERS, "diffusion_pytorch_model.safetensors", _read_diffusers, _write_diffusers),
+    Format("fair", layouts.fair, "dit.pt", _plain(_read_fair), _write_fair, clean=lambda key: key.removeprefix("module.")),
+    Format("diffusers", layouts.DIFFUSERS, "diffusion_pytorch_model.safetensors", _plain(_read_diffusers), _write_diffusers),
 )
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Check, compare, open_tensors
+from common.checkpoint.unwrap import open_tensors
+from common.checkpoint.verify import Check, compare
 from common.nn.functional import functional
 from common.nn.position import sincos
 from lit_jax.dit import Dit, DitConfig

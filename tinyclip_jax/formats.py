@@ -2,22 +2,26 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from common.checkpoint.convert import Donor, Format
+from common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from common.checkpoint.fields import Fields
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.data.images import Preprocess
 from common.data.text import Tokenizer
 from common.errors import InputError
 from tinyclip_jax import layouts
 from tinyclip_jax.masks import per_layer
-from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, head_dim, uniform
+from tinyclip_jax.model import Activation, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
 from tinyclip_jax.resnet import STAGES, ResNetConfig
+
+Tower = TypeVar("Tower", ImageConfig, TextConfig)
 
 # transformers' defaults, which its configs leave out.
 _HF_TEXT: dict[str, Any] = dict(
@@ -26,10 +30,14 @@ _HF_TEXT: dict[str, Any] = dict(
 _HF_IMAGE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
 ) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
-_HF_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"
+}  # fmt: skip
 CLIP_VOCAB = 49408
 HEAD = 64  # channels of a head in every published model
 _LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
+# open_clip's switches of other blocks and poolings; `block_type` names them all.
+_CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 
 
 def config(saved: Mapping[str, Any]) -> ClipConfig:
@@ -45,45 +53,57 @@ def config(saved: Mapping[str, Any]) -> ClipConfig:
         raise InputError(f"config.json is not of this version of tinyclip: {error}") from error
 
 
-def _read_hf(tensors: Tensors, folder: Path) -> ClipConfig | None:
-    if "vision_model.embeddings.class_embedding" not in tensors or "text_model.embeddings.token_embedding.weight" not in tensors:
+def _read_hf(found: Found) -> Read | None:
+    if not {"vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"} <= found.tensors.keys():
         return None
-    if not (folder / "config.json").is_file():
-        raise InputError("a Hugging Face CLIP needs its config.json beside the weights; there is none")
-    theirs = read_json(folder / "config.json")
-    text = _HF_TEXT | (theirs.get("text_config") or {}) | (theirs.get("text_config_dict") or {})
-    image = _HF_IMAGE | (theirs.get("vision_config") or {}) | (theirs.get("vision_config_dict") or {})
-    eos = text["eos_token_id"]
-    return ClipConfig(
-        ImageConfig(
-            size=image["image_size"],
-            patch=image["patch_size"],
-            width=image["hidden_size"],
-            layers=image["num_hidden_layers"],
-            heads=image["num_attention_heads"],
-            hidden=image["intermediate_size"],
-            activation=_hf_activation(image["hidden_act"]),
-            eps=image["layer_norm_eps"],
-        ),
+    fields = found.json("config.json")
+    if fields is None:
+        raise InputError("a Hugging Face CLIP needs its config.json next to the weights; there is none")
+    fields.fixed("model_type", "clip")
+    fields.skip("logit_scale_init_value", "return_loss")  # the scale is a tensor of the file
+    fields.transformers()
+    text, image = (_hf_tower(fields, name, defaults) for name, defaults in (("text", _HF_TEXT), ("vision", _HF_IMAGE)))
+    vocab, eos = text.integer("vocab_size"), text.integer("eos_token_id", least=0)
+    cfg = ClipConfig(
+        ImageConfig(size=image.square("image_size"), patch=image.square("patch_size"), **_hf_sizes(image)),
         TextConfig(
-            context=text["max_position_embeddings"],
-            vocab=text["vocab_size"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            hidden=text["intermediate_size"],
-            activation=_hf_activation(text["hidden_act"]),
-            eps=text["layer_norm_eps"],
-            eot=None if eos in (_LEGACY_EOS, text["vocab_size"] - 1) else eos,
+            context=text.integer("max_position_embeddings"),
+            vocab=vocab,
+            eot=None if eos in (_LEGACY_EOS, vocab - 1) else eos,
+            **_hf_sizes(text),
         ),
-        joint=theirs.get("projection_dim", 512),
+        joint=fields.integer("projection_dim", 512),
     )
+    image.fixed("num_channels", 3)
+    for tower in (text, image, fields):
+        tower.done()
+    return Read(cfg)
 
 
-def _hf_activation(name: str) -> Any:
-    if name not in _HF_ACTIVATIONS:
-        raise InputError(f"config.json: activation {name!r} is not one of {', '.join(_HF_ACTIVATIONS)}")
-    return _HF_ACTIVATIONS[name]
+def _hf_tower(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
+    """The config of one tower. A `*_config_dict`, with the defaults of what it leaves out, wins over `*_config`, as in transformers."""
+    tower, old = fields.value(f"{name}_config"), fields.value(f"{name}_config_dict")
+    where = f"{fields.where}: {name}_config"
+    for part in (tower, old):
+        if not isinstance(part, Mapping | None):
+            raise InputError(f"{where} is {part!r}, not an object")
+    merged = Fields({**defaults, **(tower or {}), **({} if old is None else {**defaults, **old})}, where)
+    merged.fixed("model_type", f"clip_{name}_model")
+    merged.skip("projection_dim")  # the model's own counts
+    merged.transformers()
+    return merged
+
+
+def _hf_sizes(tower: Fields) -> dict[str, Any]:
+    width, heads = tower.integer("hidden_size"), tower.integer("num_attention_heads")
+    return dict(
+        width=width,
+        layers=tower.integer("num_hidden_layers"),
+        heads=heads,
+        hidden=tower.integer("intermediate_size"),
+        activation=tower.choice("hidden_act", _HF_ACTIVATIONS),
+        eps=tower.number("layer_norm_eps"),
+    )
 
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
@@ -105,20 +125,105 @@ def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     write_json(folder / "config.json", head | dict(text_config=text, vision_config=image))
 
 
-def _read_open_clip(tensors: Tensors, folder: Path) -> ClipConfig | None:
-    if "visual.conv1.weight" not in tensors or "token_embedding.weight" not in tensors:
+def _read_open_clip(found: Found) -> Read | None:
+    if "visual.conv1.weight" not in found.tensors or "token_embedding.weight" not in found.tensors:
         return None
-    cfg = infer(tensors, "visual.", "")
-    file = folder / "open_clip_config.json"
-    if not file.is_file():
-        return cfg.override(activation="quick_gelu") if "input_resolution" in tensors else cfg  # OpenAI's archives carry it
-    theirs = read_json(file).get("model_cfg", {})
-    image = theirs.get("vision_cfg", {})
-    if isinstance(cfg.image, ImageConfig) and _plain(cfg.image):
-        cfg = cfg.override(image_heads=cfg.image.width // image.get("head_width", 64))
-    if _plain(cfg.text):
-        cfg = cfg.override(text_heads=theirs.get("text_cfg", {}).get("heads", cfg.text.heads))
-    return cfg.override(activation="quick_gelu") if theirs.get("quick_gelu") else cfg
+    cfg, file = infer(found.tensors, "visual.", ""), found.json("open_clip_config.json")
+    if file is not None:
+        file.skip("preprocess_cfg", "tokenizer_cfg", "version", "license*", "_*")  # preprocessing has a reader of its own
+        model = file.object("model_cfg")
+        file.done()
+        return Read(_open_clip_config(cfg, model))
+    if "input_resolution" in found.tensors:  # of OpenAI's archives, whose models all have QuickGELU and heads of 64
+        return Read(cfg.override(activation="quick_gelu"))
+    return Read(cfg, _bare(cfg, "models fine-tuned from OpenAI's have quick_gelu"))
+
+
+def _bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
+    """What weights alone do not tell of a CLIP."""
+    guesses = [Guess("activation", cfg.text.activation, f"the weights do not tell it, and {otherwise}")]
+    towers = (("image_heads", cfg.image), ("text_heads", cfg.text))
+    guesses += [Guess(name, c.heads, f"heads of {HEAD}, as in published models") for name, c in towers if isinstance(c.heads, int)]
+    return tuple(guesses)
+
+
+def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
+    """`cfg`, as the shapes tell it, with what open_clip's `model_cfg` adds; every field of it is read or refused."""
+    image, text = model.object("vision_cfg"), model.object("text_cfg")
+    activation: Activation = "quick_gelu" if model.boolean("quick_gelu", False) else "gelu"
+    model.skip("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict", "custom_text")
+    _agree(model, "embed_dim", model.integer("embed_dim", cfg.joint), cfg.joint)
+    for tower in (image, text):
+        tower.skip("output_tokens", "patch_dropout", "hf_tokenizer_name", "tokenizer_*", "pad_id", "timm_*" if tower is image else "hf_*")
+        tower.fixed("ls_init_value", None)
+        tower.fixed("block_type", None, "default")
+        for name in _CUSTOM:
+            tower.fixed(name, False)
+    image.fixed("timm_model_name", None, "")
+    text.fixed("hf_model_name", None, "")
+    head_width = image.integer("head_width", HEAD)
+    if isinstance(cfg.image, ResNetConfig):
+        _agree(image, "layers", image.integers("layers"), cfg.image.blocks)
+        cfg = replace(cfg, image=replace(cfg.image, heads=cfg.image.embed // head_width))
+        image.skip("mlp_ratio", "patch_size")
+    else:
+        _agree(image, "patch_size", image.square("patch_size", 16), cfg.image.patch)
+        cfg = replace(cfg, image=_open_clip_tower(cfg.image, image, activation, cfg.image.width // head_width))
+        _open_clip_image_pool(image)
+    _agree(image, "width", image.integer("width", 768 if isinstance(cfg.image, ImageConfig) else 64), cfg.image.width)
+    _agree(image, "image_size", image.square("image_size", 224), cfg.image.size)
+    heads = text.integer("heads", 8) if _plain(cfg.text) else 0
+    cfg = replace(cfg, text=_open_clip_text(_open_clip_tower(cfg.text, text, activation, heads), text))
+    for fields in (image, text, model):
+        fields.done()
+    return cfg
+
+
+def _agree(fields: Fields, name: str, said: Any, actual: Any) -> None:
+    """Refuse a size that is not the one of the weights: then the config is another model's."""
+    if said != actual:
+        raise InputError(f"{fields.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?")
+
+
+def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: int) -> Tower:
+    """One transformer with the heads, activation and eps of its config."""
+    acts, norms = fields.object("act_kwargs"), fields.object("norm_kwargs")
+    if activation == "gelu":
+        activation = acts.choice("approximate", {"none": "gelu", "tanh": "gelu_tanh"}, "none")
+    c = replace(c, activation=activation, eps=norms.number("eps", c.eps))
+    acts.done()
+    norms.done()
+    if _plain(c):
+        _agree(fields, "layers", fields.integer("layers", 12), c.layers)
+        if int(fields.number("mlp_ratio", 4.0) * c.width) != c.hidden:
+            raise InputError(f"{fields.where}: mlp_ratio is not that of the weights ({c.hidden} units at a width of {c.width})")
+        return replace(c, heads=heads)
+    fields.skip("layers", "heads", "hidden", "head_width", "mlp_ratio")  # sizes of pruned layers, which the shapes tell
+    return c
+
+
+def _open_clip_image_pool(image: Fields) -> None:
+    """Only the class token is read. A norm after the pooling is the same as before it where one token is picked."""
+    image.fixed("attentional_pool", False)
+    image.fixed("no_ln_pre", False)
+    image.fixed("pool_type", "tok")
+    image.boolean("final_ln_after_pool", False)
+    image.fixed("pos_embed_type", "learnable", "sin_cos_2d")  # either is a tensor of the file
+    image.skip("attn_pooler_*")
+
+
+def _open_clip_text(c: TextConfig, text: Fields) -> TextConfig:
+    text.fixed("no_causal_mask", False)
+    text.fixed("embed_cls", False)
+    text.fixed("proj_bias", False)
+    text.fixed("proj_type", "linear")
+    text.boolean("final_ln_after_pool", False)
+    _agree(text, "width", text.integer("width", 512), c.width)
+    _agree(text, "context_length", text.integer("context_length", 77), c.context)
+    _agree(text, "vocab_size", text.integer("vocab_size", CLIP_VOCAB), c.vocab)
+    eos = text.integer("eos_id", 2, least=0)
+    pool = text.choice("pool_type", {"argmax": None, "eos": eos}, "argmax")
+    return replace(c, eot=pool)
 
 
 def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
@@ -130,7 +235,7 @@ def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
         raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
     vision_cfg: dict[str, Any] = dict(image_size=image.size, width=image.width)
     if isinstance(image, ResNetConfig):
-        vision_cfg |= dict(layers=image.blocks, heads=image.heads)
+        vision_cfg |= dict(layers=list(image.blocks), head_width=image.embed // image.heads)
     else:
         vision_cfg |= dict(layers=image.layers, patch_size=image.patch)
     text_cfg: dict[str, Any] = dict(
@@ -147,10 +252,11 @@ def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     write_json(folder / "open_clip_config.json", dict(model_cfg=model))
 
 
-def _read_original(tensors: Tensors, folder: Path) -> ClipConfig | None:
-    if "_image_encoder.visual.conv1.weight" not in tensors:
+def _read_original(found: Found) -> Read | None:
+    if "_image_encoder.visual.conv1.weight" not in found.tensors:
         return None
-    return infer(tensors, "_image_encoder.visual.", "_text_encoder.")
+    cfg = infer(found.tensors, "_image_encoder.visual.", "_text_encoder.")
+    return Read(cfg, _bare(cfg, "the published TinyCLIPs have gelu")[:1])
 
 
 def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
@@ -219,8 +325,7 @@ def _plain(c: ImageConfig | TextConfig) -> bool:
 
 
 def _clean_original(key: str) -> str:
-    """Take off what data parallelism and the automatic method wrapped around the keys."""
-    key = re.sub(r"(?<![^.])module\.", "", key)  # a whole part of the key: `l0_module.` keeps its name
+    """Take off what the automatic method wrapped around the keys."""
     return re.sub(r"^_?(image|text)_encoder_without_ddp\.", r"_\1_encoder.", key)
 
 
@@ -239,7 +344,6 @@ FORMATS = (
         "open_clip_model.safetensors",
         _read_open_clip,
         _write_open_clip,
-        clean=lambda key: key.removeprefix("module."),
         complete=lambda cfg, tensors: _complete(cfg, tensors, "visual.", ""),
     ),
     Format(
@@ -251,6 +355,16 @@ FORMATS = (
         clean=_clean_original,
         complete=lambda cfg, tensors: _complete(cfg, tensors, "_image_encoder.visual.", "_text_encoder."),
     ),
+)
+
+LOOKALIKES = (
+    Lookalike("text_model.embeddings.token_embedding.weight", "a text tower alone (CLIPTextModel): take the whole model, CLIPModel"),
+    Lookalike("vision_model.embeddings.class_embedding", "an image tower alone (CLIPVisionModel): take the whole model, CLIPModel"),
+    Lookalike("visual.trunk.*", "an open_clip model around an image tower of timm: only its own ViTs and ResNets are read"),
+    Lookalike("text.transformer.*", "an open_clip model with a custom text tower: only its classic CLIPs are read"),
+    Lookalike("clip.vision_model.*", "a model built around a CLIP (CLIPSeg, say): take the CLIP it was built from"),
+    Lookalike("*.lora_A*", "an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that"),
+    Lookalike("*lora_down*", "an adapter, not a model: merge it into its base, save and convert that"),
 )
 
 

@@ -1,7 +1,6 @@
 """Converted CLIPs against torch: the same pictures and captions through our model and through the reference."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Check, compare, open_tensors
+from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
+from common.checkpoint.weights import read_json
 from common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
 from tinyclip_jax.resnet import ResNetConfig
 
 EXAMPLES = 4
+CONFIG = "open_clip_config.json"
+BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # of OpenAI's archives and older releases
 
 
 def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -31,9 +33,10 @@ def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare unit-norm features, f32 at highest precision, with the torch model that reads `file`; tolerance 1e-4 relative.
+    """Compare unit-norm features, f32 at highest precision, with the library that reads `file` and its config; tolerance 1e-4 relative.
 
-    Without torch only finiteness can be checked: `reference` is None, and the note says so.
+    Where open_clip is not installed, or the file has no config of its, open_clip's formulas in torch serve: they share our reading of
+    the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
     """
     images, tokens = inputs(cfg)
     model = functional(Clip, cfg)
@@ -43,25 +46,50 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) 
     mine = [np.asarray(ours.image), np.asarray(ours.text)]
     if not all(np.isfinite(x).all() for x in mine):
         return Check(passed=False, reference=None, note="features are not finite")
-    if format == "heirloom" or find_spec("torch") is None or (format == "hf" and find_spec("transformers") is None):
+    if format == "heirloom" or not importable("torch") or (format == "hf" and not importable("transformers")):
         return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    theirs = _transformers(file, images, tokens) if format == "hf" else _open_clip(cfg, file, format, images, tokens)
     if format == "hf":
-        return compare(mine, theirs, reference="transformers.CLIPModel", libraries=("torch", "transformers"))
-    return compare(mine, theirs, reference="open_clip's formulas in torch", libraries=("torch",))
+        return compare(mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers"))
+    if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
+        return compare(mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch"))
+    return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
+
+
+def _builds(cfg: ClipConfig) -> bool:
+    """Whether open_clip can build it: it knows no pruned layers."""
+    towers = [c for c in (cfg.image, cfg.text) if not isinstance(c, ResNetConfig)]
+    return all(isinstance(c.heads, int) and isinstance(c.hidden, int) and c.heads * head_dim(c) == c.width for c in towers)
 
 
 def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    """Features of the class that transformers has for the config's `model_type`."""
     import torch
-    from transformers import CLIPModel
+    from transformers import AutoModel
 
-    model = CLIPModel.from_pretrained(file.parent, dtype=torch.float32, local_files_only=True).eval()
+    with as_folder(file, "model.safetensors") as folder:
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         out = model(pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long())
     return [out.image_embeds.numpy(), out.text_embeds.numpy()]
 
 
-def _open_clip(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+def _open_clip(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    """Features of the model that open_clip builds from its own config."""
+    import torch
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    config = read_json(file.parent / CONFIG)["model_cfg"]
+    kind = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    model = kind(**config).eval()
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    tensors = {key: value for key, value in reference_tensors(file).items() if key not in BUFFERS}
+    model.load_state_dict({key: value.reshape(shapes[key]) if value.numel() == 1 else value for key, value in tensors.items()})
+    with torch.no_grad():
+        image = model.encode_image(torch.from_numpy(images).permute(0, 3, 1, 2), normalize=True)
+        return [image.numpy(), model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()]
+
+
+def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
     """open_clip's forward pass on the foreign file's own tensors, packed projections and all."""
     import torch
     import torch.nn.functional as F
@@ -69,10 +97,8 @@ def _open_clip(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tok
     from tinyclip_jax.formats import FORMATS
 
     clean = next(f.clean for f in FORMATS if f.name == format)
-    raw = open_tensors(file)
     # The original files are open_clip's under a prefix per tower.
-    names = {key: clean(key).replace("_image_encoder.", "").replace("_text_encoder.", "") for key in raw}
-    t = {names[key]: torch.from_numpy(np.array(value, np.float32)) for key, value in raw.items()}
+    t = {clean(k).replace("_image_encoder.", "").replace("_text_encoder.", ""): v for k, v in reference_tensors(file).items()}
 
     def act(x: Any, name: str) -> Any:
         return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
@@ -139,5 +165,6 @@ def _open_clip(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, tok
         x = t["token_embedding.weight"][ids] + t["positional_embedding"][: ids.shape[1]]
         mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
         x = norm(blocks(x, "", cfg.text, mask), "ln_final", cfg.text.eps)
-        text = x[torch.arange(len(x)), ids.argmax(-1)] @ t["text_projection"]
+        end = ids.argmax(-1) if cfg.text.eot is None else (ids == cfg.text.eot).int().argmax(-1)
+        text = x[torch.arange(len(x)), end] @ t["text_projection"]
     return [F.normalize(y, dim=-1).numpy() for y in (image, text)]

@@ -7,13 +7,13 @@ from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
 from common.compile import Outline
 from common.nn.functional import functional
-from tinyclip_jax.formats import FORMATS, companions, config
+from tinyclip_jax.formats import FORMATS, LOOKALIKES, companions, config
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
-FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED)
+FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
 
 RN50 = resnet(64, 12)
 VIT_B_32, VIT_B_16 = vit(224, 32, 768, 12, 512, 12), vit(224, 16, 768, 12, 512, 12)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.checkpoint.convert import Check, Donor, Family, open_donor
+from common.checkpoint.convert import Donor, Family, open_donor
+from common.checkpoint.verify import Check
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.report import kernel_macs

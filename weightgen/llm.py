@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint.convert import open_tensors, weights_files
 from common.checkpoint.hub import locate
+from common.checkpoint.unwrap import open_tensors, weights_files
 from common.errors import InputError
 from weightgen.codec import fit_pca
 

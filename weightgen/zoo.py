@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.checkpoint.convert import open_tensors, weights_files
+from common.checkpoint.unwrap import open_tensors, weights_files
 from common.checkpoint.weights import read_json, staged, write_json
 from common.errors import InputError, positive
 from common.nn.functional import Functional

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from fnmatch import fnmatchcase
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from common.checkpoint import weights
-from common.checkpoint.torch_file import open_torch, write_torch
+from common.checkpoint.fields import Fields
+from common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
+from common.checkpoint.verify import Check, guarded
 from common.checkpoint.weights import FILE, Tensors, read_json, write_json
 from common.errors import InputError, VerificationError, nearest
 from common.nn.functional import Functional, functional
@@ -20,9 +22,51 @@ from common.surgery.plan import Plan, Source
 from common.surgery.report import provenance
 
 COPY = Plan((("**", {}),))
-_TORCH = (".pt", ".pth", ".bin")
-TOLERANCE = 1e-4
-TINY = 1e-30  # instead of a reference that is all zeros
+
+
+@dataclass(frozen=True)
+class Found:
+    """A foreign checkpoint while its config is read.
+
+    tensors: under clean names. folder: where its JSON files are. about: what a torch file holds next to the tensors.
+    """
+
+    tensors: Tensors
+    folder: Path
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def json(self, name: str) -> Fields | None:
+        """A JSON file next to the weights, or None."""
+        file = self.folder / name
+        return Fields.load(file) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A setting that neither weights nor config tell: what was taken for it, and why. `convert --set name=VALUE` overrides it."""
+
+    name: str
+    value: Any
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.value} is a guess: {self.why} (--set {self.name}=VALUE overrides it)"
+
+
+@dataclass(frozen=True)
+class Read:
+    """The config of a foreign checkpoint, and what in it was guessed."""
+
+    cfg: Any
+    guesses: tuple[Guess, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """Checkpoints that are not read, recognised by a glob of their tensors' names, and what to do with them."""
+
+    keys: str
+    advice: str
 
 
 @dataclass(frozen=True)
@@ -31,60 +75,24 @@ class Format:
 
     layout: the table of names, or a function of the config where it depends on it.
     file: name of the weights inside a folder we write; its ending says whether torch, safetensors or numpy (.npz) writes it.
-    read_config(tensors, folder): the model's config, or None when this is another format.
-    write_config(cfg, folder): writes the format's own JSON files beside the weights.
-    clean: brings the keys of a file in the wild to the layout's.
-    wrapper: of a torch file, the key its tensors are under.
+    read_config(found): the model's config, or None when this is another format.
+    write_config(cfg, folder): writes the format's own JSON files next to the weights.
+    clean: brings the keys of a file in the wild to the layout's, once the usual wrappers are off.
+    wrapper: of a torch file, the key its tensors are under; None: the file is the dictionary of tensors.
     complete(cfg, tensors): the tensors with what files of the wild leave out because it has no effect.
     """
 
     name: str
     layout: Layout | Callable[[Any], Layout]
     file: str
-    read_config: Callable[[Tensors, Path], Any]
+    read_config: Callable[[Found], Read | None]
     write_config: Callable[[Any, Path], None]
     clean: Callable[[str], str] = lambda key: key
-    wrapper: str = "state_dict"
+    wrapper: str | None = "state_dict"
     complete: Callable[[Any, Tensors], Tensors] = lambda cfg, tensors: tensors
 
     def layout_of(self, cfg: Any) -> Layout:
         return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
-
-
-@dataclass(frozen=True)
-class Check:
-    """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest value."""
-
-    passed: bool
-    reference: str | None
-    max_error: float | None = None
-    mean_error: float | None = None
-    cosine: float | None = None
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
-
-
-def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, reference: str, libraries: Sequence[str]) -> Check:
-    """Outputs [example, ...] of our model and of the reference, pair by pair; passed up to TOLERANCE. libraries: packages it used."""
-    errors = [np.abs(a - b) / max(np.abs(b).max(), TINY) for a, b in zip(ours, theirs, strict=True)]
-    largest = max(float(error.max()) for error in errors)
-    return Check(
-        passed=largest <= TOLERANCE,
-        reference=reference,
-        max_error=largest,
-        mean_error=float(np.mean([error.mean() for error in errors])),
-        cosine=min(_cosine(a, b) for a, b in zip(ours, theirs, strict=True)),
-        versions={name: version(name) for name in ("jax", *libraries)},
-    )
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the two values of each example; the smallest. Two zeros, as a fresh diffusion model predicts, are the same."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (a, b))
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return float(np.where((a == b).all(-1), 1.0, (a * b).sum(-1) / np.maximum(norms, TINY)).min())
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Family:
     verify(cfg, params, file, format): compares our model with the reference that reads the foreign file.
     parameters(spec): counts by part and in total. macs(cfg, spec): multiply-accumulates of one example.
     embedded: the weights folders that come with the package, by name.
+    lookalikes: checkpoints that are close to this family and not read, with what to do.
     """
 
     name: str
@@ -106,6 +115,7 @@ class Family:
     parameters: Callable[[Spec], dict[str, int]]
     macs: Callable[[Any, Spec], int]
     embedded: Mapping[str, Path] = field(default_factory=dict)
+    lookalikes: tuple[Lookalike, ...] = ()
 
     def format(self, name: str) -> Format:
         for format in self.formats:
@@ -118,7 +128,8 @@ class Family:
 class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
-    `format` is "heirloom" for a folder of ours; `path` is what was named, `file` the weights in it.
+    `format` is "heirloom" for a folder of ours; `path` is what was named, `file` the weights in it. guesses: settings of `cfg` that the
+    checkpoint does not tell. notes: what was unwrapped.
     """
 
     family: Family
@@ -128,6 +139,13 @@ class Donor:
     format: str
     path: Path
     file: Path
+    guesses: tuple[Guess, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines for the console: what was unwrapped and what was guessed."""
+        return [*self.notes, *map(str, self.guesses)]
 
     @property
     def folder(self) -> Path:
@@ -143,25 +161,60 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families)
-    opened = {file: open_tensors(file) for file in weights_files(path)}
+    opened = {file: _open_clean(file) for file in weights_files(path)}
     for family in families:
         for format in family.formats:
-            found = [(file, *read) for file, raw in opened.items() if (read := _recognise(format, raw, file))]
+            found = {file: known for file, raw in opened.items() if (known := _recognise(format, raw, file))}
             if len(found) > 1:
-                names = " and ".join(file.name for file, *_ in found)
+                names = " and ".join(file.name for file in found)
                 raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
-            for file, cfg, tensors in found:
-                cfg = _override(cfg, overrides)
-                tensors = format.complete(cfg, tensors)
-                model = functional(family.module, cfg)
-                layout = format.layout_of(cfg)
-                views = layout.view(tensors, model.spec, str(file))
-                layout.check_values(tensors, model.spec, str(file))
-                origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
-                return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views, origin), format.name, path, file)
-    known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families)
-    sample = ", ".join(next(iter(opened.values())).keys() or ["none"])
-    raise InputError(f"{path}: its tensors ({sample[:80]} ...) are of no known model; known are {known}")
+            for file, (read, clean) in found.items():
+                return _opened(family, format, path, file, clean, read, overrides)
+    raise InputError(f"{path}: {_unknown(families, [key for raw in opened.values() for key in raw.tensors])}")
+
+
+def _open_clean(file: Path) -> Weights:
+    try:
+        return clean_names(open_weights(file))
+    except InputError as error:
+        raise error if str(file) in str(error) else InputError(f"{file}: {error}") from error
+
+
+def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights] | None:
+    """The config, and the tensors under the layout's keys, or None when the file is of another format."""
+    tensors = {format.clean(key): value for key, value in raw.tensors.items()}
+    try:
+        read = format.read_config(Found(tensors, file.parent, raw.about))
+    except InputError as error:
+        raise InputError(str(error) if str(file.parent) in str(error) else f"{file}: {error}") from error
+    if read is None:
+        return None
+    if len(tensors) != len(raw.tensors):
+        raise InputError(f"{file}: two tensors have the same name once wrappers are taken off")
+    return read, replace(raw, tensors=tensors)
+
+
+def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights, read: Read, overrides: Mapping[str, Any]) -> Donor:
+    cfg = _override(read.cfg, overrides)
+    tensors = format.complete(cfg, raw.tensors)
+    model = functional(family.module, cfg)
+    layout = format.layout_of(cfg)
+    views = layout.view(tensors, model.spec, str(file))
+    layout.check_values(tensors, model.spec, str(file))
+    origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
+    source = Source(_as_stored(model.spec, views), views, origin)
+    guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
+    return Donor(family, cfg, model, source, format.name, path, file, guesses, raw.notes)
+
+
+def _unknown(families: Sequence[Family], keys: Sequence[str]) -> str:
+    """Why a checkpoint is not read: the nearest thing it is known to be, or a sample of its tensors."""
+    for lookalike in (one for family in families for one in family.lookalikes):
+        if any(fnmatchcase(key, lookalike.keys) for key in keys):
+            return lookalike.advice
+    known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families if family.formats)
+    sample = f"its tensors ({', '.join(keys)[:80]} ...) are" if keys else "it holds no tensors, which is"
+    return f"{sample} of no known model; known are {known}"
 
 
 def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
@@ -173,42 +226,6 @@ def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
     if unknown := overrides.keys() - set(known):
         raise InputError(f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are {', '.join(known)})")
     return cfg.override(**overrides)
-
-
-def _recognise(format: Format, raw: Tensors, file: Path) -> tuple[Any, Tensors] | None:
-    """The config and the tensors under clean keys, or None when the file is of another format."""
-    tensors = {format.clean(key): value for key, value in raw.items()}
-    try:
-        cfg = format.read_config(tensors, file.parent)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    if cfg is None:
-        return None
-    if len(tensors) != len(raw):
-        raise InputError(f"{file}: two tensors have the same name once wrappers are taken off")
-    return cfg, tensors
-
-
-def weights_files(path: Path) -> list[Path]:
-    """The weights of a checkpoint: the file itself, or those of a folder (an index of shards, safetensors before pickles).
-
-    Raises InputError when there are none.
-    """
-    if path.is_file():
-        return [path]
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.npz"):
-        if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
-            return found
-    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth or .npz)")
-
-
-def open_tensors(file: Path) -> Tensors:
-    """The tensors of a weights file under the names it gives them, memory-mapped."""
-    if file.name.endswith(".index.json"):
-        return weights.open_sharded(file, open_tensors)
-    if file.suffix == ".npz":
-        return weights.open_npz(file)
-    return open_torch(file) if file.suffix in _TORCH else weights.open_safetensors(file)
 
 
 def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, verify: bool = True) -> Check:
@@ -230,6 +247,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:
             check = _verify(donor, folder, to)
+        check = replace(check, guessed=tuple(map(str, donor.guesses)))
         write_json(folder / "verify.json", asdict(check) | {"source": hashes(donor.file)})
         if not check.passed:
             why = check.note or f"features differ from those of {check.reference} by {check.max_error:.1e}"
@@ -250,7 +268,7 @@ def _verify(donor: Donor, folder: Path, to: str) -> Check:
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
             return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} does not come back as it was written")
     foreign = donor if to == "heirloom" else written
-    return donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format)
+    return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -296,7 +314,7 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
         for key, value in layout.constant.items():
             out[key][...] = value
 
-    if format.file.endswith((*_TORCH, ".npz")):
+    if not format.file.endswith(".safetensors"):
         # torch and numpy want every tensor at once: mapped from a file that goes again, they are not in memory.
         with weights.create_safetensors(folder / FILE, shapes) as out:
             fill(out)

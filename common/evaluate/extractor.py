@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.checkpoint import weights
-from common.checkpoint.convert import open_tensors
+from common.checkpoint.unwrap import open_tensors
 from common.errors import InputError
 from common.evaluate.inception import ADM, Inception, InceptionConfig
 from common.nn.functional import Functional, functional

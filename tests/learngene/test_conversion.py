@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor, open_tensors
+from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.unwrap import open_tensors
 from common.checkpoint.weights import open_safetensors, read_json, write_json
 from common.errors import InputError
 from common.nn.functional import functional

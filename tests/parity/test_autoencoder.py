@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.torch_file import write_torch
+from common.checkpoint.unwrap import write_torch
 from common.checkpoint.weights import create_safetensors, open_safetensors
 from common.surgery.layout import Tensor
 from lit_jax.autoencoder import macs, parameters

@@ -72,7 +72,7 @@ def test_truncated_weights(keep, hf, families):
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("text_config", dict(hidden_act="relu"), r"config\.json: activation 'relu' is not one of gelu, quick_gelu"),
+        ("text_config", dict(hidden_act="relu"), r"config\.json: hidden_act is 'relu'; did you mean 'gelu'"),
         ("vision_config", dict(num_hidden_layers=4), r"tensor 'vision_model\.encoder\.layers\.3\..*' is missing"),
         ("vision_config", dict(patch_size=16), r"tensor 'vision_model\.embeddings\..*' has shape"),
         ("vision_config", dict(num_attention_heads=5), "5 heads do not divide a width of 32"),
@@ -87,7 +87,7 @@ def test_a_config_of_another_model(part, fields, message, hf, families):
 
 def test_weights_without_their_config(hf, families):
     (hf / "config.json").unlink()
-    refused(hf, families, r"a Hugging Face CLIP needs its config\.json beside the weights")
+    refused(hf, families, r"a Hugging Face CLIP needs its config\.json next to the weights")
 
 
 def test_a_config_that_does_not_parse(hf, families):
@@ -105,7 +105,7 @@ def test_a_folder_without_weights(hf, families):
     (hf / "model.safetensors").unlink()
     refused(hf, families, r"its tensors \(images, tokens, .*\) are of no known model")  # expected.npz
     (hf / "expected.npz").unlink()
-    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, \.pth or \.npz\)")
+    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, \.pth, \.ckpt or \.npz\)")
 
 
 def test_tensors_of_no_known_model(tmp_path, families):

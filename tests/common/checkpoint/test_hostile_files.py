@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.checkpoint import weights
 from common.checkpoint.hub import locate
-from common.checkpoint.torch_file import open_torch
+from common.checkpoint.unwrap import open_torch
 from common.checkpoint.weights import open_folder, open_safetensors, open_sharded, staged
 from common.errors import InputError
 

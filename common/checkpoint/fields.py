@@ -1,0 +1,157 @@
+"""Foreign JSON at the door: each field is read with its type, expected to have one value, or known to change nothing. Any other is refused.
+
+    fields = Fields.load(folder / "config.json")
+    width = fields.integer("hidden_size", 768)
+    activation = fields.choice("hidden_act", {"gelu": "gelu", "quick_gelu": "quick_gelu"}, "gelu")
+    fields.fixed("qkv_bias", True)                   # refused when it says anything else
+    fields.skip("transformers_version", "id2label")  # changes nothing that the model computes
+    fields.done()                                    # refuses a field that none of the above named
+"""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.checkpoint.weights import read_json
+from common.errors import InputError, nearest
+
+T = TypeVar("T")
+_REQUIRED: Any = object()
+# What every config of transformers may carry: how text is generated, what training does, names; nothing of it changes a forward pass.
+TRANSFORMERS = (
+    "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "transformers_version", "architectures",
+    "torch_dtype", "dtype", "return_dict", "return_dict_in_generate", "output_*", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "xla_device", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "tie_encoder_decoder", "tie_word_embeddings",
+    "cross_attention_hidden_size", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "finetuning_task",
+    "id2label", "label2id", "num_labels", "problem_type", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "task_specific_params", "initializer_*", "*dropout*", "layerdrop", "loss_type", "_*",
+)  # fmt: skip
+LARGEST = 2**24  # of any size a config names; a larger one is a mistake and would fill the memory
+
+
+class Fields:
+    """A JSON object whose fields are taken one by one. Every method raises InputError, naming file and field."""
+
+    def __init__(self, values: Any, where: str):
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where} is {_shown(values)}, not an object")
+        self.where = where
+        self._values, self._known = values, set[str]()
+
+    @classmethod
+    def load(cls, file: Path) -> "Fields":
+        return cls(read_json(file), str(file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def _take(self, name: str, default: Any, kind: type | tuple[type, ...], needed: str) -> Any:
+        self._known.add(name)
+        value = self._values.get(name, default)
+        if value is _REQUIRED:
+            raise InputError(f"{self.where}: {name!r} is missing; take the file that belongs to the weights")
+        if name not in self._values or (value is None and default is None):
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))):
+            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be {needed}")
+        return value
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST) -> Any:
+        """A whole number between `least` and `most`; `default` where the field is absent."""
+        value = self._take(name, default, int, "a whole number")
+        if name in self._values and value is not None and not least <= value <= most:
+            raise InputError(f"{self.where}: {name} is {value}, and must be from {least} to {most}")
+        return value
+
+    def number(self, name: str, default: Any = _REQUIRED, *, least: float = 0.0) -> Any:
+        """A finite number of at least `least`, as a float."""
+        value = self._take(name, default, (int, float), "a number")
+        if value is not None and (not math.isfinite(value) or value < least):
+            raise InputError(f"{self.where}: {name} is {value}, and must be a finite number of at least {least:g}")
+        return value if value is None else float(value)
+
+    def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
+        return self._take(name, default, bool, "true or false")
+
+    def text(self, name: str, default: Any = _REQUIRED) -> Any:
+        return self._take(name, default, str, "a text")
+
+    def choice(self, name: str, known: Mapping[str, T], default: Any = _REQUIRED) -> T:
+        """What `known` says for the field's text."""
+        value = self._take(name, default, str, "a text")
+        if value not in known:
+            hint = nearest(str(value), known)
+            raise InputError(f"{self.where}: {name} is {value!r}{hint}; only {', '.join(map(repr, known))} can be read")
+        return known[value]
+
+    def integers(self, name: str, default: Any = _REQUIRED, *, length: int | None = None) -> Any:
+        """A list of whole numbers, all positive, as a tuple."""
+        value = self._take(name, default, (list, tuple), "a list of whole numbers")
+        if value is None:
+            return None
+        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST for v in value) or length not in (None, len(value)):
+            count = "" if length is None else f"{length} "
+            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be a list of {count}positive whole numbers")
+        return tuple(value)
+
+    def square(self, name: str, default: Any = _REQUIRED) -> Any:
+        """One whole number, also where it is written as [n, n]."""
+        if isinstance(self._values.get(name), (list, tuple)):
+            sides = self.integers(name, length=2)
+            if sides[0] != sides[1]:
+                raise InputError(f"{self.where}: {name} is {list(sides)}; only squares can be read")
+            return sides[0]
+        return self.integer(name, default)
+
+    def object(self, name: str) -> "Fields":
+        """The object under a name, or an empty one."""
+        self._known.add(name)
+        return Fields({} if self._values.get(name) is None else self._values[name], f"{self.where}: {name}")
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """The field as it is, for a reader that checks it itself."""
+        self._known.add(name)
+        return self._values.get(name, default)
+
+    def fixed(self, name: str, *values: Any) -> None:
+        """Refuse the field when it is there and has none of these values."""
+        self._known.add(name)
+        if name in self._values and not any(_same(self._values[name], value) for value in values):
+            needed = " or ".join(_shown(value) for value in values)
+            raise InputError(f"{self.where}: {name} is {_shown(self._values[name])}; only models where it is {needed} can be read")
+
+    def skip(self, *names: str) -> None:
+        """Fields, or globs of them, that change nothing that the model computes."""
+        self._known |= {field for field in self._values for name in names if fnmatchcase(field, name)}
+
+    def transformers(self) -> None:
+        """What any config of transformers may hold; refuses what would change the forward pass."""
+        self.fixed("pruned_heads", {}, None)
+        self.fixed("is_decoder", False)
+        self.fixed("is_encoder_decoder", False)
+        self.fixed("add_cross_attention", False)
+        self.skip(*TRANSFORMERS)
+
+    def done(self) -> None:
+        """Refuse a field that no call has named: it could change what the model computes."""
+        if unknown := sorted(self._values.keys() - self._known):
+            field = unknown[0]
+            raise InputError(
+                f"{self.where}: the field {field!r} ({_shown(self._values[field])}) is not known here and may change what the model "
+                "computes; remove it if it does not"
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, and both or neither true or false: 1 is no true."""
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,262 @@
+"""Opens weights files by content, whatever their ending, and takes off what training scripts wrap around the tensors.
+
+Nothing that is pickled in a torch file ever runs. Where a file holds raw weights and their average, the average is taken, and
+`Weights.notes` says so.
+"""
+
+import re
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from common.checkpoint import weights
+from common.checkpoint.weights import Tensors
+from common.errors import InputError
+
+AVERAGE = re.compile(r"(^|_)(ema|averaged?|swa|shadow)(_|$)")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")
+_TRAINING = re.compile(r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random")  # of a training state, not the model
+_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names that wrappers of torch add
+_OUTER = ("model", "net", "network", "ema", "model_ema", "ema_model", "averaged_model")  # attributes that trainers hold a model under
+_COUNTERS = ("n_averaged",)  # torch's AveragedModel
+# Classes of configs that trainers save along. They are opened as empty shells: their code is never imported.
+_SHELLS = ("omegaconf.", "lightning", "pytorch_lightning.", "ml_collections.", "easydict.", "yacs.", "addict.", "pathlib.", "datetime.")
+_PATTERNS = (
+    "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar", "*.th", "*.npz",
+)  # fmt: skip
+_NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model)")
+_OTHERS = {
+    b"\x89HDF": "an HDF5 file of TensorFlow or Keras; convert the PyTorch or safetensors file of the same model",
+    b"GGUF": "a quantised GGUF file; convert the safetensors file it was made from",
+    b"vers": "a Git LFS pointer instead of the weights; fetch them with `git lfs pull`",
+    b"<!DO": "a web page instead of the weights; download the file itself",
+    b"<htm": "a web page instead of the weights; download the file itself",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file, memory-mapped where it allows.
+
+    about: what a training script saved next to them (its arguments, say). notes: which of several sets of tensors was taken, and what
+    was taken off their names.
+    """
+
+    tensors: Tensors
+    about: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The weights of a checkpoint: the file itself, or those of a folder (an index of shards, safetensors before pickles).
+
+    States of optimizers and the like are no weights. Raises InputError when there are none.
+    """
+    if path.is_file():
+        return [path]
+    if (path / "model_index.json").is_file():
+        parts = sorted(p.parent.name for p in path.glob("*/config.json"))
+        raise InputError(f"{path} is a pipeline of several models; name one of them: {', '.join(f'{path}/{part}' for part in parts)}")
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path} holds an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that")
+    for pattern in _PATTERNS:
+        if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()):
+            return found
+    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt or .npz)")
+
+
+def open_weights(file: Path) -> Weights:
+    """Open a weights file or an index of shards. Raises InputError for what is none, or is damaged."""
+    if file.suffix == ".json":
+        return Weights(weights.open_sharded(file, lambda shard: open_weights(shard).tensors))
+    kind = _kind(file)
+    if kind == "npz":
+        return Weights(weights.open_npz(file))
+    return open_torch(file) if kind == "torch" else Weights(weights.open_safetensors(file))
+
+
+def open_tensors(file: Path) -> Tensors:
+    """The tensors of a weights file under the names it gives them."""
+    return open_weights(file).tensors
+
+
+def _kind(file: Path) -> str:
+    """`safetensors`, `torch` or `npz`, by the first bytes."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(10)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    for magic, what in _OTHERS.items():
+        if start.startswith(magic):
+            raise InputError(f"{file} is {what}")
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "torch"
+        except (zipfile.BadZipFile, OSError, ValueError):
+            return "npz" if file.suffix == ".npz" else "torch"
+    if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05":  # a pickle, as torch wrote before 1.6
+        return "torch"
+    if start[8:9] == b"{":
+        return "safetensors"
+    return {".npz": "npz", ".safetensors": "safetensors"}.get(file.suffix, "torch" if file.suffix in _TORCH else "safetensors")
+
+
+_TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
+
+
+def clean_names(found: Weights) -> Weights:
+    """The same tensors without the parts that data parallelism, compilation, Lightning and averaging add to their names.
+
+    Of a model and its average under two names the average is kept. Raises InputError where two tensors would get the same name.
+    """
+    tensors = {key: value for key, value in found.tensors.items() if key not in _COUNTERS}
+    notes, seen = list(found.notes), set()
+    while (outer := _outer(tensors)) is not None:
+        inside = {key.removeprefix(f"{outer}."): value for key, value in tensors.items() if key.startswith(f"{outer}.")}
+        rest = {key: value for key, value in tensors.items() if not key.startswith(f"{outer}.")}
+        twins = {key for key in rest if key.partition(".")[2] in inside or key in inside}
+        if twins:
+            notes.append(f"'{outer}.*' taken, and not '{min(twins).partition('.')[0]}.*'")
+        tensors = inside | {key: value for key, value in rest.items() if key not in twins}
+        seen.add(f"{outer}.")
+    cleaned: Tensors = {}
+    for key, value in tensors.items():
+        parts = key.split(".")
+        name = ".".join(part for part in parts if part not in _INNER)
+        seen |= {f"{part}." for part in parts if part in _INNER}
+        if name in cleaned:
+            raise InputError(f"two tensors have the name {name!r} once wrappers are taken off; save the model's state_dict() alone")
+        cleaned[name] = value
+    if seen:
+        notes.append(f"{', '.join(repr(prefix) for prefix in sorted(seen))} taken off the names of its tensors")
+    return Weights(cleaned, found.about, tuple(notes))
+
+
+def _outer(tensors: Tensors) -> str | None:
+    """The attribute to take the tensors of, averages first; None when the names begin as the model's own do."""
+    first = dict.fromkeys(key.partition(".")[0] for key in tensors if "." in key)
+    return next((name for name in sorted(first, key=lambda name: not AVERAGE.search(name)) if name in _OUTER), None)
+
+
+def open_torch(path: Path) -> Weights:
+    """The tensors of a file that torch saved, memory-mapped where the file allows; dictionaries around them are opened.
+
+    Raises InputError without torch, for a pickle that holds anything but data, and for a damaged file.
+    """
+    torch = _torch(path)
+    try:
+        with torch.serialization.safe_globals(_harmless(path, torch)):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises nearly every type here, all of them about this file
+        raise InputError(_complaint(path, str(error) or type(error).__name__)) from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    about: dict[str, Any] = {}
+    notes: list[str] = []
+    while (inner := _wrapped(state, path, torch)) is not None:
+        about |= {str(key): _plain(value) for key, value in state.items() if key != inner}
+        if AVERAGE.search(inner) or any(AVERAGE.search(str(key)) for key in state):
+            notes.append(f"the tensors under {inner!r} taken")
+        state = state[inner]
+    about |= {str(key): _plain(value) for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    tensors = {str(key): _numpy(value, torch, path) for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return Weights(tensors, about, tuple(notes))
+
+
+def _complaint(path: Path, why: str) -> str:
+    if "TorchScript" in why:
+        return f"{path}: a TorchScript archive; save its state_dict() with torch.save and convert that"
+    no_pickle = "Unsupported operand" in why  # random bytes: torch's words would advise to trust them
+    if "weights_only" in why and not no_pickle:
+        what = next(iter(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", why)), "code")
+        return f"{path}: holds pickled code, not only tensors ({what}), and was not opened; save its state_dict() alone"
+    why = "neither an archive nor a pickle of tensors" if no_pickle else why.splitlines()[0]
+    return f"{path}: not a readable torch file ({why}); fetch it again"
+
+
+class _Shell(dict):
+    """Stands for a config object whose class is not imported; keeps nothing of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        return None
+
+
+def _harmless(path: Path, torch: Any) -> Sequence[Any]:
+    """What a file may hold next to tensors: arguments, numpy's numbers and arrays, and the configs of trainers as empty shells."""
+    scalar, reconstruct = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    kinds = sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}, key=str)
+    numpy_ones = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    numpy_ones += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    allowed = [Namespace, np.dtype, np.ndarray, *kinds, *numpy_ones]
+    try:
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torch raises whatever a damaged file makes it trip over; reading it says so a moment later
+        return allowed
+    shells = [(type("Shell", (_Shell,), {}), name) for name in others if name.startswith(_SHELLS)]
+    return [*allowed, *shells]
+
+
+def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
+    """The key whose dictionary holds the model's tensors: an average, or a usual name, or the only one; None when `state` is it."""
+
+    def holds_tensors(value: Any) -> bool:
+        return isinstance(value, dict) and any(isinstance(v, torch.Tensor) or holds_tensors(v) for v in value.values())
+
+    inner = [key for key, value in state.items() if isinstance(key, str) and holds_tensors(value) and not _TRAINING.search(key)]
+    averages = [key for key in inner if AVERAGE.search(key)]
+    usual = [key for key in _WRAPPERS if key in inner]
+    if averages or usual:
+        return (averages or usual)[0]
+    if not inner or any(isinstance(value, torch.Tensor) for value in state.values()):
+        return None
+    if len(inner) > 1:
+        raise InputError(f"{path}: holds several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save")
+    return inner[0]
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if isinstance(value, Namespace) else value
+
+
+def write_torch(path: Path, tensors: Tensors, wrapper: str | None = "state_dict") -> None:
+    """Write `{wrapper: tensors}`, or the tensors alone, as torch.save would. Raises InputError without torch."""
+    torch = _torch(path)
+    state = {key: _tensor(value, torch) for key, value in tensors.items()}
+    torch.save({wrapper: state} if wrapper else state, path)
+
+
+def _numpy(tensor: Any, torch: Any, path: Path) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    try:
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:  # quantised, sparse, 8-bit floats
+        raise InputError(f"{path}: holds a tensor of {tensor.dtype}, which is not read here; save it as float32 or bfloat16") from error
+
+
+def _tensor(array: np.ndarray, torch: Any) -> Any:
+    array = np.require(array, requirements=["C", "W"])  # torch shares it where it may write
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{path}: reading or writing torch files needs torch; pip install 'heirloom-jax[torch]'") from error
+    return torch

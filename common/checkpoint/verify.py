@@ -1,0 +1,131 @@
+"""What a conversion was checked against, and how far it is from it.
+
+*Verified* means: another library read the very file and its config and computed the same. A comparison with formulas of our own is
+called that, for it shares our reading of the config.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from common.checkpoint.unwrap import clean_names, open_weights
+from common.checkpoint.weights import read_json
+from common.errors import VerificationError
+
+TOLERANCE = 1e-4
+TINY = 1e-30  # instead of a reference that is all zeros
+OWN = "own formulas"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest value.
+
+    reference: the library that read the file and its config; OWN where only formulas of ours could serve; None where nothing was compared.
+    guessed: settings that the file does not tell, with what was taken for them.
+    """
+
+    passed: bool
+    reference: str | None
+    max_error: float | None = None
+    mean_error: float | None = None
+    cosine: float | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    guessed: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """What to say of it on the console."""
+        if self.reference is None:
+            return f"not verified against a reference: {self.note}"
+        found = f"largest relative error {self.max_error:.1e}, cosine {self.cosine:.6f}"
+        if self.reference == OWN:
+            return f"checked against our own formulas, not by another library: {found}"
+        return f"verified against {self.reference}: {found}"
+
+
+def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, reference: str, libraries: Sequence[str]) -> Check:
+    """Outputs [example, ...] of our model and of the reference, pair by pair; passed up to TOLERANCE. libraries: packages it used."""
+    if shapes := [(a.shape, b.shape) for a, b in zip(ours, theirs, strict=True) if a.shape != b.shape]:
+        return Check(passed=False, reference=reference, note=f"outputs are {shapes[0][0]}, those of {reference} {shapes[0][1]}")
+    errors = [np.abs(a - b) / max(np.abs(b).max(), TINY) for a, b in zip(ours, theirs, strict=True)]
+    largest = max(float(error.max()) for error in errors)
+    return Check(
+        passed=largest <= TOLERANCE,  # false for NaN
+        reference=reference,
+        max_error=largest,
+        mean_error=float(np.mean([error.mean() for error in errors])),
+        cosine=min(_cosine(a, b) for a, b in zip(ours, theirs, strict=True)),
+        versions={name: version(name) for name in ("jax", *libraries)},
+    )
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the two values of each example; the smallest. Two zeros, as a fresh diffusion model predicts, are the same."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (a, b))
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(np.where((a == b).all(-1), 1.0, (a * b).sum(-1) / np.maximum(norms, TINY)).min())
+
+
+def importable(*names: str) -> bool:
+    """Whether these libraries are installed and can be imported; timm and open_clip need a torchvision that fits."""
+    try:
+        for name in names:
+            __import__(name)
+    except Exception:  # a broken installation raises whatever it trips over, and then there is no reference here
+        return False
+    return True
+
+
+@contextmanager
+def as_folder(file: Path, name: str) -> Iterator[Path]:
+    """A folder in which `file` has the name that a library looks for, with the JSON files next to it.
+
+    The library then reads this file, and its config, by itself. Wrapped weights are unwrapped for it, under `name`'s safetensors.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for companion in file.parent.glob("*.json"):
+            if not companion.name.endswith(".index.json"):
+                shutil.copy(companion, folder)
+        found = open_weights(file)
+        cleaned = clean_names(found)
+        if file.suffix == ".json":
+            (folder / f"{name}.index.json").symlink_to(file.resolve())
+            for shard in sorted(set(read_json(file)["weight_map"].values())):
+                (folder / shard).symlink_to((file.parent / shard).resolve())
+        elif file.suffix == ".safetensors" and cleaned.tensors.keys() == found.tensors.keys():
+            (folder / name).symlink_to(file.resolve())
+        else:
+            save_file({key: np.ascontiguousarray(value) for key, value in cleaned.tensors.items()}, folder / name, {"format": "pt"})
+        yield folder
+
+
+def guarded(check: Callable[[], Check]) -> Check:
+    """The result of a check. Raises VerificationError, one line, where the reference cannot read the file or fails on it."""
+    try:
+        return check()
+    except VerificationError:
+        raise
+    except Exception as error:  # the reference is somebody else's code: anything may come out of it
+        why = " ".join(str(error).split())[:300]
+        raise VerificationError(
+            f"the reference could not be run on these weights ({type(error).__name__}: {why}); --no-verify converts without it"
+        ) from error
+
+
+def reference_tensors(file: Path) -> dict[str, Any]:
+    """The unwrapped tensors of a file as torch tensors in float32, for a reference that is built from its config."""
+    import torch
+
+    return {key: torch.from_numpy(np.array(value, np.float32)) for key, value in clean_names(open_weights(file)).tensors.items()}
