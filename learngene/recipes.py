@@ -29,7 +29,8 @@ def imagenet(student: VitConfig, *, epochs: int, lr: float, warmup: int = 0, **f
     """ImageNet-1K from folders `imagenet/train` and `imagenet/val`, a sub-folder for each class. An epoch is 1.28 million views.
 
     Deviation: 528 pictures a step, three views of 176, where the release has 512; a cosine per step that ends at 0; bfloat16, where it
-    has float16; views of all pictures in turn, where the release draws a third of them anew for every epoch.
+    has float16 with a loss scaler; one draw of mixup or cutmix for the 528 pictures of a step, where the release has one for the 128 of
+    each GPU; views of all pictures in turn, where the release draws a third of them anew for every epoch.
     """
     return Config(
         student=student,

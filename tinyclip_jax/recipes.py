@@ -1,4 +1,7 @@
-"""What the published recipes have in common."""
+"""What the published recipes have in common.
+
+Deviation: activations are bf16, where the release has fp16 under autocast with a loss scaler; similarities and losses are f32 in both.
+"""
 
 from dataclasses import replace
 from typing import Any

@@ -7,6 +7,7 @@ Nothing that is pickled in a torch file ever runs. Where a file holds raw weight
 import re
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,8 @@ _TRAINING = re.compile(r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|rando
 _INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names that wrappers of torch add
 _OUTER = ("model", "net", "network", "ema", "model_ema", "ema_model", "averaged_model")  # attributes that trainers hold a model under
 _COUNTERS = ("n_averaged",)  # torch's AveragedModel
-# Classes of configs that trainers save along. They are opened as empty shells: their code is never imported.
-_SHELLS = ("omegaconf.", "lightning", "pytorch_lightning.", "ml_collections.", "easydict.", "yacs.", "addict.", "pathlib.", "datetime.")
+# Classes of configs that trainers save along. They are opened as dictionaries: their code is never imported.
+_CONFIGS = ("omegaconf.", "lightning", "pytorch_lightning.", "ml_collections.", "easydict.", "yacs.", "addict.", "pathlib.", "datetime.")
 _PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar", "*.th", "*.npz",
 )  # fmt: skip
@@ -118,8 +119,15 @@ def clean_names(found: Weights) -> Weights:
 
     Of a model and its average under two names the average is kept. Raises InputError where two tensors would get the same name.
     """
-    tensors = {key: value for key, value in found.tensors.items() if key not in _COUNTERS}
     notes, seen = list(found.notes), set()
+    tensors: Tensors = {}
+    for key, value in found.tensors.items():
+        name = ".".join(part for part in key.split(".") if part not in _INNER)
+        seen |= {f"{part}." for part in key.split(".") if part in _INNER}
+        if name in tensors:
+            raise InputError(f"two tensors have the name {name!r} once wrappers are taken off; save the model's state_dict() alone")
+        if name not in _COUNTERS:
+            tensors[name] = value
     while (outer := _outer(tensors)) is not None:
         inside = {key.removeprefix(f"{outer}."): value for key, value in tensors.items() if key.startswith(f"{outer}.")}
         rest = {key: value for key, value in tensors.items() if not key.startswith(f"{outer}.")}
@@ -128,17 +136,9 @@ def clean_names(found: Weights) -> Weights:
             notes.append(f"'{outer}.*' taken, and not '{min(twins).partition('.')[0]}.*'")
         tensors = inside | {key: value for key, value in rest.items() if key not in twins}
         seen.add(f"{outer}.")
-    cleaned: Tensors = {}
-    for key, value in tensors.items():
-        parts = key.split(".")
-        name = ".".join(part for part in parts if part not in _INNER)
-        seen |= {f"{part}." for part in parts if part in _INNER}
-        if name in cleaned:
-            raise InputError(f"two tensors have the name {name!r} once wrappers are taken off; save the model's state_dict() alone")
-        cleaned[name] = value
     if seen:
         notes.append(f"{', '.join(repr(prefix) for prefix in sorted(seen))} taken off the names of its tensors")
-    return Weights(cleaned, found.about, tuple(notes))
+    return Weights(tensors, found.about, tuple(notes))
 
 
 def _outer(tensors: Tensors) -> str | None:
@@ -183,18 +183,8 @@ def _complaint(path: Path, why: str) -> str:
     return f"{path}: not a readable torch file ({why}); fetch it again"
 
 
-class _Shell(dict):
-    """Stands for a config object whose class is not imported; keeps nothing of it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        return None
-
-
 def _harmless(path: Path, torch: Any) -> Sequence[Any]:
-    """What a file may hold next to tensors: arguments, numpy's numbers and arrays, and the configs of trainers as empty shells."""
+    """What a file may hold next to tensors: arguments, numpy's numbers and arrays, and the configs of trainers as dictionaries."""
     scalar, reconstruct = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     kinds = sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}, key=str)
     numpy_ones = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -204,8 +194,7 @@ def _harmless(path: Path, torch: Any) -> Sequence[Any]:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # torch raises whatever a damaged file makes it trip over; reading it says so a moment later
         return allowed
-    shells = [(type("Shell", (_Shell,), {}), name) for name in others if name.startswith(_SHELLS)]
-    return [*allowed, *shells]
+    return [*allowed, *((OrderedDict, name) for name in others if name.startswith(_CONFIGS))]
 
 
 def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:

@@ -50,6 +50,8 @@ def open_safetensors(path: Path) -> Tensors:
     try:
         with safe_open(path, framework="numpy"):
             pass
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cut short, or not a safetensors file ({error}); fetch it again") from error
     with path.open("rb") as file:
@@ -82,8 +84,10 @@ def open_sharded(index: Path, open_shard: Callable[[Path], Tensors] = open_safet
         raise InputError(f"{index}: holds no weight_map from tensors to files; fetch it again")
     shards: dict[str, Tensors] = {}
     for name in sorted(set(where.values())):
+        if Path(name).name != name or name.endswith(".json"):  # a path out of the folder, or an index again
+            raise InputError(f"{index}: names {name!r} as a file of weights; fetch it again")
         shard = index.parent / name
-        if not shard.exists():
+        if not shard.is_file():
             raise InputError(f"{index}: the shard {name} is missing; fetch it and try again")
         shards[name] = open_shard(shard)
     for key, name in where.items():

@@ -72,7 +72,7 @@ def test_truncated_weights(keep, hf, families):
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("text_config", dict(hidden_act="relu"), r"config\.json: hidden_act is 'relu'; did you mean 'gelu'"),
+        ("text_config", dict(hidden_act="relu"), r"config\.json: text_config: hidden_act is 'relu'; did you mean 'gelu'"),
         ("vision_config", dict(num_hidden_layers=4), r"tensor 'vision_model\.encoder\.layers\.3\..*' is missing"),
         ("vision_config", dict(patch_size=16), r"tensor 'vision_model\.embeddings\..*' has shape"),
         ("vision_config", dict(num_attention_heads=5), "5 heads do not divide a width of 32"),

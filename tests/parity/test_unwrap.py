@@ -1,0 +1,157 @@
+"""What training scripts wrap around weights: averages first, prefixes off, harmless objects read, and what was done is said."""
+
+import json
+import shutil
+from argparse import Namespace
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from common.checkpoint.unwrap import clean_names, open_weights, weights_files
+from common.errors import InputError
+
+torch = pytest.importorskip("torch")
+
+RAW = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(2)}
+MEAN = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}
+
+
+def opened(path, value, name="weights.pt"):
+    torch.save(value, path / name)
+    return clean_names(open_weights(path / name))
+
+
+def total(found):
+    return float(found.tensors["a.weight"].sum()), sorted(found.tensors)
+
+
+KEYS = ["a.bias", "a.weight"]
+
+
+@pytest.mark.parametrize("average", ["ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "params_ema", "averaged_model"])
+@pytest.mark.parametrize("raw", ["model", "state_dict", "params"])
+def test_an_average_is_taken_before_the_raw_weights_and_that_is_said(raw, average, tmp_path):
+    found = opened(tmp_path, {raw: RAW, average: MEAN, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}})
+    assert total(found) == (6, KEYS)
+    assert found.notes == (f"the tensors under {average!r} taken",)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module", "net", "generator", "student"])
+def test_a_dictionary_around_the_tensors_is_opened_whatever_its_name(wrapper, tmp_path):
+    assert total(opened(tmp_path, {"epoch": 3, wrapper: MEAN})) == (6, KEYS)
+
+
+def test_wrappers_nest(tmp_path):
+    inner = {f"module.{key}": value for key, value in MEAN.items()}
+    assert total(opened(tmp_path, {"state": {"model": {"ema": inner}}})) == (6, KEYS)
+
+
+def test_two_sets_of_tensors_without_a_known_name_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"weights\.pt: holds several sets of tensors \(student, teacher\)"):
+        opened(tmp_path, {"student": RAW, "teacher": MEAN})
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module.", "net.", "model._orig_mod."]
+)
+def test_prefixes_of_wrappers_are_taken_off_in_any_combination(prefix, tmp_path):
+    found = opened(tmp_path, {"state_dict": {prefix + key: value for key, value in MEAN.items()}})
+    assert total(found) == (6, KEYS) and "taken off the names" in found.notes[-1]
+
+
+def test_wrappers_inside_a_name_are_taken_off(tmp_path):
+    assert list(opened(tmp_path, {"blocks.0._orig_mod.attn.weight": torch.zeros(1)}).tensors) == ["blocks.0.attn.weight"]
+
+
+def test_an_average_under_a_prefix_is_taken_and_its_twin_left(tmp_path):
+    both = {f"model.{key}": value for key, value in RAW.items()} | {f"ema_model.module.{key}": value for key, value in MEAN.items()}
+    found = opened(tmp_path, both | {"n_averaged": torch.tensor(7)})
+    assert total(found) == (6, KEYS)
+    assert "'ema_model.*' taken, and not 'model.*'" in found.notes
+
+
+def test_two_names_that_become_one_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"two tensors have the name 'a\.weight'"):
+        opened(tmp_path, {"module.a.weight": torch.zeros(1), "a.weight": torch.ones(1)})
+
+
+def test_harmless_objects_next_to_the_weights_are_read(tmp_path):
+    extra = {"best": np.float64(0.5), "seen": np.int64(3), "curve": np.arange(3.0), "args": Namespace(prediction="velocity", lr=0.1)}
+    found = opened(tmp_path, {"model": OrderedDict(MEAN), **extra})
+    assert total(found)[0] == 6 and found.about["args"] == {"prediction": "velocity", "lr": 0.1} and found.about["best"] == 0.5
+
+
+def test_configs_of_trainers_are_opened_without_their_classes(tmp_path):
+    """A class of a package that is not installed, in the place where Lightning keeps hyperparameters."""
+    kind = type("AttributeDict", (dict,), {"__module__": "pytorch_lightning.utilities.parsing"})
+    import sys
+    import types
+
+    names = ["pytorch_lightning", "pytorch_lightning.utilities", "pytorch_lightning.utilities.parsing"]
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[names[-1]].AttributeDict = kind
+    try:
+        torch.save({"state_dict": MEAN, "hyper_parameters": kind(lr=0.1)}, tmp_path / "last.ckpt")
+    finally:
+        for name in names:
+            del sys.modules[name]
+    found = clean_names(open_weights(tmp_path / "last.ckpt"))
+    assert total(found) == (6, KEYS) and found.about["hyper_parameters"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.pth.tar", "weights.th", "model.pt.bak", "weights"])
+def test_a_torch_file_is_one_whatever_its_ending(name, tmp_path):
+    assert total(opened(tmp_path, {"state_dict": MEAN}, name)) == (6, KEYS)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.pth.tar", "weights.th"])
+def test_it_is_found_in_a_folder(name, tmp_path):
+    torch.save(MEAN, tmp_path / name)
+    assert weights_files(tmp_path) == [tmp_path / name]
+
+
+def test_files_that_are_no_weights_are_left_alone(tmp_path):
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin", "rng_state.pth", "pytorch_model.bin"):
+        torch.save(MEAN, tmp_path / name)
+    assert weights_files(tmp_path) == [tmp_path / "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, "an HDF5 file of TensorFlow or Keras"),
+        (b"GGUF" + b"\0" * 100, "a quantised GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer .* `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html>", "a web page instead of the weights"),
+        (b"\x1f\x8b\x08" + b"\0" * 100, "a gzip archive; unpack it first"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.pt"])
+def test_other_files_are_named(content, message, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_weights(tmp_path / name)
+
+
+def test_a_pipeline_and_an_adapter_are_named_with_what_to_do(tmp_path):
+    for part in ("vae", "transformer"):
+        (tmp_path / "pipe" / part).mkdir(parents=True)
+        (tmp_path / "pipe" / part / "config.json").write_text("{}")
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"a pipeline of several models; name one of them: .*pipe/transformer, .*pipe/vae"):
+        weights_files(tmp_path / "pipe")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an adapter, not a model: merge it into its base"):
+        weights_files(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "model.safetensors.index.json", "sub/x.safetensors"])
+def test_an_index_names_files_of_its_own_folder_only(name, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match="as a file of weights; fetch it again"):
+        open_weights(index)
+    shutil.rmtree(tmp_path)
