@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, VerificationError, nearest
+from common.errors import InputError, Remark, VerificationError, nearest
 
 MENDABLE, FAILED = 2, 1
 
@@ -22,6 +23,19 @@ def methods() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 a verification failed, 2 something the user can mend)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Remark)
+        warnings.showwarning = _show
+        return _main(argv)
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    """Remarks as a line of the command, other warnings as Python prints them."""
+    text = f"heirloom: {message}\n" if issubclass(category, Remark) else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
@@ -221,8 +235,6 @@ def _convert(args: argparse.Namespace) -> None:
     donor = _open(args.source, **_settings(args.set))
     check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
     _write_json(args, asdict(check))
-    for remark in donor.remarks:
-        print(f"{args.source}: {remark}")
     print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {check.sentence()}")
 
 

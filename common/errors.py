@@ -1,6 +1,7 @@
-"""The two ways a command ends badly: the user can mend it (exit 2), or a verification failed (exit 1)."""
+"""The two ways a command ends badly: the user can mend it (exit 2), or a verification failed (exit 1). And what is only remarked."""
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,15 @@ class InputError(Exception):
 
 class VerificationError(Exception):
     """A result was computed and is not what the reference says."""
+
+
+class Remark(UserWarning):
+    """Something the user should know: what was guessed, assumed or left out. The command line prints it as one line."""
+
+
+def remark(text: str) -> None:
+    """Say `text` through Python's warnings."""
+    warnings.warn(text, Remark, stacklevel=3)
 
 
 def positive(cfg: Any, *fields: str) -> None:

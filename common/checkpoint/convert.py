@@ -14,7 +14,7 @@ from common.checkpoint.fields import Fields
 from common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
 from common.checkpoint.verify import Check, guarded
 from common.checkpoint.weights import FILE, Tensors, read_json, write_json
-from common.errors import InputError, VerificationError, nearest
+from common.errors import InputError, VerificationError, nearest, remark
 from common.nn.functional import Functional, functional
 from common.surgery.axes import Spec
 from common.surgery.layout import Layout, View, own_tensors, own_views
@@ -129,7 +129,7 @@ class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
     `format` is "heirloom" for a folder of ours; `path` is what was named, `file` the weights in it. guesses: settings of `cfg` that the
-    checkpoint does not tell. notes: what was unwrapped.
+    checkpoint does not tell.
     """
 
     family: Family
@@ -140,12 +140,6 @@ class Donor:
     path: Path
     file: Path
     guesses: tuple[Guess, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def remarks(self) -> list[str]:
-        """Lines for the console: what was unwrapped and what was guessed."""
-        return [*self.notes, *map(str, self.guesses)]
 
     @property
     def folder(self) -> Path:
@@ -157,7 +151,8 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     """Open a checkpoint of ours or of any known foreign format.
 
     overrides: fields of the config that a bare weights file cannot tell (`activation`).
-    Raises InputError when nothing recognises it, and for missing, unexpected or misshapen tensors.
+    Remarks what was unwrapped and what was guessed. Raises InputError when nothing recognises it, and for missing, unexpected or misshapen
+    tensors.
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families)
@@ -204,7 +199,9 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
     origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
     source = Source(_as_stored(model.spec, views), views, origin)
     guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
-    return Donor(family, cfg, model, source, format.name, path, file, guesses, raw.notes)
+    for text in (*raw.notes, *guesses):
+        remark(f"{file}: {text}")
+    return Donor(family, cfg, model, source, format.name, path, file, guesses)
 
 
 def _unknown(families: Sequence[Family], keys: Sequence[str]) -> str:
