@@ -1,0 +1,188 @@
+"""Fields of foreign configs that change what a CLIP computes without changing a shape: read, or refused by name."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.checkpoint.convert import open_donor
+from common.errors import InputError, Remark
+
+
+@pytest.fixture
+def folder(goldens, tmp_path):
+    """`folder(name, edit)`: a copy of a golden whose config `edit` has changed."""
+
+    def make(name, edit):
+        copy = Path(shutil.copytree(goldens / name, tmp_path / f"{len(list(tmp_path.iterdir()))}" / name))
+        file = next(f for f in copy.glob("*config.json"))
+        config = json.loads(file.read_text())
+        edit(config)
+        file.write_text(json.dumps(config))
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def read(folder, families):
+    return lambda name, edit: open_donor(folder(name, edit), families).cfg
+
+
+@pytest.fixture
+def plain(goldens, families):
+    return lambda name: open_donor(goldens / name, families).cfg
+
+
+def text(**fields):
+    return lambda config: config["text_config"].update(fields)
+
+
+def image(**fields):
+    return lambda config: config["vision_config"].update(fields)
+
+
+def top(**fields):
+    return lambda config: config.update(fields)
+
+
+def partial_dict(config):
+    """As in old repositories: sizes alone, under another name."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    config["text_config_dict"] = {name: config["text_config"][name] for name in sizes}
+
+
+def test_a_config_dict_wins_with_the_defaults_of_what_it_leaves_out(read, plain):
+    """transformers' own rule: activation, eps and end token are its defaults again, whatever text_config says."""
+    cfg, before = read("hf_gelu", partial_dict), plain("hf_gelu")
+    assert (before.text.activation, before.text.eps, before.text.eot) == ("gelu", 1e-6, 40)
+    assert cfg.text == replace(before.text, activation="quick_gelu", eps=1e-5, eot=49407) and cfg.image == before.image
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (top(model_type="metaclip_2"), "model_type is 'metaclip_2'; only models where it is 'clip' can be read"),
+        (text(model_type="chinese_clip_text_model"), "text_config: model_type is 'chinese_clip_text_model'"),
+        (text(hidden_size="16"), "text_config: hidden_size is '16', and must be a whole number"),
+        (text(num_hidden_layers=-1), "text_config: num_hidden_layers is -1, and must be from 1"),
+        (text(eos_token_id=[40]), r"text_config: eos_token_id is \[40\], and must be a whole number"),
+        (text(layer_norm_eps="1e-5"), "text_config: layer_norm_eps is '1e-5', and must be a number"),
+        (text(position_embedding_type="relative_key"), "text_config: the field 'position_embedding_type'"),
+        (image(image_size=[32, 16]), r"vision_config: image_size is \[32, 16\]; only squares can be read"),
+        (image(num_channels=1), "vision_config: num_channels is 1; only models where it is 3 can be read"),
+        (image(use_head=True), "vision_config: the field 'use_head'"),
+        (top(quantization_config={"bits": 4}), "the field 'quantization_config'"),
+        (top(text_config=[1]), r"text_config is \[1\], not an object"),
+        (top(projection_dim=None), "tensor .* has shape|projection_dim is None"),
+    ],
+)
+def test_a_hugging_face_config_is_read_or_refused(edit, message, folder, families):
+    with pytest.raises(InputError, match=message) as error:
+        open_donor(folder("hf_gelu", edit), families)
+    assert "\n" not in str(error.value) and "config.json" in str(error.value)
+
+
+def test_a_square_may_be_written_as_two_sides(read, plain):
+    assert read("hf_gelu", image(image_size=[32, 32], patch_size=[8, 8])) == plain("hf_gelu")
+
+
+def model(**fields):
+    return lambda config: config["model_cfg"].update(fields)
+
+
+def vision_cfg(**fields):
+    return lambda config: config["model_cfg"]["vision_cfg"].update(fields)
+
+
+def text_cfg(**fields):
+    return lambda config: config["model_cfg"]["text_cfg"].update(fields)
+
+
+def test_open_clips_fields_that_shapes_cannot_tell_are_read(read, plain):
+    before = plain("open_clip_f16")
+    assert before.text.activation == "quick_gelu" and before.text.eot is None
+    assert read("open_clip_f16", text_cfg(pool_type="eos", eos_id=1)).text == replace(before.text, eot=1)
+    assert read("open_clip_f16", text_cfg(norm_kwargs={"eps": 1e-6})).text == replace(before.text, eps=1e-6)
+    assert read("open_clip_f16", vision_cfg(norm_kwargs={"eps": 1e-6})).image == replace(before.image, eps=1e-6)
+    assert read("open_clip_f16", model(quick_gelu=False)).text == replace(before.text, activation="gelu")
+
+    def tanh(config):
+        config["model_cfg"]["quick_gelu"] = False
+        config["model_cfg"]["vision_cfg"]["act_kwargs"] = {"approximate": "tanh"}
+
+    cfg = read("open_clip_f16", tanh)
+    assert (cfg.image.activation, cfg.text.activation) == ("gelu_tanh", "gelu")
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        vision_cfg(patch_dropout=0.5, output_tokens=True),
+        vision_cfg(final_ln_after_pool=True),
+        text_cfg(tokenizer_kwargs={"clean": "lower"}, pad_id=0),
+    ],
+)
+def test_open_clips_fields_that_change_nothing_are_passed_over(harmless, read, plain):
+    """A norm after the pooling is the same as before it where a single token is picked."""
+    assert read("open_clip_f16", harmless) == plain("open_clip_f16")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (text_cfg(pool_type="last"), "text_cfg: pool_type is 'last'"),
+        (text_cfg(no_causal_mask=True), "text_cfg: no_causal_mask is True"),
+        (text_cfg(embed_cls=True), "text_cfg: embed_cls is True"),
+        (text_cfg(proj_bias=True), "text_cfg: proj_bias is True"),
+        (text_cfg(hf_model_name="roberta-base"), "text_cfg: hf_model_name is 'roberta-base'"),
+        (text_cfg(heads="2"), "text_cfg: heads is '2', and must be a whole number"),
+        (text_cfg(layers=7), "text_cfg: layers is 7, and the weights have 3"),
+        (text_cfg(context_length=77), "text_cfg: context_length is 77, and the weights have 12"),
+        (vision_cfg(pool_type="avg"), "vision_cfg: pool_type is 'avg'"),
+        (vision_cfg(attentional_pool=True), "vision_cfg: attentional_pool is True"),
+        (vision_cfg(no_ln_pre=True), "vision_cfg: no_ln_pre is True"),
+        (vision_cfg(ls_init_value=1e-5), "vision_cfg: ls_init_value is 1e-05"),
+        (vision_cfg(qk_norm=True), "vision_cfg: qk_norm is True"),
+        (vision_cfg(timm_model_name="vit_base_patch16_224"), "vision_cfg: timm_model_name"),
+        (vision_cfg(image_size=[32, 16]), "vision_cfg: image_size is .*; only squares can be read"),
+        (vision_cfg(image_size=40), "vision_cfg: image_size is 40, and the weights have 32"),
+        (vision_cfg(mlp_ratio=2.0), "vision_cfg: mlp_ratio is not that of the weights"),
+        (vision_cfg(norm_kwargs={"bias": False}), "vision_cfg: norm_kwargs: the field 'bias'"),
+        (vision_cfg(act_kwargs={"approximate": "gauss"}, head_width=8), "act_kwargs"),
+        (vision_cfg(rope=True), "vision_cfg: the field 'rope'"),
+        (model(embed_dim=512), "model_cfg: embed_dim is 512, and the weights have 24"),
+        (model(multimodal_cfg={}), "model_cfg: the field 'multimodal_cfg'"),
+        (top(model_cfg=None, other=1), "the field 'other'"),
+    ],
+)
+def test_an_open_clip_config_is_read_or_refused(edit, message, folder, families):
+    with pytest.raises(InputError, match=message) as error:
+        open_donor(folder("open_clip_f16", edit), families)
+    assert "\n" not in str(error.value) and "open_clip_config.json" in str(error.value)
+
+
+def test_what_bare_weights_do_not_tell_is_a_guess_that_is_said(goldens, families, tmp_path):
+    shutil.copy(goldens / "open_clip_f16" / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
+    with pytest.warns(Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(--set activation=VALUE overrides it\)"):
+        donor = open_donor(tmp_path / "bare.safetensors", families, image_heads=4, text_heads=2)
+    assert [guess.name for guess in donor.guesses] == ["activation"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Remark)
+        donor = open_donor(tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2)
+    assert donor.guesses == () and donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg
+
+
+def test_one_tower_is_named(goldens, families, tmp_path):
+    from safetensors.numpy import save_file
+
+    from common.checkpoint.weights import open_safetensors
+
+    tensors = open_safetensors(goldens / "hf_gelu" / "model.safetensors")
+    for tower, message in (("vision_model.", "an image tower alone"), ("text_model.", "a text tower alone")):
+        save_file({k: v.copy() for k, v in tensors.items() if k.startswith(tower)}, tmp_path / f"{tower}safetensors")
+        with pytest.raises(InputError, match=f"{message} .*take the whole model, CLIPModel"):
+            open_donor(tmp_path / f"{tower}safetensors", families)
