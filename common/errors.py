@@ -23,11 +23,18 @@ def remark(text: str) -> None:
     warnings.warn(text, Remark, stacklevel=3)
 
 
-def positive(cfg: Any, *fields: str) -> None:
-    """Raises InputError for the first of these fields of a config that is below 1: what its `__post_init__` calls."""
+def positive(cfg: Any, *fields: str, most: int = 2**30) -> None:
+    """Raises InputError for the first of these fields of a config that is below 1 or above `most`: what its `__post_init__` calls.
+
+    A field may be a tuple of numbers: each is checked.
+    """
     for name in fields:
-        if (value := getattr(cfg, name)) < 1:
-            raise InputError(f"{name} is {value}: choose 1 or more")
+        given = getattr(cfg, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value < 1:
+                raise InputError(f"{name} is {value}: choose 1 or more")
+            if value > most:
+                raise InputError(f"{name} is {value}: choose {most} or less")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ def write(run: Path) -> Path:
     parts = [
         f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {_number(lines[-1]['loss'])}</p>",
         *(_figure(name, *curve) for name, curve in _curves(lines).items()),
-        *(f"<figure>{_image(p.read_bytes())}<figcaption>{p.stem.replace('_', ' ')}</figcaption></figure>" for p in pictures),
+        *(f"<figure>{_image(p.read_bytes())}<figcaption>{html.escape(p.stem.replace('_', ' '))}</figcaption></figure>" for p in pictures),
         f"<details><summary>config</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
     with staged(run / "report.html", force=True) as file:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.checkpoint.convert import Donor, Family
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.conv import Conv
 from common.nn.dense import Dense, Init, normal
 from common.nn.norm import GroupNorm
 from common.surgery.axes import Spec
 from common.surgery.report import count
+from common.typed import from_json
 from learngene.formats import carry_preprocess, finite
 
 GROUPS, EPS = 8, 1e-5
@@ -39,6 +40,8 @@ class ConvConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
+        positive(self, "size", "classes", "widths")
+        positive(self, "blocks", most=1000)
         if not self.widths or any(width % GROUPS for width in self.widths):
             raise InputError(f"widths {self.widths}: give one or more multiples of {GROUPS}")
 
@@ -83,10 +86,7 @@ class ConvNet(nnx.Module):
 
 def config(saved: Mapping[str, Any]) -> ConvConfig:
     """The config of a weights folder of ours."""
-    try:
-        return ConvConfig(**saved)
-    except TypeError as error:
-        raise InputError(f"config.json is not of this version of learngene: {error}") from error
+    return from_json(ConvConfig, saved)
 
 
 def parameters(spec: Spec) -> dict[str, int]:

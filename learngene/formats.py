@@ -15,6 +15,7 @@ from common.checkpoint.verify import Check
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.data.images import Preprocess
 from common.errors import InputError
+from common.typed import from_json
 from learngene import layouts
 from learngene.vit import VitConfig
 
@@ -28,10 +29,7 @@ _TLEG_DEPTH = 12
 
 def config(saved: Mapping[str, Any]) -> VitConfig:
     """The config of a weights folder of ours."""
-    try:
-        return VitConfig(**saved)
-    except TypeError as error:
-        raise InputError(f"config.json is not of this version of learngene: {error}") from error
+    return from_json(VitConfig, saved)
 
 
 def _sizes(tensors: Tensors, block: str, layers: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, positive
 from common.nn.attention import Attention, Kernel, softmax
 from common.nn.block import Block, Remat, rematerialised, scan, stack
 from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, zeros
@@ -66,6 +66,8 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", tuple(self.layout))
+        positive(self, "size", "channels", "patch", "width", "layers", "hidden", "classes")
+        positive(self, "layout", most=1000)
         wanted = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
         if wanted and self.tokens not in wanted:
             raise InputError(f"pool {self.pool!r} needs the token it classifies: set tokens to {wanted[0]!r}")

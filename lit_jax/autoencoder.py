@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.attention import Attention, softmax
 from common.nn.conv import Conv
 from common.nn.dense import uniform_fan_in
@@ -46,6 +46,10 @@ class AutoencoderConfig:
     """Side of the pictures it was trained on, pixels; it takes any."""
 
     def __post_init__(self) -> None:
+        positive(self, "channels", "latent", "groups", "size")
+        positive(self, "resnets", most=1000)
+        if not 1 <= len(self.channels) <= 16:
+            raise InputError(f"channels has {len(self.channels)} levels: give 1 to 16")
         if wrong := [c for c in self.channels if c % self.groups]:
             raise InputError(f"{self.groups} groups do not divide {wrong[0]} channels: change groups or channels")
 

@@ -18,6 +18,7 @@ from common.checkpoint.weights import Tensors, read_json, write_json
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.layout import Layout
+from common.typed import from_json
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, macs, parameters
 
 Rows = tuple[tuple[str, ...], ...]
@@ -80,10 +81,7 @@ def clean(key: str) -> str:
 
 def config(saved: Mapping[str, Any]) -> AutoencoderConfig:
     """The config of a weights folder of ours."""
-    try:
-        return AutoencoderConfig(**{**saved, "channels": tuple(saved["channels"])})
-    except (TypeError, KeyError) as error:
-        raise InputError(f"config.json is not of this version of the autoencoder: {error}") from error
+    return from_json(AutoencoderConfig, saved)
 
 
 def _read(tensors: Tensors, folder: Path) -> AutoencoderConfig | None:

@@ -9,6 +9,7 @@ from typing import Any
 from common.checkpoint.convert import Donor, Format, Found, Read
 from common.checkpoint.weights import Tensors, read_json, write_json
 from common.errors import InputError
+from common.typed import from_json
 from lit_jax import layouts
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 
@@ -20,10 +21,7 @@ SIDECAR = "dit.json"
 
 def config(saved: Mapping[str, Any]) -> DitConfig:
     """The config of a weights folder of ours."""
-    try:
-        return DitConfig(**saved)
-    except TypeError as error:
-        raise InputError(f"config.json is not of this version of lit: {error}") from error
+    return from_json(DitConfig, saved)
 
 
 def _read_fair(tensors: Tensors, folder: Path) -> DitConfig | None:

@@ -16,6 +16,7 @@ from common.checkpoint.weights import Tensors, read_json, write_json
 from common.data.images import Preprocess
 from common.data.text import Tokenizer
 from common.errors import InputError
+from common.typed import from_json
 from tinyclip_jax import layouts
 from tinyclip_jax.masks import per_layer
 from tinyclip_jax.model import Activation, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
@@ -42,15 +43,7 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 
 def config(saved: Mapping[str, Any]) -> ClipConfig:
     """The config of a weights folder of ours."""
-
-    def tower(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-    try:
-        image = ResNetConfig if "blocks" in saved["image"] else ImageConfig
-        return ClipConfig(**{**saved, "image": image(**tower(saved["image"])), "text": TextConfig(**tower(saved["text"]))})
-    except (TypeError, KeyError) as error:
-        raise InputError(f"config.json is not of this version of tinyclip: {error}") from error
+    return from_json(ClipConfig, saved)
 
 
 def _read_hf(found: Found) -> Read | None:

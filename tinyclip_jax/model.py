@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, positive
 from common.nn.attention import Attention, Kernel, softmax
 from common.nn.block import Block, Remat, scan, stack
 from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
@@ -44,6 +44,9 @@ class ImageConfig:
     eps: float = 1e-5
     """Of every LayerNorm."""
 
+    def __post_init__(self) -> None:
+        positive(self, "size", "patch", "width", "layers")
+
     @property
     def grid(self) -> int:
         """Patches along a side. Raises InputError when they do not fill the picture."""
@@ -72,6 +75,9 @@ class TextConfig:
     eps: float = 1e-5
     eot: int | None = None
     """Pool at the first token with this id; None: at the first occurrence of the largest id, as CLIP does."""
+
+    def __post_init__(self) -> None:
+        positive(self, "context", "vocab", "width", "layers")
 
 
 @dataclass(frozen=True)

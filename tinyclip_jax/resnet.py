@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.attention import Kernel, softmax
 from common.nn.block import Remat, run
 from common.nn.conv import Conv
@@ -35,6 +35,10 @@ class ResNetConfig:
     """Of the attention that pools."""
     eps: float = 1e-5
     """Of every batch norm."""
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "width")
+        positive(self, "blocks", most=1000)
 
     @property
     def embed(self) -> int:
