@@ -1,6 +1,7 @@
 """The `heirloom` command. Nothing heavy is imported before a verb is known; every mistake of the user is one line and exit code 2."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, Remark, VerificationError, nearest
+from common.paths import local
 
-MENDABLE, FAILED = 2, 1
+MENDABLE, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def methods() -> dict[str, Any]:
@@ -22,7 +24,10 @@ def methods() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0 done, 1 a verification failed, 2 something the user can mend)."""
+    """Run one verb; returns the exit code: 0 done, 1 a verification failed, 2 something the user can mend, 130 interrupted.
+
+    A training that was asked to stop exits with 75: the same command continues it.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", Remark)
         warnings.showwarning = _show
@@ -37,6 +42,8 @@ def _show(message: Warning | str, category: type[Warning], filename: str, lineno
 
 def _main(argv: Sequence[str] | None) -> int:
     try:
+        for text in sys.argv[1:] if argv is None else argv:
+            local(text)
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
         if rest and not _takes_flags(args):
@@ -50,6 +57,16 @@ def _main(argv: Sequence[str] | None) -> int:
     except VerificationError as error:
         print(f"heirloom: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("heirloom: interrupted; what was not complete is not there", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has enough (`heirloom inspect ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # the disk and the rights on it are the user's
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"heirloom: {where}{error.strerror or error}", file=sys.stderr)
+        return MENDABLE
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import InputError, nearest
+from common.paths import all_local
 
 SHIPPED = Path(__file__).parent.parent / "configs"
 
@@ -73,7 +74,9 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
         for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
             if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
                 raise InputError(f"{flag} does nothing in this recipe, {why}")
-    return parse(cfg, flags, f"heirloom train {name}", module.__doc__)
+    cfg = parse(cfg, flags, f"heirloom train {name}", module.__doc__)
+    all_local(cfg)
+    return cfg
 
 
 def parse(cfg: Any, flags: Sequence[str], prog: str, description: str | None = None) -> Any:

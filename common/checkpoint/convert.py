@@ -278,7 +278,10 @@ def _open_ours(path: Path, families: Sequence[Family]) -> Donor:
     if family is None:
         known = ", ".join(f.name for f in families)
         raise InputError(f"{path}: made by the method {opened.method!r}, which is not installed (here: {known})")
-    cfg = family.config(opened.model)
+    try:
+        cfg = family.config(opened.model)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     model = functional(family.module, cfg)
     views = own_views(opened.tensors, model.spec, str(path / FILE))
     return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views), "heirloom", path, path / FILE)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import InputError, nearest
+from common.paths import local
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER = ("*.json", "*.txt", "*.model")
@@ -19,6 +20,7 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
         if name not in known:
             raise InputError(f"no embedded model {name!r}{nearest(name, known)} (there are: {', '.join(known) or 'none'})")
         return known[name]
+    local(source)
     if not source.startswith("hf:"):
         path = Path(source).expanduser()
         if not path.exists():

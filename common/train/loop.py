@@ -17,7 +17,9 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from common.checkpoint.state import Checkpoints
+from common.checkpoint.weights import read_json
 from common.errors import InputError
+from common.paths import local
 from common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer, peak_flops
 from common.train.state import State
 from common.train.step import Batch, Step
@@ -51,12 +53,13 @@ class Run:
         Raises InputError when the folder holds a run begun with another config, with the difference field by field, and when it
         cannot be written.
         """
+        local(Path(directory))
         directory = Path(directory).absolute()
         file, text = directory / "config.json", json.dumps(config, indent=2)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             begun = (directory / METRICS).exists()  # a config that did not get as far may be mended
-            lines = difference(json.loads(file.read_text()), json.loads(text)) if begun else []
+            lines = difference(read_json(file), json.loads(text)) if begun else []
             lines = [line for line in lines if not line.startswith(FREE)]
             if lines:
                 raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or set it back:", *lines]))
