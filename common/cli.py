@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, VerificationError, nearest
+from common.notes import note
 
 MENDABLE, FAILED = 2, 1
 
@@ -22,6 +23,7 @@ def methods() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 a verification failed, 2 something the user can mend)."""
+    note.cache_clear()
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(argv)
