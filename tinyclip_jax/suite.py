@@ -9,8 +9,8 @@ A folder DIR holds, as far as they are there:
     DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy (scripts/make_suite.py)
     DIR/openclipart/                                         parquet with image and caption (scripts/make_suite.py)
 
-or each of them, but ObjectNet, in another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark, parquet files of Hugging
-Face, one table of paths and captions. Of several splits `test` is taken, else `val` or `validation`.
+or each of them, but ObjectNet, in another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark, parquet files
+of Hugging Face, one table of paths and captions. Of several splits `test` is taken, else `val` or `validation`.
 """
 
 import time
@@ -57,7 +57,7 @@ def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) 
     names = by_number if name == "imagenet-v2" else by_identifier
     if not isinstance(source.source, FolderSource):
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
-            raise InputError(f"{folder} does not say which {CLASSES_OF[name]} classes its labels number; put classnames.txt beside the shards")
+            raise InputError(f"{folder} does not name the {CLASSES_OF[name]} classes of its labels; put classnames.txt next to the shards")
         return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
         raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet; it is named n01440764 or, in imagenet-v2, 0 to 999")
@@ -68,8 +68,7 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     """Over the classes that ImageNet has as well, under ObjectNet's own names."""
     label = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
     shared = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
-    source = open_source(replace(LABELLED, path=str(folder / "images")))
-    assert isinstance(source, FolderSource)
+    source = FolderSource(folder / "images", LABELLED)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
         raise InputError(f"{folder / 'images'}: none of its folders is a class that the mappings share with ImageNet")
@@ -102,12 +101,12 @@ class Karpathy:
         self._root = folder / "images"
         try:
             self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
-            texts = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]] for image in self._images}
+            texts = [([sentence["raw"] for sentence in image["sentences"]], image["filename"]) for image in self._images]
         except (KeyError, TypeError) as error:
             raise InputError(f"{files[0]} is none of Karpathy's files: {error} is missing in it") from error
         if not self._images:
             raise InputError(f"{files[0]} has no picture of split {split!r}")
-        for name, text in texts.items():
+        for text, name in texts:
             captions(text, f"{files[0]}: {name}")
 
     def __len__(self) -> int:
@@ -183,7 +182,8 @@ def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str
         rows.append({"dataset": dataset, "metric": metric, "value": value, "n": n} | said | more)
 
     for (dataset, metric), measured in models[0].items():
-        add(dataset, metric, measured.value, measured.n, measured.classes, **({"beside": models[1][dataset, metric].value} if beside else {}))
+        other = {"beside": models[1][dataset, metric].value} if beside else {}
+        add(dataset, metric, measured.value, measured.n, measured.classes, **other)
     for name in SUITE:
         if name not in there:
             add(name, "missing", None, 0)

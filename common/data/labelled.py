@@ -133,7 +133,7 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     unknown = known[found.index(None)]
     if len(known) != len(names) or any(number not in (None, i) for i, number in enumerate(found)):
         near = nearest(unknown, [name for name in names if name])
-        raise InputError(f"{path}: its class {unknown!r} is no name, or no single one, of the {len(names)} classes ({_shown(names)}){near}")
+        raise InputError(f"{path}: its class {unknown!r} is not, or not clearly, one of the {len(names)} known ({_shown(names)}){near}")
     note(
         f"{path}: its class {unknown!r} is none of the class names ({_shown(names)}), but there are {len(names)} of each: "
         f"its classes are taken in their order ({_shown(known)})"

@@ -44,7 +44,7 @@ def test_too_few_class_names_are_refused_in_one_line(weights, pictures, tmp_path
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\n\n")
     assert zeroshot(weights, pictures, "--classes", names) == 2
-    said = "heirloom: the data has a label 2 and there are 2 class names: give one for every label, in order\n"
+    said = f"heirloom: {pictures}: its class 'cat' is not, or not clearly, one of the 2 known (ant, bee); did you mean 'ant'?\n"
     assert capsys.readouterr().err == said
     names.write_text("ant\nbee\ncat\n")
     assert zeroshot(weights, pictures, "--classes", names) == 0

@@ -115,7 +115,7 @@ def test_published_numbers_are_of_a_named_model_and_whole_sets(model, data, monk
     donor = open_donor(model, [family()])
     known = Published("another", {"imagenet-a/top1": 7.0, "flickr30k/image_to_text_r1": 8.0, "coco/image_to_text_r1": 9.0})
     monkeypatch.setattr(suite, "published_for", lambda donor: known)
-    monkeypatch.setattr(suite, "_score_all", lambda *a: {key: suite.Measured(1.0, 3) for key in (A, F)})
+    monkeypatch.setattr(suite, "_score_all", lambda *a: {key: suite.Measured(1.0, 3, classes=3) for key in (A, F)})
     A, F = ("imagenet-a", "top1"), ("flickr30k", "image_to_text_r1")
 
     def published():
@@ -174,7 +174,7 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
         suite.run_suite(donor, None, tmp_path)
     for change, message in (
         ({"images": [{"split": "test"}]}, "none of Karpathy's files: 'sentences' is missing"),
-        ({"images": [{"split": "test", "filename": "0.png", "sentences": []}]}, "0.png has no caption"),
+        ({"images": [{"split": "test", "filename": "0.png", "sentences": []}]}, r"0\.png: its caption is \[\]"),
         ({}, "'images' is missing"),
     ):
         file = tmp_path / "karpathy" / "coco" / "dataset_coco.json"
