@@ -28,16 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A training that was asked to stop exits with 75: the same command continues it.
     """
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        """Remarks as lines of the command, each once; other warnings as Python prints them."""
+        if not issubclass(category, Remark):
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"note: {message}")
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", Remark)
-        warnings.showwarning = _show
+        warnings.showwarning = show
         return _main(argv)
-
-
-def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
-    """Remarks as a line of the command, other warnings as Python prints them."""
-    text = f"heirloom: {message}\n" if issubclass(category, Remark) else warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(text)
 
 
 def _main(argv: Sequence[str] | None) -> int:

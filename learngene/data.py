@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.data.images import Box, Preprocess, decode, random_box
+from common.data.images import Box, Preprocess, random_box
 from common.data.labelled import open_labelled
-from common.data.pipeline import PipelineConfig
+from common.data.pipeline import PipelineConfig, decode_record
 from common.data.sources import Record, Source, SourceConfig
 from common.errors import InputError
 from common.train.mesh import batch_sharding, replicated
@@ -47,7 +47,7 @@ class Example:
         return RandAugment.parse(self.cfg.randaugment, fill) if self.cfg.randaugment else None
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
-        picture = decode(record["image"])
+        picture = decode_record(record)
         views = [self.view(picture, rng) for _ in range(self.cfg.views)]
         example = {"image": views[0] if len(views) == 1 else np.stack(views), "label": np.int32(record["label"])}
         return example | ({LOGITS: np.asarray(record[LOGITS], np.float32)} if LOGITS in record else {})
@@ -115,9 +115,11 @@ def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> d
 
 
 @lru_cache(maxsize=2)
-def evaluation(data: SourceConfig, label: str, pre: Preprocess, share: float, batch: int, classes: int) -> "Evaluation":
-    """Held-out pictures, opened. Raises InputError when they cannot be read or have other classes."""
-    return Evaluation(data.path, open_labelled(data, label, classes), pre, share, batch)
+def evaluation(
+    data: SourceConfig, label: str, pre: Preprocess, share: float, batch: int, classes: int, names: tuple[str | None, ...] | None = None
+) -> "Evaluation":
+    """Held-out pictures, opened; names: what the model calls its classes. Raises what `open_labelled` raises."""
+    return Evaluation(data.path, open_labelled(data, label, classes, names), pre, share, batch)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Evaluation:
             }
 
     def _example(self, record: Record) -> dict[str, Any]:
-        return {"image": square(decode(record["image"]), self.pre, self.share), "label": np.int32(record["label"])}
+        return {"image": square(decode_record(record), self.pre, self.share), "label": np.int32(record["label"])}
 
 
 def columns(data: SourceConfig, logits: bool) -> SourceConfig:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from common import config
 from common.checkpoint.convert import Donor, Family
 from common.data.images import Preprocess
+from common.data.labelled import read_labels
 from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import functional
@@ -31,7 +32,7 @@ class EvalConfig:
     """How `heirloom eval PATH --data DATA` scores a classifier."""
 
     label: str = "label"
-    """Column of the class: numbers from 0, or names, which are numbered in alphabetical order."""
+    """Column of the class: numbers from 0, or names, matched to the model's or numbered in alphabetical order."""
     crop: float = 0.875
     """Share of the shorter side that the central crop keeps: 224 of 256 for ImageNet, 1 for small pictures."""
     batch: int = 256
@@ -43,20 +44,29 @@ def normalised(pixels: jax.Array, pre: Preprocess) -> jax.Array:
 
 
 def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
-    """`params -> {"top1": ..., "top5": ..., "loss": ...}` on all held-out pictures; a tie counts against the right class."""
+    """`params -> {"top1": ..., "top5": ..., "loss": ...}` on all held-out pictures; a tie counts against the right class.
+
+    Raises InputError when a logit is NaN or infinite.
+    """
     count = counter(family.module, cfg, pre, mesh)
 
     def score(params: Mapping[str, Any]) -> dict[str, float]:
         with jax.set_mesh(mesh):
             total = np.sum([np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out], axis=0)
-        return dict(zip(("top1", "top5", "loss"), (total / len(held_out)).tolist(), strict=True))
+        *sums, damaged = total.tolist()
+        if damaged:
+            raise InputError(
+                f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)} pictures; "
+                "there is no score for such a model: its weights are damaged, or overflow where it computes"
+            )
+        return {name: value / len(held_out) for name, value in zip(("top1", "top5", "loss"), sums, strict=True)}
 
     return score
 
 
 @lru_cache(maxsize=16)  # models of one shape are compiled once, however many are compared
 def counter(module: Callable[..., Any], cfg: Any, pre: Preprocess, mesh: Mesh) -> Callable[..., jax.Array]:
-    """`(params, image, label) -> [right, among the first five, loss]`, summed over the pictures whose label is not negative."""
+    """`(params, image, label) -> [right, among the first five, loss, not finite]`, summed over the pictures whose label is not negative."""
     model = functional(module, cfg)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -66,7 +76,8 @@ def counter(module: Callable[..., Any], cfg: Any, pre: Preprocess, mesh: Mesh) -
         right = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)
         rank = (logits >= right).sum(1) - 1
         loss = jax.nn.logsumexp(logits, axis=1) - right[:, 0]
-        return jnp.stack([(value * known).sum() for value in (rank < 1, rank < 5, loss)])
+        damaged = ~jnp.isfinite(logits).all(1)
+        return jnp.stack([(value * known).sum() for value in (rank < 1, rank < 5, loss, damaged)])
 
     return count
 
@@ -84,5 +95,6 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         raise InputError("give --data: labelled pictures, such as a folder with a sub-folder for each class")
     pre, mesh = read_preprocess(donor.folder, donor.cfg.size), start(MeshConfig())
     data = SourceConfig(args.data, args.split, args.image, text="")
-    held_out = evaluation(data, cfg.label, pre, cfg.crop, cfg.batch, donor.cfg.classes)
+    names = read_labels(donor.folder)
+    held_out = evaluation(data, cfg.label, pre, cfg.crop, cfg.batch, donor.cfg.classes, names)
     return rows(scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))

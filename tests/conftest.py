@@ -1,6 +1,7 @@
 """Eight CPU devices, exact matmuls and quick compiles, set before anything asks JAX for a device."""
 
 import os
+import warnings
 from pathlib import Path
 
 # Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for one small run.
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from common.errors import Remark
 
 # Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number of devices:
 # on two cores a step with many of them waited for ever. In a larger pool it does not; XLA reads its size from here.
@@ -32,6 +35,20 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         yield
+
+
+@pytest.fixture
+def remarks():
+    """`remarks()`: what was remarked since the last call, each text once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Remark)
+
+        def take() -> list[str]:
+            texts = list(dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, Remark)))
+            caught.clear()
+            return texts
+
+        yield take
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)"""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor
 from common.data.images import Preprocess
+from common.data.labelled import Labelled, open_labelled
+from common.data.lines import read_lines
 from common.data.pipeline import evaluation_batches
-from common.data.sources import Source, SourceConfig, open_source
+from common.data.sources import Source, SourceConfig, open_source, per_picture
 from common.data.text import Tokenizer
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, remark
 from common.evaluate import imagenet
 from common.evaluate.features import embedder
 from common.evaluate.retrieval import Recall, distinct, retrieval
-from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier
+from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templates
 from common.nn.functional import Functional
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
@@ -32,11 +34,12 @@ OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--t
 
 @dataclass(frozen=True)
 class Scored:
-    """Metrics of one model on one data set of `n` pictures."""
+    """Metrics of one model on one data set of `n` pictures; classes: how many different labels they have, where they have labels."""
 
     dataset: str
     n: int
     metrics: Mapping[str, float]
+    classes: int = 0
 
     def summary(self) -> dict[str, float]:
         """What a line of progress has room for: of retrieval the means of both directions."""
@@ -87,8 +90,16 @@ def retrieval_on(
 def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
     """`params -> Scored`: recall at 1, 5, 10 both ways. Pictures of one `concept` share their captions; else each has its own.
 
-    Raises InputError when the data has no captions.
+    In a table with a row per caption a picture counts once, with the captions of all its rows. A caption that a picture has
+    twice is asked for twice, as in CLIP_benchmark; one that pictures of a concept share, once. Raises InputError when the data
+    has no captions.
     """
+    first = source[0]
+    for part, what in (("image", "picture"), ("text", "caption")):
+        if part not in first:
+            raise InputError(f"{first['key']} has no {what}; retrieval needs pairs, name the column with --{part}")
+    by_concept = "concept" in first
+    source = source if by_concept else per_picture(source, name)
     image, text = setup.embed("image"), setup.embed("text")
 
     def score(params: Mapping[str, Any]) -> Scored:
@@ -103,7 +114,7 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
             parts["text_group"].append(group[batch["owner"] - seen])
             seen += len(batch["image"])
         columns = {name: np.concatenate(values) for name, values in parts.items()}
-        once = distinct(columns["text_group"], columns["tokens"])
+        once = distinct(columns["text_group"], columns["tokens"]) if by_concept else np.arange(len(columns["tokens"]))
         tokens = columns["tokens"][once]
         captions = np.concatenate([text(params, tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)])
         recall: Recall = retrieval(columns["image"], captions, columns["image_group"], columns["text_group"][once])
@@ -138,7 +149,7 @@ def zeroshot(
     text = setup.embed("text", max(BATCH, len(templates)))
     vectors = classifier(classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context)))
     found = accuracy(features, vectors, labels)
-    return Scored(name, len(labels), {"top1": found.top1, "top5": found.top5})
+    return Scored(name, len(labels), {"top1": found.top1, "top5": found.top5}, len(np.unique(labels)))
 
 
 def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -174,21 +185,33 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         data = SourceConfig(args.data, split, args.image, args.text)
         score = retrieval_over(_name(data), open_source(data), setup)
     else:
-        data = SourceConfig(args.data, split, args.image, text="", columns=("label",))
-        source = open_source(data)
-        classes = _lines(args.classes, [name for _, name in imagenet.CLASSES]) or tuple(getattr(source, "classes", ()))
+        data = SourceConfig(args.data, split, args.image, text="")
+        classes = _class_names(args.classes)
+        source = open_labelled(data, "label", len(classes) or None, _synonyms(args.classes, classes) or None)
+        classes = classes or source.classes
         if not classes:
             raise InputError(f"{data.path} names no classes: give --classes, a file with one name a line")
-        score = zeroshot_over(_name(data), source, setup, classes, _lines(args.templates, imagenet.TEMPLATES) or TEMPLATES)
+        score = zeroshot_over(_name(data), source, setup, classes, _templates(args.templates, source))
     return score(load_params(donor, mesh)).rows()
 
 
-def _lines(file: Path | None, shipped: Sequence[str]) -> tuple[str, ...]:
-    """What a file says, a line each; `imagenet` is what comes with this package."""
+def _class_names(file: Path | None) -> tuple[str, ...]:
+    """A name a line; `imagenet` is what comes with this package."""
     if file is None:
         return ()
-    if str(file) == "imagenet":
-        return tuple(shipped)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    return tuple(line for line in file.read_text().splitlines() if line.strip())
+    return tuple(name for _, name in imagenet.CLASSES) if str(file) == "imagenet" else read_lines(file)
+
+
+def _synonyms(file: Path | None, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """What data may call the classes: for ImageNet's, their WordNet identifiers as well."""
+    return tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES) if str(file) == "imagenet" else classes
+
+
+def _templates(file: Path | None, source: Labelled) -> tuple[str, ...]:
+    """Those of a file, or that come with the data, or the plain one."""
+    if file is None and (companion := getattr(source.source, "templates", None)):
+        remark(f"templates from {companion}; --templates takes others")
+        return read_templates(companion)
+    if file is None:
+        return TEMPLATES
+    return imagenet.TEMPLATES if str(file) == "imagenet" else read_templates(file)

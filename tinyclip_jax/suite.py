@@ -8,6 +8,9 @@ A folder DIR holds, as far as they are there:
     DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and the pictures it names under images/
     DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy (scripts/make_suite.py)
     DIR/openclipart/                                         parquet with image and caption (scripts/make_suite.py)
+
+or each of them, but ObjectNet, in another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark, parquet files
+of Hugging Face, one table of paths and captions. Of several splits `test` is taken, else `val` or `validation`.
 """
 
 import time
@@ -23,7 +26,9 @@ from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor
 from common.checkpoint.weights import read_json
-from common.data.sources import FolderSource, Record, SourceConfig, open_source
+from common.data.labelled import open_labelled
+from common.data.sources import FolderSource, Record, SourceConfig, captions, open_source
+from common.data.sources.record import read
 from common.errors import InputError
 from common.evaluate.imagenet import CLASSES, TEMPLATES
 from common.evaluate.probe import probe
@@ -46,10 +51,14 @@ Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
     """Over the classes whose folders are there: all that `CLASSES_OF` the set there are, or published numbers do not compare."""
-    source = FolderSource(folder, LABELLED)
+    source = open_labelled(_of_test(folder), "label")
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
     names = by_number if name == "imagenet-v2" else by_identifier
+    if not isinstance(source.source, FolderSource):
+        if not source.classes and CLASSES_OF[name] < len(CLASSES):
+            raise InputError(f"{folder} does not name the {CLASSES_OF[name]} classes of its labels; put classnames.txt next to the shards")
+        return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
         raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet; it is named n01440764 or, in imagenet-v2, 0 to 999")
     return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
@@ -59,8 +68,7 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     """Over the classes that ImageNet has as well, under ObjectNet's own names."""
     label = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
     shared = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
-    source = open_source(replace(LABELLED, path=str(folder / "images")))
-    assert isinstance(source, FolderSource)
+    source = FolderSource(folder / "images", LABELLED)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
         raise InputError(f"{folder / 'images'}: none of its folders is a class that the mappings share with ImageNet")
@@ -93,13 +101,13 @@ class Karpathy:
         self._root = folder / "images"
         try:
             self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
-            bare = [image["filename"] for image in self._images if not [sentence["raw"] for sentence in image["sentences"]]]
+            texts = [([sentence["raw"] for sentence in image["sentences"]], image["filename"]) for image in self._images]
         except (KeyError, TypeError) as error:
             raise InputError(f"{files[0]} is none of Karpathy's files: {error} is missing in it") from error
         if not self._images:
             raise InputError(f"{files[0]} has no picture of split {split!r}")
-        if bare:
-            raise InputError(f"{files[0]}: {bare[0]} has no caption")
+        for text, name in texts:
+            captions(text, f"{files[0]}: {name}")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -107,25 +115,32 @@ class Karpathy:
     def __getitem__(self, index: int) -> Record:
         image = self._images[index]
         file = self._root / image.get("filepath", "") / image["filename"]
-        try:
-            pixels = file.read_bytes()
-        except OSError as error:
-            raise InputError(f"{file} is not readable: {error.strerror}") from error
-        return Record(key=str(file), image=pixels, text=[sentence["raw"] for sentence in image["sentences"][:5]])
+        return Record(key=str(file), image=read(file), text=[sentence["raw"] for sentence in image["sentences"][:5]])
 
 
 def _karpathy(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Deviation: a caption that a picture has twice is one query; the published protocol asks it twice."""
+    """Pictures with five captions each, by Karpathy's split or as pairs."""
+    if not any(folder.glob("dataset*.json")) and not (folder / "images").is_dir():
+        return _pairs(name, setup, params, folder)
     return retrieval_over(name, Karpathy(folder), setup)(params)
 
 
 def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    return retrieval_over(name, open_source(SourceConfig(str(folder))), setup)(params)
+    return retrieval_over(name, open_source(_of_test(folder)), setup)(params)
+
+
+def _of_test(folder: Path) -> SourceConfig:
+    """The split of a data set to score, where its sub-folders or files name splits; the table, where a folder holds just one."""
+    tables = [*folder.glob("*.csv"), *folder.glob("*.tsv")]
+    for split in ("test", "val", "validation"):
+        if (folder / split).is_dir() or any(any(folder.glob(f"{where}{split}-*.parquet")) for where in ("", "data/")):
+            return SourceConfig(str(folder), split)
+    return SourceConfig(str(tables[0] if len(tables) == 1 else folder))
 
 
 def _small(classes: tuple[str, ...], name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
     """Zero-shot on the test pictures, and a linear probe on features of the training pictures."""
-    sources = (open_source(replace(LABELLED, path=str(folder / split))) for split in ("train", "test"))
+    sources = (open_labelled(SourceConfig(str(folder), split), "label", len(classes), classes) for split in ("train", "test"))
     (x, y), (test_x, test_y) = (features_of(name, source, setup, params) for source in sources)
     scored = zeroshot(name, test_x, test_y, setup, params, classes, PLAIN)
     return replace(scored, metrics={**scored.metrics, "linear_probe": probe(x, y, test_x, test_y).top1})
@@ -158,34 +173,30 @@ def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str
     mesh = start(MeshConfig())
     models = [_score_all(model, there, folder, mesh) for model in (donor, beside) if model]
     published = published_for(donor)
-    partial_ = {name for name in there if name in CLASSES_OF and _folders(folder / name) < CLASSES_OF[name]}
     rows: list[dict[str, Any]] = []
 
-    def add(dataset: str, metric: str, value: float | None, n: int, **more: Any) -> None:
-        known = published.numbers.get(f"{dataset}/{metric}") if published and dataset not in partial_ else None
+    def add(dataset: str, metric: str, value: float | None, n: int, classes: int = 0, **more: Any) -> None:
+        whole = classes >= CLASSES_OF.get(dataset, 0)
+        known = published.numbers.get(f"{dataset}/{metric}") if published and whole else None
         said = {"published": known} | ({"published_of": published.name} if published and known is not None else {})
         rows.append({"dataset": dataset, "metric": metric, "value": value, "n": n} | said | more)
 
     for (dataset, metric), measured in models[0].items():
-        add(dataset, metric, measured.value, measured.n, **({"beside": models[1][dataset, metric].value} if beside else {}))
+        other = {"beside": models[1][dataset, metric].value} if beside else {}
+        add(dataset, metric, measured.value, measured.n, measured.classes, **other)
     for name in SUITE:
         if name not in there:
             add(name, "missing", None, 0)
     return rows
 
 
-def _folders(dataset: Path) -> int:
-    """Classes of a data set with a folder for each."""
-    root = dataset / "images" if dataset.name == "objectnet" else dataset
-    return sum(p.is_dir() and not p.name.startswith(".") for p in root.iterdir())
-
-
 @dataclass(frozen=True)
 class Measured:
-    """One number of a report: percent, or examples per second; of `n` examples."""
+    """One number of a report: percent, or examples per second; of `n` examples, labelled ones of so many `classes`."""
 
     value: float
     n: int
+    classes: int = 0
 
 
 def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> dict[tuple[str, str], Measured]:
@@ -193,7 +204,7 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
     out: dict[tuple[str, str], Measured] = {}
     for name in names:
         scored = SUITE[name](setup, params, folder / name)
-        out |= {(name, metric): Measured(100 * value, scored.n) for metric, value in scored.metrics.items()}
+        out |= {(name, metric): Measured(100 * value, scored.n, scored.classes) for metric, value in scored.metrics.items()}
     return out | {("throughput", name): Measured(rate, TIMED * AT_ONCE) for name, rate in throughput(setup, params).items()}
 
 

@@ -74,12 +74,13 @@ class Augment:
                 caption = ", ".join([caption, *(tag for tag in record["tags"] if rng.random() < self.tags)])
             example["text"] = self.tokenizer(caption, self.context)[0]
         if "image" in record:
-            picture = _decode(record)
+            picture = decode_record(record)
             example["image"] = train_image(picture, self.pre, rng) if self.augment == "random" else eval_image(picture, self.pre)
         return example
 
 
-def _decode(record: Record) -> Image.Image:
+def decode_record(record: Record) -> Image.Image:
+    """The picture of a record. Raises InputError naming it when it does not decode."""
     try:
         return decode(record["image"])
     except InputError as error:
@@ -228,7 +229,7 @@ class Prepare:
 
     def __call__(self, index: int, record: Record) -> Record:
         example = {k: v for k, v in record.items() if k not in ("key", "image")} | {"index": index}
-        return example | ({"image": eval_image(_decode(record), self.pre)} if "image" in record else {})
+        return example | ({"image": eval_image(decode_record(record), self.pre)} if "image" in record else {})
 
 
 def evaluation_batches(

@@ -9,7 +9,11 @@ import glob
 import hashlib
 import os
 import tarfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
+from typing import Any
 
 import numpy as np
 
@@ -18,36 +22,70 @@ from common.errors import InputError
 SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: this sample has no such member
 STEM = "/stem"  # the field that is no extension, and can be none
 BLOCK = 512
+EXTENSIONS = 256
 
 
 def index_shard(shard: Path) -> Path:
-    """The .npy file with one row per sample of `shard`, in the order of the file; built when there is none yet.
+    """The .npy file with one row per sample of `shard`, in the order of the file; built when there is none yet, or a damaged one.
 
     Its fields are STEM (bytes, the name up to the first dot behind the folder) and one SPAN per extension, such as `jpg` and
-    `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed or has a member twice.
+    `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed, has a member twice, or one that is no file.
     """
     try:
         stat = shard.stat()
     except OSError as error:
         raise InputError(f"{shard} is not readable: {error}") from error
-    name = f"{shard.name}.index-{stat.st_size}-{stat.st_mtime_ns}.npy"
-    beside = shard.parent / name
-    if beside.exists():
-        return beside
-    file = beside if os.access(shard.parent, os.W_OK) else _cache_folder(shard) / name
-    if not file.exists():
-        _write(file, _table(shard))
-        for old in file.parent.glob(f"{glob.escape(shard.name)}.index-*.npy"):
-            if old != file:
-                old.unlink(missing_ok=True)
-    return file
+    if not S_ISREG(stat.st_mode):
+        raise InputError(f"{shard} is no file: a shard is an uncompressed tar")
+    mark = f"{stat.st_size}-{stat.st_mtime_ns}"
+    name, places = f"{shard.name}.index-{mark}.npy", (shard.parent, _cache_folder(shard))
+    for file in (folder / name for folder in places):
+        if file.exists() and _belongs(file, shard, mark):
+            return file
+    table = _table(shard, mark)
+    failed = []
+    for folder in places if os.access(shard.parent, os.W_OK) else places[1:]:
+        try:
+            return _write(folder / name, table, shard)
+        except OSError as error:
+            failed.append(f"{folder} ({error.strerror})")
+    raise InputError(f"{shard}: its index cannot be written to {' or '.join(failed)}; set XDG_CACHE_HOME to a folder with room")
+
+
+def _belongs(file: Path, shard: Path, mark: str) -> bool:
+    """Whether this is a whole index, and of this shard: it says so, and the first and the last sample have headers where it says."""
+    try:
+        table = np.lib.format.open_memmap(file, mode="r")
+    except Exception:  # numpy's parser of headers raises many kinds; whatever it is, a new index replaces the damaged one
+        return False
+    first, *names = table.dtype.names or [""]
+    fields: Any = table.dtype.fields or {}
+    if table.ndim != 1 or first != STEM or fields[STEM][2:] != (mark,) or any(fields[name][0] != SPAN for name in names):
+        return False
+    return all(_is_member(shard, row[name]) for row in table[[0, -1]] for name in names) if len(table) else True
+
+
+def _is_member(shard: Path, span: np.void) -> bool:
+    """Whether a header in front of the span tells its size; true of a member that is not there."""
+    if span["size"] < 0:
+        return True
+    try:
+        with open(shard, "rb") as file:
+            file.seek(int(span["offset"]) - BLOCK)
+            header = tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+    except (tarfile.TarError, OSError, ValueError):
+        return False
+    return header.size == span["size"]
 
 
 def read_span(shard: Path, span: np.void) -> bytes:
     """The bytes of one member. Opens the file anew: safe from any thread or process, and cheap beside decoding a picture."""
-    with open(shard, "rb") as file:
-        file.seek(int(span["offset"]))
-        data = file.read(int(span["size"]))
+    try:
+        with open(shard, "rb") as file:
+            file.seek(int(span["offset"]))
+            data = file.read(int(span["size"]))
+    except OSError as error:
+        raise InputError(f"{shard} is not readable: {error}") from error
     if len(data) != span["size"]:
         raise InputError(f"{shard} has become shorter since it was indexed: it is truncated or being written; fetch it again")
     return data
@@ -55,36 +93,61 @@ def read_span(shard: Path, span: np.void) -> bytes:
 
 def _cache_folder(shard: Path) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "heirloom" / "tar_index" / hashlib.sha256(os.fsencode(shard.parent.resolve())).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return root / "heirloom" / "tar_index" / hashlib.sha256(os.fsencode(shard.parent.resolve())).hexdigest()[:16]
 
 
-def _write(file: Path, table: np.ndarray) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")  # several processes may build the same index at once
-    with open(part, "wb") as out:
-        np.save(out, table)
-    os.replace(part, file)
+def _write(file: Path, table: np.ndarray, shard: Path) -> Path:
+    """Write under another name and rename; several processes may build the same index at once. Stale ones are deleted."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as out, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # names of extensions beyond Latin-1 need numpy's newer format
+            np.save(out, table)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+    for old in file.parent.glob(f"{glob.escape(shard.name)}.index-*.npy"):
+        if old != file:
+            old.unlink(missing_ok=True)
+    return file
 
 
-def _table(shard: Path) -> np.ndarray:
+def _table(shard: Path, mark: str) -> np.ndarray:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    files: dict[str, tuple[int, int]] = {}
+    extensions: set[str] = set()
     for member in _members(shard):
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if not member.isreg() or not stem or not extension:
-            continue  # folders, links, hidden files
-        spans = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-        if extension.lower() in spans:
+        if member.isdir() or not stem or not extension:
+            continue  # hidden files, and files without an extension
+        name = f"{folder}/{stem}" if folder else stem
+        files[member.name] = span = _span(shard, member, files)
+        spans, extension = samples.setdefault(name, {}), extension.lower().encode("utf-8", "backslashreplace").decode()
+        if extension in spans:
             raise InputError(f"{shard} has the member {member.name!r} twice; the second would hide the first")
-        spans[extension.lower()] = (member.offset_data, member.size)
-    extensions = sorted({extension for spans in samples.values() for extension in spans})
-    stems = [stem.encode() for stem in samples]
-    table = np.zeros(len(samples), [(STEM, f"S{max(map(len, stems), default=1)}"), *((e, SPAN) for e in extensions)])
+        spans[extension] = span
+        extensions.add(extension)
+        if len(extensions) > EXTENSIONS:
+            raise InputError(f"{shard} has over {EXTENSIONS} extensions, such as {extension!r}: a name ends at its first dot (000012.jpg)")
+    stems = [stem.encode("utf-8", "surrogateescape") for stem in samples]
+    stem_field = ((mark, STEM), f"S{max(map(len, stems), default=1)}")  # its title says of which file this is the index
+    table = np.zeros(len(samples), [stem_field, *((e, SPAN) for e in sorted(extensions))])
     table[STEM] = stems
     for extension in extensions:
         table[extension] = np.array([spans.get(extension, (0, -1)) for spans in samples.values()], SPAN)
     return table
+
+
+def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Offset and size of the bytes of a member; of a hard link those of the file it names."""
+    if member.islnk() and member.linkname in files:
+        return files[member.linkname]
+    if not member.isreg() or member.issparse():
+        kind = "a hard link to a file that is not in the shard" if member.islnk() else "a link, a device, a pipe or a sparse file"
+        raise InputError(f"{shard}: its member {member.name!r} is {kind}; pack it again with the files themselves (tar --dereference)")
+    return member.offset_data, member.size
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
@@ -95,7 +158,7 @@ def _members(shard: Path) -> list[tarfile.TarInfo]:
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(BLOCK)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # the last two: a header with impossible numbers
         raise InputError(f"{shard} is not readable as an uncompressed tar: {error}; fetch it again") from error
     if end != bytes(BLOCK):
         raise InputError(f"{shard} is truncated or damaged at byte {tar.offset}; fetch it again")

@@ -7,16 +7,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from common.errors import InputError
 from common.train.mesh import batch_sharding, replicated
 
 Embed = Callable[[Mapping[str, Any], Any], jax.Array]
+
+
+def finite(values: np.ndarray, what: str) -> np.ndarray:
+    """The values, [rows, ...]. Raises InputError when one is NaN or infinite: a comparison with NaN is false, so no rank counts it."""
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+    if bad.any():
+        raise InputError(
+            f"{what}: NaN or infinite for {bad.sum():,} of {len(values):,} (first: {int(bad.argmax())}); "
+            "there is no score for such a model: its weights are damaged, or overflow where it computes"
+        )
+    return values
 
 
 def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
     """`function(params, rows) -> [rows, joint]` compiled once for `size` rows over the mesh.
 
     The result takes any number of rows up to `size`: short batches are padded and the padding is cut off again, so every
-    example counts once. `size` is rounded up to what the mesh divides.
+    example counts once. `size` is rounded up to what the mesh divides. Raises InputError where a feature is NaN or infinite.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-size // shards) * shards
@@ -29,6 +41,6 @@ def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, A
         # Every host holds all rows and hands over those of its own devices.
         placed = jax.make_array_from_callback(padded.shape, rows, lambda index: padded[index])
         with jax.set_mesh(mesh):
-            return np.asarray(compiled(params, placed))[: len(batch)]
+            return finite(np.asarray(compiled(params, placed))[: len(batch)], "the features of this model")
 
     return embed

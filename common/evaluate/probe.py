@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
+from common.errors import InputError
+from common.evaluate.features import finite
+
 STRENGTHS = tuple(10.0**power for power in range(-6, 5))
 ITERATIONS = 1000
 
@@ -33,11 +36,19 @@ def probe(
     """Fit on all but `held_back` of the training examples for each strength, fit the best one again on all, and score the test examples.
 
     features: [n, width] f32, labels: [n] int from 0. strength: lambda of `mean cross-entropy + lambda / 2 |weights|^2`, biases free.
+    Raises InputError for features that are NaN or infinite, and for labels that are no whole numbers from 0, or only in the test examples.
     """
+    finite(features, "the features of the training examples")
+    finite(test_features, "the features of the test examples")
+    for values in (labels, test_labels):
+        if values.dtype.kind not in "iu" or values.min() < 0:
+            raise InputError(f"labels are whole numbers from 0 up, one of the data is {values.min()} ({values.dtype})")
+    if test_labels.max() > labels.max():
+        raise InputError(f"a test example has the label {test_labels.max()}, the training examples have 0 to {labels.max()}")
     order = np.random.default_rng(seed).permutation(len(labels))
     held = order[: max(1, round(held_back * len(labels)))]
     rest = order[len(held) :]
-    classes = int(max(labels.max(), test_labels.max())) + 1
+    classes = int(labels.max()) + 1
     scored = []
     start = np.zeros((features.shape[1] + 1) * classes)
     for strength in sorted(strengths, reverse=True):  # from stiff to free: each solution is a good start for the next

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.evaluate.features import finite
+
 KS = (1, 5, 10)
 
 
@@ -32,8 +34,11 @@ def retrieval(image: np.ndarray, text: np.ndarray, image_group: np.ndarray, text
 
     image: [images, joint], text: [captions, joint], unit norm. *_group: [images], [captions], any comparable type: a
     picture and a caption of the same group belong together. A tie counts against the query, so a model that gives
-    everything the same features scores nothing. Raises ValueError for a query that has no right answer.
+    everything the same features scores nothing. Raises ValueError for a query that has no right answer, and InputError for
+    features that are NaN or infinite.
     """
+    finite(np.asarray(image), "the features of the pictures")
+    finite(np.asarray(text), "the features of the captions")
     similarity = np.asarray(image, np.float32) @ np.asarray(text, np.float32).T
     positive = np.asarray(image_group)[:, None] == np.asarray(text_group)[None]
     return Recall(_recall(similarity, positive, ks), _recall(similarity.T, positive.T, ks))

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from common.data.lines import read_lines
 from common.errors import InputError
+from common.evaluate.features import finite
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -18,20 +21,37 @@ class Accuracy:
     top5: float
 
 
+def read_templates(file: Path) -> tuple[str, ...]:
+    """Templates, one a line, with {} where the name of the class goes; {c} means the same, as CLIP_benchmark writes it.
+
+    Raises InputError naming file and line for anything else: no place for the name, two of them, %s, {0}, other braces.
+    """
+    templates = []
+    for number, line in enumerate(read_lines(file), 1):
+        template = line.replace("{c}", "{}")
+        if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+            raise InputError(f"{file}, line {number}: {line[:80]!r} needs one {{}} where the name of the class goes, and no other braces")
+        templates.append(template)
+    return tuple(templates)
+
+
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
     """A unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features, normalised again.
 
-    encode: captions -> unit-norm features [captions, joint].
+    encode: captions -> unit-norm features [captions, joint]. Raises InputError for features that are NaN or infinite.
     """
-    features = np.stack([encode([template.format(name) for template in templates]).mean(0) for name in names])
+    features = np.stack([encode([template.replace("{}", name) for template in templates]).mean(0) for name in names])
+    finite(features, "the features of the class names")
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accuracy:
     """image: [images, joint], classes: [classes, joint], label: [images] int. A tie counts against the right class.
 
-    Raises InputError for labels that number no class.
+    Raises InputError for labels that number no class, and for features that are NaN or infinite.
     """
+    finite(image, "the features of the pictures")
+    finite(classes, "the features of the classes")
     if label.dtype.kind not in "iu" or label.min() < 0:
         raise InputError(f"labels are whole numbers from 0 up, one of the data is {label.min()} ({label.dtype})")
     if label.max() >= len(classes):

@@ -1,16 +1,25 @@
-"""Zero-shot over labelled pictures, asked for wrongly: one line that says what is missing."""
+"""Retrieval and zero-shot on data in every form, and what is wrong with data, names or weights in one line."""
 
 import io
+import json
+import shutil
+import tarfile
 from dataclasses import replace
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
+import tinyclip_jax
 from common.cli import main
 from common.data.images import Preprocess
+from common.data.labelled import open_labelled
+from common.data.sources import SourceConfig
 from common.data.text import Tokenizer
 from common.nn.functional import functional
+from tinyclip_jax.evaluate import _synonyms
 from tinyclip_jax.model import Clip
 from tinyclip_jax.pretrained import Pretrained
 
@@ -44,7 +53,7 @@ def test_too_few_class_names_are_refused_in_one_line(weights, pictures, tmp_path
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\n\n")
     assert zeroshot(weights, pictures, "--classes", names) == 2
-    said = "heirloom: the data has a label 2 and there are 2 class names: give one for every label, in order\n"
+    said = f"heirloom: {pictures}: its class 'cat' is not, or not clearly, one of the 2 known (ant, bee); did you mean 'ant'?\n"
     assert capsys.readouterr().err == said
     names.write_text("ant\nbee\ncat\n")
     assert zeroshot(weights, pictures, "--classes", names) == 0
@@ -56,3 +65,118 @@ def test_names_and_labels_that_are_not_there_are_refused_in_one_line(weights, pi
     assert zeroshot(weights, pictures / "ant") == 2
     said = capsys.readouterr().err
     assert "ant has no column 'label'" in said and said.count("\n") == 1
+
+
+def picture(value, form="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(value).integers(0, 256, (20, 24, 3), np.uint8)).save(out, form)
+    return out.getvalue()
+
+
+def scored(weights, tmp_path, *options):
+    """Metric -> value in percent, and n, of `heirloom eval`."""
+    out = tmp_path / "scores.json"
+    assert main(["eval", str(weights), *map(str, options), "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    return {row["metric"]: row["value"] for row in rows}, rows[0]["n"]
+
+
+def shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+# Short enough for a context of ten tokens. Picture 2 has one caption twice.
+CAPTIONS = [[f"{i} is {j if (i, j) != (2, 4) else 3}" for j in range(3 + i % 3)] for i in range(12)]
+
+
+def recall(image, text, owner):
+    """Any caption of a picture counts; a caption that a picture has twice is asked for twice (CLIP_benchmark)."""
+    right = np.asarray(owner) == np.arange(len(image))[:, None]
+    found = {}
+    for name, similarity, positive in (("image_to_text", image @ text.T, right), ("text_to_image", text @ image.T, right.T)):
+        order = np.argsort(-similarity, axis=1)
+        found |= {f"{name}_r{k}": 100 * np.take_along_axis(positive, order[:, :k], 1).any(1).mean() for k in (1, 5, 10)}
+    return found
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet bytes", "parquet paths", "webdataset"])
+def test_several_captions_of_a_picture_in_every_form(weights, tmp_path, form):
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    rows = [(i, text) for i, texts in enumerate(CAPTIONS) for text in texts]
+    if form == "csv":
+        data = tmp_path / "a.csv"
+        data.write_text("image,caption\n" + "".join(f"{i}.png,{text}\n" for i, text in rows))
+    elif form == "webdataset":
+        members = ((f"s{i}.{e}", d) for i, c in enumerate(CAPTIONS) for e, d in (("png", picture(i)), ("txt", "\n".join(c).encode())))
+        data = shard(tmp_path / "0.tar", members)
+    else:
+        data = tmp_path / "a.parquet"
+        cells = [picture(i) if form == "parquet bytes" else f"{i}.png" for i, _ in rows]
+        parquet.write_table(pyarrow.table({"image": cells, "caption": [text for _, text in rows]}), data, row_group_size=7)
+    clip = tinyclip_jax.load(str(weights))
+    want = recall(
+        np.asarray(clip.encode_image([picture(i) for i in range(12)])),
+        np.asarray(clip.encode_text([text for _, text in rows])),
+        [i for i, _ in rows],
+    )
+    got, n = scored(weights, tmp_path, "--data", data)
+    assert n == 12 and {name: got[name] for name in want} == pytest.approx(want)
+
+
+def test_zeroshot_on_clip_benchmarks_shards(weights, tmp_path, capsys):
+    """No caption; names and templates from the files next to the splits, or from the command line, where their order is free."""
+    (tmp_path / "test").mkdir()
+    members = [(f"s{i:07d}.{e}", d) for i in range(6) for e, d in (("webp", picture(i, "WEBP")), ("cls", str(i % 3).encode()))]
+    shard(tmp_path / "test" / "0.tar", members)
+    assert zeroshot(weights, tmp_path, "--split", "test") == 2
+    assert "names no classes: give --classes" in capsys.readouterr().err
+    (tmp_path / "classnames.txt").write_text("ant\nbee\ncat\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}\n")
+    want, n = scored(weights, tmp_path, "--task", "zeroshot", "--data", tmp_path, "--split", "test")
+    assert n == 6 and "templates from" in capsys.readouterr().out
+    (tmp_path / "names.txt").write_text("cat\nant\nbee\n")
+    (tmp_path / "templates.txt").write_text("a drawing of a {}\n")
+    options = ("--classes", tmp_path / "names.txt", "--templates", tmp_path / "templates.txt")
+    assert scored(weights, tmp_path, "--task", "zeroshot", "--data", tmp_path, "--split", "test", *options)[0] == want
+
+
+def test_labels_by_name_or_number_score_the_same(weights, tmp_path, capsys):
+    names, labels = tmp_path / "names.txt", [0, 1, 2, 1, 1, 2]
+    names.write_text("dog\ncat\nbee\n")
+
+    def top1(values):
+        parquet.write_table(pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet")
+        return scored(weights, tmp_path, "--task", "zeroshot", "--data", tmp_path / "a.parquet", "--classes", names)[0]["top1"]
+
+    assert top1(labels) == top1([("dog", "cat", "bee")[i] for i in labels])
+    unknown, far = (["dog"] * 5 + ["dgo"], "its class 'dgo' is not"), ([0] * 5 + [3], "row 5: its label is 3, the classes are 0 to 2")
+    for values, message in (unknown, far):
+        parquet.write_table(pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet")
+        assert zeroshot(weights, tmp_path / "a.parquet", "--classes", names) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_folders_by_wordnet_identifier_find_their_class(weights, pictures, tmp_path):
+    """With the 1,000 names of ImageNet, three folders are those three classes, not the first three."""
+    folder = tmp_path / "d"
+    for identifier in ("n01440764", "n15075141", "n02106662"):
+        shutil.copytree(pictures / "ant", folder / identifier)
+    data = open_labelled(SourceConfig(str(folder)), "label", 1000, _synonyms("imagenet", ()))
+    assert [int(data[i]["label"]) for i in range(3)] == [0, 235, 999]
+
+
+def test_weights_of_nan_have_no_score(weights, pictures, tmp_path, capsys):
+    donor = tinyclip_jax.load(str(weights))
+    params = {path: np.full_like(value, np.nan) if path.endswith("norm/scale") else value for path, value in donor.params.items()}
+    replace(donor, params=params).save(tmp_path / "nan")
+    for options in (("--data", "emoji:noto"), ("--task", "zeroshot", "--data", str(pictures))):
+        assert main(["eval", str(tmp_path / "nan"), *options]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("heirloom: the features of this model: NaN or infinite for ") and said.count("\n") == 1

@@ -1,13 +1,18 @@
 """The evaluation suite on folders as they come: which protocol, which classes, what is missing."""
 
+import io
 import json
+import shutil
+import tarfile
 from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from common.checkpoint.convert import open_donor
 from common.cli import main
@@ -115,7 +120,7 @@ def test_published_numbers_are_of_a_named_model_and_whole_sets(model, data, monk
     donor = open_donor(model, [family()])
     known = Published("another", {"imagenet-a/top1": 7.0, "flickr30k/image_to_text_r1": 8.0, "coco/image_to_text_r1": 9.0})
     monkeypatch.setattr(suite, "published_for", lambda donor: known)
-    monkeypatch.setattr(suite, "_score_all", lambda *a: {key: suite.Measured(1.0, 3) for key in (A, F)})
+    monkeypatch.setattr(suite, "_score_all", lambda *a: {key: suite.Measured(1.0, 3, classes=3) for key in (A, F)})
     A, F = ("imagenet-a", "top1"), ("flickr30k", "image_to_text_r1")
 
     def published():
@@ -174,7 +179,7 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
         suite.run_suite(donor, None, tmp_path)
     for change, message in (
         ({"images": [{"split": "test"}]}, "none of Karpathy's files: 'sentences' is missing"),
-        ({"images": [{"split": "test", "filename": "0.png", "sentences": []}]}, "0.png has no caption"),
+        ({"images": [{"split": "test", "filename": "0.png", "sentences": []}]}, r"0\.png: its caption is \[\]"),
         ({}, "'images' is missing"),
     ):
         file = tmp_path / "karpathy" / "coco" / "dataset_coco.json"
@@ -185,3 +190,48 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
     picture(tmp_path / "wrong" / "imagenet" / "tench" / "0.png", 0)
     with pytest.raises(InputError, match="the folder 'tench' is no class of ImageNet"):
         suite.run_suite(donor, None, tmp_path / "wrong")
+
+
+def test_data_sets_in_other_forms_score_the_same(model, data, tmp_path):
+    """flickr30k as one table, imagenet-a as CLIP_benchmark's shards, cifar10 as parquet with splits in the names of its files."""
+    donor = open_donor(model, [family()])
+    setup = setup_of(donor, start(MeshConfig()))
+    params = load_params(donor, setup.mesh)
+
+    def scored(name, folder):
+        found = suite.SUITE[name](setup, params, folder / name)
+        return found.metrics, found.n, found.classes
+
+    flickr = tmp_path / "flickr30k"
+    shutil.copytree(data / "flickr30k" / "images", flickr)
+    rows = [f"{i}.png,no {i} {j}" for i in (1, 2) for j in range(5)]
+    (flickr / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    assert scored("flickr30k", tmp_path) == scored("flickr30k", data)
+
+    shards, names = tmp_path / "imagenet-a" / "test", dict(CLASSES)
+    shards.mkdir(parents=True)
+    folders = sorted(path for path in (data / "imagenet-a").iterdir())
+    with tarfile.open(shards / "0.tar", "w") as tar:
+        for i, folder in enumerate(folders):
+            for extension, content in (("png", (folder / "0.png").read_bytes()), ("cls", str(i).encode())):
+                info = tarfile.TarInfo(f"s{i}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"does not name the 200 classes of its labels; put classnames\.txt next to the shards"):
+        scored("imagenet-a", tmp_path)
+    (shards.parent / "classnames.txt").write_text("".join(f"{names[folder.name]}\n" for folder in folders))
+    assert scored("imagenet-a", tmp_path) == scored("imagenet-a", data) and scored("imagenet-a", data)[2] == 3
+
+    (tmp_path / "cifar10").mkdir()
+    for split in ("train", "test"):
+        pixels, labels = (np.load(data / "cifar10" / split / f"{name}.npy") for name in ("image", "label"))
+        cells = []
+        for array in pixels:
+            out = io.BytesIO()
+            Image.fromarray(array).save(out, "PNG")
+            cells.append(out.getvalue())
+        table = pyarrow.table({"image": cells, "label": [suite.CIFAR10[i] for i in labels]})
+        parquet.write_table(table, tmp_path / "cifar10" / f"{split}-00000-of-00001.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "probe", partial(probe, strengths=(1.0,)))
+        assert scored("cifar10", tmp_path) == scored("cifar10", data)

@@ -49,7 +49,7 @@ def test_a_flat_folder_with_captions(tmp_path, picture, grey):
 
 
 def test_an_empty_folder_and_a_missing_one(tmp_path):
-    with pytest.raises(InputError, match="no sample"):
+    with pytest.raises(InputError, match=r"has no picture, it is empty: put pictures .* there, or into a sub-folder per class"):
         open_source(SourceConfig(str(tmp_path)))
     (tmp_path / "pictures").mkdir()
     with pytest.raises(InputError, match="did you mean 'pictures'"):
@@ -199,7 +199,7 @@ def test_parquet_keeps_only_the_row_groups_it_may(tmp_path, picture, monkeypatch
         assert [r["text"] for r in source] == [f"caption {i}" for i in range(8)]
     assert reads == [0, 1, 2, 3]
     reads.clear()
-    monkeypatch.setattr(sources, "ROW_GROUP_MEMORY", 1)
+    monkeypatch.setattr(sources.parquet, "ROW_GROUP_MEMORY", 1)
     source = open_source(SourceConfig(str(tmp_path / "0.parquet")))
     assert [source[i]["text"] for i in (1, 0, 7, 6, 0)] == ["caption 1", "caption 0", "caption 7", "caption 6", "caption 0"]
     assert reads == [0, 3, 0]

@@ -98,3 +98,111 @@ def test_a_shard_that_shrinks_later_is_noticed(tmp_path, write_tar):
     os.truncate(shard, int(row["txt"]["offset"]))
     with pytest.raises(InputError, match="shorter"):
         read_span(shard, row["txt"])
+
+
+def pack(path, *members):
+    """A tar of (name or TarInfo, data)."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_names_are_only_names(tmp_path):
+    """Nothing is unpacked, so that absolute names and `..` lead nowhere."""
+    shard = pack(tmp_path / "a.tar", ("/etc/1.txt", b"one"), ("../../2.txt", b"two"), ("..", b""), ("a/../3.txt", b"three"))
+    table = np.load(index_shard(shard))
+    assert table[STEM].tolist() == [b"/etc/1", b"../../2", b"a/../3"]
+    assert [read_span(shard, row["txt"]) for row in table] == [b"one", b"two", b"three"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    names = [name.decode(errors="surrogateescape") for name in (b"\xff1.txt", b"2.t\xff")]
+    shard = pack(tmp_path / "a.tar", *((name, b"x") for name in names))
+    table = np.load(index_shard(shard))
+    assert table[STEM].tolist() == [b"\xff1", b"2"] and table.dtype.names == (STEM, "t\\udcff", "txt")
+
+
+def test_a_hard_link_has_the_bytes_it_links_to(tmp_path):
+    shard = pack(tmp_path / "a.tar", ("1.txt", b"one"), (special("2.txt", tarfile.LNKTYPE, "1.txt"), b""), ("3.txt", b"three"))
+    table = np.load(index_shard(shard))
+    assert [read_span(shard, row["txt"]) for row in table] == [b"one", b"one", b"three"]
+    lost = pack(tmp_path / "b.tar", (special("2.txt", tarfile.LNKTYPE, "1.txt"), b""))
+    with pytest.raises(InputError, match=r"b\.tar: its member '2\.txt' is a hard link to a file that is not in the shard"):
+        index_shard(lost)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_members_that_are_no_files_are_refused(tmp_path, kind):
+    shard = pack(tmp_path / "a.tar", ("1.txt", b"one"), (special("2.txt", kind, "1.txt"), b""))
+    with pytest.raises(InputError, match=r"a\.tar: its member '2\.txt' is a link, a device, a pipe or a sparse file"):
+        index_shard(shard)
+
+
+def test_a_pipe_or_a_folder_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").mkdir()
+    for name in ("a.tar", "b.tar"):
+        with pytest.raises(InputError, match=f"{name} is no file"):
+            index_shard(tmp_path / name)
+
+
+def test_names_with_many_dots_are_refused_before_the_table_grows(tmp_path):
+    shard = pack(tmp_path / "a.tar", *((f"v1.{i}.txt", b"x") for i in range(300)))
+    with pytest.raises(InputError, match=r"over 256 extensions, such as '256\.txt': a name ends at its first dot"):
+        index_shard(shard)
+
+
+@pytest.mark.parametrize("damage", ["cut in the header", "cut in the table", "empty", "no array", "another array"])
+def test_a_damaged_index_is_built_again(tmp_path, write_tar, damage):
+    shard = write_tar(tmp_path / "a.tar", 0, 5)
+    index = index_shard(shard)
+    whole = index.read_bytes()
+    if damage == "another array":
+        np.save(index, np.arange(5))
+    else:
+        damaged = {"cut in the header": whole[:40], "cut in the table": whole[:-20], "empty": b"", "no array": b"PK\x03\x04" * 9}
+        index.write_bytes(damaged[damage])
+    assert index_shard(shard) == index and index.read_bytes() == whole
+    assert sorted(tmp_path.iterdir()) == [shard, index]
+
+
+def test_the_index_of_another_shard_is_not_believed(tmp_path, write_tar):
+    first, second = write_tar(tmp_path / "a.tar", 0, 5), write_tar(tmp_path / "b.tar", 5, 4)
+    own = index_shard(second).read_bytes()
+    index_shard(second).write_bytes(index_shard(first).read_bytes())
+    assert index_shard(second).read_bytes() == own
+    # The same size and time, but other members at other places.
+    third = pack(tmp_path / "c.tar", ("1.txt", b"x" * 600), ("2.txt", b"y"))
+    fourth = pack(tmp_path / "d.tar", ("1.txt", b"x"), ("2.txt", b"y" * 600))
+    for shard in (third, fourth):
+        os.utime(shard, ns=(10**18, 10**18))
+    index_shard(fourth).write_bytes(index_shard(third).read_bytes())
+    assert [read_span(fourth, row["txt"])[:1] for row in np.load(index_shard(fourth))] == [b"x", b"y"]
+
+
+def test_no_place_for_the_index_is_said(tmp_path, write_tar, monkeypatch):
+    shard = write_tar(tmp_path / "a.tar", 0, 3)
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def full(file, table):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index.np, "save", full)
+        with pytest.raises(InputError, match=r"cannot be written to .* \(No space left on device\) or .*; set XDG_CACHE_HOME to a folder"):
+            index_shard(shard)
+    assert sorted(tmp_path.iterdir()) == [shard, tmp_path / "cache"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    write = tar_index._write
+    monkeypatch.setattr(tar_index, "_write", lambda f, *a: full(f, a) if f.parent == tmp_path else write(f, *a))
+    assert index_shard(shard).is_relative_to(tmp_path / "other")

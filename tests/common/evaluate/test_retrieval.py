@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from common.data.lines import read_lines
 from common.errors import InputError
 from common.evaluate.features import embedder
+from common.evaluate.probe import probe
 from common.evaluate.retrieval import distinct, retrieval
-from common.evaluate.zeroshot import accuracy, classifier
+from common.evaluate.zeroshot import accuracy, classifier, read_templates
 
 
 def unit(x):
@@ -79,3 +81,63 @@ def test_accuracy_by_hand_and_ties_count_against():
     for labels in (np.array([2, -1, 0]), np.array([2.0, 4, 0])):
         with pytest.raises(InputError, match="labels are whole numbers from 0 up"):
             accuracy(image, classes, labels)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_model_that_computes_no_numbers_scores_nothing(value):
+    """No comparison with NaN is true, so that no wrong answer would rank before the right one: 100 % everywhere."""
+    good, labels = np.eye(4, dtype=np.float32), np.arange(4)
+    bad = good.copy()
+    bad[2, 1] = value
+    said = r": NaN or infinite for 1 of 4 \(first: 2\); there is no score for such a model"
+    for image, text in ((bad, good), (good, bad)):
+        with pytest.raises(InputError, match=said):
+            retrieval(image, text, labels, labels)
+        with pytest.raises(InputError, match=said):
+            accuracy(image, text, labels)
+        with pytest.raises(InputError, match=said):
+            probe(image, labels, text, labels)
+    with pytest.raises(InputError, match="the features of the class names" + said):
+        classifier("abcd", ("{}",), lambda texts: bad["abcd".index(texts[0]), None])
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    with pytest.raises(InputError, match="the features of this model" + said):
+        embedder(lambda params, x: x, mesh, 5)({}, bad)
+
+
+def test_a_probe_needs_labels_that_are_classes():
+    x = np.eye(3, dtype=np.float32)
+    for labels in (np.array([0, -1, 1]), np.array([0.0, 1.0, 2.0])):
+        with pytest.raises(InputError, match="labels are whole numbers from 0 up"):
+            probe(x, labels, x, np.arange(3))
+    with pytest.raises(InputError, match="a test example has the label 2, the training examples have 0 to 1"):
+        probe(x, np.array([0, 1, 1]), x, np.arange(3))
+
+
+def test_templates_of_a_file(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("\ufeffa photo of a {}.\n  art of the {c} \n\n", encoding="utf-8")
+    assert read_templates(file) == ("a photo of a {}.", "art of the {}")
+    vectors = classifier(("a {c} in {braces}",), ("see {}",), lambda texts: np.full((1, 1), len(texts[0]), np.float32))
+    assert vectors.tolist() == [[1.0]]  # a name is text, whatever braces it has
+
+
+@pytest.mark.parametrize("line", ["a cat", "a {} of {}", "a {c} of {c}", "a {} of {c}", "a %s", "a {0}", "a {name}", "a {}}", "{{}}"])
+def test_other_templates_are_refused(tmp_path, line):
+    file = tmp_path / "templates.txt"
+    file.write_text(f"a photo of a {{}}\n{line}\n")
+    with pytest.raises(InputError, match=r"templates\.txt, line 2: .* needs one \{\} where the name of the class goes"):
+        read_templates(file)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("une école {}".encode("latin-1"), r"t\.txt is not readable as UTF-8 text"),
+        (b"\n \n", r"t\.txt is empty"),
+        (b"a {}\n\nb {}\n", r"t\.txt, line 2 is blank"),
+    ],
+)
+def test_text_files_that_are_not_lines(tmp_path, data, message):
+    (tmp_path / "t.txt").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        read_lines(tmp_path / "t.txt")

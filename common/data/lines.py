@@ -1,0 +1,23 @@
+"""Text files with one thing a line: class names, templates."""
+
+from pathlib import Path
+
+from common.errors import InputError
+
+
+def read_lines(file: Path) -> tuple[str, ...]:
+    """The lines of a UTF-8 file without the blanks around them; blank lines at the end are dropped.
+
+    Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers mean something.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not readable as UTF-8 text: {error}") from error
+    if not lines:
+        raise InputError(f"{file} is empty: write one a line")
+    if "" in lines:
+        raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one a line, without gaps")
+    return tuple(lines)

@@ -1,0 +1,32 @@
+"""Where pictures and captions come from: folders, tables, tar shards, parquet, TFDS, and the emoji and digits that live in this package.
+
+A *source* is a random-access sequence of records. A record is a dict with `key` (file and name, for messages), `image`
+(encoded bytes, or uint8 [h, w, 3]) and/or `text` (a string, or a list of strings when a picture has several captions),
+`label` (int) where the format knows classes, and the further columns asked for. Records that share a `concept` are
+positives of one another. Sources are pickled to worker processes, hold positions rather than data, and open files lazily.
+"""
+
+from common.data.sources.arrays import ArraySource
+from common.data.sources.folder import FolderSource
+from common.data.sources.grouped import per_picture
+from common.data.sources.parquet import ParquetSource
+from common.data.sources.record import Record, Source, SourceConfig, captions
+from common.data.sources.resolve import open_source
+from common.data.sources.table import CsvSource
+from common.data.sources.tar import TarSource
+from common.data.sources.tfds import TfdsSource
+
+__all__ = [
+    "ArraySource",
+    "CsvSource",
+    "FolderSource",
+    "ParquetSource",
+    "Record",
+    "Source",
+    "SourceConfig",
+    "TarSource",
+    "TfdsSource",
+    "captions",
+    "open_source",
+    "per_picture",
+]

@@ -1,0 +1,47 @@
+"""Folders of .npy arrays."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.data.sources.record import Record, SourceConfig, require
+from common.errors import InputError
+
+
+class ArraySource:
+    """A folder of .npy arrays of one length, a column each, memory-mapped: rows come as they are stored, in any shape and dtype."""
+
+    def __init__(self, folder: Path, cfg: SourceConfig):
+        if cfg.split:
+            raise InputError(f"{folder} holds arrays, which have no splits; leave split empty")
+        require([cfg.image, cfg.text, *cfg.columns], sorted(file.stem for file in folder.glob("*.npy")), folder)
+        self._folder, self._cfg = folder, cfg
+        arrays = {name: self._array(name) for name in (cfg.image, cfg.text, *cfg.columns) if name}
+        if not arrays:
+            raise InputError(f"{folder}: no array is asked for; name some with columns")
+        if scalar := [name for name, array in arrays.items() if not array.ndim]:
+            raise InputError(f"{folder / scalar[0]}.npy holds one number, not a row for each example")
+        if len({len(array) for array in arrays.values()}) > 1:
+            raise InputError(f"{folder}: its arrays have different lengths ({', '.join(f'{n} {len(a):,}' for n, a in arrays.items())})")
+        if cfg.text and (arrays[cfg.text].dtype.kind != "U" or arrays[cfg.text].ndim != 1):
+            shape = f"{arrays[cfg.text].dtype} {list(arrays[cfg.text].shape)}"
+            raise InputError(f"{folder / cfg.text}.npy holds {shape}; captions are strings, one for each example")
+        self._length = len(next(iter(arrays.values())))
+
+    def _array(self, name: str) -> np.ndarray:
+        file = self._folder / f"{name}.npy"
+        try:
+            return np.lib.format.open_memmap(file, mode="r")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is not readable as an array: {error}") from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        cfg, record = self._cfg, Record(key=f"{self._folder} row {index}")
+        if cfg.image:
+            record["image"] = np.array(self._array(cfg.image)[index])
+        if cfg.text:
+            record["text"] = str(self._array(cfg.text)[index])
+        return record | {name: np.array(self._array(name)[index]) for name in cfg.columns}

@@ -1,0 +1,130 @@
+"""Pictures in a folder, by class or with captions."""
+
+import bisect
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, read, require
+from common.errors import InputError, remark
+
+
+class FolderSource:
+    """Pictures in a folder: a sub-folder per class, or all in one place with a .txt of captions of the same name each (or none at all).
+
+    With classes `text` is the class name, `label` its number in alphabetical order, and `classes` the names. Symlinks are
+    followed, hidden files and folders are not read, and a note counts the files that were left out.
+    """
+
+    def __init__(self, root: Path, cfg: SourceConfig):
+        if cfg.split:
+            require([cfg.split], sorted(p.name for p in root.iterdir() if p.is_dir()), root)
+            root = root / cfg.split
+        folders = sorted(entry.name for entry in _entries(root) if _is_open_folder(entry))
+        if folders and set(folders) <= set(SPLITS):
+            raise InputError(f"{root} has the splits {', '.join(folders)}: say which one with split")
+        left_out: Counter[str] = Counter()
+        flat = _pictures((entry for entry in _entries(root) if not _is_open_folder(entry)), root, left_out)
+        if flat and folders:
+            raise InputError(f"{root} has pictures beside sub-folders: keep one sub-folder per class, or all pictures in one folder")
+        by_class = {name: _pictures(_walk(root / name, (_identity(root),)), root, left_out) for name in folders}
+        names = flat or [picture for pictures in by_class.values() for picture in pictures]
+        captioned = [name for name in flat if (root / name).with_suffix(".txt").exists()]
+        if captioned:
+            left_out[".txt"] -= len({Path(name).stem for name in captioned})
+        seen = _counts(left_out)
+        if not names:
+            found = f"only {seen}" if seen else "it is empty"
+            raise InputError(f"{root} has no picture, {found}: put pictures ({', '.join(PICTURES)}) there, or into a sub-folder per class")
+        if "label" in cfg.columns and not folders:
+            raise InputError(f"{root} has no column 'label': its pictures need a sub-folder for each class")
+        require(cfg.columns, ["label"] if folders else [], root)
+        if captioned and cfg.text and len(captioned) < len(flat):
+            bare = min(set(flat) - set(captioned))
+            raise InputError(f"{root / bare} has no caption beside it, though others have: {Path(bare).with_suffix('.txt')} is missing")
+        if seen:
+            remark(f"{root}: left out {seen}; pictures end in {', '.join(PICTURES)}")
+        if empty := [name for name, pictures in by_class.items() if not pictures]:
+            remark(f"{root}: {len(empty)} of its {len(folders)} classes have no picture ({', '.join(empty)[:80]})")
+        self.classes = tuple(folders)
+        self._names, self._root, self._captioned, self._cfg = names, root, bool(captioned and cfg.text), cfg
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the classes by column."""
+        return {"label": self.classes} if self.classes else {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        file = self._root / self._names[index]
+        record = Record(key=str(file))
+        if self._cfg.image:
+            record["image"] = read(file)
+        if self._captioned:
+            try:
+                record["text"] = caption_lines(read(file.with_suffix(".txt")))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}") from error
+        elif self.classes:
+            label = self.label(index)
+            record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
+        return record
+
+    def label(self, index: int) -> int:
+        """The class of a picture, without reading it."""
+        return bisect.bisect_left(self.classes, self._names[index].split("/")[0])
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise InputError(f"{folder} is not readable: {error.strerror}") from error
+
+
+def _is_open_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a symlink to one, that is not hidden."""
+    if entry.name.startswith("."):
+        return False
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _identity(folder: Path | str) -> tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
+
+
+def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:
+    """All files below a folder, and the hidden folders as such. A symlink that leads back to one of the folders `above` is not followed."""
+    here = _identity(folder)
+    if here in above:
+        return
+    for entry in _entries(folder):
+        if _is_open_folder(entry):
+            yield from _walk(entry.path, (*above, here))
+        else:
+            yield entry
+
+
+def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter[str]) -> list[str]:
+    """The pictures among `entries`, relative to `root`, in alphabetical order; what else is there is counted in `left_out`."""
+    found = []
+    for entry in entries:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif suffix[1:] in PICTURES and (entry.is_symlink() or entry.is_file()):  # a link that leads nowhere is named when it is read
+            found.append(Path(entry.path).relative_to(root).as_posix())
+        else:
+            left_out[suffix or "without extension"] += 1
+    return sorted(found)
+
+
+def _counts(left_out: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {kind}" for kind, n in left_out.most_common() if n > 0)

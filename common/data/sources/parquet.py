@@ -1,0 +1,183 @@
+"""Parquet files, those of Hugging Face datasets included."""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
+from common.errors import InputError, nearest
+
+ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded parquet row groups a process keeps
+
+
+class ParquetSource:
+    """Parquet files, memory-mapped. The unit of reading is the row group: write groups of a few hundred rows, or shuffling is slow.
+
+    A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that Hugging Face
+    datasets write (path where bytes is null). A split is a column `split`, or the first part of the names of the files.
+    """
+
+    def __init__(self, files: Sequence[Path], cfg: SourceConfig):
+        names = [c for c in (cfg.image, cfg.text, *cfg.columns) if c]
+        by_column = "split" in _schema(files[0]).names
+        files = files if by_column else _of_split(files, cfg.split)
+        groups: list[RowGroup] = []
+        splits: list[str] = []
+        for file in files:
+            try:
+                with parquet.ParquetFile(file, memory_map=True) as opened:
+                    require([*names, *(["split"] if cfg.split and by_column else [])], opened.schema_arrow.names, file)
+                    counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
+                    if cfg.split and by_column:
+                        splits += opened.read(columns=["split"]).column("split").to_pylist()
+            except (OSError, pyarrow.ArrowException) as error:
+                raise InputError(f"{file} is not readable as parquet: {error}") from error
+            if not sum(counts):
+                raise InputError(f"{file} is empty: it has no row")
+            groups += [RowGroup(file, g, sum(counts[:g]), count) for g, count in enumerate(counts)]
+        self._starts = starts([group.rows for group in groups])
+        self._rows: range | np.ndarray = range(sum(group.rows for group in groups))
+        if cfg.split and by_column:
+            if cfg.split not in splits:
+                there = sorted({str(split) for split in splits})
+                raise InputError(f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, there)} (it has {', '.join(there)})")
+            self._rows = np.flatnonzero(np.array(splits) == cfg.split)
+        self.class_names = _class_names(files)
+        self._groups, self._decoded, self._cfg = groups, DecodedGroups(names), cfg
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        group, row = self._place(index)
+        table = self._decoded.get(group)
+        values = {c: table.column(c)[row].as_py() for c in table.column_names}
+        cfg, key = self._cfg, f"{group.file} row {group.first + row}"
+        for name, cell in values.items():
+            if cell is None:
+                raise InputError(f"{key}: the column {name!r} is empty")
+        record = Record(key=key) | {c: value(values[c], key, c) for c in cfg.columns}
+        if cfg.text:
+            record["text"] = captions(values[cfg.text], key)
+        if cfg.image:
+            picture = _picture(values[cfg.image], group.file, key)
+            record |= {"image": picture} if isinstance(picture, bytes) else {"key": str(picture), "image": read(picture)}
+        return record
+
+    def pictures(self) -> list[object]:
+        """Which picture each row is about: its path, or a digest of its bytes. Rows of one picture have the same."""
+        found: list[object] = []
+        for index in range(len(self)):
+            group, row = self._place(index)
+            cell = self._decoded.get(group).column(self._cfg.image)[row].as_py()
+            picture = _picture(cell, group.file, f"{group.file} row {group.first + row}")
+            found.append(sha256(picture).digest() if isinstance(picture, bytes) else picture)
+        return found
+
+    def _place(self, index: int) -> tuple["RowGroup", int]:
+        """The row group of a record, and its row there."""
+        row = int(self._rows[index])
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._groups[number], row - int(self._starts[number])
+
+
+def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
+    """The encoded picture of a cell, or where it lies."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, str) and cell:
+        return file.parent / cell
+    raise InputError(f"{key}: its picture is {str(cell)[:60]}; a picture is bytes, a path, or a struct of bytes and path")
+
+
+def _schema(file: Path) -> pyarrow.Schema:
+    try:
+        with parquet.ParquetFile(file, memory_map=True) as opened:
+            return opened.schema_arrow
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file} is not readable as parquet: {error}") from error
+
+
+def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
+    """The files of a split by their names; all of them where they name none."""
+    known = sorted({name for file in files if (name := _split_of(file))})
+    where = files[0] if len(files) == 1 else files[0].parent
+    if not split and len(known) > 1:
+        raise InputError(f"{where} has the splits {', '.join(known)}: say which one with split")
+    if split and split not in known:
+        if known:
+            raise InputError(f"{where} has no split {split!r}{nearest(split, known)} (it has {', '.join(known)})")
+        raise InputError(f"{where} has no splits: no column 'split', and no file named like {split}-00000-of-00001.parquet")
+    return [file for file in files if _split_of(file) == split] if split else files
+
+
+def _split_of(file: Path) -> str | None:
+    """The split in the name of a file: test-00000-of-00001.parquet, as Hugging Face datasets write them, test.parquet, test_0.parquet."""
+    if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
+        return numbered[1]
+    word = re.split(r"[-_.]", file.stem)[0]
+    return word if word in SPLITS else None
+
+
+def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """The class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files disagree."""
+    found = [_features(file) for file in files]
+    for file, names in zip(files, found, strict=True):
+        if names != found[0]:
+            raise InputError(f"{file} has other class names than {files[0]}; read them one by one")
+    return found[0]
+
+
+def _features(file: Path) -> dict[str, tuple[str, ...]]:
+    about = (_schema(file).metadata or {}).get(b"huggingface")
+    try:
+        features = json.loads(about)["info"]["features"] if about else {}
+        return {name: tuple(f["names"]) for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: the description by Hugging Face datasets in its schema is damaged: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of a parquet file: its number there, its first row in the file and how many rows it has."""
+
+    file: Path
+    number: int
+    first: int
+    rows: int
+
+
+class DecodedGroups:
+    """The row groups this process decoded last, up to ROW_GROUP_MEMORY bytes (one at least). Arrives empty in another process."""
+
+    def __init__(self, columns: Sequence[str]):
+        self._columns, self._lock = list(columns), threading.Lock()
+        self._tables: OrderedDict[RowGroup, pyarrow.Table] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return DecodedGroups, (self._columns,)
+
+    def get(self, group: RowGroup) -> pyarrow.Table:
+        with self._lock:
+            if group not in self._tables:
+                try:
+                    with parquet.ParquetFile(group.file, memory_map=True) as opened:
+                        self._tables[group] = opened.read_row_group(group.number, columns=self._columns)
+                except (OSError, pyarrow.ArrowException) as error:
+                    raise InputError(f"{group.file} is not readable as parquet: {error}") from error
+                while len(self._tables) > 1 and sum(t.nbytes for t in self._tables.values()) > ROW_GROUP_MEMORY:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(group)
+            return self._tables[group]

@@ -1,0 +1,101 @@
+"""What all formats share: the config, the record, and the checks of a column, a caption and a file."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.errors import InputError, nearest
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
+SPLITS = ("train", "test", "val", "valid", "validation")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which data to read."""
+
+    path: str = ""
+    """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits (embedded), a folder of pictures, a .csv or .tsv, .tar or .parquet files
+    (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays, or tfds:name[:version][@data_dir]"""
+    split: str = ""
+    """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/, test-00000-of-00001.parquet"""
+    image: str = "image"
+    """column of the picture; in a .csv the one with its path, relative to the file; empty: leave pictures out"""
+    text: str = "caption"
+    """column of the caption; in tar shards a key of the .json, where caption means the .txt member if there is one; empty: leave it out"""
+    columns: tuple[str, ...] = ()
+    """further columns to carry along, such as tags, concept, label, or embeddings (numbers become float32 and int32 arrays)"""
+
+
+class Source(Protocol):
+    """Random access to records (grain's RandomAccessDataSource)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+def require(names: Iterable[str], available: Sequence[str], where: object) -> None:
+    """Raises InputError for the first of `names` that is not among the columns `available`."""
+    for name in names:
+        if name and name not in available:
+            known = f"it has {', '.join(available)}" if available else "it has none"
+            raise InputError(f"{where} has no column {name!r}{nearest(name, available)} ({known})")
+
+
+def value(cell: Any, key: str, column: str) -> Any:
+    """A carried column as the pipeline wants it: numbers as float32 and int32 arrays, text as it is.
+
+    Raises InputError for a whole number that int32 cannot hold, and for bytes that are not text.
+    """
+    if isinstance(cell, bytes):
+        try:
+            return cell.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{key}: {column!r} is not UTF-8 text: {error}") from error
+    if isinstance(cell, list) and (not cell or isinstance(cell[0], str)):
+        return cell
+    array = np.asarray(cell)
+    if array.dtype.kind in "iub":
+        whole = array.astype(np.int32)
+        if not np.array_equal(whole, array):
+            raise InputError(f"{key}: {column!r} is {str(cell)[:40]}, more than 32 bits; store it as text or as a smaller number")
+        return whole
+    return array.astype(np.float32) if array.dtype.kind == "f" else cell
+
+
+def captions(text: Any, key: str) -> str | list[str]:
+    """`text` if it is a string or a list of strings, as it is. An empty string is a caption, as in CLIP_benchmark: one without words.
+
+    Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
+    """
+    if isinstance(text, str):
+        return text
+    if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
+        return text
+    raise InputError(f"{key}: its caption is {str(text)[:60]}; a caption is a string, or a list of strings that is not empty")
+
+
+def caption_lines(data: bytes) -> str | list[str]:
+    """The captions in a .txt: a line each, blank lines left out. One line, or none, is a single caption (UnicodeDecodeError if not UTF-8).
+
+    CLIP_benchmark writes the captions of a picture so. An empty file is the empty caption.
+    """
+    lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    return lines if len(lines) > 1 else "".join(lines)
+
+
+def read(file: Path) -> bytes:
+    """Raises InputError for a file that is not readable."""
+    try:
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        raise InputError(f"{file} is not readable: {getattr(error, 'strerror', None) or error}") from error
+
+
+def starts(counts: Sequence[int]) -> np.ndarray:
+    """The index of the first sample of each part."""
+    return np.cumsum([0, *counts[:-1]])

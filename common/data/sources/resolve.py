@@ -1,0 +1,82 @@
+"""Which format a path names."""
+
+import glob
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from common.data import digits, emoji
+from common.data.sources.arrays import ArraySource
+from common.data.sources.folder import FolderSource
+from common.data.sources.parquet import ParquetSource
+from common.data.sources.record import Source, SourceConfig
+from common.data.sources.table import CsvSource
+from common.data.sources.tar import TarSource
+from common.data.sources.tfds import TfdsSource
+from common.errors import InputError, nearest
+
+
+def open_source(cfg: SourceConfig) -> Source:
+    """Open what `cfg.path` names.
+
+    Raises InputError when there is nothing, when a file is unreadable or empty, or when a column or split is missing.
+    """
+    source = _open(cfg)
+    if len(source) == 0:
+        raise InputError(f"{cfg.path}: there is no sample in it{f' of split {cfg.split!r}' if cfg.split else ''}")
+    return source
+
+
+def _open(cfg: SourceConfig) -> Source:
+    scheme, _, rest = cfg.path.partition(":")
+    if scheme == "emoji":
+        if rest and rest not in emoji.STYLES:
+            raise InputError(f"no emoji style {rest!r}{nearest(rest, emoji.STYLES)} ({', '.join(emoji.STYLES)})")
+        columns = tuple(dict.fromkeys(("concept", "tags", *cfg.columns)))
+        return ParquetSource([emoji.path(style) for style in ([rest] if rest else emoji.STYLES)], replace(cfg, columns=columns))
+    if cfg.path == "digits":
+        return ParquetSource([digits.PATH], cfg)
+    if scheme == "tfds":
+        return TfdsSource(rest, cfg)
+    if not cfg.path:
+        raise InputError("no data given: set path to emoji or digits, a folder, a .csv, .tar or .parquet files, or tfds:NAME")
+    files = _files(cfg.path)
+    if len(files) == 1 and files[0].is_dir():
+        return _folder(files[0], cfg)
+    kinds: dict[str, type[ParquetSource] | type[TarSource]] = {".parquet": ParquetSource, ".tar": TarSource}
+    suffixes = {file.suffix for file in files}
+    if len(suffixes) == 1 and (kind := kinds.get(files[0].suffix)):
+        return kind(files, cfg)
+    if len(files) == 1 and files[0].suffix in (".csv", ".tsv"):
+        return CsvSource(files[0], cfg)
+    raise InputError(f"{cfg.path}: {', '.join(sorted(suffixes))} is no format read here; give a folder, one .csv or .tsv, .tar or .parquet")
+
+
+def _folder(folder: Path, cfg: SourceConfig) -> Source:
+    """A folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures, or one per split."""
+    if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
+        return ParquetSource(files, cfg)
+    if files := _visible(folder, "*.tar"):
+        return TarSource(files, cfg)
+    if _visible(folder, "*.npy"):
+        return ArraySource(folder, cfg)
+    if cfg.split and (folder / cfg.split).is_dir():
+        return _folder(folder / cfg.split, replace(cfg, split=""))
+    return FolderSource(folder, cfg)
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+def _files(pattern: str) -> list[Path]:
+    """The files a path, a glob or a numbered pattern names, in order. Each must exist."""
+    if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = numbered.groups()
+        numbers = range(int(first), int(last) + 1)
+        return [f for n in numbers for f in _files(pattern[: numbered.start()] + str(n).zfill(len(first)) + pattern[numbered.end() :])]
+    path = Path(pattern).expanduser()
+    files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    if not files:
+        raise InputError(f"{pattern} does not exist{nearest(path.name, (p.name for p in path.parent.glob('*')))}")
+    return files

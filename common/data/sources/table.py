@@ -1,0 +1,86 @@
+"""Tables of paths and captions: .csv and .tsv."""
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from common.data.sources.record import Record, SourceConfig, read, require, value
+from common.errors import InputError, nearest
+
+
+class CsvSource:
+    """A table of paths and captions with a header line, separated by commas or tabs. Rows are found again by byte offset."""
+
+    def __init__(self, file: Path, cfg: SourceConfig):
+        self._file, self._cfg = file, cfg
+        splits = set()
+        try:
+            with open(file, "rb") as data:
+                self._tab = b"\t" in data.readline()
+                data.seek(0)
+                rows, starts, numbers = self._rows(data), [], []
+                self._header = next(rows, [])
+                require([c for c in (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "") if c], self._header, file)
+                self._kinds: dict[str, type] = dict.fromkeys(cfg.columns, int)
+                start, number = data.tell(), 0
+                for row in rows:
+                    if row and len(row) != len(self._header):
+                        raise InputError(f"{file}: the row at byte {start} has {len(row)} cells, the header {len(self._header)}")
+                    number += bool(row)
+                    cells = dict(zip(self._header, row, strict=False))
+                    splits.add(cells.get("split", ""))
+                    if row and (not cfg.split or cells["split"] == cfg.split):
+                        starts.append(start)
+                        numbers.append(number)
+                        self._kinds = {c: _narrowest(cells[c], kind) for c, kind in self._kinds.items()}
+                    start = data.tell()
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{file} is not readable as a table: {error}") from error
+        if cfg.split and not starts:
+            there = sorted(splits - {""})
+            raise InputError(f"{file} has no split {cfg.split!r}{nearest(cfg.split, there)} (it has {', '.join(there) or 'none'})")
+        self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
+
+    def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
+        # readline rather than iteration, so that `tell` stays exact; a quoted cell may span lines.
+        return csv.reader((line.decode("utf-8-sig") for line in iter(data.readline, b"")), delimiter="\t" if self._tab else ",")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        with open(self._file, "rb") as data:
+            cells = self._cells(data, index)
+        cfg, key = self._cfg, f"{self._file} row {self._numbers[index]}"
+        record = Record(key=key) | {c: value(kind(cells[c]), key, c) for c, kind in self._kinds.items()}
+        if cfg.text:
+            record["text"] = cells[cfg.text]
+        if cfg.image:
+            file = self._file.parent / cells[cfg.image]
+            record |= {"key": str(file), "image": read(file)}
+        return record
+
+    def pictures(self) -> list[str]:
+        """Which picture each row is about: its path. Rows of one picture have the same."""
+        with open(self._file, "rb") as data:
+            return [os.path.normpath(self._cells(data, index)[self._cfg.image]) for index in range(len(self))]
+
+    def _cells(self, data: BinaryIO, index: int) -> dict[str, str]:
+        data.seek(int(self._starts[index]))
+        return dict(zip(self._header, next(self._rows(data)), strict=True))
+
+
+def _narrowest(cell: str, kind: type) -> type:
+    """`kind`, or the next of int, float, str that can hold `cell` too: a column is numbers when every cell is one."""
+    for wider in (int, float):
+        if kind in (int, wider):
+            try:
+                wider(cell)
+                return wider
+            except ValueError:
+                continue
+    return str

@@ -1,0 +1,110 @@
+"""Tar shards in webdataset's form."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.lines import read_lines
+from common.data.sources.record import PICTURES, Record, SourceConfig, caption_lines, captions, require, starts, value
+from common.data.tar_index import STEM, index_shard, read_span
+from common.errors import InputError
+
+
+class TarSource:
+    """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt, 000012.json).
+
+    A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class names and
+    zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or the one above, which holds the splits.
+    """
+
+    def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
+        if cfg.split:
+            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; name the shards you mean by path, without a split")
+        self._shards, self._cfg = [Shard(shard, index_shard(shard)) for shard in shards], cfg
+        counts = []
+        for shard in self._shards:
+            table = shard.table()
+            if not len(table):
+                raise InputError(f"{shard.file} is empty: it has no member with a name like 000012.jpg")
+            counts.append(len(table))
+            if cfg.image:
+                _complete(shard, table, "picture", PICTURES)
+            if cfg.text:
+                _complete(shard, table, "caption", ("txt", "json"))
+        self._starts, self._length = starts(counts), sum(counts)
+        names = _companion(shards[0], "classnames.txt")
+        self.class_names = {"label": read_lines(names)} if names else {}
+        self.templates = _companion(shards[0], "zeroshot_classification_templates.txt")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = self._shards[number]
+        row = shard.table()[index - self._starts[number]]
+        members = {e: row[e] for e in row.dtype.names[1:] if row[e]["size"] >= 0}
+        cfg, key = self._cfg, f"{shard.file}:{row[STEM].decode(errors='backslashreplace')}"
+        record, fields = Record(key=key), dict[str, Any]()
+        if cfg.image:
+            record["image"] = read_span(shard.file, next(members[e] for e in PICTURES if e in members))
+        try:
+            if "txt" in members and cfg.text == SourceConfig.text:
+                fields[cfg.text] = caption_lines(read_span(shard.file, members["txt"]))
+            if "cls" in members:
+                fields["label"] = record["label"] = _label(read_span(shard.file, members["cls"]).decode().strip())
+            if "json" in members and not {cfg.text, *cfg.columns} - {""} <= fields.keys():
+                fields = _object(read_span(shard.file, members["json"]), key) | fields
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{key}: its .json, .txt or .cls is not readable: {error}") from error
+        require([cfg.text, *cfg.columns], list(fields), key)
+        record |= {c: value(fields[c], key, c) for c in cfg.columns}
+        return record | ({"text": captions(fields[cfg.text], key)} if cfg.text else {})
+
+
+def _companion(shard: Path, name: str) -> Path | None:
+    return next((folder / name for folder in (shard.parent, shard.parent.parent) if (folder / name).is_file()), None)
+
+
+def _label(text: str) -> Any:
+    """A whole number as int32, or as it is where int32 cannot hold it; anything else is a name."""
+    try:
+        number = int(text)
+    except ValueError:
+        return text
+    return np.int32(number) if abs(number) < 2**31 else number
+
+
+def _object(data: bytes, key: str) -> dict[str, Any]:
+    fields = json.loads(data)
+    if not isinstance(fields, dict):
+        raise InputError(f"{key}: its .json holds a {type(fields).__name__}, not an object with named fields")
+    return fields
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar and its index file."""
+
+    file: Path
+    index: Path
+
+    def table(self) -> np.ndarray:
+        return np.load(self.index, mmap_mode="r")
+
+
+def _complete(shard: Shard, table: np.ndarray, what: str, extensions: Sequence[str]) -> None:
+    """Every sample has a member with one of `extensions`."""
+    fields = table.dtype.names or ()
+    there = np.zeros(len(table), bool)
+    for extension in set(extensions) & set(fields):
+        there |= table[extension]["size"] >= 0
+    if not there.any():
+        raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {', '.join(fields[1:])}")
+    if not there.all():
+        first = table[STEM][there.argmin()].decode(errors="backslashreplace")
+        raise InputError(f"{shard.file}: {(~there).sum()} samples have no {what}, the first is {first}")

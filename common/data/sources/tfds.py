@@ -1,0 +1,70 @@
+"""TensorFlow Datasets."""
+
+from typing import Any
+
+import numpy as np
+
+from common.data.sources.record import Record, SourceConfig, captions, require, value
+from common.errors import InputError, nearest
+
+
+class TfdsSource:
+    """A data set that TensorFlow Datasets prepared in a random-access format. TensorFlow itself is not needed to read it.
+
+    When `text` names a class feature the caption is the name of the class; a class feature `label` always comes along as a number.
+    """
+
+    def __init__(self, name: str, cfg: SourceConfig):
+        try:
+            import tensorflow_datasets as tfds  # an optional and heavy package, asked for by few
+        except ImportError as error:
+            raise InputError("reading tfds: data needs tensorflow-datasets; pip install tensorflow-datasets array-record") from error
+        self._name, self._cfg = name, cfg
+        name, _, folder = name.partition("@")
+        prepare = f"prepare it with: tfds build {name.partition(':')[0]} --file_format=array_record"
+        try:
+            builder = tfds.builder(name, data_dir=folder or None)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"tfds:{name}: {str(error).splitlines()[0]} Name its folder with @DIR, or {prepare}") from error
+        splits = list(builder.info.splits)
+        if not splits:
+            raise InputError(f"tfds:{name} is not prepared{f' in {folder}' if folder else ''}; {prepare}")
+        if cfg.split.partition("[")[0] not in splits:
+            raise InputError(f"tfds:{name} has no split {cfg.split!r}{nearest(cfg.split, splits)} (it has {', '.join(splits)})")
+        features = builder.info.features
+        require([cfg.image, cfg.text, *cfg.columns], list(features), f"tfds:{name}")
+        self.class_names = {n: tuple(f.names) for n, f in features.items() if isinstance(f, tfds.features.ClassLabel) and f.names}
+        self.classes = self.class_names.get("label", ())
+        try:
+            decoders = {cfg.image: tfds.decode.SkipDecoding()} if cfg.image else None
+            self._records = builder.as_data_source(split=cfg.split, decoders=decoders)
+        except NotImplementedError as error:
+            raise InputError(f"tfds:{name} is stored as {builder.info.file_format.value}, without random access; {prepare}") from error
+
+    def __reduce__(self) -> Any:
+        return TfdsSource, (self._name, self._cfg)  # reopened there: its readers hold file handles
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        values, cfg, key = self._records[index], self._cfg, f"tfds:{self._name} {self._cfg.split} {index}"
+        record = Record(key=key) | {c: value(values[c], key, c) for c in cfg.columns}
+        if "label" in self.class_names:
+            record["label"] = np.int32(values["label"])
+        if cfg.image:
+            record["image"] = values[cfg.image]
+        if cfg.text in self.class_names:
+            record["text"] = self.class_names[cfg.text][int(values[cfg.text])]
+        elif cfg.text:
+            record["text"] = captions(_decoded(values[cfg.text]), key)
+        return record
+
+
+def _decoded(text: Any) -> Any:
+    """TFDS hands out bytes, and arrays of them; anything else is left as it is."""
+    if isinstance(text, bytes):
+        return text.decode()
+    if isinstance(text, np.ndarray | list):
+        return [_decoded(part) for part in (text.tolist() if isinstance(text, np.ndarray) else text)]
+    return text

@@ -1,0 +1,93 @@
+"""Folders of pictures as they come: other files, symlinks, hidden folders, captions by line."""
+
+import os
+import pickle
+
+import pytest
+
+from common.data.sources import SourceConfig, open_source
+from common.errors import InputError
+
+
+def write(folder, picture, *names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(i, form="PPM" if name.endswith("m") else "PNG"))
+
+
+def test_netpbm_pictures_are_read(tmp_path, picture, grey):
+    write(tmp_path, picture, "00000/a.ppm", "00000/b.pgm", "00001/c.PNM")
+    source = open_source(SourceConfig(str(tmp_path)))
+    assert [(grey(r["image"]), int(r["label"])) for r in source] == [(0, 0), (1, 0), (2, 1)]
+
+
+def test_what_is_left_out_is_counted_and_said_once(tmp_path, picture, remarks):
+    write(tmp_path, picture, "a/1.png", "a/2.avif", "b/3.png", "b/deep/4.avif", "b/.DS_Store", "b/.cache/5.png", "README.md", ".git/6.png")
+    for _ in range(2):
+        assert len(open_source(SourceConfig(str(tmp_path)))) == 2
+    (said,) = remarks()
+    assert said.startswith(f"{tmp_path}: left out 3 hidden, 2 .avif, 1 .md; pictures end in jpg, ")
+    (tmp_path / "empty").mkdir()
+    open_source(SourceConfig(str(tmp_path)))
+    assert "1 of its 3 classes have no picture (empty)" in remarks()[-1]
+
+
+def test_captions_are_not_left_out(tmp_path, picture, remarks):
+    write(tmp_path, picture, "1.png", "2.png")
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text("a caption")
+    open_source(SourceConfig(str(tmp_path)))
+    assert remarks() == []
+    (tmp_path / "3.txt").write_text("of no picture")
+    open_source(SourceConfig(str(tmp_path)))
+    assert "left out 1 .txt" in remarks()[-1]
+
+
+def test_a_folder_without_pictures_says_what_is_there(tmp_path, picture):
+    write(tmp_path, picture, "a/1.avif", "b/2.avif", "b/3.heic")
+    with pytest.raises(InputError, match=r"has no picture, only 2 \.avif, 1 \.heic: put pictures \(jpg, .*\) there, or into a sub"):
+        open_source(SourceConfig(str(tmp_path)))
+    with pytest.raises(InputError, match="its pictures need a sub-folder for each class"):
+        write(tmp_path / "flat", picture, "1.png")
+        open_source(SourceConfig(str(tmp_path / "flat"), columns=("label",)))
+
+
+def test_symlinks_are_followed_but_not_in_circles(tmp_path, picture, grey):
+    write(tmp_path / "d", picture, "a/1.png", "b/2.png")
+    write(tmp_path / "more", picture, "x/3.png", "x/y/4.png", "c/5.png")
+    (tmp_path / "d" / "b" / "link").symlink_to(tmp_path / "more" / "x")
+    (tmp_path / "d" / "c").symlink_to(tmp_path / "more" / "c")
+    (tmp_path / "d" / "b" / "up").symlink_to(tmp_path / "d")
+    (tmp_path / "more" / "x" / "y" / "again").symlink_to(tmp_path / "more" / "x")
+    (tmp_path / "d" / "a" / "self").symlink_to("self")
+    source = pickle.loads(pickle.dumps(open_source(SourceConfig(str(tmp_path / "d")))))
+    assert source.classes == ("a", "b", "c")
+    assert [(source.classes[r["label"]], grey(r["image"])) for r in source] == [("a", 0), ("b", 1), ("b", 0), ("b", 1), ("c", 2)]
+
+
+def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_not_read(tmp_path, picture, remarks):
+    write(tmp_path, picture, "1.png")
+    os.mkfifo(tmp_path / "3.png")
+    assert len(open_source(SourceConfig(str(tmp_path)))) == 1
+    assert "left out 1 .png" in remarks()[-1]
+    (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=r"2\.png is not readable: No such file"):
+        open_source(SourceConfig(str(tmp_path)))[1]
+
+
+def test_a_caption_a_line(tmp_path, picture):
+    write(tmp_path, picture, "1.png", "2.png", "3.png")
+    for name, text in (("1.txt", "one\n\n  two \r\nthree\n"), ("2.txt", "\n only \n"), ("3.txt", "\n")):
+        (tmp_path / name).write_text(text)
+    assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [["one", "two", "three"], "only", ""]
+
+
+def test_a_split_is_a_sub_folder_of_any_form(tmp_path, write_tar):
+    for split, count in (("train", 5), ("test", 2)):
+        (tmp_path / split).mkdir()
+        write_tar(tmp_path / split / "0.tar", 0, count)
+    assert len(open_source(SourceConfig(str(tmp_path), split="test"))) == 2
+    with pytest.raises(InputError, match="has the splits test, train: say which one with split"):
+        open_source(SourceConfig(str(tmp_path)))
+    with pytest.raises(InputError, match="tar shards have no split 'test'"):
+        open_source(SourceConfig(str(tmp_path / "train"), split="test"))
