@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common.cli import main
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.data.text import Tokenizer
 from common.nn.functional import functional
 from tinyclip_jax.model import Clip

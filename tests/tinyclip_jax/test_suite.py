@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.checkpoint.convert import open_donor
 from common.cli import main
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.data.text import Tokenizer
 from common.errors import InputError
 from common.evaluate.imagenet import CLASSES, TEMPLATES

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.images import Box, Preprocess, decode, denormalise, eval_image, normalise, random_box, train_image
+from common.data.pictures import Box, decode
+from common.data.preprocess import Preprocess, denormalise, eval_image, normalise, random_box, train_image
 from common.errors import InputError
 
 
