@@ -32,7 +32,8 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
     name = "this picture"
     try:
         if isinstance(image, str | Path):
-            name, image = str(image), Path(image).read_bytes()
+            name = str(image)
+            image = Path(image).read_bytes()
         if isinstance(image, Image.Image):
             name = str(getattr(image, "filename", "")) or name
             picture = image

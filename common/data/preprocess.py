@@ -16,8 +16,8 @@ RATIO = (3 / 4, 4 / 3)  # torchvision's default, which every CLIP recipe keeps
 TRIES = 10
 AFFORDABLE = 2**24  # pixels of a resized picture; a larger one is a thin picture, of which only the crop is computed
 FILE = "preprocess.json"
-FILTERS = {f.name.lower(): f for f in Image.Resampling}
 _REACH = {"nearest": 0.5, "box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # of a filter, in source pixels
+FILTERS = {name: Image.Resampling[name.upper()] for name in _REACH}
 
 Mode = Literal["shortest", "squash", "longest"]
 Corner = Literal["round", "down"]
@@ -177,7 +177,7 @@ def _corner(margin: int, rule: Corner) -> int:
 
 
 def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
-    """`box.cut(image.resize(target))` without the memory of the whole: a resized line of pixels may have thousands of millions."""
+    """`box.cut(image.resize(target))` without the memory of the whole, up to the rounding of PIL's two passes."""
     low, high, first, last = [], [], [], []
     for length, total, start, count in zip(image.size, target, (box.left, box.top), (box.width, box.height), strict=True):
         step = length / total

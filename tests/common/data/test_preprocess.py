@@ -1,18 +1,13 @@
-import io
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.pictures import Box, decode
-from common.data.preprocess import Preprocess, denormalise, eval_image, normalise, random_box, train_image
+from common.data import preprocess
+from common.data.pictures import Box
+from common.data.preprocess import FILTERS, Preprocess, centre, denormalise, eval_image, normalise, random_box, train_image
 from common.errors import InputError
-
-
-def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, form, **options)
-    return out.getvalue()
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -32,44 +27,6 @@ class Scripted:
         value = next(self._integers)
         assert value < high
         return value
-
-
-@pytest.mark.parametrize(
-    ("picture", "rgb"),
-    [
-        (Image.new("RGB", (3, 2), (10, 20, 30)), (10, 20, 30)),
-        (Image.new("L", (3, 2), 77), (77, 77, 77)),
-        (Image.new("1", (3, 2), 1), (255, 255, 255)),
-        (Image.new("RGBA", (3, 2), (255, 0, 0, 128)), (255, 127, 127)),  # 255 * (1 - 128/255)
-        (Image.new("RGBA", (3, 2), (9, 9, 9, 0)), (255, 255, 255)),
-        (Image.new("LA", (3, 2), (0, 51)), (204, 204, 204)),
-        (Image.new("I;16", (3, 2), 257 * 7), (7, 7, 7)),
-        (Image.new("I;16", (3, 2), 65535), (255, 255, 255)),
-    ],
-    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
-)
-def test_every_mode_becomes_rgb(picture, rgb):
-    result = decode(encoded(picture))
-    assert (result.mode, result.size, result.getpixel((2, 1))) == ("RGB", (3, 2), rgb)
-
-
-def test_palettes_and_cmyk():
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([200, 100, 50, 0, 0, 0])
-    palette.putpixel((1, 0), 1)
-    assert np.asarray(decode(encoded(palette, transparency=1))).tolist() == [[[200, 100, 50], [255, 255, 255]]]
-    assert decode(encoded(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF")).getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_what_does_not_decode_is_said():
-    jpeg = encoded(noise(64, 64), "JPEG")
-    for broken in (b"", b"<html>404</html>", jpeg[: len(jpeg) // 2], encoded(noise(64, 64))[:3000]):
-        with pytest.raises(InputError, match="does not decode"):
-            decode(broken)
-    with pytest.raises(InputError, match="unknown"):
-        decode(encoded(Image.new("F", (2, 2), 0.5), "TIFF"))
-    with pytest.raises(InputError, match=r"uint8 \[h, w, 3\], not float32 \[2, 2, 3\]"):
-        decode(np.zeros((2, 2, 3), np.float32))
 
 
 def test_normalisation_is_clips():
@@ -137,7 +94,7 @@ def test_training_image_is_the_resized_crop():
 
 
 def test_preprocess_is_saved_and_read_back(tmp_path):
-    pre = Preprocess(size=64, interpolation="bilinear", scale=(0.5, 1.0))
+    pre = Preprocess(size=64, interpolation="bilinear", scale=(0.5, 1.0), resize=70, mode="squash", corner="down", background="white")
     pre.save(tmp_path)
     assert Preprocess.load(tmp_path) == Preprocess.load(tmp_path / "preprocess.json") == pre
     (tmp_path / "preprocess.json").write_text('{"sise": 64}')
@@ -147,3 +104,90 @@ def test_preprocess_is_saved_and_read_back(tmp_path):
         Preprocess(interpolation="bicubik")
     with pytest.raises(InputError, match="nowhere"):
         Preprocess.load(tmp_path / "nowhere")
+
+
+def test_an_old_file_means_what_it_meant(tmp_path):
+    old = '{"size": 60, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "scale": [0.9, 1.0]}'
+    (tmp_path / "preprocess.json").write_text(old)
+    pre = Preprocess.load(tmp_path)
+    assert pre == Preprocess(60, (0.5,) * 3, (0.25,) * 3)
+    assert (pre.resize, pre.mode, pre.corner, pre.background) == (None, "shortest", "round", "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"mean": "imagenet"}', "mean is 'imagenet': give 3 finite numbers"),
+        ('{"mean": [0.5, 0.5]}', "give 3 finite numbers"),
+        ('{"mean": [0.5, 0.5, NaN]}', "give 3 finite numbers"),
+        ('{"std": [0.5, 0.5, 0]}', "std is .* above 0"),
+        ('{"size": [224, 224]}', r"size is \(224, 224\): give pixels"),
+        ('{"size": -1}', "size is -1: give pixels"),
+        ('{"size": 224.5}', "give pixels, a whole number"),
+        ('{"size": 64, "resize": 60}', "resize is 60 and size 64"),
+        ('{"mode": "border"}', "no mode 'border'.*shortest, squash, longest"),
+        ('{"background": "black"}', "no background 'black'.*none, white"),
+        ('{"interpolation": 3}', "no interpolation 3"),
+        ('{"scale": [0, 1]}', "scale is"),
+        ('{"fill": 300, "mode": "longest"}', "fill is 300"),
+        ("[1]", "holds a JSON list"),
+        ('{"size": 22', "cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(text, complaint, tmp_path):
+    (tmp_path / "preprocess.json").write_text(text)
+    with pytest.raises(InputError, match=rf"^[^\n]*preprocess\.json[^\n]*{complaint}[^\n]*$"):
+        Preprocess.load(tmp_path)
+
+
+def test_the_margin_follows_the_size():
+    pre = Preprocess(224, resize=256)
+    assert pre.at(384).resize == 438 == Preprocess(384).cropped(0.875).resize  # timm: floor(384 / 0.875)
+    assert (pre.at(384).size, pre.cropped(1.0).resize, Preprocess(224).at(32).resize) == (384, 224, None)
+    with pytest.raises(InputError, match=r"crop is 1\.5"):
+        pre.cropped(1.5)
+
+
+def test_a_picture_may_be_resized_wider_than_its_crop():
+    picture = noise(90, 70)
+    expected = picture.resize((51, 40), Image.Resampling.BICUBIC)  # int(40 * 90 / 70)
+    for corner, left in (("round", 10), ("down", 9)):  # of a margin of 19
+        crop = centre(picture, Preprocess(32, resize=40, corner=corner))
+        np.testing.assert_array_equal(crop, expected.crop((left, 4, left + 32, 36)))
+
+
+def test_a_picture_may_be_squashed():
+    picture = noise(90, 70)
+    np.testing.assert_array_equal(centre(picture, Preprocess(32, mode="squash")), picture.resize((32, 32), Image.Resampling.BICUBIC))
+    wider = picture.resize((40, 40), Image.Resampling.BICUBIC).crop((4, 4, 36, 36))
+    np.testing.assert_array_equal(centre(picture, Preprocess(32, mode="squash", resize=40)), wider)
+
+
+def test_a_picture_may_be_padded():
+    for size, resized, corner in (((90, 70), (32, 25), (0, 3)), ((33, 100), (11, 32), (10, 0))):
+        expected = Image.new("RGB", (32, 32), (9, 9, 9))
+        expected.paste(noise(*size).resize(resized, Image.Resampling.BICUBIC), corner)
+        np.testing.assert_array_equal(centre(noise(*size), Preprocess(32, mode="longest", fill=9)), expected)
+    with pytest.raises(InputError, match="900 x 2 pixels is too thin"):
+        centre(noise(900, 2), Preprocess(32, mode="longest"))
+
+
+@pytest.mark.parametrize("interpolation", list(FILTERS))
+@pytest.mark.parametrize("size", [(3, 900), (900, 3)])
+def test_a_thin_picture_is_cropped_as_if_it_had_been_resized_whole(size, interpolation, monkeypatch):
+    pre = Preprocess(32, interpolation=interpolation, resize=36)
+    whole = np.asarray(centre(noise(*size), pre), int)
+    monkeypatch.setattr(preprocess, "AFFORDABLE", 0)
+    part = np.asarray(centre(noise(*size), pre), int)
+    assert part.shape == (32, 32, 3) and np.abs(part - whole).max() <= 1
+
+
+def test_a_thin_picture_takes_little_memory():
+    picture = noise(10_000, 1)
+    tracemalloc.start()
+    pixels = centre(picture, Preprocess(224))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    middle = np.asarray(picture)[0, 4998:5002].astype(int)
+    shown = np.asarray(pixels)[100, [0, 112, 223]].astype(int)  # 224 of 2,240,000 columns: one pixel of the source and its neighbours
+    assert pixels.size == (224, 224) and middle.min() - 60 <= shown.min() and shown.max() <= 255
