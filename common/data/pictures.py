@@ -18,11 +18,11 @@ BACKGROUNDS: tuple[Background, ...] = get_args(Background)
 
 
 def decode(image: Picture, background: Background = "none") -> Image.Image:
-    """Decode a picture to RGB, as `PIL.Image.convert("RGB")` does: the reference libraries of CLIP and ViT do the same.
+    """Decode a picture to RGB, as `PIL.Image.convert("RGB")` does, and with it OpenAI's CLIP, open_clip and timm.
 
     Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is taken, and the
     EXIF orientation is not applied.
-    background: "white" composites transparent pixels on white instead of dropping alpha.
+    background: "white" composites transparent pixels on white instead of dropping alpha, as transformers does.
     Raises InputError, with the name of the file where there is one, when the picture cannot be read.
     """
     if isinstance(image, np.ndarray):

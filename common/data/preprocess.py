@@ -50,7 +50,7 @@ class Preprocess:
     fill: int = 0
     """grey value of the padding, 0..255, for the mode longest"""
     background: Background = "none"
-    """none drops alpha, as the reference libraries do; white composites transparent pixels on white"""
+    """none drops alpha, as OpenAI's CLIP, open_clip and timm do; white composites transparent pixels on white, as transformers does"""
 
     def __post_init__(self) -> None:
         names = {"mode": get_args(Mode), "corner": get_args(Corner), "background": BACKGROUNDS, "interpolation": tuple(FILTERS)}

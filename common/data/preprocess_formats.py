@@ -18,10 +18,10 @@ _BYTE = 255  # pixels of a PIL picture are 0..255; ours are divided by it
 
 # transformers' image processors: what each takes for a field that its file leaves out. `square`: an integer size squashes.
 _PROCESSORS: dict[str, dict[str, Any]] = {
-    "CLIP": dict(resample=3, size={"shortest_edge": 224}, do_center_crop=True, crop_size=224, square=False),
-    "ViT": dict(resample=2, size={"height": 224, "width": 224}, do_center_crop=False, crop_size=None, square=True),
-    "DeiT": dict(resample=3, size={"height": 256, "width": 256}, do_center_crop=True, crop_size=224, square=True),
-    "Siglip": dict(resample=3, size={"height": 224, "width": 224}, do_center_crop=False, crop_size=None, square=False),
+    "CLIP": dict(resample=3, size={"shortest_edge": 224}, do_center_crop=True, crop_size=224, square=False, do_convert_rgb=True),
+    "ViT": dict(resample=2, size={"height": 224, "width": 224}, do_center_crop=False, crop_size=None, square=True, do_convert_rgb=False),
+    "DeiT": dict(resample=3, size={"height": 256, "width": 256}, do_center_crop=True, crop_size=224, square=True, do_convert_rgb=False),
+    "Siglip": dict(resample=3, size={"height": 224, "width": 224}, do_center_crop=False, crop_size=None, square=False, do_convert_rgb=True),
 }
 _PROCESSING = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize")
 _HANDLED = {*_PROCESSING, "image_mean", "image_std", "do_convert_rgb", "default_to_square"}
@@ -72,10 +72,10 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
 def write(pre: Preprocess, folder: Path, format: str) -> None:
     """Write preprocessing in the words of a format; ours next to weights of formats that have none.
 
-    Each library rounds the crop's corner by its own rule (`Preprocess.corner`), which its file cannot change.
+    How the crop's corner is rounded, and in transformers that pictures are composited on white, no file can change.
     Raises InputError for what the format cannot express.
     """
-    if pre.background != "none" and format in _WRITERS:
+    if pre.background != "none" and format in ("open_clip", "timm"):
         print(f"note: {format} has no word for background {pre.background!r}: composite transparent pictures yourself there")
     _WRITERS.get(format, lambda pre, folder: pre.save(folder))(pre, folder)
 
@@ -186,7 +186,9 @@ def _read_hf(folder: Path, size: int) -> Found | None:
     if cropped != size:
         name = "crop_size" if defaults("do_center_crop") else "size"
         raise fields.fail(name, f"the model sees {size} x {size} pixels")
-    shape = dict(size=size, resize=side, mode=mode, corner="down", interpolation=filters[number])
+    # Its conversion to RGB composites on white; without it a transparent picture has four channels, which no model here takes.
+    background = "white" if fields.flag("do_convert_rgb", defaults.known("do_convert_rgb", False)) else "none"
+    shape = dict(size=size, resize=side, mode=mode, corner="down", interpolation=filters[number], background=background)
     return Found(fields.pre(mean=mean, std=std, **shape), origin, note)
 
 
@@ -215,6 +217,10 @@ class _Defaults:
         if self.kind is None:
             raise InputError(f"{self.fields.file}: {name} depends on image_processor_type, which is missing; add it (CLIPImageProcessor)")
         return _PROCESSORS[self.kind][name]
+
+    def known(self, name: str, otherwise: Any) -> Any:
+        """What this kind of processor takes, or `otherwise` where the kind is unknown."""
+        return otherwise if self.kind is None else _PROCESSORS[self.kind][name]
 
 
 def _hf_size(defaults: _Defaults, fields: _Fields) -> tuple[int, Mode, int]:

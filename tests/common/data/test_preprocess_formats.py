@@ -35,10 +35,11 @@ def read(folder, format="hf", size=32, **files):
         (CLIP | {"image_processor_type": "CLIPImageProcessorFast", "crop_size": [32, 32], "resample": 1}, {"interpolation": "lanczos"}),
         (CLIP | {"size": {"shortest_edge": 40, "longest_edge": None}}, {"resize": 40}),
         (CLIP | {"size": {"height": 40, "width": 40}}, {"resize": 40, "mode": "squash"}),
-        (VIT, {"mode": "squash", "interpolation": "bilinear"}),
-        (VIT | {"size": 32, "resample": 3}, {"mode": "squash"}),
-        (VIT | {"size": 36, "default_to_square": False, "crop_size": 32, "do_center_crop": True}, {"resize": 36, "interpolation": "bilinear"}),
-        (VIT | {"image_processor_type": "DeiTFeatureExtractor", "size": 40, "crop_size": 32}, {"resize": 40, "mode": "squash"}),
+        (CLIP | {"do_convert_rgb": False}, {"background": "none"}),
+        (VIT, {"mode": "squash", "interpolation": "bilinear", "background": "none"}),
+        (VIT | {"size": 32, "resample": 3, "do_convert_rgb": True}, {"mode": "squash"}),
+        (VIT | {"size": 36, "default_to_square": False, "crop_size": 32, "do_center_crop": True, "resample": 3}, {"resize": 36, "background": "none"}),
+        (VIT | {"image_processor_type": "DeiTFeatureExtractor", "size": 40, "crop_size": 32}, {"resize": 40, "mode": "squash", "background": "none"}),
         (VIT | {"image_processor_type": "SiglipImageProcessor"}, {"mode": "squash"}),
         (CLIP | {"image_mean": 0.5, "image_std": [0.25]}, {"mean": HALF, "std": (0.25,) * 3}),
         (CLIP | {"do_normalize": False}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
@@ -49,7 +50,7 @@ def read(folder, format="hf", size=32, **files):
 )
 def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
     found = read(tmp_path, preprocessor_config=theirs)
-    base = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize=32, corner="down")
+    base = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize=32, corner="down", background="white")
     assert (found.pre, found.origin, found.note) == (replace(base, **expected), "preprocessor_config.json", "")
 
 
@@ -225,7 +226,8 @@ def test_preprocessing_travels_there_and_back(format, change, tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     write(pre, tmp_path, format)
     found = read(tmp_path, format)
-    assert found.pre == replace(pre, corner="down" if format == "hf" else "round") and found.origin
+    hf = dict(corner="down", background="white") if format == "hf" else {}  # the library's own rules
+    assert found.pre == replace(pre, **hf) and found.origin
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,8 @@ def test_what_a_format_cannot_express_is_not_written(format, change, complaint, 
 
 
 def test_a_white_background_is_said_where_it_is_lost(tmp_path, capsys):
-    write(replace(OTHER, background="white"), tmp_path, "hf")
-    assert capsys.readouterr().out == "note: hf has no word for background 'white': composite transparent pictures yourself there\n"
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    write(replace(OTHER, background="white"), tmp_path, "open_clip")
+    assert capsys.readouterr().out == "note: open_clip has no word for background 'white': composite transparent pictures yourself there\n"
     write(replace(OTHER, background="white"), tmp_path, "heirloom")
     assert capsys.readouterr().out == "" and Preprocess.load(tmp_path).background == "white"
