@@ -165,7 +165,10 @@ def _read_about(folder: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"added": {}}
     if (file := folder / "added_tokens.json").is_file():
-        found["added"] = {i: tokenizers.AddedToken(content, normalized=True) for content, i in read_json(file).items()}
+        for content, i in read_json(file).items():
+            if not isinstance(i, int):
+                raise InputError(f"{file.name}: {content!r} has id {i!r}; it must be a whole number")
+            found["added"][i] = tokenizers.AddedToken(content, normalized=True)
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         theirs = read_json(folder / name) if (folder / name).is_file() else {}
         for end in ("bos_token", "eos_token"):
@@ -176,9 +179,11 @@ def _read_about(folder: Path) -> dict[str, Any]:
                 found[end] = token
         if decoder := theirs.get("added_tokens_decoder"):
             fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-            found["added"] = {
-                int(i): tokenizers.AddedToken(**{field: token[field] for field in fields if field in token}) for i, token in decoder.items()
-            }
+            try:
+                known = {int(i): {field: token[field] for field in fields if field in token} for i, token in decoder.items()}
+                found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{name}: added_tokens_decoder is {str(decoder)[:80]}; it must hold a token by id") from error
     return found
 
 
