@@ -20,7 +20,7 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def tokenizer_of(donor: Donor) -> Tokenizer | None:
-    """The tokenizer of a CLIP's folder, CLIP's own for its vocabulary, or None when it is another's and not there.
+    """The tokenizer of a CLIP's folder, CLIP's own, which is said, for a vocabulary of its size, or None when it is another's.
 
     Raises InputError for a tokenizer that is damaged or does not fit the model.
     """
@@ -30,7 +30,10 @@ def tokenizer_of(donor: Donor) -> Tokenizer | None:
         return tokenizer
     if any((donor.folder / name).is_file() for name in _FOREIGN):
         return None
-    return Tokenizer.clip() if donor.cfg.text.vocab == CLIP_VOCAB else None
+    if donor.cfg.text.vocab != CLIP_VOCAB:
+        return None
+    print(f"tokenizer: none with {donor.folder}; CLIP's own is assumed, for the size of the vocabulary is its")
+    return Tokenizer.clip()
 
 
 def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
