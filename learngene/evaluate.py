@@ -82,8 +82,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not args.data:
         raise InputError("give --data: labelled pictures, such as a folder with a sub-folder for each class")
-    pre, mesh = preprocess_of(donor), start(MeshConfig())
-    pre = pre.announced() if cfg.crop is None else pre.pre.cropped(cfg.crop)
+    found, mesh = preprocess_of(donor), start(MeshConfig())
+    pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(args.data, args.split, args.image, text="")
     held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes)
     return rows(scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))

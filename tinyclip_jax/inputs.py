@@ -57,5 +57,6 @@ def companions(donor: Donor, destination: Path, format: str) -> None:
         return
     tokenizer.save(destination)
     if format == "hf":
-        names = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
-        write_json(destination / "tokenizer_config.json", names)
+        about = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
+        sot, eot = tokenizer.names  # transformers would add its own names to a vocabulary that has others
+        write_json(destination / "tokenizer_config.json", about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot))

@@ -44,7 +44,8 @@ class Pretrained:
         one = isinstance(images, str | Path | bytes | bytearray | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3)
         if not one and not isinstance(images, Iterable):
             raise InputError(f"pictures are files, bytes, PIL images or uint8 arrays, one or several, not {type(images).__name__}")
-        pixels = [self._pixels(image, None if one else i) for i, image in enumerate([images] if one else images)]
+        several: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
+        pixels = [self._pixels(image, None if one else i) for i, image in enumerate(several)]
         if not pixels:
             raise InputError("there are no pictures to encode: give one or more")
         return self._image(self.params, np.stack(pixels))

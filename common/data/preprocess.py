@@ -186,8 +186,8 @@ def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Pr
         high.append(min(length, math.ceil((start + count) * step + reach)))
         first.append(start * step - low[-1])
         last.append(min((start + count) * step - low[-1], high[-1] - low[-1]))
-    window = image.crop((*low, *high))
-    return window.resize((box.width, box.height), pre.filter, box=(*first, *last))
+    window = image.crop((low[0], low[1], high[0], high[1]))
+    return window.resize((box.width, box.height), pre.filter, box=(first[0], first[1], last[0], last[1]))
 
 
 def _padded(image: Image.Image, pre: Preprocess) -> Image.Image:

@@ -60,6 +60,12 @@ class Tokenizer:
         self._raw = re.compile(f"({'|'.join(raw)})") if raw else None  # tokens that must be found before the text is cleaned
         self._lower = bpe.normalizer is not None and bpe.normalizer.normalize_str("A") == "a"
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """The start and the end token as they are written."""
+        sot, eot = (self._bpe.id_to_token(i) for i in (self.sot, self.eot))
+        return sot, eot
+
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
         return Tokenizer, (self._bpe,)  # by way of __init__: `encode_special_tokens` does not survive pickling
 
@@ -194,12 +200,11 @@ def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizer
             (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
         if (there := bpe.token_to_id(token.content)) != i:
             raise InputError(f"the added token {token.content!r} has id {i} in one file and would get {there}; take all files of one model")
-    ends = [about.get("bos_token"), about.get("eos_token")]
-    if None not in ends:
-        ids = [bpe.token_to_id(token) for token in ends]
-        if None in ids:
-            raise InputError(f"the vocabulary has no {ends[ids.index(None)]!r}, which the tokenizer's config names as its start or end")
-        _enclose(bpe, *ends)
+    if "bos_token" in about and "eos_token" in about:
+        for end in (about["bos_token"], about["eos_token"]):
+            if bpe.token_to_id(end) is None:
+                raise InputError(f"the vocabulary has no {end!r}, which the tokenizer's config names as its start or end")
+        _enclose(bpe, about["bos_token"], about["eos_token"])
     return bpe
 
 

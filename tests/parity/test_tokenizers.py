@@ -1,12 +1,16 @@
 """Ids of captions against transformers' tokenizer, with tokens added behind CLIP's own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from common.data.text import Tokenizer
+from tinyclip_jax.inputs import companions
+from tinyclip_jax.model import ClipConfig
 
 transformers = pytest.importorskip("transformers")
+CFG = ClipConfig()
 CAPTIONS = ["a photo of <cat-toy>", "A <Dog-Toy>, twice: <dog-toy><cat-toy>", "<SPEC>x <spec>", "it's 10 o'clock", "café  au\tlait", ""]
 
 
@@ -36,6 +40,20 @@ def test_transformers_reads_what_is_saved(theirs, tmp_path):
     ours = Tokenizer.load(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
     assert_the_same(ours, transformers.CLIPTokenizerFast(tokenizer_file=str(ours.save(tmp_path / "ours"))), CAPTIONS)
+
+
+def test_other_names_of_start_and_end_are_written_for_transformers(tmp_path):
+    """open_clip's vocabulary calls them <start_of_text> and <end_of_text>."""
+    file = Tokenizer.clip().save(tmp_path)
+    whole = file.read_text().replace("<|startoftext|>", "<start_of_text>").replace("<|endoftext|>", "<end_of_text>")
+    file.write_text(whole)
+    ours = Tokenizer.load(tmp_path)
+    assert ours.names == ("<start_of_text>", "<end_of_text>")
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    donor = SimpleNamespace(folder=tmp_path, format="heirloom", cfg=CFG)
+    (tmp_path / "out").mkdir()
+    companions(donor, tmp_path / "out", "hf")
+    assert_the_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), ["a photo of a cat", ""])
 
 
 @pytest.mark.parametrize("decoder", [False, True])

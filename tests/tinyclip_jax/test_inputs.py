@@ -98,7 +98,8 @@ def test_captions_come_one_or_several(clip):
     for form in (("a cat", "a dog"), iter(["a cat", "a dog"])):
         np.testing.assert_array_equal(clip.encode_text(form), expected)
     np.testing.assert_allclose(clip.encode_text("a dog"), expected[1:], atol=1e-6)
-    for form, complaint in (([], "no captions to encode"), (7, "captions are strings, not int"), (["a", 7], "number 1, counted from 0, is int")):
+    wrong = ([], "no captions to encode"), (7, "captions are strings, not int"), (["a", 7], "number 1, counted from 0, is int")
+    for form, complaint in wrong:
         with pytest.raises(InputError, match=complaint):
             clip.encode_text(form)
 

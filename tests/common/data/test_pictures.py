@@ -112,7 +112,7 @@ def test_a_broken_picture_is_named(tmp_path):
             decode(way)
     with pytest.raises(InputError, match=r"nowhere\.png: no such file"):
         decode(tmp_path / "nowhere.png")
-    with pytest.raises(InputError, match="does not decode: .*directory"):
+    with pytest.raises(InputError, match=r"does not decode: .*directory"):
         decode(tmp_path)
     with pytest.raises(InputError, match=r"^shard\.tar:17: this picture does not decode: .*; replace the file or take it out of the set$"):
         decode_record({"key": "shard.tar:17", "image": b"no picture"})
