@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", Remark)
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         return _main(argv)
 
 

@@ -22,7 +22,7 @@ from common.train.metrics import MetricsFile
 from common.train.optim import OptimConfig
 from learngene import cost, relatives
 from learngene.evaluate import scorer
-from learngene.formats import read_preprocess
+from learngene.inputs import preprocess_of
 from learngene.relatives import Method
 from learngene.train import ADAMW, Config, TeacherConfig, held_out, initial, open_teacher, opened
 from learngene.vit import VitConfig
@@ -244,7 +244,8 @@ def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict
     donor, mesh = open_classifier(source), start(gene.mesh)
     found = open_teacher(replace(gene, teacher=source), mesh)
     assert found is not None
-    score = scorer(donor.family, donor.cfg, held_out(gene), read_preprocess(donor.folder, donor.cfg.size), mesh)
+    pre = preprocess_of(donor).pre
+    score = scorer(donor.family, donor.cfg, held_out(gene, pre), pre, mesh)
     parameters = donor.family.parameters(donor.model.spec)["total"]
     return {"top1": score(found.weights)["top1"], "parameters": parameters, "flops": training_flops(recipe) if recipe else None}
 

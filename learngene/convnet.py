@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.checkpoint.convert import Donor, Family
+from common.checkpoint.convert import Family
 from common.errors import InputError, positive
 from common.nn.conv import Conv
 from common.nn.dense import Dense, Init, normal
@@ -16,7 +16,8 @@ from common.nn.norm import GroupNorm
 from common.surgery.axes import Spec
 from common.surgery.report import count
 from common.typed import from_json
-from learngene.formats import carry_preprocess, finite
+from learngene.formats import finite
+from learngene.inputs import companions
 
 GROUPS, EPS = 8, 1e-5
 
@@ -102,10 +103,6 @@ def macs(cfg: ConvConfig, spec: Spec) -> int:
             side = -(-cfg.size // 2**stage)
             total += leaf.count * side**2
     return total
-
-
-def companions(donor: Donor, destination: Any, format: str) -> None:
-    carry_preprocess(donor, destination, format)
 
 
 FAMILY = Family("convnet", ConvNet, config, (), companions, finite, parameters, macs)

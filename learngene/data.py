@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.data.images import Box, Preprocess, random_box
 from common.data.labelled import open_labelled
-from common.data.pipeline import PipelineConfig, decode_record
+from common.data.pictures import decode_record
+from common.data.pipeline import PipelineConfig
+from common.data.preprocess import Preprocess, centre, random_box
 from common.data.sources import Record, Source, SourceConfig
 from common.errors import InputError
 from common.train.mesh import batch_sharding, replicated
@@ -22,16 +23,6 @@ from learngene.augment import AugmentConfig
 from learngene.randaugment import RandAugment
 
 LOGITS = "teacher_logits"  # the column of a teacher's cached answers
-
-
-def square(picture: Image.Image, pre: Preprocess, share: float = 1.0) -> np.ndarray:
-    """The centre, uint8 [size, size, 3]: shorter side to size / share, then cut. share: 0.875 for ImageNet, 1 for small pictures."""
-    short = round(pre.size / share)
-    scale = short / min(picture.size)
-    if scale != 1:
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), pre.filter)
-    left, top = (picture.width - pre.size) // 2, (picture.height - pre.size) // 2
-    return np.asarray(Box(left, top, pre.size, pre.size).cut(picture))
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class Example:
         return RandAugment.parse(self.cfg.randaugment, fill) if self.cfg.randaugment else None
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
-        picture = decode_record(record)
+        picture = decode_record(record, self.pre.background)
         views = [self.view(picture, rng) for _ in range(self.cfg.views)]
         example = {"image": views[0] if len(views) == 1 else np.stack(views), "label": np.int32(record["label"])}
         return example | ({LOGITS: np.asarray(record[LOGITS], np.float32)} if LOGITS in record else {})
@@ -58,7 +49,7 @@ class Example:
             box = random_box(*picture.size, self.cfg.scale, rng)
             picture = box.cut(picture).resize((size, size), self.pre.filter)
         else:
-            picture = Image.fromarray(square(picture, self.pre))
+            picture = centre(picture, self.pre.cropped(1.0))
         return np.asarray(self.randaugment(picture, rng) if self.randaugment else picture)
 
 
@@ -116,10 +107,10 @@ def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> d
 
 @lru_cache(maxsize=2)
 def evaluation(
-    data: SourceConfig, label: str, pre: Preprocess, share: float, batch: int, classes: int, names: tuple[str | None, ...] | None = None
+    data: SourceConfig, label: str, pre: Preprocess, batch: int, classes: int, names: tuple[str | None, ...] | None = None
 ) -> "Evaluation":
     """Held-out pictures, opened; names: what the model calls its classes. Raises what `open_labelled` raises."""
-    return Evaluation(data.path, open_labelled(data, label, classes, names), pre, share, batch)
+    return Evaluation(data.path, open_labelled(data, label, classes, names), pre, batch)
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,6 @@ class Evaluation:
     name: str
     source: Source
     pre: Preprocess
-    share: float
     batch: int
 
     def __len__(self) -> int:
@@ -155,7 +145,8 @@ class Evaluation:
             }
 
     def _example(self, record: Record) -> dict[str, Any]:
-        return {"image": square(decode_record(record), self.pre, self.share), "label": np.int32(record["label"])}
+        picture = centre(decode_record(record, self.pre.background), self.pre)
+        return {"image": np.asarray(picture), "label": np.int32(record["label"])}
 
 
 def columns(data: SourceConfig, logits: bool) -> SourceConfig:

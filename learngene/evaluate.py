@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 
 from common import config
 from common.checkpoint.convert import Donor, Family
-from common.data.images import Preprocess
 from common.data.labelled import read_labels
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import functional
 from common.train.mesh import MeshConfig, replicated, start
 from common.train.parameters import load_params
 from learngene.data import Evaluation, evaluation
-from learngene.formats import read_preprocess
+from learngene.inputs import preprocess_of
 
 Score = Callable[[Mapping[str, Any]], dict[str, float]]
 """`score(params)`: top1, top5 (shares) and loss (nats)."""
@@ -33,8 +33,8 @@ class EvalConfig:
 
     label: str = "label"
     """Column of the class: numbers from 0, or names, matched to the model's or numbered in alphabetical order."""
-    crop: float = 0.875
-    """Share of the shorter side that the central crop keeps: 224 of 256 for ImageNet, 1 for small pictures."""
+    crop: float | None = None
+    """Share of the side that the centre crop keeps: 0.875 for ImageNet, 1 for small pictures; none: as the checkpoint's preprocessing."""
     batch: int = 256
 
 
@@ -93,8 +93,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not args.data:
         raise InputError("give --data: labelled pictures, such as a folder with a sub-folder for each class")
-    pre, mesh = read_preprocess(donor.folder, donor.cfg.size), start(MeshConfig())
+    found, mesh = preprocess_of(donor), start(MeshConfig())
+    pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(args.data, args.split, args.image, text="")
-    names = read_labels(donor.folder)
-    held_out = evaluation(data, cfg.label, pre, cfg.crop, cfg.batch, donor.cfg.classes, names)
+    held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, read_labels(donor.folder))
     return rows(scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from common.checkpoint.convert import Donor, Format, Found, Read
+from common.checkpoint.convert import Format, Found, Read
 from common.checkpoint.verify import Check
 from common.checkpoint.weights import Tensors, read_json, write_json
-from common.data.images import Preprocess
 from common.errors import InputError
 from common.typed import from_json
 from learngene import layouts
 from learngene.vit import VitConfig
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of published ViTs, by width
-IMAGENET = Preprocess(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", (0.08, 1.0))
 _HF_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _SWS_LAYOUTS = {5: (3, 3, 4, 3, 3)}  # released
 _SWS_HEADS, _SWS_EPS = 12, 1e-5  # of both released auxiliary nets
@@ -259,37 +256,6 @@ FORMATS = (
     Format("tleg", layouts.tleg, "tleg.pth", _plain(_read_tleg), _write_tleg, wrapper="model"),
     Format("google", layouts.google, "vit.npz", _plain(_read_google), _write_google, clean=_clean_google),
 )
-
-
-def read_preprocess(folder: Path, size: int) -> Preprocess:
-    """Preprocessing that travels with a checkpoint: ours, transformers' or timm's; ImageNet's statistics where there is none."""
-    if (folder / "preprocess.json").is_file():
-        return Preprocess.load(folder)
-    found: dict[str, Any] = {}
-    if (folder / "preprocessor_config.json").is_file():
-        theirs = read_json(folder / "preprocessor_config.json")
-        filters = {int(f): f.name.lower() for f in Image.Resampling}
-        found = dict(mean=theirs.get("image_mean"), std=theirs.get("image_std"), interpolation=filters.get(theirs.get("resample", 3)))
-    elif (folder / "config.json").is_file():
-        found = read_json(folder / "config.json").get("pretrained_cfg") or {}
-    default = replace(IMAGENET, size=size)
-    mean, std = (tuple(found.get(name) or getattr(default, name)) for name in ("mean", "std"))
-    return replace(default, mean=mean, std=std, interpolation=found.get("interpolation") or default.interpolation)
-
-
-def carry_preprocess(donor: Donor, destination: Path, format: str) -> None:
-    """Write a checkpoint's preprocessing in the words of another format."""
-    pre = read_preprocess(donor.folder, donor.cfg.size)
-    if format == "heirloom":
-        pre.save(destination)
-    elif format == "hf":
-        about = dict(do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255, resample=int(pre.filter))
-        names = dict(image_processor_type="ViTImageProcessor", size={"height": pre.size, "width": pre.size})
-        write_json(destination / "preprocessor_config.json", about | names | dict(image_mean=list(pre.mean), image_std=list(pre.std)))
-    elif format == "timm":
-        theirs = read_json(destination / "config.json")
-        theirs["pretrained_cfg"] |= dict(mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation)
-        write_json(destination / "config.json", theirs)
 
 
 def finite(cfg: Any, params: Mapping[str, Any], file: Path, format: str) -> Check:

@@ -17,9 +17,9 @@ from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
 from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
-from common.data.images import Preprocess
 from common.data.labelled import open_labelled
 from common.data.pipeline import PipelineConfig, training_batches
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import Functional, functional
@@ -40,7 +40,7 @@ from learngene.convnet import ConvConfig
 from learngene.data import LOGITS, Evaluation, Example, Resident, columns, decoded, evaluation
 from learngene.evaluate import normalised, rows, scorer
 from learngene.expand import Head, layer_map
-from learngene.formats import IMAGENET, read_preprocess
+from learngene.inputs import CROP, IMAGENET, preprocess_of
 from learngene.losses import DistillConfig, cross_entropy, distillation
 from learngene.relatives import Method
 from learngene.vit import VitConfig, counts
@@ -78,12 +78,12 @@ class Config:
     """Read pictures as they are needed, or decode them once and keep them on the devices, as fits small data."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     preprocess: Preprocess = IMAGENET
-    """Mean, deviation and interpolation; its size is the student's."""
+    """Mean, standard deviation, interpolation; its size is the student's, and its margin, where it has none, that of `crop`."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=512))
     held_out: SourceConfig = field(default_factory=SourceConfig)
     """Labelled pictures for accuracy while training; an empty path: no evaluation."""
-    crop: float = 0.875
-    """Share of the shorter side that a held-out picture's central crop keeps; 1 for small pictures."""
+    crop: float = CROP
+    """Share of the side that a held-out picture's centre crop keeps, where preprocess.resize is not set; 1 for small pictures."""
     optim: OptimConfig = ADAMW
     step: StepConfig = field(default_factory=StepConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -103,7 +103,8 @@ class Config:
 
     @property
     def pre(self) -> Preprocess:
-        return replace(self.preprocess, size=self.student.size)
+        pre = self.preprocess.at(self.student.size)
+        return pre.cropped(self.crop) if pre.resize is None else pre
 
     @property
     def pictures(self) -> int:
@@ -243,7 +244,7 @@ def open_teacher(cfg: Config, mesh: Mesh) -> Teacher | None:
     if (sees.size, sees.classes) != (student.size, student.classes):
         theirs = f"{sees.size} px and {sees.classes} classes"
         raise InputError(f"the teacher has {theirs}, the student {student.size} px and {student.classes}: they must be the same")
-    return classifier(cfg, donor, donor.family, read_preprocess(donor.folder, sees.size), load_params(donor, mesh))
+    return classifier(cfg, donor, donor.family, preprocess_of(donor).pre, load_params(donor, mesh))
 
 
 def classifier(cfg: Config, source: Donor | Outline, family: Family, pre: Preprocess, weights: Any) -> Teacher:
@@ -358,12 +359,13 @@ def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     if donor.cfg.gene == "sws" and args.depth < donor.cfg.layers and not layers:
         kept = layer_map(args.depth, donor.cfg.layers)
         print(f"note: nothing is published for {args.depth} layers of {donor.cfg.layers} stages; taking stages {', '.join(map(str, kept))}")
-    cfg = Config(student, layers=layers, preprocess=read_preprocess(donor.folder, student.size), seed=args.seed)
+    cfg = Config(student, layers=layers, preprocess=preprocess_of(donor).announced(), seed=args.seed)
     return write_descendant(cfg, donor, args.destination, force=args.force)
 
 
-def held_out(cfg: Config) -> Evaluation:
-    return evaluation(cfg.held_out, cfg.label, cfg.pre, cfg.crop, min(cfg.pipeline.batch, 256), cfg.student.classes)
+def held_out(cfg: Config, pre: Preprocess | None = None) -> Evaluation:
+    """The held-out pictures as the student sees them, or a model of another preprocessing."""
+    return evaluation(cfg.held_out, cfg.label, pre or cfg.pre, min(cfg.pipeline.batch, 256), cfg.student.classes)
 
 
 def evaluate(cfg: Config) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.data.images import Box, decode
+from common.data.pictures import Box, decode_record
 from common.data.sources import Record, SourceConfig
 
 
@@ -29,7 +29,7 @@ class Pixels:
     """Probability of the mirror image: 0.5 where left and right mean nothing, 0 for digits."""
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
-        pixels = adm_crop(decode(record["image"]), self.size)
+        pixels = adm_crop(decode_record(record), self.size)
         if rng.random() < self.flips:
             pixels = pixels[:, ::-1]
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": np.int32(record["label"])}

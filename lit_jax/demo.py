@@ -14,8 +14,8 @@ from rich.table import Table
 
 from common import config
 from common.checkpoint.weights import staged
-from common.data.images import decode
 from common.data.labelled import open_labelled
+from common.data.pictures import decode
 from common.data.sources import SourceConfig
 from common.demo import Race
 from common.evaluate.fid import kid

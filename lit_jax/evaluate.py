@@ -13,7 +13,7 @@ from rich.progress import track
 
 from common import config
 from common.checkpoint.convert import Donor
-from common.data.images import decode
+from common.data.pictures import decode_record
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError
 from common.evaluate.extractor import open_extractor
@@ -87,4 +87,4 @@ def batches(cfg: EvalConfig, draw: Draw, params: dict[str, jax.Array], pictures:
 def _pictures(data: SourceConfig, size: int) -> np.ndarray:
     """All pictures of a source, cropped as in training: uint8 [n, size, size, 3]."""
     source = open_source(data)
-    return np.stack([adm_crop(decode(source[i]["image"]), size) for i in range(len(source))])
+    return np.stack([adm_crop(decode_record(source[i]), size) for i in range(len(source))])

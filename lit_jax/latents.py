@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.progress import track
 
 from common.checkpoint.weights import read_json, staged, write_json
-from common.data.images import decode
+from common.data.pictures import decode_record
 from common.data.sources import Record, Source
 from common.errors import InputError
 from common.evaluate.features import embedder
@@ -53,10 +53,7 @@ def cache_latents(
         return jnp.moveaxis(moments, 0, 1).astype(dtype)
 
     def pixels(record: Record) -> np.ndarray:
-        try:
-            return adm_crop(decode(record["image"]), size)
-        except InputError as error:
-            raise InputError(f"{record['key']}: {error}; replace the file or take it out of the set") from error
+        return adm_crop(decode_record(record), size)
 
     if "image" not in source[0]:
         raise InputError("these records have no pictures to encode: name their column with image")

@@ -22,7 +22,7 @@ import pyarrow
 from pyarrow import parquet
 
 from common import config
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.nn.functional import functional

@@ -3,6 +3,7 @@
 The student then sees every picture as the teacher did: centre crop, first caption, no tags (`augment` is "none").
 """
 
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import Donor, hashes
-from common.data.images import Preprocess
 from common.data.pipeline import evaluation_batches
+from common.data.preprocess import Preprocess
 from common.data.sources import Record, Source, SourceConfig
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -62,7 +63,7 @@ def _about(source: Source, data: SourceConfig, pre: Preprocess, tokenizer: Token
     captions = [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in some]
     same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
     same |= {"records": len(source), "first": some[0]["key"], "last": some[-1]["key"]}
-    seen = {"size": pre.size, "mean": list(pre.mean), "std": list(pre.std), "interpolation": pre.interpolation}
+    seen = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(pre).items() if name != "scale"}
     return same | seen | {"tokens": sha256(tokenizer(captions, CONTEXT).tobytes()).hexdigest()[:16]}
 
 
@@ -72,7 +73,7 @@ class Cached:
     def __init__(self, source: Source, folder: Path, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer):
         if not (folder / ABOUT).is_file():
             raise InputError(f"{folder} is no cache of embeddings: heirloom cache RECIPE {folder} makes one")
-        stored = weights.read_json(folder / ABOUT)
+        stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches know fewer fields
         for name, value in _about(source, data, pre, tokenizer).items():
             if stored.get(name) != value:
                 raise InputError(f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from common import config
 from common.checkpoint.weights import staged
-from common.data.images import decode
+from common.data.pictures import decode
 from common.data.pipeline import evaluation_batches
 from common.data.sources import open_source
 from common.demo import Race
@@ -23,7 +23,7 @@ from common.nn.functional import functional
 from common.train.mesh import start
 from common.train.parameters import load_params
 from tinyclip_jax.evaluate import retrieval_on
-from tinyclip_jax.formats import read_preprocess, read_tokenizer
+from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, parameters
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import open_clip_model
@@ -82,7 +82,7 @@ def race(cfg: Config, folder: Path) -> Race:
 
 def _score(cfg: Config, source: str) -> dict[str, float]:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
-    pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
+    pre, tokenizer = preprocess_of(donor).pre, tokenizer_of(donor)
     assert tokenizer is not None
     return retrieval_on(cfg.held_out, donor.model, pre, tokenizer, donor.cfg, mesh)(load_params(donor, mesh)).summary()
 
@@ -143,7 +143,7 @@ class _Found:
 
 def _search(cfg: Config, source: str) -> _Found:
     donor, mesh = open_clip_model(source), start(cfg.mesh)
-    pre, tokenizer = read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
+    pre, tokenizer = preprocess_of(donor).pre, tokenizer_of(donor)
     assert tokenizer is not None
     data = open_source(cfg.held_out)
     records = [data[i] for i in range(len(data))]
@@ -153,7 +153,7 @@ def _search(cfg: Config, source: str) -> _Found:
     image = np.concatenate([np.asarray(encode(params, batch["image"])) for batch in evaluation_batches(data, 100, pre)])
     text = np.asarray(donor.model.apply(params, tokenizer(captions, donor.cfg.text.context), method="encode_text"))
     hit = np.array([[record["text"] == caption for record in records] for caption in captions])
-    return _Found(captions, np.argsort(-(text @ image.T), axis=1), hit, [decode(record["image"]) for record in records])
+    return _Found(captions, np.argsort(-(text @ image.T), axis=1), hit, [decode(record["image"], pre.background) for record in records])
 
 
 def _strip(found: _Found, query: int) -> np.ndarray:

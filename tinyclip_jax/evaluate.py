@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.checkpoint.convert import Donor
-from common.data.images import Preprocess
 from common.data.labelled import Labelled, open_labelled
 from common.data.lines import read_lines
 from common.data.pipeline import evaluation_batches
+from common.data.preprocess import Preprocess
 from common.data.sources import Source, SourceConfig, open_source, per_picture
 from common.data.text import Tokenizer
 from common.errors import InputError, nearest, remark
@@ -24,7 +24,7 @@ from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templ
 from common.nn.functional import Functional
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from tinyclip_jax.formats import read_preprocess, read_tokenizer
+from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.masks import Masked
 from tinyclip_jax.model import ClipConfig
 
@@ -74,10 +74,10 @@ class Setup:
 
 def setup_of(donor: Donor, mesh: Mesh) -> Setup:
     """Raises InputError when a checkpoint came without the tokenizer of its vocabulary."""
-    tokenizer = read_tokenizer(donor.folder, donor.cfg)
+    tokenizer = tokenizer_of(donor)
     if tokenizer is None:
         raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens; put tokenizer.json beside the weights")
-    return Setup(donor.model, read_preprocess(donor.folder, donor.cfg.image.size), tokenizer, donor.cfg, mesh)
+    return Setup(donor.model, preprocess_of(donor).announced(), tokenizer, donor.cfg, mesh)
 
 
 def retrieval_on(

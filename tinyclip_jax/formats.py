@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from common.checkpoint.convert import Format, Found, Guess, Lookalike, Read
 from common.checkpoint.fields import Fields
-from common.checkpoint.weights import Tensors, read_json, write_json
-from common.data.images import Preprocess
-from common.data.text import Tokenizer
+from common.checkpoint.weights import Tensors, write_json
 from common.errors import InputError
 from common.typed import from_json
 from tinyclip_jax import layouts
@@ -34,7 +31,6 @@ _HF_IMAGE: dict[str, Any] = dict(
 _HF_ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"
 }  # fmt: skip
-CLIP_VOCAB = 49408
 HEAD = 64  # channels of a head in every published model
 _LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
 # open_clip's switches of other blocks and poolings; `block_type` names them all.
@@ -213,7 +209,7 @@ def _open_clip_text(c: TextConfig, text: Fields) -> TextConfig:
     text.boolean("final_ln_after_pool", False)
     _agree(text, "width", text.integer("width", 512), c.width)
     _agree(text, "context_length", text.integer("context_length", 77), c.context)
-    _agree(text, "vocab_size", text.integer("vocab_size", CLIP_VOCAB), c.vocab)
+    _agree(text, "vocab_size", text.integer("vocab_size", 49408), c.vocab)
     eos = text.integer("eos_id", 2, least=0)
     pool = text.choice("pool_type", {"argmax": None, "eos": eos}, "argmax")
     return replace(c, eot=pool)
@@ -359,64 +355,3 @@ LOOKALIKES = (
     Lookalike("*.lora_A*", "an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that"),
     Lookalike("*lora_down*", "an adapter, not a model: merge it into its base, save and convert that"),
 )
-
-
-def read_preprocess(folder: Path, size: int) -> Preprocess:
-    """Preprocessing that travels with a checkpoint: ours, Hugging Face's or open_clip's file; CLIP's own where there is none."""
-    if (folder / "preprocess.json").is_file():
-        return Preprocess.load(folder)
-    if (folder / "preprocessor_config.json").is_file():
-        theirs = read_json(folder / "preprocessor_config.json")
-        if missing := {"image_mean", "image_std"} - theirs.keys():
-            raise InputError(f"{folder / 'preprocessor_config.json'}: {min(missing)!r} is missing; take the original's file")
-        filters = {int(f): f.name.lower() for f in Image.Resampling}
-        filter = filters.get(theirs.get("resample", Image.Resampling.BICUBIC))
-        if filter is None:
-            raise InputError(f"{folder / 'preprocessor_config.json'}: no resampling filter {theirs['resample']} (Pillow has 0 to 5)")
-        return Preprocess(size=size, mean=tuple(theirs["image_mean"]), std=tuple(theirs["image_std"]), interpolation=filter)
-    if (folder / "open_clip_config.json").is_file():
-        theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})
-        default = Preprocess()
-        if (mode := theirs.get("resize_mode", "shortest")) != "shortest":
-            raise InputError(f"{folder / 'open_clip_config.json'}: resize_mode {mode!r} is not supported, only 'shortest' is")
-        mean, std = (tuple(theirs.get(name, getattr(default, name))) for name in ("mean", "std"))
-        return Preprocess(size=size, mean=mean, std=std, interpolation=theirs.get("interpolation", default.interpolation))
-    return Preprocess(size=size)
-
-
-def write_preprocess(pre: Preprocess, folder: Path, format: str) -> None:
-    """Write preprocessing in the words of a format."""
-    if format == "heirloom":
-        pre.save(folder)
-    elif format == "hf":
-        crop = {"height": pre.size, "width": pre.size}
-        sizes: dict[str, Any] = dict(size={"shortest_edge": pre.size}, crop_size=crop, resample=int(pre.filter))
-        flags = dict(do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True)
-        names = dict(image_processor_type="CLIPImageProcessor", feature_extractor_type="CLIPFeatureExtractor")
-        mean_std = dict(image_mean=list(pre.mean), image_std=list(pre.std))
-        write_json(folder / "preprocessor_config.json", sizes | flags | names | mean_std)
-    elif format == "open_clip":
-        file = folder / "open_clip_config.json"
-        theirs = dict(mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, resize_mode="shortest")
-        write_json(file, read_json(file) | dict(preprocess_cfg=theirs))
-
-
-def read_tokenizer(folder: Path, cfg: ClipConfig) -> Tokenizer | None:
-    """The tokenizer that travels with a checkpoint, CLIP's own for its vocabulary, or None when it is another's and not here."""
-    if (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocab_size <= cfg.text.vocab:
-            return tokenizer
-    return Tokenizer.clip() if cfg.text.vocab == CLIP_VOCAB else None
-
-
-def companions(donor: Donor, destination: Path, format: str) -> None:
-    """Carry tokenizer and preprocessing from a checkpoint's folder to another, in the words of `format`."""
-    write_preprocess(read_preprocess(donor.folder, donor.cfg.image.size), destination, format)
-    tokenizer = read_tokenizer(donor.folder, donor.cfg)
-    if tokenizer is None:
-        return
-    tokenizer.save(destination)
-    if format == "hf":
-        names = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
-        write_json(destination / "tokenizer_config.json", names)

@@ -1,6 +1,6 @@
-"""A CLIP to hold in a notebook: weights, tokenizer and preprocessing together."""
+"""A CLIP for a notebook: weights, tokenizer and preprocessing together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from common.checkpoint import weights
-from common.data.images import Preprocess, decode, eval_image
+from common.data.pictures import Picture, decode
+from common.data.preprocess import Preprocess, eval_image
 from common.data.text import Tokenizer
 from common.errors import InputError
 from common.nn.functional import Functional, functional
@@ -19,17 +20,15 @@ from common.surgery.graft import graft
 from common.surgery.plan import Source
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, manual
+from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig
 from tinyclip_jax.zoo import FAMILY, open_clip_model
-
-Picture = str | Path | bytes | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A CLIP with what stands before it. `params` is the flat tree that `model.apply` takes."""
+    """A CLIP with its tokenizer and preprocessing. `params` is the flat tree that `model.apply` takes."""
 
     cfg: ClipConfig
     model: Functional
@@ -37,16 +36,38 @@ class Pretrained:
     pre: Preprocess
     tokenizer: Tokenizer | None
 
-    def encode_image(self, images: Picture | Sequence[Picture]) -> jax.Array:
-        """Unit-norm features [n, joint] f32 of pictures: files, PIL images or uint8 arrays [height, width, 3], one or several."""
-        several: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
-        return self._image(self.params, np.stack([eval_image(_picture(x), self.pre) for x in several]))
+    def encode_image(self, images: Picture | Iterable[Picture]) -> jax.Array:
+        """Unit-norm features [n, joint] f32 of pictures: files, bytes, PIL images or uint8 arrays [height, width, 3], one or several.
 
-    def encode_text(self, texts: str | Sequence[str]) -> jax.Array:
-        """Unit-norm features [n, joint] f32 of captions. Raises InputError when the checkpoint came without a tokenizer."""
+        Raises InputError, with the file or the place in the list, for a picture that cannot be read.
+        """
+        one = isinstance(images, str | Path | bytes | bytearray | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3)
+        if not one and not isinstance(images, Iterable):
+            raise InputError(f"pictures are files, bytes, PIL images or uint8 arrays, one or several, not {type(images).__name__}")
+        several: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
+        pixels = [self._pixels(image, None if one else i) for i, image in enumerate(several)]
+        if not pixels:
+            raise InputError("there are no pictures to encode: give one or more")
+        return self._image(self.params, np.stack(pixels))
+
+    def _pixels(self, image: Any, number: int | None) -> np.ndarray:
+        try:
+            return eval_image(decode(image, self.pre.background), self.pre)
+        except InputError as error:
+            place = "" if number is None else f"picture number {number}, counted from 0: "
+            raise InputError(f"{place}{error}") from error
+
+    def encode_text(self, texts: str | Iterable[str]) -> jax.Array:
+        """Unit-norm features [n, joint] f32 of captions, one or several.
+
+        Raises InputError when the checkpoint came without a tokenizer, and for anything that is not a string.
+        """
         if self.tokenizer is None:
-            raise InputError("this model came without its tokenizer; put its tokenizer.json beside the weights")
-        return self._text(self.params, self.tokenizer(texts, self.cfg.text.context))
+            raise InputError("this model came without its tokenizer; put its tokenizer.json next to the weights")
+        tokens = self.tokenizer(texts, self.cfg.text.context)
+        if not len(tokens):
+            raise InputError("there are no captions to encode: give one or more")
+        return self._text(self.params, tokens)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which every command and `load` take."""
@@ -73,10 +94,8 @@ def load(source: str, **overrides: Any) -> Pretrained:
     overrides: what a bare weights file cannot tell (`activation="quick_gelu"`). Raises InputError when it is no CLIP.
     """
     donor = open_clip_model(str(source), **overrides)
-    params = load_params(donor, start(MeshConfig()))
-    return Pretrained(
-        donor.cfg, donor.model, params, read_preprocess(donor.folder, donor.cfg.image.size), read_tokenizer(donor.folder, donor.cfg)
-    )
+    pre, tokenizer = preprocess_of(donor).announced(), tokenizer_of(donor)
+    return Pretrained(donor.cfg, donor.model, load_params(donor, start(MeshConfig())), pre, tokenizer)
 
 
 def inherit_from(clip: Pretrained, cfg: ClipConfig, depth_rule: DepthRule = "interval", seed: int = 0) -> Pretrained:
@@ -84,11 +103,4 @@ def inherit_from(clip: Pretrained, cfg: ClipConfig, depth_rule: DepthRule = "int
     student = functional(Clip, cfg)
     source = Source(clip.model.spec, clip.params)
     params = graft(manual(clip.cfg, cfg, depth_rule), source, student.spec, None, partial(student.init, jax.random.key(seed)))
-    pre = Preprocess(cfg.image.size, clip.pre.mean, clip.pre.std, clip.pre.interpolation, clip.pre.scale)
-    return Pretrained(cfg, student, params, pre, clip.tokenizer)
-
-
-def _picture(x: Picture) -> Image.Image:
-    if isinstance(x, Image.Image):
-        return x.convert("RGB")
-    return decode(Path(x).read_bytes() if isinstance(x, str | Path) else x)
+    return Pretrained(cfg, student, params, clip.pre.at(cfg.image.size), clip.tokenizer)

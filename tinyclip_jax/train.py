@@ -17,8 +17,8 @@ from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
 from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
-from common.data.images import Preprocess
 from common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, check_first_batch, training_batches
+from common.data.preprocess import Preprocess
 from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -37,8 +37,8 @@ from common.train.step import LossFn, Step, StepConfig, cast, make_step
 from tinyclip_jax import cache
 from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.evaluate import retrieval_on
-from tinyclip_jax.formats import read_preprocess, read_tokenizer
 from tinyclip_jax.inherit import DepthRule, expand, manual, prune
+from tinyclip_jax.inputs import check_tokenizer, preprocess_of, tokenizer_of
 from tinyclip_jax.losses import affinity_mimicking, contrastive
 from tinyclip_jax.masks import (
     MULTIPLIERS,
@@ -485,8 +485,8 @@ def read_inputs(cfg: Config, donor: Donor | None, source: Source | None) -> Inpu
     pre = Preprocess(size=cfg.student.image.size)
     stored = Path(cfg.teacher.removeprefix(cache.PREFIX)) if cfg.teacher.startswith(cache.PREFIX) else None
     if donor or stored:
-        theirs = read_preprocess(donor.folder, donor.cfg.image.size) if donor else Preprocess.load(stored or "")
-        pre = Preprocess(cfg.student.image.size, theirs.mean, theirs.std, theirs.interpolation, theirs.scale)
+        theirs = preprocess_of(donor).announced() if donor else Preprocess.load(stored or "")
+        pre = theirs.at(cfg.student.image.size)
     if cfg.tokenizer == "fit":
         if source is None:
             raise InputError("a tokenizer is fitted in training only; name a tokenizer.json")
@@ -494,12 +494,11 @@ def read_inputs(cfg: Config, donor: Donor | None, source: Source | None) -> Inpu
     elif cfg.tokenizer:
         tokenizer = Tokenizer.load(cfg.tokenizer)
     else:
-        found = read_tokenizer(donor.folder, donor.cfg) if donor else Tokenizer.load(stored) if stored else Tokenizer.clip()
+        found = tokenizer_of(donor) if donor else Tokenizer.load(stored) if stored else Tokenizer.clip()
         if found is None:
             raise InputError(f"{donor and donor.path} comes without a tokenizer; name one with --tokenizer")
         tokenizer = found
-    if tokenizer.vocab_size > cfg.student.text.vocab:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} entries, student.text.vocab is {cfg.student.text.vocab}")
+    check_tokenizer(tokenizer, cfg.student.text, "student.text")
     return Inputs(pre, tokenizer)
 
 

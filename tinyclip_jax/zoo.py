@@ -7,7 +7,8 @@ from common.checkpoint.convert import Donor, Family, open_donor
 from common.checkpoint.hub import locate
 from common.compile import Outline
 from common.nn.functional import functional
-from tinyclip_jax.formats import FORMATS, LOOKALIKES, companions, config
+from tinyclip_jax.formats import FORMATS, LOOKALIKES, config
+from tinyclip_jax.inputs import companions
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
 

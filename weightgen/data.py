@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from common.checkpoint.convert import Donor, open_donor
 from common.checkpoint.hub import locate
-from common.data.images import Preprocess, decode, eval_image
+from common.data.pictures import decode
+from common.data.preprocess import Preprocess, eval_image
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -46,7 +47,7 @@ def encoder(backend: str) -> Encode:
     def encode(pictures: Sequence[Any]) -> np.ndarray:
         out = []
         for i in range(0, len(pictures), BATCH):
-            part = np.stack([eval_image(decode(p), pre) for p in pictures[i : i + BATCH]])
+            part = np.stack([eval_image(decode(p, pre.background), pre) for p in pictures[i : i + BATCH]])
             full = np.zeros((BATCH, *part.shape[1:]), np.float32)  # one shape, one compilation
             full[: len(part)] = part
             out.append(np.asarray(forward(full))[: len(part)])

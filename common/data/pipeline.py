@@ -18,7 +18,8 @@ from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.data.images import Preprocess, decode, denormalise, eval_image, train_image
+from common.data.pictures import decode_record
+from common.data.preprocess import Preprocess, denormalise, eval_image, train_image
 from common.data.sources import Record, Source
 from common.data.text import Tokenizer
 from common.errors import InputError
@@ -74,17 +75,9 @@ class Augment:
                 caption = ", ".join([caption, *(tag for tag in record["tags"] if rng.random() < self.tags)])
             example["text"] = self.tokenizer(caption, self.context)[0]
         if "image" in record:
-            picture = decode_record(record)
+            picture = decode_record(record, self.pre.background)
             example["image"] = train_image(picture, self.pre, rng) if self.augment == "random" else eval_image(picture, self.pre)
         return example
-
-
-def decode_record(record: Record) -> Image.Image:
-    """The picture of a record. Raises InputError naming it when it does not decode."""
-    try:
-        return decode(record["image"])
-    except InputError as error:
-        raise InputError(f"{record['key']}: {error}; replace the file or take it out of the set") from error
 
 
 class HostRows(grain.MapDataset):
@@ -229,7 +222,7 @@ class Prepare:
 
     def __call__(self, index: int, record: Record) -> Record:
         example = {k: v for k, v in record.items() if k not in ("key", "image")} | {"index": index}
-        return example | ({"image": eval_image(decode_record(record), self.pre)} if "image" in record else {})
+        return example | ({"image": eval_image(decode_record(record, self.pre.background), self.pre)} if "image" in record else {})
 
 
 def evaluation_batches(

@@ -3,14 +3,17 @@
 import gzip
 import html
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from common.checkpoint.weights import read_json
 from common.errors import InputError
 
 SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of a longer one
@@ -18,35 +21,50 @@ SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 NAMES = ((SOT, EOT), ("<start_of_text>", "<end_of_text>"))  # OpenAI's and Hugging Face's; open_clip's
 WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # one of these makes a folder one with a tokenizer
 Merges = list[tuple[str, str]]
 
 
-def clean(text: str) -> str:
+def clean(text: str, *, lower: bool = True) -> str:
     """Mojibake mended, HTML entities resolved twice, white space collapsed, lower case (OpenAI CLIP, `simple_tokenizer.py`)."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    return cleaned.lower() if lower else cleaned
 
 
 class Tokenizer:
     """Strings to ids as CLIP does it: SOT, the tokens of the cleaned text, EOT, then zeros.
 
-    EOT is the largest id of all, so a text tower finds the end of a caption with `argmax`.
+    Tokens that were added to a vocabulary, such as those of textual inversion, are found in captions as transformers finds them.
     Deviation: the text "<|endoftext|>" in a caption is spelled out like any other, so no caption can end itself early.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
-        """Raises InputError when start and end tokens are missing or the end token is not the largest id."""
-        vocab = bpe.get_vocab()
-        names = next((pair for pair in NAMES if vocab.keys() >= set(pair)), None)
-        if names is None:
-            raise InputError(f"this tokenizer has no start and end token; a CLIP tokenizer has {SOT} and {EOT}")
-        self.sot, self.eot = (vocab[name] for name in names)
-        self.vocab_size = len(vocab)
-        if self.eot != self.vocab_size - 1:
-            raise InputError(f"this tokenizer's end token is {self.eot}, of {self.vocab_size} ids; a CLIP needs it to be the last")
+        """Start and end token are those that `bpe` puts around a text, or are known by name. Raises InputError when there are none."""
         bpe.no_padding()
         bpe.no_truncation()
-        bpe.encode_special_tokens = True
-        self._bpe = bpe
+        vocab = bpe.get_vocab()
+        around = bpe.encode("").ids
+        names = next((pair for pair in NAMES if vocab.keys() >= set(pair)), None)
+        if len(around) != 2 and names is None:
+            raise InputError(f"this tokenizer has no start and end token; a CLIP tokenizer has {SOT} and {EOT}")
+        self.sot, self.eot = around if len(around) == 2 else (vocab[name] for name in names or ())
+        self.vocab_size = max(vocab.values()) + 1
+        added = bpe.get_added_tokens_decoder()
+        self.largest_word = max((i for i in vocab.values() if i not in added), default=-1)
+        """Largest id of a token that was not added."""
+        self._bpe = self._encoder = bpe
+        if any(token.special != (i in (self.sot, self.eot)) for i, token in added.items()):
+            self._encoder = _specials(bpe, {self.sot, self.eot})
+        self._encoder.encode_special_tokens = True  # special ones are spelled out: only start and end are special to the encoder
+        raw = [re.escape(token.content) for i, token in added.items() if not (token.normalized or i in (self.sot, self.eot))]
+        self._raw = re.compile(f"({'|'.join(raw)})") if raw else None  # tokens that must be found before the text is cleaned
+        self._lower = bpe.normalizer is not None and bpe.normalizer.normalize_str("A") == "a"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The start and the end token as they are written."""
+        sot, eot = (str(self._bpe.id_to_token(i)) for i in (self.sot, self.eot))
+        return sot, eot
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
         return Tokenizer, (self._bpe,)  # by way of __init__: `encode_special_tokens` does not survive pickling
@@ -61,23 +79,22 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """From a tokenizer.json, or a folder with one, or with the vocab.json and merges.txt of a Hugging Face CLIP.
 
-        Raises InputError when neither is there or the file is not a tokenizer.
+        Added tokens and the names of start and end come from tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+        Raises InputError when the files are not there, are damaged or disagree.
         """
         path = Path(path)
-        file = path if path.is_file() else path / "tokenizer.json"
-        vocab, merges = path / "vocab.json", path / "merges.txt"
+        file, folder = (path, path.parent) if path.is_file() else (path / "tokenizer.json", path)
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        if not file.is_file() and not (vocab.is_file() and merges.is_file()):
+            raise InputError(f"{path} is no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt")
         try:
-            if file.is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(file)))
-            if vocab.is_file() and merges.is_file():
-                lines = [line for line in merges.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#version")]
-                pairs = [(left, right) for left, right in map(str.split, lines)]
-                return cls(_around(json.loads(vocab.read_text(encoding="utf-8")), pairs))
+            about = _read_about(folder)
+            bpe = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _from_tables(vocab, merges)
+            return cls(_completed(bpe, about))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-            raise InputError(f"{path} is not readable as a tokenizer: {error}") from error
-        raise InputError(f"{path} is no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt")
+            raise InputError(f"{path} is not readable as a tokenizer: {' '.join(str(error).split())}") from error
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -107,16 +124,27 @@ class Tokenizer:
         self._bpe.save(str(file))
         return file
 
-    def __call__(self, texts: str | Sequence[str], context: int) -> np.ndarray:
+    def __call__(self, texts: str | Iterable[str], context: int) -> np.ndarray:
         """int32 [n, context] (n = 1 for a single string): cut to `context` with the last token EOT, padded with 0."""
         if context < 2:
             raise InputError(f"context {context} has no room for the start and end tokens")
-        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, str | Iterable):
+            raise InputError(f"captions are strings, not {type(texts).__name__}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"captions are strings; number {i}, counted from 0, is {type(text).__name__}")
         out = np.zeros((len(texts), context), np.int32)
-        for row, encoding in zip(out, self._bpe.encode_batch([clean(t) for t in texts], add_special_tokens=False), strict=True):
+        for row, encoding in zip(out, self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False), strict=True):
             ids = [self.sot, *encoding.ids[: context - 2], self.eot]
             row[: len(ids)] = ids
         return out
+
+    def _clean(self, text: str) -> str:
+        if self._raw is None:
+            return clean(text, lower=self._lower)
+        parts = self._raw.split(text)  # text, token, text, ...
+        return "".join(part if i % 2 else _padded(part, clean(part, lower=self._lower)) for i, part in enumerate(parts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row, from behind SOT up to EOT: lower-cased, words and punctuation set apart by blanks."""
@@ -129,6 +157,84 @@ def _bytes() -> list[str]:
     """The 256 byte values as printable characters, in CLIP's order: those that are printable as they are, then the rest."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def _padded(text: str, cleaned: str) -> str:
+    """The cleaned text with a blank where white space separated it from its neighbours."""
+    return " " * text[:1].isspace() + cleaned + " " * (text[-1:].isspace() and bool(cleaned))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What transformers' files say about a tokenizer: `bos_token` and `eos_token`, and `added`, the AddedToken of each id.
+
+    As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json.
+    """
+    found: dict[str, Any] = {"added": {}}
+    if (file := folder / "added_tokens.json").is_file():
+        for content, i in read_json(file).items():
+            if not isinstance(i, int):
+                raise InputError(f"{file.name}: {content!r} has id {i!r}; it must be a whole number")
+            found["added"][i] = tokenizers.AddedToken(content, normalized=True)
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        theirs = read_json(folder / name) if (folder / name).is_file() else {}
+        for end in ("bos_token", "eos_token"):
+            if (token := theirs.get(end)) is not None:
+                token = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(token, str):
+                    raise InputError(f"{name}: {end} is {theirs[end]!r}; it must be a token")
+                found[end] = token
+        if decoder := theirs.get("added_tokens_decoder"):
+            fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+            try:
+                known = {int(i): {field: token[field] for field in fields if field in token} for i, token in decoder.items()}
+                found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{name}: added_tokens_decoder is {str(decoder)[:80]}; it must hold a token by id") from error
+    return found
+
+
+def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer with the added tokens and the start and end that its folder names. Raises InputError where they do not fit."""
+    for i, token in sorted(about["added"].items()):
+        if bpe.token_to_id(token.content) is None:
+            (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
+        if (there := bpe.token_to_id(token.content)) != i:
+            raise InputError(f"the added token {token.content!r} has id {i} in one file and would get {there}; take all files of one model")
+    if "bos_token" in about and "eos_token" in about:
+        for end in (about["bos_token"], about["eos_token"]):
+            if bpe.token_to_id(end) is None:
+                raise InputError(f"the vocabulary has no {end!r}, which the tokenizer's config names as its start or end")
+        _enclose(bpe, about["bos_token"], about["eos_token"])
+    return bpe
+
+
+def _enclose(bpe: tokenizers.Tokenizer, sot: str, eot: str) -> None:
+    """Make `bpe` put start and end around every text."""
+    bpe.add_special_tokens([sot, eot])
+    pairs = [(token, bpe.token_to_id(token)) for token in (sot, eot)]
+    bpe.post_processor = processors.TemplateProcessing(single=f"{sot}:0 $A:0 {eot}:0", special_tokens=pairs)
+
+
+def _specials(bpe: tokenizers.Tokenizer, ids: set[int]) -> tokenizers.Tokenizer:
+    """A copy in which just these added tokens are special."""
+    whole = json.loads(bpe.to_str())
+    for token in whole["added_tokens"]:
+        token["special"] = token["id"] in ids
+    return tokenizers.Tokenizer.from_str(json.dumps(whole))
+
+
+def _from_tables(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    """A CLIP tokenizer from vocab.json and merges.txt."""
+    ids = read_json(vocab)
+    if not all(isinstance(i, int) and i >= 0 for i in ids.values()) or len(set(ids.values())) != len(ids):
+        raise InputError("vocab.json must give each token an id of its own, a whole number from 0")
+    pairs = []
+    for number, line in enumerate(merges.read_text(encoding="utf-8").splitlines(), 1):
+        if line and not line.startswith("#version"):
+            if len(pair := line.split()) != 2:
+                raise InputError(f"merges.txt, line {number}: {line[:40]!r} is not a pair of tokens")
+            pairs.append((pair[0], pair[1]))
+    return _around(ids, pairs)
 
 
 def _clip_style(merges: Merges) -> tokenizers.Tokenizer:
@@ -150,6 +256,5 @@ def _around(vocab: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
     )
     bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(SUFFIX, " ")])
     if EOT in vocab:
-        bpe.add_special_tokens([SOT, EOT])
-        bpe.post_processor = processors.TemplateProcessing(single=f"{SOT} $A {EOT}", special_tokens=[(SOT, vocab[SOT]), (EOT, vocab[EOT])])
+        _enclose(bpe, SOT, EOT)
     return bpe

@@ -12,7 +12,7 @@ from common.checkpoint.unwrap import open_tensors
 from common.checkpoint.weights import open_safetensors, read_json, write_json
 from common.errors import InputError
 from common.nn.functional import functional
-from learngene.formats import read_preprocess
+from learngene.inputs import preprocess_of
 from learngene.layouts import google, sws, tleg
 from learngene.vit import Vit, VitConfig
 from learngene.zoo import FAMILY
@@ -146,6 +146,6 @@ def test_preprocessing_travels(golden, tmp_path):
     shutil.copytree(golden[0] / "hf_vit", tmp_path / "hf")
     write_json(tmp_path / "hf" / "preprocessor_config.json", dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=2))
     convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "ours", "heirloom", verify=False)
-    pre = read_preprocess(tmp_path / "ours", 8)
+    pre = preprocess_of(open_donor(tmp_path / "ours", [FAMILY])).pre
     assert (pre.mean, pre.std, pre.interpolation, pre.size) == ((0.5,) * 3, (0.25,) * 3, "bilinear", 8)
-    assert read_preprocess(golden[0] / "timm_cls", 8).mean == (0.485, 0.456, 0.406)
+    assert (pre.mode, pre.resize) == ("squash", 8)  # transformers' ViT crops nothing

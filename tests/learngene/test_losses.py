@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.errors import InputError
 from learngene.augment import AugmentConfig, augment, cut_box, erased, mixed, shifted
 from learngene.losses import DistillConfig, cross_entropy, distillation

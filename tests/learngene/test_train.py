@@ -201,6 +201,9 @@ def test_eval_of_a_gene_scores_its_auxiliary_net(compared, data, tmp_path, capsy
     assert main(command) == 0
     rows = {row["metric"]: row for row in read_json(tmp_path / "e.json")["rows"]}
     assert rows["top1"]["value"] == 100 * results["genes"]["sws"]["top1"] and rows["top5"]["value"] == 100 and rows["top1"]["n"] == ROWS
+    assert read_json(folder / "gene-sws" / "model" / "preprocess.json")["resize"] == 8  # its recipe's crop is 1
+    assert main([*command[:4], *command[6:]]) == 0  # without --crop: as trained
+    assert read_json(tmp_path / "e.json")["rows"] == list(rows.values())
     assert main(["eval", str(folder / "gene-sws")]) == 2
     assert "give --data" in capsys.readouterr().err
 

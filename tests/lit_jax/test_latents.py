@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.checkpoint.convert import open_donor
-from common.data.images import decode
+from common.data.pictures import decode
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError

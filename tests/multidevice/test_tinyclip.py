@@ -22,7 +22,7 @@ from common.checkpoint.convert import Donor
 from common.checkpoint.state import Checkpoints
 from common.checkpoint.weights import open_safetensors
 from common.data import emoji
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.nn.functional import functional

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.checkpoint.convert import convert, open_donor
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained

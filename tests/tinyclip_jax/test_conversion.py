@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from common.checkpoint import weights
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.weights import create_safetensors, open_safetensors, read_json
-from common.data.images import Preprocess
 from common.errors import InputError, VerificationError
 from common.nn.functional import functional
 from common.surgery.layout import Tensor
 from tinyclip_jax import layouts
-from tinyclip_jax.formats import FORMATS, read_preprocess, write_preprocess
+from tinyclip_jax.formats import FORMATS
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.zoo import FAMILY
 
@@ -278,26 +277,3 @@ def test_every_format_has_a_name_that_family_knows():
     assert [FAMILY.format(f.name).file for f in FORMATS] == ["model.safetensors", "open_clip_model.safetensors", "tinyclip.pt"]
     with pytest.raises(InputError, match="no format 'onnx' for tinyclip models; there are heirloom, hf, open_clip, original"):
         FAMILY.format("onnx")
-
-
-@pytest.mark.parametrize("to", ["hf", "open_clip", "heirloom"])
-def test_preprocessing_travels_there_and_back(to, opened, tmp_path):
-    donor, *_ = opened("open_clip_f16" if to == "heirloom" else "hf_gelu")
-    other = Preprocess(donor.cfg.image.size, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
-    if to == "open_clip":
-        (tmp_path / "open_clip_config.json").write_text("{}")
-    write_preprocess(other, tmp_path, to)
-    assert read_preprocess(tmp_path, donor.cfg.image.size) == other
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ('{"image_mean": [0, 0, 0]}', "'image_std' is missing"),
-        ('{"image_mean": [0], "image_std": [1], "resample": 9}', "no resampling filter 9"),
-    ],
-)
-def test_preprocessing_that_cannot_be_read_says_so(text, complaint, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(text)
-    with pytest.raises(InputError, match=complaint):
-        read_preprocess(tmp_path, 224)

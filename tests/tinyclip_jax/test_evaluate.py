@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 import tinyclip_jax
 from common.cli import main
-from common.data.images import Preprocess
 from common.data.labelled import open_labelled
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
 from common.data.text import Tokenizer
 from common.nn.functional import functional

@@ -7,7 +7,7 @@ import pytest
 
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.weights import create_safetensors, open_safetensors, read_json
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.data.text import Tokenizer
 from common.errors import InputError
 from common.nn.functional import functional

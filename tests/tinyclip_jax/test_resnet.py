@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from common import config
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.weights import open_safetensors
-from common.data.images import Preprocess
 from common.data.pipeline import PipelineConfig
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
 from common.data.text import Tokenizer
 from common.errors import InputError

@@ -13,8 +13,8 @@ import pytest
 from common import config
 from common.checkpoint.state import Checkpoints
 from common.checkpoint.weights import open_safetensors, read_json
-from common.data.images import Preprocess
 from common.data.pipeline import PipelineConfig
+from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError

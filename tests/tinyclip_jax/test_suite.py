@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from common.checkpoint.convert import open_donor
 from common.cli import main
-from common.data.images import Preprocess
+from common.data.preprocess import Preprocess
 from common.data.text import Tokenizer
 from common.errors import InputError
 from common.evaluate.imagenet import CLASSES, TEMPLATES

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from common.data.images import Preprocess, denormalise, eval_image
 from common.data.pipeline import Augment, PipelineConfig, check_first_batch, evaluation_batches, host_rows, training_batches
+from common.data.preprocess import Preprocess, denormalise, eval_image
 from common.data.sources import SourceConfig, open_source
 from common.data.text import Tokenizer
 from common.errors import InputError

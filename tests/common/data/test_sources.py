@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from common.data import sources
-from common.data.images import decode
 from common.data.labelled import open_labelled
+from common.data.pictures import decode
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError
 

@@ -96,8 +96,112 @@ def test_what_is_no_clip_tokenizer_is_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="no start and end token"):
         Tokenizer.load(tmp_path)
-    tokenizers.Tokenizer(tokenizers.models.BPE({SOT: 0, EOT: 1, "a": 2}, [])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match="needs it to be the last"):
-        Tokenizer.load(tmp_path)
     with pytest.raises(InputError, match="no room"):
         Tokenizer.clip()("a", 1)
+    for texts, complaint in ((7, "captions are strings, not int"), (["a", None], "number 1, counted from 0, is NoneType")):
+        with pytest.raises(InputError, match=complaint):
+            Tokenizer.clip()(texts, 8)
+
+
+def test_captions_come_one_or_several(clip):
+    one = clip("a cat", 5).tolist()
+    for texts in (["a cat"], ("a cat",), iter(["a cat"]), np.array(["a cat"])):
+        assert clip(texts, 5).tolist() == one
+    assert clip([], 5).shape == (0, 5)
+
+
+def with_added(clip, folder, *tokens):
+    """CLIP's tokenizer.json with tokens behind its own."""
+    bpe = tokenizers.Tokenizer.from_file(str(clip.save(folder)))
+    for token in tokens:
+        (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
+    bpe.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+def test_tokens_added_behind_the_end(clip, tmp_path):
+    added = tokenizers.AddedToken
+    more = with_added(
+        clip, tmp_path, added("<cat-toy>", normalized=True), added("<Raw>", normalized=False), added("<S>", special=True, normalized=False)
+    )
+    assert (more.vocab_size, more.sot, more.eot, more.largest_word) == (49411, 49406, 49407, 49405)
+    assert more("a <cat-toy>", 6).tolist() == [[49406, 320, 49408, 49407, 0, 0]]
+    assert more("a <CAT-TOY>", 6).tolist() == [[49406, 320, 49408, 49407, 0, 0]]  # normalised like the text
+    assert more(" A<Raw>cat &amp; <S>", 9).tolist() == [[49406, 320, 49409, 2368, 261, 49410, 49407, 0, 0]]
+    assert more("<raw>", 5)[0, 1] == clip("<raw>", 5)[0, 1]  # found as it is written, or not at all
+    assert (more(f"a {EOT} cat", 30) == more.eot).sum() == 1
+    again = Tokenizer.load(more.save(tmp_path))
+    for same in (again, pickle.loads(pickle.dumps(more))):
+        np.testing.assert_array_equal(same("a <cat-toy> <Raw> <S>", 9), more("a <cat-toy> <Raw> <S>", 9))
+
+
+def tables(clip, folder, **files):
+    """CLIP's tokenizer as vocab.json and merges.txt, with further files."""
+    folder.mkdir(exist_ok=True)
+    model = json.loads(clip.save(folder).read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]), encoding="utf-8")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_added_tokens_of_old_files(clip, tmp_path):
+    old = Tokenizer.load(tables(clip, tmp_path / "old", added_tokens={"<dog-toy>": 49409, "<cat-toy>": 49408}))
+    assert old("a <dog-toy>", 5).tolist() == [[49406, 320, 49409, 49407, 0]]
+    decoder = {"49408": {"content": "<Cat>", "normalized": True, "special": False}}
+    files = dict(added_tokens={"<dog-toy>": 49409}, tokenizer_config={"added_tokens_decoder": decoder})
+    newer = Tokenizer.load(tables(clip, tmp_path / "newer", **files))  # the decoder replaces added_tokens.json
+    assert newer("a <cat>", 5).tolist() == [[49406, 320, 49408, 49407, 0]] and newer.vocab_size == 49409
+    with pytest.raises(InputError, match="'<x>' has id 50000 in one file and would get 49408"):
+        Tokenizer.load(tables(clip, tmp_path / "apart", added_tokens={"<x>": 50000}))
+
+
+def test_start_and_end_have_the_names_their_config_gives_them(clip, tmp_path):
+    vocab = {"<bos>": 0, "<eos>": 1, "a</w>": 2, "b</w>": 3, "a": 4, "b": 5}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(InputError, match="no start and end token"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"}))
+    named = Tokenizer.load(tmp_path)
+    assert (named.sot, named.eot, named.largest_word) == (0, 1, 5)
+    assert named("A b", 5).tolist() == [[0, 2, 3, 1, 0]]
+    assert Tokenizer.load(named.save(tmp_path))("A b", 5).tolist() == [[0, 2, 3, 1, 0]]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    with pytest.raises(InputError, match="the vocabulary has no '<end>'"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_keeps_capitals_gets_them(clip, tmp_path):
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"A</w>": 0, "a</w>": 1, SOT: 2, EOT: 3}, [], end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path)("A a", 4).tolist() == [[2, 0, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("tokenizer.json", '{"model": ', "not readable as a tokenizer"),
+        ("tokenizer.json", "[]", "not readable as a tokenizer"),
+        ("tokenizer.json", "", "not readable as a tokenizer"),
+        ("vocab.json", '{"a": ', "cannot be read as JSON"),
+        ("vocab.json", '["a"]', "holds a JSON list"),
+        ("vocab.json", '{"a": "x"}', "each token an id of its own"),
+        ("vocab.json", '{"a": 1, "b": 1}', "each token an id of its own"),
+        ("merges.txt", "a b\na b c\n", "line 2: 'a b c' is not a pair"),
+        ("merges.txt", "qqq zzz\n", "not readable as a tokenizer"),
+        ("added_tokens.json", '{"<x>": "y"}', "'<x>' has id 'y'"),
+        ("added_tokens.json", "[1]", "holds a JSON list"),
+        ("tokenizer_config.json", '{"eos_token": 7}', "eos_token is 7"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder is"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder is"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(clip, tmp_path, name, text, complaint):
+    tables(clip, tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"^[^\n]*{complaint}[^\n]*$"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,81 @@
+"""Pictures as RGB, from files, encoded bytes, arrays or PIL images: one way, whatever a picture comes in."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from common.errors import InputError
+
+Picture = str | Path | bytes | np.ndarray | Image.Image
+"""A file, encoded bytes, a uint8 [height, width, 3] array, or a PIL image."""
+Background = Literal["none", "white"]
+BACKGROUNDS: tuple[Background, ...] = get_args(Background)
+
+
+def decode(image: Picture, background: Background = "none") -> Image.Image:
+    """Decode a picture to RGB, as `PIL.Image.convert("RGB")` does, and with it OpenAI's CLIP, open_clip and timm.
+
+    Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is taken, and the
+    EXIF orientation is not applied.
+    background: "white" composites transparent pixels on white instead of dropping alpha, as transformers does.
+    Raises InputError, with the name of the file where there is one, when the picture cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"a picture given as an array must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
+        image = Image.fromarray(image)
+    name = "this picture"
+    try:
+        if isinstance(image, str | Path):
+            name = str(image)
+            image = Path(image).read_bytes()
+        if isinstance(image, Image.Image):
+            name = str(getattr(image, "filename", "")) or name
+            picture = image
+        elif isinstance(image, bytes | bytearray | memoryview):
+            picture = Image.open(io.BytesIO(image))
+        else:
+            raise InputError(f"a picture is a file name, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
+        picture.load()
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} does not decode: its bytes are of no known picture format") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file") from error
+    except Exception as error:  # a broken file raises whatever its decoder stumbled on, and PIL refuses enormous ones
+        raise InputError(f"{name} does not decode: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not (picture.width and picture.height):
+        raise InputError(f"{name} is empty: {picture.width} x {picture.height} pixels")
+    if picture.mode == "F":
+        raise InputError(f"{name} does not decode: the range of its floating-point samples is unknown; store it with 8 bits")
+    if background == "white" and picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def decode_record(record: Mapping[str, Any], background: Background = "none") -> Image.Image:
+    """Decode the picture of a data record. Raises InputError that names the record."""
+    try:
+        return decode(record["image"], background)
+    except InputError as error:
+        raise InputError(f"{record['key']}: {error}; replace the file or take it out of the set") from error
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a picture, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def cut(self, picture: Image.Image) -> Image.Image:
+        return picture.crop((self.left, self.top, self.left + self.width, self.top + self.height))

@@ -1,0 +1,212 @@
+"""From an RGB picture to what a model sees: resize, crop, normalise; the formulas of torchvision on PIL and numpy."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from common.checkpoint.weights import read_json, write_json
+from common.data.pictures import BACKGROUNDS, Background, Box
+from common.errors import InputError, nearest
+
+RATIO = (3 / 4, 4 / 3)  # torchvision's default, which every CLIP recipe keeps
+TRIES = 10
+AFFORDABLE = 2**24  # pixels of a resized picture; a larger one is a thin picture, of which only the crop is computed
+FILE = "preprocess.json"
+_REACH = {"nearest": 0.5, "box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # of a filter, in source pixels
+FILTERS = {name: Image.Resampling[name.upper()] for name in _REACH}
+
+Mode = Literal["shortest", "squash", "longest"]
+Corner = Literal["round", "down"]
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a picture becomes before the model sees it; saved next to weights as `preprocess.json`.
+
+    Evaluation: resize, crop the centre, (x / 255 - mean) / std. Training: a random crop (`scale`), resized to `size`, normalised.
+    """
+
+    size: int = 224
+    """side of the square the model sees, in pixels"""
+    mean: Channels = (0.48145466, 0.4578275, 0.40821073)
+    """per channel, of values in 0..1 (CLIP's)"""
+    std: Channels = (0.26862954, 0.26130258, 0.27577711)
+    """per channel, of values in 0..1 (CLIP's)"""
+    interpolation: str = "bicubic"
+    """one of PIL's resampling filters: nearest, box, bilinear, hamming, bicubic, lanczos"""
+    scale: tuple[float, float] = (0.9, 1.0)
+    """share of the area a training crop keeps, least and most"""
+    resize: int | None = None
+    """side that an evaluation picture is resized to before its centre is cropped; none: not recorded, which is `size` for a CLIP"""
+    mode: Mode = "shortest"
+    """which side becomes `resize`: the shorter one; both, which changes the aspect ratio (squash); or the longer one, padded to a square"""
+    corner: Corner = "round"
+    """how half a pixel of the crop's corner is rounded: half to even as torchvision, or down as transformers"""
+    fill: int = 0
+    """grey value of the padding, 0..255, for the mode longest"""
+    background: Background = "none"
+    """none drops alpha, as OpenAI's CLIP, open_clip and timm do; white composites transparent pixels on white, as transformers does"""
+
+    def __post_init__(self) -> None:
+        names = {"mode": get_args(Mode), "corner": get_args(Corner), "background": BACKGROUNDS, "interpolation": tuple(FILTERS)}
+        for name, choices in names.items():
+            if (value := getattr(self, name)) not in choices:
+                hint = nearest(value, choices) if isinstance(value, str) else ""
+                raise InputError(f"no {name} {value!r}{hint} (there are {', '.join(choices)})")
+        for name in ("size", "resize"):
+            value = getattr(self, name)
+            if not (_is_integer(value) and value >= 1) and not (name == "resize" and value is None):
+                raise InputError(f"{name} is {value!r}: give pixels, a whole number of 1 or more")
+        if self.resize is not None and (self.resize < self.size or (self.mode == "longest" and self.resize != self.size)):
+            raise InputError(f"resize is {self.resize} and size {self.size}: for a crop of {self.size} pixels it must be as many or more")
+        for name, count in (("mean", 3), ("std", 3), ("scale", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or len(value) != count or not all(_is_number(v) for v in value):
+                raise InputError(f"{name} is {value!r}: give {count} finite numbers")
+        if min(self.std) <= 0:
+            raise InputError(f"std is {self.std!r}: pixels are divided by it, so give numbers above 0")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"scale is {self.scale!r}: give the least and the most share of the area, above 0 and at most 1")
+        if not (_is_integer(self.fill) and 0 <= self.fill <= 255):
+            raise InputError(f"fill is {self.fill!r}: give a grey value, a whole number from 0 to 255")
+
+    @property
+    def filter(self) -> Image.Resampling:
+        return FILTERS[self.interpolation]
+
+    def at(self, size: int) -> "Preprocess":
+        """The same preprocessing for a model of another input size; the margin around the crop scales along."""
+        resize = self.resize and self.resize * size // self.size
+        return replace(self, size=size, resize=resize)
+
+    def cropped(self, share: float) -> "Preprocess":
+        """The same with a centre crop that keeps this share of the side (timm's `crop_pct`; 0.875 is 224 of 256)."""
+        if not (_is_number(share) and 0 < share <= 1):
+            raise InputError(f"crop is {share!r}: give the share of the side that the centre crop keeps, above 0 and at most 1")
+        return replace(self, resize=self.size if self.mode == "longest" else math.floor(self.size / share))
+
+    def save(self, path: str | Path) -> None:
+        """Write `preprocess.json` into the folder `path`, or the file `path` itself when it ends in .json."""
+        write_json(_file(path), asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Preprocess":
+        """Read what `save` wrote. Raises InputError for a missing file, an unknown field and a value that cannot be meant."""
+        file = _file(path)
+        values: dict[str, Any] = read_json(file)
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(f"{file}: unknown field {name!r}{nearest(name, known)}")
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        try:
+            return cls(**settings)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / FILE
+
+
+def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """Where a training crop lies (torchvision `RandomResizedCrop.get_params`): area uniform in `scale`, ratio log-uniform in 3/4..4/3.
+
+    Ten tries, then the largest central crop whose ratio is allowed.
+    """
+    for _ in range(TRIES):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(height - h + 1))
+            return Box(int(rng.integers(width - w + 1)), top, w, h)
+    w, h = width, height
+    if width / height < RATIO[0]:
+        h = round(width / RATIO[0])
+    elif width / height > RATIO[1]:
+        w = round(height * RATIO[1])
+    return Box((width - w) // 2, (height - h) // 2, w, h)
+
+
+def train_image(image: Image.Image, pre: Preprocess, rng: np.random.Generator) -> np.ndarray:
+    """A random crop, resized and normalised: float32 [size, size, 3]. No flip and no colour change, as in CLIP and TinyCLIP §6."""
+    crop = random_box(*image.size, pre.scale, rng).cut(image)
+    return normalise(crop.resize((pre.size, pre.size), pre.filter), pre)
+
+
+def eval_image(image: Image.Image, pre: Preprocess) -> np.ndarray:
+    """The centre of an RGB picture, normalised: float32 [size, size, 3]."""
+    return normalise(centre(image, pre), pre)
+
+
+def centre(image: Image.Image, pre: Preprocess) -> Image.Image:
+    """Resize a picture and crop its centre: RGB [size, size] (torchvision Resize and CenterCrop; transformers differs by `corner`)."""
+    width, height = image.size
+    side = pre.resize or pre.size
+    if pre.mode == "longest":
+        return _padded(image, pre)
+    if pre.mode == "squash":
+        target = (side, side)
+    else:
+        short = min(width, height)
+        target = (int(side * width / short), int(side * height / short))  # torchvision truncates the longer side
+    left, top = (_corner(length - pre.size, pre.corner) for length in target)
+    box = Box(left, top, pre.size, pre.size)
+    if target[0] * target[1] > AFFORDABLE:
+        return _resized_part(image, target, box, pre)
+    return box.cut(image.resize(target, pre.filter))
+
+
+def _corner(margin: int, rule: Corner) -> int:
+    return margin // 2 if rule == "down" else round(margin / 2)
+
+
+def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
+    """`box.cut(image.resize(target))` without the memory of the whole, up to the rounding of PIL's two passes."""
+    low, high, first, last = [], [], [], []
+    for length, total, start, count in zip(image.size, target, (box.left, box.top), (box.width, box.height), strict=True):
+        step = length / total
+        reach = _REACH[pre.interpolation] * max(step, 1.0) + 1
+        low.append(max(0, math.floor(start * step - reach)))
+        high.append(min(length, math.ceil((start + count) * step + reach)))
+        first.append(start * step - low[-1])
+        last.append(min((start + count) * step - low[-1], high[-1] - low[-1]))
+    window = image.crop((low[0], low[1], high[0], high[1]))
+    return window.resize((box.width, box.height), pre.filter, box=(first[0], first[1], last[0], last[1]))
+
+
+def _padded(image: Image.Image, pre: Preprocess) -> Image.Image:
+    """The longer side to `size`, the rest filled (open_clip `ResizeKeepRatio(longest=1)` and `CenterCropOrPad`)."""
+    ratio = max(image.size) / pre.size
+    width, height = (round(length / ratio) for length in image.size)
+    if not (width and height):
+        raise InputError(f"a picture of {image.width} x {image.height} pixels is too thin: nothing is left of it in {pre.size} pixels")
+    out = Image.new("RGB", (pre.size, pre.size), (pre.fill,) * 3)
+    out.paste(image.resize((width, height), pre.filter), ((pre.size - width) // 2, (pre.size - height) // 2))
+    return out
+
+
+def normalise(picture: Image.Image, pre: Preprocess) -> np.ndarray:
+    """(x / 255 - mean) / std: float32 [h, w, 3]."""
+    pixels = np.asarray(picture, np.float32) / np.float32(255)
+    return (pixels - np.asarray(pre.mean, np.float32)) / np.asarray(pre.std, np.float32)
+
+
+def denormalise(pixels: np.ndarray, pre: Preprocess) -> np.ndarray:
+    """The way back, for the eye: uint8, same shape."""
+    return np.clip(np.rint((pixels * np.asarray(pre.std) + np.asarray(pre.mean)) * 255), 0, 255).astype(np.uint8)

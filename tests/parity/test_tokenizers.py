@@ -1,0 +1,69 @@
+"""Ids of captions against transformers' tokenizer, with tokens added behind CLIP's own."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from common.data.text import Tokenizer
+from tinyclip_jax.inputs import companions
+from tinyclip_jax.model import ClipConfig
+
+transformers = pytest.importorskip("transformers")
+CFG = ClipConfig()
+CAPTIONS = ["a photo of <cat-toy>", "A <Dog-Toy>, twice: <dog-toy><cat-toy>", "<SPEC>x <spec>", "it's 10 o'clock", "café  au\tlait", ""]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = transformers.CLIPTokenizerFast(tokenizer_file=str(Tokenizer.clip().save(folder)))
+    tokenizer.add_tokens(["<cat-toy>", "<Dog-Toy>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<SPEC>"]})
+    return tokenizer
+
+
+def assert_the_same(ours, theirs, captions):
+    for row, ids in zip(ours(captions, 30), theirs(captions)["input_ids"], strict=True):
+        assert row[: len(ids)].tolist() == ids and not row[len(ids) :].any()
+
+
+def test_what_transformers_saves_is_read(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.vocab_size, ours.eot) == (49411, theirs.eos_token_id)
+    assert_the_same(ours, theirs, CAPTIONS)
+
+
+def test_transformers_reads_what_is_saved(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Tokenizer.load(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    assert_the_same(ours, transformers.CLIPTokenizerFast(tokenizer_file=str(ours.save(tmp_path / "ours"))), CAPTIONS)
+
+
+def test_other_names_of_start_and_end_are_written_for_transformers(tmp_path):
+    """open_clip's vocabulary calls them <start_of_text> and <end_of_text>."""
+    file = Tokenizer.clip().save(tmp_path)
+    whole = file.read_text().replace("<|startoftext|>", "<start_of_text>").replace("<|endoftext|>", "<end_of_text>")
+    file.write_text(whole)
+    ours = Tokenizer.load(tmp_path)
+    assert ours.names == ("<start_of_text>", "<end_of_text>")
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    donor = SimpleNamespace(folder=tmp_path, format="heirloom", cfg=CFG)
+    (tmp_path / "out").mkdir()
+    companions(donor, tmp_path / "out", "hf")
+    assert_the_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), ["a photo of a cat", ""])
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_vocabulary_and_merges_with_added_tokens(theirs, decoder, tmp_path):
+    model = json.loads(theirs.backend_tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]), encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 49408, "<Dog-Toy>": 49409}))
+    if decoder:
+        token = dict(content="<Dog-Toy>", normalized=True, special=False, lstrip=False, rstrip=False, single_word=False)
+        about = dict(tokenizer_class="CLIPTokenizer", added_tokens_decoder={"49408": token})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    assert_the_same(Tokenizer.load(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path), CAPTIONS)

@@ -1,0 +1,62 @@
+"""The preprocessing and the tokenizer that travel with a CLIP, and what is assumed where a checkpoint has none."""
+
+from pathlib import Path
+
+from common.checkpoint.convert import Donor
+from common.checkpoint.weights import write_json
+from common.data.preprocess import Preprocess
+from common.data.preprocess_formats import Found, find, write
+from common.data.text import FILES, Tokenizer
+from common.errors import InputError, remark
+from tinyclip_jax.model import TextConfig
+
+CLIP_VOCAB = 49408
+_FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")  # tokenizers of other kinds: BERT, SentencePiece
+
+
+def preprocess_of(donor: Donor) -> Found:
+    """Preprocessing of a CLIP's folder; CLIP's own where there is none."""
+    return find(donor.folder, donor.format, donor.cfg.image.size, Preprocess(donor.cfg.image.size), "CLIP's own")
+
+
+def tokenizer_of(donor: Donor) -> Tokenizer | None:
+    """The tokenizer of a CLIP's folder, CLIP's own, which is said, for a vocabulary of its size, or None when it is another's.
+
+    Raises InputError for a tokenizer that is damaged or does not fit the model.
+    """
+    if any((donor.folder / name).is_file() for name in FILES):
+        tokenizer = Tokenizer.load(donor.folder)
+        check_tokenizer(tokenizer, donor.cfg.text, str(donor.folder))
+        return tokenizer
+    if any((donor.folder / name).is_file() for name in _FOREIGN):
+        return None
+    if donor.cfg.text.vocab != CLIP_VOCAB:
+        return None
+    remark(f"tokenizer: none with {donor.folder}; CLIP's own is assumed, for the size of the vocabulary is its")
+    return Tokenizer.clip()
+
+
+def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
+    """Raises InputError unless the text tower has every id of the tokenizer and pools a caption at its end token."""
+    if tokenizer.vocab_size > text.vocab:
+        raise InputError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}; name the right tokenizer")
+    if text.eot is not None and text.eot != tokenizer.eot:
+        raise InputError(f"{name}: the tokenizer ends captions with id {tokenizer.eot}, the text tower looks for {text.eot}")
+    if text.eot is None and tokenizer.largest_word > tokenizer.eot:
+        raise InputError(
+            f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word}; this text tower "
+            "takes the largest id for the end of a caption, so it needs the end token to be the last, or text.eot to be its id"
+        )
+
+
+def companions(donor: Donor, destination: Path, format: str) -> None:
+    """Carry tokenizer and preprocessing from a checkpoint's folder to another, in the words of `format`."""
+    write(preprocess_of(donor).announced(), destination, format)
+    tokenizer = tokenizer_of(donor)
+    if tokenizer is None:
+        return
+    tokenizer.save(destination)
+    if format == "hf":
+        about = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
+        sot, eot = tokenizer.names  # transformers would add its own names to a vocabulary that has others
+        write_json(destination / "tokenizer_config.json", about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot))
