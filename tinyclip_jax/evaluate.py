@@ -18,7 +18,7 @@ from common.data.sources import Source, SourceConfig, open_source, per_picture
 from common.data.text import Tokenizer
 from common.errors import InputError, nearest, remark
 from common.evaluate import imagenet
-from common.evaluate.features import embedder
+from common.evaluate.features import embedder, finite
 from common.evaluate.retrieval import Recall, distinct, retrieval
 from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templates
 from common.nn.functional import Functional
@@ -68,8 +68,9 @@ class Setup:
     mesh: Mesh
 
     def embed(self, tower: str, size: int = BATCH) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
-        """`(params, rows) -> features`: of pictures ("image") or of tokens ("text")."""
-        return embedder(lambda params, x: self.model.apply(params, x, method=f"encode_{tower}"), self.mesh, size)
+        """`(params, rows) -> features`: of pictures ("image") or of tokens ("text"). Raises InputError for NaN and infinite ones."""
+        encode = embedder(lambda params, x: self.model.apply(params, x, method=f"encode_{tower}"), self.mesh, size)
+        return lambda params, rows: finite(encode(params, rows), "the features of this model")
 
 
 def setup_of(donor: Donor, mesh: Mesh) -> Setup:

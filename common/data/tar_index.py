@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,20 +62,18 @@ def _belongs(file: Path, shard: Path, mark: str) -> bool:
     fields: Any = table.dtype.fields or {}
     if table.ndim != 1 or first != STEM or fields[STEM][2:] != (mark,) or any(fields[name][0] != SPAN for name in names):
         return False
-    return all(_is_member(shard, row[name]) for row in table[[0, -1]] for name in names) if len(table) else True
-
-
-def _is_member(shard: Path, span: np.void) -> bool:
-    """Whether a header in front of the span tells its size; true of a member that is not there."""
-    if span["size"] < 0:
-        return True
+    spans = [row[name] for row in table[[0, -1]] for name in names if row[name]["size"] >= 0] if len(table) else []
     try:
-        with open(shard, "rb") as file:
-            file.seek(int(span["offset"]) - BLOCK)
-            header = tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+        with open(shard, "rb") as data:
+            return all(_header_size(data, int(span["offset"])) == span["size"] for span in spans)
     except (tarfile.TarError, OSError, ValueError):
         return False
-    return header.size == span["size"]
+
+
+def _header_size(data: BinaryIO, offset: int) -> int:
+    """The size of the member whose bytes begin at `offset`, by the header in front of them."""
+    data.seek(offset - BLOCK)
+    return tarfile.TarInfo.frombuf(data.read(BLOCK), tarfile.ENCODING, "surrogateescape").size
 
 
 def read_span(shard: Path, span: np.void) -> bytes:

@@ -28,7 +28,7 @@ def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, A
     """`function(params, rows) -> [rows, joint]` compiled once for `size` rows over the mesh.
 
     The result takes any number of rows up to `size`: short batches are padded and the padding is cut off again, so every
-    example counts once. `size` is rounded up to what the mesh divides. Raises InputError where a feature is NaN or infinite.
+    example counts once. `size` is rounded up to what the mesh divides.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-size // shards) * shards
@@ -41,6 +41,6 @@ def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, A
         # Every host holds all rows and hands over those of its own devices.
         placed = jax.make_array_from_callback(padded.shape, rows, lambda index: padded[index])
         with jax.set_mesh(mesh):
-            return finite(np.asarray(compiled(params, placed))[: len(batch)], "the features of this model")
+            return np.asarray(compiled(params, placed))[: len(batch)]
 
     return embed

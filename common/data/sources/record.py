@@ -26,7 +26,8 @@ class SourceConfig:
     image: str = "image"
     """column of the picture; in a .csv the one with its path, relative to the file; empty: leave pictures out"""
     text: str = "caption"
-    """column of the caption; in tar shards a key of the .json, where caption means the .txt member if there is one; empty: leave it out"""
+    """column of the caption; in tar shards a key of the .json, where caption means the .txt member if there is one (a caption a line);
+    empty: leave it out"""
     columns: tuple[str, ...] = ()
     """further columns to carry along, such as tags, concept, label, or embeddings (numbers become float32 and int32 arrays)"""
 

@@ -59,6 +59,8 @@ class CsvSource:
         record = Record(key=key) | {c: value(kind(cells[c]), key, c) for c, kind in self._kinds.items()}
         if cfg.text:
             record["text"] = cells[cfg.text]
+        if cfg.image and not cells[cfg.image]:
+            raise InputError(f"{key}: the column {cfg.image!r} is empty; it needs the path of a picture")
         if cfg.image:
             file = self._file.parent / cells[cfg.image]
             record |= {"key": str(file), "image": read(file)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.data.lines import read_lines
-from common.data.sources.record import PICTURES, Record, SourceConfig, caption_lines, captions, require, starts, value
+from common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, captions, require, starts, value
 from common.data.tar_index import STEM, index_shard, read_span
 from common.errors import InputError
 
@@ -18,7 +18,7 @@ class TarSource:
     """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt, 000012.json).
 
     A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class names and
-    zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or the one above, which holds the splits.
+    zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or above it where it is called test or train.
     """
 
     def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
@@ -67,7 +67,8 @@ class TarSource:
 
 
 def _companion(shard: Path, name: str) -> Path | None:
-    return next((folder / name for folder in (shard.parent, shard.parent.parent) if (folder / name).is_file()), None)
+    folders = (shard.parent, shard.parent.parent) if shard.parent.name in SPLITS else (shard.parent,)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def _label(text: str) -> Any:

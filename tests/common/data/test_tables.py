@@ -105,6 +105,12 @@ def test_rows_of_one_picture_are_one_record(pictures, picture, grey, form, remar
     assert per_picture(merged, "a table") is merged
 
 
+def test_a_row_without_a_picture_is_named(pictures):
+    (pictures / "a.csv").write_text("image,caption\n0.png,a\n,b\n")
+    with pytest.raises(InputError, match=r"a\.csv row 2: the column 'image' is empty; it needs the path of a picture"):
+        open_source(SourceConfig(str(pictures / "a.csv")))[1]
+
+
 @pytest.mark.parametrize("text", ["a", "", ["a", ""]])
 def test_captions_are_strings_or_lists_of_them(text):
     assert captions(text, "row 1") == text
