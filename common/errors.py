@@ -1,13 +1,19 @@
 """The two ways a command ends badly: the user can mend it (exit 2), or a verification failed (exit 1). And what is only remarked."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
+
 
 class InputError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do."""
+    """Something the user can mend: one line that says what is wrong and what to do, whatever names and messages it quotes."""
+
+    def __init__(self, text: str):
+        super().__init__(_CONTROL.sub(" ", text).strip())
 
 
 class VerificationError(Exception):

@@ -102,7 +102,7 @@ def _kind(file: Path) -> str:
         try:
             with zipfile.ZipFile(file) as archive:
                 return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "torch"
-        except (zipfile.BadZipFile, OSError, ValueError):
+        except Exception:  # a damaged archive; its reader will name what is wrong
             return "npz" if file.suffix == ".npz" else "torch"
     if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05":  # a pickle, as torch wrote before 1.6
         return "torch"

@@ -171,7 +171,7 @@ def _read_hf(folder: Path, size: int) -> Found | None:
             raise fields.fail(name, f"this processing is not supported{nearest(name, _HANDLED)}")
     mean, std = _folded(fields)
     filters = {int(f): name for name, f in FILTERS.items()}
-    if (number := defaults("resample")) not in filters or isinstance(number, bool):
+    if not isinstance(number := defaults("resample"), int) or isinstance(number, bool) or number not in filters:
         raise InputError(f"{fields.file}: no resampling filter {number!r} (Pillow has 0 to 5)")
     if not fields.flag("do_resize", True):
         raise fields.fail("do_resize", "models here see pictures of one size, so a picture must be resized")

@@ -62,7 +62,8 @@ class Run:
             lines = difference(read_json(file), json.loads(text)) if begun else []
             lines = [line for line in lines if not line.startswith(FREE)]
             if lines:
-                raise InputError("\n".join([f"{directory} was started with another config; take a new folder, or set it back:", *lines]))
+                changed = "; ".join(map(str.strip, lines))
+                raise InputError(f"{directory} was started with another config; take a new folder, or set it back: {changed}")
             # every process of a job writes the same bytes, so it does not matter which is last
             part = file.with_name(f"config.json.{os.getpid()}.part")
             part.write_text(text)

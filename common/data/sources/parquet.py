@@ -61,7 +61,10 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Record:
         group, row = self._place(index)
         table = self._decoded.get(group)
-        values = {c: table.column(c)[row].as_py() for c in table.column_names}
+        try:
+            values = {c: table.column(c)[row].as_py() for c in table.column_names}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{group.file} row {group.first + row} is not UTF-8 text: {error}") from error
         cfg, key = self._cfg, f"{group.file} row {group.first + row}"
         for name, cell in values.items():
             if cell is None:
