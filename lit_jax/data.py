@@ -20,6 +20,14 @@ def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(Box((picture.width - size) // 2, (picture.height - size) // 2, size, size).cut(picture))
 
 
+def cropped(record: Record, size: int) -> np.ndarray:
+    """The picture of a record through `adm_crop`. Raises InputError, naming the record, for one that does not decode."""
+    try:
+        return adm_crop(decode(record["image"]), size)
+    except InputError as error:
+        raise InputError(f"{record.get('key', 'a picture')}: {error}; replace the file or take it out of the set") from error
+
+
 @dataclass(frozen=True)
 class Pixels:
     """One record to `image` float32 [size, size, 3] in [-1, 1] and `label` int32."""
@@ -29,7 +37,7 @@ class Pixels:
     """Probability of the mirror image: 0.5 where left and right mean nothing, 0 for digits."""
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
-        pixels = adm_crop(decode(record["image"]), self.size)
+        pixels = cropped(record, self.size)
         if rng.random() < self.flips:
             pixels = pixels[:, ::-1]
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": np.int32(record["label"])}

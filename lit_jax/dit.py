@@ -63,8 +63,6 @@ class DitConfig:
     @property
     def grid(self) -> int:
         """Patches along a side. Raises InputError when they do not fill the input."""
-        if not self.size:
-            raise InputError("the size of its input is not known: the file has no position table; say it (--set size=N, latent cells or pixels)")
         if self.size < self.patch or self.size % self.patch:
             raise InputError(f"patches of {self.patch} do not fill inputs of {self.size}: change size or patch")
         return self.size // self.patch
@@ -76,8 +74,6 @@ class DitConfig:
     @property
     def head_dim(self) -> int:
         """Channels of one head. Raises InputError when the heads do not divide the width."""
-        if not self.heads:
-            raise InputError(f"the shapes of a file do not show its heads, and no published DiT is {self.width} wide: say them (--set heads=N)")
         if self.heads < 1 or self.width % self.heads:
             raise InputError(f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)")
         return self.width // self.heads

@@ -20,8 +20,8 @@ from lit_jax.origin import copy_origin
 SIDECAR = "dit.json"
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 NORM_EPS = 1e-5  # of diffusers' norm before the MLP
-# Classes of common data sets: a table of exactly so many rows is taken to have none for "no class".
-_COMMON = (1, 10, 100, 200, 365, 1000, 21_841, 21_843)
+# Classes of common data sets: a table of exactly so many rows may well have none for "no class".
+_COMMON = (10, 100, 200, 365, 1000, 21_841, 21_843)
 # What diffusers' older class of many transformers says of the parts that a DiT has not.
 _UNUSED: dict[str, Any] = dict(
     num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False, attention_type="default"
@@ -65,6 +65,8 @@ def _read_fair(found: Found) -> Read | None:
     sizes = _sizes(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
     sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
+    if not sizes["size"]:
+        guesses.append(Guess("size", None, "without a position table the side of its inputs is not known (latent cells, or pixels)"))
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
     attention = dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else _linear(tensors, width)
@@ -73,6 +75,8 @@ def _read_fair(found: Found) -> Read | None:
     elif attention["attention"] == "softmax" and width in SOFTMAX_HEADS:
         attention["heads"] = SOFTMAX_HEADS[width]
         guesses.append(Guess("heads", attention["heads"], f"the shapes do not show them, and published DiTs {width} wide have as many"))
+    if not attention["heads"]:
+        guesses.append(Guess("heads", None, f"the shapes do not show the number of heads, and no published model of this kind is {width} wide"))
     if attention["attention"] == "linear":
         if "features" in known:
             attention["features"] = known["features"]
@@ -119,14 +123,17 @@ def _size(tensors: Tensors, patch: int, width: int) -> int:
 
 
 def _classes(rows: int, known: int | None) -> tuple[int, list[Guess]]:
-    """How many classes a table of `rows` is for: one row less, which is for none, or all of them."""
+    """How many classes a table of `rows` is for: one less, the last row being for no class, or as many."""
     if known is not None:
         if known not in (rows, rows - 1):
             raise InputError(f"its arguments say {known} classes, and the table of classes has {rows} rows; is it another model's?")
         return known, []
-    bare = rows in _COMMON
-    what = "none of them for no class: no guidance" if bare else "the last for no class"
-    return rows - (not bare), [Guess("classes", rows - (not bare), f"the table has {rows} rows, taken as {what}")]
+    if rows == 1:
+        return 1, []
+    if rows in _COMMON:
+        why = f"the table of classes has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it"
+        return rows - 1, [Guess("classes", None, why)]
+    return rows - 1, [Guess("classes", rows - 1, f"the table has {rows} rows, and the last is taken for no class")]
 
 
 def _linear(tensors: Tensors, width: int) -> dict[str, Any]:

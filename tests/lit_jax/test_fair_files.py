@@ -48,7 +48,7 @@ def test_what_is_guessed_is_said_and_can_be_set(tmp_path):
     donor = opened(tensors_of(), tmp_path, heads=4)
     assert donor.cfg == CFG
     assert said(donor) == {"classes": 5, "prediction": "noise"}
-    assert "the table has 6 rows, taken as the last for no class (--set classes=VALUE overrides it)" in donor.remarks[0]
+    assert "the table has 6 rows, and the last is taken for no class (--set classes=VALUE overrides it)" in donor.remarks[0]
     assert opened(tensors_of(), tmp_path, heads=4, classes=5, prediction="noise").remarks == []
 
 
@@ -63,13 +63,27 @@ def test_heads_of_published_widths_are_a_guess(width, heads, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "classes"), [(6, 5), (11, 10), (1001, 1000), (1000, 1000), (10, 10), (1, 1), (2, 1), (101, 100), (100, 100)]
+    ("rows", "classes"), [(6, 5), (11, 10), (1001, 1000), (2, 1), (101, 100)]
 )
-def test_a_table_with_and_without_a_row_for_none(rows, classes, tmp_path):
-    tensors = tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}
-    donor = opened(tensors, tmp_path, heads=4)
-    assert (donor.cfg.classes, donor.cfg.null_class, donor.cfg.rows) == (classes, classes < rows, rows)
+def test_the_last_row_of_a_table_is_taken_for_no_class(rows, classes, tmp_path):
+    donor = opened(tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}, tmp_path, heads=4)
+    assert (donor.cfg.classes, donor.cfg.null_class, donor.cfg.rows) == (classes, True, rows)
     assert said(donor)["classes"] == classes
+
+
+@pytest.mark.parametrize("rows", [10, 100, 1000])
+def test_a_table_that_may_have_no_such_row_asks(rows, tmp_path):
+    tensors = tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}
+    words = rf"has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it: say it \(--set classes="
+    with pytest.raises(InputError, match=words):
+        opened(tensors, tmp_path, heads=4)
+    for classes in (rows, rows - 1):
+        assert (opened(tensors, tmp_path, heads=4, classes=classes).cfg.null_class) == (classes < rows)
+
+
+def test_a_table_of_one_row_is_one_class(tmp_path):
+    donor = opened(tensors_of() | {TABLE: np.ones((1, 32), np.float32)}, tmp_path, heads=4)
+    assert (donor.cfg.classes, donor.cfg.null_class) == (1, False) and "classes" not in said(donor)
 
 
 def test_the_number_of_classes_can_be_set(tmp_path):
@@ -92,7 +106,7 @@ def test_the_number_of_classes_can_be_set(tmp_path):
         (dict(heads=4, prediction="velocity"), "prediction=velocity: only models that predict the noise"),
         (dict(heads=4, features="gelu"), "softmax attention has none"),
         (dict(head=4), "'head' cannot be set for this model; did you mean 'heads'"),
-        (dict(), r"no published DiT is 32 wide: say them \(--set heads=N\)"),
+        (dict(), r"no published model of this kind is 32 wide: say it \(--set heads=VALUE\)"),
     ],
 )
 def test_wrong_settings_are_one_line(overrides, words, tmp_path):
@@ -104,7 +118,7 @@ def test_wrong_settings_are_one_line(overrides, words, tmp_path):
 def test_a_file_without_its_position_table_asks_for_the_size(tmp_path):
     tensors = tensors_of()
     del tensors[POSITIONS]
-    with pytest.raises(InputError, match=r"the size of its input is not known.*--set size=N"):
+    with pytest.raises(InputError, match="the side of its inputs is not known.*--set size=VALUE"):
         opened(tensors, tmp_path, heads=4)
     assert opened(tensors, tmp_path, heads=4, size=8).cfg == CFG
     assert read(tensors, tmp_path, image_size=64, model="DiT-S/2").cfg.size == 8  # latents of an eighth
