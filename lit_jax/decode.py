@@ -1,6 +1,6 @@
 """From what a model draws to pictures: clipped pixels, or latents through a decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from common.checkpoint.convert import open_donor
 from common.checkpoint.hub import locate
 from common.errors import InputError
+from common.nn.functional import Functional
 from common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
-from lit_jax.autoencoder import unscale_latents
+from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
 from lit_jax.dit import DitConfig
 from lit_jax.origin import Origin, origin_of, same_latents
 from lit_jax.tiles import decode_tiled
@@ -63,14 +64,18 @@ def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | N
         raise InputError(f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name its own autoencoder")
     if made_with and (remark := same_latents(made_with, origin_of(donor, source), "the model", f"the autoencoder {source}")):
         say(remark)
-    tiled = jax.jit(partial(decode_tiled, donor.model, tile=TILE, overlap=OVERLAP))
-    params = load_params(donor, mesh)
+    return decoded(donor.cfg, donor.model, load_params(donor, mesh))
+
+
+def decoded(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> Pictures:
+    """Scaled latents [n, row, col, latent] to pictures, by this autoencoder."""
+    tiled = jax.jit(partial(decode_tiled, model, tile=TILE, overlap=OVERLAP))
 
     def decode(drawn: jax.Array) -> np.ndarray:
         # One by one: the decoder needs far more memory than the transformer.
-        return np.concatenate([np.asarray(tiled(params, unscale_latents(donor.cfg, x[None]))) for x in drawn])
+        return np.concatenate([np.asarray(tiled(params, unscale_latents(cfg, x[None]))) for x in drawn])
 
-    return Pictures(decode, donor.cfg.factor)
+    return Pictures(decode, cfg.factor)
 
 
 def say(remark: str) -> None:

@@ -19,7 +19,6 @@ from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys, save_grid
 
-LOOKS = SampleConfig("ddpm", steps=250, guidance=4.0, guided="all")
 BATCH = 64  # pictures drawn at a time
 SEEDS = 2**32
 
@@ -32,8 +31,7 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
-    looks = LOOKS if donor.cfg.null_class else SampleConfig("ddpm", steps=250)
-    how = config.parse(looks, args.flags, f"heirloom sample {donor.path}")
+    how = config.parse(looks(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     if args.count < 1:
         raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")
     if args.out.suffix not in ("", ".png"):
@@ -50,6 +48,11 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     save_grid(drawn, args.out, columns=args.count if len(classes) > 1 else None)
     return {"picture": str(args.out), "labels": labels.tolist(), "seconds": round(seconds, 2), "seed": args.seed, "sample": asdict(how)}
+
+
+def looks(cfg: DitConfig) -> SampleConfig:
+    """How pictures are drawn to look at: with strong guidance, where the model has a class for none."""
+    return SampleConfig("ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
 
 
 def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil, isfinite, isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,14 @@ from PIL import Image
 
 from common.checkpoint.weights import staged
 from common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.nn.functional import Functional
 from common.train.mesh import batch_sharding, replicated
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split
 
+Name = Literal["ddpm", "ddim", "dpm"]
+Guided = Literal["all", "first three"]
 AHEAD = 2**30  # bytes: beyond this the modulations of all steps are computed step by step
 
 
@@ -28,15 +30,18 @@ AHEAD = 2**30  # bytes: beyond this the modulations of all steps are computed st
 class SampleConfig:
     """How pictures are drawn."""
 
-    sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
+    sampler: Name = "ddpm"
     """Ancestral with the learned variance (the paper's numbers), DDIM, or DPM-Solver++(2M)."""
     steps: int = 250
     guidance: float = 1.0
     """Classifier-free guidance: 1 is none, 1.5 the paper's, 4 for pictures one likes to look at."""
-    guided: Literal["all", "first three"] = "first three"
+    guided: Guided = "first three"
     """Channels of the noise that are guided; DiT's numbers guide three of four latent channels."""
 
     def __post_init__(self) -> None:
+        for name, known in (("sampler", Name), ("guided", Guided)):
+            if (value := getattr(self, name)) not in get_args(known):
+                raise InputError(f"no {name} {value!r}{nearest(str(value), get_args(known))}; choose {', '.join(get_args(known))}")
         if not isfinite(self.guidance):
             raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
 
