@@ -170,8 +170,8 @@ _COMPVIS = (
 LOOKALIKES = (
     Lookalike("*encoder.down.0.block.0.norm1.weight", _COMPVIS),
     Lookalike("*encoder.layers.*.conv*", "a tiny autoencoder (TAESD): only AutoencoderKL is read; take stabilityai/sd-vae-ft-ema"),
-    Lookalike("decoder.up_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL: its encoder is not in the file; take the whole model"),
-    Lookalike("encoder.down_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL: its decoder is not in the file; take the whole model"),
+    Lookalike("decoder.up_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its encoder: take the whole model"),
+    Lookalike("encoder.down_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its decoder: take the whole model"),
     Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
 )
 FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.data.images import Box, decode
 from common.data.sources import Record, SourceConfig
+from common.errors import InputError
 
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:

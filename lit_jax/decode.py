@@ -41,7 +41,8 @@ def finite(values: Any, what: str, first: int = 0, where: str = "") -> np.ndarra
     values = np.asarray(values)
     if len(wrong := np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))):
         raise InputError(
-            f"{where}picture {first + wrong[0]}: {what} is not finite (NaN or infinity); the weights are damaged, or the guidance is far too high"
+            f"{where}picture {first + wrong[0]}: {what} is not finite (NaN or infinity); "
+            "the weights are damaged, or the guidance is far too high"
         )
     return values
 

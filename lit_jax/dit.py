@@ -101,11 +101,11 @@ class DitConfig:
         classes: without the row for none, if the table has one. prediction: "noise", which confirms the guess; nothing else is sampled.
         """
         for name, value in (("heads", heads), ("classes", classes), ("size", size)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={value}: give a whole number, 1 or more")
         if classes is not None and classes not in (self.rows, self.rows - 1):
             raise InputError(
-                f"classes={classes}: the table of classes has {self.rows} rows, so classes are {self.rows} (no row for none) or {self.rows - 1}"
+                f"classes={classes}: the table has {self.rows} rows, so there are {self.rows} classes (no row for none) or {self.rows - 1}"
             )
         if features is not None and (self.attention == "softmax" or features not in get_args(Features)):
             what = "softmax attention has none" if self.attention == "softmax" else f"choose {', '.join(get_args(Features))}"

@@ -68,7 +68,8 @@ class Drawn:
             with staged(self.path) as file, file.open("wb") as opened:
                 np.savez(opened, arr_0=array)
         except OSError as error:
-            raise InputError(f"{self.path}: could not be written ({error.strerror or error}); free some space or choose another place") from error
+            why = error.strerror or error
+            raise InputError(f"{self.path}: could not be written ({why}); free some space or choose another place") from error
         write_json(self._next_to(".json"), {"how": self.how})
         for ending in (".part.npy", ".part.json"):
             remove(self._next_to(ending))

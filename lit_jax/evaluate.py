@@ -117,5 +117,5 @@ def _open_pictures(args: Namespace) -> Source:
 
 def _cropped(source: Source, side: int, rows: int) -> Iterator[np.ndarray]:
     """Pictures of a source, cropped as in training: uint8 [up to rows, side, side, 3]."""
-    for start in range(0, len(source), rows):
-        yield np.stack([cropped(source[i], side) for i in range(start, min(start + rows, len(source)))])
+    for first in range(0, len(source), rows):
+        yield np.stack([cropped(source[i], side) for i in range(first, min(first + rows, len(source)))])

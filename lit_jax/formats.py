@@ -76,7 +76,7 @@ def _read_fair(found: Found) -> Read | None:
         attention["heads"] = SOFTMAX_HEADS[width]
         guesses.append(Guess("heads", attention["heads"], f"the shapes do not show them, and published DiTs {width} wide have as many"))
     if not attention["heads"]:
-        guesses.append(Guess("heads", None, f"the shapes do not show the number of heads, and no published model of this kind is {width} wide"))
+        guesses.append(Guess("heads", None, f"the shapes do not show the heads, and no published model of this kind is {width} wide"))
     if attention["attention"] == "linear":
         if "features" in known:
             attention["features"] = known["features"]
@@ -84,7 +84,7 @@ def _read_fair(found: Found) -> Read | None:
             other = "focused_gelu" if attention["features"] == "focused" else "gelu"
             guesses.append(Guess("features", attention["features"], f"the weights of a LiT with {other} look the same"))
     if known.get("prediction") != "noise":
-        guesses.append(Guess("prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and nothing in the file says which"))
+        guesses.append(Guess("prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and the file does not say"))
     return Read(DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention), tuple(guesses))
 
 
@@ -112,12 +112,15 @@ def _size(tensors: Tensors, patch: int, width: int) -> int:
     table = tensors.get("pos_embed")
     if table is None:
         return 0
-    count = table.shape[-2] if table.ndim > 1 else 0
-    if isqrt(count) ** 2 == count and count and agrees(table.reshape(-1, width), sincos(isqrt(count), isqrt(count), width).reshape(-1, width)):
+    count = table.size // width
+
+    def grid(rows: int, cols: int) -> bool:
+        return rows * cols == count and agrees(table.reshape(-1, width), sincos(rows, cols, width).reshape(-1, width))
+
+    if grid(isqrt(count), isqrt(count)):
         return isqrt(count) * patch
     for rows in range(1, count + 1):
-        cols = count // rows
-        if rows * cols == count and agrees(table.reshape(-1, width), sincos(rows, cols, width).reshape(-1, width)):
+        if grid(rows, cols := count // rows):
             raise InputError(f"its inputs are rectangles of {rows * patch} x {cols * patch}: only DiTs for squares are read")
     raise InputError(f"its position table, of {count} places, is not DiT's fixed table of a square: learned and other tables are not read")
 
@@ -162,7 +165,8 @@ def _arguments(found: Found) -> dict[str, Any]:
     """What the arguments of a training script tell. Raises InputError for those of a model that predicts something else than noise."""
     args = found.about.get("args")
     args = args if isinstance(args, Mapping) else {}
-    name, known = str(args.get("model") or ""), {}
+    known: dict[str, Any] = {}
+    name = str(args.get("model") or "")
     if args.get("prediction") not in (None, "noise", "eps", "epsilon") or args.get("path_type") is not None or name.startswith("SiT"):
         what = next(str(x) for x in (args.get("prediction"), args.get("path_type"), name) if x not in (None, ""))
         raise InputError(f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here")
@@ -241,7 +245,7 @@ def _write_diffusers(cfg: DitConfig, folder: Path) -> None:
     if cfg.attention != "softmax":
         raise InputError("diffusers has no linear attention for DiT; keep the heirloom format, or write --to fair")
     if not cfg.null_class:
-        raise InputError("diffusers' DiT has a row for no class in its table, this model has none; keep the heirloom format, or write --to fair")
+        raise InputError("diffusers' DiT has a row for no class, this model has none; keep the heirloom format, or write --to fair")
     if cfg.hidden != 4 * cfg.width:
         raise InputError(f"diffusers' DiT has MLPs of four widths, this model has {cfg.hidden} units at a width of {cfg.width}")
     fixed: dict[str, Any] = dict(activation_fn="gelu-approximate", attention_bias=True, norm_type="ada_norm_zero", norm_eps=NORM_EPS)

@@ -66,9 +66,10 @@ def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
 def draw_batches(
     draw: Draw, params: Any, pictures: Pictures, labels: np.ndarray, keys: jax.Array, batch: int, first: int = 0
 ) -> Iterator[np.ndarray]:
-    """Pictures uint8 [up to batch, height, width, 3] of labels and keys [n], from number `first` on. Raises InputError for one that is none.
+    """Pictures uint8 [up to batch, height, width, 3] of labels and keys [n], from number `first` on.
 
     A last batch that is short is drawn at full size and cut, so that nothing is compiled twice.
+    Raises InputError for a picture that is not finite.
     """
     batch = min(batch, len(labels))
     for i in range(first, len(labels), batch):

@@ -75,7 +75,7 @@ def cache_latents(
 
 
 def cached_origin(path: Path) -> Origin:
-    """The autoencoder a cache was made with: its scaling factor goes with the latents. Raises InputError when the cache does not have it."""
+    """The autoencoder a cache was made with: its scaling factor goes with the latents. Raises InputError where it is not there."""
     origin = read_origin(path)
     if origin is None:
         raise InputError(f"{path} holds latents without {FILE}, so their scaling factor is not known: make the cache again")

@@ -51,7 +51,7 @@ class SampleConfig:
         if not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
-            raise InputError("--steps 1 with ddpm: its only step is the last, which takes pure noise for a picture; take 2, or --sampler dpm")
+            raise InputError("--steps 1 with ddpm: its only step is the last, which takes noise for a picture; take 2, or --sampler dpm")
         try:
             if self.sampler == "dpm":
                 return dpm_solver(chain, self.steps)
@@ -99,9 +99,9 @@ def picture_keys(key: jax.Array, numbers: np.ndarray) -> jax.Array:
 
 
 def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
-    """Compile the sampler: one `lax.scan` over its steps. Raises InputError for steps that cannot be, and guidance without a null class."""
+    """Compile the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without a null class."""
     if how.guidance != 1 and not cfg.null_class:
-        raise InputError(f"guidance {how.guidance:g} needs a model that was trained without labels too, and this one has no class for none: set 1")
+        raise InputError(f"guidance {how.guidance:g}: this model was never trained without labels: it has no null class; set guidance 1")
     sampler = how.make()
     times = jnp.asarray(sampler.time, jnp.float32)
 

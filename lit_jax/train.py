@@ -117,7 +117,7 @@ def train(cfg: Config, directory: Path) -> None:
     donor, teacher = opened(cfg.donor), opened(cfg.teacher if cfg.distill.active else "")
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
     origin = latents_of(cfg, donor, teacher)
-    cached = origin and origin.cfg
+    cached = origin.cfg if origin else None
     example = latents if cached else Pixels(cfg.student.size, cfg.flips)
     check_shapes(cfg, example(source[0], np.random.default_rng(0)), teacher)
     data = training_batches(source, cfg.pipeline, example, mesh=mesh)
@@ -195,7 +195,7 @@ def opened(source: str) -> Donor | None:
 
 
 def latents_of(cfg: Config, *models: Donor | None) -> Origin | None:
-    """The autoencoder that the latents of `cfg.data` are of; None for pictures. Raises InputError where held-out data or a model has others."""
+    """The autoencoder whose latents `cfg.data` are; None for pictures. Raises InputError where held-out data or a model has others."""
     origin = cached_origin(Path(cfg.data.path)) if is_latent(cfg.data) else None
     if origin is None:
         return None
@@ -223,9 +223,9 @@ def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor 
         takes = f"the student takes {[c.size, c.size, c.channels]}"
         raise InputError(f"the data is {list(given)}, {takes}: set student.size and student.channels")
     if cfg.label_drop and not c.null_class:
-        raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no class for none: set label_drop 0 or student.null_class true")
+        raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no class for none: set label_drop 0")
     if teacher and cfg.label_drop and cfg.distill.dropped == "shared" and not teacher.cfg.null_class:
-        raise InputError("the teacher has no class for none, so labels cannot be dropped for it: set distill.dropped student, or label_drop 0")
+        raise InputError("the teacher has no class for none: set distill.dropped student, so that it sees every label, or label_drop 0")
     if teacher and (t := teacher.cfg) and (t.size, t.channels, t.classes) != (c.size, c.channels, c.classes):
         theirs = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
         raise InputError(f"the teacher sees {theirs}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")

@@ -41,9 +41,9 @@ class AsDiffusers(Dit):
 def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
     """Compare predictions, f32 at highest precision, with torch on `file`; tolerance 1e-4 relative.
 
-    A folder of diffusers is read by diffusers. Its class departs from DiT in two places, so our network is compared with these two switched;
-    the note says how far that is from DiT's formulas, which a converted model keeps to. Of facebookresearch's and LiT's files no library
-    reads the config: DiT's formulas in torch serve, and the check says so. Without torch only finiteness can be checked.
+    A folder of diffusers is read by diffusers. Its class departs from DiT in two places, so our network is compared with these two
+    switched; the note says how far that is from DiT's formulas, which a converted model keeps to. Of facebookresearch's and LiT's files
+    no library reads the config: DiT's formulas in torch serve, and the check says so. Without torch only finiteness can be checked.
     """
     x, t, labels = inputs(cfg)
     full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}

@@ -38,7 +38,7 @@ def main() -> None:
     donor, mesh = open_donor(locate(args.autoencoder), [autoencoder_layouts.FAMILY]), start(MeshConfig())
     params = load_params(donor, mesh)
     if args.size < donor.cfg.factor or args.size % donor.cfg.factor:
-        raise InputError(f"--size {args.size}: this autoencoder shrinks {donor.cfg.factor} times, so choose a multiple of {donor.cfg.factor}")
+        raise InputError(f"--size {args.size}: this autoencoder shrinks {donor.cfg.factor} times; choose a multiple of that")
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: choose 1 or more")
     origin = origin_of(donor, args.autoencoder)

@@ -179,7 +179,7 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
             raise InputError(f"{path}: has no `{key}` beside its other statistics; fetch it again")
         value = arrays[key]
         if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
-            raise InputError(f"{path}: `{key}` is {value.dtype} {list(value.shape)} and should be {list(shape)} numbers, all of them finite")
+            raise InputError(f"{path}: `{key}` is {value.dtype} {list(value.shape)} and should be {list(shape)} finite numbers")
         found.append(np.asarray(value, np.float64))
     if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
         raise InputError(f"{path}: `{covariance}` is no covariance (symmetric, no negative variances); fetch it again")

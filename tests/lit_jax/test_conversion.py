@@ -66,7 +66,7 @@ def test_embedders_that_differ_between_blocks_are_refused(golden, tmp_path):
     with create_safetensors(broken / FILE, {key: Tensor(x.shape, x.dtype) for key, x in tensors.items()}) as out:
         for key, x in tensors.items():
             out[key][...] = x
-    with pytest.raises(InputError, match="differs from layer to layer.*only DiTs that were converted are read"):
+    with pytest.raises(InputError, match=r"differs from layer to layer.*only DiTs that were converted to diffusers are read"):
         open_donor(broken, [FAMILY])
 
 

@@ -106,11 +106,11 @@ def test_a_draw_is_scaled_and_takes_either_view():
 def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_path):
     spoilt = params | {"quant/bias": np.full(8, 1e6, np.float32)}
     arguments = (Pictures(), tmp_path / "cache", start(MeshConfig()))
-    with pytest.raises(InputError, match="a picture among 0 to 8 has moments that float16 cannot hold"):
+    with pytest.raises(InputError, match=r"a picture among 0 to 8 has moments that float16 cannot hold"):
         cache_latents(donor.cfg, donor.model, spoilt, *arguments, size=16, batch=8)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "cache").mkdir()
-    with pytest.raises(InputError, match="cache exists"):
+    with pytest.raises(InputError, match=r"cache exists"):
         cache_latents(donor.cfg, donor.model, params, *arguments, size=16, batch=8)
 
 
@@ -134,7 +134,7 @@ def test_autoencoders_that_do_not_fit_are_refused_or_said():
     words = r"the cache has latents of ema with scaling_factor 0.18215, the run of xl with 0.13025: use the same"
     with pytest.raises(InputError, match=words):
         same_latents(ours, Origin(sdxl, "xl", "1" * 64), "the cache", "the run")
-    with pytest.raises(InputError, match="with latent 4, the run of xl with 16"):
+    with pytest.raises(InputError, match=r"with latent 4, the run of xl with 16"):
         same_latents(ours, Origin(AutoencoderConfig(latent=16), "xl"), "the cache", "the run")
     assert same_latents(ours, Origin(AutoencoderConfig(), "mse", "1" * 64), "the cache", "the run") == ""
     other = same_latents(ours, Origin(AutoencoderConfig(), "mine", "2" * 64), "the cache", "the run")
@@ -148,7 +148,7 @@ def test_identities_on_disk(tmp_path):
     write_origin(tmp_path, None)
     copy_origin(tmp_path, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == [] and read_origin(tmp_path) is None
-    with pytest.raises(InputError, match="holds latents without autoencoder.json"):
+    with pytest.raises(InputError, match=r"holds latents without autoencoder.json"):
         cached_origin(tmp_path)
     write_origin(tmp_path, origin)
     copy_origin(tmp_path, tmp_path / "new")

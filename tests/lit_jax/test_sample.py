@@ -102,7 +102,7 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
 def test_a_model_without_a_class_for_none_is_not_guided(lit, draw, mesh):
     cfg = replace(lit, null_class=False)
     module = functional(Dit, cfg)
-    with pytest.raises(InputError, match="guidance 2 needs a model that was trained without labels too"):
+    with pytest.raises(InputError, match="guidance 2: this model was never trained without labels"):
         drawer(module, cfg, SampleConfig("ddim", 2, guidance=2.0), mesh)
     drawn = drawer(module, cfg, SampleConfig("ddim", 2), mesh)
     with pytest.raises(InputError, match="no class 5: this model has 0 to 4, and none for no class"):

@@ -118,7 +118,7 @@ def test_pictures_are_read_in_parts(save, tmp_path):
         ({"images": np.zeros((2, 2))}, "holds images; a reference batch has"),
         ({}, "holds nothing"),
         ({"mu": np.zeros(3)}, "has no `sigma`"),
-        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is float64 \[4\] and should be \[3\] numbers"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is float64 \[4\] and should be \[3\] finite numbers"),
         ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "`sigma` is no covariance"),
         ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1)}, "`sigma` is no covariance"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "`sigma`.*finite"),
