@@ -44,7 +44,7 @@ from common.nn.functional import functional
 from common.train.mesh import start
 from common.train.parameters import load_params
 from common.train.step import StepConfig
-from lit_jax.decode import Pictures
+from lit_jax.decode import to_uint8
 from lit_jax.demo import race
 from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.losses import DistillConfig
@@ -236,7 +236,7 @@ def samples(cfg: Config, size: Size, run: Race, seed: int) -> np.ndarray:
     draw, params = drawer(donor.model, donor.cfg, cfg.sample, mesh), load_params(donor, mesh)
     parts = range(0, size.samples, 250)
     drawn = [draw(params, np.arange(i, min(i + 250, size.samples)) % 10, jax.random.fold_in(jax.random.key(seed), i)) for i in parts]
-    return Pictures.to_uint8(np.concatenate(drawn))
+    return to_uint8(np.concatenate(drawn))
 
 
 def latency(cfg: DitConfig, size: Size) -> dict[str, float]:

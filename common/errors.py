@@ -25,8 +25,9 @@ class Remark(UserWarning):
 
 
 def remark(text: str) -> None:
-    """Say `text` through Python's warnings."""
-    warnings.warn(text, Remark, stacklevel=3)
+    """Say `text`, if there is any, through Python's warnings."""
+    if text:
+        warnings.warn(text, Remark, stacklevel=3)
 
 
 def positive(cfg: Any, *fields: str, most: int = 2**30) -> None:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Donor, Family, Format, Found, Read
-from common.checkpoint.unwrap import open_tensors
-from common.checkpoint.verify import Check, compare
-from common.checkpoint.weights import Tensors, read_json, write_json
+from common.checkpoint.convert import Donor, Family, Format, Found, Lookalike, Read
+from common.checkpoint.verify import Check, as_folder, compare, importable
+from common.checkpoint.weights import write_json
 from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.layout import Layout
@@ -23,11 +21,8 @@ from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, macs, parameters
 
 Rows = tuple[tuple[str, ...], ...]
 
-# What diffusers can build and this model is not, with diffusers' defaults.
-_FIXED: dict[str, Any] = dict(in_channels=3, out_channels=3, act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None)
-_FIXED |= dict(use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
-_DEFAULTS: dict[str, Any] = dict(block_out_channels=[64], layers_per_block=1, latent_channels=4, norm_num_groups=32)
-_DEFAULTS |= dict(scaling_factor=0.18215, sample_size=32)
+FILE = "diffusion_pytorch_model.safetensors"
+OTHERS = "the autoencoder of Stable Diffusion 3, FLUX or a later model is not read; DiT and LiT use stabilityai/sd-vae-ft-ema"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -84,34 +79,45 @@ def config(saved: Mapping[str, Any]) -> AutoencoderConfig:
     return from_json(AutoencoderConfig, saved)
 
 
-def _read(tensors: Tensors, folder: Path) -> AutoencoderConfig | None:
-    if not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"} <= tensors.keys():
+def _read(found: Found) -> Read | None:
+    if not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"} <= found.tensors.keys():
         return None
-    if not (folder / "config.json").is_file():
-        raise InputError("an AutoencoderKL of diffusers needs its config.json beside the weights; there is none")
-    theirs = _DEFAULTS | read_json(folder / "config.json")
-    for name, value in _FIXED.items():
-        if theirs.get(name, value) != value:
-            raise InputError(f"config.json: {name} is {theirs[name]!r}; only autoencoders where it is {value!r} are supported")
-    blocks = {*theirs.get("down_block_types", ()), *theirs.get("up_block_types", ())} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-    if blocks:
-        raise InputError(f"config.json: blocks of type {min(blocks)} are not supported, only DownEncoderBlock2D and UpDecoderBlock2D are")
-    return AutoencoderConfig(
-        channels=tuple(theirs["block_out_channels"]),
-        resnets=theirs["layers_per_block"],
-        latent=theirs["latent_channels"],
-        groups=theirs["norm_num_groups"],
-        scaling_factor=theirs["scaling_factor"],
-        size=theirs["sample_size"],
+    fields = found.json("config.json")
+    if fields is None:
+        raise InputError("an AutoencoderKL of diffusers needs its config.json next to the weights; there is none")
+    fields.fixed("_class_name", "AutoencoderKL")
+    for name, usual in (("shift_factor", None), ("latents_mean", None), ("latents_std", None), ("use_quant_conv", True)):
+        if (value := fields.value(name, usual)) != usual:
+            raise InputError(f"{fields.where}: {name} is {value!r}, and must be {usual}: {OTHERS}")
+    fields.fixed("use_post_quant_conv", True)
+    fields.fixed("mid_block_add_attention", True)
+    fields.fixed("act_fn", "silu", "swish")  # two names of one function
+    fields.fixed("in_channels", 3)
+    fields.fixed("out_channels", 3)
+    fields.skip("force_upcast", "dtype", "torch_dtype", "_*")  # computed in float32 always
+    channels = fields.integers("block_out_channels", (64,))
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        fields.fixed(name, [kind] * len(channels))
+    cfg = AutoencoderConfig(
+        channels=channels,
+        resnets=fields.integer("layers_per_block", 1),
+        latent=fields.integer("latent_channels", 4),
+        groups=fields.integer("norm_num_groups", 32),
+        scaling_factor=fields.number("scaling_factor", 0.18215, least=1e-6),
+        size=fields.square("sample_size", 32),
     )
+    fields.done()
+    return Read(cfg)
 
 
 def _write(cfg: AutoencoderConfig, folder: Path) -> None:
     levels = len(cfg.channels)
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
     sizes = dict(block_out_channels=list(cfg.channels), layers_per_block=cfg.resnets, latent_channels=cfg.latent)
-    rest = dict(norm_num_groups=cfg.groups, scaling_factor=cfg.scaling_factor, sample_size=cfg.size)
-    write_json(folder / "config.json", dict(_class_name="AutoencoderKL") | _FIXED | blocks | sizes | rest)
+    rest = dict(norm_num_groups=cfg.groups, scaling_factor=cfg.scaling_factor, sample_size=cfg.size, act_fn="silu")
+    fixed: dict[str, Any] = dict(in_channels=3, out_channels=3, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
+    fixed |= dict(shift_factor=None, latents_mean=None, latents_std=None)
+    write_json(folder / "config.json", dict(_class_name="AutoencoderKL") | fixed | blocks | sizes | rest)
 
 
 def inputs(cfg: AutoencoderConfig) -> np.ndarray:
@@ -133,21 +139,18 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
     mine = [np.array(x) for x in (*moments, decoded)]
     if not all(np.isfinite(x).all() for x in mine):
         return Check(passed=False, reference=None, note="latents or pictures are not finite")
-    if format == "heirloom" or find_spec("torch") is None or find_spec("diffusers") is None:
+    if format == "heirloom" or not importable("torch", "diffusers"):
         return Check(passed=True, reference=None, note="structure and finiteness only: torch and diffusers are not installed")
-    theirs = _diffusers(file, images, mine[0])
-    return compare(mine, theirs, reference="diffusers.AutoencoderKL", libraries=("torch", "diffusers"))
+    return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=("torch", "diffusers"))
 
 
 def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:
-    """Mean, logvar and decoded latents as diffusers has them, from this very file."""
+    """Mean, logvar and decoded latents as diffusers has them: it reads the file and its config by itself."""
     import torch
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL.from_config(AutoencoderKL.load_config(file.parent)).eval()
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    tensors = {clean(key): torch.from_numpy(np.array(value, np.float32)) for key, value in open_tensors(file).items()}
-    model.load_state_dict({key: value.reshape(shapes[key]) for key, value in tensors.items()})
+    with as_folder(file, FILE) as folder:
+        model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
         decoded = model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
@@ -158,13 +161,16 @@ def _companions(donor: Donor, destination: Path, format: str) -> None:
     """An autoencoder travels alone."""
 
 
-def _plain(read: Any) -> Any:
-    def config(found: Found) -> Read | None:
-        cfg = read(found.tensors, found.folder)
-        return cfg and Read(cfg)
-
-    return config
-
-
-FORMATS = (Format("diffusers", DIFFUSERS, "diffusion_pytorch_model.safetensors", _plain(_read), _write, clean),)
-FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs)
+_COMPVIS = (
+    "an autoencoder under CompVis' names: let diffusers bring it into its own (AutoencoderKL.from_single_file(FILE), save_pretrained(DIR)) "
+    "and convert that folder"
+)
+LOOKALIKES = (
+    Lookalike("*encoder.down.0.block.0.norm1.weight", _COMPVIS),
+    Lookalike("*encoder.layers.*.conv*", "a tiny autoencoder (TAESD): only AutoencoderKL is read; take stabilityai/sd-vae-ft-ema"),
+    Lookalike("decoder.up_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its encoder: take the whole model"),
+    Lookalike("encoder.down_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its decoder: take the whole model"),
+    Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
+)
+FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)
+FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)

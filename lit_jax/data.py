@@ -10,14 +10,25 @@ from PIL import Image
 from common.data.pictures import Box, decode_record
 from common.data.sources import Record, SourceConfig
 
+THIN = 64  # aspect ratio
+
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
     """The central square of guided-diffusion, uint8 [size, size, 3]: halved by boxes while twice too large, then bicubic."""
+    short, long = sorted(picture.size)
+    if long > THIN * short:  # resized whole it could fill the memory: a strip around the centre gives the same square
+        left, top = ((side - min(side, 9 * short)) // 2 for side in picture.size)
+        picture = Box(left, top, min(picture.width, 9 * short), min(picture.height, 9 * short)).cut(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     return np.asarray(Box((picture.width - size) // 2, (picture.height - size) // 2, size, size).cut(picture))
+
+
+def cropped(record: Record, size: int) -> np.ndarray:
+    """The picture of a record through `adm_crop`. Raises InputError, naming the record, for one that does not decode."""
+    return adm_crop(decode_record(record), size)
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Pixels:
     """Probability of the mirror image: 0.5 where left and right mean nothing, 0 for digits."""
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
-        pixels = adm_crop(decode_record(record), self.size)
+        pixels = cropped(record, self.size)
         if rng.random() < self.flips:
             pixels = pixels[:, ::-1]
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": np.int32(record["label"])}

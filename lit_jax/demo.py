@@ -22,7 +22,7 @@ from common.evaluate.fid import kid
 from common.nn.functional import functional
 from common.train.mesh import shardings, start
 from common.train.parameters import load_params
-from lit_jax.decode import Pictures
+from lit_jax.decode import finite, to_uint8
 from lit_jax.dit import Dit, parameters
 from lit_jax.sample import drawer, grid
 from lit_jax.train import Config, held_out_loss, initial, opened
@@ -101,7 +101,8 @@ def draw(cfg: Config, source: str, seed: int) -> np.ndarray:
     """Pictures of every class in turn, uint8 [30 x 10, side, side, 3], from the same noise whatever the model."""
     donor, mesh = open_dit(source), start(cfg.mesh)
     labels = np.tile(np.arange(cfg.student.classes), OF_EACH)
-    return Pictures.to_uint8(drawer(donor.model, donor.cfg, cfg.sample, mesh)(load_params(donor, mesh), labels, jax.random.key(seed)))
+    drawn = drawer(donor.model, donor.cfg, cfg.sample, mesh)(load_params(donor, mesh), labels, jax.random.key(seed))
+    return to_uint8(finite(drawn, "the model's output", where=f"{source}: "))
 
 
 def real_digits(source: SourceConfig) -> tuple[np.ndarray, np.ndarray]:

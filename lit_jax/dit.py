@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,9 @@ class DitConfig:
     hidden: int = 4608
     """Units between the two layers of the MLP."""
     classes: int = 1000
-    """Labels are 0 to classes - 1; the label `classes` is none."""
+    """Labels are 0 to classes - 1; the label `classes` is none, where there is one."""
+    null_class: bool = True
+    """Whether the table of classes has a row for none, which guidance needs (DiT trained with class_dropout_prob 0 has no such row)."""
     attention: Literal["softmax", "linear"] = "softmax"
     """DiT's, or LiT's linear attention with a depthwise branch on the values."""
     features: Features = "relu"
@@ -81,9 +83,44 @@ class DitConfig:
         """What is written beside weights: what computes attention is a setting of the run that trained them."""
         return replace(self, implementation=None)
 
-    def override(self, heads: int | None = None) -> "DitConfig":
-        """The same model with what the shapes of its weights cannot tell."""
-        return replace(self, heads=heads or self.heads)
+    @property
+    def rows(self) -> int:
+        """Of the table of classes."""
+        return self.classes + self.null_class
+
+    def override(
+        self,
+        heads: int | None = None,
+        classes: int | None = None,
+        size: int | None = None,
+        features: str | None = None,
+        prediction: str | None = None,
+    ) -> "DitConfig":
+        """The same model with what its weights cannot tell. Raises InputError for a value that cannot be.
+
+        classes: without the row for none, if the table has one. prediction: "noise", which confirms the guess; nothing else is sampled.
+        """
+        for name, value in (("heads", heads), ("classes", classes), ("size", size)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name}={value}: give a whole number, 1 or more")
+        if classes is not None and classes not in (self.rows, self.rows - 1):
+            raise InputError(
+                f"classes={classes}: the table has {self.rows} rows, so there are {self.rows} classes (no row for none) or {self.rows - 1}"
+            )
+        if features is not None and (self.attention == "softmax" or features not in get_args(Features)):
+            what = "softmax attention has none" if self.attention == "softmax" else f"choose {', '.join(get_args(Features))}"
+            raise InputError(f"features={features}: kernel of linear attention; {what}")
+        if prediction not in (None, "noise"):
+            raise InputError(f"prediction={prediction}: only models that predict the noise can be sampled and trained here")
+        classes = self.classes if classes is None else classes
+        return replace(
+            self,
+            heads=heads or self.heads,
+            size=size or self.size,
+            classes=classes,
+            null_class=classes < self.rows,
+            features=features or self.features,  # type: ignore[arg-type]
+        )
 
 
 class Modulation(NamedTuple):
@@ -102,7 +139,7 @@ class Dit(nnx.Module):
     def __init__(self, cfg: DitConfig, *, rngs: nnx.Rngs):
         sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden)
         sizes |= dict(patch_row=cfg.patch, patch_col=cfg.patch, channel=cfg.channels, out_channel=2 * cfg.channels)
-        sizes |= dict(frequency=FREQUENCIES, label=cfg.classes + 1)
+        sizes |= dict(frequency=FREQUENCIES, label=cfg.rows)
         attention: Any = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), out=XAVIER)
         if cfg.attention == "linear":
             sizes |= dict(filter_row=cfg.window, filter_col=cfg.window)
@@ -141,9 +178,10 @@ class TimeEmbed(nnx.Module):
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         self.up = Dense("frequency -> embed", sizes, init=normal(0.02), rngs=rngs)
         self.down = Dense("embed -> embed", sizes, init=normal(0.02), rngs=rngs)
+        self.divisor = FREQUENCIES // 2
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.up(time_features(t))))
+        return self.down(jax.nn.silu(self.up(time_features(t, self.divisor))))
 
 
 class LabelEmbed(nnx.Module):
@@ -154,10 +192,9 @@ class LabelEmbed(nnx.Module):
         return self.table[...][labels]
 
 
-def time_features(t: jax.Array) -> jax.Array:
-    """[batch] -> [batch, 256] f32: cosines, then sines, at frequencies from 1 down to nearly 1/10000."""
-    half = FREQUENCIES // 2
-    frequency = jnp.asarray(np.exp(-np.log(10000) * np.arange(half) / half), jnp.float32)
+def time_features(t: jax.Array, divisor: int = FREQUENCIES // 2) -> jax.Array:
+    """[batch] -> [batch, 256] f32: cosines, then sines, at frequencies from 1 down to nearly 1/10000; `divisor` is of their exponents."""
+    frequency = jnp.asarray(np.exp(-np.log(10000) * np.arange(FREQUENCIES // 2) / divisor), jnp.float32)
     angle = t.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 

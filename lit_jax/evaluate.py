@@ -1,9 +1,8 @@
 """Scoring a trained model by the pictures it draws (ADM suite)."""
 
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +11,20 @@ import numpy as np
 from rich.progress import track
 
 from common import config
-from common.checkpoint.convert import Donor
-from common.data.pictures import decode_record
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
+from common.checkpoint.convert import Donor, hashes
+from common.data.sources import Source, SourceConfig, open_source
+from common.errors import InputError, positive
 from common.evaluate.extractor import open_extractor
-from common.evaluate.generated import evaluate
+from common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from lit_jax.data import adm_crop
-from lit_jax.decode import Pictures, open_pictures
-from lit_jax.sample import Draw, SampleConfig, drawer
+from lit_jax.data import cropped
+from lit_jax.decode import open_pictures
+from lit_jax.dit import DitConfig
+from lit_jax.drawn import Drawn
+from lit_jax.generate import SEEDS, draw_batches
+from lit_jax.origin import read_origin
+from lit_jax.sample import SampleConfig, drawer, picture_keys
 
 
 @dataclass(frozen=True)
@@ -42,49 +44,78 @@ class EvalConfig:
     """SOURCE of the decoder of a latent model."""
     seed: int = 0
     save: str = ""
-    """Keep the pictures as an .npz (arr_0, uint8), which other implementations of the suite read."""
+    """Keep the pictures as an .npz (arr_0, uint8), which other implementations of the suite read; the same command again continues."""
+
+    def __post_init__(self) -> None:
+        positive(self, "samples", "batch")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"seed {self.seed}: choose one from 0 to {SEEDS - 1}")
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH`: FID, sFID, IS, precision, recall and KID against an .npz, or against any pictures.
 
-    Raises InputError without features or reference, and for what they cannot be compared with.
+    The reference is read and measured before anything is drawn. Raises InputError without features or reference, and for what they
+    cannot be compared with.
     """
+    if not isinstance(donor.cfg, DitConfig):
+        raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (README: Evaluate)")
     if not args.data:
         raise InputError("give --data: a reference batch (.npz of the ADM suite), or pictures to compare with")
+    if cfg.samples < LEAST:
+        raise InputError(f"--samples {cfg.samples}: a score takes {LEAST} at least, and published ones 50,000")
+    source = None if Path(args.data).suffix in (".npz", ".npy") else _open_pictures(args)
+    reference = read_reference(Path(args.data)) if source is None else Reference(args.data, None, None, len(source), lambda rows: iter(()))
     extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())
-    pictures = open_pictures(donor.cfg, cfg.autoencoder, mesh)
+    check_reference(reference, extractor)
+    draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
+    pictures = open_pictures(donor.cfg, cfg.autoencoder, mesh, read_origin(donor.folder))
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, the decoder that turns them into pictures")
-    draw, params = drawer(donor.model, donor.cfg, cfg.sample, mesh), load_params(donor, mesh)
-    with tempfile.TemporaryDirectory() as folder:
-        samples = Path(cfg.save) if cfg.save else Path(folder) / "samples.npz"
-        drawn = np.concatenate(list(batches(cfg, draw, params, pictures)))
-        np.savez(samples, arr_0=drawn)
-        reference = Path(args.data)
-        if reference.suffix != ".npz":
-            reference = Path(folder) / "reference.npz"
-            np.savez(reference, arr_0=_pictures(SourceConfig(args.data, args.split, args.image, text=""), drawn.shape[1]))
-        rows = evaluate((drawn[i : i + cfg.batch] for i in range(0, len(drawn), cfg.batch)), reference, extractor, mesh, cfg.batch)
+    side = donor.cfg.size * pictures.factor
+    if source is not None:
+        reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
+    saved = Drawn(Path(cfg.save), (cfg.samples, side, side, 3), settings(donor, cfg)) if cfg.save else None
+    if saved and (count := saved.count()):
+        print(f"{cfg.save}: {count:,} of {cfg.samples:,} pictures are there already")
+
+    def drawn(first: int) -> Iterator[np.ndarray]:
+        params, labels, keys = load_params(donor, mesh), asked(cfg, donor.cfg.classes), jax.random.key(cfg.seed)
+        parts = draw_batches(draw, params, pictures, labels, picture_keys(keys, np.arange(cfg.samples)), cfg.batch, first)
+        yield from track(parts, description="drawing", total=-(-(cfg.samples - first) // cfg.batch))
+
+    batches = saved.batches(drawn, cfg.batch) if saved else drawn(0)
+    rows = evaluate(batches, reference, extractor, mesh, cfg.batch)
     how = f"{cfg.sample.sampler} {cfg.sample.steps} steps, guidance {cfg.sample.guidance:g} on {cfg.sample.guided}, {cfg.labels} labels"
     return [row | {"dataset": args.data, "published": None, "protocol": f"{row['protocol']}; {how}"} for row in rows]
 
 
-def batches(cfg: EvalConfig, draw: Draw, params: dict[str, jax.Array], pictures: Pictures) -> Iterator[np.ndarray]:
-    """The pictures, uint8 [batch, side, side, 3]; the last batch is cut to their number."""
-    rng, classes = np.random.default_rng(cfg.seed), draw.cfg.classes
+def asked(cfg: EvalConfig, classes: int) -> np.ndarray:
+    """The class of each picture, int [samples], in an order without meaning: the Inception score splits it."""
+    rng = np.random.default_rng(cfg.seed)
     labels = np.arange(cfg.samples) % classes if cfg.labels == "balanced" else rng.integers(classes, size=cfg.samples)
-    labels = rng.permutation(labels)  # an order without meaning: the Inception score splits it
-    starts = range(0, cfg.samples, cfg.batch)
-    for i in track(starts, description="drawing", total=len(starts)):
-        part = np.resize(labels[i : i + cfg.batch], cfg.batch)
-        yield pictures(draw(params, part, jax.random.fold_in(jax.random.key(cfg.seed), i)))[: cfg.samples - i]
+    return rng.permutation(labels)
 
 
-def _pictures(data: SourceConfig, size: int) -> np.ndarray:
-    """All pictures of a source, cropped as in training: uint8 [n, size, size, 3]."""
-    source = open_source(data)
-    return np.stack([adm_crop(decode_record(source[i]), size) for i in range(len(source))])
+def settings(donor: Donor, cfg: EvalConfig) -> dict[str, Any]:
+    """What decides the pictures: model, sampler, labels and seed; not the batch."""
+    model = {"weights": hashes(donor.file), "config": asdict(donor.cfg)}
+    how = {name: getattr(cfg, name) for name in ("samples", "labels", "autoencoder", "seed")}
+    return {"model": model, "sample": asdict(cfg.sample)} | how
+
+
+def _open_pictures(args: Namespace) -> Source:
+    """The pictures that are compared with. Raises InputError where there are none."""
+    source = open_source(SourceConfig(args.data, args.split, args.image, text=""))
+    if not len(source) or "image" not in source[0]:
+        raise InputError(f"{args.data} has no pictures to compare with: name their column with --image")
+    return source
+
+
+def _cropped(source: Source, side: int, rows: int) -> Iterator[np.ndarray]:
+    """Pictures of a source, cropped as in training: uint8 [up to rows, side, side, 3]."""
+    for first in range(0, len(source), rows):
+        yield np.stack([cropped(source[i], side) for i in range(first, min(first + rows, len(source)))])

@@ -2,21 +2,31 @@
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from common.checkpoint.convert import Donor, Format, Found, Read
-from common.checkpoint.weights import Tensors, read_json, write_json
+from common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from common.checkpoint.weights import Tensors, write_json
 from common.errors import InputError
+from common.nn.position import sincos
+from common.surgery.layout import agrees
 from common.typed import from_json
 from lit_jax import layouts
-from lit_jax.dit import SOFTMAX_HEADS, DitConfig
+from lit_jax.attention import Features
+from lit_jax.dit import EPS, SOFTMAX_HEADS, DitConfig
+from lit_jax.origin import copy_origin
 
-_DIFFUSERS: dict[str, Any] = dict(
-    activation_fn="gelu-approximate", attention_bias=True, norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-5
-) | dict(dropout=0.0, norm_num_groups=32, upcast_attention=False)
 SIDECAR = "dit.json"
+WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
+NORM_EPS = 1e-5  # of diffusers' norm before the MLP
+# Classes of common data sets: a table of exactly so many rows may well have none for "no class".
+_COMMON = (10, 100, 200, 365, 1000, 21_841, 21_843)
+# What diffusers' older class of many transformers says of the parts that a DiT has not.
+_UNUSED: dict[str, Any] = dict(
+    num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False, attention_type="default"
+) | dict(caption_channels=None, interpolation_scale=None, use_additional_conditions=None, double_self_attention=False)
 
 
 def config(saved: Mapping[str, Any]) -> DitConfig:
@@ -24,84 +34,231 @@ def config(saved: Mapping[str, Any]) -> DitConfig:
     return from_json(DitConfig, saved)
 
 
-def _read_fair(tensors: Tensors, folder: Path) -> DitConfig | None:
+LOOKALIKES = (
+    Lookalike("projectors.*", "a SiT trained with REPA, which predicts velocity: only DiTs, which predict noise, are read"),
+    Lookalike("*.experts.*", "a DiT-MoE, whose MLPs are mixtures of experts: only DiTs with plain MLPs are read"),
+    Lookalike("en_inblocks.*", "a masked diffusion transformer (MDT): only DiTs are read"),
+    Lookalike("in_blocks.*.attn.*", "a U-ViT: only DiTs are read"),
+    Lookalike("blocks.*.mlp.w12.*", "a LightningDiT (SwiGLU, rotary positions, velocity): only DiTs of facebookresearch's kind are read"),
+    Lookalike("temp_embed", "a Latte, which draws videos: only DiTs are read"),
+    Lookalike("temporal_transformer_blocks.*", "a Latte, which draws videos: only DiTs are read"),
+    Lookalike("t_block.*", "a PixArt, which draws from text: only class-conditional DiTs are read"),
+    Lookalike("adaln_single.*", "a PixArt, which draws from text: only class-conditional DiTs are read"),
+    Lookalike("caption_norm.weight", "a Sana, which draws from text: only class-conditional DiTs are read"),
+    Lookalike("attention_y_norm.weight", "a Sana, which draws from text: only class-conditional DiTs are read"),
+    Lookalike("*joint_blocks.*", "a Stable Diffusion 3: only class-conditional DiTs are read"),
+    Lookalike("*double_blocks.*", "a FLUX: only class-conditional DiTs are read"),
+    Lookalike("*diffusion_model.input_blocks.*", "a U-Net of latent diffusion: only class-conditional DiTs are read"),
+    Lookalike("down_blocks.*.attentions.*", "a U-Net of diffusers: only class-conditional DiTs are read"),
+)
+
+
+def _read_fair(found: Found) -> Read | None:
+    tensors = found.tensors
     if not {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"} <= tensors.keys():
         return None
+    if any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES):
+        return None
+    known, guesses = _arguments(found) | _sidecar(found), list[Guess]()
+    sizes = _sizes(tensors)
+    width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
+    sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
+    if not sizes["size"]:
+        guesses.append(Guess("size", None, "without a position table the side of its inputs is not known (latent cells, or pixels)"))
+    classes, guess = _classes(rows, known.get("classes"))
+    guesses += guess
+    attention = dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else _linear(tensors, width)
+    if "heads" in known:
+        attention["heads"] = known["heads"]
+    elif attention["attention"] == "softmax" and width in SOFTMAX_HEADS:
+        attention["heads"] = SOFTMAX_HEADS[width]
+        guesses.append(Guess("heads", attention["heads"], f"the shapes do not show them, and published DiTs {width} wide have as many"))
+    if not attention["heads"]:
+        guesses.append(Guess("heads", None, f"the shapes do not show the heads, and no published model of this kind is {width} wide"))
+    if attention["attention"] == "linear":
+        if "features" in known:
+            attention["features"] = known["features"]
+        else:
+            other = "focused_gelu" if attention["features"] == "focused" else "gelu"
+            guesses.append(Guess("features", attention["features"], f"the weights of a LiT with {other} look the same"))
+    if known.get("prediction") != "noise":
+        guesses.append(Guess("prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and the file does not say"))
+    return Read(DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention), tuple(guesses))
+
+
+def _sizes(tensors: Tensors) -> dict[str, Any]:
+    """What shapes tell of any DiT. Raises InputError for one that is built another way."""
     try:
-        width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+        width, channels, patch, patch_col = tensors["x_embedder.proj.weight"].shape
         layers = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
-        hidden = len(tensors["blocks.0.mlp.fc1.weight"])
-        classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
-        grid = isqrt(tensors["pos_embed"].shape[1])
+        hidden, written = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors["final_layer.linear.weight"])
     except (KeyError, ValueError) as error:
         raise InputError(f"looks like a DiT, but its tensors do not tell the sizes ({error})") from error
-    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
-    sizes |= dict(classes=classes)
-    # What shapes cannot tell stands in a file that we write beside the weights; published widths have published heads.
-    known = read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
-    if "blocks.0.attn.qkv.weight" in tensors:
-        return DitConfig(**sizes, **{"heads": SOFTMAX_HEADS.get(width, 0)} | known)
+    if patch != patch_col:
+        raise InputError(f"its patches are {patch} x {patch_col}: only DiTs with square patches are read")
+    if width % 4:
+        raise InputError(f"its width is {width}: a DiT's position table needs a multiple of 4")
+    if written != 2 * channels * patch**2:
+        if written == channels * patch**2:
+            raise InputError("it predicts no variance (learn_sigma=False): only DiTs that predict noise and variance are read")
+        raise InputError(f"its last layer writes {written} numbers a patch: a DiT of {channels} channels writes {2 * channels * patch**2}")
+    return dict(channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
+
+
+def _size(tensors: Tensors, patch: int, width: int) -> int:
+    """Side of the input by the position table; 0 without one. Raises InputError for rectangles."""
+    table = tensors.get("pos_embed")
+    if table is None:
+        return 0
+    count = table.size // width
+
+    def grid(rows: int, cols: int) -> bool:
+        return rows * cols == count and agrees(table.reshape(-1, width), sincos(rows, cols, width).reshape(-1, width))
+
+    if grid(isqrt(count), isqrt(count)):
+        return isqrt(count) * patch
+    for rows in range(1, count + 1):
+        if grid(rows, cols := count // rows):
+            raise InputError(f"its inputs are rectangles of {rows * patch} x {cols * patch}: only DiTs for squares are read")
+    raise InputError(f"its position table, of {count} places, is not DiT's fixed table of a square: learned and other tables are not read")
+
+
+def _classes(rows: int, known: int | None) -> tuple[int, list[Guess]]:
+    """How many classes a table of `rows` is for: one less, the last row being for no class, or as many."""
+    if known is not None:
+        if known not in (rows, rows - 1):
+            raise InputError(f"its arguments say {known} classes, and the table of classes has {rows} rows; is it another model's?")
+        return known, []
+    if rows == 1:
+        return 1, []
+    if rows in _COMMON:
+        why = f"the table of classes has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it"
+        return rows - 1, [Guess("classes", None, why)]
+    return rows - 1, [Guess("classes", rows - 1, f"the table has {rows} rows, and the last is taken for no class")]
+
+
+def _linear(tensors: Tensors, width: int) -> dict[str, Any]:
+    """LiT's attention; heads are told by a bank of filters that they share."""
+    features = "focused" if "blocks.0.attn.scale" in tensors else "relu"
     bank = tensors.get("blocks.0.attn.dwc.weight")
-    linear: dict[str, Any] = dict(attention="linear", heads=0, filters="none")
-    linear |= dict(features="focused" if "blocks.0.attn.scale" in tensors else "relu")
-    if bank is not None:
-        shared = len(bank) < width
-        linear |= dict(filters="shared" if shared else "channel", window=bank.shape[2], heads=width // len(bank) if shared else 0)
-    return DitConfig(**sizes, **linear | known)
+    if bank is None or not len(bank):
+        return dict(attention="linear", heads=0, filters="none", features=features)
+    shared = len(bank) < width
+    filters: dict[str, Any] = dict(filters="shared" if shared else "channel", window=bank.shape[-1])
+    return dict(attention="linear", heads=width // len(bank) if shared else 0, features=features) | filters
+
+
+def _sidecar(found: Found) -> dict[str, Any]:
+    """What shapes cannot tell, from the file that we write next to the weights."""
+    fields = found.json(SIDECAR)
+    if fields is None:
+        return {}
+    known = dict(heads=fields.integer("heads", None), classes=fields.integer("classes", None), prediction=fields.text("prediction", None))
+    known["features"] = fields.choice("features", {name: name for name in get_args(Features)}, "relu") if "features" in fields else None
+    fields.done()
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _arguments(found: Found) -> dict[str, Any]:
+    """What the arguments of a training script tell. Raises InputError for those of a model that predicts something else than noise."""
+    args = found.about.get("args")
+    args = args if isinstance(args, Mapping) else {}
+    known: dict[str, Any] = {}
+    name = str(args.get("model") or "")
+    if args.get("prediction") not in (None, "noise", "eps", "epsilon") or args.get("path_type") is not None or name.startswith("SiT"):
+        what = next(str(x) for x in (args.get("prediction"), args.get("path_type"), name) if x not in (None, ""))
+        raise InputError(f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here")
+    for setting, usual in (("predict_xstart", False), ("predict_v", False), ("noise_schedule", "linear"), ("diffusion_steps", 1000)):
+        if args.get(setting) not in (None, "", usual):
+            raise InputError(f"trained with {setting} {args[setting]}; only DiTs with {setting} {usual} can be sampled here")
+    if size := re.fullmatch(r"(?:DiT|LiT)-(S|B|L|XL)/(\d+)", name):
+        known["prediction"] = "noise"
+        width = found.tensors["x_embedder.proj.weight"].shape[0]
+        if name.startswith("DiT") and width == WIDTHS[size[1]]:
+            known["heads"] = SOFTMAX_HEADS[width]
+    if isinstance(classes := args.get("num_classes"), int):
+        known["classes"] = classes
+    if isinstance(pixels := args.get("image_size"), int):
+        known["size"] = pixels // 8  # train.py of DiT: latents of an autoencoder that shrinks eight times
+    return known
 
 
 def _write_fair(cfg: DitConfig, folder: Path) -> None:
-    write_json(folder / SIDECAR, {"heads": cfg.heads} | ({"features": cfg.features} if cfg.attention == "linear" else {}))
+    told = {"heads": cfg.heads, "classes": cfg.classes, "prediction": "noise"}
+    write_json(folder / SIDECAR, told | ({"features": cfg.features} if cfg.attention == "linear" else {}))
 
 
-def _read_diffusers(tensors: Tensors, folder: Path) -> DitConfig | None:
+def _read_diffusers(found: Found) -> Read | None:
+    tensors = found.tensors
     if "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight" not in tensors:
         return None
-    if not (folder / "config.json").is_file():
-        raise InputError("a diffusers transformer needs its config.json beside the weights; there is none")
-    theirs = _DIFFUSERS | dict(sample_size=32, in_channels=4, patch_size=2, num_layers=28, num_attention_heads=16)
-    theirs |= dict(attention_head_dim=72, num_embeds_ada_norm=1000) | read_json(folder / "config.json")
-    for name in ("activation_fn", "attention_bias", "norm_type", "norm_elementwise_affine"):
-        if theirs[name] != _DIFFUSERS[name]:
-            raise InputError(f"config.json: {name} is {theirs[name]!r}, a DiT has {_DIFFUSERS[name]!r}")
-    if theirs.get("out_channels") not in (None, 2 * theirs["in_channels"]):
-        raise InputError(f"config.json: out_channels {theirs['out_channels']} leave no room for the variance; only such DiTs are read")
-    width = theirs["num_attention_heads"] * theirs["attention_head_dim"]
-    return DitConfig(
-        size=theirs["sample_size"],
-        channels=theirs["in_channels"],
-        patch=theirs["patch_size"],
-        width=width,
-        layers=theirs["num_layers"],
-        heads=theirs["num_attention_heads"],
+    fields = found.json("config.json")
+    if fields is None:
+        raise InputError("a diffusers transformer needs its config.json next to the weights; there is none")
+    fields.fixed("_class_name", "DiTTransformer2DModel", "Transformer2DModel")
+    fields.fixed("activation_fn", "gelu-approximate")
+    fields.fixed("attention_bias", True)
+    fields.fixed("norm_type", "ada_norm_zero")
+    fields.fixed("norm_elementwise_affine", False)
+    fields.fixed("norm_eps", NORM_EPS, EPS)  # diffusers has it in one norm of two; `verify` compares with that switched
+    for name, value in _UNUSED.items():
+        fields.fixed(name, value, None)
+    fields.skip("_*", "dropout", "norm_num_groups", "upcast_attention", "dtype", "torch_dtype")
+    channels, heads = fields.integer("in_channels", 4), fields.integer("num_attention_heads", 16)
+    written = fields.integer("out_channels", None) or channels
+    cfg = DitConfig(
+        size=fields.square("sample_size", 32),
+        channels=channels,
+        patch=fields.integer("patch_size", 2),
+        width=heads * fields.integer("attention_head_dim", 72),
+        layers=fields.integer("num_layers", 28),
+        heads=heads,
         hidden=len(tensors["transformer_blocks.0.ff.net.0.proj.bias"]),
-        classes=theirs["num_embeds_ada_norm"],
+        classes=fields.integer("num_embeds_ada_norm", 1000),
     )
+    fields.done()
+    if written != 2 * channels:
+        raise InputError(f"{fields.where}: out_channels is {written}; only DiTs that predict noise and variance ({2 * channels}) are read")
+    return Read(cfg, _scheduler(found))
+
+
+def _scheduler(found: Found) -> tuple[Guess, ...]:
+    """Check the scheduler of the pipeline that a transformer is from, which says what it predicts; without one that is a guess."""
+    for fields in filter(None, map(found.json, ("scheduler_config.json", "../scheduler/scheduler_config.json"))):
+        kind = fields.text("_class_name", "")
+        if any(word in kind for word in ("Flow", "EDM", "Consistency")):
+            raise InputError(f"{fields.where}: {kind} samples models of another kind; only DiTs, which predict noise, are read")
+        fields.fixed("prediction_type", "epsilon")
+        fields.fixed("num_train_timesteps", 1000)
+        fields.fixed("beta_schedule", "linear")
+        fields.fixed("beta_start", 1e-4)
+        fields.fixed("beta_end", 0.02)
+        fields.fixed("trained_betas", None)
+        fields.fixed("rescale_betas_zero_snr", False)
+        return ()
+    return (Guess("prediction", "noise", "no scheduler_config.json next to the transformer says it, and published DiTs do"),)
 
 
 def _write_diffusers(cfg: DitConfig, folder: Path) -> None:
     if cfg.attention != "softmax":
         raise InputError("diffusers has no linear attention for DiT; keep the heirloom format, or write --to fair")
+    if not cfg.null_class:
+        raise InputError("diffusers' DiT has a row for no class, this model has none; keep the heirloom format, or write --to fair")
     if cfg.hidden != 4 * cfg.width:
         raise InputError(f"diffusers' DiT has MLPs of four widths, this model has {cfg.hidden} units at a width of {cfg.width}")
+    fixed: dict[str, Any] = dict(activation_fn="gelu-approximate", attention_bias=True, norm_type="ada_norm_zero", norm_eps=NORM_EPS)
+    fixed |= dict(norm_elementwise_affine=False, dropout=0.0, norm_num_groups=32, upcast_attention=False)
     sizes = dict(sample_size=cfg.size, in_channels=cfg.channels, out_channels=2 * cfg.channels, patch_size=cfg.patch)
     sizes |= dict(num_layers=cfg.layers, num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim, num_embeds_ada_norm=cfg.classes)
-    write_json(folder / "config.json", {"_class_name": "DiTTransformer2DModel"} | _DIFFUSERS | sizes)
-
-
-def _plain(read: Any) -> Any:
-    def config(found: Found) -> Read | None:
-        cfg = read(found.tensors, found.folder)
-        return cfg and Read(cfg)
-
-    return config
+    write_json(folder / "config.json", {"_class_name": "DiTTransformer2DModel"} | fixed | sizes)
 
 
 FORMATS = (
-    Format("fair", layouts.fair, "dit.pt", _plain(_read_fair), _write_fair, clean=lambda key: key.removeprefix("module.")),
-    Format("diffusers", layouts.DIFFUSERS, "diffusion_pytorch_model.safetensors", _plain(_read_diffusers), _write_diffusers),
+    Format("fair", layouts.fair, "dit.pt", _read_fair, _write_fair, wrapper=None),  # as DiT's own script reads it
+    Format("diffusers", layouts.DIFFUSERS, "diffusion_pytorch_model.safetensors", _read_diffusers, _write_diffusers),
 )
 
 
 def companions(donor: Donor, destination: Path, format: str) -> None:
-    """Nothing travels with a DiT but its config."""
+    """Carry along which autoencoder's latents the model was trained on."""
+    copy_origin(donor.folder, destination)

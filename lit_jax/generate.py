@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +14,13 @@ from common.checkpoint.convert import Donor
 from common.errors import InputError
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from lit_jax.decode import open_pictures
+from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import DitConfig
-from lit_jax.sample import SampleConfig, drawer, save_grid
+from lit_jax.origin import read_origin
+from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys, save_grid
 
-LOOKS = SampleConfig("ddpm", steps=250, guidance=4.0, guided="all")
+BATCH = 64  # pictures drawn at a time
+SEEDS = 2**32
 
 
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
@@ -26,18 +29,49 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     The flags left over are fields of `SampleConfig`. Raises InputError for a class or flag that is none, and for latents without
     an autoencoder.
     """
-    how = config.parse(LOOKS, args.flags, f"heirloom sample {donor.path}")
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
-    mesh = start(MeshConfig())
-    pictures = open_pictures(donor.cfg, args.autoencoder or "", mesh)
+    how = config.parse(looks(donor.cfg), args.flags, f"heirloom sample {donor.path}")
+    if args.count < 1:
+        raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")
+    if args.out.suffix not in ("", ".png"):
+        raise InputError(f"--out {args.out}: the grid is a PNG; name it {args.out.with_suffix('.png')}")
+    mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
+    draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, args.count)
+    draw.check(classes)
+    pictures = open_pictures(donor.cfg, args.autoencoder or "", mesh, read_origin(donor.folder))
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, such as hf:stabilityai/sd-vae-ft-ema")
-    classes = args.classes or list(range(min(donor.cfg.classes, 8)))
-    labels = np.repeat(classes, args.count)
-    draw, params = drawer(donor.model, donor.cfg, how, mesh), load_params(donor, mesh)
+    labels, params = np.repeat(classes, args.count), load_params(donor, mesh)
     begun = time.perf_counter()
-    drawn = pictures(draw(params, labels, jax.random.key(args.seed)))
+    drawn = np.concatenate(list(draw_batches(draw, params, pictures, labels, keys, BATCH)))
     seconds = time.perf_counter() - begun
     save_grid(drawn, args.out, columns=args.count if len(classes) > 1 else None)
     return {"picture": str(args.out), "labels": labels.tolist(), "seconds": round(seconds, 2), "seed": args.seed, "sample": asdict(how)}
+
+
+def looks(cfg: DitConfig) -> SampleConfig:
+    """How pictures are drawn to look at: with strong guidance, where the model has a class for none."""
+    return SampleConfig("ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
+
+
+def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
+    """A key for each picture, [classes x count]: of the seed, the class and the number within it, and of nothing else."""
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"seed {seed}: choose one from 0 to {SEEDS - 1}")
+    of_class = picture_keys(jax.random.key(seed), np.asarray(classes))
+    return jax.vmap(lambda key: picture_keys(key, np.arange(count)))(of_class).reshape(-1)
+
+
+def draw_batches(
+    draw: Draw, params: Any, pictures: Pictures, labels: np.ndarray, keys: jax.Array, batch: int, first: int = 0
+) -> Iterator[np.ndarray]:
+    """Pictures uint8 [up to batch, height, width, 3] of labels and keys [n], from number `first` on.
+
+    A last batch that is short is drawn at full size and cut, so that nothing is compiled twice.
+    Raises InputError for a picture that is not finite.
+    """
+    batch = min(batch, len(labels))
+    for i in range(first, len(labels), batch):
+        rows = np.resize(np.arange(i, min(i + batch, len(labels))), batch)
+        yield pictures(draw(params, labels[rows], keys[rows])[: len(labels) - i], first=i)

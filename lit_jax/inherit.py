@@ -19,7 +19,7 @@ def graft_attention(donor: DitConfig, student: DitConfig, keep: Keep = "none") -
     leaves each projection as it is, channel by channel; what the layer computes changes.
     Raises InputError when the shapes differ.
     """
-    for name in ("channels", "patch", "width", "layers", "hidden", "classes"):
+    for name in ("channels", "patch", "width", "layers", "hidden", "classes", "null_class"):
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(f"the student's {name} is {sizes}: a LiT has its donor's shape")

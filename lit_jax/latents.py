@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
-from common.checkpoint.weights import read_json, staged, write_json
-from common.data.pictures import decode_record
-from common.data.sources import Record, Source
+from common.checkpoint.weights import staged
+from common.data.sources import Source
 from common.errors import InputError
 from common.evaluate.features import embedder
 from common.nn.functional import Functional
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
-from lit_jax.autoencoder_layouts import config
-from lit_jax.data import adm_crop
-
-CONFIG = "autoencoder.json"
+from lit_jax.data import cropped
+from lit_jax.origin import FILE, Origin, read_origin, write_origin
 
 
 def cache_latents(
@@ -38,9 +35,11 @@ def cache_latents(
     batch: int = 16,
     dtype: Literal["float16", "float32"] = "float16",
     force: bool = False,
+    origin: Origin | None = None,
 ) -> None:
     """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by index.
 
+    origin: the identity of the autoencoder, which the cache keeps; None: of `cfg`, without a name.
     Its arrays are `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled;
     and `label`, int32, where the records have one. The folder gets its name when it is complete.
     Raises InputError for a picture that does not decode, a moment that `dtype` cannot hold, and where `path` exists already.
@@ -52,9 +51,6 @@ def cache_latents(
         moments = jax.lax.map(lambda x: jnp.concatenate(model.apply(params, x, method="encode"), -1), views)
         return jnp.moveaxis(moments, 0, 1).astype(dtype)
 
-    def pixels(record: Record) -> np.ndarray:
-        return adm_crop(decode_record(record), size)
-
     if "image" not in source[0]:
         raise InputError("these records have no pictures to encode: name their column with image")
     embed = embedder(encode, mesh, batch)
@@ -63,7 +59,7 @@ def cache_latents(
         arrays: dict[str, np.memmap] = {}
         for start in track(range(0, len(source), batch), description="encoding"):
             records = [source[i] for i in range(start, min(start + batch, len(source)))]
-            columns = {"moments": embed(params, np.stack(list(pool.map(pixels, records))))}
+            columns = {"moments": embed(params, np.stack(list(pool.map(partial(cropped, size=size), records))))}
             if not np.isfinite(columns["moments"]).all():
                 raise InputError(f"a picture among {start} to {start + len(records)} has moments that {dtype} cannot hold")
             if "label" in records[0]:
@@ -75,12 +71,15 @@ def cache_latents(
                 arrays[name][start : start + len(value)] = value
         for array in arrays.values():
             array.flush()
-        write_json(folder / CONFIG, asdict(cfg))
+        write_origin(folder, origin or Origin(cfg))
 
 
-def cached_config(path: Path) -> AutoencoderConfig:
-    """The autoencoder a cache was made with: its scaling factor goes with the latents."""
-    return config(read_json(path / CONFIG))
+def cached_origin(path: Path) -> Origin:
+    """The autoencoder a cache was made with: its scaling factor goes with the latents. Raises InputError where it is not there."""
+    origin = read_origin(path)
+    if origin is None:
+        raise InputError(f"{path} holds latents without {FILE}, so their scaling factor is not known: make the cache again")
+    return origin
 
 
 def sample_cached(cfg: AutoencoderConfig, moments: jax.Array, key: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ class DistillConfig:
     target: Literal["raw", "log_sigma", "sigma"] = "raw"
     """What "variance" compares: the head's output as released, or the log-variance or variance it stands for (the paper writes Sigma)."""
     dropped: Literal["shared", "student"] = "shared"
-    """Whose labels are dropped: both networks see the same label, or the teacher sees the true one always, as released."""
+    """Whose labels are dropped. Deviation: both networks see the same label ("shared"), where the released teacher always sees the true one
+    ("student"), which pulls what the student says of no class toward what the teacher says of a class, and weakens guidance."""
 
     @property
     def active(self) -> bool:

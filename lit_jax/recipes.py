@@ -11,7 +11,8 @@ from lit_jax.zoo import AUTOENCODER
 def imagenet(student: DitConfig, *, steps: int, batch: int = 256, donor: str = "", teacher: str = "") -> Config:
     """AdamW at a constant 1e-4, no decay, EMA 0.9999, on the latent cache `data/imagenet_PIXELS` (scripts/cache_latents.py).
 
-    Deviation: activations and kernels are bf16, where the papers have f32 with TF32 matmuls.
+    Deviation: activations and kernels are bf16, where the papers have f32 with TF32 matmuls. Deviation: where a teacher is, it sees dropped
+    labels as the student does; the released code drops the student's alone (--distill.dropped student).
     """
     return Config(
         student=student,

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, isqrt
+from math import ceil, isfinite, isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,14 @@ from PIL import Image
 
 from common.checkpoint.weights import staged
 from common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.nn.functional import Functional
 from common.train.mesh import batch_sharding, replicated
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split
 
+Name = Literal["ddpm", "ddim", "dpm"]
+Guided = Literal["all", "first three"]
 AHEAD = 2**30  # bytes: beyond this the modulations of all steps are computed step by step
 
 
@@ -28,17 +30,28 @@ AHEAD = 2**30  # bytes: beyond this the modulations of all steps are computed st
 class SampleConfig:
     """How pictures are drawn."""
 
-    sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"
+    sampler: Name = "ddpm"
     """Ancestral with the learned variance (the paper's numbers), DDIM, or DPM-Solver++(2M)."""
     steps: int = 250
     guidance: float = 1.0
     """Classifier-free guidance: 1 is none, 1.5 the paper's, 4 for pictures one likes to look at."""
-    guided: Literal["all", "first three"] = "first three"
+    guided: Guided = "first three"
     """Channels of the noise that are guided; DiT's numbers guide three of four latent channels."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("sampler", Name), ("guided", Guided)):
+            if (value := getattr(self, name)) not in get_args(known):
+                raise InputError(f"no {name} {value!r}{nearest(str(value), get_args(known))}; choose {', '.join(get_args(known))}")
+        if not isfinite(self.guidance):
+            raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
 
     def make(self) -> Sampler:
         """Raises InputError for steps that the chain of 1000 cannot be cut to."""
         chain = linear_schedule()
+        if not 1 <= self.steps <= len(chain):
+            raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
+        if self.steps == 1 and self.sampler == "ddpm":
+            raise InputError("--steps 1 with ddpm: its only step is the last, which takes noise for a picture; take 2, or --sampler dpm")
         try:
             if self.sampler == "dpm":
                 return dpm_solver(chain, self.steps)
@@ -49,32 +62,50 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Draw:
-    """`draw(params, labels, key)`: pixels or scaled latents [n, size, size, channels] f32 for labels [n] int."""
+    """`draw(params, labels, key)`: pixels or scaled latents [n, size, size, channels] f32 for labels [n] int.
+
+    key: one for each picture, [n], or one that the number of each picture is folded into. A picture depends on its key and its label,
+    whatever is drawn along with it and on whatever mesh.
+    """
 
     cfg: DitConfig
     how: SampleConfig
     mesh: Mesh
     jitted: Any
 
+    def check(self, labels: np.ndarray | Sequence[int]) -> None:
+        """Raises InputError for a label that the model does not have."""
+        cfg, labels = self.cfg, np.asarray(labels)
+        none = f", and {cfg.classes} for none" if cfg.null_class else ", and none for no class"
+        if len(wrong := labels[(labels < 0) | (labels >= cfg.rows)]):
+            raise InputError(f"no class {wrong[0]}: this model has 0 to {cfg.classes - 1}{none}")
+
     def __call__(self, params: Mapping[str, Any], labels: np.ndarray | Sequence[int], key: jax.Array) -> jax.Array:
         """Raises InputError for a label that the model does not have."""
+        self.check(labels)
         labels, shards = np.asarray(labels, np.int32), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if len(wrong := labels[(labels < 0) | (labels > self.cfg.classes)]):
-            raise InputError(f"no class {wrong[0]}: this model has 0 to {self.cfg.classes - 1}, and {self.cfg.classes} for none")
+        keys = picture_keys(key, np.arange(len(labels))) if key.ndim == 0 else key
         unique, which = np.unique(labels, return_inverse=True)
         if self.how.guidance != 1:
             unique = np.append(unique, self.cfg.classes).astype(np.int32)
-        which = np.pad(which, (0, -len(labels) % shards)).astype(np.int32)
+        rows = np.minimum(np.arange(len(labels) + -len(labels) % shards), len(labels) - 1)  # the last is repeated to fill the devices
         with jax.set_mesh(self.mesh):
-            return self.jitted(params, unique, which, key)[: len(labels)]
+            return self.jitted(params, unique, which[rows].astype(np.int32), keys[rows])[: len(labels)]
+
+
+def picture_keys(key: jax.Array, numbers: np.ndarray) -> jax.Array:
+    """A key for each picture, [n], from one key and the pictures' numbers."""
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers, jnp.uint32))
 
 
 def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
-    """Compile the sampler: one `lax.scan` over its steps."""
+    """Compile the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without a null class."""
+    if how.guidance != 1 and not cfg.null_class:
+        raise InputError(f"guidance {how.guidance:g}: this model was never trained without labels: it has no null class; set guidance 1")
     sampler = how.make()
     times = jnp.asarray(sampler.time, jnp.float32)
 
-    def draw(params: Mapping[str, Any], unique: jax.Array, which: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(params: Mapping[str, Any], unique: jax.Array, which: jax.Array, keys: jax.Array) -> jax.Array:
         n = len(which)
         modulations = partial(model.apply, params, method="modulations")
         size = len(sampler) * len(unique) * (6 * cfg.layers + 2) * cfg.width * 4
@@ -93,9 +124,9 @@ def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> 
                 return predict(which)
             return guide(predict(which), predict(jnp.full(n, len(unique) - 1)), how)
 
-        start, noise = jax.random.split(key)
-        x = jax.lax.with_sharding_constraint(jax.random.normal(start, (n, cfg.size, cfg.size, cfg.channels)), batch_sharding(mesh))
-        return sampler.run(denoise, x, noise)
+        start, noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        x = jax.vmap(lambda own: jax.random.normal(own, (cfg.size, cfg.size, cfg.channels)))(start)
+        return sampler.run(denoise, jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), noise)
 
     return Draw(cfg, how, mesh, jax.jit(draw, out_shardings=replicated(mesh)))
 

@@ -19,7 +19,7 @@ from common.data.labelled import open_labelled
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.sources import SourceConfig
 from common.diffusion import add_noise, linear_schedule
-from common.errors import InputError
+from common.errors import InputError, remark
 from common.nn.functional import Functional, functional
 from common.surgery.graft import graft
 from common.surgery.plan import Resolution
@@ -33,12 +33,13 @@ from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.data import Pixels, is_latent, latents
-from lit_jax.decode import Pictures, open_pictures
+from lit_jax.decode import Pictures, open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig, macs
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.kernels import PLATFORMS
-from lit_jax.latents import cached_config, sample_cached
+from lit_jax.latents import cached_origin, sample_cached
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
+from lit_jax.origin import Origin, copy_origin, read_origin, same_latents, write_origin
 from lit_jax.sample import Draw, SampleConfig, drawer, save_grid
 from lit_jax.zoo import FAMILY, open_dit, outline
 
@@ -115,11 +116,12 @@ def train(cfg: Config, directory: Path) -> None:
 
     donor, teacher = opened(cfg.donor), opened(cfg.teacher if cfg.distill.active else "")
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
-    cached = cached_config(Path(cfg.data.path)) if is_latent(cfg.data) else None
+    origin = latents_of(cfg, donor, teacher)
+    cached = origin.cfg if origin else None
     example = latents if cached else Pixels(cfg.student.size, cfg.flips)
     check_shapes(cfg, example(source[0], np.random.default_rng(0)), teacher)
     data = training_batches(source, cfg.pipeline, example, mesh=mesh)
-    pictures = open_pictures(cfg.student, cfg.autoencoder, mesh)
+    pictures = open_pictures(cfg.student, cfg.autoencoder, mesh, origin)
 
     student = functional(Dit, cfg.student)
     optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
@@ -158,7 +160,9 @@ def train(cfg: Config, directory: Path) -> None:
         save_every=cfg.save_every,
         eval_every=cfg.eval_every,
         evaluate=evaluate if draw or score else None,
-        on_finish=lambda state: save_params(run.model, FAMILY.name, cfg.student.kept, best(state), lambda _: None, force=True),
+        on_finish=lambda state: save_params(
+            run.model, FAMILY.name, cfg.student.kept, best(state), lambda folder: write_origin(folder, origin), force=True
+        ),
         flops_per_example=flops(cfg, student, teacher),
     )
 
@@ -190,6 +194,21 @@ def opened(source: str) -> Donor | None:
     return open_dit(source) if source else None
 
 
+def latents_of(cfg: Config, *models: Donor | None) -> Origin | None:
+    """The autoencoder whose latents `cfg.data` are; None for pictures. Raises InputError where held-out data or a model has others."""
+    origin = cached_origin(Path(cfg.data.path)) if is_latent(cfg.data) else None
+    if origin is None:
+        return None
+    if not origin.encoder:
+        remark(f"{cfg.data.path}: a cache of an earlier version, which does not say which autoencoder made it; {origin} is assumed to fit")
+    others = {cfg.held_out.path: Path(cfg.held_out.path)} if is_latent(cfg.held_out) else {}
+    others |= {str(model.path): model.folder for model in models if model}
+    for name, folder in others.items():
+        if other := read_origin(folder):
+            remark(same_latents(origin, other, cfg.data.path, name))
+    return origin
+
+
 def check_device(cfg: DitConfig, platform: str) -> None:
     """Raises InputError where a kernel is asked for that is another platform's."""
     if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
@@ -203,6 +222,10 @@ def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor 
     if given != (c.size, c.size, c.channels):
         takes = f"the student takes {[c.size, c.size, c.channels]}"
         raise InputError(f"the data is {list(given)}, {takes}: set student.size and student.channels")
+    if cfg.label_drop and not c.null_class:
+        raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no class for none: set label_drop 0")
+    if teacher and cfg.label_drop and cfg.distill.dropped == "shared" and not teacher.cfg.null_class:
+        raise InputError("the teacher has no class for none: set distill.dropped student, so that it sees every label, or label_drop 0")
     if teacher and (t := teacher.cfg) and (t.size, t.channels, t.classes) != (c.size, c.channels, c.classes):
         theirs = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
         raise InputError(f"the teacher sees {theirs}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
@@ -241,7 +264,7 @@ HELD_OUT, ROWS = 512, 128  # pictures that the held-out loss looks at, and how m
 def held_out_loss(cfg: Config, student: Functional, mesh: Mesh) -> Callable[[Mapping[str, Any]], dict[str, float]]:
     """`params -> {"mse": ...}`: squared error of the noise, averaged over evenly spread times; noise and times are always the same."""
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
-    cached = cached_config(Path(cfg.held_out.path)) if is_latent(cfg.held_out) else None
+    cached = cached_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
@@ -281,7 +304,12 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
     donor, student = open_dit(cfg.donor), functional(Dit, cfg.student)
     record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
     params, kept = initial(cfg, student, donor, None), cfg.student.kept
-    save_params(destination, FAMILY.name, kept, params, lambda folder: write_json(folder / "provenance.json", record), force=force)
+
+    def sidecars(folder: Path) -> None:
+        write_json(folder / "provenance.json", record)
+        copy_origin(donor.folder, folder)
+
+    save_params(destination, FAMILY.name, kept, params, sidecars, force=force)
     return record
 
 
@@ -291,7 +319,7 @@ def first_look(run: Run, data: Any) -> None:
     batch = next(data)
     if jax.process_index() == 0:
         pixels, labels = (np.asarray(batch[name].addressable_data(0))[:64] for name in ("image", "label"))
-        save_grid(Pictures.to_uint8(pixels), run.directory / "first_batch.png")
+        save_grid(to_uint8(pixels), run.directory / "first_batch.png")
         print(f"first labels: {', '.join(map(str, labels[:8]))}; pictures: {run.directory / 'first_batch.png'}")
     data.restore(before)
 
@@ -299,7 +327,7 @@ def first_look(run: Run, data: Any) -> None:
 def show(cfg: Config, run: Run, draw: Draw, pictures: Pictures, step: int, params: Mapping[str, Any]) -> None:
     """Write a grid of samples, from the same noise every time."""
     labels = np.arange(cfg.samples) % cfg.student.classes
-    drawn = pictures(draw(params, labels, jax.random.key(cfg.seed)))
+    drawn = pictures(draw(params, labels, jax.random.key(cfg.seed)), where=f"samples at step {step}: ")
     if jax.process_index() == 0:
         folder = run.directory / "samples"
         folder.mkdir(exist_ok=True)

@@ -1,50 +1,70 @@
-"""Converted DiTs against torch: the same noisy inputs through our model and through DiT's formulas on the foreign tensors."""
+"""Converted DiTs against torch: diffusers' own class on its files, DiT's formulas in torch on those of facebookresearch and LiT."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from common.checkpoint.unwrap import open_tensors
-from common.checkpoint.verify import Check, compare
+from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
+from common.checkpoint.weights import read_json
 from common.nn.functional import functional
 from common.nn.position import sincos
-from lit_jax.dit import Dit, DitConfig
+from lit_jax.dit import FREQUENCIES, Dit, DitConfig
+from lit_jax.formats import NORM_EPS
 
 EXAMPLES = 2
+FILE = "diffusion_pytorch_model.safetensors"
 
 
 def inputs(cfg: DitConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seeded inputs [2, size, size, channels] f32, times [2] int32 and labels [2] int32, the last label being none."""
+    """Seeded inputs [2, size, size, channels] f32, times [2] int32 and labels [2] int32, the last of the table being the second."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((EXAMPLES, cfg.size, cfg.size, cfg.channels)).astype(np.float32)
-    return x, np.array([17, 903], np.int32), np.array([rng.integers(cfg.classes), cfg.classes], np.int32)
+    return x, np.array([17, 903], np.int32), np.array([rng.integers(cfg.classes), cfg.rows - 1], np.int32)
+
+
+class AsDiffusers(Dit):
+    """The same network with the two deviations of diffusers' class: timestep exponents over 127, and an eps of its own before the MLP."""
+
+    def __init__(self, cfg: DitConfig, *, eps: float, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs=rngs)
+        self.time.divisor = FREQUENCIES // 2 - 1
+        self.blocks.mlp_norm.eps = eps  # type: ignore[attr-defined]
 
 
 def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare predictions, f32 at highest precision, with DiT's formulas in torch on the tensors of `file`; tolerance 1e-4 relative.
+    """Compare predictions, f32 at highest precision, with torch on `file`; tolerance 1e-4 relative.
 
-    The weights of diffusers are checked by the same formulas: its own class computes the timestep features and one norm
-    differently, and the note says by how much that changes the prediction. Without torch only finiteness can be checked.
+    A folder of diffusers is read by diffusers. Its class departs from DiT in two places, so our network is compared with these two
+    switched; the note says how far that is from DiT's formulas, which a converted model keeps to. Of facebookresearch's and LiT's files
+    no library reads the config: DiT's formulas in torch serve, and the check says so. Without torch only finiteness can be checked.
     """
     x, t, labels = inputs(cfg)
     full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
-    with jax.default_matmul_precision("highest"):
-        ours = np.asarray(jax.jit(functional(Dit, cfg).apply)(full, x, t, labels))
+
+    def predict(module: Callable[..., nnx.Module]) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(jax.jit(functional(module, cfg).apply)(full, x, t, labels))
+
+    ours = predict(Dit)
     if not np.isfinite(ours).all():
         return Check(passed=False, reference=None, note="predictions are not finite")
-    if format == "heirloom" or find_spec("torch") is None:
+    if format == "heirloom" or not importable("torch"):
         return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    tensors = open_tensors(file)
-    rename = _as_fair if format == "diffusers" else lambda tensors: {key.removeprefix("module."): value for key, value in tensors.items()}
-    theirs = formulas(cfg, rename(tensors), x, t, labels)
-    check = compare([ours], [theirs], reference="DiT's formulas in torch", libraries=("torch",))
-    return replace(check, note=_difference(file, theirs, x, t, labels)) if format == "diffusers" else check
+    if format == "diffusers" and importable("diffusers"):
+        theirs = diffusers_prediction(file, x, t, labels)
+        eps = float(read_json(file.parent / "config.json").get("norm_eps", NORM_EPS))
+        check = compare([predict(partial(AsDiffusers, eps=eps))], [theirs], reference="diffusers", libraries=("torch", "diffusers"))
+        return replace(check, note=check.note or _difference(ours, theirs))
+    tensors = {key: value.numpy() for key, value in reference_tensors(file).items()}
+    theirs = formulas(cfg, _as_fair(tensors) if format == "diffusers" else tensors, x, t, labels)
+    return compare([ours], [theirs], reference=OWN, libraries=("torch",))
 
 
 def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -68,7 +88,7 @@ def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t
         c = F.silu(c + w["y_embedder.embedding_table.weight"][torch.from_numpy(labels).long()])
         y = F.conv2d(torch.from_numpy(x).permute(0, 3, 1, 2), w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=cfg.patch)
         y = y.flatten(2).transpose(1, 2)
-        y = y + w.get("pos_embed", torch.from_numpy(sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width)))
+        y = y + torch.from_numpy(sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width))  # a file's may be rounded
         for i in range(cfg.layers):
             m = linear(c, f"blocks.{i}.adaLN_modulation.1").chunk(6, 1)
             y = y + m[2][:, None] * mix(cfg, norm(y, m[0], m[1]), w, f"blocks.{i}.attn", linear)
@@ -130,21 +150,20 @@ def _as_fair(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def _difference(file: Path, ours: np.ndarray, x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> str:
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> str:
     """How far diffusers' own class is from DiT's formulas on these weights."""
-    why = "diffusers' DiT divides the timestep exponents by 127 (DiT: 128) and norms before the MLP with eps 1e-5 (DiT: 1e-6)"
-    if find_spec("diffusers") is None:
-        return f"{why}; it is not installed, so the difference was not measured"
-    theirs = diffusers_prediction(file.parent, x, t, labels)
-    return f"{why}: its prediction differs by {np.abs(ours - theirs).max() / np.abs(theirs).max():.1e} of the largest value"
+    difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    why = "with its two deviations from DiT (timestep exponents over 127, another eps before the MLP)"
+    return f"{why}; the converted model keeps to DiT, and its prediction differs by {difference:.1e}"
 
 
-def diffusers_prediction(folder: Path, x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What `DiTTransformer2DModel` says, [batch, size, size, 2 channels]."""
+def diffusers_prediction(file: Path, x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What `DiTTransformer2DModel` makes of the file and its config, [batch, size, size, 2 channels]."""
     import torch
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+    with as_folder(file, FILE) as folder:
+        model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         images = torch.from_numpy(x).permute(0, 3, 1, 2)
         out = model(images, timestep=torch.from_numpy(t).long(), class_labels=torch.from_numpy(labels).long()).sample

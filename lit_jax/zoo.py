@@ -9,12 +9,12 @@ from common.checkpoint.hub import locate
 from common.compile import Outline
 from common.nn.functional import functional
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
-from lit_jax.formats import FORMATS, companions, config
+from lit_jax.formats import FORMATS, LOOKALIKES, companions, config
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
-FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED)
+FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED, LOOKALIKES)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}

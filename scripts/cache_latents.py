@@ -8,6 +8,7 @@ SOURCE is anything data.path takes: a folder with a sub-folder per class, tar sh
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from common.checkpoint.convert import open_donor
 from common.checkpoint.hub import locate
@@ -18,6 +19,7 @@ from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.latents import cache_latents
+from lit_jax.origin import origin_of
 from lit_jax.zoo import AUTOENCODER
 
 
@@ -35,7 +37,14 @@ def main() -> None:
     source = open_labelled(SourceConfig(args.source, split=args.split), args.label)
     donor, mesh = open_donor(locate(args.autoencoder), [autoencoder_layouts.FAMILY]), start(MeshConfig())
     params = load_params(donor, mesh)
-    cache_latents(donor.cfg, donor.model, params, source, args.destination, mesh, size=args.size, batch=args.batch, force=args.force)
+    if args.size < donor.cfg.factor or args.size % donor.cfg.factor:
+        raise InputError(f"--size {args.size}: this autoencoder shrinks {donor.cfg.factor} times; choose a multiple of that")
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch}: choose 1 or more")
+    origin = origin_of(donor, args.autoencoder)
+    how: Any = dict(size=args.size, batch=args.batch, force=args.force, origin=origin)
+    cache_latents(donor.cfg, donor.model, params, source, args.destination, mesh, **how)
+    print(f"{args.destination}: latents of {len(source):,} pictures by {origin}")
 
 
 if __name__ == "__main__":

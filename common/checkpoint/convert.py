@@ -43,7 +43,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Guess:
-    """A setting that neither weights nor config tell: what was taken for it, and why. `convert --set name=VALUE` overrides it."""
+    """A setting that neither weights nor config tell: what was taken for it, and why. `convert --set name=VALUE` overrides it.
+
+    value: None where nothing can be taken for it: then it must be set.
+    """
 
     name: str
     value: Any
@@ -191,6 +194,9 @@ def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights]
 
 def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights, read: Read, overrides: Mapping[str, Any]) -> Donor:
     cfg = _override(read.cfg, overrides)
+    guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
+    for unknown in (guess for guess in guesses if guess.value is None):
+        raise InputError(f"{file}: {unknown.why}: say it (--set {unknown.name}=VALUE)")
     tensors = format.complete(cfg, raw.tensors)
     model = functional(family.module, cfg)
     layout = format.layout_of(cfg)
@@ -198,7 +204,6 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
     layout.check_values(tensors, model.spec, str(file))
     origin = {p: f"{file.name}:{key}" for p, key in layout.keys(model.spec).items()}
     source = Source(_as_stored(model.spec, views), views, origin)
-    guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
     for text in (*raw.notes, *guesses):
         remark(f"{file}: {text}")
     return Donor(family, cfg, model, source, format.name, path, file, guesses)

@@ -48,7 +48,7 @@ class Check:
         """What to say of it on the console."""
         if self.reference is None:
             return f"not verified against a reference: {self.note}"
-        found = f"largest relative error {self.max_error:.1e}, cosine {self.cosine:.6f}"
+        found = f"largest relative error {self.max_error:.1e}, cosine {self.cosine:.6f}" + (f", {self.note}" if self.note else "")
         if self.reference == OWN:
             return f"checked against our own formulas, not by another library: {found}"
         return f"verified against {self.reference}: {found}"

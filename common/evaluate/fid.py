@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import linalg, special
 
-SPLITS = 10  # of the Inception score
+RUN = 5000  # rows of a run of the Inception score: 50,000 make ten
 NEIGHBOURS = 3  # that span the manifold of precision and recall
 BLOCK = 1024  # rows of pairwise distances at a time: 200 MB against 50,000 columns
 
@@ -69,15 +69,17 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.trace(root).real)
 
 
-def inception_score(logits: np.ndarray, splits: int = SPLITS) -> float:
-    """exp of the mean KL divergence of p(class | picture) from p(class), averaged over `splits` runs of consecutive rows.
+def inception_score(logits: np.ndarray, run: int = RUN) -> float:
+    """exp of the mean KL divergence of p(class | picture) from p(class), averaged over runs of `run` consecutive rows (ADM suite).
 
-    logits: [pictures, class], in an order without meaning. Raises ValueError for fewer rows than splits.
+    logits: [pictures, class], in an order without meaning. A last run that is shorter counts as much as the others; fewer rows than `run`
+    are one run. Raises ValueError for no rows.
     """
-    if len(logits) < splits:
-        raise ValueError(f"{len(logits)} rows make no {splits} splits")
+    if not len(logits):
+        raise ValueError("no rows have no score")
     scores = []
-    for part in np.array_split(special.log_softmax(np.asarray(logits, np.float64), 1), splits):
+    for start in range(0, len(logits), run):
+        part = special.log_softmax(np.asarray(logits[start : start + run], np.float64), 1)
         marginal = special.logsumexp(part, 0) - np.log(len(part))
         scores.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
     return float(np.mean(scores))

@@ -1,8 +1,9 @@
-"""Generated pictures against a reference batch of the ADM suite: both through one Inception, then scored."""
+"""Generated pictures against a reference batch of the ADM suite: both through one Inception, the reference first, then scored."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,36 @@ from jax.sharding import Mesh
 from common.errors import InputError
 from common.evaluate.extractor import Extractor
 from common.evaluate.features import embedder
-from common.evaluate.fid import SPLITS, Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
+from common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
 from common.evaluate.inception import ADM, POOL, SPATIAL
 from common.train.mesh import replicated
 
 BATCH = 64
+LEAST = 10  # pictures on either side of a score
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)  # what a damaged archive or array raises
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a `.npz` holds: whole-set statistics of the "adm" features, `mu`, `sigma` and `mu_s`, `sigma_s`, and pictures, `arr_0`."""
+    """What is compared with: whole-set statistics of the "adm" features where they are stored, and pictures.
 
-    path: Path
+    where: its name, for messages. images: their number. read(rows): the pictures, uint8 [up to rows, height, width, 3] at a time.
+    """
+
+    where: str
     pool: Gaussian | None
     spatial: Gaussian | None
     images: int
+    read: Callable[[int], Iterator[np.ndarray]]
 
 
 def read_reference(path: Path) -> Reference:
-    """Open a reference batch; its pictures stay on disk. Raises InputError when it holds neither, or either in a wrong form."""
+    """Open a reference batch, a `.npz` of statistics `mu`, `sigma`, `mu_s`, `sigma_s` and pictures `arr_0`, which stay on disk.
+
+    Raises InputError when it holds neither, or either in a wrong form.
+    """
+    if path.suffix == ".npy":
+        raise InputError(f"{path}: a reference is not a .npy but a .npz with pictures `arr_0`: np.savez('reference.npz', arr_0=pictures)")
     keys = _keys(path)
     if not keys & {"mu", "arr_0"}:
         held = ", ".join(sorted(keys)) or "nothing"
@@ -44,7 +55,7 @@ def read_reference(path: Path) -> Reference:
             spatial = _gaussian(arrays, "mu_s", "sigma_s", SPATIAL, path)
     except _BROKEN as error:
         raise InputError(f"{path}: its statistics cannot be read ({error}); fetch it again") from error
-    return Reference(path, pool, spatial, _shape(path)[0] if "arr_0" in keys else 0)
+    return Reference(str(path), pool, spatial, _shape(path)[0] if "arr_0" in keys else 0, partial(read_images, path))
 
 
 def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
@@ -76,7 +87,7 @@ class Measured:
 def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[Iterable[np.ndarray]], Measured]:
     """A function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over the mesh.
 
-    The result raises InputError for batches of another type or rank.
+    The result raises InputError for batches of another type or rank, and for features that are not finite.
     """
     params = jax.device_put(dict(extractor.params), replicated(mesh))
     embed = embedder(lambda params, x: jnp.concatenate(extractor.model.apply(params, x), -1), mesh, size)
@@ -90,6 +101,8 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
                 raise InputError(f"pictures are uint8 [batch, height, width, 3] and these are {batch.dtype} {list(batch.shape)}")
             for start in range(0, len(batch), size):
                 features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
+                if not all(np.isfinite(x).all() for x in features):
+                    raise InputError("features of pictures are not finite (NaN or infinity): the Inception weights are damaged")
                 moments[0].add(features[0])
                 moments[1].add(features[1])
                 pooled.append(features[0])
@@ -99,42 +112,54 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
     return measure
 
 
-def evaluate(batches: Iterable[np.ndarray], reference: Path, extractor: Extractor, mesh: Mesh, size: int = BATCH) -> list[dict[str, Any]]:
-    """Rows {metric, value, n, protocol} of generated pictures, in an order without meaning, against a reference batch.
-
-    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. The statistics in the file are those of "adm"
-    and stand for the whole set; another network computes its own from the pictures, which precision, recall and KID always need:
-    rows whose part of the reference is missing are left out. Raises InputError for a reference that does not fit, or fewer
-    than ten pictures on a side.
-    """
-    known = read_reference(reference)
+def check_reference(reference: Reference, extractor: Extractor) -> None:
+    """Raises InputError for a reference that the network cannot be compared with, or of too few pictures."""
     protocol = extractor.cfg.protocol
-    stored = protocol == ADM.protocol
-    if not stored and not known.images:
+    if protocol != ADM.protocol and not reference.images:
         raise InputError(
-            f"{reference}: holds statistics of {ADM.protocol!r} alone, and the network is {protocol!r}; it needs pictures `arr_0`"
+            f"{reference.where}: holds statistics of {ADM.protocol!r} alone, and the network is {protocol!r}; it needs pictures `arr_0`"
         )
-    if 0 < known.images < SPLITS:
-        raise InputError(f"{reference}: {known.images} pictures are too few for a score, which takes {SPLITS} at least")
+    if 0 < reference.images < LEAST:
+        raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score, which takes {LEAST} at least")
+
+
+def evaluate(
+    batches: Iterable[np.ndarray], reference: Reference, extractor: Extractor, mesh: Mesh, size: int = BATCH
+) -> list[dict[str, Any]]:
+    """Rows {metric, value, n, protocol} of generated pictures, in an order without meaning, against a reference.
+
+    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. They are asked for when the reference has been read and
+    measured as a whole. The statistics in a file are those of "adm" and stand for the whole set; another network computes its own from
+    the pictures, which precision, recall and KID always need: rows whose part of the reference is missing are left out. Raises
+    InputError for a reference that does not fit, or fewer than ten pictures on a side.
+    """
+    check_reference(reference, extractor)
     measure = measurer(extractor, mesh, size)
+    theirs = measure(reference.read(size)) if reference.images else None
     ours = measure(batches)
-    if ours.pool.count < SPLITS:
-        raise InputError(f"{ours.pool.count} pictures are too few for a score, which takes {SPLITS} at least")
-    theirs = measure(read_images(reference, size)) if known.images else None
-    pool, spatial = (known.pool, known.spatial) if stored else (None, None)
+    if ours.pool.count < LEAST:
+        raise InputError(f"{ours.pool.count} pictures are too few for a score, which takes {LEAST} at least")
+    pool, spatial = (reference.pool, reference.spatial) if extractor.cfg.protocol == ADM.protocol else (None, None)
     if theirs:
         pool, spatial = pool or theirs.pool.gaussian(), spatial or theirs.spatial.gaussian()
 
     values: dict[str, float] = {}
     if pool:
-        values["fid"] = frechet_distance(ours.pool.gaussian(), pool)
+        values["fid"] = _distance(ours.pool.gaussian(), pool, reference)
     if spatial:
-        values["sfid"] = frechet_distance(ours.spatial.gaussian(), spatial)
+        values["sfid"] = _distance(ours.spatial.gaussian(), spatial, reference)
     values["inception_score"] = inception_score(ours.logits)
     if theirs:
         manifolds, distance = precision_recall(theirs.pooled, ours.pooled), kid(theirs.pooled, ours.pooled)
         values |= {"precision": manifolds.precision, "recall": manifolds.recall, "kid": distance.mean, "kid_std": distance.std}
-    return [{"metric": name, "value": value, "n": ours.pool.count, "protocol": protocol} for name, value in values.items()]
+    return [{"metric": name, "value": value, "n": ours.pool.count, "protocol": extractor.cfg.protocol} for name, value in values.items()]
+
+
+def _distance(ours: Gaussian, theirs: Gaussian, reference: Reference) -> float:
+    try:
+        return frechet_distance(ours, theirs)
+    except ValueError as error:
+        raise InputError(f"{reference.where}: its statistics are not those of pictures ({error}); fetch it again") from error
 
 
 def _keys(path: Path) -> set[str]:
@@ -152,9 +177,12 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
     for key, shape in ((mean, (dim,)), (covariance, (dim, dim))):
         if key not in arrays:
             raise InputError(f"{path}: has no `{key}` beside its other statistics; fetch it again")
-        if arrays[key].shape != shape or not np.isfinite(arrays[key]).all():
-            raise InputError(f"{path}: `{key}` is {list(arrays[key].shape)} and should be {list(shape)}, all of it finite")
-        found.append(np.asarray(arrays[key], np.float64))
+        value = arrays[key]
+        if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
+            raise InputError(f"{path}: `{key}` is {value.dtype} {list(value.shape)} and should be {list(shape)} finite numbers")
+        found.append(np.asarray(value, np.float64))
+    if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
+        raise InputError(f"{path}: `{covariance}` is no covariance (symmetric, no negative variances); fetch it again")
     return Gaussian(*found)
 
 

@@ -19,13 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import ml_dtypes
 import numpy as np
 
 from common.errors import InputError, nearest
 from common.surgery.axes import Leaf, Spec, matches
 
 _LAYER = re.compile(r"\{layer(?::([^}]*))?\}")
-CLOSE = 1e-5  # of a constant: other libraries compute it in float32
+CLOSE = 1e-5  # of a constant: other libraries compute it in float32, and files may hold it rounded to less
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +149,15 @@ class Layout:
     """The table between one model's leaves and one foreign format.
 
     ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are no parameters here and always hold
-    these values, such as fixed position tables: they may be left out of a file, and are written back.
+    these values, such as fixed position tables: they may be left out of a file, and are written back in the dtype of the weights.
+    differs: what it means, and what to do, where tensors that a file repeats in every layer are not the same.
     """
 
     name: str
     rows: tuple[tuple[str, ...], ...]
     ignore: tuple[str, ...] = ()
     constant: Mapping[str, np.ndarray] = field(default_factory=dict)
+    differs: str = ""
 
     def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf], int]]:
         """Every foreign key this layout speaks of, with its row, our leaves, and the layer it is of."""
@@ -185,7 +188,9 @@ class Layout:
             shape = first if len(shapes) == 1 else (*first[:joint], sum(s[joint] for s in shapes), *first[joint + 1 :])
             if prod(shape):  # a layer without heads has no projections
                 out[key] = Tensor(shape, leaves[0].dtype)
-        return out | {key: Tensor(value.shape, value.dtype) for key, value in self.constant.items()}
+        dtypes = {leaf.dtype for leaf in spec.values()}
+        only = next(iter(dtypes)) if len(dtypes) == 1 else None
+        return out | {key: Tensor(value.shape, only or value.dtype) for key, value in self.constant.items()}
 
     def keys(self, spec: Spec) -> dict[str, str]:
         """The foreign key (with `{layer}` where there are several) each of our leaves lives under."""
@@ -214,12 +219,13 @@ class Layout:
     def check_values(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> None:
         """Raises InputError where a constant has other values than it must, or a repeated tensor is not the same in every layer."""
         for key, value in self.constant.items():
-            if key in tensors and not np.allclose(tensors[key], value, rtol=0, atol=CLOSE):
+            if key in tensors and not agrees(tensors[key], value):
                 raise InputError(f"{where}: tensor {key!r} is fixed in {self.name} models, and here it has other values: is it one?")
         keys = self.keys(spec)
         for path, view in self.view(tensors, spec, where).items():
             if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
-                raise InputError(f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all")
+                why = f"; {self.differs}" if self.differs else ""
+                raise InputError(f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all{why}")
 
 
 def _joint(terms: list[list[list[int]]]) -> int:
@@ -229,6 +235,15 @@ def _joint(terms: list[list[list[int]]]) -> int:
 
 def _layers(spec: Spec) -> int:
     return next(leaf.shape[0] for leaf in spec.values() if leaf.layered)
+
+
+def agrees(found: np.ndarray, value: np.ndarray) -> bool:
+    """Whether a tensor of a file is a constant, as exactly as its dtype can hold it."""
+    if found.shape != value.shape:
+        return False
+    floats = np.issubdtype(found.dtype, np.floating) or found.dtype == ml_dtypes.bfloat16
+    half_step = float(ml_dtypes.finfo(found.dtype).eps) / 2 if floats else 0.0
+    return bool(np.allclose(np.asarray(found, np.float64), value, rtol=half_step, atol=CLOSE))
 
 
 def own_tensors(spec: Spec) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@
 
 Donor: our own DiT-L/2. The paper has no table for L; its figure puts LiT-L/2 at 100K steps before DiT-L/2 at 400K (FID-50K 23.3, no
 guidance). Four heads are a recollection of its config table. The result comes with the terms of DiT's weights (CC-BY-NC 4.0).
+
+Deviation: the teacher sees dropped labels as the student does; in the released code, which the numbers are of, it never does
+(--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
 """
 
 from lit_jax.recipes import imagenet

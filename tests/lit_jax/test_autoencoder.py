@@ -196,12 +196,19 @@ def rewrite(file, tensors):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(act_fn="relu"), "act_fn is 'relu'; only autoencoders where it is 'silu' are supported"),
-        (dict(shift_factor=0.1), "shift_factor is 0.1; only autoencoders where it is None"),
-        (dict(use_quant_conv=False), "use_quant_conv is False"),
-        (dict(down_block_types=["AttnDownEncoderBlock2D"]), "blocks of type AttnDownEncoderBlock2D are not supported"),
+        (dict(act_fn="relu"), "act_fn is 'relu'; only models where it is 'silu' or 'swish'"),
+        (dict(shift_factor=0.1), "shift_factor is 0.1, and must be None: the autoencoder of Stable Diffusion 3, FLUX"),
+        (dict(use_quant_conv=False), "use_quant_conv is False, and must be True: the autoencoder of Stable Diffusion 3, FLUX"),
+        (dict(latents_mean=[0.1] * 4), r"latents_mean is \[0.1, 0.1, 0.1, 0.1\]"),
+        (dict(mid_block_add_attention=False), "mid_block_add_attention is False"),
+        (dict(_class_name="AsymmetricAutoencoderKL"), "_class_name is 'AsymmetricAutoencoderKL'"),
+        (dict(scaling_factor=0), "scaling_factor is 0, and must be a finite number"),
+        (dict(scaling_factor="0.18215"), "scaling_factor is '0.18215', and must be a number"),
+        (dict(in_channels=1), "in_channels is 1"),
+        (dict(quantization_config={}), "the field 'quantization_config' .{}. is not known here"),
+        (dict(down_block_types=["AttnDownEncoderBlock2D"]), r"down_block_types is \['AttnDownEncoderBlock2D'\]"),
         (dict(norm_num_groups=3), "3 groups do not divide 4 channels"),
-        (dict(block_out_channels=[4, 8]), r"'decoder\.up_blocks\.1\.resnets\.0\.conv_shortcut\.bias' is missing"),
+        (dict(block_out_channels=[4, 8]), r"down_block_types is .* only models where it is \['DownEncoderBlock2D', 'DownEncoderBlock2D'\]"),
         (dict(layers_per_block=1), r"resnets\..* is not part of this diffusers model"),
     ],
 )
@@ -215,7 +222,7 @@ def test_another_kind_of_autoencoder_is_refused(fields, message, tmp_path):
 
 def test_weights_without_config_and_with_flags_of_others_are_refused(tmp_path):
     shutil.copy(GOLDEN / FILE, tmp_path)
-    with pytest.raises(InputError, match=r"needs its config\.json beside the weights"):
+    with pytest.raises(InputError, match=r"needs its config\.json next to the weights"):
         open_donor(tmp_path, [FAMILY])
     with pytest.raises(InputError, match="'activation' cannot be set for this model"):
         open_donor(GOLDEN, [FAMILY], activation="gelu")
@@ -223,8 +230,28 @@ def test_weights_without_config_and_with_flags_of_others_are_refused(tmp_path):
         config({"channels": [32], "widths": 3})
 
 
+def test_neighbours_are_refused_by_name(tmp_path):
+    tensor = np.zeros(1, np.float32)
+    for key, words in (
+        ("first_stage_model.encoder.down.0.block.0.norm1.weight", "under CompVis' names: .*from_single_file"),
+        ("encoder.down.0.block.0.norm1.weight", "under CompVis' names"),
+        ("decoder.up_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its encoder"),
+    ):
+        rewrite(tmp_path / "other.safetensors", {key: tensor})
+        with pytest.raises(InputError, match=words):
+            open_donor(tmp_path / "other.safetensors", [FAMILY])
+
+
+def test_settings_that_change_nothing_are_read(donor, tmp_path):
+    folder = Path(shutil.copytree(GOLDEN, tmp_path / "same"))
+    side = donor.cfg.size
+    same = dict(force_upcast=False, sample_size=[side, side], act_fn="swish", shift_factor=None, _name_or_path="x")
+    (folder / "config.json").write_text(json.dumps(read_json(GOLDEN / "config.json") | same))
+    assert open_donor(folder, [FAMILY]).cfg == donor.cfg
+
+
 def test_without_torch_the_check_says_what_it_did_not_do(donor, monkeypatch):
-    monkeypatch.setattr("lit_jax.autoencoder_layouts.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_jax.autoencoder_layouts.importable", lambda *names: False)
     check = FAMILY.verify(donor.cfg, donor.source.values, donor.file, "diffusers")
     assert check.passed and check.reference is None and "structure and finiteness only" in check.note
     values = {path: np.array(view) for path, view in donor.source.values.items()}

@@ -1,6 +1,8 @@
 """diffusers' DiT in and out, bit for bit, and what its class computes differently."""
 
+import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from common.errors import InputError
 from common.nn.functional import functional
 from common.surgery.layout import Tensor
 from lit_jax import dit
+from lit_jax.verify import AsDiffusers
 from lit_jax.zoo import FAMILY
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -22,36 +25,23 @@ def params(golden):
     return {path: np.asarray(view) for path, view in open_donor(golden[0], [FAMILY]).source.values.items()}
 
 
-def predict(cfg, params, inputs):
-    return np.asarray(functional(dit.Dit, cfg).apply(params, inputs["x"], inputs["t"], inputs["labels"]))
+def predict(module, cfg, params, inputs):
+    return np.asarray(functional(module, cfg).apply(params, inputs["x"], inputs["t"], inputs["labels"]))
 
 
-def test_with_the_two_deviations_of_diffusers_ours_is_its_prediction(golden, params, monkeypatch):
+def test_with_the_two_deviations_of_diffusers_ours_is_its_prediction(golden, params):
     """Exponents over 127, and an eps of its own before the MLP: everything else agrees, so these are all the differences."""
     folder, inputs = golden
     cfg = open_donor(folder, [FAMILY]).cfg
 
-    def error(name):
+    def error(name, module):
         theirs = inputs[name]
-        return np.abs(predict(cfg, params, inputs) - theirs).max() / np.abs(theirs).max()
+        return np.abs(predict(module, cfg, params, inputs) - theirs).max() / np.abs(theirs).max()
 
-    def features(t):
-        angle = np.asarray(t, np.float32)[:, None] * np.exp(-np.log(10000) * np.arange(128) / 127).astype(np.float32)
-        return np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-
-    class WithEps(dit.Block):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.mlp_norm.eps = eps
-
-    assert error("prediction") > 1e-2
-    monkeypatch.setattr(dit, "time_features", features)
-    assert error("prediction") < 1e-5 and error("prediction_eps") > 1e-3
-    monkeypatch.setattr(dit, "Block", WithEps)
-    eps = 0.1
-    assert error("prediction_eps") < 1e-5
-    eps = 1e-5
-    assert error("prediction") < 5e-6
+    assert error("prediction", dit.Dit) > 1e-2
+    assert error("prediction_eps", partial(AsDiffusers, eps=1e-5)) > 1e-3
+    assert error("prediction_eps", partial(AsDiffusers, eps=0.1)) < 1e-5
+    assert error("prediction", partial(AsDiffusers, eps=1e-5)) < 5e-6
 
 
 def test_round_trip_keeps_every_bit(golden, tmp_path):
@@ -76,20 +66,71 @@ def test_embedders_that_differ_between_blocks_are_refused(golden, tmp_path):
     with create_safetensors(broken / FILE, {key: Tensor(x.shape, x.dtype) for key, x in tensors.items()}) as out:
         for key, x in tensors.items():
             out[key][...] = x
-    with pytest.raises(InputError, match="differs from layer to layer"):
+    with pytest.raises(InputError, match=r"differs from layer to layer.*only DiTs that were converted to diffusers are read"):
         open_donor(broken, [FAMILY])
 
 
-@pytest.mark.parametrize(("field", "value"), [("norm_type", "layer_norm"), ("attention_bias", False), ("out_channels", 4)])
-def test_other_transformers_are_refused_by_name(golden, tmp_path, field, value):
-    import json
+def with_config(golden, folder, **fields):
+    """The golden model with another config."""
+    shutil.copytree(golden[0], folder)
+    config = {k: v for k, v in (read_json(golden[0] / "config.json") | fields).items() if v != "left out"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
-    folder, _ = golden
-    shutil.copytree(folder, tmp_path / "other")
-    config = read_json(folder / "config.json") | {field: value}
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=field):
-        open_donor(tmp_path / "other", [FAMILY])
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(norm_type="layer_norm"), "norm_type is 'layer_norm'; only models where it is 'ada_norm_zero'"),
+        (dict(attention_bias=False), "attention_bias is False"),
+        (dict(attention_bias=1), "attention_bias is 1"),
+        (dict(out_channels=4), r"out_channels is 4; only DiTs that predict noise and variance \(8\)"),
+        (dict(out_channels="left out"), "out_channels is 4"),
+        (dict(norm_eps=1e-3), "norm_eps is 0.001"),
+        (dict(activation_fn="geglu"), "activation_fn is 'geglu'"),
+        (dict(_class_name="PixArtTransformer2DModel"), "_class_name is 'PixArt"),
+        (dict(sample_size=[8, 16]), r"sample_size is \[8, 16\]; only squares"),
+        (dict(num_layers="2"), "num_layers is '2', and must be a whole number"),
+        (dict(cross_attention_dim=1152), "cross_attention_dim is 1152"),
+        (dict(rope=True), "the field 'rope' .True. is not known here"),
+        (dict(num_attention_heads=4), "has shape"),
+        (dict(num_embeds_ada_norm=7), "has shape"),
+    ],
+)
+def test_other_transformers_are_refused_by_name(golden, tmp_path, fields, words):
+    with pytest.raises(InputError, match=words) as error:
+        open_donor(with_config(golden, tmp_path / "other", **fields), [FAMILY])
+    assert "\n" not in str(error.value)
+
+
+def test_what_older_configs_say_is_read(golden, tmp_path):
+    """The published ones are of the class that had many kinds of transformers; a size may be a list."""
+    unused = dict(num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False)
+    old = dict(_class_name="Transformer2DModel", sample_size=[8, 8], norm_eps="left out", **unused)
+    assert open_donor(with_config(golden, tmp_path / "old", **old), [FAMILY]).cfg == open_donor(golden[0], [FAMILY]).cfg
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (dict(_class_name="DDIMScheduler", prediction_type="epsilon", beta_schedule="linear"), None),
+        (dict(_class_name="DDIMScheduler", prediction_type="v_prediction"), "prediction_type is 'v_prediction'"),
+        (dict(_class_name="DDIMScheduler", prediction_type="sample"), "prediction_type is 'sample'"),
+        (dict(_class_name="DDPMScheduler", beta_schedule="squaredcos_cap_v2"), "beta_schedule is"),
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler samples models of another kind"),
+    ],
+)
+@pytest.mark.parametrize("place", [".", "../scheduler"])
+def test_the_scheduler_next_door_says_what_is_predicted(golden, tmp_path, scheduler, words, place):
+    folder = with_config(golden, tmp_path / "transformer")
+    assert [guess.name for guess in open_donor(folder, [FAMILY]).guesses] == ["prediction"]
+    (folder / place).mkdir(exist_ok=True)
+    (folder / place / "scheduler_config.json").write_text(json.dumps(scheduler))
+    if words is None:
+        assert open_donor(folder, [FAMILY]).guesses == ()
+    else:
+        with pytest.raises(InputError, match=words):
+            open_donor(folder, [FAMILY])
 
 
 def test_linear_attention_has_no_place_in_diffusers(lit, draw, tmp_path):

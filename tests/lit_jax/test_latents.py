@@ -1,5 +1,7 @@
 """Cached latents: what is kept, what comes back through the pipeline, and what a draw from it is."""
 
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from common.train.mesh import MeshConfig, start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import adm_crop, latents
-from lit_jax.latents import cache_latents, cached_config, sample_cached
+from lit_jax.latents import cache_latents, cached_origin, sample_cached
+from lit_jax.origin import Origin, copy_origin, origin_of, read_origin, same_latents, write_origin
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
 
@@ -72,7 +75,7 @@ def test_moments_of_both_views_are_kept(cache, donor, params):
     record = source[9]
     assert record["label"] == 0 and record["moments"].dtype == np.float16 and record["moments"].shape == (2, 4, 4, 8)
     np.testing.assert_allclose(record["moments"], np.concatenate([mean, logvar], -1), rtol=2e-3, atol=1e-3)
-    assert cached_config(cache) == donor.cfg
+    assert cached_origin(cache) == Origin(donor.cfg)
 
 
 def test_the_pipeline_reads_it_by_index_in_every_worker(cache):
@@ -103,9 +106,53 @@ def test_a_draw_is_scaled_and_takes_either_view():
 def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_path):
     spoilt = params | {"quant/bias": np.full(8, 1e6, np.float32)}
     arguments = (Pictures(), tmp_path / "cache", start(MeshConfig()))
-    with pytest.raises(InputError, match="a picture among 0 to 8 has moments that float16 cannot hold"):
+    with pytest.raises(InputError, match=r"a picture among 0 to 8 has moments that float16 cannot hold"):
         cache_latents(donor.cfg, donor.model, spoilt, *arguments, size=16, batch=8)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "cache").mkdir()
-    with pytest.raises(InputError, match="cache exists"):
+    with pytest.raises(InputError, match=r"cache exists"):
         cache_latents(donor.cfg, donor.model, params, *arguments, size=16, batch=8)
+
+
+def test_the_identity_is_of_the_encoder_in_half_precision(donor):
+    """Two decoders of one encoder share their latents, as sd-vae-ft-ema and -mse do; so does a copy in half precision."""
+    known = origin_of(donor, "here")
+    assert known.cfg == donor.cfg and known.source == "here" and len(known.encoder) == 64
+
+    def with_values(change):
+        values = {path: np.array(view) for path, view in donor.source.values.items()}
+        return replace(donor, source=replace(donor.source, values=change(values)))
+
+    half = with_values(lambda values: {path: value.astype(np.float16) for path, value in values.items()})
+    decoder = with_values(lambda values: values | {"decoder/output/bias": values["decoder/output/bias"] + 1})
+    encoder = with_values(lambda values: values | {"encoder/output/bias": values["encoder/output/bias"] + 1})
+    assert origin_of(half, "here") == origin_of(decoder, "here") == known != origin_of(encoder, "here")
+
+
+def test_autoencoders_that_do_not_fit_are_refused_or_said():
+    ours, sdxl = Origin(AutoencoderConfig(), "ema", "1" * 64), AutoencoderConfig(scaling_factor=0.13025)
+    words = r"the cache has latents of ema with scaling_factor 0.18215, the run of xl with 0.13025: use the same"
+    with pytest.raises(InputError, match=words):
+        same_latents(ours, Origin(sdxl, "xl", "1" * 64), "the cache", "the run")
+    with pytest.raises(InputError, match=r"with latent 4, the run of xl with 16"):
+        same_latents(ours, Origin(AutoencoderConfig(latent=16), "xl"), "the cache", "the run")
+    assert same_latents(ours, Origin(AutoencoderConfig(), "mse", "1" * 64), "the cache", "the run") == ""
+    other = same_latents(ours, Origin(AutoencoderConfig(), "mine", "2" * 64), "the cache", "the run")
+    assert other.endswith("of mine (scaling_factor 0.18215): their encoders have other weights, and latents may not fit")
+    assert same_latents(ours, Origin(AutoencoderConfig()), "the cache", "the run").startswith("the run does not say which autoencoder")
+
+
+def test_identities_on_disk(tmp_path):
+    origin = Origin(AutoencoderConfig(channels=(32, 64)), "ema", "1" * 64)
+    (tmp_path / "new").mkdir()
+    write_origin(tmp_path, None)
+    copy_origin(tmp_path, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == [] and read_origin(tmp_path) is None
+    with pytest.raises(InputError, match=r"holds latents without autoencoder.json"):
+        cached_origin(tmp_path)
+    write_origin(tmp_path, origin)
+    copy_origin(tmp_path, tmp_path / "new")
+    assert read_origin(tmp_path / "new") == origin
+    # A cache of an earlier version: the config alone.
+    (tmp_path / "autoencoder.json").write_text(json.dumps(asdict(origin.cfg)))
+    assert read_origin(tmp_path) == Origin(origin.cfg)

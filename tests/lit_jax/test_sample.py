@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from PIL import Image
 
 from common.diffusion import Prediction
@@ -13,9 +14,10 @@ from common.errors import InputError
 from common.nn.functional import functional
 from common.train.mesh import MeshConfig, start
 from lit_jax import sample
-from lit_jax.decode import Pictures, open_pictures
+from lit_jax.decode import Pictures, open_pictures, to_uint8
 from lit_jax.dit import Dit
-from lit_jax.sample import SampleConfig, drawer, grid, guide, save_grid
+from lit_jax.generate import class_keys
+from lit_jax.sample import SampleConfig, drawer, grid, guide, picture_keys, save_grid
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,8 @@ def test_a_sample_is_the_loop_written_out(lit, model, mesh):
     how, key = SampleConfig("ddim", 4, guidance=3.0, guided="all"), jax.random.key(2)
     labels = np.array([1, 3])
     drawn = drawer(module, lit, how, mesh)(params, labels, key)
-    table, x = how.make(), jax.random.normal(jax.random.split(key)[0], (2, 8, 8, 3))
+    starts = [jax.random.split(jax.random.fold_in(key, i))[0] for i in range(2)]
+    table, x = how.make(), jnp.stack([jax.random.normal(start, (8, 8, 3)) for start in starts])
     for i, t in enumerate(table.time):
         noises = [module.apply(params, x, np.full(2, t), y)[..., :3] for y in (labels, np.full(2, lit.classes))]
         noise = noises[1] + 3.0 * (noises[0] - noises[1])
@@ -86,8 +89,59 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
         drawer(module, lit, SampleConfig("ddim", 2), mesh)(params, [6], jax.random.key(0))
     with pytest.raises(InputError, match="steps 333 with ddim: no integer stride"):
         SampleConfig("ddim", 333).make()
-    with pytest.raises(InputError, match="2000 steps of 1000"):
-        SampleConfig("ddpm", 2000).make()
+    for steps, sampler in ((0, "ddpm"), (-5, "dpm"), (1001, "dpm"), (2000, "ddpm")):
+        with pytest.raises(InputError, match=f"--steps {steps} with {sampler}: choose between 1 and 1000"):
+            SampleConfig(sampler, steps).make()
+    with pytest.raises(InputError, match="its only step is the last"):
+        SampleConfig("ddpm", 1).make()
+    assert len(SampleConfig("dpm", 1).make()) == 1
+    with pytest.raises(InputError, match="guidance is nan"):
+        SampleConfig(guidance=float("nan"))
+
+
+def test_a_model_without_a_class_for_none_is_not_guided(lit, draw, mesh):
+    cfg = replace(lit, null_class=False)
+    module = functional(Dit, cfg)
+    with pytest.raises(InputError, match="guidance 2: this model was never trained without labels"):
+        drawer(module, cfg, SampleConfig("ddim", 2, guidance=2.0), mesh)
+    drawn = drawer(module, cfg, SampleConfig("ddim", 2), mesh)
+    with pytest.raises(InputError, match="no class 5: this model has 0 to 4, and none for no class"):
+        drawn(draw(module.spec), [5], jax.random.key(0))
+
+
+@pytest.mark.parametrize("how", [SampleConfig("ddpm", 4, guidance=2.0), SampleConfig("dpm", 4)])
+def test_a_picture_is_the_same_in_any_batch_and_on_any_mesh(lit, model, mesh, how):
+    """Its noise is that of its own key, at the start and at every step."""
+    module, params = model
+    labels, keys = np.array([4, 0, 4, 2, 3]), picture_keys(jax.random.key(7), np.arange(5))
+    together = np.asarray(drawer(module, lit, how, mesh)(params, labels, keys))
+    single = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    alone = drawer(module, lit, how, single)
+    for rows in ([3], [4, 1]):
+        np.testing.assert_allclose(alone(params, labels[rows], keys[np.array(rows)]), together[rows], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(drawer(module, lit, how, mesh)(params, labels, jax.random.key(7)), together, rtol=1e-6)
+    assert np.abs(together[0] - together[2]).max() > 0.1  # the same class, another key
+
+
+def test_the_key_of_a_picture_is_of_seed_class_and_number():
+    data = jax.random.key_data
+    many, few = class_keys(3, [7, 2], 4), class_keys(3, [2], 2)
+    np.testing.assert_array_equal(data(many)[4:6], data(few))
+    assert len(np.unique(data(many), axis=0)) == 8
+    assert not np.array_equal(data(class_keys(4, [2], 2)), data(few))
+    for seed in (-1, 2**32):
+        with pytest.raises(InputError, match=f"seed {seed}: choose one from 0 to 4294967295"):
+            class_keys(seed, [0], 1)
+
+
+def test_pictures_that_are_not_finite_are_named():
+    """NaN would become a black picture."""
+    drawn = np.zeros((4, 2, 2, 3), np.float32)
+    drawn[2, 1, 1, 0] = np.inf
+    with pytest.raises(InputError, match=r"step 50: picture 10: the model's output is not finite \(NaN or infinity\)"):
+        Pictures(lambda x: x)(drawn, first=8, where="step 50: ")
+    with pytest.raises(InputError, match="picture 1: the decoder's output is not finite"):
+        Pictures(lambda x: x * np.array([1.0, np.nan]).reshape(2, 1, 1, 1))(jnp.ones((2, 2, 2, 3)))
 
 
 def test_grids(tmp_path):
@@ -101,7 +155,7 @@ def test_grids(tmp_path):
 
 
 def test_pixels_are_truncated_as_in_the_release():
-    assert Pictures.to_uint8(np.array([-1.0, -0.999, 0.0, 0.9999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
+    assert to_uint8(np.array([-1.0, -0.999, 0.0, 0.9999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
 
 
 def test_pixel_models_need_no_decoder_and_latent_models_say_so(lit, mesh):

@@ -17,6 +17,7 @@ from common.checkpoint.weights import open_safetensors, read_json
 from common.cli import main
 from common.data import emoji
 from common.data.labelled import open_labelled
+from common.errors import InputError
 from common.evaluate import generated
 from common.evaluate.extractor import Extractor
 from common.evaluate.inception import Features, InceptionConfig
@@ -24,6 +25,7 @@ from common.nn.dense import Dense
 from common.nn.functional import functional
 from lit_jax import evaluate, train
 from lit_jax.data import Pixels, adm_crop
+from lit_jax.decode import Pictures
 from lit_jax.dit import Dit, DitConfig
 
 SIZES = ["--student.size", "8", "--student.width", "16", "--student.hidden", "32", "--student.layers", "2", "--student.heads", "2"]
@@ -134,6 +136,13 @@ def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_pa
     [
         (["--class", "10"], "no class 10: this model has 0 to 8, and 9 for none"),
         (["--stps", "3"], "--stps"),
+        (["--class", "cat"], "invalid int value: 'cat'"),
+        (["--class", "-1"], "no class -1"),
+        (["--count", "0"], "--count 0: draw 1 picture of each class, or more"),
+        (["--steps", "0"], "--steps 0 with ddpm: choose between 1 and 1000"),
+        (["--guidance", "nan"], "guidance is nan"),
+        (["--seed", "-3"], "seed -3: choose one from 0"),
+        (["--out", "x.jpg"], "the grid is a PNG; name it x.png"),
         (["--steps", "333", "--sampler", "ddim"], "no integer stride makes 333 steps"),
     ],
 )
@@ -156,11 +165,7 @@ class Colours(nnx.Module):
 
 
 def test_a_trained_run_is_scored(distilled, tmp_path, monkeypatch):
-    monkeypatch.setattr(generated, "POOL", 3)
-    monkeypatch.setattr(generated, "SPATIAL", 2)
-    cfg = InceptionConfig("colours", 4, "average")
-    params = {"fc/kernel": np.random.default_rng(0).standard_normal((3, 4), np.float32)}
-    monkeypatch.setattr(evaluate, "open_extractor", lambda path: Extractor(cfg, functional(Colours, cfg), params))
+    small_extractor(monkeypatch)
     saved, scores = tmp_path / "samples.npz", tmp_path / "scores.json"
     how = [
         "--samples",
@@ -191,6 +196,87 @@ def test_a_trained_run_is_scored(distilled, tmp_path, monkeypatch):
     assert abs(rows["fid"]) < 1e-6 and rows["precision"] == rows["recall"] == 1
 
 
+def small_extractor(monkeypatch):
+    monkeypatch.setattr(generated, "POOL", 3)
+    monkeypatch.setattr(generated, "SPATIAL", 2)
+    params = {"fc/kernel": np.random.default_rng(0).standard_normal((3, 4), np.float32)}
+    cfg = InceptionConfig("colours", 4, "average")
+    monkeypatch.setattr(evaluate, "open_extractor", lambda path: Extractor(cfg, functional(Colours, cfg), params))
+
+
+def test_a_killed_evaluation_continues(distilled, tmp_path, monkeypatch, capsys):
+    small_extractor(monkeypatch)
+    np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8))
+    how = ["--samples", "12", "--sample.steps", "2", "--sample.sampler", "ddim", "--features", "colours"]
+    command = ["eval", str(distilled), "--data", str(tmp_path / "ref.npz"), *how]
+    assert main([*command, "--batch", "8", "--save", str(tmp_path / "whole.npz")]) == 0
+
+    draw_batches, seen = evaluate.draw_batches, []
+
+    def killed(*args):
+        for i, part in enumerate(draw_batches(*args)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(evaluate, "draw_batches", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")])
+    monkeypatch.setattr(evaluate, "draw_batches", lambda *args: seen.append(args[-1]) or draw_batches(*args))
+    assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 0
+    assert seen == [8] and "8 of 12 pictures are there already" in capsys.readouterr().out
+    whole, cut = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("whole.npz", "cut.npz"))
+    assert np.abs(whole - cut).max() <= 1  # a picture is the same in any batch; rounding may differ
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("absent.npz", "absent.npz: not a .npz"),
+        ("float.npz", "`arr_0` is float32"),
+        ("few.npz", "5 pictures are too few"),
+        ("cut.npz", "cut"),
+        ("x.npy", "not a .npy but a .npz"),
+        ("nofolder", "nofolder"),
+        ("empty", "empty"),
+        ("torn", "torn.png"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_said_before_drawing(distilled, tmp_path, monkeypatch, capsys, reference, words):
+    small_extractor(monkeypatch)
+    monkeypatch.setattr(evaluate, "draw_batches", lambda *_: pytest.fail("drawn too early"))
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "float.npz", arr_0=images.astype(np.float32))
+    np.savez(tmp_path / "few.npz", arr_0=images[:5])
+    np.save(tmp_path / "x.npy", images)
+    np.savez(tmp_path / "whole.npz", arr_0=images)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
+    for name in ("empty", "torn"):
+        (tmp_path / name).mkdir()
+    for i, picture in enumerate(images):
+        Image.fromarray(picture).save(tmp_path / "torn" / f"{i}.png")
+    (tmp_path / "torn" / "torn.png").write_bytes((tmp_path / "torn" / "3.png").read_bytes()[:60])
+    how = ["--features", "colours", "--samples", "12", "--sample.steps", "2"]
+    assert main(["eval", str(distilled), "--data", str(tmp_path / reference), *how]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_sample_that_is_not_finite_stops_command_and_training_grid(distilled, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    values = weights_of(distilled)
+    values["final/bias"][..., 0] = np.inf
+    weights.write_params(broken, values)
+    (broken / "config.json").write_bytes((distilled / "model" / "config.json").read_bytes())
+    out = tmp_path / "x.png"
+    assert main(["sample", str(broken), "--class", "0", "--count", "2", "--steps", "2", "--sampler", "ddim", "--out", str(out)]) == 2
+    assert "picture 0: the model's output is not finite" in capsys.readouterr().err and not out.exists()
+    cfg = train.Config(student=DitConfig(classes=2), samples=3)
+    with pytest.raises(InputError, match="samples at step 50: picture 1: the model's output is not finite"):
+        train.show(cfg, None, lambda *_: np.array([0.0, np.nan, 0.0]).reshape(3, 1, 1, 1), Pictures(lambda x: x), 50, {})
+
+
 def test_scores_need_features_and_a_reference(distilled, capsys):
     assert main(["eval", str(distilled), "--data", "emoji"]) == 2
     assert "give --features" in capsys.readouterr().err
@@ -200,7 +286,6 @@ def test_scores_need_features_and_a_reference(distilled, capsys):
 
 def test_names_of_classes_become_numbers_in_alphabetical_order():
     from common.data.sources import SourceConfig
-    from common.errors import InputError
 
     source = open_labelled(SourceConfig("emoji:noto", split="test"), "group", 9)
     groups = sorted(

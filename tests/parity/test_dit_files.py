@@ -8,6 +8,7 @@ import pytest
 
 from common.checkpoint import weights
 from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.verify import OWN
 from common.checkpoint.weights import read_json, write_json
 from common.errors import InputError
 from common.nn.functional import functional
@@ -44,7 +45,7 @@ def test_there_and_back_and_the_same_function(variant, tmp_path):
     there = convert(open_donor(ours, [FAMILY]), tmp_path / "fair", "fair")
     back = convert(open_donor(tmp_path / "fair", [FAMILY]), tmp_path / "back", "heirloom")
     for check in (there, back):
-        assert check.reference == "DiT's formulas in torch" and 0 < check.max_error < 5e-5 and check.cosine > 0.99999
+        assert check.reference == OWN and 0 < check.max_error < 5e-5 and check.cosine > 0.99999
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
     assert read_json(tmp_path / "back" / "config.json") == read_json(ours / "config.json")
 
@@ -55,7 +56,7 @@ def test_full_size(cfg, tmp_path):
     ours = folder_of(cfg, tmp_path / "ours")
     check = convert(open_donor(ours, [FAMILY]), tmp_path / "fair", "fair")
     assert check.passed and 0 < check.max_error < 1e-4
-    state = torch.load(tmp_path / "fair" / "dit.pt", weights_only=True)["state_dict"]
+    state = torch.load(tmp_path / "fair" / "dit.pt", weights_only=True)
     assert state["pos_embed"].shape == (1, 256, 384)
     assert sum(x.numel() for x in state.values()) - state["pos_embed"].numel() == sum(
         leaf.count for leaf in functional(Dit, cfg).spec.values()
@@ -65,7 +66,7 @@ def test_full_size(cfg, tmp_path):
 @pytest.fixture
 def state(tmp_path):
     convert(open_donor(folder_of(SMALL, tmp_path / "ours"), [FAMILY]), tmp_path / "fair", "fair", verify=False)
-    return torch.load(tmp_path / "fair" / "dit.pt", weights_only=True)["state_dict"]
+    return torch.load(tmp_path / "fair" / "dit.pt", weights_only=True)
 
 
 def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
@@ -78,7 +79,7 @@ def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
 
 def test_a_bare_file_of_unknown_width_asks_for_its_heads(state, tmp_path):
     torch.save(state, tmp_path / "bare.pt")
-    with pytest.raises(InputError, match="say how many"):
+    with pytest.raises(InputError, match=r"no published model of this kind is 32 wide: say it \(--set heads=VALUE\)"):
         open_donor(tmp_path / "bare.pt", [FAMILY])
 
 
@@ -86,13 +87,18 @@ def test_another_position_table_is_refused(state, tmp_path):
     state["pos_embed"] = state["pos_embed"].flip(2)
     torch.save(state, tmp_path / "other.pt")
     write_json(tmp_path / "dit.json", {"heads": 2})
-    with pytest.raises(InputError, match="'pos_embed' is fixed in fair models"):
+    with pytest.raises(InputError, match="its position table, of 64 places, is not DiT's"):
         open_donor(tmp_path / "other.pt", [FAMILY])
 
 
-def test_diffusers_reads_what_is_written_and_the_note_measures_its_difference(tmp_path):
+def test_diffusers_itself_is_the_reference_of_its_files(tmp_path):
     pytest.importorskip("diffusers")
     cfg = replace(SMALL, hidden=128)
-    check = convert(open_donor(folder_of(cfg, tmp_path / "ours"), [FAMILY]), tmp_path / "out", "diffusers")
-    assert check.passed and check.max_error < 5e-5
-    assert "127" in check.note and "its prediction differs by" in check.note
+    there = convert(open_donor(folder_of(cfg, tmp_path / "ours"), [FAMILY]), tmp_path / "out", "diffusers")
+    back = convert(open_donor(tmp_path / "out", [FAMILY]), tmp_path / "back", "heirloom")
+    for check in (there, back):
+        assert check.passed and check.reference == "diffusers" and 0 < check.max_error < 5e-5
+        assert "exponents over 127" in check.note and "its prediction differs by" in check.sentence()
+    assert [guess.split(" is a guess")[0] for guess in back.guessed] == ["prediction = noise"]
+
+

@@ -75,12 +75,24 @@ def test_inception_score_of_known_classes():
     assert inception_score(unsure) == pytest.approx(np.exp(0.9 * np.log(1.8) + 0.1 * np.log(0.2)))
 
 
-def test_inception_score_is_the_mean_over_consecutive_splits():
-    logits = np.repeat(100 * np.eye(10), 4, axis=0)  # each split of four sees one class alone
-    assert inception_score(logits) == pytest.approx(1)
-    assert inception_score(logits, splits=1) == pytest.approx(10)
-    with pytest.raises(ValueError, match="9 rows"):
-        inception_score(np.zeros((9, 3)))
+def test_inception_score_is_the_mean_over_runs_of_consecutive_rows():
+    logits = np.repeat(100 * np.eye(10), 4, axis=0)  # each run of four sees one class alone
+    assert inception_score(logits, run=4) == pytest.approx(1)
+    assert inception_score(logits) == pytest.approx(10)  # fewer than 5,000 rows are one run
+    # Two runs: of six rows, which see two classes as 4 to 2, and of two rows, which see one.
+    sizes = np.log(3) - 2 / 3 * np.log(2)
+    assert inception_score(logits[:8], run=6) == pytest.approx((np.exp(sizes) + 1) / 2)
+    with pytest.raises(ValueError, match="no rows"):
+        inception_score(np.zeros((0, 3)))
+
+
+@pytest.mark.parametrize(("rows", "runs"), [(50_000, 10), (10_000, 2), (7000, 2), (5000, 1), (999, 1)])
+def test_runs_are_of_5000_rows(rows, runs):
+    logits = np.random.default_rng(0).standard_normal((rows, 5)) * 2
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    parts = [p[5000 * i : 5000 * (i + 1)] for i in range(runs)]
+    want = np.mean([np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts])
+    assert sum(map(len, parts)) == rows and inception_score(logits) == pytest.approx(want, rel=1e-9)
 
 
 def test_manifolds_by_hand():

@@ -73,7 +73,7 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     stored = Gaussian(np.full(3, 0.5), 0.01 * np.eye(3)), Gaussian(np.full(2, 0.4), 0.1 * np.eye(2))
     arrays = {"mu": stored[0].mean, "sigma": stored[0].covariance, "mu_s": stored[1].mean, "sigma_s": stored[1].covariance}
     np.savez_compressed(tmp_path / "ref.npz", arr_0=reference, **arrays)
-    rows = evaluate(cut(images, 7), tmp_path / "ref.npz", extractor(ADM), mesh, size=8)
+    rows = evaluate(cut(images, 7), read_reference(tmp_path / "ref.npz"), extractor(ADM), mesh, size=8)
     assert {(row["n"], row["protocol"]) for row in rows} == {(40, "adm")}
     values = {row["metric"]: row["value"] for row in rows}
     assert list(values) == ["fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std"]
@@ -83,22 +83,22 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     assert values["inception_score"] == pytest.approx(inception_score(ours.logits))
 
     # Another network has no use for these statistics: it takes its own, from the pictures.
-    rows = evaluate([images], tmp_path / "ref.npz", extractor(Q8), mesh, size=8)
+    rows = evaluate([images], read_reference(tmp_path / "ref.npz"), extractor(Q8), mesh, size=8)
     theirs = measurer(extractor(Q8), mesh, 8)([reference])
     assert rows[0]["protocol"] == "inception-v3-q8"
     assert rows[0]["value"] == pytest.approx(frechet_distance(ours.pool.gaussian(), theirs.pool.gaussian()))
 
     np.savez(tmp_path / "whole.npz", **{key: arrays[key] for key in ("mu", "sigma")})
-    rows = evaluate([images], tmp_path / "whole.npz", extractor(ADM), mesh)
+    rows = evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(ADM), mesh)
     assert [row["metric"] for row in rows] == ["fid", "inception_score"]
     with pytest.raises(InputError, match="statistics of 'adm' alone"):
-        evaluate([images], tmp_path / "whole.npz", extractor(Q8), mesh)
+        evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(Q8), mesh)
 
 
 def test_the_same_pictures_score_perfectly(mesh, tmp_path):
     images = pictures(30, 0)
     np.savez(tmp_path / "same.npz", images)
-    values = {row["metric"]: row["value"] for row in evaluate([images], tmp_path / "same.npz", extractor(Q8), mesh)}
+    values = {row["metric"]: row["value"] for row in evaluate([images], read_reference(tmp_path / "same.npz"), extractor(Q8), mesh)}
     assert values["fid"] == pytest.approx(0, abs=1e-7) and values["sfid"] == pytest.approx(0, abs=1e-7)
     assert values["precision"] == values["recall"] == 1
 
@@ -118,7 +118,9 @@ def test_pictures_are_read_in_parts(save, tmp_path):
         ({"images": np.zeros((2, 2))}, "holds images; a reference batch has"),
         ({}, "holds nothing"),
         ({"mu": np.zeros(3)}, "has no `sigma`"),
-        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is \[4\] and should be \[3\]"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is float64 \[4\] and should be \[3\] finite numbers"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "`sigma` is no covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1)}, "`sigma` is no covariance"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "`sigma`.*finite"),
         ({"mu": np.array(["a"], object), "sigma": np.eye(3)}, "cannot be read"),
         ({"arr_0": np.zeros((5, 4, 4, 3))}, r"`arr_0` is float64 \[5, 4, 4, 3\]"),
@@ -137,7 +139,7 @@ def test_damaged_and_absent_files_are_one_line(tmp_path):
     with pytest.raises(InputError, match=r"absent.npz: not a .npz"):
         read_reference(tmp_path / "absent.npz")
     np.save(tmp_path / "single.npy", np.zeros(3))
-    with pytest.raises(InputError, match=r"not a \.npz"):
+    with pytest.raises(InputError, match=r"not a \.npy but a \.npz with pictures"):
         read_reference(tmp_path / "single.npy")
     np.savez(tmp_path / "torn.npz", pictures(5000, 0))
     data = bytearray((tmp_path / "torn.npz").read_bytes())
@@ -150,12 +152,34 @@ def test_damaged_and_absent_files_are_one_line(tmp_path):
         next(read_images(tmp_path / "plain.npz"))
 
 
+def test_the_reference_is_measured_before_a_picture_is_asked_for(mesh, tmp_path):
+    np.savez(tmp_path / "torn.npz", pictures(5000, 0))
+    data = bytearray((tmp_path / "torn.npz").read_bytes())
+    data[200_000:200_100] = bytes(100)
+    (tmp_path / "torn.npz").write_bytes(data)
+
+    def never():
+        raise AssertionError("drawn too early")
+        yield
+
+    with pytest.raises(InputError, match="cut short"):
+        evaluate(never(), read_reference(tmp_path / "torn.npz"), extractor(Q8), mesh, size=500)
+
+
+def test_damaged_features_are_no_score(mesh, tmp_path):
+    np.savez(tmp_path / "ref.npz", pictures(10, 0))
+    broken = extractor(Q8)
+    broken.params["fc/kernel"][0, 0] = np.nan
+    with pytest.raises(InputError, match="features of pictures are not finite"):
+        evaluate([pictures(10, 1)], read_reference(tmp_path / "ref.npz"), broken, mesh)
+
+
 def test_pictures_that_are_none_and_too_few(mesh, tmp_path):
     np.savez(tmp_path / "ref.npz", pictures(10, 0))
     with pytest.raises(InputError, match=r"these are float32 \[2, 4, 4, 3\]"):
-        evaluate([np.zeros((2, 4, 4, 3), np.float32)], tmp_path / "ref.npz", extractor(Q8), mesh)
+        evaluate([np.zeros((2, 4, 4, 3), np.float32)], read_reference(tmp_path / "ref.npz"), extractor(Q8), mesh)
     with pytest.raises(InputError, match="9 pictures are too few"):
-        evaluate([pictures(9, 0)], tmp_path / "ref.npz", extractor(Q8), mesh)
+        evaluate([pictures(9, 0)], read_reference(tmp_path / "ref.npz"), extractor(Q8), mesh)
     np.savez(tmp_path / "few.npz", pictures(4, 0))
     with pytest.raises(InputError, match=r"few.npz: 4 pictures are too few"):
-        evaluate([pictures(20, 0)], tmp_path / "few.npz", extractor(Q8), mesh)
+        evaluate([pictures(20, 0)], read_reference(tmp_path / "few.npz"), extractor(Q8), mesh)

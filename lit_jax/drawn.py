@@ -1,0 +1,96 @@
+"""Drawn pictures on disk: written batch by batch, and continued where a killed evaluation stopped."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checkpoint.weights import read_json, remove, staged, write_json
+from common.errors import InputError
+from common.evaluate.generated import read_images
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """`path`, an .npz of pictures (arr_0, uint8), once all are drawn; until then `path`.part.npy and `path`.part.json, their number.
+
+    shape: [pictures, height, width, 3]. how: what they are drawn with, as plain data; `path`.json keeps it.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    how: Mapping[str, Any]
+
+    def _next_to(self, ending: str) -> Path:
+        return self.path.with_name(self.path.name + ending)
+
+    def count(self) -> int:
+        """How many are drawn. Raises InputError where what is there was drawn in another way."""
+        if self.path.suffix != ".npz":
+            raise InputError(f"{self.path}: pictures are saved as an .npz; name it {self.path.name}.npz")
+        if self.path.exists():
+            self._same(self._next_to(".json"), self.path)
+            return self.shape[0]
+        note = self._next_to(".part.json")
+        if not note.is_file() or not self._next_to(".part.npy").is_file():
+            return 0
+        self._same(note, self._next_to(".part.npy"))
+        return int(read_json(note)["drawn"])
+
+    def _same(self, note: Path, pictures: Path) -> None:
+        before = read_json(note).get("how") if note.is_file() else None
+        wanted = json.loads(json.dumps(self.how))
+        if before != wanted:
+            names = [name for name in wanted if not isinstance(before, dict) or before.get(name) != wanted[name]]
+            what = f"drawn with another {', '.join(names)}" if isinstance(before, dict) else "not known to be these pictures"
+            raise InputError(f"{pictures} exists and is {what}: remove it, or give another --save")
+
+    def batches(self, draw: Callable[[int], Iterator[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
+        """All pictures, uint8 [up to rows, height, width, 3]: those that are there, then `draw(first)`, which are written as they come."""
+        first = self.count()
+        if self.path.exists():
+            yield from read_images(self.path, rows)
+            return
+        try:
+            array = self._open(first)
+            for start in range(0, first, rows):
+                yield np.array(array[start : min(start + rows, first)])
+            for pictures in draw(first):
+                array[first : first + len(pictures)] = pictures
+                first += len(pictures)
+                array.flush()
+                self._note(first)
+                yield pictures
+            with staged(self.path) as file, file.open("wb") as opened:
+                np.savez(opened, arr_0=array)
+        except OSError as error:
+            why = error.strerror or error
+            raise InputError(f"{self.path}: could not be written ({why}); free some space or choose another place") from error
+        write_json(self._next_to(".json"), {"how": self.how})
+        for ending in (".part.npy", ".part.json"):
+            remove(self._next_to(ending))
+
+    def _open(self, first: int) -> np.memmap:
+        file = self._next_to(".part.npy")
+        if first:
+            array = np.lib.format.open_memmap(file, "r+")
+            if array.shape != self.shape or array.dtype != np.uint8:
+                raise InputError(f"{file} holds {array.dtype} {list(array.shape)}, not uint8 {list(self.shape)}: remove it")
+            return array
+        file.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(file, "w+", np.uint8, self.shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a crash at some later write
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        self._note(0)
+        return array
+
+    def _note(self, drawn: int) -> None:
+        file = self._next_to(".part.json")
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        write_json(part, {"drawn": drawn, "how": self.how})
+        part.replace(file)

@@ -1,0 +1,113 @@
+"""A DiT or LiT to hold in a notebook, with the way to pictures; and its autoencoder through the same door."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from common.checkpoint import weights
+from common.checkpoint.convert import Donor, open_donor
+from common.checkpoint.hub import locate
+from common.errors import InputError, nearest
+from common.nn.functional import Functional
+from common.train.mesh import MeshConfig, start
+from common.train.parameters import load_params
+from lit_jax import autoencoder_layouts
+from lit_jax.autoencoder import AutoencoderConfig, scale_latents
+from lit_jax.decode import Pictures, decoded, open_pictures
+from lit_jax.dit import DitConfig
+from lit_jax.generate import BATCH, class_keys, draw_batches, looks
+from lit_jax.origin import Origin, read_origin, write_origin
+from lit_jax.sample import Draw, SampleConfig, drawer
+from lit_jax.zoo import EMBEDDED, FAMILY
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A DiT or LiT with the way to pictures. `params` is the flat tree that `model.apply` takes; origin: whose latents it draws."""
+
+    cfg: DitConfig
+    model: Functional
+    params: dict[str, jax.Array]
+    mesh: Mesh
+    pictures: Pictures | None
+    origin: Origin | None
+    _drawers: dict[SampleConfig, Draw] = field(default_factory=dict, repr=False)
+
+    def sample(self, classes: int | Sequence[int], *, count: int = 1, seed: int = 0, batch: int = BATCH, **how: Any) -> np.ndarray:
+        """Draw pictures, `count` of each class: uint8 [classes x count, height, width, 3]. how: fields of `SampleConfig` (steps=50).
+
+        A picture depends on seed, class and its number within the class alone. Raises InputError for a class or setting that is none,
+        for a picture that is not finite, and for latents without an autoencoder.
+        """
+        asked = [int(c) for c in np.atleast_1d(np.asarray(classes))]
+        default = looks(self.cfg)
+        if unknown := how.keys() - vars(default).keys():
+            raise InputError(f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are {', '.join(vars(default))})")
+        if min(count, batch, len(asked)) < 1:
+            raise InputError(f"{len(asked)} classes, count {count} and batch {batch}: each is 1 or more")
+        if self.pictures is None:
+            raise InputError("this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema")
+        settings = replace(default, **how)
+        draw = self._drawers.setdefault(settings, drawer(self.model, self.cfg, settings, self.mesh))
+        labels, keys = np.repeat(asked, count), class_keys(seed, asked, count)
+        draw.check(labels)
+        return np.concatenate(list(draw_batches(draw, self.params, self.pictures, labels, keys, batch)))
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write a weights folder, which every command and `load` take."""
+        with weights.staged(Path(folder), force=force) as staging:
+            staging.mkdir()
+            weights.write_params(staging, self.params, spec=self.model.spec)
+            weights.write_config(staging, FAMILY.name, self.cfg)
+            write_origin(staging, self.origin)
+
+
+@dataclass(frozen=True)
+class PretrainedAutoencoder:
+    """An autoencoder between pictures and the scaled latents that a diffusion model sees."""
+
+    cfg: AutoencoderConfig
+    model: Functional
+    params: dict[str, jax.Array]
+    pictures: Pictures
+
+    def encode(self, images: np.ndarray) -> jax.Array:
+        """Pictures uint8 [n, height, width, 3] to the means of their latents, scaled: [n, row, col, latent] f32."""
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise InputError(f"pictures are uint8 [n, height, width, 3], and these are {images.dtype} {list(images.shape)}")
+        return scale_latents(self.cfg, self._encode(self.params, images.astype(np.float32) / 127.5 - 1).mean)
+
+    def decode(self, latents: Any) -> np.ndarray:
+        """Scaled latents [n, row, col, latent] to pictures uint8 [n, height, width, 3]."""
+        if np.ndim(latents) != 4 or np.shape(latents)[-1] != self.cfg.latent:
+            raise InputError(f"latents are [n, row, col, {self.cfg.latent}], and these are {list(np.shape(latents))}")
+        return self.pictures(jax.numpy.asarray(latents, jax.numpy.float32))
+
+    @cached_property
+    def _encode(self) -> Any:
+        return jax.jit(partial(self.model.apply, method="encode"))
+
+
+def load(source: str, autoencoder: str = "", **overrides: Any) -> Any:
+    """Any DiT or LiT by SOURCE as a `Pretrained`, an autoencoder as a `PretrainedAutoencoder`; f32 on the default devices.
+
+    source: `hf:org/name/folder`, a folder, a run or a file of any format, `embedded:digits_dit`. autoencoder: SOURCE of the decoder of a
+    latent model. overrides: what a bare weights file cannot tell (`heads=6`); what is guessed is remarked. Raises InputError.
+    """
+    path = locate(str(source), EMBEDDED)
+    path = path / "model" if (path / "metrics.jsonl").is_file() else path
+    donor: Donor = open_donor(path, [FAMILY, autoencoder_layouts.FAMILY], **overrides)
+    mesh = start(MeshConfig())
+    if isinstance(donor.cfg, AutoencoderConfig):
+        params = load_params(donor, mesh)
+        return PretrainedAutoencoder(donor.cfg, donor.model, params, decoded(donor.cfg, donor.model, params))
+    origin = read_origin(donor.folder)
+    pictures = open_pictures(donor.cfg, autoencoder, mesh, origin)
+    return Pretrained(donor.cfg, donor.model, load_params(donor, mesh), mesh, pictures, origin)

@@ -1,0 +1,99 @@
+"""The door for notebooks: a DiT that draws, and an autoencoder there and back."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lit_jax
+from common.checkpoint import weights
+from common.cli import main
+from common.errors import InputError
+from common.nn.functional import functional
+from lit_jax.dit import Dit
+from lit_jax.origin import Origin, read_origin, write_origin
+
+AUTOENCODER = Path(__file__).parents[1] / "golden" / "autoencoder"
+FAST = dict(sampler="ddim", steps=2)
+
+
+@pytest.fixture(scope="module")
+def folder(lit, draw, one_device, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lit")
+    weights.write_params(path, draw(functional(Dit, lit).spec))
+    weights.write_config(path, "lit", lit)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return lit_jax.load(str(folder))
+
+
+def test_pictures_do_not_depend_on_their_company(loaded):
+    many = loaded.sample([3, 1], count=3, seed=5, batch=4, **FAST)
+    assert many.shape == (6, 8, 8, 3) and many.dtype == np.uint8
+    few = loaded.sample(1, count=2, seed=5, **FAST)
+    assert np.abs(few.astype(int) - many[3:5]).max() <= 1  # rounding may differ where sums have another order
+    assert np.abs(few.astype(int) - loaded.sample(1, count=2, seed=6, **FAST)).max() > 20
+
+
+def test_the_command_draws_the_same(loaded, folder, tmp_path):
+    from PIL import Image
+
+    out = tmp_path / "grid.png"
+    how = ["--steps", "2", "--sampler", "ddim", "--seed", "5"]
+    assert main(["sample", str(folder), "--class", "1", "--count", "1", "--out", str(out), *how]) == 0
+    picture = np.asarray(Image.open(out))[::32, ::32]  # enlarged 32 times
+    assert np.abs(picture.astype(int) - loaded.sample(1, seed=5, **FAST)[0]).max() <= 1
+
+
+def test_what_is_saved_can_be_loaded(loaded, tmp_path):
+    origin = Origin(lit_jax.load(str(AUTOENCODER)).cfg, "somewhere", "1" * 64)
+    write_origin(tmp_path, origin)
+    lit_jax.Pretrained(loaded.cfg, loaded.model, loaded.params, loaded.mesh, None, origin).save(tmp_path / "out")
+    again = lit_jax.load(str(tmp_path / "out"))
+    assert again.cfg == loaded.cfg and again.origin == read_origin(tmp_path / "out") == origin
+    for path, value in loaded.params.items():
+        np.testing.assert_array_equal(again.params[path], value)
+    with pytest.raises(InputError, match="this model draws latents: load"):
+        again.sample(0, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(classes=6), "no class 6: this model has 0 to 4, and 5 for none"),
+        (dict(classes=[0], stps=3), "no setting 'stps'; did you mean 'steps'"),
+        (dict(classes=[0], sampler="euler"), "no sampler 'euler'; choose ddpm, ddim, dpm"),
+        (dict(classes=[0], guidance=float("inf")), "guidance is inf"),
+        (dict(classes=[0], count=0), "1 classes, count 0 and batch 64: each is 1 or more"),
+        (dict(classes=[]), "0 classes"),
+    ],
+)
+def test_mistakes_are_one_line(loaded, how, words):
+    with pytest.raises(InputError, match=words):
+        loaded.sample(how.pop("classes"), **how)
+
+
+def test_an_autoencoder_comes_through_the_same_door(one_device):
+    loaded = lit_jax.load(str(AUTOENCODER))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3)).astype(np.uint8)
+    latents = loaded.encode(images)
+    means = jax.jit(partial(loaded.model.apply, method="encode"))(loaded.params, images.astype(np.float32) / 127.5 - 1).mean
+    np.testing.assert_allclose(latents, means * loaded.cfg.scaling_factor, rtol=1e-6)
+    decoded = loaded.decode(latents)
+    pixels = jax.jit(partial(loaded.model.apply, method="decode"))(loaded.params, means)
+    want = np.clip(127.5 * np.asarray(pixels) + 128, 0, 255).astype(int)
+    assert decoded.shape == (2, 8, 12, 3) and np.abs(decoded - want).max() <= 1
+    with pytest.raises(InputError, match=r"pictures are uint8 \[n, height, width, 3\], and these are float32"):
+        loaded.encode(images.astype(np.float32))
+    with pytest.raises(InputError, match=r"latents are \[n, row, col, 4\], and these are \[2, 2, 3, 3\]"):
+        loaded.decode(np.zeros((2, 2, 3, 3)))
+
+
+def test_an_autoencoder_of_other_latents_is_refused(folder):
+    with pytest.raises(InputError, match="has latents of 4 channels, the model 3"):
+        lit_jax.load(str(folder), autoencoder=str(AUTOENCODER))
