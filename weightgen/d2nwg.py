@@ -29,7 +29,16 @@ from weightgen.zoo import Zoo, flat, open_told, open_zoo
 # Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which decays biases and norms
 # as well. Samples are not drawn from an average.
 ADAM = OptimConfig(lr=1.115e-3, warmup=1, schedule="constant", b1=0.5, b2=0.9, eps=1e-8, weight_decay=0.0, clip=None)
-ADAMW = OptimConfig(lr=1.133e-4, warmup=10_000, schedule="constant", b2=0.999, eps=1e-8, weight_decay=0.01, clip=None, decay=("unet/**", "condition/**"))  # fmt: skip
+ADAMW = OptimConfig(
+    lr=1.133e-4,
+    warmup=10_000,
+    schedule="constant",
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.01,
+    decay=("unet/**", "condition/**"),
+    clip=None,
+)
 
 
 @dataclass(frozen=True)

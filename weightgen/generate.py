@@ -183,7 +183,7 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
         known = read_json(donor.folder / "tasks.json")["tasks"]
-        note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: the weights are for what their embedding is near to"}
+        note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: their embedding says what is made"}
         return about | note | {"distance to the task's own networks": _told_apart(donor, task, drawn, zoo, how, seed)}
     if task.support is None or task.select is None or task.test is None:
         return about | {"note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}

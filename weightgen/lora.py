@@ -32,7 +32,7 @@ OTHERS = {  # what else such files hold, and cannot be read as a product B A
     "VeRA": r"\.vera_lambda",
     "trained tokens (trainable_token_indices)": r"trainable_tokens_delta",
     "LoRA with biases (lora_bias)": r"\.lora_(A|B|down|up)(\.[^.]+)?\.bias$",
-    "a form that is not known here": r"(^|[._])lora([._]|$)",
+    "a form that is not known here": r"(^|[._])lora(\d|[._]|$)",
 }
 Scale = Callable[[str, int], float]
 """`scale(module, rank)`: what B A of a module is multiplied by."""
@@ -89,6 +89,7 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     names: set[str] = set()
+    with_pair = {hit["module"] for key in tensors if (hit := NAME.match(key))}
     for key in tensors:
         if hit := NAME.match(key):
             side = "down" if hit["side"] in DOWN else "up"
@@ -96,6 +97,8 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
                 raise InputError(f"{hit['module']} has two adapters, {halves[side]} and {key}: keep one in a file")
             halves[side] = key
             names |= {hit["adapter"]} - {None, "default"}
+        elif key.removesuffix(".alpha") in with_pair:
+            continue
         elif kind := next((kind for kind, mark in OTHERS.items() if re.search(mark, key)), None):
             raise InputError(f"{key} is of {kind} and no plain LoRA: only pairs B A can be generated; merge it into its base model")
     if not found:
