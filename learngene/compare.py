@@ -207,7 +207,7 @@ def curve(recipe: Config, folder: Path) -> dict[str, Any]:
     mesh, student = start(recipe.mesh), functional(recipe.family.module, recipe.student)
     score = scorer(recipe.family, recipe.student, held_out(recipe), recipe.pre, mesh)
     donor = opened(recipe.donor)
-    made = donor and resolve(recipe, student, donor)
+    made = resolve(recipe, student, donor) if donor else None
     before = score(initial(recipe, student, donor, shardings(student.spec, mesh), made))
     train(recipe, folder, made=made)
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]

@@ -177,5 +177,5 @@ def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], about: Mappin
         write_json(folder / CONFIG, about["config"])
         return
     if layout == "alpha":
-        found |= {f"{module}.alpha": np.float32(len(pair.adapter.down)) for module, pair in pairs(tensors).items()}
-    save_file({name: np.asarray(tensor) for name, tensor in found.items()}, folder / "model.safetensors", {"format": "pt"})
+        found |= {f"{module}.alpha": np.array(len(pair.adapter.down), np.float32) for module, pair in pairs(tensors).items()}
+    save_file(found, folder / "model.safetensors", {"format": "pt"})

@@ -113,7 +113,7 @@ class ReferenceRecipe(Stage):
             frozen=("k", "unet/**", "condition/**"),
             no_decay=points,
         )
-        autoencoder = {path: gathered(value) for path, value in autoencoder.items()}
+        autoencoder = {path: jnp.asarray(gathered(value)) for path, value in autoencoder.items()}
         mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
 
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,13 @@ def _member(path: Path) -> Member | None:
     if not path.is_dir():
         return None
     weights = [p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES and not p.name.startswith(".") and not STATE.match(p.name)]
-    adapter = next((path / name for name in ADAPTER if path / name in weights), None)
-    config = path / CONFIG if (path / CONFIG).is_file() else None
-    if adapter:
-        return Member(path, (adapter,), config)
+    config = path / CONFIG
+    for name in ADAPTER:
+        if path / name in weights:
+            return Member(path, (path / name,), config if config.is_file() else None)
     if not weights:
         return None
-    if config:
+    if config.is_file():
         raise InputError(f"{path} has an {CONFIG}, and its weights are {listed(p.name for p in weights)}: name them {ADAPTER[0]}")
     files = [file for file in weights_files(path) if not STATE.match(file.name)]
     if len(files) > 1 and not all(SHARD.match(file.name) for file in files):
@@ -159,10 +159,11 @@ def adapter_record(members: Sequence[Member], read: Sequence[Read], tensors: Map
     if first.layout is None:
         return None
     known = first.settings
-    shared = {name: {getattr(own.settings, name, None) for own in read} for name in ("base", "task_type")}
-    if known:
-        same = {name: values.pop() if len(values) == 1 else None for name, values in shared.items()}
-        known = LoraSettings(fan_in_fan_out=known.fan_in_fan_out, modules_to_save=known.modules_to_save, **same)
+    for own in read:
+        if known and own.settings and own.settings.base != known.base:
+            known = replace(known, base=None)
+        if known and own.settings and own.settings.task_type != known.task_type:
+            known = replace(known, task_type=None)
     return {
         "layout": first.layout,
         "config": generated(tensors, known) if first.layout == "peft" else None,

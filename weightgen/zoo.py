@@ -235,7 +235,8 @@ def import_folder(
 
 def _by_name(folder: Path, name: str, members: Sequence[str], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """What `quality.json` or `tasks.json` says of the members. Raises InputError for values of another kind and for names of no member."""
-    kind, said = {"quality": ((int, float), "a number"), "tasks": (str, "words")}[name]
+    kind: Any = {"quality": (int, float), "tasks": str}[name]
+    said = {"quality": "a number", "tasks": "words"}[name]
     file = folder / f"{name}.json"
     values: Any = given or (read_json(file) if file.is_file() else {})
     if not isinstance(values, Mapping) or not all(isinstance(value, kind) and value != "" for value in values.values()):
