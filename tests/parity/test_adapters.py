@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from weightgen.adapter_config import write_adapter
 from weightgen.lora import pairs
@@ -87,3 +87,28 @@ def test_a_convolution_is_generated_for_peft(tmp_path):
     after = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload().conv.weight.detach()
     a, b = tensors.values()
     np.testing.assert_allclose((after - before).numpy(), 3 * np.einsum("or,rihw->oihw", b[..., 0, 0], a), atol=1e-5)
+
+
+def test_torch_files_and_saved_modules_are_members(tmp_path):
+    for i in range(2):
+        torch.manual_seed(i)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_proj"], modules_to_save=["ln_f"], fan_in_fan_out=True)
+        model = peft.get_peft_model(gpt2(), config)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    p.normal_(0, 0.3)
+        folder = tmp_path / "zoo" / f"{i}"
+        model.save_pretrained(folder)
+        if i == 0:  # as older versions of peft wrote them
+            file = folder / "adapter_model.safetensors"
+            torch.save({name: torch.from_numpy(x) for name, x in load_file(file).items()}, folder / "adapter_model.bin")
+            file.unlink()
+        torch.save({"lr": 1.0}, folder / "training_args.bin")
+        torch.save({}, folder / "optimizer.pt")
+    zoo, words = import_folder(tmp_path / "zoo")
+    assert words == ("0", "1") and zoo.about["adapters"]["config"]["modules_to_save"] == ["ln_f"]
+    write_adapter(tmp_path, zoo.spec.unflatten(zoo.tokens(0), zoo.spec.like), zoo.about["adapters"])
+    first, made = (peft.PeftModel.from_pretrained(gpt2(), folder).merge_and_unload() for folder in (tmp_path / "zoo" / "0", tmp_path))
+    for (name, a), b in zip(first.named_parameters(), made.parameters(), strict=True):
+        np.testing.assert_allclose(b.detach(), a.detach(), atol=1e-5, err_msg=name)
