@@ -24,7 +24,7 @@ from learngene import cost, relatives
 from learngene.evaluate import scorer
 from learngene.inputs import preprocess_of
 from learngene.relatives import Method
-from learngene.train import ADAMW, Config, TeacherConfig, held_out, initial, open_teacher, opened
+from learngene.train import ADAMW, Config, TeacherConfig, held_out, initial, open_teacher, opened, resolve, train
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY, open_classifier
 
@@ -206,8 +206,10 @@ def curve(recipe: Config, folder: Path) -> dict[str, Any]:
         return saved["result"]
     mesh, student = start(recipe.mesh), functional(recipe.family.module, recipe.student)
     score = scorer(recipe.family, recipe.student, held_out(recipe), recipe.pre, mesh)
-    before = score(initial(recipe, student, opened(recipe.donor), shardings(student.spec, mesh)))
-    recipe.train(folder)
+    donor = opened(recipe.donor)
+    made = resolve(recipe, student, donor) if donor else None
+    before = score(initial(recipe, student, donor, shardings(student.spec, mesh), made))
+    train(recipe, folder, made=made)
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
     result = {
         "top1": [before["top1"], *(line["eval/top1"] for line in scored)],

@@ -149,9 +149,10 @@ class Teacher:
     """Multiply-accumulates of one picture, for the share of the devices' peak that is shown."""
 
 
-def train(cfg: Config, directory: Path, teacher: Teacher | None = None) -> None:
+def train(cfg: Config, directory: Path, teacher: Teacher | None = None, made: Resolution | None = None) -> None:
     """Run a recipe in its folder, or go on where it stopped. `teacher` takes the place of the SOURCE that the config names.
 
+    made: what `resolve` returned for this config, where the caller has it already: LiGO's maps are trained there.
     Raises InputError for anything the user can mend.
     """
     run = Run.open(directory, to_json(cfg))
@@ -167,7 +168,9 @@ def train(cfg: Config, directory: Path, teacher: Teacher | None = None) -> None:
     optimizer = make_optimizer(cfg.optim, student.spec, cfg.steps)
     step = make_step(loss_fn(cfg, student, teacher), optimizer, student.spec, mesh, cfg.step, frozen=teacher and teacher.weights)
     state = run.restore_or(
-        lambda: create_state(initial(cfg, student, donor, shardings(student.spec, mesh)), optimizer, student.spec, mesh, cfg.step.ema),
+        lambda: create_state(
+            initial(cfg, student, donor, shardings(student.spec, mesh), made), optimizer, student.spec, mesh, cfg.step.ema
+        ),
         like=abstract_state(optimizer, student.spec, mesh, cfg.step.ema),
     )
     if int(state.step) == 0:
@@ -289,12 +292,14 @@ def loss_fn(cfg: Config, student: Functional, teacher: Teacher | None) -> LossFn
     return loss
 
 
-def initial(cfg: Config, student: Functional, donor: Donor | None, place: Mapping[str, Any] | None) -> dict[str, jax.Array]:
-    """The student before the first step: inherited, or freshly initialised, in its shardings."""
+def initial(
+    cfg: Config, student: Functional, donor: Donor | None, place: Mapping[str, Any] | None, made: Resolution | None = None
+) -> dict[str, jax.Array]:
+    """The student before the first step: inherited, or freshly initialised, in its shardings. made: as in `train`."""
     key = jax.random.key(cfg.seed)
     init = partial(student.init, key)
     if donor:
-        return graft(resolve(cfg, student, donor), donor.source, student.spec, place, init)
+        return graft(made or resolve(cfg, student, donor), donor.source, student.spec, place, init)
     params = init(place=place)
     if cfg.init == "mimetic":
         params |= {path: jax.device_put(value, params[path].sharding) for path, value in relatives.mimetic(cfg.student, key).items()}
@@ -302,7 +307,10 @@ def initial(cfg: Config, student: Functional, donor: Donor | None, place: Mappin
 
 
 def resolve(cfg: Config, student: Functional, donor: Donor) -> Resolution:
-    """Raises InputError where donor, method and student do not go together."""
+    """Where each tensor of the student comes from. LiGO trains its maps here, so call it once and pass the result on.
+
+    Raises InputError where donor, method and student do not go together.
+    """
     if donor.family is not FAMILY or cfg.family is not FAMILY:
         raise InputError(f"a {cfg.family.name} cannot start from a {donor.family.name}: both must be ViTs")
     if donor.cfg.heads != cfg.student.heads:
@@ -338,13 +346,14 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
 def write_descendant(cfg: Config, donor: Donor, destination: Path, *, force: bool = False) -> dict[str, Any]:
     """The student of `cfg` out of an opened donor, as a weights folder; returns its provenance."""
     student = functional(cfg.family.module, cfg.student)
-    record = {"source": str(donor.path), "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
+    made = resolve(cfg, student, donor)
+    record = {"source": str(donor.path), "hashes": hashes(donor.file)} | provenance(made)
 
     def beside(folder: Path) -> None:
         write_json(folder / "provenance.json", record)
         cfg.pre.save(folder)
 
-    save_params(destination, cfg.family.name, cfg.student, initial(cfg, student, donor, None), beside, force=force)
+    save_params(destination, cfg.family.name, cfg.student, initial(cfg, student, donor, None, made), beside, force=force)
     return record
 
 

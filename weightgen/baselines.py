@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from common.errors import InputError
+
 Heads = np.ndarray
 PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
 
@@ -62,7 +64,10 @@ class Ridge:
 
         The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would choose too little.
         The constant is not penalised: without a use for the condition the map gives the mean.
+        Raises InputError for rows of one group alone: none could be left out.
         """
+        if len(np.unique(groups)) < 2:
+            raise InputError('a linear map needs networks of two classes or tasks, to leave one out; here is one: set prior to "none"')
         x, y = condition.astype(np.float64), weights.astype(np.float64)
         held = groups >= np.quantile(np.unique(groups), 0.8)
 

@@ -32,6 +32,8 @@ def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
     else:
         components = np.linalg.svd(centred, full_matrices=False)[2][:latent].T
     scale = (centred @ components).std()
+    if not scale > 0:
+        raise InputError(f"all {rows.shape[0]} rows of weights are the same: there is nothing to generate from; add other networks")
     return PcaFit(*(np.asarray(x, np.float32) for x in (mean, components, scale)))
 
 
@@ -80,7 +82,7 @@ class Gate:
                 f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip "
                 f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force"
             )
-        if self.error > self.limit:
+        if not self.error <= self.limit:  # NaN is a fault, too
             return (
                 f"the codec loses the weights it is to code: relative error {self.error:.3f}, at most {self.limit:g} (gate.error). "
                 "Use more latents, or --gate.force"

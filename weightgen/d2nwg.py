@@ -13,28 +13,42 @@ from common.config import to_json
 from common.errors import InputError, positive
 from common.nn.functional import functional
 from common.train.loop import Run
-from common.train.mesh import start
 from common.train.optim import OptimConfig
-from common.train.parameters import save_params
+from common.train.parameters import gathered, save_params
 from common.train.step import StepConfig
 from weightgen.autoencoder import VaeConfig
 from weightgen.conditions import LEARNED_POINTS, SetConfig
 from weightgen.data import Bank, Projection
 from weightgen.formats import REFERENCE, save_neighbours
-from weightgen.recipes import GateConfig, Stage, left_out, measure, pictures_of
 from weightgen.reference import Reference, ReferenceConfig, latent_scale, stage1_loss, stage2_loss
-from weightgen.train import LoopConfig, fit, generator_batches, placed
+from weightgen.stage import GateConfig, Stage, left_out, measure, pictures_of
+from weightgen.train import LoopConfig, begin, check_batch, fit, generator_batches, placed
 from weightgen.unet import UnetConfig
-from weightgen.zoo import Zoo, flat, open_zoo
+from weightgen.zoo import Zoo, flat, open_told, open_zoo
 
-# Adam without schedule for the autoencoder; AdamW with a long warm-up for the UNet. Samples are not drawn from an average.
+# Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which decays biases and norms
+# as well. Samples are not drawn from an average.
 ADAM = OptimConfig(lr=1.115e-3, warmup=1, schedule="constant", b1=0.5, b2=0.9, eps=1e-8, weight_decay=0.0, clip=None)
-ADAMW = OptimConfig(lr=1.133e-4, warmup=10_000, schedule="constant", b2=0.999, eps=1e-8, weight_decay=0.01, clip=None)
+ADAMW = OptimConfig(
+    lr=1.133e-4,
+    warmup=10_000,
+    schedule="constant",
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.01,
+    decay=("unet/**", "condition/**"),
+    clip=None,
+)
 
 
 @dataclass(frozen=True)
 class ReferenceRecipe(Stage):
-    """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes."""
+    """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes.
+
+    Deviation: both stages take a number of steps and keep the last state; the release takes epochs (3,000 and 1,000 at most) and keeps the
+    state with the lowest loss. The warm-up begins at 1 / 10,000 of the rate, where the release begins at a millionth. Pictures of a
+    condition are drawn from all of a class, where the release draws from its first 20.
+    """
 
     zoo: str = "runs/zoo/zoo"
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -56,6 +70,8 @@ class ReferenceRecipe(Stage):
 
     def __post_init__(self) -> None:
         positive(self, "shots", "chain")
+        if self.stage1.mesh != self.stage2.mesh:
+            raise InputError("stage1.mesh and stage2.mesh differ: both stages run on one mesh, give the two the same sizes")
 
     def config(self, zoo: Zoo, bank: Bank) -> ReferenceConfig:
         if zoo.net is None:
@@ -66,11 +82,12 @@ class ReferenceRecipe(Stage):
         return ReferenceConfig(vae, self.unet, self.encoder, features, slots, self.scale, self.chain, zoo.net, self.shots)
 
     def train(self, directory: Path) -> None:
-        run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), start(self.stage1.mesh)
+        run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), begin(self.stage1)
+        check_batch(self.stage2, mesh)
         if run.finished(self.stage2.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        zoo, bank = open_zoo(folder), Bank.load(folder)
+        zoo, bank = open_told(folder)
         cfg = self.config(zoo, bank)
         model = functional(Reference, cfg)
         points = LEARNED_POINTS if self.encoder == "set" else ()
@@ -96,6 +113,7 @@ class ReferenceRecipe(Stage):
             frozen=("k", "unet/**", "condition/**"),
             no_decay=points,
         )
+        autoencoder = {path: jnp.asarray(gathered(value)) for path, value in autoencoder.items()}
         mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
 
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
@@ -126,7 +144,6 @@ class ReferenceRecipe(Stage):
             value,
             batches,
             frozen=("k", "vae/**"),
-            no_decay=points,
             save=lambda params: save(params, beside, force=True),
         )
 

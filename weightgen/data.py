@@ -80,6 +80,16 @@ def _open(source: str) -> Donor:
     return open_donor(locate(source, {name: path for family in families for name, path in family.embedded.items()}), families)
 
 
+def labelled(source: Any, path: str) -> tuple[list[Any], np.ndarray]:
+    """All records of a source with classes, and their labels [record] int. Raises InputError for a record without one of its classes."""
+    records, count = [source[i] for i in range(len(source))], len(source.classes)
+    labels = np.array([-1 if r.get("label") is None else int(r["label"]) for r in records])
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
+        key = records[wrong[0]].get("key", wrong[0])
+        raise InputError(f"{path}: {len(wrong)} of {len(records)} pictures have none of its {count} classes ({key}); leave them out")
+    return records, labels
+
+
 def _thumbnail(picture: Any, side: int = THUMBNAIL, channels: int = 3) -> np.ndarray:
     small = decode(picture).resize((side, side))
     return np.asarray(small if channels == 3 else small.convert("L"), np.float32).reshape(-1) / 127.5 - 1

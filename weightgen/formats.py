@@ -24,7 +24,7 @@ from weightgen.tokens import TokenSpec
 from weightgen.unet import UnetConfig
 from weightgen.zoo import Zoo
 
-COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "report.json")
+COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
 
 
 def config(model: Mapping[str, Any]) -> GeneratorConfig:

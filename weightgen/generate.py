@@ -19,9 +19,11 @@ from common.errors import InputError, nearest
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from weightgen import reference
+from weightgen.adapter_config import write_adapter
 from weightgen.baselines import nearest_model, noisy, prototype
-from weightgen.data import Projection, encoder, shown, text_encoder, thumbnails
+from weightgen.data import Projection, encoder, labelled, shown, text_encoder, thumbnails
 from weightgen.evaluate import accuracy, disagreement, error_overlap, head_accuracy, nearest_distance
+from weightgen.foreign import listed
 from weightgen.formats import FAMILY, NETWORK, REFERENCE
 from weightgen.generator import GeneratorConfig, SampleConfig, drawer
 from weightgen.nets import NetConfig, net, predict
@@ -73,8 +75,7 @@ def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[st
         raise InputError(f"{dataset} has no classes: put the pictures of each class into a sub-folder of its own")
     if len(names) != cfg.classes:
         raise InputError(f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders")
-    records = [source[i] for i in range(len(source))]
-    labels = np.array([int(r["label"]) for r in records])
+    records, labels = labelled(source, dataset)
     told = projection(encoder(projection.backend)([r["image"] for r in records]))
     seen = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else told
     return tuple(names), Pictures(told, shown(cfg, seen, labels)[0], labels)
@@ -114,6 +115,8 @@ def read_words(donor: Donor, task: str) -> Task:
     if isinstance(cfg, ReferenceConfig) or cfg.condition not in WORDS:
         raise InputError(f"{donor.path} is told by pictures: give --dataset, a folder with a sub-folder for each class")
     if cfg.condition == "chunk":
+        if task:
+            raise InputError(f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out")
         return Task(("all chunks",), np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1), 1)
     known = read_json(donor.folder / "tasks.json")["tasks"]
     if not task:
@@ -179,7 +182,9 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
         return about | {"novelty": _novelty(drawn.samples.reshape(-1, cfg.whole.length), zoo["weights"], rng)}
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
-        return about | {"distance to the task's own networks": _told_apart(donor, task, drawn, zoo, how, seed)}
+        known = read_json(donor.folder / "tasks.json")["tasks"]
+        note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: their embedding says what is made"}
+        return about | note | {"distance to the task's own networks": _told_apart(donor, task, drawn, zoo, how, seed)}
     if task.support is None or task.select is None or task.test is None:
         return about | {"note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}
     ways, y = len(task.names), task.test.y
@@ -267,28 +272,57 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """
     _check(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom generate {donor.path}")
+    _check_out(args.out, donor, args.dataset, args.force)
+    if args.dataset and args.task:
+        raise InputError("--dataset and --task both say what to make: give one")
     begun = time.perf_counter()
     task = read_pictures(donor, args.dataset, args.seed) if args.dataset else read_words(donor, args.task)
     drawn = draw_weights(donor, task, how, args.n, args.seed)
+    check_finite(drawn, donor)
     about = report(donor, task, drawn, how, args.seed)
     chosen = {"mean": drawn.mean} if args.reduce == "mean" else {f"sample-{i:03d}": tokens for i, tokens in enumerate(drawn.samples)}
     with staged(args.out, force=args.force) as folder:
         folder.mkdir()
         for name, tokens in chosen.items():
             (folder / name).mkdir()
-            _write(folder / name, donor.cfg, tokens, task)
+            _write(folder / name, donor, tokens, task)
         if task.support:
             Projection.load(donor.folder).save(folder)
         write_json(folder / "report.json", about)
     return about | {"folder": str(args.out), "weights": list(chosen), "seconds": round(time.perf_counter() - begun, 2)}
 
 
-def _write(folder: Path, cfg: Any, tokens: np.ndarray, task: Task) -> None:
-    """A network of ours as a weights folder; of a foreign checkpoint the tensors under their own names."""
-    if cfg.net is None:
-        save_file(
-            {path: np.ascontiguousarray(x) for path, x in cfg.whole.unflatten(tokens, cfg.whole.like).items()}, folder / "model.safetensors"
+def _check_out(out: Path, donor: Donor, dataset: str | None, force: bool) -> None:
+    """Raises InputError for a folder that exists, before anything is drawn, and for one that holds what is read."""
+    if not out.exists():
+        return
+    if not force:
+        raise InputError(f"{out} exists; give another --out, or --force to replace it")
+    for path in (donor.folder, *([Path(dataset)] if dataset else [])):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} holds {path}, which is read here, and --force would delete it: give another --out")
+
+
+def check_finite(drawn: Drawn, donor: Donor) -> None:
+    """Raises InputError for samples with NaN or infinity."""
+    if len(bad := np.flatnonzero(~np.isfinite(drawn.samples).all((1, 2)))):
+        numbers = listed(str(i) for i in bad)
+        raise InputError(
+            f"{len(bad)} of {len(drawn.samples)} samples of {donor.path} have NaN or infinity (numbers {numbers}): lower --guidance, or "
+            "train the generator for longer"
         )
+
+
+def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
+    """A network of ours as a weights folder; of a foreign checkpoint the tensors under their own names, of an adapter with its config."""
+    cfg: Any = donor.cfg
+    if cfg.net is None:
+        tensors = cfg.whole.unflatten(tokens, cfg.whole.like)
+        file = donor.folder / "adapter.json"
+        if file.is_file():
+            write_adapter(folder, tensors, read_json(file))
+        else:
+            save_file({path: np.ascontiguousarray(x) for path, x in tensors.items()}, folder / "model.safetensors")
         return
     write_params(folder, cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like))
     write_config(folder, NETWORK.name, cfg.net)
@@ -307,7 +341,9 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
         raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
-    about = report(donor, task, draw_weights(donor, task, how, 8, 0), how, 0)
+    drawn = draw_weights(donor, task, how, 8, 0)
+    check_finite(drawn, donor)
+    about = report(donor, task, drawn, how, 0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
     return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items() if value is not None]
 

@@ -1,97 +1,23 @@
-"""Exploring around one big checkpoint: rank tensors, propose new ones, keep what a selection set likes.
+"""Exploring around one big checkpoint: propose new tensors in the order of `ranking`, keep what a selection set likes.
 
 There is no zoo here. What is called sampling is a perturbation of one model, so everything is reported beside noise of the same norm
 with the same budget of trials, and scored on a set that selected nothing.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from common.checkpoint.hub import locate
-from common.checkpoint.unwrap import open_tensors, weights_files
 from common.errors import InputError
 from weightgen.codec import fit_pca
+from weightgen.ranking import Ranked, rank, rank_checkpoint, snr, top, unstacked
+
+__all__ = ["Ranked", "rank", "rank_checkpoint", "snr", "top", "unstacked"]
 
 Params = dict[str, Any]
 Score = Callable[[Params], float]
-IQR = 1.349  # interquartile range of a standard normal
-
-
-def snr(matrix: np.ndarray) -> float:
-    """Spectrum's signal-to-noise ratio of a weight matrix [n, m] (arXiv 2406.06623).
-
-    Singular values above eps = sigma (1 + sqrt(beta)), summed, over those below, over the largest; sigma is the interquartile range of
-    the singular values / 1.349 and beta the aspect ratio. A ranking, not a test: of pure noise 23 % still lie above.
-    """
-    values = np.linalg.svd(np.asarray(matrix, np.float32), compute_uv=False).astype(np.float64)
-    if values[0] == 0:
-        return 0.0
-    low, high = np.quantile(values, (0.25, 0.75))
-    n, m = matrix.shape
-    eps = (high - low) / IQR * (1 + sqrt(min(n, m) / max(n, m)))
-    noise = values[values <= eps].sum()
-    return float(values[values > eps].sum() / (noise if noise > 0 else 1.0) / values[0])
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A tensor (or one layer of a stacked one), its kind and its ratio."""
-
-    name: str
-    kind: str
-    snr: float
-
-
-def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
-    """All matrices by falling ratio. Tensors may be memory maps: one is in memory at a time.
-
-    kind: the name without its layer number, as Spectrum keeps a share of each kind. Matrices with a side below `least` are left out.
-    Raises InputError for quantised weights.
-    """
-    found = []
-    for name, tensor in tensors.items():
-        # What is small and whole is a buffer, such as the numbers of positions.
-        if tensor.ndim == 2 and min(tensor.shape) >= least:
-            if tensor.dtype.kind in "iub":
-                raise InputError(f"{name} is {tensor.dtype}: the checkpoint is quantised; take the original, its spectrum means something")
-            kind = ".".join(part for part in re.split(r"[/.@]", name) if not part.isdigit())
-            found.append(Ranked(name, kind, snr(tensor)))
-    return sorted(found, key=lambda r: -r.snr)
-
-
-def rank_checkpoint(source: str, **how: Any) -> list[Ranked]:
-    """Rank the tensors of any Hugging Face checkpoint by SOURCE: a folder, a file, hf:org/name; shards are opened lazily."""
-    tensors: dict[str, np.ndarray] = {}
-    for file in weights_files(locate(source)):
-        tensors |= open_tensors(file)
-    return rank(tensors, **how)
-
-
-def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
-    """The best `share` of each kind, at least one, in the order of their ratio."""
-    kinds: dict[str, list[Ranked]] = {}
-    for entry in ranked:
-        kinds.setdefault(entry.kind, []).append(entry)
-    kept = {entry.name for members in kinds.values() for entry in members[: max(round(share * len(members)), 1)]}
-    return [entry for entry in ranked if entry.name in kept]
-
-
-def unstacked(params: Params, select: str = "blocks/") -> dict[str, np.ndarray]:
-    """The matrices of a model of ours with layers stacked: "path@layer" -> [read, written], heads and their channels as one axis."""
-    out = {}
-    for path, leaf in params.items():
-        if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:
-            array = np.asarray(leaf)
-            for i in range(len(array)):
-                # q, k, v read embed and write the rest; the output projection reads heads.
-                lead = array[i].shape[0] if not path.endswith("out/kernel") else int(np.prod(array[i].shape[:-1]))
-                out[f"{path}@{i}"] = array[i].reshape(lead, -1)
-    return out
 
 
 def with_tensor(params: Params, name: str, value: np.ndarray) -> Params:

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from common.data.pipeline import Batches
-from common.errors import positive
+from common.errors import InputError, positive
 from common.surgery.axes import Spec
 from common.train.loop import Run
-from common.train.mesh import MeshConfig, batch_sharding
+from common.train.mesh import MeshConfig, batch_sharding, start
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.parameters import best
 from common.train.state import abstract_state, create_state
@@ -41,6 +42,46 @@ class LoopConfig:
         positive(self, "steps", "batch", "log_every", "save_every")
 
 
+def begin(cfg: LoopConfig) -> Mesh:
+    """Join the job and build the mesh, before anything else touches a device.
+
+    Raises InputError when the mesh does not fit the devices, or the batch cannot be divided among them.
+    """
+    mesh = start(cfg.mesh)
+    check_batch(cfg, mesh)
+    return mesh
+
+
+def check_batch(cfg: LoopConfig, mesh: Mesh) -> None:
+    """Raises InputError when a batch, or a micro-batch of it, cannot be divided among the devices that hold its rows."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if cfg.batch % (parts := devices * cfg.step.accumulate):
+        of = f"{devices} devices (mesh data x fsdp)" + (f" x {cfg.step.accumulate} micro-batches" if cfg.step.accumulate > 1 else "")
+        nearby = max(cfg.batch // parts, 1) * parts
+        raise InputError(f"a batch of {cfg.batch} cannot be divided among {of}: set batch to a multiple of {parts}, such as {nearby}")
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Run `work` in the first process of a job, for what is written once. The others wait, and fail where it fails.
+
+    Call it in every process, after `start`. Raises the InputError of `work`, in the other processes one that points there.
+    """
+    if jax.process_count() == 1:
+        work()
+        return
+    failure: InputError | None = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except InputError as error:
+            failure = error
+    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))
+    if failure:
+        raise failure
+    if failed:
+        raise InputError("process 0 could not write what the others wait for; its own message says why")
+
+
 def fit(
     run: Run,
     cfg: LoopConfig,
@@ -54,7 +95,11 @@ def fit(
     no_decay: tuple[str, ...] = (),
     save: Callable[[dict[str, jax.Array]], None] | None = None,
 ) -> dict[str, jax.Array]:
-    """Train in a run folder, or go on there; returns the averaged parameters. `frozen`: path patterns that are not updated."""
+    """Train in a run folder, or go on there; returns the averaged parameters. `frozen`: path patterns that are not updated.
+
+    Raises InputError when the batch cannot be divided among the devices of the mesh.
+    """
+    check_batch(cfg, mesh)
     optim = replace(cfg.optim, frozen=(*cfg.optim.frozen, *frozen), no_decay=(*cfg.optim.no_decay, *frozen, *no_decay))
     optimizer = make_optimizer(optim, spec, cfg.steps)
     step = make_step(loss, optimizer, spec, mesh, cfg.step)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
 # Where a run computes, not what: a resume may change these. On another mesh it goes on from the same state, equal to rounding.
-FREE = ("  mesh.", "  pipeline.workers:", "  pipeline.prefetch:", "  writers:")
+FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
 
 
 class Data(Protocol):
@@ -60,7 +61,7 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             begun = (directory / METRICS).exists()  # a config that did not get as far may be mended
             lines = difference(read_json(file), json.loads(text)) if begun else []
-            lines = [line for line in lines if not line.startswith(FREE)]
+            lines = [line for line in lines if not FREE.match(line)]
             if lines:
                 changed = "; ".join(map(str.strip, lines))
                 raise InputError(f"{directory} was started with another config; take a new folder, or set it back: {changed}")

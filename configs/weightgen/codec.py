@@ -3,7 +3,7 @@
     heirloom train weightgen/codec --run runs/codec
 """
 
-from weightgen.recipes import CodecRecipe
+from weightgen.parts import CodecRecipe
 
 
 def get_config() -> CodecRecipe:

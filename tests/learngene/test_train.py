@@ -17,9 +17,9 @@ from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import functional
 from common.train.mesh import MeshConfig, batch_sharding, shardings, start
-from learngene import train
+from learngene import ligo, train
 from learngene.augment import AugmentConfig
-from learngene.compare import ARMS, Comparison, compare, descendant
+from learngene.compare import ARMS, Comparison, compare, curve, descendant
 from learngene.convnet import ConvConfig, ConvNet, macs
 from learngene.data import LOGITS, Example, Resident, decoded
 from learngene.losses import DistillConfig
@@ -132,6 +132,23 @@ def test_every_method_of_a_comparison_can_start(gene_config, compared):
             recipe = descendant(cfg, name, 3, source, "")
             assert recipe.student.layers == 3 and bool(recipe.donor) == bool(arm.gene)
             assert recipe.optim == (cfg.tune if arm.gene else cfg.scratch)
+
+
+def test_ligo_trains_its_maps_once_for_score_run_and_record(comparison, compared, tmp_path, monkeypatch, one_device):
+    folder, _ = compared
+    gene, fits = open_classifier(str(folder / "gene-sws" / "model")), []
+    train.write_descendant(Config(comparison.gene.student.of_depth(2)), gene, tmp_path / "shallow")
+
+    def fit(donor, source, student, *_):
+        fits.append(student.layers)
+        return ligo.plan(donor, student, ligo.first_matrices(donor, student, seed=len(fits)))
+
+    monkeypatch.setattr(ligo, "fit", fit)
+    recipe = descendant(comparison, "ligo", 4, str(tmp_path / "shallow"), "")
+    curve(recipe, tmp_path / "run")
+    assert fits == [4], "what is scored before the first step is what is trained"
+    train.inherit(recipe, tmp_path / "made")
+    assert fits == [4, 4]
 
 
 def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, tmp_path, capsys, monkeypatch):

@@ -392,6 +392,20 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
         return json.loads((made / "report.json").read_text())
 
     generate("label", "--task", "a fast car", condition="label")
+    model = tmp_path / "label" / "model"
+    refused = {
+        ("--task", "a fast cat"): "no task 'a fast cat' in the zoo; did you mean 'a fast car'",
+        ("--task", "a fast car", "--dataset", folder): "both say what to make",
+        ("--dataset", folder): "give --task",
+        ("--task", "a fast car", "--out", made): "exists; give another --out",
+        ("--task", "a fast car", "--out", model.parent, "--force"): "holds",
+        ("--task", "a fast car", "--out", tmp_path / "x", "--guidance", "nan"): "2 of 2 samples",
+    }
+    for given, wrong in refused.items():
+        flags = ["--out", tmp_path / "x"] if "--out" not in given else []
+        assert main([str(a) for a in ["generate", model, "-n", 2, "--steps", 2, *given, *flags]]) == 2
+        said = capsys.readouterr().err
+        assert wrong in said and said.count("\n") == 1 and not (tmp_path / "x").exists()
     zoo = ["--zoo", str(tmp_path / "label-zoo" / "zoo")]
     lossy = [*zoo, "--run", str(tmp_path / "lossy"), "--condition", "label", "--prior", "none", "--latent", "1", "--gate.error", "0.3"]
     assert main(["train", "weightgen/generator", *lossy, *LOOP, *TINY]) == 2 and "loses the weights" in capsys.readouterr().err

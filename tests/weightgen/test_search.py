@@ -79,7 +79,8 @@ def test_spectrum_of_known_singular_values(rng):
 def test_ranking_a_checkpoint_reads_files_and_refuses_quantised_ones(tmp_path, rng):
     tensors = {f"h.{i}.w": rng.standard_normal((32, 32)).astype(np.float32) for i in range(4)}
     save_file(tensors | {"norm": np.ones(32, np.float32), "position_ids": np.arange(512)[None]}, tmp_path / "model.safetensors")
-    ranked = llm.rank_checkpoint(str(tmp_path))
+    with pytest.warns(UserWarning, match="buffers: position_ids; norms, biases and other vectors: norm"):
+        ranked = llm.rank_checkpoint(str(tmp_path))
     assert [r.kind for r in ranked] == ["h.w"] * 4
     assert [r.snr for r in ranked] == sorted((llm.snr(tensors[f"h.{i}.w"]) for i in range(4)), reverse=True)
     assert [r.name for r in llm.top(ranked, 0.25)] == [ranked[0].name]
@@ -129,6 +130,11 @@ def test_ridge_is_penalised_by_classes_it_has_not_seen(rng):
     unrelated = baselines.Ridge.fit(x, answer[classes], classes, (1e-3, 1e6))
     related = baselines.Ridge.fit(x, x[:, :3], classes, (1e-3, 1e6))
     assert unrelated.penalty == 1e6 and related.penalty == 1e-3
+
+
+def test_ridge_refuses_rows_of_one_class_alone(rng):
+    with pytest.raises(InputError, match='to leave one out; here is one: set prior to "none"'):
+        baselines.Ridge.fit(rng.standard_normal((5, 2)), rng.standard_normal((5, 3)), np.full(5, 7))
 
 
 def test_ridge_falls_back_to_the_mean(rng):

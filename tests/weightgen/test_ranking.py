@@ -1,0 +1,120 @@
+"""Ranking a checkpoint: what is ranked, in which order, and what is refused rather than ranked in part."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common.errors import InputError
+from weightgen.ranking import rank, rank_checkpoint, snr
+
+
+def weights(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+U8 = np.zeros((512, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"q.weight": U8, "q.weight.absmax": np.ones(16, np.float32)}, "q.weight.absmax is of weights in 4 or 8 bits"),
+        ({"q.weight.quant_state.bitsandbytes__nf4": np.zeros(80, np.uint8)}, "bitsandbytes"),
+        ({"mlp.experts.down_proj_blocks": np.zeros((4, 8, 2, 16), np.uint8)}, "mxfp4"),
+        ({"q.weight": U8}, "q.weight is uint8"),
+        ({"q.qweight": np.zeros((4, 32), np.int32)}, "GPTQ or AWQ"),
+        ({"q.weight": weights(32, 32), "q.weight_scale_inv": np.ones((1, 1), np.float32)}, "q.weight_scale_inv"),
+        ({"q.weight_packed": np.zeros((32, 4), np.int32)}, "q.weight_packed"),
+        ({"q.SCB": np.ones(32, np.float32)}, "q.SCB"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name(tensors, named, tmp_path):
+    save_file({"o.weight": weights(32, 32), **tensors}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"{named}.*quantised"):
+        rank_checkpoint(str(tmp_path))
+
+
+def test_a_config_that_says_quantised_and_float8_are_refused(tmp_path):
+    save_file({"o.weight": weights(32, 32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(InputError, match=r"quantization_config \(fp8\).*quantised"):
+        rank_checkpoint(str(tmp_path))
+    header = json.dumps({"q.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(InputError, match=r"'q\.weight' has dtype F8_E4M3.*quantised"):
+        rank_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_tensors_that_are_not_finite_are_all_named(value):
+    broken = {f"h.{i}.w.weight": weights(16, 16, seed=i) for i in range(4)} | {"norm.weight": np.ones(4, np.float32)}
+    for name in ("h.1.w.weight", "norm.weight"):
+        broken[name].flat[0] = value
+    with pytest.raises(InputError, match=r"NaN or infinity in 2 of 5 tensors \(h\.1\.w\.weight, norm\.weight\)"):
+        rank(broken)
+    masked = {"h.0.attn.bias": np.full((1, 1, 4, 4), -np.inf, np.float32), "h.0.w.weight": weights(16, 16)}
+    with pytest.warns(UserWarning, match=r"buffers: h\.0\.attn\.bias"):
+        assert [r.name for r in rank(masked)] == ["h.0.w.weight"]
+
+
+def test_the_order_falls_and_equal_ratios_go_by_name():
+    same = weights(16, 16, seed=7)
+    tensors = {f"{name}.weight": same for name in "dbca"} | {f"e{i}.weight": weights(16, 24, seed=i) for i in range(5)}
+    found = rank(tensors)
+    assert [(-r.snr, r.name) for r in found] == sorted((-snr(x), name) for name, x in tensors.items())
+    assert [r.name[0] for r in found if r.snr == snr(same)] == list("abcd")
+
+
+def test_experts_are_ranked_one_by_one_and_the_rest_is_said():
+    experts = weights(3, 16, 20)
+    tensors = {
+        "layers.0.mlp.experts.gate_up_proj": experts,
+        "layers.0.mlp.experts.gate_up_proj_bias": weights(32, 40),
+        "layers.0.attn.qkv_proj.weight": weights(48, 16),
+        "model.embed_tokens.weight": weights(100, 16),
+        "layers.0.norm.weight": np.ones(16, np.float32),
+        "conv.weight": weights(16, 16, 3),
+        "router.weight": weights(3, 16),
+        "position_ids": np.arange(512)[None],
+    }
+    with pytest.warns(UserWarning, match="left out of the ranking") as said:
+        found = {r.name: r for r in rank(tensors)}
+    one_by_one = {f"layers.0.mlp.experts.gate_up_proj@{i}" for i in range(3)}
+    assert found.keys() == one_by_one | {"layers.0.attn.qkv_proj.weight"}
+    assert {found[name].kind for name in one_by_one} == {"layers.mlp.experts.gate_up_proj"}
+    assert found["layers.0.mlp.experts.gate_up_proj@1"].snr == snr(experts[1])
+    text = str(said[0].message)
+    for part in ("embeddings: model.embed_tokens.weight", "16: router.weight", "3 axes: conv.weight", "buffers: position_ids"):
+        assert part in text
+    assert "gate_up_proj_bias, layers.0.norm.weight" in text
+
+
+def test_shards_that_are_missing_or_double_are_named(tmp_path):
+    save_file({"a.weight": weights(16, 16)}, tmp_path / "model-00002-of-00003.safetensors")
+    with pytest.raises(InputError, match=r"2 of 3 shards are missing \(model-00001-of-00003\.safetensors, model-00003-of"):
+        rank_checkpoint(str(tmp_path))
+    for i in (1, 3):
+        save_file({f"{i}.weight": weights(16, 16)}, tmp_path / f"model-0000{i}-of-00003.safetensors")
+    assert len(rank_checkpoint(str(tmp_path))) == 3
+    with pytest.raises(InputError, match="is one of 3 shards; name the folder"):
+        rank_checkpoint(str(tmp_path / "model-00001-of-00003.safetensors"))
+    save_file({"a.weight": weights(16, 16, seed=1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"a\.weight is in this file and in another"):
+        rank_checkpoint(str(tmp_path))
+
+
+def test_adapters_and_checkpoints_without_matrices_are_refused():
+    with pytest.raises(InputError, match="half of an adapter"):
+        rank({"q.lora_A.weight": weights(16, 32)})
+    with pytest.raises(InputError, match="no matrix to rank among norm"):
+        rank({"norm": np.ones(4, np.float32)})
+
+
+def test_half_precision_ranks_as_its_numbers_do():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        half = weights(20, 16).astype(np.float16)
+        assert rank({"w.weight": half})[0].snr == snr(half.astype(np.float32))

@@ -1,0 +1,137 @@
+"""Ranking the matrices of a language model by their signal-to-noise ratio, tensor by tensor from disk."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checkpoint.hub import locate
+from common.checkpoint.unwrap import weights_files
+from common.checkpoint.weights import is_folder, open_folder
+from common.errors import InputError, remark
+from weightgen.foreign import listed, not_finite, read_tensors, refuse_quantised
+
+IQR = 1.349  # interquartile range of a standard normal
+EMBEDDING = re.compile(r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$")
+EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")  # may hold -inf, and no weights
+ADAPTER = re.compile(r"\.lora_(embedding_)?[AB](\.|$)|\.lora_(down|up)\.|[._]lora\.(down|up)\.")
+
+
+def snr(matrix: np.ndarray) -> float:
+    """Spectrum's signal-to-noise ratio of a weight matrix [n, m] (arXiv 2406.06623).
+
+    Singular values above eps = sigma (1 + sqrt(beta)), summed, over those below, over the largest; sigma is the interquartile range of
+    the singular values / 1.349 and beta the aspect ratio. A ranking, not a test: of pure noise 23 % still lie above.
+    """
+    dtype = np.float64 if np.dtype(matrix.dtype) == np.float64 else np.float32
+    values = np.linalg.svd(np.asarray(matrix, dtype), compute_uv=False).astype(np.float64)
+    if values[0] == 0:
+        return 0.0
+    low, high = np.quantile(values, (0.25, 0.75))
+    n, m = matrix.shape
+    eps = (high - low) / IQR * (1 + sqrt(min(n, m) / max(n, m)))
+    noise = values[values <= eps].sum()
+    return float(values[values > eps].sum() / (noise if noise > 0 else 1.0) / values[0])
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A tensor (or one layer or expert of a stacked one), its kind and its ratio."""
+
+    name: str
+    kind: str
+    snr: float
+
+
+def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
+    """All matrices by falling ratio, equal ratios by name. Tensors may be memory maps: one is in memory at a time.
+
+    kind: the name without its layer number, as Spectrum keeps a share of each kind. Fused experts [expert, in, out] are ranked one by
+    one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked as the one matrix they are stored
+    as; a transposed one, as gpt2's Conv1D keeps it, has the same singular values. Embeddings, vectors (norms and biases), buffers and
+    matrices with a side below `least` are left out, and a warning says which.
+    Raises InputError for quantised weights, for adapters, for NaN or infinity anywhere but in a mask, and when no matrix is left.
+    """
+    refuse_quantised(tensors)
+    if adapter := next((name for name in tensors if ADAPTER.search(name)), None):
+        raise InputError(f"{adapter} is half of an adapter: merge it into its base model and rank that")
+    if broken := not_finite({name: tensor for name, tensor in tensors.items() if not BUFFER.search(name)}):
+        raise InputError(f"NaN or infinity in {len(broken)} of {len(tensors)} tensors ({listed(broken)}): take another checkpoint")
+    matrices: dict[str, np.ndarray] = {}
+    left: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if why := _left_out(name, tensor, least):
+            left.setdefault(why, []).append(name)
+        elif tensor.ndim == 3:
+            matrices |= {f"{name}@{i}": expert for i, expert in enumerate(tensor)}
+        else:
+            matrices[name] = tensor
+    if not matrices:
+        raise InputError(f"no matrix to rank among {listed(tensors) or 'no tensors'}: embeddings, vectors and small matrices are left out")
+    if left:
+        said = "; ".join(f"{why}: {listed(names, 2)}" for why, names in left.items())
+        remark(f"left out of the ranking: {said}")
+    found = [Ranked(name, _kind(name), snr(matrix)) for name, matrix in matrices.items()]
+    return sorted(found, key=lambda r: (-r.snr, r.name))
+
+
+def _kind(name: str) -> str:
+    return ".".join(part for part in re.split(r"[/.@]", name) if not part.isdigit())
+
+
+def _left_out(name: str, tensor: np.ndarray, least: int) -> str:
+    """Why a tensor is not ranked, or an empty string."""
+    parts = re.split(r"[/.@]", name)
+    if parts[-1] in ("weight", "kernel") and len(parts) > 1:
+        parts = parts[:-1]
+    owner = next((part for part in reversed(parts) if not part.isdigit()), "")
+    if np.dtype(tensor.dtype).kind in "iubc" or BUFFER.search(name):
+        return "buffers"
+    if EMBEDDING.search(owner):
+        return "embeddings"
+    if tensor.ndim < 2 or parts[-1].endswith("bias"):
+        return "norms, biases and other vectors"
+    stacked = tensor.ndim == 3 and EXPERTS.search(name)
+    if tensor.ndim > 2 and not stacked:
+        return f"tensors of {tensor.ndim} axes"
+    return f"matrices with a side below {least}" if min(tensor.shape[-2:]) < least else ""
+
+
+def rank_checkpoint(source: str, **how: Any) -> list[Ranked]:
+    """Rank the tensors of a checkpoint by SOURCE: a folder, a file, hf:org/name; shards are opened lazily.
+
+    A weights folder of heirloom is ranked layer by layer, as "path@layer". Raises InputError as `rank` does, and for missing shards.
+    """
+    path = Path(locate(source))
+    if is_folder(path):
+        return rank(unstacked(open_folder(path).tensors), **how)
+    tensors = read_tensors(weights_files(path))
+    refuse_quantised(tensors, (path if path.is_dir() else path.parent) / "config.json")
+    return rank(tensors, **how)
+
+
+def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
+    """The best `share` of each kind, at least one, in the order of their ratio."""
+    kinds: dict[str, list[Ranked]] = {}
+    for entry in ranked:
+        kinds.setdefault(entry.kind, []).append(entry)
+    kept = {entry.name for members in kinds.values() for entry in members[: max(round(share * len(members)), 1)]}
+    return [entry for entry in ranked if entry.name in kept]
+
+
+def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, np.ndarray]:
+    """The matrices of a model of ours with layers stacked: "path@layer" -> [read, written], heads and their channels as one axis."""
+    out = {}
+    for path, leaf in params.items():
+        if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:
+            array = np.asarray(leaf)
+            for i in range(len(array)):
+                # q, k, v read embed and write the rest; the output projection reads heads.
+                lead = array[i].shape[0] if not path.endswith("out/kernel") else int(np.prod(array[i].shape[:-1]))
+                out[f"{path}@{i}"] = array[i].reshape(lead, -1)
+    return out
