@@ -8,11 +8,11 @@ from common.checkpoint.hub import locate
 from common.compile import Outline
 from common.nn.functional import functional
 from learngene import convnet
-from learngene.formats import FORMATS, carry_preprocess, config
+from learngene.formats import FORMATS, LOOKALIKES, carry_preprocess, config
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, config, FORMATS, carry_preprocess, verify, parameters, macs)
+FAMILY = Family("learngene", Vit, config, FORMATS, carry_preprocess, verify, parameters, macs, lookalikes=LOOKALIKES)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout
