@@ -72,6 +72,8 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
 
 def settings(args: Fields, cfg: VitConfig) -> VitConfig:
     """`cfg`, as the shapes of the tensors tell it, with what `arguments` tell. Raises InputError where their sizes differ."""
+    pooling, eps = _pooling(args), _eps(args)
+    heads, activation = args.integer("num_heads", 12), args.choice("act_layer", ACTIVATIONS, "gelu")
     width = args.integer("embed_dim", 768)
     args.agree("embed_dim", width, cfg.width)
     args.agree("depth", args.integer("depth", 12), cfg.layers)
@@ -80,10 +82,8 @@ def settings(args: Fields, cfg: VitConfig) -> VitConfig:
     args.agree("img_size", args.square("img_size", cfg.size), cfg.size)
     args.agree("in_chans", args.integer("in_chans", cfg.channels), cfg.channels)
     args.agree("num_classes", args.integer("num_classes", cfg.classes, least=0), cfg.classes)
-    heads, activation = args.integer("num_heads", 12), args.choice("act_layer", ACTIVATIONS, "gelu")
-    cfg = replace(cfg, heads=heads, activation=activation, eps=_eps(args), **_pooling(args))  # type: ignore[arg-type]
     args.done()
-    return cfg
+    return replace(cfg, heads=heads, activation=activation, eps=eps, **pooling)  # type: ignore[arg-type]
 
 
 def _eps(args: Fields) -> float:

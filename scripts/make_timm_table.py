@@ -8,6 +8,7 @@ each function is called up to the point where it would. Of classes other than Vi
 
 import json
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ def architecture(name: str, **overrides: Any) -> dict[str, Any]:
     def build(model: Any, variant: str, pretrained: bool, *args: Any, **kwargs: Any) -> None:
         raise Stop(model, kwargs)
 
-    with warnings.catch_warnings(), patch.multiple(vision_transformer, build_model_with_cfg=build):
+    with warnings.catch_warnings(), ExitStack() as patched:
         warnings.simplefilter("ignore")
-        for module in MODULES:
-            module.build_model_with_cfg = build  # each has it under a name of its own
+        for module in MODULES:  # each has imported it under its own name
+            patched.enter_context(patch.object(module, "build_model_with_cfg", build))
         try:
             _model_entrypoints[name](pretrained=False, **overrides)
         except Stop as stop:
