@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.checkpoint.unwrap import clean_names, open_weights
-from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
+from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
 from common.checkpoint.weights import read_json
 from common.nn.functional import functional
 from learngene import google_files
@@ -51,7 +51,7 @@ def transformers_logits(file: Path, x: np.ndarray) -> np.ndarray:
     import torch
     import transformers
 
-    with as_folder(file, "model.safetensors") as folder:
+    with quiet(), as_folder(file, "model.safetensors") as folder:
         cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(transformers, cfg.architectures[0]) if cfg.architectures else transformers.AutoModelForImageClassification
         model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()

@@ -1,6 +1,7 @@
 """Models by name: the published sizes of auxiliary nets and descendants."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from common.checkpoint.convert import Donor, Family, open_donor
@@ -9,10 +10,19 @@ from common.compile import Outline
 from common.nn.functional import functional
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES, carry_preprocess, config
+from learngene.labels import carry_labels
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, config, FORMATS, carry_preprocess, verify, parameters, macs, lookalikes=LOOKALIKES)
+
+
+def companions(donor: Donor, destination: Path, format: str) -> None:
+    """Carry a checkpoint's preprocessing and class names to another folder, in the words of `format`."""
+    carry_preprocess(donor, destination, format)
+    carry_labels(donor, destination, format)
+
+
+FAMILY = Family("learngene", Vit, config, FORMATS, companions, verify, parameters, macs, lookalikes=LOOKALIKES)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout

@@ -37,7 +37,8 @@ DEPTH, CLASSES = 2, 5
 def outcome(name: str, folder: Path) -> str:
     """`right`, `wrong` with the error, or `refused` with the reason."""
     torch.manual_seed(0)
-    model = timm.create_model(name, depth=DEPTH, num_classes=CLASSES).eval()
+    others = {"num_kv_heads": 4} if "sapiens2" in name else {}  # which has a number for each of its layers
+    model = timm.create_model(name, depth=DEPTH, num_classes=CLASSES, **others).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
