@@ -9,7 +9,7 @@ from torchvision_stand_in import installed
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.verify import OWN
 from common.checkpoint.weights import read_json
-from common.errors import Remark
+from common.errors import InputError, Remark
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
@@ -55,3 +55,59 @@ def test_a_training_checkpoint_is_read_by_its_model(drawn, tmp_path):
         donor = open_donor(tmp_path / "checkpoint.pth", [FAMILY], layout="2,2,2,2,2")
     assert donor.format == "sws" and donor.cfg.layout == (2, 2, 2, 2, 2)
     np.testing.assert_array_equal(donor.source.values["norm/scale"], state["norm.weight"] + 1)
+
+
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+def test_transformers_reads_its_own_config_and_what_we_write(kind, seeded, tmp_path, capsys):
+    import transformers
+
+    names = {0: "zebra", 1: "apple", 2: "moon"}
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    config = (transformers.ViTConfig if kind.startswith("ViT") else transformers.DeiTConfig)(
+        **sizes, hidden_act="quick_gelu", layer_norm_eps=1e-3, id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    torch.manual_seed(0)
+    model = seeded(getattr(transformers, kind)(config), 0)
+    model.save_pretrained(tmp_path / "theirs")
+    capsys.readouterr()
+    check = convert(open_donor(tmp_path / "theirs", [FAMILY]), tmp_path / "ours", "heirloom")
+    assert (check.passed, check.reference, check.guessed) == (True, "transformers", ()) and check.max_error < 2e-5
+    assert capsys.readouterr().err == ""  # no progress bars between the lines of a command
+    convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", "hf")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "back").eval()
+    assert type(loaded) is type(model) and loaded.config.id2label == names
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        np.testing.assert_array_equal(loaded(x).logits.numpy(), model(x).logits.numpy())
+
+
+def test_the_named_file_is_the_one_that_is_verified(seeded, tmp_path):
+    """Two variants in one folder: each is compared with itself."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    seeded(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=3)), 0).save_pretrained(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    other = {key: value * 1.5 for key, value in tensors.items()}
+    save_file(other, tmp_path / "hf" / "model.other.safetensors", metadata={"format": "pt"})
+    for name in ("model.safetensors", "model.other.safetensors"):
+        check = convert(open_donor(tmp_path / "hf" / name, [FAMILY]), tmp_path / name.replace(".", "_"), "heirloom")
+        assert (check.passed, check.reference) == (True, "transformers")
+
+
+def test_other_models_of_transformers_are_refused_by_name(tmp_path):
+    import transformers
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16)
+    for kind, config, message in (
+        ("ViTMAEForPreTraining", transformers.ViTMAEConfig(**sizes, **decoder), "model_type is 'vit_mae'"),
+        ("ViTMSNForImageClassification", transformers.ViTMSNConfig(**sizes), "model_type is 'vit_msn'"),
+        ("Dinov2ForImageClassification", transformers.Dinov2Config(**sizes), "a DINOv2 of transformers"),
+        ("BeitForImageClassification", transformers.BeitConfig(**sizes), "a BEiT of transformers"),
+        ("ViTModel", transformers.ViTConfig(**sizes), "a ViT without its classifier"),
+    ):
+        getattr(transformers, kind)(config).save_pretrained(tmp_path / kind)
+        with pytest.raises(InputError, match=message):
+            open_donor(tmp_path / kind, [FAMILY])
