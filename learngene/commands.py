@@ -32,8 +32,12 @@ def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
 
 def expand(donor: "Donor", args: Namespace) -> dict[str, Any]:
     """A descendant of a gene as a weights folder, for `heirloom expand`; returns its provenance."""
+    from common.errors import InputError
     from learngene.train import expand_folder
 
+    for name, value in (("--depth", args.depth), ("--size", args.size), ("--classes", args.classes)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: choose 1 or more")
     return expand_folder(donor, args)
 
 

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from common import config
 from common.checkpoint.convert import Donor, Family
-from common.data.labelled import read_labels
 from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
 from common.errors import InputError
@@ -22,6 +21,7 @@ from common.train.mesh import MeshConfig, replicated, start
 from common.train.parameters import load_params
 from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
+from learngene.labels import labels_of
 
 Score = Callable[[Mapping[str, Any]], dict[str, float]]
 """`score(params)`: top1, top5 (shares) and loss (nats)."""
@@ -96,5 +96,5 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     found, mesh = preprocess_of(donor), start(MeshConfig())
     pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(args.data, args.split, args.image, text="")
-    held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, read_labels(donor.folder))
+    held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, labels_of(donor))
     return rows(scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))

@@ -6,6 +6,7 @@ from pathlib import Path
 from common.checkpoint.convert import Donor
 from common.data.preprocess import Preprocess
 from common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, write
+from learngene.labels import carry_labels
 
 CROP = 0.875  # share of the side that ImageNet's evaluation crop keeps: 224 of 256
 IMAGENET = Preprocess(224, IMAGENET_MEAN, IMAGENET_STD, "bicubic", (0.08, 1.0))
@@ -27,5 +28,6 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def companions(donor: Donor, destination: Path, format: str) -> None:
-    """Carry a checkpoint's preprocessing to another folder, in the words of `format`."""
+    """Carry a checkpoint's preprocessing and class names to another folder, in the words of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
+    carry_labels(donor, destination, format)

@@ -17,7 +17,7 @@ from common.checkpoint.convert import Donor, Family, hashes
 from common.checkpoint.weights import write_json
 from common.compile import Abstract, Outline, abstract_batch, abstract_params
 from common.config import to_json
-from common.data.labelled import open_labelled
+from common.data.labelled import open_labelled, write_labels
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
@@ -41,6 +41,7 @@ from learngene.data import LOGITS, Evaluation, Example, Resident, columns, decod
 from learngene.evaluate import normalised, rows, scorer
 from learngene.expand import Head, layer_map
 from learngene.inputs import CROP, IMAGENET, preprocess_of
+from learngene.labels import labels_of
 from learngene.losses import DistillConfig, cross_entropy, distillation
 from learngene.relatives import Method
 from learngene.vit import VitConfig, counts
@@ -344,13 +345,19 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
 
 
 def write_descendant(cfg: Config, donor: Donor, destination: Path, *, force: bool = False) -> dict[str, Any]:
-    """The student of `cfg` out of an opened donor, as a weights folder; returns its provenance."""
+    """The student of `cfg` out of an opened donor, as a weights folder; returns its provenance.
+
+    Its class names are the donor's where it inherits the donor's head.
+    """
+    labels = labels_of(donor) if cfg.head == "inherit" and cfg.student.classes == donor.cfg.classes else None
     student = functional(cfg.family.module, cfg.student)
     made = resolve(cfg, student, donor)
     record = {"source": str(donor.path), "hashes": hashes(donor.file)} | provenance(made)
 
     def beside(folder: Path) -> None:
         write_json(folder / "provenance.json", record)
+        if labels is not None:
+            write_labels(folder, labels)
         cfg.pre.save(folder)
 
     save_params(destination, cfg.family.name, cfg.student, initial(cfg, student, donor, None, made), beside, force=force)

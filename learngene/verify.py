@@ -1,7 +1,6 @@
-"""Converted ViTs against torch: the same pictures through our model and through transformers or a ViT's formulas on the foreign tensors."""
+"""Converted ViTs against torch: the same pictures through our model and through the library that reads the foreign file, or formulas."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.unwrap import open_tensors
-from common.checkpoint.verify import Check, compare
+from common.checkpoint.unwrap import clean_names, open_weights
+from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
+from common.checkpoint.weights import read_json
 from common.nn.functional import functional
+from learngene import google_files
 from learngene.expand import linear_coefficients, unrolled_map
 from learngene.vit import Vit, VitConfig
 
@@ -24,31 +25,54 @@ def pictures(cfg: VitConfig) -> np.ndarray:
 
 
 def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare logits, f32 at highest precision; tolerance 1e-4 relative. Without torch only finiteness can be checked."""
+    """Compare logits, f32 at highest precision, with the library that reads `file` and its config; tolerance 1e-4 relative.
+
+    Where timm is not installed, or the file has no config, a ViT's formulas in torch serve: they share our reading of the config, and
+    the check says so. Without torch only finiteness can be checked: `reference` is None.
+    """
     x = pictures(cfg)
     full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(jax.jit(functional(Vit, cfg).apply)(full, x))
     if not np.isfinite(ours).all():
         return Check(passed=False, reference=None, note="logits are not finite")
-    if format == "heirloom" or find_spec("torch") is None:
+    if format == "heirloom" or not importable("torch"):
         return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    if format == "hf" and find_spec("transformers") is not None:
-        return compare([ours], [transformers_logits(file.parent, x)], reference="transformers", libraries=("torch", "transformers"))
-    theirs = formulas(cfg, as_timm(cfg, open_tensors(file), format), x)
-    return compare([ours], [theirs], reference="ViT's formulas in torch", libraries=("torch",))
+    if format == "hf" and importable("transformers"):
+        return compare([ours], [transformers_logits(file, x)], reference="transformers", libraries=("torch", "transformers"))
+    if format == "timm" and importable("timm"):
+        return compare([ours], [timm_logits(file, x)], reference="timm", libraries=("torch", "timm"))
+    tensors = clean_names(open_weights(file)).tensors
+    return compare([ours], [formulas(cfg, as_timm(cfg, tensors, format), x)], reference=OWN, libraries=("torch",))
 
 
-def transformers_logits(folder: Path, x: np.ndarray) -> np.ndarray:
-    """What transformers' own class says; `x` as in `pictures`."""
+def transformers_logits(file: Path, x: np.ndarray) -> np.ndarray:
+    """Logits of the class that transformers has for the config's `architectures`, or else its `model_type`; `x` as in `pictures`."""
     import torch
     import transformers
 
-    cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = getattr(transformers, (cfg.architectures or ["ViTForImageClassification"])[0])
+    with quiet(), as_folder(file, "model.safetensors") as folder:
+        cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind = getattr(transformers, cfg.architectures[0]) if cfg.architectures else transformers.AutoModelForImageClassification
+        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
-        loaded = model.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        return loaded(torch.from_numpy(x).permute(0, 3, 1, 2)).logits.numpy()
+        return model(torch.from_numpy(x).permute(0, 3, 1, 2)).logits.numpy()
+
+
+def timm_logits(file: Path, x: np.ndarray) -> np.ndarray:
+    """Logits of the model that timm builds from the config next to `file`; `x` as in `pictures`."""
+    import timm
+    import torch
+
+    about = read_json(file.parent / "config.json")
+    outer = ("architecture", "num_features", "model_args", "global_pool", "labels")
+    pretrained = dict(about.get("pretrained_cfg") or {key: value for key, value in about.items() if key not in outer})
+    if "num_classes" in about:
+        pretrained["num_classes"] = about["num_classes"]
+    model = timm.create_model(about["architecture"], pretrained_cfg=pretrained, **(about.get("model_args") or {})).eval()
+    model.load_state_dict(reference_tensors(file))
+    with torch.no_grad():
+        return model(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
 
 
 def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -115,9 +139,7 @@ def _unrolled(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) ->
 
 
 def _from_google(cfg: VitConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    from learngene.formats import _clean_google
-
-    w = {_clean_google(key): value for key, value in tensors.items()}
+    w = {google_files.clean(key): value for key, value in tensors.items()}
     out = {"patch_embed.proj.weight": w["embedding/kernel"].transpose(3, 2, 0, 1), "patch_embed.proj.bias": w["embedding/bias"]}
     out |= {"pos_embed": w["Transformer/posembed_input/pos_embedding"]} | ({"cls_token": w["cls"]} if "cls" in w else {})
     out |= {"norm.weight": w["Transformer/encoder_norm/scale"], "norm.bias": w["Transformer/encoder_norm/bias"]}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -107,17 +107,27 @@ class VitConfig:
         return replace(self, layers=depth, gene="none", layout=())
 
     def override(
-        self, heads: int | None = None, activation: Activation | None = None, eps: str | None = None, layout: str | None = None
+        self,
+        heads: int | None = None,
+        activation: Activation | None = None,
+        eps: str | None = None,
+        layout: str | None = None,
+        pool: Pool | None = None,
     ) -> "VitConfig":
-        """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
+        """The same model with what the shapes of its weights cannot tell. Raises InputError for a value that does not exist."""
         if activation and activation not in ACTIVATIONS:
             raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
+        if pool and pool not in get_args(Pool):
+            raise InputError(f"no pool {pool!r}{nearest(pool, get_args(Pool))} ({', '.join(get_args(Pool))})")
+        if heads is not None and heads < 1:
+            raise InputError(f"heads is {heads!r}: write a whole number of 1 or more")
         return replace(
             self,
             heads=heads or self.heads,
             activation=activation or self.activation,
-            eps=_number(eps) if eps else self.eps,
+            eps=_number(eps) if eps is not None else self.eps,
             layout=counts(str(layout), "layout") if layout else self.layout,
+            pool=pool or self.pool,
         )
 
 
@@ -131,9 +141,12 @@ def counts(text: str, name: str) -> tuple[int, ...]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError as error:
         raise InputError(f"eps is {text!r}: write a number, such as 1e-6") from error
+    if not 0 < value < 1:
+        raise InputError(f"eps is {text}: write a number between 0 and 1, such as 1e-6")
+    return value
 
 
 class DroppedBlock(Block):

@@ -8,12 +8,12 @@ from common.checkpoint.hub import locate
 from common.compile import Outline
 from common.nn.functional import functional
 from learngene import convnet
-from learngene.formats import FORMATS, config
+from learngene.formats import FORMATS, LOOKALIKES, config
 from learngene.inputs import companions
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, config, FORMATS, companions, verify, parameters, macs)
+FAMILY = Family("learngene", Vit, config, FORMATS, companions, verify, parameters, macs, lookalikes=LOOKALIKES)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout

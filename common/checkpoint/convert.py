@@ -153,12 +153,12 @@ class Donor:
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
     """Open a checkpoint of ours or of any known foreign format.
 
-    overrides: fields of the config that a bare weights file cannot tell (`activation`).
+    overrides: fields of the config that take the place of what was read or guessed (`activation`).
     Remarks what was unwrapped and what was guessed. Raises InputError when nothing recognises it, and for missing, unexpected or misshapen
     tensors.
     """
     if path.is_dir() and weights.is_folder(path):
-        return _open_ours(path, families)
+        return _open_ours(path, families, overrides)
     opened = {file: _open_clean(file) for file in weights_files(path)}
     for family in families:
         for format in family.formats:
@@ -277,14 +277,14 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _open_ours(path: Path, families: Sequence[Family]) -> Donor:
+def _open_ours(path: Path, families: Sequence[Family], overrides: Mapping[str, Any]) -> Donor:
     opened = weights.open_folder(path)
     family = next((f for f in families if f.name == opened.method), None)
     if family is None:
         known = ", ".join(f.name for f in families)
         raise InputError(f"{path}: made by the method {opened.method!r}, which is not installed (here: {known})")
     try:
-        cfg = family.config(opened.model)
+        cfg = _override(family.config(opened.model), overrides)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     model = functional(family.module, cfg)

@@ -118,12 +118,17 @@ class Fields:
         self._known.add(name)
         return self._values.get(name, default)
 
-    def fixed(self, name: str, *values: Any) -> None:
-        """Refuse the field when it is there and has none of these values."""
+    def fixed(self, name: str, *values: Any, feature: str = "") -> None:
+        """Refuse the field when it is there and has none of these values. feature: what another value stands for, in words."""
         self._known.add(name)
         if name in self._values and not any(_same(self._values[name], value) for value in values):
-            needed = " or ".join(_shown(value) for value in values)
-            raise InputError(f"{self.where}: {name} is {_shown(self._values[name])}; only models where it is {needed} can be read")
+            needed, meaning = " or ".join(_shown(value) for value in values), f" ({feature})" if feature else ""
+            raise InputError(f"{self.where}: {name} is {_shown(self._values[name])}{meaning}; only models where it is {needed} can be read")
+
+    def agree(self, name: str, said: Any, actual: Any) -> None:
+        """Refuse a size that is not the one of the weights: then the config is another model's."""
+        if said != actual:
+            raise InputError(f"{self.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?")
 
     def skip(self, *names: str) -> None:
         """Fields, or globs of them, that change nothing that the model computes."""

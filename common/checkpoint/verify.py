@@ -111,6 +111,20 @@ def as_folder(file: Path, name: str) -> Iterator[Path]:
         yield folder
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars, which would mix with the lines of a command."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def guarded(check: Callable[[], Check]) -> Check:
     """The result of a check. Raises VerificationError, one line, where the reference cannot read the file or fails on it."""
     try:

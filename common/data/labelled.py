@@ -184,7 +184,7 @@ def _shown(names: Iterable[Any]) -> str:
 def read_labels(folder: Path) -> tuple[str, ...] | None:
     """The class names of a weights folder, in the order of its logits, out of its labels.json; None where it has none.
 
-    Raises InputError when the file is no JSON list of different names.
+    Raises InputError when the file is no JSON list of names.
     """
     file = folder / LABELS
     if not file.is_file():
@@ -196,7 +196,10 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Write the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are different names."""
+    """Write the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are names.
+
+    Two classes may have the same name: of ImageNet's, a bird and a machine are both a crane.
+    """
     file = folder / LABELS
     file.write_text(json.dumps(_checked(list(names), file), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -204,6 +207,4 @@ def write_labels(folder: Path, names: Sequence[str]) -> None:
 def _checked(names: Any, file: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise InputError(f"{file}: class names are a list of strings that are not blank, one for each class")
-    if doubled := [name for name, n in Counter(names).items() if n > 1]:
-        raise InputError(f"{file}: names the class {doubled[0]!r} twice")
     return tuple(names)

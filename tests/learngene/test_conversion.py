@@ -111,8 +111,8 @@ def test_google_archives_come_back_and_big_visions_names_are_read(released, fold
         (dict(pool="mean_norm"), "hf", "Write --to timm"),
         (dict(gene="sws", layout=(1, 1)), "timm", "expand it first"),
         (dict(gene="sws", layout=(1, 1)), "hf", "expand it first"),
-        (dict(eps=1e-5), "timm", "an eps of 1e-6"),
-        (dict(activation="gelu_tanh"), "timm", "exact GELU"),
+        (dict(eps=1e-12), "timm", "an eps of 1e-6 or 1e-5, this model has 1e-12: convert with --set eps=1e-6"),
+        (dict(activation="gelu_tanh", width=192, heads=3), "deit", "exact GELU, this model gelu_tanh; write --to timm"),
         (dict(), "deit", "cannot tell 2 heads"),
         (dict(), "sws", "no gene of sws"),
         (dict(gene="sws", layout=(2, 2)), "sws", "cannot tell layout"),
@@ -129,10 +129,10 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_written(folder_of, tmp_
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
-        ("hf_vit", {"qkv_bias": False}, "qkv_bias is false"),
-        ("hf_vit", {"hidden_act": "relu"}, "activation 'relu'"),
-        ("timm_cls", {"model_args": {"num_heads": 2, "global_pool": "map"}}, "global_pool 'map'"),
-        ("timm_cls", {"model_args": {}}, "say how many"),
+        ("hf_vit", {"qkv_bias": False}, "qkv_bias is False"),
+        ("hf_vit", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("timm_cls", {"model_args": {"num_heads": 2, "global_pool": "map"}}, "global_pool is 'map'"),
+        ("timm_cls", {"model_args": {}}, "embed_dim is 192, and the weights have 16"),
     ],
 )
 def test_other_models_are_refused_by_name(golden, tmp_path, name, change, complaint):

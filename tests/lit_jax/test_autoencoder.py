@@ -226,7 +226,7 @@ def test_weights_without_config_and_with_flags_of_others_are_refused(tmp_path):
         open_donor(tmp_path, [FAMILY])
     with pytest.raises(InputError, match="'activation' cannot be set for this model"):
         open_donor(GOLDEN, [FAMILY], activation="gelu")
-    with pytest.raises(InputError, match="not of this version"):
+    with pytest.raises(InputError, match="there is no field"):
         config({"channels": [32], "widths": 3})
 
 

@@ -221,7 +221,7 @@ def test_our_own_file_next_to_the_weights_leaves_nothing_to_guess(tmp_path):
     formats.FORMATS[0].write_config(cfg, folder)
     assert read_json(folder / "dit.json") == {"heads": 4, "classes": 6, "prediction": "noise", "features": "gelu"}
     donor = opened(tensors_of(cfg), folder)
-    assert donor.cfg == cfg and donor.remarks == []
+    assert donor.cfg == cfg and donor.guesses == ()
     (folder / "dit.json").write_text('{"heads": "4"}')
     with pytest.raises(InputError, match=r"dit.json: heads is '4', and must be a whole number"):
         opened(tensors_of(cfg), folder)

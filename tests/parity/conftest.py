@@ -34,3 +34,23 @@ def small(seeded):
     image = shared | dict(image_size=64, patch_size=32)
     torch.manual_seed(0)
     return seeded(CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=32)), 0)
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """`drawn(cfg, folder)`: a weights folder of our ViT with numbers far from their initial values."""
+    import numpy as np
+
+    from common.checkpoint import weights
+    from common.nn.functional import functional
+    from learngene.vit import Vit
+
+    def draw(cfg, folder):
+        rng, spec = np.random.default_rng(0), functional(Vit, cfg).spec
+        scale = {p: leaf.extent("read") ** -0.5 if p.endswith("kernel") else 0.2 for p, leaf in spec.items()}
+        folder.mkdir()
+        weights.write_params(folder, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()})
+        weights.write_config(folder, "learngene", cfg)
+        return folder
+
+    return draw

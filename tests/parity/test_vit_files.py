@@ -1,20 +1,23 @@
-"""ViTs and genes against torch: every format verified both ways, transformers' own classes, and timm where it is installed."""
+"""ViTs and genes against torch: every format verified both ways, by transformers and timm where they read it."""
 
-import json
-from pathlib import Path
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from torchvision_stand_in import installed
 
-from common.checkpoint import weights
 from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.verify import OWN
 from common.checkpoint.weights import read_json
-from common.nn.functional import functional
-from learngene.verify import pictures
-from learngene.vit import Vit, VitConfig
+from common.errors import InputError, Remark
+from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 torch = pytest.importorskip("torch")
+timm = None
+if find_spec("timm"):
+    with installed():
+        import timm
 pytestmark = pytest.mark.parity
 
 SMALL = dict(size=16, patch=8, classes=5)
@@ -31,50 +34,80 @@ CASES = {
 }
 
 
-def drawn(cfg, folder):
-    """A weights folder of ours with numbers far from their initial values."""
-    rng = np.random.default_rng(0)
-    spec = functional(Vit, cfg).spec
-    scale = {p: leaf.extent("read") ** -0.5 if p.endswith("kernel") else 0.2 for p, leaf in spec.items()}
-    folder.mkdir()
-    weights.write_params(folder, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()})
-    weights.write_config(folder, "learngene", cfg)
-    return folder
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back_and_the_same_function(case, tmp_path):
+def test_there_and_back_and_the_same_function(case, drawn, tmp_path):
     format, ours = case.partition(",")[0], drawn(CASES[case], tmp_path / "ours")
     there = convert(open_donor(ours, [FAMILY]), tmp_path / "there", format)
     back = convert(open_donor(tmp_path / "there", [FAMILY]), tmp_path / "back", "heirloom")
-    reference = "transformers" if format == "hf" else "ViT's formulas in torch"
+    reference = {"hf": "transformers", "timm": timm and "timm"}.get(format) or OWN
     for check in (there, back):
         assert check.reference == reference and 0 < check.max_error < 5e-5 and check.cosine > 0.99999
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
     assert read_json(tmp_path / "back" / "config.json") == read_json(ours / "config.json")
 
 
-def test_a_training_checkpoint_is_read_by_its_model(tmp_path):
-    """The releases save the model next to optimizer and average; the gene is the raw weights."""
+def test_a_training_checkpoint_is_read_by_its_model(drawn, tmp_path):
+    """The releases save the model next to optimizer and average; the average is taken, and said."""
     convert(open_donor(drawn(CASES["sws"], tmp_path / "ours"), [FAMILY]), tmp_path / "sws", "sws", verify=False)
     state = torch.load(tmp_path / "sws" / "sws.pth", weights_only=True)["model"]
     torch.save({"model": state, "model_ema": {k: v + 1 for k, v in state.items()}, "epoch": 3}, tmp_path / "checkpoint.pth")
-    donor = open_donor(tmp_path / "checkpoint.pth", [FAMILY], layout="2,2,2,2,2")
+    with pytest.warns(Remark, match="the tensors under 'model_ema' taken"):
+        donor = open_donor(tmp_path / "checkpoint.pth", [FAMILY], layout="2,2,2,2,2")
     assert donor.format == "sws" and donor.cfg.layout == (2, 2, 2, 2, 2)
-    np.testing.assert_array_equal(donor.source.values["norm/scale"], state["norm.weight"])
+    np.testing.assert_array_equal(donor.source.values["norm/scale"], state["norm.weight"] + 1)
 
 
-@pytest.mark.parametrize("pool", ["norm_mean", "mean_norm", "cls"])
-def test_timm_reads_what_is_written(pool, tmp_path):
-    timm = pytest.importorskip("timm")
-    cfg = VitConfig(**SMALL, width=32, heads=4, hidden=64, layers=3, pool=pool, tokens="cls" if pool == "cls" else "none")
-    donor = open_donor(drawn(cfg, tmp_path / "ours"), [FAMILY])
-    convert(donor, tmp_path / "timm", "timm")
-    about = json.loads(Path(tmp_path / "timm" / "config.json").read_text())
-    model = timm.create_model(about["architecture"], num_classes=about["num_classes"], **about["model_args"]).eval()
-    model.load_state_dict({k: torch.tensor(v) for k, v in weights.open_safetensors(tmp_path / "timm" / "model.safetensors").items()})
-    x = pictures(cfg)
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+def test_transformers_reads_its_own_config_and_what_we_write(kind, seeded, tmp_path, capsys):
+    import transformers
+
+    names = {0: "zebra", 1: "apple", 2: "moon"}
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    config = (transformers.ViTConfig if kind.startswith("ViT") else transformers.DeiTConfig)(
+        **sizes, hidden_act="quick_gelu", layer_norm_eps=1e-3, id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    torch.manual_seed(0)
+    model = seeded(getattr(transformers, kind)(config), 0)
+    model.save_pretrained(tmp_path / "theirs")
+    capsys.readouterr()
+    check = convert(open_donor(tmp_path / "theirs", [FAMILY]), tmp_path / "ours", "heirloom")
+    assert (check.passed, check.reference, check.guessed) == (True, "transformers", ()) and check.max_error < 2e-5
+    assert capsys.readouterr().err == ""  # no progress bars between the lines of a command
+    convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", "hf")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "back").eval()
+    assert type(loaded) is type(model) and loaded.config.id2label == names
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        theirs = model(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
-    ours = np.asarray(donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, x))
-    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+        np.testing.assert_array_equal(loaded(x).logits.numpy(), model(x).logits.numpy())
+
+
+def test_the_named_file_is_the_one_that_is_verified(seeded, tmp_path):
+    """Two variants in one folder: each is compared with itself."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    seeded(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=3)), 0).save_pretrained(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    other = {key: value * 1.5 for key, value in tensors.items()}
+    save_file(other, tmp_path / "hf" / "model.other.safetensors", metadata={"format": "pt"})
+    for name in ("model.safetensors", "model.other.safetensors"):
+        check = convert(open_donor(tmp_path / "hf" / name, [FAMILY]), tmp_path / name.replace(".", "_"), "heirloom")
+        assert (check.passed, check.reference) == (True, "transformers")
+
+
+def test_other_models_of_transformers_are_refused_by_name(tmp_path):
+    import transformers
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16)
+    for kind, config, message in (
+        ("ViTMAEForPreTraining", transformers.ViTMAEConfig(**sizes, **decoder), "model_type is 'vit_mae'"),
+        ("ViTMSNForImageClassification", transformers.ViTMSNConfig(**sizes), "model_type is 'vit_msn'"),
+        ("Dinov2ForImageClassification", transformers.Dinov2Config(**sizes), "a DINOv2 of transformers"),
+        ("BeitForImageClassification", transformers.BeitConfig(**sizes), "a BEiT of transformers"),
+        ("ViTModel", transformers.ViTConfig(**sizes), "a ViT without its classifier"),
+    ):
+        getattr(transformers, kind)(config).save_pretrained(tmp_path / kind)
+        with pytest.raises(InputError, match=message):
+            open_donor(tmp_path / kind, [FAMILY])

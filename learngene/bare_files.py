@@ -1,0 +1,186 @@
+"""ViTs in files without a config: DeiT's, timm's trainer's, and the genes of SWS and TLEG. What shapes cannot tell is guessed and said."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.convert import Found, Guess, Read
+from common.checkpoint.weights import Tensors
+from common.errors import InputError
+from learngene import timm_architectures
+from learngene.vit import VitConfig
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of published ViTs, by width
+_SWS_LAYOUTS = {5: (3, 3, 4, 3, 3)}  # released
+_SWS_HEADS, _SWS_EPS = 12, 1e-5  # of both released auxiliary nets
+_TLEG_DEPTH = 12
+_UNTOLD = "the weights do not tell it"
+# Tensors of parts that this ViT does not have, by globs of timm's names and the original repositories'.
+_PARTS = {
+    "*.ls1.gamma": "LayerScale",
+    "*.gamma_1": "LayerScale",
+    "reg_token": "register tokens",
+    "register_tokens": "register tokens",
+    "*.attn.q_norm.*": "norms of queries and keys",
+    "norm_pre.*": "a norm before the blocks",
+    "attn_pool.*": "attention pooling",
+    "*.mlp.fc1_g.*": "a gated MLP (SwiGLU)",
+    "*.mlp.w12.*": "a gated MLP (SwiGLU)",
+    "*relative_position*": "relative positions",
+    "*.rel_pos.*": "relative positions",
+    "patch_embed.backbone.*": "a convolutional stem",
+    "pre_logits.*": "a layer before the head (pre_logits)",
+    "decoder_blocks.*": "the decoder of a masked autoencoder",
+}
+
+
+def refuse_other_parts(tensors: Tensors) -> None:
+    """Raises InputError naming a part that this ViT does not have, when the tensors hold it."""
+    for glob, part in _PARTS.items():
+        if key := next((key for key in tensors if fnmatchcase(key, glob)), None):
+            raise InputError(f"has {part} ({key}), which the ViT here does not have")
+
+
+def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
+    """What timm's names tell by their shapes; `block` is how the keys of the first one begin and end, around the module's name."""
+    try:
+        width, channels, patch, across = tensors["patch_embed.proj.weight"].shape
+        hidden = len(tensors[block.format("mlp.fc1")])
+        positions = tensors["pos_embed"].shape[1]
+        classes = len(tensors["head.weight"])
+    except (KeyError, ValueError, IndexError) as error:
+        refuse_other_parts(tensors)
+        raise InputError(f"looks like a ViT, but its tensors do not tell the sizes ({error}); only classifiers are read") from error
+    if patch != across:
+        raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
+    tokens = "cls+dist" if "dist_token" in tensors else "cls" if "cls_token" in tensors else "none"
+    mean = "fc_norm.weight" in tensors
+    pool = "mean_norm" if mean else "cls+dist" if "head_dist.weight" in tensors else "norm_mean" if tokens == "none" else "cls"
+    grid = isqrt(positions)  # of a square with one or two tokens more, the same root
+    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
+    return VitConfig(**sizes, classes=classes, heads=HEADS.get(width, 0), tokens=tokens, pool=pool)  # type: ignore[arg-type]
+
+
+def check_square(cfg: VitConfig, tensors: Tensors) -> None:
+    """Raises InputError when the positions are not those of a square of patches and the tokens in front."""
+    positions = tensors["pos_embed"].shape[1]
+    if positions != cfg.grid**2 + cfg.prefix:
+        raise InputError(
+            f"has {positions} positions, which are not a square of patches and {cfg.prefix} tokens in front: only square pictures are "
+            "read, and only tokens with a position"
+        )
+
+
+def depth(tensors: Tensors, pattern: str) -> int:
+    return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=0)
+
+
+def read_deit(found: Found) -> Read | None:
+    """A file in timm's names. A trainer's arguments next to the tensors tell the model's name; else the settings are guessed."""
+    if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys() or (found.folder / "config.json").is_file():
+        return None
+    cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
+    refuse_other_parts(found.tensors)
+    check_square(cfg, found.tensors)
+    name, arguments = _trained_as(found.about)
+    if name in timm_architectures.table():
+        where = f"the trainer's arguments next to the tensors ({name})"
+        return Read(timm_architectures.settings(timm_architectures.arguments(name, arguments, where), cfg))
+    why = f"{_UNTOLD}, and neither does the name it was trained under, {name!r}, which is not timm's" if name else _UNTOLD
+    guesses = [Guess("activation", cfg.activation, why), Guess("eps", f"{cfg.eps:g}", why), *_heads(cfg, why)]
+    if cfg.pool == "cls":
+        guesses.append(Guess("pool", cfg.pool, f"{why}: the mean of the patches (norm_mean) has the same tensors"))
+    return Read(cfg, tuple(guesses))
+
+
+def _heads(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
+    return (Guess("heads", cfg.heads, f"{why}, and published ViTs of this width have as many"),) if cfg.heads else ()
+
+
+def _trained_as(about: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model's name and arguments as the trainers of DeiT and timm save them; an empty name where they saved none."""
+    args = about.get("args")
+    args = args if isinstance(args, Mapping) else {}
+    name = next((name for name in (args.get("model"), about.get("arch")) if isinstance(name, str)), "")
+    given = args.get("model_kwargs")
+    given = dict(given) if isinstance(given, Mapping) else {}
+    size = args.get("img_size") or args.get("input_size")
+    if isinstance(size, list | tuple):  # [channels, height, width]
+        size = list(size)[-2:]
+    told = dict(img_size=size, num_classes=args.get("nb_classes") or args.get("num_classes"), global_pool=args.get("gp") or None)
+    return name.partition(".")[0], {key: value for key, value in told.items() if value is not None} | given
+
+
+def write_deit(cfg: VitConfig, folder: Path) -> None:
+    ordinary(cfg, "DeiT")
+    if cfg.activation != "gelu":
+        raise InputError(f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm, or keep the heirloom format")
+    _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
+    if cfg.eps != 1e-6:
+        raise InputError(f"DeiT's files have an eps of 1e-6, this model {cfg.eps:g}: convert with --set eps=1e-6 if its outputs may differ")
+    if (cfg.tokens, cfg.pool) in (("cls", "norm_mean"), ("cls+dist", "cls"), ("cls+dist", "norm_mean")):
+        raise InputError(f"a bare file cannot tell that tokens {cfg.tokens!r} are pooled as {cfg.pool!r}; write --to timm")
+
+
+def _published_heads(cfg: VitConfig, known: bool) -> None:
+    if not known:
+        raise InputError(
+            f"a bare file cannot tell {cfg.heads} heads at a width of {cfg.width}; write --to timm, or keep the heirloom format"
+        )
+
+
+def ordinary(cfg: VitConfig, format: str) -> None:
+    """Raises InputError for a gene, which only its own format can hold."""
+    if cfg.gene != "none":
+        raise InputError(f"a gene is no {format} model: expand it first (heirloom expand GENE DEST --depth N)")
+
+
+def read_sws(found: Found) -> Read | None:
+    if "blocks.block.attn.qkv.instances.0.weight" not in found.tensors:
+        return None
+    stages = depth(found.tensors, r"blocks\.block\.attn\.qkv\.instances\.(\d+)\.")
+    layout = _SWS_LAYOUTS.get(stages, (1,) * stages)
+    why = "the release's for as many stages" if stages in _SWS_LAYOUTS else "nothing is released for as many stages, so one layer for each"
+    cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight", stages)
+    cfg = replace(cfg, heads=_SWS_HEADS, eps=_SWS_EPS, gene="sws", layout=layout)
+    return _gene_read(cfg, found, f"{_UNTOLD}; {why}", f"{_UNTOLD}, and both released nets have as many")
+
+
+def read_tleg(found: Found) -> Read | None:
+    if "blocks.block.attn.qkv.instances.0.weight_base" not in found.tensors:
+        return None
+    cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight_base", 2)
+    cfg = replace(cfg, eps=_SWS_EPS, gene="tleg", layout=(_TLEG_DEPTH,))
+    return _gene_read(cfg, found, f"{_UNTOLD}; the release's depth", f"{_UNTOLD}, and published ViTs of this width have as many")
+
+
+def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:
+    refuse_other_parts(found.tensors)
+    check_square(cfg, found.tensors)
+    guesses = [Guess("layout", ",".join(map(str, cfg.layout)), layout)]
+    guesses += [Guess("heads", cfg.heads, heads)] if cfg.heads else []
+    guesses += [Guess("activation", cfg.activation, f"{_UNTOLD}; the release's"), Guess("eps", f"{cfg.eps:g}", f"{_UNTOLD}; the release's")]
+    return Read(cfg, tuple(guesses))
+
+
+def write_sws(cfg: VitConfig, folder: Path) -> None:
+    _gene(cfg, "sws", cfg.layout == _SWS_LAYOUTS.get(cfg.layers))
+    _published_heads(cfg, cfg.heads == _SWS_HEADS)
+
+
+def write_tleg(cfg: VitConfig, folder: Path) -> None:
+    _gene(cfg, "tleg", cfg.layout == (_TLEG_DEPTH,))
+    _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
+
+
+def _gene(cfg: VitConfig, kind: str, released: bool) -> None:
+    if cfg.gene != kind:
+        raise InputError(f"this is no gene of {kind}, and its file can hold nothing else")
+    if not released or cfg.eps != _SWS_EPS or cfg.activation != "gelu":
+        raise InputError(
+            f"a file of {kind} cannot tell layout {cfg.layout} and eps {cfg.eps:g}: it holds released ones; keep the heirloom format"
+        )

@@ -1,0 +1,57 @@
+"""ViTs in the .npz archives of google-research/vision_transformer and big_vision."""
+
+import re
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.convert import Found, Guess, Read
+from common.errors import InputError
+from learngene.bare_files import depth, ordinary
+from learngene.vit import VitConfig
+
+_PARTS = {"MAPHead_0/": "attention pooling", "pre_logits/": "a layer before the head (pre_logits)", "conv_root/": "a convolutional stem"}
+
+
+def clean(key: str) -> str:
+    """big_vision's names, and those of training states, as vision_transformer's."""
+    key = re.sub(r"^(params|opt/target)/", "", key)
+    key = "Transformer/posembed_input/pos_embedding" if key == "pos_embedding" else key
+    if "/LayerNorm_1/" in key or "/MlpBlock_0/" in key or "DotProductAttention_0/" in key:
+        for theirs, ours in (("LayerNorm_1", "LayerNorm_2"), ("MlpBlock_0", "MlpBlock_3"), ("ProductAttention_0", "ProductAttention_1")):
+            key = key.replace(theirs, ours)
+    return key
+
+
+def read(found: Found) -> Read | None:
+    tensors = found.tensors
+    if not {"embedding/kernel", "Transformer/encoder_norm/scale"} <= tensors.keys():
+        return None
+    for prefix, part in _PARTS.items():
+        if any(key.startswith(prefix) for key in tensors):
+            raise InputError(f"has {part} ({prefix}*), which the ViT here does not have")
+    try:
+        patch, across, channels, width = tensors["embedding/kernel"].shape
+        heads = tensors["Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"].shape[1]
+        hidden = len(tensors["Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias"])
+        positions, classes = tensors["Transformer/posembed_input/pos_embedding"].shape[1], len(tensors["head/bias"])
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"looks like a ViT of google-research, but {error} is missing; only classifiers with learned positions") from error
+    cls, grid = "cls" in tensors, isqrt(positions)
+    if patch != across:
+        raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
+    if positions != grid**2 + cls:
+        raise InputError(f"has {positions} positions, not those of a square of patches{' and of its class token' if cls else ''}")
+    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden)
+    sizes |= dict(layers=depth(tensors, r"Transformer/encoderblock_(\d+)/"), classes=classes)
+    cfg = VitConfig(**sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh")
+    why = "the archive does not tell it; flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
+    return Read(cfg, (Guess("activation", cfg.activation, why),))
+
+
+def write(cfg: VitConfig, folder: Path) -> None:
+    ordinary(cfg, "google")
+    if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")) or cfg.activation != "gelu_tanh" or cfg.eps != 1e-6:
+        raise InputError(
+            "google-research's ViT has tanh GELU, eps 1e-6 and one class token, or the mean of normalised tokens; this one differs"
+        )

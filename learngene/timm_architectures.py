@@ -1,0 +1,111 @@
+"""What timm builds for the name of a ViT and the arguments given along: the table that scripts/make_timm_table.py writes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.fields import Fields
+from common.checkpoint.weights import read_json
+from common.errors import InputError, nearest
+from learngene.vit import VitConfig
+
+FILE = Path(__file__).with_name("timm_architectures.json")
+CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
+ACTIVATIONS = {"gelu": "gelu", "": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+# timm's LayerNorm has an eps of 1e-6; "eps=" is how the table says that a function sets another.
+NORMS = {"layernorm": 1e-6, "layer_norm": 1e-6, "LayerNorm": 1e-6, "layernormfp32": 1e-6, "": 1e-6}
+# Arguments of VisionTransformer that add a part which our ViT does not have: the values that leave it out, and the part.
+PARTS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "init_values": ((None, 0), "LayerScale"),
+    "reg_tokens": ((0,), "register tokens"),
+    "qk_norm": ((False,), "norms of queries and keys"),
+    "qkv_bias": ((True,), "queries, keys and values without biases"),
+    "proj_bias": ((True,), "projections without biases"),
+    "scale_attn_norm": ((False,), "a norm inside the attention"),
+    "scale_mlp_norm": ((False,), "a norm inside the MLP"),
+    "pre_norm": ((False,), "a norm before the blocks"),
+    "final_norm": ((True,), "no norm after the blocks"),
+    "embed_norm_layer": ((None, ""), "a norm of the patches"),
+    "pos_embed": (("learn",), "positions that are not learned"),
+    "pool_include_prefix": ((False,), "a mean over the tokens in front, too"),
+    "embed_layer": (("PatchEmbed",), "a stem that is not one convolution"),
+    "block_fn": (("Block",), "other blocks"),
+    "mlp_layer": (("Mlp",), "another MLP, such as SwiGLU"),
+    "attn_layer": (("Attention", ""), "another attention"),
+    "use_naflex": ((False,), "timm's NaFlexVit"),
+}
+# Of training, initial values, and pictures of other sizes than the model's own; and of loading.
+HARMLESS = (
+    "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad",
+    "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def table() -> Mapping[str, Mapping[str, Any]]:
+    """By timm's name: the class, and the arguments that timm's function of that name sets."""
+    return read_json(FILE)["architectures"]
+
+
+def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> Fields:
+    """What timm builds a model with, for `settings`. Raises InputError naming the part that our ViT does not have.
+
+    given: arguments that win over what timm's function of this name sets. defaults: those that hold where neither tells.
+    """
+    if name not in table():
+        raise InputError(
+            f"{where}: timm's ViTs have no architecture {name!r}{nearest(name, table())}; if it is a plain ViT, name one of them, such as "
+            "'vit_tiny_patch16_224', and say in model_args what differs"
+        )
+    built = table()[name]
+    if built["class"] not in CLASSES:
+        raise InputError(f"{where}: timm builds {name!r} as its class {built['class']}; only its VisionTransformer can be read")
+    given = {key: value for key, value in given.items() if value is not None}  # timm passes no None on
+    args = Fields({**(defaults or {}), **built, **given}, where)
+    for argument, (values, part) in PARTS.items():
+        args.fixed(argument, *values, feature=part)
+    args.skip(*HARMLESS)
+    return args
+
+
+def settings(args: Fields, cfg: VitConfig) -> VitConfig:
+    """`cfg`, as the shapes of the tensors tell it, with what `arguments` tell. Raises InputError where their sizes differ."""
+    pooling, eps = _pooling(args), _eps(args)
+    heads, activation = args.integer("num_heads", 12), args.choice("act_layer", ACTIVATIONS, "gelu")
+    width = args.integer("embed_dim", 768)
+    args.agree("embed_dim", width, cfg.width)
+    args.agree("depth", args.integer("depth", 12), cfg.layers)
+    args.agree("patch_size", args.square("patch_size", 16), cfg.patch)
+    args.agree("mlp_ratio times embed_dim", int(width * args.number("mlp_ratio", 4.0)), cfg.hidden)
+    args.agree("img_size", args.square("img_size", cfg.size), cfg.size)
+    args.agree("in_chans", args.integer("in_chans", cfg.channels), cfg.channels)
+    args.agree("num_classes", args.integer("num_classes", cfg.classes, least=0), cfg.classes)
+    args.done()
+    return replace(cfg, heads=heads, activation=activation, eps=eps, **pooling)  # type: ignore[arg-type]
+
+
+def _eps(args: Fields) -> float:
+    said = args.text("norm_layer", "layernorm")
+    name, _, eps = said.partition(" eps=")
+    if name not in NORMS:
+        raise InputError(f"{args.where}: norm_layer is {said!r}; only models where it is 'layernorm' can be read")
+    return float(eps) if eps else NORMS[name]
+
+
+def _pooling(args: Fields) -> dict[str, Any]:
+    """Tokens in front, and what the head sees."""
+    token, distilled = args.boolean("class_token", True), args.text("class") == CLASSES[1]
+    if token:
+        args.fixed("no_embed_class", False, feature="a class token without a position")
+    args.skip("no_embed_class")
+    average = args.choice("global_pool", {"token": False, "avg": True}, "token")
+    if not average:
+        args.fixed("fc_norm", None, False, feature="a norm of the class token alone")
+    if (not token and (distilled or not average)) or (distilled and average):
+        raise InputError(f"{args.where}: timm builds no {args.text('class')} with class_token {token} and global_pool {average and 'avg'}")
+    if distilled:
+        return dict(tokens="cls+dist", pool="cls+dist")
+    mean = "mean_norm" if args.boolean("fc_norm", True) else "norm_mean"
+    return dict(tokens="cls" if token else "none", pool=mean if average else "cls")

@@ -1,0 +1,98 @@
+"""Folders of timm: config.json, both ways. It names an architecture, whose arguments are in a table, and those that differ from it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.convert import Found, Read
+from common.checkpoint.fields import Fields
+from common.checkpoint.weights import Tensors, write_json
+from common.errors import InputError
+from learngene.bare_files import check_square, depth, ordinary, refuse_other_parts, shapes
+from learngene.timm_architectures import arguments, settings
+from learngene.vit import VitConfig
+
+# Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are called.
+_PRETRAINED = (
+    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load", "test_input_size",
+    "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_offset", "label_names",
+    "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description", "origin_url",
+    "paper_name", "paper_ids", "notes",
+)  # fmt: skip
+# The architectures that are written, by eps: model_args state everything else.
+_WRITTEN: dict[float, tuple[str, dict[str, Any]]] = {
+    1e-6: ("vit_tiny_patch16_224", {}),
+    1e-5: ("vit_base_patch16_clip_224", dict(pre_norm=False)),
+}
+
+
+def read(found: Found) -> Read | None:
+    """A folder of timm, which has a config.json; without one the same tensors are a file of DeiT."""
+    if not _is_vit(found.tensors) or (config := found.json("config.json")) is None:
+        return None
+    name, given = config.text("architecture"), config.value("model_args")
+    if not isinstance(given, dict | None):
+        raise InputError(f"{config.where}: model_args is {given!r}, not an object")
+    config.fixed("model_type", "timm_wrapper")  # as transformers wraps it
+    config.transformers()
+    config.skip("do_pooling", "label_names", "label_descriptions", "labels", "license")
+    pretrained = config.object("pretrained_cfg") if "pretrained_cfg" in config else config  # timm's old configs have one level
+    pretrained.skip(*_PRETRAINED)
+    args = arguments(name, given or {}, f"{config.where}: {name} with its model_args", _defaults(config, pretrained))
+    cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
+    cfg = settings(args, cfg)
+    # timm writes these down, and builds by architecture and model_args alone.
+    config.fixed("global_pool", "token" if cfg.pool.startswith("cls") else "avg", None, feature="and not what model_args imply")
+    config.agree("num_features", config.integer("num_features", cfg.width), cfg.width)
+    for fields in (pretrained, config):
+        fields.done()
+    refuse_other_parts(found.tensors)
+    check_square(cfg, found.tensors)
+    return Read(cfg)
+
+
+def _is_vit(tensors: Tensors) -> bool:
+    return "patch_embed.proj.weight" in tensors and any(key.startswith("blocks.0.") for key in tensors)
+
+
+def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
+    """What timm takes for arguments that neither model_args nor the architecture tell."""
+    size = pretrained.integers("input_size", (3, 224, 224), length=3)
+    fixed = pretrained.boolean("fixed_input_size", False)
+    classes = pretrained.integer("num_classes", 1000, least=0)
+    classes = config.integer("num_classes", classes, least=0)
+    return dict(img_size=size[1:] if fixed else 224, in_chans=size[0], num_classes=classes)
+
+
+def write(cfg: VitConfig, folder: Path) -> None:
+    """Raises InputError, before anything is written, for what timm's config cannot express."""
+    ordinary(cfg, "timm")
+    distilled = cfg.tokens == "cls+dist"
+    if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):
+        raise InputError(
+            f"timm's configs tell an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}: "
+            "convert with --set eps=1e-6 if its outputs may differ a little"
+        )
+    if distilled and cfg.pool != "cls+dist":
+        raise InputError("timm's distilled ViT has two heads, this model one; keep the heirloom format")
+    args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers)
+    args |= dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
+    name, others = _WRITTEN[cfg.eps]
+    if distilled:
+        name = "deit_tiny_distilled_patch16_224"
+    else:
+        args |= others | dict(class_token=cfg.tokens == "cls", global_pool="token" if cfg.pool == "cls" else "avg")
+    if cfg.pool == "norm_mean":
+        args |= dict(fc_norm=False)
+    if cfg.activation != "gelu":
+        args |= dict(act_layer=cfg.activation)
+    pretrained = dict(num_classes=cfg.classes, input_size=[cfg.channels, cfg.size, cfg.size], fixed_input_size=True)
+    pretrained |= dict(first_conv="patch_embed.proj", classifier=["head", "head_dist"] if distilled else "head")
+    about = dict(architecture=name, num_classes=cfg.classes, num_features=cfg.width, model_args=args, pretrained_cfg=pretrained)
+    write_json(folder / "config.json", about)
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The number that timm multiplies with the width and rounds down to the hidden units."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

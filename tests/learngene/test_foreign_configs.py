@@ -1,0 +1,240 @@
+"""Fields of foreign configs that change what a ViT computes without changing a shape: read, or refused by name."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common.checkpoint.convert import open_donor
+from common.checkpoint.weights import open_safetensors
+from common.cli import main
+from common.errors import InputError, Remark
+from learngene.timm_architectures import CLASSES, arguments, settings, table
+from learngene.vit import VitConfig
+from learngene.zoo import FAMILY
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """`folder(name, **fields)`: a copy of a golden whose config.json has these fields; those of model_args are merged."""
+
+    def make(name, **fields):
+        copy = Path(shutil.copytree(golden[0] / name, tmp_path / f"{len(list(tmp_path.iterdir()))}" / name))
+        config = json.loads((copy / "config.json").read_text())
+        fields = {key: config[key] | value if key == "model_args" else value for key, value in fields.items()}
+        (copy / "config.json").write_text(json.dumps(config | fields))
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def read(folder):
+    return lambda name, **fields: open_donor(folder(name, **fields), [FAMILY]).cfg
+
+
+def args(**fields):
+    return dict(model_args=fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(model_type="vit_msn"), "model_type is 'vit_msn'"),
+        (dict(model_type="vit_mae"), "model_type is 'vit_mae'"),
+        (dict(model_type=None), "model_type is None"),
+        (dict(qkv_bias=False), r"qkv_bias is False \(queries, keys and values without biases\)"),
+        (dict(image_size=[8, 16]), r"image_size is \[8, 16\]; only squares can be read"),
+        (dict(hidden_act="gelu_fast"), "hidden_act is 'gelu_fast'"),
+        (dict(layer_norm_eps="1e-12"), "layer_norm_eps is '1e-12', and must be a number"),
+        (dict(num_attention_heads=0), "num_attention_heads is 0, and must be from 1"),
+        (dict(num_attention_heads=3), "3 heads do not divide a width of 16"),
+        (dict(num_hidden_layers=1), "encoder.layer.1"),
+        (dict(use_mask_token=True), "the field 'use_mask_token'"),
+        (dict(quantization_config={"bits": 4}), "the field 'quantization_config'"),
+        (dict(pruned_heads={"0": [1]}), "pruned_heads is"),
+    ],
+)
+def test_a_hugging_face_config_is_read_or_refused(fields, message, folder):
+    with pytest.raises(InputError, match=message) as error:
+        open_donor(folder("hf_vit", **fields), [FAMILY])
+    assert "\n" not in str(error.value)
+
+
+def test_hugging_face_settings_that_shapes_cannot_tell(read):
+    plain = read("hf_vit")
+    assert read("hf_vit", hidden_act="gelu_new", layer_norm_eps=1e-6) == replace(plain, activation="gelu_tanh", eps=1e-6)
+    assert read("hf_vit", num_attention_heads=4, image_size=[8, 8], pooler_act="relu", encoder_stride=32) == replace(plain, heads=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(architecture="resnet50"), "no architecture 'resnet50'.* say in model_args what differs"),
+        (dict(architecture="vit_tiny_patch16_225"), "did you mean 'vit_tiny_patch16_224'"),
+        (dict(architecture="beit_base_patch16_224"), "timm builds 'beit_base_patch16_224' as its class Beit"),
+        (dict(architecture="deit3_small_patch16_224"), r"init_values is 1e-06 \(LayerScale\)"),
+        (dict(architecture="flexivit_small"), "a class token without a position"),
+        (dict(architecture="vit_base_patch16_siglip_224"), "global_pool is 'map'"),
+        (args(reg_tokens=4), r"reg_tokens is 4 \(register tokens\)"),
+        (dict(architecture="vit_base_patch32_clip_224"), r"pre_norm is True \(a norm before the blocks\)"),
+        (dict(architecture="vit_small_r26_s32_224"), r"embed_layer is 'HybridEmbed' \(a stem that is not one convolution\)"),
+        (dict(architecture="deit_tiny_distilled_patch16_224"), "5 positions, which are not a square of patches and 2 tokens"),
+        (args(act_layer="relu"), "act_layer is 'relu'"),
+        (args(norm_layer="rmsnorm"), "norm_layer is 'rmsnorm'; only models where it is 'layernorm'"),
+        (args(img_size=[4, 16]), r"img_size is \[4, 16\]; only squares"),
+        (args(img_size=12), "img_size is 12, and the weights have 8"),
+        (args(patch_size=[4, 2]), r"patch_size is \[4, 2\]; only squares"),
+        (args(fc_norm=True), r"fc_norm is True \(a norm of the class token alone\)"),
+        (args(global_pool="max"), "global_pool is 'max'"),
+        (args(class_token=False), "builds no VisionTransformer with class_token False"),
+        (args(init_values=1e-5), r"init_values is 1e-05 \(LayerScale\)"),
+        (args(qk_norm=True), "norms of queries and keys"),
+        (args(qkv_bias=False), "without biases"),
+        (args(proj_bias=False), "projections without biases"),
+        (args(final_norm=False), "no norm after the blocks"),
+        (args(pos_embed="none"), "positions that are not learned"),
+        (args(num_heads="2"), "num_heads is '2', and must be a whole number"),
+        (args(mlp_ratio=3), "mlp_ratio times embed_dim is 48, and the weights have 32"),
+        (args(depth=3), "depth is 3, and the weights have 2"),
+        (args(num_classes=7), "num_classes is 7, and the weights have 5"),
+        (args(rope=True), "the field 'rope'"),
+        (dict(num_classes=4), "num_classes is 4, and the weights have 5"),
+        (dict(num_features=17), "num_features is 17, and the weights have 16"),
+        (dict(global_pool="avg"), "global_pool is 'avg' .*only models where it is 'token'"),
+        (dict(pretrained_cfg={"input_size": [3, 8, 16], "fixed_input_size": True}, **args(img_size=None)), r"img_size is \[8, 16\]"),
+        (dict(pretrained_cfg={"patch": 4}), "pretrained_cfg: the field 'patch'"),
+        (dict(model_type="vit"), "model_type is 'vit'"),
+        (dict(head_bias=True), "the field 'head_bias'"),
+    ],
+)
+def test_a_timm_config_is_read_or_refused(fields, message, folder):
+    with pytest.raises(InputError, match=message) as error:
+        open_donor(folder("timm_cls", **fields), [FAMILY])
+    assert "\n" not in str(error.value)
+
+
+def test_timm_settings_that_shapes_cannot_tell(read):
+    plain = read("timm_cls")
+    assert (plain.activation, plain.eps, plain.pool) == ("gelu", 1e-6, "cls")
+    assert read("timm_cls", **args(act_layer="gelu_tanh", num_heads=4)) == replace(plain, activation="gelu_tanh", heads=4)
+    assert read("timm_cls", **args(global_pool="avg", fc_norm=False)) == replace(plain, pool="norm_mean")
+    # This name's function sets an eps of 1e-5; what else it sets is overridden.
+    clip = dict(architecture="vit_base_patch16_clip_224", **args(pre_norm=False))
+    assert read("timm_cls", **clip) == replace(plain, eps=1e-5)
+    implied = args(num_heads=None, class_token=None, global_pool=None, fc_norm=None)  # timm leaves the name's own in place of None
+    gap = read("timm_norm_mean", architecture="vit_base_patch16_gap_224", **implied)
+    assert gap == replace(plain, heads=16, tokens="none", pool="norm_mean")
+    harmless = args(drop_path_rate=0.1, proj_drop_rate=0.1, weight_init="jax", dynamic_img_size=True, init_values=None, reg_tokens=0)
+    assert read("timm_cls", **harmless, model_type="timm_wrapper", do_pooling=True, torch_dtype="float32") == plain
+
+
+def test_a_name_implies_its_arguments():
+    """Published models by name alone, as their shapes and timm's functions have them."""
+    base = VitConfig(patch=16, width=768, heads=1, hidden=3072, tokens="cls", pool="cls")
+    assert settings(arguments("vit_base_patch16_224", {}, "here"), base) == replace(base, heads=12)
+    gap = settings(arguments("vit_base_patch32_siglip_gap_256", {}, "here"), replace(base, patch=32, size=256))
+    assert (gap.activation, gap.pool, gap.tokens) == ("gelu_tanh", "norm_mean", "none")
+    distilled = settings(arguments("deit_base_distilled_patch16_224", {}, "here"), base)
+    assert (distilled.tokens, distilled.pool) == ("cls+dist", "cls+dist")
+    assert {entry["class"] for entry in table().values()} > set(CLASSES) and len(table()) == 278
+
+
+@pytest.fixture
+def bare(golden, tmp_path):
+    """`bare(about)`: the tensors of a golden as a trainer saves them."""
+    torch = pytest.importorskip("torch")
+    tensors = {key: torch.tensor(value) for key, value in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
+
+    def make(**about):
+        torch.save({"model": tensors} | about, tmp_path / "checkpoint.pth")
+        return tmp_path / "checkpoint.pth"
+
+    return make
+
+
+def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path, capsys):
+    shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
+    with pytest.raises(InputError, match="say how many"):
+        open_donor(tmp_path / "vit.safetensors", [FAMILY])
+    with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not tell it \(--set eps=VALUE overrides it\)"):
+        donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
+    assert [guess.name for guess in donor.guesses] == ["activation", "eps", "pool"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Remark)
+        told = dict(heads=4, activation="quick_gelu", eps="1e-5", pool="norm_mean")
+        donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told)
+    assert donor.guesses == ()
+    assert (donor.cfg.heads, donor.cfg.activation, donor.cfg.eps, donor.cfg.pool) == (4, "quick_gelu", 1e-5, "norm_mean")
+    for wrong, message in ((dict(pool="map"), "no pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
+        with pytest.raises(InputError, match=message):
+            open_donor(tmp_path / "vit.safetensors", [FAMILY], **wrong)
+    flags = ["--set", "heads=2", "--set", "activation=gelu", "--no-verify"]
+    assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), *flags]) == 0
+    saved = json.loads((tmp_path / "ours" / "verify.json").read_text())["guessed"]
+    assert [text.split()[0] for text in saved] == ["eps", "pool"] and "eps = 1e-06 is a guess" in capsys.readouterr().err
+
+
+def test_a_trainers_arguments_tell_the_model(bare):
+    """By the name of the architecture; its sizes must be those of the tensors."""
+    sizes = dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2, patch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Remark)
+        args = dict(model="vit_base_patch32_siglip_gap_256", input_size=8, nb_classes=5, model_kwargs=sizes | dict(class_token=True))
+        file = bare(args=args)
+        cfg = open_donor(file, [FAMILY]).cfg
+    assert (cfg.activation, cfg.pool, cfg.heads) == ("gelu_tanh", "norm_mean", 2)
+    for args_, message in (
+        (dict(model="deit_small_patch16_224"), r"\(deit_small_patch16_224\): embed_dim is 384, and the weights have 16"),
+        (dict(model="vit_tiny_patch16_224", model_kwargs=sizes, input_size=16), "img_size is 16, and the weights have 8"),
+        (dict(model="vit_tiny_patch16_224", model_kwargs=sizes, nb_classes=4), "num_classes is 4, and the weights have 5"),
+        (dict(model="deit3_small_patch16_224", model_kwargs=sizes), "LayerScale"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_donor(bare(args=args_), [FAMILY])
+    with pytest.warns(Remark, match="trained under, 'my_vit', which is not timm's"):
+        open_donor(bare(args=dict(model="my_vit")), [FAMILY], heads=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("blocks.0.ls1.gamma", "has LayerScale"),
+        ("reg_token", "has register tokens"),
+        ("norm_pre.weight", "has a norm before the blocks"),
+        ("blocks.1.attn.q_norm.weight", "has norms of queries and keys"),
+        ("attn_pool.latent", "has attention pooling"),
+    ],
+)
+def test_parts_of_other_vits_are_named(golden, tmp_path, key, message):
+    tensors = {k: v.copy() for k, v in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
+    save_file(tensors | {key: np.zeros(16, np.float32)}, tmp_path / "vit.safetensors")
+    with pytest.raises(InputError, match=message):
+        open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
+
+
+def test_pictures_that_are_no_square_are_refused(golden, tmp_path):
+    tensors = {k: v.copy() for k, v in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
+    save_file(tensors | {"pos_embed": np.zeros((1, 9, 16), np.float32)}, tmp_path / "vit.safetensors")
+    with pytest.raises(InputError, match="9 positions, which are not a square of patches and 1 tokens in front"):
+        open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("encoder.layer.0.layer_scale1.lambda1", "a DINOv2 of transformers"),
+        ("beit.embeddings.cls_token", "a BEiT of transformers"),
+        ("encoder.layer.0.layernorm_before.weight", r"a ViT without its classifier \(ViTModel\)"),
+        ("encoder.layers.encoder_layer_0.ln_1.weight", "a ViT of torchvision"),
+    ],
+)
+def test_lookalikes_are_named(tmp_path, key, message):
+    save_file({key: np.zeros(4, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        open_donor(tmp_path, [FAMILY])

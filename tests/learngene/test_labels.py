@@ -1,0 +1,110 @@
+"""Class names travel with a classifier, in the order of its logits, whatever the format calls them."""
+
+import json
+import shutil
+
+import pytest
+
+from common.checkpoint.convert import convert, open_donor
+from common.checkpoint.weights import read_json, write_json
+from common.cli import main
+from common.data.labelled import read_labels, write_labels
+from common.errors import InputError
+from learngene.labels import labels_of
+from learngene.vit import VitConfig
+from learngene.zoo import FAMILY
+
+NAMES = ("zebra", "apple", "moon", "crane", "crane")  # not in alphabetical order, and ImageNet has two cranes
+CFG = VitConfig(size=8, patch=4, width=16, layers=2, heads=2, hidden=32, classes=5, tokens="cls", pool="cls")
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """`folder(name, **fields)`: a copy of a golden whose config.json has these fields."""
+
+    def make(name, **fields):
+        copy = shutil.copytree(golden[0] / name, tmp_path / "theirs")
+        write_json(copy / "config.json", read_json(copy / "config.json") | fields)
+        return copy
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("hf_vit", dict(id2label={str(i): name for i, name in reversed(list(enumerate(NAMES)))})),
+        ("timm_cls", dict(label_names=list(NAMES))),
+        ("timm_cls", dict(label_names={str(i): name for i, name in enumerate(NAMES)})),
+        ("timm_cls", dict(pretrained_cfg=dict(label_names=list(NAMES), input_size=[3, 8, 8], num_classes=5))),
+    ],
+)
+def test_names_are_read_carried_and_written_back(folder, tmp_path, name, fields):
+    donor = open_donor(folder(name, **fields), [FAMILY])
+    assert labels_of(donor) == NAMES
+    convert(donor, tmp_path / "ours", "heirloom", verify=False)
+    assert json.loads((tmp_path / "ours" / "labels.json").read_text()) == list(NAMES) == list(read_labels(tmp_path / "ours"))
+    convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", donor.format, verify=False)
+    assert labels_of(open_donor(tmp_path / "back", [FAMILY])) == NAMES
+    config = read_json(tmp_path / "back" / "config.json")
+    assert donor.format != "hf" or config["id2label"] == {str(i): name for i, name in enumerate(NAMES)}
+
+
+def test_a_file_without_a_place_for_names_has_them_next_to_it(folder_of, tmp_path):
+    ours = folder_of(VitConfig(size=8, patch=4, width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls"))
+    write_labels(ours, NAMES)
+    convert(open_donor(ours, [FAMILY]), tmp_path / "deit", "deit", verify=False)
+    assert labels_of(open_donor(tmp_path / "deit", [FAMILY])) == NAMES
+
+
+def test_numbered_labels_are_no_names(golden, tmp_path):
+    donor = open_donor(golden[0] / "hf_vit", [FAMILY])
+    assert read_json(golden[0] / "hf_vit" / "config.json")["id2label"]["4"] == "LABEL_4" and labels_of(donor) is None
+    convert(donor, tmp_path / "ours", "heirloom", verify=False)
+    assert not (tmp_path / "ours" / "labels.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("hf_vit", dict(id2label={"0": "ant", "1": "bee"}), "config.json has 2 class names, and the model 5 classes"),
+        ("hf_vit", dict(id2label={"0": "ant", "2": "bee"}), "id2label: its numbers are not 0 to 1"),
+        ("timm_cls", dict(label_names=list(NAMES) * 2), "config.json has 10 class names, and the model 5 classes"),
+        ("timm_cls", dict(label_names=["ant", 2, "c", "d", "e"]), "label_names: class names are texts"),
+    ],
+)
+def test_names_that_are_not_those_of_the_classes_are_refused(folder, tmp_path, name, fields, message):
+    donor = open_donor(folder(name, **fields), [FAMILY])
+    with pytest.raises(InputError, match=message):
+        convert(donor, tmp_path / "ours", "heirloom", verify=False)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_descendant_keeps_the_names_with_the_head(folder_of, tmp_path):
+    ours = folder_of(CFG)
+    write_labels(ours, NAMES)
+    assert main(["expand", str(ours), str(tmp_path / "same"), "--depth", "2", "--size", "16"]) == 0
+    assert read_labels(tmp_path / "same") == NAMES
+    assert main(["expand", str(ours), str(tmp_path / "other"), "--depth", "2", "--classes", "3"]) == 0
+    assert read_labels(tmp_path / "other") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth", "2", "--classes", "-2"], "--classes is -2: choose 1 or more"),
+        (["--depth", "2", "--classes", "0"], "--classes is 0: choose 1 or more"),
+        (["--depth", "2", "--size", "0"], "--size is 0: choose 1 or more"),
+        (["--depth", "2", "--size", "6"], "patches of 4 px do not fill pictures of 6 px"),
+        (["--depth", "0"], "--depth is 0: choose 1 or more"),
+        (["--depth", "-1"], "--depth is -1: choose 1 or more"),
+        (["--depth", "2", "--map", "0,x"], "--map is '0,x': write whole numbers separated by commas"),
+        (["--depth", "2", "--map", "0,-1"], "the map names stage -1, the gene has 0 to 1"),
+        (["--depth", "2", "--map", "0"], "the map names 1 layers, the student has 2"),
+        (["--depth", "2", "--map", ","], "--map is ','"),
+    ],
+)
+def test_expand_refuses_numbers_that_make_no_model(folder_of, tmp_path, capsys, gene, flags, message):
+    assert main(["expand", str(folder_of(gene)), str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0] and not (tmp_path / "out").exists()
