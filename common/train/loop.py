@@ -26,6 +26,7 @@ from common.train.state import State
 from common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
+STOPPED = 75  # EX_TEMPFAIL: exit code of a run that was asked to stop and saved; the same command continues
 # Where a run computes, not what: a resume may change these. On another mesh it goes on from the same state, equal to rounding.
 FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
 
@@ -121,7 +122,8 @@ class Run:
         that the devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a job calls
         both functions; only the first writes lines.
 
-        On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and the process exits 0.
+        On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and the process exits with `STOPPED`,
+        75: a scheduler runs the same command again, and 0 means finished.
         Raises InputError after `max_skipped` non-finite steps in a row, and when the disk or the data fail; the last
         good state stays on disk, for no state is saved within such a row.
         """
@@ -167,11 +169,12 @@ class Run:
                 if stops and not last:
                     self.checkpoints.wait()
                     progress.console.print(f"stopped at step {n:,} of {total:,}; the same command continues")
-                    raise SystemExit(0)
+                    raise SystemExit(STOPPED)
         if on_finish is not None:
             on_finish(state)
-        if stops:  # asked for in the last step: the next phase or stage is for the same command again
-            raise SystemExit(0)
+        if stops:  # asked for in the last step: what may follow, a phase or a stage, is for the same command again
+            progress.console.print(f"stopped after the last step, {total:,}; the same command continues")
+            raise SystemExit(STOPPED)
         return state
 
     @contextlib.contextmanager
@@ -193,7 +196,7 @@ class Run:
 
 
 class Stop:
-    """Listens for the wish to stop while a `with` block runs; a second Ctrl-C stops at once."""
+    """Handles SIGTERM and Ctrl-C inside the block; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = False

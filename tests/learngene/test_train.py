@@ -239,7 +239,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(compared, gene_config
         return and_stop
 
     monkeypatch.setattr(train, "scorer", stops)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="75"):
         recipe.train(run)
     monkeypatch.setattr(train, "scorer", scorer)
     recipe.train(run)

@@ -82,7 +82,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(donor, distilled, tmp
     monkeypatch.setattr(train, "held_out_loss", stops)
     with pytest.raises(SystemExit) as end:
         main(arguments)
-    assert end.value.code == 0 and not (run / "model").exists()
+    assert end.value.code == 75 and not (run / "model").exists()
     monkeypatch.setattr(train, "held_out_loss", held_out)
     assert main(arguments) == 0
     for path, value in weights_of(distilled).items():

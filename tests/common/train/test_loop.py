@@ -78,7 +78,7 @@ def test_a_stopped_run_continues_to_the_last_bit(train, tmp_path):
         train("parts", Rows({6: lambda: 1 // 0}), **scores)
     with pytest.raises(SystemExit) as stopped:
         train("parts", Rows({11: lambda: os.kill(os.getpid(), signal.SIGTERM)}), **scores)
-    assert stopped.value.code == 0
+    assert stopped.value.code == 75
     assert [line["step"] for line in curve(Run.open(tmp_path / "parts", {"lr": 1e-2}))] == [5, 9, 10]
     # a crash at batch 18, after lines that the checkpoint of step 14 does not know
     with pytest.raises(ZeroDivisionError):
@@ -192,16 +192,17 @@ def test_batches_are_asked_for_in_order_and_once(train):
     assert asked == list(range(TOTAL))
 
 
-def test_a_second_phase_goes_on_where_the_first_ended(train, tmp_path):
+def test_a_second_phase_goes_on_where_the_first_ended(train, capsys):
     asked = []
     with pytest.raises(SystemExit):
         train("phases", Rows({11: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
     # A wish to stop in the last step of a phase: the phase is whole, and what would follow does not begin.
     ended = []
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         on = {TOTAL - 1: lambda: os.kill(os.getpid(), signal.SIGTERM)}
         train("phases", Rows({n: (lambda n=n: asked.append(n)) for n in range(TOTAL - 1)} | on), on_finish=ended.append)
-    assert len(ended) == 1
+    assert len(ended) == 1 and stopped.value.code == 75
+    assert "stopped after the last step, 23; the same command continues" in capsys.readouterr().out
     asked.append(TOTAL - 1)
     data = Rows({n: (lambda n=n: asked.append(n)) for n in range(50)})
     run, state = train("phases", data)
