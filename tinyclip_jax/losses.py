@@ -147,12 +147,12 @@ def _forward_here(target: TargetLogits, axes: tuple[str, ...], image: Any, text:
     start = _Sums(*nothing, *nothing, jnp.zeros(len(text)))
 
     def chunk(sums: _Sums, part: Any) -> tuple[_Sums, _Sums]:
-        image, rows = part
-        logits, wanted = scale * similarity(image, text), target(rows, columns)
+        (image, rows), real = part
+        logits, wanted = (jnp.where(real, x, NEVER) for x in (scale * similarity(image, text), target(rows, columns)))
         return sums.with_more(_Sums.of(logits, wanted, 0)), _Sums.of(logits, wanted, 1)
 
     by_column, by_row = jax.lax.scan(chunk, start, _chunked((image, rows)))
-    by_row = jax.tree.map(lambda x: x.reshape(-1), by_row)
+    by_row = jax.tree.map(lambda x: x.reshape(-1)[: len(image)], by_row)
     by_column = by_column.over(axes)
     loss = (_sum(by_row.cross_entropy.sum(), axes) + by_column.cross_entropy.sum()) / (2 * len(text))
     return loss, _Normalisers(by_row.normaliser, by_row.target_normaliser, by_column.normaliser, by_column.target_normaliser)
@@ -166,12 +166,12 @@ def _backward_here(
     highest = jax.lax.Precision.HIGHEST
 
     def chunk(sums: Any, part: Any) -> tuple[Any, jax.Array]:
-        image, rows, row, target_row = part
+        (image, rows, row, target_row), real = part
         cosines, wanted = similarity(image, everyone), target(rows, columns)
         logits = scale * cosines
         excess = jnp.exp(logits - row[:, None]) - jnp.exp(wanted - target_row[:, None])
         excess += jnp.exp(logits - n.column) - jnp.exp(wanted - n.target_column)
-        excess /= 2 * len(everyone)
+        excess = jnp.where(real, excess, 0) / (2 * len(everyone))
         by_text, by_scale = sums
         by_text += scale * jnp.matmul(excess.T, image, precision=highest)
         return (by_text, by_scale + (excess * cosines).sum()), scale * jnp.matmul(excess, everyone, precision=highest)
@@ -180,14 +180,23 @@ def _backward_here(
     (by_text, by_scale), by_image = jax.lax.scan(chunk, start, _chunked((image, rows, n.row, n.target_row)))
     if axes:
         by_text = jax.lax.psum_scatter(by_text, axes, tiled=True)
-    return by_image.reshape(image.shape), by_text, _sum(by_scale, axes)
+    return by_image.reshape(-1, image.shape[1])[: len(image)], by_text, _sum(by_scale, axes)
 
 
-def _chunked(rows: Any) -> Any:
-    """[n, ...] -> [n / c, c, ...] with the largest c up to CHUNK that divides n."""
+def _chunked(rows: Any) -> tuple[Any, jax.Array]:
+    """[n, ...] -> [chunks, c, ...] in as few chunks of up to CHUNK rows as hold them, the last padded with zeros.
+
+    Second comes a mask of the rows that are real: [chunks, c, 1] bool.
+    """
     n = len(jax.tree.leaves(rows)[0])
-    size = max(c for c in range(1, min(CHUNK, n) + 1) if n % c == 0)
-    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+    chunks = -(-n // CHUNK)
+    size = -(-n // chunks)
+    padding = chunks * size - n
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)]).reshape(chunks, size, *x.shape[1:])
+
+    return jax.tree.map(split, rows), split(jnp.ones((n, 1), bool))
 
 
 def _row_axes() -> tuple[str, ...]:

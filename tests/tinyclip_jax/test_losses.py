@@ -132,7 +132,7 @@ def test_loss_and_gradients_are_the_same_on_1_2_and_8_devices(mimicry):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """Chunks of the largest divisor up to 5 rows."""
+    """Chunks of up to 5 rows."""
     monkeypatch.setattr(losses, "CHUNK", 5)
 
 
@@ -164,6 +164,32 @@ def test_groups_that_span_chunks_and_devices(few_rows):
     np.testing.assert_allclose(gradient, by_hand, rtol=0, atol=2e-6 * float(jnp.abs(by_hand).max()))
 
 
+@pytest.mark.parametrize(("n", "devices"), [(47, 1), (56, 8), (12, 1)])
+def test_a_last_chunk_that_is_short_is_padded_and_the_padding_counts_for_nothing(few_rows, n, devices):
+    """47 rows are a prime number, 8 devices have 7 each; in each case the fewest chunks of up to 5 rows, whatever divides them."""
+    rng = np.random.default_rng(6)
+    features = [unit(rng, n, 8), unit(rng, n, 8), unit(rng, n, 5), unit(rng, n, 5)]
+    expected, by_hand = jax.value_and_grad(whole, argnums=(0, 1, 4))(*features, 20.0, 7.0)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    placed = jax.device_put(features, NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        mimic = jax.jit(jax.value_and_grad(affinity_mimicking, argnums=(0, 1, 4))).lower(*placed, 20.0, 7.0).compile()
+        value, gradients = mimic(*placed, 20.0, 7.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(gradients, by_hand, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * max(1, float(jnp.abs(theirs).max())))
+    rows = {47: 5, 56: 4, 12: 4}[n]
+    assert f"f32[{rows},{n}]" in mimic.as_text() and f"f32[1,{n}]" not in mimic.as_text()
+
+
+def test_padding_is_harmless_where_every_cosine_is_minus_one(few_rows):
+    """A padded row has a logit of 0, e^100 times its column's sum: masked, not multiplied by zero."""
+    image, text = jnp.ones((7, 1)), -jnp.ones((7, 1))
+    value, gradients = jax.value_and_grad(contrastive, argnums=(0, 1, 2))(image, text, 100.0)
+    np.testing.assert_allclose(value, np.log(7), atol=8e-6)  # the spacing of f32 at a logit of 100
+    assert all(bool(jnp.isfinite(g).all()) for g in gradients)
+
+
 def test_no_device_ever_holds_all_pairs(few_rows):
     x = jax.ShapeDtypeStruct((48, 8), "float32")
     both = [
@@ -171,7 +197,7 @@ def test_no_device_ever_holds_all_pairs(few_rows):
         for f in (whole, affinity_mimicking)
     ]
     assert ["f32[48,48]" in text for text in both] == [True, False]
-    assert "f32[4,48]" in both[1]
+    assert "f32[5,48]" in both[1]  # ten chunks, the last padded by two rows
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     with jax.set_mesh(mesh):
