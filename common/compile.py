@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from common.errors import InputError, nearest
-from common.hlo import collectives
+from common.hlo import collectives, summed
 
 GIB = 2**30
 
@@ -158,7 +158,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     """Compile the train step of a recipe for a slice. Raises InputError for a recipe or a slice that does not go together.
 
     Returns fits, devices, bytes_per_device and hbm (bytes), flops (of a step, all devices), collectives {kind: {count, bytes}} (a device's,
-    in a step), step_seconds (an estimate: the longest of its parts at the chip's limits), bound (which part), advice, seconds.
+    in a step), summed {dtype: elements} (what devices add up, gradients above all), step_seconds (an estimate: the longest of its parts at
+    the chip's limits), bound (which part), advice, seconds.
     """
     import jax
 
@@ -183,7 +184,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    found = collectives(compiled.as_text())
+    text = compiled.as_text()
+    found = collectives(text)
     parts = {
         "matmuls": abstract.flops / devices / chip.flops,
         # A rule of thumb: weights, gradients and moments pass through once; activations are written and read.
@@ -191,7 +193,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
         "links": sum(kind["bytes"] for kind in found.values()) / (chip.link / chip.cores),
     }
     bound = max(parts, key=lambda name: parts[name])
-    result |= {"fits": True, "bytes_per_device": needed, "collectives": found, "parts": parts, "bound": bound, "advice": ""}
+    result |= {"fits": True, "bytes_per_device": needed, "collectives": found, "summed": summed(text)}
+    result |= {"parts": parts, "bound": bound, "advice": ""}
     return result | {"step_seconds": parts[bound], "seconds": time.perf_counter() - started}
 
 
@@ -220,6 +223,8 @@ def lines(name: str, result: Mapping[str, Any]) -> list[str]:
         return [*out, f"does not fit: {needed:.2f} GiB a device of {hbm:.2f}; try {result['advice']}"]
     out.append(f"fits: {needed:.2f} GiB a device of {hbm:.2f}")
     out += [f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step" for kind, c in result["collectives"].items()]
+    if result["summed"]:
+        out.append("  devices add up " + ", ".join(f"{n:,} numbers in {dtype}" for dtype, n in sorted(result["summed"].items())))
     parts = ", ".join(f"{part} {1e3 * seconds:.1f} ms" for part, seconds in result["parts"].items())
     out.append(f"{result['flops'] / 1e12:,.3g} TFLOP a step; at the chip's limits: {parts}")
     return [*out, f"so a step is estimated at {1e3 * result['step_seconds']:.1f} ms or more"]

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -40,13 +41,33 @@ BRANCHES = ("to_apply", "calls", "called_computations", "branch_computations", "
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """{kind: {count, bytes}} of one device; bytes are those of whole arrays: what is gathered, scattered, reduced or moved.
 
+    Each counts as often as it runs (`_runs`).
+    """
+    found: dict[str, Counter[str]] = {}
+    for kind, operation, block, times in _runs(text):
+        found.setdefault(kind, Counter()).update(count=times, bytes=times * _moved(kind, operation, block))
+    return {kind: dict(found[kind]) for kind in KINDS if kind in found}
+
+
+def summed(text: str) -> dict[str, int]:
+    """{dtype: elements} that a device's all-reduces and reduce-scatters give it: in which precision devices add."""
+    found: Counter[str] = Counter()
+    for kind, operation, _, times in _runs(text):
+        if kind in ("all-reduce", "reduce-scatter"):
+            for dtype, elements in _arrays(operation.shape):
+                found[dtype] += times * elements
+    return dict(found)
+
+
+def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
+    """(kind, operation, the block around it, how often it runs) of every collective.
+
     The body of a loop counts as often as it runs, once if neither the compiler nor its condition says how often. Of a conditional every
     branch counts. What the compiler split over several operations, to compute meanwhile, has one channel and counts once in its loop.
     """
     blocks, entry = _parse(text)
-    found: dict[str, Counter[str]] = {}
 
-    def visit(block: Block, times: int, seen: set[str]) -> None:
+    def visit(block: Block, times: int, seen: set[str]) -> Iterator[tuple[str, Operation, Block, int]]:
         for operation in block.values():
             kind = operation.kind.removesuffix("-start")
             if kind in KINDS:
@@ -54,16 +75,15 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
                 if channel and channel[1] in seen:
                     continue
                 seen.update(channel.groups() if channel else ())
-                found.setdefault(kind, Counter()).update(count=times, bytes=times * _moved(kind, operation, block))
+                yield kind, operation, block, times
             elif kind == "while":
                 (body,), (condition,) = operation.called("body"), operation.called("condition")
-                visit(blocks[body], times * (_trips(operation, block, blocks.get(condition, {})) or 1), set())
+                yield from visit(blocks[body], times * (_trips(operation, block, blocks.get(condition, {})) or 1), set())
             elif kind not in ("async-update", "async-done"):  # these name again what async-start calls
                 for name in operation.called(*BRANCHES):
-                    visit(blocks.get(name, {}), times, seen)
+                    yield from visit(blocks.get(name, {}), times, seen)
 
-    visit(blocks[entry], 1, set())
-    return {kind: dict(found[kind]) for kind in KINDS if kind in found}
+    yield from visit(blocks[entry], 1, set())
 
 
 def _parse(text: str) -> tuple[dict[str, Block], str]:
@@ -91,8 +111,12 @@ def _moved(kind: str, operation: Operation, block: Block) -> int:
 
 
 def _bytes(shape: str) -> int:
-    arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-    return sum(WIDTHS.get(dtype, 0) * prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays)
+    return sum(WIDTHS.get(dtype, 0) * elements for dtype, elements in _arrays(shape))
+
+
+def _arrays(shape: str) -> list[tuple[str, int]]:
+    """(dtype, elements) of each array of a shape."""
+    return [(dtype, prod(map(int, filter(None, dims.split(","))))) for dtype, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)]
 
 
 def _trips(loop: Operation, block: Block, condition: Block) -> int | None:

@@ -16,6 +16,7 @@ from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, z
 from common.nn.mlp import ACTIVATIONS
 from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
+from common.nn.precision import add, lookup
 from common.surgery.axes import Spec
 from common.surgery.report import attention_macs, count, kernel_macs
 from learngene.expand import linear_coefficients, unrolled_map
@@ -209,9 +210,9 @@ class Vit(nnx.Module):
     def embed(self, images: jax.Array) -> jax.Array:
         """Tokens in front, patches behind: [batch, token, embed]."""
         x = self.patch(images)
-        x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
+        x = add(x, self.position[...].reshape(-1, x.shape[-1]))
         front = [token() for token in (self.class_token, self.distillation_token) if token is not None]
-        tokens = [jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, x.shape[-1])) for token in front]
+        tokens = [jnp.broadcast_to(token, (len(x), 1, x.shape[-1])).astype(x.dtype) for token in front]
         return jnp.concatenate([*tokens, x], axis=1) if tokens else x
 
     def classify(self, x: jax.Array) -> jax.Array:
@@ -242,7 +243,7 @@ def unrolled(blocks: nnx.Module, cfg: VitConfig) -> nnx.Module:
     graph, state = nnx.split(blocks)
     if cfg.gene == "sws":
         rows = np.asarray(unrolled_map(cfg.layout))
-        return nnx.merge(graph, jax.tree.map(lambda x: jnp.take(x, rows, axis=0), state))
+        return nnx.merge(graph, jax.tree.map(lambda x: lookup(x, rows), state))
     line = jnp.asarray(linear_coefficients(cfg.depth))
     return nnx.merge(graph, jax.tree.map(lambda x: jnp.tensordot(line.astype(x.dtype), x, axes=1), state))
 

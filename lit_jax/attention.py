@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from common.errors import InputError
 from common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
+from common.nn.precision import add, product
 from common.train.mesh import ROWS
 from lit_jax.kernels import choice
 from lit_jax.linear_attention import Implementation, linear_attention
@@ -55,9 +56,8 @@ class LinearAttention(nnx.Module):
         options |= dict(implementation=self.implementation, shards=_shards(len(x), self.heads))
         if feature_major:
             mixed = linear_attention(query, key, value, layout="bhdn", **options)
-            kernel = self.out.kernel[...]
-            y = jnp.einsum("bhdn,hde->bne", mixed.astype(kernel.dtype), kernel)
-            return y if self.out.bias is None else y + self.out.bias[...].astype(y.dtype)
+            y = product("bhdn,hde->bne", mixed, self.out.kernel[...])
+            return y if self.out.bias is None else add(y, self.out.bias[...])
         if self.features != "relu":
             query, key = self.map(query), self.map(key)
             options |= dict(feature_map="none", feature_offset=0.0)
@@ -99,9 +99,8 @@ class Depthwise(nnx.Module):
 
 def _feature_major(dense: Dense, x: jax.Array) -> jax.Array:
     """`dense` from [batch, token, embed] to [batch, head, head_dim, token]."""
-    kernel = dense.kernel[...]
-    y = jnp.einsum("bne,ehd->bhdn", x.astype(kernel.dtype), kernel)
-    return y if dense.bias is None else y + dense.bias[...][..., None].astype(y.dtype)
+    y = product("bne,ehd->bhdn", x, dense.kernel[...])
+    return y if dense.bias is None else add(y, dense.bias[...][..., None])
 
 
 def _shards(batch: int, heads: int) -> PartitionSpec | None:

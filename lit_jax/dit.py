@@ -16,6 +16,7 @@ from common.nn.dense import Dense, Sizes, normal, param, xavier_uniform, zeros
 from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
 from common.nn.position import sincos
+from common.nn.precision import lookup
 from common.surgery.axes import Spec
 from common.surgery.report import attention_macs, count, kernel_macs
 from lit_jax.attention import Features, Filters, LinearAttention
@@ -189,7 +190,7 @@ class LabelEmbed(nnx.Module):
         self.table = param("label -> embed", sizes, normal(0.02), rngs)
 
     def __call__(self, labels: jax.Array) -> jax.Array:
-        return self.table[...][labels]
+        return lookup(self.table[...], labels)
 
 
 def time_features(t: jax.Array, divisor: int = FREQUENCIES // 2) -> jax.Array:

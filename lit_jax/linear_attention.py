@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from common.errors import InputError
+from common.nn.precision import rounded
 from lit_jax.kernels import PLATFORMS, FeatureMap, Known, Layout, Order, Problem, choice
 from lit_jax.kernels.xla import check_branch, depthwise
 
@@ -192,7 +193,7 @@ def _forward(
 def _backward(run: _Run, residuals: Any, grad: jax.Array) -> Any:
     q, k, v, weight, bias, known = residuals
     dq, dk, dv, dweight, dbias = run.backward(q, k, v, weight, known, grad)
-    return dq, dk, dv, None if weight is None else dweight.astype(weight.dtype), None if bias is None else dbias.astype(bias.dtype)
+    return dq, dk, dv, None if weight is None else rounded(dweight, weight), None if bias is None else rounded(dbias, bias)
 
 
 _attend.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
 from common.nn.mlp import ACTIVATIONS
 from common.nn.norm import LayerNorm
 from common.nn.patch import PatchEmbed
+from common.nn.precision import add, lookup
 from common.surgery.axes import Spec
 from common.surgery.report import attention_macs, count, kernel_macs
 from common.train.optim import is_statistic
@@ -177,7 +178,7 @@ class ImageTower(nnx.Module):
     def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
-        x = x + self.position[...].reshape(-1, x.shape[-1]).astype(x.dtype)
+        x = add(x, self.position[...].reshape(-1, x.shape[-1]))
         x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1), keep)
         x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
         return self.projection(self.post_norm(x[:, 0], keep))
@@ -200,7 +201,7 @@ class TextTower(nnx.Module):
 
     def __call__(self, tokens: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.token(tokens)
-        x = x + self.position[: tokens.shape[1]].astype(x.dtype)
+        x = add(x, self.position[: tokens.shape[1]])
         x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
         end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
         # Pooling before the norm gives the same row and spares normalising the others.
@@ -227,7 +228,7 @@ class TokenTable(nnx.Module):
         self.table = param("vocab -> embed", sizes, normal(0.02), rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.table[...][tokens]
+        return lookup(self.table[...], tokens)
 
 
 class Clip(nnx.Module):

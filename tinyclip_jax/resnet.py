@@ -13,6 +13,7 @@ from common.nn.block import Remat, run
 from common.nn.conv import Conv
 from common.nn.dense import Dense, normal, param, zeros
 from common.nn.norm import BatchNorm
+from common.nn.precision import add
 from common.surgery.axes import Spec, select
 from common.surgery.maps import first
 from common.surgery.plan import Maps
@@ -121,8 +122,8 @@ class AttentionPool(nnx.Module):
         self.attend = softmax(kernel=kernel)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        mean = x.mean((1, 2))[:, None] + self.cls_position[...].astype(x.dtype)
-        grid = (x + self.position[...].astype(x.dtype)).reshape(len(x), -1, x.shape[-1])
+        mean = add(x.mean((1, 2))[:, None], self.cls_position[...])
+        grid = add(x, self.position[...]).reshape(len(x), -1, x.shape[-1])
         tokens = jnp.concatenate([mean, grid], axis=1)
         # Only the first token's answer is used, so only its question is asked.
         return self.out(self.attend(self.query(mean), self.key(tokens), self.value(tokens)))[:, 0]

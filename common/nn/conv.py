@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from common.nn.dense import Init, param, uniform_fan_in
+from common.nn.precision import add, convolve
 
 
 class Conv(nnx.Module):
@@ -30,7 +31,5 @@ class Conv(nnx.Module):
         self.stride, self.padding = stride, padding or (size // 2, (size - 1) // 2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        strides, padding = (self.stride, self.stride), (self.padding, self.padding)
-        y = jax.lax.conv_general_dilated(x.astype(kernel.dtype), kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        y = convolve(x, self.kernel[...], self.stride, self.padding)
+        return y if self.bias is None else add(y, self.bias[...])

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from math import prod
+from string import ascii_letters
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.nn.precision import add, product
 from common.surgery.axes import Axes
 
 Sizes = Mapping[str, Any]
@@ -81,5 +83,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=self.rank)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        lead = x.ndim - self.rank
+        names = ascii_letters[: lead + kernel.ndim]  # of x's leading axes, then of the kernel's
+        read, written = names[: x.ndim], names[:lead] + names[x.ndim :]
+        y = product(f"{read},{names[lead:]}->{written}", x, kernel)
+        return y if self.bias is None else add(y, self.bias[...])

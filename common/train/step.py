@@ -27,12 +27,14 @@ MATMUL_ROLES = ("kernel", "table")  # the parameters that meet activations in a 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is taken; what it minimises is the loss function's affair."""
+    """How a step is taken; the loss function is passed separately."""
 
     accumulate: int = 1
     """Micro-batches one after the other whose gradients are averaged into one update."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Precision of matmuls and activations. Parameters, gradients and optimizer are float32 in any case."""
+    """Precision of matmuls and activations. Parameters and optimizer are float32 in any case, and gradients are summed over rows, devices
+    and micro-batches in float32; that of a kernel or table is rounded to this precision once, when its sum over the devices is complete
+    (`common.nn.precision`)."""
     ema: float | None = None
     """Decay of the moving average of the parameters, such as 0.9999; None keeps no average."""
     seed: int = 0

@@ -31,9 +31,11 @@ def backward(
     dq, dk, dv = _backward_quadratic(q, k, v, grad, *how) if known is None else _backward_linear(q, k, v, known, grad, *how)
     dweight = dbias = None
     if weight is not None:
-        bias = jnp.zeros(weight.shape[-1], _accumulator(v))
-        _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), v.astype(_accumulator(v)), weight, bias)
-        through, dweight, dbias = back(grad.astype(_accumulator(v)))
+        wide = _accumulator(v)
+        # The weight, too: its gradient is summed over devices after this, and would be rounded before.
+        given = v.astype(wide), weight.astype(wide), jnp.zeros(weight.shape[-1], wide)
+        _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), *given)
+        through, dweight, dbias = back(grad.astype(wide))
         dv = dv + through
     dq, dk = _mask(dq, q, problem.feature_map), _mask(dk, k, problem.feature_map)
     dq, dk, dv = (_as_given(x.astype(v.dtype), problem) for x in (dq, dk, dv))

@@ -21,6 +21,7 @@ def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path
     assert result["fits"] and result["devices"] == 4
     assert 0 < result["bytes_per_device"] < result["hbm"] == 15.75 * 2**30
     assert result["collectives"]["all-reduce"]["bytes"] > 0, "gradients of rows on four chips are summed"
+    assert result["summed"].keys() == {"f32"}, "whatever the step computes in"
     assert result["step_seconds"] == max(result["parts"].values()) > 0
 
 
