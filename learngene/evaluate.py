@@ -17,7 +17,7 @@ from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.nn.functional import functional
-from common.train.mesh import MeshConfig, replicated, start
+from common.train.mesh import MeshConfig, replicated, split_rows, start
 from common.train.parameters import load_params
 from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
@@ -52,7 +52,8 @@ def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh
 
     def score(params: Mapping[str, Any]) -> dict[str, float]:
         with jax.set_mesh(mesh):
-            total = np.sum([np.asarray(count(params, batch["image"], batch["label"]), np.float64) for batch in held_out], axis=0)
+            counts = (count(params, split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out)
+            total = np.sum([np.asarray(part, np.float64) for part in counts], axis=0)
         *sums, damaged = total.tolist()
         if damaged:
             raise InputError(

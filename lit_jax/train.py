@@ -25,7 +25,7 @@ from common.surgery.graft import graft
 from common.surgery.plan import Resolution
 from common.surgery.report import provenance
 from common.train.loop import Run
-from common.train.mesh import MeshConfig, replicated, shardings, start
+from common.train.mesh import MeshConfig, replicated, shardings, split_rows, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
 from common.train.parameters import best, load_params, save_params
@@ -274,17 +274,25 @@ def held_out_loss(cfg: Config, student: Functional, mesh: Mesh) -> Callable[[Map
     noise = jax.random.normal(jax.random.key(1), clean.shape)
     noisy = add_noise(schedule, clean, step, noise)
 
+    errors, columns = noise_errors(student, mesh), [np.asarray(x) for x in (noisy, step, batch["label"], noise)]
+
+    def score(params: Mapping[str, Any]) -> dict[str, float]:
+        with jax.set_mesh(mesh):
+            parts = [[x[i : i + ROWS] for x in columns] for i in range(0, n, ROWS)]
+            rows = [np.asarray(errors(params, *(split_rows(x, mesh) for x in part)))[: len(part[0])] for part in parts]
+        return {"mse": float(np.concatenate(rows).mean())}
+
+    return score
+
+
+def noise_errors(student: Functional, mesh: Mesh) -> Callable[..., jax.Array]:
+    """`(params, noisy, step, labels, noise) -> [row]`: the mean squared error of each row's predicted noise."""
+
     @partial(jax.jit, out_shardings=replicated(mesh))
     def errors(params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
         return jnp.square(split(student.apply(params, noisy, step, labels)).noise - noise).mean((1, 2, 3))
 
-    def score(params: Mapping[str, Any]) -> dict[str, float]:
-        with jax.set_mesh(mesh):
-            parts = [[x[i : i + ROWS] for x in (noisy, step, batch["label"], noise)] for i in range(0, n, ROWS)]
-            rows = [np.asarray(errors(params, *part)) for part in parts]
-        return {"mse": float(np.concatenate(rows).mean())}
-
-    return score
+    return errors
 
 
 def initial(cfg: Config, student: Functional, donor: Donor | None, place: Mapping[str, Any] | None) -> dict[str, jax.Array]:

@@ -124,7 +124,7 @@ def head_dim(c: ImageConfig | TextConfig) -> int:
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
             raise InputError(f"{name} has {len(sizes)} numbers for {c.layers} layers: give one for each")
-    if c.head_dim is not None:
+    if c.head_dim is not None and c.heads != 0:
         return c.head_dim
     if isinstance(c.heads, tuple):
         raise InputError("heads that differ from layer to layer need a head_dim: set it (64 in every published model)")

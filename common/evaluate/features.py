@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.errors import InputError
-from common.train.mesh import batch_sharding, replicated
+from common.train.mesh import replicated, split_rows
 
 Embed = Callable[[Mapping[str, Any], Any], jax.Array]
 
@@ -25,22 +25,17 @@ def finite(values: np.ndarray, what: str) -> np.ndarray:
 
 
 def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
-    """`function(params, rows) -> [rows, joint]` compiled once for `size` rows over the mesh.
+    """`function(params, rows) -> [rows, joint]` compiled once for `size` rows, which the devices share out among them.
 
     The result takes any number of rows up to `size`: short batches are padded and the padding is cut off again, so every
     example counts once. `size` is rounded up to what the mesh divides.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-size // shards) * shards
-    rows = batch_sharding(mesh)
     compiled = jax.jit(function, out_shardings=replicated(mesh))
 
     def embed(params: Mapping[str, Any], batch: np.ndarray) -> np.ndarray:
         padded = np.zeros((size, *batch.shape[1:]), batch.dtype)
         padded[: len(batch)] = batch
-        # Every host holds all rows and hands over those of its own devices.
-        placed = jax.make_array_from_callback(padded.shape, rows, lambda index: padded[index])
         with jax.set_mesh(mesh):
-            return np.asarray(compiled(params, placed))[: len(batch)]
+            return np.asarray(compiled(params, split_rows(padded, mesh)))[: len(batch)]
 
     return embed

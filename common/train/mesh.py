@@ -5,8 +5,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common.errors import InputError
@@ -65,6 +67,16 @@ def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`; the other dimensions whole."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def split_rows(array: np.ndarray, mesh: Mesh, fill: Any = 0) -> jax.Array:
+    """An array that every process holds whole, its rows split over `data` and `fsdp`: how evaluation shares its batches out.
+
+    Rows of `fill` are added at the end until the mesh divides them; whoever uses the result masks them, or cuts theirs off.
+    """
+    missing = -len(array) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    padded = np.concatenate([array, np.full((missing, *array.shape[1:]), fill, array.dtype)]) if missing else array
+    return jax.make_array_from_callback(padded.shape, batch_sharding(mesh), lambda index: padded[index])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
