@@ -4,6 +4,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
@@ -38,10 +39,19 @@ def positive(cfg: Any, *fields: str, most: int = 2**30) -> None:
     for name in fields:
         given = getattr(cfg, name)
         for value in given if isinstance(given, tuple) else (given,):
-            if value < 1:
+            if not value >= 1:  # nor is NaN
                 raise InputError(f"{name} is {value}: choose 1 or more")
             if value > most:
                 raise InputError(f"{name} is {value}: choose {most} or less")
+
+
+def between(cfg: Any, *fields: str, least: float = 0.0, below: float = inf) -> None:
+    """Raises InputError for the first of these fields of a config that is not a number in [least, below). None is no number to check."""
+    for name in fields:
+        value = getattr(cfg, name)
+        if value is not None and not least <= value < below:  # nor is NaN
+            wanted = f"a finite number, {least:g} or more" if below == inf else f"a number from {least:g} to below {below:g}"
+            raise InputError(f"{name} is {value}: choose {wanted}")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from common.data.labelled import open_labelled, write_labels
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.preprocess import Preprocess
 from common.data.sources import SourceConfig
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.functional import Functional, functional
 from common.surgery.graft import graft
 from common.surgery.plan import Plan, Resolution
@@ -97,6 +97,10 @@ class Config:
     log_every: int = 100
     eval_every: int = 2500
     save_every: int = 2500
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "log_every", "eval_every", "save_every")
+        positive(self.pipeline, "batch")
 
     @property
     def family(self) -> Family:

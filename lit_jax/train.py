@@ -19,7 +19,7 @@ from common.data.labelled import open_labelled
 from common.data.pipeline import PipelineConfig, training_batches
 from common.data.sources import SourceConfig
 from common.diffusion import add_noise, linear_schedule
-from common.errors import InputError, remark
+from common.errors import InputError, positive, remark
 from common.nn.functional import Functional, functional
 from common.surgery.graft import graft
 from common.surgery.plan import Resolution
@@ -88,6 +88,10 @@ class Config:
     eval_every: int = 10_000
     """Steps between two sample grids, RUN/samples/STEP.png, and scores on held-out data."""
     save_every: int = 10_000
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "log_every", "eval_every", "save_every")
+        positive(self.pipeline, "batch")
 
     def train(self, directory: Path) -> None:
         train(self, directory)

@@ -21,7 +21,7 @@ from common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, 
 from common.data.preprocess import Preprocess
 from common.data.sources import Source, SourceConfig, open_source
 from common.data.text import Tokenizer
-from common.errors import InputError
+from common.errors import InputError, positive
 from common.nn.functional import Functional, functional
 from common.surgery.axes import Spec, matches
 from common.surgery.graft import graft
@@ -86,6 +86,9 @@ class Stage:
     """Steps of linear warm-up; with masks their phase is the warm-up."""
     masks: MaskConfig = field(default_factory=MaskConfig)
 
+    def __post_init__(self) -> None:
+        positive(self, "steps")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -127,6 +130,10 @@ class Config:
     student, steps, warm-up and masks."""
     stage: int = 0
     """The one stage to run; 0: all in turn, from the first that is not finished."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "log_every", "eval_every", "save_every")
+        positive(self.pipeline, "batch")
 
     def train(self, directory: Path) -> None:
         for cfg, folder in self._in_turn(directory):

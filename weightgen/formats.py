@@ -1,6 +1,7 @@
 """Generators as weights folders: how the rest of heirloom opens, counts and describes them."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -13,15 +14,14 @@ from common.checkpoint.verify import Check
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.report import kernel_macs
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig, VaeConfig
+from common.typed import from_json
+from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import Bank
-from weightgen.denoiser import DenoiserConfig
 from weightgen.generator import Generator, GeneratorConfig
 from weightgen.nets import MODULES, NetConfig
 from weightgen.reference import Reference, ReferenceConfig
 from weightgen.tokens import TokenSpec
-from weightgen.unet import UnetConfig
 from weightgen.zoo import Zoo
 
 COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
@@ -29,13 +29,14 @@ COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "a
 
 def config(model: Mapping[str, Any]) -> GeneratorConfig:
     """From the `model` of a config.json."""
-    try:
-        parts = {"net": NetConfig, "denoiser": DenoiserConfig, "codec": TokenVaeConfig, "encoder": SetConfig}
-        read = {name: part and kind(**part) for name, kind in parts.items() for part in [model[name]]}
-        cut = model["cut"] and TokenSpec.of(model["cut"]["pieces"])
-        return GeneratorConfig(**{**model, **read, "cut": cut})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"config.json is not that of a generator of weights ({error}); train it again") from error
+    cfg = from_json(GeneratorConfig, model)
+    if cfg.cut is None:
+        return cfg
+    if not cfg.cut.pieces:
+        raise InputError("config.json: model.cut.pieces is empty: there is nothing to generate")
+    if (cut := TokenSpec.of([asdict(piece) for piece in cfg.cut.pieces])) != cfg.cut:
+        raise InputError(f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {cut.rows} x {cut.length}")
+    return cfg
 
 
 def companions(donor: Donor, destination: Path, format: str) -> None:
@@ -68,13 +69,7 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
 def _simple(name: str, module: Any, config: Any) -> Family:
     """A family of ours without foreign formats, whose matmuls each count once."""
 
-    def read(model: Mapping[str, Any]) -> Any:
-        try:
-            return config(**model)
-        except TypeError as error:
-            raise InputError(f"config.json does not describe a {name} ({error}); make it again") from error
-
-    return Family(name, module, read, (), companions, verify, parameters, _once)
+    return Family(name, module, lambda model: from_json(config, model), (), companions, verify, parameters, _once)
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
@@ -84,16 +79,7 @@ def network(cfg: NetConfig, *, rngs: Any) -> Any:
 
 def reference_config(model: Mapping[str, Any]) -> ReferenceConfig:
     """From the `model` of a config.json."""
-    try:
-        parts = {"vae": VaeConfig, "unet": UnetConfig, "features": SetConfig, "net": NetConfig}
-        read = {name: part and kind(**_tuples(part)) for name, kind in parts.items() for part in [model[name]]}
-        return ReferenceConfig(**{**model, **read})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"config.json is not that of a reference generator ({error}); train it again") from error
-
-
-def _tuples(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+    return from_json(ReferenceConfig, model)
 
 
 def _once(cfg: Any, spec: Spec) -> int:

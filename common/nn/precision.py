@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Saved = tuple[jax.Array, jax.Array]  # both operands, or their gradients
 
@@ -74,13 +75,13 @@ def _convolve_backward(stride: int, padding: tuple[int, int], saved: Saved, grad
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+def lookup(table: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
     """`table[index]`, rows of a table [row, ...] by int indices of any shape."""
     return _lookup(table, index) if _narrow(table) else table[index]
 
 
 @jax.custom_vjp
-def _lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+def _lookup(table: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
     return table[index]
 
 

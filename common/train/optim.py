@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from common.errors import InputError, nearest
+from common.errors import InputError, between, nearest
 from common.surgery.axes import Leaf, Spec, matches, select
 
 # The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
@@ -49,6 +49,10 @@ class OptimConfig:
     """Path patterns of parameters that are never updated."""
     clip: float | None = 5.0
     """Greatest L2 norm of the gradient, over all trained parameters together."""
+
+    def __post_init__(self) -> None:
+        between(self, "lr", "warmup", "eps", "weight_decay", "clip")
+        between(self, "b1", "b2", below=1.0)
 
 
 def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:

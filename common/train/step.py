@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.errors import InputError
+from common.errors import InputError, between, positive
 from common.surgery.axes import Spec
 from common.train.mesh import ROWS, batch_sharding, replicated, shardings
 from common.train.optim import is_statistic
@@ -41,6 +41,10 @@ class StepConfig:
     """Seed of the noise inside the loss; step n draws from fold_in(seed, n)."""
     max_skipped: int = 100
     """Stop the run after so many non-finite steps in a row."""
+
+    def __post_init__(self) -> None:
+        positive(self, "accumulate", "max_skipped")
+        between(self, "ema", below=1.0)
 
 
 @dataclass(frozen=True)
