@@ -184,8 +184,8 @@ def _arguments(found: Found) -> dict[str, Any]:
 
 
 def _write_fair(cfg: DitConfig, folder: Path) -> None:
-    told = {"heads": cfg.heads, "classes": cfg.classes, "prediction": "noise"}
-    write_json(folder / SIDECAR, told | ({"features": cfg.features} if cfg.attention == "linear" else {}))
+    known = {"heads": cfg.heads, "classes": cfg.classes, "prediction": "noise"}
+    write_json(folder / SIDECAR, known | ({"features": cfg.features} if cfg.attention == "linear" else {}))
 
 
 def _read_diffusers(found: Found) -> Read | None:

@@ -115,10 +115,13 @@ def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> 
             ahead = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels))
 
         def denoise(x: jax.Array, i: jax.Array) -> Prediction:
-            told = modulations(jnp.full(len(unique), times[i]), unique) if ahead is None else jax.tree.map(lambda x: x[..., i, :, :], ahead)
+            if ahead is None:
+                modulation = modulations(jnp.full(len(unique), times[i]), unique)
+            else:
+                modulation = jax.tree.map(lambda x: x[..., i, :, :], ahead)
 
             def predict(rows: jax.Array) -> Prediction:
-                return split(model.apply(params, x, Modulation(*(m[..., rows, :] for m in told)), method="denoise"))
+                return split(model.apply(params, x, Modulation(*(m[..., rows, :] for m in modulation)), method="denoise"))
 
             if how.guidance == 1:
                 return predict(which)

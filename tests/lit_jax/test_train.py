@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -13,20 +15,23 @@ from flax import nnx
 from PIL import Image
 
 from common.checkpoint import weights
+from common.checkpoint.convert import open_donor
 from common.checkpoint.weights import open_safetensors, read_json
 from common.cli import main
 from common.data import emoji
 from common.data.labelled import open_labelled
+from common.data.sources import SourceConfig
 from common.errors import InputError
 from common.evaluate import generated
 from common.evaluate.extractor import Extractor
 from common.evaluate.inception import Features, InceptionConfig
 from common.nn.dense import Dense
 from common.nn.functional import functional
-from lit_jax import evaluate, train
+from lit_jax import autoencoder_layouts, evaluate, train
 from lit_jax.data import Pixels, adm_crop
 from lit_jax.decode import Pictures
 from lit_jax.dit import Dit, DitConfig
+from lit_jax.origin import origin_of, read_origin, write_origin
 
 SIZES = ["--student.size", "8", "--student.width", "16", "--student.hidden", "32", "--student.layers", "2", "--student.heads", "2"]
 SHORT = ["--pipeline.batch", "8", "--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "2", "--optim.warmup", "2"]
@@ -114,6 +119,53 @@ def test_a_trained_run_draws(distilled, tmp_path):
     assert main([*command, "--json", str(tmp_path / "drawn.json")]) == 0
     assert read_json(tmp_path / "drawn.json")["labels"] == [3, 3, 3, 1, 1, 1]
     assert Image.open(out).size == (240, 160)  # 3 x 2 pictures of 8 px, enlarged ten times
+
+
+AUTOENCODER = Path(__file__).parents[1] / "golden" / "autoencoder"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Random moments for latents of 8 x 8, by the golden autoencoder."""
+    path, rng = tmp_path / "cache", np.random.default_rng(0)
+    path.mkdir()
+    np.save(path / "moments.npy", rng.standard_normal((12, 2, 8, 8, 8)).astype(np.float16))
+    np.save(path / "label.npy", np.arange(12, dtype=np.int32) % 3)
+    write_origin(path, origin_of(open_donor(AUTOENCODER, [autoencoder_layouts.FAMILY]), "golden"))
+    return path
+
+
+def other_factor(tmp_path):
+    """The same autoencoder with another scaling factor."""
+    folder = Path(shutil.copytree(AUTOENCODER, tmp_path / "other"))
+    (folder / "config.json").write_text(json.dumps(read_json(AUTOENCODER / "config.json") | {"scaling_factor": 0.5}))
+    return str(folder)
+
+
+def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_path, capsys):
+    data = ["--data.path", str(cache), "--data.image=", "--data.text=", "--data.split=", "--data.columns", "moments"]
+    recipe = ["--held-out.path=", "--label", "label", "--student.channels", "4", "--student.classes", "3", "--samples", "0"]
+    run, command = tmp_path / "run", [*SIZES, *SHORT, *data, *recipe]
+    wrong = other_factor(tmp_path)
+    assert main(["train", "lit/smoke", "--run", str(run), *command, "--autoencoder", wrong]) == 2
+    error = capsys.readouterr().err
+    factor = read_json(AUTOENCODER / "config.json")["scaling_factor"]
+    assert f"of golden with scaling_factor {factor:g}" in error and "with 0.5" in error and error.count("\n") == 1
+    assert main(["train", "lit/smoke", "--run", str(run), *command]) == 0
+    assert read_origin(run / "model") == read_origin(cache)
+    assert main(["sample", str(run), "--class", "1", "--steps", "2", "--autoencoder", wrong]) == 2
+    assert "use the same autoencoder for both" in capsys.readouterr().err
+
+    cfg = train.Config(data=SourceConfig(str(cache)), held_out=SourceConfig(str(tmp_path / "held_out")))
+    shutil.copytree(cache, tmp_path / "held_out")
+    assert train.latents_of(cfg) == read_origin(cache) and capsys.readouterr().out == ""
+    old = asdict(read_origin(cache).cfg)  # as caches of an earlier version say it
+    (cache / "autoencoder.json").write_text(json.dumps(old))
+    assert train.latents_of(cfg).cfg == read_origin(tmp_path / "held_out").cfg
+    assert "a cache of an earlier version, which does not say which autoencoder made it" in capsys.readouterr().out
+    (tmp_path / "held_out" / "autoencoder.json").write_text(json.dumps(old | {"scaling_factor": 0.5}))
+    with pytest.raises(InputError, match=r"with scaling_factor .*held_out of an autoencoder with 0.5"):
+        train.latents_of(cfg)
 
 
 def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_path, monkeypatch):
@@ -285,8 +337,6 @@ def test_scores_need_features_and_a_reference(distilled, capsys):
 
 
 def test_names_of_classes_become_numbers_in_alphabetical_order():
-    from common.data.sources import SourceConfig
-
     source = open_labelled(SourceConfig("emoji:noto", split="test"), "group", 9)
     groups = sorted(
         {"activities", "animals-nature", "flags", "food-drink", "objects", "people-body", "smileys-emotion", "symbols", "travel-places"}
