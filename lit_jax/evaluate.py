@@ -19,7 +19,7 @@ from common.evaluate.generated import LEAST, Reference, check_reference, evaluat
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
 from lit_jax.data import cropped
-from lit_jax.decode import open_pictures, say
+from lit_jax.decode import open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.drawn import Drawn
 from lit_jax.generate import SEEDS, draw_batches
@@ -60,8 +60,6 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
-    for remark in donor.remarks:
-        say(f"{donor.path}: {remark}")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (README: Evaluate)")

@@ -14,7 +14,7 @@ from common.checkpoint.convert import Donor
 from common.errors import InputError
 from common.train.mesh import MeshConfig, start
 from common.train.parameters import load_params
-from lit_jax.decode import Pictures, open_pictures, say
+from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys, save_grid
@@ -31,8 +31,6 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
-    for remark in donor.remarks:
-        say(f"{donor.path}: {remark}")
     how = config.parse(looks(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     if args.count < 1:
         raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")

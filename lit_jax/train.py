@@ -194,11 +194,8 @@ def abstract(cfg: Config, mesh: Mesh) -> Abstract:
 
 
 def opened(source: str) -> Donor | None:
-    """The checkpoint a config names, if it names one; what in it is guessed is printed."""
-    donor = open_dit(source) if source else None
-    for remark in donor.remarks if donor else ():
-        say(f"{source}: {remark}")
-    return donor
+    """The checkpoint a config names, if it names one."""
+    return open_dit(source) if source else None
 
 
 def latents_of(cfg: Config, *models: Donor | None) -> Origin | None:
