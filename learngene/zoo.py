@@ -15,7 +15,6 @@ from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
 
-
 def companions(donor: Donor, destination: Path, format: str) -> None:
     """Carry a checkpoint's preprocessing and class names to another folder, in the words of `format`."""
     carry_preprocess(donor, destination, format)

@@ -29,7 +29,7 @@ MODULES = (beit, deit, eva, vision_transformer, vision_transformer_hybrid, visio
 CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
 ACTIVATIONS = {get_act_layer(name): name for name in ("gelu", "gelu_tanh", "quick_gelu")} | {torch.nn.GELU: "gelu"}
 # Of loading and feature extraction, not of the model.
-OTHERS = ("pretrained_filter_fn", "pretrained_strict", "feature_cfg", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "kwargs_filter")
+OTHERS = ("pretrained_filter_fn", "pretrained_strict", "feature_cfg", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 class Stop(Exception):
