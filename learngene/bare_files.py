@@ -1,4 +1,4 @@
-"""ViTs in files without a config: DeiT's, timm's trainer's, and the genes of SWS and TLEG. What shapes cannot tell is guessed and said."""
+"""ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. What shapes cannot tell is guessed, and said."""
 
 import re
 from collections.abc import Mapping
@@ -70,8 +70,8 @@ def check_square(cfg: VitConfig, tensors: Tensors) -> None:
     positions = tensors["pos_embed"].shape[1]
     if positions != cfg.grid**2 + cfg.prefix:
         raise InputError(
-            f"has {positions} positions, which are not a square of patches and {cfg.prefix} tokens in front: only square pictures are "
-            "read, and only tokens with a position"
+            f"has {positions} positions, which are not a square of patches and {cfg.prefix} tokens in front: only square pictures "
+            "are read, and only tokens with a position"
         )
 
 

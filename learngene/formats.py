@@ -37,7 +37,7 @@ LOOKALIKES = (
     Lookalike("decoder.decoder_layers.*", f"a masked autoencoder (ViTMAE); {_CLASSIFIER}"),
     Lookalike("embeddings.distillation_token", f"a DeiT without its classifier (DeiTModel); {_CLASSIFIER}"),
     Lookalike("encoder.layer.*.layernorm_before.weight", f"a ViT without its classifier (ViTModel); {_CLASSIFIER}"),
-    Lookalike("encoder.layers.encoder_layer_*", "a ViT of torchvision, whose names are not read; take the model from timm or transformers"),
+    Lookalike("encoder.layers.encoder_layer_*", "a ViT of torchvision, which is not read; take one of timm or transformers"),
 )
 
 

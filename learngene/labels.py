@@ -31,7 +31,7 @@ def labels_of(donor: Donor) -> tuple[str, ...] | None:
     if names is None or all(re.fullmatch(rf"(?i)label_{i}", name) for i, name in enumerate(names)):
         return None
     if len(names) != donor.cfg.classes:
-        raise InputError(f"{file} has {len(names)} class names, the model {donor.cfg.classes} classes: give one for each, or remove them")
+        raise InputError(f"{file} has {len(names)} class names, and the model {donor.cfg.classes} classes: give one for each, or none")
     return names
 
 

@@ -103,8 +103,9 @@ def _pooling(args: Fields) -> dict[str, Any]:
     average = args.choice("global_pool", {"token": False, "avg": True}, "token")
     if not average:
         args.fixed("fc_norm", None, False, feature="a norm of the class token alone")
-    if (not token and (distilled or not average)) or (distilled and average):
-        raise InputError(f"{args.where}: timm builds no {args.text('class')} with class_token {token} and global_pool {average and 'avg'}")
+    if (average and distilled) or not (token or (average and not distilled)):
+        pool = "avg" if average else "token"
+        raise InputError(f"{args.where}: timm builds no {args.text('class')} with class_token {token} and global_pool {pool!r}")
     if distilled:
         return dict(tokens="cls+dist", pool="cls+dist")
     mean = "mean_norm" if args.boolean("fc_norm", True) else "norm_mean"

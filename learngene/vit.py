@@ -120,11 +120,11 @@ class VitConfig:
             raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
         if pool and pool not in get_args(Pool):
             raise InputError(f"no pool {pool!r}{nearest(pool, get_args(Pool))} ({', '.join(get_args(Pool))})")
-        if heads is not None and heads < 1:
+        if heads is not None and not str(heads).isdecimal():
             raise InputError(f"heads is {heads!r}: write a whole number of 1 or more")
         return replace(
             self,
-            heads=heads or self.heads,
+            heads=self.heads if heads is None else int(heads),
             activation=activation or self.activation,
             eps=_number(eps) if eps is not None else self.eps,
             layout=counts(str(layout), "layout") if layout else self.layout,

@@ -30,7 +30,6 @@ CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
 ACTIVATIONS = {get_act_layer(name): name for name in ("gelu", "gelu_tanh", "quick_gelu")} | {torch.nn.GELU: "gelu"}
 # Of loading and feature extraction, not of the model.
 OTHERS = ("pretrained_filter_fn", "pretrained_strict", "feature_cfg", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-OTHERS += ("kwargs_filter",)
 
 
 class Stop(Exception):

@@ -126,6 +126,13 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_written(folder_of, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_of_a_folder_of_ours_may_be_set_and_are_never_ignored(folder_of):
+    ours = folder_of(replace(SIZES, eps=1e-12))
+    assert open_donor(ours, [FAMILY], eps="1e-6", activation="quick_gelu").cfg == replace(SIZES, eps=1e-6, activation="quick_gelu")
+    with pytest.raises(InputError, match="'head' cannot be set for this model; did you mean 'heads'"):
+        open_donor(ours, [FAMILY], head=4)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [

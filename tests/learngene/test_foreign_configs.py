@@ -185,12 +185,11 @@ def test_a_trainers_arguments_tell_the_model(bare):
     sizes = dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2, patch_size=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Remark)
-        args = dict(model="vit_base_patch32_siglip_gap_256", input_size=8, nb_classes=5, model_kwargs=sizes | dict(class_token=True))
-        file = bare(args=args)
-        cfg = open_donor(file, [FAMILY]).cfg
+        args_ = dict(model="vit_base_patch32_siglip_gap_256", input_size=8, nb_classes=5, model_kwargs=sizes | dict(class_token=True))
+        cfg = open_donor(bare(args=args_), [FAMILY]).cfg
     assert (cfg.activation, cfg.pool, cfg.heads) == ("gelu_tanh", "norm_mean", 2)
     for args_, message in (
-        (dict(model="deit_small_patch16_224"), r"\(deit_small_patch16_224\): embed_dim is 384, and the weights have 16"),
+        (dict(model="deit_small_patch16_224"), r"the tensors \(deit_small_patch16_224\): embed_dim is 384, and the weights have 16"),
         (dict(model="vit_tiny_patch16_224", model_kwargs=sizes, input_size=16), "img_size is 16, and the weights have 8"),
         (dict(model="vit_tiny_patch16_224", model_kwargs=sizes, nb_classes=4), "num_classes is 4, and the weights have 5"),
         (dict(model="deit3_small_patch16_224", model_kwargs=sizes), "LayerScale"),
