@@ -30,7 +30,7 @@ from common.train.loop import Run
 from common.train.mesh import MeshConfig, shardings, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, load_params, save_params
+from common.train.parameters import best, finite, load_params, save_params
 from common.train.state import abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
 from learngene import ligo, relatives
@@ -220,9 +220,9 @@ def abstract(cfg: Config, mesh: Mesh) -> Abstract:
     return Abstract(step, state, abstract_batch(mesh, **arrays), cfg.pictures * flops(cfg, student, teacher))
 
 
-def opened(source: str) -> Donor | None:
+def opened(source: str, role: str = "donor") -> Donor | None:
     """The checkpoint a config names, if it names one."""
-    return None if source in ("", CACHED) else open_classifier(source)
+    return None if source in ("", CACHED) else finite(open_classifier(source), role)
 
 
 def check(cfg: Config, teacher: Teacher | None = None) -> None:
@@ -245,7 +245,7 @@ def check(cfg: Config, teacher: Teacher | None = None) -> None:
 
 def open_teacher(cfg: Config, mesh: Mesh) -> Teacher | None:
     """The teacher a config names, sharded like a student. Raises InputError when it sees other pictures or other classes."""
-    donor = opened(cfg.teacher) if cfg.distill.alpha > 0 else None
+    donor = opened(cfg.teacher, "teacher") if cfg.distill.alpha > 0 else None
     if donor is None:
         return None
     sees, student = donor.cfg, cfg.student

@@ -28,7 +28,7 @@ from common.train.loop import Run
 from common.train.mesh import MeshConfig, replicated, shardings, split_rows, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, load_params, save_params
+from common.train.parameters import best, finite, load_params, save_params
 from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, StepConfig, cast, make_step
 from lit_jax.autoencoder import AutoencoderConfig
@@ -118,7 +118,7 @@ def train(cfg: Config, directory: Path) -> None:
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
 
-    donor, teacher = opened(cfg.donor), opened(cfg.teacher if cfg.distill.active else "")
+    donor, teacher = opened(cfg.donor), opened(cfg.teacher if cfg.distill.active else "", "teacher")
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
     origin = latents_of(cfg, donor, teacher)
     cached = origin.cfg if origin else None
@@ -193,9 +193,9 @@ def abstract(cfg: Config, mesh: Mesh) -> Abstract:
     return Abstract(step, abstract_state(optimizer, student.spec, mesh, cfg.step.ema), batch, n * flops(cfg, student, teacher))
 
 
-def opened(source: str) -> Donor | None:
+def opened(source: str, role: str = "donor") -> Donor | None:
     """The checkpoint a config names, if it names one."""
-    return open_dit(source) if source else None
+    return finite(open_dit(source), role) if source else None
 
 
 def latents_of(cfg: Config, *models: Donor | None) -> Origin | None:

@@ -31,7 +31,7 @@ from common.train.loop import Run
 from common.train.mesh import MeshConfig, shardings, start
 from common.train.metrics import WriterName, open_writers
 from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, gathered, load_params, save_params
+from common.train.parameters import best, finite, gathered, load_params, save_params
 from common.train.state import State, abstract_state, create_state
 from common.train.step import LossFn, Step, StepConfig, cast, make_step
 from tinyclip_jax import cache
@@ -203,7 +203,7 @@ def train(cfg: Config, directory: Path) -> None:
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return
 
-    donor, teacher = opened(cfg.donor), opened(cfg.teacher)
+    donor, teacher = opened(cfg.donor), opened(cfg.teacher, "teacher")
     source = open_source(cfg.data)
     inputs = read_inputs(cfg, donor or teacher, source)
     if cfg.teacher.startswith(cache.PREFIX):
@@ -375,9 +375,9 @@ def abstract(cfg: Config, mesh: Mesh) -> Abstract:
     return Abstract(step, state, abstract_batch(mesh, **arrays), n * flops(cfg, student, teacher))
 
 
-def opened(source: str) -> Donor | None:
+def opened(source: str, role: str = "donor") -> Donor | None:
     """The checkpoint a config names, if it names one."""
-    return open_clip_model(source) if source and not _stored(source) else None
+    return finite(open_clip_model(source), role) if source and not _stored(source) else None
 
 
 def _stored(teacher: str) -> bool:
@@ -468,7 +468,7 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
         raise InputError("this recipe names no held-out data; give --held-out.path")
     mesh = start(cfg.mesh)
     donor, student = opened(cfg.donor), functional(Clip, cfg.student)
-    inputs = read_inputs(cfg, donor or opened(cfg.teacher), open_source(cfg.data) if cfg.tokenizer == "fit" else None)
+    inputs = read_inputs(cfg, donor or opened(cfg.teacher, "teacher"), open_source(cfg.data) if cfg.tokenizer == "fit" else None)
     params: dict[str, Any] = initial(cfg, student, donor, shardings(student.spec, mesh))
     model: Functional | Masked = student
     if cfg.masks.prune_step:
@@ -479,7 +479,7 @@ def evaluate(cfg: Config) -> list[dict[str, Any]]:
 
 def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
     """Store the embeddings of the recipe's teacher on its data; returns what they are of."""
-    teacher = opened(cfg.teacher)
+    teacher = opened(cfg.teacher, "teacher")
     if teacher is None:
         raise InputError("this recipe has no live teacher whose embeddings could be stored: give --teacher SOURCE")
     mesh, source = start(cfg.mesh), open_source(cfg.data)

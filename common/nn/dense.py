@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import InputError
 from common.nn.precision import add, product
 from common.surgery.axes import Axes
 
@@ -52,9 +53,14 @@ def xavier_uniform(packed: int = 1) -> Init:
 
 
 def param(axes: str, sizes: Sizes, init: Init, rngs: nnx.Rngs, *, fan_in: int | None = None) -> nnx.Param:
-    """A parameter whose shape is its axes' sizes. `fan_in` overrides what the axes say (a bias knows its kernel's)."""
+    """A parameter whose shape is its axes' sizes. `fan_in` overrides what the axes say (a bias knows its kernel's).
+
+    Raises InputError for a size below 1.
+    """
     parsed = Axes.parse(axes)
     shape = tuple(extent(sizes, name) for name in parsed.names)
+    if empty := next((name for name, size in zip(parsed.names, shape, strict=True) if size < 1), None):
+        raise InputError(f"the axis {empty!r} of a parameter has size {sizes[empty]}: every size must be 1 or more")
     read, written = (prod(shape[i] for i in parsed.where(side)) for side in ("read", "write"))
     ragged = tuple((name, size) for name in parsed.names if isinstance(size := sizes[name], tuple))
     return nnx.Param(init(rngs.params(), shape, fan_in or read, written), axes=str(parsed), ragged=ragged)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -124,8 +125,8 @@ class Run:
 
         On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and the process exits with `STOPPED`,
         75: a scheduler runs the same command again, and 0 means finished.
-        Raises InputError after `max_skipped` non-finite steps in a row, and when the disk or the data fail; the last
-        good state stays on disk, for no state is saved within such a row.
+        Raises InputError after `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, and when the disk or
+        the data fail; the last good state stays on disk, for no state is saved within such a row.
         """
         first, start = jax.process_index() == 0, int(state.step)
         resumed, self.resumed = self.resumed, {}  # once: a run of two phases calls this twice
@@ -160,7 +161,7 @@ class Run:
                     continue
 
                 with clock.paused():
-                    scores = evaluate(state) if evaluate is not None and evaluates else {}
+                    scores = _finite(n, evaluate(state)) if evaluate is not None and evaluates else {}
                 if evaluates or last or n % log_every == 0:
                     recorder.write(scores)
                 if saves and (recorder.skipped == 0 or last):
@@ -193,6 +194,14 @@ class Run:
             f"step {step}: loss or gradient were not finite for {skipped} steps in a row, since step {step - skipped + 1}; {kept}. "
             "Lower optim.lr or optim.clip in a new run, or look at the data"
         )
+
+
+def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
+    """The scores of an evaluation. Raises InputError when one is not finite: the parameters of every step are, so the data are not."""
+    if name := next((name for name, value in scores.items() if not math.isfinite(value)), None):
+        why = "look at the held-out data, or lower optim.lr in a new run"
+        raise InputError(f"step {step}: eval/{name} is {scores[name]}, though all parameters are finite; {why}")
+    return scores
 
 
 class Stop:

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import COPY, Donor
+from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.graft import graft
+from common.surgery.layout import View
 from common.train.mesh import shardings
 from common.train.state import State
 
@@ -24,6 +26,20 @@ def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
         raise AssertionError("a copy leaves nothing fresh")
 
     return graft(COPY, donor.source, donor.model.spec, shardings(donor.model.spec, mesh), nothing)
+
+
+def finite(donor: Donor, role: str) -> Donor:
+    """The donor, each of whose values was read once. role: "teacher" or "donor", for the message.
+
+    Raises InputError naming the first leaf that holds NaN or infinity: a run from it, or with it as teacher, would skip every step.
+    """
+    for path, value in donor.source.values.items():
+        for part in value.parts if isinstance(value, View) else (value,):
+            if not np.isfinite(part).all():
+                where = donor.source.origin.get(path)
+                name = f"{path} ({where})" if where else path
+                raise InputError(f"{donor.path}: the {role}'s {name} holds NaN or infinity; fetch or train it again, or take another")
+    return donor
 
 
 def save_params(

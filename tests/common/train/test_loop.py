@@ -212,3 +212,9 @@ def test_a_second_phase_goes_on_where_the_first_ended(train, capsys):
     run.fit(fresh, step, data, TOTAL + 5, examples_per_step=16, log_every=5)
     assert asked == list(range(12, TOTAL + 5))
     assert [line["step"] for line in curve(run)] == [5, 10, 15, 20, 23, 25, 28]
+
+
+def test_a_score_that_is_not_finite_ends_the_run_in_one_line(train):
+    with pytest.raises(InputError, match=r"step 9: eval/loss is nan, though all parameters are finite") as ended:
+        train("scores", Rows(), evaluate=lambda state: {"loss": float("nan")}, eval_every=9)
+    assert "\n" not in str(ended.value)

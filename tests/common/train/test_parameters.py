@@ -1,0 +1,57 @@
+"""A teacher or donor with NaN is refused when a trainer opens it, before the run has taken a step."""
+
+import numpy as np
+import pytest
+
+from common import config
+from common.checkpoint.weights import write_config, write_params
+from common.errors import InputError
+from common.nn.functional import functional
+from learngene.train import opened as open_classifier
+from lit_jax.train import opened as open_dit
+from tinyclip_jax.train import opened as open_clip
+
+OPEN = {"tinyclip": open_clip, "learngene": open_classifier, "lit": open_dit}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A weights folder of a smoke recipe's student, with one value in one leaf replaced."""
+
+    def written(method, leaf=None, value=np.nan, dtype=np.float32):
+        family, cfg = config.load(f"{method}/smoke").describe()
+        params = {path: np.zeros(x.shape, np.float32) for path, x in functional(family.module, cfg).spec.items()}
+        if leaf:
+            params[leaf].reshape(-1)[-1] = value
+        folder = tmp_path / str(leaf).replace("/", "_")
+        folder.mkdir()
+        write_params(folder, params, dtype)
+        write_config(folder, family.name, cfg)
+        return folder
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("method", "leaf", "value"),
+    [("tinyclip", "text/token/table", np.nan), ("learngene", "blocks/mlp/up/kernel", np.inf), ("lit", "blocks/attn/out/kernel", -np.inf)],
+)
+def test_the_leaf_that_is_not_finite_is_named(method, leaf, value, written):
+    opened = OPEN[method]
+    assert opened(str(written(method))) is not None
+    folder = written(method, leaf, value)
+    for role in ("donor", "teacher"):
+        with pytest.raises(InputError, match=rf"the {role}'s {leaf} holds NaN or infinity") as refused:
+            opened(str(folder), role)
+        assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_run_with_a_broken_teacher_does_not_start(written, tmp_path, capsys):
+    from common.cli import main
+
+    teacher = written("learngene", "head/bias")
+    command = ["--teacher", str(teacher), "--distill.alpha", "0.5"]
+    assert main(["train", "learngene/smoke", "--run", str(tmp_path / "run"), *command]) == 2
+    said = capsys.readouterr().err
+    assert f"{teacher}: the teacher's head/bias holds NaN or infinity" in said and said.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
