@@ -52,7 +52,7 @@ def read(found: Found) -> Read | None:
 
 
 def _is_vit(tensors: Tensors) -> bool:
-    return "patch_embed.proj.weight" in tensors and any(key.startswith("blocks.0.") for key in tensors)
+    return all(any(key.startswith(part) for key in tensors) for part in ("patch_embed.", "blocks.0."))
 
 
 def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
