@@ -14,6 +14,7 @@ from common import config, report
 from common.checkpoint.hub import locate
 from common.checkpoint.weights import staged
 from common.cli import main
+from common.data.sources import SourceConfig, open_source
 from common.errors import InputError, Remark
 from common.paths import all_local, local
 from common.train.loop import Run
@@ -45,6 +46,8 @@ def test_every_door_of_the_library_refuses_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"buckets \(gs:\) are neither read nor written"):
         locate("gs://bucket/model")
+    with pytest.raises(InputError, match=r"buckets \(s3:\) are neither read nor written"):
+        open_source(SourceConfig("s3://bucket/{0..3}.tar"))
     with pytest.raises(InputError, match=r"gs:/bucket/run: buckets"):
         Run.open(Path("gs://bucket/run"), {})
     with pytest.raises(InputError, match=r"s3:/bucket/out: buckets"), staged(Path("s3://bucket/out")):

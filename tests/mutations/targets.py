@@ -192,14 +192,17 @@ def tensors(folder: Path) -> None:
 TARGETS = [
     Target("safetensors header", golden("clip/hf_gelu", "model.safetensors"), opened, mutate_bytes),
     Target("npz", npz_file, tensors, mutate_bytes),
-    Target("CLIP config.json", golden("clip/hf_gelu", "config.json"), opened, mutate_json),
-    Target("open_clip_config.json", golden("clip/open_clip_f16", "open_clip_config.json"), opened, mutate_json),
-    Target("ViT config.json", golden("vit/hf_vit", "config.json"), opened, mutate_json),
-    Target("DeiT config.json", golden("vit/hf_deit_teacher", "config.json"), opened, mutate_json),
-    Target("timm config.json", golden("vit/timm_cls", "config.json"), opened, mutate_json),
-    Target("DiT config.json", golden("dit", "config.json"), opened, mutate_json),
-    Target("autoencoder config.json", golden("autoencoder", "config.json"), opened, mutate_json),
-    *(Target(f"our {name} config.json", own(name), opened, mutate_json) for name in ("clip/hf_gelu", "vit/timm_cls", "dit", "autoencoder")),
+    Target("CLIP config.json", golden("clip/hf_gelu", "config.json"), opened, mutate_json, weight=1),
+    Target("open_clip_config.json", golden("clip/open_clip_f16", "open_clip_config.json"), opened, mutate_json, weight=1),
+    Target("ViT config.json", golden("vit/hf_vit", "config.json"), opened, mutate_json, weight=1),
+    Target("DeiT config.json", golden("vit/hf_deit_teacher", "config.json"), opened, mutate_json, weight=1),
+    Target("timm config.json", golden("vit/timm_cls", "config.json"), opened, mutate_json, weight=1),
+    Target("DiT config.json", golden("dit", "config.json"), opened, mutate_json, weight=1),
+    Target("autoencoder config.json", golden("autoencoder", "config.json"), opened, mutate_json, weight=1),
+    *(
+        Target(f"our {name} config.json", own(name), opened, mutate_json, weight=1)
+        for name in ("clip/hf_gelu", "vit/timm_cls", "dit", "autoencoder")
+    ),
     Target("tar", tar_file, records("0.tar"), mutate_bytes),
     Target("csv", table, records("data.csv"), mutate_bytes),
     Target("parquet", parquet_file, records("data.parquet"), mutate_bytes),

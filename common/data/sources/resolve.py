@@ -14,6 +14,7 @@ from common.data.sources.table import CsvSource
 from common.data.sources.tar import TarSource
 from common.data.sources.tfds import TfdsSource
 from common.errors import InputError, nearest
+from common.paths import local
 
 
 def open_source(cfg: SourceConfig) -> Source:
@@ -21,6 +22,7 @@ def open_source(cfg: SourceConfig) -> Source:
 
     Raises InputError when there is nothing, when a file is unreadable or empty, or when a column or split is missing.
     """
+    local(cfg.path)
     source = _open(cfg)
     if len(source) == 0:
         raise InputError(f"{cfg.path}: there is no sample in it{f' of split {cfg.split!r}' if cfg.split else ''}")
