@@ -191,7 +191,8 @@ def _options(parser: argparse.ArgumentParser, verb: str) -> list[str]:
 
 def _write_json(args: argparse.Namespace, value: Any) -> None:
     if args.json:
-        from common.checkpoint.weights import staged, write_json
+        from common.checkpoint.staging import staged
+        from common.checkpoint.weights import write_json
 
         with staged(args.json, force=True) as file:
             write_json(file, value)

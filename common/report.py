@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.weights import read_json, staged
+from common.checkpoint.staging import staged
+from common.checkpoint.weights import read_json
 from common.errors import InputError
 from common.train.metrics import MetricsFile
 

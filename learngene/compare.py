@@ -11,7 +11,8 @@ from rich.table import Table
 
 from common import config
 from common.checkpoint.convert import Family
-from common.checkpoint.weights import read_json, staged, write_json
+from common.checkpoint.staging import staged
+from common.checkpoint.weights import read_json, write_json
 from common.config import to_json
 from common.data.labelled import open_labelled
 from common.errors import InputError, nearest

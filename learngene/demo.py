@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from common import config
-from common.checkpoint.weights import staged
+from common.checkpoint.staging import staged
 from learngene.compare import Comparison, compare, report
 
 RECIPE = "learngene/emoji"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import config
-from common.checkpoint.weights import staged
+from common.checkpoint.staging import staged
 from common.data.labelled import open_labelled
 from common.data.pictures import decode
 from common.data.sources import SourceConfig

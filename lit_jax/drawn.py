@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint.weights import read_json, remove, staged, write_json
+from common.checkpoint.staging import remove, staged
+from common.checkpoint.weights import read_json, write_json
 from common.errors import InputError
 from common.evaluate.generated import read_images
 

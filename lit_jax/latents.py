@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
-from common.checkpoint.weights import staged
+from common.checkpoint.staging import staged
 from common.data.sources import Source
 from common.errors import InputError
 from common.evaluate.features import embedder

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from common.checkpoint import weights
 from common.checkpoint.convert import Donor, open_donor
 from common.checkpoint.hub import locate
+from common.checkpoint.staging import staged
 from common.errors import InputError, nearest
 from common.nn.functional import Functional
 from common.train.mesh import MeshConfig, start
@@ -61,7 +62,7 @@ class Pretrained:
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which every command and `load` take."""
-        with weights.staged(Path(folder), force=force) as staging:
+        with staged(Path(folder), force=force) as staging:
             staging.mkdir()
             weights.write_params(staging, self.params, spec=self.model.spec)
             weights.write_config(staging, FAMILY.name, self.cfg)

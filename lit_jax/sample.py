@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.checkpoint.weights import staged
+from common.checkpoint.staging import staged
 from common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
 from common.errors import InputError, nearest
 from common.nn.functional import Functional

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.checkpoint import weights
+from common.checkpoint.staging import staged
 from common.errors import InputError
 from common.evaluate.extractor import METHOD, Extractor, open_extractor
 from common.evaluate.inception import Q8, Conv, Inception, blocks
@@ -35,7 +36,7 @@ def main() -> None:
         if not args.source.is_file():
             raise InputError(f"{args.source}: no such file")
         found = dequantised(args.source) if args.source.suffix in (".lite", ".tflite") else open_extractor(args.source)
-        with weights.staged(args.destination) as folder:
+        with staged(args.destination) as folder:
             folder.mkdir()
             weights.write_params(folder, found.params)
             weights.write_config(folder, METHOD, found.cfg)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import Donor, hashes
+from common.checkpoint.staging import staged
 from common.data.pipeline import evaluation_batches
 from common.data.preprocess import Preprocess
 from common.data.sources import Record, Source, SourceConfig
@@ -38,7 +39,7 @@ def write(folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre:
     setup = Setup(teacher.model, pre, tokenizer, teacher.cfg, mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
     about = _about(source, data, pre, tokenizer) | {"teacher": str(teacher.path), "hashes": hashes(teacher.file)}
-    with weights.staged(folder) as staging:
+    with staged(folder) as staging:
         staging.mkdir()
         shape = (len(source), teacher.cfg.joint)
         columns = [np.lib.format.open_memmap(staging / f"{name}.npy", "w+", np.float32, shape) for name in TARGETS]

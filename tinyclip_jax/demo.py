@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import config
-from common.checkpoint.weights import staged
+from common.checkpoint.staging import staged
 from common.data.pictures import decode
 from common.data.pipeline import evaluation_batches
 from common.data.sources import open_source

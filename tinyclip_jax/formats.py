@@ -141,7 +141,7 @@ def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
     image, text = model.object("vision_cfg"), model.object("text_cfg")
     activation: Activation = "quick_gelu" if model.boolean("quick_gelu", False) else "gelu"
     model.skip("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict", "custom_text")
-    _agree(model, "embed_dim", model.integer("embed_dim", cfg.joint), cfg.joint)
+    model.agree("embed_dim", model.integer("embed_dim", cfg.joint), cfg.joint)
     for tower in (image, text):
         tower.skip("output_tokens", "patch_dropout", "hf_tokenizer_name", "tokenizer_*", "pad_id", "timm_*" if tower is image else "hf_*")
         tower.fixed("ls_init_value", None)
@@ -152,26 +152,20 @@ def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
     text.fixed("hf_model_name", None, "")
     head_width = image.integer("head_width", HEAD)
     if isinstance(cfg.image, ResNetConfig):
-        _agree(image, "layers", image.integers("layers"), cfg.image.blocks)
+        image.agree("layers", image.integers("layers"), cfg.image.blocks)
         cfg = replace(cfg, image=replace(cfg.image, heads=cfg.image.embed // head_width))
         image.skip("mlp_ratio", "patch_size")
     else:
-        _agree(image, "patch_size", image.square("patch_size", 16), cfg.image.patch)
+        image.agree("patch_size", image.square("patch_size", 16), cfg.image.patch)
         cfg = replace(cfg, image=_open_clip_tower(cfg.image, image, activation, cfg.image.width // head_width))
         _open_clip_image_pool(image)
-    _agree(image, "width", image.integer("width", 768 if isinstance(cfg.image, ImageConfig) else 64), cfg.image.width)
-    _agree(image, "image_size", image.square("image_size", 224), cfg.image.size)
+    image.agree("width", image.integer("width", 768 if isinstance(cfg.image, ImageConfig) else 64), cfg.image.width)
+    image.agree("image_size", image.square("image_size", 224), cfg.image.size)
     heads = text.integer("heads", 8) if _plain(cfg.text) else 0
     cfg = replace(cfg, text=_open_clip_text(_open_clip_tower(cfg.text, text, activation, heads), text))
     for fields in (image, text, model):
         fields.done()
     return cfg
-
-
-def _agree(fields: Fields, name: str, said: Any, actual: Any) -> None:
-    """Refuse a size that is not the one of the weights: then the config is another model's."""
-    if said != actual:
-        raise InputError(f"{fields.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?")
 
 
 def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: int) -> Tower:
@@ -183,7 +177,7 @@ def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: in
     acts.done()
     norms.done()
     if _plain(c):
-        _agree(fields, "layers", fields.integer("layers", 12), c.layers)
+        fields.agree("layers", fields.integer("layers", 12), c.layers)
         if int(fields.number("mlp_ratio", 4.0) * c.width) != c.hidden:
             raise InputError(f"{fields.where}: mlp_ratio is not that of the weights ({c.hidden} units at a width of {c.width})")
         return replace(c, heads=heads)
@@ -207,9 +201,9 @@ def _open_clip_text(c: TextConfig, text: Fields) -> TextConfig:
     text.fixed("proj_bias", False)
     text.fixed("proj_type", "linear")
     text.boolean("final_ln_after_pool", False)
-    _agree(text, "width", text.integer("width", 512), c.width)
-    _agree(text, "context_length", text.integer("context_length", 77), c.context)
-    _agree(text, "vocab_size", text.integer("vocab_size", 49408), c.vocab)
+    text.agree("width", text.integer("width", 512), c.width)
+    text.agree("context_length", text.integer("context_length", 77), c.context)
+    text.agree("vocab_size", text.integer("vocab_size", 49408), c.vocab)
     eos = text.integer("eos_id", 2, least=0)
     pool = text.choice("pool_type", {"argmax": None, "eos": eos}, "argmax")
     return replace(c, eot=pool)

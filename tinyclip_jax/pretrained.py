@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from common.checkpoint import weights
+from common.checkpoint.staging import staged
 from common.data.pictures import Picture, decode
 from common.data.preprocess import Preprocess, eval_image
 from common.data.text import Tokenizer
@@ -71,7 +72,7 @@ class Pretrained:
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which every command and `load` take."""
-        with weights.staged(Path(folder), force=force) as staging:
+        with staged(Path(folder), force=force) as staging:
             staging.mkdir()
             weights.write_params(staging, self.params, spec=self.model.spec)
             weights.write_config(staging, FAMILY.name, self.cfg)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
+from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
 from common.checkpoint.weights import read_json
 from common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
@@ -66,7 +66,7 @@ def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np
     import torch
     from transformers import AutoModel
 
-    with as_folder(file, "model.safetensors") as folder:
+    with as_folder(file, "model.safetensors") as folder, quiet():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         out = model(pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long())

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from common import config
 from common.checkpoint.convert import Donor
-from common.checkpoint.weights import read_json, staged, write_config, write_json, write_params
+from common.checkpoint.staging import staged
+from common.checkpoint.weights import read_json, write_config, write_json, write_params
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError, nearest
 from common.train.mesh import MeshConfig, start

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.weights import staged, write_json
+from common.checkpoint.staging import staged
+from common.checkpoint.weights import write_json
 from common.config import to_json
 from common.data.sources import SourceConfig, open_source
 from common.errors import InputError, positive

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.checkpoint.weights import read_json, staged, write_json
+from common.checkpoint.staging import staged
+from common.checkpoint.weights import read_json, write_json
 from common.errors import InputError, nearest, positive
 from common.nn.functional import Functional
 from weightgen.data import Bank

@@ -11,6 +11,7 @@ import numpy as np
 
 from common.checkpoint import weights
 from common.checkpoint.fields import Fields
+from common.checkpoint.staging import staged
 from common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
 from common.checkpoint.verify import Check, guarded
 from common.checkpoint.weights import FILE, Tensors, read_json, write_json
@@ -239,7 +240,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
     if to == donor.format:
         raise InputError(f"the source is in the {to} format already")
     format = None if to == "heirloom" else family.format(to)
-    with weights.staged(destination, force=force) as folder:
+    with staged(destination, force=force) as folder:
         folder.mkdir()
         if format is None:
             _write_ours(donor, folder)

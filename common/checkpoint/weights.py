@@ -3,14 +3,11 @@
 A weights folder of ours is `model.safetensors` (keys are our paths) beside `config.json`; any safetensors reader opens it.
 """
 
-import glob
 import hashlib
 import json
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -21,14 +18,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from common.errors import InputError, remark
-from common.paths import local
+from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.layout import Tensor
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"
-_PARTIAL, _OLD, _HOST = "partial-", "old-", socket.gethostname()
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -129,78 +124,6 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
             views[key] = np.asarray(buffer[start:stop]).view(tensor.dtype).reshape(tensor.shape)
         yield views
         buffer.flush()
-
-
-@contextmanager
-def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary name next to `destination`, renamed to it when the block ends well and removed when it does not.
-
-    What processes that are gone left under such names is removed first, or put back where it was all there is.
-    Raises InputError when the destination exists (unless forced), is no local path, and for the errors of the disk.
-    """
-    local(destination)
-    try:
-        _sweep(destination)
-        if destination.exists() and not force:
-            raise InputError(f"{destination} exists; give another name, or --force to replace it")
-        temporary = destination.with_name(f".{destination.name}.{_PARTIAL}{_HOST}-{os.getpid()}")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{destination}: could not be written ({error.strerror or error}); choose another place") from error
-    try:
-        yield temporary
-        if not destination.exists():
-            temporary.rename(destination)
-        elif destination.is_dir() or temporary.is_dir():
-            old = destination.with_name(f".{destination.name}.{_OLD}{_HOST}-{os.getpid()}")
-            destination.rename(old)
-            try:
-                temporary.rename(destination)
-            except BaseException:
-                old.rename(destination)
-                raise
-            remove(old)
-        else:
-            temporary.replace(destination)
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(f"{destination}: could not be written ({why}); free some space or choose another place") from error
-    finally:
-        remove(temporary)
-
-
-def _sweep(destination: Path) -> None:
-    """Take away what killed processes of this machine left next to `destination`; put back what one had moved out of the way."""
-    for kind in (_OLD, _PARTIAL):
-        for stale in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}{glob.escape(_HOST)}-*"):
-            process = stale.name.rpartition("-")[2]
-            if not process.isdecimal() or _lives(int(process)):
-                continue
-            if kind == _OLD and not destination.exists():
-                stale.rename(destination)
-                remark(f"{destination}: put back what an interrupted command had replaced")
-            else:
-                remove(stale)
-                remark(f"{stale}: removed, an interrupted command left it")
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
 
 
 @dataclass(frozen=True)

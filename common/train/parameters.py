@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from common.checkpoint import weights
 from common.checkpoint.convert import COPY, Donor
+from common.checkpoint.staging import staged
 from common.errors import InputError
 from common.surgery.axes import Spec
 from common.surgery.graft import graft
@@ -59,7 +60,7 @@ def save_params(
     whole = {name: gathered(value) for name, value in params.items()}
     if jax.process_index() != 0:
         return
-    with weights.staged(path, force=force) as folder:
+    with staged(path, force=force) as folder:
         folder.mkdir()
         weights.write_params(folder, whole, spec=spec)
         weights.write_config(folder, method, cfg)

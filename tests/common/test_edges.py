@@ -1,10 +1,7 @@
 """The edge of a command: addresses it cannot serve, a disk that fails, an interruption, what killed processes left behind."""
 
-import os
-import socket
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +9,10 @@ import pytest
 
 from common import config, report
 from common.checkpoint.hub import locate
-from common.checkpoint.weights import staged
+from common.checkpoint.staging import staged
 from common.cli import main
 from common.data.sources import SourceConfig, open_source
-from common.errors import InputError, Remark
+from common.errors import InputError
 from common.paths import all_local, local
 from common.train.loop import Run
 
@@ -117,61 +114,6 @@ def test_a_place_that_cannot_be_written_is_one_line(place, capsys):
     assert main(["doctor", "--json", place]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith(f"heirloom: {place}: could not be written") and len(said) == 1
-
-
-def dead() -> int:
-    """The number of a process that is gone."""
-    done = subprocess.Popen(["true"])
-    done.wait()
-    return done.pid
-
-
-def test_what_killed_processes_left_is_removed_and_said(tmp_path):
-    stale = tmp_path / f".out.partial-{socket.gethostname()}-{dead()}"
-    stale.mkdir()
-    (stale / "half").write_text("x")
-    others = [tmp_path / f".out.partial-another-host-{dead()}", tmp_path / f".out.partial-{socket.gethostname()}-{os.getppid()}"]
-    for other in others:
-        other.mkdir()
-    with pytest.warns(Remark, match=r"\.out\.partial-.*: removed, an interrupted command left it"), staged(tmp_path / "out") as part:
-        part.write_text("new")
-    assert (tmp_path / "out").read_text() == "new" and not stale.exists() and all(other.exists() for other in others)
-
-
-def test_what_an_interrupted_replacement_moved_away_is_put_back(tmp_path):
-    """Killed between the two renames of --force: the old one is all there is."""
-    old = tmp_path / f".out.old-{socket.gethostname()}-{dead()}"
-    old.mkdir()
-    (old / "weights").write_text("old")
-    with pytest.warns(Remark, match="put back"), pytest.raises(InputError, match="exists; give another name"), staged(tmp_path / "out"):
-        raise AssertionError("never here")
-    assert (tmp_path / "out" / "weights").read_text() == "old"
-
-
-def test_a_replacement_whose_second_rename_fails_restores_the_first(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "weights").write_text("old")
-    real = Path.rename
-
-    def fails(self, target):
-        if ".partial-" in self.name:
-            raise OSError(5, "Input/output error")
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(InputError, match="could not be written"), staged(out, force=True) as part:
-        part.mkdir()
-    assert (out / "weights").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
-    (tmp_path / "x.json").write_text("old")
-    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("a file needs no second name"))
-    with warnings.catch_warnings(), staged(tmp_path / "x.json", force=True) as part:
-        warnings.simplefilter("error")
-        part.write_text("new")
-    assert (tmp_path / "x.json").read_text() == "new"
 
 
 def test_names_of_samples_are_escaped_in_the_report(tmp_path):

@@ -13,7 +13,7 @@ from common.cli import main
 from common.data.labelled import write_labels
 from common.nn.functional import functional
 from learngene.evaluate import normalised
-from learngene.formats import IMAGENET
+from learngene.inputs import IMAGENET
 from learngene.vit import Vit, VitConfig
 
 CFG = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=3)

@@ -177,7 +177,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
     flags = ["--set", "heads=2", "--set", "activation=gelu", "--no-verify"]
     assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), *flags]) == 0
     saved = json.loads((tmp_path / "ours" / "verify.json").read_text())["guessed"]
-    assert [text.split()[0] for text in saved] == ["eps", "pool"] and "eps = 1e-06 is a guess" in capsys.readouterr().err
+    assert [text.split()[0] for text in saved] == ["eps", "pool"] and "eps = 1e-06 is a guess" in capsys.readouterr().out
 
 
 def test_a_trainers_arguments_tell_the_model(bare):

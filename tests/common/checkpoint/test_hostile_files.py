@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from common.checkpoint import weights
 from common.checkpoint.hub import locate
+from common.checkpoint.staging import staged
 from common.checkpoint.unwrap import open_torch
-from common.checkpoint.weights import open_folder, open_safetensors, open_sharded, staged
+from common.checkpoint.weights import open_folder, open_safetensors, open_sharded
 from common.errors import InputError
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.data.images import Preprocess
 from jax.sharding import AxisType
 
+from common.data.preprocess import Preprocess
 from common.evaluate.features import embedder
 from common.nn.functional import functional
 from common.train.mesh import shardings, split_rows
