@@ -13,6 +13,7 @@ from common.checkpoint.verify import OWN, Check, as_folder, compare, importable,
 from common.checkpoint.weights import read_json
 from common.nn.functional import functional
 from learngene import google_files
+from learngene.bare_files import timm_names
 from learngene.expand import linear_coefficients, unrolled_map
 from learngene.vit import Vit, VitConfig
 
@@ -120,7 +121,7 @@ def as_timm(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> d
         return _unrolled(cfg, tensors, format)
     if format == "google":
         return _from_google(cfg, tensors)
-    return dict(tensors)
+    return dict(timm_names(cfg, tensors))
 
 
 def _unrolled(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> dict[str, np.ndarray]:
