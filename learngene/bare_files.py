@@ -105,7 +105,7 @@ def _of_timm(cfg: VitConfig, trained: Trained) -> Read:
 
 def _of_another(cfg: VitConfig, trained: Trained) -> Read:
     """A model by its shapes, and by what was passed along with a name that is not timm's, or with none."""
-    given = trained.sizes | trained.passed
+    given = {**trained.sizes, **trained.passed}
     described = timm_architectures.settings(timm_architectures.described(cfg, given, trained.where), cfg)
     if not given.keys() & {"class_token", "global_pool", "fc_norm"}:
         described = replace(described, tokens=cfg.tokens, pool=cfg.pool)

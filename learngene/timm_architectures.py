@@ -88,7 +88,7 @@ def _ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _fields(built: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Fields:
+def _fields(built: Mapping[str, Any], given: Mapping[Any, Any], where: str) -> Fields:
     given = {key: value for key, value in given.items() if value is not None}  # timm passes no None on
     for key, value in given.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float | list | tuple):
