@@ -1,7 +1,6 @@
 """ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. What shapes cannot tell is guessed, and said."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import isqrt
@@ -12,6 +11,7 @@ from common.checkpoint.convert import Found, Guess, Read
 from common.checkpoint.weights import Tensors
 from common.errors import InputError
 from learngene import timm_architectures
+from learngene.trainer_arguments import Trained, trained_as
 from learngene.vit import VitConfig
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of published ViTs, by width
@@ -19,6 +19,9 @@ _SWS_LAYOUTS = {5: (3, 3, 4, 3, 3)}  # released
 _SWS_HEADS, _SWS_EPS = 12, 1e-5  # of both released auxiliary nets
 _TLEG_DEPTH = 12
 _UNTOLD = "the weights do not tell it"
+_LONGEST = 4  # sides of a picture up to 1 : 4 are taken for possible
+# Of models with a class token, by pool: the one whose tensors are the same.
+_TWINS = {"cls": "the mean of the patches (norm_mean)", "mean_norm": "the class token with a norm of its own (cls)"}
 # Tensors of parts that this ViT does not have, by globs of timm's names and the original repositories'.
 _PARTS = {
     "*.ls1.gamma": "LayerScale",
@@ -80,39 +83,63 @@ def depth(tensors: Tensors, pattern: str) -> int:
 
 
 def read_deit(found: Found) -> Read | None:
-    """A file in timm's names. A trainer's arguments next to the tensors tell the model's name; else the settings are guessed."""
+    """A file in timm's names. What a trainer's arguments next to the tensors tell is used or compared; else the settings are guessed."""
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys() or (found.folder / "config.json").is_file():
         return None
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     refuse_other_parts(found.tensors)
     check_square(cfg, found.tensors)
-    name, arguments = _trained_as(found.about)
-    if name in timm_architectures.table():
-        where = f"the trainer's arguments next to the tensors ({name})"
-        return Read(timm_architectures.settings(timm_architectures.arguments(name, arguments, where), cfg))
-    why = f"{_UNTOLD}, and neither does the name it was trained under, {name!r}, which is not timm's" if name else _UNTOLD
-    guesses = [Guess("activation", cfg.activation, why), Guess("eps", f"{cfg.eps:g}", why), *_heads(cfg, why)]
-    if cfg.pool == "cls":
-        guesses.append(Guess("pool", cfg.pool, f"{why}: the mean of the patches (norm_mean) has the same tensors"))
-    return Read(cfg, tuple(guesses))
+    trained = trained_as(found.about)
+    return _of_timm(cfg, trained) if trained.name in timm_architectures.table() else _of_another(cfg, trained)
+
+
+def _of_timm(cfg: VitConfig, trained: Trained) -> Read:
+    """The model that timm builds for the name and the arguments passed to it."""
+    args = timm_architectures.arguments(trained.name, trained.passed, trained.where)
+    size = () if "img_size" in args or cfg.size == 224 else square(cfg, _UNTOLD)
+    cfg = timm_architectures.settings(args, cfg)
+    heads = timm_architectures.settings(timm_architectures.described(cfg, trained.sizes, trained.where), cfg).heads
+    why = f"timm's {trained.name} has as many, and num_heads is {heads} in {trained.where}"
+    return Read(cfg, (*size, *([Guess("heads", cfg.heads, why)] if heads != cfg.heads else [])))
+
+
+def _of_another(cfg: VitConfig, trained: Trained) -> Read:
+    """A model by its shapes, and by what was passed along with a name that is not timm's, or with none."""
+    given = {**trained.sizes, **trained.passed}
+    described = timm_architectures.settings(timm_architectures.described(cfg, given, trained.where), cfg)
+    if not given.keys() & {"class_token", "global_pool", "fc_norm"}:
+        described = replace(described, tokens=cfg.tokens, pool=cfg.pool)
+    why = f"{_UNTOLD}, and neither does the name it was trained under, {trained.name!r}, which is not timm's" if trained.name else _UNTOLD
+    guesses = [] if "act_layer" in given else [Guess("activation", cfg.activation, why)]
+    guesses.append(Guess("eps", f"{described.eps:g}", why))
+    guesses += [] if "num_heads" in given else _heads(cfg, why)
+    guesses += [] if "img_size" in given else square(cfg, why)
+    if "global_pool" not in given and cfg.tokens != "none" and cfg.pool in _TWINS:
+        guesses.append(Guess("pool", cfg.pool, f"{why}: {_TWINS[cfg.pool]} has the same tensors"))
+    return Read(described, tuple(guesses))
 
 
 def _heads(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
-    return (Guess("heads", cfg.heads, f"{why}, and published ViTs of this width have as many"),) if cfg.heads else ()
+    if not cfg.heads:
+        return (Guess("heads", None, f"how many heads there are is not known, for no published ViT has a width of {cfg.width}"),)
+    return (Guess("heads", cfg.heads, f"{why}, and published ViTs of this width have as many"),)
 
 
-def _trained_as(about: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model's name and arguments as the trainers of DeiT and timm save them; an empty name where they saved none."""
-    args = about.get("args")
-    args = args if isinstance(args, Mapping) else {}
-    name = next((name for name in (args.get("model"), about.get("arch")) if isinstance(name, str)), "")
-    given = args.get("model_kwargs")
-    given = dict(given) if isinstance(given, Mapping) else {}
-    size = args.get("img_size") or args.get("input_size")
-    if isinstance(size, list | tuple):  # [channels, height, width]
-        size = list(size)[-2:]
-    told = dict(img_size=size, num_classes=args.get("nb_classes") or args.get("num_classes"), global_pool=args.get("gp") or None)
-    return name.partition(".")[0], {key: value for key, value in told.items() if value is not None} | given
+def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
+    """The guess that pictures are squares, where a rectangle of at most 1 : 4 has as many patches."""
+    count = cfg.grid**2
+    for rows in range(cfg.grid - 1, 0, -1):
+        if count % rows == 0 and rows * rows * _LONGEST >= count:
+            other = f"{rows * cfg.patch} x {count // rows * cfg.patch}"
+            return (Guess("size", cfg.size, f"{why}: pictures of {other} px have as many patches, and only squares are read"),)
+    return ()
+
+
+def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
+    """The norm under the name that its pool has here: timm calls that of a class token `fc_norm` too, where it is built with one."""
+    if cfg.pool != "cls" or "norm.weight" in tensors:
+        return tensors
+    return {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in tensors.items()}
 
 
 def write_deit(cfg: VitConfig, folder: Path) -> None:
@@ -122,8 +149,9 @@ def write_deit(cfg: VitConfig, folder: Path) -> None:
     _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
     if cfg.eps != 1e-6:
         raise InputError(f"DeiT's files have an eps of 1e-6, this model {cfg.eps:g}: convert with --set eps=1e-6 if its outputs may differ")
-    if (cfg.tokens, cfg.pool) in (("cls", "norm_mean"), ("cls+dist", "cls"), ("cls+dist", "norm_mean")):
-        raise InputError(f"a bare file cannot tell that tokens {cfg.tokens!r} are pooled as {cfg.pool!r}; write --to timm")
+    if (cfg.tokens, cfg.pool) == ("cls", "norm_mean") or (cfg.tokens == "cls+dist" and cfg.pool != "cls+dist"):
+        instead = "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"  # timm's distilled ViT has two heads
+        raise InputError(f"a bare file cannot tell that tokens {cfg.tokens!r} are pooled as {cfg.pool!r}; {instead}")
 
 
 def _published_heads(cfg: VitConfig, known: bool) -> None:
@@ -162,7 +190,8 @@ def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:
     refuse_other_parts(found.tensors)
     check_square(cfg, found.tensors)
     guesses = [Guess("layout", ",".join(map(str, cfg.layout)), layout)]
-    guesses += [Guess("heads", cfg.heads, heads)] if cfg.heads else []
+    guesses += [Guess("heads", cfg.heads, heads)] if cfg.heads else _heads(cfg, heads)
+    guesses += square(cfg, _UNTOLD)
     guesses += [Guess("activation", cfg.activation, f"{_UNTOLD}; the release's"), Guess("eps", f"{cfg.eps:g}", f"{_UNTOLD}; the release's")]
     return Read(cfg, tuple(guesses))
 

@@ -20,7 +20,7 @@ def config(saved: Mapping[str, Any]) -> VitConfig:
 
 FORMATS = (
     Format("timm", layouts.timm, "model.safetensors", timm_folder.read, timm_folder.write),
-    Format("deit", layouts.timm, "deit.pth", bare_files.read_deit, bare_files.write_deit, wrapper="model"),
+    Format("deit", layouts.timm, "deit.pth", bare_files.read_deit, bare_files.write_deit, wrapper="model", complete=bare_files.timm_names),
     Format("hf", layouts.hf, "model.safetensors", hf_folder.read, hf_folder.write),
     Format("sws", layouts.sws, "sws.pth", bare_files.read_sws, bare_files.write_sws, wrapper="model"),
     Format("tleg", layouts.tleg, "tleg.pth", bare_files.read_tleg, bare_files.write_tleg, wrapper="model"),
@@ -34,6 +34,7 @@ LOOKALIKES = (
     Lookalike("*.attention.relative_position_bias.relative_position_bias_table", f"a BEiT, which has relative positions; {_CLASSIFIER}"),
     Lookalike("beit.embeddings.*", f"a BEiT of transformers, which has LayerScale; {_CLASSIFIER}"),
     Lookalike("data2vec_vision.embeddings.*", f"a Data2Vec of transformers, which has LayerScale; {_CLASSIFIER}"),
+    Lookalike("ijepa.embeddings.*", f"an I-JEPA of transformers, which has no class token; {_CLASSIFIER}"),
     Lookalike("decoder.decoder_layers.*", f"a masked autoencoder (ViTMAE); {_CLASSIFIER}"),
     Lookalike("embeddings.distillation_token", f"a DeiT without its classifier (DeiTModel); {_CLASSIFIER}"),
     Lookalike("encoder.layer.*.layernorm_before.weight", f"a ViT without its classifier (ViTModel); {_CLASSIFIER}"),

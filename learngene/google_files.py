@@ -7,7 +7,7 @@ from typing import Any
 
 from common.checkpoint.convert import Found, Guess, Read
 from common.errors import InputError
-from learngene.bare_files import depth, ordinary
+from learngene.bare_files import depth, ordinary, square
 from learngene.vit import VitConfig
 
 _PARTS = {"MAPHead_0/": "attention pooling", "pre_logits/": "a layer before the head (pre_logits)", "conv_root/": "a convolutional stem"}
@@ -46,12 +46,19 @@ def read(found: Found) -> Read | None:
     sizes |= dict(layers=depth(tensors, r"Transformer/encoderblock_(\d+)/"), classes=classes)
     cfg = VitConfig(**sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh")
     why = "the archive does not tell it; flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
-    return Read(cfg, (Guess("activation", cfg.activation, why),))
+    return Read(cfg, (Guess("activation", cfg.activation, why), *square(cfg, "the archive does not tell it")))
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "google")
-    if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")) or cfg.activation != "gelu_tanh" or cfg.eps != 1e-6:
+    if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")):
         raise InputError(
-            "google-research's ViT has tanh GELU, eps 1e-6 and one class token, or the mean of normalised tokens; this one differs"
+            "google-research's ViT classifies one class token, or without one the mean of normalised patches; this model has tokens "
+            f"{cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
         )
+    for name, theirs, ours in (("activation", "gelu_tanh", cfg.activation), ("eps", "1e-06", f"{cfg.eps:g}")):
+        if ours != theirs:
+            raise InputError(
+                f"google-research's ViT has {name} {theirs}, this model {ours}: convert with --set {name}={theirs} if its outputs may "
+                "differ a little"
+            )

@@ -1,27 +1,51 @@
 """Folders of transformers' ViT and DeiT: config.json, both ways."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from common.checkpoint.convert import Found, Read
+from common.checkpoint.fields import Fields
 from common.checkpoint.weights import write_json
 from common.errors import InputError
 from learngene.bare_files import ordinary
 from learngene.vit import VitConfig
 
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_BLOCKS = re.compile(r"(.*\.)?encoder\.layer\.0\.layernorm_before\.weight")
+# Other models of transformers whose blocks have the same names.
+_OTHERS = {
+    "audio-spectrogram-transformer": "an Audio Spectrogram Transformer (AST)",
+    "beit": "a BEiT, which has LayerScale and relative positions",
+    "data2vec-vision": "a Data2Vec, which has LayerScale and relative positions",
+    "dpt": "a DPT, which estimates depth or segments",
+    "ijepa": "an I-JEPA, which has no class token",
+    "videomae": "a VideoMAE, which reads videos",
+    "vit_hybrid": "a hybrid ViT, which has a convolutional stem",
+    "vit_mae": "a masked autoencoder (ViT-MAE)",
+    "vit_msn": "a masked siamese network (ViT-MSN)",
+    "vivit": "a ViViT, which reads videos",
+    "yolos": "a YOLOS, which detects objects",
+}
 
 
 def read(found: Found) -> Read | None:
     """The config of ViTForImageClassification, DeiTForImageClassification or its variant with two heads."""
+    if not any(_BLOCKS.fullmatch(key) for key in found.tensors):
+        return None
+    fields = found.json("config.json")
+    kind = _model_type(fields) if fields else None
     model = next((m for m in ("vit", "deit") if f"{m}.embeddings.cls_token" in found.tensors), None)
     if model is None:
         return None
-    fields = found.json("config.json")
     if fields is None:
         raise InputError("a Hugging Face ViT needs its config.json next to the weights; there is none")
-    fields.choice("model_type", {model: model})
+    if kind != model:
+        raise InputError(f"{fields.where}: model_type is {kind!r}, and the tensors are those of {model!r}: take the file of these weights")
+    two = "distillation_classifier.weight" in found.tensors
+    fields.fixed("architectures", [_class(model, two)], [], None, feature="not the classifier that has these tensors")
     fields.transformers()
+    fields.skip("interpolate_pos_encoding")  # for pictures of other sizes
     fields.skip("encoder_stride", "pooler_output_size", "pooler_act")  # of masked modelling, and of a pooler that no classifier uses
     fields.fixed("qkv_bias", True, feature="queries, keys and values without biases")
     cfg = dict(
@@ -36,12 +60,28 @@ def read(found: Found) -> Read | None:
         eps=fields.number("layer_norm_eps", 1e-12),
     )
     fields.done()
-    two = "distillation_classifier.weight" in found.tensors
     head = "cls_classifier.weight" if two else "classifier.weight"
     if head not in found.tensors:
         raise InputError("has no classifier: only ViTs that classify are read (ViTForImageClassification)")
+    classes = len(found.tensors[head])
+    if (said := fields.integer("num_labels", None, least=0)) is not None:
+        fields.agree("num_labels", said, classes)
     tokens: Any = dict(tokens="cls+dist" if model == "deit" else "cls", pool="cls+dist" if two else "cls")
-    return Read(VitConfig(**cfg, classes=len(found.tensors[head]), **tokens))
+    return Read(VitConfig(**cfg, classes=classes, **tokens))
+
+
+def _model_type(fields: Fields) -> str:
+    """`vit` or `deit`. Raises InputError naming what another model is."""
+    said = fields.text("model_type")
+    if said not in ("vit", "deit"):
+        what = f", {_OTHERS[said]}" if said in _OTHERS else ""
+        raise InputError(f"{fields.where}: model_type is {said!r}{what}: of transformers, only classifiers of ViT and DeiT can be read")
+    return said
+
+
+def _class(model: str, two_heads: bool) -> str:
+    """transformers' class of a classifier."""
+    return {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model] + ("WithTeacher" if two_heads else "")
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
@@ -53,11 +93,9 @@ def write(cfg: VitConfig, folder: Path) -> None:
         )
     names = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     model = "deit" if cfg.tokens == "cls+dist" else "vit"
-    kind = {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model]
-    kind += "WithTeacher" if cfg.pool == "cls+dist" else ""
     sizes: dict[str, Any] = dict(image_size=cfg.size, num_channels=cfg.channels, patch_size=cfg.patch, hidden_size=cfg.width)
     sizes |= dict(num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, intermediate_size=cfg.hidden, qkv_bias=True)
     sizes |= dict(hidden_act=names[cfg.activation], layer_norm_eps=cfg.eps, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     labels = {str(i): f"LABEL_{i}" for i in range(cfg.classes)}
     labelled = dict(id2label=labels, label2id={name: int(i) for i, name in labels.items()})
-    write_json(folder / "config.json", dict(architectures=[kind], model_type=model) | sizes | labelled)
+    write_json(folder / "config.json", dict(architectures=[_class(model, cfg.pool == "cls+dist")], model_type=model) | sizes | labelled)

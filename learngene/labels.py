@@ -1,7 +1,7 @@
 """Class names that travel with a classifier: labels.json of ours, `id2label` of transformers, `label_names` of timm."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,53 @@ CONFIG = "config.json"
 def labels_of(donor: Donor) -> tuple[str, ...] | None:
     """The class names of a checkpoint of any format, in the order of its logits; None where it has none, or LABEL_0, LABEL_1, ...
 
-    Raises InputError when they are not as many as the classes.
+    Raises InputError when they are not as many as the classes, and when the checkpoint names them twice and differently.
     """
     file = donor.folder / CONFIG
     if donor.format == "hf":
-        names = _listed(read_json(file).get("id2label"), f"{file}: id2label")
+        names = _of_transformers(read_json(file), file)
     elif donor.format == "timm":
-        about = read_json(file)
-        pretrained = about.get("pretrained_cfg") or {}
-        found = (level.get(name) for level in (about, pretrained) for name in ("label_names", "labels"))
-        names = _listed(next((value for value in found if value), None), f"{file}: label_names")
+        names = _of_timm(read_json(file), file)
     else:
         file, names = donor.folder / LABELS, read_labels(donor.folder)
-    if names is None or all(re.fullmatch(rf"(?i)label_{i}", name) for i, name in enumerate(names)):
+    if names is None or (_numbered(enumerate(names)) and len(names) == donor.cfg.classes):
         return None
     if len(names) != donor.cfg.classes:
         raise InputError(f"{file} has {len(names)} class names, and the model {donor.cfg.classes} classes: give one for each, or none")
     return names
+
+
+def _numbered(names: Iterable[tuple[Any, str]]) -> bool:
+    """Whether these are LABEL_0, LABEL_1, ..., which transformers writes where classes have no names."""
+    return all(re.fullmatch(rf"(?i)label_{i}", name) for i, name in names)
+
+
+def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
+    """`id2label`, which `label2id` must invert; a name that two classes share has the number of one of them."""
+    given, numbers = about.get("id2label"), about.get("label2id")
+    if "id2label" in about and not (isinstance(given, Mapping) and given):
+        raise InputError(f"{file}: id2label is {given!r}, and must be an object from numbers to names; remove it if there are no names")
+    names = _listed(given, f"{file}: id2label")
+    if numbers is None or numbers == {}:
+        return names
+    if not isinstance(numbers, Mapping) or not all(type(i) is int for i in numbers.values()):
+        raise InputError(f"{file}: label2id must be an object from names to whole numbers; remove it, for id2label says the same")
+    known = set(enumerate(names or ()))
+    odd = next((name for name, i in numbers.items() if (i, name) not in known), None) or next(iter(set(names or ()) - set(numbers)), None)
+    if odd is not None and not _numbered((i, name) for name, i in numbers.items()):
+        raise InputError(f"{file}: id2label and label2id contradict each other about {odd!r}; correct one, or remove label2id")
+    return names
+
+
+def _of_timm(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
+    """`label_names`, or `labels`, of the config or its pretrained_cfg."""
+    levels = {"": about, "pretrained_cfg: ": about.get("pretrained_cfg") or {}}
+    told = [(where + name, level[name]) for where, level in levels.items() for name in ("label_names", "labels") if level.get(name)]
+    found = [(where, _listed(value, f"{file}: {where}")) for where, value in told]
+    for where, names in found:
+        if names != found[0][1]:
+            raise InputError(f"{file}: {found[0][0]} and {where} name the classes differently; remove the one that is wrong")
+    return found[0][1] if found else None
 
 
 def _listed(names: Any, where: str) -> tuple[str, ...] | None:

@@ -1,5 +1,6 @@
 """What timm builds for the name of a ViT and the arguments given along: the table that scripts/make_timm_table.py writes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -14,7 +15,7 @@ from learngene.vit import VitConfig
 FILE = Path(__file__).with_name("timm_architectures.json")
 CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
 ACTIVATIONS = {"gelu": "gelu", "": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-# timm's LayerNorm has an eps of 1e-6; "eps=" is how the table says that a function sets another.
+# timm's LayerNorm has an eps of 1e-6; "eps=" is how the table, and nobody else, says that a function sets another.
 NORMS = {"layernorm": 1e-6, "layer_norm": 1e-6, "LayerNorm": 1e-6, "layernormfp32": 1e-6, "": 1e-6}
 # Arguments of VisionTransformer that add a part which our ViT does not have: the values that leave it out, and the part.
 PARTS: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -33,9 +34,11 @@ PARTS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "embed_layer": (("PatchEmbed",), "a stem that is not one convolution"),
     "block_fn": (("Block",), "other blocks"),
     "mlp_layer": (("Mlp",), "another MLP, such as SwiGLU"),
-    "attn_layer": (("Attention", ""), "another attention"),
+    "attn_layer": (("attn", ""), "another attention"),
     "use_naflex": ((False,), "timm's NaFlexVit"),
 }
+# What the table has by names of its own: timm takes none of these as texts.
+_OF_THE_TABLE = ("class", "embed_layer", "block_fn", "mlp_layer")
 # Of training, initial values, and pictures of other sizes than the model's own; and of loading.
 HARMLESS = (
     "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad",
@@ -62,8 +65,39 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
     built = table()[name]
     if built["class"] not in CLASSES:
         raise InputError(f"{where}: timm builds {name!r} as its class {built['class']}; only its VisionTransformer can be read")
+    return _fields({**(defaults or {}), **built}, given, where)
+
+
+def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
+    """As `arguments`, for a model whose name is not timm's: `given` wins over what the shapes of the tensors tell."""
+    average = cfg.tokens != "cls+dist" and not cfg.pool.startswith("cls")
+    pooling = dict(class_token=cfg.tokens != "none", global_pool="avg" if average else "token")
+    pooling |= {"class": CLASSES[cfg.tokens == "cls+dist"], "fc_norm": cfg.tokens != "cls+dist" and cfg.pool == "mean_norm"}
+    return _fields(sizes(cfg) | dict(num_heads=cfg.heads or 1, act_layer=cfg.activation) | pooling, given, where)
+
+
+def sizes(cfg: VitConfig) -> dict[str, Any]:
+    """The sizes of a model as timm's arguments."""
+    args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers)
+    return args | dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The number that timm multiplies with the width and rounds down to the hidden units."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _fields(built: Mapping[str, Any], given: Mapping[Any, Any], where: str) -> Fields:
     given = {key: value for key, value in given.items() if value is not None}  # timm passes no None on
-    args = Fields({**(defaults or {}), **built, **given}, where)
+    for key, value in given.items():
+        if not isinstance(key, str) or not isinstance(value, str | int | float | list | tuple):
+            raise InputError(f"{where}: {key!r} is of type {type(value).__name__}; only numbers, texts and lists can be read")
+        if key in _OF_THE_TABLE:
+            raise InputError(f"{where}: {key} is {value!r}, which timm builds no VisionTransformer with; remove it")
+    if "norm_layer" in given:
+        _norm(Fields(given, where).text("norm_layer"), where)
+    args = Fields({**built, **given}, where)
     for argument, (values, part) in PARTS.items():
         args.fixed(argument, *values, feature=part)
     args.skip(*HARMLESS)
@@ -89,9 +123,14 @@ def settings(args: Fields, cfg: VitConfig) -> VitConfig:
 def _eps(args: Fields) -> float:
     said = args.text("norm_layer", "layernorm")
     name, _, eps = said.partition(" eps=")
+    return float(eps) if eps else _norm(name, args.where)
+
+
+def _norm(name: str, where: str) -> float:
+    """The eps of a norm by timm's name."""
     if name not in NORMS:
-        raise InputError(f"{args.where}: norm_layer is {said!r}; only models where it is 'layernorm' can be read")
-    return float(eps) if eps else NORMS[name]
+        raise InputError(f"{where}: norm_layer is {name!r}; only models where it is 'layernorm' can be read")
+    return NORMS[name]
 
 
 def _pooling(args: Fields) -> dict[str, Any]:

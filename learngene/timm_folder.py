@@ -1,6 +1,5 @@
 """Folders of timm: config.json, both ways. It names an architecture, whose arguments are in a table, and those that differ from it."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,13 @@ from common.checkpoint.fields import Fields
 from common.checkpoint.weights import Tensors, write_json
 from common.errors import InputError
 from learngene.bare_files import check_square, depth, ordinary, refuse_other_parts, shapes
-from learngene.timm_architectures import arguments, settings
+from learngene.timm_architectures import arguments, settings, sizes
 from learngene.vit import VitConfig
 
 # Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are called.
 _PRETRAINED = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load", "test_input_size",
-    "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_offset", "label_names",
+    "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names",
     "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description", "origin_url",
     "paper_name", "paper_ids", "notes",
 )  # fmt: skip
@@ -38,6 +37,7 @@ def read(found: Found) -> Read | None:
     config.skip("do_pooling", "label_names", "label_descriptions", "labels", "license")
     pretrained = config.object("pretrained_cfg") if "pretrained_cfg" in config else config  # timm's old configs have one level
     pretrained.skip(*_PRETRAINED)
+    pretrained.fixed("label_offset", 0, None, feature="logits in front of those of the classes")
     args = arguments(name, given or {}, f"{config.where}: {name} with its model_args", _defaults(config, pretrained))
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     cfg = settings(args, cfg)
@@ -75,8 +75,7 @@ def write(cfg: VitConfig, folder: Path) -> None:
         )
     if distilled and cfg.pool != "cls+dist":
         raise InputError("timm's distilled ViT has two heads, this model one; keep the heirloom format")
-    args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers)
-    args |= dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
+    args = sizes(cfg)
     name, others = _WRITTEN[cfg.eps]
     if distilled:
         name = "deit_tiny_distilled_patch16_224"
@@ -90,9 +89,3 @@ def write(cfg: VitConfig, folder: Path) -> None:
     pretrained |= dict(first_conv="patch_embed.proj", classifier=["head", "head_dist"] if distilled else "head")
     about = dict(architecture=name, num_classes=cfg.classes, num_features=cfg.width, model_args=args, pretrained_cfg=pretrained)
     write_json(folder / "config.json", about)
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """The number that timm multiplies with the width and rounds down to the hidden units."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -13,6 +13,7 @@ from common.checkpoint.verify import OWN, Check, as_folder, compare, importable,
 from common.checkpoint.weights import read_json
 from common.nn.functional import functional
 from learngene import google_files
+from learngene.bare_files import timm_names
 from learngene.expand import linear_coefficients, unrolled_map
 from learngene.vit import Vit, VitConfig
 
@@ -39,22 +40,26 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
     if format == "heirloom" or not importable("torch"):
         return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
     if format == "hf" and importable("transformers"):
-        return compare([ours], [transformers_logits(file, x)], reference="transformers", libraries=("torch", "transformers"))
+        return compare([ours], [transformers_logits(file, x, cfg.classes)], reference="transformers", libraries=("torch", "transformers"))
     if format == "timm" and importable("timm"):
         return compare([ours], [timm_logits(file, x)], reference="timm", libraries=("torch", "timm"))
     tensors = clean_names(open_weights(file)).tensors
     return compare([ours], [formulas(cfg, as_timm(cfg, tensors, format), x)], reference=OWN, libraries=("torch",))
 
 
-def transformers_logits(file: Path, x: np.ndarray) -> np.ndarray:
-    """Logits of the class that transformers has for the config's `architectures`, or else its `model_type`; `x` as in `pictures`."""
+def transformers_logits(file: Path, x: np.ndarray, classes: int) -> np.ndarray:
+    """Logits of the class that transformers has for the config's `architectures`, or else its `model_type`; `x` as in `pictures`.
+
+    classes: of the weights, for a config that does not say how many; transformers would take 2.
+    """
     import torch
     import transformers
 
     with quiet(), as_folder(file, "model.safetensors") as folder:
-        cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        count = {} if {"id2label", "num_labels"} & read_json(folder / "config.json").keys() else {"num_labels": classes}
+        cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **count)
         kind = getattr(transformers, cfg.architectures[0]) if cfg.architectures else transformers.AutoModelForImageClassification
-        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        model = kind.from_pretrained(folder, config=cfg, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         return model(torch.from_numpy(x).permute(0, 3, 1, 2)).logits.numpy()
 
@@ -120,7 +125,7 @@ def as_timm(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> d
         return _unrolled(cfg, tensors, format)
     if format == "google":
         return _from_google(cfg, tensors)
-    return dict(tensors)
+    return timm_names(cfg, dict(tensors))
 
 
 def _unrolled(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> dict[str, np.ndarray]:

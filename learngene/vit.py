@@ -26,6 +26,7 @@ Tokens = Literal["none", "cls", "cls+dist"]
 Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
 Gene = Literal["none", "sws", "tleg"]
 SMALL: Init = normal(0.02)
+LARGEST_SIDE = 2**14  # of a picture, pixels; a larger one is a mistake, and positions for it would take for ever
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", tuple(self.layout))
-        positive(self, "size", "channels", "patch", "width", "layers", "hidden", "classes")
+        positive(self, "size", "patch", most=LARGEST_SIDE)
+        positive(self, "channels", "width", "layers", "hidden", "classes", most=2**20)
+        if not 0 < self.eps < 1:  # nor is NaN
+            raise InputError(f"eps is {self.eps:g}: choose a number between 0 and 1, such as 1e-6")
         positive(self, "layout", most=1000)
         wanted = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
         if wanted and self.tokens not in wanted:
@@ -114,14 +118,16 @@ class VitConfig:
         eps: str | None = None,
         layout: str | None = None,
         pool: Pool | None = None,
+        size: int | None = None,
     ) -> "VitConfig":
         """The same model with what the shapes of its weights cannot tell. Raises InputError for a value that does not exist."""
         if activation and activation not in ACTIVATIONS:
             raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
         if pool and pool not in get_args(Pool):
             raise InputError(f"no pool {pool!r}{nearest(pool, get_args(Pool))} ({', '.join(get_args(Pool))})")
-        if heads is not None and not str(heads).isdecimal():
-            raise InputError(f"heads is {heads!r}: write a whole number of 1 or more")
+        for name, value in (("heads", heads), ("size", size)):
+            if value is not None and not str(value).isdecimal():
+                raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
         return replace(
             self,
             heads=self.heads if heads is None else int(heads),
@@ -129,6 +135,7 @@ class VitConfig:
             eps=_number(eps) if eps is not None else self.eps,
             layout=counts(str(layout), "layout") if layout else self.layout,
             pool=pool or self.pool,
+            size=self.size if size is None else int(size),
         )
 
 

@@ -1,5 +1,6 @@
 """Between our folders and foreign checkpoints: recognise, open lazily, write, verify, and only then give the name away."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from common.checkpoint.staging import staged
 from common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
 from common.checkpoint.verify import Check, guarded
 from common.checkpoint.weights import FILE, Tensors, read_json, write_json
-from common.errors import InputError, VerificationError, nearest, remark
+from common.errors import InputError, Remark, VerificationError, nearest, remark
 from common.nn.functional import Functional, functional
 from common.surgery.axes import Spec
 from common.surgery.layout import Layout, View, own_tensors, own_views
@@ -199,7 +200,7 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
     for unknown in (guess for guess in guesses if guess.value is None):
         raise InputError(f"{file}: {unknown.why}: say it (--set {unknown.name}=VALUE)")
     tensors = format.complete(cfg, raw.tensors)
-    model = functional(family.module, cfg)
+    model = _model(family, cfg, file)
     layout = format.layout_of(cfg)
     views = layout.view(tensors, model.spec, str(file))
     layout.check_values(tensors, model.spec, str(file))
@@ -208,6 +209,13 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
     for text in (*raw.notes, *guesses):
         remark(f"{file}: {text}")
     return Donor(family, cfg, model, source, format.name, path, file, guesses)
+
+
+def _model(family: Family, cfg: Any, path: Path) -> Functional:
+    try:
+        return functional(family.module, cfg)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _unknown(families: Sequence[Family], keys: Sequence[str]) -> str:
@@ -266,7 +274,9 @@ def hashes(file: Path) -> dict[str, str]:
 
 def _verify(donor: Donor, folder: Path, to: str) -> Check:
     """What was written must come back bit for bit, and compute what the reference that reads the foreign side computes."""
-    written = open_donor(folder, [donor.family])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Remark)  # of the source, they are said already; this folder's name is about to go
+        written = open_donor(folder, [donor.family])
     for path, value in donor.source.values.items():
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
             return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} does not come back as it was written")
@@ -288,7 +298,7 @@ def _open_ours(path: Path, families: Sequence[Family], overrides: Mapping[str, A
         cfg = _override(family.config(opened.model), overrides)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    model = functional(family.module, cfg)
+    model = _model(family, cfg, path)
     views = own_views(opened.tensors, model.spec, str(path / FILE))
     return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views), "heirloom", path, path / FILE)
 

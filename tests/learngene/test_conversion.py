@@ -116,7 +116,10 @@ def test_google_archives_come_back_and_big_visions_names_are_read(released, fold
         (dict(), "deit", "cannot tell 2 heads"),
         (dict(), "sws", "no gene of sws"),
         (dict(gene="sws", layout=(2, 2)), "sws", "cannot tell layout"),
-        (dict(), "google", "this one differs"),
+        (dict(), "google", "has activation gelu_tanh, this model gelu: convert with --set activation=gelu_tanh"),
+        (dict(activation="gelu_tanh", eps=1e-5), "google", "has eps 1e-06, this model 1e-05: convert with --set eps=1e-06"),
+        (dict(pool="mean_norm"), "google", "this model has tokens 'none' and pool 'mean_norm'"),
+        (dict(tokens="cls+dist", pool="mean_norm", width=192, heads=3), "deit", "are pooled as 'mean_norm'; keep the heirloom format"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused_and_nothing_written(folder_of, tmp_path, change, to, complaint):

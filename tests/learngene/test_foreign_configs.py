@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.checkpoint.convert import open_donor
+from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.weights import open_safetensors
 from common.cli import main
 from common.errors import InputError, Remark
+from learngene.bare_files import square
 from learngene.timm_architectures import CLASSES, arguments, settings, table
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
@@ -45,8 +46,19 @@ def args(**fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(model_type="vit_msn"), "model_type is 'vit_msn'"),
-        (dict(model_type="vit_mae"), "model_type is 'vit_mae'"),
+        (dict(model_type="vit_msn"), r"model_type is 'vit_msn', a masked siamese network \(ViT-MSN\): of transformers, only classifiers"),
+        (dict(model_type="vit_mae"), r"model_type is 'vit_mae', a masked autoencoder \(ViT-MAE\): of transformers"),
+        (dict(model_type="yolos"), "model_type is 'yolos', a YOLOS, which detects objects: of"),
+        (dict(model_type="vitt"), "model_type is 'vitt': of transformers, only classifiers of ViT and DeiT can be read$"),
+        (dict(model_type="deit"), "model_type is 'deit', and the tensors are those of 'vit'"),
+        (dict(architectures=["ViTModel"]), r"architectures is \['ViTModel'\] \(not the classifier that has these tensors\)"),
+        (dict(architectures=["ViTForMaskedImageModeling"]), r"architectures is \['ViTForMaskedImageModeling'\]"),
+        (dict(architectures=["DeiTForImageClassificationWithTeacher"]), "architectures is .*ViTForImageClassification"),
+        (dict(architectures="ViTForImageClassification"), "architectures is 'ViTForImageClassification'"),
+        (dict(architectures=[7]), r"architectures is \[7\]"),
+        (dict(layer_norm_eps=0), "eps is 0: choose a number between 0 and 1"),
+        (dict(num_labels=4), "num_labels is 4, and the weights have 5"),
+        (dict(num_labels="5"), "num_labels is '5', and must be a whole number"),
         (dict(model_type=None), "model_type is None"),
         (dict(qkv_bias=False), r"qkv_bias is False \(queries, keys and values without biases\)"),
         (dict(image_size=[8, 16]), r"image_size is \[8, 16\]; only squares can be read"),
@@ -70,6 +82,7 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
     plain = read("hf_vit")
     assert read("hf_vit", hidden_act="gelu_new", layer_norm_eps=1e-6) == replace(plain, activation="gelu_tanh", eps=1e-6)
     assert read("hf_vit", num_attention_heads=4, image_size=[8, 8], pooler_act="relu", encoder_stride=32) == replace(plain, heads=4)
+    assert read("hf_vit", interpolate_pos_encoding=True, architectures=None, num_labels=5) == plain
 
 
 @pytest.mark.parametrize(
@@ -87,6 +100,14 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
         (dict(architecture="deit_tiny_distilled_patch16_224"), "5 positions, which are not a square of patches and 2 tokens"),
         (args(act_layer="relu"), "act_layer is 'relu'"),
         (args(norm_layer="rmsnorm"), "norm_layer is 'rmsnorm'; only models where it is 'layernorm'"),
+        (args(norm_layer="layernorm eps=1e-3"), "norm_layer is 'layernorm eps=1e-3'; only models where it is 'layernorm'"),
+        (args(norm_layer="layernorm eps=x"), "norm_layer is 'layernorm eps=x'"),
+        (args(norm_layer=1e-3), "norm_layer is 0.001, and must be a text"),
+        (args(**{"class": "VisionTransformerDistilled"}), "class is 'VisionTransformerDistilled', which timm builds no VisionTransformer"),
+        (args(block_fn="Block"), "block_fn is 'Block', which timm builds no VisionTransformer with; remove it"),
+        (args(attn_layer="Attention"), "attn_layer is 'Attention'"),
+        (args(drop_rate={"rate": 0}), "'drop_rate' is of type dict; only numbers, texts and lists"),
+        (dict(pretrained_cfg={"label_offset": 1}), r"pretrained_cfg: label_offset is 1 \(logits in front of those of the classes\)"),
         (args(img_size=[4, 16]), r"img_size is \[4, 16\]; only squares"),
         (args(img_size=12), "img_size is 12, and the weights have 8"),
         (args(patch_size=[4, 2]), r"patch_size is \[4, 2\]; only squares"),
@@ -160,21 +181,23 @@ def bare(golden, tmp_path):
 
 def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path, capsys):
     shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
-    with pytest.raises(InputError, match="say how many"):
+    with pytest.raises(InputError, match=r"vit\.safetensors: how many heads .* a width of 16: say it \(--set heads=VALUE\)"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
+    with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
+        open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)
     with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not tell it \(--set eps=VALUE overrides it\)"):
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
-    assert [guess.name for guess in donor.guesses] == ["activation", "eps", "pool"]
+    assert [guess.name for guess in donor.guesses] == ["activation", "eps", "size", "pool"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Remark)
-        told = dict(heads=4, activation="quick_gelu", eps="1e-5", pool="norm_mean")
+        told = dict(heads=4, activation="quick_gelu", eps="1e-5", pool="norm_mean", size=8)
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told)
     assert donor.guesses == ()
     assert (donor.cfg.heads, donor.cfg.activation, donor.cfg.eps, donor.cfg.pool) == (4, "quick_gelu", 1e-5, "norm_mean")
     for wrong, message in ((dict(pool="map"), "no pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
         with pytest.raises(InputError, match=message):
             open_donor(tmp_path / "vit.safetensors", [FAMILY], **wrong)
-    flags = ["--set", "heads=2", "--set", "activation=gelu", "--no-verify"]
+    flags = ["--set", "heads=2", "--set", "activation=gelu", "--set", "size=8", "--no-verify"]
     assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), *flags]) == 0
     saved = json.loads((tmp_path / "ours" / "verify.json").read_text())["guessed"]
     assert [text.split()[0] for text in saved] == ["eps", "pool"] and "eps = 1e-06 is a guess" in capsys.readouterr().out
@@ -198,6 +221,98 @@ def test_a_trainers_arguments_tell_the_model(bare):
             open_donor(bare(args=args_), [FAMILY])
     with pytest.warns(Remark, match="trained under, 'my_vit', which is not timm's"):
         open_donor(bare(args=dict(model="my_vit")), [FAMILY], heads=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "guessed", "changed"),
+    [
+        (dict(model="my_vit", num_heads=4), ["activation", "eps", "size", "pool"], dict(heads=4)),
+        (dict(num_heads=np.int64(4), input_size=[3, 8, 8]), ["activation", "eps", "pool"], dict(heads=4)),
+        (dict(model="my_vit", model_kwargs=dict(num_heads=8, act_layer="quick_gelu", global_pool="avg"), img_size=8, patch_size=4),
+         ["eps"], dict(heads=8, activation="quick_gelu", pool="norm_mean")),
+        (dict(model="vit_base_patch16", num_heads=2, global_pool=False, nb_classes=5), ["activation", "eps", "size"], dict(heads=2)),
+    ],
+)  # fmt: skip
+def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, arguments_, guessed, changed):
+    donor = open_donor(bare(args=arguments_), [FAMILY])
+    assert [guess.name for guess in donor.guesses] == guessed
+    plain = VitConfig(size=8, patch=4, width=16, layers=2, heads=0, hidden=32, classes=5, tokens="cls", pool="cls")
+    assert donor.cfg == replace(plain, **changed)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (dict(img_size=64), r"the tensors \(my_vit\): img_size is 64, and the weights have 8"),
+        (dict(input_size=[3, 64, 64]), "img_size is 64, and the weights have 8"),
+        (dict(input_size=[1, 8, 8]), "in_chans is 1, and the weights have 3"),
+        (dict(input_size=[3, 4, 16]), r"img_size is \[4, 16\]; only squares"),
+        (dict(img_size=8, input_size=16), "img_size is 8 and input_size is 16, which contradict each other"),
+        (dict(patch_size=8), "patch_size is 8, and the weights have 4"),
+        (dict(embed_dim=32), "embed_dim is 32, and the weights have 16"),
+        (dict(depth=3), "depth is 3, and the weights have 2"),
+        (dict(mlp_ratio=4), "mlp_ratio times embed_dim is 64, and the weights have 32"),
+        (dict(num_classes=7), "num_classes is 7, and the weights have 5"),
+        (dict(num_heads="many"), "num_heads is 'many', and must be a whole number"),
+        (dict(num_heads=3), "3 heads do not divide a width of 16"),
+        (dict(num_heads={"a": 2}), "num_heads is of type dict, not a number"),
+        (dict(model_kwargs=dict(init_values=1e-5)), r"init_values is 1e-05 \(LayerScale\)"),
+        (dict(model_kwargs=dict(rope=True)), "the field 'rope'"),
+        (dict(model_kwargs={1: 2}), "1 is of type int; only"),
+        (dict(model_kwargs="heads=2"), "model_kwargs is of type str, not a dictionary"),
+    ],
+)
+def test_a_trainers_arguments_are_compared_whatever_the_models_name(bare, told, message):
+    with pytest.raises(InputError, match=message) as error:
+        open_donor(bare(args=dict(model="my_vit") | told), [FAMILY])
+    assert "\n" not in str(error.value)
+
+
+def test_a_timm_name_and_other_arguments_that_contradict_it(bare):
+    kwargs = dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2, patch_size=4)
+    known = dict(model="vit_tiny_patch16_224", model_kwargs=kwargs, img_size=8, nb_classes=5)
+    with pytest.warns(Remark, match=r"heads = 2 is a guess: timm's vit_tiny_patch16_224 has as many, and num_heads is 4 in the trainer"):
+        assert open_donor(bare(args=known | dict(num_heads=4)), [FAMILY]).cfg.heads == 2
+    with pytest.raises(InputError, match="patch_size is 16, and the weights have 4"):
+        open_donor(bare(args=known | dict(patch_size=16)), [FAMILY])
+
+
+def test_a_norm_of_the_class_token_has_the_tensors_of_a_norm_of_the_mean(golden, tmp_path):
+    tensors = {k: v.copy() for k, v in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
+    renamed = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value for key, value in tensors.items()}
+    save_file(renamed, tmp_path / "vit.safetensors")
+    with pytest.warns(Remark, match=r"pool = mean_norm is a guess: .* the class token with a norm of its own \(cls\) has the same tensors"):
+        assert open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2).cfg.pool == "mean_norm"
+    told = dict(heads=2, activation="gelu", eps="1e-6", size=8)
+    donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told, pool="cls")
+    plain = open_donor(golden[0] / "timm_cls", [FAMILY])
+    assert donor.cfg == plain.cfg and donor.source.values.keys() == plain.source.values.keys()
+    for path, value in plain.source.values.items():
+        np.testing.assert_array_equal(np.asarray(donor.source.values[path]), np.asarray(value), err_msg=path)
+    pytest.importorskip("torch")  # for our own formulas, to which the file's own names go
+    assert convert(donor, tmp_path / "ours", "heirloom").passed
+
+
+@pytest.mark.parametrize(
+    ("grid", "other"),
+    [(1, None), (2, "4 x 16"), (4, "8 x 32"), (7, None), (9, None), (14, "28 x 112"), (15, "36 x 100")],
+)
+def test_a_square_is_a_guess_where_a_rectangle_has_as_many_patches(grid, other):
+    guesses = square(VitConfig(size=4 * grid, patch=4), "why")
+    said = [f"why: pictures of {other} px have as many patches, and only squares are read"]
+    assert [guess.why for guess in guesses] == (said if other else [])
+
+
+def test_a_conversion_says_each_guess_once_and_names_no_folder_that_goes_again(golden, folder_of, tmp_path, capsys):
+    shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
+    assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), "--set", "heads=2"]) == 0
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "timm"), "--to", "timm"]) == 0
+    said = "".join(capsys.readouterr())
+    assert [said.count(f"{name} = ") for name in ("activation", "eps", "size", "pool")] == [1] * 4 and ".partial" not in said
+    wide = VitConfig(size=8, patch=4, width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls")
+    assert main(["convert", str(folder_of(wide, "wide")), str(tmp_path / "deit"), "--to", "deit"]) == 0  # read again, everything is a guess
+    said = "".join(capsys.readouterr())
+    assert "is a guess" not in said and ".partial" not in said
 
 
 @pytest.mark.parametrize(
@@ -229,6 +344,7 @@ def test_pictures_that_are_no_square_are_refused(golden, tmp_path):
     [
         ("encoder.layer.0.layer_scale1.lambda1", "a DINOv2 of transformers"),
         ("beit.embeddings.cls_token", "a BEiT of transformers"),
+        ("ijepa.embeddings.position_embeddings", "an I-JEPA of transformers, which has no class token"),
         ("encoder.layer.0.layernorm_before.weight", r"a ViT without its classifier \(ViTModel\)"),
         ("encoder.layers.encoder_layer_0.ln_1.weight", "a ViT of torchvision"),
     ],

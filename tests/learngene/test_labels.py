@@ -15,6 +15,8 @@ from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 NAMES = ("zebra", "apple", "moon", "crane", "crane")  # not in alphabetical order, and ImageNet has two cranes
+BY_NUMBER = {str(i): name for i, name in enumerate(NAMES)}
+TURNED = dict(label_names=list(reversed(NAMES)), input_size=[3, 8, 8], num_classes=5)
 CFG = VitConfig(size=8, patch=4, width=16, layers=2, heads=2, hidden=32, classes=5, tokens="cls", pool="cls")
 
 
@@ -33,7 +35,8 @@ def folder(golden, tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("hf_vit", dict(id2label={str(i): name for i, name in reversed(list(enumerate(NAMES)))})),
+        ("hf_vit", dict(id2label={str(i): name for i, name in reversed(list(enumerate(NAMES)))})),  # label2id has LABEL_0 and so on
+        ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict(zebra=0, apple=1, moon=2, crane=4))),
         ("timm_cls", dict(label_names=list(NAMES))),
         ("timm_cls", dict(label_names={str(i): name for i, name in enumerate(NAMES)})),
         ("timm_cls", dict(pretrained_cfg=dict(label_names=list(NAMES), input_size=[3, 8, 8], num_classes=5))),
@@ -69,6 +72,15 @@ def test_numbered_labels_are_no_names(golden, tmp_path):
     [
         ("hf_vit", dict(id2label={"0": "ant", "1": "bee"}), "config.json has 2 class names, and the model 5 classes"),
         ("hf_vit", dict(id2label={"0": "ant", "2": "bee"}), "id2label: its numbers are not 0 to 1"),
+        ("hf_vit", dict(id2label={"0": "LABEL_0", "1": "LABEL_1"}), "config.json has 2 class names, and the model 5 classes"),
+        ("hf_vit", dict(id2label=list(NAMES)), "id2label is .*, and must be an object from numbers to names"),
+        ("hf_vit", dict(id2label=None), "id2label is None, and must be an object"),
+        ("hf_vit", dict(id2label={}), "id2label is {}, and must be an object"),
+        ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict.fromkeys(NAMES, 0)), "id2label and label2id contradict each other about 'apple'"),
+        ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict(zebra=0, apple=1, moon=2)), "contradict each other about 'crane'"),
+        ("hf_vit", dict(label2id=dict(zebra=0, apple=1, moon=2, crane=3, ant=4)), "contradict each other about 'zebra'"),
+        ("hf_vit", dict(label2id=list(NAMES)), "label2id must be an object from names to whole numbers"),
+        ("timm_cls", dict(label_names=list(NAMES), pretrained_cfg=TURNED), "and pretrained_cfg: label_names name the classes diff"),
         ("timm_cls", dict(label_names=list(NAMES) * 2), "config.json has 10 class names, and the model 5 classes"),
         ("timm_cls", dict(label_names=["ant", 2, "c", "d", "e"]), "label_names: class names are texts"),
     ],
@@ -95,6 +107,7 @@ def test_a_descendant_keeps_the_names_with_the_head(folder_of, tmp_path):
         (["--depth", "2", "--classes", "-2"], "--classes is -2: choose 1 or more"),
         (["--depth", "2", "--classes", "0"], "--classes is 0: choose 1 or more"),
         (["--depth", "2", "--size", "0"], "--size is 0: choose 1 or more"),
+        (["--depth", "2", "--size", "1000000000"], "size is 1000000000: choose 16384 or less"),
         (["--depth", "2", "--size", "6"], "patches of 4 px do not fill pictures of 6 px"),
         (["--depth", "0"], "--depth is 0: choose 1 or more"),
         (["--depth", "-1"], "--depth is -1: choose 1 or more"),

@@ -81,7 +81,7 @@ def test_without_its_config_only_our_own_formulas_can_serve(write, tmp_path):
     (write() / "config.json").unlink()
     check = convert(open_donor(tmp_path / "theirs", [FAMILY], heads=4), tmp_path / "ours", "heirloom")
     assert (check.passed, check.reference) == (True, OWN)
-    assert [text.split()[0] for text in check.guessed] == ["activation", "eps", "pool"]
+    assert [text.split()[0] for text in check.guessed] == ["activation", "eps", "size", "pool"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torchvision_stand_in import installed
 
 from common.checkpoint.convert import convert, open_donor
 from common.checkpoint.verify import OWN
-from common.checkpoint.weights import read_json
+from common.checkpoint.weights import read_json, write_json
 from common.errors import InputError, Remark
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
@@ -105,9 +105,20 @@ def test_other_models_of_transformers_are_refused_by_name(tmp_path):
         ("ViTMAEForPreTraining", transformers.ViTMAEConfig(**sizes, **decoder), "model_type is 'vit_mae'"),
         ("ViTMSNForImageClassification", transformers.ViTMSNConfig(**sizes), "model_type is 'vit_msn'"),
         ("Dinov2ForImageClassification", transformers.Dinov2Config(**sizes), "a DINOv2 of transformers"),
-        ("BeitForImageClassification", transformers.BeitConfig(**sizes), "a BEiT of transformers"),
+        ("BeitForImageClassification", transformers.BeitConfig(**sizes), "model_type is 'beit', a BEiT"),
+        ("IJepaForImageClassification", transformers.IJepaConfig(**sizes), "model_type is 'ijepa', an I-JEPA, which has no class token"),
+        ("IJepaModel", transformers.IJepaConfig(**sizes), "model_type is 'ijepa', an I-JEPA"),
+        ("YolosModel", transformers.YolosConfig(**sizes | dict(image_size=[16, 16])), "model_type is 'yolos', a YOLOS"),
         ("ViTModel", transformers.ViTConfig(**sizes), "a ViT without its classifier"),
     ):
         getattr(transformers, kind)(config).save_pretrained(tmp_path / kind)
         with pytest.raises(InputError, match=message):
             open_donor(tmp_path / kind, [FAMILY])
+
+
+def test_a_config_that_does_not_say_how_many_classes_there_are(drawn, tmp_path):
+    """transformers takes 2 where a config has neither id2label nor num_labels; the weights have 5."""
+    convert(open_donor(drawn(CASES["hf"], tmp_path / "ours"), [FAMILY]), tmp_path / "hf", "hf", verify=False)
+    config = read_json(tmp_path / "hf" / "config.json")
+    write_json(tmp_path / "hf" / "config.json", {key: value for key, value in config.items() if key not in ("id2label", "label2id")})
+    assert convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "back", "heirloom").reference == "transformers"
