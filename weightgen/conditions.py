@@ -9,6 +9,7 @@ from flax import nnx
 
 from common.errors import InputError, positive
 from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
+from common.nn.precision import lookup
 
 XAVIER = xavier_uniform()
 LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers: no kernels, never decayed
@@ -158,7 +159,7 @@ class Label(nnx.Module):
         self.table = param("label -> embed", {"label": labels + 1, "embed": embed}, normal(0.02), rngs)
 
     def __call__(self, label: jax.Array) -> jax.Array:
-        return self.table[...][label]
+        return lookup(self.table[...], label)
 
 
 class Text(nnx.Module):

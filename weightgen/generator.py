@@ -14,6 +14,7 @@ from common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear
 from common.errors import InputError, positive
 from common.nn.dense import param, zeros
 from common.nn.functional import Functional
+from common.nn.precision import lookup
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.baselines import Ridge, row_condition
 from weightgen.codec import Pca, fit_pca
@@ -112,7 +113,7 @@ class RowPrior(nnx.Module):
     def __call__(self, mean: jax.Array, shots: jax.Array) -> jax.Array:
         condition = row_condition(mean)
         condition = jnp.concatenate([condition, jnp.ones_like(condition[..., :1])], -1)
-        return jnp.einsum("bci,bio->bco", condition, self.table[...][shots - 1])
+        return jnp.einsum("bci,bio->bco", condition, lookup(self.table[...], shots - 1))
 
 
 class WholePrior(nnx.Module):
@@ -126,7 +127,7 @@ class WholePrior(nnx.Module):
     def __call__(self, mean: jax.Array, shots: jax.Array) -> jax.Array:
         condition = mean.reshape(len(mean), -1)
         condition = jnp.concatenate([condition, jnp.ones_like(condition[:, :1])], -1)
-        weights = jnp.einsum("bi,bio->bo", condition, self.table[...][shots - 1])
+        weights = jnp.einsum("bi,bio->bo", condition, lookup(self.table[...], shots - 1))
         return jnp.zeros((len(mean), *self.spec.mask.shape)).at[:, self.spec.mask].set(weights)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from common.nn import precision
 from common.nn.attention import Attention, softmax
 from common.nn.block import Block, scan, stack
 from common.nn.dense import normal, param, zeros
@@ -57,11 +58,11 @@ class Gpt(nnx.Module):
         self.norm = LayerNorm(sizes, eps=1e-5, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.hidden(tokens) @ self.table[...].T
+        return precision.product("bte,ve->btv", self.hidden(tokens), self.table[...])
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """[batch, time, width], what the output table reads; its mean over time describes a text."""
-        x = self.table[...][tokens] + self.position[...][: tokens.shape[1]]
+        x = precision.lookup(self.table[...], tokens) + self.position[...][: tokens.shape[1]]
         return self.norm(scan(self.blocks, x))
 
 

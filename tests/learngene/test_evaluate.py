@@ -66,7 +66,7 @@ def test_folders_by_the_models_names_count_as_those(model, pictures, drawn, tmp_
         assert "its class 'apple' is none of the class names (one, two, three)" in capsys.readouterr().out
         write_labels(model, ("apple", "two"))
         assert main(["eval", str(model), "--data", str(tmp_path / "d")]) == 2
-        said = "heirloom: there are 2 class names (apple, two) for the 3 classes of the model; give one for each\n"
+        said = f"heirloom: {model / 'labels.json'} has 2 class names, and the model 3 classes: give one for each, or none\n"
         assert capsys.readouterr().err == said
     finally:
         (model / "labels.json").unlink()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from common.checkpoint.convert import Found
 from common.errors import InputError
 from common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS
@@ -58,7 +59,7 @@ def test_every_published_model_has_each_layout_and_is_known_by_it(name, format, 
     tensors = {key: np.broadcast_to(np.zeros((), t.dtype), t.shape) for key, t in format.layout.foreign(specs[name]).items()}
     statistics = sum(leaf.count for path, leaf in specs[name].items() if path.endswith(("/mean", "/variance")))
     assert sum(t.size for t in tensors.values()) == total + statistics
-    assert format.read_config(tensors, tmp_path) == cfg
+    assert format.read_config(Found(tensors, tmp_path)).cfg == cfg
     views = format.layout.view(tensors, specs[name])
     assert {path: view.shape for path, view in views.items()} == {path: leaf.shape for path, leaf in specs[name].items()}
 
