@@ -170,7 +170,9 @@ def test_conversion_through_every_format_is_verified_and_exact(small, to, tmp_pa
     hf = open_safetensors(tmp_path / "hf" / "model.safetensors")
     first = convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / to, to)
     again = convert(open_donor(tmp_path / to, [FAMILY]), tmp_path / "back", "hf")
-    assert (first.reference, again.reference) == ("own formulas", "transformers")
+    # open_clip itself, where another test of this process could import it.
+    assert first.reference in ({"own formulas"} if to == "original" else {"own formulas", "open_clip"})
+    assert again.reference == "transformers"
     assert first.passed and first.max_error < 1e-4 and again.passed and again.max_error < 1e-4
     for key, value in open_safetensors(tmp_path / "back" / "model.safetensors").items():
         assert value.tobytes() == hf[key].tobytes(), key
