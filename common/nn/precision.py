@@ -109,7 +109,7 @@ def rounded(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
     A compiler that sees a float32 sum whose only use is to be rounded may compute the sum itself in bfloat16 (XLA for TPUs does). It
     must not change the type of what is looked at as bits.
     """
-    if not _narrow(parameter):
+    if not _narrow(parameter) or gradient.dtype != jnp.float32:  # a kernel may have rounded it already
         return gradient.astype(parameter.dtype)
     bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(gradient, jnp.uint32))
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(parameter.dtype)

@@ -304,6 +304,7 @@ def test_a_square_is_a_guess_where_a_rectangle_has_as_many_patches(grid, other):
 
 
 def test_a_conversion_says_each_guess_once_and_names_no_folder_that_goes_again(golden, folder_of, tmp_path, capsys):
+    pytest.importorskip("torch")  # a file of torch is written
     shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
     assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), "--set", "heads=2"]) == 0
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "timm"), "--to", "timm"]) == 0

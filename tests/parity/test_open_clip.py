@@ -7,7 +7,6 @@ from importlib.util import find_spec
 import jax
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 from torchvision_stand_in import installed
 
 from common.checkpoint.convert import convert, open_donor
@@ -21,6 +20,7 @@ from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
 
 torch = pytest.importorskip("torch")
+load_file, save_file = (getattr(pytest.importorskip("safetensors.torch"), name) for name in ("load_file", "save_file"))
 if not find_spec("open_clip"):
     pytest.skip("open_clip is not installed", allow_module_level=True)
 with installed():
