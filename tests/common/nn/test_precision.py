@@ -1,11 +1,13 @@
 """Gradients of bfloat16 models are summed in float32: operations against float32, and whole steps after XLA has split them over devices."""
 
 import re
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from common import config
@@ -87,14 +89,23 @@ def test_devices_add_what_they_have_not_rounded():
     assert float(found[0, 0]) == 2080.0
 
 
+@contextmanager
+def uncached():
+    """What is found in the cache is not compiled, and so not written down. JAX remembers whether it has one until it is reset."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
 def partitioned(abstract, folder):
     """The module as XLA split it over the devices: later, the compiler for CPUs widens all sums."""
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning", "xla_dump_hlo_as_text": True}
-    jax.config.update("jax_enable_compilation_cache", False)  # what is found there is not compiled
-    try:
+    with uncached():
         abstract.step.lower(abstract.state, abstract.batch).compile(options | {"xla_backend_optimization_level": 0})
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
     (file,) = folder.glob("*jit_step*.after_spmd-partitioning*.txt")
     return file.read_text()
 
