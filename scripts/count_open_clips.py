@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torchvision_stand_in import installed
 
-from common.checkpoint.convert import open_donor
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.errors import InputError
 from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
 

@@ -22,8 +22,8 @@ import torch
 from make_timm_table import PREFIXES
 from torchvision_stand_in import installed
 
-from common.checkpoint.convert import open_donor
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.errors import InputError
 from learngene.zoo import FAMILY
 
 with installed():
