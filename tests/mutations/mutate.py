@@ -139,6 +139,8 @@ def attempt(target: Target, seed: int, folder: Path) -> str:
 
 def run(target: Target, seeds: range) -> dict[str, list[int]]:
     """The outcomes of these seeds; every one that is neither `read` nor `refused` is a fault."""
+    with contextlib.suppress(ImportError):
+        import torch  # noqa: F401  # the first import can take seconds, which no file is to blame for
     found: dict[str, list[int]] = {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
