@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from math import prod
 from typing import Any
 
 from heirloom.common.errors import InputError, nearest
@@ -108,45 +107,6 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
     return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-@dataclass(frozen=True)
-class Outline:
-    """A checkpoint without its weights: what it takes to compile a step with it as teacher."""
-
-    cfg: Any
-    model: Any
-
-
-@dataclass(frozen=True)
-class Abstract:
-    """A train step and what it is called with, as `jax.ShapeDtypeStruct`s in their shardings. flops: of one step, all devices."""
-
-    step: Any
-    state: Any
-    batch: Mapping[str, Any]
-    flops: float
-
-
-def abstract_params(spec: dict[str, Any], mesh: Any) -> dict[str, Any]:
-    """The parameters of a model as shapes in their shardings."""
-    import jax
-
-    from heirloom.common.train.mesh import shardings
-
-    return {path: jax.ShapeDtypeStruct(spec[path].shape, spec[path].dtype, sharding=s) for path, s in shardings(spec, mesh).items()}
-
-
-def abstract_batch(mesh: Any, **arrays: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
-    """{name: ((batch, ...), dtype)} as shapes whose rows are split. Raises InputError where they do not divide."""
-    import jax
-
-    from heirloom.common.train.mesh import ROWS, batch_sharding
-
-    shards = prod(mesh.shape[axis] for axis in ROWS)
-    if uneven := next((shape[0] for shape, _ in arrays.values() if shape[0] % shards), None):
-        raise InputError(f"a batch of {uneven} cannot be divided into {shards} parts (mesh data x fsdp): change --pipeline.batch")
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, (shape, dtype) in arrays.items()}
-
-
 # How the compiler says that a step does not fit; the second knows its temporaries alone.
 REFUSALS = (
     r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
@@ -163,8 +123,6 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     """
     import jax
 
-    if not hasattr(cfg, "abstract"):
-        raise InputError("recipes of this method cannot be compiled ahead of time: they have no abstract()")
     mesh = mesh_on(topology, cfg.mesh)
     abstract = cfg.abstract(mesh)
     chip, started, devices = topology.chip, time.perf_counter(), mesh.size

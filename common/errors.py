@@ -1,4 +1,4 @@
-"""The two ways a command ends badly: the user can mend it (exit 2), or a verification failed (exit 1). And what is only remarked."""
+"""How a command can end badly: bad input (exit 2), a failed verification (exit 1), a stop on request (exit 75). And remarks."""
 
 import difflib
 import re
@@ -19,6 +19,10 @@ class InputError(Exception):
 
 class VerificationError(Exception):
     """A result was computed and is not what the reference says."""
+
+
+class Stopped(Exception):
+    """A training was asked to stop and saved its state; the same command continues it (exit 75, EX_TEMPFAIL)."""
 
 
 class Remark(UserWarning):

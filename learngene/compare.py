@@ -10,22 +10,27 @@ from rich.console import Console
 from rich.table import Table
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Family
+from heirloom.common.checkpoint.convert import Donor, Family
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.plan import Resolution
+from heirloom.common.train import recipe
 from heirloom.common.train.loop import difference
-from heirloom.common.train.mesh import shardings, start
+from heirloom.common.train.mesh import start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.parameters import load_params
+from heirloom.common.train.parts import Parts
 from learngene import cost, relatives
+from learngene.config import ADAMW, Config, TeacherConfig
 from learngene.evaluate import scorer
 from learngene.inputs import preprocess_of
 from learngene.relatives import Method
-from learngene.train import ADAMW, Config, TeacherConfig, held_out, initial, open_teacher, opened, resolve, train
+from learngene.train import held_out
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY, open_classifier
 
@@ -197,34 +202,43 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
     )
 
 
-def curve(recipe: Config, folder: Path) -> dict[str, Any]:
+def curve(arm: Config, folder: Path) -> dict[str, Any]:
     """Train one arm; its accuracy by epoch from before the first step, and what it cost. Kept as `result.json` in its folder."""
-    file, about = folder / "result.json", json.loads(json.dumps(to_json(recipe)))
+    file, about = folder / "result.json", json.loads(json.dumps(to_json(arm)))
     if file.is_file():
         saved = read_json(file)
         if lines := difference(saved["config"], about):
             raise InputError("\n".join([f"{folder} was run with another config; take a new --run, or set it back:", *lines]))
         return saved["result"]
-    mesh, student = start(recipe.mesh), functional(recipe.family.module, recipe.student)
-    score = scorer(recipe.family, recipe.student, held_out(recipe), recipe.pre, mesh)
-    donor = opened(recipe.donor)
-    made = resolve(recipe, student, donor) if donor else None
-    before = score(initial(recipe, student, donor, shardings(student.spec, mesh), made))
-    train(recipe, folder, made=made)
+    parts = once(arm.parts())
+    before = recipe.evaluate(arm, parts).metrics
+    recipe.run(arm, folder, parts)
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
     result = {
         "top1": [before["top1"], *(line["eval/top1"] for line in scored)],
         "loss": [before["loss"], *(line["eval/loss"] for line in scored)],
         "steps": [0, *(line["step"] for line in scored)],
-        "lr": recipe.optim.lr,
-        "parameters": cost.count(recipe.student),
-        "macs": cost.work(recipe.student),
-        "pictures": recipe.steps * recipe.pictures,
-        "flops": training_flops(recipe),
+        "lr": arm.optim.lr,
+        "parameters": cost.count(arm.student),
+        "macs": cost.work(arm.student),
+        "pictures": arm.steps * arm.pictures,
+        "flops": training_flops(arm),
     }
     with staged(file, force=True) as part:
         write_json(part, {"config": about, "result": result})
     return result
+
+
+def once(parts: Parts) -> Parts:
+    """The same parts, resolving their donor only once: LiGO trains its maps there."""
+    made: list[Resolution] = []
+
+    def resolve(donor: Donor) -> Resolution:
+        if not made and parts.resolve:
+            made.append(parts.resolve(donor))
+        return made[0]
+
+    return replace(parts, resolve=resolve)
 
 
 def training_flops(recipe: Config) -> float:
@@ -245,12 +259,11 @@ def gene_row(recipe: Config, folder: Path) -> dict[str, Any]:
 def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict[str, Any]:
     """The teacher's own accuracy and size, and what its training cost where it was trained here (None where it was not)."""
     donor, mesh = open_classifier(source), start(gene.mesh)
-    found = open_teacher(replace(gene, teacher=source), mesh)
-    assert found is not None
     pre = preprocess_of(donor).pre
     score = scorer(donor.family, donor.cfg, held_out(gene, pre), pre, mesh)
     parameters = donor.family.parameters(donor.model.spec)["total"]
-    return {"top1": score(found.weights)["top1"], "parameters": parameters, "flops": training_flops(recipe) if recipe else None}
+    top1 = score(load_params(donor, mesh)).metrics["top1"]
+    return {"top1": top1, "parameters": parameters, "flops": training_flops(recipe) if recipe else None}
 
 
 def report(cfg: Comparison, results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from heirloom.common.checkpoint.convert import Donor, Family
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, replicated, split_rows, start
 from heirloom.common.train.parameters import load_params
@@ -23,7 +24,6 @@ from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of
 
-Score = Callable[[Mapping[str, Any]], dict[str, float]]
 """`score(params)`: top1, top5 (shares) and loss (nats)."""
 
 
@@ -44,13 +44,13 @@ def normalised(pixels: jax.Array, pre: Preprocess) -> jax.Array:
 
 
 def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
-    """`params -> {"top1": ..., "top5": ..., "loss": ...}` on all held-out pictures; a tie counts against the right class.
+    """top1, top5 and loss on all held-out pictures; a tie counts against the right class.
 
     Raises InputError when a logit is NaN or infinite.
     """
     count = counter(family.module, cfg, pre, mesh)
 
-    def score(params: Mapping[str, Any]) -> dict[str, float]:
+    def score(params: Mapping[str, Any]) -> Scored:
         with jax.set_mesh(mesh):
             counts = (count(params, split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out)
             total = np.sum([np.asarray(part, np.float64) for part in counts], axis=0)
@@ -60,7 +60,8 @@ def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh
                 f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)} pictures; "
                 "there is no score for such a model: its weights are damaged, or overflow where it computes"
             )
-        return {name: value / len(held_out) for name, value in zip(("top1", "top5", "loss"), sums, strict=True)}
+        means = {name: value / len(held_out) for name, value in zip(("top1", "top5", "loss"), sums, strict=True)}
+        return Scored(held_out.name, len(held_out), means)
 
     return score
 
@@ -83,12 +84,6 @@ def counter(module: Callable[..., Any], cfg: Any, pre: Preprocess, mesh: Mesh) -
     return count
 
 
-def rows(scores: Mapping[str, float], dataset: str, n: int) -> list[dict[str, Any]]:
-    """What `heirloom eval` prints: shares in percent."""
-    shown = {name: value if name == "loss" else 100 * value for name, value in scores.items()}
-    return [{"dataset": dataset, "metric": name, "value": value, "published": None, "n": n} for name, value in shown.items()]
-
-
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH`; of a gene, its auxiliary net is scored. Raises InputError without data."""
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
@@ -98,4 +93,4 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(args.data, args.split, args.image, text="")
     held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, labels_of(donor))
-    return rows(scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)), args.data, len(held_out))
+    return scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)).rows()

@@ -1,6 +1,6 @@
 """LiGO (Wang et al., ICLR 2023): the maps from a small ViT to a larger one are learned, for some hundred steps, before it trains."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.maps import AxisMap, matrix, sided
 from heirloom.common.surgery.plan import Maps, Plan, Source, apply
+from heirloom.common.train.loop import Data
 from learngene.expand import grid
 from learngene.vit import VitConfig
 
@@ -67,7 +68,7 @@ def _of(group: str, widths: Mapping[str, AxisMap]) -> dict[str, AxisMap]:
 
 
 def fit(
-    donor: VitConfig, source: Source, student: VitConfig, spec: Spec, loss: Loss, batches: Iterator[Any], seed: int, steps: int = STEPS
+    donor: VitConfig, source: Source, student: VitConfig, spec: Spec, loss: Loss, batches: Data, seed: int, steps: int = STEPS
 ) -> Plan:
     """Learn the matrices with Adam on the larger model's loss; the donor's parameters stay as they are."""
     matrices = first_matrices(donor, student, seed)

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.compile import Outline
 from heirloom.common.nn.functional import functional
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES, config
@@ -48,7 +47,7 @@ def paper_vit(size: str, depth: int = 12) -> VitConfig:
 def outline(source: str) -> Donor | Outline:
     """A teacher for `heirloom compile`: the published one need not be fetched for its shapes."""
     cfg = PUBLISHED.get(source)
-    return Outline(cfg, functional(Vit, cfg)) if cfg else open_classifier(source)
+    return Outline(FAMILY, cfg, functional(Vit, cfg)) if cfg else open_classifier(source)
 
 
 def open_classifier(source: str, **overrides: Any) -> Donor:

@@ -14,18 +14,21 @@ from rich.table import Table
 
 from heirloom.common import config
 from heirloom.common.checkpoint.staging import staged
+from heirloom.common.data.grid import grid
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.demo import Race
 from heirloom.common.evaluate.fid import kid
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.mesh import shardings, start
+from heirloom.common.train import recipe
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
 from lit_jax.decode import finite, to_uint8
 from lit_jax.dit import Dit, parameters
-from lit_jax.sample import drawer, grid
-from lit_jax.train import Config, held_out_loss, initial, opened
+from lit_jax.progress import held_out_loss
+from lit_jax.sample import drawer
+from lit_jax.train import Config
 from lit_jax.zoo import open_dit
 
 RECIPE = "lit/digits"
@@ -84,9 +87,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
 
 def race(cfg: Config, folder: Path) -> Race:
     """Train one student; its loss before the first step belongs to the curve."""
-    mesh, student = start(cfg.mesh), functional(Dit, cfg.student)
-    start_weights = initial(cfg, student, opened(cfg.donor), shardings(student.spec, mesh))
-    before = held_out_loss(cfg, student, mesh)(start_weights)[METRIC]
+    before = recipe.evaluate(cfg, cfg.parts()).metrics[METRIC]
     cfg.train(folder)
     return Race.of(folder, METRIC, before)
 
@@ -94,7 +95,7 @@ def race(cfg: Config, folder: Path) -> Race:
 def loss(cfg: Config, source: str) -> float:
     """The held-out loss of a checkpoint."""
     donor, mesh = open_dit(source), start(cfg.mesh)
-    return held_out_loss(cfg, donor.model, mesh)(load_params(donor, mesh))[METRIC]
+    return held_out_loss(cfg, donor.model, mesh)(load_params(donor, mesh)).metrics[METRIC]
 
 
 def draw(cfg: Config, source: str, seed: int) -> np.ndarray:

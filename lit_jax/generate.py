@@ -11,13 +11,14 @@ import numpy as np
 
 from heirloom.common import config
 from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.data.grid import save_grid
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
-from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys, save_grid
+from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
 
 BATCH = 64  # pictures drawn at a time
 SEEDS = 2**32

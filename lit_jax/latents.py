@@ -13,14 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
+from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.data.sources import Source
-from heirloom.common.errors import InputError
+from heirloom.common.data.sources import Source, SourceConfig
+from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
-from lit_jax.data import cropped
-from lit_jax.origin import FILE, Origin, read_origin, write_origin
+from lit_jax.data import cropped, is_latent
+from lit_jax.origin import FILE, Origin, read_origin, same_latents, write_origin
 
 
 def cache_latents(
@@ -79,6 +80,21 @@ def cached_origin(path: Path) -> Origin:
     origin = read_origin(path)
     if origin is None:
         raise InputError(f"{path} holds latents without {FILE}, so their scaling factor is not known: make the cache again")
+    return origin
+
+
+def latents_of(data: SourceConfig, held_out: SourceConfig, *models: Donor | None) -> Origin | None:
+    """The autoencoder whose latents `data` holds; None for pictures. Raises InputError where held-out data or a model has others."""
+    origin = cached_origin(Path(data.path)) if is_latent(data) else None
+    if origin is None:
+        return None
+    if not origin.encoder:
+        remark(f"{data.path}: a cache of an earlier version, which does not say which autoencoder made it; {origin} is assumed to fit")
+    others = {held_out.path: Path(held_out.path)} if is_latent(held_out) else {}
+    others |= {str(model.path): model.folder for model in models if model}
+    for name, folder in others.items():
+        if other := read_origin(folder):
+            remark(same_latents(origin, other, data.path, name))
     return origin
 
 

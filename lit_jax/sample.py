@@ -3,21 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, isfinite, isqrt
-from pathlib import Path
+from math import isfinite
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.nn.functional import Functional
 from heirloom.common.train.mesh import batch_sharding, replicated
+from heirloom.common.train.parts import Model
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split
 
@@ -98,7 +95,7 @@ def picture_keys(key: jax.Array, numbers: np.ndarray) -> jax.Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers, jnp.uint32))
 
 
-def drawer(model: Functional, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
+def drawer(model: Model, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
     """Compile the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without a null class."""
     if how.guidance != 1 and not cfg.null_class:
         raise InputError(f"guidance {how.guidance:g}: this model was never trained without labels: it has no null class; set guidance 1")
@@ -140,20 +137,3 @@ def guide(conditional: Prediction, free: Prediction, how: SampleConfig) -> Predi
     if how.guided == "first three":
         guided = jnp.concatenate([guided[..., :3], conditional.noise[..., 3:]], axis=-1)
     return Prediction(guided, conditional.ratio)
-
-
-def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:
-    """uint8 [n, side, side, 3] as one picture, row by row; missing ones are white."""
-    n, side = len(pictures), pictures.shape[1]
-    columns = columns or isqrt(n - 1) + 1
-    rows = ceil(n / columns)
-    padded = np.concatenate([pictures, np.full((rows * columns - n, *pictures.shape[1:]), 255, np.uint8)])
-    return Image.fromarray(padded.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3))
-
-
-def save_grid(pictures: np.ndarray, path: Path, columns: int | None = None, least: int = 256) -> None:
-    """Write a grid as PNG, small pictures enlarged to whole multiples of their pixels."""
-    image = grid(pictures, columns)
-    zoom = max(1, least // max(image.size))
-    with staged(path, force=True) as file:
-        image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file, format="PNG")

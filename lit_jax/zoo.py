@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.compile import Outline
 from heirloom.common.nn.functional import functional
+from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, companions, config
 from lit_jax.verify import verify
@@ -15,6 +15,7 @@ from lit_jax.verify import verify
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
 FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED, LOOKALIKES)
+FAMILIES = (FAMILY, AUTOENCODERS)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
@@ -43,7 +44,7 @@ PUBLISHED = {DIT_XL_2_256: dit("xl"), DIT_XL_2_512: dit("xl", pixels=512)}
 def outline(source: str) -> Donor | Outline:
     """A teacher for `heirloom compile`: published ones need not be fetched for their shapes."""
     cfg = PUBLISHED.get(source)
-    return Outline(cfg, functional(Dit, cfg)) if cfg else open_dit(source)
+    return Outline(FAMILY, cfg, functional(Dit, cfg)) if cfg else open_dit(source)
 
 
 def open_dit(source: str, **overrides: Any) -> Donor:

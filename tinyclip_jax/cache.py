@@ -23,7 +23,6 @@ from heirloom.common.errors import InputError
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import BATCH, Setup
 
-PREFIX = "cache:"
 TARGETS = ("teacher_image", "teacher_text")
 ABOUT = "cache.json"
 SOME, CONTEXT = 64, 77  # captions, and how much of each, by which data and tokenizer are known again

@@ -20,12 +20,12 @@ from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.evaluate import imagenet
 from heirloom.common.evaluate.features import embedder, finite
 from heirloom.common.evaluate.retrieval import Recall, distinct, retrieval
+from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templates
-from heirloom.common.nn.functional import Functional
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
+from heirloom.common.train.parts import Model
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
-from tinyclip_jax.masks import Masked
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
@@ -33,35 +33,10 @@ OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--t
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Metrics of one model on one data set of `n` pictures; classes: how many different labels they have, where they have labels."""
-
-    dataset: str
-    n: int
-    metrics: Mapping[str, float]
-    classes: int = 0
-
-    def summary(self) -> dict[str, float]:
-        """What a line of progress has room for: of retrieval the means of both directions."""
-        means = {name: value for name, value in self.metrics.items() if "_to_" not in name}
-        return means or dict(self.metrics)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per metric. Shares are in percent."""
-        return [
-            {"dataset": self.dataset, "metric": name, "value": 100 * value, "published": None, "n": self.n}
-            for name, value in self.metrics.items()
-        ]
-
-
-Score = Callable[[Mapping[str, Any]], Scored]
-
-
-@dataclass(frozen=True)
 class Setup:
     """A model and what stands before it, on a mesh."""
 
-    model: Functional | Masked
+    model: Model
     pre: Preprocess
     tokenizer: Tokenizer
     cfg: ClipConfig
@@ -82,7 +57,7 @@ def setup_of(donor: Donor, mesh: Mesh) -> Setup:
 
 
 def retrieval_on(
-    data: SourceConfig, model: Functional | Masked, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
+    data: SourceConfig, model: Model, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
 ) -> Score:
     """`retrieval_over` of what a config names. Raises InputError when the data cannot be read."""
     return retrieval_over(_name(data), open_source(data), Setup(model, pre, tokenizer, cfg, mesh))

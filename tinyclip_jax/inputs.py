@@ -1,14 +1,22 @@
 """The preprocessing and the tokenizer that travel with a CLIP, and what is assumed where a checkpoint has none."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import Found, find, write
+from heirloom.common.data.sources import Source, open_source
 from heirloom.common.data.text import FILES, Tokenizer
 from heirloom.common.errors import InputError, remark
 from tinyclip_jax.model import TextConfig
+
+if TYPE_CHECKING:
+    from tinyclip_jax.config import Config
+
+CACHE = "cache:"  # of a teacher's name: embeddings that `heirloom cache` stored
 
 CLIP_VOCAB = 49408
 _FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")  # tokenizers of other kinds: BERT, SentencePiece
@@ -60,3 +68,47 @@ def companions(donor: Donor, destination: Path, format: str) -> None:
         about = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
         sot, eot = tokenizer.names  # transformers would add its own names to a vocabulary that has others
         write_json(destination / "tokenizer_config.json", about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Preprocessing and tokenizer of a model in training."""
+
+    pre: Preprocess
+    tokenizer: Tokenizer
+
+    def save(self, folder: Path) -> None:
+        """Write both next to the weights."""
+        self.pre.save(folder)
+        self.tokenizer.save(folder)
+
+
+def read_inputs(cfg: "Config", donor: Donor | None, teacher: Donor | None) -> Inputs:
+    """Preprocessing and tokenizer: what the config names, else the donor's, else the teacher's, else CLIP's."""
+    known = donor or teacher
+    stored = Path(cfg.teacher.removeprefix(CACHE)) if cfg.teacher.startswith(CACHE) else None
+    pre = Preprocess(size=cfg.student.image.size)
+    if known or stored:
+        theirs = preprocess_of(known).announced() if known else Preprocess.load(stored or "")
+        pre = theirs.at(cfg.student.image.size)
+    if cfg.tokenizer == "fit":
+        tokenizer = Tokenizer.train(captions(open_source(cfg.data)), cfg.student.text.vocab)
+    elif cfg.tokenizer:
+        tokenizer = Tokenizer.load(cfg.tokenizer)
+    else:
+        found = tokenizer_of(known) if known else Tokenizer.load(stored) if stored else Tokenizer.clip()
+        if found is None:
+            raise InputError(f"{known and known.path} comes without a tokenizer; name one with --tokenizer")
+        tokenizer = found
+    check_tokenizer(tokenizer, cfg.student.text, "student.text")
+    return Inputs(pre, tokenizer)
+
+
+def captions(source: Source) -> list[str]:
+    """Every distinct caption with its tags, in a stable order."""
+    found: set[str] = set()
+    for i in range(len(source)):
+        record = source[i]
+        texts = [record["text"]] if isinstance(record["text"], str) else record["text"]
+        found.update([*texts, *record.get("tags", ())])
+    return sorted(found)

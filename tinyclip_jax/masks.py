@@ -5,7 +5,7 @@ model is the same model with its kernels scaled by the gates (`scaled`), normali
 expected size closes gates; `heirloom.common.surgery` then cuts what is closed (`tinyclip_jax.inherit.prune`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -200,9 +200,19 @@ def scaled(params: Mapping[str, Any], spec: Spec, gates: Mapping[str, Any]) -> d
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """A model whose parameters are weights and gates in one dictionary; otherwise as `Functional`."""
+    """A CLIP whose parameters are weights and masks in one dictionary; otherwise as `Functional`."""
 
     model: Functional
+    cfg: ClipConfig
+
+    @property
+    def spec(self) -> Spec:
+        return self.model.spec | mask_spec(self.cfg)
+
+    def init(self, key: jax.Array, paths: Iterable[str] | None = None, place: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Fresh weights, all gates open."""
+        params = self.model.init(key, place=place) | initial_masks(self.cfg, self.cfg)
+        return params if paths is None else {path: params[path] for path in paths}
 
     def apply(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         weights, gates = split(params)

@@ -14,6 +14,7 @@ of Hugging Face, one table of paths and captions. Of several splits `test` is ta
 """
 
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +36,7 @@ from heirloom.common.evaluate.probe import probe
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
-from tinyclip_jax.evaluate import Scored, Setup, features_of, retrieval_over, setup_of, zeroshot, zeroshot_over
+from tinyclip_jax.evaluate import Scored, Setup, features_of, no_flags, retrieval_over, setup_of, zeroshot, zeroshot_over
 from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED, Published
 
@@ -154,6 +155,12 @@ SUITE: dict[str, Scores] = {
     "fashion-mnist": partial(_small, FASHION, "fashion-mnist"),
     "openclipart": partial(_pairs, "openclipart"),
 }
+
+
+def evaluate_suite(donor: Donor, beside: Donor | None, args: Namespace) -> list[dict[str, Any]]:
+    """Rows of `heirloom eval PATH --suite DIR`."""
+    no_flags(args)
+    return run_suite(donor, beside, args.suite)
 
 
 def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str, Any]]:

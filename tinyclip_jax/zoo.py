@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.compile import Outline
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS, LOOKALIKES, config
 from tinyclip_jax.inputs import companions
@@ -15,6 +14,7 @@ from tinyclip_jax.verify import verify
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
 FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
+FAMILIES = (FAMILY,)
 
 RN50 = resnet(64, 12)
 VIT_B_32, VIT_B_16 = vit(224, 32, 768, 12, 512, 12), vit(224, 16, 768, 12, 512, 12)
@@ -46,7 +46,7 @@ PUBLISHED = {
 def outline(source: str) -> Donor | Outline:
     """A teacher for `heirloom compile`: published ones need not be fetched for their shapes."""
     cfg = PUBLISHED.get(source)
-    return Outline(cfg, functional(Clip, cfg)) if cfg else open_clip_model(source)
+    return Outline(FAMILY, cfg, functional(Clip, cfg)) if cfg else open_clip_model(source)
 
 
 def open_clip_model(source: str, **overrides: Any) -> Donor:

@@ -1,37 +1,8 @@
-"""What weightgen adds to the `heirloom` command. Imports nothing heavy: each verb loads what it needs when it runs."""
+"""What weightgen adds to the `heirloom` command: the function that runs each verb, imported when it runs."""
 
-from argparse import Namespace
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from heirloom.common.checkpoint.convert import Donor, Family
-
-
-def families() -> list["Family"]:
-    """Its generators and what belongs to them, for inspect, eval and generate."""
-    from weightgen.formats import FAMILIES
-
-    return FAMILIES
-
-
-def demo(seed: int, out: "Path") -> dict[str, Any]:
-    """Classifier heads generated for classes the zoo never saw, beside every baseline."""
-    from weightgen.demo import run
-
-    return run(seed, out)
-
-
-def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
-    """Generated networks on a folder of pictures by class, for `heirloom eval PATH --data DIR`."""
-    from weightgen.generate import evaluate_folder
-
-    return evaluate_folder(donor, args)
-
-
-def generate(donor: "Donor", args: Namespace) -> dict[str, Any]:
-    """Weights folders for the classes of a data set, for `heirloom generate PATH --dataset DIR`."""
-    from weightgen.generate import generate_folder
-
-    return generate_folder(donor, args)
+VERBS = {
+    "families": "weightgen.formats:FAMILIES",
+    "demo": "weightgen.demo:run",
+    "evaluate": "weightgen.generate:evaluate_folder",
+    "generate": "weightgen.generate:generate_folder",
+}

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from heirloom.common.checkpoint.convert import Donor, open_donor
-from heirloom.common.checkpoint.hub import locate
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.preprocess import Preprocess, eval_image
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.methods import open_any
 from weightgen.nets import NetConfig
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
@@ -35,7 +34,7 @@ def encoder(backend: str) -> Encode:
     """
     if backend == "pixels":
         return lambda pictures: np.stack([_thumbnail(p) for p in pictures])
-    donor = _open(backend)
+    donor = open_any(backend)
     if not hasattr(donor.family.module, "encode_image"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no images: name a CLIP, or pixels")
     if not (donor.folder / "preprocess.json").is_file():
@@ -58,7 +57,7 @@ def encoder(backend: str) -> Encode:
 
 def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
     """Words to unit vectors [text, feature] f32, by the text tower of the model at that SOURCE. Raises InputError when it has none."""
-    donor = _open(backend)
+    donor = open_any(backend)
     if not hasattr(donor.family.module, "encode_text"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no text: name a CLIP")
     tokenizer, context = Tokenizer.load(donor.folder), donor.cfg.text.context
@@ -70,14 +69,6 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
         return raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
     return encode
-
-
-def _open(source: str) -> Donor:
-    """A model of any installed method: methods do not import one another, but their families are announced."""
-    from heirloom.common.cli import methods
-
-    families = [family for method in methods().values() for family in method.families()]
-    return open_donor(locate(source, {name: path for family in families for name, path in family.embedded.items()}), families)
 
 
 def labelled(source: Any, path: str) -> tuple[list[Any], np.ndarray]:
@@ -139,7 +130,6 @@ class Projection:
 
     @classmethod
     def load(cls, folder: Path) -> "Projection":
-        from safetensors import safe_open
 
         file = folder / "features.safetensors"
         if not file.is_file():

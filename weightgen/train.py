@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from heirloom.common.data.pipeline import Batches
 from heirloom.common.errors import InputError, positive
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.loop import Run
+from heirloom.common.train.loop import Cadence, Run
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parameters import best
@@ -112,8 +112,7 @@ def fit(
         data,
         cfg.steps,
         examples_per_step=cfg.batch,
-        log_every=cfg.log_every,
-        save_every=cfg.save_every,
+        cadence=Cadence(log=cfg.log_every, save=cfg.save_every),
         on_finish=(lambda state: save(best(state))) if save else None,
     )
     return best(state)

@@ -152,6 +152,15 @@ class Donor:
         return self.path if self.path.is_dir() else self.path.parent
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint without its weights: enough to compile a step with it as teacher."""
+
+    family: Family
+    cfg: Any
+    model: Functional
+
+
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
     """Open a checkpoint of ours or of any known foreign format.
 

@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
-from PIL import Image
 
+from heirloom.common.data.grid import save_grid
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image, train_image
 from heirloom.common.data.sources import Record, Source
@@ -269,9 +269,5 @@ def check_first_batch(batch: Batch, tokenizer: Tokenizer, path: str | Path | Non
     """
     host = {k: np.asarray(v.addressable_data(0)) if isinstance(v, jax.Array) else v for k, v in batch.items()}
     if path is not None:
-        pictures = denormalise(host["image"][:GRID], pre or Preprocess())
-        side = int(np.ceil(len(pictures) ** 0.5))
-        blank = np.full((side**2 - len(pictures), *pictures.shape[1:]), 255, np.uint8)
-        grid = np.concatenate([pictures, blank]).reshape(side, side, *pictures.shape[1:])
-        Image.fromarray(np.concatenate(np.concatenate(grid, axis=1), axis=1)).save(path)
+        save_grid(denormalise(host["image"][:GRID], pre or Preprocess()), Path(path), least=0)
     return tokenizer.decode(host["text"][0])

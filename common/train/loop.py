@@ -20,16 +20,24 @@ from rich.console import Console
 
 from heirloom.common.checkpoint.state import Checkpoints
 from heirloom.common.checkpoint.weights import read_json
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, Stopped
 from heirloom.common.paths import local
 from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer, peak_flops
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
-STOPPED = 75  # EX_TEMPFAIL: exit code of a run that was asked to stop and saved; the same command continues
 # Where a run computes, not what: a resume may change these. On another mesh it goes on from the same state, equal to rounding.
 FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between two lines of metrics, two checkpoints, two evaluations."""
+
+    log: int = 50
+    save: int = 1000
+    eval: int = 1000
 
 
 class Data(Protocol):
@@ -108,23 +116,21 @@ class Run:
         total: int,
         *,
         examples_per_step: int,
-        log_every: int = 50,
-        save_every: int = 1000,
+        cadence: Cadence = Cadence(),  # frozen
         evaluate: Callable[[State], Mapping[str, float]] | None = None,
-        eval_every: int = 1000,
         on_finish: Callable[[State], None] | None = None,
         flops_per_example: float | None = None,
         writers: Sequence[Writer] = (),
     ) -> State:
         """Train up to step `total` and return the last state; a state already there only runs `on_finish`.
 
-        state: from `restore_or`, or new. Every `log_every` steps a line is written with the means since the last one;
-        every `eval_every` and at the end, `evaluate(state)` joins it as `eval/*`. Metrics are read one step late, so
+        state: from `restore_or`, or new. Every `cadence.log` steps a line is written with the means since the last one;
+        every `cadence.eval` and at the end, `evaluate(state)` joins it as `eval/*`. Metrics are read one step late, so
         that the devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a job calls
         both functions; only the first writes lines.
 
-        On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and the process exits with `STOPPED`,
-        75: a scheduler runs the same command again, and 0 means finished.
+        On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and `Stopped` raised: the command then exits
+        with 75, which tells a scheduler to run it again; 0 means finished.
         Raises InputError after `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, and when the disk or
         the data fail; the last good state stays on disk, for no state is saved within such a row.
         """
@@ -141,7 +147,7 @@ class Run:
         stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
-            recorder = Recorder(log_every, file, progress, clock, window, writers, skipped=int(state.skipped))
+            recorder = Recorder(cadence.log, file, progress, clock, window, writers, skipped=int(state.skipped))
             for n in range(start + 1, total + 1):
                 with clock.waiting():
                     batch = next(data, None)
@@ -151,8 +157,8 @@ class Run:
                 recorder.push(n, metrics)
 
                 last, stops = n == total, stop.requested(n)
-                evaluates = evaluate is not None and (n % eval_every == 0 or last)
-                saves = n % save_every == 0 or last or stops
+                evaluates = evaluate is not None and (n % cadence.eval == 0 or last)
+                saves = n % cadence.save == 0 or last or stops
                 if evaluates or saves:
                     recorder.read()
                 if recorder.skipped >= step.cfg.max_skipped:
@@ -162,20 +168,18 @@ class Run:
 
                 with clock.paused():
                     scores = _finite(n, evaluate(state)) if evaluate is not None and evaluates else {}
-                if evaluates or last or n % log_every == 0:
+                if evaluates or last or n % cadence.log == 0:
                     recorder.write(scores)
                 if saves and (recorder.skipped == 0 or last):
                     with clock.paused():
                         self.checkpoints.save(n, state, {"data": data.state(), "window": window.totals})
                 if stops and not last:
                     self.checkpoints.wait()
-                    progress.console.print(f"stopped at step {n:,} of {total:,}; the same command continues")
-                    raise SystemExit(STOPPED)
+                    raise Stopped(f"stopped at step {n:,} of {total:,}; the same command continues")
         if on_finish is not None:
             on_finish(state)
         if stops:  # asked for in the last step: what may follow, a phase or a stage, is for the same command again
-            progress.console.print(f"stopped after the last step, {total:,}; the same command continues")
-            raise SystemExit(STOPPED)
+            raise Stopped(f"stopped after the last step, {total:,}; the same command continues")
         return state
 
     @contextlib.contextmanager

@@ -79,6 +79,12 @@ def choice() -> Choice:
     return Choice(kernel, f"measured on {kind}: {measured()[kind]}")
 
 
+def describe() -> str:
+    """For `heirloom doctor`: what computes linear attention here, and why."""
+    implementation, reason = choice()
+    return f"linear attention by {implementation}: {reason}"
+
+
 def foreign(device: Any) -> str | None:
     """What the kernels are and this GPU is not; None on a Hopper, and where there is no GPU."""
     if device.platform == "gpu" and getattr(device, "compute_capability", None) != "9.0":

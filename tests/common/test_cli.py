@@ -39,15 +39,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypat
 def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from heirloom.common import cli
+    from heirloom.common import methods
     from tinyclip_jax.zoo import EMBEDDED, FAMILY
 
-    here = cli.methods()
-    mute = SimpleNamespace(families=lambda: [replace(FAMILY, name="other"), FAMILY])
-    monkeypatch.setattr(cli, "methods", lambda: {"mute": mute})
+    here = methods.methods()
+    monkeypatch.setitem(sys.modules, "mute", SimpleNamespace(FAMILIES=[replace(FAMILY, name="other"), FAMILY]))
+    mute = {"families": "mute:FAMILIES"}
+    monkeypatch.setattr(methods, "methods", lambda: {"mute": mute})
     assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
     assert main(["eval", str(EMBEDDED["emoji"])]) == 2
-    monkeypatch.setattr(cli, "methods", lambda: {"mute": mute, "tinyclip": here["tinyclip"]})
+    monkeypatch.setattr(methods, "methods", lambda: {"mute": mute, "tinyclip": here["tinyclip"]})
     assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "heirloom: mute has no demo; no installed method has" and lines[1].startswith("heirloom: mute has no evaluate")

@@ -80,7 +80,7 @@ def test_an_error_of_the_disk_is_one_line(capsys, monkeypatch):
     def fails(*_):
         raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr("heirloom.common.cli._doctor", fails)
+    monkeypatch.setattr("heirloom.common.verbs.doctor", fails)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "heirloom: runs/x/metrics.jsonl: No space left on device\n"
 
@@ -89,7 +89,7 @@ def test_an_interruption_is_one_line(capsys, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("heirloom.common.cli._doctor", stops)
+    monkeypatch.setattr("heirloom.common.verbs.doctor", stops)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -98,7 +98,7 @@ def test_a_mistake_of_ours_stays_a_traceback(monkeypatch):
     def wrong(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("heirloom.common.cli._doctor", wrong)
+    monkeypatch.setattr("heirloom.common.verbs.doctor", wrong)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 

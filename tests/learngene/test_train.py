@@ -4,28 +4,32 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from heirloom.common import config
+from heirloom.common.checkpoint.convert import Outline
 from heirloom.common.checkpoint.weights import open_safetensors, read_json
 from heirloom.common.cli import main
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, Stopped
 from heirloom.common.nn.functional import functional
+from heirloom.common.train import recipe as runner
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from learngene import ligo, train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, curve, descendant
 from learngene.convnet import ConvConfig, ConvNet, macs
 from learngene.data import LOGITS, Example, Resident, decoded
+from learngene.inputs import IMAGENET
 from learngene.losses import DistillConfig
-from learngene.train import ADAMW, CONVNET_ADAMW, Config, Teacher, TeacherConfig, loss_fn
+from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig, loss_fn
 from learngene.vit import Vit, VitConfig
-from learngene.zoo import open_classifier
+from learngene.zoo import FAMILY, open_classifier
 
 ROWS = 48
 
@@ -96,9 +100,7 @@ def test_before_its_first_step_a_descendant_of_the_same_layout_is_the_auxiliary_
     folder, results = compared
     assert results["arms"]["sws-4"]["top1"][0] == results["genes"]["sws"]["top1"]
     recipe = descendant(comparison, "shuffled", 4, str(folder / "gene-sws" / "model"), "")
-    student, mesh = functional(Vit, recipe.student), start(MeshConfig())
-    params = train.initial(recipe, student, train.opened(recipe.donor), None)
-    loss = train.scorer(recipe.family, recipe.student, train.held_out(recipe), recipe.pre, mesh)(params)["loss"]
+    loss = runner.evaluate(recipe, recipe.parts()).metrics["loss"]
     assert loss > 1.02 * results["arms"]["sws-4"]["loss"][0]  # these colours survive any order of two stages, but less surely
     assert results["arms"]["kd-4"]["top1"][0] < 0.7
 
@@ -137,7 +139,8 @@ def test_every_method_of_a_comparison_can_start(gene_config, compared):
 def test_ligo_trains_its_maps_once_for_score_run_and_record(comparison, compared, tmp_path, monkeypatch, one_device):
     folder, _ = compared
     gene, fits = open_classifier(str(folder / "gene-sws" / "model")), []
-    train.write_descendant(Config(comparison.gene.student.of_depth(2)), gene, tmp_path / "shallow")
+    shallow = Config(student=comparison.gene.student.of_depth(2))
+    runner.inherit(shallow, shallow.parts(), tmp_path / "shallow", donor=gene)
 
     def fit(donor, source, student, *_):
         fits.append(student.layers)
@@ -147,7 +150,7 @@ def test_ligo_trains_its_maps_once_for_score_run_and_record(comparison, compared
     recipe = descendant(comparison, "ligo", 4, str(tmp_path / "shallow"), "")
     curve(recipe, tmp_path / "run")
     assert fits == [4], "what is scored before the first step is what is trained"
-    train.inherit(recipe, tmp_path / "made")
+    recipe.inherit(tmp_path / "made")
     assert fits == [4, 4]
 
 
@@ -239,7 +242,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(compared, gene_config
         return and_stop
 
     monkeypatch.setattr(train, "scorer", stops)
-    with pytest.raises(SystemExit, match="75"):
+    with pytest.raises(Stopped):
         recipe.train(run)
     monkeypatch.setattr(train, "scorer", scorer)
     recipe.train(run)
@@ -257,7 +260,11 @@ def batch_of(cfg, data):
 def test_the_loss_weighs_labels_and_teacher(gene_config, data):
     student = functional(Vit, gene_config.student)
     params, batch = student.init(jax.random.key(0)), batch_of(gene_config, data)
-    teacher = Teacher(np.float32(2.0), lambda weights, pixels: weights * pixels.mean((1, 2)))
+    pre = gene_config.pre  # a teacher without preprocessing is given ImageNet's, which is the gene's here
+    assert (pre.mean, pre.std) == (IMAGENET.mean, IMAGENET.std)
+    weights = {"twice": np.float32(2.0)}
+    model = SimpleNamespace(apply=lambda weights, x: weights["twice"] * (x * np.asarray(pre.std) + np.asarray(pre.mean)).mean((1, 2)))
+    teacher = Outline(FAMILY, gene_config.student, model)
     pixels = batch["image"].astype(np.float32) / 255
     logits = np.asarray(jax.jit(student.apply)(params, (pixels - gene_config.pre.mean) / np.asarray(gene_config.pre.std)), np.float64)
     log_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -274,7 +281,7 @@ def test_the_loss_weighs_labels_and_teacher(gene_config, data):
         (replace(gene_config, teacher="logits"), None, cached),
         (gene_config, None, labels),  # nobody to learn from
     ):
-        value, metrics = jax.jit(loss_fn(cfg, student, who))(params, batch, jax.random.key(0), who and who.weights)
+        value, metrics = jax.jit(loss_fn(cfg, student, who))(params, batch, jax.random.key(0), weights if who else None)
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
         assert metrics["accuracy"][0] == (logits.argmax(1) == batch["label"]).mean()
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from PIL import Image
 
+from heirloom.common.data.grid import grid, save_grid
 from heirloom.common.diffusion import Prediction
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -17,7 +18,7 @@ from lit_jax import sample
 from lit_jax.decode import Pictures, open_pictures, to_uint8
 from lit_jax.dit import Dit
 from lit_jax.generate import class_keys
-from lit_jax.sample import SampleConfig, drawer, grid, guide, picture_keys, save_grid
+from lit_jax.sample import SampleConfig, drawer, guide, picture_keys
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,11 @@ from heirloom.common.train.mesh import MeshConfig, shardings, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.state import create_state
 from heirloom.common.train.step import make_step
+from tinyclip_jax.inputs import captions
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import Clip
 from tinyclip_jax.pretrained import Pretrained
-from tinyclip_jax.train import captions, loss_fn
+from tinyclip_jax.train import loss_fn
 from tinyclip_jax.zoo import FAMILY, open_clip_model
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ from mutate import Target, mutate_bytes, mutate_json
 from PIL import Image
 from pyarrow import parquet
 
-import learngene.commands
-import lit_jax.commands
-import tinyclip_jax.commands
+import learngene.zoo
+import lit_jax.zoo
+import tinyclip_jax.zoo
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.unwrap import open_weights
 from heirloom.common.data.pictures import decode
@@ -29,7 +29,7 @@ from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import EOT, SOT, Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "golden"
-FAMILIES = [f for method in (tinyclip_jax, learngene, lit_jax) for f in method.commands.families()]
+FAMILIES = [*tinyclip_jax.zoo.FAMILIES, *learngene.zoo.FAMILIES, *lit_jax.zoo.FAMILIES]
 
 
 def golden(name: str, file: str) -> Callable[[Path], Path]:

@@ -14,10 +14,11 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax import masks
+from tinyclip_jax.automatic import mask_optimizer
 from tinyclip_jax.inherit import expand, prune
 from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic, gate, prunable, score, sparsity
 from tinyclip_jax.model import Clip, parameters
-from tinyclip_jax.train import Config, mask_optimizer
+from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import VIT_B_32
 
 

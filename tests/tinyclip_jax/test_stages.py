@@ -21,10 +21,11 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig
 from heirloom.common.train.optim import OptimConfig
+from tinyclip_jax.automatic import mask_optimizer
+from tinyclip_jax.inputs import captions
 from tinyclip_jax.masks import MaskConfig, initial_masks, mask_spec, sparsity
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters
 from tinyclip_jax.pretrained import Pretrained
-from tinyclip_jax.train import captions, mask_optimizer
 from tinyclip_jax.zoo import open_clip_model
 
 TEACHER = ClipConfig(

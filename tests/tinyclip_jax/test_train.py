@@ -20,9 +20,10 @@ from pyarrow import parquet
 from heirloom.common import config
 from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.cli import main
+from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.loop import Run
+from heirloom.common.train import recipe
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parameters import best
@@ -30,7 +31,7 @@ from heirloom.common.train.state import create_state
 from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, first_look, hold_scale, initial, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, first_look, hold_scale, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -96,9 +97,14 @@ def emoji():
     return config.load("tinyclip/emoji")
 
 
+def initial(cfg):
+    parts = cfg.parts()
+    return recipe.initial(cfg, parts, recipe.open_sources(parts, start(cfg.mesh)), None)
+
+
 def test_the_students_start_is_the_plans_graft(emoji):
-    donor, student = open_clip_model(emoji.donor), functional(Clip, emoji.student)
-    params = initial(emoji, student, donor, None)
+    donor = open_clip_model(emoji.donor)
+    params = initial(emoji)
     theirs = whole(donor)
     # Manual inheritance, by hand: leading channels, heads of 64, every second text layer.
     np.testing.assert_array_equal(params["image/blocks/attn/query/kernel"], theirs["image/blocks/attn/query/kernel"][:, :128, :2])
@@ -112,8 +118,7 @@ def whole(donor):
 
 
 def test_inherited_and_scratch_differ_only_in_where_they_start(emoji):
-    donor, student = open_clip_model(emoji.donor), functional(Clip, emoji.student)
-    inherited, scratch = initial(emoji, student, donor, None), initial(replace(emoji, donor=""), student, None, None)
+    inherited, scratch = initial(emoji), initial(replace(emoji, donor=""))
     chex.assert_trees_all_equal_shapes_and_dtypes(inherited, scratch)
     assert not np.array_equal(inherited["image/cls"], scratch["image/cls"])
     np.testing.assert_array_equal(inherited["logit_scale"], scratch["logit_scale"])
@@ -158,7 +163,7 @@ def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji):
     rng = np.random.default_rng(0)
     batch = {"image": rng.standard_normal((8, 60, 60, 3)).astype(np.float32), "text": rng.integers(1, 4000, (8, 16)).astype(np.int32)}
     features = donor.model.apply(teacher, batch["image"], batch["text"])
-    params = initial(emoji, student, donor, None)
+    params = initial(emoji)
     live, _ = loss_fn(emoji, student, donor)(params, batch, jax.random.key(0), teacher)
     stored = batch | {"teacher_image": features.image, "teacher_text": features.text}
     cached, _ = loss_fn(replace(emoji, teacher="embeddings"), student, None)(params, stored, jax.random.key(0), None)
@@ -229,17 +234,11 @@ def test_patches_that_do_not_fill_the_picture_are_refused(cfg):
 
 
 @pytest.mark.parametrize(("same", "what"), [("image", "pictures"), ("text", "captions")])
-def test_a_first_batch_that_is_all_the_same_is_refused(same, what, tmp_path):
+def test_a_first_batch_that_is_all_the_same_is_refused(same, what):
     rng = np.random.default_rng(0)
     batch = {"image": rng.normal(size=(4, 2, 2, 3)), "text": rng.integers(0, 9, (4, 5))}
     batch[same] = np.zeros_like(batch[same])
 
-    class Data:
-        def __next__(self):
-            return {name: jax.device_put(value) for name, value in batch.items()}
-
-        def state(self):
-            return {}
-
+    cfg = Config(data=SourceConfig("synthetic"))
     with pytest.raises(InputError, match=f"all {what} of the first batch are the same: is synthetic the data you mean"):
-        first_look(Run(tmp_path, {"data": {"path": "synthetic"}}), Data(), None)
+        first_look(cfg, None, jax.device_put(batch), None)

@@ -14,7 +14,7 @@ from learngene.evaluate import counter, scorer
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 from lit_jax.dit import Dit, DitConfig
-from lit_jax.train import noise_errors
+from lit_jax.progress import noise_errors
 
 VIT = VitConfig(size=8, patch=4, width=32, layers=1, heads=2, hidden=64, classes=5)
 PRE = Preprocess(8, (0.5,) * 3, (0.5,) * 3)

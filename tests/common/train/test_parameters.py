@@ -7,11 +7,12 @@ from heirloom.common import config
 from heirloom.common.checkpoint.weights import write_config, write_params
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from learngene.train import opened as open_classifier
-from lit_jax.train import opened as open_dit
-from tinyclip_jax.train import opened as open_clip
+from heirloom.common.train.parameters import finite
+from learngene.zoo import open_classifier
+from lit_jax.zoo import open_dit
+from tinyclip_jax.zoo import open_clip_model
 
-OPEN = {"tinyclip": open_clip, "learngene": open_classifier, "lit": open_dit}
+OPEN = {"tinyclip": open_clip_model, "learngene": open_classifier, "lit": open_dit}
 
 
 @pytest.fixture
@@ -38,11 +39,11 @@ def written(tmp_path):
 )
 def test_the_leaf_that_is_not_finite_is_named(method, leaf, value, written):
     opened = OPEN[method]
-    assert opened(str(written(method))) is not None
+    assert finite(opened(str(written(method))), "donor")
     folder = written(method, leaf, value)
     for role in ("donor", "teacher"):
         with pytest.raises(InputError, match=rf"the {role}'s {leaf} holds NaN or infinity") as refused:
-            opened(str(folder), role)
+            finite(opened(str(folder)), role)
         assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -1,0 +1,40 @@
+"""A train step without arrays, for the ahead-of-time compiler."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.train.mesh import ROWS, batch_sharding, shardings
+from heirloom.common.train.parts import Shapes
+from heirloom.common.train.state import State
+from heirloom.common.train.step import Params, Step
+
+
+@dataclass(frozen=True)
+class Abstract:
+    """A train step and what it is called with, as `jax.ShapeDtypeStruct`s in their shardings. flops: of one step, all devices."""
+
+    step: Step
+    state: State
+    batch: Mapping[str, Any]
+    flops: float
+
+
+def abstract_params(spec: Spec, mesh: Mesh) -> Params:
+    """The parameters of a model as shapes in their shardings."""
+    layout = shardings(spec, mesh)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[path]) for path, leaf in spec.items()}
+
+
+def abstract_batch(mesh: Mesh, shapes: Shapes) -> dict[str, Any]:
+    """The columns of a batch as shapes whose rows are split. Raises InputError where they do not divide."""
+    shards = prod(mesh.shape[axis] for axis in ROWS)
+    if uneven := next((shape[0] for shape, _ in shapes.values() if shape[0] % shards), None):
+        raise InputError(f"a batch of {uneven} cannot be divided into {shards} parts (mesh data x fsdp): change --pipeline.batch")
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, (shape, dtype) in shapes.items()}

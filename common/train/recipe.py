@@ -1,0 +1,243 @@
+"""The runner that all methods share: from a recipe's config to a finished run folder.
+
+The order of a run is written here once: open the folder, build the mesh, open donor and teacher, set up the data, build optimizer and
+step, look at the first batch, restore or inherit, train, save. What a method adds is its `Parts`; `run`, `inherit`, `evaluate` and
+`outline` (for the ahead-of-time compiler) read the same ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from heirloom.common.checkpoint.convert import Donor, Family, hashes
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.config import to_json
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError, positive
+from heirloom.common.evaluate.scored import Scored
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Resolution
+from heirloom.common.surgery.report import provenance
+from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_params
+from heirloom.common.train.loop import Cadence, Data, Run
+from heirloom.common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.train.metrics import WriterName, open_writers
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.parameters import best, finite, load_params, save_params
+from heirloom.common.train.parts import Look, Opened, Parts, Place, Teacher
+from heirloom.common.train.state import State, abstract_state, create_state
+from heirloom.common.train.step import Params, Step, StepConfig, make_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training has. A method's config adds its own fields and `parts`."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    steps: int = 100_000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of freshly initialised parameters."""
+    writers: tuple[WriterName, ...] = ()
+    """Where metrics go next to metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
+    log_every: int = 50
+    eval_every: int = 1000
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "log_every", "eval_every", "save_every")
+
+    def parts(self) -> Parts:
+        """What the runner needs to know of this training."""
+        raise NotImplementedError
+
+    def train(self, directory: Path) -> None:
+        run(self, directory)
+
+    def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
+        return inherit(self, self.parts(), destination, force=force)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        return evaluate(self, self.parts()).rows()
+
+    def abstract(self, mesh: Mesh) -> Abstract:
+        return outline(self, self.parts(), mesh)
+
+    def describe(self) -> tuple[Family, Any]:
+        parts = self.parts()
+        return parts.family, parts.student
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(RunConfig):
+    """A student that may inherit from a donor and learn from a teacher, on data with a held-out part."""
+
+    donor: str = ""
+    """SOURCE of the weights to inherit; empty: from scratch."""
+    teacher: str = ""
+    """SOURCE of the model to distil from; empty: none."""
+    data: SourceConfig = field(default_factory=SourceConfig)
+    held_out: SourceConfig = field(default_factory=SourceConfig)
+    """Data for the evaluation while training; an empty path: no evaluation."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self.pipeline, "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run that has begun: its folder, what is open, the teacher's weights on the devices, and the stream of batches."""
+
+    cfg: RunConfig
+    run: Run
+    parts: Parts
+    opened: Opened
+    frozen: Params | None
+    data: Data
+
+
+def run(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> None:
+    """Run a recipe in its folder, or go on where it stopped. parts: in place of `cfg.parts()`.
+
+    Raises InputError for anything the user can mend, and Stopped after a graceful shutdown.
+    """
+    if session := begin(cfg, directory, parts):
+        train(session, session.parts)
+
+
+def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Session | None:
+    """Everything before the first phase of a run; None where the run is finished."""
+    run = Run.open(directory, to_json(cfg))
+    mesh = start(cfg.mesh)
+    if run.finished(cfg.steps):
+        print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
+        return None
+    parts = parts or cfg.parts()
+    parts.check(jax.default_backend())
+    opened = open_sources(parts, mesh)
+    frozen = load_params(opened.teacher, mesh) if opened.teacher else None
+    return Session(cfg=cfg, run=run, parts=parts, opened=opened, frozen=frozen, data=parts.batches(opened))
+
+
+def open_sources(parts: Parts, mesh: Mesh) -> Opened:
+    """Donor and teacher, and the method's inputs. Raises InputError where a weight is NaN or infinite."""
+    sources = {"donor": parts.donor, "teacher": parts.teacher}
+    found = {role: finite(parts.open(source), role) if source and parts.open else None for role, source in sources.items()}
+    return Opened(mesh=mesh, **found, inputs=parts.inputs(found["donor"], found["teacher"]) if parts.inputs else None)
+
+
+def train(
+    s: Session, parts: Parts, *, first: int = 0, last: int | None = None, finish: Callable[[State], None] | None = None
+) -> State:
+    """One phase of a run: the steps after `first` up to `last` (to the end). finish(state): in place of writing `RUN/model`."""
+    cfg, opened, spec, folder = s.cfg, s.opened, parts.model.spec, s.run.directory
+    mesh, last = opened.mesh, cfg.steps if last is None else last
+    optimizer, step = _step(cfg, parts, opened.teacher, s.frozen, mesh, last - first)
+    if parts.look and s.run.checkpoints.latest() is None:
+        first_look(s, parts.look)
+
+    def new() -> State:
+        params = initial(cfg, parts, opened, shardings(spec, mesh))
+        state = create_state(params, optimizer, spec, mesh, cfg.step.ema)
+        return replace(state, step=jax.device_put(np.int32(first), state.step.sharding)) if first else state
+
+    def write(state: State) -> None:
+        sidecars = partial(parts.sidecars, opened)
+        save_params(s.run.model, parts.family.name, parts.student, best(state), sidecars, spec=spec, force=True)
+
+    state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
+    evaluator = parts.evaluator(opened) if parts.evaluator else None
+    return s.run.fit(
+        state,
+        step,
+        s.data,
+        last,
+        cadence=Cadence(log=cfg.log_every, save=cfg.save_every, eval=cfg.eval_every),
+        examples_per_step=parts.examples,
+        flops_per_example=parts.flops(opened.teacher),
+        writers=open_writers(cfg.writers, folder, s.run.config, int(state.step)),
+        evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
+        on_finish=finish or write,
+    )
+
+
+def _step(
+    cfg: RunConfig, parts: Parts, teacher: Teacher | None, frozen: Any, mesh: Mesh, steps: int
+) -> tuple[optax.GradientTransformation, Step]:
+    spec = parts.model.spec
+    optimizer = parts.optimizer(spec, steps) if parts.optimizer else make_optimizer(cfg.optim, spec, steps)
+    options: dict[str, Any] = {"frozen": frozen, "project": parts.project, "scheduled": parts.scheduled}
+    return optimizer, make_step(parts.loss(teacher), optimizer, spec, mesh, cfg.step, **options)
+
+
+def initial(cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None) -> Params:
+    """The student before the first step, inherited or from scratch, in its shardings. made: what `parts.resolve` returned, if it did."""
+    if parts.start:
+        return parts.start(opened, place)
+    init = partial(parts.model.init, jax.random.key(cfg.seed))
+    if opened.donor and parts.resolve:
+        made = made or parts.resolve(opened.donor)
+        return parts.prepare(graft(made, opened.donor.source, parts.model.spec, place, init))
+    return parts.prepare(init(place=place))
+
+
+def first_look(s: Session, look: Look) -> None:
+    """Draw the first batch: what is fed is what is meant. The stream is put back to its start."""
+    before, first = s.data.state(), jax.process_index() == 0
+    picture = s.run.directory / "first_batch.png"
+    line = look(s.opened, next(s.data), picture if first else None)
+    if first:
+        print(f"{line}; pictures: {picture}")
+    s.data.restore(before)
+
+
+def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | None = None, force: bool = False) -> dict[str, Any]:
+    """Cut the student of a recipe from its donor and write it as a weights folder; returns its provenance. donor: one already open."""
+    donor = donor or (parts.open(parts.donor) if parts.donor and parts.open else None)
+    if donor is None or parts.resolve is None:
+        raise InputError("this recipe trains from scratch: it names no donor to inherit from")
+    finite(donor, "donor")
+    inputs = parts.inputs(donor, None) if parts.inputs else None
+    opened = Opened(mesh=start(cfg.mesh), donor=donor, teacher=None, inputs=inputs)
+    made = parts.resolve(donor)
+    record = {"source": parts.donor or str(donor.path), "hashes": hashes(donor.file)} | provenance(made)
+
+    def sidecars(folder: Path) -> None:
+        write_json(folder / "provenance.json", record)
+        (parts.inherited_sidecars or parts.sidecars)(opened, folder)
+
+    params = initial(cfg, parts, opened, None, made)
+    save_params(destination, parts.family.name, parts.student, params, sidecars, force=force)
+    return record
+
+
+def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
+    """The scores of the student before the first step, on the recipe's held-out data. Raises InputError where it names none."""
+    mesh = start(cfg.mesh)
+    opened = open_sources(parts, mesh)
+    evaluator = parts.evaluator(opened) if parts.evaluator else None
+    if evaluator is None or evaluator.score is None:
+        raise InputError("this recipe names no held-out data; give --held-out.path")
+    return evaluator.score(initial(cfg, parts, opened, shardings(parts.model.spec, mesh)))
+
+
+def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
+    """The step of `train` with shapes for arrays. Raises InputError for a batch that the mesh does not divide."""
+    parts.check(mesh.devices.flat[0].platform)
+    teacher = parts.outline(parts.teacher) if parts.teacher and parts.outline else None
+    frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
+    optimizer, step = _step(cfg, parts, teacher, frozen, mesh, cfg.steps)
+    state = abstract_state(optimizer, parts.model.spec, mesh, cfg.step.ema)
+    return Abstract(step, state, abstract_batch(mesh, parts.batch()), parts.examples * parts.flops(teacher))

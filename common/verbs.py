@@ -1,0 +1,190 @@
+"""What each verb of the `heirloom` command does. Heavy imports are inside the functions."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from heirloom.common.errors import InputError
+from heirloom.common.methods import ability, able, method_of, open_any
+
+RECIPE_VERBS = {"train": "train", "inherit": "inherit", "eval": "evaluate", "inspect": "describe", "cache": "cache", "compile": "abstract"}
+"""The function of a recipe that each verb calls; a recipe has those that make sense for it."""
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from heirloom.common.doctor import examine
+
+    _write_json(args, examine([ability(method, "doctor") for method in able("doctor")]))
+
+
+def demo(args: argparse.Namespace) -> None:
+    demo = ability(args.method, "demo")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.out}: cannot hold the results ({error.strerror}); choose another --out") from error
+    _write_json(args, demo(args.seed, args.out))
+
+
+def convert(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from heirloom.common.checkpoint.convert import convert
+
+    donor = open_any(args.source, **_settings(args.set))
+    check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
+    _write_json(args, asdict(check))
+    print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {check.sentence()}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from heirloom.common import config
+    from heirloom.common.checkpoint.convert import describe
+    from heirloom.common.nn.functional import functional
+    from heirloom.common.surgery.report import table
+
+    record = None
+    if config.is_recipe(args.what):
+        family, cfg = _recipe(args.what, "describe").describe()
+        spec = functional(family.module, cfg).spec
+    else:
+        donor = open_any(args.what)
+        family, cfg, spec, record = donor.family, donor.cfg, donor.source.spec, describe(donor.folder)
+    counts, macs = family.parameters(spec), family.macs(cfg, spec)
+    console = Console()
+    console.print(table(spec, record))
+    console.print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items()) + f" parameters; {macs / 1e9:.2f} GMACs")
+    if record:
+        console.print(f"inherited {record['fraction']:.1%} from {record['source']}", soft_wrap=True)
+    _write_json(args, {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record})
+
+
+def inherit(args: argparse.Namespace) -> None:
+    record = _recipe(args.config, "inherit").inherit(args.destination, force=args.force)
+    _write_json(args, record)
+    print(f"{args.destination}: {record['fraction']:.1%} of the parameters come from {record['source']}")
+
+
+def cache(args: argparse.Namespace) -> None:
+    about = _recipe(args.config, "cache", args.flags).cache(args.destination)
+    _write_json(args, about)
+    print(f"{args.destination}: embeddings of {about['records']:,} records by {about['teacher']}")
+
+
+def train(args: argparse.Namespace) -> None:
+    _recipe(args.config, "train", args.flags).train(args.run)
+
+
+def compile(args: argparse.Namespace) -> None:
+    from heirloom.common import compile
+
+    topology = compile.Topology.parse(args.topology)
+    result = compile.compile_for(_recipe(args.config, "abstract", args.flags), topology)
+    print("\n".join(compile.lines(args.config, result)))
+    _write_json(args, result)
+
+
+def eval(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from heirloom.common import config
+
+    if config.is_recipe(args.what):
+        given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
+        given |= {"--suite": args.suite, "--beside": args.beside}
+        if name := next((name for name, value in given.items() if value), None):
+            raise InputError(f"{name} goes with weights; a recipe names its own data (--held-out.path)")
+        rows = _recipe(args.what, "evaluate", args.flags).evaluate()
+    else:
+        donor = open_any(args.what)
+        if args.beside and not args.suite:
+            raise InputError("--beside goes with --suite DIR")
+        if args.suite:
+            rows = ability(method_of(donor), "suite")(donor, open_any(args.beside) if args.beside else None, args)
+        else:
+            rows = ability(method_of(donor), "evaluate")(donor, args)
+    out = Table(box=None, pad_edge=False)
+    protocol, beside = (any(name in row for row in rows) for name in ("protocol", "beside"))
+    second = (Path(args.beside).name,) if beside else ()
+    for header in ("dataset", "metric", "value", *second, "published", "n", *(("protocol",) if protocol else ())):
+        out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
+    for row in rows:
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if beside else ()), "published")]
+        how = (row["protocol"],) if protocol else ()
+        out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
+    Console().print(out)
+    for name in dict.fromkeys(row["published_of"] for row in rows if "published_of" in row):
+        print(f"published: {name}")
+    _write_json(args, {"rows": rows})
+
+
+def sample(args: argparse.Namespace) -> None:
+    donor = open_any(args.what)
+    drawn = ability(method_of(donor), "sample")(donor, args)
+    _write_json(args, drawn)
+    print(f"{drawn['picture']}: {len(drawn['labels'])} pictures in {drawn['seconds']:.1f} s, compilation included")
+
+
+def expand(args: argparse.Namespace) -> None:
+    donor = open_any(args.gene)
+    record = ability(method_of(donor), "expand")(donor, args)
+    _write_json(args, record)
+    print(f"{args.destination}: {args.depth} layers, {record['fraction']:.1%} of the parameters come from {record['source']}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    if not (found := able("compare")):
+        raise InputError("no installed method has compare")
+    _write_json(args, ability(found[0], "compare")(args))
+
+
+def generate(args: argparse.Namespace) -> None:
+    donor = open_any(args.what)
+    made = ability(method_of(donor), "generate")(donor, args)
+    _write_json(args, made)
+    for name, value in ((name, value) for name, value in (made["accuracy"] or {}).items() if value is not None):
+        print(f"{name:<34}{100 * value:6.1f} %")
+    count = len(made["weights"])
+    print(f"{made['folder']}: {count} weights folder{'s' if count > 1 else ''} and report.json; {made['condition']}")
+
+
+def report(args: argparse.Namespace) -> None:
+    from heirloom.common.report import write
+
+    print(write(args.run))
+
+
+def _write_json(args: argparse.Namespace, value: Any) -> None:
+    if args.json:
+        from heirloom.common.checkpoint.staging import staged
+        from heirloom.common.checkpoint.weights import write_json
+
+        with staged(args.json, force=True) as file:
+            write_json(file, value)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` from the command line, numbers as numbers."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"--set {pair}: write NAME=VALUE, such as heads=6")
+    return {name: int(value) if value.isdigit() else value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def _recipe(name: str, verb: str, flags: Sequence[str] = ()) -> Any:
+    """A recipe that has the function a verb calls. Raises InputError for one that lacks it."""
+    from heirloom.common import config
+
+    recipe = config.load(name, flags)
+    if not hasattr(recipe, verb):
+        has = ", ".join(f"heirloom {able}" for able, call in RECIPE_VERBS.items() if hasattr(recipe, call))
+        raise InputError(f"{name}: a recipe of this kind has nothing for that; it has {has}")
+    return recipe
+
+

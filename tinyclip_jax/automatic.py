@@ -1,0 +1,161 @@
+"""Automatic weight inheritance (TinyCLIP §3.2): a phase with learned masks, the cut, then distillation of what is left."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.axes import Spec, matches
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.report import provenance
+from heirloom.common.train import recipe
+from heirloom.common.train.optim import make_optimizer
+from heirloom.common.train.parameters import best, gathered, load_params, save_params
+from heirloom.common.train.parts import Evaluator, Opened, Parts, Place
+from heirloom.common.train.recipe import Session
+from heirloom.common.train.step import LossFn
+from tinyclip_jax import train as manual
+from tinyclip_jax.config import Config
+from tinyclip_jax.inherit import expand, prune
+from tinyclip_jax.masks import (
+    MULTIPLIERS,
+    PATTERN,
+    Masked,
+    bounded,
+    constraint,
+    deterministic_gates,
+    initial_masks,
+    sample,
+    sparsity,
+    split,
+)
+from tinyclip_jax.model import Clip, ClipConfig
+from tinyclip_jax.zoo import FAMILY, open_clip_model
+
+
+def train(cfg: Config, directory: Path) -> None:
+    """Both phases of a recipe with masks, or what is left of them."""
+    if cfg.masks.round_to < 1:
+        raise InputError(f"masks.round_to is {cfg.masks.round_to}: widths are rounded to a multiple of 1 or more")
+    if cfg.masks.prune_step >= cfg.steps:
+        raise InputError(f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: leave some for the model that is cut")
+    if session := recipe.begin(cfg, directory, parts(cfg)):
+        cut = learn_masks(session, cfg)
+        recipe.train(session, after_cut(cfg, cut), first=cfg.masks.prune_step)
+
+
+def parts(cfg: Config) -> Parts:
+    """The mask phase: weights, masks and the multipliers of the constraint are trained together."""
+    by_hand, student = manual.parts(cfg), functional(Clip, cfg.student)
+    model = Masked(student, cfg.student)
+
+    def start(opened: Opened, place: Place | None) -> dict[str, Any]:
+        init, donor = partial(student.init, jax.random.key(cfg.seed)), opened.donor
+        if donor:
+            resolution = expand(donor.cfg, cfg.student).resolve(donor.source, student.spec)
+            weights = graft(resolution, donor.source, student.spec, place, init)
+        else:
+            weights = init(place=place)
+        return by_hand.prepare(weights) | initial_masks(donor.cfg if donor else cfg.student, cfg.student)
+
+    def project(params: dict[str, Any]) -> dict[str, Any]:
+        return bounded(manual.hold_scale(cfg.loss, params))
+
+    def evaluator(opened: Opened) -> Evaluator | None:
+        found = manual.evaluator(cfg, model, opened)
+        score = found and found.score
+        return Evaluator(score=lambda params: score(split(params)[0] | gates(cfg, params))) if score else None
+
+    return replace(
+        by_hand,
+        model=model,
+        loss=lambda teacher: masked_loss(cfg, manual.loss_fn(cfg, model, teacher)),
+        resolve=None,
+        start=start,
+        optimizer=lambda spec, steps: mask_optimizer(cfg, spec),
+        project=project,
+        scheduled=cfg.masks.wanted,
+        evaluator=evaluator,
+    )
+
+
+def masked_loss(cfg: Config, plain: LossFn) -> LossFn:
+    """The loss of a model with sampled gates, and the constraint on its expected size."""
+
+    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, given: Any) -> tuple[jax.Array, dict[str, Any]]:
+        weights, masks = split(params)
+        frozen, wanted = given
+        total, metrics = plain(weights | sample(key, masks), batch, key, frozen)
+        gone = sparsity(cfg.student, masks)
+        penalty = constraint(gone, wanted, masks)
+        return total + penalty, metrics | {"sparsity": (gone, 1.0), "wanted": (wanted, 1.0), "constraint": (penalty, 1.0)}
+
+    return loss
+
+
+def gates(cfg: Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The gates without noise, on the host."""
+    return deterministic_gates({path: gathered(x) for path, x in split(params)[1].items()}, cfg.masks.round_to)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The model that the masks left. params(mesh): its parameters."""
+
+    cfg: ClipConfig
+    params: Callable[[Mesh], dict[str, Any]]
+
+
+def learn_masks(s: Session, cfg: Config) -> Cut:
+    """The mask phase up to `prune_step`, then the cut. The cut model is also in RUN/pruned, so that a resume knows its shape."""
+    folder = s.run.directory / "pruned"
+    if (s.run.checkpoints.latest() or 0) > cfg.masks.prune_step:
+        found = open_clip_model(str(folder))
+        return Cut(found.cfg, partial(load_params, found))
+    state = recipe.train(s, parts(cfg), last=cfg.masks.prune_step, finish=lambda state: None)
+    weights = {path: gathered(x) for path, x in split(best(state))[0].items()}
+    pruned = prune(cfg.student, weights, gates(cfg, best(state)), cfg.masks)
+    record = {"source": f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"} | provenance(pruned.resolution)
+
+    def sidecars(folder: Path) -> None:
+        s.opened.inputs.save(folder)
+        write_json(folder / "provenance.json", record)
+
+    spec = functional(Clip, pruned.cfg).spec
+    save_params(folder, FAMILY.name, pruned.cfg, pruned.params, sidecars, spec=spec, force=True)
+    return Cut(pruned.cfg, lambda mesh: pruned.params)
+
+
+def after_cut(cfg: Config, cut: Cut) -> Parts:
+    """Distillation of the cut model. The optimizer is new, and the cosine starts at the full rate without a warm-up."""
+    optim = replace(cfg.optim, warmup=0)
+    return replace(
+        manual.parts(replace(cfg, student=cut.cfg)),
+        optimizer=lambda spec, steps: make_optimizer(optim, spec, steps),
+        start=lambda opened, place: cut.params(opened.mesh),
+    )
+
+
+def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
+    """AdamW for the weights, its rate rising over the whole phase; Adam down for the masks and up for the multipliers.
+
+    The gradient is clipped over all of them together.
+    """
+    optim, steps = cfg.optim, cfg.masks.prune_step
+    rising = replace(optim, warmup=steps, clip=None, no_decay=(*optim.no_decay, PATTERN))
+    groups = {
+        "weights": make_optimizer(rising, spec, steps),
+        "masks": optax.adam(cfg.masks.lr, b1=cfg.masks.momentum),
+        "multipliers": optax.adam(-cfg.masks.lr, b1=cfg.masks.momentum),
+    }
+    kind = {path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks" for path in spec if matches(PATTERN, path)}
+    clip = optax.identity() if optim.clip is None else optax.clip_by_global_norm(optim.clip)
+    return optax.chain(clip, optax.partition(groups, {path: kind.get(path, "weights") for path in spec}))
