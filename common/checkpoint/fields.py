@@ -199,5 +199,5 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)  # a JSON list
     return text if len(text) <= 60 else f"{text[:57]}..."
