@@ -29,10 +29,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
-from common.train.step import StepConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.step import StepConfig
 from learngene import cost
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, curve, descendant, gene_config, gene_row, teacher_row, trained

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 
-from common import config
+from heirloom.common import config
 from tinyclip_jax.demo import METRIC, RECIPE, race
 
 PAPER = (1.4, 7.8)

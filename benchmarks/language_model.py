@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.nn.functional import Functional, functional
-from common.train.loop import Run
-from common.train.mesh import start
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import start
 from weightgen import llm
 from weightgen.baselines import nearest_model, noisy
 from weightgen.data import Bank, Projection

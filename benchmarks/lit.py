@@ -34,16 +34,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.demo import Race
-from common.evaluate.extractor import open_extractor
-from common.evaluate.fid import kid
-from common.evaluate.generated import measurer
-from common.nn.functional import functional
-from common.train.mesh import start
-from common.train.parameters import load_params
-from common.train.step import StepConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.demo import Race
+from heirloom.common.evaluate.extractor import open_extractor
+from heirloom.common.evaluate.fid import kid
+from heirloom.common.evaluate.generated import measurer
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import start
+from heirloom.common.train.parameters import load_params
+from heirloom.common.train.step import StepConfig
 from lit_jax.decode import to_uint8
 from lit_jax.demo import race
 from lit_jax.dit import Dit, DitConfig, macs

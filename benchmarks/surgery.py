@@ -30,12 +30,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from common.checkpoint.convert import COPY, Donor, convert, open_donor
-from common.checkpoint.weights import create_safetensors
-from common.nn.functional import functional
-from common.surgery.graft import graft
-from common.surgery.plan import Plan, Source, apply
-from common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.checkpoint.convert import COPY, Donor, convert, open_donor
+from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Plan, Source, apply
+from heirloom.common.train.mesh import MeshConfig, shardings, start
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip
 from tinyclip_jax.zoo import FAMILY, STUDENTS, VIT_B_32

@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
-from common import config
-from common.checkpoint.weights import read_json, write_json
-from common.train.optim import OptimConfig
+from heirloom.common import config
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import ClipConfig, parameters, total_macs
 from tinyclip_jax.train import Config, LossConfig, Stage

@@ -9,8 +9,8 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, Remark, VerificationError, nearest
-from common.paths import local
+from heirloom.common.errors import InputError, Remark, VerificationError, nearest
+from heirloom.common.paths import local
 
 MENDABLE, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -191,8 +191,8 @@ def _options(parser: argparse.ArgumentParser, verb: str) -> list[str]:
 
 def _write_json(args: argparse.Namespace, value: Any) -> None:
     if args.json:
-        from common.checkpoint.staging import staged
-        from common.checkpoint.weights import write_json
+        from heirloom.common.checkpoint.staging import staged
+        from heirloom.common.checkpoint.weights import write_json
 
         with staged(args.json, force=True) as file:
             write_json(file, value)
@@ -226,8 +226,8 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _open(source: str, **overrides: Any) -> Any:
     """A checkpoint by SOURCE: the run folders we write count as their model."""
-    from common.checkpoint.convert import open_donor
-    from common.checkpoint.hub import locate
+    from heirloom.common.checkpoint.convert import open_donor
+    from heirloom.common.checkpoint.hub import locate
 
     families = _families()
     path = locate(source, {name: path for family in families for name, path in family.embedded.items()})
@@ -235,7 +235,7 @@ def _open(source: str, **overrides: Any) -> Any:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from common.doctor import examine
+    from heirloom.common.doctor import examine
 
     _write_json(args, examine([method.doctor for method in methods().values() if hasattr(method, "doctor")]))
 
@@ -252,7 +252,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from common.checkpoint.convert import convert
+    from heirloom.common.checkpoint.convert import convert
 
     donor = _open(args.source, **_settings(args.set))
     check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
@@ -265,10 +265,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from common import config
-    from common.checkpoint.convert import describe
-    from common.nn.functional import functional
-    from common.surgery.report import table
+    from heirloom.common import config
+    from heirloom.common.checkpoint.convert import describe
+    from heirloom.common.nn.functional import functional
+    from heirloom.common.surgery.report import table
 
     record = None
     if config.is_recipe(args.what):
@@ -287,7 +287,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _inherit(args: argparse.Namespace) -> None:
-    from common import config
+    from heirloom.common import config
 
     record = config.load(args.config).inherit(args.destination, force=args.force)
     _write_json(args, record)
@@ -295,7 +295,7 @@ def _inherit(args: argparse.Namespace) -> None:
 
 
 def _cache(args: argparse.Namespace) -> None:
-    from common import config
+    from heirloom.common import config
 
     recipe = config.load(args.config, args.flags)
     if not hasattr(recipe, "cache"):
@@ -306,13 +306,13 @@ def _cache(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from common import config
+    from heirloom.common import config
 
     config.load(args.config, args.flags).train(args.run)
 
 
 def _compile(args: argparse.Namespace) -> None:
-    from common import compile, config
+    from heirloom.common import compile, config
 
     topology = compile.Topology.parse(args.topology)
     result = compile.compile_for(config.load(args.config, args.flags), topology)
@@ -324,7 +324,7 @@ def _eval(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from common import config
+    from heirloom.common import config
 
     if config.is_recipe(args.what):
         given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
@@ -387,7 +387,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from common.report import write
+    from heirloom.common.report import write
 
     print(write(args.run))
 

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from math import prod
 from typing import Any
 
-from common.errors import InputError, nearest
-from common.hlo import collectives, summed
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.hlo import collectives, summed
 
 GIB = 2**30
 
@@ -96,7 +96,7 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
-    from common.train.mesh import sizes
+    from heirloom.common.train.mesh import sizes
 
     devices = describe(topology).devices
     shape = sizes(cfg, len(devices))
@@ -130,7 +130,7 @@ def abstract_params(spec: dict[str, Any], mesh: Any) -> dict[str, Any]:
     """The parameters of a model as shapes in their shardings."""
     import jax
 
-    from common.train.mesh import shardings
+    from heirloom.common.train.mesh import shardings
 
     return {path: jax.ShapeDtypeStruct(spec[path].shape, spec[path].dtype, sharding=s) for path, s in shardings(spec, mesh).items()}
 
@@ -139,7 +139,7 @@ def abstract_batch(mesh: Any, **arrays: tuple[tuple[int, ...], Any]) -> dict[str
     """{name: ((batch, ...), dtype)} as shapes whose rows are split. Raises InputError where they do not divide."""
     import jax
 
-    from common.train.mesh import ROWS, batch_sharding
+    from heirloom.common.train.mesh import ROWS, batch_sharding
 
     shards = prod(mesh.shape[axis] for axis in ROWS)
     if uneven := next((shape[0] for shape, _ in arrays.values() if shape[0] % shards), None):

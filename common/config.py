@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.errors import InputError, nearest
-from common.paths import all_local
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.paths import all_local
 
 SHIPPED = Path(__file__).parent.parent / "configs"
 
@@ -29,7 +29,7 @@ class Recipe(Protocol):
         """Score the student as it starts; rows {dataset, metric, value, published, n}."""
 
     def abstract(self, mesh: Any) -> Any:
-        """The train step as a `common.compile.Abstract`, for `heirloom compile`."""
+        """The train step as a `heirloom.common.compile.Abstract`, for `heirloom compile`."""
 
     def describe(self) -> Any:
         """The student as (family, config), for `inspect`."""

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import read_json
-from common.errors import InputError
-from common.train.metrics import MetricsFile
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError
+from heirloom.common.train.metrics import MetricsFile
 
 PICTURES = ("first_batch.png",)
 SAMPLES = 8  # grids of samples shown

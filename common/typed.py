@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest
 
 T = TypeVar("T")
 LARGEST = 2**40  # of any whole number in a config; a larger one is a damaged file

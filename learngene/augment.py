@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from common.data.preprocess import Preprocess
+from heirloom.common.data.preprocess import Preprocess
 
 ERASED, ERASED_RATIO, TRIES = (0.02, 1 / 3), 0.3, 10  # area and narrowest ratio of an erased box; draws before it is given up
 

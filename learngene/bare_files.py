@@ -7,9 +7,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Found, Guess, Read
-from common.checkpoint.weights import Tensors
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Found, Guess, Read
+from heirloom.common.checkpoint.weights import Tensors
+from heirloom.common.errors import InputError
 from learngene import timm_architectures
 from learngene.trainer_arguments import Trained, trained_as
 from learngene.vit import VitConfig

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from common.checkpoint.convert import Donor, Family
+    from heirloom.common.checkpoint.convert import Donor, Family
 
 
 def families() -> list["Family"]:
@@ -32,7 +32,7 @@ def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
 
 def expand(donor: "Donor", args: Namespace) -> dict[str, Any]:
     """A descendant of a gene as a weights folder, for `heirloom expand`; returns its provenance."""
-    from common.errors import InputError
+    from heirloom.common.errors import InputError
     from learngene.train import expand_folder
 
     for name, value in (("--depth", args.depth), ("--size", args.size), ("--classes", args.classes)):

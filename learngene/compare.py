@@ -9,18 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common import config
-from common.checkpoint.convert import Family
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import read_json, write_json
-from common.config import to_json
-from common.data.labelled import open_labelled
-from common.errors import InputError, nearest
-from common.nn.functional import functional
-from common.train.loop import difference
-from common.train.mesh import shardings, start
-from common.train.metrics import MetricsFile
-from common.train.optim import OptimConfig
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import Family
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.config import to_json
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.loop import difference
+from heirloom.common.train.mesh import shardings, start
+from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.optim import OptimConfig
 from learngene import cost, relatives
 from learngene.evaluate import scorer
 from learngene.inputs import preprocess_of

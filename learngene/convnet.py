@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.checkpoint.convert import Family
-from common.errors import InputError, positive
-from common.nn.conv import Conv
-from common.nn.dense import Dense, Init, normal
-from common.nn.norm import GroupNorm
-from common.surgery.axes import Spec
-from common.surgery.report import count
-from common.typed import from_json
+from heirloom.common.checkpoint.convert import Family
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.dense import Dense, Init, normal
+from heirloom.common.nn.norm import GroupNorm
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.report import count
+from heirloom.common.typed import from_json
 from learngene.formats import finite
 from learngene.inputs import companions
 

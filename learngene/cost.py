@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.axes import Spec
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.axes import Spec
 from learngene.vit import Vit, VitConfig, macs, parameters
 from learngene.zoo import auxiliary, vit
 

@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.data.labelled import open_labelled
-from common.data.pictures import decode_record
-from common.data.pipeline import PipelineConfig
-from common.data.preprocess import Preprocess, centre, random_box
-from common.data.sources import Record, Source, SourceConfig
-from common.errors import InputError
-from common.train.mesh import batch_sharding, replicated
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pictures import decode_record
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.preprocess import Preprocess, centre, random_box
+from heirloom.common.data.sources import Record, Source, SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import batch_sharding, replicated
 from learngene.augment import AugmentConfig
 from learngene.randaugment import RandAugment
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from common import config
-from common.checkpoint.staging import staged
+from heirloom.common import config
+from heirloom.common.checkpoint.staging import staged
 from learngene.compare import Comparison, compare, report
 
 RECIPE = "learngene/emoji"

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common import config
-from common.checkpoint.convert import Donor, Family
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig
-from common.errors import InputError
-from common.nn.functional import functional
-from common.train.mesh import MeshConfig, replicated, split_rows, start
-from common.train.parameters import load_params
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import Donor, Family
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig, replicated, split_rows, start
+from heirloom.common.train.parameters import load_params
 from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of

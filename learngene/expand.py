@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from common.errors import InputError
-from common.surgery.maps import FRESH, AxisMap, even, first, matrix, pick, resize
-from common.surgery.plan import Maps, Plan
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.maps import FRESH, AxisMap, even, first, matrix, pick, resize
+from heirloom.common.surgery.plan import Maps, Plan
 
 if TYPE_CHECKING:
     from learngene.vit import VitConfig

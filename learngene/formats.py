@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint.convert import Format, Lookalike
-from common.checkpoint.verify import Check
-from common.typed import from_json
+from heirloom.common.checkpoint.convert import Format, Lookalike
+from heirloom.common.checkpoint.verify import Check
+from heirloom.common.typed import from_json
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
 from learngene.vit import VitConfig
 

@@ -5,8 +5,8 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Found, Guess, Read
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Found, Guess, Read
+from heirloom.common.errors import InputError
 from learngene.bare_files import depth, ordinary, square
 from learngene.vit import VitConfig
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Found, Read
-from common.checkpoint.fields import Fields
-from common.checkpoint.weights import write_json
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Found, Read
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.errors import InputError
 from learngene.bare_files import ordinary
 from learngene.vit import VitConfig
 

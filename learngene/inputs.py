@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from common.checkpoint.convert import Donor
-from common.data.preprocess import Preprocess
-from common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, write
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, write
 from learngene.labels import carry_labels
 
 CROP = 0.875  # share of the side that ImageNet's evaluation crop keeps: 224 of 256

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Donor
-from common.checkpoint.weights import read_json, write_json
-from common.data.labelled import LABELS, read_labels, write_labels
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.labelled import LABELS, read_labels, write_labels
+from heirloom.common.errors import InputError
 
 CONFIG = "config.json"
 

@@ -1,6 +1,6 @@
 """ViT checkpoints of others in our names: timm and DeiT, Hugging Face, SWS and TLEG genes, google-research archives."""
 
-from common.surgery.layout import Layout
+from heirloom.common.surgery.layout import Layout
 from learngene.vit import VitConfig
 
 Rows = tuple[tuple[str, ...], ...]

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.errors import InputError
-from common.surgery.axes import Spec
-from common.surgery.maps import AxisMap, matrix, sided
-from common.surgery.plan import Maps, Plan, Source, apply
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.maps import AxisMap, matrix, sided
+from heirloom.common.surgery.plan import Maps, Plan, Source, apply
 from learngene.expand import grid
 from learngene.vit import VitConfig
 

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 
 @dataclass(frozen=True)

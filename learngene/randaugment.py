@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 LARGEST = 10.0  # of a magnitude
 APPLIED = 0.5  # probability of each chosen operation

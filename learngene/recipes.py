@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.step import StepConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.step import StepConfig
 from learngene.augment import AugmentConfig
 from learngene.train import ADAMW, Config
 from learngene.vit import VitConfig

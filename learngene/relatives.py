@@ -6,9 +6,9 @@ from typing import Literal
 import jax
 import numpy as np
 
-from common.errors import InputError
-from common.surgery.maps import FRESH, Pick, even, first, pick
-from common.surgery.plan import Plan
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.maps import FRESH, Pick, even, first, pick
+from heirloom.common.surgery.plan import Plan
 from learngene.expand import Head, around, expansion, grid, layer_map, unrolled_map
 from learngene.vit import VitConfig
 

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.fields import Fields
-from common.checkpoint.weights import read_json
-from common.errors import InputError, nearest
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError, nearest
 from learngene.vit import VitConfig
 
 FILE = Path(__file__).with_name("timm_architectures.json")

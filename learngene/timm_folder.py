@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Found, Read
-from common.checkpoint.fields import Fields
-from common.checkpoint.weights import Tensors, write_json
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Found, Read
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.errors import InputError
 from learngene.bare_files import check_square, depth, ordinary, refuse_other_parts, shapes
 from learngene.timm_architectures import arguments, settings, sizes
 from learngene.vit import VitConfig

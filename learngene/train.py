@@ -13,26 +13,26 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.checkpoint.convert import Donor, Family, hashes
-from common.checkpoint.weights import write_json
-from common.compile import Abstract, Outline, abstract_batch, abstract_params
-from common.config import to_json
-from common.data.labelled import open_labelled, write_labels
-from common.data.pipeline import PipelineConfig, training_batches
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig
-from common.errors import InputError, positive
-from common.nn.functional import Functional, functional
-from common.surgery.graft import graft
-from common.surgery.plan import Plan, Resolution
-from common.surgery.report import provenance
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, shardings, start
-from common.train.metrics import WriterName, open_writers
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, finite, load_params, save_params
-from common.train.state import abstract_state, create_state
-from common.train.step import LossFn, StepConfig, cast, make_step
+from heirloom.common.checkpoint.convert import Donor, Family, hashes
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.compile import Abstract, Outline, abstract_batch, abstract_params
+from heirloom.common.config import to_json
+from heirloom.common.data.labelled import open_labelled, write_labels
+from heirloom.common.data.pipeline import PipelineConfig, training_batches
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Plan, Resolution
+from heirloom.common.surgery.report import provenance
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.train.metrics import WriterName, open_writers
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.parameters import best, finite, load_params, save_params
+from heirloom.common.train.state import abstract_state, create_state
+from heirloom.common.train.step import LossFn, StepConfig, cast, make_step
 from learngene import ligo, relatives
 from learngene.augment import AugmentConfig, augment
 from learngene.convnet import FAMILY as CONVNET

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 _SIZES = ("num_heads", "patch_size", "embed_dim", "depth", "mlp_ratio")
 _PLAIN = (bool, int, float, str, list, tuple)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.unwrap import clean_names, open_weights
-from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
-from common.checkpoint.weights import read_json
-from common.nn.functional import functional
+from heirloom.common.checkpoint.unwrap import clean_names, open_weights
+from heirloom.common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.nn.functional import functional
 from learngene import google_files
 from learngene.bare_files import timm_names
 from learngene.expand import linear_coefficients, unrolled_map

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.errors import InputError, nearest, positive
-from common.nn.attention import Attention, Kernel, softmax
-from common.nn.block import Block, Remat, rematerialised, scan, stack
-from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, zeros
-from common.nn.mlp import ACTIVATIONS
-from common.nn.norm import LayerNorm
-from common.nn.patch import PatchEmbed
-from common.nn.precision import add, lookup
-from common.surgery.axes import Spec
-from common.surgery.report import attention_macs, count, kernel_macs
+from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.nn.attention import Attention, Kernel, softmax
+from heirloom.common.nn.block import Block, Remat, rematerialised, scan, stack
+from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, zeros
+from heirloom.common.nn.mlp import ACTIVATIONS
+from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.nn.patch import PatchEmbed
+from heirloom.common.nn.precision import add, lookup
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from learngene.expand import linear_coefficients, unrolled_map
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from common.checkpoint.convert import Donor, Family, open_donor
-from common.checkpoint.hub import locate
-from common.compile import Outline
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.compile import Outline
+from heirloom.common.nn.functional import functional
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES, config
 from learngene.inputs import companions

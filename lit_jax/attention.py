@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from common.errors import InputError
-from common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
-from common.nn.precision import add, product
-from common.train.mesh import ROWS
+from heirloom.common.errors import InputError
+from heirloom.common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
+from heirloom.common.nn.precision import add, product
+from heirloom.common.train.mesh import ROWS
 from lit_jax.kernels import choice
 from lit_jax.linear_attention import Implementation, linear_attention
 

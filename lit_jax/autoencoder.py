@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError, positive
-from common.nn.attention import Attention, softmax
-from common.nn.conv import Conv
-from common.nn.dense import uniform_fan_in
-from common.nn.norm import GroupNorm
-from common.surgery.axes import Spec
-from common.surgery.report import attention_macs, count, kernel_macs
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.attention import Attention, softmax
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.dense import uniform_fan_in
+from heirloom.common.nn.norm import GroupNorm
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 
 EPS = 1e-6
 LOGVAR = (-30.0, 20.0)

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.convert import Donor, Family, Format, Found, Lookalike, Read
-from common.checkpoint.verify import Check, as_folder, compare, importable
-from common.checkpoint.weights import write_json
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.layout import Layout
-from common.typed import from_json
+from heirloom.common.checkpoint.convert import Donor, Family, Format, Found, Lookalike, Read
+from heirloom.common.checkpoint.verify import Check, as_folder, compare, importable
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.layout import Layout
+from heirloom.common.typed import from_json
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, macs, parameters
 
 Rows = tuple[tuple[str, ...], ...]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.data.pictures import Box, decode_record
-from common.data.sources import Record, SourceConfig
+from heirloom.common.data.pictures import Box, decode_record
+from heirloom.common.data.sources import Record, SourceConfig
 
 THIN = 64  # aspect ratio
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import open_donor
-from common.checkpoint.hub import locate
-from common.errors import InputError, remark
-from common.nn.functional import Functional
-from common.train.parameters import load_params
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.errors import InputError, remark
+from heirloom.common.nn.functional import Functional
+from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
 from lit_jax.dit import DitConfig

@@ -12,16 +12,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from common import config
-from common.checkpoint.staging import staged
-from common.data.labelled import open_labelled
-from common.data.pictures import decode
-from common.data.sources import SourceConfig
-from common.demo import Race
-from common.evaluate.fid import kid
-from common.nn.functional import functional
-from common.train.mesh import shardings, start
-from common.train.parameters import load_params
+from heirloom.common import config
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.demo import Race
+from heirloom.common.evaluate.fid import kid
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import shardings, start
+from heirloom.common.train.parameters import load_params
 from lit_jax.decode import finite, to_uint8
 from lit_jax.dit import Dit, parameters
 from lit_jax.sample import drawer, grid

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.errors import InputError
-from common.nn.attention import Attention, Kernel, softmax
-from common.nn.block import Block, Remat, each, modulate, scan, stack
-from common.nn.dense import Dense, Sizes, normal, param, xavier_uniform, zeros
-from common.nn.norm import LayerNorm
-from common.nn.patch import PatchEmbed
-from common.nn.position import sincos
-from common.nn.precision import lookup
-from common.surgery.axes import Spec
-from common.surgery.report import attention_macs, count, kernel_macs
+from heirloom.common.errors import InputError
+from heirloom.common.nn.attention import Attention, Kernel, softmax
+from heirloom.common.nn.block import Block, Remat, each, modulate, scan, stack
+from heirloom.common.nn.dense import Dense, Sizes, normal, param, xavier_uniform, zeros
+from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.nn.patch import PatchEmbed
+from heirloom.common.nn.position import sincos
+from heirloom.common.nn.precision import lookup
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from lit_jax.attention import Features, Filters, LinearAttention
 from lit_jax.linear_attention import Implementation
 

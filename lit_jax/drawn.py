@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint.staging import remove, staged
-from common.checkpoint.weights import read_json, write_json
-from common.errors import InputError
-from common.evaluate.generated import read_images
+from heirloom.common.checkpoint.staging import remove, staged
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.generated import read_images
 
 
 @dataclass(frozen=True)

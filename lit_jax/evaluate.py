@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from common import config
-from common.checkpoint.convert import Donor, hashes
-from common.data.sources import Source, SourceConfig, open_source
-from common.errors import InputError, positive
-from common.evaluate.extractor import open_extractor
-from common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import Donor, hashes
+from heirloom.common.data.sources import Source, SourceConfig, open_source
+from heirloom.common.errors import InputError, positive
+from heirloom.common.evaluate.extractor import open_extractor
+from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
 from lit_jax.decode import open_pictures
 from lit_jax.dit import DitConfig

@@ -7,12 +7,12 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, get_args
 
-from common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
-from common.checkpoint.weights import Tensors, write_json
-from common.errors import InputError
-from common.nn.position import sincos
-from common.surgery.layout import agrees
-from common.typed import from_json
+from heirloom.common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.position import sincos
+from heirloom.common.surgery.layout import agrees
+from heirloom.common.typed import from_json
 from lit_jax import layouts
 from lit_jax.attention import Features
 from lit_jax.dit import EPS, SOFTMAX_HEADS, DitConfig

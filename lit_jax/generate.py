@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from common import config
-from common.checkpoint.convert import Donor
-from common.errors import InputError
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
 from lit_jax.decode import Pictures, open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from common.errors import InputError
-from common.surgery.maps import FRESH, AxisMap, Fresh, first
-from common.surgery.plan import Maps, Plan
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.maps import FRESH, AxisMap, Fresh, first
+from heirloom.common.surgery.plan import Maps, Plan
 from lit_jax.dit import DitConfig
 
 Keep = Literal["none", "o", "v", "kv", "qkv", "qkvo", "q", "all"]

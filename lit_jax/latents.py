@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
-from common.checkpoint.staging import staged
-from common.data.sources import Source
-from common.errors import InputError
-from common.evaluate.features import embedder
-from common.nn.functional import Functional
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.data.sources import Source
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.features import embedder
+from heirloom.common.nn.functional import Functional
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
 from lit_jax.data import cropped
 from lit_jax.origin import FILE, Origin, read_origin, write_origin

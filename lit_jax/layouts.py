@@ -1,7 +1,7 @@
 """DiT and LiT checkpoints of others in our names: facebookresearch/DiT and diffusers."""
 
-from common.nn.position import sincos
-from common.surgery.layout import Layout
+from heirloom.common.nn.position import sincos
+from heirloom.common.surgery.layout import Layout
 from lit_jax.dit import DitConfig
 
 Rows = tuple[tuple[str, ...], ...]

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from common.errors import InputError
-from common.nn.precision import rounded
+from heirloom.common.errors import InputError
+from heirloom.common.nn.precision import rounded
 from lit_jax.kernels import PLATFORMS, FeatureMap, Known, Layout, Order, Problem, choice
 from lit_jax.kernels.xla import check_branch, depthwise
 

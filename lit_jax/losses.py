@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from common.diffusion import Prediction, Schedule, log_variance, variational_bound
+from heirloom.common.diffusion import Prediction, Schedule, log_variance, variational_bound
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint.convert import Donor
-from common.checkpoint.weights import read_json, write_json
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import config
 

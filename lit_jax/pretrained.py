@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import Donor, open_donor
-from common.checkpoint.hub import locate
-from common.errors import InputError, nearest
-from common.nn.functional import Functional
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params, save_params
+from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.nn.functional import Functional
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params, save_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.decode import Pictures, decoded, open_pictures

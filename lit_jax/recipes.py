@@ -1,8 +1,8 @@
 """What the published ImageNet recipes have in common."""
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.step import StepConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.step import StepConfig
 from lit_jax.dit import DitConfig
 from lit_jax.train import DIT_OPTIMIZER, Config
 from lit_jax.zoo import AUTOENCODER

@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.checkpoint.staging import staged
-from common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
-from common.errors import InputError, nearest
-from common.nn.functional import Functional
-from common.train.mesh import batch_sharding, replicated
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.nn.functional import Functional
+from heirloom.common.train.mesh import batch_sharding, replicated
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import InputError
-from common.nn.functional import Functional
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import Functional
 
 
 def decode_tiled(model: Functional, params: Mapping[str, Any], latents: jax.Array, tile: int, overlap: int) -> jax.Array:

@@ -11,26 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import Donor, Family, hashes
-from common.checkpoint.weights import write_json
-from common.compile import Abstract, Outline, abstract_batch, abstract_params
-from common.config import to_json
-from common.data.labelled import open_labelled
-from common.data.pipeline import PipelineConfig, training_batches
-from common.data.sources import SourceConfig
-from common.diffusion import add_noise, linear_schedule
-from common.errors import InputError, positive, remark
-from common.nn.functional import Functional, functional
-from common.surgery.graft import graft
-from common.surgery.plan import Resolution
-from common.surgery.report import provenance
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, replicated, shardings, split_rows, start
-from common.train.metrics import WriterName, open_writers
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, finite, load_params, save_params
-from common.train.state import State, abstract_state, create_state
-from common.train.step import LossFn, StepConfig, cast, make_step
+from heirloom.common.checkpoint.convert import Donor, Family, hashes
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.compile import Abstract, Outline, abstract_batch, abstract_params
+from heirloom.common.config import to_json
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pipeline import PipelineConfig, training_batches
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.diffusion import add_noise, linear_schedule
+from heirloom.common.errors import InputError, positive, remark
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Resolution
+from heirloom.common.surgery.report import provenance
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, replicated, shardings, split_rows, start
+from heirloom.common.train.metrics import WriterName, open_writers
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.parameters import best, finite, load_params, save_params
+from heirloom.common.train.state import State, abstract_state, create_state
+from heirloom.common.train.step import LossFn, StepConfig, cast, make_step
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.data import Pixels, is_latent, latents
 from lit_jax.decode import Pictures, open_pictures, to_uint8

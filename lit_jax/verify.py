@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
-from common.checkpoint.weights import read_json
-from common.nn.functional import functional
-from common.nn.position import sincos
+from heirloom.common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.position import sincos
 from lit_jax.dit import FREQUENCIES, Dit, DitConfig
 from lit_jax.formats import NORM_EPS
 

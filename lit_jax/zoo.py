@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Donor, Family, open_donor
-from common.checkpoint.hub import locate
-from common.compile import Outline
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.compile import Outline
+from heirloom.common.nn.functional import functional
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, companions, config
 from lit_jax.verify import verify

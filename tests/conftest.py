@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from common.errors import Remark
+from heirloom.common.errors import Remark
 
 # Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number of devices:
 # on two cores a step with many of them waited for ever. In a larger pool it does not; XLA reads its size from here.

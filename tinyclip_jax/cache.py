@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint import weights
-from common.checkpoint.convert import Donor, hashes
-from common.checkpoint.staging import staged
-from common.data.pipeline import evaluation_batches
-from common.data.preprocess import Preprocess
-from common.data.sources import Record, Source, SourceConfig
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.train.parameters import load_params
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import Donor, hashes
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.data.pipeline import evaluation_batches
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import Record, Source, SourceConfig
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import BATCH, Setup
 
 PREFIX = "cache:"

@@ -13,15 +13,15 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from common import config
-from common.checkpoint.staging import staged
-from common.data.pictures import decode
-from common.data.pipeline import evaluation_batches
-from common.data.sources import open_source
-from common.demo import Race
-from common.nn.functional import functional
-from common.train.mesh import start
-from common.train.parameters import load_params
+from heirloom.common import config
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.pipeline import evaluation_batches
+from heirloom.common.data.sources import open_source
+from heirloom.common.demo import Race
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import start
+from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, parameters

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import Donor
-from common.data.labelled import Labelled, open_labelled
-from common.data.lines import read_lines
-from common.data.pipeline import evaluation_batches
-from common.data.preprocess import Preprocess
-from common.data.sources import Source, SourceConfig, open_source, per_picture
-from common.data.text import Tokenizer
-from common.errors import InputError, nearest, remark
-from common.evaluate import imagenet
-from common.evaluate.features import embedder, finite
-from common.evaluate.retrieval import Recall, distinct, retrieval
-from common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templates
-from common.nn.functional import Functional
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.data.labelled import Labelled, open_labelled
+from heirloom.common.data.lines import read_lines
+from heirloom.common.data.pipeline import evaluation_batches
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import Source, SourceConfig, open_source, per_picture
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.evaluate import imagenet
+from heirloom.common.evaluate.features import embedder, finite
+from heirloom.common.evaluate.retrieval import Recall, distinct, retrieval
+from heirloom.common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templates
+from heirloom.common.nn.functional import Functional
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.masks import Masked
 from tinyclip_jax.model import ClipConfig

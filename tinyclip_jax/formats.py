@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from common.checkpoint.convert import Format, Found, Guess, Lookalike, Read
-from common.checkpoint.fields import Fields
-from common.checkpoint.weights import Tensors, write_json
-from common.errors import InputError
-from common.typed import from_json
+from heirloom.common.checkpoint.convert import Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.weights import Tensors, write_json
+from heirloom.common.errors import InputError
+from heirloom.common.typed import from_json
 from tinyclip_jax import layouts
 from tinyclip_jax.masks import per_layer
 from tinyclip_jax.model import Activation, ClipConfig, ImageConfig, TextConfig, head_dim, uniform

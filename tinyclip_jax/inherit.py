@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, scaled, sided
-from common.surgery.plan import Maps, Plan, Resolution, Source, build
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, scaled, sided
+from heirloom.common.surgery.plan import Maps, Plan, Resolution, Source, build
 from tinyclip_jax.masks import EXACT, TOWERS, MaskConfig, per_layer, tower_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
 from tinyclip_jax.resnet import ResNetConfig, leading

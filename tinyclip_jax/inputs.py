@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from common.checkpoint.convert import Donor
-from common.checkpoint.weights import write_json
-from common.data.preprocess import Preprocess
-from common.data.preprocess_formats import Found, find, write
-from common.data.text import FILES, Tokenizer
-from common.errors import InputError, remark
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.preprocess_formats import Found, find, write
+from heirloom.common.data.text import FILES, Tokenizer
+from heirloom.common.errors import InputError, remark
 from tinyclip_jax.model import TextConfig
 
 CLIP_VOCAB = 49408

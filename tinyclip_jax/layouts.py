@@ -1,6 +1,6 @@
 """CLIP checkpoints of others in our names: Hugging Face, open_clip, and the original TinyCLIP files."""
 
-from common.surgery.layout import Layout
+from heirloom.common.surgery.layout import Layout
 from tinyclip_jax.resnet import STAGES
 
 Rows = tuple[tuple[str, ...], ...]

@@ -2,7 +2,7 @@
 
 Every channel of a tower's residual stream, every head and every hidden unit has a gate between 0 and 1 with a trained log-alpha. A masked
 model is the same model with its kernels scaled by the gates (`scaled`), normalising over what is left (`Keep`). A constraint on the
-expected size closes gates; `common.surgery` then cuts what is closed (`tinyclip_jax.inherit.prune`).
+expected size closes gates; `heirloom.common.surgery` then cuts what is closed (`tinyclip_jax.inherit.prune`).
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import InputError
-from common.nn.functional import Functional
-from common.surgery.axes import Axes, Leaf, Spec, matches
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import Functional
+from heirloom.common.surgery.axes import Axes, Leaf, Spec, matches
 from tinyclip_jax.model import ClipConfig, ImageConfig, Keep, TextConfig
 from tinyclip_jax.resnet import ResNetConfig
 

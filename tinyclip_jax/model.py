@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError, nearest, positive
-from common.nn.attention import Attention, Kernel, softmax
-from common.nn.block import Block, Remat, scan, stack
-from common.nn.dense import Dense, constant, normal, param, uniform_fan_in
-from common.nn.mlp import ACTIVATIONS
-from common.nn.norm import LayerNorm
-from common.nn.patch import PatchEmbed
-from common.nn.precision import add, lookup
-from common.surgery.axes import Spec
-from common.surgery.report import attention_macs, count, kernel_macs
-from common.train.optim import is_statistic
+from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.nn.attention import Attention, Kernel, softmax
+from heirloom.common.nn.block import Block, Remat, scan, stack
+from heirloom.common.nn.dense import Dense, constant, normal, param, uniform_fan_in
+from heirloom.common.nn.mlp import ACTIVATIONS
+from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.nn.patch import PatchEmbed
+from heirloom.common.nn.precision import add, lookup
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.report import attention_macs, count, kernel_macs
+from heirloom.common.train.optim import is_statistic
 from tinyclip_jax.resnet import ResNet, ResNetConfig, positions
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]

@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from common.data.pictures import Picture, decode
-from common.data.preprocess import Preprocess, eval_image
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.nn.functional import Functional, functional
-from common.surgery.graft import graft
-from common.surgery.plan import Source
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params, save_params
+from heirloom.common.data.pictures import Picture, decode
+from heirloom.common.data.preprocess import Preprocess, eval_image
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Source
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params, save_params
 from tinyclip_jax.inherit import DepthRule, manual
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig

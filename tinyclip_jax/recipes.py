@@ -6,10 +6,10 @@ Deviation: activations are bf16, where the release has fp16 under autocast with 
 from dataclasses import replace
 from typing import Any
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
-from common.train.step import StepConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.step import StepConfig
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import ClipConfig
 from tinyclip_jax.train import Config, Stage

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError, positive
-from common.nn.attention import Kernel, softmax
-from common.nn.block import Remat, run
-from common.nn.conv import Conv
-from common.nn.dense import Dense, normal, param, zeros
-from common.nn.norm import BatchNorm
-from common.nn.precision import add
-from common.surgery.axes import Spec, select
-from common.surgery.maps import first
-from common.surgery.plan import Maps
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.attention import Kernel, softmax
+from heirloom.common.nn.block import Remat, run
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.dense import Dense, normal, param, zeros
+from heirloom.common.nn.norm import BatchNorm
+from heirloom.common.nn.precision import add
+from heirloom.common.surgery.axes import Spec, select
+from heirloom.common.surgery.maps import first
+from heirloom.common.surgery.plan import Maps
 
 EXPANSION = 4  # channels that a bottleneck writes, over those it works with
 STAGES = (1, 2, 3, 4)

@@ -24,17 +24,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import Donor
-from common.checkpoint.weights import read_json
-from common.data.labelled import open_labelled
-from common.data.sources import FolderSource, Record, SourceConfig, captions, open_source
-from common.data.sources.record import read
-from common.errors import InputError
-from common.evaluate.imagenet import CLASSES, TEMPLATES
-from common.evaluate.probe import probe
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
-from common.train.step import cast
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.sources import FolderSource, Record, SourceConfig, captions, open_source
+from heirloom.common.data.sources.record import read
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES
+from heirloom.common.evaluate.probe import probe
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
+from heirloom.common.train.step import cast
 from tinyclip_jax.evaluate import Scored, Setup, features_of, retrieval_over, setup_of, zeroshot, zeroshot_over
 from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED, Published

@@ -13,27 +13,27 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from common.checkpoint.convert import Donor, Family, hashes
-from common.checkpoint.weights import write_json
-from common.compile import Abstract, Outline, abstract_batch, abstract_params
-from common.config import to_json
-from common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, check_first_batch, training_batches
-from common.data.preprocess import Preprocess
-from common.data.sources import Source, SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.errors import InputError, positive
-from common.nn.functional import Functional, functional
-from common.surgery.axes import Spec, matches
-from common.surgery.graft import graft
-from common.surgery.plan import Resolution
-from common.surgery.report import provenance
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, shardings, start
-from common.train.metrics import WriterName, open_writers
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best, finite, gathered, load_params, save_params
-from common.train.state import State, abstract_state, create_state
-from common.train.step import LossFn, Step, StepConfig, cast, make_step
+from heirloom.common.checkpoint.convert import Donor, Family, hashes
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.compile import Abstract, Outline, abstract_batch, abstract_params
+from heirloom.common.config import to_json
+from heirloom.common.data.pipeline import Augment, AugmentName, Batches, PipelineConfig, check_first_batch, training_batches
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import Source, SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.surgery.axes import Spec, matches
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Resolution
+from heirloom.common.surgery.report import provenance
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.train.metrics import WriterName, open_writers
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.parameters import best, finite, gathered, load_params, save_params
+from heirloom.common.train.state import State, abstract_state, create_state
+from heirloom.common.train.step import LossFn, Step, StepConfig, cast, make_step
 from tinyclip_jax import cache
 from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.evaluate import retrieval_on

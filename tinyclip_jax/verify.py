@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
-from common.checkpoint.weights import read_json
-from common.nn.functional import functional
+from heirloom.common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
 from tinyclip_jax.resnet import ResNetConfig
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.convert import Donor, Family, open_donor
-from common.checkpoint.hub import locate
-from common.compile import Outline
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.compile import Outline
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS, LOOKALIKES, config
 from tinyclip_jax.inputs import companions
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from common.errors import InputError
-from common.surgery.axes import Spec
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
 
 Tree = Mapping[str, np.ndarray]
 SWEEPS = 50  # of all groups, at most; each can only increase the match

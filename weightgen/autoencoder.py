@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError, positive
-from common.nn.attention import Attention, softmax
-from common.nn.block import Block, scan, stack
-from common.nn.conv import Conv
-from common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform, zeros
-from common.nn.norm import GroupNorm
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.attention import Attention, softmax
+from heirloom.common.nn.block import Block, scan, stack
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform, zeros
+from heirloom.common.nn.norm import GroupNorm
 from weightgen.denoiser import Order
 from weightgen.normalise import Kind
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 Heads = np.ndarray
 PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from common.errors import InputError
-from common.nn.dense import param, zeros
+from heirloom.common.errors import InputError
+from heirloom.common.nn.dense import param, zeros
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from common.checkpoint.convert import Donor, Family
+    from heirloom.common.checkpoint.convert import Donor, Family
 
 
 def families() -> list["Family"]:

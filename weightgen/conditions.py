@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError, positive
-from common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
-from common.nn.precision import lookup
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
+from heirloom.common.nn.precision import lookup
 
 XAVIER = xavier_uniform()
 LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers: no kernels, never decayed

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.nn.dense import param
+from heirloom.common.nn.dense import param
 from weightgen.conditions import SetConfig, SetOfSets
 
 Loss = Literal["soft_target", "info_nce", "siglip"]

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import to_json
-from common.errors import InputError, positive
-from common.nn.functional import functional
-from common.train.loop import Run
-from common.train.optim import OptimConfig
-from common.train.parameters import gathered, save_params
-from common.train.step import StepConfig
+from heirloom.common.config import to_json
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.parameters import gathered, save_params
+from heirloom.common.train.step import StepConfig
 from weightgen.autoencoder import VaeConfig
 from weightgen.conditions import LEARNED_POINTS, SetConfig
 from weightgen.data import Bank, Projection

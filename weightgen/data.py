@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.checkpoint.convert import Donor, open_donor
-from common.checkpoint.hub import locate
-from common.data.pictures import decode
-from common.data.preprocess import Preprocess, eval_image
-from common.data.sources import SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.preprocess import Preprocess, eval_image
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
 from weightgen.nets import NetConfig
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
@@ -74,7 +74,7 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
 
 def _open(source: str) -> Donor:
     """A model of any installed method: methods do not import one another, but their families are announced."""
-    from common.cli import methods
+    from heirloom.common.cli import methods
 
     families = [family for method in methods().values() for family in method.families()]
     return open_donor(locate(source, {name: path for family in families for name, path in family.embedded.items()}), families)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.checkpoint.staging import staged
+from heirloom.common.checkpoint.staging import staged
 from weightgen.data import emoji_tasks
 from weightgen.evaluate import as_json
 from weightgen.proof import SHOTS, ProofConfig, Result, prove

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError
-from common.nn.attention import Attention, softmax
-from common.nn.block import Block, each, modulate, scan, stack
-from common.nn.dense import Dense, normal, param, xavier_uniform, zeros
-from common.nn.norm import LayerNorm
+from heirloom.common.errors import InputError
+from heirloom.common.nn.attention import Attention, softmax
+from heirloom.common.nn.block import Block, each, modulate, scan, stack
+from heirloom.common.nn.dense import Dense, normal, param, xavier_uniform, zeros
+from heirloom.common.nn.norm import LayerNorm
 from weightgen.conditions import Condition
 
 FREQUENCIES = 128

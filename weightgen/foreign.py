@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint.unwrap import open_tensors
-from common.checkpoint.weights import read_json
-from common.errors import InputError
+from heirloom.common.checkpoint.unwrap import open_tensors
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError
 
 SHARD = re.compile(r"^(?P<name>.+?)[-_](?P<number>\d+)-of-(?P<count>\d+)\.")
 SCHEMES = {

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.checkpoint.convert import Donor, Family, open_donor
-from common.checkpoint.verify import Check
-from common.errors import InputError
-from common.surgery.axes import Spec
-from common.surgery.report import kernel_macs
-from common.typed import from_json
+from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.verify import Check
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.report import kernel_macs
+from heirloom.common.typed import from_json
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import Bank

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common import config
-from common.checkpoint.convert import Donor
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import read_json, write_config, write_json, write_params
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError, nearest
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import read_json, write_config, write_json, write_params
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
 from weightgen import reference
 from weightgen.adapter_config import write_adapter
 from weightgen.baselines import nearest_model, noisy, prototype

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear_schedule, respace, scaled_linear_schedule
-from common.errors import InputError, positive
-from common.nn.dense import param, zeros
-from common.nn.functional import Functional
-from common.nn.precision import lookup
+from heirloom.common.diffusion import Prediction, Schedule, add_noise, ddim, ddpm, linear_schedule, respace, scaled_linear_schedule
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.dense import param, zeros
+from heirloom.common.nn.functional import Functional
+from heirloom.common.nn.precision import lookup
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.baselines import Ridge, row_condition
 from weightgen.codec import Pca, fit_pca

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from common.nn import precision
-from common.nn.attention import Attention, softmax
-from common.nn.block import Block, scan, stack
-from common.nn.dense import normal, param, zeros
-from common.nn.functional import Functional
-from common.nn.norm import LayerNorm
+from heirloom.common.nn import precision
+from heirloom.common.nn.attention import Attention, softmax
+from heirloom.common.nn.block import Block, scan, stack
+from heirloom.common.nn.dense import normal, param, zeros
+from heirloom.common.nn.functional import Functional
+from heirloom.common.nn.norm import LayerNorm
 
 INIT = normal(0.02)
 Params = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from weightgen.codec import fit_pca
 from weightgen.ranking import Ranked, rank, rank_checkpoint, snr, top, unstacked
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from weightgen.foreign import listed
 
 # peft: m.lora_A.weight, m.lora_A.NAME.weight, m.lora_embedding_A; kohya: m.lora_down.weight; diffusers: m.lora.down.weight,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.errors import InputError, positive
-from common.nn.dense import Dense, param, uniform_fan_in, zeros
-from common.nn.functional import Functional, functional
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.dense import Dense, param, uniform_fan_in, zeros
+from heirloom.common.nn.functional import Functional, functional
 
 Kind = Literal["head", "mlp", "cnn"]
 

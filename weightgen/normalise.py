@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from weightgen.tokens import TokenSpec
 
 Kind = Literal["none", "scale", "tensor", "row", "asinh"]

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import to_json
-from common.errors import positive
-from common.nn.functional import functional
-from common.train.loop import Run
-from common.train.parameters import gathered, save_params
+from heirloom.common.config import to_json
+from heirloom.common.errors import positive
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.parameters import gathered, save_params
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig, vae_loss
 from weightgen.codec import fit_pca
 from weightgen.conditions import LEARNED_POINTS, SetConfig

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.nn.functional import Functional, functional
-from common.train.loop import Run
-from common.train.mesh import start
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import start
 from weightgen import baselines
 from weightgen.codec import Gate, gate
 from weightgen.data import Bank, EmojiTasks, draw_tasks

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint.hub import locate
-from common.checkpoint.unwrap import weights_files
-from common.checkpoint.weights import is_folder, open_folder
-from common.errors import InputError, remark
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.unwrap import weights_files
+from heirloom.common.checkpoint.weights import is_folder, open_folder
+from heirloom.common.errors import InputError, remark
 from weightgen.foreign import listed, not_finite, read_tensors, refuse_quantised
 
 IQR = 1.349  # interquartile range of a standard normal

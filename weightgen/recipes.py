@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import write_json
-from common.config import to_json
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError, positive
-from common.nn.functional import functional
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, start
-from common.train.metrics import MetricsFile
-from common.train.parameters import save_params
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.config import to_json
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.parameters import save_params
 from weightgen.conditions import LEARNED_POINTS
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks, emoji_tasks, encoder, labelled, shown, text_encoder, thumbnails
 from weightgen.denoiser import DenoiserConfig

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
-from common.errors import InputError, nearest, positive
-from common.nn.dense import param, zeros
-from common.nn.functional import Functional
+from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
+from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.nn.dense import param, zeros
+from heirloom.common.nn.functional import Functional
 from weightgen.autoencoder import ConvVae, VaeConfig, vae_loss
 from weightgen.conditions import MlpSet, SetConfig, SetOfSets
 from weightgen.generator import GeneratorConfig

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint.weights import read_json
-from common.errors import InputError
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError
 from weightgen.autoencoder import TokenVaeConfig
 from weightgen.codec import gate
 from weightgen.data import Bank, shown

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from common.errors import InputError
-from common.surgery.axes import Spec
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
 
 Cut = Literal["model", "layer", "neuron"]
 STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"

@@ -9,15 +9,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from common.data.pipeline import Batches
-from common.errors import InputError, positive
-from common.surgery.axes import Spec
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, batch_sharding, start
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best
-from common.train.state import abstract_state, create_state
-from common.train.step import LossFn, StepConfig, make_step
+from heirloom.common.data.pipeline import Batches
+from heirloom.common.errors import InputError, positive
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.parameters import best
+from heirloom.common.train.state import abstract_state, create_state
+from heirloom.common.train.step import LossFn, StepConfig, make_step
 from weightgen.data import Bank
 from weightgen.zoo import Zoo
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.nn.conv import Conv
-from common.nn.dense import Dense, uniform_fan_in, zeros
-from common.nn.norm import GroupNorm
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.dense import Dense, uniform_fan_in, zeros
+from heirloom.common.nn.norm import GroupNorm
 from weightgen.denoiser import time_features
 
 GROUPS, EPS = 32, 1e-5

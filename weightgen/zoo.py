@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import read_json, write_json
-from common.errors import InputError, nearest, positive
-from common.nn.functional import Functional
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.nn.functional import Functional
 from weightgen.data import Bank
 from weightgen.foreign import listed
 from weightgen.lora import pairs

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from common.checkpoint import weights
-from common.checkpoint.fields import Fields
-from common.checkpoint.staging import staged
-from common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
-from common.checkpoint.verify import Check, guarded
-from common.checkpoint.weights import FILE, Tensors, read_json, write_json
-from common.errors import InputError, Remark, VerificationError, nearest, remark
-from common.nn.functional import Functional, functional
-from common.surgery.axes import Spec
-from common.surgery.layout import Layout, View, own_tensors, own_views
-from common.surgery.plan import Plan, Source
-from common.surgery.report import provenance
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
+from heirloom.common.checkpoint.verify import Check, guarded
+from heirloom.common.checkpoint.weights import FILE, Tensors, read_json, write_json
+from heirloom.common.errors import InputError, Remark, VerificationError, nearest, remark
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.layout import Layout, View, own_tensors, own_views
+from heirloom.common.surgery.plan import Plan, Source
+from heirloom.common.surgery.report import provenance
 
 COPY = Plan((("**", {}),))
 

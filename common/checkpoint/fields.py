@@ -17,8 +17,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.checkpoint.weights import read_json
-from common.errors import InputError, nearest
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError, nearest
 
 T = TypeVar("T")
 _REQUIRED: Any = object()

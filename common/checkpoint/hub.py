@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import InputError, nearest
-from common.paths import local
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.paths import local
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER = ("*.json", "*.txt", "*.model")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import InputError, remark
-from common.paths import local
+from heirloom.common.errors import InputError, remark
+from heirloom.common.paths import local
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 _HOST = socket.gethostname()  # a process of another host on the same disk may well be alive

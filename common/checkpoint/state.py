@@ -13,7 +13,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 REASON = 200  # characters of the storage library's own message that an error repeats
 

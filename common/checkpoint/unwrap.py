@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common.checkpoint import weights
-from common.checkpoint.weights import Tensors
-from common.errors import InputError
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.weights import Tensors
+from heirloom.common.errors import InputError
 
 AVERAGE = re.compile(r"(^|_)(ema|averaged?|swa|shadow)(_|$)")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.checkpoint.unwrap import clean_names, open_weights
-from common.checkpoint.weights import read_json
-from common.errors import VerificationError
+from heirloom.common.checkpoint.unwrap import clean_names, open_weights
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import VerificationError
 
 TOLERANCE = 1e-4
 TINY = 1e-30  # instead of a reference that is all zeros

@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from common.errors import InputError
-from common.surgery.axes import Spec
-from common.surgery.layout import Tensor
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.layout import Tensor
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.sources import Record, Source, SourceConfig, open_source
-from common.errors import InputError, nearest, remark
+from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
+from heirloom.common.errors import InputError, nearest, remark
 
 LABELS = "labels.json"
 KINDS = "labels are whole numbers from 0, or names, all of one kind"

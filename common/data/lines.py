@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 
 def read_lines(file: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
 """A file, encoded bytes, a uint8 [height, width, 3] array, or a PIL image."""

@@ -18,12 +18,12 @@ from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 from PIL import Image
 
-from common.data.pictures import decode_record
-from common.data.preprocess import Preprocess, denormalise, eval_image, train_image
-from common.data.sources import Record, Source
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.train.mesh import batch_sharding
+from heirloom.common.data.pictures import decode_record
+from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image, train_image
+from heirloom.common.data.sources import Record, Source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import batch_sharding
 
 Batch = dict[str, Any]
 AugmentName = Literal["random", "none"]

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from common.checkpoint.fields import Fields
-from common.checkpoint.weights import read_json, write_json
-from common.data.preprocess import FILE, FILTERS, Channels, Mode, Preprocess
-from common.errors import InputError, nearest, remark
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.preprocess import FILE, FILTERS, Channels, Mode, Preprocess
+from heirloom.common.errors import InputError, nearest, remark
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"

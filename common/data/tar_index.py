@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: this sample has no such member
 STEM = "/stem"  # the field that is no extension, and can be none

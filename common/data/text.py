@@ -13,8 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from common.checkpoint.weights import read_json
-from common.errors import InputError
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError
 
 SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of a longer one
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"

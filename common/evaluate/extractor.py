@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import weights
-from common.checkpoint.unwrap import open_tensors
-from common.errors import InputError
-from common.evaluate.inception import ADM, Inception, InceptionConfig
-from common.nn.functional import Functional, functional
-from common.surgery.axes import Axes, Leaf, Spec
-from common.surgery.layout import Layout, own_views
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.unwrap import open_tensors
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.inception import ADM, Inception, InceptionConfig
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.surgery.axes import Axes, Leaf, Spec
+from heirloom.common.surgery.layout import Layout, own_views
 
 METHOD = "inception"
 BN_EPS = 1e-3

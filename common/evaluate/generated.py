@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common.errors import InputError
-from common.evaluate.extractor import Extractor
-from common.evaluate.features import embedder
-from common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
-from common.evaluate.inception import ADM, POOL, SPATIAL
-from common.train.mesh import replicated
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.extractor import Extractor
+from heirloom.common.evaluate.features import embedder
+from heirloom.common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
+from heirloom.common.evaluate.inception import ADM, POOL, SPATIAL
+from heirloom.common.train.mesh import replicated
 
 BATCH = 64
 LEAST = 10  # pictures on either side of a score

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from common.nn.dense import Dense, param, uniform_fan_in, zeros
+from heirloom.common.nn.dense import Dense, param, uniform_fan_in, zeros
 
 SIDE = 299
 POOL = 2048

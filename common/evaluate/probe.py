@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from common.errors import InputError
-from common.evaluate.features import finite
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.features import finite
 
 STRENGTHS = tuple(10.0**power for power in range(-6, 5))
 ITERATIONS = 1000

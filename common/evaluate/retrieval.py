@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.evaluate.features import finite
+from heirloom.common.evaluate.features import finite
 
 KS = (1, 5, 10)
 

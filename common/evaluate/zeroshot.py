@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.lines import read_lines
-from common.errors import InputError
-from common.evaluate.features import finite
+from heirloom.common.data.lines import read_lines
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.features import finite
 
 TEMPLATES = ("a photo of a {}.",)
 

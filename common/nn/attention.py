@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform
+from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`attend(query, key, value)`: [batch, token, head, head_dim] each, and so is the result."""

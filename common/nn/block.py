@@ -6,10 +6,10 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from common.nn.dense import Init, Sizes, uniform_fan_in
-from common.nn.mlp import Mlp
-from common.nn.norm import LayerNorm
-from common.surgery.axes import Axes
+from heirloom.common.nn.dense import Init, Sizes, uniform_fan_in
+from heirloom.common.nn.mlp import Mlp
+from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.surgery.axes import Axes
 
 Remat = Literal["none", "full", "dots"]
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}

@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
-from common.nn.dense import Init, param, uniform_fan_in
-from common.nn.precision import add, convolve
+from heirloom.common.nn.dense import Init, param, uniform_fan_in
+from heirloom.common.nn.precision import add, convolve
 
 
 class Conv(nnx.Module):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import InputError
-from common.nn.precision import add, product
-from common.surgery.axes import Axes
+from heirloom.common.errors import InputError
+from heirloom.common.nn.precision import add, product
+from heirloom.common.surgery.axes import Axes
 
 Sizes = Mapping[str, Any]
 """The size of each axis, an int; a tuple of ints: another one in each layer of the stack, zero-padded to the largest."""

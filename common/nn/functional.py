@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import nearest
-from common.surgery.axes import Axes, Leaf, Spec
+from heirloom.common.errors import nearest
+from heirloom.common.surgery.axes import Axes, Leaf, Spec
 
 Params = dict[str, jax.Array]
 
@@ -60,7 +60,7 @@ class Functional:
 
 
 def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
-    """Describe `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes (`common.nn.dense.param`)."""
+    """Describe `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes (`heirloom.common.nn.dense.param`)."""
 
     def make(key: jax.Array) -> nnx.Module:
         return module(cfg, rngs=nnx.Rngs(params=key))

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 from flax import nnx
 
-from common.nn.dense import Dense, Init, Sizes, uniform_fan_in
+from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

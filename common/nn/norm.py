@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.nn.dense import Init, Sizes, ones, param, zeros
+from heirloom.common.nn.dense import Init, Sizes, ones, param, zeros
 
 
 class LayerNorm(nnx.Module):
@@ -48,7 +48,8 @@ class BatchNorm(nnx.Module):
 
     `mean` and `variance` are the running statistics, leaves of the parameters like any other. In training (`train`) the batch's own are
     used, and the running ones follow: what they get as gradient is their distance to the batch's (the variance's unbiased), which
-    `common.train.optim` takes a tenth of at each step, torch's momentum. Sharded rows are one batch: statistics are over all devices.
+    `heirloom.common.train.optim` takes a tenth of at each step, torch's momentum. Sharded rows are one batch: statistics are over all
+    devices.
     """
 
     def __init__(self, channels: int, *, eps: float, scale: Init = ones, rngs: nnx.Rngs):

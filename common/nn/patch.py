@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from common.nn.dense import Dense, Init, Sizes
+from heirloom.common.nn.dense import Dense, Init, Sizes
 
 
 class PatchEmbed(nnx.Module):

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest
 
 Side = Literal["stack", "read", "write", "carry"]
 STACKING = ("layer", "member")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from common.surgery.axes import Spec
-from common.surgery.layout import View
-from common.surgery.plan import Line, Plan, Resolution, Source, build
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.layout import View
+from heirloom.common.surgery.plan import Line, Plan, Resolution, Source, build
 
 Params = dict[str, jax.Array]
 Place = Mapping[str, Sharding]

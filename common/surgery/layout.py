@@ -22,8 +22,8 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from common.errors import InputError, nearest
-from common.surgery.axes import Leaf, Spec, matches
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.surgery.axes import Leaf, Spec, matches
 
 _LAYER = re.compile(r"\{layer(?::([^}]*))?\}")
 CLOSE = 1e-5  # of a constant: other libraries compute it in float32, and files may hold it rounded to less

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from common.surgery.axes import Side
+from heirloom.common.surgery.axes import Side
 
 
 @dataclass(frozen=True, eq=False)

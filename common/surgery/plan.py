@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.errors import InputError, nearest
-from common.surgery.axes import Leaf, Side, Spec, assign
-from common.surgery.layout import View
-from common.surgery.maps import FRESH, AxisMap, Fresh, Matrix, PerLayer, Pick, Sided
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.surgery.axes import Leaf, Side, Spec, assign
+from heirloom.common.surgery.layout import View
+from heirloom.common.surgery.maps import FRESH, AxisMap, Fresh, Matrix, PerLayer, Pick, Sided
 
 Maps = Mapping[str, AxisMap]
 Index = tuple[slice, ...]

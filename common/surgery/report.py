@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from common.surgery.axes import Leaf, Spec, assign, select
-from common.surgery.plan import Resolution
+from heirloom.common.surgery.axes import Leaf, Spec, assign, select
+from heirloom.common.surgery.plan import Resolution
 
 
 def count(spec: Spec, pattern: str) -> int:

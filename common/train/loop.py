@@ -18,13 +18,13 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from common.checkpoint.state import Checkpoints
-from common.checkpoint.weights import read_json
-from common.errors import InputError
-from common.paths import local
-from common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer, peak_flops
-from common.train.state import State
-from common.train.step import Batch, Step
+from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError
+from heirloom.common.paths import local
+from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer, peak_flops
+from heirloom.common.train.state import State
+from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
 STOPPED = 75  # EX_TEMPFAIL: exit code of a run that was asked to stop and saved; the same command continues

@@ -18,7 +18,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 # Dense bf16 FLOP/s of one device as JAX counts devices (two per chip on TPU v2, v3 and 7x), from the makers' data
 # sheets. The first entry whose name occurs in `device_kind` counts.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from common.errors import InputError, between, nearest
-from common.surgery.axes import Leaf, Spec, matches, select
+from heirloom.common.errors import InputError, between, nearest
+from heirloom.common.surgery.axes import Leaf, Spec, matches, select
 
 # The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
 # split into axes of their own and layers are stacked, so a bias may have three.

@@ -9,15 +9,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from common.checkpoint import weights
-from common.checkpoint.convert import COPY, Donor
-from common.checkpoint.staging import staged
-from common.errors import InputError
-from common.surgery.axes import Spec
-from common.surgery.graft import graft
-from common.surgery.layout import View
-from common.train.mesh import shardings
-from common.train.state import State
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import COPY, Donor
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.layout import View
+from heirloom.common.train.mesh import shardings
+from heirloom.common.train.state import State
 
 
 def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:

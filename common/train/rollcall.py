@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 RETRY = 0.1  # seconds between two attempts to reach process 0
 REPLY = 5.0  # seconds that an answer may take once the line is open

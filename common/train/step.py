@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.errors import InputError, between, positive
-from common.surgery.axes import Spec
-from common.train.mesh import ROWS, batch_sharding, replicated, shardings
-from common.train.optim import is_statistic
-from common.train.state import State, state_shardings
+from heirloom.common.errors import InputError, between, positive
+from heirloom.common.surgery.axes import Spec
+from heirloom.common.train.mesh import ROWS, batch_sharding, replicated, shardings
+from heirloom.common.train.optim import is_statistic
+from heirloom.common.train.state import State, state_shardings
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -34,7 +34,7 @@ class StepConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of matmuls and activations. Parameters and optimizer are float32 in any case, and gradients are summed over rows, devices
     and micro-batches in float32; that of a kernel or table is rounded to this precision once, when its sum over the devices is complete
-    (`common.nn.precision`)."""
+    (`heirloom.common.nn.precision`)."""
     ema: float | None = None
     """Decay of the moving average of the parameters, such as 0.9999; None keeps no average."""
     seed: int = 0

@@ -9,8 +9,8 @@ Two CPU cores, about five minutes as it stands. Nine groups; always saying the l
 
 from dataclasses import replace
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
 from learngene.augment import AugmentConfig
 from learngene.compare import Comparison
 from learngene.convnet import ConvConfig

@@ -7,7 +7,7 @@
 
 from dataclasses import replace
 
-from common import config
+from heirloom.common import config
 from learngene.train import Config
 
 

@@ -3,7 +3,7 @@
     heirloom train learngene/emoji_teacher --run runs/emoji_teacher
 """
 
-from common import config
+from heirloom.common import config
 from learngene.train import Config
 
 

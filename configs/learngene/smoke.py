@@ -8,8 +8,8 @@ Shows that data, training, evaluation, expansion and resume work; expect a held-
 
 from dataclasses import replace
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
 from learngene.augment import AugmentConfig
 from learngene.losses import DistillConfig
 from learngene.train import ADAMW, Config

@@ -8,9 +8,9 @@ Two CPU cores, about a minute each. Two heads of 48 replace four of 24.
 
 from dataclasses import replace
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.step import StepConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.step import StepConfig
 from lit_jax.dit import DitConfig
 from lit_jax.sample import SampleConfig
 from lit_jax.train import DIT_OPTIMIZER, Config

@@ -7,9 +7,9 @@ Two CPU cores, under two minutes. Expected: 5.9 % held-out R@1, and 1.7 % from s
 tower layers (TinyCLIP §3.3).
 """
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.train import Config
 

@@ -6,9 +6,9 @@ Two stages of 200 steps, for two CPU cores; only tried for a few steps. Deviatio
 phase is 3,000 steps and more, and without momentum, which in so short a phase would close far more gates than wanted.
 """
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.train import Config, Stage

@@ -8,9 +8,9 @@ The targets are joint embeddings of a frozen EfficientNet-Lite0 and a frozen Min
 pairs. No held-out emoji is among them. Two CPU cores, about an hour; measured: tinyclip_jax/emoji_teacher/README.md.
 """
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig
 

@@ -5,9 +5,9 @@
 Shows that data, training, evaluation and resume work; expect a held-out R@1 of about 1 % (chance is 0.3 %).
 """
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.train import Config, LossConfig
 

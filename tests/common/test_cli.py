@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from common.cli import main
-from common.doctor import check_pair
-from common.errors import InputError
+from heirloom.common.cli import main
+from heirloom.common.doctor import check_pair
+from heirloom.common.errors import InputError
 
 MISTAKES = {
     "an unknown verb": (["convertt", "a", "b"], "invalid choice: 'convertt'"),
@@ -39,7 +39,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypat
 def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from common import cli
+    from heirloom.common import cli
     from tinyclip_jax.zoo import EMBEDDED, FAMILY
 
     here = cli.methods()
@@ -56,7 +56,7 @@ def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path
 
 def test_help_comes_before_anything_heavy_is_imported():
     code = (
-        "import sys\nfrom common.cli import main\n"
+        "import sys\nfrom heirloom.common.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('jax', 'numpy', 'flax', 'transformers', 'tyro') if m in sys.modules])"
     )
@@ -96,7 +96,7 @@ def test_doctor_accepts_the_tested_pairs():
 
 
 def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
-    from common import config
+    from heirloom.common import config
 
     cfg = config.load("tinyclip/smoke", ["--optim.lr", "3e-4", "--student.image.layers", "1"])
     assert cfg.optim.lr == 3e-4 and cfg.student.image.layers == 1 and cfg.student.text.layers == 2
@@ -114,7 +114,7 @@ def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
     ],
 )
 def test_a_recipe_that_does_not_run_says_where(tmp_path, text, complaint):
-    from common import config
+    from heirloom.common import config
 
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(InputError, match=complaint):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from common import config
-from common.compile import Topology, advice
-from common.errors import InputError
-from common.train.mesh import MeshConfig, start
+from heirloom.common import config
+from heirloom.common.compile import Topology, advice
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.train import Config
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import diffusion
-from common.diffusion import Prediction
+from heirloom.common import diffusion
+from heirloom.common.diffusion import Prediction
 
 FULL = diffusion.linear_schedule()
 

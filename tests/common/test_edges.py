@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from common import config, report
-from common.checkpoint.hub import locate
-from common.checkpoint.staging import staged
-from common.cli import main
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
-from common.paths import all_local, local
-from common.train.loop import Run
+from heirloom.common import config, report
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.cli import main
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError
+from heirloom.common.paths import all_local, local
+from heirloom.common.train.loop import Run
 
 ADDRESSES = {
     "a source in a bucket": ["convert", "gs://bucket/model", "out"],
@@ -49,7 +49,7 @@ def test_every_door_of_the_library_refuses_them(tmp_path, monkeypatch):
         Run.open(Path("gs://bucket/run"), {})
     with pytest.raises(InputError, match=r"s3:/bucket/out: buckets"), staged(Path("s3://bucket/out")):
         raise AssertionError("never here")
-    (tmp_path / "mine.py").write_text("from dataclasses import replace\nfrom common import config\n"
+    (tmp_path / "mine.py").write_text("from dataclasses import replace\nfrom heirloom.common import config\n"
                                       "def get_config():\n    cfg = config.load('tinyclip/smoke')\n"
                                       "    return replace(cfg, data=replace(cfg.data, path='gs://b/x.tar'))\n")  # fmt: skip
     with pytest.raises(InputError, match=r"gs://b/x\.tar"):
@@ -80,7 +80,7 @@ def test_an_error_of_the_disk_is_one_line(capsys, monkeypatch):
     def fails(*_):
         raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr("common.cli._doctor", fails)
+    monkeypatch.setattr("heirloom.common.cli._doctor", fails)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "heirloom: runs/x/metrics.jsonl: No space left on device\n"
 
@@ -89,7 +89,7 @@ def test_an_interruption_is_one_line(capsys, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("common.cli._doctor", stops)
+    monkeypatch.setattr("heirloom.common.cli._doctor", stops)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -98,13 +98,13 @@ def test_a_mistake_of_ours_stays_a_traceback(monkeypatch):
     def wrong(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("common.cli._doctor", wrong)
+    monkeypatch.setattr("heirloom.common.cli._doctor", wrong)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly():
-    command = f"{sys.executable} -c 'from common.cli import main; import sys; sys.exit(main([\"inspect\", \"tinyclip/smoke\"]))'"
+    command = f"{sys.executable} -c 'from heirloom.common.cli import main; import sys; sys.exit(main([\"inspect\", \"tinyclip/smoke\"]))'"
     done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stderr == ""
 

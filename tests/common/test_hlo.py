@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.hlo import collectives
+from heirloom.common.hlo import collectives
 
 
 def module(main, *others):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common import config
+from heirloom.common import config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "configs"
 RECIPES = config.recipes()

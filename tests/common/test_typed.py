@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
-from common.errors import InputError
-from common.typed import from_json
+from heirloom.common.errors import InputError
+from heirloom.common.typed import from_json
 
 
 @dataclass(frozen=True)

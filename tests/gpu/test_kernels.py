@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from common.nn.functional import functional
+from heirloom.common.nn.functional import functional
 from lit_jax.attention import LinearAttention
 from lit_jax.kernels import HEADS
 from lit_jax.linear_attention import linear_attention

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint import weights
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.nn.functional import functional
 from learngene.vit import Vit, VitConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vit"

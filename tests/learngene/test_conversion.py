@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.unwrap import open_tensors
-from common.checkpoint.weights import open_safetensors, read_json, write_json
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.unwrap import open_tensors
+from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from learngene.inputs import preprocess_of
 from learngene.layouts import google, sws, tleg
 from learngene.vit import Vit, VitConfig

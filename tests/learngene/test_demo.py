@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from common import config
-from common.checkpoint.weights import read_json
-from common.cli import main
-from common.data.sources import SourceConfig
+from heirloom.common import config
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.cli import main
+from heirloom.common.data.sources import SourceConfig
 from learngene import demo
 from learngene.convnet import ConvConfig
 from learngene.zoo import open_classifier

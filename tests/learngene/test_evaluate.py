@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.checkpoint import weights
-from common.cli import main
-from common.data.labelled import write_labels
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.cli import main
+from heirloom.common.data.labelled import write_labels
+from heirloom.common.nn.functional import functional
 from learngene.evaluate import normalised
 from learngene.inputs import IMAGENET
 from learngene.vit import Vit, VitConfig

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import open_safetensors
-from common.cli import main
-from common.errors import InputError, Remark
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import open_safetensors
+from heirloom.common.cli import main
+from heirloom.common.errors import InputError, Remark
 from learngene.bare_files import square
 from learngene.timm_architectures import CLASSES, arguments, settings, table
 from learngene.vit import VitConfig

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import read_json, write_json
-from common.cli import main
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.cli import main
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
 from learngene.augment import AugmentConfig
 from learngene.data import Example, evaluation
 from learngene.inputs import IMAGENET, preprocess_of

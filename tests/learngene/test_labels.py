@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import read_json, write_json
-from common.cli import main
-from common.data.labelled import read_labels, write_labels
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.cli import main
+from heirloom.common.data.labelled import read_labels, write_labels
+from heirloom.common.errors import InputError
 from learngene.labels import labels_of
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY

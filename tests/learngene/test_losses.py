@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.preprocess import Preprocess
-from common.errors import InputError
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.errors import InputError
 from learngene.augment import AugmentConfig, augment, cut_box, erased, mixed, shifted
 from learngene.losses import DistillConfig, cross_entropy, distillation
 from learngene.randaugment import OPERATIONS, RandAugment

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from common import config
-from common.checkpoint.weights import open_safetensors, read_json
-from common.cli import main
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.errors import InputError
-from common.nn.functional import functional
-from common.train.mesh import MeshConfig, batch_sharding, shardings, start
+from heirloom.common import config
+from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.cli import main
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from learngene import ligo, train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, curve, descendant

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.plan import Source, apply
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.plan import Source, apply
 from learngene.cost import count, ratios, work
 from learngene.expand import expansion
 from learngene.vit import Vit, VitConfig, kept, macs, parameters

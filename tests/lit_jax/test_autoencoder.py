@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import create_safetensors, open_safetensors, read_json
-from common.errors import InputError
-from common.nn.conv import Conv
-from common.nn.functional import functional
-from common.nn.norm import GroupNorm
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.norm import GroupNorm
+from heirloom.common.surgery.layout import Tensor
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, Moments, macs, parameters, sample_latents, scale_latents, unscale_latents
 from lit_jax.autoencoder_layouts import DIFFUSERS, FAMILY, config
 

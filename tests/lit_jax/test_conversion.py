@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import create_safetensors, open_safetensors, read_json
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.layout import Tensor
 from lit_jax import dit
 from lit_jax.verify import AsDiffusers
 from lit_jax.zoo import FAMILY
@@ -134,7 +134,7 @@ def test_the_scheduler_next_door_says_what_is_predicted(golden, tmp_path, schedu
 
 
 def test_linear_attention_has_no_place_in_diffusers(lit, draw, tmp_path):
-    from common.checkpoint import weights
+    from heirloom.common.checkpoint import weights
 
     params = draw(functional(dit.Dit, lit).spec)
     (tmp_path / "lit").mkdir()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import config
-from common.checkpoint import weights
-from common.checkpoint.weights import read_json
-from common.cli import main
-from common.nn.functional import functional
+from heirloom.common import config
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.cli import main
+from heirloom.common.nn.functional import functional
 from lit_jax import demo
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.zoo import EMBEDDED, open_dit

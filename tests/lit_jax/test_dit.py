@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.nn.position import sincos
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.position import sincos
 from lit_jax.attention import LinearAttention
 from lit_jax.dit import Dit, DitConfig, macs, parameters, time_features
 from lit_jax.zoo import dit, lit

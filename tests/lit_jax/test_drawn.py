@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from lit_jax.drawn import Drawn
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (10, 4, 5, 3)).astype(np.uint8)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.checkpoint import weights
-from common.checkpoint.convert import Found, convert, open_donor
-from common.checkpoint.weights import open_safetensors, read_json
-from common.errors import InputError
-from common.nn.functional import functional
-from common.nn.position import sincos
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import Found, convert, open_donor
+from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.position import sincos
 from lit_jax import formats, layouts
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.zoo import FAMILY

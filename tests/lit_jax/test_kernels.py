@@ -12,10 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lit_jax.linear_attention as module
-from common.nn.functional import functional
-from common.train.optim import make_optimizer
-from common.train.state import create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.optim import make_optimizer
+from heirloom.common.train.state import create_state
+from heirloom.common.train.step import StepConfig, make_step
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.kernels import Choice, choice, tpu, xla
 from lit_jax.linear_attention import Unsupported, linear_attention

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import open_donor
-from common.data.pictures import decode
-from common.data.pipeline import PipelineConfig, training_batches
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
-from common.train.mesh import MeshConfig, start
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.pipeline import PipelineConfig, training_batches
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import adm_crop, latents

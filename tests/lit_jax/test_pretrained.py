@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import lit_jax
-from common.checkpoint import weights
-from common.cli import main
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.cli import main
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from lit_jax.dit import Dit
 from lit_jax.origin import Origin, read_origin, write_origin
 

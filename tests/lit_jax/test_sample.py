@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType
 from PIL import Image
 
-from common.diffusion import Prediction
-from common.errors import InputError
-from common.nn.functional import functional
-from common.train.mesh import MeshConfig, start
+from heirloom.common.diffusion import Prediction
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax import sample
 from lit_jax.decode import Pictures, open_pictures, to_uint8
 from lit_jax.dit import Dit

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.checkpoint.convert import open_donor
-from common.errors import InputError
-from common.nn.conv import Conv
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.errors import InputError
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.functional import functional
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.tiles import decode_tiled
 

@@ -14,19 +14,19 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from common.checkpoint import weights
-from common.checkpoint.convert import open_donor
-from common.checkpoint.weights import open_safetensors, read_json
-from common.cli import main
-from common.data import emoji
-from common.data.labelled import open_labelled
-from common.data.sources import SourceConfig
-from common.errors import InputError
-from common.evaluate import generated
-from common.evaluate.extractor import Extractor
-from common.evaluate.inception import Features, InceptionConfig
-from common.nn.dense import Dense
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.cli import main
+from heirloom.common.data import emoji
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate import generated
+from heirloom.common.evaluate.extractor import Extractor
+from heirloom.common.evaluate.inception import Features, InceptionConfig
+from heirloom.common.nn.dense import Dense
+from heirloom.common.nn.functional import functional
 from lit_jax import autoencoder_layouts, evaluate, train
 from lit_jax.data import Pixels, adm_crop
 from lit_jax.decode import Pictures
@@ -99,7 +99,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(donor, distilled, tmp
 def test_inherit_writes_the_student_and_where_it_is_from(donor, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from dataclasses import replace\nfrom common import config\n\n\ndef get_config():\n"
+        "from dataclasses import replace\nfrom heirloom.common import config\n\n\ndef get_config():\n"
         "    cfg = config.load('lit/smoke')\n"
         "    student = replace(cfg.student, size=8, width=16, hidden=32)\n"
         f"    return replace(cfg, student=student, donor={donor!r}, keep='v')\n"

@@ -1,8 +1,8 @@
 """The recipe of the runs that the tests of this folder stop, spread and move; flags name teacher, donor and held-out pairs."""
 
-from common.data.pipeline import PipelineConfig
-from common.data.sources import SourceConfig
-from common.train.optim import OptimConfig
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.train import Config, LossConfig
 

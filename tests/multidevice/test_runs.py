@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.state import Checkpoints
-from common.train.mesh import MeshConfig, start
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import abstract_state
+from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.state import abstract_state
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds until a process that hangs is a failure

@@ -17,20 +17,20 @@ import pytest
 from jax.sharding import AxisType
 from pyarrow import parquet
 
-from common import config
-from common.checkpoint.convert import Donor
-from common.checkpoint.state import Checkpoints
-from common.checkpoint.weights import open_safetensors
-from common.data import emoji
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.nn.functional import functional
-from common.surgery.plan import Source
-from common.train.mesh import MeshConfig, shardings, start
-from common.train.parameters import load_params
-from common.train.state import create_state
-from common.train.step import make_step
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.checkpoint.weights import open_safetensors
+from heirloom.common.data import emoji
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.plan import Source
+from heirloom.common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.train.parameters import load_params
+from heirloom.common.train.state import create_state
+from heirloom.common.train.step import make_step
 from tinyclip_jax.masks import MaskConfig
 from tinyclip_jax.model import Clip
 from tinyclip_jax.pretrained import Pretrained
@@ -119,7 +119,7 @@ def launch(inputs):
 
     def launch(run, devices, mesh, **env):
         sizes = [word for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True) for word in (f"--mesh.{name}", str(size))]
-        command = [sys.executable, "-m", "common.cli", "train", str(RECIPE), "--run", str(run), *map(str, flags), *sizes]
+        command = [sys.executable, "-m", "heirloom.common.cli", "train", str(RECIPE), "--run", str(run), *map(str, flags), *sizes]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
         clean |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | CACHE | env

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common.surgery.axes import Axes, Leaf
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, batch_sharding, start
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import State, abstract_state, create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.state import State, abstract_state, create_state
+from heirloom.common.train.step import StepConfig, make_step
 
 SPEC = {
     "up/kernel": Leaf(Axes.parse("embed -> hidden"), (128, 512), np.dtype("float32")),  # large enough to be split

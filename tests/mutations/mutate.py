@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 
 SECONDS, BYTES = 10, 2**30
 ROOT = str(Path(__file__).parents[2])

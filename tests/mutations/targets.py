@@ -20,13 +20,13 @@ from pyarrow import parquet
 import learngene.commands
 import lit_jax.commands
 import tinyclip_jax.commands
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.unwrap import open_weights
-from common.data.pictures import decode
-from common.data.preprocess import Preprocess, eval_image
-from common.data.preprocess_formats import find
-from common.data.sources import SourceConfig, open_source
-from common.data.text import EOT, SOT, Tokenizer
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.unwrap import open_weights
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.preprocess import Preprocess, eval_image
+from heirloom.common.data.preprocess_formats import find
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import EOT, SOT, Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "golden"
 FAMILIES = [f for method in (tinyclip_jax, learngene, lit_jax) for f in method.commands.families()]

@@ -41,8 +41,8 @@ def drawn():
     """`drawn(cfg, folder)`: a weights folder of our ViT with numbers far from their initial values."""
     import numpy as np
 
-    from common.checkpoint import weights
-    from common.nn.functional import functional
+    from heirloom.common.checkpoint import weights
+    from heirloom.common.nn.functional import functional
     from learngene.vit import Vit
 
     def draw(cfg, folder):

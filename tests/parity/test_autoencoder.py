@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.unwrap import write_torch
-from common.checkpoint.weights import create_safetensors, open_safetensors
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.unwrap import write_torch
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
+from heirloom.common.surgery.layout import Tensor
 from lit_jax.autoencoder import macs, parameters
 from lit_jax.autoencoder_layouts import FAMILY
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.checkpoint import weights
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.verify import OWN
-from common.checkpoint.weights import read_json, write_json
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.verify import OWN
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.zoo import FAMILY, dit, lit
 

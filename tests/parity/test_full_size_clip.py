@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import open_safetensors, read_json
-from common.data.text import Tokenizer
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.data.text import Tokenizer
 from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
 

@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F  # noqa: E402
 
-from common.evaluate.extractor import open_extractor  # noqa: E402
-from common.evaluate.inception import ADM  # noqa: E402
+from heirloom.common.evaluate.extractor import open_extractor  # noqa: E402
+from heirloom.common.evaluate.inception import ADM  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from torchvision_stand_in import installed
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.verify import OWN
-from common.checkpoint.weights import write_config, write_params
-from common.errors import InputError, VerificationError
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.verify import OWN
+from heirloom.common.checkpoint.weights import write_config, write_params
+from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.nn.functional import functional
 from tinyclip_jax import formats
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.verify import inputs

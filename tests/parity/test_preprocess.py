@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.pictures import decode
-from common.data.preprocess import Preprocess, eval_image
-from common.data.preprocess_formats import find, write
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.preprocess import Preprocess, eval_image
+from heirloom.common.data.preprocess_formats import find, write
 
 transformers = pytest.importorskip("transformers")
 CLIP = transformers.CLIPImageProcessorPil

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from torchvision_stand_in import installed
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.verify import OWN
-from common.checkpoint.weights import read_json
-from common.errors import InputError, VerificationError
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.verify import OWN
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.errors import InputError, VerificationError
 from learngene import timm_architectures
 from learngene.labels import labels_of
 from learngene.verify import pictures

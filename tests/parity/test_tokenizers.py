@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.data.text import Tokenizer
+from heirloom.common.data.text import Tokenizer
 from tinyclip_jax.inputs import companions
 from tinyclip_jax.model import ClipConfig
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.unwrap import open_tensors, open_torch, weights_files, write_torch
-from common.checkpoint.weights import open_safetensors
-from common.errors import InputError
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.unwrap import open_tensors, open_torch, weights_files, write_torch
+from heirloom.common.checkpoint.weights import open_safetensors
+from heirloom.common.errors import InputError
 from tinyclip_jax.zoo import FAMILY
 
 torch = pytest.importorskip("torch")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.data.preprocess import Preprocess
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained
 from tinyclip_jax.resnet import ResNetConfig

@@ -8,8 +8,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from common.checkpoint.unwrap import clean_names, open_weights, weights_files
-from common.errors import InputError
+from heirloom.common.checkpoint.unwrap import clean_names, open_weights, weights_files
+from heirloom.common.errors import InputError
 
 torch = pytest.importorskip("torch")
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from torchvision_stand_in import installed
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.verify import OWN
-from common.checkpoint.weights import read_json, write_json
-from common.errors import InputError, Remark
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.verify import OWN
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError, Remark
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from common.nn.functional import functional
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.zoo import FAMILY
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import create_safetensors, open_safetensors
-from common.errors import InputError
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.layout import Tensor
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,9 +186,9 @@ def test_a_checkpoint_may_be_replaced_by_its_own_conversion(hf, families):
 PROGRAM = """
 import os, resource, signal, sys
 from pathlib import Path
-from common.checkpoint import weights
-from common.checkpoint.convert import convert, open_donor
-from common.errors import InputError
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.errors import InputError
 from tinyclip_jax.zoo import FAMILY
 
 source, destination, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common import config
-from common.cli import main
-from common.data.sources import SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.errors import InputError
+from heirloom.common import config
+from heirloom.common.cli import main
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
 from tinyclip_jax import train
 from tinyclip_jax.cache import Cached
 from tinyclip_jax.zoo import open_clip_model

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.axes import Axes
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.axes import Axes
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 
 

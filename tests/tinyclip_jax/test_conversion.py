@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint import weights
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import create_safetensors, open_safetensors, read_json
-from common.errors import InputError, VerificationError
-from common.nn.functional import functional
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.layout import Tensor
 from tinyclip_jax import layouts
 from tinyclip_jax.formats import FORMATS
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
@@ -156,7 +156,7 @@ def test_a_bare_open_clip_file_says_that_its_heads_are_unknown(goldens, families
 
 
 def test_what_fails_verification_gets_no_name(opened, tmp_path):
-    from common.checkpoint.convert import Check
+    from heirloom.common.checkpoint.convert import Check
 
     donor, *_ = opened("hf_gelu")
     broken = replace(donor.family, verify=lambda *_: Check(passed=False, reference="transformers.CLIPModel", max_error=0.25))

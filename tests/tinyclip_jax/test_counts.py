@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import Found
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common.checkpoint.convert import Found
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS
 from tinyclip_jax.model import Clip, macs, parameters, total_macs
 from tinyclip_jax.resnet import ResNetConfig

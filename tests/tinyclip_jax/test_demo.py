@@ -13,12 +13,12 @@ from PIL import Image
 from pyarrow import parquet
 
 import tinyclip_jax
-from common import config
-from common.cli import main
-from common.data import emoji
-from common.data.sources import SourceConfig, open_source
-from common.demo import Race
-from common.errors import InputError
+from heirloom.common import config
+from heirloom.common.cli import main
+from heirloom.common.data import emoji
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.demo import Race
+from heirloom.common.errors import InputError
 from tinyclip_jax.zoo import EMBEDDED
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -13,12 +13,12 @@ from PIL import Image
 from pyarrow import parquet
 
 import tinyclip_jax
-from common.cli import main
-from common.data.labelled import open_labelled
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig
-from common.data.text import Tokenizer
-from common.nn.functional import functional
+from heirloom.common.cli import main
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.evaluate import _synonyms
 from tinyclip_jax.model import Clip
 from tinyclip_jax.pretrained import Pretrained

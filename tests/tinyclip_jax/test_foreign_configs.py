@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.convert import open_donor
-from common.errors import InputError, Remark
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.errors import InputError, Remark
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_what_bare_weights_do_not_tell_is_a_guess_that_is_said(goldens, families
 def test_one_tower_is_named(goldens, families, tmp_path):
     from safetensors.numpy import save_file
 
-    from common.checkpoint.weights import open_safetensors
+    from heirloom.common.checkpoint.weights import open_safetensors
 
     tensors = open_safetensors(goldens / "hf_gelu" / "model.safetensors")
     for tower, message in (("vision_model.", "an image tower alone"), ("text_model.", "a text tower alone")):

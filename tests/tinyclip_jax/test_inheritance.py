@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.graft import graft
-from common.surgery.plan import Source
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Source
 from tinyclip_jax import layouts
 from tinyclip_jax.inherit import manual, pick_layers
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 import tinyclip_jax
-from common.checkpoint import weights
-from common.cli import main
-from common.data.preprocess import Preprocess
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common.checkpoint import weights
+from heirloom.common.cli import main
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from tinyclip_jax.inputs import check_tokenizer, preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained, inherit_from
@@ -185,7 +185,7 @@ def test_a_stored_teacher_is_known_by_its_whole_preprocessing():
         def __getitem__(self, index):
             return {"key": f"{index}", "text": "a cat"}
 
-    from common.data.sources import SourceConfig
+    from heirloom.common.data.sources import SourceConfig
 
     about = _about(Two(), SourceConfig("x"), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER)
     assert (about["mode"], about["resize"], about["background"], about["mean"]) == ("squash", 20, "white", list(Preprocess().mean))

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.graft import graft
-from common.surgery.plan import Source
-from common.train.optim import OptimConfig
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Source
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax import masks
 from tinyclip_jax.inherit import expand, prune
 from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic, gate, prunable, score, sparsity

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import create_safetensors, open_safetensors, read_json
-from common.data.preprocess import Preprocess
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.layout import Tensor
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters, total_macs
 from tinyclip_jax.pretrained import Pretrained
 

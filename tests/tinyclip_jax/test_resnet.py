@@ -10,21 +10,21 @@ import pytest
 from jax.sharding import AxisType
 from safetensors.numpy import save_file
 
-from common import config
-from common.checkpoint.convert import convert, open_donor
-from common.checkpoint.weights import open_safetensors
-from common.data.pipeline import PipelineConfig
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.nn.functional import functional
-from common.surgery.graft import graft
-from common.surgery.plan import Source
-from common.train.mesh import MeshConfig
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common import config
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.weights import open_safetensors
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.plan import Source
+from heirloom.common.train.mesh import MeshConfig
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.state import create_state
+from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip, ClipConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained

@@ -10,17 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from common import config
-from common.checkpoint.state import Checkpoints
-from common.checkpoint.weights import open_safetensors, read_json
-from common.data.pipeline import PipelineConfig
-from common.data.preprocess import Preprocess
-from common.data.sources import SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.nn.functional import functional
-from common.train.mesh import MeshConfig
-from common.train.optim import OptimConfig
+from heirloom.common import config
+from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig
+from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.masks import MaskConfig, initial_masks, mask_spec, sparsity
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters
 from tinyclip_jax.pretrained import Pretrained

@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from common.checkpoint.convert import open_donor
-from common.cli import main
-from common.data.preprocess import Preprocess
-from common.data.text import Tokenizer
-from common.errors import InputError
-from common.evaluate.imagenet import CLASSES, TEMPLATES
-from common.evaluate.probe import probe
-from common.nn.functional import functional
-from common.train.mesh import MeshConfig, start
-from common.train.parameters import load_params
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.cli import main
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES
+from heirloom.common.evaluate.probe import probe
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
 from tinyclip_jax import suite
 from tinyclip_jax.evaluate import setup_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig

@@ -17,17 +17,17 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from common import config
-from common.checkpoint.weights import open_safetensors
-from common.cli import main
-from common.errors import InputError
-from common.nn.functional import functional
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, start
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.parameters import best
-from common.train.state import create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common import config
+from heirloom.common.checkpoint.weights import open_safetensors
+from heirloom.common.cli import main
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.parameters import best
+from heirloom.common.train.state import create_state
+from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
 from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, first_look, hold_scale, initial, loss_fn
@@ -35,7 +35,7 @@ from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--steps 8 --log-every 1 --save-every 2 --eval-every 4 --pipeline.batch 32 --optim.warmup 2 --step.ema 0.9"
-COMMAND = [sys.executable, "-m", "common.cli", "train", "tinyclip/smoke", *FLAGS.split(), "--run"]
+COMMAND = [sys.executable, "-m", "heirloom.common.cli", "train", "tinyclip/smoke", *FLAGS.split(), "--run"]
 PATIENCE = 300  # seconds after which a run counts as stuck
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.compile import Topology, describe
+from heirloom.common.compile import Topology, describe
 
 
 def pytest_collection_modifyitems(items):

@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common import config
-from common.cli import main
-from common.compile import Topology, compile_for, describe, mesh_on
-from common.errors import InputError
-from common.hlo import collectives
-from common.train.mesh import MeshConfig
+from heirloom.common import config
+from heirloom.common.cli import main
+from heirloom.common.compile import Topology, compile_for, describe, mesh_on
+from heirloom.common.errors import InputError
+from heirloom.common.hlo import collectives
+from heirloom.common.train.mesh import MeshConfig
 
 
 def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path):

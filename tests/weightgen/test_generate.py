@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from common.cli import main
-from common.diffusion import linear_schedule
-from common.errors import InputError
-from common.nn.functional import functional
-from common.train.optim import OptimConfig
-from common.train.parameters import save_params
+from heirloom.common.cli import main
+from heirloom.common.diffusion import linear_schedule
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.parameters import save_params
 from weightgen.autoencoder import TokenCodec, TokenVaeConfig
 from weightgen.conditions import SetConfig, SetOfSets
 from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from common.nn.functional import functional
+from heirloom.common.nn.functional import functional
 from weightgen.gpt import (
     Gpt,
     GptConfig,

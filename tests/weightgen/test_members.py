@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from common.cli import main
-from common.errors import InputError
+from heirloom.common.cli import main
+from heirloom.common.errors import InputError
 from weightgen.adapter_config import LoraSettings, generated, settings, write_adapter
 from weightgen.data import Bank
 from weightgen.lora import canonical_tensors, layout_of, pairs

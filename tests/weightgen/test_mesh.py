@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.cli import main
-from common.errors import InputError
-from common.train.loop import Run
-from common.train.mesh import MeshConfig, start
-from common.train.optim import OptimConfig, decayed
-from common.train.step import StepConfig
+from heirloom.common.cli import main
+from heirloom.common.errors import InputError
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.optim import OptimConfig, decayed
+from heirloom.common.train.step import StepConfig
 from weightgen import train
 from weightgen.d2nwg import ADAMW, ReferenceRecipe
 from weightgen.nets import NetConfig, net
@@ -88,7 +88,7 @@ def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):
 
 
 def test_the_released_adamw_decays_every_parameter_it_trains():
-    from common.nn.functional import functional
+    from heirloom.common.nn.functional import functional
     from weightgen.autoencoder import VaeConfig
     from weightgen.conditions import SetConfig
     from weightgen.reference import Reference, ReferenceConfig

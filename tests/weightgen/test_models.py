@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.diffusion import ddim, ddpm, scaled_linear_schedule
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common.diffusion import ddim, ddpm, scaled_linear_schedule
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from weightgen.autoencoder import ConvVae, TokenVae, TokenVaeConfig, VaeConfig, vae_loss
 from weightgen.codec import fit_pca, gate
 from weightgen.conditions import MlpSet, PerClass, SetConfig, SetOfSets, SetTransformer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from weightgen.ranking import rank, rank_checkpoint, snr
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from weightgen import align, baselines, llm
 from weightgen.evaluate import Scores, disagreement, error_overlap, head_accuracy, nearest_distance
 from weightgen.lora import Adapter, canon, canonical_tensors

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import InputError
+from heirloom.common.errors import InputError
 from weightgen.nets import NetConfig, net
 from weightgen.normalise import Normaliser
 from weightgen.tokens import chunks, neurons

@@ -6,15 +6,15 @@ A *source* is a random-access sequence of records. A record is a dict with `key`
 positives of one another. Sources are pickled to worker processes, hold positions rather than data, and open files lazily.
 """
 
-from common.data.sources.arrays import ArraySource
-from common.data.sources.folder import FolderSource
-from common.data.sources.grouped import per_picture
-from common.data.sources.parquet import ParquetSource
-from common.data.sources.record import Record, Source, SourceConfig, captions
-from common.data.sources.resolve import open_source
-from common.data.sources.table import CsvSource
-from common.data.sources.tar import TarSource
-from common.data.sources.tfds import TfdsSource
+from heirloom.common.data.sources.arrays import ArraySource
+from heirloom.common.data.sources.folder import FolderSource
+from heirloom.common.data.sources.grouped import per_picture
+from heirloom.common.data.sources.parquet import ParquetSource
+from heirloom.common.data.sources.record import Record, Source, SourceConfig, captions
+from heirloom.common.data.sources.resolve import open_source
+from heirloom.common.data.sources.table import CsvSource
+from heirloom.common.data.sources.tar import TarSource
+from heirloom.common.data.sources.tfds import TfdsSource
 
 __all__ = [
     "ArraySource",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.sources.record import Record, SourceConfig, require
-from common.errors import InputError
+from heirloom.common.data.sources.record import Record, SourceConfig, require
+from heirloom.common.errors import InputError
 
 
 class ArraySource:

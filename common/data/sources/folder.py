@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, read, require
-from common.errors import InputError, remark
+from heirloom.common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, read, require
+from heirloom.common.errors import InputError, remark
 
 
 class FolderSource:

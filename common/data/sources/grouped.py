@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from common.data.sources.record import Record, Source
-from common.errors import remark
+from heirloom.common.data.sources.record import Record, Source
+from heirloom.common.errors import remark
 
 
 def per_picture(source: Source, name: str) -> Source:

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
-from common.errors import InputError, nearest
+from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
+from heirloom.common.errors import InputError, nearest
 
 ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded parquet row groups a process keeps
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 SPLITS = ("train", "test", "val", "valid", "validation")

@@ -5,16 +5,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from common.data import digits, emoji
-from common.data.sources.arrays import ArraySource
-from common.data.sources.folder import FolderSource
-from common.data.sources.parquet import ParquetSource
-from common.data.sources.record import Source, SourceConfig
-from common.data.sources.table import CsvSource
-from common.data.sources.tar import TarSource
-from common.data.sources.tfds import TfdsSource
-from common.errors import InputError, nearest
-from common.paths import local
+from heirloom.common.data import digits, emoji
+from heirloom.common.data.sources.arrays import ArraySource
+from heirloom.common.data.sources.folder import FolderSource
+from heirloom.common.data.sources.parquet import ParquetSource
+from heirloom.common.data.sources.record import Source, SourceConfig
+from heirloom.common.data.sources.table import CsvSource
+from heirloom.common.data.sources.tar import TarSource
+from heirloom.common.data.sources.tfds import TfdsSource
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.paths import local
 
 
 def open_source(cfg: SourceConfig) -> Source:

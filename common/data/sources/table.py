@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.data.sources.record import Record, SourceConfig, read, require, value
-from common.errors import InputError, nearest
+from heirloom.common.data.sources.record import Record, SourceConfig, read, require, value
+from heirloom.common.errors import InputError, nearest
 
 
 class CsvSource:

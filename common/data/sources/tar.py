@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from common.data.lines import read_lines
-from common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, captions, require, starts, value
-from common.data.tar_index import STEM, index_shard, read_span
-from common.errors import InputError
+from heirloom.common.data.lines import read_lines
+from heirloom.common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, captions, require, starts, value
+from heirloom.common.data.tar_index import STEM, index_shard, read_span
+from heirloom.common.errors import InputError
 
 
 class TarSource:

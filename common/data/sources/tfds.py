@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.sources.record import Record, SourceConfig, captions, require, value
-from common.errors import InputError, nearest
+from heirloom.common.data.sources.record import Record, SourceConfig, captions, require, value
+from heirloom.common.errors import InputError, nearest
 
 
 class TfdsSource:

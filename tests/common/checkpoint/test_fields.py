@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common.checkpoint.fields import Fields
-from common.errors import InputError
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.errors import InputError
 
 
 def fields(**values):

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.checkpoint import weights
-from common.checkpoint.hub import locate
-from common.checkpoint.staging import staged
-from common.checkpoint.unwrap import open_torch
-from common.checkpoint.weights import open_folder, open_safetensors, open_sharded
-from common.errors import InputError
+from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.unwrap import open_torch
+from heirloom.common.checkpoint.weights import open_folder, open_safetensors, open_sharded
+from heirloom.common.errors import InputError
 
 
 def raw(header, data=b"\0" * 24) -> bytes:

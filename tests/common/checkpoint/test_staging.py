@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint import staging
-from common.checkpoint.staging import staged
-from common.errors import InputError, Remark
+from heirloom.common.checkpoint import staging
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.errors import InputError, Remark
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import create_safetensors, open_npz, open_safetensors, open_sharded
-from common.errors import InputError
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import create_safetensors, open_npz, open_safetensors, open_sharded
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.layout import Tensor
 
 TENSORS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -116,9 +116,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from common.checkpoint.staging import staged
-from common.checkpoint.weights import create_safetensors
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.weights import create_safetensors
+from heirloom.common.surgery.layout import Tensor
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
@@ -138,7 +138,7 @@ def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from common.checkpoint.staging import staged
+from heirloom.common.checkpoint.staging import staged
 with staged(Path({str(tmp_path / "out")!r})) as folder:
     folder.mkdir()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from common.data import emoji
-from common.data.sources import SourceConfig, open_source
+from heirloom.common.data import emoji
+from heirloom.common.data.sources import SourceConfig, open_source
 
 
 @pytest.fixture(scope="module")

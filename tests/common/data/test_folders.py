@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError
 
 
 def write(folder, picture, *names):

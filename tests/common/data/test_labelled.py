@@ -10,9 +10,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from common.data.labelled import match, open_labelled, read_labels, write_labels
-from common.data.sources import SourceConfig
-from common.errors import InputError
+from heirloom.common.data.labelled import match, open_labelled, read_labels, write_labels
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.pictures import decode, decode_record
-from common.errors import InputError
+from heirloom.common.data.pictures import decode, decode_record
+from heirloom.common.errors import InputError
 
 
 def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:

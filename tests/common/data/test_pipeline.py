@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from common.data.pipeline import Augment, PipelineConfig, check_first_batch, evaluation_batches, host_rows, training_batches
-from common.data.preprocess import Preprocess, denormalise, eval_image
-from common.data.sources import SourceConfig, open_source
-from common.data.text import Tokenizer
-from common.errors import InputError
+from heirloom.common.data.pipeline import Augment, PipelineConfig, check_first_batch, evaluation_batches, host_rows, training_batches
+from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
 
 PRE = Preprocess(size=8, scale=(0.5, 1.0))
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data import preprocess
-from common.data.pictures import Box
-from common.data.preprocess import FILTERS, Preprocess, centre, denormalise, eval_image, normalise, random_box, train_image
-from common.errors import InputError
+from heirloom.common.data import preprocess
+from heirloom.common.data.pictures import Box
+from heirloom.common.data.preprocess import FILTERS, Preprocess, centre, denormalise, eval_image, normalise, random_box, train_image
+from heirloom.common.errors import InputError
 
 
 def noise(width: int, height: int) -> Image.Image:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from common.data.preprocess import Preprocess
-from common.data.preprocess_formats import find, write
-from common.errors import InputError
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.preprocess_formats import find, write
+from heirloom.common.errors import InputError
 
 OWN = Preprocess(32)
 CLIP = dict(

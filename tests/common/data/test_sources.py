@@ -7,11 +7,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from common.data import sources
-from common.data.labelled import open_labelled
-from common.data.pictures import decode
-from common.data.sources import SourceConfig, open_source
-from common.errors import InputError
+from heirloom.common.data import sources
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pictures import decode
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError
 
 
 def both(source):

@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from common.data.sources import ParquetSource, SourceConfig, captions, open_source, per_picture
-from common.errors import InputError
+from heirloom.common.data.sources import ParquetSource, SourceConfig, captions, open_source, per_picture
+from heirloom.common.errors import InputError
 
 STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 

@@ -5,9 +5,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from common.data import tar_index
-from common.data.tar_index import STEM, index_shard, read_span
-from common.errors import InputError
+from heirloom.common.data import tar_index
+from heirloom.common.data.tar_index import STEM, index_shard, read_span
+from heirloom.common.errors import InputError
 
 
 def test_every_member_is_found_where_tarfile_finds_it(tmp_path, write_tar):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from common.data.text import EOT, SOT, Tokenizer, clean
-from common.errors import InputError
+from heirloom.common.data.text import EOT, SOT, Tokenizer, clean
+from heirloom.common.errors import InputError
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "golden" / "clip_tokens.json").read_text())
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "two cats and a dog", "the hot air balloon"] * 3

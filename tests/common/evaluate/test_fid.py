@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.evaluate import fid
-from common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
+from heirloom.common.evaluate import fid
+from heirloom.common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
 
 
 def spd(rng, dim, rank):

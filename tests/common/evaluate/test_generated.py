@@ -7,14 +7,14 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from common.errors import InputError
-from common.evaluate import generated
-from common.evaluate.extractor import Extractor
-from common.evaluate.fid import Gaussian, frechet_distance, inception_score
-from common.evaluate.generated import evaluate, measurer, read_images, read_reference
-from common.evaluate.inception import ADM, Q8, Features, InceptionConfig
-from common.nn.dense import Dense
-from common.nn.functional import functional
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate import generated
+from heirloom.common.evaluate.extractor import Extractor
+from heirloom.common.evaluate.fid import Gaussian, frechet_distance, inception_score
+from heirloom.common.evaluate.generated import evaluate, measurer, read_images, read_reference
+from heirloom.common.evaluate.inception import ADM, Q8, Features, InceptionConfig
+from heirloom.common.nn.dense import Dense
+from heirloom.common.nn.functional import functional
 
 POOL, SPATIAL = 3, 2
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.checkpoint import weights
-from common.errors import InputError
-from common.evaluate.extractor import METHOD, fold, open_extractor
-from common.evaluate.inception import ADM, Q8, Conv, ConvRelu, Inception, Pool, legacy_bilinear, pool
-from common.nn.functional import functional
-from common.surgery.layout import Tensor
+from heirloom.common.checkpoint import weights
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.extractor import METHOD, fold, open_extractor
+from heirloom.common.evaluate.inception import ADM, Q8, Conv, ConvRelu, Inception, Pool, legacy_bilinear, pool
+from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.layout import Tensor
 
 STEM = "Conv2d_1a_3x3"
 

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from common.data.lines import read_lines
-from common.errors import InputError
-from common.evaluate.features import embedder
-from common.evaluate.probe import probe
-from common.evaluate.retrieval import distinct, retrieval
-from common.evaluate.zeroshot import accuracy, classifier, read_templates
+from heirloom.common.data.lines import read_lines
+from heirloom.common.errors import InputError
+from heirloom.common.evaluate.features import embedder
+from heirloom.common.evaluate.probe import probe
+from heirloom.common.evaluate.retrieval import distinct, retrieval
+from heirloom.common.evaluate.zeroshot import accuracy, classifier, read_templates
 
 
 def unit(x):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from common.data.preprocess import Preprocess
-from common.evaluate.features import embedder
-from common.nn.functional import functional
-from common.train.mesh import shardings, split_rows
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.evaluate.features import embedder
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import shardings, split_rows
 from learngene.evaluate import counter, scorer
 from learngene.vit import VitConfig
 from learngene.zoo import FAMILY

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from common.nn.attention import Attention, softmax
-from common.nn.block import Block, each, scan, stack
-from common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform
-from common.nn.functional import functional
-from common.nn.mlp import ACTIVATIONS, Mlp
-from common.nn.norm import LayerNorm
+from heirloom.common.nn.attention import Attention, softmax
+from heirloom.common.nn.block import Block, each, scan, stack
+from heirloom.common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.mlp import ACTIVATIONS, Mlp
+from heirloom.common.nn.norm import LayerNorm
 
 SIZES = dict(embed=8, head=2, head_dim=4, hidden=16)
 ATTENTION = partial(Attention, SIZES, attend=softmax())

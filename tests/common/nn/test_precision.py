@@ -10,9 +10,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from common import config
-from common.nn.precision import add, convolve, lookup, product
-from common.train.mesh import MeshConfig, start
+from heirloom.common import config
+from heirloom.common.nn.precision import add, convolve, lookup, product
+from heirloom.common.train.mesh import MeshConfig, start
 
 CONV = dict(stride=2, padding=(1, 0))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.nn.dense import Dense, normal, param
-from common.nn.functional import functional
+from heirloom.common.nn.dense import Dense, normal, param
+from heirloom.common.nn.functional import functional
 
 
 class Chain(nnx.Module):

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.surgery.axes import Axes, Leaf
-from common.surgery.plan import Source
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.surgery.plan import Source
 
 
 def make_leaf(axes: str, *shape: int, dtype: str = "float32") -> Leaf:

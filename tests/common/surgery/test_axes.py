@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from common.errors import InputError
-from common.surgery.axes import Axes, Leaf, assign, matches, select
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf, assign, matches, select
 
 PATHS = ["image/blocks/attn/query/kernel", "image/blocks/attn/query/bias", "image/cls", "text/token/table", "logit_scale"]
 

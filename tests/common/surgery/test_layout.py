@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from common.surgery.axes import Axes, Leaf
-from common.surgery.layout import Layout, own_views
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.surgery.layout import Layout, own_views
 
 LAYOUT = Layout(
     "toy",

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from common.surgery.graft import graft
-from common.surgery.maps import even, every, first, matrix, pad, pick, resize, sided
-from common.surgery.plan import Plan, Source, apply
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.graft import graft
+from heirloom.common.surgery.maps import even, every, first, matrix, pad, pick, resize, sided
+from heirloom.common.surgery.plan import Plan, Source, apply
 
 SIZES = {"layer": (3, 2), "embed": (4, 5), "head": (3, 4)}
 FRESH_VALUE = -77.0

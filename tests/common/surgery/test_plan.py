@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from common.surgery import maps
-from common.surgery.axes import Axes, Leaf
-from common.surgery.layout import View
-from common.surgery.maps import FRESH, PerLayer, even, every, first, matrix, pad, pick, resize, scaled, sided
-from common.surgery.plan import Plan, Source, apply, build
+from heirloom.common.errors import InputError
+from heirloom.common.surgery import maps
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.surgery.layout import View
+from heirloom.common.surgery.maps import FRESH, PerLayer, even, every, first, matrix, pad, pick, resize, scaled, sided
+from heirloom.common.surgery.plan import Plan, Source, apply, build
 
 
 def spec(**leaves):

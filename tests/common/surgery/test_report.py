@@ -2,11 +2,11 @@
 
 import pytest
 
-from common.errors import InputError
-from common.surgery.axes import Axes, Leaf
-from common.surgery.maps import FRESH, first
-from common.surgery.plan import Plan
-from common.surgery.report import attention_macs, count, kernel_macs, provenance, table
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.surgery.maps import FRESH, first
+from heirloom.common.surgery.plan import Plan
+from heirloom.common.surgery.report import attention_macs, count, kernel_macs, provenance, table
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from common.checkpoint.state import Checkpoints
-from common.errors import InputError
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import abstract_state, create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.errors import InputError
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.state import abstract_state, create_state
+from heirloom.common.train.step import StepConfig, make_step
 
 # after a failed write orbax abandons its other writers
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

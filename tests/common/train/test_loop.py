@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from common.errors import InputError
-from common.surgery.axes import Axes, Leaf
-from common.train.loop import Run, difference
-from common.train.mesh import MeshConfig, start
-from common.train.metrics import MetricsFile
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import abstract_state, create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train.loop import Run, difference
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.state import abstract_state, create_state
+from heirloom.common.train.step import StepConfig, make_step
 
 TOTAL = 23
 SCALE = {"logit_scale": Leaf(Axes.parse(""), (), np.dtype("float32"))}

@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from common.errors import InputError
-from common.surgery.axes import Axes, Leaf
-from common.train.mesh import MeshConfig, _announced, _launched_together, batch_sharding, shardings, start
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.rollcall import Job, roll_call
-from common.train.state import create_state
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train.mesh import MeshConfig, _announced, _launched_together, batch_sharding, shardings, start
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.rollcall import Job, roll_call
+from heirloom.common.train.state import create_state
 
 
 def leaf(axes, *shape):

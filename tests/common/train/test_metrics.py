@@ -4,8 +4,8 @@ import json
 import pytest
 from rich.console import Console
 
-from common.errors import InputError
-from common.train.metrics import MetricsFile, ProgressLine, TensorBoard, WeightsAndBiases, Window, Work, describe, peak_flops
+from heirloom.common.errors import InputError
+from heirloom.common.train.metrics import MetricsFile, ProgressLine, TensorBoard, WeightsAndBiases, Window, Work, describe, peak_flops
 
 
 def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):

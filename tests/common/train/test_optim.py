@@ -4,9 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from common.errors import InputError
-from common.surgery.axes import Axes, Leaf
-from common.train.optim import OptimConfig, decayed, learning_rate, make_optimizer
+from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train.optim import OptimConfig, decayed, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize(

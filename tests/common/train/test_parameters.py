@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from common import config
-from common.checkpoint.weights import write_config, write_params
-from common.errors import InputError
-from common.nn.functional import functional
+from heirloom.common import config
+from heirloom.common.checkpoint.weights import write_config, write_params
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from learngene.train import opened as open_classifier
 from lit_jax.train import opened as open_dit
 from tinyclip_jax.train import opened as open_clip
@@ -47,7 +47,7 @@ def test_the_leaf_that_is_not_finite_is_named(method, leaf, value, written):
 
 
 def test_a_run_with_a_broken_teacher_does_not_start(written, tmp_path, capsys):
-    from common.cli import main
+    from heirloom.common.cli import main
 
     teacher = written("learngene", "head/bias")
     command = ["--teacher", str(teacher), "--distill.alpha", "0.5"]

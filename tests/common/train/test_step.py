@@ -4,11 +4,11 @@ import numpy as np
 import optax
 import pytest
 
-from common.errors import InputError
-from common.train.mesh import shardings
-from common.train.optim import OptimConfig, make_optimizer
-from common.train.state import abstract_state, create_state
-from common.train.step import StepConfig, make_step
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import shardings
+from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.state import abstract_state, create_state
+from heirloom.common.train.step import StepConfig, make_step
 
 
 @pytest.fixture
