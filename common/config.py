@@ -29,7 +29,7 @@ class Recipe(Protocol):
         """Score the student as it starts; rows {dataset, metric, value, published, n}."""
 
     def abstract(self, mesh: Any) -> Any:
-        """The train step as a `heirloom.common.compile.Abstract`, for `heirloom compile`."""
+        """The train step as an `heirloom.common.compile.Abstract`, for `heirloom compile`."""
 
     def describe(self) -> Any:
         """The student as (family, config), for `inspect`."""
