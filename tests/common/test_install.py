@@ -26,7 +26,7 @@ def hostile(tmp_path):
     """A folder of notebooks whose own modules have our folders' names."""
     folder = tmp_path / "notebooks"
     (folder / "configs").mkdir(parents=True)
-    for file in (folder / "heirloom.common.py", folder / "configs" / "__init__.py"):
+    for file in (folder / "common.py", folder / "configs" / "__init__.py"):
         file.write_text("raise SystemExit('the user\\'s own module was imported')\n")
     return folder
 
