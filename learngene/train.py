@@ -351,8 +351,9 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
 def write_descendant(cfg: Config, donor: Donor, destination: Path, *, force: bool = False) -> dict[str, Any]:
     """The student of `cfg` out of an opened donor, as a weights folder; returns its provenance.
 
-    Its class names are the donor's where it inherits the donor's head.
+    Its class names are the donor's where it inherits the donor's head. Raises InputError for a donor that holds NaN or infinity.
     """
+    donor = finite(donor, "donor")
     labels = labels_of(donor) if cfg.head == "inherit" and cfg.student.classes == donor.cfg.classes else None
     student = functional(cfg.family.module, cfg.student)
     made = resolve(cfg, student, donor)

@@ -313,7 +313,7 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
     """Cut the student of a recipe from its donor and write it as a weights folder; returns its provenance."""
     if not cfg.donor:
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
-    donor, student = open_dit(cfg.donor), functional(Dit, cfg.student)
+    donor, student = finite(open_dit(cfg.donor), "donor"), functional(Dit, cfg.student)
     record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
     params, kept = initial(cfg, student, donor, None), cfg.student.kept
 

@@ -450,7 +450,7 @@ def inherit(cfg: Config, destination: Path, *, force: bool = False) -> dict[str,
         raise InputError("automatic inheritance learns what to cut: run the recipe with heirloom train, the cut model is RUN/pruned")
     if not cfg.donor:
         raise InputError("this recipe trains from scratch: it names no donor to inherit from")
-    donor, student = open_clip_model(cfg.donor), functional(Clip, cfg.student)
+    donor, student = finite(open_clip_model(cfg.donor), "donor"), functional(Clip, cfg.student)
     record = {"source": cfg.donor, "hashes": hashes(donor.file)} | provenance(resolve(cfg, student, donor))
     inputs = read_inputs(cfg, donor, None)
 
