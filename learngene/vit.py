@@ -16,7 +16,7 @@ from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_
 from heirloom.common.nn.mlp import ACTIVATIONS
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.nn.patch import PatchEmbed
-from heirloom.common.nn.precision import add, lookup
+from heirloom.common.nn.precision import add, lookup, widened
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from learngene.expand import linear_coefficients, unrolled_map
@@ -260,8 +260,14 @@ def loop(blocks: nnx.Module, cfg: VitConfig, x: jax.Array, keep: tuple[jax.Array
     graph, state = nnx.split(blocks)
     first = 0
     for stage, times in enumerate(cfg.layout):
-        block = nnx.merge(graph, jax.tree.map(lambda leaf, stage=stage: leaf[stage], state))
-        body = rematerialised(lambda x, keep, block=block: (block(x, *keep), None), cfg.remat)
+        one = jax.tree.map(lambda leaf, stage=stage: leaf[stage], state)
+        wide = jax.tree.map(widened, one)  # what the turns of a scan share has a gradient that adds up in its dtype
+
+        def turn(x: jax.Array, keep: tuple[jax.Array, ...], one: Any = one, wide: Any = wide) -> tuple[jax.Array, None]:
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, one))
+            return block(x, *keep), None
+
+        body = rematerialised(turn, cfg.remat)
         x = jax.lax.scan(body, x, tuple(part[first : first + times] for part in keep), length=times)[0]
         first += times
     return x

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
-from heirloom.common.nn.precision import add, product
+from heirloom.common.nn.precision import add, product, widened
 from heirloom.common.train.mesh import ROWS
 from lit_jax.kernels import choice
 from lit_jax.linear_attention import Implementation, linear_attention
@@ -90,8 +90,8 @@ class Depthwise(nnx.Module):
         self.bias = param(channels, sizes, uniform_fan_in, rngs, fan_in=taps)
 
     def banks(self, heads: int) -> tuple[jax.Array, jax.Array]:
-        """Weights [row, col, channel] and bias [channel] over all channels, head-major: a shared bank is tiled."""
-        kernel, bias = self.kernel[...], self.bias[...]
+        """Weights [row, col, channel] and bias [channel] over all channels, head-major, f32: a shared bank is tiled."""
+        kernel, bias = widened(self.kernel[...]), widened(self.bias[...])
         if bias.ndim == 1:
             return jnp.tile(kernel, (1, 1, heads)), jnp.tile(bias, heads)
         return kernel.reshape(*kernel.shape[:2], -1), bias.reshape(-1)

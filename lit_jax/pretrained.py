@@ -10,14 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import Donor, open_donor
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.mesh import MeshConfig, start
-from heirloom.common.train.parameters import load_params
+from heirloom.common.train.parameters import load_params, save_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.decode import Pictures, decoded, open_pictures
@@ -62,11 +60,8 @@ class Pretrained:
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which every command and `load` take."""
-        with staged(Path(folder), force=force) as staging:
-            staging.mkdir()
-            weights.write_params(staging, self.params, spec=self.model.spec)
-            weights.write_config(staging, FAMILY.name, self.cfg)
-            write_origin(staging, self.origin)
+        sidecars = partial(write_origin, origin=self.origin)
+        save_params(Path(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
 
 
 @dataclass(frozen=True)

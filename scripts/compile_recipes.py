@@ -50,11 +50,12 @@ estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state on
 thumb), or links (all collectives, one after the other). *Collectives* are a device's, with the bytes of whole arrays: what is gathered,
 scattered, reduced or moved. One in a loop counts once for each trip; only in a loop whose condition is not *counter < constant* it counts
 once, which is then too few. Of a conditional both branches count, which is then too many. A sum of which each device keeps its part stands
-as an all-reduce where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu.
+as an all-reduce where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu; *bfloat16 sums*
+marks rows of a version whose devices added up gradients in bfloat16, where they now do in float32.
 
 tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
 then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are copied to every chip: split over eight (`--mesh.fsdp 8`) the
-61M needs two fifths of the memory, and its links take five times the step.
+61M needs a little over a third of the memory, and its links take five times the step.
 
 | recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | estimated step | bound by | compiled |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -67,7 +68,7 @@ def row(name: str, how: str, r: dict) -> str:
     fits = "yes" if r["fits"] else f"no: {r['advice']}"
     limit = f"{1e3 * r['step_seconds']:.1f} ms | {r['bound']}" if r["fits"] else "- | -"
     memory = f"{r['bytes_per_device'] / GIB:.2f} | {r['hbm'] / GIB:.2f}"
-    compiled = f"{r['date']}, {r['jax']}, {r['libtpu']}"
+    compiled = f"{r['date']}, {r['jax']}, {r['libtpu']}{'' if 'summed' in r or not r['fits'] else ', bfloat16 sums'}"
     return f"| {name} | {how} | {mesh} | {r['batch']:,} | {memory} | {fits} | {found} | {r['flops'] / 1e12:,.4g} | {limit} | {compiled} |"
 
 

@@ -7,23 +7,20 @@ open_clip saves it, and opened by heirloom: *right* where features agree to 1e-4
 Towers of timm and of transformers are not built: their tensors' names alone decide.
 """
 
-import argparse
 import copy
 import json
-import sys
-import tempfile
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+from counting import count, perturb
 from safetensors.torch import save_file
 from torchvision_stand_in import installed
 
-from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.errors import InputError
+from heirloom.common.checkpoint.convert import Donor
 from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
 
@@ -32,7 +29,7 @@ with installed():
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
-TOLERANCE = 1e-4
+CONFIGS = {file.stem: file for file in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))}
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
@@ -59,66 +56,35 @@ def build(config: dict[str, Any]) -> torch.nn.Module:
     kind = CoCa if "multimodal_cfg" in kwargs else CustomTextCLIP if custom else CLIP
     torch.manual_seed(0)
     model = kind(**kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    perturb(model)
     return model
 
 
-def outcome(config: dict[str, Any], folder: Path) -> str:
-    """`right`, `wrong` with the error, or `refused` with the reason."""
+def save(name: str, folder: Path) -> torch.nn.Module | None:
+    """Write the model's folder; None where a tower is of another library, which is not built."""
+    config, model = json.loads(CONFIGS[name].read_text()), None
     image, text = config["vision_cfg"], config["text_cfg"]
     elsewhere = {"visual.trunk.x": image.get("timm_model_name"), "text.transformer.x": text.get("hf_model_name")}
-    if keys := [key for key, name in elsewhere.items() if name]:
-        model, tensors = None, {key: torch.zeros(1) for key in keys}
+    if keys := [key for key, tower in elsewhere.items() if tower]:
+        tensors = {key: torch.zeros(1) for key in keys}
     else:
         config = small(config)
         model = build(config)
         tensors = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    try:
-        donor = open_donor(folder, [FAMILY])
-    except InputError as error:
-        return f"refused: {str(error).replace(str(folder), '').lstrip('/: ')}"
+    return model
+
+
+def difference(model: Any, donor: Donor, params: Mapping[str, np.ndarray]) -> float:
+    """The largest difference between features of unit norm."""
     assert model is not None, "opened without its tower"
     images, tokens = inputs(donor.cfg)
-    params = {path: np.asarray(view, np.float32) for path, view in donor.source.values.items()}
-    with jax.default_matmul_precision("highest"):
-        ours = jax.jit(donor.model.apply)(params, images, tokens)
-    with torch.no_grad():
-        theirs = [
-            model.encode_image(torch.from_numpy(images).permute(0, 3, 1, 2), normalize=True).numpy(),
-            model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy(),
-        ]
-    error = max(float(np.abs(np.asarray(a) - b).max()) for a, b in zip((ours.image, ours.text), theirs, strict=True))
-    return "right" if error <= TOLERANCE else f"wrong: features differ by {error:.1e}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="names that contain this")
-    parser.add_argument("--json", type=Path, help="write the outcome of every name")
-    args = parser.parse_args()
-    configs = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
-    found: dict[str, str] = {}
-    for file in configs:
-        if args.only in file.stem:
-            with tempfile.TemporaryDirectory() as folder:
-                found[file.stem] = outcome(json.loads(file.read_text()), Path(folder))
-    kinds = Counter(said.partition(":")[0] for said in found.values())
-    reasons = Counter(said.removeprefix("refused: ") for said in found.values() if said.startswith("refused"))
-    for name, said in found.items():
-        if said.startswith("wrong"):
-            print(f"{name}: {said}")
-    for reason, count in reasons.most_common():
-        print(f"{count:4} refused: {reason[:150]}")
-    print(f"open_clip {open_clip.__version__}: {kinds['right']} right, {kinds['refused']} refused, {kinds['wrong']} wrong of {len(found)}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
-    sys.exit(bool(kinds["wrong"]))
+    ours = jax.jit(donor.model.apply)(params, images, tokens)
+    image = model.encode_image(torch.from_numpy(images).permute(0, 3, 1, 2), normalize=True).numpy()
+    text = model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()
+    return float(np.max([np.abs(ours.image - image).max(), np.abs(ours.text - text).max()]))  # NaN where one of them is
 
 
 if __name__ == "__main__":
-    main()
+    count(__doc__, open_clip, CONFIGS, FAMILY, save, difference)

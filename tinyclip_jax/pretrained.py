@@ -10,8 +10,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.pictures import Picture, decode
 from heirloom.common.data.preprocess import Preprocess, eval_image
 from heirloom.common.data.text import Tokenizer
@@ -20,7 +18,7 @@ from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
 from heirloom.common.train.mesh import MeshConfig, start
-from heirloom.common.train.parameters import load_params
+from heirloom.common.train.parameters import load_params, save_params
 from tinyclip_jax.inherit import DepthRule, manual
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig
@@ -72,13 +70,13 @@ class Pretrained:
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which every command and `load` take."""
-        with staged(Path(folder), force=force) as staging:
-            staging.mkdir()
-            weights.write_params(staging, self.params, spec=self.model.spec)
-            weights.write_config(staging, FAMILY.name, self.cfg)
+
+        def sidecars(staging: Path) -> None:
             self.pre.save(staging)
             if self.tokenizer is not None:
                 self.tokenizer.save(staging)
+
+        save_params(Path(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
 
     @cached_property
     def _image(self) -> Any:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
-from heirloom.common.nn.precision import lookup
+from heirloom.common.nn.precision import add, lookup, product
 
 XAVIER = xavier_uniform()
 LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers: no kernels, never decayed
@@ -145,7 +145,7 @@ class MlpSet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         slots = x.transpose(0, 3, 2, 1).reshape(len(x), x.shape[-1], -1)[..., : self.slots]
-        mixed = slots @ self.kernel[...][: slots.shape[-1]] + self.bias[...]
+        mixed = add(product("bfs,sm->bfm", slots, self.kernel[...][: slots.shape[-1]]), self.bias[...])
         return self.out(jax.nn.leaky_relu(mixed, 0.01))
 
 

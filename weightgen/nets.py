@@ -13,6 +13,7 @@ from flax import nnx
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import Dense, param, uniform_fan_in, zeros
 from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.nn.precision import add, product
 
 Kind = Literal["head", "mlp", "cnn"]
 
@@ -70,7 +71,8 @@ class SmallConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows, cols = (n - self.size + 1 for n in x.shape[1:3])
         patches = jnp.stack([x[:, i : i + rows, j : j + cols] for i in range(self.size) for j in range(self.size)], axis=3)
-        return jnp.tensordot(patches, self.kernel[...].reshape(self.size**2, *self.kernel.shape[2:]), axes=2) + self.bias[...]
+        kernel = self.kernel[...].reshape(self.size**2, *self.kernel.shape[2:])
+        return add(product("brcti,tio->brco", patches, kernel), self.bias[...])
 
 
 class SmallCnn(nnx.Module):

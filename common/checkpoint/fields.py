@@ -6,11 +6,14 @@
     fields.fixed("qkv_bias", True)                   # refused when it says anything else
     fields.skip("transformers_version", "id2label")  # changes nothing that the model computes
     fields.done()                                    # refuses a field that none of the above named
+
+A field that is null is there; where a library takes its default instead, `fields.with_defaults(...)` says so.
 """
 
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +40,11 @@ LARGEST = 2**24  # of any size a config names; a larger one is a mistake and wou
 class Fields:
     """A JSON object whose fields are taken one by one. Every method raises InputError, naming file and field."""
 
-    def __init__(self, values: Any, where: str):
+    def __init__(self, values: Any, where: str, absent: str = "take the file that belongs to the weights"):
+        """values: the JSON object. where: the file, and the path in it. absent: what to do about a required field that is missing."""
         if not isinstance(values, Mapping):
             raise InputError(f"{where} is {_shown(values)}, not an object")
-        self.where = where
+        self.where, self._absent = where, absent
         self._values, self._known = values, set[str]()
 
     @classmethod
@@ -50,11 +54,23 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def with_defaults(self, defaults: Mapping[str, Any] | None = None, absent: str = "") -> "Fields":
+        """The same object, for a library where null counts as missing, with these defaults for fields that are null or missing."""
+        given = {name: value for name, value in self._values.items() if value is not None}
+        return Fields({**(defaults or {}), **given}, self.where, absent or self._absent)
+
+    def refusal(self, name: str, why: str) -> InputError:
+        """What to raise for a field whose value its reader checks itself."""
+        return InputError(f"{self.where}: {name} is {_shown(self._values.get(name))}; {why}")
+
     def _take(self, name: str, default: Any, kind: type | tuple[type, ...], needed: str) -> Any:
         self._known.add(name)
         value = self._values.get(name, default)
         if value is _REQUIRED:
-            raise InputError(f"{self.where}: {name!r} is missing; take the file that belongs to the weights")
+            raise InputError(f"{self.where}: {name!r} is missing; {self._absent}")
         if name not in self._values or (value is None and default is None):
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))):
@@ -68,12 +84,26 @@ class Fields:
             raise InputError(f"{self.where}: {name} is {value}, and must be from {least} to {most}")
         return value
 
-    def number(self, name: str, default: Any = _REQUIRED, *, least: float = 0.0) -> Any:
-        """A finite number of at least `least`, as a float."""
+    def number(self, name: str, default: Any = _REQUIRED, *, least: float = 0.0, above: float = -inf, most: float = inf) -> Any:
+        """A finite number of at least `least`, above `above` and of at most `most`, as a float."""
         value = self._take(name, default, (int, float), "a number")
-        if value is not None and (not math.isfinite(value) or value < least):
-            raise InputError(f"{self.where}: {name} is {value}, and must be a finite number of at least {least:g}")
-        return value if value is None else float(value)
+        if value is None:
+            return None
+        if not (_finite(value) and least <= value <= most and value > above):
+            bound = (f"above {above:g}" if above >= least else f"of at least {least:g}") + (f" and at most {most:g}" if most < inf else "")
+            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be a finite number {bound}")
+        return float(value)
+
+    def numbers(self, name: str, default: Any = _REQUIRED, *, length: int, above: float = -inf) -> Any:
+        """A list of `length` finite numbers above `above`, of which a file may give one for all, as a tuple of floats."""
+        value = self._take(name, default, (list, tuple, int, float), f"1 or {length} finite numbers")
+        if value is None:
+            return None
+        given = value if isinstance(value, list | tuple) else [value]
+        if len(given) not in (1, length) or not all(_finite(v) and v > above for v in given):
+            bound = "" if above == -inf else f" above {above:g}"
+            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be 1 or {length} finite numbers{bound}")
+        return tuple(float(v) for v in (given if len(given) == length else [*given] * length))
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
         return self._take(name, default, bool, "true or false")
@@ -91,22 +121,28 @@ class Fields:
 
     def integers(self, name: str, default: Any = _REQUIRED, *, length: int | None = None) -> Any:
         """A list of whole numbers, all positive, as a tuple."""
-        value = self._take(name, default, (list, tuple), "a list of whole numbers")
+        needed = f"a list of {'' if length is None else f'{length} '}positive whole numbers"
+        value = self._take(name, default, (list, tuple), needed)
         if value is None:
             return None
         if not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST for v in value) or length not in (None, len(value)):
-            count = "" if length is None else f"{length} "
-            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be a list of {count}positive whole numbers")
+            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be {needed}")
         return tuple(value)
 
     def square(self, name: str, default: Any = _REQUIRED) -> Any:
-        """One whole number, also where it is written as [n, n]."""
-        if isinstance(self._values.get(name), (list, tuple)):
-            sides = self.integers(name, length=2)
-            if sides[0] != sides[1]:
-                raise InputError(f"{self.where}: {name} is {list(sides)}; only squares can be read")
-            return sides[0]
-        return self.integer(name, default)
+        """One whole number, also where it is written as [n, n] or as height and width."""
+        value = self._values.get(name)
+        if isinstance(value, (list, tuple)):
+            height, width = self.integers(name, length=2)
+        elif isinstance(value, Mapping):
+            sides = self.object(name).with_defaults()
+            height, width = sides.integer("height"), sides.integer("width")
+            sides.done()
+        else:
+            return self.integer(name, default)
+        if height != width:
+            raise self.refusal(name, "only squares can be read")
+        return height
 
     def object(self, name: str) -> "Fields":
         """The object under a name, or an empty one."""
@@ -142,14 +178,19 @@ class Fields:
         self.fixed("add_cross_attention", False)
         self.skip(*TRANSFORMERS)
 
-    def done(self) -> None:
+    def done(self, changes: str = "what the model computes") -> None:
         """Refuse a field that no call has named: it could change what the model computes."""
         if unknown := sorted(self._values.keys() - self._known):
             field = unknown[0]
             raise InputError(
-                f"{self.where}: the field {field!r} ({_shown(self._values[field])}) is not known here and may change what the model "
-                "computes; remove it if it does not"
+                f"{self.where}: the field {field!r} ({_shown(self._values[field])}) is not known here and may change {changes}; "
+                f"remove it if it does not{nearest(field, self._known - self._values.keys())}"
             )
+
+
+def _finite(value: Any) -> bool:
+    """Neither NaN nor infinite, nor too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -158,5 +199,5 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)  # a JSON list
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.extractor import Extractor
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.evaluate.fid import Gaussian, Statistics, frechet_distance, inception_score, kid, precision_recall
@@ -113,7 +113,10 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
 
 
 def check_reference(reference: Reference, extractor: Extractor) -> None:
-    """Raises InputError for a reference that the network cannot be compared with, or of too few pictures."""
+    """Raises InputError for a reference that the network cannot be compared with, or of too few pictures.
+
+    A reference that gives FID and no sFID is remarked.
+    """
     protocol = extractor.cfg.protocol
     if protocol != ADM.protocol and not reference.images:
         raise InputError(
@@ -121,6 +124,13 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
         )
     if 0 < reference.images < LEAST:
         raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score, which takes {LEAST} at least")
+    if protocol == ADM.protocol and reference.pool and not reference.spatial:
+        given = f"{reference.where} has `mu` and `sigma`, which FID takes, but not sFID's spatial statistics `mu_s` and `sigma_s`"
+        whole = "a reference batch of the ADM suite (VIRTUAL_*.npz) has both"
+        if reference.images:
+            remark(f"{given}: sFID is measured against its {reference.images:,} pictures instead; {whole}")
+        else:
+            remark(f"{given}: sFID is left out; {whole}, or give pictures `arr_0`")
 
 
 def evaluate(

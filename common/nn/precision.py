@@ -103,13 +103,27 @@ def add(x: jax.Array, parameter: jax.Array) -> jax.Array:
     return (x + parameter.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
+def widened(parameter: jax.Array) -> jax.Array:
+    """`parameter` in float32, or wider where it is. For one that is used several times (tiled, or at each turn of a scan): the gradients
+    of its uses add up in float32."""
+    return _widened(parameter) if _narrow(parameter) else parameter
+
+
+@jax.custom_vjp
+def _widened(parameter: jax.Array) -> jax.Array:
+    return parameter.astype(jnp.float32)
+
+
+_widened.defvjp(lambda parameter: (_widened(parameter), parameter), lambda parameter, gradient: (rounded(gradient, parameter),))
+
+
 def rounded(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
     """A float32 gradient in the parameter's dtype, rounded after the sum over the devices.
 
     A compiler that sees a float32 sum whose only use is to be rounded may compute the sum itself in bfloat16 (XLA for TPUs does). It
     must not change the type of what is looked at as bits.
     """
-    if not _narrow(parameter) or gradient.dtype != jnp.float32:  # a kernel may have rounded it already
+    if not _narrow(parameter) or gradient.dtype != jnp.float32:  # float64 is added up as it is
         return gradient.astype(parameter.dtype)
     bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(gradient, jnp.uint32))
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(parameter.dtype)

@@ -32,7 +32,8 @@ def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
 def finite(donor: Donor, role: str) -> Donor:
     """The donor, each of whose values was read once. role: "teacher" or "donor", for the message.
 
-    Raises InputError naming the first leaf that holds NaN or infinity: a run from it, or with it as teacher, would skip every step.
+    Raises InputError naming the first leaf that holds NaN or infinity: a run from it, or with it as teacher, would skip every step, and
+    a student cut from it would hold them, too.
     """
     for path, value in donor.source.values.items():
         for part in value.parts if isinstance(value, View) else (value,):

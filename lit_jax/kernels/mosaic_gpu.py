@@ -50,8 +50,9 @@ def backward(
     dweight = dbias = None
     if weight is not None:
         images, above = (call.token_major(x).astype(jnp.float32) for x in (v, grad))
-        zero = jnp.zeros(weight.shape[-1], jnp.float32)
-        _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), images, weight, zero)
+        # The weight, too: its gradient is summed over devices after this, and would be rounded before.
+        given = images, weight.astype(jnp.float32), jnp.zeros(weight.shape[-1], jnp.float32)
+        _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), *given)
         through, dweight, dbias = back(above)
         dv = (dv + through).astype(v.dtype)
     return call.as_given(dq), call.as_given(dk), call.as_given(dv), dweight, dbias

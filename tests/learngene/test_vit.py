@@ -10,6 +10,7 @@ import pytest
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source, apply
+from heirloom.common.train.step import cast
 from learngene.cost import count, ratios, work
 from learngene.expand import expansion
 from learngene.vit import Vit, VitConfig, kept, macs, parameters
@@ -77,6 +78,21 @@ def test_gather_and_loop_agree_and_drop_the_same_branches(gene, aux, images):
     whole = jax.jit(aux[0].apply)(aux[1], images, jax.random.key(3))  # a rate of 0: training is evaluation
     np.testing.assert_array_equal(whole, jax.jit(aux[0].apply)(aux[1], images))
     assert np.abs(whole - dropped).max() > 1e-2
+
+
+def test_a_looped_blocks_gradient_is_the_float32_sum_of_its_turns(gene, draw, images):
+    """As gathered blocks have it: 24 rounded gradients of a kernel, added up in bfloat16, would be off by a rounding or more in most."""
+    deep = replace(gene, layout=(1, 24))
+
+    def gradient(cfg):
+        model = functional(Vit, cfg)
+        params = cast(draw(model.spec), "bfloat16")
+        return jax.jit(jax.grad(lambda params: jnp.square(model.apply(params, images)).sum()))(params)
+
+    gather, loop = gradient(deep), gradient(replace(deep, tying="loop"))
+    for path in ("blocks/mlp/up/kernel", "blocks/attn/value/kernel"):
+        assert loop[path].dtype == jnp.bfloat16
+        assert np.mean(loop[path] != gather[path]) < 0.05, path
 
 
 def test_stochastic_depth_keeps_the_mean_and_rises_linearly(gene):

@@ -1,5 +1,6 @@
 """DiT and LiT: published sizes, initialisation, formulas, and that modulations can be computed ahead."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
-from lit_jax.attention import LinearAttention
+from lit_jax.attention import Depthwise, LinearAttention
 from lit_jax.dit import Dit, DitConfig, macs, parameters, time_features
 from lit_jax.zoo import dit, lit
 
@@ -27,6 +28,20 @@ LIT = {"s": 32_924_960, "b": 130_395_680, "l": 458_000_416, "xl": 675_044_384}
 @pytest.mark.parametrize(("size", "patch"), COUNTS)
 def test_published_counts(size, patch):
     assert parameters(functional(Dit, dit(size, patch)).spec)["total"] == COUNTS[size, patch]
+
+
+def test_the_heads_that_share_a_bank_add_their_gradients_in_float32():
+    sizes = {"head": 300, "head_dim": 2, "filter_row": 3, "filter_col": 3}
+    graph, state = nnx.split(Depthwise(sizes, "shared", rngs=nnx.Rngs(0)))
+
+    def total(state):
+        return sum(bank.astype(jnp.float32).sum() for bank in nnx.merge(graph, state).banks(300))
+
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
+    gradient = jax.jit(jax.grad(total)).trace(half)
+    sums = re.findall(r":(\w+)\[[^=]*= reduce_sum", str(gradient.jaxpr))
+    assert len(sums) >= 2 and set(sums) == {"f32"}
+    assert all((leaf == 300).all() and leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(jax.grad(total)(half)))
 
 
 @pytest.mark.parametrize("size", LIT)

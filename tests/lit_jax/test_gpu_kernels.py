@@ -1,10 +1,12 @@
 """The kernels for Hopper GPUs against the definition in float64, in JAX's interpreter, and lowered for CUDA on a CPU."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import lit_jax.linear_attention as module
 from lit_jax.kernels import HEADS, Choice, choice, gpu, mosaic_gpu
@@ -106,6 +108,20 @@ def test_images_heads_parts_and_padded_tokens_meet_the_bars(monkeypatch, d, grid
     assert tokens % gpu.TILE and mosaic_gpu._parts(2 * 2, -(-tokens // gpu.TILE)) == parts
     found = errors(inputs(2, 2, d, tokens, mean=3), grid=grid, order=order, eps=0.5, feature_offset=1e-2)
     assert all(found[name] <= BARS[name] for name in BARS), found
+
+
+def test_devices_add_a_bfloat16_filters_gradient_in_float32():
+    """Each device's part of it is not rounded before it is summed over the batch."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x, weight = jnp.zeros((2, 64, 1, 64), jnp.bfloat16), jnp.zeros((5, 5, 64), jnp.bfloat16)
+
+    def loss(weight):
+        return linear_attention(x, x, x, conv_weight=weight, shards=PartitionSpec("data"), implementation="mosaic_gpu").sum()
+
+    with jax.set_mesh(mesh):
+        text = str(jax.make_jaxpr(jax.grad(loss))(weight))
+    summed = re.findall(r"(\w+):(\w+)\[5,5,64\][^=]*= psum", text)
+    assert [dtype for _, dtype in summed] == ["f32"]
 
 
 def lowered(run, *shapes):

@@ -1,5 +1,8 @@
 """From pictures to rows, with a network small enough to work out by hand in place of Inception."""
 
+import warnings
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, Remark
 from heirloom.common.evaluate import generated
 from heirloom.common.evaluate.extractor import Extractor
 from heirloom.common.evaluate.fid import Gaussian, frechet_distance, inception_score
-from heirloom.common.evaluate.generated import evaluate, measurer, read_images, read_reference
+from heirloom.common.evaluate.generated import Reference, check_reference, evaluate, measurer, read_images, read_reference
 from heirloom.common.evaluate.inception import ADM, Q8, Features, InceptionConfig
 from heirloom.common.nn.dense import Dense
 from heirloom.common.nn.functional import functional
@@ -89,10 +92,25 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     assert rows[0]["value"] == pytest.approx(frechet_distance(ours.pool.gaussian(), theirs.pool.gaussian()))
 
     np.savez(tmp_path / "whole.npz", **{key: arrays[key] for key in ("mu", "sigma")})
-    rows = evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(ADM), mesh)
-    assert [row["metric"] for row in rows] == ["fid", "inception_score"]
+    left_out = r"whole.npz has `mu` .* not sFID's .* `mu_s` and `sigma_s`: sFID is left out; .* ADM suite \(VIRTUAL_\*.npz\) has both"
+    with pytest.warns(Remark, match=left_out) as said:
+        rows = evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(ADM), mesh)
+    assert len(said) == 1 and [row["metric"] for row in rows] == ["fid", "inception_score"]
     with pytest.raises(InputError, match="statistics of 'adm' alone"):
         evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(Q8), mesh)
+
+
+def test_statistics_without_spatial_ones_are_remarked_where_they_are_used():
+    """sFID is then of the pictures; a network that takes everything from the pictures has nothing to remark, nor has a whole reference."""
+    pool, spatial = Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(2), np.eye(2))
+    mixed = Reference("mixed.npz", pool, None, 1200, lambda rows: iter(()))
+    with pytest.warns(Remark, match=r"mixed.npz has .*: sFID is measured against its 1,200 pictures instead"):
+        check_reference(mixed, extractor(ADM))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_reference(mixed, extractor(Q8))
+        check_reference(replace(mixed, spatial=spatial), extractor(ADM))
+        check_reference(replace(mixed, pool=None), extractor(ADM))
 
 
 def test_the_same_pictures_score_perfectly(mesh, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from heirloom.common import config
-from heirloom.common.nn.precision import add, convolve, lookup, product
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.precision import add, convolve, lookup, product, widened
 from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.step import cast
+from weightgen.conditions import MlpSet
+from weightgen.nets import SmallConv
 
 CONV = dict(stride=2, padding=(1, 0))
 
@@ -65,6 +70,20 @@ def test_a_bias_is_added_and_its_gradient_summed_in_float32():
     assert by_bias.dtype == jnp.float32 and by_bias.tolist() == [300.0, 300.0]
 
 
+def test_uses_of_one_parameter_add_up_in_float32():
+    """300 turns of a scan, then 300 tiles, of a gradient of 1 each: a bfloat16 sum would stop at 256."""
+    parameter = jnp.ones((), jnp.bfloat16)
+
+    def turns(parameter):
+        wide = widened(parameter)
+        return jax.lax.scan(lambda x, _: (x + wide.astype(jnp.bfloat16).astype(jnp.float32), None), 0.0, length=300)[0]
+
+    for uses in (turns, lambda parameter: jnp.tile(widened(parameter), 300).sum()):
+        gradient = jax.grad(uses)(parameter)
+        assert gradient.dtype == jnp.bfloat16 and float(gradient) == 300
+    assert "custom_vjp" not in str(jax.make_jaxpr(widened)(1.0)), "float32 is left to JAX"
+
+
 @pytest.mark.parametrize("way", [product, lookup])
 def test_float32_is_left_to_jax(way):
     """The same operations as without this module, so that nothing of float32 runs has changed."""
@@ -111,6 +130,13 @@ def partitioned(abstract, folder):
 
 
 SUM = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (?:all-reduce|reduce-scatter)\(")
+
+
+def sums(text):
+    """(dtype, shape) of what devices add up."""
+    return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in SUM.findall(text)]
+
+
 SMALL = ["--step.compute", "bfloat16", "--pipeline.batch", "16"]
 
 
@@ -120,15 +146,36 @@ SMALL = ["--step.compute", "bfloat16", "--pipeline.batch", "16"]
         ("lit/smoke", ["--mesh.fsdp", "4", "--step.accumulate", "2", "--student.width", "256", "--student.heads", "4"]),
         ("tinyclip/smoke", []),
         ("learngene/smoke", []),
+        ("learngene/smoke", ["--student.tying", "loop"]),
     ],
-    ids=["lit-fsdp-accumulated", "tinyclip", "learngene"],
+    ids=["lit-fsdp-accumulated", "tinyclip", "learngene", "learngene-loop"],
 )
 def test_every_gradient_of_a_bfloat16_step_is_reduced_in_float32(recipe, flags, tmp_path):
     cfg = config.load(recipe, [*SMALL, *flags])
     mesh = start(cfg.mesh)
     text = partitioned(cfg.abstract(mesh), tmp_path)
-    found = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in SUM.findall(text)]
+    found = sums(text)
     assert len([shape for dtype, shape in found if dtype == "f32" and len(shape) > 1]) > 10
     # With fsdp, XLA may split a product's inner axis: what it then sums are activations, [row, token, ...].
     rows = 16 // (mesh.shape["data"] * mesh.shape["fsdp"] * cfg.step.accumulate)
-    assert [shape for dtype, shape in found if dtype == "bf16" and not (flags and shape[0] % rows == 0)] == []
+    assert [shape for dtype, shape in found if dtype == "bf16" and not (cfg.mesh.fsdp > 1 and shape[0] % rows == 0)] == []
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "kernel"),
+    [
+        (lambda _, rngs: SmallConv("in", "out", {"in": 3, "out": 4}, 2, rngs=rngs), (16, 5, 5, 3), (4, 3, 4)),
+        (lambda _, rngs: MlpSet(6, 10, 7, rngs=rngs), (16, 3, 3, 6), (9, 4)),  # nine slots of ten
+    ],
+    ids=["convolution-of-zoos", "set-of-pictures"],
+)
+def test_a_bfloat16_kernel_of_weightgen_is_reduced_in_float32(make, x, kernel, tmp_path):
+    model, rows = functional(make, None), NamedSharding(start(MeshConfig()), PartitionSpec("data"))
+
+    def step(params, x):
+        return jax.grad(lambda params: model.apply(cast(params, "bfloat16"), x).astype(jnp.float32).sum())(params)
+
+    params = model.init(jax.random.key(0))
+    batch = jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=rows)
+    found = sums(partitioned(SimpleNamespace(step=jax.jit(step), state=params, batch=batch), tmp_path))
+    assert sorted(kernel) in [sorted(shape) for _, shape in found] and {dtype for dtype, _ in found} == {"f32"}

@@ -1,4 +1,4 @@
-"""A teacher or donor with NaN is refused when a trainer opens it, before the run has taken a step."""
+"""A teacher or donor with NaN is refused when it is opened, before a run has taken a step or a student is written."""
 
 import numpy as np
 import pytest
@@ -45,6 +45,26 @@ def test_the_leaf_that_is_not_finite_is_named(method, leaf, value, written):
         with pytest.raises(InputError, match=rf"the {role}'s {leaf} holds NaN or infinity") as refused:
             finite(opened(str(folder)), role)
         assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "leaf"), [("tinyclip", "image/patch/project/kernel"), ("learngene", "blocks/mlp/up/kernel"), ("lit", "final/kernel")]
+)
+def test_no_student_is_cut_from_a_broken_donor(method, leaf, written, tmp_path):
+    donor, made = written(method, leaf), tmp_path / "made"
+    with pytest.raises(InputError, match=f"{donor}: the donor's {leaf} holds NaN or infinity"):
+        config.load(f"{method}/smoke", ["--donor", str(donor)]).inherit(made)
+    assert not made.exists()
+
+
+def test_no_descendant_is_made_of_a_broken_gene(written, tmp_path, capsys):
+    from heirloom.common.cli import main
+
+    gene, made = written("learngene", "blocks/attn/out/kernel", np.inf), tmp_path / "made"
+    assert main(["expand", str(gene), str(made), "--depth", "2"]) == 2
+    said = capsys.readouterr().err
+    assert f"{gene}: the donor's blocks/attn/out/kernel holds NaN or infinity" in said and said.count("\n") == 1
+    assert not made.exists()
 
 
 def test_a_run_with_a_broken_teacher_does_not_start(written, tmp_path, capsys):
