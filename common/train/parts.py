@@ -102,6 +102,8 @@ class Parts:
     look: Look | None = None
     """Draws the first batch into a PNG (in the first process) and returns a line that says what it is."""
     evaluator: Callable[[Opened], Evaluator | None] | None = None
+    final: Callable[[Params], Params] = lambda params: params
+    """Changes the trained parameters before they are saved."""
     sidecars: Callable[[Opened, Path], None] = no_sidecars
     """Writes what travels with the trained weights: preprocessing, tokenizer."""
     inherited_sidecars: Callable[[Opened, Path], None] | None = None

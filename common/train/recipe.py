@@ -155,7 +155,7 @@ def train(
 
     def write(state: State) -> None:
         sidecars = partial(parts.sidecars, opened)
-        save_params(s.run.model, parts.family.name, parts.student, best(state), sidecars, spec=spec, force=True)
+        save_params(s.run.model, parts.family.name, parts.student, parts.final(best(state)), sidecars, spec=spec, force=True)
 
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
     evaluator = parts.evaluator(opened) if parts.evaluator else None
