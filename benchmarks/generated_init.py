@@ -41,13 +41,17 @@ from heirloom.common.train.optim import OptimConfig
 from weightgen import align
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
 from weightgen.codec import gate
-from weightgen.data import Bank, Projection
-from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, accuracy, disagreement, error_overlap, nearest_distance
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig, net, predict
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.loss import loss
+from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import SampleConfig, drawer
+from weightgen.metrics import Estimate, accuracy, disagreement, error_overlap, nearest_distance
 from weightgen.train import LoopConfig, fit, generator_batches
-from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
+from weightgen.zoo.data import Bank, Projection
+from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
+from weightgen.zoo.nets import NetConfig, net, predict
+from weightgen.zoo.zoo import Zoo, flat, head_tokens
 
 BUDGETS = (0, 1, 5, 25)  # steps of fine-tuning
 HIDDEN = {"mlp": ("hidden",), "cnn": ("first", "second", "third", "hidden")}  # units that may be permuted

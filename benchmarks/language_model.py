@@ -35,10 +35,11 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import start
 from weightgen import llm
 from weightgen.baselines import nearest_model, noisy
-from weightgen.data import Bank, Projection
-from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, nearest_distance
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.loss import loss
+from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import SampleConfig, drawer
 from weightgen.gpt import (
     Gpt,
     GptConfig,
@@ -53,11 +54,13 @@ from weightgen.gpt import (
     windows_of,
     word_choice,
 )
-from weightgen.lora import canonical_tensors
+from weightgen.metrics import Estimate, nearest_distance
 from weightgen.tokens import chunks, one_chunk
 from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
 from weightgen.train import fit as train_loop
-from weightgen.zoo import Zoo, flat
+from weightgen.zoo.data import Bank, Projection
+from weightgen.zoo.lora import canonical_tensors
+from weightgen.zoo.zoo import Zoo, flat
 
 
 @dataclass(frozen=True)

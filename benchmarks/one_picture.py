@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from weightgen.baselines import Ridge, row_condition, with_bias
-from weightgen.data import Bank, EmojiTasks, emoji_tasks
-from weightgen.evaluate import Estimate, head_accuracy
+from weightgen.metrics import Estimate, head_accuracy
 from weightgen.proof import SHOTS, Exam, ProofConfig, build_zoo, few_shot_heads, sample, train_generator
+from weightgen.zoo.data import Bank, EmojiTasks, emoji_tasks
 
 TASKS, FOLDS = 400, 2
 

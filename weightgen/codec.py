@@ -1,14 +1,22 @@
-"""Stage 1: weights to latents and back. PCA needs no training and is the default; autoencoders live in `autoencoder.py`."""
+"""Weights to latents and back: PCA, which needs no training and is the default; a token autoencoder; and the gate both must pass."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from heirloom.common.errors import InputError
-from heirloom.common.nn.dense import param, zeros
+from heirloom.common.errors import InputError, positive
+from heirloom.common.nn.attention import Attention, softmax
+from heirloom.common.nn.block import Block, scan, stack
+from heirloom.common.nn.dense import Dense, normal, param, xavier_uniform, zeros
+from weightgen.metrics import accuracy
+from weightgen.tokens import Order, TokenSpec
+from weightgen.zoo.data import Bank, shown
+from weightgen.zoo.nets import predict
+from weightgen.zoo.zoo import Zoo, flat
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,171 @@ class Pca(nnx.Module):
 
     def decode(self, latents: jax.Array) -> jax.Array:
         return (latents * self.scale[...]) @ self.components[...].T + self.mean[...]
+
+
+FLOOR, CEILING = -30.0, 20.0  # of the log-variance
+EPS = 1e-6  # of layer norms
+
+
+XAVIER = xavier_uniform()
+
+
+class Posterior(NamedTuple):
+    """Mean and log-variance of the latent, the same shape each."""
+
+    mean: jax.Array
+    log_variance: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape)
+
+    def kl(self) -> jax.Array:
+        """KL to N(0, 1), [batch], summed over the latent (nats)."""
+        terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
+        return 0.5 * terms.reshape(len(self.mean), -1).sum(1)
+
+
+Kind = Literal["none", "scale", "tensor", "row", "asinh"]
+
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """(w - mean) / std, or asinh of it. mean, std: [rows, length] f32; the padding stays 0."""
+
+    kind: Kind
+    mean: np.ndarray
+    std: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def fit(cls, kind: Kind, spec: TokenSpec, tokens: np.ndarray, scale: float = 1.0) -> "Normaliser":
+        """tokens: [member, rows, length].
+
+        none; scale: divide by the constant `scale` (as released: 1 for small CNNs, 0.125 for ResNets, 0.1 for language models);
+        tensor: z-score per tensor; row: z-score per token; asinh: of weights divided by the spread of their tensor, for heavy tails.
+        """
+        mean, std = np.zeros(spec.mask.shape), np.ones(spec.mask.shape)
+        if kind == "scale":
+            std[...] = scale
+        elif kind in ("tensor", "row", "asinh"):
+            groups = np.where(spec.mask, np.arange(spec.rows)[:, None], -1) if kind == "row" else spec.tensor
+            for group in range(groups.max() + 1):
+                here = groups == group
+                values = np.asarray(tokens[:, here], np.float64)
+                mean[here] = 0 if kind == "asinh" else values.mean()
+                std[here] = max(values.std(), TINY)
+        elif kind != "none":
+            raise InputError(f"no normaliser {kind!r} (there are none, scale, tensor, row, asinh)")
+        return cls(kind, mean.astype(np.float32), std.astype(np.float32), spec.mask)
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        scaled = (tokens - self.mean) / self.std
+        return np.where(self.mask, np.arcsinh(scaled) if self.kind == "asinh" else scaled, 0).astype(np.float32)
+
+    def invert(self, tokens: np.ndarray) -> np.ndarray:
+        scaled = np.sinh(tokens) if self.kind == "asinh" else tokens
+        return np.where(self.mask, scaled * self.std + self.mean, 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TokenVaeConfig:
+    """A transformer over the tokens of a network."""
+
+    tokens: int = 21
+    length: int = 65
+    latent: int = 16
+    """Numbers each token becomes."""
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    normalise: Kind = "tensor"
+    """What is done to weights before."""
+    order: Order = "ordered"
+    """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their order."""
+
+    def __post_init__(self) -> None:
+        positive(self, "latent", "layers")
+        if self.order == "exchangeable" and self.normalise == "row":
+            raise InputError("rows of a head are exchangeable, normalising each by itself would tell them apart: set normalise to tensor")
+
+
+class TokenVae(nnx.Module):
+    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens inform one another on either way."""
+
+    def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
+        if cfg.width % cfg.heads:
+            raise InputError(f"{cfg.heads} heads do not divide a width of {cfg.width}: change heads or width")
+        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.width // cfg.heads, hidden=4 * cfg.width)
+        sizes |= dict(weight=cfg.length, latent=cfg.latent, token=cfg.tokens, part=2)
+        block: dict[str, Any] = dict(activation="gelu_tanh", eps=EPS, up=XAVIER, down=XAVIER, bias=zeros)
+
+        def blocks() -> nnx.Module:
+            def attention(*, rngs: nnx.Rngs) -> Attention:
+                return Attention(sizes, attend=softmax(), rngs=rngs)
+
+            return stack(lambda rngs: Block(sizes, attention=attention, **block, rngs=rngs), cfg.layers, rngs)
+
+        self.enter, self.leave = Dense("weight -> embed", sizes, rngs=rngs), Dense("embed -> weight", sizes, rngs=rngs)
+        self.shrink, self.grow = Dense("embed -> part latent", sizes, rngs=rngs), Dense("latent -> embed", sizes, rngs=rngs)
+        self.position = param("token -> embed", sizes, normal(0.02), rngs) if cfg.order == "ordered" else None
+        self.encoder, self.decoder = blocks(), blocks()
+
+    def _placed(self, h: jax.Array) -> jax.Array:
+        return h if self.position is None else h + self.position[...]
+
+    def encode(self, x: jax.Array) -> Posterior:
+        h = scan(self.encoder, self._placed(self.enter(x)))
+        mean, log_variance = jnp.moveaxis(self.shrink(h), 2, 0)
+        return Posterior(mean, jnp.clip(log_variance, FLOOR, CEILING))
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        return self.leave(scan(self.decoder, self._placed(self.grow(z))))
+
+    def __call__(self, x: jax.Array, key: jax.Array) -> Any:
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(key)), posterior
+
+
+class TokenCodec(nnx.Module):
+    """A token autoencoder in the place of `Pca`: weights in, latents with spread 1 out, and back.
+
+    `mean`, `std` (of the normaliser) and `scale` (of the latents) are fitted; the rest is trained.
+    """
+
+    def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
+        sizes = {"token": cfg.tokens, "weight": cfg.length}
+        self.mean, self.std = (param("token weight", sizes, zeros, rngs) for _ in range(2))
+        self.scale = param("", sizes, zeros, rngs)
+        self.vae = TokenVae(cfg, rngs=rngs)
+        self.asinh = cfg.normalise == "asinh"
+
+    def normalise(self, tokens: jax.Array) -> jax.Array:
+        scaled = (tokens - self.mean[...]) / self.std[...]
+        return jnp.arcsinh(scaled) if self.asinh else scaled
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        return self.vae.encode(self.normalise(tokens)).mean / self.scale[...]
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        scaled = self.vae.decode(latents * self.scale[...])
+        return (jnp.sinh(scaled) if self.asinh else scaled) * self.std[...] + self.mean[...]
+
+    def __call__(self, tokens: jax.Array, key: jax.Array) -> Any:
+        """Normalised tokens, their reconstruction from a drawn latent, and the posterior: what `vae_loss` takes."""
+        x = self.normalise(tokens)
+        return x, *self.vae(x, key)
+
+
+def vae_loss(x: jax.Array, back: jax.Array, posterior: Posterior, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
+    """Summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
+
+    The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes nothing.
+    """
+    l1 = jnp.abs(x - back).reshape(len(x), -1).sum(1).mean()
+    return l1 + beta * posterior.kl().mean() + squared * jnp.square(x - back).mean()
 
 
 @dataclass(frozen=True)
@@ -115,3 +288,51 @@ def gate(
 ) -> Gate:
     """From the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
     return Gate(float(np.mean(before)), float(np.mean(after)), relative_error(weights, back), tolerance, chance, limit)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The codec must keep the weights it codes and the accuracy of their networks, or training stops before it starts."""
+
+    tolerance: float = 0.02
+    """Accuracy that may be lost, on pictures no network of the zoo was trained on; they must have more than that above chance."""
+    error: float = 0.5
+    """Relative squared error that what is coded may have (with a linear prior, what it leaves): more is hardly a codec, and 0.42 has
+    been seen to cost heads 5 points of accuracy, 0.23 none."""
+    force: bool = False
+    members: int = 200
+    """Networks of the zoo it is measured on: the last ones, at most a fifth, on which no codec is fitted before. Checkpoints of others
+    may all be unlike, so with them it is measured on what it was fitted on, and only the error, as they have no pictures."""
+
+
+def left_out(cfg: GateConfig, zoo: Zoo) -> int:
+    """How many of the zoo's last networks are for the gate alone."""
+    return min(cfg.members, len(zoo) // 5) if zoo.net else 0
+
+
+def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None:
+    """The gate. code(tokens, rows) -> what the codec is given of these tokens, and what it gives back.
+
+    Raises InputError when it is not passed.
+    """
+    held = left_out(cfg, zoo)
+    rows = np.arange(len(zoo))[-held:] if held else np.random.default_rng(seed).permutation(len(zoo))[: cfg.members]
+    rows, before, after, chance = np.sort(rows), np.nan, np.nan, 0.0
+    tokens = zoo.tokens(rows)
+    given, back = (np.asarray(x) for x in code(tokens, rows))
+    if zoo.net:
+        x, y = shown(zoo.net, *bank.all(np.asarray(zoo.classes[rows]), 20))
+        nets = [zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like) for t in (tokens, tokens - given + back)]
+        before, after = (accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes).mean() for params in nets)
+        chance = 1 / zoo.net.classes
+    found = gate(before, after, flat(zoo.spec, given), flat(zoo.spec, back), cfg.tolerance, chance, cfg.error)
+    known = f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip" if zoo.net else "accuracy is not known"
+    print(f"codec: {known}, relative error {found.error:.4f}, of {len(rows)} networks{' it was not fitted on' if held else ''}")
+    found.check(cfg.force)
+
+
+def check_codec(cfg: TokenVaeConfig, zoo: Zoo, path: str) -> None:
+    """Raises InputError for a codec of other networks than the zoo's."""
+    own, ours = (cfg.tokens, cfg.length), (zoo.spec.rows, zoo.spec.length)
+    if own != ours:
+        raise InputError("{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(path, *own, *ours))

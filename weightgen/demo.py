@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from heirloom.common.checkpoint.staging import staged
-from weightgen.data import emoji_tasks
-from weightgen.evaluate import as_json
+from weightgen.metrics import as_json
 from weightgen.proof import SHOTS, ProofConfig, Result, prove
+from weightgen.zoo.data import emoji_tasks
 
 BACKBONES = {"CLIP": "embedded:emoji", "PCA of pixels": "pixels"}
 SHOWN = (

@@ -15,14 +15,15 @@ from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import kernel_macs
 from heirloom.common.typed import from_json
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig
-from weightgen.conditions import SetConfig, SetOfSets
-from weightgen.data import Bank
-from weightgen.generator import Generator, GeneratorConfig
-from weightgen.nets import MODULES, NetConfig
-from weightgen.reference import Reference, ReferenceConfig
+from weightgen.codec import TokenCodec, TokenVaeConfig
+from weightgen.d2nwg.model import Reference, ReferenceConfig
+from weightgen.generator.conditions import SetConfig, SetOfSets
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.model import Generator
 from weightgen.tokens import TokenSpec
-from weightgen.zoo import Zoo
+from weightgen.zoo.data import Bank
+from weightgen.zoo.nets import MODULES, NetConfig
+from weightgen.zoo.zoo import Zoo
 
 COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
 

@@ -18,13 +18,17 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import start
 from weightgen import baselines
 from weightgen.codec import Gate, gate
-from weightgen.data import Bank, EmojiTasks, draw_tasks
-from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
-from weightgen.generator import Draw, Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig, net
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.loss import loss
+from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import Draw, SampleConfig, drawer
+from weightgen.metrics import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
 from weightgen.train import LoopConfig, fit, generator_batches
-from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
+from weightgen.zoo.data import Bank, EmojiTasks, draw_tasks
+from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
+from weightgen.zoo.nets import NetConfig, net
+from weightgen.zoo.zoo import Zoo, flat, head_tokens
 
 SHOTS = (5, 1)
 SIGMAS = (0.02, 0.04, 0.06, 0.12)  # of the noise added to zoo heads, in spreads of each weight

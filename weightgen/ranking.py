@@ -13,7 +13,7 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import is_folder, open_folder
 from heirloom.common.errors import InputError, remark
-from weightgen.foreign import listed, not_finite, read_tensors, refuse_quantised
+from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
 
 IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$")

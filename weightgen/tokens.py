@@ -19,6 +19,8 @@ from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 
 Cut = Literal["model", "layer", "neuron"]
+Order = Literal["exchangeable", "ordered"]
+"""exchangeable: tokens are known by no place, as the rows of a head are not."""
 STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"
 
 

@@ -4,7 +4,7 @@
     heirloom generate runs/d2nwg/model --dataset pictures -n 8
 """
 
-from weightgen.d2nwg import ReferenceRecipe
+from weightgen.d2nwg.train import ReferenceRecipe
 
 
 def get_config() -> ReferenceRecipe:

@@ -17,19 +17,25 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import save_params
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig
-from weightgen.conditions import SetConfig, SetOfSets
-from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
-from weightgen.denoiser import DenoiserConfig
+from weightgen.codec import TokenCodec, TokenVaeConfig
+from weightgen.d2nwg.model import ReferenceConfig
 from weightgen.formats import CODEC, ENCODER
-from weightgen.generate import knows_order, look
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig
+from weightgen.generator.conditions import SetConfig, SetOfSets
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.loss import loss
+from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import SampleConfig, drawer
+from weightgen.generator.train import GeneratorRecipe
 from weightgen.proof import ProofConfig, prove
-from weightgen.recipes import GeneratorRecipe
-from weightgen.reference import ReferenceConfig
+from weightgen.report import knows_order
+from weightgen.tasks import look
 from weightgen.train import LoopConfig
-from weightgen.zoo import FitConfig, Zoo, head_tokens, import_folder, open_zoo
+from weightgen.zoo.checkpoints import import_folder
+from weightgen.zoo.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
+from weightgen.zoo.fit import FitConfig
+from weightgen.zoo.nets import NetConfig
+from weightgen.zoo.zoo import Zoo, head_tokens, open_zoo
 
 ORDERS = ("ordered", "exchangeable")
 SETS = SetConfig(9, hidden=8, inducing=2, out=8, latent=4)

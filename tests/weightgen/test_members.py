@@ -9,11 +9,12 @@ from safetensors.numpy import load_file, save_file
 
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
-from weightgen.adapter_config import LoraSettings, generated, settings, write_adapter
-from weightgen.data import Bank
-from weightgen.lora import canonical_tensors, layout_of, pairs
 from weightgen.tokens import TokenSpec, chunks
-from weightgen.zoo import Zoo, import_folder, open_told, open_zoo
+from weightgen.zoo.adapter_config import LoraSettings, generated, settings, write_adapter
+from weightgen.zoo.checkpoints import import_folder
+from weightgen.zoo.data import Bank
+from weightgen.zoo.lora import canonical_tensors, layout_of, pairs
+from weightgen.zoo.zoo import Zoo, open_told, open_zoo
 
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "use_dora": False, "bias": "none", "target_modules": ["q"]}
 KEY = "base_model.model.q"

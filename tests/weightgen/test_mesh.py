@@ -12,9 +12,9 @@ from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.optim import OptimConfig, decayed
 from heirloom.common.train.step import StepConfig
 from weightgen import train
-from weightgen.d2nwg import ADAMW, ReferenceRecipe
-from weightgen.nets import NetConfig, net
+from weightgen.d2nwg.train import ADAMW, ReferenceRecipe
 from weightgen.train import LoopConfig, check_batch, fit, on_first, placed
+from weightgen.zoo.nets import NetConfig, net
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):
 
 def test_the_released_adamw_decays_every_parameter_it_trains():
     from heirloom.common.nn.functional import functional
-    from weightgen.autoencoder import VaeConfig
-    from weightgen.conditions import SetConfig
-    from weightgen.reference import Reference, ReferenceConfig
-    from weightgen.unet import UnetConfig
+    from weightgen.d2nwg.model import Reference, ReferenceConfig
+    from weightgen.d2nwg.unet import UnetConfig
+    from weightgen.d2nwg.vae import VaeConfig
+    from weightgen.generator.conditions import SetConfig
 
     vae = VaeConfig(length=10, fdim=64, resolution=8, channels=8, multiples=(1,), blocks=1, latent=1)
     unet = UnetConfig(size=8, channels=8, multiples=(1,), attention=(8,), groups=4)

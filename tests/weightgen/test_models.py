@@ -10,13 +10,13 @@ import pytest
 from heirloom.common.diffusion import ddim, ddpm, scaled_linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from weightgen.autoencoder import ConvVae, TokenVae, TokenVaeConfig, VaeConfig, vae_loss
-from weightgen.codec import fit_pca, gate
-from weightgen.conditions import MlpSet, PerClass, SetConfig, SetOfSets, SetTransformer
-from weightgen.contrast import LOSSES, Aligned, info_nce, siglip, soft_target
-from weightgen.generator import GeneratorConfig
-from weightgen.reference import Reference, ReferenceConfig, latent_scale, preset, sample, stage2_loss
-from weightgen.unet import Unet, UnetConfig
+from weightgen.codec import TokenVae, TokenVaeConfig, fit_pca, gate, vae_loss
+from weightgen.d2nwg.model import Reference, ReferenceConfig, latent_scale, preset, sample, stage2_loss
+from weightgen.d2nwg.unet import Unet, UnetConfig
+from weightgen.d2nwg.vae import ConvVae, VaeConfig
+from weightgen.generator.conditions import MlpSet, PerClass, SetConfig, SetOfSets, SetTransformer
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.contrast import LOSSES, Aligned, info_nce, siglip, soft_target
 
 
 def run(model, method="__call__"):

@@ -8,9 +8,9 @@ from safetensors.numpy import save_file
 
 from heirloom.common.errors import InputError
 from weightgen import align, baselines, llm
-from weightgen.evaluate import Scores, disagreement, error_overlap, head_accuracy, nearest_distance
-from weightgen.lora import Adapter, canon, canonical_tensors
-from weightgen.nets import NetConfig, net
+from weightgen.metrics import Scores, disagreement, error_overlap, head_accuracy, nearest_distance
+from weightgen.zoo.lora import Adapter, canon, canonical_tensors
+from weightgen.zoo.nets import NetConfig, net
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heirloom.common.errors import InputError
-from weightgen.nets import NetConfig, net
-from weightgen.normalise import Normaliser
+from weightgen.codec import Normaliser
 from weightgen.tokens import chunks, neurons
+from weightgen.zoo.nets import NetConfig, net
 
 
 def tree(seed=0):

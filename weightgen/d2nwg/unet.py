@@ -10,7 +10,7 @@ from flax import nnx
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, uniform_fan_in, zeros
 from heirloom.common.nn.norm import GroupNorm
-from weightgen.denoiser import time_features
+from weightgen.generator.denoiser import time_features
 
 GROUPS, EPS = 32, 1e-5
 

@@ -16,13 +16,14 @@ from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear
 from heirloom.common.errors import InputError, nearest, positive
 from heirloom.common.nn.dense import param, zeros
 from heirloom.common.nn.functional import Functional
-from weightgen.autoencoder import ConvVae, VaeConfig, vae_loss
-from weightgen.conditions import MlpSet, SetConfig, SetOfSets
-from weightgen.generator import GeneratorConfig
-from weightgen.nets import NetConfig
+from weightgen.codec import vae_loss
+from weightgen.d2nwg.unet import Unet, UnetConfig
+from weightgen.d2nwg.vae import ConvVae, VaeConfig
+from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets
+from weightgen.generator.config import GeneratorConfig
 from weightgen.tokens import TokenSpec
-from weightgen.unet import Unet, UnetConfig
-from weightgen.zoo import head_tokens
+from weightgen.zoo.nets import NetConfig
+from weightgen.zoo.zoo import head_tokens
 
 Params = dict[str, Any]
 

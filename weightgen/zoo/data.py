@@ -18,7 +18,7 @@ from heirloom.common.data.preprocess import Preprocess, eval_image
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
-from weightgen.nets import NetConfig
+from weightgen.zoo.nets import NetConfig
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
 """Pictures (encoded bytes or uint8 [h, w, 3]) to raw features [picture, raw] f32."""

@@ -11,9 +11,9 @@ import numpy as np
 from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
-from weightgen.adapter_config import CONFIG, LoraSettings, generated, in_metadata, read_settings
-from weightgen.foreign import SHARD, listed, not_finite, read_tensors, refuse_quantised
-from weightgen.lora import Layout, alphas, canonical_tensors, has_adapters, layout_of, pairs
+from weightgen.zoo.adapter_config import CONFIG, LoraSettings, generated, in_metadata, read_settings
+from weightgen.zoo.foreign import SHARD, listed, not_finite, read_tensors, refuse_quantised
+from weightgen.zoo.lora import Layout, alphas, canonical_tensors, has_adapters, layout_of, pairs
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 STATE = re.compile(r"^(training_args|optim|optimizer|scheduler|scaler|rng_state|random_states)")  # of a training, no weights

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
-from weightgen.lora import pairs
+from weightgen.zoo.lora import pairs
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of peft's names in a file

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from heirloom.common.nn.dense import param
-from weightgen.conditions import SetConfig, SetOfSets
+from weightgen.generator.conditions import SetConfig, SetOfSets
 
 Loss = Literal["soft_target", "info_nce", "siglip"]
 MOST = log(100)  # of the learned scale's logarithm, as in CLIP

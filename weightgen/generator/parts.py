@@ -15,17 +15,14 @@ from heirloom.common.errors import positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
 from heirloom.common.train.parameters import gathered, save_params
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig, vae_loss
-from weightgen.codec import fit_pca
-from weightgen.conditions import LEARNED_POINTS, SetConfig
-from weightgen.contrast import Aligned, Loss, unit
-from weightgen.data import Bank
-from weightgen.denoiser import Order
+from weightgen.codec import GateConfig, Kind, Normaliser, TokenCodec, TokenVaeConfig, check_codec, fit_pca, left_out, measure, vae_loss
 from weightgen.formats import CODEC, ENCODER, open_part
-from weightgen.normalise import Kind, Normaliser
-from weightgen.stage import GateConfig, Stage, check_codec, left_out, measure, pictures_of
-from weightgen.train import LoopConfig, begin, fit, placed
-from weightgen.zoo import Zoo, flat, open_told, open_zoo
+from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
+from weightgen.generator.contrast import Aligned, Loss, unit
+from weightgen.tokens import Order
+from weightgen.train import LoopConfig, Stage, begin, fit, placed
+from weightgen.zoo.data import Bank
+from weightgen.zoo.zoo import Zoo, flat, open_told, open_zoo, pictures_of
 
 
 @dataclass(frozen=True)

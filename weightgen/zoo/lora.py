@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from heirloom.common.errors import InputError
-from weightgen.foreign import listed
+from weightgen.zoo.foreign import listed
 
 # peft: m.lora_A.weight, m.lora_A.NAME.weight, m.lora_embedding_A; kohya: m.lora_down.weight; diffusers: m.lora.down.weight,
 # m_lora.down.weight; loralib: m.lora_A

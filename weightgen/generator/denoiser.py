@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.block import Block, each, modulate, scan, stack
 from heirloom.common.nn.dense import Dense, normal, param, xavier_uniform, zeros
 from heirloom.common.nn.norm import LayerNorm
-from weightgen.conditions import Condition
+from weightgen.generator.conditions import Condition
+from weightgen.tokens import Order
 
 FREQUENCIES = 128
 EPS = 1e-6
-Order = Literal["exchangeable", "ordered"]
 XAVIER = xavier_uniform()
 
 

@@ -16,15 +16,15 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import gathered, save_params
 from heirloom.common.train.step import StepConfig
-from weightgen.autoencoder import VaeConfig
-from weightgen.conditions import LEARNED_POINTS, SetConfig
-from weightgen.data import Bank, Projection
+from weightgen.codec import GateConfig, left_out, measure
+from weightgen.d2nwg.model import Reference, ReferenceConfig, latent_scale, stage1_loss, stage2_loss
+from weightgen.d2nwg.unet import UnetConfig
+from weightgen.d2nwg.vae import VaeConfig
 from weightgen.formats import REFERENCE, save_neighbours
-from weightgen.reference import Reference, ReferenceConfig, latent_scale, stage1_loss, stage2_loss
-from weightgen.stage import GateConfig, Stage, left_out, measure, pictures_of
-from weightgen.train import LoopConfig, begin, check_batch, fit, generator_batches, placed
-from weightgen.unet import UnetConfig
-from weightgen.zoo import Zoo, flat, open_told, open_zoo
+from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
+from weightgen.train import LoopConfig, Stage, begin, check_batch, fit, generator_batches, placed
+from weightgen.zoo.data import Bank, Projection
+from weightgen.zoo.zoo import Zoo, flat, open_told, open_zoo, pictures_of
 
 # Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which decays biases and norms
 # as well. Samples are not drawn from an average.

@@ -1,39 +1,19 @@
-"""The reference KL autoencoder of weight vectors, and a transformer over tokens in its place."""
+"""The released KL autoencoder of weight vectors."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.errors import InputError, positive
-from heirloom.common.nn.attention import Attention, softmax
-from heirloom.common.nn.block import Block, scan, stack
+from heirloom.common.errors import InputError
 from heirloom.common.nn.conv import Conv
-from heirloom.common.nn.dense import Dense, normal, param, uniform_fan_in, xavier_uniform, zeros
+from heirloom.common.nn.dense import Dense, uniform_fan_in
 from heirloom.common.nn.norm import GroupNorm
-from weightgen.denoiser import Order
-from weightgen.normalise import Kind
+from weightgen.codec import CEILING, FLOOR, Posterior
 
 GROUPS, EPS = 2, 1e-6
-FLOOR, CEILING = -30.0, 20.0  # of the log-variance
-XAVIER = xavier_uniform()
-
-
-class Posterior(NamedTuple):
-    """Mean and log-variance of the latent, the same shape each."""
-
-    mean: jax.Array
-    log_variance: jax.Array
-
-    def sample(self, key: jax.Array) -> jax.Array:
-        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape)
-
-    def kl(self) -> jax.Array:
-        """KL to N(0, 1), [batch], summed over the latent (nats)."""
-        terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
-        return 0.5 * terms.reshape(len(self.mean), -1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -176,101 +156,3 @@ class UpConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-
-
-@dataclass(frozen=True)
-class TokenVaeConfig:
-    """A transformer over the tokens of a network."""
-
-    tokens: int = 21
-    length: int = 65
-    latent: int = 16
-    """Numbers each token becomes."""
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
-    normalise: Kind = "tensor"
-    """What is done to weights before."""
-    order: Order = "ordered"
-    """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their order."""
-
-    def __post_init__(self) -> None:
-        positive(self, "latent", "layers")
-        if self.order == "exchangeable" and self.normalise == "row":
-            raise InputError("rows of a head are exchangeable, normalising each by itself would tell them apart: set normalise to tensor")
-
-
-class TokenVae(nnx.Module):
-    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens inform one another on either way."""
-
-    def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
-        if cfg.width % cfg.heads:
-            raise InputError(f"{cfg.heads} heads do not divide a width of {cfg.width}: change heads or width")
-        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.width // cfg.heads, hidden=4 * cfg.width)
-        sizes |= dict(weight=cfg.length, latent=cfg.latent, token=cfg.tokens, part=2)
-        block: dict[str, Any] = dict(activation="gelu_tanh", eps=EPS, up=XAVIER, down=XAVIER, bias=zeros)
-
-        def blocks() -> nnx.Module:
-            def attention(*, rngs: nnx.Rngs) -> Attention:
-                return Attention(sizes, attend=softmax(), rngs=rngs)
-
-            return stack(lambda rngs: Block(sizes, attention=attention, **block, rngs=rngs), cfg.layers, rngs)
-
-        self.enter, self.leave = Dense("weight -> embed", sizes, rngs=rngs), Dense("embed -> weight", sizes, rngs=rngs)
-        self.shrink, self.grow = Dense("embed -> part latent", sizes, rngs=rngs), Dense("latent -> embed", sizes, rngs=rngs)
-        self.position = param("token -> embed", sizes, normal(0.02), rngs) if cfg.order == "ordered" else None
-        self.encoder, self.decoder = blocks(), blocks()
-
-    def _placed(self, h: jax.Array) -> jax.Array:
-        return h if self.position is None else h + self.position[...]
-
-    def encode(self, x: jax.Array) -> Posterior:
-        h = scan(self.encoder, self._placed(self.enter(x)))
-        mean, log_variance = jnp.moveaxis(self.shrink(h), 2, 0)
-        return Posterior(mean, jnp.clip(log_variance, FLOOR, CEILING))
-
-    def decode(self, z: jax.Array) -> jax.Array:
-        return self.leave(scan(self.decoder, self._placed(self.grow(z))))
-
-    def __call__(self, x: jax.Array, key: jax.Array) -> Any:
-        posterior = self.encode(x)
-        return self.decode(posterior.sample(key)), posterior
-
-
-class TokenCodec(nnx.Module):
-    """A token autoencoder in the place of `Pca`: weights in, latents with spread 1 out, and back.
-
-    `mean`, `std` (of the normaliser) and `scale` (of the latents) are fitted; the rest is trained.
-    """
-
-    def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
-        sizes = {"token": cfg.tokens, "weight": cfg.length}
-        self.mean, self.std = (param("token weight", sizes, zeros, rngs) for _ in range(2))
-        self.scale = param("", sizes, zeros, rngs)
-        self.vae = TokenVae(cfg, rngs=rngs)
-        self.asinh = cfg.normalise == "asinh"
-
-    def normalise(self, tokens: jax.Array) -> jax.Array:
-        scaled = (tokens - self.mean[...]) / self.std[...]
-        return jnp.arcsinh(scaled) if self.asinh else scaled
-
-    def encode(self, tokens: jax.Array) -> jax.Array:
-        return self.vae.encode(self.normalise(tokens)).mean / self.scale[...]
-
-    def decode(self, latents: jax.Array) -> jax.Array:
-        scaled = self.vae.decode(latents * self.scale[...])
-        return (jnp.sinh(scaled) if self.asinh else scaled) * self.std[...] + self.mean[...]
-
-    def __call__(self, tokens: jax.Array, key: jax.Array) -> Any:
-        """Normalised tokens, their reconstruction from a drawn latent, and the posterior: what `vae_loss` takes."""
-        x = self.normalise(tokens)
-        return x, *self.vae(x, key)
-
-
-def vae_loss(x: jax.Array, back: jax.Array, posterior: Posterior, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
-    """Summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
-
-    The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes nothing.
-    """
-    l1 = jnp.abs(x - back).reshape(len(x), -1).sum(1).mean()
-    return l1 + beta * posterior.kl().mean() + squared * jnp.square(x - back).mean()

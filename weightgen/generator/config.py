@@ -1,0 +1,91 @@
+"""What a generator is made of."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from heirloom.common.diffusion import Schedule, linear_schedule, scaled_linear_schedule
+from heirloom.common.errors import InputError, positive
+from weightgen.codec import TokenVaeConfig
+from weightgen.generator.conditions import SetConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.tokens import TokenSpec, one_chunk
+from weightgen.zoo.nets import NetConfig
+from weightgen.zoo.zoo import head_tokens
+
+FULL = 1000  # steps of the default schedule
+
+
+Told = Literal["per_class", "set", "mlp", "text", "label", "chunk"]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """A generator of the weights of one architecture, told by pictures of classes, by words, or by a number."""
+
+    net: NetConfig | None = field(default_factory=NetConfig)
+    """None: checkpoints of others, cut as `cut` says."""
+    latent: int = 48
+    """Numbers a token is coded in."""
+    condition: Told = "per_class"
+    """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not know the order;
+    mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the tasks of the zoo;
+    chunk: the number of the chunk, each drawn by itself."""
+    shots: int = 5
+    """Pictures of each class it looks at, at most."""
+    prior: Literal["none", "linear"] = "linear"
+    """linear: a ridge map from the condition to the weights, fitted before; diffusion then models what it leaves."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    told: int = 0
+    """Features of the pictures in the condition, or of a text; 0: as many as the network has inputs."""
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+    """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
+    cut: TokenSpec | None = None
+    codec: TokenVaeConfig | None = None
+    """None: PCA."""
+    encoder: SetConfig | None = None
+    """Sizes of the Set Transformers of the condition `set`; None: the released ones."""
+    labels: int = 0
+    """Tasks or chunks there are."""
+
+    def __post_init__(self) -> None:
+        positive(self, "latent", "shots")
+        if self.prior == "linear" and self.condition in ("label", "chunk"):
+            raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
+        if self.prior == "linear" and self.codec is not None:
+            raise InputError('a learned codec codes weights, not what a linear prior leaves of them: set prior to "none"')
+        if self.net is None and self.cut is None:
+            raise InputError("a generator needs a network, or how checkpoints are cut")
+
+    @property
+    def tokens(self) -> TokenSpec:
+        """How what it makes in one go is laid out: a network, or a single chunk of one."""
+        return one_chunk(self.whole) if self.condition == "chunk" else self.whole
+
+    @property
+    def whole(self) -> TokenSpec:
+        """How a finished network is laid out."""
+        return self.cut or head_tokens(self.net or NetConfig())
+
+    @property
+    def features(self) -> int:
+        """Numbers a picture or a text is told in."""
+        return self.told or (self.net.features if self.net else 0)
+
+    @property
+    def ways(self) -> int:
+        """Classes in a condition."""
+        return self.net.classes if self.net else 1
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Patterns of what is fitted before training and never updated."""
+        return ("codec/**", "prior/**") if self.prior == "linear" else ("codec/**",)
+
+    @property
+    def by_row(self) -> bool:
+        """Rows of a head are exchangeable where each is told its class; other tokens are known by their place."""
+        placed = self.codec is not None and self.codec.order == "ordered"
+        return self.net is not None and self.net.kind == "head" and self.condition == "per_class" and not placed
+
+    def chain(self) -> Schedule:
+        return linear_schedule(FULL) if self.schedule == "linear" else scaled_linear_schedule()
