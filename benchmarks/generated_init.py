@@ -33,12 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.weightgen import align
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
-from weightgen import align
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
 from weightgen.codec import gate
 from weightgen.generator.config import GeneratorConfig

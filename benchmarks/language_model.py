@@ -30,17 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
-from weightgen import llm
-from weightgen.baselines import nearest_model, noisy
-from weightgen.generator.config import GeneratorConfig
-from weightgen.generator.denoiser import DenoiserConfig
-from weightgen.generator.loss import loss
-from weightgen.generator.model import Generator, fit_stage1
-from weightgen.generator.sample import SampleConfig, drawer
-from weightgen.gpt import (
+from benchmarks.weightgen import search
+from benchmarks.weightgen.gpt import (
     Gpt,
     GptConfig,
     adapted,
@@ -54,7 +45,17 @@ from weightgen.gpt import (
     windows_of,
     word_choice,
 )
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import start
+from weightgen.baselines import nearest_model, noisy
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.loss import loss
+from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import SampleConfig, drawer
 from weightgen.metrics import Estimate, nearest_distance
+from weightgen.ranking import rank, top, unstacked
 from weightgen.tokens import chunks, one_chunk
 from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
 from weightgen.train import fit as train_loop
@@ -134,12 +135,12 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     last = last_logits(model)
     select = scorer(last, word_choice(text.select, size.model, size.questions, seed=seed))
     test = scorer(last, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
-    tensors = llm.unstacked(base)
-    names = [entry.name for entry in llm.top(llm.rank(tensors), size.share)]
+    tensors = unstacked(base)
+    names = [entry.name for entry in top(rank(tensors), size.share)]
     proposals = {
-        "diffused rows": llm.matched(diffused({n: tensors[n] for n in names}, size, seed), STEP),
-        "PCA rows": llm.matched(llm.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
-        "noise of matched norm": llm.noise_proposal(STEP),
+        "diffused rows": search.matched(diffused({n: tensors[n] for n in names}, size, seed), STEP),
+        "PCA rows": search.matched(search.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
+        "noise of matched norm": search.noise_proposal(STEP),
     }
     rows: list[dict[str, Any]] = []
 
@@ -152,12 +153,12 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
         # Before any selection: what a proposal does to the model by itself.
         rng, moved = np.random.default_rng(seed), base
         for name in names:
-            moved = llm.with_tensor(moved, name, propose(name, tensors[name], rng))
+            moved = search.with_tensor(moved, name, propose(name, tensors[name], rng))
         add(f"{arm}, all tensors, one draw", moved)
-        found = llm.greedy(base, names, propose, select, size.candidates, seed)
+        found = search.greedy(base, names, propose, select, size.candidates, seed)
         add(f"{arm}, greedy", found.params, trials=found.trials, kept=len(found.accepted))
-        add(f"{arm}, soup of what was kept", llm.soup([base, *found.accepted]))
-        add(f"{arm}, midway to the base", llm.interpolate(base, found.params, 0.5), seconds=round(time.process_time() - begun, 1))
+        add(f"{arm}, soup of what was kept", search.soup([base, *found.accepted]))
+        add(f"{arm}, midway to the base", search.interpolate(base, found.params, 0.5), seconds=round(time.process_time() - begun, 1))
     rows += [row | {"seed": seed} for row in adapt(size, model, base, seed)]
     rows[-1]["seconds"] = round(time.process_time() - begun, 1)
     return rows
@@ -177,7 +178,7 @@ def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed
         )  # fmt: skip
 
 
-def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> llm.Propose:
+def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Propose:
     """Layer-wise generation: a diffusion generator of all rows of these tensors, told which tensor a row is of, given the tensor's own."""
     whole = chunks(tensors, size.model.width)
     rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
@@ -253,7 +254,7 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     expected = np.asarray(generator.apply(params, told, there, method="expected"))
     last = last_logits(model)
 
-    def questions(names: list[str], part: str) -> list[llm.Score]:
+    def questions(names: list[str], part: str) -> list[search.Score]:
         return [scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed)) for name in names]
 
     # A stopping rule that looks at no module it is used on.

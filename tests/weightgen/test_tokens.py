@@ -3,11 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from heirloom.common.errors import InputError
-from weightgen.codec import Normaliser
 from weightgen.tokens import chunks, neurons
 from weightgen.zoo.nets import NetConfig, net
 
@@ -76,17 +73,3 @@ def test_a_neuron_is_what_it_reads_and_its_bias():
 def test_networks_of_published_zoos(kind, features, count):
     cfg = NetConfig(kind, features, classes=10 if kind == "cnn" else 5)
     assert neurons(net(cfg).spec).count == count
-
-
-@given(st.sampled_from(["none", "scale", "tensor", "row", "asinh"]), st.integers(0, 10))
-def test_normalisers_come_back(kind, seed):
-    spec = chunks(tree(), 4)
-    tokens = np.stack([spec.flatten(tree(seed + i)).astype(np.float32) for i in range(3)])
-    fitted = Normaliser.fit(kind, spec, tokens, scale=0.125)
-    scaled = fitted(tokens)
-    np.testing.assert_allclose(fitted.invert(scaled), tokens, rtol=2e-5, atol=2e-6)
-    assert not scaled[:, ~spec.mask].any()
-    if kind == "tensor":
-        assert abs(scaled[:, spec.tensor == 0].std() - 1) < 1e-5
-    if kind == "scale":
-        np.testing.assert_allclose(scaled, tokens * 8)

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from heirloom.common.nn.functional import functional
-from weightgen.gpt import (
+from benchmarks.weightgen.gpt import (
     Gpt,
     GptConfig,
     adapted,
@@ -18,6 +17,7 @@ from weightgen.gpt import (
     windows_of,
     word_choice,
 )
+from heirloom.common.nn.functional import functional
 
 CFG = GptConfig(vocab=8, context=8, width=16, layers=2, heads=2)
 MODEL = functional(Gpt, CFG)

@@ -17,6 +17,8 @@ from weightgen.zoo.lora import canonical_tensors, layout_of, pairs
 from weightgen.zoo.zoo import Zoo, open_told, open_zoo
 
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "use_dora": False, "bias": "none", "target_modules": ["q"]}
+
+
 KEY = "base_model.model.q"
 
 
@@ -289,3 +291,22 @@ def test_a_zoo_is_looked_through_before_a_training(change, wrong, tmp_path):
     with pytest.raises(InputError, match="damaged zoo"):
         open_zoo(tmp_path / "zoo")
     assert TokenSpec.of([{**vars(spec.pieces[0])}]) == spec
+
+
+def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
+    rng = np.random.default_rng(0)
+    trees = [{"w": rng.standard_normal((3, 2)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)} for _ in range(3)]
+    for i, tree in enumerate(trees):
+        save_file(tree, tmp_path / f"{i}.safetensors")
+    (tmp_path / "quality.json").write_text('{"1.safetensors": 0.5}')
+    zoo, words = import_folder(tmp_path)
+    assert words == ("0", "1", "2") and zoo.classes.tolist() == [[0], [1], [2]]
+    np.testing.assert_array_equal(np.nan_to_num(zoo.quality, nan=-1), np.float32([-1, 0.5, -1]))
+    back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
+    assert all(np.array_equal(back[k], trees[2][k]) for k in back)
+    zoo.save(tmp_path / "zoo")
+    assert np.array_equal(open_zoo(tmp_path / "zoo").tokens(slice(None)), zoo.tokens(slice(None)))
+    save_file({"w": np.zeros((4, 2), np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "3.safetensors")
+    (tmp_path / "zoo").rename(tmp_path.parent / "zoo-elsewhere")
+    with pytest.raises(InputError, match=r"3\.safetensors is of another architecture"):
+        import_folder(tmp_path)

@@ -12,9 +12,6 @@ import numpy as np
 
 from heirloom.common.errors import InputError
 from weightgen.codec import fit_pca
-from weightgen.ranking import Ranked, rank, rank_checkpoint, snr, top, unstacked
-
-__all__ = ["Ranked", "rank", "rank_checkpoint", "snr", "top", "unstacked"]
 
 Params = dict[str, Any]
 Score = Callable[[Params], float]
