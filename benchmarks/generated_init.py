@@ -40,7 +40,7 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
-from weightgen.codec import gate
+from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
@@ -320,7 +320,8 @@ def arm(
     there = np.ones((len(some), 5, SHOTS), bool)
     seen = world.told.draw(classes[some], SHOTS, rng)
     coded = generator.apply(params, generator.apply(params, tokens[some], seen, there, method="encode"), seen, there, method="decode")
-    codec = gate(*(accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded)), tokens[some], np.asarray(coded), 0.02)
+    before, after = (accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded))
+    codec = Gate.of(before, after, given=tokens[some], back=np.asarray(coded), tolerance=0.02)
     drawn = samples[0]
     if begin == "aligned":
         # Neurons in the zoo's order, or distances would count the order.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,23 +137,11 @@ def gaussian(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarra
     return (weights.mean(0) + weights.std(0) * rng.standard_normal((n, weights.shape[1]))).astype(np.float32)
 
 
-def kde(
-    latents: np.ndarray,
-    n: int,
-    rng: np.random.Generator,
-    *,
-    bandwidth: float = 0.002,
-    draws: Literal["independent", "legacy"] = "independent",
-) -> np.ndarray:
+def kde(latents: np.ndarray, n: int, rng: np.random.Generator, bandwidth: float = 0.002) -> np.ndarray:
     """Kernel density sampling dimension by dimension (S_KDE; give it the best 30 % for S_KDE30). latents: [member, latent].
 
-    legacy: each dimension is sampled from the same seed, so that all pick the same member and share the noise, as the released
-    code does: training latents shifted by a constant.
+    Deviation: the released code draws every dimension from the same seed, so that all pick the same member and share the noise.
     """
     shape = (n, latents.shape[1])
-    if draws == "legacy":
-        pick = np.broadcast_to(rng.integers(len(latents), size=(n, 1)), shape)
-        noise = np.broadcast_to(rng.standard_normal((n, 1)), shape)
-    else:
-        pick, noise = rng.integers(len(latents), size=shape), rng.standard_normal(shape)
+    pick, noise = rng.integers(len(latents), size=shape), rng.standard_normal(shape)
     return (np.take_along_axis(latents, pick, axis=0) + bandwidth * noise).astype(np.float32)

@@ -86,49 +86,16 @@ class Posterior(NamedTuple):
         return 0.5 * terms.reshape(len(self.mean), -1).sum(1)
 
 
-Kind = Literal["none", "scale", "tensor", "row", "asinh"]
+def tensor_scale(spec: TokenSpec, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each tensor over a zoo, at the places of its weights. tokens: [member, rows, length].
 
-
-TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """(w - mean) / std, or asinh of it. mean, std: [rows, length] f32; the padding stays 0."""
-
-    kind: Kind
-    mean: np.ndarray
-    std: np.ndarray
-    mask: np.ndarray
-
-    @classmethod
-    def fit(cls, kind: Kind, spec: TokenSpec, tokens: np.ndarray, scale: float = 1.0) -> "Normaliser":
-        """tokens: [member, rows, length].
-
-        none; scale: divide by the constant `scale` (as released: 1 for small CNNs, 0.125 for ResNets, 0.1 for language models);
-        tensor: z-score per tensor; row: z-score per token; asinh: of weights divided by the spread of their tensor, for heavy tails.
-        """
-        mean, std = np.zeros(spec.mask.shape), np.ones(spec.mask.shape)
-        if kind == "scale":
-            std[...] = scale
-        elif kind in ("tensor", "row", "asinh"):
-            groups = np.where(spec.mask, np.arange(spec.rows)[:, None], -1) if kind == "row" else spec.tensor
-            for group in range(groups.max() + 1):
-                here = groups == group
-                values = np.asarray(tokens[:, here], np.float64)
-                mean[here] = 0 if kind == "asinh" else values.mean()
-                std[here] = max(values.std(), TINY)
-        elif kind != "none":
-            raise InputError(f"no normaliser {kind!r} (there are none, scale, tensor, row, asinh)")
-        return cls(kind, mean.astype(np.float32), std.astype(np.float32), spec.mask)
-
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        scaled = (tokens - self.mean) / self.std
-        return np.where(self.mask, np.arcsinh(scaled) if self.kind == "asinh" else scaled, 0).astype(np.float32)
-
-    def invert(self, tokens: np.ndarray) -> np.ndarray:
-        scaled = np.sinh(tokens) if self.kind == "asinh" else tokens
-        return np.where(self.mask, scaled * self.std + self.mean, 0).astype(np.float32)
+    Returns two arrays [rows, length] f32; in the padding they are 0 and 1.
+    """
+    mean, std = np.zeros(spec.mask.shape), np.ones(spec.mask.shape)
+    for i in range(len(spec.pieces)):
+        values = np.asarray(tokens[:, spec.tensor == i], np.float64)
+        mean[spec.tensor == i], std[spec.tensor == i] = values.mean(), max(values.std(), 1e-12)
+    return mean.astype(np.float32), std.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -142,15 +109,13 @@ class TokenVaeConfig:
     width: int = 64
     layers: int = 2
     heads: int = 4
-    normalise: Kind = "tensor"
-    """What is done to weights before."""
+    normalise: Literal["none", "tensor", "scale", "row"] = "tensor"
+    """How the fitted mean and standard deviation were found. scale and row are of folders that were written before and are read alike."""
     order: Order = "ordered"
     """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their order."""
 
     def __post_init__(self) -> None:
         positive(self, "latent", "layers")
-        if self.order == "exchangeable" and self.normalise == "row":
-            raise InputError("rows of a head are exchangeable, normalising each by itself would tell them apart: set normalise to tensor")
 
 
 class TokenVae(nnx.Module):
@@ -193,7 +158,7 @@ class TokenVae(nnx.Module):
 class TokenCodec(nnx.Module):
     """A token autoencoder in the place of `Pca`: weights in, latents with spread 1 out, and back.
 
-    `mean`, `std` (of the normaliser) and `scale` (of the latents) are fitted; the rest is trained.
+    `mean`, `std` (of the weights) and `scale` (of the latents) are fitted; the rest is trained.
     """
 
     def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
@@ -201,18 +166,15 @@ class TokenCodec(nnx.Module):
         self.mean, self.std = (param("token weight", sizes, zeros, rngs) for _ in range(2))
         self.scale = param("", sizes, zeros, rngs)
         self.vae = TokenVae(cfg, rngs=rngs)
-        self.asinh = cfg.normalise == "asinh"
 
     def normalise(self, tokens: jax.Array) -> jax.Array:
-        scaled = (tokens - self.mean[...]) / self.std[...]
-        return jnp.arcsinh(scaled) if self.asinh else scaled
+        return (tokens - self.mean[...]) / self.std[...]
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         return self.vae.encode(self.normalise(tokens)).mean / self.scale[...]
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        scaled = self.vae.decode(latents * self.scale[...])
-        return (jnp.sinh(scaled) if self.asinh else scaled) * self.std[...] + self.mean[...]
+        return self.vae.decode(latents * self.scale[...]) * self.std[...] + self.mean[...]
 
     def __call__(self, tokens: jax.Array, key: jax.Array) -> Any:
         """Normalised tokens, their reconstruction from a drawn latent, and the posterior: what `vae_loss` takes."""
@@ -242,6 +204,12 @@ class Gate:
     chance: float = 0.0
     limit: float = float("inf")
 
+    @classmethod
+    def of(cls, before: Any, after: Any, *, given: np.ndarray, back: np.ndarray, tolerance: float, **limits: float) -> "Gate":
+        """From the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
+        means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
+        return cls(**means, error=relative_error(given, back), tolerance=tolerance, **limits)
+
     @property
     def fault(self) -> str:
         """What is wrong, and what to do; empty when nothing is."""
@@ -262,10 +230,6 @@ class Gate:
             )
         return ""
 
-    @property
-    def passed(self) -> bool:
-        return not self.fault
-
     def check(self, force: bool = False) -> None:
         """Raises InputError for a fault, unless told to go on."""
         if self.fault and not force:
@@ -275,19 +239,6 @@ class Gate:
 def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
     """Squared error over the squared spread around the mean network. Both [n, ...]."""
     return float(np.sum((weights - back) ** 2) / max(np.sum((weights - weights.mean(0)) ** 2), 1e-30))
-
-
-def gate(
-    before: Any,
-    after: Any,
-    weights: np.ndarray,
-    back: np.ndarray,
-    tolerance: float,
-    chance: float = 0.0,
-    limit: float = float("inf"),
-) -> Gate:
-    """From the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
-    return Gate(float(np.mean(before)), float(np.mean(after)), relative_error(weights, back), tolerance, chance, limit)
 
 
 @dataclass(frozen=True)
@@ -325,7 +276,15 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None
         nets = [zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like) for t in (tokens, tokens - given + back)]
         before, after = (accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes).mean() for params in nets)
         chance = 1 / zoo.net.classes
-    found = gate(before, after, flat(zoo.spec, given), flat(zoo.spec, back), cfg.tolerance, chance, cfg.error)
+    found = Gate.of(
+        before,
+        after,
+        given=flat(zoo.spec, given),
+        back=flat(zoo.spec, back),
+        tolerance=cfg.tolerance,
+        chance=chance,
+        limit=cfg.error,
+    )
     known = f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip" if zoo.net else "accuracy is not known"
     print(f"codec: {known}, relative error {found.error:.4f}, of {len(rows)} networks{' it was not fitted on' if held else ''}")
     found.check(cfg.force)

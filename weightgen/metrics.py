@@ -78,16 +78,6 @@ class Scores:
         }
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """Distance to the nearest zoo network, beside what the zoo's networks keep from one another (medians of L2)."""
-
-    generated: float
-    zoo: float
-    noise: float
-    """Of zoo networks with a little noise, the baseline that is no generation at all."""
-
-
 def nearest_distance(weights: np.ndarray, zoo: np.ndarray, *, skip_self: bool = False) -> np.ndarray:
     """[n] L2 distance of weights [n, count] to the nearest row of `zoo`; `skip_self`: row i of the zoo is not its own neighbour."""
     squared = np.sum(weights**2, 1)[:, None] + np.sum(zoo**2, 1) - 2 * weights @ zoo.T

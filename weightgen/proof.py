@@ -17,13 +17,13 @@ from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import start
 from weightgen import baselines
-from weightgen.codec import Gate, gate
+from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.generator.sample import Draw, SampleConfig, drawer
-from weightgen.metrics import Estimate, Novelty, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
+from weightgen.metrics import Estimate, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
 from weightgen.train import LoopConfig, fit, generator_batches
 from weightgen.zoo.data import Bank, EmojiTasks, draw_tasks
 from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
@@ -244,13 +244,13 @@ def sit(
     for x, y, seen, found in list(zip(*exam.test, there, labels[0], strict=True))[:OVERLAPS]:
         others = head_labels(known.heads[:, None], x[None])[:, 0]
         overlaps.append(error_overlap(((found != y) & seen)[None], (others != y) & seen))
-    novelty = Novelty(
-        float(np.median(nearest_distance(everything, zoo.weights))),
-        float(np.median(nearest_distance(zoo.weights[:n], zoo.weights, skip_self=True))),
-        float(np.median(nearest_distance(flat(zoo.spec, methods["zoo head + 0.04 noise"]), zoo.weights))),
-    )
+    distances = {
+        "generated": nearest_distance(everything, zoo.weights),
+        "zoo": nearest_distance(zoo.weights[:n], zoo.weights, skip_self=True),
+        "noise": nearest_distance(flat(zoo.spec, methods["zoo head + 0.04 noise"]), zoo.weights),
+    }
     extra = {
-        "novelty": {"generated": novelty.generated, "zoo": novelty.zoo, "noise": novelty.noise},
+        "novelty": {name: float(np.median(found)) for name, found in distances.items()},
         "error IoU": float(np.mean(overlaps)),
         "disagreement": disagreement(labels[:, there]),
     }
@@ -289,7 +289,8 @@ def codec_gate(cfg: ProofConfig, generator: Trained, exam: Exam, zoo: Zoo) -> Ga
     there = np.ones(exam.support.shape[:3], bool)
     latents = generator.model.apply(generator.params, heads, exam.support, there, method="encode")
     back = np.asarray(generator.model.apply(generator.params, latents, exam.support, there, method="decode"))
-    return gate(head_accuracy(heads, *exam.test), head_accuracy(back, *exam.test), heads, back, cfg.tolerance)
+    before, after = (head_accuracy(x, *exam.test) for x in (heads, back))
+    return Gate.of(before, after, given=heads, back=back, tolerance=cfg.tolerance)
 
 
 def criteria(cfg: ProofConfig, by_task: dict[str, np.ndarray], extra: dict[str, Any]) -> dict[str, dict[str, Any]]:

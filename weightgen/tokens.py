@@ -18,7 +18,6 @@ import numpy as np
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 
-Cut = Literal["model", "layer", "neuron"]
 Order = Literal["exchangeable", "ordered"]
 """exchangeable: tokens are known by no place, as the rows of a head are not."""
 STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"
@@ -91,20 +90,6 @@ class TokenSpec:
             self._block(found, piece)[...] = np.where(self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece))
         return found
 
-    def meta(self) -> list[dict[str, Any]]:
-        """For each row what it holds: {"token", "parts": [{path, offset, fan_in, fan_out}]}; offset counts rows of the tensor."""
-        return [
-            {
-                "token": row,
-                "parts": [
-                    {"path": p.path, "offset": row - p.first, "fan_in": p.fan_in, "fan_out": p.fan_out}
-                    for p in self.pieces
-                    if p.first <= row < p.first + p.rows
-                ],
-            }
-            for row in range(self.rows)
-        ]
-
     def flatten(self, tree: Any) -> np.ndarray:
         """Tokens [..., rows, length] of a tree; leaves may share leading axes, as in a population. The dtype holds all leaves exactly."""
         leaves = dict(named_leaves(tree))
@@ -169,8 +154,8 @@ def _name(path: Sequence[Any]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tuple[str, Any]]:
-    """Floating leaves whose name matches the regex `select` and not `exclude` (running statistics, unless given).
+def selected(tree: Any, select: str = "") -> list[tuple[str, Any]]:
+    """Floating leaves whose name matches the regex `select`, running statistics left out.
 
     Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
     """
@@ -180,7 +165,7 @@ def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tup
     except re.error as error:
         raise InputError(f"{select!r} is no regular expression ({error}); mend select") from error
     for name, leaf in named_leaves(tree):
-        if not re.search(select, name) or (exclude and re.search(exclude, name)):
+        if not re.search(select, name) or re.search(STATISTICS, name):
             continue
         kind = np.dtype(leaf.dtype)
         if kind.kind in "iub":
@@ -193,12 +178,12 @@ def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tup
     return found
 
 
-def chunks(tree: Any, length: int | None = None, *, select: str = "", exclude: str = STATISTICS) -> TokenSpec:
+def chunks(tree: Any, length: int | None = None, *, select: str = "") -> TokenSpec:
     """Cut any tree (or dict of a checkpoint's tensors) into rows; arrays may be `jax.ShapeDtypeStruct`s.
 
     length None: model-wise, one row with all tensors end to end. Else layer-wise: each tensor by itself, padded to whole chunks.
     """
-    leaves = selected(tree, select, exclude)
+    leaves = selected(tree, select)
     sizes = [prod(leaf.shape) for _, leaf in leaves]
     if length is not None and length < 1:
         raise InputError(f"chunks of {length} weights: choose 1 or more")
@@ -220,17 +205,14 @@ def one_chunk(spec: TokenSpec) -> TokenSpec:
     return TokenSpec((Piece("chunk", (spec.length,), (0,), 0, 1, 0, spec.length, spec.length, 1),), 1, spec.length)
 
 
-def neurons(spec: Spec, *, select: str = "") -> TokenSpec:
+def neurons(spec: Spec) -> TokenSpec:
     """Cut a model of ours neuron by neuron: tensors of one module that write the same units share a row.
 
-    A carried tensor (a norm's scale) counts as written. Raises InputError when nothing matches.
+    A carried tensor (a norm's scale) counts as written.
     """
-    paths = [path for path in spec if re.search(select, path)]
-    if not paths:
-        raise InputError(f"no parameter matches {select!r}")
     pieces: list[Piece] = []
     first = 0
-    for _, group in groupby(paths, key=lambda path: path.rpartition("/")[0]):
+    for _, group in groupby(spec, key=lambda path: path.rpartition("/")[0]):
         column, rows = 0, None
         for path in sorted(group, key=lambda p: len(spec[p].axes.where("read")) == 0):
             leaf = spec[path]

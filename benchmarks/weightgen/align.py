@@ -81,12 +81,3 @@ def match(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0
 def align(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0) -> dict[str, np.ndarray]:
     """`tree` in the order that matches `reference`."""
     return permute(tree, groups, match(reference, tree, groups, seed))
-
-
-def canonical(tree: Tree, groups: Sequence[Symmetry]) -> dict[str, np.ndarray]:
-    """Units by falling norm of all they read and write: an order that needs no reference, and is the same for all permutations."""
-    orders = {}
-    for group in groups:
-        parts = [np.moveaxis(np.asarray(tree[path], np.float64), axis, 0).reshape(group.size, -1) for path, axis in group.places]
-        orders[group.name] = np.argsort(-sum((part**2).sum(1) for part in parts), kind="stable")
-    return permute(tree, groups, orders)

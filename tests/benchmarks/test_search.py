@@ -21,10 +21,6 @@ def test_matching_finds_a_permutation_back(kind, axes, rng):
     shuffled = align.permute(tree, groups, {g.name: rng.permutation(g.size) for g in groups})
     back = align.align(tree, shuffled, groups)
     assert all(np.array_equal(back[path], tree[path]) for path in tree)
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(align.canonical(tree, groups).values(), align.canonical(shuffled, groups).values(), strict=True)
-    )
     x = rng.standard_normal((3, 8) if kind == "mlp" else (3, 28, 28, 1)).astype(np.float32)
     one, two = (model.apply({k: v.astype(np.float32) for k, v in t.items()}, x) for t in (tree, shuffled))
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)

@@ -12,8 +12,6 @@ def test_kernel_density_draws_dimensions_independently(rng):
     latents = np.arange(50.0)[:, None] * np.ones((1, 6))
     drawn = np.rint(baselines.kde(latents, 2000, rng)).astype(int)
     assert np.abs(np.corrcoef(drawn.T) - np.eye(6)).max() < 0.08
-    legacy = baselines.kde(latents, 100, rng, draws="legacy")
-    assert np.ptp(legacy, axis=1).max() < 1e-6  # all dimensions of a draw: the same member and the same noise
 
 
 def test_ridge_is_penalised_by_classes_it_has_not_seen(rng):

@@ -4,15 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from weightgen.codec import Normaliser, TokenVae, TokenVaeConfig, fit_pca, gate, vae_loss
+from heirloom.common.typed import from_json
+from weightgen.codec import Gate, TokenVae, TokenVaeConfig, fit_pca, tensor_scale, vae_loss
 from weightgen.d2nwg.vae import ConvVae, VaeConfig
 from weightgen.tokens import chunks
 
@@ -29,8 +27,9 @@ def test_pca_and_the_gate():
     latents = (rows - fit.mean) @ fit.components / fit.scale
     assert latents.std() == pytest.approx(1, abs=0.01)
     np.testing.assert_allclose(latents * fit.scale @ fit.components.T + fit.mean, rows, atol=1e-4)
-    assert gate([0.9], [0.89], rows, rows, 0.02).passed
-    bad = gate([0.9], [0.6], rows, rows + 1, 0.02)
+    gate = partial(Gate.of, given=rows, tolerance=0.02)
+    assert not gate([0.9], [0.89], back=rows).fault
+    bad = gate([0.9], [0.6], back=rows + 1)
     with pytest.raises(InputError, match=r"90\.0 % before, 60\.0 % after"):
         bad.check()
     bad.check(force=True)
@@ -38,8 +37,8 @@ def test_pca_and_the_gate():
     nothing = np.broadcast_to(rows.mean(0), rows.shape)
     for before, limit, wrong in ((0.9, 0.5, "relative error 1.000, at most 0.5"), (0.21, 2, "at chance: 21.0 % right, 20.0 %")):
         with pytest.raises(InputError, match=wrong):
-            gate([before], [before], rows, nothing, 0.02, chance=0.2, limit=limit).check()
-    assert gate(np.nan, np.nan, rows, rows, 0.02, limit=0.5).passed and not gate(np.nan, np.nan, rows, nothing, 0.02, limit=0.5).passed
+            gate([before], [before], back=nothing, chance=0.2, limit=limit).check()
+    assert not gate(np.nan, np.nan, back=rows, limit=0.5).fault and gate(np.nan, np.nan, back=nothing, limit=0.5).fault
     assert bad.error == pytest.approx(rows.size / np.sum((rows - rows.mean(0)) ** 2))
 
 
@@ -77,25 +76,19 @@ def test_autoencoders_learn_eight_vectors_by_heart(kind):
     assert float(jnp.sum((back - x) ** 2) / jnp.sum(x**2)) < 1e-3
 
 
-def tree(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "conv": (rng.standard_normal((3, 4)).astype(np.float32), {"bias": rng.standard_normal(5).astype(np.float16)}),
-        "double": [rng.standard_normal((2, 2, 2)), rng.standard_normal(())],
-        "half": {"kernel": rng.standard_normal((2, 3)).astype(ml_dtypes.bfloat16)},
-        "norm": {"running_mean": rng.standard_normal(5).astype(np.float32), "num_batches_tracked": np.int64(7)},
-    }
+def test_weights_are_standardised_tensor_by_tensor():
+    rng = np.random.default_rng(0)
+    spec = chunks({"w": np.zeros((2, 5), np.float32), "b": np.zeros(3, np.float32)}, 4)
+    weights = np.concatenate([3 + 2 * rng.standard_normal((50, 10)), 7 * rng.standard_normal((50, 3))], 1).astype(np.float32)
+    mean, std = tensor_scale(spec, spec.padded(weights))
+    for tensor, own in ((0, weights[:, :10]), (1, weights[:, 10:])):
+        np.testing.assert_allclose(mean[spec.tensor == tensor], own.mean(), rtol=1e-5)
+        np.testing.assert_allclose(std[spec.tensor == tensor], own.std(), rtol=1e-5)
+    assert not mean[~spec.mask].any() and (std[~spec.mask] == 1).all()
 
 
-@given(st.sampled_from(["none", "scale", "tensor", "row", "asinh"]), st.integers(0, 10))
-def test_normalisers_come_back(kind, seed):
-    spec = chunks(tree(), 4)
-    tokens = np.stack([spec.flatten(tree(seed + i)).astype(np.float32) for i in range(3)])
-    fitted = Normaliser.fit(kind, spec, tokens, scale=0.125)
-    scaled = fitted(tokens)
-    np.testing.assert_allclose(fitted.invert(scaled), tokens, rtol=2e-5, atol=2e-6)
-    assert not scaled[:, ~spec.mask].any()
-    if kind == "tensor":
-        assert abs(scaled[:, spec.tensor == 0].std() - 1) < 1e-5
-    if kind == "scale":
-        np.testing.assert_allclose(scaled, tokens * 8)
+def test_a_codec_in_an_older_folder_is_read_alike():
+    stored = {"tokens": 3, "length": 5, "normalise": "row"}
+    assert from_json(TokenVaeConfig, stored).normalise == "row"
+    with pytest.raises(InputError, match="normalise is 'asinh'; it is one of none, tensor"):
+        from_json(TokenVaeConfig, stored | {"normalise": "asinh"})

@@ -4,7 +4,6 @@ It is here to be compared with; `GeneratorConfig` is what this package recommend
 divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not know the order of classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,14 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
-from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import param, zeros
 from heirloom.common.nn.functional import Functional
 from weightgen.codec import vae_loss
 from weightgen.d2nwg.unet import Unet, UnetConfig
 from weightgen.d2nwg.vae import ConvVae, VaeConfig
 from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets
-from weightgen.generator.config import GeneratorConfig
 from weightgen.tokens import TokenSpec
 from weightgen.zoo.nets import NetConfig
 from weightgen.zoo.zoo import head_tokens
@@ -42,32 +40,24 @@ class ReferenceConfig:
     scale: float = 1.0
     """Weights are divided by this: 1 for small CNNs, 0.125 for ResNets, 0.1 for language models."""
     steps: int = 1024
-    net: NetConfig | None = None
-    """What the weights are of, where a zoo of ours says it."""
+    net: NetConfig = field(default_factory=lambda: NetConfig("cnn", features=3, classes=10))
+    """What the weights are of."""
     shots: int = 5
 
     @property
     def whole(self) -> TokenSpec:
         """How a network is laid out."""
-        return head_tokens(self.net or NetConfig())
+        return head_tokens(self.net)
 
     @property
     def ways(self) -> int:
-        return self.net.classes if self.net else 0
+        return self.net.classes
 
     def __post_init__(self) -> None:
         positive(self, "steps", "shots")
         row, col, latent = self.vae.latent_shape
         if row * col * latent != self.unet.size**2:
             raise InputError(f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change unet.size")
-
-
-def preset(name: str) -> ReferenceConfig | GeneratorConfig:
-    """`d2nwg`: as released; `default`: what we recommend. Raises InputError for another name."""
-    presets: dict[str, Callable[[], Any]] = {"d2nwg": ReferenceConfig, "default": GeneratorConfig}
-    if name not in presets:
-        raise InputError(f"no preset {name!r}{nearest(name, presets)} (there are {', '.join(presets)})")
-    return presets[name]()
 
 
 class Reference(nnx.Module):

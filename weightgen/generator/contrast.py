@@ -34,10 +34,10 @@ class Aligned(nnx.Module):
         return LOSSES[self.loss](weights, data, **learned.get(self.loss, {}))
 
 
-def soft_target(weights: jax.Array, data: jax.Array, temperature: float = 1.0) -> jax.Array:
+def soft_target(weights: jax.Array, data: jax.Array) -> jax.Array:
     """As released: targets are the softmax of the mean of both similarities, nothing is normalised, and gradients flow into them."""
-    scores = weights @ data.T / temperature
-    targets = jax.nn.softmax((weights @ weights.T + data @ data.T) / 2 * temperature, axis=1)
+    scores = weights @ data.T
+    targets = jax.nn.softmax((weights @ weights.T + data @ data.T) / 2, axis=1)
     ways = [-(t * jax.nn.log_softmax(s, axis=1)).sum(1) for s, t in ((scores, targets), (scores.T, targets.T))]
     return jnp.mean(ways[0] + ways[1]) / 2
 

@@ -69,9 +69,9 @@ class Generator(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, noisy: jax.Array, t: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
-        return self.denoiser(noisy, t, self.told(support, there))
+        return self.denoiser(noisy, t, self.embed(support, there))
 
-    def told(self, support: jax.Array, there: jax.Array) -> Condition:
+    def embed(self, support: jax.Array, there: jax.Array) -> Condition:
         cfg = self.cfg
         if cfg.condition in ("label", "chunk"):
             number = jnp.where(there[:, 0, 0], support[:, 0, 0, 0].astype(jnp.int32), cfg.labels)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from heirloom.common.errors import positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
 from heirloom.common.train.parameters import gathered, save_params
-from weightgen.codec import GateConfig, Kind, Normaliser, TokenCodec, TokenVaeConfig, check_codec, fit_pca, left_out, measure, vae_loss
+from weightgen.codec import GateConfig, TokenCodec, TokenVaeConfig, check_codec, fit_pca, left_out, measure, tensor_scale, vae_loss
 from weightgen.formats import CODEC, ENCODER, open_part
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.generator.contrast import Aligned, Loss, unit
@@ -33,7 +33,8 @@ class CodecRecipe(Stage):
     latent: int = 16
     width: int = 64
     layers: int = 2
-    normalise: Kind = "tensor"
+    normalise: Literal["none", "tensor"] = "tensor"
+    """tensor: weights are standardised, by tensor."""
     beta: float = 1e-4
     """Weight of the KL."""
     gate: GateConfig = field(default_factory=lambda: GateConfig(force=True))
@@ -50,8 +51,9 @@ class CodecRecipe(Stage):
         model = functional(TokenCodec, cfg)
         shown_to = len(zoo) - left_out(self.gate, zoo)
         some = zoo.tokens(slice(0, min(4000, shown_to)))
-        scaled = Normaliser.fit(self.normalise, zoo.spec, some)
-        fitted = {"mean": scaled.mean, "std": scaled.std, "scale": np.float32(1)}
+        fitted = {"mean": np.zeros(some.shape[1:], np.float32), "std": np.ones(some.shape[1:], np.float32), "scale": np.float32(1)}
+        if self.normalise == "tensor":
+            fitted["mean"], fitted["std"] = tensor_scale(zoo.spec, some)
         mask = jnp.asarray(zoo.spec.mask)
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -86,7 +88,15 @@ class CodecRecipe(Stage):
 
     def _config(self, zoo: Zoo) -> TokenVaeConfig:
         order: Order = "exchangeable" if zoo.net and zoo.net.kind == "head" else "ordered"
-        return TokenVaeConfig(zoo.spec.rows, zoo.spec.length, self.latent, self.width, self.layers, normalise=self.normalise, order=order)
+        return TokenVaeConfig(
+            tokens=zoo.spec.rows,
+            length=zoo.spec.length,
+            latent=self.latent,
+            width=self.width,
+            layers=self.layers,
+            normalise=self.normalise,
+            order=order,
+        )
 
     def describe(self) -> Any:
         return CODEC, self._config(open_zoo(Path(self.zoo)))

@@ -17,19 +17,17 @@ from weightgen.zoo.members import Member, Read, adapter_record, agree, find_memb
 from weightgen.zoo.zoo import Zoo, flat
 
 
-def import_folder(
-    folder: Path, *, chunk: int | None = None, select: str = "", quality: Mapping[str, float] | None = None
-) -> tuple[Zoo, tuple[str, ...]]:
+def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -> tuple[Zoo, tuple[str, ...]]:
     """A zoo of the checkpoints in a folder (safetensors, torch or numpy, one architecture), read one at a time; and its tasks in words.
 
-    quality: accuracy by file name; where it is not given and `quality.json` lies in the folder, that file. `tasks.json` there says what
-    each file is for; a file it does not name, or all of them, are a task of that name. Pairs of low-rank adapters are made canonical,
-    their scale inside. `zoo.about` has the members, what was done to them, and `notes`: what to tell the user.
+    `quality.json` in the folder gives accuracies by file name, `tasks.json` what each file is for; a file it does not name is a task of
+    that name. Pairs of low-rank adapters are made canonical, their scale inside. `zoo.about` has the members, what was done to
+    them, and `notes`: what to tell the user.
     Raises InputError for a folder without checkpoints, for members of other shapes or modules, with NaN or infinity, or quantised.
     """
     members, left = find_members(folder)
     names = [member.path.name for member in members]
-    quality, tasks = (_by_name(folder, name, names, quality if name == "quality" else None) for name in ("quality", "tasks"))
+    quality, tasks = (_by_name(folder, name, names) for name in ("quality", "tasks"))
     first = read_member(members[0])
     spec = _cut(members[0], first, chunk, select)
     rows = np.zeros((len(members), spec.count), np.float32)
@@ -56,12 +54,12 @@ def import_folder(
     return Zoo(rows, scores, np.array([[words.index(task)] for task in words_of], np.int32), None, spec, about=about), words
 
 
-def _by_name(folder: Path, name: str, members: Sequence[str], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, Any]:
     """What `quality.json` or `tasks.json` says of the members. Raises InputError for values of another kind and for names of no member."""
     kind: Any = {"quality": (int, float), "tasks": str}[name]
     said = {"quality": "a number", "tasks": "words"}[name]
     file = folder / f"{name}.json"
-    values: Any = given or (read_json(file) if file.is_file() else {})
+    values: Any = read_json(file) if file.is_file() else {}
     if not isinstance(values, Mapping) or not all(isinstance(value, kind) and value != "" for value in values.values()):
         raise InputError(f"{file} must give {said} for each file: {{file name: {said}}}")
     if unknown := [key for key in values if key not in members]:

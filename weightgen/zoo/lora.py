@@ -45,10 +45,6 @@ class Adapter:
     down: np.ndarray
     up: np.ndarray
 
-    @property
-    def delta(self) -> np.ndarray:
-        return self.up @ self.down
-
 
 @dataclass(frozen=True)
 class Pair:

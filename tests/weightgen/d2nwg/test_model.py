@@ -10,11 +10,10 @@ import pytest
 from heirloom.common.diffusion import ddim, ddpm, scaled_linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from weightgen.d2nwg.model import Reference, ReferenceConfig, latent_scale, preset, sample, stage2_loss
+from weightgen.d2nwg.model import Reference, ReferenceConfig, latent_scale, sample, stage2_loss
 from weightgen.d2nwg.unet import Unet, UnetConfig
 from weightgen.d2nwg.vae import ConvVae, VaeConfig
 from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets, SetTransformer
-from weightgen.generator.config import GeneratorConfig
 
 
 def run(model, method="__call__"):
@@ -116,8 +115,5 @@ def test_the_released_pipeline_fits_together():
     assert np.asarray(grads["unet/leave/bias"]).any()
     drawn = jax.jit(lambda params: sample(model, cfg, k, params, support, key))(params)
     assert drawn.shape == (3, 24) and np.isfinite(drawn).all()
-    assert preset("d2nwg") == ReferenceConfig() and preset("default") == GeneratorConfig()
-    with pytest.raises(InputError, match="did you mean 'd2nwg'"):
-        preset("d2nw")
     with pytest.raises(InputError, match="does not fill"):
         ReferenceConfig(cfg.vae)

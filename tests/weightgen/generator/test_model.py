@@ -82,14 +82,11 @@ def test_steps_of_ddpm_have_the_variance_of_the_posterior(generator):
     assert spread == pytest.approx(linear_schedule().beta[0] ** 0.5, rel=0.3)
 
 
-def test_given_weights_are_refined_and_kept_where_known(generator):
+def test_given_weights_are_refined(generator):
     cfg, model, params, support, there = generator
     start = jnp.asarray(np.random.default_rng(2).standard_normal((8, 3, 5)), jnp.float32)
-    key, index, known = jax.random.key(0), jnp.arange(8), jnp.array([True, False, False])
-    painted = drawer(model, cfg, SampleConfig(steps=5))(params, support, there, key, index, start, known)
-    np.testing.assert_array_equal(painted[:, 0], start[:, 0])
+    key, index = jax.random.key(0), jnp.arange(8)
     free = drawer(model, cfg, SampleConfig(steps=5))(params, support, there, key, index)
-    assert np.abs(np.asarray(painted - start))[:, 1:].min() > 0 and np.abs(np.asarray(painted - free))[:, 1:].max() > 1e-4
     near = drawer(model, cfg, SampleConfig(steps=50, strength=0.02))(params, support, there, key, index, start)
     assert np.abs(np.asarray(near - start)).mean() < 0.1 * np.abs(np.asarray(free - start)).mean()
     with pytest.raises(InputError, match="none are given"):

@@ -11,7 +11,7 @@ from weightgen.zoo.lora import Adapter, canon, canonical_tensors
 def test_an_adapter_has_one_form(read, written, rng):
     down, up = rng.standard_normal((4, read)), rng.standard_normal((written, 4))
     first = canon(Adapter(down, up))
-    np.testing.assert_allclose(first.delta, up @ down, atol=1e-10)
+    np.testing.assert_allclose(first.up @ first.down, up @ down, atol=1e-10)
     assert first.up.shape == up.shape and first.down.shape == down.shape
     np.testing.assert_allclose(first.up.T @ first.up, first.down @ first.down.T, atol=1e-10)  # balanced
     for seed in range(5):
