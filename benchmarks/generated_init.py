@@ -35,19 +35,16 @@ import numpy as np
 
 from benchmarks.weightgen import align
 from heirloom.common.errors import InputError
-from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
 from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
-from weightgen.generator.loss import loss
-from weightgen.generator.model import Generator, fit_stage1
-from weightgen.generator.sample import SampleConfig, drawer
+from weightgen.generator.sample import SampleConfig
+from weightgen.generator.train import train_generator
 from weightgen.metrics import Estimate, accuracy, disagreement, error_overlap, nearest_distance
-from weightgen.train import LoopConfig, fit, generator_batches
+from weightgen.train import LoopConfig
 from weightgen.zoo.data import Bank, Projection
 from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
 from weightgen.zoo.nets import NetConfig, net, predict
@@ -234,8 +231,15 @@ def arm(
 
     # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low rank.
     features = world.told.features.shape[1]
-    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, prior, size.denoiser, features)
-    generator = functional(Generator, generator_cfg)
+    generator_cfg = GeneratorConfig(
+        net=cfg,
+        latent=min(spec.length, len(tokens) * spec.rows),
+        condition="per_class",
+        shots=SHOTS,
+        prior=prior,
+        denoiser=size.denoiser,
+        told=features,
+    )
     loop = LoopConfig(
         size.steps[kind],
         min(size.batch, len(tokens)),
@@ -243,29 +247,19 @@ def arm(
         seed=seed,
         save_every=size.steps[kind],
     )
-    mesh = start(loop.mesh)
-    fitted = {path: jnp.asarray(value) for path, value in fit_stage1(generator_cfg, zoo, world.told, seed).items()}
-    params = fit(
-        Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)}),
-        loop,
-        mesh,
-        generator.spec,
-        lambda: generator.init(jax.random.key(seed)) | fitted,
-        loss(generator, generator_cfg, 0.1),
-        generator_batches(zoo, world.told, SHOTS, loop, mesh),
-        frozen=generator_cfg.fitted,
-    )
+    run = Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)})
+    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, run=run)
+    generator = replace(trained, how=SampleConfig(steps=size.draws))
     lap("generator")
 
     rng = np.random.default_rng([seed, 1])
     support = world.told.draw(targets, SHOTS, rng)
-    there, n = np.ones(support.shape[:3], bool), len(targets)
-    draw = drawer(generator, generator_cfg, SampleConfig(steps=size.draws))
+    mask, n = np.ones(support.shape[:3], bool), len(targets)
     key = jax.random.key(seed)
-    samples = np.stack([np.asarray(draw(params, support, there, key, np.arange(n) + i * n)) for i in range(SAMPLES)])
-    shuffled = np.asarray(draw(params, np.roll(support, 1, axis=1), there, key, np.arange(n)))
+    samples = np.stack([generator.draw(support, mask, key, np.arange(n) + i * n) for i in range(SAMPLES)])
+    shuffled = generator.draw(np.roll(support, 1, axis=1), mask, key, np.arange(n))
     seen = world.told.draw(classes, SHOTS, rng)
-    latents = np.asarray(generator.apply(params, tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
+    latents = np.asarray(generator.apply(tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
     density = kde(latents.reshape(len(latents), -1), n, rng).reshape(n, *latents.shape[1:])
     told = seen.mean(2)
     condition = support.mean(2).reshape(n, -1)
@@ -297,7 +291,7 @@ def arm(
         "nearest zoo network + 0.06 noise": near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
         "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng)),
         "Gaussian of each weight": spec.padded(gaussian(zoo.weights, n, rng)),
-        "kernel density of the codec's latents": np.asarray(generator.apply(params, density, support, there, method="decode")),
+        "kernel density of the codec's latents": np.asarray(generator.apply(density, support, mask, method="decode")),
         "ridge": ridge(condition).reshape(near.shape),
         "hypernetwork": hyper(condition).reshape(near.shape),
         "generated": samples[0],
@@ -317,9 +311,9 @@ def arm(
 
     some = np.sort(rng.choice(len(tokens), min(100, len(tokens)), replace=False))
     own, own_labels = pictures(world, world.test, classes[some], min(size.pictures, 50), [seed, 4])
-    there = np.ones((len(some), 5, SHOTS), bool)
+    mask = np.ones((len(some), 5, SHOTS), bool)
     seen = world.told.draw(classes[some], SHOTS, rng)
-    coded = generator.apply(params, generator.apply(params, tokens[some], seen, there, method="encode"), seen, there, method="decode")
+    coded = generator.apply(generator.apply(tokens[some], seen, mask, method="encode"), seen, mask, method="decode")
     before, after = (accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded))
     codec = Gate.of(before, after, given=tokens[some], back=np.asarray(coded), tolerance=0.02)
     drawn = samples[0]

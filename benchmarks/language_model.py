@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.weightgen import search
@@ -47,18 +46,15 @@ from benchmarks.weightgen.gpt import (
 )
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
 from weightgen.baselines import nearest_model, noisy
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
-from weightgen.generator.loss import loss
-from weightgen.generator.model import Generator, fit_stage1
-from weightgen.generator.sample import SampleConfig, drawer
+from weightgen.generator.sample import SampleConfig
+from weightgen.generator.train import Trained, train_generator
 from weightgen.metrics import Estimate, nearest_distance
 from weightgen.ranking import rank, top, unstacked
 from weightgen.tokens import chunks, one_chunk
-from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
-from weightgen.train import fit as train_loop
+from weightgen.train import OPTIMIZER, LoopConfig
 from weightgen.zoo.data import Bank, Projection
 from weightgen.zoo.lora import canonical_tensors
 from weightgen.zoo.zoo import Zoo, flat
@@ -164,18 +160,11 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed: int) -> tuple[Functional, Any]:
-    """A generator of a zoo, and its parameters."""
-    generator, optim = functional(Generator, cfg), replace(OPTIMIZER, warmup=steps // 10)
-    loop = LoopConfig(steps, min(64, len(zoo)), optim, seed=seed)
-    mesh = start(loop.mesh)
-    fitted = {path: jnp.asarray(x) for path, x in fit_stage1(cfg, zoo, bank, seed).items()}
+def small_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed: int) -> Trained:
+    """A generator of a zoo."""
+    loop = LoopConfig(steps, min(64, len(zoo)), replace(OPTIMIZER, warmup=steps // 10), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        return generator, train_loop(
-            Run.open(Path(folder) / "run", {"seed": seed}), loop, mesh, generator.spec,
-            lambda: generator.init(jax.random.key(seed)) | fitted, loss(generator, cfg, 0.1),
-            generator_batches(zoo, bank, cfg.shots, loop, mesh), frozen=cfg.fitted,
-        )  # fmt: skip
+        return train_generator(cfg, zoo, bank, loop=loop, run=Run.open(Path(folder) / "run", {"seed": seed}))
 
 
 def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Propose:
@@ -184,18 +173,28 @@ def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Pr
     rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
     classes = np.repeat(np.arange(len(names), dtype=np.int32), [piece.rows for piece in whole.pieces])[:, None]
     zoo = Zoo(rows, np.full(len(rows), np.nan, np.float32), classes, None, cut)
-    latent = size.model.width // 2
-    cfg = GeneratorConfig(None, latent, "label", 1, "none", ROW_DENOISER, 1, cut=cut, labels=len(names))
-    generator, params = train_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed)
-    draw = drawer(generator, cfg, SampleConfig(steps=50, strength=STRENGTH))
-    around = jax.jit(lambda x, s, t: generator.apply(params, generator.apply(params, x, s, t, method="encode"), s, t, method="decode"))
+    cfg = GeneratorConfig(
+        net=None,
+        latent=size.model.width // 2,
+        condition="label",
+        shots=1,
+        prior="none",
+        denoiser=ROW_DENOISER,
+        told=1,
+        cut=cut,
+        labels=len(names),
+    )
+    generator = replace(
+        small_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed), how=SampleConfig(steps=50, strength=STRENGTH)
+    )
+    around = jax.jit(lambda x, s, m: generator.apply(generator.apply(x, s, m, method="encode"), s, m, method="decode"))
 
     def propose(name: str, tensor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         own = np.asarray(tensor, np.float32).reshape(-1, 1, size.model.width)
-        told, there = np.full((len(own), 1, 1, 1), names.index(name), np.float32), np.ones((len(own), 1, 1), bool)
-        drawn = draw(params, told, there, jax.random.key(int(rng.integers(2**31))), np.arange(len(own)), own)
+        condition, mask = np.full((len(own), 1, 1, 1), names.index(name), np.float32), np.ones((len(own), 1, 1), bool)
+        drawn = generator.draw(condition, mask, jax.random.key(int(rng.integers(2**31))), np.arange(len(own)), own)
         # What the latents do not hold stays the tensor's own.
-        return (tensor + np.asarray(drawn - around(own, told, there)).reshape(tensor.shape)).astype(tensor.dtype)
+        return (tensor + np.asarray(drawn - around(own, condition, mask)).reshape(tensor.shape)).astype(tensor.dtype)
 
     return propose
 
@@ -234,12 +233,21 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     bank = Bank.of(project(np.concatenate([looked[n] for n in seen])), np.repeat(np.arange(len(seen)), 40), seen)
     told = np.stack([project(looked[name][:SHOTS]) for name in unseen])[:, None]
 
-    gen_cfg = GeneratorConfig(None, min(48, len(members) - 1), "per_class", SHOTS, "linear", DENOISER, bank.features.shape[1], cut=spec)
-    generator, params = train_generator(gen_cfg, zoo, bank, size.generator_steps, seed)
-    draw, there, n = drawer(generator, gen_cfg, SampleConfig(steps=20)), np.ones((len(unseen), 1, SHOTS), bool), len(unseen)
+    gen_cfg = GeneratorConfig(
+        net=None,
+        latent=min(48, len(members) - 1),
+        condition="per_class",
+        shots=SHOTS,
+        prior="linear",
+        denoiser=DENOISER,
+        told=bank.features.shape[1],
+        cut=spec,
+    )
+    generator = replace(small_generator(gen_cfg, zoo, bank, size.generator_steps, seed), how=SampleConfig(steps=20))
+    mask, n = np.ones((len(unseen), 1, SHOTS), bool), len(unseen)
 
     def sample(i: int, told: np.ndarray = told) -> np.ndarray:
-        return np.asarray(draw(params, told, there, key, np.arange(n) + i * n))
+        return generator.draw(told, mask, key, np.arange(n) + i * n)
 
     samples = np.stack([sample(i) for i in range(SAMPLES)])
     tokens, condition = zoo.tokens(slice(None)), told[:, 0].mean(1)
@@ -251,7 +259,7 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     # As far from the mean as the draws they stand beside.
     far = np.linalg.norm((samples - mean).reshape(SAMPLES, n, -1), axis=2) / np.linalg.norm(noise.reshape(SAMPLES, n, -1), axis=2)
     noises = mean + far[..., None, None] * noise
-    expected = np.asarray(generator.apply(params, told, there, method="expected"))
+    expected = np.asarray(generator.apply(told, mask, method="expected"))
     last = last_logits(model)
 
     def questions(names: list[str], part: str) -> list[search.Score]:

@@ -1,6 +1,8 @@
-"""The recipe of a generator: prior and codec, the gate, then diffusion."""
+"""Training of a generator, in memory and as a recipe: prior and codec, the gate, then diffusion."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from shutil import copy
 from typing import Any, Literal
@@ -11,8 +13,9 @@ import numpy as np
 
 from heirloom.common.config import to_json
 from heirloom.common.errors import InputError
-from heirloom.common.nn.functional import functional
+from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import save_params
 from weightgen.codec import GateConfig, check_codec, left_out, measure
 from weightgen.formats import CODEC, ENCODER, FAMILY, open_part, save_neighbours
@@ -21,13 +24,74 @@ from weightgen.generator.config import GeneratorConfig, Told
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import Draw, SampleConfig, drawer
 from weightgen.train import LoopConfig, Stage, begin, fit, generator_batches
-from weightgen.zoo.data import (
-    Bank,
-)
+from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo, open_told, open_zoo, pictures_of, zoo_words
 
+Params = dict[str, jax.Array]
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A generator in memory, and how it is sampled."""
+
+    model: Functional
+    cfg: GeneratorConfig
+    params: dict[str, jax.Array]
+    how: SampleConfig = field(default_factory=SampleConfig)
+
+    @cached_property
+    def _draw(self) -> Draw:
+        return drawer(self.model, self.cfg, self.how)
+
+    def draw(self, support: Any, mask: Any, key: jax.Array, index: np.ndarray, start: Any = None) -> np.ndarray:
+        """Tokens [batch, token, length] f32; the arguments are those of `drawer`'s function."""
+        return np.asarray(self._draw(self.params, support, mask, key, index, start))
+
+    def apply(self, *args: Any, method: str) -> Any:
+        """A method of the model: expected, encode, decode."""
+        return self.model.apply(self.params, *args, method=method)
+
+
+def train_generator(
+    cfg: GeneratorConfig,
+    zoo: Zoo,
+    bank: Bank,
+    *,
+    loop: LoopConfig,
+    run: Run,
+    dropout: float = 0.1,
+    initial: Params | None = None,
+    frozen: tuple[str, ...] = (),
+    save: Callable[[Params], None] | None = None,
+) -> Trained:
+    """Train a generator of a zoo's networks in a run folder, or go on there.
+
+    dropout: probability with which the condition is left out, for guidance. initial: parameters to begin with; by default fresh ones with
+    prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted ones. save: gets the final parameters.
+    """
+    model, mesh = functional(Generator, cfg), start(loop.mesh)
+    first = initial if initial is not None else initial_params(model, fit_stage1(cfg, zoo, bank, loop.seed), loop.seed)
+    params = fit(
+        run,
+        loop,
+        mesh,
+        model.spec,
+        lambda: first,
+        loss(model, cfg, dropout),
+        generator_batches(zoo, bank, cfg.shots, loop, mesh),
+        frozen=(*cfg.fitted, *frozen),
+        no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
+        save=save,
+    )
+    return Trained(model, cfg, params)
+
+
+def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: int) -> Params:
+    """Fresh parameters with the fitted ones in place."""
+    return model.init(jax.random.key(seed)) | {path: jnp.asarray(value) for path, value in fitted.items()}
 
 
 @dataclass(frozen=True)
@@ -54,10 +118,10 @@ class GeneratorRecipe(Stage):
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
         """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made for."""
-        told, given = ("pictures", "pictures") if zoo.net else (zoo_words(Path(self.zoo)), "words")
+        by = "pictures" if zoo.net else zoo_words(Path(self.zoo))
         fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label"), "label": ("label",), "chunk": ("chunk",)}
-        if self.condition not in fits[told]:
-            raise InputError(f"{self.zoo} is a zoo told by {told}: set condition to {' or '.join(fits[told])}")
+        if self.condition not in fits[by]:
+            raise InputError(f"{self.zoo} is a zoo conditioned by {by}: set condition to {' or '.join(fits[by])}")
         codec = open_part(self.codec, CODEC, "weightgen/codec")[0] if self.codec else None
         encoder = open_part(self.encoder, ENCODER, "weightgen/encoder")[0] if self.encoder else None
         if codec:
@@ -69,22 +133,23 @@ class GeneratorRecipe(Stage):
                 f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train an encoder on it"
             )
         return GeneratorConfig(
-            zoo.net,
-            self.latent,
-            self.condition,
-            1 if given == "words" else self.shots,
-            self.prior,
-            self.denoiser,
-            bank.features.shape[1],
-            self.schedule,
-            None if zoo.net else zoo.whole or zoo.spec,
-            codec,
-            encoder,
-            len(bank.names) if self.condition in ("label", "chunk") else 0,
+            net=zoo.net,
+            latent=self.latent,
+            condition=self.condition,
+            shots=self.shots if zoo.net else 1,
+            prior=self.prior,
+            denoiser=self.denoiser,
+            told=bank.features.shape[1],
+            schedule=self.schedule,
+            cut=None if zoo.net else zoo.whole or zoo.spec,
+            codec=codec,
+            encoder=encoder,
+            labels=len(bank.names) if self.condition in ("label", "chunk") else 0,
         )
 
     def train(self, directory: Path) -> None:
-        run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), begin(self.loop)
+        run, folder = Run.open(directory, to_json(self)), Path(self.zoo)
+        begin(self.loop)
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
@@ -93,39 +158,37 @@ class GeneratorRecipe(Stage):
         if cfg.condition == "label":
             bank = Bank.numbers(bank.names)
         model = functional(Generator, cfg)
-        fitted = self.fitted(cfg, zoo, bank)
-        params = model.init(jax.random.key(self.loop.seed)) | {path: jnp.asarray(value) for path, value in fitted.items()}
-        # As released: of an aligned encoder only the last layer goes on learning, and is a fresh one.
-        frozen = cfg.fitted + tuple(f"condition/{part}**" for part in ALIGNED if self.encoder)
+        params = initial_params(model, self.fitted(cfg, zoo, bank), self.loop.seed)
 
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
             support = bank.draw(np.asarray(zoo.classes[rows]), cfg.shots, np.random.default_rng(self.loop.seed))
-            there = np.ones(support.shape[:3], bool)
-            expected = model.apply(gated, support, there, method="expected")
-            back = model.apply(gated, model.apply(gated, tokens, support, there, method="encode"), support, there, method="decode")
+            mask = np.ones(support.shape[:3], bool)
+            expected = model.apply(gated, support, mask, method="expected")
+            latents = model.apply(gated, tokens, support, mask, method="encode")
+            back = model.apply(gated, latents, support, mask, method="decode")
             return tokens - expected, back - expected
 
         held = left_out(self.gate, zoo)
         gated = params | self.fitted(cfg, zoo.first(len(zoo) - held), bank) if held else params
         measure(self.gate, zoo, pictures_of(self.zoo), code, self.loop.seed)
 
-        def beside(out: Path) -> None:
+        def sidecars(out: Path) -> None:
             save_neighbours(out, zoo, self.loop.seed, bank)
             for name in ("features.safetensors", "tasks.json", "adapter.json"):
                 if (folder / name).is_file():
                     copy(folder / name, out / name)
 
-        fit(
-            run,
-            self.loop,
-            mesh,
-            model.spec,
-            lambda: params,
-            loss(model, cfg, self.dropout),
-            generator_batches(zoo, bank, cfg.shots, self.loop, mesh),
-            frozen=frozen,
-            no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
-            save=lambda params: save_params(run.model, FAMILY.name, cfg, params, beside, force=True),
+        train_generator(
+            cfg,
+            zoo,
+            bank,
+            loop=self.loop,
+            run=run,
+            dropout=self.dropout,
+            initial=params,
+            # As released: of an aligned encoder only the last layer, a fresh one, goes on learning.
+            frozen=tuple(f"condition/{part}**" for part in ALIGNED if self.encoder),
+            save=lambda params: save_params(run.model, FAMILY.name, cfg, params, sidecars, force=True),
         )
 
     def fitted(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> dict[str, np.ndarray]:

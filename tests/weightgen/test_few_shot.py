@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from heirloom.common.train.optim import OptimConfig
+from weightgen.few_shot import FewShotConfig, compare
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.sample import SampleConfig
-from weightgen.proof import ProofConfig, prove
 from weightgen.train import LoopConfig
 from weightgen.zoo.data import SHARES, Bank, EmojiTasks, Projection
 from weightgen.zoo.fit import FitConfig
@@ -24,8 +24,8 @@ def world(classes, seed, features=8):
 
 
 @pytest.fixture(scope="module")
-def proof(tmp_path_factory, one_device):
-    cfg = ProofConfig(
+def result(tmp_path_factory, one_device):
+    cfg = FewShotConfig(
         members=150,
         fit=FitConfig(steps=30, lr=0.1, weight_decay=0.03),
         few=FitConfig(steps=30, lr=0.1, weight_decay=0.3),
@@ -37,11 +37,11 @@ def proof(tmp_path_factory, one_device):
         sample=SampleConfig(steps=8),
     )
     tasks = EmojiTasks(world(20, 0), world(12, 1), Projection("pixels", np.zeros(8), np.eye(8)))
-    return prove(cfg, tasks, tmp_path_factory.mktemp("proof") / "run", 0, lambda line: None)
+    return compare(cfg, tasks, tmp_path_factory.mktemp("few_shot") / "run", 0, lambda line: None)
 
 
-def test_the_proof_in_a_world_of_gaussians(proof):
-    five, one = (proof.rows[f"unseen, {shots}"] for shots in (5, 1))
+def test_the_comparison_in_a_world_of_gaussians(result):
+    five, one = (result.rows[f"unseen, {shots}"] for shots in (5, 1))
     blind = {"random head", "zoo mean", "KDE of the best 30 % in latents", "zoo head + 0.12 noise"}
     assert {name: five[name].mean for name in blind} == pytest.approx(dict.fromkeys(blind, 0.2), abs=0.06)
     assert five["ridge"].mean > 0.7 and five["hypernetwork"].mean > 0.5, "maps see the condition"
@@ -55,14 +55,14 @@ def test_the_proof_in_a_world_of_gaussians(proof):
     assert five["generated, weights averaged"].mean >= five["generated, single sample"].mean - 0.01
 
 
-def test_criteria_say_what_was_measured(proof):
-    assert len(proof.criteria) == 7 and all({"measured", "bar", "met"} == found.keys() for found in proof.criteria.values())
-    gap = proof.criteria["5 pictures: averaged - nearest row"]
-    rows = proof.rows["unseen, 5"]
+def test_criteria_say_what_was_measured(result):
+    assert len(result.criteria) == 7 and all({"measured", "bar", "met"} == found.keys() for found in result.criteria.values())
+    gap = result.criteria["5 pictures: averaged - nearest row"]
+    rows = result.rows["unseen, 5"]
     measured = rows["generated, weights averaged"].mean - rows["nearest zoo row per class"].mean
     assert gap["measured"].startswith(f"{100 * measured:.1f}") and gap["met"] == (
         measured - float(gap["measured"].split()[-1]) / 100 > 0.05
     )
-    assert proof.extra["novelty, 5"]["noise"] < proof.extra["novelty, 5"]["zoo"]
-    assert proof.extra["codec"]["error"] < 1e-6  # nine latents of nine weights
-    assert 0 < proof.extra["error IoU, 5"] < 1
+    assert result.extra["novelty, 5"]["noise"] < result.extra["novelty, 5"]["zoo"]
+    assert result.extra["codec"]["error"] < 1e-6  # nine latents of nine weights
+    assert 0 < result.extra["error IoU, 5"] < 1

@@ -1,11 +1,11 @@
-"""Proof A: heads for classes the zoo never saw, from 5 pictures of each or 1, beside everything that could do it as well.
+"""Few-shot heads for classes the zoo never saw, from 5 pictures of each or 1, next to every baseline. The demo prints it.
 
 build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  400 tasks of unseen classes
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
 from weightgen import baselines
 from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
-from weightgen.generator.loss import loss
-from weightgen.generator.model import Generator, fit_stage1
-from weightgen.generator.sample import Draw, SampleConfig, drawer
+from weightgen.generator.sample import SampleConfig
+from weightgen.generator.train import Trained, train_generator
 from weightgen.metrics import Estimate, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
-from weightgen.train import LoopConfig, fit, generator_batches
+from weightgen.train import LoopConfig
 from weightgen.zoo.data import Bank, EmojiTasks, draw_tasks
 from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
 from weightgen.zoo.nets import NetConfig, net
@@ -37,8 +34,8 @@ MOST = 40  # pictures of a class a zoo head is trained on
 
 
 @dataclass(frozen=True)
-class ProofConfig:
-    """Sizes of the proof."""
+class FewShotConfig:
+    """Sizes of the comparison."""
 
     ways: int = 5
     members: int = 4000
@@ -66,7 +63,7 @@ class Result:
     extra: dict[str, Any]
 
 
-def build_zoo(cfg: ProofConfig, tasks: EmojiTasks, seed: int) -> Zoo:
+def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     """Heads for random tasks of seen classes."""
     bank = tasks.seen["support"]
     classes = draw_tasks(len(bank.names), cfg.members, cfg.ways, np.random.default_rng(seed))
@@ -80,42 +77,16 @@ def build_zoo(cfg: ProofConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     return Zoo(weights, head_accuracy(heads, x, y).astype(np.float32), classes, head, spec)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A generator in memory, and how it is sampled."""
-
-    model: Functional
-    cfg: GeneratorConfig
-    params: dict[str, jax.Array]
-    how: SampleConfig
-
-    @cached_property
-    def draw(self) -> Draw:
-        return drawer(self.model, self.cfg, self.how)
-
-
-def train_generator(cfg: ProofConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
-    assert zoo.net is not None
-    config = GeneratorConfig(zoo.net, cfg.latent, denoiser=cfg.denoiser)
-    model, mesh = functional(Generator, config), start(cfg.loop.mesh)
+def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
+    """A generator of the zoo's heads in memory; `folder` holds the training run."""
+    config = GeneratorConfig(net=zoo.net, latent=cfg.latent, denoiser=cfg.denoiser)
     loop = replace(cfg.loop, seed=seed, step=replace(cfg.loop.step, seed=seed))
-    fitted = {path: jnp.asarray(value) for path, value in fit_stage1(config, zoo, bank, seed).items()}
-    params = fit(
-        Run.open(folder, {"seed": seed}),
-        loop,
-        mesh,
-        model.spec,
-        lambda: model.init(jax.random.key(seed)) | fitted,
-        loss(model, config, dropout=0.1),
-        generator_batches(zoo, bank, config.shots, loop, mesh),
-        frozen=config.fitted,
-    )
-    return Trained(model, config, params, cfg.sample)
+    return replace(train_generator(config, zoo, bank, loop=loop, run=Run.open(folder, {"seed": seed})), how=cfg.sample)
 
 
 @dataclass(frozen=True)
-class Exam:
-    """Tasks of one kind of classes: support [task, way, 5, feature]; select and test as (x, y) of different concepts."""
+class Episodes:
+    """Few-shot tasks of seen or of unseen classes: support [task, way, 5, feature]; select and test as (x, y) of different concepts."""
 
     classes: np.ndarray
     support: np.ndarray
@@ -124,7 +95,7 @@ class Exam:
     test: tuple[np.ndarray, np.ndarray]
 
     @classmethod
-    def of(cls, banks: dict[str, Bank], tasks: int, ways: int, seed: int) -> "Exam":
+    def of(cls, banks: dict[str, Bank], tasks: int, ways: int, seed: int) -> "Episodes":
         rng = np.random.default_rng([seed, 1])
         classes = draw_tasks(len(banks["support"].names), tasks, ways, rng)
         parts = {name: bank.all(classes, int(bank.counts.max())) for name, bank in banks.items() if name != "support"}
@@ -152,23 +123,25 @@ def _trainer(cfg: FitConfig, head: NetConfig) -> Callable[[np.ndarray, np.ndarra
     return jax.jit(lambda x, y: fit_population(model, initial_population(model, len(x), "shared", key), x, y, cfg, key))
 
 
-def prove(cfg: ProofConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Callable[[str], None] = print) -> Result:
-    """Run the whole proof on one backbone; `folder` holds the training run."""
+def compare(cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Callable[[str], None] = print) -> Result:
+    """Run the whole comparison on one backbone; `folder` holds the training run."""
     zoo = build_zoo(cfg, tasks, seed)
     say(f"zoo: {len(zoo):,} heads of {zoo.spec.count} weights, {100 * zoo.quality.mean():.1f} % right on unseen pictures of their classes")
     bank = tasks.seen["support"]
-    generator = train_generator(cfg, zoo, bank, folder, seed)
-    exams = {kind: Exam.of(banks, cfg.tasks, cfg.ways, seed) for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))}
-    found = codec_gate(cfg, generator, exams["unseen"], zoo)
+    generator = train(cfg, zoo, bank, folder, seed)
+    sets = {kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed) for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))}
+    found = codec_gate(cfg, generator, sets["unseen"], zoo)
     say(f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip of unseen heads, error {found.error:.3f}")
     found.check()
-    known = Known.of(zoo, bank, seed)
+    known = ZooStatistics.of(zoo, bank, seed)
     rows: dict[str, dict[str, Estimate]] = {}
     pairs: dict[str, np.ndarray] = {}
     extra: dict[str, Any] = {}
-    for kind, exam in exams.items():
+    for kind, episodes in sets.items():
         for shots in SHOTS:
-            rows[f"{kind}, {shots}"], found_pairs, found_extra = sit(cfg, exam, shots, zoo, known, generator, seed)
+            rows[f"{kind}, {shots}"], found_pairs, found_extra = evaluate(
+                cfg, episodes, shots, zoo=zoo, known=known, generator=generator, seed=seed
+            )
             if kind == "unseen":
                 pairs |= {f"{name}, {shots}": value for name, value in found_pairs.items()}
                 extra |= {f"{name}, {shots}": value for name, value in found_extra.items()}
@@ -178,9 +151,9 @@ def prove(cfg: ProofConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Cal
 
 
 @dataclass(frozen=True)
-class Known:
-    """The zoo as the baselines see it: heads, mean feature of each task's and each row's class, maps from the condition of a row to it by
-    shots, spread within classes."""
+class ZooStatistics:
+    """What the baselines know of the zoo: heads, mean feature of each task's and each row's class, maps from the condition of a row to it
+    by shots, spread within classes."""
 
     heads: np.ndarray
     tasks: np.ndarray
@@ -190,24 +163,24 @@ class Known:
     spread: np.ndarray
 
     @classmethod
-    def of(cls, zoo: Zoo, bank: Bank, seed: int) -> "Known":
+    def of(cls, zoo: Zoo, bank: Bank, seed: int) -> "ZooStatistics":
         heads, classes = zoo.tokens(slice(None)), np.asarray(zoo.classes)
         rows, rng, ridge, network = bank.means[classes], np.random.default_rng([seed, 2]), {}, {}
         for shots in SHOTS:
             condition = baselines.row_condition(bank.draw(classes, shots, rng).mean(2))
-            told, made = condition.reshape(-1, condition.shape[-1]), heads.reshape(-1, heads.shape[-1])
-            ridge[shots] = baselines.Ridge.fit(told, made, classes.reshape(-1))
-            network[shots] = baselines.hypernetwork(told, made, seed)
+            x, y = condition.reshape(-1, condition.shape[-1]), heads.reshape(-1, heads.shape[-1])
+            ridge[shots] = baselines.Ridge.fit(x, y, classes.reshape(-1))
+            network[shots] = baselines.hypernetwork(x, y, seed)
         inner = bank.features - np.repeat(bank.means, bank.counts, axis=0)
         return cls(heads, rows.mean(1), rows, ridge, network, inner.T @ inner / len(inner))
 
 
-def sit(
-    cfg: ProofConfig, exam: Exam, shots: int, zoo: Zoo, known: Known, generator: Trained, seed: int
+def evaluate(
+    cfg: FewShotConfig, episodes: Episodes, shots: int, *, zoo: Zoo, known: ZooStatistics, generator: Trained, seed: int
 ) -> tuple[dict[str, Estimate], dict[str, np.ndarray], dict[str, Any]]:
-    """All methods on one exam: the rows of the table, accuracies by task for paired comparisons, and novelty and its kin."""
+    """All methods on the same tasks: rows of the table, accuracies by task for paired comparisons, and novelty and diversity."""
     assert zoo.net is not None
-    support, rng = exam.support[:, :, :shots], np.random.default_rng([seed, 3])
+    support, rng = episodes.support[:, :, :shots], np.random.default_rng([seed, 3])
     mean, n, length = support.mean(2), len(support), known.heads.shape[-1]
     pick = rng.integers(len(zoo), size=n)
     condition = baselines.row_condition(mean)
@@ -229,19 +202,19 @@ def sit(
         "gradient descent on the pictures": few_shot_heads(support, cfg.few, zoo.spec, zoo.net),
         "hypernetwork": known.network[shots](condition.reshape(-1, condition.shape[-1])).reshape(n, cfg.ways, length),
         "ridge": known.ridge[shots](condition.reshape(-1, condition.shape[-1])).reshape(n, cfg.ways, length),
-        "trained on all pictures of the classes": trained_heads(*exam.whole, cfg.fit, zoo.spec, zoo.net),
+        "trained on all pictures of the classes": trained_heads(*episodes.whole, cfg.fit, zoo.spec, zoo.net),
     }
-    by_task = {name: head_accuracy(heads, *exam.test) for name, heads in methods.items()}
-    samples = sample(cfg, generator, exam.support, shots, seed)
-    scores = Scores.of(samples, exam.select, exam.test)
+    by_task = {name: head_accuracy(heads, *episodes.test) for name, heads in methods.items()}
+    samples = sample(cfg, generator, episodes.support, shots, seed)
+    scores = Scores.of(samples, episodes.select, episodes.test)
     # Task i gets the pictures of task i + 1: what is left is what ignores the condition.
-    shuffled = sample(replace(cfg, samples=1), generator, np.roll(exam.support, 1, axis=0), shots, seed)[0]
-    by_task |= {"generated, averaged": scores.mean, "generated from another task's pictures": head_accuracy(shuffled, *exam.test)}
+    shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots, seed)[0]
+    by_task |= {"generated, averaged": scores.mean, "generated from another task's pictures": head_accuracy(shuffled, *episodes.test)}
     rows = {name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"} | scores.rows("generated")
     everything = flat(zoo.spec, samples[0])
-    there, labels = exam.test[1] >= 0, head_labels(samples, exam.test[0])
+    mask, labels = episodes.test[1] >= 0, head_labels(samples, episodes.test[0])
     overlaps = []
-    for x, y, seen, found in list(zip(*exam.test, there, labels[0], strict=True))[:OVERLAPS]:
+    for x, y, seen, found in list(zip(*episodes.test, mask, labels[0], strict=True))[:OVERLAPS]:
         others = head_labels(known.heads[:, None], x[None])[:, 0]
         overlaps.append(error_overlap(((found != y) & seen)[None], (others != y) & seen))
     distances = {
@@ -252,48 +225,47 @@ def sit(
     extra = {
         "novelty": {name: float(np.median(found)) for name, found in distances.items()},
         "error IoU": float(np.mean(overlaps)),
-        "disagreement": disagreement(labels[:, there]),
+        "disagreement": disagreement(labels[:, mask]),
     }
     return rows, by_task, extra
 
 
-def kde_heads(generator: Trained, zoo: Zoo, known: Known, n: int, rng: np.random.Generator) -> np.ndarray:
+def kde_heads(generator: Trained, zoo: Zoo, known: ZooStatistics, n: int, rng: np.random.Generator) -> np.ndarray:
     """S_KDE30: the best 30 % of the zoo in the codec's latents, without the prior, dimension by dimension: [n, way, feature + 1]."""
-    model, cfg = generator.model, generator.cfg
-    params = generator.params | {"prior/table": jnp.zeros_like(generator.params["prior/table"])}
+    cfg = generator.cfg
+    no_prior = {"prior/table": jnp.zeros_like(generator.params["prior/table"])}
+    codec = replace(generator, params=generator.params | no_prior)
     heads = known.heads[zoo.quality >= np.quantile(zoo.quality, 0.7)]
 
     def through(method: str, x: np.ndarray) -> np.ndarray:
-        none = np.zeros((len(x), cfg.ways, cfg.shots, cfg.features), np.float32)
-        return np.asarray(model.apply(params, x, none, np.ones(none.shape[:3], bool), method=method))
+        support = np.zeros((len(x), cfg.ways, cfg.shots, cfg.features), np.float32)
+        return np.asarray(codec.apply(x, support, np.ones(support.shape[:3], bool), method=method))
 
     latents = through("encode", heads)
     drawn = baselines.kde(latents.reshape(len(latents), -1), n, rng)
     return through("decode", drawn.reshape(n, *latents.shape[1:]))
 
 
-def sample(cfg: ProofConfig, generator: Trained, support: np.ndarray, shots: int, seed: int) -> np.ndarray:
+def sample(cfg: FewShotConfig, generator: Trained, support: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """[sample, task, way, feature + 1]; sample s of task t has the index s * tasks + t."""
     n = len(support)
-    there = np.broadcast_to(np.arange(support.shape[2]) < shots, support.shape[:3])
+    mask = np.broadcast_to(np.arange(support.shape[2]) < shots, support.shape[:3])
     key = jax.random.key(seed)
-    return np.stack(
-        [np.asarray(generator.draw(generator.params, support, there, key, np.arange(s * n, (s + 1) * n))) for s in range(cfg.samples)]
-    )
+    return np.stack([generator.draw(support, mask, key, np.arange(s * n, (s + 1) * n)) for s in range(cfg.samples)])
 
 
-def codec_gate(cfg: ProofConfig, generator: Trained, exam: Exam, zoo: Zoo) -> Gate:
+def codec_gate(cfg: FewShotConfig, generator: Trained, episodes: Episodes, zoo: Zoo) -> Gate:
     """Heads of unseen classes, trained on all their pictures, through the codec and back."""
     assert zoo.net is not None
-    heads = trained_heads(*exam.whole, cfg.fit, zoo.spec, zoo.net)
-    there = np.ones(exam.support.shape[:3], bool)
-    latents = generator.model.apply(generator.params, heads, exam.support, there, method="encode")
-    back = np.asarray(generator.model.apply(generator.params, latents, exam.support, there, method="decode"))
-    before, after = (head_accuracy(x, *exam.test) for x in (heads, back))
+    heads = trained_heads(*episodes.whole, cfg.fit, zoo.spec, zoo.net)
+    mask = np.ones(episodes.support.shape[:3], bool)
+    latents = generator.apply(heads, episodes.support, mask, method="encode")
+    back = np.asarray(generator.apply(latents, episodes.support, mask, method="decode"))
+    before, after = (head_accuracy(x, *episodes.test) for x in (heads, back))
     return Gate.of(before, after, given=heads, back=back, tolerance=cfg.tolerance)
 
 
-def criteria(cfg: ProofConfig, by_task: dict[str, np.ndarray], extra: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def criteria(cfg: FewShotConfig, by_task: dict[str, np.ndarray], extra: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Spec §6.3 on unseen classes: each with what was measured, its 95 % interval, the bar, and whether it is met."""
 
     def above(a: str, b: str, bar: float) -> dict[str, Any]:
