@@ -83,7 +83,15 @@ SIZES = {
     ),
     "cpu": _size(2000, 200, 100, {"mlp": 200, "cnn": 100}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
     "gpu": _size(
-        4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, {"mlp": 20_000, "cnn": 20_000}, 100, DenoiserConfig(384, 8, 6, 1536), 128
+        4000,
+        4000,
+        500,
+        {"mlp": 1000, "cnn": 1000},
+        128,
+        {"mlp": 20_000, "cnn": 20_000},
+        100,
+        DenoiserConfig(width=384, layers=8, heads=6, hidden=1536),
+        128,
     ),
 }
 BEGINS = ("shared", "random", "aligned")
@@ -188,7 +196,7 @@ def population(size: Size, world: World, kind: str, seed: int, begin: Literal["s
         cfg,
         lambda a, b: pictures(world, world.train, classes[a:b], size.pictures, [seed, a]),
         size.members[kind],
-        size.fit[kind],
+        fit=size.fit[kind],
         start=begin,
         chunk=100,
         seed=seed,
@@ -225,7 +233,7 @@ def arm(
     tree = networks("shared" if begin == "shared" else "random")
     if begin == "aligned":
         tree = matched(tree, {k: v[0] for k, v in tree.items()}, cfg)
-    zoo = Zoo(flat(spec, spec.flatten(tree)), np.zeros(len(classes), np.float32), classes, cfg, spec)
+    zoo = Zoo(weights=flat(spec, spec.flatten(tree)), quality=np.zeros(len(classes), np.float32), classes=classes, net=cfg, spec=spec)
     tokens = zoo.tokens(slice(None))
     lap("zoo")
 
@@ -271,7 +279,9 @@ def arm(
     at_once = size.fit[kind].at_once
 
     def labels(weights: Any, x: np.ndarray) -> np.ndarray:
-        return predict(cfg, weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like), x, at_once)
+        return predict(
+            cfg, weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like), x, at_once=at_once
+        )
 
     # Three sets of different pictures: to fine-tune on, to choose a sample by, to test on.
     pool, y = pictures(world, world.train, targets, size.pictures, [seed, 2])
@@ -283,13 +293,13 @@ def arm(
     by_test = np.stack([accuracy(found, yt, 5) for found in predicted])
 
     starts: dict[str, Any] = {
-        "random init": initial_population(model, n, "random", jax.random.key(seed + 1)),
-        "the zoo's own init": initial_population(model, n, "shared", jax.random.key(seed)),
+        "random init": initial_population(model, n, "random", key=jax.random.key(seed + 1)),
+        "the zoo's own init": initial_population(model, n, "shared", key=jax.random.key(seed)),
         "zoo mean": np.broadcast_to(tokens.mean(0), near.shape),
         "random zoo network": tokens[rng.integers(len(tokens), size=n)],
         "nearest zoo network": near,
         "nearest zoo network + 0.06 noise": near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
-        "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng)),
+        "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng=rng)),
         "Gaussian of each weight": spec.padded(gaussian(zoo.weights, n, rng)),
         "kernel density of the codec's latents": np.asarray(generator.apply(density, support, mask, method="decode")),
         "ridge": ridge(condition).reshape(near.shape),
@@ -345,7 +355,7 @@ def tune(size: Size, cfg: NetConfig, params: Any, x: Any, y: Any, steps: int, se
 
 @cache
 def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
-    return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y, few, key))
+    return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y=y, cfg=few, key=key))
 
 
 def tables(rows: list[dict[str, Any]]) -> str:

@@ -127,7 +127,7 @@ def spread(rows: list[dict[str, Any]], part: str) -> str:
 def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     begun, text = time.process_time(), reference_text(size.model.vocab)
     model = functional(Gpt, size.model)
-    base = {k: np.asarray(v) for k, v in train(model, size.model, text.train, size.steps, seed=seed).items()}
+    base = {k: np.asarray(v) for k, v in train(model, size.model, text.train, steps=size.steps, seed=seed).items()}
     last = last_logits(model)
     select = scorer(last, word_choice(text.select, size.model, size.questions, seed=seed))
     test = scorer(last, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
@@ -172,7 +172,7 @@ def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Pr
     whole = chunks(tensors, size.model.width)
     rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
     classes = np.repeat(np.arange(len(names), dtype=np.int32), [piece.rows for piece in whole.pieces])[:, None]
-    zoo = Zoo(rows, np.full(len(rows), np.nan, np.float32), classes, None, cut)
+    zoo = Zoo(weights=rows, quality=np.full(len(rows), np.nan, np.float32), classes=classes, net=None, spec=cut)
     cfg = GeneratorConfig(
         net=None,
         latent=size.model.width // 2,
@@ -208,15 +208,18 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     time_ = cfg.context + 1
 
     def fit(parts: list[np.ndarray]) -> Any:
-        windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng) for part in parts])
-        return {path: np.asarray(x) for path, x in train_adapters(model, cfg, base, windows, fresh_adapter(cfg, RANK, key), RATE).items()}
+        windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng=rng) for part in parts])
+        return {
+            path: np.asarray(x)
+            for path, x in train_adapters(model, cfg, base, windows=windows, begin=fresh_adapter(cfg, RANK, key), lr=RATE).items()
+        }
 
     def one(population: Any, i: int) -> dict[str, np.ndarray]:
         return canonical_tensors({path: x[i] for path, x in population.items()})
 
     def fit_told(names: list[str], steps: int) -> list[dict[str, np.ndarray]]:
         told = np.stack([windows[name][:SHOTS] for name in names])
-        found = train_adapters(model, cfg, base, np.repeat(told[:, None], steps, 1), fresh_adapter(cfg, RANK, key), RATE)
+        found = train_adapters(model, cfg, base, windows=np.repeat(told[:, None], steps, 1), begin=fresh_adapter(cfg, RANK, key), lr=RATE)
         return [{path: np.asarray(x[i]) for path, x in found.items()} for i in range(len(names))]
 
     # The zoo: adapters in one gauge, end to end, and what the base model makes of windows of each module.
@@ -225,9 +228,9 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     spec = chunks(members[0])
     weights = np.stack([flat(spec, spec.flatten(m)) for m in members])
     classes = np.arange(len(seen), dtype=np.int32)[:, None]
-    zoo = Zoo(weights, np.full(len(members), np.nan, np.float32), classes, None, spec)
+    zoo = Zoo(weights=weights, quality=np.full(len(members), np.nan, np.float32), classes=classes, net=None, spec=spec)
     hidden = jax.jit(lambda tokens: model.apply(base, tokens, method="hidden").mean(1))
-    windows = {name: windows_of(texts[name].train, time_, (40,), rng) for name in names}
+    windows = {name: windows_of(texts[name].train, time_, (40,), rng=rng) for name in names}
     looked = {name: np.asarray(hidden(windows[name][:, :-1])) for name in names}
     project = Projection.fit("base", np.concatenate([looked[name] for name in seen]), min(24, cfg.width))
     bank = Bank.of(project(np.concatenate([looked[n] for n in seen])), np.repeat(np.arange(len(seen)), 40), seen)

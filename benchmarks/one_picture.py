@@ -90,9 +90,9 @@ def judge(tasks: EmojiTasks, seed: int) -> dict[tuple[int, str], np.ndarray]:
     cfg = FewShotConfig(members=2000)
     zoo = build_zoo(cfg, tasks, 0)
     heads, classes = zoo.tokens(slice(None)), np.asarray(zoo.classes)
-    episodes = Episodes.of(tasks.unseen, TASKS, cfg.ways, seed)
+    episodes = Episodes.of(tasks.unseen, TASKS, cfg.ways, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        generator = train(cfg, zoo, tasks.seen["support"], Path(folder), 0)
+        generator = train(cfg, zoo, tasks.seen["support"], folder=Path(folder), seed=0)
     found = {}
     assert zoo.net is not None
     for shots in reversed(SHOTS):
@@ -104,12 +104,12 @@ def judge(tasks: EmojiTasks, seed: int) -> dict[tuple[int, str], np.ndarray]:
             ridge = Ridge.fit(c.reshape(-1, c.shape[-1]), heads.reshape(-1, heads.shape[-1]), classes.reshape(-1))
             made[name] = ridge(here.reshape(-1, here.shape[-1])).reshape(*here.shape[:2], -1)
         for name, guidance in (("generated, averaged", 1.0), ("generated, averaged, no condition beyond the map", 0.0)):
-            drawn = sample(cfg, replace(generator, how=replace(cfg.sample, guidance=guidance)), episodes.support, shots, 0)
+            drawn = sample(cfg, replace(generator, how=replace(cfg.sample, guidance=guidance)), episodes.support, shots=shots, seed=0)
             made[name] = drawn.mean(0)
         made["least squares on the pictures"] = least_squares(support)
         for penalty in (0.1, 0.3):
             few = replace(cfg.few, weight_decay=penalty)
-            made[f"gradient descent, penalty {penalty}"] = few_shot_heads(support, few, zoo.spec, zoo.net)
+            made[f"gradient descent, penalty {penalty}"] = few_shot_heads(support, few, zoo.spec, head=zoo.net)
         found |= {(shots, name): head_accuracy(h, *episodes.test) for name, h in made.items()}
     return found
 

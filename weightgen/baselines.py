@@ -1,4 +1,4 @@
-"""What a generator of weights has to beat. Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
+"""Baselines of a generator of weights. Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,12 +109,13 @@ def hypernetwork(
     x, y = (jnp.asarray(a, jnp.float32) for a in ((condition - centre) / spread, (weights - mean) / std))
     rows = jax.random.randint(keys[2], (steps, min(128, len(x))), 0, len(x))
     (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, rows))((params, optimizer.init(params)))
-    return lambda told: np.asarray(apply(params, jnp.asarray((told - centre) / spread, jnp.float32)) * std + mean, np.float32)
+    return lambda x: np.asarray(apply(params, jnp.asarray((x - centre) / spread, jnp.float32)) * std + mean, np.float32)
 
 
 def row_condition(mean: Any) -> Any:
-    """What a linear map predicts a row from: the class's mean feature, its direction, the task's mean and the offset from it, and both
-    squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or traced."""
+    """Features from which a linear map predicts a row: the class's mean feature, its direction, the task's mean and the offset from it,
+    and both squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or traced.
+    """
     xp = jnp if isinstance(mean, jax.Array) else np
     size = xp.mean(mean**2, -1, keepdims=True)
     task = xp.broadcast_to(xp.mean(mean, -2, keepdims=True), mean.shape)

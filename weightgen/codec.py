@@ -231,7 +231,7 @@ class Gate:
         return ""
 
     def check(self, force: bool = False) -> None:
-        """Raises InputError for a fault, unless told to go on."""
+        """Raises InputError for a fault, unless `force`."""
         if self.fault and not force:
             raise InputError(self.fault)
 

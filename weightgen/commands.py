@@ -17,7 +17,7 @@ def families() -> list["Family"]:
 
 
 def demo(seed: int, out: "Path") -> dict[str, Any]:
-    """Classifier heads generated for classes the zoo never saw, beside every baseline."""
+    """Classifier heads generated for classes the zoo never saw, next to every baseline."""
     from weightgen.demo import run
 
     return run(seed, out)

@@ -40,7 +40,7 @@ def run(seed: int, out: Path, cfg: FewShotConfig | None = None) -> dict[str, Any
                 soft_wrap=True,
             )
             results[name] = compare(
-                cfg, tasks, Path(folder) / backend.replace(":", "-"), seed, lambda line: console.print(line, soft_wrap=True)
+                cfg, tasks, Path(folder) / backend.replace(":", "-"), seed=seed, say=lambda line: console.print(line, soft_wrap=True)
             )
             console.print(table(results[name]))
             console.print(judgement(results[name]))

@@ -66,15 +66,15 @@ class Result:
 def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     """Heads for random tasks of seen classes."""
     bank = tasks.seen["support"]
-    classes = draw_tasks(len(bank.names), cfg.members, cfg.ways, np.random.default_rng(seed))
+    classes = draw_tasks(len(bank.names), cfg.members, cfg.ways, rng=np.random.default_rng(seed))
     head = NetConfig("head", features=bank.features.shape[1], classes=cfg.ways)
     spec = head_tokens(head)
-    parts = build(head, lambda a, b: bank.all(classes[a:b], MOST), cfg.members, cfg.fit, seed=seed)
+    parts = build(head, lambda a, b: bank.all(classes[a:b], MOST), cfg.members, fit=cfg.fit, seed=seed)
     weights = np.concatenate([flat(spec, spec.flatten({k: np.asarray(v) for k, v in part.items()})) for part in parts])
     held = tasks.seen["test"]
     x, y = held.all(classes, int(held.counts.max()))
-    heads = Zoo(weights, np.zeros(0), classes, head, spec).tokens(slice(None))
-    return Zoo(weights, head_accuracy(heads, x, y).astype(np.float32), classes, head, spec)
+    heads = Zoo(weights=weights, quality=np.zeros(0), classes=classes, net=head, spec=spec).tokens(slice(None))
+    return Zoo(weights=weights, quality=head_accuracy(heads, x, y).astype(np.float32), classes=classes, net=head, spec=spec)
 
 
 def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
@@ -97,10 +97,14 @@ class Episodes:
     @classmethod
     def of(cls, banks: dict[str, Bank], tasks: int, ways: int, seed: int) -> "Episodes":
         rng = np.random.default_rng([seed, 1])
-        classes = draw_tasks(len(banks["support"].names), tasks, ways, rng)
+        classes = draw_tasks(len(banks["support"].names), tasks, ways, rng=rng)
         parts = {name: bank.all(classes, int(bank.counts.max())) for name, bank in banks.items() if name != "support"}
         return cls(
-            classes, banks["support"].draw(classes, max(SHOTS), rng), banks["support"].all(classes, MOST), parts["select"], parts["test"]
+            classes=classes,
+            support=banks["support"].draw(classes, max(SHOTS), rng),
+            whole=banks["support"].all(classes, MOST),
+            select=parts["select"],
+            test=parts["test"],
         )
 
 
@@ -108,7 +112,7 @@ def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: Any, head: NetConf
     """Gradient descent on the support alone. support: [task, way, shots, feature]."""
     tasks, ways, shots, feature = support.shape
     y = np.broadcast_to(np.repeat(np.arange(ways), shots), (tasks, ways * shots)).astype(np.int32)
-    return trained_heads(support.reshape(tasks, -1, feature), y, cfg, spec, head)
+    return trained_heads(support.reshape(tasks, -1, feature), y, cfg, spec=spec, head=head)
 
 
 def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
@@ -120,7 +124,7 @@ def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: Any, head:
 def _trainer(cfg: FitConfig, head: NetConfig) -> Callable[[np.ndarray, np.ndarray], Any]:
     """Compiled once for each shape of tasks."""
     model, key = net(head), jax.random.key(0)
-    return jax.jit(lambda x, y: fit_population(model, initial_population(model, len(x), "shared", key), x, y, cfg, key))
+    return jax.jit(lambda x, y: fit_population(model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key))
 
 
 def compare(cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Callable[[str], None] = print) -> Result:
@@ -128,9 +132,9 @@ def compare(cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say:
     zoo = build_zoo(cfg, tasks, seed)
     say(f"zoo: {len(zoo):,} heads of {zoo.spec.count} weights, {100 * zoo.quality.mean():.1f} % right on unseen pictures of their classes")
     bank = tasks.seen["support"]
-    generator = train(cfg, zoo, bank, folder, seed)
-    sets = {kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed) for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))}
-    found = codec_gate(cfg, generator, sets["unseen"], zoo)
+    generator = train(cfg, zoo, bank, folder=folder, seed=seed)
+    sets = {kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed=seed) for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))}
+    found = codec_gate(cfg, generator, sets["unseen"], zoo=zoo)
     say(f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip of unseen heads, error {found.error:.3f}")
     found.check()
     known = ZooStatistics.of(zoo, bank, seed)
@@ -172,7 +176,7 @@ class ZooStatistics:
             ridge[shots] = baselines.Ridge.fit(x, y, classes.reshape(-1))
             network[shots] = baselines.hypernetwork(x, y, seed)
         inner = bank.features - np.repeat(bank.means, bank.counts, axis=0)
-        return cls(heads, rows.mean(1), rows, ridge, network, inner.T @ inner / len(inner))
+        return cls(heads=heads, tasks=rows.mean(1), rows=rows, ridge=ridge, network=network, spread=inner.T @ inner / len(inner))
 
 
 def evaluate(
@@ -188,9 +192,9 @@ def evaluate(
     methods = {
         "random head": np.asarray(rng.standard_normal((n, cfg.ways, length)), np.float32),
         "zoo mean": np.broadcast_to(known.heads.mean(0), (n, cfg.ways, length)),
-        "average of 16 zoo heads": baselines.average(flat_zoo, n, 16, rng).reshape(n, cfg.ways, length),
+        "average of 16 zoo heads": baselines.average(flat_zoo, n, 16, rng=rng).reshape(n, cfg.ways, length),
         "Gaussian per weight": baselines.gaussian(flat_zoo, n, rng).reshape(n, cfg.ways, length),
-        "KDE of the best 30 % in latents": kde_heads(generator, zoo, known, n, rng),
+        "KDE of the best 30 % in latents": kde_heads(generator, zoo, known, n=n, rng=rng),
         **{
             f"zoo head + {sigma} noise": known.heads[pick] + sigma * known.heads.std(0) * rng.standard_normal((n, cfg.ways, length))
             for sigma in SIGMAS
@@ -199,16 +203,16 @@ def evaluate(
         "nearest zoo row per class": baselines.nearest_row(mean, known.rows.reshape(-1, mean.shape[-1]), known.heads.reshape(-1, length)),
         "prototype": baselines.prototype(support),
         "linear discriminant": baselines.discriminant(support, known.spread),
-        "gradient descent on the pictures": few_shot_heads(support, cfg.few, zoo.spec, zoo.net),
+        "gradient descent on the pictures": few_shot_heads(support, cfg.few, zoo.spec, head=zoo.net),
         "hypernetwork": known.network[shots](condition.reshape(-1, condition.shape[-1])).reshape(n, cfg.ways, length),
         "ridge": known.ridge[shots](condition.reshape(-1, condition.shape[-1])).reshape(n, cfg.ways, length),
         "trained on all pictures of the classes": trained_heads(*episodes.whole, cfg.fit, zoo.spec, zoo.net),
     }
     by_task = {name: head_accuracy(heads, *episodes.test) for name, heads in methods.items()}
-    samples = sample(cfg, generator, episodes.support, shots, seed)
+    samples = sample(cfg, generator, episodes.support, shots=shots, seed=seed)
     scores = Scores.of(samples, episodes.select, episodes.test)
     # Task i gets the pictures of task i + 1: what is left is what ignores the condition.
-    shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots, seed)[0]
+    shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots=shots, seed=seed)[0]
     by_task |= {"generated, averaged": scores.mean, "generated from another task's pictures": head_accuracy(shuffled, *episodes.test)}
     rows = {name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"} | scores.rows("generated")
     everything = flat(zoo.spec, samples[0])

@@ -16,7 +16,7 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import kernel_macs
 from heirloom.common.typed import from_json
 from weightgen.codec import TokenCodec, TokenVaeConfig
-from weightgen.d2nwg.model import Reference, ReferenceConfig
+from weightgen.d2nwg.model import D2nwg, D2nwgConfig
 from weightgen.generator.conditions import SetConfig, SetOfSets
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.model import Generator
@@ -25,7 +25,7 @@ from weightgen.zoo.data import Bank
 from weightgen.zoo.nets import MODULES, NetConfig
 from weightgen.zoo.zoo import Zoo
 
-COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
+SIDECARS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
 
 
 def config(model: Mapping[str, Any]) -> GeneratorConfig:
@@ -40,8 +40,8 @@ def config(model: Mapping[str, Any]) -> GeneratorConfig:
     return cfg
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
-    for name in COMPANIONS:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
+    for name in SIDECARS:
         if (donor.folder / name).is_file():
             copy(donor.folder / name, destination / name)
 
@@ -70,7 +70,16 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
 def _simple(name: str, module: Any, config: Any) -> Family:
     """A family of ours without foreign formats, whose matmuls each count once."""
 
-    return Family(name, module, lambda model: from_json(config, model), (), companions, verify, parameters, _once)
+    return Family(
+        name=name,
+        module=module,
+        config=lambda model: from_json(config, model),
+        formats=(),
+        companions=sidecars,
+        verify=verify,
+        parameters=parameters,
+        macs=_once,
+    )
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
@@ -78,9 +87,9 @@ def network(cfg: NetConfig, *, rngs: Any) -> Any:
     return MODULES[cfg.kind](cfg, rngs=rngs)
 
 
-def reference_config(model: Mapping[str, Any]) -> ReferenceConfig:
+def d2nwg_config(model: Mapping[str, Any]) -> D2nwgConfig:
     """From the `model` of a config.json."""
-    return from_json(ReferenceConfig, model)
+    return from_json(D2nwgConfig, model)
 
 
 def _once(cfg: Any, spec: Spec) -> int:
@@ -88,12 +97,23 @@ def _once(cfg: Any, spec: Spec) -> int:
     return sum(kernel_macs(spec, [("**", 1)]).values())
 
 
-FAMILY = Family("weightgen", Generator, config, (), companions, verify, parameters, macs)
+GENERATOR = Family(
+    name="weightgen", module=Generator, config=config, formats=(), companions=sidecars, verify=verify, parameters=parameters, macs=macs
+)
 CODEC = _simple("weightgen-codec", TokenCodec, TokenVaeConfig)
 ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
 NETWORK = _simple("weightgen-network", network, NetConfig)
-REFERENCE = Family("weightgen-d2nwg", Reference, reference_config, (), companions, verify, parameters, _once)
-FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK, REFERENCE]
+D2NWG = Family(
+    name="weightgen-d2nwg",
+    module=D2nwg,
+    config=d2nwg_config,
+    formats=(),
+    companions=sidecars,
+    verify=verify,
+    parameters=parameters,
+    macs=_once,
+)
+FAMILIES = [GENERATOR, CODEC, ENCODER, NETWORK, D2NWG]
 
 
 def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, np.ndarray]]:
@@ -105,7 +125,7 @@ def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, n
 
 
 def save_neighbours(folder: Path, zoo: Zoo, seed: int, bank: Bank) -> None:
-    """Write `neighbours.safetensors`: zoo networks that generated ones are held against, up to 1,000 of them or 16 MB, and the mean
+    """Write `neighbours.safetensors`: zoo networks to compare generated ones with, up to 1,000 of them or 16 MB, and the mean
     features of the classes of each."""
     most = min(len(zoo), 1000, max(2**24 // (4 * zoo.spec.count), 2))
     rows = np.sort(np.random.default_rng(seed).choice(len(zoo), most, replace=False))

@@ -14,7 +14,7 @@ from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_config, write_json, write_params
 from heirloom.common.errors import InputError
-from weightgen.formats import FAMILY, NETWORK, REFERENCE
+from weightgen.formats import D2NWG, GENERATOR, NETWORK
 from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import accuracy
 from weightgen.report import report
@@ -33,20 +33,20 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """
     _check(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom generate {donor.path}")
-    _check_out(args.out, donor, args.dataset, args.force)
+    _check_out(args.out, donor, args.dataset, force=args.force)
     if args.dataset and args.task:
         raise InputError("--dataset and --task both say what to make: give one")
     begun = time.perf_counter()
     task = read_pictures(donor, args.dataset, args.seed) if args.dataset else read_words(donor, args.task)
-    drawn = draw_weights(donor, task, how, args.n, args.seed)
+    drawn = draw_weights(donor, task, how, n=args.n, seed=args.seed)
     check_finite(drawn, donor)
-    about = report(donor, task, drawn, how, args.seed)
+    about = report(donor, task, drawn, how=how, seed=args.seed)
     chosen = {"mean": drawn.mean} if args.reduce == "mean" else {f"sample-{i:03d}": tokens for i, tokens in enumerate(drawn.samples)}
     with staged(args.out, force=args.force) as folder:
         folder.mkdir()
         for name, tokens in chosen.items():
             (folder / name).mkdir()
-            _write(folder / name, donor, tokens, task)
+            _write(folder / name, donor, tokens, task=task)
         if task.support:
             Projection.load(donor.folder).save(folder)
         write_json(folder / "report.json", about)
@@ -92,7 +92,7 @@ def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH --data DIR`: of a generator eight samples for these classes, every accuracy named for what it is; of a
-    network it made, its accuracy on all pictures there are, those it was made from included where they lie there."""
+    network it made, its accuracy on all pictures, those it was made from included where the folder has them."""
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
     if donor.family.name == NETWORK.name:
@@ -102,9 +102,9 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
         raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
-    drawn = draw_weights(donor, task, how, 8, 0)
+    drawn = draw_weights(donor, task, how, n=8, seed=0)
     check_finite(drawn, donor)
-    about = report(donor, task, drawn, how, 0)
+    about = report(donor, task, drawn, how=how, seed=0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
     return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items() if value is not None]
 
@@ -122,5 +122,5 @@ def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
 
 
 def _check(donor: Donor) -> None:
-    if donor.family.name not in (FAMILY.name, REFERENCE.name):
+    if donor.family.name not in (GENERATOR.name, D2NWG.name):
         raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe")

@@ -67,7 +67,12 @@ class Scores:
             raise ValueError("select and test are the same pictures: best-of-N on them is an oracle and no score")
         chosen, found = head_accuracy(samples, *select), head_accuracy(samples, *test)
         best = chosen.argmax(0)
-        return cls(found.mean(0), head_accuracy(samples.mean(0), *test), np.take_along_axis(found, best[None], 0)[0], found.max(0))
+        return cls(
+            single=found.mean(0),
+            mean=head_accuracy(samples.mean(0), *test),
+            selected=np.take_along_axis(found, best[None], 0)[0],
+            oracle=found.max(0),
+        )
 
     def rows(self, name: str) -> dict[str, Estimate]:
         return {

@@ -1,4 +1,4 @@
-"""What generated networks are worth: accuracies beside baselines, novelty, diversity."""
+"""The report on generated networks: accuracies next to baselines, novelty, diversity."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,7 +13,7 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from weightgen.baselines import nearest_model, noisy, prototype
-from weightgen.d2nwg.model import ReferenceConfig
+from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import accuracy, disagreement, error_overlap, head_accuracy, nearest_distance
@@ -26,15 +26,15 @@ FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.3), "mlp": FitConfig(60, lr=
 
 
 def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int) -> dict[str, Any]:
-    """Accuracies on what was left over, each named for what it is, beside baselines with a zoo and without; novelty, diversity, and
-    whether the condition is used: None where all classes are told in no order."""
+    """Accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty, diversity, and whether the
+    condition is used: None where the condition does not know the order of classes."""
     cfg: Any = donor.cfg
     about: dict[str, Any] = {
         "classes": list(task.names),
         "condition": f"{task.shots}-shot, 0 gradient steps" if task.support else f"{cfg.condition}, 0 gradient steps",
         "seed": seed,
         # The reference takes all its steps, whatever is asked for.
-        "sample": asdict(SampleConfig("ddpm", cfg.steps) if isinstance(cfg, ReferenceConfig) else how),
+        "sample": asdict(SampleConfig("ddpm", cfg.steps) if isinstance(cfg, D2nwgConfig) else how),
         "parameters": cfg.whole.count,
         "accuracy": None,
     }
@@ -46,15 +46,15 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
     if cfg.net is None:
         known = read_json(donor.folder / "tasks.json")["tasks"]
         note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: their embedding says what is made"}
-        return about | note | {"distance to the task's own networks": _told_apart(donor, task, drawn, zoo, how, seed)}
+        return about | note | {"distance to the task's own networks": _task_distances(donor, task, drawn, zoo=zoo, how=how, seed=seed)}
     if task.support is None or task.select is None or task.test is None:
         return about | {"note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}
     ways, y = len(task.names), task.test.y
     found = labels_of(cfg, drawn.samples, task.test.x)
     scores = accuracy(found, y, ways)
     chosen = int(accuracy(labels_of(cfg, drawn.samples, task.select.x), task.select.y, ways).argmax())
-    turned = draw_weights(donor, replace(task, condition=np.roll(task.condition, 1, axis=1)), how, 1, seed).samples
-    others = _zoo_baselines(donor, task, zoo, rng)
+    turned = draw_weights(donor, replace(task, condition=np.roll(task.condition, 1, axis=1)), how, n=1, seed=seed).samples
+    others = _zoo_baselines(donor, task, zoo, rng=rng)
     alone = trained_on(cfg.net, task.support, seed)
     one: Any = {
         "single sample": scores.mean(),
@@ -63,7 +63,7 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
         "best by test (oracle)": scores.max(),
         "pictures of the wrong classes": accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0] if knows_order(cfg) else None,
         **{name: accuracy(labels_of(cfg, tokens, task.test.x), y, ways).mean() for name, tokens in others.items()},
-        "prototype": head_accuracy(prototype(task.condition[:, :, : task.shots]), task.test.told[None], y[None])[0],
+        "prototype": head_accuracy(prototype(task.condition[:, :, : task.shots]), task.test.features[None], y[None])[0],
         "gradient descent on the pictures": accuracy(predict(cfg.net, alone, task.test.x[None]), y, ways)[0],
         "chance": 1 / ways,
     }
@@ -86,16 +86,16 @@ def labels_of(cfg: Any, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
 def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
     """A network trained on these pictures alone, from scratch: a population of one."""
     model = net(cfg)
-    begin = initial_population(model, 1, "random", jax.random.key(seed))
+    begin = initial_population(model, 1, "random", key=jax.random.key(seed))
     return fit_population(
-        model, begin, jnp.asarray(pictures.x[None]), jnp.asarray(pictures.y[None], jnp.int32), FEW[cfg.kind], jax.random.key(seed)
+        model, begin, jnp.asarray(pictures.x[None]), y=jnp.asarray(pictures.y[None], jnp.int32), cfg=FEW[cfg.kind], key=jax.random.key(seed)
     )
 
 
 def knows_order(cfg: Any) -> bool:
-    """Whether the condition says which class is which. Set Transformers do not, so the same classes in another order are the same to
-    them; a linear prior beside them does."""
-    if isinstance(cfg, ReferenceConfig):
+    """Whether the condition says which class is which. Set Transformers do not: the same classes in another order give the same
+    condition. A linear prior in addition does."""
+    if isinstance(cfg, D2nwgConfig):
         return cfg.encoder != "set"
     return bool(cfg.condition != "set" or cfg.prior == "linear")
 
@@ -104,14 +104,14 @@ def _zoo_baselines(donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np
     """Tokens [n, token, length] by name, of what the zoo gives without diffusion."""
     cfg, weights = donor.cfg, zoo["weights"]
     made = {"zoo mean": weights.mean(0)[None], "zoo networks + 0.04 noise": noisy(weights, 0.04, rng)[:50]}
-    if "told" in zoo:  # class by class: a network for these classes in another order is of no use
-        asked = task.condition[:, :, : task.shots].mean(2)
-        made["nearest zoo network"] = nearest_model(asked.reshape(1, -1), zoo["told"].reshape(len(weights), -1), weights)
+    if "told" in zoo:  # class by class: a network for the same classes in another order does not fit
+        wanted = task.condition[:, :, : task.shots].mean(2)
+        made["nearest zoo network"] = nearest_model(wanted.reshape(1, -1), zoo["told"].reshape(len(weights), -1), weights)
     found = {name: cfg.whole.padded(rows) for name, rows in made.items()}
     if isinstance(cfg, GeneratorConfig) and cfg.prior == "linear":
-        there = np.broadcast_to(np.arange(cfg.shots) < task.shots, task.condition.shape[:3])
+        mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, task.condition.shape[:3])
         params = load_params(donor, start(MeshConfig()))
-        found["ridge"] = np.asarray(donor.model.apply(params, jnp.asarray(task.condition), there, method="expected"))
+        found["ridge"] = np.asarray(donor.model.apply(params, jnp.asarray(task.condition), mask, method="expected"))
     return found
 
 
@@ -120,7 +120,7 @@ def _flat(cfg: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Medians of the L2 distance to the nearest zoo network kept beside the generator: of samples, of these networks, of noisy ones."""
+    """Medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy ones."""
     found = {
         "generated": nearest_distance(weights, zoo),
         "zoo": nearest_distance(zoo, zoo, skip_self=True),
@@ -129,13 +129,13 @@ def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> 
     return {name: float(np.median(distances)) for name, distances in found.items()} | {"of": len(zoo)}
 
 
-def _told_apart(donor: Donor, task: Task, drawn: Drawn, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
-    """Mean L2 distance of samples to the mean of the task's networks, and of samples told another task; None for a task not in the zoo."""
+def _task_distances(donor: Donor, task: Task, drawn: Drawn, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
+    """Mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a task not in the zoo."""
     known = read_json(donor.folder / "tasks.json")["tasks"]
     own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
     if not own.any() or len(known) < 2:
         return None
-    other = draw_weights(donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, len(drawn.samples), seed)
+    other = draw_weights(donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, n=len(drawn.samples), seed=seed)
     centre = zoo["weights"][own].mean(0)
     sets = {"told it": drawn.samples, "told another": other.samples}
     return {name: float(np.linalg.norm(_flat(donor.cfg, tokens) - centre, axis=1).mean()) for name, tokens in sets.items()}

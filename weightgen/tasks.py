@@ -1,4 +1,4 @@
-"""What a generator is asked for, by pictures or in words, and networks drawn for it."""
+"""Tasks for a generator, by pictures or in words, and networks drawn for them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
-from weightgen.d2nwg import model as reference
-from weightgen.d2nwg.model import ReferenceConfig
+from weightgen.d2nwg.model import D2nwgConfig
+from weightgen.d2nwg.model import sample as sample_d2nwg
 from weightgen.generator.sample import SampleConfig, drawer
 from weightgen.zoo.data import Projection, encoder, labelled, shown, text_encoder, thumbnails
 from weightgen.zoo.nets import NetConfig
@@ -24,9 +24,9 @@ WORDS = ("text", "label", "chunk")  # conditions that are no pictures
 
 @dataclass(frozen=True)
 class Pictures:
-    """told: [picture, feature], as the generator sees them; x: as the network does; y: [picture] labels."""
+    """features: [picture, feature], the generator's condition; x: the network's inputs; y: [picture] labels."""
 
-    told: np.ndarray
+    features: np.ndarray
     x: np.ndarray
     y: np.ndarray
 
@@ -64,9 +64,9 @@ def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[st
     if len(names) != cfg.classes:
         raise InputError(f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders")
     records, labels = labelled(source, dataset)
-    told = projection(encoder(projection.backend)([r["image"] for r in records]))
-    seen = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else told
-    return tuple(names), Pictures(told, shown(cfg, seen, labels)[0], labels)
+    features = projection(encoder(projection.backend)([r["image"] for r in records]))
+    inputs = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else features
+    return tuple(names), Pictures(features, shown(cfg, inputs, labels)[0], labels)
 
 
 def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
@@ -76,32 +76,34 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     """
     cfg: Any = donor.cfg
     if cfg.net is None:
-        raise InputError(f"{donor.path} is told by words, not by pictures: give --task")
+        raise InputError(f"{donor.path} takes a task in words, not pictures: give --task")
     names, found = look(dataset, Projection.load(donor.folder), cfg.net)
-    told, x, labels = found.told, found.x, found.y
+    features, x, labels = found.features, found.x, found.y
     rng = np.random.default_rng(seed)
     order = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(names))]
     if empty := [name for name, own in zip(names, order, strict=True) if not len(own)]:
         raise InputError(f"{dataset}/{empty[0]} has no picture")
     shots = min(cfg.shots, *(len(own) for own in order))
-    condition = np.zeros((1, len(names), cfg.shots, told.shape[1]), np.float32)
+    condition = np.zeros((1, len(names), cfg.shots, features.shape[1]), np.float32)
     for c, own in enumerate(order):
-        condition[0, c, :shots] = told[own[:shots]]
+        condition[0, c, :shots] = features[own[:shots]]
     rest = [own[shots:] for own in order]
     deal = [np.concatenate([own[:shots] for own in order]), *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1))]
-    support, select, test = (Pictures(told[rows], x[rows], labels[rows]) for rows in deal)
+    support, select, test = (Pictures(features[rows], x[rows], labels[rows]) for rows in deal)
     enough = min(len(own) for own in rest) >= 2
-    return Task(names, condition, shots, support, select if enough else None, test if enough else None)
+    return Task(
+        names=names, condition=condition, shots=shots, support=support, select=select if enough else None, test=test if enough else None
+    )
 
 
 def read_words(donor: Donor, task: str) -> Task:
-    """A task in words: embedded where the generator is told by text, else one of the zoo's. Chunks need none.
+    """A task in words: embedded for the condition text, else one of the zoo's. Chunks need none.
 
-    Raises InputError for a generator told by pictures, and for a task the zoo has not.
+    Raises InputError for a generator that takes pictures, and for a task the zoo has not.
     """
     cfg: Any = donor.cfg
-    if isinstance(cfg, ReferenceConfig) or cfg.condition not in WORDS:
-        raise InputError(f"{donor.path} is told by pictures: give --dataset, a folder with a sub-folder for each class")
+    if isinstance(cfg, D2nwgConfig) or cfg.condition not in WORDS:
+        raise InputError(f"{donor.path} takes pictures, not words: give --dataset, a folder with a sub-folder for each class")
     if cfg.condition == "chunk":
         if task:
             raise InputError(f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out")
@@ -124,13 +126,13 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     cfg, items = donor.cfg, len(task.condition)
     params = load_params(donor, start(MeshConfig()))
     condition = np.tile(task.condition, (n, 1, 1, 1))
-    there = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
+    mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
     key = jax.random.key(seed)
-    if isinstance(cfg, ReferenceConfig):
+    if isinstance(cfg, D2nwgConfig):
         # Its sampler is its own: all steps, no guidance, and noise that depends on n.
-        weights = reference.sample(donor.model, cfg, params["k"], params, jnp.asarray(condition[:, :, : task.shots]), key)
+        weights = sample_d2nwg(donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key)
         samples = cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
         return Drawn(samples, samples.mean(0))
-    rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, there, key, np.arange(n * items)))
+    rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, mask, key, np.arange(n * items)))
     samples = rows.reshape(n, items * rows.shape[1], -1)
     return Drawn(samples, samples.mean(0))

@@ -202,7 +202,15 @@ def chunks(tree: Any, length: int | None = None, *, select: str = "") -> TokenSp
 
 def one_chunk(spec: TokenSpec) -> TokenSpec:
     """A single row of a cut, as a network of its own."""
-    return TokenSpec((Piece("chunk", (spec.length,), (0,), 0, 1, 0, spec.length, spec.length, 1),), 1, spec.length)
+    return TokenSpec(
+        (
+            Piece(
+                path="chunk", shape=(spec.length,), order=(0,), first=0, rows=1, column=0, width=spec.length, fan_in=spec.length, fan_out=1
+            ),
+        ),
+        1,
+        spec.length,
+    )
 
 
 def neurons(spec: Spec) -> TokenSpec:
@@ -221,7 +229,19 @@ def neurons(spec: Spec) -> TokenSpec:
             if rows is not None and units != rows:
                 first, column = first + rows, 0
             rows, width = units, prod(leaf.shape[i] for i in read)
-            pieces.append(Piece(path, leaf.shape, (*out, *read), first, rows, column, width, leaf.extent("read"), leaf.extent("write")))
+            pieces.append(
+                Piece(
+                    path=path,
+                    shape=leaf.shape,
+                    order=(*out, *read),
+                    first=first,
+                    rows=rows,
+                    column=column,
+                    width=width,
+                    fan_in=leaf.extent("read"),
+                    fan_out=leaf.extent("write"),
+                )
+            )
             column += width
         first += rows or 0
     return TokenSpec(tuple(pieces), first, max(piece.column + piece.width for piece in pieces))

@@ -80,4 +80,4 @@ def match(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0
 
 def align(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0) -> dict[str, np.ndarray]:
     """`tree` in the order that matches `reference`."""
-    return permute(tree, groups, match(reference, tree, groups, seed))
+    return permute(tree, groups, match(reference, tree, groups, seed=seed))

@@ -81,7 +81,7 @@ def reference_text(vocab: int = 2048) -> Text:
     """The language reference in byte-pair tokens fitted to its first 80 %; the last tenths are for selecting and testing."""
     tokenizer, parts = _reference(vocab)
     train, select, test = (np.array(tokenizer.encode(part).ids, np.int32) for part in parts)
-    return Text(train, select, test, tokenizer.get_vocab_size())
+    return Text(train=train, select=select, test=test, vocab=tokenizer.get_vocab_size())
 
 
 def module_texts(vocab: int = 2048, least: int = 4000) -> dict[str, Text]:
@@ -92,7 +92,7 @@ def module_texts(vocab: int = 2048, least: int = 4000) -> dict[str, Text]:
         ids = np.array(tokenizer.encode(file.read_text(encoding="utf-8")).ids, np.int32)
         if len(ids) >= least:
             train, select, test = np.split(ids, [len(ids) // 2, 3 * len(ids) // 4])
-            found[file.stem] = Text(train, select, test, vocab)
+            found[file.stem] = Text(train=train, select=select, test=test, vocab=vocab)
     return found
 
 
@@ -129,7 +129,7 @@ def train(model: Functional, cfg: GptConfig, text: np.ndarray, steps: int, *, ba
 
     state, rng = optimizer.init(params), np.random.default_rng(seed)
     for _ in range(steps):
-        params, state = step(params, state, windows_of(text, cfg.context + 1, (batch,), rng))
+        params, state = step(params, state, windows_of(text, cfg.context + 1, (batch,), rng=rng))
     return params
 
 

@@ -112,7 +112,7 @@ def greedy(params: Params, names: Sequence[str], propose: Propose, select: Score
         if kept:
             params, score = trial[best], scores[best]
             accepted.append(params)
-    return Found(params, score, tuple(steps), tuple(accepted), trials)
+    return Found(params=params, score=score, steps=tuple(steps), accepted=tuple(accepted), trials=trials)
 
 
 def _tensor(params: Params, name: str) -> np.ndarray:

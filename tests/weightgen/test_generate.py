@@ -12,7 +12,7 @@ from heirloom.common.cli import main
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.parameters import save_params
 from weightgen.codec import TokenCodec, TokenVaeConfig
-from weightgen.d2nwg.model import ReferenceConfig
+from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.formats import CODEC, ENCODER
 from weightgen.generator.conditions import SetConfig, SetOfSets
 from weightgen.generator.config import GeneratorConfig
@@ -147,7 +147,7 @@ def unfit(tmp_path_factory):
     folder, rng, cfg = tmp_path_factory.mktemp("unfit"), np.random.default_rng(0), NetConfig(features=4, classes=2)
     bank, spec = Bank.of(rng.standard_normal((12, 4)).astype(np.float32), np.repeat(np.arange(3), 4), list("abc")), head_tokens(cfg)
     weights = rng.standard_normal((10, spec.count)).astype(np.float32)
-    Zoo(weights, np.ones(10, np.float32), draw_tasks(3, 10, 2, rng), cfg, spec).save(folder / "zoo", beside=bank.save)
+    Zoo(weights, np.ones(10, np.float32), draw_tasks(3, 10, 2, rng), cfg, spec).save(folder / "zoo", sidecars=bank.save)
     parts = {"OTHER": (CODEC, TokenCodec, TokenVaeConfig(5, 7, latent=2, width=8, layers=1)), "SETS": (ENCODER, SetOfSets, SETS)}
     for name, (family, module, part) in parts.items():
         zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in functional(module, part).spec.items()}
@@ -172,7 +172,7 @@ def test_a_condition_without_order_is_not_judged_by_turning_it():
     told = {condition: GeneratorConfig(condition=condition, prior="none") for condition in ("set", "mlp", "per_class")}
     assert [knows_order(cfg) for cfg in told.values()] == [False, True, True]
     assert knows_order(GeneratorConfig(condition="set")), "a linear prior knows it"
-    assert not knows_order(ReferenceConfig(encoder="set")) and knows_order(ReferenceConfig())
+    assert not knows_order(D2nwgConfig(encoder="set")) and knows_order(D2nwgConfig())
 
 
 def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):

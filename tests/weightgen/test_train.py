@@ -12,7 +12,7 @@ from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.optim import OptimConfig, decayed
 from heirloom.common.train.step import StepConfig
 from weightgen import train
-from weightgen.d2nwg.train import ADAMW, ReferenceRecipe
+from weightgen.d2nwg.train import ADAMW, D2nwgRecipe
 from weightgen.train import LoopConfig, check_batch, fit, on_first, placed
 from weightgen.zoo.nets import NetConfig, net
 
@@ -35,7 +35,7 @@ def test_micro_batches_must_divide_too():
     with pytest.raises(InputError, match=r"a batch of 24 .* 8 devices .* x 2 micro-batches: set batch to a multiple of 16, such as 16"):
         check_batch(LoopConfig(batch=24, step=StepConfig(accumulate=2)), mesh)
     with pytest.raises(InputError, match=r"stage1\.mesh and stage2\.mesh differ"):
-        ReferenceRecipe(stage1=LoopConfig(mesh=MeshConfig(fsdp=2)))
+        D2nwgRecipe(stage1=LoopConfig(mesh=MeshConfig(fsdp=2)))
 
 
 def test_a_training_goes_on_on_another_mesh(tmp_path):
@@ -89,14 +89,14 @@ def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):
 
 def test_the_released_adamw_decays_every_parameter_it_trains():
     from heirloom.common.nn.functional import functional
-    from weightgen.d2nwg.model import Reference, ReferenceConfig
+    from weightgen.d2nwg.model import D2nwg, D2nwgConfig
     from weightgen.d2nwg.unet import UnetConfig
     from weightgen.d2nwg.vae import VaeConfig
     from weightgen.generator.conditions import SetConfig
 
     vae = VaeConfig(length=10, fdim=64, resolution=8, channels=8, multiples=(1,), blocks=1, latent=1)
     unet = UnetConfig(size=8, channels=8, multiples=(1,), attention=(8,), groups=4)
-    cfg = ReferenceConfig(vae, unet, "set", SetConfig(6, hidden=8, inducing=4, out=8))
-    spec = {path: leaf for path, leaf in functional(Reference, cfg).spec.items() if path.startswith(("unet/", "condition/"))}
+    cfg = D2nwgConfig(vae, unet, "set", SetConfig(6, hidden=8, inducing=4, out=8))
+    spec = {path: leaf for path, leaf in functional(D2nwg, cfg).spec.items() if path.startswith(("unet/", "condition/"))}
     found = decayed(ADAMW, spec)
     assert all(found.values()) and any(path.endswith("bias") for path in found)

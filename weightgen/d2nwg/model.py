@@ -27,7 +27,7 @@ Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
+class D2nwgConfig:
     """The base config of the release: 2,864 weights, 1,024 latents."""
 
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -60,10 +60,10 @@ class ReferenceConfig:
             raise InputError(f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change unet.size")
 
 
-class Reference(nnx.Module):
+class D2nwg(nnx.Module):
     """Autoencoder, condition and UNet. weights: [batch, rows * length]; support: [batch, class, picture, feature]; images NHWC."""
 
-    def __init__(self, cfg: ReferenceConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: D2nwgConfig, *, rngs: nnx.Rngs):
         cells = cfg.unet.size**2
         self.vae = ConvVae(cfg.vae, rngs=rngs)
         if cfg.encoder == "mlp":
@@ -90,16 +90,14 @@ class Reference(nnx.Module):
         row, col, latent = self.cfg.vae.latent_shape
         return self.vae.decode(jnp.moveaxis(image.reshape(len(image), latent, row, col), 1, -1)) * self.cfg.scale
 
-    def told(self, support: jax.Array) -> jax.Array:
+    def embed(self, support: jax.Array) -> jax.Array:
         return self.condition(support).reshape(len(support), self.cfg.unet.size, self.cfg.unet.size, 1)
 
-    def predict(self, noisy: jax.Array, t: jax.Array, told: jax.Array) -> jax.Array:
-        return self.unet(noisy, t, told)
+    def predict(self, noisy: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        return self.unet(noisy, t, condition)
 
 
-def stage1_loss(
-    model: Functional, cfg: ReferenceConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6
-) -> jax.Array:
+def stage1_loss(model: Functional, cfg: D2nwgConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6) -> jax.Array:
     """The autoencoder's loss on weights [batch, count]."""
     back, posterior = model.apply(params, weights, key, method="reconstruct")
     return vae_loss(weights / cfg.scale, back, posterior, beta=beta)
@@ -111,7 +109,7 @@ def latent_scale(model: Functional, params: Params, weights: jax.Array, key: jax
 
 
 def stage2_loss(
-    model: Functional, cfg: ReferenceConfig, k: jax.Array, params: Params, weights: jax.Array, support: jax.Array, key: jax.Array
+    model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, weights: jax.Array, support: jax.Array, key: jax.Array
 ) -> jax.Array:
     """Mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition encoder does."""
     posterior, times, noises = jax.random.split(key, 3)
@@ -119,19 +117,19 @@ def stage2_loss(
     clean = k * jax.lax.stop_gradient(model.apply(params, weights, posterior, method="latents"))
     step = jax.random.randint(times, (len(clean),), 0, len(schedule))
     noise = jax.random.normal(noises, clean.shape)
-    told = model.apply(params, support, method="told")
-    found = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], told, method="predict")
+    condition = model.apply(params, support, method="embed")
+    found = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], condition, method="predict")
     return jnp.mean(jnp.square(found - noise))
 
 
-def sample(model: Functional, cfg: ReferenceConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array) -> jax.Array:
+def sample(model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array) -> jax.Array:
     """Weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the condition is encoded once."""
     sampler = ddpm(scaled_linear_schedule(cfg.steps))
-    told = model.apply(params, support, method="told")
+    condition = model.apply(params, support, method="embed")
     time = jnp.asarray(sampler.time, jnp.float32)
 
     def denoise(x: jax.Array, i: jax.Array) -> Prediction:
-        noise = model.apply(params, x, jnp.full(len(x), time[i]), told, method="predict")
+        noise = model.apply(params, x, jnp.full(len(x), time[i]), condition, method="predict")
         return Prediction(noise, -jnp.ones_like(x))  # -1: the smaller of both variances, the posterior's
 
     start, steps = jax.random.split(key)

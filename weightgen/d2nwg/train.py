@@ -17,14 +17,14 @@ from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import gathered, save_params
 from heirloom.common.train.step import StepConfig
 from weightgen.codec import GateConfig, left_out, measure
-from weightgen.d2nwg.model import Reference, ReferenceConfig, latent_scale, stage1_loss, stage2_loss
+from weightgen.d2nwg.model import D2nwg, D2nwgConfig, latent_scale, stage1_loss, stage2_loss
 from weightgen.d2nwg.unet import UnetConfig
 from weightgen.d2nwg.vae import VaeConfig
-from weightgen.formats import REFERENCE, save_neighbours
+from weightgen.formats import D2NWG, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.train import LoopConfig, Stage, begin, check_batch, fit, generator_batches, placed
 from weightgen.zoo.data import Bank, Projection
-from weightgen.zoo.zoo import Zoo, flat, open_told, open_zoo, pictures_of
+from weightgen.zoo.zoo import Zoo, flat, open_with_bank, open_zoo, pictures_of
 
 # Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which decays biases and norms
 # as well. Samples are not drawn from an average.
@@ -42,7 +42,7 @@ ADAMW = OptimConfig(
 
 
 @dataclass(frozen=True)
-class ReferenceRecipe(Stage):
+class D2nwgRecipe(Stage):
     """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes.
 
     Deviation: both stages take a number of steps and keep the last state; the release takes epochs (3,000 and 1,000 at most) and keeps the
@@ -65,21 +65,31 @@ class ReferenceRecipe(Stage):
     chain: int = 1024
     """Steps of the diffusion, all of which are taken to draw."""
     gate: GateConfig = field(default_factory=GateConfig)
-    stage1: LoopConfig = field(default_factory=lambda: LoopConfig(50_000, 64, ADAM, StepConfig()))
-    stage2: LoopConfig = field(default_factory=lambda: LoopConfig(100_000, 64, ADAMW, StepConfig()))
+    stage1: LoopConfig = field(default_factory=lambda: LoopConfig(steps=50_000, batch=64, optim=ADAM, step=StepConfig()))
+    stage2: LoopConfig = field(default_factory=lambda: LoopConfig(steps=100_000, batch=64, optim=ADAMW, step=StepConfig()))
 
     def __post_init__(self) -> None:
         positive(self, "shots", "chain")
         if self.stage1.mesh != self.stage2.mesh:
             raise InputError("stage1.mesh and stage2.mesh differ: both stages run on one mesh, give the two the same sizes")
 
-    def config(self, zoo: Zoo, bank: Bank) -> ReferenceConfig:
+    def config(self, zoo: Zoo, bank: Bank) -> D2nwgConfig:
         if zoo.net is None:
             raise InputError(f"{self.zoo} is of imported checkpoints, without pictures: heirloom train weightgen/generator takes them")
         features = replace(self.features, features=bank.features.shape[1])
         vae = replace(self.vae, length=-(-zoo.spec.count // self.vae.rows))
         slots = self.shots * zoo.classes.shape[1]
-        return ReferenceConfig(vae, self.unet, self.encoder, features, slots, self.scale, self.chain, zoo.net, self.shots)
+        return D2nwgConfig(
+            vae=vae,
+            unet=self.unet,
+            encoder=self.encoder,
+            features=features,
+            slots=slots,
+            scale=self.scale,
+            steps=self.chain,
+            net=zoo.net,
+            shots=self.shots,
+        )
 
     def train(self, directory: Path) -> None:
         run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), begin(self.stage1)
@@ -87,9 +97,9 @@ class ReferenceRecipe(Stage):
         if run.finished(self.stage2.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        zoo, bank = open_told(folder)
+        zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
-        model = functional(Reference, cfg)
+        model = functional(D2nwg, cfg)
         points = LEARNED_POINTS if self.encoder == "set" else ()
         fresh = model.init(jax.random.key(self.stage1.seed)) | {"k": jnp.float32(1)}
 
@@ -106,10 +116,13 @@ class ReferenceRecipe(Stage):
             Run.open(directory / "stage_1", to_json(self)),
             self.stage1,
             mesh,
-            model.spec,
-            lambda: fresh,
-            lambda params, batch, key, frozen: (stage1_loss(model, cfg, params, batch["weights"], key, self.beta), {}),
-            placed(weights, mesh, self.stage1.seed),
+            spec=model.spec,
+            init=lambda: fresh,
+            loss=lambda params, batch, key, frozen: (
+                stage1_loss(model, cfg, params, weights=batch["weights"], key=key, beta=self.beta),
+                {},
+            ),
+            data=placed(weights, mesh, self.stage1.seed),
             frozen=("k", "unet/**", "condition/**"),
             no_decay=points,
         )
@@ -119,33 +132,33 @@ class ReferenceRecipe(Stage):
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
             return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
 
-        measure(self.gate, zoo, pictures_of(self.zoo), code, self.stage1.seed)
+        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.stage1.seed)
         first = weights(np.random.default_rng([self.stage2.seed, 0]))["weights"]
-        params = autoencoder | {"k": latent_scale(model, autoencoder, jnp.asarray(first), jax.random.key(self.stage2.seed))}
-        batches = generator_batches(zoo, bank, self.shots, self.stage2, mesh)
+        params = autoencoder | {"k": latent_scale(model, autoencoder, jnp.asarray(first), key=jax.random.key(self.stage2.seed))}
+        batches = generator_batches(zoo, bank, self.shots, cfg=self.stage2, mesh=mesh)
 
         def value(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             tokens = batch["tokens"][:, zoo.spec.mask]
             vector = jnp.pad(tokens, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - tokens.shape[1])))
             # All pictures count: the released encoders are always given as many.
-            return stage2_loss(model, cfg, params["k"], params, vector, batch["support"], key), {}
+            return stage2_loss(model, cfg, params["k"], params=params, weights=vector, support=batch["support"], key=key), {}
 
-        def beside(out: Path) -> None:
-            save_neighbours(out, zoo, self.stage2.seed, bank)
+        def sidecars(out: Path) -> None:
+            save_neighbours(out, zoo, self.stage2.seed, bank=bank)
             Projection.load(folder).save(out)
 
-        save = partial(save_params, run.model, REFERENCE.name, cfg)
+        save = partial(save_params, run.model, D2NWG.name, cfg)
         fit(
             run,
             self.stage2,
             mesh,
-            model.spec,
-            lambda: params,
-            value,
-            batches,
+            spec=model.spec,
+            init=lambda: params,
+            loss=value,
+            data=batches,
             frozen=("k", "vae/**"),
-            save=lambda params: save(params, beside, force=True),
+            save=lambda params: save(params, sidecars, force=True),
         )
 
     def describe(self) -> Any:
-        return REFERENCE, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))
+        return D2NWG, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))

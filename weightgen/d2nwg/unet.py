@@ -40,14 +40,14 @@ Resample = Literal["none", "up", "down"]
 class ResBlock(nnx.Module):
     """Norm, SiLU, conv; norm scaled and shifted by time, SiLU, conv that starts at zero. x: [batch, row, col, channel]."""
 
-    def __init__(self, read: int, written: int, embed: int, groups: int, resample: Resample = "none", *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(read, groups=groups, eps=EPS, rngs=rngs)
-        self.conv1 = Conv(read, written, rngs=rngs)
-        sizes = {"time": embed, "part": 2, "channel": written}
+    def __init__(self, in_channels: int, out_channels: int, embed: int, groups: int, resample: Resample = "none", *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(in_channels, groups=groups, eps=EPS, rngs=rngs)
+        self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
+        sizes = {"time": embed, "part": 2, "channel": out_channels}
         self.time = Dense("time -> part channel", sizes, bias=uniform_fan_in, rngs=rngs)
-        self.norm2 = GroupNorm(written, groups=groups, eps=EPS, rngs=rngs)
-        self.conv2 = Conv(written, written, init=zeros, bias=zeros, rngs=rngs)
-        self.skip = Conv(read, written, size=1, rngs=rngs) if read != written else None
+        self.norm2 = GroupNorm(out_channels, groups=groups, eps=EPS, rngs=rngs)
+        self.conv2 = Conv(out_channels, out_channels, init=zeros, bias=zeros, rngs=rngs)
+        self.skip = Conv(in_channels, out_channels, size=1, rngs=rngs) if in_channels != out_channels else None
         self.resample = resample
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
@@ -102,8 +102,8 @@ class Unet(nnx.Module):
         self.time_down = Dense("embed -> embed", {"embed": embed}, bias=uniform_fan_in, rngs=rngs)
         self.enter = Conv(cfg.read, width, rngs=rngs)
 
-        def res(read: int, written: int, resample: Resample = "none") -> ResBlock:
-            return ResBlock(read, written, embed, cfg.groups, resample, rngs=rngs)
+        def res(in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
+            return ResBlock(in_channels, out_channels, embed, groups=cfg.groups, resample=resample, rngs=rngs)
 
         def attend(channels: int, rate: int) -> ImageAttention | None:
             return ImageAttention(channels, cfg.heads, cfg.groups, rngs=rngs) if rate in cfg.attention else None

@@ -51,12 +51,12 @@ class VaeConfig:
 
 
 class VaeBlock(nnx.Module):
-    def __init__(self, read: int, written: int, *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(read, groups=GROUPS, eps=EPS, rngs=rngs)
-        self.conv1 = Conv(read, written, rngs=rngs)
-        self.norm2 = GroupNorm(written, groups=GROUPS, eps=EPS, rngs=rngs)
-        self.conv2 = Conv(written, written, rngs=rngs)
-        self.skip = Conv(read, written, size=1, rngs=rngs) if read != written else None
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(in_channels, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
+        self.norm2 = GroupNorm(out_channels, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv2 = Conv(out_channels, out_channels, rngs=rngs)
+        self.skip = Conv(in_channels, out_channels, size=1, rngs=rngs) if in_channels != out_channels else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.conv1(jax.nn.silu(self.norm1(x)))

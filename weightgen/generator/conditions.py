@@ -1,4 +1,4 @@
-"""What the generator is told: sets of picture features by class, text, labels of chunks."""
+"""Encoders of the condition: sets of picture features by class, text, labels of chunks."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Condition(NamedTuple):
 class PerClass(nnx.Module):
     """A token for each class from its pictures, and their mean for the task: equivariant to the order of classes.
 
-    x: [batch, class, picture, feature]; there: [batch, class, picture] bool, which pictures count. Invariant to their order.
+    x: [batch, class, picture, feature]; mask: [batch, class, picture] bool, which pictures count. Invariant to their order.
     """
 
     def __init__(self, features: int, embed: int, *, rngs: nnx.Rngs):
@@ -36,8 +36,8 @@ class PerClass(nnx.Module):
         self.count = Dense("one -> embed", sizes | {"one": 1}, init=normal(0.02), bias=None, rngs=rngs)
         self.whole = Dense("embed -> embed", sizes, rngs=rngs)
 
-    def __call__(self, x: jax.Array, there: jax.Array) -> Condition:
-        weight = there[..., None].astype(x.dtype)
+    def __call__(self, x: jax.Array, mask: jax.Array) -> Condition:
+        weight = mask[..., None].astype(x.dtype)
         seen = weight.sum(2)
         count = jnp.maximum(seen, 1)
         mean = (x * weight).sum(2) / count
@@ -65,16 +65,16 @@ class SetConfig:
 
 
 class Mab(nnx.Module):
-    """Multihead attention block of the Set Transformer. query: [batch, q, read]; key: [batch, k, other]; returns [batch, q, hidden].
+    """Multihead attention block of the Set Transformer. query: [batch, q, query_in]; key: [batch, k, key_in]; returns [batch, q, hidden].
 
     The residual is the projected query, and scores are divided by the root of the whole width, as the released code does.
     """
 
-    def __init__(self, read: int, other: int, hidden: int, heads: int, *, rngs: nnx.Rngs):
-        sizes: Sizes = {"read": read, "other": other, "embed": hidden, "head": heads, "head_dim": hidden // heads}
-        self.query = Dense("read -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
-        self.key = Dense("other -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
-        self.value = Dense("other -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
+    def __init__(self, query_in: int, key_in: int, hidden: int, heads: int, *, rngs: nnx.Rngs):
+        sizes: Sizes = {"query_in": query_in, "key_in": key_in, "embed": hidden, "head": heads, "head_dim": hidden // heads}
+        self.query = Dense("query_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
+        self.key = Dense("key_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
+        self.value = Dense("key_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
         self.out = Dense("embed -> embed", sizes, bias=uniform_fan_in, rngs=rngs)
         self.hidden = hidden
 
@@ -93,12 +93,15 @@ class SetTransformer(nnx.Module):
         h, heads = cfg.hidden, cfg.heads
         init: Init = XAVIER
         self.points1 = param("inducing -> embed", {"inducing": cfg.inducing, "embed": h}, init, rngs)
-        self.to_points1, self.from_points1 = Mab(h, cfg.features, h, heads, rngs=rngs), Mab(cfg.features, h, h, heads, rngs=rngs)
+        self.to_points1, self.from_points1 = (
+            Mab(h, cfg.features, h, heads=heads, rngs=rngs),
+            Mab(cfg.features, h, h, heads=heads, rngs=rngs),
+        )
         self.points2 = param("inducing -> embed", {"inducing": cfg.inducing, "embed": h}, init, rngs)
-        self.to_points2, self.from_points2 = Mab(h, h, h, heads, rngs=rngs), Mab(h, h, h, heads, rngs=rngs)
+        self.to_points2, self.from_points2 = Mab(h, h, h, heads=heads, rngs=rngs), Mab(h, h, h, heads=heads, rngs=rngs)
         self.seed = param("inducing -> embed", {"inducing": 1, "embed": h}, init, rngs)
-        self.pool = Mab(h, h, h, heads, rngs=rngs)
-        self.mix1, self.mix2 = Mab(h, h, h, heads, rngs=rngs), Mab(h, h, h, heads, rngs=rngs)
+        self.pool = Mab(h, h, h, heads=heads, rngs=rngs)
+        self.mix1, self.mix2 = Mab(h, h, h, heads=heads, rngs=rngs), Mab(h, h, h, heads=heads, rngs=rngs)
         self.out = Dense("embed -> out", {"embed": h, "out": cfg.out}, bias=uniform_fan_in, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -15,18 +15,18 @@ from weightgen.zoo.zoo import head_tokens
 FULL = 1000  # steps of the default schedule
 
 
-Told = Literal["per_class", "set", "mlp", "text", "label", "chunk"]
+ConditionKind = Literal["per_class", "set", "mlp", "text", "label", "chunk"]
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """A generator of the weights of one architecture, told by pictures of classes, by words, or by a number."""
+    """A generator of the weights of one architecture; its condition is pictures of classes, words, or a number."""
 
     net: NetConfig | None = field(default_factory=NetConfig)
     """None: checkpoints of others, cut as `cut` says."""
     latent: int = 48
     """Numbers a token is coded in."""
-    condition: Told = "per_class"
+    condition: ConditionKind = "per_class"
     """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not know the order;
     mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the tasks of the zoo;
     chunk: the number of the chunk, each drawn by itself."""
@@ -36,7 +36,7 @@ class GeneratorConfig:
     """linear: a ridge map from the condition to the weights, fitted before; diffusion then models what it leaves."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     told: int = 0
-    """Features of the pictures in the condition, or of a text; 0: as many as the network has inputs."""
+    """Condition feature size: of a picture or a text; 0: as many as the network has inputs."""
     schedule: Literal["linear", "scaled_linear"] = "linear"
     """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
     cut: TokenSpec | None = None
@@ -45,7 +45,7 @@ class GeneratorConfig:
     encoder: SetConfig | None = None
     """Sizes of the Set Transformers of the condition `set`; None: the released ones."""
     labels: int = 0
-    """Tasks or chunks there are."""
+    """Number of tasks or chunks, of the conditions label and chunk."""
 
     def __post_init__(self) -> None:
         positive(self, "latent", "shots")
@@ -68,7 +68,7 @@ class GeneratorConfig:
 
     @property
     def features(self) -> int:
-        """Numbers a picture or a text is told in."""
+        """Condition feature size."""
         return self.told or (self.net.features if self.net else 0)
 
     @property
@@ -83,7 +83,7 @@ class GeneratorConfig:
 
     @property
     def by_row(self) -> bool:
-        """Rows of a head are exchangeable where each is told its class; other tokens are known by their place."""
+        """Whether tokens are exchangeable rows of a head, each with the condition of its class; other tokens are known by their place."""
         placed = self.codec is not None and self.codec.order == "ordered"
         return self.net is not None and self.net.kind == "head" and self.condition == "per_class" and not placed
 

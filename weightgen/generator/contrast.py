@@ -15,7 +15,7 @@ MOST = log(100)  # of the learned scale's logarithm, as in CLIP
 
 
 class Aligned(nnx.Module):
-    """A data-set encoder with what its loss learns beside it: a temperature from 0.07 down to 0.01 (info_nce), a scale from 10 up to 100
+    """A data-set encoder with the scalars its loss learns: a temperature from 0.07 down to 0.01 (info_nce), a scale from 10 up to 100
     and a bias from -10 (siglip), nothing (soft_target, as released)."""
 
     def __init__(self, cfg: SetConfig, loss: Loss, *, rngs: nnx.Rngs):

@@ -28,8 +28,8 @@ def loss(
         step = jax.random.randint(times, (len(clean),), 0, len(schedule))
         noise = jax.random.normal(noises, clean.shape)
         kept = jax.random.uniform(drops, (len(clean), 1, 1)) >= dropout
-        there = seen & kept
-        predicted = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], there)
+        mask = seen & kept
+        predicted = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], mask)
         alpha, sigma = _alpha_sigma(schedule, step)
         error = jnp.mean(jnp.square(predicted - (alpha * noise - sigma * clean)))
         return error, {}

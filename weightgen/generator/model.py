@@ -52,7 +52,7 @@ class WholePrior(nnx.Module):
 class Generator(nnx.Module):
     """Latents, noise and pictures to a prediction. Tokens are the network's neurons, [batch, token, length].
 
-    support: [batch, class, shots, feature]; there: [batch, class, shots] bool; none at all is how guidance asks without a condition.
+    support: [batch, class, shots, feature]; mask: [batch, class, shots] bool, which pictures count; all False: unconditional.
     """
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
@@ -63,48 +63,49 @@ class Generator(nnx.Module):
         prior = RowPrior if cfg.by_row else WholePrior
         self.prior: Any = prior(cfg, rngs=rngs) if cfg.prior == "linear" else None
         latent = cfg.latent if cfg.codec is None else cfg.codec.latent
-        self.denoiser = TokenDit(cfg.denoiser, latent, spec.rows, "exchangeable" if cfg.by_row else "ordered", rngs=rngs)
+        self.denoiser = TokenDit(cfg.denoiser, latent, spec.rows, order="exchangeable" if cfg.by_row else "ordered", rngs=rngs)
         self.rows = spec.rows
         self.first_class = next((piece.first for piece in spec.pieces if piece.path == "out/kernel"), 0)
         self.cfg = cfg
 
-    def __call__(self, noisy: jax.Array, t: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
-        return self.denoiser(noisy, t, self.embed(support, there))
+    def __call__(self, noisy: jax.Array, t: jax.Array, support: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.denoiser(noisy, t, self.embed(support, mask))
 
-    def embed(self, support: jax.Array, there: jax.Array) -> Condition:
+    def embed(self, support: jax.Array, mask: jax.Array) -> Condition:
+        """The condition for the denoiser."""
         cfg = self.cfg
         if cfg.condition in ("label", "chunk"):
-            number = jnp.where(there[:, 0, 0], support[:, 0, 0, 0].astype(jnp.int32), cfg.labels)
+            number = jnp.where(mask[:, 0, 0], support[:, 0, 0, 0].astype(jnp.int32), cfg.labels)
             return Condition(None, self.condition(number))
         if cfg.condition == "text":
-            return Condition(None, self.condition(support[:, 0, 0] * there[:, 0, 0, None]))
+            return Condition(None, self.condition(support[:, 0, 0] * mask[:, 0, 0, None]))
         if cfg.condition != "per_class":
-            return Condition(None, self.condition(support * there[..., None]))
-        found = self.condition(support, there)
+            return Condition(None, self.condition(support * mask[..., None]))
+        found = self.condition(support, mask)
         if cfg.by_row:
             return found
         if cfg.net is None:
             return Condition(None, found.whole)
-        # The rows of the last layer are the classes; the other neurons are told the task as a whole.
+        # The rows of the last layer are the classes; the other neurons get the condition of the whole task.
         before = self.first_class
         return Condition(jnp.pad(found.tokens, ((0, 0), (before, self.rows - before - cfg.ways), (0, 0))), found.whole)
 
-    def predict(self, noisy: jax.Array, t: jax.Array, told: Condition) -> jax.Array:
-        return self.denoiser(noisy, t, told)
+    def predict(self, noisy: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+        return self.denoiser(noisy, t, condition)
 
-    def expected(self, support: jax.Array, there: jax.Array) -> jax.Array:
-        """What the prior says of the tokens, [batch, token, length]; 0 without one."""
+    def expected(self, support: jax.Array, mask: jax.Array) -> jax.Array:
+        """The prior's prediction of the tokens, [batch, token, length]; 0 without a prior."""
         if self.prior is None:
             return jnp.zeros(())
-        count = there.sum(2)
-        mean = (support * there[..., None]).sum(2) / jnp.maximum(count, 1)[..., None]
+        count = mask.sum(2)
+        mean = (support * mask[..., None]).sum(2) / jnp.maximum(count, 1)[..., None]
         return self.prior(mean, jnp.maximum(count[:, 0], 1))
 
-    def encode(self, tokens: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
-        return self.codec.encode(tokens - self.expected(support, there))
+    def encode(self, tokens: jax.Array, support: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.codec.encode(tokens - self.expected(support, mask))
 
-    def decode(self, latents: jax.Array, support: jax.Array, there: jax.Array) -> jax.Array:
-        return self.codec.decode(latents) + self.expected(support, there)
+    def decode(self, latents: jax.Array, support: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.codec.decode(latents) + self.expected(support, mask)
 
 
 CONDITIONS: dict[str, Callable[[GeneratorConfig, int, nnx.Rngs], Any]] = {

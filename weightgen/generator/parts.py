@@ -22,7 +22,7 @@ from weightgen.generator.contrast import Aligned, Loss, unit
 from weightgen.tokens import Order
 from weightgen.train import LoopConfig, Stage, begin, fit, placed
 from weightgen.zoo.data import Bank
-from weightgen.zoo.zoo import Zoo, flat, open_told, open_zoo, pictures_of
+from weightgen.zoo.zoo import Zoo, flat, open_with_bank, open_zoo, pictures_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CodecRecipe(Stage):
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        zoo, _ = open_told(Path(self.zoo))
+        zoo, _ = open_with_bank(Path(self.zoo))
         bank, cfg = pictures_of(self.zoo), self._config(zoo)
         model = functional(TokenCodec, cfg)
         shown_to = len(zoo) - left_out(self.gate, zoo)
@@ -71,17 +71,17 @@ class CodecRecipe(Stage):
             def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
                 return tokens, model.apply(params, encode(params, tokens), method="decode")
 
-            measure(self.gate, zoo, bank, code, self.loop.seed)
-            save_params(run.model, CODEC.name, cfg, params, lambda folder: None, force=True)
+            measure(self.gate, zoo, bank, code=code, seed=self.loop.seed)
+            save_params(run.model, CODEC.name, cfg, params=params, companions=lambda folder: None, force=True)
 
         fit(
             run,
             self.loop,
             mesh,
-            model.spec,
-            lambda: model.init(jax.random.key(self.loop.seed)) | {name: jnp.asarray(x) for name, x in fitted.items()},
-            value,
-            placed(make, mesh, self.loop.seed),
+            spec=model.spec,
+            init=lambda: model.init(jax.random.key(self.loop.seed)) | {name: jnp.asarray(x) for name, x in fitted.items()},
+            loss=value,
+            data=placed(make, mesh, self.loop.seed),
             frozen=tuple(fitted),
             save=save,
         )
@@ -126,7 +126,7 @@ class EncoderRecipe(Stage):
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        zoo, bank = open_told(Path(self.zoo))
+        zoo, bank = open_with_bank(Path(self.zoo))
         latents = self._latents(zoo)
         cfg = replace(self.encoder, features=bank.features.shape[1], latent=latents(zoo.tokens(slice(0, 1))).shape[1])
         model = functional(lambda cfg, rngs: Aligned(cfg, self.loss, rngs=rngs), cfg)
@@ -142,16 +142,16 @@ class EncoderRecipe(Stage):
 
         def save(params: Any) -> None:
             own = {path.removeprefix("encoder/"): x for path, x in params.items() if path.startswith("encoder/")}
-            save_params(run.model, ENCODER.name, cfg, own, lambda folder: None, force=True)
+            save_params(run.model, ENCODER.name, cfg, params=own, companions=lambda folder: None, force=True)
 
         fit(
             run,
             self.loop,
             mesh,
-            model.spec,
-            lambda: model.init(jax.random.key(self.loop.seed)),
-            value,
-            placed(make, mesh, self.loop.seed),
+            spec=model.spec,
+            init=lambda: model.init(jax.random.key(self.loop.seed)),
+            loss=value,
+            data=placed(make, mesh, self.loop.seed),
             no_decay=LEARNED_POINTS,
             save=save,
         )

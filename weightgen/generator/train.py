@@ -18,16 +18,16 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import save_params
 from weightgen.codec import GateConfig, check_codec, left_out, measure
-from weightgen.formats import CODEC, ENCODER, FAMILY, open_part, save_neighbours
+from weightgen.formats import CODEC, ENCODER, GENERATOR, open_part, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS
-from weightgen.generator.config import GeneratorConfig, Told
+from weightgen.generator.config import ConditionKind, GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.generator.sample import Draw, SampleConfig, drawer
 from weightgen.train import LoopConfig, Stage, begin, fit, generator_batches
 from weightgen.zoo.data import Bank
-from weightgen.zoo.zoo import Zoo, open_told, open_zoo, pictures_of, zoo_words
+from weightgen.zoo.zoo import Zoo, open_with_bank, open_zoo, pictures_of, zoo_condition
 
 Params = dict[str, jax.Array]
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
@@ -67,21 +67,21 @@ def train_generator(
     frozen: tuple[str, ...] = (),
     save: Callable[[Params], None] | None = None,
 ) -> Trained:
-    """Train a generator of a zoo's networks in a run folder, or go on there.
+    """Train a generator of a zoo's networks in a run folder, or continue the run.
 
     dropout: probability with which the condition is left out, for guidance. initial: parameters to begin with; by default fresh ones with
     prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted ones. save: gets the final parameters.
     """
     model, mesh = functional(Generator, cfg), start(loop.mesh)
-    first = initial if initial is not None else initial_params(model, fit_stage1(cfg, zoo, bank, loop.seed), loop.seed)
+    first = initial if initial is not None else initial_params(model, fit_stage1(cfg, zoo, bank, seed=loop.seed), loop.seed)
     params = fit(
         run,
         loop,
         mesh,
-        model.spec,
-        lambda: first,
-        loss(model, cfg, dropout),
-        generator_batches(zoo, bank, cfg.shots, loop, mesh),
+        spec=model.spec,
+        init=lambda: first,
+        loss=loss(model, cfg, dropout),
+        data=generator_batches(zoo, bank, cfg.shots, cfg=loop, mesh=mesh),
         frozen=(*cfg.fitted, *frozen),
         no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
         save=save,
@@ -103,7 +103,7 @@ class GeneratorRecipe(Stage):
     """Numbers a token is coded in by PCA."""
     codec: str = ""
     """RUN/model of a codec recipe in the place of PCA."""
-    condition: Told = "per_class"
+    condition: ConditionKind = "per_class"
     """per_class, set, mlp: by pictures; text, label, chunk: for zoos of imported checkpoints."""
     encoder: str = ""
     """RUN/model of an encoder recipe, for the condition set: both Set Transformers are taken from it and kept."""
@@ -118,7 +118,7 @@ class GeneratorRecipe(Stage):
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
         """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made for."""
-        by = "pictures" if zoo.net else zoo_words(Path(self.zoo))
+        by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
         fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label"), "label": ("label",), "chunk": ("chunk",)}
         if self.condition not in fits[by]:
             raise InputError(f"{self.zoo} is a zoo conditioned by {by}: set condition to {' or '.join(fits[by])}")
@@ -153,7 +153,7 @@ class GeneratorRecipe(Stage):
         if run.finished(self.loop.steps):
             print(f"{directory} is finished: {run.model}")
             return
-        zoo, bank = open_told(folder)
+        zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
         if cfg.condition == "label":
             bank = Bank.numbers(bank.names)
@@ -170,10 +170,10 @@ class GeneratorRecipe(Stage):
 
         held = left_out(self.gate, zoo)
         gated = params | self.fitted(cfg, zoo.first(len(zoo) - held), bank) if held else params
-        measure(self.gate, zoo, pictures_of(self.zoo), code, self.loop.seed)
+        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.loop.seed)
 
         def sidecars(out: Path) -> None:
-            save_neighbours(out, zoo, self.loop.seed, bank)
+            save_neighbours(out, zoo, self.loop.seed, bank=bank)
             for name in ("features.safetensors", "tasks.json", "adapter.json"):
                 if (folder / name).is_file():
                     copy(folder / name, out / name)
@@ -188,12 +188,12 @@ class GeneratorRecipe(Stage):
             initial=params,
             # As released: of an aligned encoder only the last layer, a fresh one, goes on learning.
             frozen=tuple(f"condition/{part}**" for part in ALIGNED if self.encoder),
-            save=lambda params: save_params(run.model, FAMILY.name, cfg, params, sidecars, force=True),
+            save=lambda params: save_params(run.model, GENERATOR.name, cfg, params=params, companions=sidecars, force=True),
         )
 
     def fitted(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> dict[str, np.ndarray]:
-        """What is there before training: prior and PCA, or the parts that other recipes trained."""
-        fitted = fit_stage1(cfg, zoo, bank, self.loop.seed)
+        """Parameters known before training: prior and PCA, or the parts that other recipes trained."""
+        fitted = fit_stage1(cfg, zoo, bank, seed=self.loop.seed)
         if self.codec:
             fitted |= {f"codec/{name}": x for name, x in open_part(self.codec, CODEC, "weightgen/codec")[1].items()}
         if self.encoder:
@@ -202,4 +202,4 @@ class GeneratorRecipe(Stage):
         return fitted
 
     def describe(self) -> Any:
-        return FAMILY, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))
+        return GENERATOR, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))

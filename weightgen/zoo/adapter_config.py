@@ -63,7 +63,7 @@ def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
 def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
     """From the fields of an adapter_config.json. label: what an error names.
 
-    Raises InputError for another kind of adapter, and for a field that is set, changes the function and is not read here.
+    Raises InputError for another kind of adapter, and for a field that is set, changes the function and is not understood.
     """
     if (kind := about.get("peft_type")) != "LORA":
         raise InputError(f"{label}: peft_type is {kind!r}; only LORA can be generated")
@@ -100,15 +100,15 @@ def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
     if isinstance(saved, str) or not all(isinstance(name, str) for name in saved):
         raise InputError(f"{label}: modules_to_save is {_short(saved)}; it must be a list of names")
     return LoraSettings(
-        int(numbers["r"]),
-        float(numbers["lora_alpha"]),
-        bool(about.get("use_rslora")),
-        patterns["rank_pattern"],
-        patterns["alpha_pattern"],
-        bool(about.get("fan_in_fan_out")),
-        tuple(sorted(saved)),
-        about.get("task_type"),
-        about.get("base_model_name_or_path"),
+        r=int(numbers["r"]),
+        alpha=float(numbers["lora_alpha"]),
+        rslora=bool(about.get("use_rslora")),
+        ranks=patterns["rank_pattern"],
+        alphas=patterns["alpha_pattern"],
+        fan_in_fan_out=bool(about.get("fan_in_fan_out")),
+        modules_to_save=tuple(sorted(saved)),
+        task_type=about.get("task_type"),
+        base=about.get("base_model_name_or_path"),
     )
 
 

@@ -13,7 +13,7 @@ from heirloom.common.errors import InputError, nearest
 from weightgen.tokens import TokenSpec, chunks, selected
 from weightgen.zoo.foreign import listed
 from weightgen.zoo.lora import pairs
-from weightgen.zoo.members import Member, Read, adapter_record, agree, find_members, read_member
+from weightgen.zoo.members import Loaded, Member, adapter_record, agree, find_members, read_member
 from weightgen.zoo.zoo import Zoo, flat
 
 
@@ -29,29 +29,36 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
     names = [member.path.name for member in members]
     quality, tasks = (_by_name(folder, name, names) for name in ("quality", "tasks"))
     first = read_member(members[0])
-    spec = _cut(members[0], first, chunk, select)
+    spec = _cut(members[0], first, chunk, select=select)
     rows = np.zeros((len(members), spec.count), np.float32)
-    read, faults = [], {}
+    loaded, faults = [], {}
     for row, member in zip(rows, members, strict=True):
         own = first if member is members[0] else read_member(member)
-        same_tensors(spec, own.tensors, select, member.path, members[0].path)
+        same_tensors(spec, own.tensors, select, path=member.path, first=members[0].path)
         with np.errstate(over="ignore"):  # of f64, and looked at in the next line
             row[...] = flat(spec, spec.flatten(own.tensors))
         if own.broken or not np.isfinite(row).all():
             faults[member.path.name] = listed(own.broken or ["numbers too large for float32"], 1)
-        read.append(replace(own, tensors={}))
+        loaded.append(replace(own, tensors={}))
     if faults:
         named = listed(f"{name} ({why})" for name, why in faults.items())
         raise InputError(f"{folder}: {len(faults)} of {len(members)} members have NaN or infinity: {named}; take them out of the folder")
     notes = [f"left alone: {len(left)} without weights ({listed(left)})"] if left else []
-    notes += agree(members, read) + _twins(names, rows)
+    notes += agree(members, loaded) + _twins(names, rows)
     if tasks and len(tasks) < len(names):
         notes.append(f"tasks.json does not name {listed(name for name in names if name not in tasks)}: tasks of their own names")
     scores = np.array([quality.get(name, np.nan) for name in names], np.float32)
     words_of = [tasks.get(member.path.name, member.path.stem if member.path.is_file() else member.path.name) for member in members]
     words = tuple(dict.fromkeys(words_of))
-    about = {"members": names, "left alone": left, "notes": notes, "adapters": adapter_record(members, read, first.tensors)}
-    return Zoo(rows, scores, np.array([[words.index(task)] for task in words_of], np.int32), None, spec, about=about), words
+    about = {"members": names, "left alone": left, "notes": notes, "adapters": adapter_record(members, loaded, first.tensors)}
+    return Zoo(
+        weights=rows,
+        quality=scores,
+        classes=np.array([[words.index(task)] for task in words_of], np.int32),
+        net=None,
+        spec=spec,
+        about=about,
+    ), words
 
 
 def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, Any]:
@@ -67,11 +74,11 @@ def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, An
     return values
 
 
-def _cut(member: Member, read: Read, chunk: int | None, select: str) -> TokenSpec:
+def _cut(member: Member, first: Loaded, chunk: int | None, select: str) -> TokenSpec:
     try:
-        spec = chunks(read.tensors, chunk, select=select)
+        spec = chunks(first.tensors, chunk, select=select)
         chosen = {piece.path for piece in spec.pieces}
-        for pair in pairs(read.tensors).values() if read.layout else ():
+        for pair in pairs(first.tensors).values() if first.layout else ():
             if len({pair.down, pair.up} & chosen) == 1:
                 raise InputError(f"select takes one half of the adapter of {pair.module}: both belong together, or none")
     except InputError as error:
@@ -88,7 +95,9 @@ def same_tensors(spec: TokenSpec, tensors: Mapping[str, np.ndarray], select: str
     faults = {
         "it lacks": [name for name in ours if name not in own],
         "only it has": [name for name in own if name not in ours],
-        "of another shape is": [f"{name} {own[name]}, there {ours[name]}" for name in ours if name in own and own[name] != ours[name]],
+        "of another shape is": [
+            f"{name} {own[name]}, in the first {ours[name]}" for name in ours if name in own and own[name] != ours[name]
+        ],
     }
     said = "; ".join(f"{what} {listed(names, 2)}" for what, names in faults.items() if names)
     if said:

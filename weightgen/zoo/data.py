@@ -1,4 +1,4 @@
-"""Pictures as features by class: what zoos are trained on, and what a data set looks like to the generator."""
+"""Pictures as features by class: the training data of zoos, and the condition of generators."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def encoder(backend: str) -> Encode:
     if not hasattr(donor.family.module, "encode_image"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no images: name a CLIP, or pixels")
     if not (donor.folder / "preprocess.json").is_file():
-        raise InputError(f"{backend}: no preprocess.json beside the weights; heirloom convert {backend} DEST makes a folder that has one")
+        raise InputError(f"{backend}: no preprocess.json next to the weights; heirloom convert {backend} DEST makes a folder that has one")
     pre = Preprocess.load(donor.folder)
     params = {path: np.asarray(view, np.float32) for path, view in donor.source.values.items()}
     forward = jax.jit(lambda x: donor.model.apply(params, x, method="encode_image"))
@@ -134,7 +134,7 @@ class Projection:
         return ((raw - self.mean) @ self.components).astype(np.float32)
 
     def save(self, folder: Path) -> None:
-        """Write `features.safetensors` beside a generator's weights."""
+        """Write `features.safetensors` next to a generator's weights."""
         save_file({"mean": self.mean, "components": self.components}, folder / "features.safetensors", {"backend": self.backend})
 
     @classmethod
@@ -167,7 +167,7 @@ class Bank:
 
     @classmethod
     def numbers(cls, names: Sequence[str]) -> "Bank":
-        """Tasks that are told by their number: its one feature."""
+        """Tasks known by their number, which is the only feature."""
         return cls.of(np.arange(len(names), dtype=np.float32)[:, None], np.arange(len(names)), names)
 
     def save(self, folder: Path, name: str = "bank") -> None:
@@ -204,14 +204,14 @@ class Bank:
         return self.features[self.starts[:-1][classes][..., None] + picks]
 
     def all(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `most` pictures of each class, and labels 0 to ways - 1 with -1 for what is not there.
+        """Up to `most` pictures of each class, and labels 0 to ways - 1 with -1 in the padding.
 
         classes: [task, ways]. Returns [task, ways * most, feature] and [task, ways * most] int32.
         """
         tasks, ways = classes.shape
         at = self.starts[:-1][classes][..., None] + np.minimum(np.arange(most), self.counts[classes][..., None] - 1)
-        there = np.arange(most) < self.counts[classes][..., None]
-        labels = np.where(there, np.arange(ways)[:, None], -1)
+        mask = np.arange(most) < self.counts[classes][..., None]
+        labels = np.where(mask, np.arange(ways)[:, None], -1)
         return self.features[at].reshape(tasks, ways * most, -1), labels.reshape(tasks, -1).astype(np.int32)
 
 

@@ -18,7 +18,7 @@ Params = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How each network of a zoo is trained: AdamW on softmax cross-entropy, the same for all."""
+    """How each network of a zoo is trained: Adam on softmax cross-entropy, the same for all."""
 
     steps: int = 100
     batch: int = 0
@@ -36,14 +36,14 @@ class FitConfig:
 def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array, cfg: FitConfig, key: jax.Array) -> Params:
     """Train every network on its own data under `vmap` and `scan`.
 
-    params: leaves [member, ...]; x: [member, example, ...]; y: [member, example] int32, -1 for an example that is not there.
+    params: leaves [member, ...]; x: [member, example, ...]; y: [member, example] int32, -1 in the padding.
     """
 
     def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-        there = y >= 0
+        mask = y >= 0
         nats = optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), jnp.maximum(y, 0))
         penalty = sum(jnp.sum(jnp.square(leaf)) for leaf in params.values())
-        return jnp.sum(nats * there) / jnp.maximum(there.sum(), 1) + 0.5 * cfg.weight_decay * penalty
+        return jnp.sum(nats * mask) / jnp.maximum(mask.sum(), 1) + 0.5 * cfg.weight_decay * penalty
 
     optimizer = optax.adam(optax.cosine_decay_schedule(cfg.lr, cfg.steps))
 
@@ -87,12 +87,12 @@ def build(
     first: where to begin, a multiple of `chunk`. data(first, last): x [member, example, ...] and y [member, example] of these members.
     """
     model = net(cfg)
-    run = jax.jit(lambda params, x, y, key: fit_population(model, params, x, y, fit, key))
+    run = jax.jit(lambda params, x, y, key: fit_population(model, params, x, y=y, cfg=fit, key=key))
     key = jax.random.key(seed)
     for at in range(first, members, chunk):
         last = min(at + chunk, members)
         x, y = data(at, last)
         # Shared means shared by the whole zoo: the key does not depend on the chunk.
         begin = key if start == "shared" else jax.random.fold_in(key, at)
-        params = initial_population(model, last - at, start, begin)
+        params = initial_population(model, last - at, start, key=begin)
         yield run(params, x, y, jax.random.fold_in(key, 10**6 + at))

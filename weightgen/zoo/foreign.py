@@ -1,4 +1,4 @@
-"""What must hold of a foreign checkpoint before its numbers mean anything: all shards are there, and its weights are not quantised."""
+"""Checks of foreign checkpoints: all shards are given, and weights are not quantised."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,15 +44,15 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
 
 def _all_shards(files: Sequence[Path]) -> None:
     """Raises InputError with the names of the shards that are missing, going by `-00001-of-00003`."""
-    there = {file.name for file in files}
+    given = {file.name for file in files}
     for file in files:
         if hit := SHARD.match(file.name):
             count, digits = int(hit["count"]), len(hit["number"])
             at, end = hit.span("number")
             wanted = [f"{file.name[:at]}{i:0{digits}d}{file.name[end:]}" for i in range(1, count + 1)]
-            if missing := [name for name in wanted if name not in there and not (file.parent / name).is_file()]:
+            if missing := [name for name in wanted if name not in given and not (file.parent / name).is_file()]:
                 raise InputError(f"{file.parent}: {len(missing)} of {count} shards are missing ({listed(missing)}); fetch them")
-            if missing := [name for name in wanted if name not in there]:
+            if missing := [name for name in wanted if name not in given]:
                 raise InputError(f"{file} is one of {count} shards; name the folder that holds them, {file.parent}")
 
 

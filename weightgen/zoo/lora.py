@@ -110,7 +110,7 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
             raise InputError(f"{module} has pairs under two kinds of names: keep one")
         down, up = (np.asarray(tensors[halves[side]]) for side in ("down", "up"))
         _check(module, down, up)
-        out[module] = Pair(module, _plain(halves["down"]), _plain(halves["up"]), Adapter(down, up))
+        out[module] = Pair(module=module, down=_plain(halves["down"]), up=_plain(halves["up"]), adapter=Adapter(down, up))
     return out
 
 

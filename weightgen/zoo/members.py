@@ -78,7 +78,7 @@ def _member(path: Path) -> Member | None:
 
 
 @dataclass(frozen=True)
-class Read:
+class Loaded:
     """A member's tensors as a zoo takes them. broken: those with NaN or infinity, given as zeros here.
 
     Of adapters: scales by module, where these are from, and the settings of their adapter_config.json.
@@ -92,7 +92,7 @@ class Read:
     layout: Layout | None = None
 
 
-def read_member(member: Member) -> Read:
+def read_member(member: Member) -> Loaded:
     """The tensors of a member; adapters in their canonical form, with their scale inside.
 
     Raises InputError, naming the member, for quantised weights and for adapters that are no plain LoRA.
@@ -104,7 +104,7 @@ def read_member(member: Member) -> Read:
         broken = not_finite(tensors)
         tensors |= {name: np.zeros(tensors[name].shape, np.float32) for name in broken}
         if settings is None and not has_adapters(tensors):
-            return Read(tensors, broken)
+            return Loaded(tensors, broken)
         modules = pairs(tensors)
         stored = in_metadata(member.files[0])
         numbers = {} if settings else alphas(tensors, modules)
@@ -118,48 +118,55 @@ def read_member(member: Member) -> Read:
 
         scales = {module: scale(module, len(pair.adapter.down)) for module, pair in modules.items()}
         fixed = canonical_tensors(tensors, lambda module, rank: scales[module])
-        return Read(fixed, broken, scales, scale_from, settings, layout_of(fixed, settings is not None))
+        return Loaded(
+            tensors=fixed,
+            broken=broken,
+            scales=scales,
+            scale_from=scale_from,
+            settings=settings,
+            layout=layout_of(fixed, settings is not None),
+        )
     except InputError as error:
         raise InputError(f"{member.path}: {error}") from error
 
 
-def agree(members: Sequence[Member], read: Sequence[Read]) -> list[str]:
+def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
     """What to say of adapters that go into one zoo; the tensors themselves may be gone.
 
     Raises InputError where members are written in different ways, which one row of numbers cannot hold.
     """
     notes: list[str] = []
-    first = read[0]
-    kinds: tuple[tuple[str, Callable[[Read], Any]], ...] = (
+    first = loaded[0]
+    kinds: tuple[tuple[str, Callable[[Loaded], Any]], ...] = (
         ("names", lambda r: r.layout),
         ("scale", lambda r: r.scale_from == ASSUMED),
         ("fan_in_fan_out", lambda r: r.settings and r.settings.fan_in_fan_out),
         ("modules_to_save", lambda r: r.settings and r.settings.modules_to_save),
     )
     for what, of in kinds:
-        for member, own in zip(members, read, strict=True):
+        for member, own in zip(members, loaded, strict=True):
             if of(own) != of(first):
                 how = f"{of(own)!r} and {of(first)!r}" if what != "scale" else f"{own.scale_from} and {first.scale_from}"
                 raise InputError(f"{member.path} and {members[0].path} differ in {what} ({how}): keep one kind of adapters in a zoo")
     if first.layout is None:
         return notes
-    scales = sorted({scale for own in read for scale in own.scales.values()})
+    scales = sorted({scale for own in loaded for scale in own.scales.values()})
     span = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
-    origins = ", ".join(sorted({own.scale_from for own in read}))
+    origins = ", ".join(sorted({own.scale_from for own in loaded}))
     notes.append(f"adapters: in one form, with their scale inside (alpha: {origins}; scale {span})")
-    if len(bases := sorted({str(own.settings.base) for own in read if own.settings and own.settings.base})) > 1:
-        notes.append(f"the adapters are of different base models ({listed(bases)}): the same numbers are other updates there")
+    if len(bases := sorted({str(own.settings.base) for own in loaded if own.settings and own.settings.base})) > 1:
+        notes.append(f"the adapters are of different base models ({listed(bases)}): the same numbers are other updates on another base")
     return notes
 
 
-def adapter_record(members: Sequence[Member], read: Sequence[Read], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+def adapter_record(members: Sequence[Member], loaded: Sequence[Loaded], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a generator has to know to write an adapter: the layout, its adapter_config.json, and what was done to the members; None where
     these are no adapters."""
-    first = read[0]
+    first = loaded[0]
     if first.layout is None:
         return None
     known = first.settings
-    for own in read:
+    for own in loaded:
         if known and own.settings and own.settings.base != known.base:
             known = replace(known, base=None)
         if known and own.settings and own.settings.task_type != known.task_type:
@@ -168,8 +175,8 @@ def adapter_record(members: Sequence[Member], read: Sequence[Read], tensors: Map
         "layout": first.layout,
         "config": generated(tensors, known) if first.layout == "peft" else None,
         "form": "up, down of the singular value decomposition of scale B A, roots of the singular values on both sides",
-        "scale from": sorted({own.scale_from for own in read}),
-        "scales": {member.path.name: _short(own.scales) for member, own in zip(members, read, strict=True)},
+        "scale from": sorted({own.scale_from for own in loaded}),
+        "scales": {member.path.name: _short(own.scales) for member, own in zip(members, loaded, strict=True)},
     }
 
 

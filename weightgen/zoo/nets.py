@@ -56,15 +56,15 @@ class SmallMlp(nnx.Module):
 
 
 class SmallConv(nnx.Module):
-    """A valid convolution. x: [batch, row, col, read].
+    """A valid convolution. x: [batch, row, col, in_channels].
 
     It multiplies patches by a matrix: under `vmap` over networks that is a batched matmul, where XLA's own would be a grouped
     convolution, many times slower on a CPU.
     """
 
-    def __init__(self, read: str, written: str, sizes: Mapping[str, int], size: int, *, rngs: nnx.Rngs):
-        self.kernel = param(f"row col {read} -> {written}", {**sizes, "row": size, "col": size}, uniform_fan_in, rngs)
-        self.bias = param(f"-> {written}", sizes, uniform_fan_in, rngs, fan_in=size**2 * sizes[read])
+    def __init__(self, in_channels: str, out_channels: str, sizes: Mapping[str, int], size: int, *, rngs: nnx.Rngs):
+        self.kernel = param(f"row col {in_channels} -> {out_channels}", {**sizes, "row": size, "col": size}, uniform_fan_in, rngs)
+        self.bias = param(f"-> {out_channels}", sizes, uniform_fan_in, rngs, fan_in=size**2 * sizes[in_channels])
         self.size = size
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -81,9 +81,9 @@ class SmallCnn(nnx.Module):
 
     def __init__(self, cfg: NetConfig, *, rngs: nnx.Rngs):
         sizes = {"channel": cfg.features, "first": 8, "second": 6, "third": 4, "cell": 9, "hidden": 20, "class": cfg.classes}
-        self.conv1 = SmallConv("channel", "first", sizes, 5, rngs=rngs)
-        self.conv2 = SmallConv("first", "second", sizes, 5, rngs=rngs)
-        self.conv3 = SmallConv("second", "third", sizes, 2, rngs=rngs)
+        self.conv1 = SmallConv("channel", "first", sizes, size=5, rngs=rngs)
+        self.conv2 = SmallConv("first", "second", sizes, size=5, rngs=rngs)
+        self.conv3 = SmallConv("second", "third", sizes, size=2, rngs=rngs)
         self.up = Dense("cell third -> hidden", sizes, bias=uniform_fan_in, rngs=rngs)
         self.out = Dense("hidden -> class", sizes, bias=uniform_fan_in, rngs=rngs)
 

@@ -48,7 +48,7 @@ class ZooRecipe(Stage):
     net: NetConfig = field(default_factory=NetConfig)
     """features: how many components of the backend's features are kept (of a cnn: 1 for grey, 3 for colour); classes: of a task."""
     told: int = 64
-    """Of a cnn: components of the backend's features by which its generator will be told what to make."""
+    """Of a cnn: components of the backend's features that are the condition of its generator."""
     start: Literal["shared", "random"] = "shared"
     members: int = 4000
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, lr=0.1, weight_decay=0.03))
@@ -74,8 +74,8 @@ class ZooRecipe(Stage):
         if (directory / "zoo").is_dir():
             print(f"{directory} is finished: the zoo is in {directory / 'zoo'}")
             return
-        bank, held, told, projection = self._banks()
-        classes = draw_tasks(len(held.names), self.members, self.net.classes, np.random.default_rng(self.seed))
+        bank, held, condition, projection = self._banks()
+        classes = draw_tasks(len(held.names), self.members, self.net.classes, rng=np.random.default_rng(self.seed))
         spec, metrics = head_tokens(self.net), MetricsFile(run.directory / "metrics.jsonl")
         parts = directory / "parts"
         parts.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ class ZooRecipe(Stage):
             self.net,
             lambda a, b: shown(self.net, *bank.all(classes[a:b], self.pictures)),
             self.members,
-            self.fit,
+            fit=self.fit,
             start=self.start,
             chunk=self.chunk,
             seed=self.seed,
@@ -95,7 +95,7 @@ class ZooRecipe(Stage):
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
             x, y = shown(self.net, *held.all(rows, min(int(held.counts.max()), 100)))
-            quality = accuracy(predict(self.net, params, x, self.fit.at_once), y, self.net.classes).astype(np.float32)
+            quality = accuracy(predict(self.net, params, x, at_once=self.fit.at_once), y, self.net.classes).astype(np.float32)
             trained = flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()}))
             if len(bad := np.flatnonzero(~np.isfinite(trained).all(1))):
                 numbers = listed(str(i * self.chunk + row) for row in bad)
@@ -114,20 +114,20 @@ class ZooRecipe(Stage):
             at = slice(i * self.chunk, (i + 1) * self.chunk)
             with np.load(file) as part:
                 weights[at], quality[at] = part["weights"], part["quality"]
-        zoo = Zoo(weights, quality, classes, self.net, spec)
+        zoo = Zoo(weights=weights, quality=quality, classes=classes, net=self.net, spec=spec)
 
-        def beside(folder: Path) -> None:
-            told.save(folder)
-            if told is not bank:
+        def sidecars(folder: Path) -> None:
+            condition.save(folder)
+            if condition is not bank:
                 bank.save(folder, "pictures")
             held.save(folder, "held")
             projection.save(folder)
 
-        zoo.save(directory / "zoo", beside=beside)
+        zoo.save(directory / "zoo", sidecars=sidecars)
         rmtree(parts)
 
     def _banks(self) -> tuple[Bank, Bank, Bank, Projection]:
-        """Pictures to train on, pictures to score on, those to train on as a generator is told them, and how they became features."""
+        """Pictures to train on, pictures to score on, features of the former for the condition, and how they became features."""
         if self.data == "emoji":
             if self.net.kind == "cnn":
                 raise InputError("there are too few emoji for CNNs: set data to a folder with a sub-folder for each class")
@@ -143,12 +143,12 @@ class ZooRecipe(Stage):
         order = np.argsort(labels, kind="stable")
         held = np.zeros(len(labels), bool)
         held[order] = place < np.maximum(np.rint(SHARES["select"] * np.bincount(labels)[labels[order]]), 1)
-        features = self.net.features if self.net.kind != "cnn" else self.told
-        projection = Projection.fit(self.backend, raw[~held], features)
-        told = projection(raw)
-        x = told if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
+        kept = self.net.features if self.net.kind != "cnn" else self.told
+        projection = Projection.fit(self.backend, raw[~held], kept)
+        features = projection(raw)
+        x = features if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
         train, score = (Bank.of(x[rows], labels[rows], names) for rows in (~held, held))
-        return train, score, train if x is told else Bank.of(told[~held], labels[~held], names), projection
+        return train, score, train if x is features else Bank.of(features[~held], labels[~held], names), projection
 
     def describe(self) -> Any:
         raise InputError("a zoo is no model: heirloom train builds it")
@@ -189,24 +189,24 @@ class CheckpointsRecipe(Stage):
             zoo = by_chunk(zoo)
             words = tuple(f"chunk {i}" for i in range(zoo.classes.max() + 1))
         bank, projection = Bank.numbers(words), None
-        told = "chunk" if self.members == "chunks" else "label"
-        if self.backend and told == "label":
-            told, raw = "text", text_encoder(self.backend)(words)
+        condition = "chunk" if self.members == "chunks" else "label"
+        if self.backend and condition == "label":
+            condition, raw = "text", text_encoder(self.backend)(words)
             projection = Projection.identity(self.backend, raw.shape[1])
             bank = Bank.of(projection(raw), np.arange(len(words)), words)
 
-        def beside(folder: Path) -> None:
+        def sidecars(folder: Path) -> None:
             bank.save(folder)
-            write_json(folder / "tasks.json", {"told": told, "tasks": words})
+            write_json(folder / "tasks.json", {"told": condition, "tasks": words})
             if zoo.about["adapters"]:
                 write_json(folder / "adapter.json", zoo.about["adapters"])
             if projection:
                 projection.save(folder)
 
-        zoo.save(directory / "zoo", beside=beside)
+        zoo.save(directory / "zoo", sidecars=sidecars)
         for note in zoo.about["notes"]:
             print(f"note: {note}")
-        print(f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks told by {told}")
+        print(f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks, condition: {condition}")
 
     def describe(self) -> Any:
         raise InputError("a zoo is no model: heirloom train builds it")

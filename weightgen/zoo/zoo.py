@@ -44,11 +44,11 @@ class Zoo:
         return self.spec.padded(np.asarray(self.weights[rows]))
 
     def first(self, members: int) -> "Zoo":
-        """The first `members` of them; nothing is read."""
+        """The first `members` of them; the arrays stay on disk."""
         return replace(self, **{name: getattr(self, name)[:members] for name in ARRAYS})
 
-    def save(self, folder: Path, *, beside: Callable[[Path], Any] | None = None, force: bool = False) -> None:
-        """Write a zoo's folder; `beside(folder)` adds what travels along."""
+    def save(self, folder: Path, *, sidecars: Callable[[Path], Any] | None = None, force: bool = False) -> None:
+        """Write a zoo's folder; `sidecars(folder)` adds files to it."""
         with staged(folder, force=force) as out:
             out.mkdir()
             for name in ARRAYS:
@@ -56,8 +56,8 @@ class Zoo:
             pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in (("pieces", self.spec), ("whole", self.whole))}
             about = {"about": dict(self.about)} if self.about else {}
             write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces | about)
-            if beside:
-                beside(out)
+            if sidecars:
+                sidecars(out)
 
 
 def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def open_zoo(folder: Path) -> Zoo:
     return zoo
 
 
-def open_told(folder: Path) -> tuple[Zoo, Bank]:
+def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
     """A zoo and what its networks were trained on, looked through once before a training.
 
     Raises InputError for networks with NaN or infinity, and for networks without a class or with one that is not in the bank.
@@ -109,7 +109,15 @@ def by_chunk(zoo: Zoo) -> Zoo:
     """Each chunk a member of its own, known by its number."""
     rows = zoo.tokens(slice(None)).reshape(-1, zoo.spec.length)
     numbers = np.tile(np.arange(zoo.spec.rows, dtype=np.int32), len(zoo))[:, None]
-    return Zoo(rows, np.repeat(zoo.quality, zoo.spec.rows), numbers, None, one_chunk(zoo.spec), zoo.spec, zoo.about)
+    return Zoo(
+        weights=rows,
+        quality=np.repeat(zoo.quality, zoo.spec.rows),
+        classes=numbers,
+        net=None,
+        spec=one_chunk(zoo.spec),
+        whole=zoo.spec,
+        about=zoo.about,
+    )
 
 
 def head_tokens(cfg: NetConfig) -> TokenSpec:
@@ -122,6 +130,6 @@ def pictures_of(zoo: str) -> Bank:
     return Bank.load(Path(zoo), next((name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file()), "bank"))
 
 
-def zoo_words(folder: Path) -> str:
-    """How an imported zoo's members are told apart: text, label or chunk."""
+def zoo_condition(folder: Path) -> str:
+    """The condition of an imported zoo's members: text, label or chunk."""
     return str(read_json(folder / "tasks.json")["told"])

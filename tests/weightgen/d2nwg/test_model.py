@@ -10,7 +10,7 @@ import pytest
 from heirloom.common.diffusion import ddim, ddpm, scaled_linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from weightgen.d2nwg.model import Reference, ReferenceConfig, latent_scale, sample, stage2_loss
+from weightgen.d2nwg.model import D2nwg, D2nwgConfig, latent_scale, sample, stage2_loss
 from weightgen.d2nwg.unet import Unet, UnetConfig
 from weightgen.d2nwg.vae import ConvVae, VaeConfig
 from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets, SetTransformer
@@ -88,7 +88,7 @@ def test_the_released_schedule_and_its_samplers():
 
 
 def test_the_released_pipeline_fits_together():
-    cfg = ReferenceConfig(
+    cfg = D2nwgConfig(
         VaeConfig(1, 24, 64, 1, 8, channels=8, multiples=(1, 1), blocks=1),
         UnetConfig(size=8, channels=8, multiples=(1,), attention=(), groups=4),
         features=SetConfig(features=6),
@@ -96,7 +96,7 @@ def test_the_released_pipeline_fits_together():
         scale=0.5,
         steps=4,
     )
-    model = functional(Reference, cfg)
+    model = functional(D2nwg, cfg)
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     weights = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
@@ -116,4 +116,4 @@ def test_the_released_pipeline_fits_together():
     drawn = jax.jit(lambda params: sample(model, cfg, k, params, support, key))(params)
     assert drawn.shape == (3, 24) and np.isfinite(drawn).all()
     with pytest.raises(InputError, match="does not fill"):
-        ReferenceConfig(cfg.vae)
+        D2nwgConfig(cfg.vae)

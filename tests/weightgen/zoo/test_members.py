@@ -14,7 +14,7 @@ from weightgen.zoo.adapter_config import LoraSettings, generated, settings, writ
 from weightgen.zoo.checkpoints import import_folder
 from weightgen.zoo.data import Bank
 from weightgen.zoo.lora import canonical_tensors, layout_of, pairs
-from weightgen.zoo.zoo import Zoo, open_told, open_zoo
+from weightgen.zoo.zoo import Zoo, open_with_bank, open_zoo
 
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "use_dora": False, "bias": "none", "target_modules": ["q"]}
 
@@ -281,9 +281,9 @@ def test_a_zoo_is_looked_through_before_a_training(change, wrong, tmp_path):
     spec = chunks({"w": np.zeros(2, np.float32)})
     zoo = Zoo(np.ones((4, 2), np.float32), np.zeros(4, np.float32), np.int32([[0], [1], [2], [0]]), None, spec)
     change(zoo)
-    zoo.save(tmp_path / "zoo", beside=Bank.numbers(("a", "b", "c")).save)
+    zoo.save(tmp_path / "zoo", sidecars=Bank.numbers(("a", "b", "c")).save)
     with pytest.raises(InputError, match=wrong):
-        open_told(tmp_path / "zoo")
+        open_with_bank(tmp_path / "zoo")
     np.save(tmp_path / "zoo" / "quality.npy", np.zeros(3, np.float32))
     with pytest.raises(InputError, match="damaged zoo"):
         open_zoo(tmp_path / "zoo")
