@@ -21,7 +21,7 @@ from weightgen.zoo.zoo import Zoo, flat
 
 @dataclass(frozen=True)
 class PcaFit:
-    """What PCA found. mean: [length]; components: [length, latent] orthonormal; scale: one number, the spread of all latents."""
+    """A fitted PCA. mean: [length]; components: [length, latent] orthonormal; scale: one number, the spread of all latents."""
 
     mean: np.ndarray
     components: np.ndarray
@@ -29,7 +29,7 @@ class PcaFit:
 
 
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
-    """PCA of rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
+    """Fit PCA to rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
     if latent > min(rows.shape):
         raise InputError(f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most")
     mean = rows.mean(0, dtype=np.float64)
@@ -81,13 +81,13 @@ class Posterior(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape)
 
     def kl(self) -> jax.Array:
-        """KL to N(0, 1), [batch], summed over the latent (nats)."""
+        """Compute the KL to N(0, 1), [batch], summed over the latent (nats)."""
         terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
         return 0.5 * terms.reshape(len(self.mean), -1).sum(1)
 
 
 def tensor_scale(spec: TokenSpec, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each tensor over a zoo, at the places of its weights. tokens: [member, rows, length].
+    """Measure mean and standard deviation of each tensor over a zoo, at the places of its weights. tokens: [member, rows, length].
 
     Returns two arrays [rows, length] f32; in the padding they are 0 and 1.
     """
@@ -119,7 +119,8 @@ class TokenVaeConfig:
 
 
 class TokenVae(nnx.Module):
-    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens inform one another on either way."""
+    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens attend to one another in both
+    directions."""
 
     def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
         if cfg.width % cfg.heads:
@@ -183,7 +184,7 @@ class TokenCodec(nnx.Module):
 
 
 def vae_loss(x: jax.Array, back: jax.Array, posterior: Posterior, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
-    """Summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
+    """Compute summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
 
     The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes nothing.
     """
@@ -206,17 +207,17 @@ class Gate:
 
     @classmethod
     def of(cls, before: Any, after: Any, *, given: np.ndarray, back: np.ndarray, tolerance: float, **limits: float) -> "Gate":
-        """From the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
+        """Build it from the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
         means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
         return cls(**means, error=relative_error(given, back), tolerance=tolerance, **limits)
 
     @property
     def fault(self) -> str:
-        """What is wrong, and what to do; empty when nothing is."""
+        """The reason not to use the codec, and what to do; empty when it may be used."""
         if self.before - self.chance <= self.tolerance:
             return (
-                f"the zoo's networks are at chance: {100 * self.before:.1f} % right, {100 * self.chance:.1f} % by guessing, so nothing is "
-                "known of the codec. Train the zoo for longer, or --gate.force"
+                f"the zoo's networks are at chance: {100 * self.before:.1f} % right, {100 * self.chance:.1f} % by guessing, so the "
+                "codec cannot be judged. Train the zoo for longer, or --gate.force"
             )
         if self.before - self.after > self.tolerance:
             return (
@@ -231,13 +232,13 @@ class Gate:
         return ""
 
     def check(self, force: bool = False) -> None:
-        """Raises InputError for a fault, unless `force`."""
+        """Raise InputError for a fault, unless `force`."""
         if self.fault and not force:
             raise InputError(self.fault)
 
 
 def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
-    """Squared error over the squared spread around the mean network. Both [n, ...]."""
+    """Compute the squared error over the squared spread around the mean network. Both [n, ...]."""
     return float(np.sum((weights - back) ** 2) / max(np.sum((weights - weights.mean(0)) ** 2), 1e-30))
 
 
@@ -248,21 +249,21 @@ class GateConfig:
     tolerance: float = 0.02
     """Accuracy that may be lost, on pictures no network of the zoo was trained on; they must have more than that above chance."""
     error: float = 0.5
-    """Relative squared error that what is coded may have (with a linear prior, what it leaves): more is hardly a codec, and 0.42 has
-    been seen to cost heads 5 points of accuracy, 0.23 none."""
+    """Relative squared error of what is coded (with a linear prior, of its residual), at most. Heads lost 5 points of accuracy at 0.42 and
+    none at 0.23."""
     force: bool = False
     members: int = 200
-    """Networks of the zoo it is measured on: the last ones, at most a fifth, on which no codec is fitted before. Checkpoints of others
-    may all be unlike, so with them it is measured on what it was fitted on, and only the error, as they have no pictures."""
+    """Networks of the zoo it is measured on: the last ones, at most a fifth, which the codec is not fitted on. Imported checkpoints have
+    no pictures and may all differ: with them only the error is measured, on the networks the codec was fitted on."""
 
 
 def left_out(cfg: GateConfig, zoo: Zoo) -> int:
-    """How many of the zoo's last networks are for the gate alone."""
+    """Count the last networks of the zoo that only the gate uses."""
     return min(cfg.members, len(zoo) // 5) if zoo.net else 0
 
 
 def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None:
-    """The gate. code(tokens, rows) -> what the codec is given of these tokens, and what it gives back.
+    """Run the gate. code(tokens, rows) -> the codec's input for these tokens, and its output.
 
     Raises InputError when it is not passed.
     """
@@ -291,7 +292,7 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None
 
 
 def check_codec(cfg: TokenVaeConfig, zoo: Zoo, path: str) -> None:
-    """Raises InputError for a codec of other networks than the zoo's."""
+    """Raise InputError for a codec of other networks than the zoo's."""
     own, ours = (cfg.tokens, cfg.length), (zoo.spec.rows, zoo.spec.length)
     if own != ours:
         raise InputError("{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(path, *own, *ours))

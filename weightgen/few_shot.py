@@ -56,7 +56,7 @@ class FewShotConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """Rows by (classes, shots), criteria by name, and what a report adds."""
+    """Accuracies by (classes, shots), criteria by name, and further measurements."""
 
     rows: dict[str, dict[str, Estimate]]
     criteria: dict[str, dict[str, Any]]
@@ -64,7 +64,7 @@ class Result:
 
 
 def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
-    """Heads for random tasks of seen classes."""
+    """Train heads for random tasks of seen classes."""
     bank = tasks.seen["support"]
     classes = draw_tasks(len(bank.names), cfg.members, cfg.ways, rng=np.random.default_rng(seed))
     head = NetConfig("head", features=bank.features.shape[1], classes=cfg.ways)
@@ -78,7 +78,7 @@ def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
 
 
 def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
-    """A generator of the zoo's heads in memory; `folder` holds the training run."""
+    """Train a generator of the zoo's heads in memory; `folder` holds the training run."""
     config = GeneratorConfig(net=zoo.net, latent=cfg.latent, denoiser=cfg.denoiser)
     loop = replace(cfg.loop, seed=seed, step=replace(cfg.loop.step, seed=seed))
     return replace(train_generator(config, zoo, bank, loop=loop, run=Run.open(folder, {"seed": seed})), how=cfg.sample)
@@ -109,14 +109,14 @@ class Episodes:
 
 
 def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
-    """Gradient descent on the support alone. support: [task, way, shots, feature]."""
+    """Train heads on the support alone, by gradient descent. support: [task, way, shots, feature]."""
     tasks, ways, shots, feature = support.shape
     y = np.broadcast_to(np.repeat(np.arange(ways), shots), (tasks, ways * shots)).astype(np.int32)
     return trained_heads(support.reshape(tasks, -1, feature), y, cfg, spec=spec, head=head)
 
 
 def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
-    """A head for each task, from zero. x: [task, example, feature]; y: [task, example]."""
+    """Train a head for each task, from zero. x: [task, example, feature]; y: [task, example]."""
     return spec.flatten({path: np.asarray(leaf) for path, leaf in _trainer(cfg, head)(x, y).items()})
 
 
@@ -182,7 +182,7 @@ class ZooStatistics:
 def evaluate(
     cfg: FewShotConfig, episodes: Episodes, shots: int, *, zoo: Zoo, known: ZooStatistics, generator: Trained, seed: int
 ) -> tuple[dict[str, Estimate], dict[str, np.ndarray], dict[str, Any]]:
-    """All methods on the same tasks: rows of the table, accuracies by task for paired comparisons, and novelty and diversity."""
+    """Run all methods on the same tasks: rows of the table, accuracies by task for paired comparisons, and novelty and diversity."""
     assert zoo.net is not None
     support, rng = episodes.support[:, :, :shots], np.random.default_rng([seed, 3])
     mean, n, length = support.mean(2), len(support), known.heads.shape[-1]
@@ -211,7 +211,7 @@ def evaluate(
     by_task = {name: head_accuracy(heads, *episodes.test) for name, heads in methods.items()}
     samples = sample(cfg, generator, episodes.support, shots=shots, seed=seed)
     scores = Scores.of(samples, episodes.select, episodes.test)
-    # Task i gets the pictures of task i + 1: what is left is what ignores the condition.
+    # Task i gets the pictures of task i + 1: what remains above chance ignores the condition.
     shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots=shots, seed=seed)[0]
     by_task |= {"generated, averaged": scores.mean, "generated from another task's pictures": head_accuracy(shuffled, *episodes.test)}
     rows = {name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"} | scores.rows("generated")
@@ -235,7 +235,8 @@ def evaluate(
 
 
 def kde_heads(generator: Trained, zoo: Zoo, known: ZooStatistics, n: int, rng: np.random.Generator) -> np.ndarray:
-    """S_KDE30: the best 30 % of the zoo in the codec's latents, without the prior, dimension by dimension: [n, way, feature + 1]."""
+    """Sample heads by S_KDE30: the best 30 % of the zoo in the codec's latents, without the prior, dimension by dimension: [n, way, feature
+    + 1]."""
     cfg = generator.cfg
     no_prior = {"prior/table": jnp.zeros_like(generator.params["prior/table"])}
     codec = replace(generator, params=generator.params | no_prior)
@@ -251,7 +252,7 @@ def kde_heads(generator: Trained, zoo: Zoo, known: ZooStatistics, n: int, rng: n
 
 
 def sample(cfg: FewShotConfig, generator: Trained, support: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """[sample, task, way, feature + 1]; sample s of task t has the index s * tasks + t."""
+    """Draw heads [sample, task, way, feature + 1]; sample s of task t has the index s * tasks + t."""
     n = len(support)
     mask = np.broadcast_to(np.arange(support.shape[2]) < shots, support.shape[:3])
     key = jax.random.key(seed)
@@ -259,7 +260,7 @@ def sample(cfg: FewShotConfig, generator: Trained, support: np.ndarray, shots: i
 
 
 def codec_gate(cfg: FewShotConfig, generator: Trained, episodes: Episodes, zoo: Zoo) -> Gate:
-    """Heads of unseen classes, trained on all their pictures, through the codec and back."""
+    """Measure the codec on heads of unseen classes, trained on all their pictures."""
     assert zoo.net is not None
     heads = trained_heads(*episodes.whole, cfg.fit, zoo.spec, zoo.net)
     mask = np.ones(episodes.support.shape[:3], bool)
@@ -270,7 +271,7 @@ def codec_gate(cfg: FewShotConfig, generator: Trained, episodes: Episodes, zoo: 
 
 
 def criteria(cfg: FewShotConfig, by_task: dict[str, np.ndarray], extra: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Spec §6.3 on unseen classes: each with what was measured, its 95 % interval, the bar, and whether it is met."""
+    """Judge the criteria on unseen classes: each with its measurement, 95 % interval, bar, and whether it is met."""
 
     def above(a: str, b: str, bar: float) -> dict[str, Any]:
         gap = Estimate.of(by_task[a] - by_task[b])

@@ -29,7 +29,7 @@ SIDECARS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "ada
 
 
 def config(model: Mapping[str, Any]) -> GeneratorConfig:
-    """From the `model` of a config.json."""
+    """Read the `model` of a config.json."""
     cfg = from_json(GeneratorConfig, model)
     if cfg.cut is None:
         return cfg
@@ -51,7 +51,7 @@ def verify(cfg: Any, params: Mapping[str, Any], file: Path, format: str) -> Chec
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """By part: codec, condition, denoiser."""
+    """Count parameters by part: codec, condition, denoiser."""
     parts: dict[str, int] = {}
     for path, leaf in spec.items():
         part = path.split("/")[0]
@@ -60,7 +60,7 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 
 def macs(cfg: GeneratorConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one denoising step of one network, attention's own products left out."""
+    """Count multiply-accumulates of one denoising step of one network, attention's own products left out."""
     tokens = cfg.tokens.rows
     own = {path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")}
     once = [(pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")]
@@ -68,8 +68,7 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
 
 
 def _simple(name: str, module: Any, config: Any) -> Family:
-    """A family of ours without foreign formats, whose matmuls each count once."""
-
+    """Build a family without foreign formats, whose matmuls each count once."""
     return Family(
         name=name,
         module=module,
@@ -83,17 +82,17 @@ def _simple(name: str, module: Any, config: Any) -> Family:
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
-    """The module of a network of a zoo."""
+    """Build the module of a network of a zoo."""
     return MODULES[cfg.kind](cfg, rngs=rngs)
 
 
 def d2nwg_config(model: Mapping[str, Any]) -> D2nwgConfig:
-    """From the `model` of a config.json."""
+    """Read the `model` of a config.json."""
     return from_json(D2nwgConfig, model)
 
 
 def _once(cfg: Any, spec: Spec) -> int:
-    """Every matmul counted once."""
+    """Count every matmul once."""
     return sum(kernel_macs(spec, [("**", 1)]).values())
 
 
@@ -117,7 +116,7 @@ FAMILIES = [GENERATOR, CODEC, ENCODER, NETWORK, D2NWG]
 
 
 def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """Config and weights of a codec or an encoder by its folder. Raises InputError when it is something else."""
+    """Open the folder of a codec or an encoder: config and weights. Raises InputError when it is something else."""
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such folder; heirloom train {made_by} --run RUN makes RUN/model")
     donor = open_donor(Path(path), [family])

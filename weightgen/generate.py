@@ -1,4 +1,4 @@
-"""`heirloom generate PATH`: weights for the classes of a folder of pictures, or for a task in words, and a report of what they are."""
+"""`heirloom generate PATH`: weights for the classes of a folder of pictures, or for a task in words, and a report."""
 
 import time
 from argparse import Namespace
@@ -54,7 +54,7 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
 
 
 def _check_out(out: Path, donor: Donor, dataset: str | None, force: bool) -> None:
-    """Raises InputError for a folder that exists, before anything is drawn, and for one that holds what is read."""
+    """Raise InputError for a folder that exists, before anything is drawn, and for one that holds the inputs."""
     if not out.exists():
         return
     if not force:
@@ -65,7 +65,7 @@ def _check_out(out: Path, donor: Donor, dataset: str | None, force: bool) -> Non
 
 
 def check_finite(drawn: Drawn, donor: Donor) -> None:
-    """Raises InputError for samples with NaN or infinity."""
+    """Raise InputError for samples with NaN or infinity."""
     if len(bad := np.flatnonzero(~np.isfinite(drawn.samples).all((1, 2)))):
         numbers = listed(str(i) for i in bad)
         raise InputError(
@@ -75,7 +75,7 @@ def check_finite(drawn: Drawn, donor: Donor) -> None:
 
 
 def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
-    """A network of ours as a weights folder; of a foreign checkpoint the tensors under their own names, of an adapter with its config."""
+    """Write a network of ours as a weights folder, a foreign checkpoint under its own names, an adapter with its config."""
     cfg: Any = donor.cfg
     if cfg.net is None:
         tensors = cfg.whole.unflatten(tokens, cfg.whole.like)
@@ -91,8 +91,8 @@ def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH --data DIR`: of a generator eight samples for these classes, every accuracy named for what it is; of a
-    network it made, its accuracy on all pictures, those it was made from included where the folder has them."""
+    """Compute the rows of `heirloom eval PATH --data DIR`: of a generator the accuracies of eight samples for these classes; of a
+    generated network its accuracy on all pictures, those it was made from included where the folder has them."""
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
     if donor.family.name == NETWORK.name:

@@ -26,7 +26,7 @@ FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.3), "mlp": FitConfig(60, lr=
 
 
 def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int) -> dict[str, Any]:
-    """Accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty, diversity, and whether the
+    """Measure accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty, diversity, and whether the
     condition is used: None where the condition does not know the order of classes."""
     cfg: Any = donor.cfg
     about: dict[str, Any] = {
@@ -78,13 +78,13 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
 
 
 def labels_of(cfg: Any, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """What networks [n, token, length] see in pictures x: [n, picture]."""
+    """Predict classes with networks [n, token, length] on pictures x: [n, picture]."""
     params = cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like)
     return predict(cfg.net, params, np.broadcast_to(x, (len(tokens), *x.shape)), at_once=50)
 
 
 def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
-    """A network trained on these pictures alone, from scratch: a population of one."""
+    """Train a network on these pictures alone, from scratch: a population of one."""
     model = net(cfg)
     begin = initial_population(model, 1, "random", key=jax.random.key(seed))
     return fit_population(
@@ -93,7 +93,7 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
 
 
 def knows_order(cfg: Any) -> bool:
-    """Whether the condition says which class is which. Set Transformers do not: the same classes in another order give the same
+    """Tell whether the condition says which class is which. Set Transformers do not: the same classes in another order give the same
     condition. A linear prior in addition does."""
     if isinstance(cfg, D2nwgConfig):
         return cfg.encoder != "set"
@@ -101,7 +101,7 @@ def knows_order(cfg: Any) -> bool:
 
 
 def _zoo_baselines(donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Tokens [n, token, length] by name, of what the zoo gives without diffusion."""
+    """Build the baselines that need the zoo but no diffusion: tokens [n, token, length] by name."""
     cfg, weights = donor.cfg, zoo["weights"]
     made = {"zoo mean": weights.mean(0)[None], "zoo networks + 0.04 noise": noisy(weights, 0.04, rng)[:50]}
     if "told" in zoo:  # class by class: a network for the same classes in another order does not fit
@@ -120,7 +120,7 @@ def _flat(cfg: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy ones."""
+    """Measure medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy ones."""
     found = {
         "generated": nearest_distance(weights, zoo),
         "zoo": nearest_distance(zoo, zoo, skip_self=True),
@@ -130,7 +130,8 @@ def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> 
 
 
 def _task_distances(donor: Donor, task: Task, drawn: Drawn, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
-    """Mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a task not in the zoo."""
+    """Measure the mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a task not in the
+    zoo."""
     known = read_json(donor.folder / "tasks.json")["tasks"]
     own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
     if not own.any() or len(known) < 2:

@@ -56,7 +56,7 @@ class Drawn:
 
 
 def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
-    """The classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
+    """Read the classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
     source = open_source(SourceConfig(dataset))
     names = getattr(source, "classes", ())
     if not names:
@@ -70,7 +70,7 @@ def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[st
 
 
 def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
-    """Pictures of a folder with a sub-folder for each class, dealt to condition, selection and test at random.
+    """Read pictures of a folder with a sub-folder for each class, split into condition, selection and test at random.
 
     Raises InputError when the folder has no classes, or other numbers of them than the generator takes.
     """
@@ -97,7 +97,7 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
 
 
 def read_words(donor: Donor, task: str) -> Task:
-    """A task in words: embedded for the condition text, else one of the zoo's. Chunks need none.
+    """Read a task in words: embedded for the condition text, else one of the zoo's. Chunks need none.
 
     Raises InputError for a generator that takes pictures, and for a task the zoo has not.
     """
@@ -120,7 +120,7 @@ def read_words(donor: Donor, task: str) -> Task:
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> Drawn:
-    """`n` networks; sample i of a seed is the same whatever n is, but for the reference."""
+    """Draw `n` networks; sample i of a seed does not depend on n, except with the released system."""
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)
@@ -129,7 +129,7 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
     key = jax.random.key(seed)
     if isinstance(cfg, D2nwgConfig):
-        # Its sampler is its own: all steps, no guidance, and noise that depends on n.
+        # It has its own sampler: all steps, no guidance, and noise that depends on n.
         weights = sample_d2nwg(donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key)
         samples = cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
         return Drawn(samples, samples.mean(0))

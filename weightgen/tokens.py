@@ -1,7 +1,8 @@
 """Weights as tokens, and back to exactly the same tree.
 
 Three ways to cut: a whole model as one long row, each tensor in chunks of a length, or neuron by neuron, which needs our named
-axes: a token is what one written unit reads, its bias included. Rows are padded with zeros; the mask says where the weights are.
+axes: a token is the incoming weights of one output unit, its bias included. Rows are padded with zeros; the mask says where the weights
+are.
 """
 
 import re
@@ -53,7 +54,7 @@ class TokenSpec:
 
     @classmethod
     def of(cls, pieces: Sequence[Mapping[str, Any]]) -> "TokenSpec":
-        """From the pieces as JSON has them."""
+        """Build it from the pieces in JSON."""
         fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in pieces]
         found = tuple(Piece(**piece) for piece in fields)
         return cls(found, max(p.first + p.rows for p in found), max(p.column + p.width for p in found))
@@ -64,7 +65,7 @@ class TokenSpec:
         return {piece.path: jax.ShapeDtypeStruct(piece.shape, np.float32) for piece in self.pieces}
 
     def padded(self, weights: np.ndarray) -> np.ndarray:
-        """[..., count] weights without padding to tokens [..., rows, length]."""
+        """Pad weights [..., count] to tokens [..., rows, length]."""
         out = np.zeros((*weights.shape[:-1], self.rows, self.length), np.float32)
         out[..., self.mask] = weights
         return out
@@ -91,7 +92,8 @@ class TokenSpec:
         return found
 
     def flatten(self, tree: Any) -> np.ndarray:
-        """Tokens [..., rows, length] of a tree; leaves may share leading axes, as in a population. The dtype holds all leaves exactly."""
+        """Cut a tree into tokens [..., rows, length]; leaves may share leading axes, as in a population. The dtype holds all leaves
+        exactly."""
         leaves = dict(named_leaves(tree))
         lead = np.shape(leaves[self.pieces[0].path])[: np.ndim(leaves[self.pieces[0].path]) - len(self.pieces[0].shape)]
         dtype = np.result_type(np.float32, *(_exact(leaves[piece.path].dtype) for piece in self.pieces))
@@ -105,7 +107,7 @@ class TokenSpec:
         return out
 
     def unflatten(self, tokens: Any, like: Any) -> Any:
-        """The inverse of `flatten`: `like` with its selected leaves replaced, dtype and structure kept; padding is ignored.
+        """Invert `flatten`: `like` with its selected leaves replaced, dtype and structure kept; padding is ignored.
 
         tokens: [..., rows, length] numpy, or traced by jax (leaves then get the leading axes too).
         """
@@ -137,14 +139,14 @@ def _exact(dtype: Any) -> Any:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
+    """List leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return list(tree.items())
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def map_named(change: Any, tree: Any) -> Any:
-    """The same tree with each leaf replaced by `change(name, leaf)`."""
+    """Rebuild the tree with each leaf replaced by `change(name, leaf)`."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return {name: change(name, leaf) for name, leaf in tree.items()}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: change(_name(path), leaf), tree)
@@ -155,7 +157,7 @@ def _name(path: Sequence[Any]) -> str:
 
 
 def selected(tree: Any, select: str = "") -> list[tuple[str, Any]]:
-    """Floating leaves whose name matches the regex `select`, running statistics left out.
+    """Select floating leaves whose name matches the regex `select`, running statistics left out.
 
     Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
     """
@@ -163,7 +165,7 @@ def selected(tree: Any, select: str = "") -> list[tuple[str, Any]]:
     try:
         re.compile(select)
     except re.error as error:
-        raise InputError(f"{select!r} is no regular expression ({error}); mend select") from error
+        raise InputError(f"{select!r} is no regular expression ({error}); correct select") from error
     for name, leaf in named_leaves(tree):
         if not re.search(select, name) or re.search(STATISTICS, name):
             continue
@@ -201,7 +203,7 @@ def chunks(tree: Any, length: int | None = None, *, select: str = "") -> TokenSp
 
 
 def one_chunk(spec: TokenSpec) -> TokenSpec:
-    """A single row of a cut, as a network of its own."""
+    """Describe a single row of a cut as a network by itself."""
     return TokenSpec(
         (
             Piece(
@@ -216,7 +218,7 @@ def one_chunk(spec: TokenSpec) -> TokenSpec:
 def neurons(spec: Spec) -> TokenSpec:
     """Cut a model of ours neuron by neuron: tensors of one module that write the same units share a row.
 
-    A carried tensor (a norm's scale) counts as written.
+    A carried tensor (a norm's scale) counts as an output.
     """
     pieces: list[Piece] = []
     first = 0

@@ -152,7 +152,7 @@ def generator_batches(zoo: Zoo, bank: Bank, shots: int, cfg: LoopConfig, mesh: M
 
 
 class Stage:
-    """What the four recipes cannot do, said in one line each."""
+    """Refuses the verbs that the recipes of this package do not have."""
 
     def inherit(self, destination: Path, *, force: bool = False) -> Mapping[str, Any]:
         raise InputError("this recipe inherits from no donor: heirloom train runs it")

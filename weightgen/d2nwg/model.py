@@ -1,6 +1,6 @@
 """D2NWG as released: vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024 steps.
 
-It is here to be compared with; `GeneratorConfig` is what this package recommends. Its choices are kept, the odd ones too: weights are
+A baseline for comparison; `GeneratorConfig` is what this package recommends. The choices of the release are kept: weights are
 divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not know the order of classes.
 """
 
@@ -46,7 +46,7 @@ class D2nwgConfig:
 
     @property
     def whole(self) -> TokenSpec:
-        """How a network is laid out."""
+        """The tokens of a network."""
         return head_tokens(self.net)
 
     @property
@@ -78,11 +78,11 @@ class D2nwg(nnx.Module):
         return self.vae(weights / self.cfg.scale, key)
 
     def code(self, weights: jax.Array) -> jax.Array:
-        """There and back by the mean of the posterior, [batch, count]."""
+        """Encode and decode by the mean of the posterior, [batch, count]."""
         return self.vae.decode(self.vae.encode(weights / self.cfg.scale).mean) * self.cfg.scale
 
     def latents(self, weights: jax.Array, key: jax.Array) -> jax.Array:
-        """A draw from the posterior as an image of one channel: by memory order, channels first, which is no spatial layout."""
+        """Draw from the posterior, as an image of one channel: in memory order, channels first, without a spatial meaning."""
         z = self.vae.encode(weights / self.cfg.scale).sample(key)
         return jnp.moveaxis(z, -1, 1).reshape(len(z), self.cfg.unet.size, self.cfg.unet.size, 1)
 
@@ -98,20 +98,20 @@ class D2nwg(nnx.Module):
 
 
 def stage1_loss(model: Functional, cfg: D2nwgConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6) -> jax.Array:
-    """The autoencoder's loss on weights [batch, count]."""
+    """Compute the autoencoder's loss on weights [batch, count]."""
     back, posterior = model.apply(params, weights, key, method="reconstruct")
     return vae_loss(weights / cfg.scale, back, posterior, beta=beta)
 
 
 def latent_scale(model: Functional, params: Params, weights: jax.Array, key: jax.Array) -> jax.Array:
-    """k = 1 / std of the latents of the first batch, computed once."""
+    """Compute k = 1 / std of the latents of the first batch, computed once."""
     return 1 / model.apply(params, weights, key, method="latents").std()
 
 
 def stage2_loss(
     model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, weights: jax.Array, support: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition encoder does."""
+    """Compute the mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition encoder does."""
     posterior, times, noises = jax.random.split(key, 3)
     schedule = scaled_linear_schedule(cfg.steps)
     clean = k * jax.lax.stop_gradient(model.apply(params, weights, posterior, method="latents"))
@@ -123,7 +123,8 @@ def stage2_loss(
 
 
 def sample(model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array) -> jax.Array:
-    """Weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the condition is encoded once."""
+    """Draw weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the condition is encoded
+    once."""
     sampler = ddpm(scaled_linear_schedule(cfg.steps))
     condition = model.apply(params, support, method="embed")
     time = jnp.asarray(sampler.time, jnp.float32)

@@ -1,7 +1,6 @@
-"""The recipe of the release: first the autoencoder of weight vectors, then diffusion of its latents (see `reference`)."""
+"""The recipe of the release: first the autoencoder of weight vectors, then diffusion of its latents (see `model`)."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +146,6 @@ class D2nwgRecipe(Stage):
             save_neighbours(out, zoo, self.stage2.seed, bank=bank)
             Projection.load(folder).save(out)
 
-        save = partial(save_params, run.model, D2NWG.name, cfg)
         fit(
             run,
             self.stage2,
@@ -157,7 +155,7 @@ class D2nwgRecipe(Stage):
             loss=value,
             data=batches,
             frozen=("k", "vae/**"),
-            save=lambda params: save(params, sidecars, force=True),
+            save=lambda params: save_params(run.model, D2NWG.name, cfg, params=params, companions=sidecars, force=True),
         )
 
     def describe(self) -> Any:

@@ -118,8 +118,8 @@ class SetTransformer(nnx.Module):
 class SetOfSets(nnx.Module):
     """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer to the latent.
 
-    x: [batch, class, picture, feature]; returns [batch, latent]. Invariant to the order of classes: it cannot say which row of a head
-    belongs to which class, which `PerClass` can.
+    x: [batch, class, picture, feature]; returns [batch, latent]. Invariant to the order of classes: unlike
+    `PerClass` it does not tell which row of a head belongs to which class.
     """
 
     def __init__(self, cfg: SetConfig, *, rngs: nnx.Rngs):
@@ -155,7 +155,7 @@ class MlpSet(nnx.Module):
 class Label(nnx.Module):
     """A learned embedding of an integer, such as which chunk of a checkpoint a row is. label: [batch] int32.
 
-    The label `labels` stands for none, for guidance.
+    The label `labels` is the unconditional one, for guidance.
     """
 
     def __init__(self, labels: int, embed: int, *, rngs: nnx.Rngs):

@@ -1,7 +1,7 @@
-"""What a generator is made of."""
+"""The config of a generator."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from heirloom.common.diffusion import Schedule, linear_schedule, scaled_linear_schedule
 from heirloom.common.errors import InputError, positive
@@ -23,9 +23,9 @@ class GeneratorConfig:
     """A generator of the weights of one architecture; its condition is pictures of classes, words, or a number."""
 
     net: NetConfig | None = field(default_factory=NetConfig)
-    """None: checkpoints of others, cut as `cut` says."""
+    """None: imported checkpoints, cut as `cut` says."""
     latent: int = 48
-    """Numbers a token is coded in."""
+    """Numbers a token is coded in by PCA."""
     condition: ConditionKind = "per_class"
     """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not know the order;
     mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the tasks of the zoo;
@@ -33,13 +33,14 @@ class GeneratorConfig:
     shots: int = 5
     """Pictures of each class it looks at, at most."""
     prior: Literal["none", "linear"] = "linear"
-    """linear: a ridge map from the condition to the weights, fitted before; diffusion then models what it leaves."""
+    """linear: a ridge map from the condition to the weights, fitted before; diffusion then models the residual."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     told: int = 0
     """Condition feature size: of a picture or a text; 0: as many as the network has inputs."""
     schedule: Literal["linear", "scaled_linear"] = "linear"
     """linear: 1000 steps of DDPM; scaled_linear: 1024 steps as released."""
     cut: TokenSpec | None = None
+    """How imported checkpoints are cut into tokens; None: a network of ours, `net`."""
     codec: TokenVaeConfig | None = None
     """None: PCA."""
     encoder: SetConfig | None = None
@@ -53,18 +54,25 @@ class GeneratorConfig:
             raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
         if self.prior == "linear" and self.codec is not None:
             raise InputError('a learned codec codes weights, not what a linear prior leaves of them: set prior to "none"')
-        if self.net is None and self.cut is None:
-            raise InputError("a generator needs a network, or how checkpoints are cut")
+        if (self.net is None) == (self.cut is None):
+            raise InputError("a generator is of a network (net) or of imported checkpoints (cut): give one of both")
+        if self.condition in ("label", "chunk") and self.labels < 1:
+            raise InputError(f"labels is {self.labels}: the condition {self.condition} needs the number of tasks or chunks")
 
     @property
     def tokens(self) -> TokenSpec:
-        """How what it makes in one go is laid out: a network, or a single chunk of one."""
+        """Tokens of one draw: a network, or a single chunk of one."""
         return one_chunk(self.whole) if self.condition == "chunk" else self.whole
 
     @property
     def whole(self) -> TokenSpec:
-        """How a finished network is laid out."""
-        return self.cut or head_tokens(self.net or NetConfig())
+        """Tokens of a whole network."""
+        return self.cut or head_tokens(cast(NetConfig, self.net))
+
+    @property
+    def latent_size(self) -> int:
+        """Numbers a token is coded in, by the codec in use."""
+        return self.latent if self.codec is None else self.codec.latent
 
     @property
     def features(self) -> int:
@@ -78,7 +86,7 @@ class GeneratorConfig:
 
     @property
     def fitted(self) -> tuple[str, ...]:
-        """Patterns of what is fitted before training and never updated."""
+        """Path patterns of parameters that are fitted before training and never updated."""
         return ("codec/**", "prior/**") if self.prior == "linear" else ("codec/**",)
 
     @property

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from weightgen.codec import Pca, TokenCodec, fit_pca
 from weightgen.generator.conditions import Condition, Label, MlpSet, PerClass, SetConfig, SetOfSets, Text
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import TokenDit
+from weightgen.tokens import Order
 from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo, flat
 
@@ -57,13 +57,13 @@ class Generator(nnx.Module):
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         spec, width = cfg.tokens, cfg.denoiser.width
-        pca = partial(Pca, 1 if cfg.by_row else spec.rows, spec.length, cfg.latent)
-        self.codec: Any = pca(rngs=rngs) if cfg.codec is None else TokenCodec(cfg.codec, rngs=rngs)
+        rows = 1 if cfg.by_row else spec.rows
+        self.codec: Any = TokenCodec(cfg.codec, rngs=rngs) if cfg.codec else Pca(rows, spec.length, cfg.latent, rngs=rngs)
         self.condition = CONDITIONS[cfg.condition](cfg, width, rngs)
         prior = RowPrior if cfg.by_row else WholePrior
         self.prior: Any = prior(cfg, rngs=rngs) if cfg.prior == "linear" else None
-        latent = cfg.latent if cfg.codec is None else cfg.codec.latent
-        self.denoiser = TokenDit(cfg.denoiser, latent, spec.rows, order="exchangeable" if cfg.by_row else "ordered", rngs=rngs)
+        order: Order = "exchangeable" if cfg.by_row else "ordered"
+        self.denoiser = TokenDit(cfg.denoiser, cfg.latent_size, spec.rows, order=order, rngs=rngs)
         self.rows = spec.rows
         self.first_class = next((piece.first for piece in spec.pieces if piece.path == "out/kernel"), 0)
         self.cfg = cfg

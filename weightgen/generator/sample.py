@@ -52,9 +52,8 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
     def draw(params: Any, support: jax.Array, mask: jax.Array, key: jax.Array, index: jax.Array, start: Any = None) -> jax.Array:
         if start is None and how.strength < 1:
             raise InputError(f"a strength of {how.strength:g} refines given weights, and none are given: leave it at 1")
-        latent = cfg.latent if cfg.codec is None else cfg.codec.latent
         keys = jax.vmap(partial(jax.random.fold_in, key))(index)
-        x = jax.vmap(lambda k: jax.random.normal(k, (cfg.tokens.rows, latent)))(keys)
+        x = jax.vmap(lambda k: jax.random.normal(k, (cfg.tokens.rows, cfg.latent_size)))(keys)
         if how.strength < 1:
             clean = model.apply(params, start, support, mask, method="encode")
             x = float(sampler.alpha[0]) * clean + float(sampler.sigma[0]) * x

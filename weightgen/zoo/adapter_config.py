@@ -1,4 +1,4 @@
-"""`adapter_config.json` of peft: what of it decides the update, and the one that a generated adapter gets."""
+"""`adapter_config.json` of peft: the fields that decide the update, and the file of a generated adapter."""
 
 import json
 import re
@@ -45,7 +45,7 @@ class LoraSettings:
     base: str | None = None
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / r of a module, or alpha / sqrt(r) (rsLoRA), by the patterns as peft matches them.
+        """Compute alpha / r of a module, or alpha / sqrt(r) (rsLoRA), by the patterns as peft matches them.
 
         Raises InputError when its tensors have another rank than the config says.
         """
@@ -61,7 +61,7 @@ def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
 
 
 def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
-    """From the fields of an adapter_config.json. label: what an error names.
+    """Read the fields of an adapter_config.json. label: the name in errors.
 
     Raises InputError for another kind of adapter, and for a field that is set, changes the function and is not understood.
     """
@@ -118,12 +118,13 @@ def _short(value: Any) -> str:
 
 
 def read_settings(file: Path) -> LoraSettings:
-    """Of an adapter_config.json. Raises InputError as `settings` does."""
+    """Read an adapter_config.json. Raises InputError as `settings` does."""
     return settings(read_json(file), str(file))
 
 
 def in_metadata(file: Path) -> dict[str, LoraSettings]:
-    """Settings that diffusers keeps in the metadata of a safetensors file, by the first part of the modules' names; none: empty."""
+    """Read the settings that diffusers keeps in the metadata of a safetensors file, by the first part of the modules' names; none:
+    empty."""
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, framework="numpy") as opened:
@@ -142,7 +143,7 @@ def in_metadata(file: Path) -> dict[str, LoraSettings]:
 
 
 def generated(tensors: Mapping[str, Any], known: LoraSettings | None) -> dict[str, Any]:
-    """The adapter_config.json of a generated adapter of these tensors: every module has a scale of 1, for rows have it inside."""
+    """Build the adapter_config.json of a generated adapter: every module has a scale of 1, as the rows include it."""
     ranks = {module.removeprefix(PREFIX): len(pair.adapter.down) for module, pair in pairs(tensors).items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     other = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != r}

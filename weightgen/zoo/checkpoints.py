@@ -18,11 +18,11 @@ from weightgen.zoo.zoo import Zoo, flat
 
 
 def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -> tuple[Zoo, tuple[str, ...]]:
-    """A zoo of the checkpoints in a folder (safetensors, torch or numpy, one architecture), read one at a time; and its tasks in words.
+    """Import the checkpoints in a folder (safetensors, torch or numpy, one architecture), one at a time: a zoo, and its tasks in words.
 
     `quality.json` in the folder gives accuracies by file name, `tasks.json` what each file is for; a file it does not name is a task of
     that name. Pairs of low-rank adapters are made canonical, their scale inside. `zoo.about` has the members, what was done to
-    them, and `notes`: what to tell the user.
+    them, and `notes` for the user.
     Raises InputError for a folder without checkpoints, for members of other shapes or modules, with NaN or infinity, or quantised.
     """
     members, left = find_members(folder)
@@ -62,7 +62,7 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
 
 
 def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, Any]:
-    """What `quality.json` or `tasks.json` says of the members. Raises InputError for values of another kind and for names of no member."""
+    """Read `quality.json` or `tasks.json`. Raises InputError for values of another kind and for names of no member."""
     kind: Any = {"quality": (int, float), "tasks": str}[name]
     said = {"quality": "a number", "tasks": "words"}[name]
     file = folder / f"{name}.json"
@@ -89,7 +89,7 @@ def _cut(member: Member, first: Loaded, chunk: int | None, select: str) -> Token
 
 
 def same_tensors(spec: TokenSpec, tensors: Mapping[str, np.ndarray], select: str, path: Path, first: Path) -> None:
-    """Raises InputError where a member has other tensors than the first one: missing, more, or of other shapes."""
+    """Raise InputError where a member has other tensors than the first one: missing, more, or of other shapes."""
     own = {name: tuple(leaf.shape) for name, leaf in selected(tensors, select)} if tensors else {}
     ours = {piece.path: piece.shape for piece in spec.pieces}
     faults = {
@@ -105,7 +105,7 @@ def same_tensors(spec: TokenSpec, tensors: Mapping[str, np.ndarray], select: str
 
 
 def _twins(names: Sequence[str], rows: np.ndarray) -> list[str]:
-    """A note for members that are the same to the bit, and for all-zero ones."""
+    """Write a note on members that are bitwise equal, and on all-zero ones."""
     seen: dict[bytes, str] = {}
     same = []
     for name, row in zip(names, rows, strict=True):

@@ -29,7 +29,8 @@ SHARES = {"support": 0.5, "select": 0.2, "test": 0.3}  # of a class's concepts
 
 
 def encoder(backend: str) -> Encode:
-    """`pixels`: thumbnails of 16 x 16; anything else: the image tower of the model at that SOURCE (`embedded:emoji`, `hf:...`).
+    """Open an encoder of pictures. `pixels`: thumbnails of 16 x 16; anything else: the image tower of the model at that SOURCE
+    (`embedded:emoji`, `hf:...`).
 
     Any function of that shape serves as well; this one is for configs. Raises InputError when the model has no image tower.
     """
@@ -57,7 +58,8 @@ def encoder(backend: str) -> Encode:
 
 
 def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """Words to unit vectors [text, feature] f32, by the text tower of the model at that SOURCE. Raises InputError when it has none."""
+    """Open an encoder of words to unit vectors [text, feature] f32, by the text tower of the model at that SOURCE. Raises InputError when
+    it has none."""
     donor = _open(backend)
     if not hasattr(donor.family.module, "encode_text"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no text: name a CLIP")
@@ -73,7 +75,7 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
 
 
 def _open(source: str) -> Donor:
-    """A model of any installed method: methods do not import one another, but their families are announced."""
+    """Open a model of any installed method, through the families they announce: methods do not import one another."""
     from heirloom.common.cli import methods
 
     families = [family for method in methods().values() for family in method.families()]
@@ -81,7 +83,8 @@ def _open(source: str) -> Donor:
 
 
 def labelled(source: Any, path: str) -> tuple[list[Any], np.ndarray]:
-    """All records of a source with classes, and their labels [record] int. Raises InputError for a record without one of its classes."""
+    """Read all records of a source with classes, and their labels [record] int. Raises InputError for a record without one of its
+    classes."""
     records, count = [source[i] for i in range(len(source))], len(source.classes)
     labels = np.array([-1 if r.get("label") is None else int(r["label"]) for r in records])
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
@@ -96,12 +99,12 @@ def _thumbnail(picture: Any, side: int = THUMBNAIL, channels: int = 3) -> np.nda
 
 
 def thumbnails(pictures: Sequence[Any], channels: int) -> np.ndarray:
-    """What a cnn sees, [picture, 28 * 28 * channels] in [-1, 1]; 1 channel is grey."""
+    """Resize pictures for a cnn, [picture, 28 * 28 * channels] in [-1, 1]; 1 channel is grey."""
     return np.stack([_thumbnail(p, CNN_SIDE, channels) for p in pictures])
 
 
 def shown(net: NetConfig, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Examples [..., feature] in the shape in which a network takes them, and their labels."""
+    """Reshape examples [..., feature] to the inputs of a network; labels stay."""
     return x.reshape(*x.shape[:-1], CNN_SIDE, CNN_SIDE, net.features) if net.kind == "cnn" else x, y
 
 
@@ -127,7 +130,7 @@ class Projection:
 
     @classmethod
     def identity(cls, backend: str, features: int) -> "Projection":
-        """For unit vectors, as texts have: all features, scaled to a mean square of 1."""
+        """Keep all features of unit vectors, such as embedded texts, scaled to a mean square of 1."""
         return cls(backend, np.zeros(features, np.float32), np.float32(features**0.5) * np.eye(features, dtype=np.float32))
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
@@ -143,7 +146,7 @@ class Projection:
 
         file = folder / "features.safetensors"
         if not file.is_file():
-            raise InputError(f"{folder} has no features.safetensors: this generator does not know how to look at pictures")
+            raise InputError(f"{folder} has no features.safetensors: this generator has no encoder of pictures")
         with safe_open(file, framework="numpy") as opened:
             backend = opened.metadata()["backend"]
         return cls(backend, **load_file(file))
@@ -167,7 +170,7 @@ class Bank:
 
     @classmethod
     def numbers(cls, names: Sequence[str]) -> "Bank":
-        """Tasks known by their number, which is the only feature."""
+        """Build a bank of tasks known by their number, which is the only feature."""
         return cls.of(np.arange(len(names), dtype=np.float32)[:, None], np.arange(len(names)), names)
 
     def save(self, folder: Path, name: str = "bank") -> None:
@@ -192,7 +195,7 @@ class Bank:
         return np.stack([self.features[a:b].mean(0) for a, b in zip(self.starts, self.starts[1:], strict=False)])
 
     def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
-        """[..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class has fewer."""
+        """Draw [..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class has fewer."""
         counts = self.counts[classes]
         picks = np.zeros((*classes.shape, shots), np.int64)
         for k in range(shots):
@@ -204,7 +207,7 @@ class Bank:
         return self.features[self.starts[:-1][classes][..., None] + picks]
 
     def all(self, classes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `most` pictures of each class, and labels 0 to ways - 1 with -1 in the padding.
+        """Collect up to `most` pictures of each class, and labels 0 to ways - 1 with -1 in the padding.
 
         classes: [task, ways]. Returns [task, ways * most, feature] and [task, ways * most] int32.
         """
@@ -219,7 +222,7 @@ class Bank:
 class EmojiTasks:
     """The emoji by CLDR subgroup, split three ways by concept, some subgroups unseen by the zoo.
 
-    Of each class the concepts are dealt to support, select and test: no concept, in any hand, is in two of them.
+    Of each class the concepts are split into support, select and test: no concept is in two of them.
     seen, unseen: part -> bank. The zoo learns from the seen support pictures.
     """
 
@@ -229,7 +232,8 @@ class EmojiTasks:
 
 
 def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int = 6, seed: int = 0) -> EmojiTasks:
-    """Read the embedded emoji. held_out: subgroups no zoo network sees; least: concepts a subgroup must have to be a class."""
+    """Read the embedded emoji. held_out: subgroups that no zoo network is trained on; least: concepts a subgroup must have to be a
+    class."""
     source = open_source(SourceConfig("emoji", columns=("subgroup", "concept")))
     records = [source[i] for i in range(len(source))]
     concepts: dict[str, list[str]] = {}
@@ -265,7 +269,7 @@ def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int
 
 
 def draw_tasks(classes: int, tasks: int, ways: int, rng: np.random.Generator) -> np.ndarray:
-    """[task, ways] int32: distinct classes in random order."""
+    """Draw [task, ways] int32: distinct classes in random order."""
     if classes < ways:
         raise InputError(f"{ways}-way tasks need {ways} classes, there are {classes}")
     return np.argsort(rng.random((tasks, classes)), axis=1)[:, :ways].astype(np.int32)

@@ -22,7 +22,7 @@ class FitConfig:
 
     steps: int = 100
     batch: int = 0
-    """Examples a step; 0: all of them."""
+    """Examples a step; 0: all."""
     lr: float = 0.05
     weight_decay: float = 0.0
     """L2 penalty added to the loss, half its square norm times this."""
@@ -64,7 +64,7 @@ def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array
 
 
 def initial_population(model: Functional, members: int, start: Literal["shared", "random"], key: jax.Array) -> Params:
-    """`members` networks, all from one initialisation or each from its own: leaves [member, ...]."""
+    """Initialise `members` networks, all from one initialisation or each from its own: leaves [member, ...]."""
     if start == "shared":
         one = model.init(key)
         return {path: jnp.broadcast_to(leaf, (members, *leaf.shape)) for path, leaf in one.items()}

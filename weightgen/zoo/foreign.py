@@ -24,8 +24,8 @@ EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint's files, memory-mapped. Raises InputError where a shard is missing, for a tensor that is in two files,
-    and for 8-bit floats."""
+    """Read all tensors of a checkpoint's files, memory-mapped. Raises InputError where a shard is missing, for a tensor that is in two
+    files, and for 8-bit floats."""
     _all_shards(files)
     tensors: dict[str, np.ndarray] = {}
     for file in files:
@@ -43,7 +43,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _all_shards(files: Sequence[Path]) -> None:
-    """Raises InputError with the names of the shards that are missing, going by `-00001-of-00003`."""
+    """Raise InputError with the names of the shards that are missing, going by `-00001-of-00003`."""
     given = {file.name for file in files}
     for file in files:
         if hit := SHARD.match(file.name):
@@ -57,7 +57,7 @@ def _all_shards(files: Sequence[Path]) -> None:
 
 
 def quantisation(tensors: Mapping[str, np.ndarray], config: Path | None = None) -> str:
-    """How a checkpoint is quantised and by which tensor that shows, or an empty string. config: its `config.json`, if there is one."""
+    """Tell how a checkpoint is quantised and which tensor shows it, or an empty string. config: its `config.json`, if there is one."""
     for name, tensor in tensors.items():
         if scheme := next((scheme for scheme, mark in SCHEMES.items() if re.search(mark, name)), ""):
             return f"{name} is of weights in {scheme}"
@@ -76,17 +76,17 @@ def quantisation(tensors: Mapping[str, np.ndarray], config: Path | None = None) 
 
 
 def refuse_quantised(tensors: Mapping[str, np.ndarray], config: Path | None = None) -> None:
-    """Raises InputError for quantised weights, with the tensor or the config that shows it."""
+    """Raise InputError for quantised weights, with the tensor or the config that shows it."""
     if why := quantisation(tensors, config):
         raise InputError(f"{why}: the checkpoint is quantised; take the original, in bfloat16 or float32")
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
-    """Names of floating tensors with NaN or infinity in them, in their order."""
+    """List the names of floating tensors with NaN or infinity in them, in their order."""
     return [name for name, tensor in tensors.items() if np.dtype(tensor.dtype).kind in "fV" and not np.isfinite(tensor).all()]
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
+    """Join the first names, and the number of the others."""
     found = list(names)
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

@@ -1,4 +1,4 @@
-"""Low-rank adapters in a checkpoint: which tensors are pairs, under the names of several libraries, and their one gauge.
+"""Low-rank adapters in a checkpoint: which tensors are pairs, under the names of several libraries, and their canonical form.
 
 An adapter is a product B A; (B R, R^-1 A) is the same adapter for every invertible R. A generator would see an arbitrary basis, so
 adapters are brought to one form first, with their scale (alpha / rank) inside: rows of a zoo are the updates that are really made.
@@ -57,9 +57,9 @@ class Pair:
 
 
 def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
-    """The same update from the singular value decomposition of scale B A: roots of the singular values on both sides, in falling order;
-    of each direction the largest entry of its left vector is positive. Without forming the [out, in] product. A rank above `out` or `in`
-    is kept, its surplus zeros. In f32, or f64 where `up` is."""
+    """Compute the canonical form, the singular value decomposition of scale B A: roots of the singular values on both sides, in falling
+    order; of each direction the largest entry of its left vector is positive. Without forming the [out, in] product. A rank above `out` or
+    `in` is kept, its surplus zeros. In f32, or f64 where `up` is."""
     out_basis, out_mix = np.linalg.qr(scale * adapter.up.astype(np.float64))
     in_basis, in_mix = np.linalg.qr(adapter.down.astype(np.float64).T)
     left, values, right = np.linalg.svd(out_mix @ in_mix.T, full_matrices=False)
@@ -73,12 +73,12 @@ def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
 
 
 def has_adapters(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether names in a checkpoint are those of low-rank adapters or of their relatives."""
+    """Tell whether names in a checkpoint are those of adapters of any kind."""
     return any(NAME.match(key) or any(re.search(mark, key) for mark in OTHERS.values()) for key in tensors)
 
 
 def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
-    """The pairs of a checkpoint by module.
+    """Find the pairs of a checkpoint by module.
 
     Raises InputError when there are none, a half is missing, two adapters are in one file, the halves do not fit together, or there are
     tensors of another kind of adapter.
@@ -115,7 +115,7 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
 
 
 def _plain(key: str) -> str:
-    """A name without that of the adapter."""
+    """Remove the name of the adapter from a tensor's name."""
     hit = NAME.match(key)
     return key if hit is None else "".join((hit["module"], hit["mark"], hit["side"], hit["end"] or ""))
 
@@ -133,7 +133,7 @@ def _check(module: str, down: np.ndarray, up: np.ndarray) -> None:
 
 
 def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> dict[str, float]:
-    """`alpha` by module, where a file keeps it as a number next to the pair (kohya)."""
+    """Read `alpha` by module, where a file keeps it as a number next to the pair (kohya)."""
     found = {}
     for module in modules:
         if (value := tensors.get(f"{module}.alpha")) is not None:
@@ -144,7 +144,7 @@ def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> di
 
 
 def canonical_tensors(tensors: Mapping[str, np.ndarray], scale: Scale = lambda module, rank: 1.0) -> dict[str, np.ndarray]:
-    """A checkpoint of adapters with every pair in canonical form, its scale inside; alphas are left out, other tensors as they are."""
+    """Bring every pair of a checkpoint into canonical form, its scale inside; alphas are left out, other tensors as they are."""
     modules = pairs(tensors)
     gone = {f"{module}.alpha" for module in modules}
     fixed: dict[str, np.ndarray] = {}
@@ -162,7 +162,7 @@ alpha: these with an `.alpha` equal to the rank for every module, which is scale
 
 
 def layout_of(tensors: Mapping[str, np.ndarray], configured: bool) -> Layout:
-    """The layout that reads what members of these names were. configured: they had an adapter_config.json."""
+    """Choose the layout that fits the names of the members. configured: they had an adapter_config.json."""
     hits = [hit for key in tensors if (hit := NAME.match(key))]
     if configured or all(hit["module"].startswith("base_model.model.") for hit in hits):
         return "peft"

@@ -32,8 +32,8 @@ class Member:
 
 
 def find_members(folder: Path) -> tuple[list[Member], list[str]]:
-    """The members of a folder in the order of their names, and the names of what is left alone: hidden files, states of trainings, folders
-    and files without weights. Raises InputError when there are no members."""
+    """Find the members of a folder in the order of their names, and the names of what is left alone: hidden files, states of trainings,
+    folders and files without weights. Raises InputError when there are no members."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     shards = {name for path in paths if ".index" in path.name and path.suffix == ".json" for name in _shards(path)}
     found: list[Member] = []
@@ -93,7 +93,7 @@ class Loaded:
 
 
 def read_member(member: Member) -> Loaded:
-    """The tensors of a member; adapters in their canonical form, with their scale inside.
+    """Read the tensors of a member; adapters in their canonical form, with their scale inside.
 
     Raises InputError, naming the member, for quantised weights and for adapters that are no plain LoRA.
     """
@@ -131,7 +131,7 @@ def read_member(member: Member) -> Loaded:
 
 
 def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
-    """What to say of adapters that go into one zoo; the tensors themselves may be gone.
+    """Check that adapters fit into one zoo, and write notes on them; the tensors may be dropped before.
 
     Raises InputError where members are written in different ways, which one row of numbers cannot hold.
     """
@@ -160,7 +160,7 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
 
 
 def adapter_record(members: Sequence[Member], loaded: Sequence[Loaded], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a generator has to know to write an adapter: the layout, its adapter_config.json, and what was done to the members; None where
+    """Record what a generator needs to write an adapter: the layout, its adapter_config.json, and what was done to the members; None where
     these are no adapters."""
     first = loaded[0]
     if first.layout is None:

@@ -95,7 +95,7 @@ class SmallCnn(nnx.Module):
 
 
 def _pool(x: jax.Array) -> jax.Array:
-    """The largest of each 2 x 2."""
+    """Max-pool by 2 x 2."""
     n, row, col, channel = x.shape
     return x.reshape(n, row // 2, 2, col // 2, 2, channel).max((2, 4))
 
@@ -104,7 +104,7 @@ MODULES: dict[str, Any] = {"head": Head, "mlp": SmallMlp, "cnn": SmallCnn}
 
 
 def net(cfg: NetConfig) -> Functional:
-    """The network as functions of a flat tree. Raises InputError for an unknown kind."""
+    """Build the network as functions of a flat tree. Raises InputError for an unknown kind."""
     if cfg.kind not in MODULES:
         raise InputError(f"no network {cfg.kind!r} (there are {', '.join(MODULES)})")
     return functional(MODULES[cfg.kind], cfg)
@@ -117,5 +117,5 @@ def _predictor(cfg: NetConfig, at_once: int) -> Any:
 
 
 def predict(cfg: NetConfig, params: Mapping[str, Any], x: Any, at_once: int = 0) -> np.ndarray:
-    """The class each network sees in each of its examples, [member, example] int32. x: [member, example, ...]."""
+    """Predict the class of each network's own examples, [member, example] int32. x: [member, example, ...]."""
     return np.asarray(_predictor(cfg, at_once)(params, x))

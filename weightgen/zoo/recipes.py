@@ -44,7 +44,7 @@ class ZooRecipe(Stage):
     data: str = "emoji"
     """emoji (its CLDR subgroups, some held out), or a folder with a sub-folder of pictures for each class."""
     backend: str = "embedded:emoji"
-    """What looks at pictures: a SOURCE with an image tower, or pixels."""
+    """Encoder of pictures: a SOURCE with an image tower, or pixels."""
     net: NetConfig = field(default_factory=NetConfig)
     """features: how many components of the backend's features are kept (of a cnn: 1 for grey, 3 for colour); classes: of a task."""
     told: int = 64
@@ -62,7 +62,7 @@ class ZooRecipe(Stage):
         positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
-        """Write `RUN/zoo`, in the first process of a job. A run that is stopped goes on at its last finished chunk.
+        """Write `RUN/zoo`, in the first process of a job. A run that was stopped continues after its last finished chunk.
 
         Raises InputError when networks diverge.
         """
@@ -127,7 +127,7 @@ class ZooRecipe(Stage):
         rmtree(parts)
 
     def _banks(self) -> tuple[Bank, Bank, Bank, Projection]:
-        """Pictures to train on, pictures to score on, features of the former for the condition, and how they became features."""
+        """Read pictures to train on, pictures to score on, features of the former for the condition, and how they became features."""
         if self.data == "emoji":
             if self.net.kind == "cnn":
                 raise InputError("there are too few emoji for CNNs: set data to a folder with a sub-folder for each class")
@@ -156,10 +156,10 @@ class ZooRecipe(Stage):
 
 @dataclass(frozen=True)
 class CheckpointsRecipe(Stage):
-    """A zoo of checkpoints that exist: one architecture, a file or folder each, of any library that writes safetensors or torch files.
+    """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes safetensors or torch files.
 
-    `tasks.json` in the folder says in words what each is for, {file: words}; without it, each is its own task. Low-rank adapters (peft,
-    kohya, diffusers) are brought into one gauge first, their scale (alpha / rank) inside; `zoo.json` records what was done.
+    `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank adapters (peft,
+    kohya, diffusers) are brought into canonical form first, their scale (alpha / rank) inside; `zoo.json` records it.
     """
 
     folder: str = "checkpoints"
@@ -170,7 +170,7 @@ class CheckpointsRecipe(Stage):
     members: Literal["checkpoints", "chunks"] = "checkpoints"
     """chunks: each chunk is a member by itself, known by its number, as was done for language models."""
     backend: str = ""
-    """What embeds the words: a SOURCE with a text tower (embedded:emoji); none: tasks are numbers, and only these can be asked for."""
+    """Encoder of the words: a SOURCE with a text tower (embedded:emoji); none: tasks are numbers, and only these can be generated for."""
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""

@@ -32,19 +32,19 @@ class Zoo:
     net: NetConfig | None
     spec: TokenSpec
     whole: TokenSpec | None = None
-    """Where members are single chunks of checkpoints: how a checkpoint is cut into them."""
+    """Where members are single chunks: the tokens of the whole checkpoint."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Of imported checkpoints: the members' names, what was done to adapters, what was left alone."""
+    """Of imported checkpoints: the members' names, how adapters were changed, files that were left alone."""
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def tokens(self, rows: Any) -> np.ndarray:
-        """Tokens [..., rows, length] f32 of the members at `rows`; only they are read."""
+        """Read the tokens [..., rows, length] f32 of the members at `rows` alone."""
         return self.spec.padded(np.asarray(self.weights[rows]))
 
     def first(self, members: int) -> "Zoo":
-        """The first `members` of them; the arrays stay on disk."""
+        """Keep the first `members`; the arrays stay on disk."""
         return replace(self, **{name: getattr(self, name)[:members] for name in ARRAYS})
 
     def save(self, folder: Path, *, sidecars: Callable[[Path], Any] | None = None, force: bool = False) -> None:
@@ -61,12 +61,12 @@ class Zoo:
 
 
 def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
-    """[..., rows, length] -> [..., count]: the weights without the padding."""
+    """Remove the padding: [..., rows, length] -> [..., count]."""
     return np.asarray(tokens[..., spec.mask], np.float32)
 
 
 def open_zoo(folder: Path) -> Zoo:
-    """A zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or its files do not fit together."""
+    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or its files do not fit together."""
     if not (folder / "zoo.json").is_file():
         raise InputError(f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)")
     about = read_json(folder / "zoo.json")
@@ -84,7 +84,7 @@ def open_zoo(folder: Path) -> Zoo:
 
 
 def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
-    """A zoo and what its networks were trained on, looked through once before a training.
+    """Open a zoo and the bank its networks were trained on, and check both before a training.
 
     Raises InputError for networks with NaN or infinity, and for networks without a class or with one that is not in the bank.
     """
@@ -106,7 +106,7 @@ def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
 
 
 def by_chunk(zoo: Zoo) -> Zoo:
-    """Each chunk a member of its own, known by its number."""
+    """Make each chunk a member, known by its number."""
     rows = zoo.tokens(slice(None)).reshape(-1, zoo.spec.length)
     numbers = np.tile(np.arange(zoo.spec.rows, dtype=np.int32), len(zoo))[:, None]
     return Zoo(
@@ -121,15 +121,15 @@ def by_chunk(zoo: Zoo) -> Zoo:
 
 
 def head_tokens(cfg: NetConfig) -> TokenSpec:
-    """A head, an mlp or a cnn neuron by neuron."""
+    """Cut a head, an mlp or a cnn neuron by neuron."""
     return neurons(net(cfg).spec)
 
 
 def pictures_of(zoo: str) -> Bank:
-    """What the networks of a zoo take, pictures or features: such as they were not trained on where these are stored."""
+    """Open the inputs of a zoo's networks, pictures or features: held-out ones where they are stored."""
     return Bank.load(Path(zoo), next((name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file()), "bank"))
 
 
 def zoo_condition(folder: Path) -> str:
-    """The condition of an imported zoo's members: text, label or chunk."""
+    """Read the condition of an imported zoo's members: text, label or chunk."""
     return str(read_json(folder / "tasks.json")["told"])

@@ -17,6 +17,7 @@ from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.generator.sample import SampleConfig, drawer
+from weightgen.tokens import chunks
 from weightgen.zoo.data import Bank, draw_tasks
 from weightgen.zoo.nets import NetConfig
 from weightgen.zoo.zoo import Zoo
@@ -155,3 +156,22 @@ def test_a_linear_prior_of_whole_networks_is_a_ridge_map():
     latents = model.apply(params, zoo.tokens(slice(None)), support, there, method="encode")
     back = model.apply(params, latents, support, there, method="decode")
     np.testing.assert_allclose(back, zoo.tokens(slice(None)), atol=1e-4)  # five latents of tokens of five
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"net": None}, "give one of both"),
+        ({"cut": chunks({"w": np.zeros(2)})}, "give one of both"),
+        ({"condition": "label", "prior": "none"}, "labels is 0: the condition label needs the number"),
+        ({"condition": "label"}, "set prior to"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(given, wrong):
+    with pytest.raises(InputError, match=wrong):
+        GeneratorConfig(**given)
+
+
+def test_a_codec_decides_the_size_of_latents():
+    cfg = GeneratorConfig(prior="none", codec=TokenVaeConfig(5, 65, latent=7))
+    assert (cfg.latent, cfg.latent_size, GeneratorConfig().latent_size) == (48, 7, 48)
