@@ -1,7 +1,8 @@
 """Generators as weights folders: how the rest of heirloom opens, counts and describes them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -67,18 +68,14 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
     return sum(kernel_macs(own, [*once, ("**", tokens)]).values())
 
 
-def _simple(name: str, module: Any, config: Any) -> Family:
-    """Build a family without foreign formats, whose matmuls each count once."""
-    return Family(
-        name=name,
-        module=module,
-        config=lambda model: from_json(config, model),
-        formats=(),
-        companions=sidecars,
-        verify=verify,
-        parameters=parameters,
-        macs=_once,
-    )
+def _once(cfg: Any, spec: Spec) -> int:
+    """Count every matmul once."""
+    return sum(kernel_macs(spec, [("**", 1)]).values())
+
+
+def _family(name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], macs: Callable[[Any, Spec], int] = _once) -> Family:
+    """Build a family without foreign formats."""
+    return Family(name=name, module=module, config=config, formats=(), companions=sidecars, verify=verify, parameters=parameters, macs=macs)
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
@@ -86,32 +83,11 @@ def network(cfg: NetConfig, *, rngs: Any) -> Any:
     return MODULES[cfg.kind](cfg, rngs=rngs)
 
 
-def d2nwg_config(model: Mapping[str, Any]) -> D2nwgConfig:
-    """Read the `model` of a config.json."""
-    return from_json(D2nwgConfig, model)
-
-
-def _once(cfg: Any, spec: Spec) -> int:
-    """Count every matmul once."""
-    return sum(kernel_macs(spec, [("**", 1)]).values())
-
-
-GENERATOR = Family(
-    name="weightgen", module=Generator, config=config, formats=(), companions=sidecars, verify=verify, parameters=parameters, macs=macs
-)
-CODEC = _simple("weightgen-codec", TokenCodec, TokenVaeConfig)
-ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
-NETWORK = _simple("weightgen-network", network, NetConfig)
-D2NWG = Family(
-    name="weightgen-d2nwg",
-    module=D2nwg,
-    config=d2nwg_config,
-    formats=(),
-    companions=sidecars,
-    verify=verify,
-    parameters=parameters,
-    macs=_once,
-)
+GENERATOR = _family("weightgen", Generator, config, macs=macs)
+CODEC = _family("weightgen-codec", TokenCodec, partial(from_json, TokenVaeConfig))
+ENCODER = _family("weightgen-encoder", SetOfSets, partial(from_json, SetConfig))
+NETWORK = _family("weightgen-network", network, partial(from_json, NetConfig))
+D2NWG = _family("weightgen-d2nwg", D2nwg, partial(from_json, D2nwgConfig))
 FAMILIES = [GENERATOR, CODEC, ENCODER, NETWORK, D2NWG]
 
 

@@ -18,7 +18,7 @@ from weightgen.formats import D2NWG, GENERATOR, NETWORK
 from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import accuracy
 from weightgen.report import report
-from weightgen.tasks import Drawn, Task, draw_weights, look, read_pictures, read_words
+from weightgen.tasks import Task, draw_weights, look, read_pictures, read_words
 from weightgen.zoo.adapter_config import write_adapter
 from weightgen.zoo.data import Projection
 from weightgen.zoo.foreign import listed
@@ -38,10 +38,10 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
         raise InputError("--dataset and --task both say what to make: give one")
     begun = time.perf_counter()
     task = read_pictures(donor, args.dataset, args.seed) if args.dataset else read_words(donor, args.task)
-    drawn = draw_weights(donor, task, how, n=args.n, seed=args.seed)
-    check_finite(drawn, donor)
-    about = report(donor, task, drawn, how=how, seed=args.seed)
-    chosen = {"mean": drawn.mean} if args.reduce == "mean" else {f"sample-{i:03d}": tokens for i, tokens in enumerate(drawn.samples)}
+    samples = draw_weights(donor, task, how, n=args.n, seed=args.seed)
+    check_finite(samples, donor)
+    about = report(donor, task, samples, how=how, seed=args.seed)
+    chosen = {"mean": samples.mean(0)} if args.reduce == "mean" else {f"sample-{i:03d}": tokens for i, tokens in enumerate(samples)}
     with staged(args.out, force=args.force) as folder:
         folder.mkdir()
         for name, tokens in chosen.items():
@@ -64,12 +64,12 @@ def _check_out(out: Path, donor: Donor, dataset: str | None, force: bool) -> Non
             raise InputError(f"{out} holds {path}, which is read here, and --force would delete it: give another --out")
 
 
-def check_finite(drawn: Drawn, donor: Donor) -> None:
+def check_finite(samples: np.ndarray, donor: Donor) -> None:
     """Raise InputError for samples with NaN or infinity."""
-    if len(bad := np.flatnonzero(~np.isfinite(drawn.samples).all((1, 2)))):
+    if len(bad := np.flatnonzero(~np.isfinite(samples).all((1, 2)))):
         numbers = listed(str(i) for i in bad)
         raise InputError(
-            f"{len(bad)} of {len(drawn.samples)} samples of {donor.path} have NaN or infinity (numbers {numbers}): lower --guidance, or "
+            f"{len(bad)} of {len(samples)} samples of {donor.path} have NaN or infinity (numbers {numbers}): lower --guidance, or "
             "train the generator for longer"
         )
 
@@ -102,9 +102,9 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
         raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
-    drawn = draw_weights(donor, task, how, n=8, seed=0)
-    check_finite(drawn, donor)
-    about = report(donor, task, drawn, how=how, seed=0)
+    samples = draw_weights(donor, task, how, n=8, seed=0)
+    check_finite(samples, donor)
+    about = report(donor, task, samples, how=how, seed=0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
     return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items() if value is not None]
 

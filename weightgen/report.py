@@ -17,7 +17,7 @@ from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import accuracy, disagreement, error_overlap, head_accuracy, nearest_distance
-from weightgen.tasks import Drawn, Pictures, Task, draw_weights, read_words
+from weightgen.tasks import Pictures, Task, draw_weights, read_words
 from weightgen.zoo.fit import FitConfig, fit_population, initial_population
 from weightgen.zoo.nets import NetConfig, net, predict
 from weightgen.zoo.zoo import flat
@@ -25,7 +25,7 @@ from weightgen.zoo.zoo import flat
 FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.3), "mlp": FitConfig(60, lr=0.01), "cnn": FitConfig(60, lr=0.01)}
 
 
-def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int) -> dict[str, Any]:
+def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, seed: int) -> dict[str, Any]:
     """Measure accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty, diversity, and whether the
     condition is used: None where the condition does not know the order of classes."""
     cfg: Any = donor.cfg
@@ -39,26 +39,26 @@ def report(donor: Donor, task: Task, drawn: Drawn, how: SampleConfig, seed: int)
         "accuracy": None,
     }
     zoo = load_file(donor.folder / "neighbours.safetensors")
-    rng, mine = np.random.default_rng(seed), _flat(cfg, drawn.samples)
+    rng, mine = np.random.default_rng(seed), flat(cfg.whole, samples)
     if isinstance(cfg, GeneratorConfig) and cfg.condition == "chunk":
-        return about | {"novelty": _novelty(drawn.samples.reshape(-1, cfg.whole.length), zoo["weights"], rng)}
+        return about | {"novelty": _novelty(samples.reshape(-1, cfg.whole.length), zoo["weights"], rng)}
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
         known = read_json(donor.folder / "tasks.json")["tasks"]
         note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: their embedding says what is made"}
-        return about | note | {"distance to the task's own networks": _task_distances(donor, task, drawn, zoo=zoo, how=how, seed=seed)}
+        return about | note | {"distance to the task's own networks": _task_distances(donor, task, samples, zoo=zoo, how=how, seed=seed)}
     if task.support is None or task.select is None or task.test is None:
         return about | {"note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}
     ways, y = len(task.names), task.test.y
-    found = labels_of(cfg, drawn.samples, task.test.x)
+    found = labels_of(cfg, samples, task.test.x)
     scores = accuracy(found, y, ways)
-    chosen = int(accuracy(labels_of(cfg, drawn.samples, task.select.x), task.select.y, ways).argmax())
-    turned = draw_weights(donor, replace(task, condition=np.roll(task.condition, 1, axis=1)), how, n=1, seed=seed).samples
+    chosen = int(accuracy(labels_of(cfg, samples, task.select.x), task.select.y, ways).argmax())
+    turned = draw_weights(donor, replace(task, condition=np.roll(task.condition, 1, axis=1)), how, n=1, seed=seed)
     others = _zoo_baselines(donor, task, zoo, rng=rng)
     alone = trained_on(cfg.net, task.support, seed)
     one: Any = {
         "single sample": scores.mean(),
-        "weights averaged": accuracy(labels_of(cfg, drawn.mean[None], task.test.x), y, ways)[0],
+        "weights averaged": accuracy(labels_of(cfg, samples.mean(0, keepdims=True), task.test.x), y, ways)[0],
         "best by selection set": scores[chosen],
         "best by test (oracle)": scores.max(),
         "pictures of the wrong classes": accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0] if knows_order(cfg) else None,
@@ -115,10 +115,6 @@ def _zoo_baselines(donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np
     return found
 
 
-def _flat(cfg: Any, tokens: np.ndarray) -> np.ndarray:
-    return flat(cfg.whole, tokens)
-
-
 def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
     """Measure medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy ones."""
     found = {
@@ -129,14 +125,14 @@ def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> 
     return {name: float(np.median(distances)) for name, distances in found.items()} | {"of": len(zoo)}
 
 
-def _task_distances(donor: Donor, task: Task, drawn: Drawn, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
+def _task_distances(donor: Donor, task: Task, samples: np.ndarray, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
     """Measure the mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a task not in the
     zoo."""
     known = read_json(donor.folder / "tasks.json")["tasks"]
     own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
     if not own.any() or len(known) < 2:
         return None
-    other = draw_weights(donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, n=len(drawn.samples), seed=seed)
+    other = draw_weights(donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, n=len(samples), seed=seed)
     centre = zoo["weights"][own].mean(0)
-    sets = {"told it": drawn.samples, "told another": other.samples}
-    return {name: float(np.linalg.norm(_flat(donor.cfg, tokens) - centre, axis=1).mean()) for name, tokens in sets.items()}
+    sets = {"told it": samples, "told another": other}
+    return {name: float(np.linalg.norm(flat(donor.cfg.whole, tokens) - centre, axis=1).mean()) for name, tokens in sets.items()}

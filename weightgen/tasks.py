@@ -47,14 +47,6 @@ class Task:
     test: Pictures | None = None
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Tokens [sample, token, length] of whole networks, and the averaged one."""
-
-    samples: np.ndarray
-    mean: np.ndarray
-
-
 def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
     """Read the classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
     source = open_source(SourceConfig(dataset))
@@ -119,8 +111,8 @@ def read_words(donor: Donor, task: str) -> Task:
     return Task((task,), np.float32(known.index(task)).reshape(1, 1, 1, 1), 1)
 
 
-def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> Drawn:
-    """Draw `n` networks; sample i of a seed does not depend on n, except with the released system."""
+def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> np.ndarray:
+    """Draw `n` networks, tokens [sample, token, length]; sample i of a seed does not depend on n, except with the released system."""
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)
@@ -131,8 +123,6 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     if isinstance(cfg, D2nwgConfig):
         # It has its own sampler: all steps, no guidance, and noise that depends on n.
         weights = sample_d2nwg(donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key)
-        samples = cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
-        return Drawn(samples, samples.mean(0))
+        return cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
     rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, mask, key, np.arange(n * items)))
-    samples = rows.reshape(n, items * rows.shape[1], -1)
-    return Drawn(samples, samples.mean(0))
+    return rows.reshape(n, items * rows.shape[1], -1)

@@ -151,7 +151,7 @@ def generator_batches(zoo: Zoo, bank: Bank, shots: int, cfg: LoopConfig, mesh: M
     return placed(make, mesh, cfg.seed)
 
 
-class Stage:
+class BaseRecipe:
     """Refuses the verbs that the recipes of this package do not have."""
 
     def inherit(self, destination: Path, *, force: bool = False) -> Mapping[str, Any]:

@@ -49,10 +49,6 @@ class D2nwgConfig:
         """The tokens of a network."""
         return head_tokens(self.net)
 
-    @property
-    def ways(self) -> int:
-        return self.net.classes
-
     def __post_init__(self) -> None:
         positive(self, "steps", "shots")
         row, col, latent = self.vae.latent_shape

@@ -21,7 +21,7 @@ from weightgen.d2nwg.unet import UnetConfig
 from weightgen.d2nwg.vae import VaeConfig
 from weightgen.formats import D2NWG, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
-from weightgen.train import LoopConfig, Stage, begin, check_batch, fit, generator_batches, placed
+from weightgen.train import BaseRecipe, LoopConfig, begin, check_batch, fit, generator_batches, placed
 from weightgen.zoo.data import Bank, Projection
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, open_zoo, pictures_of
 
@@ -41,7 +41,7 @@ ADAMW = OptimConfig(
 
 
 @dataclass(frozen=True)
-class D2nwgRecipe(Stage):
+class D2nwgRecipe(BaseRecipe):
     """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes.
 
     Deviation: both stages take a number of steps and keep the last state; the release takes epochs (3,000 and 1,000 at most) and keeps the

@@ -20,13 +20,13 @@ from weightgen.formats import CODEC, ENCODER, open_part
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.generator.contrast import Aligned, Loss, unit
 from weightgen.tokens import Order
-from weightgen.train import LoopConfig, Stage, begin, fit, placed
+from weightgen.train import BaseRecipe, LoopConfig, begin, fit, placed
 from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, open_zoo, pictures_of
 
 
 @dataclass(frozen=True)
-class CodecRecipe(Stage):
+class CodecRecipe(BaseRecipe):
     """A token autoencoder in place of PCA, trained on the normalised tokens of a zoo."""
 
     zoo: str = "runs/zoo/zoo"
@@ -103,7 +103,7 @@ class CodecRecipe(Stage):
 
 
 @dataclass(frozen=True)
-class EncoderRecipe(Stage):
+class EncoderRecipe(BaseRecipe):
     """Align a data-set encoder with the latents of the networks trained on the data."""
 
     zoo: str = "runs/zoo/zoo"

@@ -25,7 +25,7 @@ from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.generator.sample import Draw, SampleConfig, drawer
-from weightgen.train import LoopConfig, Stage, begin, fit, generator_batches
+from weightgen.train import BaseRecipe, LoopConfig, begin, fit, generator_batches
 from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo, open_with_bank, open_zoo, pictures_of, zoo_condition
 
@@ -95,7 +95,7 @@ def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: in
 
 
 @dataclass(frozen=True)
-class GeneratorRecipe(Stage):
+class GeneratorRecipe(BaseRecipe):
     """Prior and codec, the gate, then diffusion; `RUN/model` is what `heirloom generate` takes."""
 
     zoo: str = "runs/zoo/zoo"

@@ -16,7 +16,7 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
 from weightgen.metrics import accuracy
-from weightgen.train import Stage, on_first
+from weightgen.train import BaseRecipe, on_first
 from weightgen.zoo.checkpoints import import_folder
 from weightgen.zoo.data import (
     SHARES,
@@ -38,7 +38,7 @@ from weightgen.zoo.zoo import Zoo, by_chunk, flat, head_tokens
 
 
 @dataclass(frozen=True)
-class ZooRecipe(Stage):
+class ZooRecipe(BaseRecipe):
     """Train a zoo by random tasks: heads or MLPs on features, or CNNs on pictures of 28 x 28."""
 
     data: str = "emoji"
@@ -155,7 +155,7 @@ class ZooRecipe(Stage):
 
 
 @dataclass(frozen=True)
-class CheckpointsRecipe(Stage):
+class CheckpointsRecipe(BaseRecipe):
     """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes safetensors or torch files.
 
     `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank adapters (peft,
