@@ -18,7 +18,7 @@ from weightgen.formats import D2NWG, GENERATOR, NETWORK
 from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import accuracy
 from weightgen.report import report
-from weightgen.tasks import Task, draw_weights, look, read_pictures, read_words
+from weightgen.tasks import Task, draw_weights, read_dataset, read_pictures, read_words
 from weightgen.zoo.adapter_config import write_adapter
 from weightgen.zoo.data import Projection
 from weightgen.zoo.foreign import listed
@@ -112,8 +112,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
 def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
     cfg: Any = donor.cfg
     if not (donor.folder / "classes.json").is_file():
-        raise InputError(f"{donor.path} has no classes.json: only networks that heirloom generate wrote say what their outputs are")
-    names, found = look(data, Projection.load(donor.folder.parent), cfg)
+        raise InputError(f"{donor.path} has no classes.json: only networks that heirloom generate wrote have the names of their outputs")
+    names, found = read_dataset(data, Projection.load(donor.folder.parent), cfg)
     if (own := read_json(donor.folder / "classes.json")["classes"]) != list(names):
         raise InputError(f"{data} has the classes {', '.join(names)}; this network knows {', '.join(own)}")
     params = {path: jnp.asarray(np.asarray(view, np.float32))[None] for path, view in donor.source.values.items()}

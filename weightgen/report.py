@@ -45,10 +45,10 @@ def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, see
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
         known = read_json(donor.folder / "tasks.json")["tasks"]
-        note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: their embedding says what is made"}
+        note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: the generator goes by their embedding"}
         return about | note | {"distance to the task's own networks": _task_distances(donor, task, samples, zoo=zoo, how=how, seed=seed)}
     if task.support is None or task.select is None or task.test is None:
-        return about | {"note": "no class has pictures left over, so nothing is known of these weights; add more pictures"}
+        return about | {"note": "no class has pictures left over, so these weights are not evaluated; add more pictures"}
     ways, y = len(task.names), task.test.y
     found = labels_of(cfg, samples, task.test.x)
     scores = accuracy(found, y, ways)

@@ -35,8 +35,8 @@ class Pictures:
 class Task:
     """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk of a checkpoint.
 
-    support, select, test: different pictures to look at, choose by and test on; None for a task in words, the latter two also where a
-    class has no pictures left over.
+    support, select, test: different pictures for the condition, to choose by and to test on; None for a task in words, the latter two also
+    where a class has no pictures left over.
     """
 
     names: tuple[str, ...]
@@ -47,12 +47,12 @@ class Task:
     test: Pictures | None = None
 
 
-def look(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
+def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
     """Read the classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
     source = open_source(SourceConfig(dataset))
     names = getattr(source, "classes", ())
     if not names:
-        raise InputError(f"{dataset} has no classes: put the pictures of each class into a sub-folder of its own")
+        raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
     if len(names) != cfg.classes:
         raise InputError(f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders")
     records, labels = labelled(source, dataset)
@@ -69,7 +69,7 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     cfg: Any = donor.cfg
     if cfg.net is None:
         raise InputError(f"{donor.path} takes a task in words, not pictures: give --task")
-    names, found = look(dataset, Projection.load(donor.folder), cfg.net)
+    names, found = read_dataset(dataset, Projection.load(donor.folder), cfg.net)
     features, x, labels = found.features, found.x, found.y
     rng = np.random.default_rng(seed)
     order = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(names))]

@@ -19,7 +19,7 @@ from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.model import Generator
 from weightgen.generator.train import GeneratorRecipe
 from weightgen.report import knows_order
-from weightgen.tasks import look
+from weightgen.tasks import read_dataset
 from weightgen.zoo.data import Bank, Projection, draw_tasks
 from weightgen.zoo.nets import NetConfig
 from weightgen.zoo.zoo import Zoo, head_tokens, open_zoo
@@ -265,7 +265,7 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     assert "weights averaged" in heirloom("eval", model, "--data", three, "--steps", "4")
     heirloom("eval", made / "sample-000", "--data", three, "--json", tmp_path / "e.json")
     (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
-    _, seen = look(str(three), Projection.load(made), NetConfig(features=6, classes=3))
+    _, seen = read_dataset(str(three), Projection.load(made), NetConfig(features=6, classes=3))
     head = load_file(made / "sample-000" / "model.safetensors")
     right = (seen.x @ head["out/kernel"] + head["out/bias"]).argmax(1) == seen.y
     assert row["n"] == 30 and row["value"] == pytest.approx(100 * right.mean(), abs=1e-4)

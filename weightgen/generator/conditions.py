@@ -16,7 +16,7 @@ LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers:
 
 
 class Condition(NamedTuple):
-    """For the denoiser. tokens: [batch, token, embed], or None where tokens have none of their own; whole: [batch, embed]."""
+    """For the denoiser. tokens: [batch, token, embed], or None where only the whole network has one; whole: [batch, embed]."""
 
     tokens: jax.Array | None
     whole: jax.Array

@@ -31,7 +31,7 @@ class GeneratorConfig:
     mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the tasks of the zoo;
     chunk: the number of the chunk, each drawn by itself."""
     shots: int = 5
-    """Pictures of each class it looks at, at most."""
+    """Pictures of each class in a condition, at most."""
     prior: Literal["none", "linear"] = "linear"
     """linear: a ridge map from the condition to the weights, fitted before; diffusion then models the residual."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)

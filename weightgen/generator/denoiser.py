@@ -40,7 +40,7 @@ class DenoiserConfig:
 class TokenDit(nnx.Module):
     """Predicts from noisy latents [batch, token, latent], times [batch] and a condition; returns the same shape.
 
-    Tokens that are `exchangeable` (the rows of a head) get no position, and with a condition of their own the whole is equivariant to
+    Tokens that are `exchangeable` (the rows of a head) get no position, and with a condition for each token the model is equivariant to
     their order; `ordered` ones (the neurons of a network, chunks) have a learned position each. adaLN-Zero as in DiT: 0 at first.
     """
 
@@ -51,6 +51,7 @@ class TokenDit(nnx.Module):
         block: dict[str, Any] = dict(activation="gelu_tanh", eps=EPS, up=XAVIER, down=XAVIER, bias=zeros, affine=False)
         self.enter = Dense("latent -> embed", sizes, init=XAVIER, rngs=rngs)
         self.position = param("token -> embed", sizes, normal(0.02), rngs) if order == "ordered" else None
+        # The condition of each token; weights folders store it under this name.
         self.told = Dense("embed -> embed", sizes, init=XAVIER, rngs=rngs)
         self.time_up = Dense("frequency -> embed", sizes, init=XAVIER, rngs=rngs)
         self.time_down = Dense("embed -> embed", sizes, init=XAVIER, rngs=rngs)

@@ -52,7 +52,7 @@ class LoraSettings:
         name = module.removeprefix(PREFIX)
         r, alpha = _matched(self.ranks, name, self.r), _matched(self.alphas, name, self.alpha)
         if r != rank:
-            raise InputError(f"{module} has rank {rank}, its {CONFIG} says {r}: they are not of one adapter")
+            raise InputError(f"{module} has rank {rank}, its {CONFIG} says {r}: they belong to different adapters")
         return float(alpha / (sqrt(r) if self.rslora else r))
 
 

@@ -46,7 +46,7 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
     notes = [f"left alone: {len(left)} without weights ({listed(left)})"] if left else []
     notes += agree(members, loaded) + _twins(names, rows)
     if tasks and len(tasks) < len(names):
-        notes.append(f"tasks.json does not name {listed(name for name in names if name not in tasks)}: tasks of their own names")
+        notes.append(f"tasks.json does not name {listed(name for name in names if name not in tasks)}: their tasks are their names")
     scores = np.array([quality.get(name, np.nan) for name in names], np.float32)
     words_of = [tasks.get(member.path.name, member.path.stem if member.path.is_file() else member.path.name) for member in members]
     words = tuple(dict.fromkeys(words_of))

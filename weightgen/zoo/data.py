@@ -181,7 +181,7 @@ class Bank:
     def load(cls, folder: Path, name: str = "bank") -> "Bank":
         """Raises InputError for a folder without one."""
         if not (folder / f"{name}.npz").is_file():
-            raise InputError(f"{folder} has no {name}.npz: nothing says what its networks were trained on")
+            raise InputError(f"{folder} has no {name}.npz: what its networks were trained on is missing; make it again")
         with np.load(folder / f"{name}.npz") as stored:
             return cls(stored["features"], stored["starts"], tuple(stored["names"].tolist()))
 

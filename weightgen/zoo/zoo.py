@@ -90,7 +90,9 @@ def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
     """
     zoo, bank = open_zoo(folder), Bank.load(folder)
     if not len(zoo) or not zoo.classes.shape[1]:
-        raise InputError(f"{folder} has {len(zoo)} networks of {zoo.classes.shape[1]} classes: nothing says what they are; make it again")
+        raise InputError(
+            f"{folder} has {len(zoo)} networks of {zoo.classes.shape[1]} classes: a training needs their classes; make it again"
+        )
     step = max(2**24 // max(zoo.spec.count, 1), 1)
     bad = [at + int(i) for at in range(0, len(zoo), step) for i in np.flatnonzero(~np.isfinite(zoo.weights[at : at + step]).all(1))]
     if bad:
