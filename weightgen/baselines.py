@@ -37,8 +37,10 @@ def discriminant(support: np.ndarray, spread: np.ndarray, shrink: float = 0.5) -
 
 
 def nearest_model(condition: np.ndarray, zoo_condition: np.ndarray, heads: Heads) -> Heads:
-    """Pick the head of the zoo's task whose mean feature is closest in cosine. condition: [task, feature]; zoo_condition: [member,
-    feature]."""
+    """Pick the head of the zoo's task whose mean feature is closest in cosine.
+
+    condition: [task, feature]; zoo_condition: [member, feature].
+    """
     return heads[np.argmax(_unit(condition) @ _unit(zoo_condition).T, axis=1)]
 
 

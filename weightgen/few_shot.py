@@ -139,19 +139,17 @@ def compare(cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say:
     found.check()
     known = ZooStatistics.of(zoo, bank, seed)
     rows: dict[str, dict[str, Estimate]] = {}
-    pairs: dict[str, np.ndarray] = {}
+    by_task: dict[str, np.ndarray] = {}
     extra: dict[str, Any] = {}
     for kind, episodes in sets.items():
         for shots in SHOTS:
-            rows[f"{kind}, {shots}"], found_pairs, found_extra = evaluate(
-                cfg, episodes, shots, zoo=zoo, known=known, generator=generator, seed=seed
-            )
+            judged = evaluate(cfg, episodes, shots, zoo=zoo, known=known, generator=generator, seed=seed)
+            rows[f"{kind}, {shots}"] = judged.rows
             if kind == "unseen":
-                pairs |= {f"{name}, {shots}": value for name, value in found_pairs.items()}
-                extra |= {f"{name}, {shots}": value for name, value in found_extra.items()}
-    return Result(
-        rows, criteria(cfg, pairs, extra), extra | {"codec": {"before": found.before, "after": found.after, "error": found.error}}
-    )
+                by_task |= {f"{name}, {shots}": value for name, value in judged.by_task.items()}
+                extra |= {f"{name}, {shots}": value for name, value in judged.extra.items()}
+    codec = {"before": found.before, "after": found.after, "error": found.error}
+    return Result(rows, criteria(cfg, by_task, extra), extra | {"codec": codec})
 
 
 @dataclass(frozen=True)
@@ -179,10 +177,19 @@ class ZooStatistics:
         return cls(heads=heads, tasks=rows.mean(1), rows=rows, ridge=ridge, network=network, spread=inner.T @ inner / len(inner))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Rows of the table, accuracies [task] for paired comparisons, and novelty and diversity of the generated heads."""
+
+    rows: dict[str, Estimate]
+    by_task: dict[str, np.ndarray]
+    extra: dict[str, Any]
+
+
 def evaluate(
     cfg: FewShotConfig, episodes: Episodes, shots: int, *, zoo: Zoo, known: ZooStatistics, generator: Trained, seed: int
-) -> tuple[dict[str, Estimate], dict[str, np.ndarray], dict[str, Any]]:
-    """Run all methods on the same tasks: rows of the table, accuracies by task for paired comparisons, and novelty and diversity."""
+) -> Judged:
+    """Run all methods on the same tasks."""
     assert zoo.net is not None
     support, rng = episodes.support[:, :, :shots], np.random.default_rng([seed, 3])
     mean, n, length = support.mean(2), len(support), known.heads.shape[-1]
@@ -231,12 +238,11 @@ def evaluate(
         "error IoU": float(np.mean(overlaps)),
         "disagreement": disagreement(labels[:, mask]),
     }
-    return rows, by_task, extra
+    return Judged(rows, by_task, extra)
 
 
 def kde_heads(generator: Trained, zoo: Zoo, known: ZooStatistics, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample heads by S_KDE30: the best 30 % of the zoo in the codec's latents, without the prior, dimension by dimension: [n, way, feature
-    + 1]."""
+    """Sample heads [n, way, feature + 1] by S_KDE30: the best 30 % of the zoo in the codec's latents, without the prior."""
     cfg = generator.cfg
     no_prior = {"prior/table": jnp.zeros_like(generator.params["prior/table"])}
     codec = replace(generator, params=generator.params | no_prior)

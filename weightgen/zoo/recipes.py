@@ -21,7 +21,6 @@ from weightgen.zoo.checkpoints import import_folder
 from weightgen.zoo.data import (
     SHARES,
     Bank,
-    EmojiTasks,
     Projection,
     draw_tasks,
     emoji_tasks,
@@ -35,6 +34,17 @@ from weightgen.zoo.fit import FitConfig, build
 from weightgen.zoo.foreign import listed
 from weightgen.zoo.nets import NetConfig, predict
 from weightgen.zoo.zoo import Zoo, by_chunk, flat, head_tokens
+
+
+@dataclass(frozen=True)
+class ZooData:
+    """Pictures as a zoo's networks take them: to train on, and held out to score on. condition: features of the former, for a generator;
+    projection: how pictures became features."""
+
+    train: Bank
+    held: Bank
+    condition: Bank
+    projection: Projection
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class ZooRecipe(BaseRecipe):
         if (directory / "zoo").is_dir():
             print(f"{directory} is finished: the zoo is in {directory / 'zoo'}")
             return
-        bank, held, condition, projection = self._banks()
+        data = self._data()
+        bank, held = data.train, data.held
         classes = draw_tasks(len(held.names), self.members, self.net.classes, rng=np.random.default_rng(self.seed))
         spec, metrics = head_tokens(self.net), MetricsFile(run.directory / "metrics.jsonl")
         parts = directory / "parts"
@@ -102,11 +113,9 @@ class ZooRecipe(BaseRecipe):
                 raise InputError(f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers}): lower fit.lr, now {self.fit.lr:g}")
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=trained, quality=quality)
-            metrics.append(
-                {"step": min((i + 1) * self.chunk, self.members), "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())}
-            )
-            done_now = min((i + 1) * self.chunk, self.members)
-            print(f"{done_now:,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on other pictures")
+            trained_now = min((i + 1) * self.chunk, self.members)
+            metrics.append({"step": trained_now, "loss": float(1 - quality.mean()), "accuracy": float(quality.mean())})
+            print(f"{trained_now:,}/{self.members:,} networks, {100 * quality.mean():.1f} % right on other pictures")
         # Into a memory map: a zoo need not fit into memory.
         weights = np.lib.format.open_memmap(parts / "weights.npy", "w+", np.float32, (self.members, spec.count))
         quality = np.zeros(self.members, np.float32)
@@ -117,22 +126,22 @@ class ZooRecipe(BaseRecipe):
         zoo = Zoo(weights=weights, quality=quality, classes=classes, net=self.net, spec=spec)
 
         def sidecars(folder: Path) -> None:
-            condition.save(folder)
-            if condition is not bank:
+            data.condition.save(folder)
+            if data.condition is not bank:
                 bank.save(folder, "pictures")
             held.save(folder, "held")
-            projection.save(folder)
+            data.projection.save(folder)
 
         zoo.save(directory / "zoo", sidecars=sidecars)
         rmtree(parts)
 
-    def _banks(self) -> tuple[Bank, Bank, Bank, Projection]:
-        """Read pictures to train on, pictures to score on, features of the former for the condition, and how they became features."""
+    def _data(self) -> "ZooData":
         if self.data == "emoji":
             if self.net.kind == "cnn":
                 raise InputError("there are too few emoji for CNNs: set data to a folder with a sub-folder for each class")
-            tasks: EmojiTasks = emoji_tasks(self.backend, self.net.features, seed=0)
-            return tasks.seen["support"], tasks.seen["test"], tasks.seen["support"], tasks.projection
+            tasks = emoji_tasks(self.backend, self.net.features, seed=0)
+            bank = tasks.seen["support"]
+            return ZooData(train=bank, held=tasks.seen["test"], condition=bank, projection=tasks.projection)
         source = open_source(SourceConfig(self.data))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
@@ -147,8 +156,9 @@ class ZooRecipe(BaseRecipe):
         projection = Projection.fit(self.backend, raw[~held], kept)
         features = projection(raw)
         x = features if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
-        train, score = (Bank.of(x[rows], labels[rows], names) for rows in (~held, held))
-        return train, score, train if x is features else Bank.of(features[~held], labels[~held], names), projection
+        train = Bank.of(x[~held], labels[~held], names)
+        condition = train if x is features else Bank.of(features[~held], labels[~held], names)
+        return ZooData(train=train, held=Bank.of(x[held], labels[held], names), condition=condition, projection=projection)
 
     def describe(self) -> Any:
         raise InputError("a zoo is no model: heirloom train builds it")
