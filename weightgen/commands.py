@@ -10,28 +10,28 @@ if TYPE_CHECKING:
 
 
 def families() -> list["Family"]:
-    """Its generators and what belongs to them, for inspect, eval and generate."""
+    """List the model families of this package, for inspect, eval and generate."""
     from weightgen.formats import FAMILIES
 
     return FAMILIES
 
 
 def demo(seed: int, out: "Path") -> dict[str, Any]:
-    """Classifier heads generated for classes the zoo never saw, beside every baseline."""
+    """Generate classifier heads for classes the zoo never saw, next to every baseline."""
     from weightgen.demo import run
 
     return run(seed, out)
 
 
 def evaluate(donor: "Donor", args: Namespace) -> list[dict[str, Any]]:
-    """Generated networks on a folder of pictures by class, for `heirloom eval PATH --data DIR`."""
+    """Evaluate generated networks on a folder of pictures by class, for `heirloom eval PATH --data DIR`."""
     from weightgen.generate import evaluate_folder
 
     return evaluate_folder(donor, args)
 
 
 def generate(donor: "Donor", args: Namespace) -> dict[str, Any]:
-    """Weights folders for the classes of a data set, for `heirloom generate PATH --dataset DIR`."""
+    """Write weights folders for the classes of a data set, for `heirloom generate PATH --dataset DIR`."""
     from weightgen.generate import generate_folder
 
     return generate_folder(donor, args)
