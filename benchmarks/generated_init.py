@@ -33,21 +33,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.weightgen import align
 from heirloom.common.errors import InputError
-from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
-from weightgen import align
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
-from weightgen.codec import gate
-from weightgen.data import Bank, Projection
-from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, accuracy, disagreement, error_overlap, nearest_distance
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig, net, predict
-from weightgen.train import LoopConfig, fit, generator_batches
-from weightgen.zoo import FitConfig, Zoo, build, fit_population, flat, head_tokens, initial_population
+from weightgen.codec import Gate
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.sample import SampleConfig
+from weightgen.generator.train import train_generator
+from weightgen.metrics import Estimate, accuracy, disagreement, error_overlap, nearest_distance
+from weightgen.train import LoopConfig
+from weightgen.zoo.data import Bank, Projection
+from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
+from weightgen.zoo.nets import NetConfig, net, predict
+from weightgen.zoo.zoo import Zoo, flat, head_tokens
 
 BUDGETS = (0, 1, 5, 25)  # steps of fine-tuning
 HIDDEN = {"mlp": ("hidden",), "cnn": ("first", "second", "third", "hidden")}  # units that may be permuted
@@ -82,7 +83,15 @@ SIZES = {
     ),
     "cpu": _size(2000, 200, 100, {"mlp": 200, "cnn": 100}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
     "gpu": _size(
-        4000, 4000, 500, {"mlp": 1000, "cnn": 1000}, 128, {"mlp": 20_000, "cnn": 20_000}, 100, DenoiserConfig(384, 8, 6, 1536), 128
+        4000,
+        4000,
+        500,
+        {"mlp": 1000, "cnn": 1000},
+        128,
+        {"mlp": 20_000, "cnn": 20_000},
+        100,
+        DenoiserConfig(width=384, layers=8, heads=6, hidden=1536),
+        128,
     ),
 }
 BEGINS = ("shared", "random", "aligned")
@@ -187,7 +196,7 @@ def population(size: Size, world: World, kind: str, seed: int, begin: Literal["s
         cfg,
         lambda a, b: pictures(world, world.train, classes[a:b], size.pictures, [seed, a]),
         size.members[kind],
-        size.fit[kind],
+        fit=size.fit[kind],
         start=begin,
         chunk=100,
         seed=seed,
@@ -224,14 +233,21 @@ def arm(
     tree = networks("shared" if begin == "shared" else "random")
     if begin == "aligned":
         tree = matched(tree, {k: v[0] for k, v in tree.items()}, cfg)
-    zoo = Zoo(flat(spec, spec.flatten(tree)), np.zeros(len(classes), np.float32), classes, cfg, spec)
+    zoo = Zoo(weights=flat(spec, spec.flatten(tree)), quality=np.zeros(len(classes), np.float32), classes=classes, net=cfg, spec=spec)
     tokens = zoo.tokens(slice(None))
     lap("zoo")
 
     # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low rank.
     features = world.told.features.shape[1]
-    generator_cfg = GeneratorConfig(cfg, min(spec.length, len(tokens) * spec.rows), "per_class", SHOTS, prior, size.denoiser, features)
-    generator = functional(Generator, generator_cfg)
+    generator_cfg = GeneratorConfig(
+        net=cfg,
+        latent=min(spec.length, len(tokens) * spec.rows),
+        condition="per_class",
+        shots=SHOTS,
+        prior=prior,
+        denoiser=size.denoiser,
+        told=features,
+    )
     loop = LoopConfig(
         size.steps[kind],
         min(size.batch, len(tokens)),
@@ -239,29 +255,19 @@ def arm(
         seed=seed,
         save_every=size.steps[kind],
     )
-    mesh = start(loop.mesh)
-    fitted = {path: jnp.asarray(value) for path, value in fit_stage1(generator_cfg, zoo, world.told, seed).items()}
-    params = fit(
-        Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)}),
-        loop,
-        mesh,
-        generator.spec,
-        lambda: generator.init(jax.random.key(seed)) | fitted,
-        loss(generator, generator_cfg, 0.1),
-        generator_batches(zoo, world.told, SHOTS, loop, mesh),
-        frozen=generator_cfg.fitted,
-    )
+    run = Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)})
+    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, run=run)
+    generator = replace(trained, how=SampleConfig(steps=size.draws))
     lap("generator")
 
     rng = np.random.default_rng([seed, 1])
     support = world.told.draw(targets, SHOTS, rng)
-    there, n = np.ones(support.shape[:3], bool), len(targets)
-    draw = drawer(generator, generator_cfg, SampleConfig(steps=size.draws))
+    mask, n = np.ones(support.shape[:3], bool), len(targets)
     key = jax.random.key(seed)
-    samples = np.stack([np.asarray(draw(params, support, there, key, np.arange(n) + i * n)) for i in range(SAMPLES)])
-    shuffled = np.asarray(draw(params, np.roll(support, 1, axis=1), there, key, np.arange(n)))
+    samples = np.stack([generator.draw(support, mask, key, np.arange(n) + i * n) for i in range(SAMPLES)])
+    shuffled = generator.draw(np.roll(support, 1, axis=1), mask, key, np.arange(n))
     seen = world.told.draw(classes, SHOTS, rng)
-    latents = np.asarray(generator.apply(params, tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
+    latents = np.asarray(generator.apply(tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
     density = kde(latents.reshape(len(latents), -1), n, rng).reshape(n, *latents.shape[1:])
     told = seen.mean(2)
     condition = support.mean(2).reshape(n, -1)
@@ -273,7 +279,9 @@ def arm(
     at_once = size.fit[kind].at_once
 
     def labels(weights: Any, x: np.ndarray) -> np.ndarray:
-        return predict(cfg, weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like), x, at_once)
+        return predict(
+            cfg, weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like), x, at_once=at_once
+        )
 
     # Three sets of different pictures: to fine-tune on, to choose a sample by, to test on.
     pool, y = pictures(world, world.train, targets, size.pictures, [seed, 2])
@@ -285,15 +293,15 @@ def arm(
     by_test = np.stack([accuracy(found, yt, 5) for found in predicted])
 
     starts: dict[str, Any] = {
-        "random init": initial_population(model, n, "random", jax.random.key(seed + 1)),
-        "the zoo's own init": initial_population(model, n, "shared", jax.random.key(seed)),
+        "random init": initial_population(model, n, "random", key=jax.random.key(seed + 1)),
+        "the zoo's own init": initial_population(model, n, "shared", key=jax.random.key(seed)),
         "zoo mean": np.broadcast_to(tokens.mean(0), near.shape),
         "random zoo network": tokens[rng.integers(len(tokens), size=n)],
         "nearest zoo network": near,
         "nearest zoo network + 0.06 noise": near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
-        "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng)),
+        "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng=rng)),
         "Gaussian of each weight": spec.padded(gaussian(zoo.weights, n, rng)),
-        "kernel density of the codec's latents": np.asarray(generator.apply(params, density, support, there, method="decode")),
+        "kernel density of the codec's latents": np.asarray(generator.apply(density, support, mask, method="decode")),
         "ridge": ridge(condition).reshape(near.shape),
         "hypernetwork": hyper(condition).reshape(near.shape),
         "generated": samples[0],
@@ -313,10 +321,11 @@ def arm(
 
     some = np.sort(rng.choice(len(tokens), min(100, len(tokens)), replace=False))
     own, own_labels = pictures(world, world.test, classes[some], min(size.pictures, 50), [seed, 4])
-    there = np.ones((len(some), 5, SHOTS), bool)
+    mask = np.ones((len(some), 5, SHOTS), bool)
     seen = world.told.draw(classes[some], SHOTS, rng)
-    coded = generator.apply(params, generator.apply(params, tokens[some], seen, there, method="encode"), seen, there, method="decode")
-    codec = gate(*(accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded)), tokens[some], np.asarray(coded), 0.02)
+    coded = generator.apply(generator.apply(tokens[some], seen, mask, method="encode"), seen, mask, method="decode")
+    before, after = (accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded))
+    codec = Gate.of(before, after, given=tokens[some], back=np.asarray(coded), tolerance=0.02)
     drawn = samples[0]
     if begin == "aligned":
         # Neurons in the zoo's order, or distances would count the order.
@@ -346,7 +355,7 @@ def tune(size: Size, cfg: NetConfig, params: Any, x: Any, y: Any, steps: int, se
 
 @cache
 def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
-    return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y, few, key))
+    return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y=y, cfg=few, key=key))
 
 
 def tables(rows: list[dict[str, Any]]) -> str:

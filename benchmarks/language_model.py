@@ -27,19 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
-from weightgen import llm
-from weightgen.baselines import nearest_model, noisy
-from weightgen.data import Bank, Projection
-from weightgen.denoiser import DenoiserConfig
-from weightgen.evaluate import Estimate, nearest_distance
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.gpt import (
+from benchmarks.weightgen import search
+from benchmarks.weightgen.gpt import (
     Gpt,
     GptConfig,
     adapted,
@@ -53,11 +44,20 @@ from weightgen.gpt import (
     windows_of,
     word_choice,
 )
-from weightgen.lora import canonical_tensors
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.train.loop import Run
+from weightgen.baselines import nearest_model, noisy
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.sample import SampleConfig
+from weightgen.generator.train import Trained, train_generator
+from weightgen.metrics import Estimate, nearest_distance
+from weightgen.ranking import rank, top, unstacked
 from weightgen.tokens import chunks, one_chunk
-from weightgen.train import OPTIMIZER, LoopConfig, generator_batches
-from weightgen.train import fit as train_loop
-from weightgen.zoo import Zoo, flat
+from weightgen.train import OPTIMIZER, LoopConfig
+from weightgen.zoo.data import Bank, Projection
+from weightgen.zoo.lora import canonical_tensors
+from weightgen.zoo.zoo import Zoo, flat
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,16 @@ def spread(rows: list[dict[str, Any]], part: str) -> str:
 def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     begun, text = time.process_time(), reference_text(size.model.vocab)
     model = functional(Gpt, size.model)
-    base = {k: np.asarray(v) for k, v in train(model, size.model, text.train, size.steps, seed=seed).items()}
+    base = {k: np.asarray(v) for k, v in train(model, size.model, text.train, steps=size.steps, seed=seed).items()}
     last = last_logits(model)
     select = scorer(last, word_choice(text.select, size.model, size.questions, seed=seed))
     test = scorer(last, word_choice(text.test, size.model, 4 * size.questions, seed=seed))
-    tensors = llm.unstacked(base)
-    names = [entry.name for entry in llm.top(llm.rank(tensors), size.share)]
+    tensors = unstacked(base)
+    names = [entry.name for entry in top(rank(tensors), size.share)]
     proposals = {
-        "diffused rows": llm.matched(diffused({n: tensors[n] for n in names}, size, seed), STEP),
-        "PCA rows": llm.matched(llm.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
-        "noise of matched norm": llm.noise_proposal(STEP),
+        "diffused rows": search.matched(diffused({n: tensors[n] for n in names}, size, seed), STEP),
+        "PCA rows": search.matched(search.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
+        "noise of matched norm": search.noise_proposal(STEP),
     }
     rows: list[dict[str, Any]] = []
 
@@ -149,49 +149,52 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
         # Before any selection: what a proposal does to the model by itself.
         rng, moved = np.random.default_rng(seed), base
         for name in names:
-            moved = llm.with_tensor(moved, name, propose(name, tensors[name], rng))
+            moved = search.with_tensor(moved, name, propose(name, tensors[name], rng))
         add(f"{arm}, all tensors, one draw", moved)
-        found = llm.greedy(base, names, propose, select, size.candidates, seed)
+        found = search.greedy(base, names, propose, select, size.candidates, seed)
         add(f"{arm}, greedy", found.params, trials=found.trials, kept=len(found.accepted))
-        add(f"{arm}, soup of what was kept", llm.soup([base, *found.accepted]))
-        add(f"{arm}, midway to the base", llm.interpolate(base, found.params, 0.5), seconds=round(time.process_time() - begun, 1))
+        add(f"{arm}, soup of what was kept", search.soup([base, *found.accepted]))
+        add(f"{arm}, midway to the base", search.interpolate(base, found.params, 0.5), seconds=round(time.process_time() - begun, 1))
     rows += [row | {"seed": seed} for row in adapt(size, model, base, seed)]
     rows[-1]["seconds"] = round(time.process_time() - begun, 1)
     return rows
 
 
-def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed: int) -> tuple[Functional, Any]:
-    """A generator of a zoo, and its parameters."""
-    generator, optim = functional(Generator, cfg), replace(OPTIMIZER, warmup=steps // 10)
-    loop = LoopConfig(steps, min(64, len(zoo)), optim, seed=seed)
-    mesh = start(loop.mesh)
-    fitted = {path: jnp.asarray(x) for path, x in fit_stage1(cfg, zoo, bank, seed).items()}
+def small_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed: int) -> Trained:
+    """A generator of a zoo."""
+    loop = LoopConfig(steps, min(64, len(zoo)), replace(OPTIMIZER, warmup=steps // 10), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        return generator, train_loop(
-            Run.open(Path(folder) / "run", {"seed": seed}), loop, mesh, generator.spec,
-            lambda: generator.init(jax.random.key(seed)) | fitted, loss(generator, cfg, 0.1),
-            generator_batches(zoo, bank, cfg.shots, loop, mesh), frozen=cfg.fitted,
-        )  # fmt: skip
+        return train_generator(cfg, zoo, bank, loop=loop, run=Run.open(Path(folder) / "run", {"seed": seed}))
 
 
-def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> llm.Propose:
+def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Propose:
     """Layer-wise generation: a diffusion generator of all rows of these tensors, told which tensor a row is of, given the tensor's own."""
     whole = chunks(tensors, size.model.width)
     rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
     classes = np.repeat(np.arange(len(names), dtype=np.int32), [piece.rows for piece in whole.pieces])[:, None]
-    zoo = Zoo(rows, np.full(len(rows), np.nan, np.float32), classes, None, cut)
-    latent = size.model.width // 2
-    cfg = GeneratorConfig(None, latent, "label", 1, "none", ROW_DENOISER, 1, cut=cut, labels=len(names))
-    generator, params = train_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed)
-    draw = drawer(generator, cfg, SampleConfig(steps=50, strength=STRENGTH))
-    around = jax.jit(lambda x, s, t: generator.apply(params, generator.apply(params, x, s, t, method="encode"), s, t, method="decode"))
+    zoo = Zoo(weights=rows, quality=np.full(len(rows), np.nan, np.float32), classes=classes, net=None, spec=cut)
+    cfg = GeneratorConfig(
+        net=None,
+        latent=size.model.width // 2,
+        condition="label",
+        shots=1,
+        prior="none",
+        denoiser=ROW_DENOISER,
+        told=1,
+        cut=cut,
+        labels=len(names),
+    )
+    generator = replace(
+        small_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed), how=SampleConfig(steps=50, strength=STRENGTH)
+    )
+    around = jax.jit(lambda x, s, m: generator.apply(generator.apply(x, s, m, method="encode"), s, m, method="decode"))
 
     def propose(name: str, tensor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         own = np.asarray(tensor, np.float32).reshape(-1, 1, size.model.width)
-        told, there = np.full((len(own), 1, 1, 1), names.index(name), np.float32), np.ones((len(own), 1, 1), bool)
-        drawn = draw(params, told, there, jax.random.key(int(rng.integers(2**31))), np.arange(len(own)), own)
+        condition, mask = np.full((len(own), 1, 1, 1), names.index(name), np.float32), np.ones((len(own), 1, 1), bool)
+        drawn = generator.draw(condition, mask, jax.random.key(int(rng.integers(2**31))), np.arange(len(own)), own)
         # What the latents do not hold stays the tensor's own.
-        return (tensor + np.asarray(drawn - around(own, told, there)).reshape(tensor.shape)).astype(tensor.dtype)
+        return (tensor + np.asarray(drawn - around(own, condition, mask)).reshape(tensor.shape)).astype(tensor.dtype)
 
     return propose
 
@@ -205,15 +208,18 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     time_ = cfg.context + 1
 
     def fit(parts: list[np.ndarray]) -> Any:
-        windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng) for part in parts])
-        return {path: np.asarray(x) for path, x in train_adapters(model, cfg, base, windows, fresh_adapter(cfg, RANK, key), RATE).items()}
+        windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng=rng) for part in parts])
+        return {
+            path: np.asarray(x)
+            for path, x in train_adapters(model, cfg, base, windows=windows, begin=fresh_adapter(cfg, RANK, key), lr=RATE).items()
+        }
 
     def one(population: Any, i: int) -> dict[str, np.ndarray]:
         return canonical_tensors({path: x[i] for path, x in population.items()})
 
     def fit_told(names: list[str], steps: int) -> list[dict[str, np.ndarray]]:
         told = np.stack([windows[name][:SHOTS] for name in names])
-        found = train_adapters(model, cfg, base, np.repeat(told[:, None], steps, 1), fresh_adapter(cfg, RANK, key), RATE)
+        found = train_adapters(model, cfg, base, windows=np.repeat(told[:, None], steps, 1), begin=fresh_adapter(cfg, RANK, key), lr=RATE)
         return [{path: np.asarray(x[i]) for path, x in found.items()} for i in range(len(names))]
 
     # The zoo: adapters in one gauge, end to end, and what the base model makes of windows of each module.
@@ -222,20 +228,29 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     spec = chunks(members[0])
     weights = np.stack([flat(spec, spec.flatten(m)) for m in members])
     classes = np.arange(len(seen), dtype=np.int32)[:, None]
-    zoo = Zoo(weights, np.full(len(members), np.nan, np.float32), classes, None, spec)
+    zoo = Zoo(weights=weights, quality=np.full(len(members), np.nan, np.float32), classes=classes, net=None, spec=spec)
     hidden = jax.jit(lambda tokens: model.apply(base, tokens, method="hidden").mean(1))
-    windows = {name: windows_of(texts[name].train, time_, (40,), rng) for name in names}
+    windows = {name: windows_of(texts[name].train, time_, (40,), rng=rng) for name in names}
     looked = {name: np.asarray(hidden(windows[name][:, :-1])) for name in names}
     project = Projection.fit("base", np.concatenate([looked[name] for name in seen]), min(24, cfg.width))
     bank = Bank.of(project(np.concatenate([looked[n] for n in seen])), np.repeat(np.arange(len(seen)), 40), seen)
     told = np.stack([project(looked[name][:SHOTS]) for name in unseen])[:, None]
 
-    gen_cfg = GeneratorConfig(None, min(48, len(members) - 1), "per_class", SHOTS, "linear", DENOISER, bank.features.shape[1], cut=spec)
-    generator, params = train_generator(gen_cfg, zoo, bank, size.generator_steps, seed)
-    draw, there, n = drawer(generator, gen_cfg, SampleConfig(steps=20)), np.ones((len(unseen), 1, SHOTS), bool), len(unseen)
+    gen_cfg = GeneratorConfig(
+        net=None,
+        latent=min(48, len(members) - 1),
+        condition="per_class",
+        shots=SHOTS,
+        prior="linear",
+        denoiser=DENOISER,
+        told=bank.features.shape[1],
+        cut=spec,
+    )
+    generator = replace(small_generator(gen_cfg, zoo, bank, size.generator_steps, seed), how=SampleConfig(steps=20))
+    mask, n = np.ones((len(unseen), 1, SHOTS), bool), len(unseen)
 
     def sample(i: int, told: np.ndarray = told) -> np.ndarray:
-        return np.asarray(draw(params, told, there, key, np.arange(n) + i * n))
+        return generator.draw(told, mask, key, np.arange(n) + i * n)
 
     samples = np.stack([sample(i) for i in range(SAMPLES)])
     tokens, condition = zoo.tokens(slice(None)), told[:, 0].mean(1)
@@ -247,10 +262,10 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     # As far from the mean as the draws they stand beside.
     far = np.linalg.norm((samples - mean).reshape(SAMPLES, n, -1), axis=2) / np.linalg.norm(noise.reshape(SAMPLES, n, -1), axis=2)
     noises = mean + far[..., None, None] * noise
-    expected = np.asarray(generator.apply(params, told, there, method="expected"))
+    expected = np.asarray(generator.apply(told, mask, method="expected"))
     last = last_logits(model)
 
-    def questions(names: list[str], part: str) -> list[llm.Score]:
+    def questions(names: list[str], part: str) -> list[search.Score]:
         return [scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed)) for name in names]
 
     # A stopping rule that looks at no module it is used on.

@@ -2,11 +2,11 @@
 
     python benchmarks/one_picture.py --json benchmarks/results/one_picture.json       # seven minutes of one CPU core
 
-Why do generated heads of Proof A hardly beat gradient descent on the pictures? A ridge map is the conditional mean that diffusion
+Why do generated heads of the demo hardly beat gradient descent on the pictures? A ridge map is the conditional mean that diffusion
 samples around, and heads are convex, so it is what averaged samples tend to. Here a quarter of the classes of the zoo is left out
 (twice), a zoo of 2,000 heads is built without them, and maps with several conditions are held against gradient descent on 400 tasks of
 the classes left out; beside them averaged samples of a generator, as it is and with what diffusion adds to the map drawn without the
-condition. The unseen classes of Proof A are not looked at.
+condition. The unseen classes of the demo are not looked at.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from weightgen.baselines import Ridge, row_condition, with_bias
-from weightgen.data import Bank, EmojiTasks, emoji_tasks
-from weightgen.evaluate import Estimate, head_accuracy
-from weightgen.proof import SHOTS, Exam, ProofConfig, build_zoo, few_shot_heads, sample, train_generator
+from weightgen.few_shot import SHOTS, Episodes, FewShotConfig, build_zoo, few_shot_heads, sample, train
+from weightgen.metrics import Estimate, head_accuracy
+from weightgen.zoo.data import Bank, EmojiTasks, emoji_tasks
 
 TASKS, FOLDS = 400, 2
 
@@ -87,16 +87,16 @@ CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def judge(tasks: EmojiTasks, seed: int) -> dict[tuple[int, str], np.ndarray]:
     """Accuracies by (pictures of a class, method), [task]."""
-    cfg = ProofConfig(members=2000)
+    cfg = FewShotConfig(members=2000)
     zoo = build_zoo(cfg, tasks, 0)
     heads, classes = zoo.tokens(slice(None)), np.asarray(zoo.classes)
-    exam = Exam.of(tasks.unseen, TASKS, cfg.ways, seed)
+    episodes = Episodes.of(tasks.unseen, TASKS, cfg.ways, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        generator = train_generator(cfg, zoo, tasks.seen["support"], Path(folder), 0)
+        generator = train(cfg, zoo, tasks.seen["support"], folder=Path(folder), seed=0)
     found = {}
     assert zoo.net is not None
     for shots in reversed(SHOTS):
-        support = exam.support[:, :, :shots]
+        support = episodes.support[:, :, :shots]
         told = tasks.seen["support"].draw(classes, shots, np.random.default_rng(5))
         made = {}
         for name, condition in CONDITIONS.items():
@@ -104,13 +104,13 @@ def judge(tasks: EmojiTasks, seed: int) -> dict[tuple[int, str], np.ndarray]:
             ridge = Ridge.fit(c.reshape(-1, c.shape[-1]), heads.reshape(-1, heads.shape[-1]), classes.reshape(-1))
             made[name] = ridge(here.reshape(-1, here.shape[-1])).reshape(*here.shape[:2], -1)
         for name, guidance in (("generated, averaged", 1.0), ("generated, averaged, no condition beyond the map", 0.0)):
-            drawn = sample(cfg, replace(generator, how=replace(cfg.sample, guidance=guidance)), exam.support, shots, 0)
+            drawn = sample(cfg, replace(generator, how=replace(cfg.sample, guidance=guidance)), episodes.support, shots=shots, seed=0)
             made[name] = drawn.mean(0)
         made["least squares on the pictures"] = least_squares(support)
         for penalty in (0.1, 0.3):
             few = replace(cfg.few, weight_decay=penalty)
-            made[f"gradient descent, penalty {penalty}"] = few_shot_heads(support, few, zoo.spec, zoo.net)
-        found |= {(shots, name): head_accuracy(h, *exam.test) for name, h in made.items()}
+            made[f"gradient descent, penalty {penalty}"] = few_shot_heads(support, few, zoo.spec, head=zoo.net)
+        found |= {(shots, name): head_accuracy(h, *episodes.test) for name, h in made.items()}
     return found
 
 

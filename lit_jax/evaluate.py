@@ -62,7 +62,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
-        raise InputError("give --features: the Inception weights that make the scores (README: Evaluate)")
+        raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")
     if not args.data:
         raise InputError("give --data: a reference batch (.npz of the ADM suite), or pictures to compare with")
     if cfg.samples < LEAST:

@@ -1,8 +1,8 @@
-"""What a generator of weights has to beat. Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
+"""Baselines of a generator of weights. Heads are [..., class, feature + 1], the bias last; features [..., feature]."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,13 @@ def with_bias(x: np.ndarray) -> np.ndarray:
 
 
 def prototype(support: np.ndarray) -> Heads:
-    """Class means, bias minus half their square norm: nearest mean. support: [task, class, picture, feature]."""
+    """Build nearest-mean heads: class means, bias minus half their square norm. support: [task, class, picture, feature]."""
     mean = support.mean(2)
     return np.concatenate([mean, -0.5 * np.sum(mean**2, -1, keepdims=True)], axis=-1)
 
 
 def discriminant(support: np.ndarray, spread: np.ndarray, shrink: float = 0.5) -> Heads:
-    """Linear discriminant with the within-class covariance of the zoo's classes, shrunk towards a multiple of one.
+    """Build linear-discriminant heads with the within-class covariance of the zoo's classes, shrunk towards a multiple of one.
 
     spread: [feature, feature], that covariance.
     """
@@ -37,12 +37,15 @@ def discriminant(support: np.ndarray, spread: np.ndarray, shrink: float = 0.5) -
 
 
 def nearest_model(condition: np.ndarray, zoo_condition: np.ndarray, heads: Heads) -> Heads:
-    """The head of the zoo's task whose mean feature is closest in cosine. condition: [task, feature]; zoo_condition: [member, feature]."""
+    """Pick the head of the zoo's task whose mean feature is closest in cosine.
+
+    condition: [task, feature]; zoo_condition: [member, feature].
+    """
     return heads[np.argmax(_unit(condition) @ _unit(zoo_condition).T, axis=1)]
 
 
 def nearest_row(prototypes: np.ndarray, zoo_prototypes: np.ndarray, rows: np.ndarray) -> Heads:
-    """For each class the row of the zoo's most similar class (cosine). prototypes: [task, class, feature]; rows: [n, feature + 1]."""
+    """Pick for each class the row of the zoo's most similar class (cosine). prototypes: [task, class, feature]; rows: [n, feature + 1]."""
     return rows[np.argmax(_unit(prototypes) @ _unit(zoo_prototypes).T, axis=-1)]
 
 
@@ -59,8 +62,8 @@ class Ridge:
 
     @classmethod
     def fit(cls, condition: np.ndarray, weights: np.ndarray, groups: np.ndarray, penalties: Sequence[float] = PENALTIES) -> "Ridge":
-        """condition: [n, in]; weights: [n, out]; groups: [n], what a row must not share with the rows it is tested on (its class).
-        Whole networks are grouped by their first class alone: their other classes may be among those that were fitted.
+        """Fit the map. condition: [n, in]; weights: [n, out]; groups: [n], what a row must not share with the rows it is tested on (its
+        class). Whole networks are grouped by their first class alone: their other classes may be among those that were fitted.
 
         The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would choose too little.
         The constant is not penalised: without a use for the condition the map gives the mean.
@@ -88,7 +91,7 @@ class Ridge:
 def hypernetwork(
     condition: np.ndarray, weights: np.ndarray, seed: int = 0, *, hidden: int = 256, steps: int = 1000
 ) -> Callable[[Any], np.ndarray]:
-    """A network of one hidden layer from condition to weights, [n, in] -> [n, out]: squared error of standardised weights, Adam."""
+    """Train a network of one hidden layer from condition to weights, [n, in] -> [n, out]: squared error of standardised weights, Adam."""
     mean, std = weights.mean(0), weights.std(0) + 1e-6
     centre, spread = condition.mean(0), condition.std(0) + 1e-6
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -109,12 +112,14 @@ def hypernetwork(
     x, y = (jnp.asarray(a, jnp.float32) for a in ((condition - centre) / spread, (weights - mean) / std))
     rows = jax.random.randint(keys[2], (steps, min(128, len(x))), 0, len(x))
     (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, rows))((params, optimizer.init(params)))
-    return lambda told: np.asarray(apply(params, jnp.asarray((told - centre) / spread, jnp.float32)) * std + mean, np.float32)
+    return lambda x: np.asarray(apply(params, jnp.asarray((x - centre) / spread, jnp.float32)) * std + mean, np.float32)
 
 
 def row_condition(mean: Any) -> Any:
-    """What a linear map predicts a row from: the class's mean feature, its direction, the task's mean and the offset from it, and both
-    squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or traced."""
+    """Build the features from which a linear map predicts a row: the class's mean feature, its direction, the task's mean and the offset
+    from it, and both squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or
+    traced.
+    """
     xp = jnp if isinstance(mean, jax.Array) else np
     size = xp.mean(mean**2, -1, keepdims=True)
     task = xp.broadcast_to(xp.mean(mean, -2, keepdims=True), mean.shape)
@@ -123,37 +128,25 @@ def row_condition(mean: Any) -> Any:
 
 
 def noisy(weights: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Zoo networks with noise of `sigma` times each weight's spread over the zoo: [n, count]."""
+    """Add noise to zoo networks, of `sigma` times each weight's spread over the zoo: [n, count]."""
     return (weights + sigma * weights.std(0) * rng.standard_normal(weights.shape)).astype(np.float32)
 
 
 def average(weights: np.ndarray, n: int, members: int, rng: np.random.Generator) -> np.ndarray:
-    """`n` averages of `members` random networks each."""
+    """Average `members` random networks, `n` times."""
     return np.stack([weights[rng.choice(len(weights), members, replace=False)].mean(0) for _ in range(n)])
 
 
 def gaussian(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """`n` draws from an independent Gaussian per weight."""
+    """Draw `n` networks from an independent Gaussian per weight."""
     return (weights.mean(0) + weights.std(0) * rng.standard_normal((n, weights.shape[1]))).astype(np.float32)
 
 
-def kde(
-    latents: np.ndarray,
-    n: int,
-    rng: np.random.Generator,
-    *,
-    bandwidth: float = 0.002,
-    draws: Literal["independent", "legacy"] = "independent",
-) -> np.ndarray:
-    """Kernel density sampling dimension by dimension (S_KDE; give it the best 30 % for S_KDE30). latents: [member, latent].
+def kde(latents: np.ndarray, n: int, rng: np.random.Generator, bandwidth: float = 0.002) -> np.ndarray:
+    """Sample from a kernel density, dimension by dimension (S_KDE; give it the best 30 % for S_KDE30). latents: [member, latent].
 
-    legacy: each dimension is sampled from the same seed, so that all pick the same member and share the noise, as the released
-    code does: training latents shifted by a constant.
+    Deviation: the released code draws every dimension from the same seed, so that all pick the same member and share the noise.
     """
     shape = (n, latents.shape[1])
-    if draws == "legacy":
-        pick = np.broadcast_to(rng.integers(len(latents), size=(n, 1)), shape)
-        noise = np.broadcast_to(rng.standard_normal((n, 1)), shape)
-    else:
-        pick, noise = rng.integers(len(latents), size=shape), rng.standard_normal(shape)
+    pick, noise = rng.integers(len(latents), size=shape), rng.standard_normal(shape)
     return (np.take_along_axis(latents, pick, axis=0) + bandwidth * noise).astype(np.float32)

@@ -1,4 +1,4 @@
-"""`heirloom demo weightgen`: heads for classes of emoji that the zoo never saw, on two backbones, beside every baseline."""
+"""`heirloom demo weightgen`: heads for classes of emoji that the zoo never saw, on two backbones, next to every baseline."""
 
 import tempfile
 import time
@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from heirloom.common.checkpoint.staging import staged
-from weightgen.data import emoji_tasks
-from weightgen.evaluate import as_json
-from weightgen.proof import SHOTS, ProofConfig, Result, prove
+from weightgen.few_shot import SHOTS, FewShotConfig, Result, compare
+from weightgen.metrics import as_json
+from weightgen.zoo.data import emoji_tasks
 
 BACKBONES = {"CLIP": "embedded:emoji", "PCA of pixels": "pixels"}
 SHOWN = (
@@ -26,10 +26,10 @@ SHOWN = (
 COLOURS = {5: "#588b8b", 1: "#c8553d"}
 
 
-def run(seed: int, out: Path, cfg: ProofConfig | None = None) -> dict[str, Any]:
-    """Prove on both backbones, print tables and criteria, write `out/demo.png`; returns what `--json` writes."""
+def run(seed: int, out: Path, cfg: FewShotConfig | None = None) -> dict[str, Any]:
+    """Compare on both backbones, print tables and criteria, write `out/demo.png`; returns what `--json` writes."""
     started, console = time.perf_counter(), Console()
-    cfg = cfg or ProofConfig()
+    cfg = cfg or FewShotConfig()
     results = {}
     with tempfile.TemporaryDirectory(dir=out) as folder:
         for name, backend in BACKBONES.items():
@@ -39,8 +39,8 @@ def run(seed: int, out: Path, cfg: ProofConfig | None = None) -> dict[str, Any]:
                 f"\n{name}: {cfg.ways}-way heads from 5 pictures of each class, or 1; {seen} CLDR subgroups for the zoo, {unseen} unseen",
                 soft_wrap=True,
             )
-            results[name] = prove(
-                cfg, tasks, Path(folder) / backend.replace(":", "-"), seed, lambda line: console.print(line, soft_wrap=True)
+            results[name] = compare(
+                cfg, tasks, Path(folder) / backend.replace(":", "-"), seed=seed, say=lambda line: console.print(line, soft_wrap=True)
             )
             console.print(table(results[name]))
             console.print(judgement(results[name]))

@@ -1,7 +1,8 @@
 """Generators as weights folders: how the rest of heirloom opens, counts and describes them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -15,20 +16,21 @@ from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import kernel_macs
 from heirloom.common.typed import from_json
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig
-from weightgen.conditions import SetConfig, SetOfSets
-from weightgen.data import Bank
-from weightgen.generator import Generator, GeneratorConfig
-from weightgen.nets import MODULES, NetConfig
-from weightgen.reference import Reference, ReferenceConfig
+from weightgen.codec import TokenCodec, TokenVaeConfig
+from weightgen.d2nwg.model import D2nwg, D2nwgConfig
+from weightgen.generator.conditions import SetConfig, SetOfSets
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.model import Generator
 from weightgen.tokens import TokenSpec
-from weightgen.zoo import Zoo
+from weightgen.zoo.data import Bank
+from weightgen.zoo.nets import MODULES, NetConfig
+from weightgen.zoo.zoo import Zoo
 
-COMPANIONS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
+SIDECARS = ("features.safetensors", "neighbours.safetensors", "tasks.json", "adapter.json", "report.json")
 
 
 def config(model: Mapping[str, Any]) -> GeneratorConfig:
-    """From the `model` of a config.json."""
+    """Read the `model` of a config.json."""
     cfg = from_json(GeneratorConfig, model)
     if cfg.cut is None:
         return cfg
@@ -39,8 +41,8 @@ def config(model: Mapping[str, Any]) -> GeneratorConfig:
     return cfg
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
-    for name in COMPANIONS:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
+    for name in SIDECARS:
         if (donor.folder / name).is_file():
             copy(donor.folder / name, destination / name)
 
@@ -50,7 +52,7 @@ def verify(cfg: Any, params: Mapping[str, Any], file: Path, format: str) -> Chec
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """By part: codec, condition, denoiser."""
+    """Count parameters by part: codec, condition, denoiser."""
     parts: dict[str, int] = {}
     for path, leaf in spec.items():
         part = path.split("/")[0]
@@ -59,44 +61,38 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 
 def macs(cfg: GeneratorConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one denoising step of one network, attention's own products left out."""
+    """Count multiply-accumulates of one denoising step of one network, attention's own products left out."""
     tokens = cfg.tokens.rows
     own = {path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")}
     once = [(pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")]
     return sum(kernel_macs(own, [*once, ("**", tokens)]).values())
 
 
-def _simple(name: str, module: Any, config: Any) -> Family:
-    """A family of ours without foreign formats, whose matmuls each count once."""
-
-    return Family(name, module, lambda model: from_json(config, model), (), companions, verify, parameters, _once)
-
-
-def network(cfg: NetConfig, *, rngs: Any) -> Any:
-    """The module of a network of a zoo."""
-    return MODULES[cfg.kind](cfg, rngs=rngs)
-
-
-def reference_config(model: Mapping[str, Any]) -> ReferenceConfig:
-    """From the `model` of a config.json."""
-    return from_json(ReferenceConfig, model)
-
-
 def _once(cfg: Any, spec: Spec) -> int:
-    """Every matmul counted once."""
+    """Count every matmul once."""
     return sum(kernel_macs(spec, [("**", 1)]).values())
 
 
-FAMILY = Family("weightgen", Generator, config, (), companions, verify, parameters, macs)
-CODEC = _simple("weightgen-codec", TokenCodec, TokenVaeConfig)
-ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
-NETWORK = _simple("weightgen-network", network, NetConfig)
-REFERENCE = Family("weightgen-d2nwg", Reference, reference_config, (), companions, verify, parameters, _once)
-FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK, REFERENCE]
+def _family(name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], macs: Callable[[Any, Spec], int] = _once) -> Family:
+    """Build a family without foreign formats."""
+    return Family(name=name, module=module, config=config, formats=(), companions=sidecars, verify=verify, parameters=parameters, macs=macs)
+
+
+def network(cfg: NetConfig, *, rngs: Any) -> Any:
+    """Build the module of a network of a zoo."""
+    return MODULES[cfg.kind](cfg, rngs=rngs)
+
+
+GENERATOR = _family("weightgen", Generator, config, macs=macs)
+CODEC = _family("weightgen-codec", TokenCodec, partial(from_json, TokenVaeConfig))
+ENCODER = _family("weightgen-encoder", SetOfSets, partial(from_json, SetConfig))
+NETWORK = _family("weightgen-network", network, partial(from_json, NetConfig))
+D2NWG = _family("weightgen-d2nwg", D2nwg, partial(from_json, D2nwgConfig))
+FAMILIES = [GENERATOR, CODEC, ENCODER, NETWORK, D2NWG]
 
 
 def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """Config and weights of a codec or an encoder by its folder. Raises InputError when it is something else."""
+    """Open the folder of a codec or an encoder: config and weights. Raises InputError when it is something else."""
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such folder; heirloom train {made_by} --run RUN makes RUN/model")
     donor = open_donor(Path(path), [family])
@@ -104,7 +100,7 @@ def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, n
 
 
 def save_neighbours(folder: Path, zoo: Zoo, seed: int, bank: Bank) -> None:
-    """Write `neighbours.safetensors`: zoo networks that generated ones are held against, up to 1,000 of them or 16 MB, and the mean
+    """Write `neighbours.safetensors`: zoo networks to compare generated ones with, up to 1,000 of them or 16 MB, and the mean
     features of the classes of each."""
     most = min(len(zoo), 1000, max(2**24 // (4 * zoo.spec.count), 2))
     rows = np.sort(np.random.default_rng(seed).choice(len(zoo), most, replace=False))

@@ -13,7 +13,7 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import is_folder, open_folder
 from heirloom.common.errors import InputError, remark
-from weightgen.foreign import listed, not_finite, read_tensors, refuse_quantised
+from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
 
 IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$")
@@ -49,7 +49,7 @@ class Ranked:
 
 
 def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
-    """All matrices by falling ratio, equal ratios by name. Tensors may be memory maps: one is in memory at a time.
+    """Rank all matrices by falling ratio, equal ratios by name. Tensors may be memory maps: one is in memory at a time.
 
     kind: the name without its layer number, as Spectrum keeps a share of each kind. Fused experts [expert, in, out] are ranked one by
     one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked as the one matrix they are stored
@@ -85,7 +85,7 @@ def _kind(name: str) -> str:
 
 
 def _left_out(name: str, tensor: np.ndarray, least: int) -> str:
-    """Why a tensor is not ranked, or an empty string."""
+    """Give the reason why a tensor is not ranked, or an empty string."""
     parts = re.split(r"[/.@]", name)
     if parts[-1] in ("weight", "kernel") and len(parts) > 1:
         parts = parts[:-1]
@@ -116,7 +116,7 @@ def rank_checkpoint(source: str, **how: Any) -> list[Ranked]:
 
 
 def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
-    """The best `share` of each kind, at least one, in the order of their ratio."""
+    """Pick the best `share` of each kind, at least one, in the order of their ratio."""
     kinds: dict[str, list[Ranked]] = {}
     for entry in ranked:
         kinds.setdefault(entry.kind, []).append(entry)
@@ -125,13 +125,13 @@ def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
 
 
 def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, np.ndarray]:
-    """The matrices of a model of ours with layers stacked: "path@layer" -> [read, written], heads and their channels as one axis."""
+    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads and their channels as one axis."""
     out = {}
     for path, leaf in params.items():
         if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:
             array = np.asarray(leaf)
             for i in range(len(array)):
-                # q, k, v read embed and write the rest; the output projection reads heads.
+                # q, k, v map embed to heads; the output projection maps heads to embed.
                 lead = array[i].shape[0] if not path.endswith("out/kernel") else int(np.prod(array[i].shape[:-1]))
                 out[f"{path}@{i}"] = array[i].reshape(lead, -1)
     return out

@@ -1,7 +1,8 @@
 """Weights as tokens, and back to exactly the same tree.
 
 Three ways to cut: a whole model as one long row, each tensor in chunks of a length, or neuron by neuron, which needs our named
-axes: a token is what one written unit reads, its bias included. Rows are padded with zeros; the mask says where the weights are.
+axes: a token is the incoming weights of one output unit, its bias included. Rows are padded with zeros; the mask says where the weights
+are.
 """
 
 import re
@@ -18,7 +19,8 @@ import numpy as np
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 
-Cut = Literal["model", "layer", "neuron"]
+Order = Literal["exchangeable", "ordered"]
+"""exchangeable: tokens are known by no place, as the rows of a head are not."""
 STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"
 
 
@@ -52,7 +54,7 @@ class TokenSpec:
 
     @classmethod
     def of(cls, pieces: Sequence[Mapping[str, Any]]) -> "TokenSpec":
-        """From the pieces as JSON has them."""
+        """Build it from the pieces in JSON."""
         fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in pieces]
         found = tuple(Piece(**piece) for piece in fields)
         return cls(found, max(p.first + p.rows for p in found), max(p.column + p.width for p in found))
@@ -63,7 +65,7 @@ class TokenSpec:
         return {piece.path: jax.ShapeDtypeStruct(piece.shape, np.float32) for piece in self.pieces}
 
     def padded(self, weights: np.ndarray) -> np.ndarray:
-        """[..., count] weights without padding to tokens [..., rows, length]."""
+        """Pad weights [..., count] to tokens [..., rows, length]."""
         out = np.zeros((*weights.shape[:-1], self.rows, self.length), np.float32)
         out[..., self.mask] = weights
         return out
@@ -89,22 +91,9 @@ class TokenSpec:
             self._block(found, piece)[...] = np.where(self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece))
         return found
 
-    def meta(self) -> list[dict[str, Any]]:
-        """For each row what it holds: {"token", "parts": [{path, offset, fan_in, fan_out}]}; offset counts rows of the tensor."""
-        return [
-            {
-                "token": row,
-                "parts": [
-                    {"path": p.path, "offset": row - p.first, "fan_in": p.fan_in, "fan_out": p.fan_out}
-                    for p in self.pieces
-                    if p.first <= row < p.first + p.rows
-                ],
-            }
-            for row in range(self.rows)
-        ]
-
     def flatten(self, tree: Any) -> np.ndarray:
-        """Tokens [..., rows, length] of a tree; leaves may share leading axes, as in a population. The dtype holds all leaves exactly."""
+        """Cut a tree into tokens [..., rows, length]; leaves may share leading axes, as in a population. The dtype holds all leaves
+        exactly."""
         leaves = dict(named_leaves(tree))
         lead = np.shape(leaves[self.pieces[0].path])[: np.ndim(leaves[self.pieces[0].path]) - len(self.pieces[0].shape)]
         dtype = np.result_type(np.float32, *(_exact(leaves[piece.path].dtype) for piece in self.pieces))
@@ -118,7 +107,7 @@ class TokenSpec:
         return out
 
     def unflatten(self, tokens: Any, like: Any) -> Any:
-        """The inverse of `flatten`: `like` with its selected leaves replaced, dtype and structure kept; padding is ignored.
+        """Invert `flatten`: `like` with its selected leaves replaced, dtype and structure kept; padding is ignored.
 
         tokens: [..., rows, length] numpy, or traced by jax (leaves then get the leading axes too).
         """
@@ -150,14 +139,14 @@ def _exact(dtype: Any) -> Any:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
+    """List leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return list(tree.items())
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def map_named(change: Any, tree: Any) -> Any:
-    """The same tree with each leaf replaced by `change(name, leaf)`."""
+    """Rebuild the tree with each leaf replaced by `change(name, leaf)`."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return {name: change(name, leaf) for name, leaf in tree.items()}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: change(_name(path), leaf), tree)
@@ -167,8 +156,8 @@ def _name(path: Sequence[Any]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tuple[str, Any]]:
-    """Floating leaves whose name matches the regex `select` and not `exclude` (running statistics, unless given).
+def selected(tree: Any, select: str = "") -> list[tuple[str, Any]]:
+    """Select floating leaves whose name matches the regex `select`, running statistics left out.
 
     Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
     """
@@ -176,9 +165,9 @@ def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tup
     try:
         re.compile(select)
     except re.error as error:
-        raise InputError(f"{select!r} is no regular expression ({error}); mend select") from error
+        raise InputError(f"{select!r} is no regular expression ({error}); correct select") from error
     for name, leaf in named_leaves(tree):
-        if not re.search(select, name) or (exclude and re.search(exclude, name)):
+        if not re.search(select, name) or re.search(STATISTICS, name):
             continue
         kind = np.dtype(leaf.dtype)
         if kind.kind in "iub":
@@ -191,12 +180,12 @@ def selected(tree: Any, select: str = "", exclude: str = STATISTICS) -> list[tup
     return found
 
 
-def chunks(tree: Any, length: int | None = None, *, select: str = "", exclude: str = STATISTICS) -> TokenSpec:
+def chunks(tree: Any, length: int | None = None, *, select: str = "") -> TokenSpec:
     """Cut any tree (or dict of a checkpoint's tensors) into rows; arrays may be `jax.ShapeDtypeStruct`s.
 
     length None: model-wise, one row with all tensors end to end. Else layer-wise: each tensor by itself, padded to whole chunks.
     """
-    leaves = selected(tree, select, exclude)
+    leaves = selected(tree, select)
     sizes = [prod(leaf.shape) for _, leaf in leaves]
     if length is not None and length < 1:
         raise InputError(f"chunks of {length} weights: choose 1 or more")
@@ -214,21 +203,26 @@ def chunks(tree: Any, length: int | None = None, *, select: str = "", exclude: s
 
 
 def one_chunk(spec: TokenSpec) -> TokenSpec:
-    """A single row of a cut, as a network of its own."""
-    return TokenSpec((Piece("chunk", (spec.length,), (0,), 0, 1, 0, spec.length, spec.length, 1),), 1, spec.length)
+    """Describe a single row of a cut as a network by itself."""
+    return TokenSpec(
+        (
+            Piece(
+                path="chunk", shape=(spec.length,), order=(0,), first=0, rows=1, column=0, width=spec.length, fan_in=spec.length, fan_out=1
+            ),
+        ),
+        1,
+        spec.length,
+    )
 
 
-def neurons(spec: Spec, *, select: str = "") -> TokenSpec:
+def neurons(spec: Spec) -> TokenSpec:
     """Cut a model of ours neuron by neuron: tensors of one module that write the same units share a row.
 
-    A carried tensor (a norm's scale) counts as written. Raises InputError when nothing matches.
+    A carried tensor (a norm's scale) counts as an output.
     """
-    paths = [path for path in spec if re.search(select, path)]
-    if not paths:
-        raise InputError(f"no parameter matches {select!r}")
     pieces: list[Piece] = []
     first = 0
-    for _, group in groupby(paths, key=lambda path: path.rpartition("/")[0]):
+    for _, group in groupby(spec, key=lambda path: path.rpartition("/")[0]):
         column, rows = 0, None
         for path in sorted(group, key=lambda p: len(spec[p].axes.where("read")) == 0):
             leaf = spec[path]
@@ -237,7 +231,19 @@ def neurons(spec: Spec, *, select: str = "") -> TokenSpec:
             if rows is not None and units != rows:
                 first, column = first + rows, 0
             rows, width = units, prod(leaf.shape[i] for i in read)
-            pieces.append(Piece(path, leaf.shape, (*out, *read), first, rows, column, width, leaf.extent("read"), leaf.extent("write")))
+            pieces.append(
+                Piece(
+                    path=path,
+                    shape=leaf.shape,
+                    order=(*out, *read),
+                    first=first,
+                    rows=rows,
+                    column=column,
+                    width=width,
+                    fan_in=leaf.extent("read"),
+                    fan_out=leaf.extent("write"),
+                )
+            )
             column += width
         first += rows or 0
     return TokenSpec(tuple(pieces), first, max(piece.column + piece.width for piece in pieces))

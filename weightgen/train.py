@@ -1,7 +1,8 @@
 """The loop that codec, encoder and generator share, and batches of zoos."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parameters import best
 from heirloom.common.train.state import abstract_state, create_state
 from heirloom.common.train.step import LossFn, StepConfig, make_step
-from weightgen.data import Bank
-from weightgen.zoo import Zoo
+from weightgen.zoo.data import Bank
+from weightgen.zoo.zoo import Zoo
 
 OPTIMIZER = OptimConfig(lr=1e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.01, clip=1.0)
 
@@ -147,3 +148,13 @@ def generator_batches(zoo: Zoo, bank: Bank, shots: int, cfg: LoopConfig, mesh: M
         }
 
     return placed(make, mesh, cfg.seed)
+
+
+class BaseRecipe:
+    """Refuses the verbs that the recipes of this package do not have."""
+
+    def inherit(self, destination: Path, *, force: bool = False) -> Mapping[str, Any]:
+        raise InputError("this recipe inherits from no donor: heirloom train runs it")
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        raise InputError("this recipe has nothing to score before it is trained: heirloom train, then heirloom eval RUN/model --data DIR")

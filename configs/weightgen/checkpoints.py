@@ -5,7 +5,7 @@
     heirloom generate runs/generator/model --task "questions about plants" -n 8
 """
 
-from weightgen.recipes import CheckpointsRecipe
+from weightgen.zoo.recipes import CheckpointsRecipe
 
 
 def get_config() -> CheckpointsRecipe:

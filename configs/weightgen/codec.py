@@ -3,7 +3,7 @@
     heirloom train weightgen/codec --run runs/codec
 """
 
-from weightgen.parts import CodecRecipe
+from weightgen.generator.parts import CodecRecipe
 
 
 def get_config() -> CodecRecipe:

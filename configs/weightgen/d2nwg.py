@@ -4,8 +4,8 @@
     heirloom generate runs/d2nwg/model --dataset pictures -n 8
 """
 
-from weightgen.d2nwg import ReferenceRecipe
+from weightgen.d2nwg.train import D2nwgRecipe
 
 
-def get_config() -> ReferenceRecipe:
-    return ReferenceRecipe()
+def get_config() -> D2nwgRecipe:
+    return D2nwgRecipe()

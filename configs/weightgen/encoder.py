@@ -3,7 +3,7 @@
     heirloom train weightgen/encoder --run runs/encoder
 """
 
-from weightgen.parts import EncoderRecipe
+from weightgen.generator.parts import EncoderRecipe
 
 
 def get_config() -> EncoderRecipe:

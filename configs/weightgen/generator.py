@@ -4,7 +4,7 @@
     heirloom generate runs/generator/model --dataset pictures -n 8 --reduce mean
 """
 
-from weightgen.recipes import GeneratorRecipe
+from weightgen.generator.train import GeneratorRecipe
 
 
 def get_config() -> GeneratorRecipe:

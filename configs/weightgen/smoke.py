@@ -3,9 +3,9 @@
     heirloom train weightgen/smoke --run runs/smoke
 """
 
-from weightgen.nets import NetConfig
-from weightgen.recipes import ZooRecipe
-from weightgen.zoo import FitConfig
+from weightgen.zoo.fit import FitConfig
+from weightgen.zoo.nets import NetConfig
+from weightgen.zoo.recipes import ZooRecipe
 
 
 def get_config() -> ZooRecipe:

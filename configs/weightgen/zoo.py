@@ -3,7 +3,7 @@
     heirloom train weightgen/zoo --run runs/zoo
 """
 
-from weightgen.recipes import ZooRecipe
+from weightgen.zoo.recipes import ZooRecipe
 
 
 def get_config() -> ZooRecipe:

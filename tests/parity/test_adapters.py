@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from weightgen.adapter_config import write_adapter
-from weightgen.lora import pairs
-from weightgen.zoo import import_folder
+from weightgen.zoo.adapter_config import write_adapter
+from weightgen.zoo.checkpoints import import_folder
+from weightgen.zoo.lora import pairs
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

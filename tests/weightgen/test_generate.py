@@ -1,226 +1,30 @@
-"""Generators: what they draw, from the recipe to the folder; and the proof on a world where the right answer is known."""
+"""From the recipe to the folder of generated weights, by commands."""
 
 import json
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from heirloom.common.cli import main
-from heirloom.common.diffusion import linear_schedule
-from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import save_params
-from weightgen.autoencoder import TokenCodec, TokenVaeConfig
-from weightgen.conditions import SetConfig, SetOfSets
-from weightgen.data import SHARES, Bank, EmojiTasks, Projection, draw_tasks
-from weightgen.denoiser import DenoiserConfig
+from weightgen.codec import TokenCodec, TokenVaeConfig
+from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.formats import CODEC, ENCODER
-from weightgen.generate import knows_order, look
-from weightgen.generator import Generator, GeneratorConfig, SampleConfig, drawer, fit_stage1, loss
-from weightgen.nets import NetConfig
-from weightgen.proof import ProofConfig, prove
-from weightgen.recipes import GeneratorRecipe
-from weightgen.reference import ReferenceConfig
-from weightgen.train import LoopConfig
-from weightgen.zoo import FitConfig, Zoo, head_tokens, import_folder, open_zoo
+from weightgen.generator.conditions import SetConfig, SetOfSets
+from weightgen.generator.config import GeneratorConfig
+from weightgen.generator.model import Generator
+from weightgen.generator.train import GeneratorRecipe
+from weightgen.report import knows_order
+from weightgen.tasks import read_dataset
+from weightgen.zoo.data import Bank, Projection, draw_tasks
+from weightgen.zoo.nets import NetConfig
+from weightgen.zoo.zoo import Zoo, head_tokens, open_zoo
 
-ORDERS = ("ordered", "exchangeable")
 SETS = SetConfig(9, hidden=8, inducing=2, out=8, latent=4)
-SMALL = DenoiserConfig(width=16, layers=1, heads=2, hidden=16)
-
-
-@pytest.fixture(scope="module")
-def generator():
-    """A head generator with weights far from the initial ones and a codec that keeps everything."""
-    cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=2, denoiser=SMALL)
-    model = functional(Generator, cfg)
-    rng = np.random.default_rng(0)
-    params = {path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in model.spec.items()}
-    params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros((1, 5))}
-    support = jnp.asarray(rng.standard_normal((8, 3, 2, 4)), jnp.float32)
-    return cfg, model, params, support, jnp.ones((8, 3, 2), bool)
-
-
-def test_heads_follow_the_order_of_classes(generator):
-    _, model, params, support, there = generator
-    x, t = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3, 5)), jnp.float32), jnp.full(8, 300.0)
-    out = model.apply(params, x, t, support, there)
-    turned = model.apply(params, x[:, ::-1], t, support[:, ::-1], there)
-    np.testing.assert_allclose(turned[:, ::-1], out, atol=1e-5)
-    expected = [model.apply(params, s, there, method="expected") for s in (support, support[:, ::-1])]
-    np.testing.assert_allclose(expected[0][:, ::-1], expected[1], atol=1e-5)
-    coded = functional(TokenCodec, TokenVaeConfig(3, 5, latent=4, width=16, layers=1, heads=2, order="exchangeable"))
-    learned = coded.init(jax.random.key(0)) | {"std": jnp.ones((3, 5)), "scale": jnp.ones(())}
-    for method, rows in (("encode", x), ("decode", x[..., :4])):
-        apply = jax.jit(partial(coded.apply, method=method))
-        found, back = (apply(learned, r) for r in (rows, rows[:, ::-1]))
-        np.testing.assert_allclose(back[:, ::-1], found, atol=1e-5)
-    by = [GeneratorConfig(NetConfig(features=4, classes=3), prior="none", codec=TokenVaeConfig(3, 5, order=o)) for o in ORDERS]
-    assert [cfg.by_row for cfg in by] == [False, True], "a codec that knows places needs a denoiser that does"
-    # Whoever is told other pictures says something else.
-    assert np.abs(np.asarray(model.apply(params, x, t, support[::-1], there) - out)).max() > 1e-2
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_samples_are_the_same_on_one_device_and_on_eight(sampler, generator):
-    cfg, model, params, support, there = generator
-    draw = drawer(model, cfg, SampleConfig(sampler, steps=5, guidance=1.5))
-    key, index = jax.random.key(0), jnp.arange(8)
-    one = np.asarray(draw(params, support, there, key, index))
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    many = draw(params, *(jax.device_put(a, rows) for a in (support, there)), key, jax.device_put(index, rows))
-    assert len(many.sharding.device_set) == 8
-    np.testing.assert_allclose(np.asarray(many), one, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(draw(params, support[5:6], there[5:6], key, jnp.array([5]))[0], one[5], rtol=1e-5, atol=1e-5)
-
-
-def test_steps_of_ddpm_have_the_variance_of_the_posterior(generator):
-    cfg, model, params, support, there = generator
-    params = params | {path: jnp.zeros_like(x) for path, x in params.items() if path.startswith("denoiser/final")}
-    drawn = drawer(model, cfg, SampleConfig("ddpm", steps=2))(params, support, there, jax.random.key(0), jnp.arange(8))
-    # The first step ends at the first time, where 1e-4 of noise is left; beta of that step is nearly 1.
-    spread = np.std(np.asarray(drawn - model.apply(params, support, there, method="expected")))
-    assert spread == pytest.approx(linear_schedule().beta[0] ** 0.5, rel=0.3)
-
-
-def test_given_weights_are_refined_and_kept_where_known(generator):
-    cfg, model, params, support, there = generator
-    start = jnp.asarray(np.random.default_rng(2).standard_normal((8, 3, 5)), jnp.float32)
-    key, index, known = jax.random.key(0), jnp.arange(8), jnp.array([True, False, False])
-    painted = drawer(model, cfg, SampleConfig(steps=5))(params, support, there, key, index, start, known)
-    np.testing.assert_array_equal(painted[:, 0], start[:, 0])
-    free = drawer(model, cfg, SampleConfig(steps=5))(params, support, there, key, index)
-    assert np.abs(np.asarray(painted - start))[:, 1:].min() > 0 and np.abs(np.asarray(painted - free))[:, 1:].max() > 1e-4
-    near = drawer(model, cfg, SampleConfig(steps=50, strength=0.02))(params, support, there, key, index, start)
-    assert np.abs(np.asarray(near - start)).mean() < 0.1 * np.abs(np.asarray(free - start)).mean()
-    with pytest.raises(InputError, match="none are given"):
-        drawer(model, cfg, SampleConfig(strength=0.5))(params, support, there, key, index)
-    for steps in (0, 1):
-        with pytest.raises(InputError, match=f"{steps} steps"):
-            SampleConfig(steps=steps)
-
-
-def test_diffusion_returns_the_latent_of_each_condition():
-    import optax
-
-    cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=1, prior="none", denoiser=DenoiserConfig(32, 1, 2, 32))
-    model = functional(Generator, cfg)
-    heads = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
-    told = np.random.default_rng(1).standard_normal((2, 3, 1, 4)).astype(np.float32)
-    params = model.init(jax.random.key(0)) | {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(())}
-    batch = {"tokens": np.repeat(heads, 16, 0), "support": np.repeat(told, 16, 0), "shots": np.ones(32, np.int32)}
-    value, optimizer = loss(model, cfg, 0.0), optax.adam(optax.cosine_decay_schedule(5e-3, 600))
-
-    @jax.jit
-    def run(params):
-        def step(carry, i):
-            params, state = carry
-            grads = jax.grad(lambda p: value(p, batch, jax.random.fold_in(jax.random.key(1), i), None)[0])(params)
-            grads = {k: jnp.zeros_like(v) if k.startswith("codec") else v for k, v in grads.items()}
-            updates, state = optimizer.update(grads, state)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(600))[0][0]
-
-    there = np.ones((4, 3, 1), bool)
-    drawn = drawer(model, cfg, SampleConfig(steps=50))(run(params), np.repeat(told, 2, 0), there, jax.random.key(2), np.arange(4))
-    assert np.abs(np.asarray(drawn) - np.repeat(heads, 2, 0)).max() < 0.2 < np.abs(heads[0] - heads[1]).max()
-
-
-def test_guidance_leads_away_from_what_is_drawn_without_a_condition(generator):
-    cfg, model, params, support, there = generator
-    params = params | {"prior/table": jnp.zeros_like(params["prior/table"])}  # what is drawn then depends on the condition by v alone
-
-    def drawn(guidance, support):  # the first of two steps goes nearly all the way, and is linear in v
-        draw = drawer(model, cfg, SampleConfig(steps=2, guidance=guidance))
-        return np.asarray(draw(params, support, there, jax.random.key(0), jnp.arange(8)))
-
-    without, told, guided = (drawn(guidance, support) for guidance in (0, 1, 3))
-    assert np.abs(guided - without - 3 * (told - without)).max() < 0.1 * np.abs(told - without).max()
-    assert np.array_equal(without, drawn(0, support[::-1])) and np.abs(told - without).max() > 0.5
-
-
-def test_a_linear_prior_of_whole_networks_is_a_ridge_map():
-    cfg = GeneratorConfig(NetConfig("mlp", 4, 3, classes=2), latent=5, shots=2, denoiser=SMALL)
-    model, spec, rng = functional(Generator, cfg), cfg.tokens, np.random.default_rng(0)
-    bank = Bank.of(rng.standard_normal((24, 4)).astype(np.float32), np.repeat(np.arange(6), 4), list("abcdef"))
-    classes = draw_tasks(6, 30, 2, rng)
-    zoo = Zoo(rng.standard_normal((30, spec.count)).astype(np.float32), np.zeros(30, np.float32), classes, cfg.net, spec)
-    fitted = fit_stage1(cfg, zoo, bank)
-    params = model.init(jax.random.key(0)) | fitted
-    support, there = bank.draw(classes, 2, rng), np.ones((30, 2, 2), bool)
-    for shots in (1, 2):
-        there[:, :, shots:] = False
-        told = np.c_[support[:, :, :shots].mean(2).reshape(30, -1), np.ones(30)]
-        found = np.asarray(model.apply(params, support, there, method="expected"))
-        np.testing.assert_allclose(found[:, spec.mask], told @ fitted["prior/table"][shots - 1], rtol=1e-5, atol=1e-5)
-        assert not found[:, ~spec.mask].any()
-        there[:] = True
-    latents = model.apply(params, zoo.tokens(slice(None)), support, there, method="encode")
-    back = model.apply(params, latents, support, there, method="decode")
-    np.testing.assert_allclose(back, zoo.tokens(slice(None)), atol=1e-4)  # five latents of tokens of five
-
-
-def world(classes, seed, features=8):
-    """Gaussian classes, a bank for each part."""
-    rng = np.random.default_rng(seed)
-    centre = 1.2 * rng.standard_normal((classes, features))
-    names = [str(i) for i in range(classes)]
-    labels = np.repeat(np.arange(classes), 12)
-    return {p: Bank.of((centre[labels] + rng.standard_normal((len(labels), features))).astype(np.float32), labels, names) for p in SHARES}
-
-
-@pytest.fixture(scope="module")
-def proof(tmp_path_factory, one_device):
-    cfg = ProofConfig(
-        members=150,
-        fit=FitConfig(steps=30, lr=0.1, weight_decay=0.03),
-        few=FitConfig(steps=30, lr=0.1, weight_decay=0.3),
-        latent=9,
-        denoiser=SMALL,
-        loop=LoopConfig(steps=30, batch=32, optim=OptimConfig(lr=2e-3, warmup=3, clip=1.0), log_every=10, save_every=10**6),
-        tasks=40,
-        samples=4,
-        sample=SampleConfig(steps=8),
-    )
-    tasks = EmojiTasks(world(20, 0), world(12, 1), Projection("pixels", np.zeros(8), np.eye(8)))
-    return prove(cfg, tasks, tmp_path_factory.mktemp("proof") / "run", 0, lambda line: None)
-
-
-def test_the_proof_in_a_world_of_gaussians(proof):
-    five, one = (proof.rows[f"unseen, {shots}"] for shots in (5, 1))
-    blind = {"random head", "zoo mean", "KDE of the best 30 % in latents", "zoo head + 0.12 noise"}
-    assert {name: five[name].mean for name in blind} == pytest.approx(dict.fromkeys(blind, 0.2), abs=0.06)
-    assert five["ridge"].mean > 0.7 and five["hypernetwork"].mean > 0.5, "maps see the condition"
-    assert five["prototype"].mean > 0.75 > five["nearest zoo row per class"].mean > 0.3
-    assert five["prototype"].mean > one["prototype"].mean + 0.05
-    assert five["trained on all pictures of the classes"].mean > 0.75
-    # The prior alone is worth something before the denoiser is, and the condition decides.
-    assert five["generated, weights averaged"].mean > five["generated from another task's pictures"].mean + 0.3
-    assert five["generated from another task's pictures"].mean == pytest.approx(0.2, abs=0.08)
-    assert five["generated, best by test (oracle)"].mean >= five["generated, best by selection set"].mean
-    assert five["generated, weights averaged"].mean >= five["generated, single sample"].mean - 0.01
-
-
-def test_criteria_say_what_was_measured(proof):
-    assert len(proof.criteria) == 7 and all({"measured", "bar", "met"} == found.keys() for found in proof.criteria.values())
-    gap = proof.criteria["5 pictures: averaged - nearest row"]
-    rows = proof.rows["unseen, 5"]
-    measured = rows["generated, weights averaged"].mean - rows["nearest zoo row per class"].mean
-    assert gap["measured"].startswith(f"{100 * measured:.1f}") and gap["met"] == (
-        measured - float(gap["measured"].split()[-1]) / 100 > 0.05
-    )
-    assert proof.extra["novelty, 5"]["noise"] < proof.extra["novelty, 5"]["zoo"]
-    assert proof.extra["codec"]["error"] < 1e-6  # nine latents of nine weights
-    assert 0 < proof.extra["error IoU, 5"] < 1
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +50,8 @@ def heirloom(capsys, one_device):
 
 
 LOOP = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
+
+
 TINY = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
 
 
@@ -341,7 +147,7 @@ def unfit(tmp_path_factory):
     folder, rng, cfg = tmp_path_factory.mktemp("unfit"), np.random.default_rng(0), NetConfig(features=4, classes=2)
     bank, spec = Bank.of(rng.standard_normal((12, 4)).astype(np.float32), np.repeat(np.arange(3), 4), list("abc")), head_tokens(cfg)
     weights = rng.standard_normal((10, spec.count)).astype(np.float32)
-    Zoo(weights, np.ones(10, np.float32), draw_tasks(3, 10, 2, rng), cfg, spec).save(folder / "zoo", beside=bank.save)
+    Zoo(weights, np.ones(10, np.float32), draw_tasks(3, 10, 2, rng), cfg, spec).save(folder / "zoo", sidecars=bank.save)
     parts = {"OTHER": (CODEC, TokenCodec, TokenVaeConfig(5, 7, latent=2, width=8, layers=1)), "SETS": (ENCODER, SetOfSets, SETS)}
     for name, (family, module, part) in parts.items():
         zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in functional(module, part).spec.items()}
@@ -366,7 +172,7 @@ def test_a_condition_without_order_is_not_judged_by_turning_it():
     told = {condition: GeneratorConfig(condition=condition, prior="none") for condition in ("set", "mlp", "per_class")}
     assert [knows_order(cfg) for cfg in told.values()] == [False, True, True]
     assert knows_order(GeneratorConfig(condition="set")), "a linear prior knows it"
-    assert not knows_order(ReferenceConfig(encoder="set")) and knows_order(ReferenceConfig())
+    assert not knows_order(D2nwgConfig(encoder="set")) and knows_order(D2nwgConfig())
 
 
 def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
@@ -459,7 +265,7 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     assert "weights averaged" in heirloom("eval", model, "--data", three, "--steps", "4")
     heirloom("eval", made / "sample-000", "--data", three, "--json", tmp_path / "e.json")
     (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
-    _, seen = look(str(three), Projection.load(made), NetConfig(features=6, classes=3))
+    _, seen = read_dataset(str(three), Projection.load(made), NetConfig(features=6, classes=3))
     head = load_file(made / "sample-000" / "model.safetensors")
     right = (seen.x @ head["out/kernel"] + head["out/bias"]).argmax(1) == seen.y
     assert row["n"] == 30 and row["value"] == pytest.approx(100 * right.mean(), abs=1e-4)
@@ -467,22 +273,3 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     assert "exists" in capsys.readouterr().err
     assert main(["generate", str(model), "--dataset", str(pictures), "--out", str(tmp_path / "x")]) == 2
     assert "6 classes, these are 3-way networks" in capsys.readouterr().err
-
-
-def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
-    rng = np.random.default_rng(0)
-    trees = [{"w": rng.standard_normal((3, 2)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)} for _ in range(3)]
-    for i, tree in enumerate(trees):
-        save_file(tree, tmp_path / f"{i}.safetensors")
-    (tmp_path / "quality.json").write_text('{"1.safetensors": 0.5}')
-    zoo, words = import_folder(tmp_path)
-    assert words == ("0", "1", "2") and zoo.classes.tolist() == [[0], [1], [2]]
-    np.testing.assert_array_equal(np.nan_to_num(zoo.quality, nan=-1), np.float32([-1, 0.5, -1]))
-    back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
-    assert all(np.array_equal(back[k], trees[2][k]) for k in back)
-    zoo.save(tmp_path / "zoo")
-    assert np.array_equal(open_zoo(tmp_path / "zoo").tokens(slice(None)), zoo.tokens(slice(None)))
-    save_file({"w": np.zeros((4, 2), np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "3.safetensors")
-    (tmp_path / "zoo").rename(tmp_path.parent / "zoo-elsewhere")
-    with pytest.raises(InputError, match=r"3\.safetensors is of another architecture"):
-        import_folder(tmp_path)

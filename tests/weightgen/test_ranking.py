@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from heirloom.common.errors import InputError
-from weightgen.ranking import rank, rank_checkpoint, snr
+from weightgen.ranking import rank, rank_checkpoint, snr, top, unstacked
 
 
 def weights(*shape, seed=0):
@@ -118,3 +118,31 @@ def test_half_precision_ranks_as_its_numbers_do():
         warnings.simplefilter("error")
         half = weights(20, 16).astype(np.float16)
         assert rank({"w.weight": half})[0].snr == snr(half.astype(np.float32))
+
+
+def test_spectrum_of_known_singular_values(rng):
+    values = np.array([10.0, 4, 3, 2.5, 2, 1.5, 1, 0.5])
+    left, right = (np.linalg.qr(rng.standard_normal((n, 8)))[0] for n in (8, 16))
+    low, high = np.quantile(values, (0.25, 0.75))
+    eps = (high - low) / 1.349 * (1 + np.sqrt(0.5))
+    expected = values[values > eps].sum() / values[values <= eps].sum() / 10
+    assert snr((left * values) @ right.T) == pytest.approx(expected, rel=1e-4)
+    assert snr(np.eye(4)) == pytest.approx(4.0)  # no noise at all: the sum below counts as 1
+    assert snr(np.zeros((3, 3))) == 0
+    noise = np.linalg.svd(rng.standard_normal((256, 256)), compute_uv=False)
+    low, high = np.quantile(noise, (0.25, 0.75))
+    assert np.mean(noise > 2 * (high - low) / 1.349) == pytest.approx(0.23, abs=0.03)  # a ranking, not a test of noise
+
+
+def test_ranking_a_checkpoint_reads_files_and_refuses_quantised_ones(tmp_path, rng):
+    tensors = {f"h.{i}.w": rng.standard_normal((32, 32)).astype(np.float32) for i in range(4)}
+    save_file(tensors | {"norm": np.ones(32, np.float32), "position_ids": np.arange(512)[None]}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="buffers: position_ids; norms, biases and other vectors: norm"):
+        ranked = rank_checkpoint(str(tmp_path))
+    assert [r.kind for r in ranked] == ["h.w"] * 4
+    assert [r.snr for r in ranked] == sorted((snr(tensors[f"h.{i}.w"]) for i in range(4)), reverse=True)
+    assert [r.name for r in top(ranked, 0.25)] == [ranked[0].name]
+    stacked = unstacked({"blocks/up/kernel": np.stack(list(tensors.values()))[:4]})
+    assert len(stacked) == 4 and len(top(rank(stacked))) == 1, "layers of a stack are of one kind"
+    with pytest.raises(InputError, match="quantised"):
+        rank({"w": np.ones((32, 32), np.int8)})

@@ -16,8 +16,8 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.nn.precision import add, convolve, lookup, product, widened
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.step import cast
-from weightgen.conditions import MlpSet
-from weightgen.nets import SmallConv
+from weightgen.generator.conditions import MlpSet
+from weightgen.zoo.nets import SmallConv
 
 CONV = dict(stride=2, padding=(1, 0))
 

@@ -1,0 +1,158 @@
+"""The released KL autoencoder of weight vectors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from heirloom.common.errors import InputError
+from heirloom.common.nn.conv import Conv
+from heirloom.common.nn.dense import Dense, uniform_fan_in
+from heirloom.common.nn.norm import GroupNorm
+from weightgen.codec import CEILING, FLOOR, Posterior
+
+GROUPS, EPS = 2, 1e-6
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The released base config: vectors of 2,864 weights, 38,566,165 parameters."""
+
+    rows: int = 1
+    """`my_channels`: rows the vector is folded into."""
+    length: int = 2864
+    """`in_dim`: weights per row."""
+    fdim: int = 4096
+    channels_in: int = 1
+    """`in_channels` of the image."""
+    resolution: int = 64
+    channels: int = 128
+    multiples: tuple[int, ...] = (1, 1, 2)
+    blocks: int = 2
+    attention: tuple[int, ...] = ()
+    """Resolutions with attention. The released lists name none that occurs, so only the middle attends."""
+    latent: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rows * self.fdim != self.channels_in * self.resolution**2:
+            raise InputError(
+                f"rows x fdim must fill the image: {self.rows} x {self.fdim} = {self.rows * self.fdim}, "
+                f"channels_in x resolution^2 = {self.channels_in} x {self.resolution}^2 = {self.channels_in * self.resolution**2}"
+            )
+        if self.resolution % 2 ** (len(self.multiples) - 1):
+            raise InputError(f"a resolution of {self.resolution} cannot be halved {len(self.multiples) - 1} times: change it or multiples")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.resolution // 2 ** (len(self.multiples) - 1)
+        return side, side, self.latent
+
+
+class VaeBlock(nnx.Module):
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(in_channels, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
+        self.norm2 = GroupNorm(out_channels, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv2 = Conv(out_channels, out_channels, rngs=rngs)
+        self.skip = Conv(in_channels, out_channels, size=1, rngs=rngs) if in_channels != out_channels else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (x if self.skip is None else self.skip(x)) + h
+
+
+class VaeAttention(nnx.Module):
+    """Single-head self-attention over the cells of an image, residual."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.norm = GroupNorm(channels, groups=GROUPS, eps=EPS, rngs=rngs)
+        sizes = {"embed": channels, "head": 1, "head_dim": channels}
+        dense: dict[str, Any] = dict(bias=uniform_fan_in, rngs=rngs)
+        self.query = Dense("embed -> head head_dim", sizes, **dense)
+        self.key = Dense("embed -> head head_dim", sizes, **dense)
+        self.value = Dense("embed -> head head_dim", sizes, **dense)
+        self.out = Dense("head head_dim -> embed", sizes, **dense)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.norm(x).reshape(len(x), -1, x.shape[-1])
+        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
+        return x + self.out(h).reshape(x.shape)
+
+
+class ConvVae(nnx.Module):
+    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back. GroupNorm of 2 groups, as released."""
+
+    def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs):
+        widths = [cfg.channels * m for m in cfg.multiples]
+        sizes = {"weight": cfg.length, "filled": cfg.fdim}
+        self.enter = Dense("weight -> filled", sizes, bias=uniform_fan_in, rngs=rngs)
+        self.leave = Dense("filled -> weight", sizes, bias=uniform_fan_in, rngs=rngs)
+
+        encoder: list[Any] = [Conv(cfg.channels_in, cfg.channels, rngs=rngs)]
+        now, side = cfg.channels, cfg.resolution
+        for level, width in enumerate(widths):
+            for _ in range(cfg.blocks):
+                encoder.append(VaeBlock(now, width, rngs=rngs))
+                now = width
+                if side in cfg.attention:
+                    encoder.append(VaeAttention(now, rngs=rngs))
+            if level + 1 < len(widths):
+                encoder.append(Conv(now, now, stride=2, padding=(0, 1), rngs=rngs))
+                side //= 2
+        encoder += [VaeBlock(now, now, rngs=rngs), VaeAttention(now, rngs=rngs), VaeBlock(now, now, rngs=rngs)]
+        self.encoder = nnx.List(encoder)
+        self.encoder_norm = GroupNorm(now, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.encoder_out = Conv(now, 2 * cfg.latent, rngs=rngs)
+        self.quant = Conv(2 * cfg.latent, 2 * cfg.latent, size=1, rngs=rngs)
+
+        self.post_quant = Conv(cfg.latent, cfg.latent, size=1, rngs=rngs)
+        decoder: list[Any] = [Conv(cfg.latent, now, rngs=rngs)]
+        decoder += [VaeBlock(now, now, rngs=rngs), VaeAttention(now, rngs=rngs), VaeBlock(now, now, rngs=rngs)]
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(cfg.blocks + 1):
+                decoder.append(VaeBlock(now, width, rngs=rngs))
+                now = width
+                if side in cfg.attention:
+                    decoder.append(VaeAttention(now, rngs=rngs))
+            if level:
+                decoder.append(UpConv(now, rngs=rngs))
+                side *= 2
+        self.decoder = nnx.List(decoder)
+        self.decoder_norm = GroupNorm(now, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.decoder_out = Conv(now, cfg.channels_in, rngs=rngs)
+        self.cfg = cfg
+
+    def encode(self, x: jax.Array) -> Posterior:
+        cfg = self.cfg
+        h = jax.nn.leaky_relu(self.enter(x.reshape(len(x), cfg.rows, cfg.length)), 0.01)
+        # Channel-first in memory, as the released reshape has it.
+        h = jnp.moveaxis(h.reshape(len(x), cfg.channels_in, cfg.resolution, cfg.resolution), 1, -1)
+        for layer in self.encoder:
+            h = layer(h)
+        mean, log_variance = jnp.split(self.quant(self.encoder_out(jax.nn.silu(self.encoder_norm(h)))), 2, axis=-1)
+        return Posterior(mean, jnp.clip(log_variance, FLOOR, CEILING))
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        h = self.post_quant(z)
+        for layer in self.decoder:
+            h = layer(h)
+        h = self.decoder_out(jax.nn.silu(self.decoder_norm(h)))
+        return self.leave(jnp.moveaxis(h, -1, 1).reshape(len(z), self.cfg.rows, self.cfg.fdim)).reshape(len(z), -1)
+
+    def __call__(self, x: jax.Array, key: jax.Array) -> Any:
+        """(reconstruction, posterior), the latent drawn from the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(key)), posterior
+
+
+class UpConv(nnx.Module):
+    """Nearest x 2, then a convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))

@@ -1,0 +1,1 @@
+"""The generator of weights: latent diffusion over tokens, given a condition."""

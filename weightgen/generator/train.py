@@ -1,0 +1,205 @@
+"""Training of a generator, in memory and as a recipe: prior and codec, the gate, then diffusion."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from shutil import copy
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from heirloom.common.config import to_json
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import start
+from heirloom.common.train.parameters import save_params
+from weightgen.codec import GateConfig, check_codec, left_out, measure
+from weightgen.formats import CODEC, ENCODER, GENERATOR, open_part, save_neighbours
+from weightgen.generator.conditions import LEARNED_POINTS
+from weightgen.generator.config import ConditionKind, GeneratorConfig
+from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.loss import loss
+from weightgen.generator.model import Generator, fit_stage1
+from weightgen.generator.sample import Draw, SampleConfig, drawer
+from weightgen.train import BaseRecipe, LoopConfig, begin, fit, generator_batches
+from weightgen.zoo.data import Bank
+from weightgen.zoo.zoo import Zoo, open_with_bank, open_zoo, pictures_of, zoo_condition
+
+Params = dict[str, jax.Array]
+ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A generator in memory, and how it is sampled."""
+
+    model: Functional
+    cfg: GeneratorConfig
+    params: dict[str, jax.Array]
+    how: SampleConfig = field(default_factory=SampleConfig)
+
+    @cached_property
+    def _draw(self) -> Draw:
+        return drawer(self.model, self.cfg, self.how)
+
+    def draw(self, support: Any, mask: Any, key: jax.Array, index: np.ndarray, start: Any = None) -> np.ndarray:
+        """Tokens [batch, token, length] f32; the arguments are those of `drawer`'s function."""
+        return np.asarray(self._draw(self.params, support, mask, key, index, start))
+
+    def apply(self, *args: Any, method: str) -> Any:
+        """A method of the model: expected, encode, decode."""
+        return self.model.apply(self.params, *args, method=method)
+
+
+def train_generator(
+    cfg: GeneratorConfig,
+    zoo: Zoo,
+    bank: Bank,
+    *,
+    loop: LoopConfig,
+    run: Run,
+    dropout: float = 0.1,
+    initial: Params | None = None,
+    frozen: tuple[str, ...] = (),
+    save: Callable[[Params], None] | None = None,
+) -> Trained:
+    """Train a generator of a zoo's networks in a run folder, or continue the run.
+
+    dropout: probability with which the condition is left out, for guidance. initial: parameters to begin with; by default fresh ones with
+    prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted ones. save: gets the final parameters.
+    """
+    model, mesh = functional(Generator, cfg), start(loop.mesh)
+    first = initial if initial is not None else initial_params(model, fit_stage1(cfg, zoo, bank, seed=loop.seed), loop.seed)
+    params = fit(
+        run,
+        loop,
+        mesh,
+        spec=model.spec,
+        init=lambda: first,
+        loss=loss(model, cfg, dropout),
+        data=generator_batches(zoo, bank, cfg.shots, cfg=loop, mesh=mesh),
+        frozen=(*cfg.fitted, *frozen),
+        no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
+        save=save,
+    )
+    return Trained(model, cfg, params)
+
+
+def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: int) -> Params:
+    """Fresh parameters with the fitted ones in place."""
+    return model.init(jax.random.key(seed)) | {path: jnp.asarray(value) for path, value in fitted.items()}
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe(BaseRecipe):
+    """Prior and codec, the gate, then diffusion; `RUN/model` is what `heirloom generate` takes."""
+
+    zoo: str = "runs/zoo/zoo"
+    latent: int = 48
+    """Numbers a token is coded in by PCA."""
+    codec: str = ""
+    """RUN/model of a codec recipe in the place of PCA."""
+    condition: ConditionKind = "per_class"
+    """per_class, set, mlp: by pictures; text, label, chunk: for zoos of imported checkpoints."""
+    encoder: str = ""
+    """RUN/model of an encoder recipe, for the condition set: both Set Transformers are taken from it and kept."""
+    prior: Literal["none", "linear"] = "linear"
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+    shots: int = 5
+    denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=64, layers=2, heads=4, hidden=128))
+    dropout: float = 0.1
+    """Probability with which the condition is left out, for guidance."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128))
+
+    def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
+        """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made for."""
+        by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
+        fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label"), "label": ("label",), "chunk": ("chunk",)}
+        if self.condition not in fits[by]:
+            raise InputError(f"{self.zoo} is a zoo conditioned by {by}: set condition to {' or '.join(fits[by])}")
+        codec = open_part(self.codec, CODEC, "weightgen/codec")[0] if self.codec else None
+        encoder = open_part(self.encoder, ENCODER, "weightgen/encoder")[0] if self.encoder else None
+        if codec:
+            check_codec(codec, zoo, self.codec)
+        if encoder and self.condition != "set":
+            raise InputError(f"an encoder is for the condition set, not {self.condition}")
+        if encoder and encoder.features != bank.features.shape[1]:
+            raise InputError(
+                f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train an encoder on it"
+            )
+        return GeneratorConfig(
+            net=zoo.net,
+            latent=self.latent,
+            condition=self.condition,
+            shots=self.shots if zoo.net else 1,
+            prior=self.prior,
+            denoiser=self.denoiser,
+            told=bank.features.shape[1],
+            schedule=self.schedule,
+            cut=None if zoo.net else zoo.whole or zoo.spec,
+            codec=codec,
+            encoder=encoder,
+            labels=len(bank.names) if self.condition in ("label", "chunk") else 0,
+        )
+
+    def train(self, directory: Path) -> None:
+        run, folder = Run.open(directory, to_json(self)), Path(self.zoo)
+        begin(self.loop)
+        if run.finished(self.loop.steps):
+            print(f"{directory} is finished: {run.model}")
+            return
+        zoo, bank = open_with_bank(folder)
+        cfg = self.config(zoo, bank)
+        if cfg.condition == "label":
+            bank = Bank.numbers(bank.names)
+        model = functional(Generator, cfg)
+        params = initial_params(model, self.fitted(cfg, zoo, bank), self.loop.seed)
+
+        def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
+            support = bank.draw(np.asarray(zoo.classes[rows]), cfg.shots, np.random.default_rng(self.loop.seed))
+            mask = np.ones(support.shape[:3], bool)
+            expected = model.apply(gated, support, mask, method="expected")
+            latents = model.apply(gated, tokens, support, mask, method="encode")
+            back = model.apply(gated, latents, support, mask, method="decode")
+            return tokens - expected, back - expected
+
+        held = left_out(self.gate, zoo)
+        gated = params | self.fitted(cfg, zoo.first(len(zoo) - held), bank) if held else params
+        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.loop.seed)
+
+        def sidecars(out: Path) -> None:
+            save_neighbours(out, zoo, self.loop.seed, bank=bank)
+            for name in ("features.safetensors", "tasks.json", "adapter.json"):
+                if (folder / name).is_file():
+                    copy(folder / name, out / name)
+
+        train_generator(
+            cfg,
+            zoo,
+            bank,
+            loop=self.loop,
+            run=run,
+            dropout=self.dropout,
+            initial=params,
+            # As released: of an aligned encoder only the last layer, a fresh one, goes on learning.
+            frozen=tuple(f"condition/{part}**" for part in ALIGNED if self.encoder),
+            save=lambda params: save_params(run.model, GENERATOR.name, cfg, params=params, companions=sidecars, force=True),
+        )
+
+    def fitted(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> dict[str, np.ndarray]:
+        """Parameters known before training: prior and PCA, or the parts that other recipes trained."""
+        fitted = fit_stage1(cfg, zoo, bank, seed=self.loop.seed)
+        if self.codec:
+            fitted |= {f"codec/{name}": x for name, x in open_part(self.codec, CODEC, "weightgen/codec")[1].items()}
+        if self.encoder:
+            aligned = open_part(self.encoder, ENCODER, "weightgen/encoder")[1]
+            fitted |= {f"condition/{name}": x for name, x in aligned.items() if name.startswith(ALIGNED)}
+        return fitted
+
+    def describe(self) -> Any:
+        return GENERATOR, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))

@@ -1,0 +1,128 @@
+"""Tasks for a generator, by pictures or in words, and networks drawn for them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.errors import InputError, nearest
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parameters import load_params
+from weightgen.d2nwg.model import D2nwgConfig
+from weightgen.d2nwg.model import sample as sample_d2nwg
+from weightgen.generator.sample import SampleConfig, drawer
+from weightgen.zoo.data import Projection, encoder, labelled, shown, text_encoder, thumbnails
+from weightgen.zoo.nets import NetConfig
+
+WORDS = ("text", "label", "chunk")  # conditions that are no pictures
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """features: [picture, feature], the generator's condition; x: the network's inputs; y: [picture] labels."""
+
+    features: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk of a checkpoint.
+
+    support, select, test: different pictures for the condition, to choose by and to test on; None for a task in words, the latter two also
+    where a class has no pictures left over.
+    """
+
+    names: tuple[str, ...]
+    condition: np.ndarray
+    shots: int
+    support: Pictures | None = None
+    select: Pictures | None = None
+    test: Pictures | None = None
+
+
+def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
+    """Read the classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
+    source = open_source(SourceConfig(dataset))
+    names = getattr(source, "classes", ())
+    if not names:
+        raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
+    if len(names) != cfg.classes:
+        raise InputError(f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders")
+    records, labels = labelled(source, dataset)
+    features = projection(encoder(projection.backend)([r["image"] for r in records]))
+    inputs = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else features
+    return tuple(names), Pictures(features, shown(cfg, inputs, labels)[0], labels)
+
+
+def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
+    """Read pictures of a folder with a sub-folder for each class, split into condition, selection and test at random.
+
+    Raises InputError when the folder has no classes, or other numbers of them than the generator takes.
+    """
+    cfg: Any = donor.cfg
+    if cfg.net is None:
+        raise InputError(f"{donor.path} takes a task in words, not pictures: give --task")
+    names, found = read_dataset(dataset, Projection.load(donor.folder), cfg.net)
+    features, x, labels = found.features, found.x, found.y
+    rng = np.random.default_rng(seed)
+    order = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(names))]
+    if empty := [name for name, own in zip(names, order, strict=True) if not len(own)]:
+        raise InputError(f"{dataset}/{empty[0]} has no picture")
+    shots = min(cfg.shots, *(len(own) for own in order))
+    condition = np.zeros((1, len(names), cfg.shots, features.shape[1]), np.float32)
+    for c, own in enumerate(order):
+        condition[0, c, :shots] = features[own[:shots]]
+    rest = [own[shots:] for own in order]
+    deal = [np.concatenate([own[:shots] for own in order]), *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1))]
+    support, select, test = (Pictures(features[rows], x[rows], labels[rows]) for rows in deal)
+    enough = min(len(own) for own in rest) >= 2
+    return Task(
+        names=names, condition=condition, shots=shots, support=support, select=select if enough else None, test=test if enough else None
+    )
+
+
+def read_words(donor: Donor, task: str) -> Task:
+    """Read a task in words: embedded for the condition text, else one of the zoo's. Chunks need none.
+
+    Raises InputError for a generator that takes pictures, and for a task the zoo has not.
+    """
+    cfg: Any = donor.cfg
+    if isinstance(cfg, D2nwgConfig) or cfg.condition not in WORDS:
+        raise InputError(f"{donor.path} takes pictures, not words: give --dataset, a folder with a sub-folder for each class")
+    if cfg.condition == "chunk":
+        if task:
+            raise InputError(f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out")
+        return Task(("all chunks",), np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1), 1)
+    known = read_json(donor.folder / "tasks.json")["tasks"]
+    if not task:
+        raise InputError(f"give --task, such as {known[0]!r}: what the weights are for")
+    if cfg.condition == "text":
+        projection = Projection.load(donor.folder)
+        return Task((task,), projection(text_encoder(projection.backend)([task])).reshape(1, 1, 1, -1), 1)
+    if task not in known:
+        raise InputError(f"no task {task!r} in the zoo{nearest(task, known)}; there are {', '.join(known[:10])}")
+    return Task((task,), np.float32(known.index(task)).reshape(1, 1, 1, 1), 1)
+
+
+def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> np.ndarray:
+    """Draw `n` networks, tokens [sample, token, length]; sample i of a seed does not depend on n, except with the released system."""
+    if n < 1:
+        raise InputError(f"-n {n}: draw 1 or more")
+    cfg, items = donor.cfg, len(task.condition)
+    params = load_params(donor, start(MeshConfig()))
+    condition = np.tile(task.condition, (n, 1, 1, 1))
+    mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])
+    key = jax.random.key(seed)
+    if isinstance(cfg, D2nwgConfig):
+        # It has its own sampler: all steps, no guidance, and noise that depends on n.
+        weights = sample_d2nwg(donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key)
+        return cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
+    rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, mask, key, np.arange(n * items)))
+    return rows.reshape(n, items * rows.shape[1], -1)

@@ -1,0 +1,1 @@
+"""Zoos: trained networks with what they were trained on. Small ones trained here, and checkpoints of others."""
