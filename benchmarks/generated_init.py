@@ -256,7 +256,7 @@ def arm(
         save_every=size.steps[kind],
     )
     run = Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)})
-    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, run=run)
+    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, directory=run)
     generator = replace(trained, how=SampleConfig(steps=size.draws))
     lap("generator")
 

@@ -45,7 +45,6 @@ from benchmarks.weightgen.gpt import (
     word_choice,
 )
 from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train.loop import Run
 from weightgen.baselines import nearest_model, noisy
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
@@ -162,9 +161,9 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
 
 def small_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed: int) -> Trained:
     """A generator of a zoo."""
-    loop = LoopConfig(steps, min(64, len(zoo)), replace(OPTIMIZER, warmup=steps // 10), seed=seed)
+    loop = LoopConfig(steps=steps, batch=min(64, len(zoo)), optim=replace(OPTIMIZER, warmup=steps // 10), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        return train_generator(cfg, zoo, bank, loop=loop, run=Run.open(Path(folder) / "run", {"seed": seed}))
+        return train_generator(cfg, zoo, bank, loop=loop, directory=Path(folder) / "run")
 
 
 def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Propose:

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,22 +17,15 @@ SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 class Recipe(Protocol):
-    """A config knows how to run itself. Each is a frozen dataclass of frozen dataclasses."""
+    """A config that knows how to run itself: a frozen dataclass of frozen dataclasses.
+
+    It may also have, each for the verb that asks for it: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
+    metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> `heirloom.common.train.abstract.Abstract`,
+    `cache(destination)`, and `idle()` -> {field: why it does nothing here}.
+    """
 
     def train(self, directory: Path) -> None:
         """Train in a run folder, or resume there."""
-
-    def inherit(self, destination: Path, *, force: bool = False) -> Mapping[str, Any]:
-        """Cut the student from its donor, without training; returns the provenance."""
-
-    def evaluate(self) -> list[dict[str, Any]]:
-        """Score the student as it starts; rows {dataset, metric, value, published, n}."""
-
-    def abstract(self, mesh: Any) -> Any:
-        """The train step as an `heirloom.common.compile.Abstract`, for `heirloom compile`."""
-
-    def describe(self) -> Any:
-        """The student as (family, config), for `inspect`."""
 
 
 def recipes() -> list[str]:

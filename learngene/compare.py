@@ -85,14 +85,6 @@ class Comparison:
     def train(self, directory: Path) -> None:
         report(self, compare(self, directory))
 
-    def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
-        raise InputError(
-            "a comparison makes many models: heirloom compare CONFIG --run DIR, then heirloom expand DIR/gene-sws DEST --depth N"
-        )
-
-    def evaluate(self) -> list[dict[str, Any]]:
-        raise InputError("a comparison is scored by running it: heirloom compare CONFIG --run DIR")
-
     def describe(self) -> tuple[Family, VitConfig]:
         return FAMILY, self.gene.student
 

@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from heirloom.common.checkpoint.convert import Family
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.errors import InputError
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Parts
 from heirloom.common.train.recipe import BaseConfig
@@ -75,6 +78,22 @@ class Config(BaseConfig):
         from learngene import train
 
         return train.parts(self)
+
+    def check(self, mesh: Mesh) -> None:
+        if getattr(self.student, "channels", 3) != 3:
+            raise InputError(f"pictures are read with 3 channels, the student has {self.student.channels}: set student.channels to 3")
+        if self.init != "random" and (self.donor or self.family is not FAMILY):
+            raise InputError("init 'mimetic' is for a ViT without donor: leave donor empty, or init 'random'")
+        if getattr(self.student, "gene", "none") != "none" and not self.teacher and self.distill.alpha == 1:
+            raise InputError("this gene would learn from labels alone: name a teacher, or say so with --distill.alpha 0")
+        if self.teacher == CACHED and self.augment.changes:
+            raise InputError(
+                "a teacher's cached logits belong to unchanged pictures: turn augmentation off, or let the teacher look (a SOURCE)"
+            )
+        if self.augment.views > 1 and self.storage == "device":
+            raise InputError("data on the devices has one view of each picture: set augment.views to 1, or storage to 'stream'")
+        if self.storage == "device" and (self.augment.crop == "resized" or self.augment.randaugment):
+            raise InputError("resized crops and RandAugment happen while reading: set storage to 'stream', or augment.crop to 'shift'")
 
 
 @dataclass(frozen=True, kw_only=True)

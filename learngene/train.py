@@ -50,7 +50,6 @@ def parts(cfg: Config) -> Parts:
         batch=partial(batch_shapes, cfg),
         batches=partial(batches, cfg),
         examples=cfg.pictures,
-        check=lambda platform: check(cfg),
         donor=cfg.donor,
         teacher=cfg.teacher if cfg.teacher != CACHED and cfg.distill.alpha > 0 else "",
         open=open_classifier,
@@ -96,24 +95,6 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {"accuracy": (right, 1.0)}
 
     return loss
-
-
-def check(cfg: Config) -> None:
-    """Raises InputError where the parts of a config contradict each other."""
-    if getattr(cfg.student, "channels", 3) != 3:
-        raise InputError(f"pictures are read with 3 channels, the student has {cfg.student.channels}: set student.channels to 3")
-    if cfg.init != "random" and (cfg.donor or cfg.family is not FAMILY):
-        raise InputError("init 'mimetic' is for a ViT without donor: leave donor empty, or init 'random'")
-    if getattr(cfg.student, "gene", "none") != "none" and not cfg.teacher and cfg.distill.alpha == 1:
-        raise InputError("this gene would learn from labels alone: name a teacher, or say so with --distill.alpha 0")
-    if cfg.teacher == CACHED and cfg.augment.changes:
-        raise InputError(
-            "a teacher's cached logits belong to unchanged pictures: turn augmentation off, or let the teacher look (a SOURCE)"
-        )
-    if cfg.augment.views > 1 and cfg.storage == "device":
-        raise InputError("data on the devices has one view of each picture: set augment.views to 1, or storage to 'stream'")
-    if cfg.storage == "device" and (cfg.augment.crop == "resized" or cfg.augment.randaugment):
-        raise InputError("resized crops and RandAugment happen while reading: set storage to 'stream', or augment.crop to 'shift'")
 
 
 def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.data.grid import save_grid
@@ -75,6 +76,9 @@ class Config(BaseConfig):
     def parts(self) -> Parts:
         return parts(self)
 
+    def check(self, mesh: Mesh) -> None:
+        check_device(self.student, mesh.devices.flat[0].platform)
+
 
 def parts(cfg: Config) -> Parts:
     """Inheritance of all but self-attention, and hybrid distillation (LiT §3)."""
@@ -90,7 +94,6 @@ def parts(cfg: Config) -> Parts:
         loss=lambda teacher: loss_fn(cfg, model, teacher, cached),
         batch=partial(batch_shapes, cfg),
         batches=partial(batches, cfg),
-        check=partial(check_device, cfg.student),
         examples=cfg.pipeline.batch,
         donor=cfg.donor,
         teacher=cfg.teacher if cfg.distill.active else "",

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.train.loop import Run
 from weightgen import baselines
 from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
@@ -81,7 +80,7 @@ def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> 
     """Train a generator of the zoo's heads in memory; `folder` holds the training run."""
     config = GeneratorConfig(net=zoo.net, latent=cfg.latent, denoiser=cfg.denoiser)
     loop = replace(cfg.loop, seed=seed, step=replace(cfg.loop.step, seed=seed))
-    return replace(train_generator(config, zoo, bank, loop=loop, run=Run.open(folder, {"seed": seed})), how=cfg.sample)
+    return replace(train_generator(config, zoo, bank, loop=loop, directory=folder), how=cfg.sample)
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,16 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What a run has open before it builds anything. inputs: what `Parts.inputs` made of donor and teacher."""
+    """What a run has open before it builds anything.
+
+    inputs: what `Parts.inputs` made of donor and teacher. directory: the run folder, for a phase that needs a run of its own.
+    """
 
     mesh: Mesh
     donor: Donor | None
     teacher: Donor | None
     inputs: Any = None
+    directory: Path = Path()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,6 @@ class Parts:
     batches: Callable[[Opened], Data]
     examples: int
     """In a batch, every view counted."""
-    check: Callable[[str], None] = lambda platform: None
-    """Raises InputError where the config contradicts itself, or asks for what the platform (cpu, gpu, tpu) does not have."""
     donor: str = ""
     teacher: str = ""
     """SOURCE of a teacher whose forward pass is part of the step."""

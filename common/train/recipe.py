@@ -61,6 +61,9 @@ class RunConfig:
         """What the runner needs to know of this training."""
         raise NotImplementedError
 
+    def check(self, mesh: Mesh) -> None:
+        """Raises InputError where the config contradicts itself or does not fit the mesh. Called before anything is opened."""
+
     def train(self, directory: Path) -> None:
         run(self, directory)
 
@@ -121,12 +124,12 @@ def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Sessio
     """Everything before the first phase of a run; None where the run is finished."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
+    cfg.check(mesh)
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return None
     parts = parts or cfg.parts()
-    parts.check(jax.default_backend())
-    opened = open_sources(parts, mesh)
+    opened = replace(open_sources(parts, mesh), directory=directory)
     frozen = load_params(opened.teacher, mesh) if opened.teacher else None
     return Session(cfg=cfg, run=run, parts=parts, opened=opened, frozen=frozen, data=parts.batches(opened))
 
@@ -135,7 +138,8 @@ def open_sources(parts: Parts, mesh: Mesh) -> Opened:
     """Donor and teacher, and the method's inputs. Raises InputError where a weight is NaN or infinite."""
     sources = {"donor": parts.donor, "teacher": parts.teacher}
     found = {role: finite(parts.open(source), role) if source and parts.open else None for role, source in sources.items()}
-    return Opened(mesh=mesh, **found, inputs=parts.inputs(found["donor"], found["teacher"]) if parts.inputs else None)
+    donor, teacher = found["donor"], found["teacher"]
+    return Opened(mesh=mesh, donor=donor, teacher=teacher, inputs=parts.inputs(donor, teacher) if parts.inputs else None)
 
 
 def train(
@@ -229,13 +233,14 @@ def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
     opened = open_sources(parts, mesh)
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     if evaluator is None or evaluator.score is None:
-        raise InputError("this recipe names no held-out data; give --held-out.path")
+        how = "give --held-out.path" if isinstance(cfg, BaseConfig) else "train it, then heirloom eval RUN/model"
+        raise InputError(f"this recipe names no data to evaluate on: {how}")
     return evaluator.score(initial(cfg, parts, opened, shardings(parts.model.spec, mesh)))
 
 
 def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
     """The step of `train` with shapes for arrays. Raises InputError for a batch that the mesh does not divide."""
-    parts.check(mesh.devices.flat[0].platform)
+    cfg.check(mesh)
     teacher = parts.outline(parts.teacher) if parts.teacher and parts.outline else None
     frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
     optimizer, step = _step(cfg, parts, teacher, frozen, mesh, cfg.steps)

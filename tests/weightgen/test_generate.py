@@ -49,7 +49,7 @@ def heirloom(capsys, one_device):
     return run
 
 
-LOOP = ["--loop.steps", "4", "--loop.batch", "8", "--loop.optim.warmup", "1"]
+LOOP = ["--steps", "4", "--batch", "8", "--optim.warmup", "1"]
 
 
 TINY = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16"]
@@ -71,7 +71,7 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
     cfg = SetConfig(6, hidden=8, inducing=4, out=8, latent=7)
     aligned = functional(SetOfSets, cfg).init(jax.random.key(1))
     save_params(tmp_path / "encoder", ENCODER.name, cfg, aligned, lambda folder: None)
-    recipe = GeneratorRecipe(str(zoo), condition="set", latent=7, encoder=str(tmp_path / "encoder"))
+    recipe = GeneratorRecipe(zoo=str(zoo), condition="set", latent=7, encoder=str(tmp_path / "encoder"))
     stored, bank = open_zoo(zoo), Bank.load(zoo)
     config = recipe.config(stored, bank)
     fitted = recipe.fitted(config, stored, bank)
@@ -92,7 +92,7 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
     sizes = dict(fdim=64, resolution=8, channels=8, multiples=1, blocks=1, latent=1)
     vae = [word for name, size in sizes.items() for word in (f"--vae.{name}", str(size))]
     unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
-    loops = [f"--stage{i}.{name}" for i in (1, 2) for name in ("steps 3", "batch 4", "optim.warmup 1")]
+    loops = [f"--{stage}{name}" for stage in ("stage1.", "") for name in ("steps 3", "batch 4", "optim.warmup 1")]
     flags = [*vae, *unet, "--chain", "3", "--gate.force", *" ".join(loops).split()]
     heirloom("train", "weightgen/d2nwg", "--run", tmp_path / "d2nwg", "--zoo", zoo, *flags)
     weights = load_file(model / "model.safetensors")
@@ -125,7 +125,7 @@ def test_cnns_are_trained_on_pictures_and_told_by_features(pictures, tmp_path, h
         ("zoo", "--pictures 0", "pictures is 0"),
         ("generator", "--shots 0", "shots is 0"),
         ("generator", "--latent 0", "latent is 0"),
-        ("generator", "--loop.batch 0", "batch is 0"),
+        ("generator", "--batch 0", "batch is 0"),
         ("generator", "--codec OTHER --prior none", "codes 5 tokens of 7 weights, the zoo's networks have 2 of 5"),
         ("generator", "--encoder SETS --condition set", "looks at 9 features"),
         ("encoder", "--codec OTHER", "codes 5 tokens of 7 weights"),

@@ -1,63 +1,61 @@
 """Trainings on several devices and in several processes: what must divide, what is written once, and going on elsewhere."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
-from heirloom.common.train.loop import Run
+from heirloom.common.train.loop import Stop
 from heirloom.common.train.mesh import MeshConfig, start
-from heirloom.common.train.optim import OptimConfig, decayed
+from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.optim import decayed
 from heirloom.common.train.step import StepConfig
 from weightgen import train
-from weightgen.d2nwg.train import ADAMW, D2nwgRecipe
-from weightgen.train import LoopConfig, check_batch, fit, on_first, placed
-from weightgen.zoo.nets import NetConfig, net
+from weightgen.d2nwg.train import ADAMW
+from weightgen.train import LoopConfig, on_first
 
 
 @pytest.mark.parametrize(
     ("recipe", "flag"),
-    [("generator", "--loop"), ("codec", "--loop"), ("encoder", "--loop"), ("d2nwg", "--stage1"), ("d2nwg", "--stage2")],
+    [("generator", "--"), ("codec", "--"), ("encoder", "--"), ("d2nwg", "--stage1."), ("d2nwg", "--")],
 )
 def test_a_batch_that_devices_do_not_divide_is_refused_before_anything_is_read(recipe, flag, tmp_path, capsys):
-    flags = ["--zoo", str(tmp_path / "none"), "--run", str(tmp_path / "run"), f"{flag}.batch", "20"]
+    flags = ["--zoo", str(tmp_path / "none"), "--run", str(tmp_path / "run"), f"{flag}batch", "20"]
     assert main(["train", f"weightgen/{recipe}", *flags]) == 2
     said = capsys.readouterr().err
-    assert "a batch of 20 cannot be divided among 8 devices (mesh data x fsdp): set batch to a multiple of 8, such as 16" in said
+    name = f"{flag}batch".removeprefix("--")
+    assert f"a batch of 20 cannot be divided among 8 devices (mesh data x fsdp): set {name} to a multiple of 8, such as 16" in said
     assert said.count("\n") == 1
 
 
 def test_micro_batches_must_divide_too():
     mesh = start(MeshConfig())
-    check_batch(LoopConfig(batch=16, step=StepConfig(accumulate=2)), mesh)
+    LoopConfig(batch=16, step=StepConfig(accumulate=2)).check(mesh)
     with pytest.raises(InputError, match=r"a batch of 24 .* 8 devices .* x 2 micro-batches: set batch to a multiple of 16, such as 16"):
-        check_batch(LoopConfig(batch=24, step=StepConfig(accumulate=2)), mesh)
-    with pytest.raises(InputError, match=r"stage1\.mesh and stage2\.mesh differ"):
-        D2nwgRecipe(stage1=LoopConfig(mesh=MeshConfig(fsdp=2)))
+        LoopConfig(batch=24, step=StepConfig(accumulate=2)).check(mesh)
 
 
-def test_a_training_goes_on_on_another_mesh(tmp_path):
-    model = net(NetConfig("mlp", features=4, hidden=8, classes=2))
-    cfg = LoopConfig(4, 8, OptimConfig(lr=1e-2, warmup=1, schedule="constant"), StepConfig(ema=0.9), save_every=2)
+def test_a_training_on_a_mesh_goes_on_on_one_device(tmp_path, monkeypatch):
+    net = ["--net.features", "6", "--net.classes", "3", "--backend", "pixels"]
+    assert main(["train", "weightgen/smoke", "--run", str(tmp_path / "zoo"), *net, "--members", "16", "--chunk", "16"]) == 0
+    size = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16", "--latent", "3"]
+    flags = ["--zoo", str(tmp_path / "zoo" / "zoo"), *size, "--steps", "4", "--batch", "8", "--optim.warmup", "1", "--gate.force"]
 
-    def value(params, batch, key, frozen):
-        return jnp.mean((model.apply(params, batch["x"]) - batch["y"]) ** 2), {}
+    def trained(folder, *mesh):
+        return main(["train", "weightgen/generator", "--run", str(tmp_path / folder), *flags, *mesh])
 
-    def run(folder, steps, **mesh):
-        mesh = start(MeshConfig(**mesh))
-        loop = LoopConfig(steps, cfg.batch, cfg.optim, cfg.step, save_every=2)
-        make = lambda rng: {"x": rng.standard_normal((8, 4), np.float32), "y": rng.standard_normal((8, 2), np.float32)}  # noqa: E731
-        init = lambda: model.init(jax.random.key(0))  # noqa: E731
-        return fit(Run.open(tmp_path / folder, {}), loop, mesh, model.spec, init, value, placed(make, mesh, 0))
-
-    whole = run("whole", 4)
-    run("parts", 2)
-    parts = run("parts", 4, data=2, fsdp=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "requested", lambda self, step: step == 2)
+        assert trained("parts", "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2") == 75
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert trained("parts") == 0 and trained("whole") == 0
+    parts, whole = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in ("parts", "whole"))
     for path, leaf in whole.items():
-        np.testing.assert_allclose(parts[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
-        assert np.abs(np.asarray(leaf) - np.asarray(model.init(jax.random.key(0))[path])).max() > 1e-4
+        np.testing.assert_allclose(parts[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
+    losses = [[line["loss"] for line in MetricsFile(tmp_path / folder / "metrics.jsonl").lines()] for folder in ("parts", "whole")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):

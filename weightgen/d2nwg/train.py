@@ -7,13 +7,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from heirloom.common.config import to_json
 from heirloom.common.errors import InputError, positive
-from heirloom.common.nn.functional import functional
-from heirloom.common.train.loop import Run
+from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.train import recipe
 from heirloom.common.train.optim import OptimConfig
-from heirloom.common.train.parameters import gathered, save_params
+from heirloom.common.train.parameters import best, gathered
+from heirloom.common.train.parts import Opened, Parts
 from heirloom.common.train.step import StepConfig
 from weightgen.codec import GateConfig, left_out, measure
 from weightgen.d2nwg.model import D2nwg, D2nwgConfig, latent_scale, stage1_loss, stage2_loss
@@ -21,9 +22,9 @@ from weightgen.d2nwg.unet import UnetConfig
 from weightgen.d2nwg.vae import VaeConfig
 from weightgen.formats import D2NWG, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
-from weightgen.train import BaseRecipe, LoopConfig, begin, check_batch, fit, generator_batches, placed
+from weightgen.train import LoopConfig, check_batch, generator_rows, optimizer, placed, shapes
 from weightgen.zoo.data import Bank, Projection
-from weightgen.zoo.zoo import Zoo, flat, open_with_bank, open_zoo, pictures_of
+from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
 
 # Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which decays biases and norms
 # as well. Samples are not drawn from an average.
@@ -41,7 +42,20 @@ ADAMW = OptimConfig(
 
 
 @dataclass(frozen=True)
-class D2nwgRecipe(BaseRecipe):
+class Stage1Config:
+    """The first of two stages: the autoencoder of weight vectors."""
+
+    steps: int = 50_000
+    batch: int = 64
+    optim: OptimConfig = ADAM
+    step: StepConfig = field(default_factory=StepConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class D2nwgRecipe(LoopConfig):
     """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes.
 
     Deviation: both stages take a number of steps and keep the last state; the release takes epochs (3,000 and 1,000 at most) and keeps the
@@ -64,13 +78,21 @@ class D2nwgRecipe(BaseRecipe):
     chain: int = 1024
     """Steps of the diffusion, all of which are taken to draw."""
     gate: GateConfig = field(default_factory=GateConfig)
-    stage1: LoopConfig = field(default_factory=lambda: LoopConfig(steps=50_000, batch=64, optim=ADAM, step=StepConfig()))
-    stage2: LoopConfig = field(default_factory=lambda: LoopConfig(steps=100_000, batch=64, optim=ADAMW, step=StepConfig()))
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    """The training of the autoencoder."""
+    batch: int = 64
+    optim: OptimConfig = ADAMW
+    step: StepConfig = field(default_factory=StepConfig)
+    steps: int = 100_000
+    """Steps of the diffusion's training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "shots", "chain")
-        if self.stage1.mesh != self.stage2.mesh:
-            raise InputError("stage1.mesh and stage2.mesh differ: both stages run on one mesh, give the two the same sizes")
+
+    def check(self, mesh: Mesh) -> None:
+        check_batch(self.batch, self.step, mesh)
+        check_batch(self.stage1.batch, self.stage1.step, mesh, name="stage1.batch")
 
     def config(self, zoo: Zoo, bank: Bank) -> D2nwgConfig:
         if zoo.net is None:
@@ -90,73 +112,75 @@ class D2nwgRecipe(BaseRecipe):
             shots=self.shots,
         )
 
-    def train(self, directory: Path) -> None:
-        run, folder, mesh = Run.open(directory, to_json(self)), Path(self.zoo), begin(self.stage1)
-        check_batch(self.stage2, mesh)
-        if run.finished(self.stage2.steps):
-            print(f"{directory} is finished: {run.model}")
-            return
+    def parts(self) -> Parts:
+        """Diffusion of the latents of an autoencoder that is trained first (`RUN/stage_1`)."""
+        folder = Path(self.zoo)
         zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
-        model = functional(D2nwg, cfg)
-        points = LEARNED_POINTS if self.encoder == "set" else ()
-        fresh = model.init(jax.random.key(self.stage1.seed)) | {"k": jnp.float32(1)}
+        model, make = functional(D2nwg, cfg), generator_rows(zoo, bank, self.shots, self.batch)
 
-        def vectors(tokens: np.ndarray) -> np.ndarray:
-            weights = flat(zoo.spec, tokens)
-            return np.pad(weights, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - weights.shape[1])))
-
-        shown_to = len(zoo) - left_out(self.gate, zoo)
-
-        def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
-            return {"weights": vectors(zoo.tokens(np.sort(rng.integers(shown_to, size=self.stage1.batch))))}
-
-        autoencoder = fit(
-            Run.open(directory / "stage_1", to_json(self)),
-            self.stage1,
-            mesh,
-            spec=model.spec,
-            init=lambda: fresh,
-            loss=lambda params, batch, key, frozen: (
-                stage1_loss(model, cfg, params, weights=batch["weights"], key=key, beta=self.beta),
-                {},
-            ),
-            data=placed(weights, mesh, self.stage1.seed),
-            frozen=("k", "unet/**", "condition/**"),
-            no_decay=points,
-        )
-        autoencoder = {path: jnp.asarray(gathered(value)) for path, value in autoencoder.items()}
-        mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
-
-        def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
-            return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
-
-        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.stage1.seed)
-        first = weights(np.random.default_rng([self.stage2.seed, 0]))["weights"]
-        params = autoencoder | {"k": latent_scale(model, autoencoder, jnp.asarray(first), key=jax.random.key(self.stage2.seed))}
-        batches = generator_batches(zoo, bank, self.shots, cfg=self.stage2, mesh=mesh)
-
-        def value(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+        def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             tokens = batch["tokens"][:, zoo.spec.mask]
             vector = jnp.pad(tokens, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - tokens.shape[1])))
             # All pictures count: the released encoders are always given as many.
             return stage2_loss(model, cfg, params["k"], params=params, weights=vector, support=batch["support"], key=key), {}
 
-        def sidecars(out: Path) -> None:
-            save_neighbours(out, zoo, self.stage2.seed, bank=bank)
+        def sidecars(opened: Opened, out: Path) -> None:
+            save_neighbours(out, zoo, self.seed, bank=bank)
             Projection.load(folder).save(out)
 
-        fit(
-            run,
-            self.stage2,
-            mesh,
-            spec=model.spec,
-            init=lambda: params,
-            loss=value,
-            data=batches,
-            frozen=("k", "vae/**"),
-            save=lambda params: save_params(run.model, D2NWG.name, cfg, params=params, companions=sidecars, force=True),
+        return Parts(
+            family=D2NWG,
+            student=cfg,
+            model=model,
+            loss=lambda teacher: loss,
+            batch=lambda: shapes(make),
+            batches=lambda opened: placed(make, opened.mesh, self.seed),
+            examples=self.batch,
+            start=lambda opened, place: self._after_stage1(model, cfg, zoo, opened.directory),
+            optimizer=lambda spec, steps: optimizer(self, spec, steps, frozen=("k", "vae/**"), no_decay=self._points),
+            sidecars=sidecars,
         )
 
-    def describe(self) -> Any:
-        return D2NWG, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))
+    @property
+    def _points(self) -> tuple[str, ...]:
+        return LEARNED_POINTS if self.encoder == "set" else ()
+
+    def _after_stage1(self, model: Functional, cfg: D2nwgConfig, zoo: Zoo, directory: Path) -> dict[str, jax.Array]:
+        """Train the autoencoder, in a run of its own; returns all parameters. Raises InputError when it does not pass the gate."""
+        first = replace(self, steps=self.stage1.steps, batch=self.stage1.batch, optim=self.stage1.optim, step=self.stage1.step)
+        shown_to = len(zoo) - left_out(self.gate, zoo)
+
+        def vectors(tokens: np.ndarray) -> np.ndarray:
+            weights = flat(zoo.spec, tokens)
+            return np.pad(weights, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - weights.shape[1])))
+
+        def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+            return {"weights": vectors(zoo.tokens(np.sort(rng.integers(shown_to, size=first.batch))))}
+
+        def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+            return stage1_loss(model, cfg, params, weights=batch["weights"], key=key, beta=self.beta), {}
+
+        parts = Parts(
+            family=D2NWG,
+            student=cfg,
+            model=model,
+            loss=lambda teacher: loss,
+            batch=lambda: shapes(make),
+            batches=lambda opened: placed(make, opened.mesh, self.seed),
+            examples=first.batch,
+            prepare=lambda params: params | {"k": jnp.float32(1)},
+            optimizer=lambda spec, steps: optimizer(first, spec, steps, frozen=("k", "unet/**", "condition/**"), no_decay=self._points),
+        )
+        session = recipe.begin(first, directory / "stage_1", parts)
+        assert session is not None  # without a model folder a run is not finished
+        state = recipe.train(session, parts, finish=lambda state: None)
+        autoencoder = {path: jnp.asarray(gathered(value)) for path, value in best(state).items()}
+        mean = jax.jit(lambda x: model.apply(autoencoder, x, method="code"))
+
+        def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
+            return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
+
+        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.seed)
+        some = jnp.asarray(vectors(zoo.tokens(np.sort(np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch)))))
+        return autoencoder | {"k": latent_scale(model, autoencoder, some, key=jax.random.key(self.seed))}

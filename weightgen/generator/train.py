@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.config import to_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import start
-from heirloom.common.train.parameters import save_params
+from heirloom.common.train import recipe
+from heirloom.common.train.parameters import best
+from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, check_codec, left_out, measure
 from weightgen.formats import CODEC, ENCODER, GENERATOR, open_part, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS
@@ -25,9 +24,9 @@ from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.generator.sample import Draw, SampleConfig, drawer
-from weightgen.train import BaseRecipe, LoopConfig, begin, fit, generator_batches
+from weightgen.train import LoopConfig, generator_rows, optimizer, placed, shapes
 from weightgen.zoo.data import Bank
-from weightgen.zoo.zoo import Zoo, open_with_bank, open_zoo, pictures_of, zoo_condition
+from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition
 
 Params = dict[str, jax.Array]
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
@@ -55,38 +54,46 @@ class Trained:
         return self.model.apply(self.params, *args, method=method)
 
 
-def train_generator(
+def generator_parts(
     cfg: GeneratorConfig,
     zoo: Zoo,
     bank: Bank,
     *,
     loop: LoopConfig,
-    run: Run,
     dropout: float = 0.1,
-    initial: Params | None = None,
+    initial: Callable[[], Params] | None = None,
     frozen: tuple[str, ...] = (),
-    save: Callable[[Params], None] | None = None,
-) -> Trained:
-    """Train a generator of a zoo's networks in a run folder, or continue the run.
+    sidecars: Callable[[Path], None] = lambda folder: None,
+) -> Parts:
+    """Diffusion of a zoo's networks.
 
-    dropout: probability with which the condition is left out, for guidance. initial: parameters to begin with; by default fresh ones with
-    prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted ones. save: gets the final parameters.
+    dropout: probability with which the condition is left out, for guidance. initial: the parameters to begin with; by default fresh ones
+    with prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted ones.
     """
-    model, mesh = functional(Generator, cfg), start(loop.mesh)
-    first = initial if initial is not None else initial_params(model, fit_stage1(cfg, zoo, bank, seed=loop.seed), loop.seed)
-    params = fit(
-        run,
-        loop,
-        mesh,
-        spec=model.spec,
-        init=lambda: first,
-        loss=loss(model, cfg, dropout),
-        data=generator_batches(zoo, bank, cfg.shots, cfg=loop, mesh=mesh),
-        frozen=(*cfg.fitted, *frozen),
-        no_decay=LEARNED_POINTS if cfg.condition == "set" else (),
-        save=save,
+    model, make = functional(Generator, cfg), generator_rows(zoo, bank, cfg.shots, loop.batch)
+    first = initial or (lambda: initial_params(model, fit_stage1(cfg, zoo, bank, seed=loop.seed), loop.seed))
+    no_decay = LEARNED_POINTS if cfg.condition == "set" else ()
+    return Parts(
+        family=GENERATOR,
+        student=cfg,
+        model=model,
+        loss=lambda teacher: loss(model, cfg, dropout),
+        batch=lambda: shapes(make),
+        batches=lambda opened: placed(make, opened.mesh, loop.seed),
+        examples=loop.batch,
+        start=lambda opened, place: first(),
+        optimizer=lambda spec, steps: optimizer(loop, spec, steps, frozen=(*cfg.fitted, *frozen), no_decay=no_decay),
+        sidecars=lambda opened, folder: sidecars(folder),
     )
-    return Trained(model, cfg, params)
+
+
+def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, *, loop: LoopConfig, directory: Path, dropout: float = 0.1) -> Trained:
+    """Train a generator of a zoo's networks and keep it in memory; `directory` holds the run, which is continued if it was stopped."""
+    parts = generator_parts(cfg, zoo, bank, loop=loop, dropout=dropout)
+    session = recipe.begin(loop, directory, parts)
+    assert session is not None  # without RUN/model a run is not finished
+    state = recipe.train(session, parts, finish=lambda state: None)
+    return Trained(functional(Generator, cfg), cfg, best(state))
 
 
 def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: int) -> Params:
@@ -94,8 +101,8 @@ def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: in
     return model.init(jax.random.key(seed)) | {path: jnp.asarray(value) for path, value in fitted.items()}
 
 
-@dataclass(frozen=True)
-class GeneratorRecipe(BaseRecipe):
+@dataclass(frozen=True, kw_only=True)
+class GeneratorRecipe(LoopConfig):
     """Prior and codec, the gate, then diffusion; `RUN/model` is what `heirloom generate` takes."""
 
     zoo: str = "runs/zoo/zoo"
@@ -114,7 +121,9 @@ class GeneratorRecipe(BaseRecipe):
     dropout: float = 0.1
     """Probability with which the condition is left out, for guidance."""
     gate: GateConfig = field(default_factory=GateConfig)
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128))
+    batch: int = 128
+    steps: int = 600
+    """Optimizer steps of the whole run."""
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
         """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made for."""
@@ -147,21 +156,38 @@ class GeneratorRecipe(BaseRecipe):
             labels=len(bank.names) if self.condition in ("label", "chunk") else 0,
         )
 
-    def train(self, directory: Path) -> None:
-        run, folder = Run.open(directory, to_json(self)), Path(self.zoo)
-        begin(self.loop)
-        if run.finished(self.loop.steps):
-            print(f"{directory} is finished: {run.model}")
-            return
+    def parts(self) -> Parts:
+        folder = Path(self.zoo)
         zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
         if cfg.condition == "label":
             bank = Bank.numbers(bank.names)
+
+        def sidecars(out: Path) -> None:
+            save_neighbours(out, zoo, self.seed, bank=bank)
+            for name in ("features.safetensors", "tasks.json", "adapter.json"):
+                if (folder / name).is_file():
+                    copy(folder / name, out / name)
+
+        return generator_parts(
+            cfg,
+            zoo,
+            bank,
+            loop=self,
+            dropout=self.dropout,
+            initial=lambda: self.initial(cfg, zoo, bank),
+            # As released: of an aligned encoder only the last layer, a fresh one, goes on learning.
+            frozen=tuple(f"condition/{part}**" for part in ALIGNED if self.encoder),
+            sidecars=sidecars,
+        )
+
+    def initial(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> Params:
+        """Fresh parameters with prior and codec fitted. Raises InputError when the codec does not pass the gate."""
         model = functional(Generator, cfg)
-        params = initial_params(model, self.fitted(cfg, zoo, bank), self.loop.seed)
+        params = initial_params(model, self.fitted(cfg, zoo, bank), self.seed)
 
         def code(tokens: np.ndarray, rows: np.ndarray) -> Any:
-            support = bank.draw(np.asarray(zoo.classes[rows]), cfg.shots, np.random.default_rng(self.loop.seed))
+            support = bank.draw(np.asarray(zoo.classes[rows]), cfg.shots, np.random.default_rng(self.seed))
             mask = np.ones(support.shape[:3], bool)
             expected = model.apply(gated, support, mask, method="expected")
             latents = model.apply(gated, tokens, support, mask, method="encode")
@@ -170,36 +196,15 @@ class GeneratorRecipe(BaseRecipe):
 
         held = left_out(self.gate, zoo)
         gated = params | self.fitted(cfg, zoo.first(len(zoo) - held), bank) if held else params
-        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.loop.seed)
-
-        def sidecars(out: Path) -> None:
-            save_neighbours(out, zoo, self.loop.seed, bank=bank)
-            for name in ("features.safetensors", "tasks.json", "adapter.json"):
-                if (folder / name).is_file():
-                    copy(folder / name, out / name)
-
-        train_generator(
-            cfg,
-            zoo,
-            bank,
-            loop=self.loop,
-            run=run,
-            dropout=self.dropout,
-            initial=params,
-            # As released: of an aligned encoder only the last layer, a fresh one, goes on learning.
-            frozen=tuple(f"condition/{part}**" for part in ALIGNED if self.encoder),
-            save=lambda params: save_params(run.model, GENERATOR.name, cfg, params=params, companions=sidecars, force=True),
-        )
+        measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.seed)
+        return params
 
     def fitted(self, cfg: GeneratorConfig, zoo: Zoo, bank: Bank) -> dict[str, np.ndarray]:
         """Parameters known before training: prior and PCA, or the parts that other recipes trained."""
-        fitted = fit_stage1(cfg, zoo, bank, seed=self.loop.seed)
+        fitted = fit_stage1(cfg, zoo, bank, seed=self.seed)
         if self.codec:
             fitted |= {f"codec/{name}": x for name, x in open_part(self.codec, CODEC, "weightgen/codec")[1].items()}
         if self.encoder:
             aligned = open_part(self.encoder, ENCODER, "weightgen/encoder")[1]
             fitted |= {f"condition/{name}": x for name, x in aligned.items() if name.startswith(ALIGNED)}
         return fitted
-
-    def describe(self) -> Any:
-        return GENERATOR, self.config(open_zoo(Path(self.zoo)), Bank.load(Path(self.zoo)))

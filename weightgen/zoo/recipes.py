@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
 from weightgen.metrics import accuracy
-from weightgen.train import BaseRecipe, on_first
+from weightgen.train import on_first
 from weightgen.zoo.checkpoints import import_folder
 from weightgen.zoo.data import (
     SHARES,
@@ -48,7 +48,7 @@ class ZooData:
 
 
 @dataclass(frozen=True)
-class ZooRecipe(BaseRecipe):
+class ZooRecipe:
     """Train a zoo by random tasks: heads or MLPs on features, or CNNs on pictures of 28 x 28."""
 
     data: str = "emoji"
@@ -160,12 +160,9 @@ class ZooRecipe(BaseRecipe):
         condition = train if x is features else Bank.of(features[~held], labels[~held], names)
         return ZooData(train=train, held=Bank.of(x[held], labels[held], names), condition=condition, projection=projection)
 
-    def describe(self) -> Any:
-        raise InputError("a zoo is no model: heirloom train builds it")
-
 
 @dataclass(frozen=True)
-class CheckpointsRecipe(BaseRecipe):
+class CheckpointsRecipe:
     """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes safetensors or torch files.
 
     `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank adapters (peft,
@@ -217,6 +214,3 @@ class CheckpointsRecipe(BaseRecipe):
         for note in zoo.about["notes"]:
             print(f"note: {note}")
         print(f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks, condition: {condition}")
-
-    def describe(self) -> Any:
-        raise InputError("a zoo is no model: heirloom train builds it")
