@@ -212,7 +212,7 @@ def _main(argv: Sequence[str] | None) -> int:
         args, rest = parser.parse_known_args(argv)
         verb = next(verb for verb in VERBS if verb.name == args.verb)
         if rest and not verb.flags:
-            options = [name for argument in verb.arguments for name in argument.names]
+            options = [name for argument in verb.arguments for name in argument.names] + (["--json"] if verb.json else [])
             raise InputError(f"unknown argument {rest[0]!r}{nearest(rest[0], options)}; see heirloom {args.verb} --help")
         args.flags = rest
         getattr(verbs, args.verb)(args)

@@ -20,7 +20,7 @@ class Recipe(Protocol):
     """A config that knows how to run itself: a frozen dataclass of frozen dataclasses.
 
     It may also have, each for the verb that asks for it: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
-    metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> `heirloom.common.train.abstract.Abstract`,
+    metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> an `Abstract` step,
     `cache(destination)`, and `idle()` -> {field: why it does nothing here}.
     """
 

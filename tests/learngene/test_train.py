@@ -19,7 +19,9 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, Stopped
 from heirloom.common.nn.functional import functional
 from heirloom.common.train import recipe as runner
+from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, shardings, start
+from heirloom.common.train.parts import Opened
 from learngene import ligo, train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, curve, descendant
@@ -117,7 +119,7 @@ def test_costs_are_pictures_times_operations(compared, comparison):
 
 def test_what_is_finished_is_not_run_again(compared, comparison, monkeypatch):
     folder, results = compared
-    monkeypatch.setattr(train.Run, "fit", None)
+    monkeypatch.setattr(Run, "fit", None)
     assert compare(comparison, folder) == results == read_json(folder / "comparison.json")
     changed = replace(comparison, tune=replace(comparison.tune, lr=1e-4))
     with pytest.raises(InputError, match=r"optim\.lr: 0\.001 before, 0\.0001 now"):
@@ -307,7 +309,7 @@ def test_a_genes_loss_and_tied_gradients_are_the_same_on_a_mesh(gene_config, dat
 
 def test_views_are_told_apart_and_share_a_label(gene_config, data):
     cfg = replace(gene_config, storage="stream", augment=AugmentConfig(crop="resized", views=2), teacher="")
-    batch = next(train.batches(cfg, start(MeshConfig())))
+    batch = next(train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=None, teacher=None)))
     assert batch["image"].shape == (16, 2, 8, 8, 3) and batch["image"].dtype == np.uint8
     assert (np.asarray(batch["image"])[:, 0] != np.asarray(batch["image"])[:, 1]).any()
     student = functional(Vit, cfg.student)

@@ -103,7 +103,7 @@ def outputs(model, params, images, tokens):
 def test_masked_and_pruned_compute_the_same(small, pruned, params, images, tokens):
     cfg, leaves = small
     gates = masks.deterministic_gates(leaves)
-    masked = outputs(Masked(functional(Clip, cfg)), params | gates, images, tokens)
+    masked = outputs(Masked(functional(Clip, cfg), cfg), params | gates, images, tokens)
     assert pruned.cfg.image.heads[1] == 0 and pruned.cfg.text.hidden[0] == 0 and pruned.cfg.image.width < cfg.image.width
     np.testing.assert_allclose(outputs(functional(Clip, pruned.cfg), pruned.params, images, tokens), masked, atol=1e-5)
     assert np.abs(masked - outputs(functional(Clip, cfg), params, images, tokens)).max() > 0.1
@@ -153,7 +153,7 @@ def test_where_gates_act_is_as_written_out(small, params, images, tokens):
     last = np.asarray(tokens).argmax(1)
     text = tower("text", words, causal=True)[np.arange(len(tokens)), last] @ params["text/projection/kernel"]
     expected = np.concatenate([x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)], axis=1)
-    found = outputs(Masked(functional(Clip, cfg)), params | gates, images, tokens)
+    found = outputs(Masked(functional(Clip, cfg), cfg), params | gates, images, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
