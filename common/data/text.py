@@ -20,6 +20,7 @@ SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of 
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 NAMES = ((SOT, EOT), ("<start_of_text>", "<end_of_text>"))  # OpenAI's and Hugging Face's; open_clip's
 WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+MOST_IDS = 2**24
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # one of these makes a folder one with a tokenizer
 Merges = list[tuple[str, str]]
@@ -89,11 +90,14 @@ class Tokenizer:
             raise InputError(f"{path} is no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt")
         try:
             about = _read_about(folder)
+            _check_ids(file if file.is_file() else vocab)
             bpe = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _from_tables(vocab, merges)
             return cls(_completed(bpe, about))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
+        except BaseException as error:  # tokenizers raises bare Exception for a file it cannot read, and panics on some
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{path} is not readable as a tokenizer: {' '.join(str(error).split())}") from error
 
     @classmethod
@@ -258,3 +262,16 @@ def _around(vocab: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
     if EOT in vocab:
         _enclose(bpe, SOT, EOT)
     return bpe
+
+
+def _check_ids(file: Path) -> None:
+    """Raises InputError for an id that no vocabulary has: the library allocates a table as long as the largest one."""
+    try:
+        saved = json.loads(file.read_text())
+    except ValueError:
+        return  # what opens it says what is wrong
+    model = saved.get("model") if isinstance(saved, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else saved
+    ids = [i for i in vocab.values() if isinstance(i, int)] if isinstance(vocab, dict) else []
+    if (largest := max(ids, default=0)) >= MOST_IDS:
+        raise InputError(f"{file.name} gives a token the id {largest}: ids are below {MOST_IDS:,}")

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def _read(target: Target, folder: Path) -> str:
     return "read"
 
 
-def run(target: Target, seeds: range) -> dict[str, list[int]]:
+def run(target: Target, seeds: Iterable[int]) -> dict[str, list[int]]:
     """The outcomes of these seeds; every one that is neither `read` nor `refused` is a fault."""
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401  # the first import can take seconds, which no file is to blame for

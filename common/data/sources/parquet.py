@@ -109,7 +109,7 @@ def _schema(file: Path) -> pyarrow.Schema:
     try:
         with parquet.ParquetFile(file, memory_map=True) as opened:
             return opened.schema_arrow
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable as parquet: {error}") from error
 
 

@@ -181,12 +181,23 @@ def test_a_tokenizer_that_keeps_capitals_gets_them(clip, tmp_path):
     assert Tokenizer.load(tmp_path)("A a", 4).tolist() == [[2, 0, 1, 3]]
 
 
+def test_a_tokenizer_on_which_the_library_panics_is_refused(clip, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    clip._bpe.save(str(file))
+    saved = json.loads(file.read_text())
+    saved["post_processor"]["special_tokens"] = {}  # tokens that the template names
+    file.write_text(json.dumps(saved))
+    with pytest.raises(InputError, match="not readable as a tokenizer"):
+        Tokenizer.load(file)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
         ("tokenizer.json", '{"model": ', "not readable as a tokenizer"),
         ("tokenizer.json", "[]", "not readable as a tokenizer"),
         ("tokenizer.json", "", "not readable as a tokenizer"),
+        ("vocab.json", '{"a": 1000000000}', "gives a token the id 1000000000: ids are below 16,777,216"),
         ("vocab.json", '{"a": ', "cannot be read as JSON"),
         ("vocab.json", '["a"]', "holds a JSON list"),
         ("vocab.json", '{"a": "x"}', "each token an id of its own"),
