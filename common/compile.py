@@ -126,7 +126,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     mesh = mesh_on(topology, cfg.mesh)
     abstract = cfg.abstract(mesh)
     chip, started, devices = topology.chip, time.perf_counter(), mesh.size
-    result: dict[str, Any] = {"topology": str(topology), "devices": devices, "mesh": dict(mesh.shape), "batch": cfg.pipeline.batch}
+    batch = next(iter(abstract.batch.values())).shape[0]
+    result: dict[str, Any] = {"topology": str(topology), "devices": devices, "mesh": dict(mesh.shape), "batch": batch}
     result |= {"hbm": chip.hbm, "flops": abstract.flops}
     lowered = abstract.step.lower(abstract.state, abstract.batch)
     try:

@@ -4,11 +4,14 @@ import contextlib
 import importlib.util
 import io
 import re
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+
+import cloudpickle
 
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import all_local
@@ -50,6 +53,9 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     spec = importlib.util.spec_from_file_location(f"heirloom_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Under its name: dataclasses look their annotations up there. By value: data workers cannot import a file by that name.
+    sys.modules[spec.name] = module
+    cloudpickle.register_pickle_by_value(module)
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -58,7 +64,9 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     except InputError:
         raise
     except Exception as error:  # a recipe is the user's program and may raise anything
-        line, what = traceback.extract_tb(error.__traceback__)[-1].lineno, str(error)
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if Path(frame.filename) == path), frames[-1].lineno)
+        what = str(error)
         if isinstance(error, SyntaxError):
             line, what = error.lineno, error.msg
         what = " ".join(what.split())  # one line, whatever was raised

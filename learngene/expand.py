@@ -1,45 +1,20 @@
 """From a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`; everything else is copied, resized or fresh."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from typing import Literal
 
 from heirloom.common.errors import InputError
-from heirloom.common.surgery.maps import FRESH, AxisMap, even, first, matrix, pick, resize
+from heirloom.common.surgery.maps import FRESH, AxisMap, first, matrix, pick, resize
 from heirloom.common.surgery.plan import Maps, Plan
+from learngene.stages import layer_map, linear_coefficients, unrolled_map
+from learngene.vit import VitConfig
 
-if TYPE_CHECKING:
-    from learngene.vit import VitConfig
+__all__ = ["Head", "around", "expansion", "grid", "layer_map", "outside", "unrolled_map"]
 
 Head = Literal["inherit", "fresh"]
 
 
-def layer_map(depth: int, stages: int) -> list[int]:
-    """The stage of each layer: `divmod(depth, stages)` copies of every stage, the rest to the first ones; 12 of 5 is SWS's own list.
-
-    Nothing is published for fewer layers than stages: then stages are taken evenly from the first to the last.
-    Raises InputError for a depth below 1.
-    """
-    if depth < 1 or stages < 1:
-        raise InputError(f"a depth of {depth} from {stages} stages: both must be 1 or more")
-    if depth < stages:
-        return even(stages, depth).rows.tolist()
-    each, rest = divmod(depth, stages)
-    return [stage for stage in range(stages) for _ in range(each + (stage < rest))]
-
-
-def unrolled_map(layout: Sequence[int]) -> list[int]:
-    """The stage of each layer of the auxiliary net: (2, 1) is 0, 0, 1."""
-    return [stage for stage, times in enumerate(layout) for _ in range(times)]
-
-
-def linear_coefficients(depth: int) -> np.ndarray:
-    """TLEG's line, [depth, 2] f32: layer l is block 0 plus l / depth times block 1, so the last coefficient is below 1."""
-    return np.stack([np.ones(depth), np.arange(depth) / depth], axis=1).astype(np.float32)
-
-
-def expansion(gene: "VitConfig", student: "VitConfig", layers: Sequence[int] = (), head: Head = "inherit") -> Plan:
+def expansion(gene: VitConfig, student: VitConfig, layers: Sequence[int] = (), head: Head = "inherit") -> Plan:
     """The plan from a gene to an ordinary ViT.
 
     layers: the stage of each layer, for SWS; unless given, the auxiliary net's own layout where the depth is its depth, so that the
@@ -64,7 +39,7 @@ def expansion(gene: "VitConfig", student: "VitConfig", layers: Sequence[int] = (
     return around(gene, student, pick(rows), head)
 
 
-def around(donor: "VitConfig", student: "VitConfig", layer: AxisMap, head: Head) -> Plan:
+def around(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) -> Plan:
     """A plan for models that differ in depth, input size and classes: `layer` maps the blocks, positions are resampled.
 
     The head is inherited with the label set: not where the number of classes differs, nor where a fresh one is asked for.
@@ -80,14 +55,14 @@ def around(donor: "VitConfig", student: "VitConfig", layer: AxisMap, head: Head)
     return Plan((("position", grid(donor, student)), ("blocks/**", {"layer": layer, **heads}), *outside(donor, student, head)))
 
 
-def outside(donor: "VitConfig", student: "VitConfig", head: Head) -> tuple[tuple[str, Maps], ...]:
+def outside(donor: VitConfig, student: VitConfig, head: Head) -> tuple[tuple[str, Maps], ...]:
     """The rules of what is neither position nor block."""
     fresh = head == "fresh" or donor.classes != student.classes
     heads = ("**head/*", FRESH) if fresh else ("**head/*", {})
     return (heads, ("**", {}))  # type: ignore[return-value]
 
 
-def grid(donor: "VitConfig", student: "VitConfig") -> Maps:
+def grid(donor: VitConfig, student: VitConfig) -> Maps:
     """Positions for another number of patches, resampled as torch does it (bicubic, a = -0.75)."""
     if donor.grid == student.grid:
         return {}

@@ -14,7 +14,7 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from learngene import google_files
 from learngene.bare_files import timm_names
-from learngene.expand import linear_coefficients, unrolled_map
+from learngene.stages import linear_coefficients, unrolled_map
 from learngene.vit import Vit, VitConfig
 
 EXAMPLES = 2

@@ -19,7 +19,7 @@ from heirloom.common.nn.patch import PatchEmbed
 from heirloom.common.nn.precision import add, lookup, widened
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
-from learngene.expand import linear_coefficients, unrolled_map
+from learngene.stages import linear_coefficients, unrolled_map
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Tokens = Literal["none", "cls", "cls+dist"]

@@ -1,5 +1,7 @@
 """`heirloom compile` on toy recipes: what it says of memory, communication and work."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,3 +86,12 @@ def test_topologies_are_parsed():
     assert str(Topology.parse("v5p:4x4x8")) == "v5p:4x4x8"
     with pytest.raises(InputError, match="did you mean 'v6e'"):
         Topology.parse("v6:4x4")
+
+
+def test_a_generator_of_weights_compiles_for_a_pod(tmp_path, capsys):
+    net = ["--net.features", "6", "--net.classes", "3", "--backend", "pixels"]
+    assert main(["train", "weightgen/smoke", "--run", str(tmp_path), *net, "--members", "16", "--chunk", "16"]) == 0
+    flags = ["--zoo", str(tmp_path / "zoo"), "--latent", "3", "--json", str(tmp_path / "out.json")]
+    assert main(["compile", "weightgen/generator", "--topology", "v5e:2x4", *flags]) == 0
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["fits"] and out["batch"] == 128 and out["flops"] > 0 and "all-reduce" in out["collectives"]

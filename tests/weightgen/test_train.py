@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from heirloom.common import config
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Stop
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
@@ -37,11 +39,28 @@ def test_micro_batches_must_divide_too():
         LoopConfig(batch=24, step=StepConfig(accumulate=2)).check(mesh)
 
 
-def test_a_training_on_a_mesh_goes_on_on_one_device(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Of a small generator, with its zoo."""
+    zoo = tmp_path_factory.mktemp("zoo")
     net = ["--net.features", "6", "--net.classes", "3", "--backend", "pixels"]
-    assert main(["train", "weightgen/smoke", "--run", str(tmp_path / "zoo"), *net, "--members", "16", "--chunk", "16"]) == 0
+    assert main(["train", "weightgen/smoke", "--run", str(zoo), *net, "--members", "16", "--chunk", "16"]) == 0
     size = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16", "--latent", "3"]
-    flags = ["--zoo", str(tmp_path / "zoo" / "zoo"), *size, "--steps", "4", "--batch", "8", "--optim.warmup", "1", "--gate.force"]
+    return ["--zoo", str(zoo / "zoo"), *size, "--steps", "4", "--batch", "8", "--optim.warmup", "1", "--gate.force"]
+
+
+def test_a_step_is_outlined_for_the_compiler(flags):
+    cfg = config.load("weightgen/generator", flags)
+    abstract = cfg.abstract(start(MeshConfig()))
+    assert {name: x.shape[0] for name, x in abstract.batch.items()} == {"tokens": 8, "support": 8, "shots": 8}
+    family, model = cfg.describe()
+    assert abstract.flops == 8 * 6 * family.macs(model, functional(family.module, model).spec)
+    assert "all-reduce" in abstract.step.lower(abstract.state, abstract.batch).compile().as_text()
+    with pytest.raises(InputError, match="a batch of 12 cannot be divided among 8 devices"):
+        config.load("weightgen/generator", [*flags, "--batch", "12"]).abstract(start(MeshConfig()))
+
+
+def test_a_training_on_a_mesh_goes_on_on_one_device(flags, tmp_path, monkeypatch):
 
     def trained(folder, *mesh):
         return main(["train", "weightgen/generator", "--run", str(tmp_path / folder), *flags, *mesh])
@@ -86,7 +105,6 @@ def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):
 
 
 def test_the_released_adamw_decays_every_parameter_it_trains():
-    from heirloom.common.nn.functional import functional
     from weightgen.d2nwg.model import D2nwg, D2nwgConfig
     from weightgen.d2nwg.unet import UnetConfig
     from weightgen.d2nwg.vae import VaeConfig
