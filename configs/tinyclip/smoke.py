@@ -1,4 +1,4 @@
-"""Thirty seconds on a laptop: two tiny towers from scratch on the embedded emoji, plain contrastive.
+"""A minute or two on a laptop: two tiny towers from scratch on the embedded emoji, plain contrastive.
 
     heirloom train tinyclip/smoke --run runs/smoke
 
