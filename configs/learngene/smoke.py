@@ -3,7 +3,7 @@
     heirloom train learngene/smoke --run runs/smoke
     heirloom expand runs/smoke runs/smoke-3 --depth 3
 
-Shows that data, training, evaluation, expansion and resume work; expect a held-out accuracy just above 21 %, the share of the largest group.
+Shows that data, training, evaluation, expansion and resume work; expect a held-out accuracy just above 21 % (the largest group).
 """
 
 from dataclasses import replace
