@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common import config
+from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, start
-from heirloom.common.train.metrics import peak_flops
 from lit_jax.dit import Dit
 from lit_jax.recipes import imagenet
 from lit_jax.sample import SampleConfig, drawer
