@@ -6,12 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.convert import Donor, Family, Format, Found, Lookalike, Read
-from heirloom.common.checkpoint.verify import Check, as_folder, compare, importable
+from heirloom.common.checkpoint.verify import Check, against, as_folder, compare, outputs
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -132,16 +130,16 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
     """
     images = inputs(cfg)
     model = functional(Autoencoder, cfg)
-    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
-    with jax.default_matmul_precision("highest"):
-        moments = jax.jit(partial(model.apply, method="encode"))(full, images)
-        decoded = jax.jit(partial(model.apply, method="decode"))(full, moments.mean)
-    mine = [np.array(x) for x in (*moments, decoded)]
-    if not all(np.isfinite(x).all() for x in mine):
-        return Check(passed=False, reference=None, note="latents or pictures are not finite")
-    if format == "heirloom" or not importable("torch", "diffusers"):
-        return Check(passed=True, reference=None, note="structure and finiteness only: torch and diffusers are not installed")
-    return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=("torch", "diffusers"))
+    moments = outputs(partial(model.apply, method="encode"), params, images)
+    mine = [*moments, *outputs(partial(model.apply, method="decode"), params, moments[0])]
+
+    libraries = ("torch", "diffusers")
+
+    def reference() -> Check:
+        return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=libraries)
+
+    missing = "torch and diffusers are not installed"
+    return against(reference, mine, format, what="latents or pictures", needs=libraries, missing=missing)
 
 
 def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:

@@ -251,7 +251,7 @@ def test_settings_that_change_nothing_are_read(donor, tmp_path):
 
 
 def test_without_torch_the_check_says_what_it_did_not_do(donor, monkeypatch):
-    monkeypatch.setattr("lit_jax.autoencoder_layouts.importable", lambda *names: False)
+    monkeypatch.setattr("heirloom.common.checkpoint.verify.importable", lambda *names: False)
     check = FAMILY.verify(donor.cfg, donor.source.values, donor.file, "diffusers")
     assert check.passed and check.reference is None and "structure and finiteness only" in check.note
     values = {path: np.array(view) for path, view in donor.source.values.items()}
