@@ -72,11 +72,6 @@ def clean(key: str) -> str:
     return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda old: _OLD_ATTENTION[old[0]], key)
 
 
-def config(saved: Mapping[str, Any]) -> AutoencoderConfig:
-    """The config of a weights folder of ours."""
-    return from_json(AutoencoderConfig, saved)
-
-
 def _read(found: Found) -> Read | None:
     if not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"} <= found.tensors.keys():
         return None
@@ -171,4 +166,5 @@ LOOKALIKES = (
     Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
 )
 FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)
-FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+CONFIG = partial(from_json, AutoencoderConfig)
+FAMILY = Family("autoencoder", Autoencoder, CONFIG, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)

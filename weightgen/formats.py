@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -69,17 +70,12 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
 def _simple(name: str, module: Any, config: Any) -> Family:
     """A family of ours without foreign formats, whose matmuls each count once."""
 
-    return Family(name, module, lambda model: from_json(config, model), (), companions, verify, parameters, _once)
+    return Family(name, module, partial(from_json, config), (), companions, verify, parameters, _once)
 
 
 def network(cfg: NetConfig, *, rngs: Any) -> Any:
     """The module of a network of a zoo."""
     return MODULES[cfg.kind](cfg, rngs=rngs)
-
-
-def reference_config(model: Mapping[str, Any]) -> ReferenceConfig:
-    """From the `model` of a config.json."""
-    return from_json(ReferenceConfig, model)
 
 
 def _once(cfg: Any, spec: Spec) -> int:
@@ -91,7 +87,7 @@ FAMILY = Family("weightgen", Generator, config, (), companions, verify, paramete
 CODEC = _simple("weightgen-codec", TokenCodec, TokenVaeConfig)
 ENCODER = _simple("weightgen-encoder", SetOfSets, SetConfig)
 NETWORK = _simple("weightgen-network", network, NetConfig)
-REFERENCE = Family("weightgen-d2nwg", Reference, reference_config, (), companions, verify, parameters, _once)
+REFERENCE = Family("weightgen-d2nwg", Reference, partial(from_json, ReferenceConfig), (), companions, verify, parameters, _once)
 FAMILIES = [FAMILY, CODEC, ENCODER, NETWORK, REFERENCE]
 
 
