@@ -12,7 +12,7 @@ from heirloom.common.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "torch", "transformers")
 # Flax follows JAX closely. The oldest flax that was tested with each minor version of jax:
-PAIRS = {(0, 12): "0.12.12", (0, 11): "0.12.9", (0, 10): "0.12.8"}
+PAIRS: dict[tuple[int, ...], str] = {(0, 12): "0.12.12", (0, 11): "0.12.9", (0, 10): "0.12.8"}
 SIZE = 2048
 
 

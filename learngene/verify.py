@@ -34,13 +34,12 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
 
     def reference() -> Check:
         if format == "hf" and importable("transformers"):
-            theirs, by, libraries = transformers_logits(file, x, cfg.classes), "transformers", ("torch", "transformers")
-        elif format == "timm" and importable("timm"):
-            theirs, by, libraries = timm_logits(file, x), "timm", ("torch", "timm")
-        else:
-            tensors = clean_names(open_weights(file)).tensors
-            theirs, by, libraries = formulas(cfg, as_timm(cfg, tensors, format), x), OWN, ("torch",)
-        return compare(mine, [theirs], reference=by, libraries=libraries)
+            theirs = transformers_logits(file, x, cfg.classes)
+            return compare(mine, [theirs], reference="transformers", libraries=("torch", "transformers"))
+        if format == "timm" and importable("timm"):
+            return compare(mine, [timm_logits(file, x)], reference="timm", libraries=("torch", "timm"))
+        tensors = clean_names(open_weights(file)).tensors
+        return compare(mine, [formulas(cfg, as_timm(cfg, tensors, format), x)], reference=OWN, libraries=("torch",))
 
     return against(reference, mine, format, what="logits")
 

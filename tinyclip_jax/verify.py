@@ -41,12 +41,10 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) 
 
     def reference() -> Check:
         if format == "hf":
-            theirs, by, libraries = _transformers(file, images, tokens), "transformers", ("torch", "transformers")
-        elif format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
-            theirs, by, libraries = _open_clip(file, images, tokens), "open_clip", ("torch", "open_clip_torch")
-        else:
-            theirs, by, libraries = _formulas(cfg, file, format, images, tokens), OWN, ("torch",)
-        return compare(mine, theirs, reference=by, libraries=libraries)
+            return compare(mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers"))
+        if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
+            return compare(mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch"))
+        return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
 
     return against(reference, mine, format, what="features", needs=("torch", "transformers") if format == "hf" else ("torch",))
 
