@@ -15,20 +15,17 @@ The size `cpu` is cut for one core: 2,000 MLPs or 200 CNNs a zoo, small generato
 `gpu` has not run yet.
 """
 
-import argparse
 import itertools
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from functools import cache, partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,14 +109,12 @@ class World:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--kinds", nargs="+", choices=HIDDEN, default=list(HIDDEN))
     parser.add_argument("--priors", nargs="+", choices=TOLD, default=list(TOLD))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, required=True, help="where trainings and finished arms are kept")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     size, rows = SIZES[args.size], []
     digest = sha256(repr(size).encode()).hexdigest()[:8]  # arms of another size are other arms
@@ -138,16 +133,8 @@ def main() -> None:
                     done.write_text(json.dumps(found, indent=2) + "\n")
                 rows.append(json.loads(done.read_text()))
                 print(tables(rows[-1:]), flush=True)
-                if args.json:
-                    write(args.json, size, args.data.name, rows)
+                bench.write(args.json, bench.header() | {"size": asdict(size), "data": args.data.name, "rows": rows})
     print(tables(rows))
-
-
-def write(file: Path, size: Size, data: str, rows: list[dict[str, Any]]) -> None:
-    device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-    made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(made | {"size": asdict(size), "data": data, "rows": rows}, indent=2) + "\n")
 
 
 def read(folder: Path, kind: str) -> World:
@@ -361,20 +348,20 @@ def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
 def tables(rows: list[dict[str, Any]]) -> str:
     """Means over seeds as Markdown, a table for each kind of network: accuracy in % after steps of fine-tuning, by how the zoo began."""
     parts = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        of = {begin: [row for row in rows if (row["kind"], row["begin"]) == (kind, begin)] for begin in BEGINS}
-        of = {begin: mine for begin, mine in of.items() if mine}
-        head = [f"{begin}: {b}" if b == 0 else str(b) for begin in of for b in BUDGETS]
-        lines = [f"| {kind} | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for kind, ours in bench.groups(rows, "kind").items():
+        found = bench.groups(ours, "begin")
+        of = {begin: found[begin] for begin in BEGINS if begin in found}
+        head = [kind, *(f"{begin}: {b}" if b == 0 else str(b) for begin in of for b in BUDGETS)]
+        body: list[list[str]] = []
 
-        def line(label: str, prior: str, value: Callable[[dict[str, Any], str], float | None], of: Any = of, lines: Any = lines) -> None:
-            cells = []
+        def line(label: str, prior: str, value: Callable[[dict[str, Any], str], float | None], of: Any = of, body: Any = body) -> None:
+            cells = [label]
             for mine, budget in itertools.product(of.values(), map(str, BUDGETS)):
                 found = [value(row, budget) for row in mine if row["prior"] == prior]
                 cells.append(f"{100 * np.mean(found):.1f}" if found and None not in found else "")
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            body.append(cells)
 
-        names, priors = list(rows[0]["accuracy"]), dict.fromkeys(row["prior"] for row in rows if row["kind"] == kind)
+        names, priors = list(rows[0]["accuracy"]), bench.groups(ours, "prior")
         coded = [name for name in names if name.startswith(("generated", "kernel density"))]
         for name in names:
             if name not in coded:
@@ -383,6 +370,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             for name in coded:
                 line(f"{name}, {TOLD[prior]}", prior, lambda row, budget, name=name: row["accuracy"][name][budget]["mean"])
             line(f"{ORACLE}, {TOLD[prior]}", prior, lambda row, budget: row["at 0 steps"][ORACLE] if budget == "0" else None)
+        lines = bench.markdown(head, body)
         for begin, mine in of.items():
             mean = {name: float(np.mean([row[name] for row in mine])) for name in ("zoo", "zoo after codec", "error IoU", "disagreement")}
             took = sum(sum(row["seconds of CPU"].values()) for row in mine)

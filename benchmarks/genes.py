@@ -14,19 +14,13 @@ choice is made. Controls: kd starts at random and keeps the teacher; untied dist
 layers; shuffled reverses the stages.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
+import bench
 import numpy as np
 
 from heirloom.common.data.pipeline import PipelineConfig
@@ -116,13 +110,11 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--data", help="the folder of scripts/make_fashion_mnist.py or make_cifar10.py")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs go; what is finished is kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=ARMS, default=METHODS)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     size = SIZES[args.size]
     source = Path(args.data or size.data)
@@ -145,11 +137,7 @@ def main() -> None:
     found = {"teacher": teacher_row(base.gene, base.teacher, teacher), "genes": genes, "rates": rates, "rows": rows}
     found["claims"] = claims(size, rows, genes, found["teacher"])
     report(size, rows, found["claims"])
-    if args.json:
-        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"size": args.size} | found, indent=1) + "\n")
+    bench.write(args.json, bench.header() | {"size": args.size} | found, indent=1)
 
 
 def split(source: Path, size: Size, destination: Path) -> dict[str, str]:
@@ -280,9 +268,8 @@ def against_end(rows: list[dict[str, Any]], size: Size, epoch: int) -> dict[str,
 def report(size: Size, rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
     shown = [0, *epochs(size)]
     print(f"\n{'test accuracy, %':<12}{'depth':>6}{'lr':>8}" + "".join(f"{f'epoch {n}':>15}" for n in shown))
-    for name, depth in dict.fromkeys((row["method"], row["depth"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["depth"]) == (name, depth)]
-        cells = "".join(f"{spread([100 * row['top1'][n] for row in mine]):>15}" for n in shown)
+    for (name, depth), mine in bench.groups(rows, "method", "depth").items():
+        cells = "".join(f"{bench.spread([100 * row['top1'][n] for row in mine]):>15}" for n in shown)
         print(f"{name:<12}{depth:>10}{mine[0]['lr']:>8.0e}{cells}")
     for claim, numbers in found.items():
         print(f"\n({claim[0]}) {claim[3:]}; differences in points, a number for each seed")
@@ -301,10 +288,6 @@ def tell(numbers: Any, judge: Callable[[list[float]], str], indent: str = "  ") 
 def verdict(gaps: list[float]) -> str:
     """All seeds on one side, or not."""
     return "yes" if min(gaps) > 0 else "no" if max(gaps) <= 0 else "mixed"
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 if __name__ == "__main__":

@@ -6,18 +6,12 @@ Per budget: held-out R@1 (mean of both directions) of both students, and the spe
 steps after which the inheriting one has its final score. The paper reports 1.4 to 7.8 times (abstract), at another scale.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import tempfile
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from operator import ge
 from pathlib import Path
 
-import jax
+import bench
 
 from heirloom.common import config
 from tinyclip_jax.demo import METRIC, RECIPE, race
@@ -26,10 +20,8 @@ PAPER = (1.4, 7.8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[200, 600])
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
     for steps in args.steps:
@@ -45,20 +37,11 @@ def main() -> None:
             rows.append({"steps": steps, "seed": seed, **scores, "reached": reached})
             print(rows[-1], flush=True)
     print(f"\n{'steps':>6} {'inherited R@1':>16} {'scratch R@1':>16} {'speed-up':>22}   paper {PAPER[0]}-{PAPER[1]}x")
-    for steps in args.steps:
-        mine = [row for row in rows if row["steps"] == steps]
+    for steps, mine in bench.groups(rows, "steps").items():
+        inherited, scratch = (bench.spread([100 * row[name] for row in mine], unit=" %") for name in ("inherited", "scratch"))
         ratios = [steps / max(row["reached"], 1) if row["reached"] is not None else 0.0 for row in mine]
-        print(f"{steps:>6} {spread(mine, 'inherited'):>16} {spread(mine, 'scratch'):>16} {min(ratios):>9.1f}x to {max(ratios):>6.1f}x")
-    if args.json:
-        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
-
-
-def spread(rows: list[dict], name: str) -> str:
-    values = [100 * row[name] for row in rows]
-    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) if len(values) > 1 else 0:.1f} %"
+        print(f"{steps:>6} {inherited:>16} {scratch:>16} {min(ratios):>9.1f}x to {max(ratios):>6.1f}x")
+    bench.write(args.json, bench.header() | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,17 +15,14 @@ is best for modules of the zoo. All are scored by word choice on other parts of 
 run that is stopped goes on with the next.
 """
 
-import argparse
 import json
-import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bench
 import jax
 import numpy as np
 
@@ -89,10 +86,8 @@ STRENGTH = 0.3  # of the noise rows are given before they are denoised: of their
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     size, rows = SIZES[args.size], []
     if args.json and args.json.exists():
@@ -104,23 +99,17 @@ def main() -> None:
         if any(row["seed"] == seed for row in rows):
             continue
         rows += explore(size, seed)
-        if args.json:
-            made = {
-                "date": date.today().isoformat(),
-                "machine": f"CPU, {platform.machine()}",
-                "versions": {n: version(n) for n in ("jax", "flax")},
-            }
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(made | {"size": asdict(size), "rows": rows}, indent=2) + "\n")
-    print("\n| share of right words, %, mean and deviation over seeds | select | test |\n|---|---|---|")
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == name]
-        print(f"| {name} | {spread(mine, 'select')} | {spread(mine, 'test')} |")
+        bench.write(args.json, bench.header(("jax", "flax"), machine=bench.CPU) | {"size": asdict(size), "rows": rows})
+    print(table(rows))
 
 
-def spread(rows: list[dict[str, Any]], part: str) -> str:
-    values = [100 * row[part] for row in rows if part in row]
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "".join(f"{v:.1f}" for v in values)
+def table(rows: list[dict[str, Any]]) -> str:
+    parts = ("select", "test")
+    found = [
+        [name, *(bench.cell([100 * row[part] for row in mine if part in row]) for part in parts)]
+        for name, mine in bench.groups(rows, "arm").items()
+    ]
+    return "\n" + "\n".join(bench.markdown(("share of right words, %, mean and deviation over seeds", *parts), found))
 
 
 def explore(size: Size, seed: int) -> list[dict[str, Any]]:

@@ -12,19 +12,15 @@ write them for the implementation. Values have a mean of one standard deviation;
 take turns. bfloat16, on a CPU float32. PyTorch runs in this process, after JAX. Losing rows stay in.
 """
 
-import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,29 +201,19 @@ def ideal(direction: str, images: int, n: int, width: int, d: int, ceiling: dict
     return max(operations * values * min(d, n) / ceiling["flops"], per_value * (2 if CPU else 1) * values / ceiling["bytes"])
 
 
-def installed() -> dict[str, str]:
-    found = {}
-    for name in ("jax", "jaxlib", "torch"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096 if CPU else 65536, help="tokens of all images together")
     parser.add_argument("--repeats", type=int, default=3 if CPU else 50)
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 1152] if CPU else sorted({w for w, _ in SHAPES}))
     parser.add_argument("--images", type=int, nargs="+", default=[256, 1024, 4096] if CPU else list(TOKENS), help="tokens of one image")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     limits = ceilings(args.repeats)
-    print(f"{jax.devices()[0].device_kind}: copy {limits['bytes'] / 1e9:,.0f} GB/s, matmul {limits['flops'] / 1e12:,.2f} TFLOP/s")
-    result: dict[str, Any] = {"date": str(date.today()), "machine": platform.platform(), "device": jax.devices()[0].device_kind}
-    result |= {"versions": installed(), "ceilings": limits, "dtype": jnp.dtype(DTYPE).name}
+    device = jax.devices()[0].device_kind
+    print(f"{device}: copy {limits['bytes'] / 1e9:,.0f} GB/s, matmul {limits['flops'] / 1e12:,.2f} TFLOP/s")
+    result = bench.header(("jax", "jaxlib", "torch"), machine=platform.platform(), device=device)
+    result |= {"ceilings": limits, "dtype": jnp.dtype(DTYPE).name}
     result |= {name: getattr(args, name) for name in ("tokens", "repeats", "widths", "images")} | {"rows": []}
     for width, d in SHAPES:
         if width not in args.widths:
@@ -250,8 +236,7 @@ def main() -> None:
                     memory = f"  {row['temporaries'] / 2**20:8,.0f} MiB" if "temporaries" in row else ""
                     print(where + figures + memory + (f"  error {row['error']:.1e}" if "error" in row else ""), flush=True)
                 result["rows"] += rows
-                if args.json:
-                    args.json.write_text(json.dumps(result, indent=1) + "\n")
+                bench.write(args.json, result, indent=1)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ Scores: squared error of the noise on 512 test pictures, and KID of 1,000 sample
 --features over Inception features too (on a CPU three pictures a second).
 """
 
-import argparse
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -24,12 +22,11 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from operator import le
 from pathlib import Path
 from typing import Any
 
+import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,13 +87,11 @@ Features = Callable[[np.ndarray], np.ndarray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--features", type=Path, help="an Inception network for KID")
     parser.add_argument("--runs", type=Path, help="keep every arm's run and score here; what is there is not run again")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not Path(args.data).is_dir():
         sys.exit(f"{args.data}: no such folder; make it with scripts/make_cifar10.py")
@@ -123,12 +118,8 @@ def main() -> None:
         costs = {name: latency(cfg.student, size) for name, cfg in heads(size, data, donor, 0).items()}
         costs["dit"] = latency(size.model, size)
     report(size, rows, costs)
+    bench.write(args.json, bench.header() | {"size": asdict(size), "milliseconds": costs, "paper": PAPER, "rows": rows})
     if args.json:
-        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-        made |= {"size": asdict(size), "milliseconds": costs, "paper": PAPER}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
         plot(size, rows, args.json.with_suffix(".png"))
 
 
@@ -246,24 +237,19 @@ def latency(cfg: DitConfig, size: Size) -> dict[str, float]:
     inputs = (jnp.ones((size.batch, cfg.size, cfg.size, cfg.channels)), jnp.zeros(size.batch), jnp.zeros(size.batch, jnp.int32))
     forward = jax.jit(model.apply)
     jax.block_until_ready(forward(params, *inputs))
-    times = []
-    for _ in range(10):
-        begun = time.perf_counter()
-        jax.block_until_ready(forward(params, *inputs))
-        times.append(time.perf_counter() - begun)
-    return {"ms": round(1000 * statistics.median(times), 2), "gmacs": round(size.batch * macs(cfg, model.spec) / 1e9, 3)}
+    seconds = statistics.median(bench.timed(lambda: forward(params, *inputs), 10))
+    return {"ms": round(1000 * seconds, 2), "gmacs": round(size.batch * macs(cfg, model.spec) / 1e9, 3)}
 
 
 def report(size: Size, rows: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> None:
-    names = list(dict.fromkeys(row["arm"] for row in rows))
     distances = [name for name in rows[0] if name.startswith("kid_")]
     print(f"\n{'':<28}{'mse':>18}" + "".join(f"{name:>20}" for name in distances) + f"{'ms':>9}{'GMACs':>9}")
-    for name in names:
-        mine = [row for row in rows if row["arm"] == name]
+    for name, mine in bench.groups(rows, "arm").items():
+        figures = {kind: bench.spread([row[kind] for row in mine], digits=4) for kind in ("mse", *distances)}
         cost = costs.get(name, costs["dit"] if name.startswith("DiT") else costs["LiT, inherits"])
         print(
-            f"{name:<28}{spread(mine, 'mse'):>18}"
-            + "".join(f"{spread(mine, kind):>20}" for kind in distances)
+            f"{name:<28}{figures['mse']:>18}"
+            + "".join(f"{figures[kind]:>20}" for kind in distances)
             + f"{cost['ms']:>9.1f}{cost['gmacs']:>9.2f}"
         )
     last = {row["seed"]: row for row in rows if row["arm"] == "LiT, inherits, distilled"}
@@ -287,11 +273,6 @@ def plot(size: Size, rows: list[dict[str, Any]], file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
-
-
-def spread(rows: list[dict[str, Any]], name: str) -> str:
-    values = [row[name] for row in rows]
-    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
 
 if __name__ == "__main__":

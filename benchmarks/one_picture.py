@@ -9,13 +9,12 @@ the classes left out; beside them averaged samples of a generator, as it is and 
 condition. The unseen classes of the demo are not looked at.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bench
 import numpy as np
 
 from weightgen.baselines import Ridge, row_condition, with_bias
@@ -27,8 +26,7 @@ TASKS, FOLDS = 400, 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = bench.parser(__doc__)
     args = parser.parse_args()
     rows = []
     for backend in ("embedded:emoji", "pixels"):
@@ -43,8 +41,7 @@ def main() -> None:
             row = {"backend": backend, "pictures": shots, "method": method, "accuracy": mean}
             rows.append(row | {"over gradient descent": round(100 * gap.mean, 2), "ci95": round(100 * gap.half, 2)})
             print(rows[-1], flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"tasks": TASKS * FOLDS, "rows": rows}, indent=2) + "\n")
+    bench.write(args.json, {"tasks": TASKS * FOLDS, "rows": rows})
 
 
 def left_out(tasks: EmojiTasks, fold: int) -> EmojiTasks:

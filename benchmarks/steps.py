@@ -7,24 +7,20 @@ Batches are what one device of 80 GB takes, not the recipes'; the step is the re
 recipe: its step is that of the other DiTs. LiT-XL/2's attention is once what is chosen for the device, once the kernels for Hopper.
 """
 
-import argparse
-import json
 import time
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common import config
+from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, start
-from heirloom.common.train.metrics import peak_flops
 from lit_jax.dit import Dit
 from lit_jax.recipes import imagenet
 from lit_jax.sample import SampleConfig, drawer
@@ -97,12 +93,10 @@ def sample(name: str, cfg: Any, count: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__)
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = jax.devices()[0].device_kind
-    result: dict[str, Any] = {"date": str(date.today()), "device": device, "jax": version("jax"), "rows": []}
+    result = bench.header((), device=jax.devices()[0].device_kind, jax=jax.__version__) | {"rows": []}
     steps = {name: (config.load(name, []), batch) for name, batch in TOY.items()} if args.smoke else recipes()
     work: list[Any] = [(train, (name, *given, 2 if args.smoke else 20)) for name, given in steps.items()]
     for name, cfg in DRAW.items():
@@ -117,8 +111,7 @@ def main() -> None:
         result["rows"].append(row)
         usage = f", {row['mfu']:.0%} of peak" if row.get("mfu") else ""
         print(f"{row['what']:32} batch {row['batch']:5} {row['seconds']:8.3f} s {row['examples_per_second']:9.1f}/s{usage}", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        bench.write(args.json, result, indent=1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ tensor into memory, cuts there, and only then places the student. The bars are f
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,11 +20,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bench
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -45,10 +43,9 @@ MB = 1e6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoints go, 2 GB (default: a temporary folder)")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -62,11 +59,8 @@ def main() -> None:
             runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(args.repeats)]
             rows[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {"runs": [run["seconds"] for run in runs]}
             report(name, rows)
-    if args.json:
-        device = f"CPU, {platform.machine()}, {os.cpu_count()} cores"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "numpy")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"rows": rows}, indent=2) + "\n")
+    made = bench.header(("jax", "flax", "numpy"), device=f"{bench.CPU}, {os.cpu_count()} cores")
+    bench.write(args.json, made | {"rows": rows})
 
 
 def report(name: str, rows: dict[str, dict[str, Any]]) -> None:

@@ -8,19 +8,15 @@ phase is part of its arm's steps. Scored on 300 concepts nobody was trained on. 
 done, and is not run again; one that was stopped goes on where it was, and its seconds are those since then.
 """
 
-import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
+import bench
 
 from heirloom.common import config
 from heirloom.common.checkpoint.weights import read_json, write_json
@@ -124,12 +120,10 @@ def scores(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--setting", choices=SETTINGS, default="cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, by name")
     parser.add_argument("--out", type=Path, required=True, help="runs and the result of each arm")
-    parser.add_argument("--json", type=Path, help="all results in one file")
     args = parser.parse_args()
     setting, rows = SETTINGS[args.setting], [teacher()]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -148,30 +142,22 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     print(table(rows))
-    if args.json:
-        device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {platform.machine()}"
-        made = {"date": date.today().isoformat(), "device": device, "versions": {n: version(n) for n in ("jax", "flax", "optax")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, made | {"rows": rows})
+    bench.write(args.json, bench.header() | {"rows": rows})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, as Markdown, and what it all took."""
-    lines = ["| | parameters | MACs | R@1 | R@5 | R@10 |", "|---|---|---|---|---|---|"]
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == name]
+    body = []
+    for name, mine in bench.groups(rows, "arm").items():
         count, macs = (statistics.mean(row[key] for row in mine) for key in ("parameters", "macs"))
-        lines.append(f"| {name} | {count:,.0f} | {macs / 1e6:,.0f} M | " + " | ".join(spread(mine, key) for key in METRICS) + " |")
+        scored = (bench.cell([100 * row[key] for row in mine], unit=" %") for key in METRICS)
+        body.append([name, f"{count:,.0f}", f"{macs / 1e6:,.0f} M", *scored])
     trained = [row for row in rows if "core_seconds" in row]
     took = [f"{sum(row[key] for row in trained) / 60:.0f} {what}" for key, what in TOOK.items()]
     if again := sum(row["resumed"] for row in trained):
         took.append(f"{again} of them after a stop, timed since then")
-    return "\n".join([*lines, "", f"{len(trained)} arms: {', '.join(took)}"])
-
-
-def spread(rows: list[dict[str, Any]], name: str) -> str:
-    values = [100 * row[name] for row in rows]
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f} %" if len(values) > 1 else " %")
+    head = ("", "parameters", "MACs", "R@1", "R@5", "R@10")
+    return "\n".join([*bench.markdown(head, body), "", f"{len(trained)} arms: {', '.join(took)}"])
 
 
 if __name__ == "__main__":

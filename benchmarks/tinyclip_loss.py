@@ -11,16 +11,10 @@ import os
 
 os.environ.setdefault("NPROC", "64")  # collectives on a CPU hold a thread each
 
-import argparse
-import json
-import platform
 import statistics
-import time
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,11 +36,10 @@ def whole(image: Any, text: Any, teacher_image: Any, teacher_text: Any, scale: A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--run-up-to", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -72,11 +65,7 @@ def main() -> None:
             row["error"] = max(relative(a, b) for a, b in zip(gradients["chunked"], gradients["whole"], strict=True))
         results.append(row)
         print(told(row), flush=True)
-    if args.json:
-        made = {"date": date.today().isoformat(), "device": f"CPU, {platform.machine()}, {DEVICES} simulated devices"}
-        made |= {"versions": {name: version(name) for name in ("jax", "flax")}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made | {"rows": results}, indent=2) + "\n")
+    bench.write(args.json, bench.header(("jax", "flax"), device=f"{bench.CPU}, {DEVICES} simulated devices") | {"rows": results})
 
 
 def unit(seed: int, batch: int) -> np.ndarray:
@@ -87,12 +76,7 @@ def unit(seed: int, batch: int) -> np.ndarray:
 def timed(compiled: Any, inputs: tuple[Any, ...], repeats: int) -> tuple[list[np.ndarray], float]:
     """Gradients, and the median seconds after a first call that does not count."""
     gradients = [np.asarray(x) for x in compiled(*inputs)[1]]
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(compiled(*inputs))
-        seconds.append(time.perf_counter() - started)
-    return gradients, statistics.median(seconds)
+    return gradients, statistics.median(bench.timed(lambda: compiled(*inputs), repeats))
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:

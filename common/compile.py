@@ -11,34 +11,9 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from heirloom.common.chips import GIB, TARGETS, Chip
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.hlo import collectives, summed
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One device as JAX counts them: a chip, or half of one where `cores` is 2. Bytes, bytes/s and bf16 FLOP/s are a device's."""
-
-    hbm: float
-    """What the compiler gives to a program."""
-    bandwidth: float
-    flops: float
-    link: float
-    """Bytes/s of a chip over all its links."""
-    cores: int = 1
-
-
-# Memory as libtpu 0.0.42.1 refuses more; the rest of v5e and v5p as in cloud.google.com/tpu/docs, of the others unchecked. Halved where
-# a chip has two devices.
-CHIPS = {
-    "v4": Chip(15.25 * GIB, 0.61e12, 137e12, 300e9, cores=2),
-    "v5e": Chip(15.75 * GIB, 0.82e12, 197e12, 200e9),
-    "v5p": Chip(95.74 * GIB, 2.77e12, 459e12, 600e9),
-    "v6e": Chip(31.25 * GIB, 1.64e12, 918e12, 448e9),
-    "tpu7x": Chip(94.75 * GIB, 3.69e12, 1153e12, 1200e9, cores=2),
-}
 
 
 @dataclass(frozen=True)
@@ -54,13 +29,13 @@ class Topology:
         name, _, arranged = text.partition(":")
         if not re.fullmatch(r"\d+(x\d+){1,2}", arranged):
             raise InputError(f"--topology {text}: write the chip and its arrangement, such as v5e:16x16 or v5p:4x4x4")
-        if name not in CHIPS:
-            raise InputError(f"--topology {text}: no chip {name!r}{nearest(name, CHIPS)} (there are {', '.join(CHIPS)})")
+        if name not in TARGETS:
+            raise InputError(f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {', '.join(TARGETS)})")
         return cls(name, tuple(map(int, arranged.split("x"))))
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[self.name]
+        return TARGETS[self.name]
 
     def __str__(self) -> str:
         return f"{self.name}:{'x'.join(map(str, self.shape))}"
@@ -146,7 +121,7 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
     text = compiled.as_text()
     found = collectives(text)
     parts = {
-        "matmuls": abstract.flops / devices / chip.flops,
+        "matmuls": abstract.flops / devices / chip.compiled_flops,
         # A rule of thumb: weights, gradients and moments pass through once; activations are written and read.
         "memory": (held + 2 * memory.temp_size_in_bytes) / chip.bandwidth,
         "links": sum(kind["bytes"] for kind in found.values()) / (chip.link / chip.cores),

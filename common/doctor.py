@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from packaging.version import Version
+
 from heirloom.common.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "torch", "transformers")
-# Flax follows JAX closely; each of these was tested with the other. The first number that fits decides.
-PAIRS = (("0.12", "0.12.12"), ("0.11", "0.12.9"), ("0.10", "0.12.8"))
+# Flax follows JAX closely. The oldest flax that was tested with each minor version of jax:
+PAIRS: dict[tuple[int, ...], str] = {(0, 12): "0.12.12", (0, 11): "0.12.9", (0, 10): "0.12.8"}
 SIZE = 2048
 
 
@@ -55,10 +57,10 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
 
 def check_pair(jax: str, flax: str) -> None:
     """Raise InputError when this flax is older than the one this jax was tested with."""
-    needed = next((least for prefix, least in PAIRS if jax.startswith(prefix + ".")), None)
+    needed = PAIRS.get(Version(jax).release[:2])
     if needed is None:
         raise InputError(f"jax {jax} is not supported (0.10 to 0.12 are): pip install 'jax>=0.10.2,<0.13'")
-    if _numbers(flax) < _numbers(needed):
+    if Version(flax) < Version(needed):
         raise InputError(f"jax {jax} needs flax {needed} or newer, here is {flax}: pip install -U 'flax>={needed}'")
 
 
@@ -77,7 +79,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())

@@ -1,8 +1,7 @@
 """A small residual convnet: the teacher of the demo and the benchmark, where no pretrained classifier is at hand."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +84,6 @@ class ConvNet(nnx.Module):
         return self.head(jax.nn.relu(self.norm(x)).mean((1, 2))).astype(jnp.float32)
 
 
-def config(saved: Mapping[str, Any]) -> ConvConfig:
-    """The config of a weights folder of ours."""
-    return from_json(ConvConfig, saved)
-
-
 def parameters(spec: Spec) -> dict[str, int]:
     return {"total": count(spec, "**")}
 
@@ -105,4 +99,4 @@ def macs(cfg: ConvConfig, spec: Spec) -> int:
     return total
 
 
-FAMILY = Family("convnet", ConvNet, config, (), companions, finite, parameters, macs)
+FAMILY = Family("convnet", ConvNet, partial(from_json, ConvConfig), (), companions, finite, parameters, macs)

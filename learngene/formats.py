@@ -8,15 +8,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.convert import Format, Lookalike
 from heirloom.common.checkpoint.verify import Check
-from heirloom.common.typed import from_json
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
-from learngene.vit import VitConfig
-
-
-def config(saved: Mapping[str, Any]) -> VitConfig:
-    """The config of a weights folder of ours."""
-    return from_json(VitConfig, saved)
-
 
 FORMATS = (
     Format("timm", layouts.timm, "model.safetensors", timm_folder.read, timm_folder.write),

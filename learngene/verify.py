@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.unwrap import clean_names, open_weights
-from heirloom.common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
+from heirloom.common.checkpoint.verify import OWN, Check, against, as_folder, compare, importable, outputs, quiet, reference_tensors
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from learngene import google_files
@@ -32,19 +30,18 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
     the check says so. Without torch only finiteness can be checked: `reference` is None.
     """
     x = pictures(cfg)
-    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
-    with jax.default_matmul_precision("highest"):
-        ours = np.asarray(jax.jit(functional(Vit, cfg).apply)(full, x))
-    if not np.isfinite(ours).all():
-        return Check(passed=False, reference=None, note="logits are not finite")
-    if format == "heirloom" or not importable("torch"):
-        return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    if format == "hf" and importable("transformers"):
-        return compare([ours], [transformers_logits(file, x, cfg.classes)], reference="transformers", libraries=("torch", "transformers"))
-    if format == "timm" and importable("timm"):
-        return compare([ours], [timm_logits(file, x)], reference="timm", libraries=("torch", "timm"))
-    tensors = clean_names(open_weights(file)).tensors
-    return compare([ours], [formulas(cfg, as_timm(cfg, tensors, format), x)], reference=OWN, libraries=("torch",))
+    mine = outputs(functional(Vit, cfg).apply, params, x)
+
+    def reference() -> Check:
+        if format == "hf" and importable("transformers"):
+            theirs = transformers_logits(file, x, cfg.classes)
+            return compare(mine, [theirs], reference="transformers", libraries=("torch", "transformers"))
+        if format == "timm" and importable("timm"):
+            return compare(mine, [timm_logits(file, x)], reference="timm", libraries=("torch", "timm"))
+        tensors = clean_names(open_weights(file)).tensors
+        return compare(mine, [formulas(cfg, as_timm(cfg, tensors, format), x)], reference=OWN, libraries=("torch",))
+
+    return against(reference, mine, format, what="logits")
 
 
 def transformers_logits(file: Path, x: np.ndarray, classes: int) -> np.ndarray:

@@ -1,18 +1,20 @@
 """Models by name: the published sizes of auxiliary nets and descendants."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
+from heirloom.common.typed import from_json
 from learngene import convnet
-from learngene.formats import FORMATS, LOOKALIKES, config
+from learngene.formats import FORMATS, LOOKALIKES
 from learngene.inputs import companions
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, config, FORMATS, companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+FAMILY = Family("learngene", Vit, partial(from_json, VitConfig), FORMATS, companions, verify, parameters, macs, lookalikes=LOOKALIKES)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout

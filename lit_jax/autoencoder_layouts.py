@@ -6,12 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.convert import Donor, Family, Format, Found, Lookalike, Read
-from heirloom.common.checkpoint.verify import Check, as_folder, compare, importable
+from heirloom.common.checkpoint.verify import Check, against, as_folder, compare, outputs
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -74,11 +72,6 @@ def clean(key: str) -> str:
     return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda old: _OLD_ATTENTION[old[0]], key)
 
 
-def config(saved: Mapping[str, Any]) -> AutoencoderConfig:
-    """The config of a weights folder of ours."""
-    return from_json(AutoencoderConfig, saved)
-
-
 def _read(found: Found) -> Read | None:
     if not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"} <= found.tensors.keys():
         return None
@@ -132,16 +125,16 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
     """
     images = inputs(cfg)
     model = functional(Autoencoder, cfg)
-    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
-    with jax.default_matmul_precision("highest"):
-        moments = jax.jit(partial(model.apply, method="encode"))(full, images)
-        decoded = jax.jit(partial(model.apply, method="decode"))(full, moments.mean)
-    mine = [np.array(x) for x in (*moments, decoded)]
-    if not all(np.isfinite(x).all() for x in mine):
-        return Check(passed=False, reference=None, note="latents or pictures are not finite")
-    if format == "heirloom" or not importable("torch", "diffusers"):
-        return Check(passed=True, reference=None, note="structure and finiteness only: torch and diffusers are not installed")
-    return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=("torch", "diffusers"))
+    moments = outputs(partial(model.apply, method="encode"), params, images)
+    mine = [*moments, *outputs(partial(model.apply, method="decode"), params, moments[0])]
+
+    libraries = ("torch", "diffusers")
+
+    def reference() -> Check:
+        return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=libraries)
+
+    missing = "torch and diffusers are not installed"
+    return against(reference, mine, format, what="latents or pictures", needs=libraries, missing=missing)
 
 
 def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:
@@ -173,4 +166,5 @@ LOOKALIKES = (
     Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
 )
 FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)
-FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+CONFIG = partial(from_json, AutoencoderConfig)
+FAMILY = Family("autoencoder", Autoencoder, CONFIG, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)

@@ -12,7 +12,6 @@ from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
-from heirloom.common.typed import from_json
 from lit_jax import layouts
 from lit_jax.attention import Features
 from lit_jax.dit import EPS, SOFTMAX_HEADS, DitConfig
@@ -27,11 +26,6 @@ _COMMON = (10, 100, 200, 365, 1000, 21_841, 21_843)
 _UNUSED: dict[str, Any] = dict(
     num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False, attention_type="default"
 ) | dict(caption_channels=None, interpolation_scale=None, use_additional_conditions=None, double_self_attention=False)
-
-
-def config(saved: Mapping[str, Any]) -> DitConfig:
-    """The config of a weights folder of ours."""
-    return from_json(DitConfig, saved)
 
 
 LOOKALIKES = (

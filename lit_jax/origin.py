@@ -10,8 +10,8 @@ import numpy as np
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.typed import from_json
 from lit_jax.autoencoder import AutoencoderConfig
-from lit_jax.autoencoder_layouts import config
 
 FILE = "autoencoder.json"
 
@@ -48,8 +48,8 @@ def read_origin(folder: Path) -> Origin | None:
         return None
     saved = read_json(file)
     if "model" not in saved:
-        return Origin(config(saved))
-    return Origin(config(saved["model"]), str(saved.get("source", "")), str(saved.get("encoder", "")))
+        return Origin(from_json(AutoencoderConfig, saved))
+    return Origin(from_json(AutoencoderConfig, saved["model"]), str(saved.get("source", "")), str(saved.get("encoder", "")))
 
 
 def write_origin(folder: Path, origin: Origin | None) -> None:

@@ -6,12 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from heirloom.common.checkpoint.verify import OWN, Check, as_folder, compare, importable, reference_tensors
+from heirloom.common.checkpoint.verify import OWN, Check, against, as_folder, compare, importable, outputs, reference_tensors
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
@@ -45,26 +43,21 @@ def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -
     switched; the note says how far that is from DiT's formulas, which a converted model keeps to. Of facebookresearch's and LiT's files
     no library reads the config: DiT's formulas in torch serve, and the check says so. Without torch only finiteness can be checked.
     """
-    x, t, labels = inputs(cfg)
-    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
+    given = inputs(cfg)
+    (ours,) = outputs(functional(Dit, cfg).apply, params, *given)
 
-    def predict(module: Callable[..., nnx.Module]) -> np.ndarray:
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(jax.jit(functional(module, cfg).apply)(full, x, t, labels))
+    def reference() -> Check:
+        if format == "diffusers" and importable("diffusers"):
+            theirs = diffusers_prediction(file, *given)
+            eps = float(read_json(file.parent / "config.json").get("norm_eps", NORM_EPS))
+            switched = outputs(functional(partial(AsDiffusers, eps=eps), cfg).apply, params, *given)
+            check = compare(switched, [theirs], reference="diffusers", libraries=("torch", "diffusers"))
+            return replace(check, note=check.note or _difference(ours, theirs))
+        tensors = {key: value.numpy() for key, value in reference_tensors(file).items()}
+        theirs = formulas(cfg, _as_fair(tensors) if format == "diffusers" else tensors, *given)
+        return compare([ours], [theirs], reference=OWN, libraries=("torch",))
 
-    ours = predict(Dit)
-    if not np.isfinite(ours).all():
-        return Check(passed=False, reference=None, note="predictions are not finite")
-    if format == "heirloom" or not importable("torch"):
-        return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    if format == "diffusers" and importable("diffusers"):
-        theirs = diffusers_prediction(file, x, t, labels)
-        eps = float(read_json(file.parent / "config.json").get("norm_eps", NORM_EPS))
-        check = compare([predict(partial(AsDiffusers, eps=eps))], [theirs], reference="diffusers", libraries=("torch", "diffusers"))
-        return replace(check, note=check.note or _difference(ours, theirs))
-    tensors = {key: value.numpy() for key, value in reference_tensors(file).items()}
-    theirs = formulas(cfg, _as_fair(tensors) if format == "diffusers" else tensors, x, t, labels)
-    return compare([ours], [theirs], reference=OWN, libraries=("torch",))
+    return against(reference, [ours], format, what="predictions")
 
 
 def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:

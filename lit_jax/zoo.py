@@ -1,20 +1,22 @@
 """Models by name: the published sizes of DiT and LiT, and where their weights are."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
+from heirloom.common.typed import from_json
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
-from lit_jax.formats import FORMATS, LOOKALIKES, companions, config
+from lit_jax.formats import FORMATS, LOOKALIKES, companions
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
-FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family("lit", Dit, partial(from_json, DitConfig), FORMATS, companions, verify, parameters, macs, EMBEDDED, LOOKALIKES)
 FAMILIES = (FAMILY, AUTOENCODERS)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}

@@ -30,8 +30,9 @@ import resvg_py
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from build_emoji import CAPTIONS, SCHEMA, concept, family, fetch, names, webp
+
 from heirloom.common.data import emoji
-from heirloom.common.data.emoji.build import CAPTIONS, SCHEMA, concept, family, fetch, names, webp
 
 ICONIFY = ("@iconify/json", "2.2.535")
 CLIPART = {"openclipart-svg": "1:0.18+dfsg-19", "openclipart-png": "1:0.18+dfsg-19"}

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from heirloom.common import config
-from heirloom.common.compile import GIB, Topology, compile_for
+from heirloom.common.chips import GIB
+from heirloom.common.compile import Topology, compile_for
 from heirloom.common.errors import InputError
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -13,7 +13,6 @@ from heirloom.common.checkpoint.convert import Format, Found, Guess, Lookalike, 
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
-from heirloom.common.typed import from_json
 from tinyclip_jax import layouts
 from tinyclip_jax.masks import per_layer
 from tinyclip_jax.model import Activation, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
@@ -35,11 +34,6 @@ HEAD = 64  # channels of a head in every published model
 _LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
 # open_clip's switches of other blocks and poolings; `block_type` names them all.
 _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
-
-
-def config(saved: Mapping[str, Any]) -> ClipConfig:
-    """The config of a weights folder of ours."""
-    return from_json(ClipConfig, saved)
 
 
 def _read_hf(found: Found) -> Read | None:

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.checkpoint.verify import OWN, Check, as_folder, compare, importable, quiet, reference_tensors
+from heirloom.common.checkpoint.verify import OWN, Check, against, as_folder, compare, importable, outputs, quiet, reference_tensors
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
@@ -39,20 +37,16 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) 
     the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
     """
     images, tokens = inputs(cfg)
-    model = functional(Clip, cfg)
-    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
-    with jax.default_matmul_precision("highest"):
-        ours = jax.jit(model.apply)(full, images, tokens)
-    mine = [np.asarray(ours.image), np.asarray(ours.text)]
-    if not all(np.isfinite(x).all() for x in mine):
-        return Check(passed=False, reference=None, note="features are not finite")
-    if format == "heirloom" or not importable("torch") or (format == "hf" and not importable("transformers")):
-        return Check(passed=True, reference=None, note="structure and finiteness only: the extra 'torch' is not installed")
-    if format == "hf":
-        return compare(mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers"))
-    if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
-        return compare(mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch"))
-    return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
+    mine = outputs(functional(Clip, cfg).apply, params, images, tokens)[:2]  # without the scale
+
+    def reference() -> Check:
+        if format == "hf":
+            return compare(mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers"))
+        if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
+            return compare(mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch"))
+        return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
+
+    return against(reference, mine, format, what="features", needs=("torch", "transformers") if format == "hf" else ("torch",))
 
 
 def _builds(cfg: ClipConfig) -> bool:

@@ -1,19 +1,21 @@
 """Models by name: the teacher that lives in this package, and the published ones on the Hugging Face hub."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
-from tinyclip_jax.formats import FORMATS, LOOKALIKES, config
+from heirloom.common.typed import from_json
+from tinyclip_jax.formats import FORMATS, LOOKALIKES
 from tinyclip_jax.inputs import companions
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
-FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family("tinyclip", Clip, partial(from_json, ClipConfig), FORMATS, companions, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
 FAMILIES = (FAMILY,)
 
 RN50 = resnet(64, 12)

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -23,6 +25,7 @@ from heirloom.common.errors import VerificationError
 TOLERANCE = 1e-4
 TINY = 1e-30  # instead of a reference that is all zeros
 OWN = "own formulas"
+NO_TORCH = "the extra 'torch' is not installed"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,34 @@ class Check:
         if self.reference == OWN:
             return f"checked against our own formulas, not by another library: {found}"
         return f"verified against {self.reference}: {found}"
+
+
+def outputs(apply: Callable[..., Any], params: Mapping[str, Any], *inputs: np.ndarray) -> list[np.ndarray]:
+    """The arrays that our model returns, parameters in f32 and matmuls at highest precision. apply(params, *inputs): the model."""
+    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
+    with jax.default_matmul_precision("highest"):
+        return [np.array(x) for x in jax.tree.leaves(jax.jit(apply)(full, *inputs))]
+
+
+def against(
+    reference: Callable[[], Check],
+    ours: Sequence[np.ndarray],
+    format: str,
+    *,
+    what: str,
+    needs: Sequence[str] = ("torch",),
+    missing: str = NO_TORCH,
+) -> Check:
+    """The check that `reference` makes of our outputs, or one without a reference where there can be none, with the reason.
+
+    ours: the outputs, called `what`; one that is not finite fails the check. Files in our own format ("heirloom") have no reference, and
+    without the libraries of `needs` none can be run; `missing` says so.
+    """
+    if not all(np.isfinite(x).all() for x in ours):
+        return Check(passed=False, reference=None, note=f"{what} are not finite")
+    if format == "heirloom" or not importable(*needs):
+        return Check(passed=True, reference=None, note=f"structure and finiteness only: {missing}")
+    return reference()
 
 
 def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, reference: str, libraries: Sequence[str]) -> Check:

@@ -20,9 +20,10 @@ from rich.console import Console
 
 from heirloom.common.checkpoint.state import Checkpoints
 from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError, Stopped
 from heirloom.common.paths import local
-from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer, peak_flops
+from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,36 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from heirloom.common.errors import InputError
-
-# Dense bf16 FLOP/s of one device as JAX counts devices (two per chip on TPU v2, v3 and 7x), from the makers' data
-# sheets. The first entry whose name occurs in `device_kind` counts.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "T4": 65e12,
-    "V100": 125e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None where none is known (a CPU)."""
-    words = re.split(r"[^A-Za-z0-9]", device_kind)  # an L40S is no L4
-    names = (name for name in PEAK_FLOPS if name in device_kind and name.split()[-1] in words)
-    return next((PEAK_FLOPS[name] for name in names), None)
 
 
 class MetricsFile:

@@ -84,7 +84,12 @@ def test_doctor_multiplies_and_reports(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("jax", "flax", "hint"),
-    [("0.12.0.1", "0.12.8", "flax>=0.12.12"), ("0.10.2", "0.12.1", "flax>=0.12.8"), ("0.9.0", "0.12.8", "jax>=0.10.2")],
+    [
+        ("0.12.0.1", "0.12.8", "flax>=0.12.12"),
+        ("0.12.0", "0.12.12rc1", "flax>=0.12.12"),
+        ("0.10.2", "0.12.1", "flax>=0.12.8"),
+        ("0.9.0", "0.12.8", "jax>=0.10.2"),
+    ],
 )
 def test_doctor_names_the_pair_that_does_not_go_together(jax, flax, hint):
     with pytest.raises(InputError, match=hint):
@@ -94,6 +99,7 @@ def test_doctor_names_the_pair_that_does_not_go_together(jax, flax, hint):
 def test_doctor_accepts_the_tested_pairs():
     check_pair("0.10.2", "0.12.8")
     check_pair("0.12.0.1", "0.12.12")
+    check_pair("0.12.3.dev20260101", "0.12.12+local")
 
 
 def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():

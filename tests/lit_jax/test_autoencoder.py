@@ -20,7 +20,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import GroupNorm
 from heirloom.common.surgery.layout import Tensor
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, Moments, macs, parameters, sample_latents, scale_latents, unscale_latents
-from lit_jax.autoencoder_layouts import DIFFUSERS, FAMILY, config
+from lit_jax.autoencoder_layouts import DIFFUSERS, FAMILY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
 FILE = "diffusion_pytorch_model.safetensors"
@@ -227,7 +227,7 @@ def test_weights_without_config_and_with_flags_of_others_are_refused(tmp_path):
     with pytest.raises(InputError, match="'activation' cannot be set for this model"):
         open_donor(GOLDEN, [FAMILY], activation="gelu")
     with pytest.raises(InputError, match="there is no field"):
-        config({"channels": [32], "widths": 3})
+        FAMILY.config({"channels": [32], "widths": 3})
 
 
 def test_neighbours_are_refused_by_name(tmp_path):
@@ -251,7 +251,7 @@ def test_settings_that_change_nothing_are_read(donor, tmp_path):
 
 
 def test_without_torch_the_check_says_what_it_did_not_do(donor, monkeypatch):
-    monkeypatch.setattr("lit_jax.autoencoder_layouts.importable", lambda *names: False)
+    monkeypatch.setattr("heirloom.common.checkpoint.verify.importable", lambda *names: False)
     check = FAMILY.verify(donor.cfg, donor.source.values, donor.file, "diffusers")
     assert check.passed and check.reference is None and "structure and finiteness only" in check.note
     values = {path: np.array(view) for path, view in donor.source.values.items()}

@@ -182,7 +182,7 @@ def test_a_tensor_that_does_not_come_back_fails_verification(opened, tmp_path):
 
 
 def test_without_torch_the_check_says_what_it_did_not_do(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyclip_jax.verify.importable", lambda *names: False)
+    monkeypatch.setattr("heirloom.common.checkpoint.verify.importable", lambda *names: False)
     donor, *_ = opened("hf_gelu")
     check = convert(donor, tmp_path / "out", "heirloom")
     assert check.passed and check.reference is None and check.max_error is None

@@ -6,7 +6,7 @@ One parquet file, one row per picture, in the order of the table they are from:
     label     int32    0 to 9
     split     string   train (the first 1,500) | test (the last 297)
 
-`build.py` makes the file; LICENSES.md says whose pictures these are.
+`scripts/build_digits.py` makes the file; LICENSES.md says whose pictures these are.
 """
 
 from pathlib import Path

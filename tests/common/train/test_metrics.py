@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.metrics import MetricsFile, ProgressLine, TensorBoard, WeightsAndBiases, Window, Work, describe, peak_flops
+from heirloom.common.train.metrics import MetricsFile, ProgressLine, TensorBoard, WeightsAndBiases, Window, Work, describe
 
 
 def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):
@@ -59,17 +59,6 @@ def test_the_progress_line():
     assert describe(line, 600, Work(examples=60)) == expected
     unknown = {"step": 600, "loss": None, "timing": timing | {"mfu": None}}
     assert describe(unknown, 600, Work(examples=60)) == "loss -  2,000 examples/s  MFU -  data wait 2%  ETA 0:00:00"
-
-
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        ("cpu", None), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v4", 275e12), ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", None), ("Tesla T4", 65e12),
-    ],
-)  # fmt: skip
-def test_peaks(kind, expected):
-    assert peak_flops(kind) == expected
 
 
 @pytest.mark.parametrize("writer, package", [(lambda d: TensorBoard(d), "tensorboardX"), (lambda d: WeightsAndBiases(d, {}), "wandb")])

@@ -1,6 +1,6 @@
-"""Builds the three parquet files of this folder from four npm packages: `python common/data/emoji/build.py --cache DIR`.
+"""Builds the three parquet files of `common/data/emoji` from four npm packages: `python scripts/build_emoji.py --cache DIR`.
 
-The schema is in `__init__.py`. The same packages and the same Pillow and pyarrow give the same bytes. Needs `npm` on
+The schema is in `common/data/emoji/__init__.py`. The same packages and the same Pillow and pyarrow give the same bytes. Needs `npm` on
 the path for packages that DIR does not hold yet (some 160 MB); takes a quarter of a minute on one core.
 """
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+DESTINATION = Path(__file__).parents[1] / "common" / "data" / "emoji"
 CAPTIONS = ("emojibase-data", "17.0.0")
 # style: package, version, folder of the largest pictures it has (64, 256 and 64 pixels wide)
 STYLES = {
@@ -191,4 +192,4 @@ def build(cache: Path, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder for the package tarballs")
-    build(parser.parse_args().cache, Path(__file__).parent)
+    build(parser.parse_args().cache, DESTINATION)

@@ -1,4 +1,4 @@
-"""Builds the parquet file of this folder: `python common/data/digits/build.py sklearn/datasets/data/digits.csv.gz`.
+"""Builds `common/data/digits/digits.parquet`: `python scripts/build_digits.py sklearn/datasets/data/digits.csv.gz`.
 
 The table is part of the wheel of scikit-learn: `pip download --no-deps scikit-learn`, then unzip it.
 """
@@ -12,6 +12,7 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
+DESTINATION = Path(__file__).parents[1] / "common" / "data" / "digits" / "digits.parquet"
 TRAIN = 1500
 INK = 16  # the darkest value of the table
 
@@ -32,7 +33,7 @@ def main() -> None:
         "label": pa.array(table[:, 64].astype(np.int32)),
         "split": pa.array(["train" if i < TRAIN else "test" for i in range(len(table))]),
     }
-    parquet.write_table(pa.table(columns), Path(__file__).parent / "digits.parquet", compression="zstd")
+    parquet.write_table(pa.table(columns), DESTINATION, compression="zstd")
 
 
 if __name__ == "__main__":
