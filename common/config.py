@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import cloudpickle
 
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import all_local
 
 SHIPPED = Path(__file__).parent.parent / "configs"
@@ -24,7 +24,7 @@ class Recipe(Protocol):
 
     It may also have, each for the verb that asks for it: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
     metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> an `Abstract` step,
-    `cache(destination)`, and `idle()` -> {field: why it does nothing here}.
+    `cache(destination)`, `idle()` -> {field: why it does nothing here}, and `former()` -> {prefix of a flag before: now}.
     """
 
     def train(self, directory: Path) -> None:
@@ -71,6 +71,7 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
             line, what = error.lineno, error.msg
         what = " ".join(what.split())  # one line, whatever was raised
         raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; mend the recipe") from error
+    flags = [_renamed(cfg, flag) for flag in flags]
     for flag in flags:
         for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
             if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
@@ -78,6 +79,16 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     cfg = parse(cfg, flags, f"heirloom train {name}", module.__doc__)
     all_local(cfg)
     return cfg
+
+
+def _renamed(cfg: Any, flag: str) -> str:
+    """The flag under its present name, said where `cfg.former()` knows it as the former one."""
+    for former, now in (cfg.former() if hasattr(cfg, "former") else {}).items():
+        if flag.startswith(f"--{former}"):
+            present = f"--{now}{flag.removeprefix(f'--{former}')}"
+            remark(f"{flag} is {present} now")
+            return present
+    return flag
 
 
 def parse(cfg: Any, flags: Sequence[str], prog: str, description: str | None = None) -> Any:

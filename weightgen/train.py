@@ -44,6 +44,10 @@ class LoopConfig(RunConfig):
     def check(self, mesh: Mesh) -> None:
         check_batch(self.batch, self.step, mesh)
 
+    def former(self) -> dict[str, str]:
+        """Prefixes of flags before all trainings had the same ones."""
+        return {"loop.": "", "stage2.": ""}
+
 
 def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -> None:
     """Raises InputError when a batch, or a micro-batch of it, cannot be divided among the devices that hold its rows."""

@@ -49,6 +49,13 @@ def flags(tmp_path_factory):
     return ["--zoo", str(zoo / "zoo"), *size, "--steps", "4", "--batch", "8", "--optim.warmup", "1", "--gate.force"]
 
 
+def test_flags_of_before_are_taken_and_said(remarks):
+    cfg = config.load("weightgen/generator", ["--loop.batch", "8", "--loop.optim.lr=0.5"])
+    assert (cfg.batch, cfg.optim.lr) == (8, 0.5)
+    assert remarks() == ["--loop.batch is --batch now", "--loop.optim.lr=0.5 is --optim.lr=0.5 now"]
+    assert config.load("weightgen/d2nwg", ["--stage2.steps", "7", "--stage1.steps", "9"]).steps == 7
+
+
 def test_a_step_is_outlined_for_the_compiler(flags):
     cfg = config.load("weightgen/generator", flags)
     abstract = cfg.abstract(start(MeshConfig()))
