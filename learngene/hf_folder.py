@@ -8,10 +8,10 @@ from heirloom.common.checkpoint.convert import Found, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
+from heirloom.common.nn.mlp import HF_ACTIVATIONS, HF_NAMES
 from learngene.bare_files import ordinary
 from learngene.vit import VitConfig
 
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _BLOCKS = re.compile(r"(.*\.)?encoder\.layer\.0\.layernorm_before\.weight")
 # Other models of transformers whose blocks have the same names.
 _OTHERS = {
@@ -56,7 +56,7 @@ def read(found: Found) -> Read | None:
         layers=fields.integer("num_hidden_layers", 12),
         heads=fields.integer("num_attention_heads", 12),
         hidden=fields.integer("intermediate_size", 3072),
-        activation=fields.choice("hidden_act", _ACTIVATIONS, "gelu"),
+        activation=fields.choice("hidden_act", HF_ACTIVATIONS, "gelu"),
         eps=fields.number("layer_norm_eps", 1e-12),
     )
     fields.done()
@@ -91,11 +91,10 @@ def write(cfg: VitConfig, folder: Path) -> None:
             "transformers' ViT puts a class token in front and classifies it, this model averages patches: no file of it computes the "
             "same. Write --to timm, which transformers reads through its timm wrapper, or train with tokens 'cls' and pool 'cls'"
         )
-    names = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     model = "deit" if cfg.tokens == "cls+dist" else "vit"
     sizes: dict[str, Any] = dict(image_size=cfg.size, num_channels=cfg.channels, patch_size=cfg.patch, hidden_size=cfg.width)
     sizes |= dict(num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, intermediate_size=cfg.hidden, qkv_bias=True)
-    sizes |= dict(hidden_act=names[cfg.activation], layer_norm_eps=cfg.eps, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    sizes |= dict(hidden_act=HF_NAMES[cfg.activation], layer_norm_eps=cfg.eps, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     labels = {str(i): f"LABEL_{i}" for i in range(cfg.classes)}
     labelled = dict(id2label=labels, label2id={name: int(i) for i, name in labels.items()})
     write_json(folder / "config.json", dict(architectures=[_class(model, cfg.pool == "cls+dist")], model_type=model) | sizes | labelled)

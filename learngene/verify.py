@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.unwrap import clean_names, open_weights
-from heirloom.common.checkpoint.verify import OWN, Check, against, as_folder, compare, importable, outputs, quiet, reference_tensors
+from heirloom.common.checkpoint.verify import (
+    OWN,
+    Check,
+    against,
+    as_folder,
+    compare,
+    importable,
+    outputs,
+    quiet,
+    reference_tensors,
+    torch_activation,
+)
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from learngene import google_files
@@ -83,11 +94,7 @@ def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -
     import torch.nn.functional as F
 
     w = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
-    activation = {
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    }
+    activation = torch_activation(cfg.activation)
 
     def linear(x: Any, name: str) -> Any:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -105,7 +112,7 @@ def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -
             q, k, v = qkv.reshape(len(y), -1, 3, cfg.heads, cfg.head_dim).permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(y.shape)
             y = y + linear(mixed, f"blocks.{i}.attn.proj")
-            inner = activation[cfg.activation](linear(norm(y, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+            inner = activation(linear(norm(y, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
             y = y + linear(inner, f"blocks.{i}.mlp.fc2")
         if cfg.pool == "mean_norm":
             return linear(norm(y[:, cfg.prefix :].mean(1), "fc_norm"), "head").numpy()

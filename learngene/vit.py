@@ -13,7 +13,7 @@ from heirloom.common.errors import InputError, nearest, positive
 from heirloom.common.nn.attention import Attention, Kernel, softmax
 from heirloom.common.nn.block import Block, Remat, rematerialised, scan, stack
 from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, zeros
-from heirloom.common.nn.mlp import ACTIVATIONS
+from heirloom.common.nn.mlp import Activation, check_activation
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.nn.patch import PatchEmbed
 from heirloom.common.nn.precision import add, lookup, widened
@@ -21,7 +21,6 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from learngene.stages import linear_coefficients, unrolled_map
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Tokens = Literal["none", "cls", "cls+dist"]
 Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
 Gene = Literal["none", "sws", "tleg"]
@@ -121,8 +120,8 @@ class VitConfig:
         size: int | None = None,
     ) -> "VitConfig":
         """The same model with what the shapes of its weights cannot tell. Raises InputError for a value that does not exist."""
-        if activation and activation not in ACTIVATIONS:
-            raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
+        if activation:
+            check_activation(activation)
         if pool and pool not in get_args(Pool):
             raise InputError(f"no pool {pool!r}{nearest(pool, get_args(Pool))} ({', '.join(get_args(Pool))})")
         for name, value in (("heads", heads), ("size", size)):

@@ -10,7 +10,6 @@ way, `unscale_latents` the other, and nothing else multiplies.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,13 @@ from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import uniform_fan_in
+from heirloom.common.nn.image import ResnetBlock, over_pixels, upsample
+from heirloom.common.nn.moments import Moments
 from heirloom.common.nn.norm import GroupNorm
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 
 EPS = 1e-6
-LOGVAR = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,8 @@ class AutoencoderConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-class Moments(NamedTuple):
-    """Mean and logarithm of the variance of latents, not scaled: [..., row, col, latent]."""
-
-    mean: jax.Array
-    logvar: jax.Array
-
-
-class Resnet(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))): [batch, row, col, read] -> [batch, row, col, written]."""
-
-    def __init__(self, read: int, written: int, cfg: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(read, groups=cfg.groups, eps=EPS, rngs=rngs)
-        self.conv1 = Conv(read, written, rngs=rngs)
-        self.norm2 = GroupNorm(written, groups=cfg.groups, eps=EPS, rngs=rngs)
-        self.conv2 = Conv(written, written, rngs=rngs)
-        self.shortcut = None if read == written else Conv(read, written, size=1, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+def resnet(in_channels: int, out_channels: int, cfg: AutoencoderConfig, rngs: nnx.Rngs) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, groups=cfg.groups, eps=EPS, skip="shortcut", rngs=rngs)
 
 
 class Middle(nnx.Module):
@@ -87,29 +68,28 @@ class Middle(nnx.Module):
 
     def __init__(self, channels: int, cfg: AutoencoderConfig, *, rngs: nnx.Rngs):
         sizes = dict(embed=channels, head=1, head_dim=channels)
-        self.before = Resnet(channels, channels, cfg, rngs=rngs)
+        self.before = resnet(channels, channels, cfg, rngs)
         self.attn_norm = GroupNorm(channels, groups=cfg.groups, eps=EPS, rngs=rngs)
         self.attn = Attention(sizes, attend=softmax(), qkv=uniform_fan_in, rngs=rngs)
-        self.after = Resnet(channels, channels, cfg, rngs=rngs)
+        self.after = resnet(channels, channels, cfg, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.before(x)
-        tokens = self.attn_norm(x).reshape(len(x), -1, x.shape[-1])
-        return self.after(x + self.attn(tokens).reshape(x.shape))
+        return self.after(x + over_pixels(self.attn, self.attn_norm(x)))
 
 
 class Upsample(Conv):
     """Each pixel becomes four, then a convolution."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x.repeat(2, axis=1).repeat(2, axis=2))
+        return super().__call__(upsample(x))
 
 
 class Level(nnx.Module):
     """Resnets at one resolution, then, if there is another, the step to it."""
 
     def __init__(self, read: int, written: int, resnets: int, resize: Conv | None, cfg: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.resnets = nnx.List([Resnet(written if i else read, written, cfg, rngs=rngs) for i in range(resnets)])
+        self.resnets = nnx.List([resnet(written if i else read, written, cfg, rngs) for i in range(resnets)])
         self.resize = resize
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -186,7 +166,7 @@ class Autoencoder(nnx.Module):
     def encode(self, images: jax.Array) -> Moments:
         """[batch, height / 8, width / 8, latent] each, rounded down, f32; logvar is kept within -30 and 20."""
         mean, logvar = jnp.split(self.quant(self.encoder(images)).astype(jnp.float32), 2, axis=-1)
-        return Moments(mean, jnp.clip(logvar, *LOGVAR))
+        return Moments.bounded(mean, logvar)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """[batch, 8 row, 8 col, 3] f32, about [-1, 1]."""
@@ -205,8 +185,7 @@ def unscale_latents(cfg: AutoencoderConfig, latents: jax.Array) -> jax.Array:
 
 def sample_latents(cfg: AutoencoderConfig, moments: Moments, key: jax.Array) -> jax.Array:
     """Scaled latents drawn from their moments, the input of a diffusion model: mean + exp(logvar / 2) noise, f32."""
-    mean, logvar = (x.astype(jnp.float32) for x in moments)
-    return scale_latents(cfg, mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape))
+    return scale_latents(cfg, moments.sample(key))
 
 
 def parameters(spec: Spec) -> dict[str, int]:

@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from heirloom.common.errors import InputError
+from heirloom.common.nn.adaln import XAVIER, AdalnTransformer, Modulation, time_features
 from heirloom.common.nn.attention import Attention, Kernel, softmax
-from heirloom.common.nn.block import Block, Remat, each, modulate, scan, stack
-from heirloom.common.nn.dense import Dense, Sizes, normal, param, xavier_uniform, zeros
-from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.nn.block import Remat
+from heirloom.common.nn.dense import Dense, Sizes, normal, param, zeros
 from heirloom.common.nn.patch import PatchEmbed
 from heirloom.common.nn.position import sincos
 from heirloom.common.nn.precision import lookup
@@ -23,8 +22,6 @@ from lit_jax.attention import Features, Filters, LinearAttention
 from lit_jax.linear_attention import Implementation
 
 FREQUENCIES = 256  # of the timestep features
-EPS = 1e-6  # of every LayerNorm
-XAVIER = xavier_uniform()
 SOFTMAX_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published DiTs, by width
 
 
@@ -124,14 +121,7 @@ class DitConfig:
         )
 
 
-class Modulation(NamedTuple):
-    """Everything the network knows of time and label: [layer, 6, batch, embed] for the blocks and [2, batch, embed] for the end."""
-
-    blocks: jax.Array
-    final: jax.Array
-
-
-class Dit(nnx.Module):
+class Dit(AdalnTransformer):
     """Noise and variance of a noisy input. x: [batch, size, size, channels] f32; t: [batch], fractional allowed; labels: [batch] int32.
 
     Returns [batch, size, size, 2 channels] f32: the predicted noise, then where between its bounds the variance lies (-1 to 1).
@@ -145,15 +135,10 @@ class Dit(nnx.Module):
         if cfg.attention == "linear":
             sizes |= dict(filter_row=cfg.window, filter_col=cfg.window)
             attention = partial(LinearAttention, sizes, features=cfg.features, filters=cfg.filters, implementation=cfg.implementation)
-        block: dict[str, Any] = dict(activation="gelu_tanh", eps=EPS, up=XAVIER, down=XAVIER, bias=zeros, affine=False)
         self.patch = PatchEmbed(sizes, init=XAVIER, bias=zeros, rngs=rngs)
         self.time = TimeEmbed(sizes, rngs=rngs)
         self.label = LabelEmbed(sizes, rngs=rngs)
-        self.blocks = stack(lambda rngs: Block(sizes, attention=attention, **block, rngs=rngs), cfg.layers, rngs)
-        self.modulation = stack(lambda rngs: Dense("embed -> part embed", sizes | {"part": 6}, init=zeros, rngs=rngs), cfg.layers, rngs)
-        self.final_modulation = Dense("embed -> part embed", sizes | {"part": 2}, init=zeros, rngs=rngs)
-        self.final_norm = LayerNorm(sizes, eps=EPS, affine=False, rngs=rngs)
-        self.final = Dense("embed -> patch_row patch_col out_channel", sizes, init=zeros, rngs=rngs)
+        super().__init__(sizes, layers=cfg.layers, attention=attention, written="patch_row patch_col out_channel", rngs=rngs)
         self.cfg = cfg
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
@@ -161,16 +146,13 @@ class Dit(nnx.Module):
 
     def modulations(self, t: jax.Array, labels: jax.Array) -> Modulation:
         """What time and label say to every layer: it depends on nothing else, so a sampler computes it once for all its steps."""
-        condition = jax.nn.silu(self.time(t) + self.label(labels))
-        return Modulation(jnp.moveaxis(each(self.modulation, condition), 2, 1), jnp.moveaxis(self.final_modulation(condition), 1, 0))
+        return self.modulation_of(self.time(t) + self.label(labels))
 
     def denoise(self, x: jax.Array, modulation: Modulation) -> jax.Array:
         cfg = self.cfg
         x = self.patch(x)
         x = x + sincos(cfg.grid, cfg.grid, cfg.width).reshape(cfg.tokens, cfg.width).astype(x.dtype)
-        x = scan(self.blocks, x, modulation.blocks, remat=cfg.remat)
-        shift, scale = modulation.final[:, :, None].astype(x.dtype)
-        patches = self.final(modulate(self.final_norm(x), shift, scale)).astype(jnp.float32)
+        patches = self.transform(x, modulation, remat=cfg.remat).astype(jnp.float32)
         images = patches.reshape(-1, cfg.grid, cfg.grid, *patches.shape[2:]).swapaxes(2, 3)
         return images.reshape(-1, cfg.size, cfg.size, 2 * cfg.channels)
 
@@ -182,7 +164,7 @@ class TimeEmbed(nnx.Module):
         self.divisor = FREQUENCIES // 2
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.up(time_features(t, self.divisor))))
+        return self.down(jax.nn.silu(self.up(time_features(t, FREQUENCIES, self.divisor))))
 
 
 class LabelEmbed(nnx.Module):
@@ -191,13 +173,6 @@ class LabelEmbed(nnx.Module):
 
     def __call__(self, labels: jax.Array) -> jax.Array:
         return lookup(self.table[...], labels)
-
-
-def time_features(t: jax.Array, divisor: int = FREQUENCIES // 2) -> jax.Array:
-    """[batch] -> [batch, 256] f32: cosines, then sines, at frequencies from 1 down to nearly 1/10000; `divisor` is of their exponents."""
-    frequency = jnp.asarray(np.exp(-np.log(10000) * np.arange(FREQUENCIES // 2) / divisor), jnp.float32)
-    angle = t.astype(jnp.float32)[:, None] * frequency
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 
 
 def parameters(spec: Spec) -> dict[str, int]:

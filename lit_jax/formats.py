@@ -10,11 +10,12 @@ from typing import Any, get_args
 from heirloom.common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.nn.adaln import EPS
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import layouts
 from lit_jax.attention import Features
-from lit_jax.dit import EPS, SOFTMAX_HEADS, DitConfig
+from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
 
 SIDECAR = "dit.json"

@@ -13,9 +13,10 @@ from heirloom.common.checkpoint.convert import Format, Found, Guess, Lookalike, 
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.nn.mlp import HF_ACTIVATIONS, HF_NAMES, Activation
 from tinyclip_jax import layouts
 from tinyclip_jax.masks import per_layer
-from tinyclip_jax.model import Activation, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
+from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, head_dim, uniform
 from tinyclip_jax.resnet import STAGES, ResNetConfig
 
 Tower = TypeVar("Tower", ImageConfig, TextConfig)
@@ -27,9 +28,6 @@ _HF_TEXT: dict[str, Any] = dict(
 _HF_IMAGE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
 ) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
-_HF_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"
-}  # fmt: skip
 HEAD = 64  # channels of a head in every published model
 _LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
 # open_clip's switches of other blocks and poolings; `block_type` names them all.
@@ -84,13 +82,12 @@ def _hf_sizes(tower: Fields) -> dict[str, Any]:
         layers=tower.integer("num_hidden_layers"),
         heads=heads,
         hidden=tower.integer("intermediate_size"),
-        activation=tower.choice("hidden_act", _HF_ACTIVATIONS),
+        activation=tower.choice("hidden_act", HF_ACTIVATIONS),
         eps=tower.number("layer_norm_eps"),
     )
 
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
-    names = {ours: theirs for theirs, ours in _HF_ACTIVATIONS.items()}
     if isinstance(cfg.image, ResNetConfig):
         raise InputError("Hugging Face's CLIP has no ResNet; write this model as open_clip or original")
     if not (_plain(cfg.image) and _plain(cfg.text)):
@@ -98,7 +95,7 @@ def _write_hf(cfg: ClipConfig, folder: Path) -> None:
 
     def tower(c: ImageConfig | TextConfig) -> dict[str, Any]:
         sizes = dict(hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads)
-        return sizes | dict(hidden_act=names[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0, projection_dim=cfg.joint)
+        return sizes | dict(hidden_act=HF_NAMES[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0, projection_dim=cfg.joint)
 
     eos = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
     text = tower(cfg.text) | dict(model_type="clip_text_model", vocab_size=cfg.text.vocab, max_position_embeddings=cfg.text.context)

@@ -3,26 +3,24 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import log
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, Kernel, softmax
 from heirloom.common.nn.block import Block, Remat, scan, stack
 from heirloom.common.nn.dense import Dense, constant, normal, param, uniform_fan_in
-from heirloom.common.nn.mlp import ACTIVATIONS
-from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.nn.mlp import Activation, check_activation
+from heirloom.common.nn.norm import LayerNorm, unit
 from heirloom.common.nn.patch import PatchEmbed
 from heirloom.common.nn.precision import add, lookup
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from heirloom.common.train.optim import is_statistic
 from tinyclip_jax.resnet import ResNet, ResNetConfig, positions
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ class ClipConfig:
 
     def override(self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None) -> "ClipConfig":
         """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
-        if activation and activation not in ACTIVATIONS:
-            raise InputError(f"no activation {activation!r}{nearest(activation, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
+        if activation:
+            check_activation(activation)
         image = self.image
         if isinstance(image, ImageConfig):
             image = replace(image, activation=activation or image.activation, heads=image_heads or image.heads)
@@ -252,11 +250,11 @@ class Clip(nnx.Module):
 
     def encode_image(self, images: jax.Array, keep: Keep = ALL, train: bool = False) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.image(images, keep.image, train))
+        return unit(self.image(images, keep.image, train).astype(jnp.float32))
 
     def encode_text(self, tokens: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.text(tokens, keep.text))
+        return unit(self.text(tokens, keep.text).astype(jnp.float32))
 
 
 def parameters(spec: Spec) -> dict[str, int]:
@@ -288,8 +286,3 @@ def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
 def total_macs(cfg: ClipConfig, spec: Spec) -> int:
     """Multiply-accumulates of one image with one caption."""
     return sum(macs(cfg, spec).values())
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

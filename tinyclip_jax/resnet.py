@@ -12,6 +12,7 @@ from heirloom.common.nn.attention import Kernel, softmax
 from heirloom.common.nn.block import Remat, run
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, normal, param, zeros
+from heirloom.common.nn.image import average_pool
 from heirloom.common.nn.norm import BatchNorm
 from heirloom.common.nn.precision import add
 from heirloom.common.surgery.axes import Spec, select
@@ -127,14 +128,6 @@ class AttentionPool(nnx.Module):
         tokens = jnp.concatenate([mean, grid], axis=1)
         # Only the first token's answer is used, so only its question is asked.
         return self.out(self.attend(self.query(mean), self.key(tokens), self.value(tokens)))[:, 0]
-
-
-def average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Means of size x size squares; `size` 1 is the identity."""
-    if size == 1:
-        return x
-    batch, row, col, channels = x.shape
-    return x.reshape(batch, row // size, size, col // size, size, channels).mean((2, 4))
 
 
 def positions(c: ResNetConfig) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.verify import OWN, Check, against, as_folder, compare, importable, outputs, quiet, reference_tensors
+from heirloom.common.checkpoint.verify import (
+    OWN,
+    Check,
+    against,
+    as_folder,
+    compare,
+    importable,
+    outputs,
+    quiet,
+    reference_tensors,
+    torch_activation,
+)
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
@@ -94,9 +105,6 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
     # The original files are open_clip's under a prefix per tower.
     t = {clean(k).replace("_image_encoder.", "").replace("_text_encoder.", ""): v for k, v in reference_tensors(file).items()}
 
-    def act(x: Any, name: str) -> Any:
-        return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-
     def norm(x: Any, name: str, eps: float) -> Any:
         return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
 
@@ -111,8 +119,8 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
                 x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"])
             x = x + t.get(f"{p}.attn.out_proj.bias", 0)  # of a layer without heads the files of the release keep nothing, ours this
             if f"{p}.mlp.c_fc.weight" in t:
-                y = act(F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"]), c.activation)
-                x = x + F.linear(y, t[f"{p}.mlp.c_proj.weight"])
+                y = F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"])
+                x = x + F.linear(torch_activation(c.activation)(y), t[f"{p}.mlp.c_proj.weight"])
             x = x + t[f"{p}.mlp.c_proj.bias"]
         return x
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from heirloom.common.errors import InputError
+from heirloom.common.nn.norm import unit
 
 Heads = np.ndarray
 PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
@@ -41,16 +42,12 @@ def nearest_model(condition: np.ndarray, zoo_condition: np.ndarray, heads: Heads
 
     condition: [task, feature]; zoo_condition: [member, feature].
     """
-    return heads[np.argmax(_unit(condition) @ _unit(zoo_condition).T, axis=1)]
+    return heads[np.argmax(unit(condition) @ unit(zoo_condition).T, axis=1)]
 
 
 def nearest_row(prototypes: np.ndarray, zoo_prototypes: np.ndarray, rows: np.ndarray) -> Heads:
     """Pick for each class the row of the zoo's most similar class (cosine). prototypes: [task, class, feature]; rows: [n, feature + 1]."""
-    return rows[np.argmax(_unit(prototypes) @ _unit(zoo_prototypes).T, axis=-1)]
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return rows[np.argmax(unit(prototypes) @ unit(zoo_prototypes).T, axis=-1)]
 
 
 @dataclass(frozen=True)

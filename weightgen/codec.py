@@ -1,7 +1,7 @@
 """Weights to latents and back: PCA, which needs no training and is the default; a token autoencoder; and the gate both must pass."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.block import Block, scan, stack
 from heirloom.common.nn.dense import Dense, normal, param, xavier_uniform, zeros
+from heirloom.common.nn.moments import Moments
 from weightgen.metrics import accuracy
 from weightgen.tokens import Order, TokenSpec
 from weightgen.zoo.data import Bank, shown
@@ -64,26 +65,8 @@ class Pca(nnx.Module):
         return (latents * self.scale[...]) @ self.components[...].T + self.mean[...]
 
 
-FLOOR, CEILING = -30.0, 20.0  # of the log-variance
 EPS = 1e-6  # of layer norms
-
-
 XAVIER = xavier_uniform()
-
-
-class Posterior(NamedTuple):
-    """Mean and log-variance of the latent, the same shape each."""
-
-    mean: jax.Array
-    log_variance: jax.Array
-
-    def sample(self, key: jax.Array) -> jax.Array:
-        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape)
-
-    def kl(self) -> jax.Array:
-        """Compute the KL to N(0, 1), [batch], summed over the latent (nats)."""
-        terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
-        return 0.5 * terms.reshape(len(self.mean), -1).sum(1)
 
 
 def tensor_scale(spec: TokenSpec, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,10 +126,9 @@ class TokenVae(nnx.Module):
     def _placed(self, h: jax.Array) -> jax.Array:
         return h if self.position is None else h + self.position[...]
 
-    def encode(self, x: jax.Array) -> Posterior:
+    def encode(self, x: jax.Array) -> Moments:
         h = scan(self.encoder, self._placed(self.enter(x)))
-        mean, log_variance = jnp.moveaxis(self.shrink(h), 2, 0)
-        return Posterior(mean, jnp.clip(log_variance, FLOOR, CEILING))
+        return Moments.bounded(*jnp.moveaxis(self.shrink(h), 2, 0))
 
     def decode(self, z: jax.Array) -> jax.Array:
         return self.leave(scan(self.decoder, self._placed(self.grow(z))))
@@ -183,7 +165,7 @@ class TokenCodec(nnx.Module):
         return x, *self.vae(x, key)
 
 
-def vae_loss(x: jax.Array, back: jax.Array, posterior: Posterior, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
+def vae_loss(x: jax.Array, back: jax.Array, posterior: Moments, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
     """Compute summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
 
     The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes nothing.

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,16 @@ def guarded(check: Callable[[], Check]) -> Check:
         raise VerificationError(
             f"the reference could not be run on these weights ({type(error).__name__}: {why}); --no-verify converts without it"
         ) from error
+
+
+def torch_activation(name: str) -> Callable[[Any], Any]:
+    """The function of `heirloom.common.nn.mlp.ACTIVATIONS` in torch."""
+    import torch
+    import torch.nn.functional as F
+
+    if name == "quick_gelu":
+        return lambda x: x * torch.sigmoid(1.702 * x)
+    return partial(F.gelu, approximate={"gelu": "none", "gelu_tanh": "tanh"}[name])
 
 
 def reference_tensors(file: Path) -> dict[str, Any]:

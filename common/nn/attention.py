@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform
+from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`attend(query, key, value)`: [batch, token, head, head_dim] each, and so is the result."""
@@ -23,11 +23,13 @@ def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
 class Attention(nnx.Module):
     """Self-attention with biases on all four projections. `x` is [batch, token, embed]; returns the same shape."""
 
-    def __init__(self, sizes: Sizes, *, attend: Attend, qkv: Init = PACKED, out: Init = uniform_fan_in, rngs: nnx.Rngs):
-        self.query = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
-        self.key = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
-        self.value = Dense("embed -> head head_dim", sizes, init=qkv, rngs=rngs)
-        self.out = Dense("head head_dim -> embed", sizes, init=out, rngs=rngs)
+    def __init__(
+        self, sizes: Sizes, *, attend: Attend, qkv: Init = PACKED, out: Init = uniform_fan_in, bias: Init = zeros, rngs: nnx.Rngs
+    ):
+        self.query = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
+        self.key = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
+        self.value = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
+        self.out = Dense("head head_dim -> embed", sizes, init=out, bias=bias, rngs=rngs)
         self.attend = attend
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from heirloom.common.nn.dense import Init, Sizes, uniform_fan_in
-from heirloom.common.nn.mlp import Mlp
+from heirloom.common.nn.mlp import Activation, Mlp
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.surgery.axes import Axes
 
@@ -27,7 +27,7 @@ class Block(nnx.Module):
         sizes: Sizes,
         *,
         attention: Callable[..., nnx.Module],
-        activation: str,
+        activation: Activation,
         eps: float,
         up: Init = uniform_fan_in,
         down: Init = uniform_fan_in,

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 from flax import nnx
 
+from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -14,17 +18,31 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": quick_gelu,
 }
+# The names of transformers (`hidden_act`); the last name of an activation is the one that is written.
+HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+HF_NAMES: dict[Activation, str] = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
+
+
+def check_activation(name: str) -> None:
+    """Raise InputError for an activation that does not exist."""
+    if name not in ACTIVATIONS:
+        raise InputError(f"no activation {name!r}{nearest(name, ACTIVATIONS)} ({', '.join(ACTIVATIONS)})")
 
 
 class Mlp(nnx.Module):
     """embed -> hidden -> embed. `x` is [..., embed]; returns the same shape."""
 
-    def __init__(self, sizes: Sizes, *, activation: str, up: Init, down: Init, bias: Init = uniform_fan_in, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sizes, *, activation: Activation, up: Init, down: Init, bias: Init = uniform_fan_in, rngs: nnx.Rngs):
         self.up = Dense("embed -> hidden", sizes, init=up, bias=bias, rngs=rngs)
         self.down = Dense("hidden -> embed", sizes, init=down, bias=bias, rngs=rngs)
         self.activation = ACTIVATIONS[activation]

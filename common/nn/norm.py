@@ -1,10 +1,24 @@
 """Normalisation, of the channels of a token or of groups of channels over an image."""
 
+from typing import overload
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from heirloom.common.nn.dense import Init, Sizes, ones, param, zeros
+
+
+@overload
+def unit(x: np.ndarray) -> np.ndarray: ...
+@overload
+def unit(x: jax.Array) -> jax.Array: ...
+def unit(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Divide vectors [..., embed] by their Euclidean norm; NumPy in, NumPy out. A vector of zeros stays zeros."""
+    if isinstance(x, np.ndarray):
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class LayerNorm(nnx.Module):

@@ -1,16 +1,17 @@
 """The released denoiser: an ADM-type UNet with the condition as a further channel, 102,684,929 parameters as released."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from heirloom.common.nn.adaln import time_features
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, uniform_fan_in, zeros
+from heirloom.common.nn.image import Resample, ResnetBlock, over_pixels
 from heirloom.common.nn.norm import GroupNorm
-from weightgen.generator.denoiser import time_features
 
 GROUPS, EPS = 32, 1e-5
 
@@ -34,39 +35,6 @@ class UnetConfig:
     groups: int = GROUPS
 
 
-Resample = Literal["none", "up", "down"]
-
-
-class ResBlock(nnx.Module):
-    """Norm, SiLU, conv; norm scaled and shifted by time, SiLU, conv that starts at zero. x: [batch, row, col, channel]."""
-
-    def __init__(self, in_channels: int, out_channels: int, embed: int, groups: int, resample: Resample = "none", *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(in_channels, groups=groups, eps=EPS, rngs=rngs)
-        self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
-        sizes = {"time": embed, "part": 2, "channel": out_channels}
-        self.time = Dense("time -> part channel", sizes, bias=uniform_fan_in, rngs=rngs)
-        self.norm2 = GroupNorm(out_channels, groups=groups, eps=EPS, rngs=rngs)
-        self.conv2 = Conv(out_channels, out_channels, init=zeros, bias=zeros, rngs=rngs)
-        self.skip = Conv(in_channels, out_channels, size=1, rngs=rngs) if in_channels != out_channels else None
-        self.resample = resample
-
-    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-        h = self.conv1(_resampled(jax.nn.silu(self.norm1(x)), self.resample))
-        x = _resampled(x, self.resample)
-        scale, shift = jnp.moveaxis(self.time(jax.nn.silu(time)), 1, 0)[:, :, None, None]
-        h = self.conv2(jax.nn.silu(self.norm2(h) * (1 + scale) + shift))
-        return (x if self.skip is None else self.skip(x)) + h
-
-
-def _resampled(x: jax.Array, how: Resample) -> jax.Array:
-    if how == "none":
-        return x
-    n, row, col, channel = x.shape
-    if how == "up":
-        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    return x.reshape(n, row // 2, 2, col // 2, 2, channel).mean((2, 4))
-
-
 class ImageAttention(nnx.Module):
     """Residual self-attention over the cells of an image; its output projection starts at zero."""
 
@@ -77,15 +45,16 @@ class ImageAttention(nnx.Module):
         self.out = Dense("head head_dim -> embed", sizes, init=zeros, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        n, row, col, channel = x.shape
-        query, key, value = jnp.moveaxis(self.qkv(self.norm(x).reshape(n, row * col, channel)), 2, 0)
-        return x + self.out(jax.nn.dot_product_attention(query, key, value)).reshape(x.shape)
+        return x + over_pixels(self._attend, self.norm(x))
+
+    def _attend(self, x: jax.Array) -> jax.Array:
+        return self.out(jax.nn.dot_product_attention(*jnp.moveaxis(self.qkv(x), 2, 0)))
 
 
 class Stage(nnx.Module):
     """A residual block and, where the config asks for it, attention."""
 
-    def __init__(self, block: ResBlock, attention: ImageAttention | None):
+    def __init__(self, block: ResnetBlock, attention: ImageAttention | None):
         self.block, self.attention = block, attention
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
@@ -102,8 +71,9 @@ class Unet(nnx.Module):
         self.time_down = Dense("embed -> embed", {"embed": embed}, bias=uniform_fan_in, rngs=rngs)
         self.enter = Conv(cfg.read, width, rngs=rngs)
 
-        def res(in_channels: int, out_channels: int, resample: Resample = "none") -> ResBlock:
-            return ResBlock(in_channels, out_channels, embed, groups=cfg.groups, resample=resample, rngs=rngs)
+        def res(in_channels: int, out_channels: int, resample: Resample = "none") -> ResnetBlock:
+            sizes: dict[str, Any] = dict(groups=cfg.groups, eps=EPS, time=embed)
+            return ResnetBlock(in_channels, out_channels, **sizes, out=zeros, resample=resample, rngs=rngs)
 
         def attend(channels: int, rate: int) -> ImageAttention | None:
             return ImageAttention(channels, cfg.heads, cfg.groups, rngs=rngs) if rate in cfg.attention else None

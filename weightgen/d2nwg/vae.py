@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from heirloom.common.errors import InputError
+from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, uniform_fan_in
+from heirloom.common.nn.image import ResnetBlock, over_pixels, upsample
+from heirloom.common.nn.moments import Moments
 from heirloom.common.nn.norm import GroupNorm
-from weightgen.codec import CEILING, FLOOR, Posterior
 
 GROUPS, EPS = 2, 1e-6
 
@@ -50,36 +52,20 @@ class VaeConfig:
         return side, side, self.latent
 
 
-class VaeBlock(nnx.Module):
-    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(in_channels, groups=GROUPS, eps=EPS, rngs=rngs)
-        self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
-        self.norm2 = GroupNorm(out_channels, groups=GROUPS, eps=EPS, rngs=rngs)
-        self.conv2 = Conv(out_channels, out_channels, rngs=rngs)
-        self.skip = Conv(in_channels, out_channels, size=1, rngs=rngs) if in_channels != out_channels else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
-        return (x if self.skip is None else self.skip(x)) + h
-
-
-class VaeAttention(nnx.Module):
+class VaeAttention(Attention):
     """Single-head self-attention over the cells of an image, residual."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, groups=GROUPS, eps=EPS, rngs=rngs)
         sizes = {"embed": channels, "head": 1, "head_dim": channels}
-        dense: dict[str, Any] = dict(bias=uniform_fan_in, rngs=rngs)
-        self.query = Dense("embed -> head head_dim", sizes, **dense)
-        self.key = Dense("embed -> head head_dim", sizes, **dense)
-        self.value = Dense("embed -> head head_dim", sizes, **dense)
-        self.out = Dense("head head_dim -> embed", sizes, **dense)
+        super().__init__(sizes, attend=softmax(), qkv=uniform_fan_in, bias=uniform_fan_in, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.norm(x).reshape(len(x), -1, x.shape[-1])
-        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
-        return x + self.out(h).reshape(x.shape)
+        return x + over_pixels(super().__call__, self.norm(x))
+
+
+def block(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, groups=GROUPS, eps=EPS, rngs=rngs)
 
 
 class ConvVae(nnx.Module):
@@ -95,14 +81,14 @@ class ConvVae(nnx.Module):
         now, side = cfg.channels, cfg.resolution
         for level, width in enumerate(widths):
             for _ in range(cfg.blocks):
-                encoder.append(VaeBlock(now, width, rngs=rngs))
+                encoder.append(block(now, width, rngs))
                 now = width
                 if side in cfg.attention:
                     encoder.append(VaeAttention(now, rngs=rngs))
             if level + 1 < len(widths):
                 encoder.append(Conv(now, now, stride=2, padding=(0, 1), rngs=rngs))
                 side //= 2
-        encoder += [VaeBlock(now, now, rngs=rngs), VaeAttention(now, rngs=rngs), VaeBlock(now, now, rngs=rngs)]
+        encoder += [block(now, now, rngs), VaeAttention(now, rngs=rngs), block(now, now, rngs)]
         self.encoder = nnx.List(encoder)
         self.encoder_norm = GroupNorm(now, groups=GROUPS, eps=EPS, rngs=rngs)
         self.encoder_out = Conv(now, 2 * cfg.latent, rngs=rngs)
@@ -110,10 +96,10 @@ class ConvVae(nnx.Module):
 
         self.post_quant = Conv(cfg.latent, cfg.latent, size=1, rngs=rngs)
         decoder: list[Any] = [Conv(cfg.latent, now, rngs=rngs)]
-        decoder += [VaeBlock(now, now, rngs=rngs), VaeAttention(now, rngs=rngs), VaeBlock(now, now, rngs=rngs)]
+        decoder += [block(now, now, rngs), VaeAttention(now, rngs=rngs), block(now, now, rngs)]
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(cfg.blocks + 1):
-                decoder.append(VaeBlock(now, width, rngs=rngs))
+                decoder.append(block(now, width, rngs))
                 now = width
                 if side in cfg.attention:
                     decoder.append(VaeAttention(now, rngs=rngs))
@@ -125,15 +111,14 @@ class ConvVae(nnx.Module):
         self.decoder_out = Conv(now, cfg.channels_in, rngs=rngs)
         self.cfg = cfg
 
-    def encode(self, x: jax.Array) -> Posterior:
+    def encode(self, x: jax.Array) -> Moments:
         cfg = self.cfg
         h = jax.nn.leaky_relu(self.enter(x.reshape(len(x), cfg.rows, cfg.length)), 0.01)
         # Channel-first in memory, as the released reshape has it.
         h = jnp.moveaxis(h.reshape(len(x), cfg.channels_in, cfg.resolution, cfg.resolution), 1, -1)
         for layer in self.encoder:
             h = layer(h)
-        mean, log_variance = jnp.split(self.quant(self.encoder_out(jax.nn.silu(self.encoder_norm(h)))), 2, axis=-1)
-        return Posterior(mean, jnp.clip(log_variance, FLOOR, CEILING))
+        return Moments.bounded(*jnp.split(self.quant(self.encoder_out(jax.nn.silu(self.encoder_norm(h)))), 2, axis=-1))
 
     def decode(self, z: jax.Array) -> jax.Array:
         h = self.post_quant(z)
@@ -155,4 +140,4 @@ class UpConv(nnx.Module):
         self.conv = Conv(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        return self.conv(upsample(x))

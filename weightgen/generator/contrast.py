@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from heirloom.common.nn.dense import param
+from heirloom.common.nn.norm import unit
 from weightgen.generator.conditions import SetConfig, SetOfSets
 
 Loss = Literal["soft_target", "info_nce", "siglip"]
@@ -57,7 +58,3 @@ def siglip(weights: jax.Array, data: jax.Array, scale: jax.Array | float = 10.0,
 
 
 LOSSES: dict[Loss, Any] = {"soft_target": soft_target, "info_nce": info_nce, "siglip": siglip}
-
-
-def unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -12,12 +12,13 @@ import numpy as np
 
 from heirloom.common.errors import positive
 from heirloom.common.nn.functional import functional
+from heirloom.common.nn.norm import unit
 from heirloom.common.train.parameters import gathered
 from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, TokenCodec, TokenVaeConfig, check_codec, fit_pca, left_out, measure, tensor_scale, vae_loss
 from weightgen.formats import CODEC, ENCODER, open_part
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
-from weightgen.generator.contrast import Aligned, Loss, unit
+from weightgen.generator.contrast import Aligned, Loss
 from weightgen.tokens import Order
 from weightgen.train import LoopConfig, optimizer, placed, shapes
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
