@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for one small run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older emitters compile in half the time or less, and splitting such small modules between threads costs more than it saves.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 # And what was compiled once is kept, for the other processes and for the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
