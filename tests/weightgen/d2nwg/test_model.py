@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,16 +53,15 @@ def test_the_latent_is_4_x_16_x_16_and_the_image_must_be_filled():
         VaeConfig(fdim=4000)
 
 
-def test_the_unet_is_zero_at_first_and_uses_its_condition():
-    cfg = UnetConfig(size=8, channels=8, multiples=(1, 2), attention=(2,), groups=4)
+def test_the_unet_is_zero_at_first_and_uses_its_condition(draw):
+    cfg = UnetConfig(size=4, channels=8, multiples=(1, 2), blocks=1, attention=(2,), groups=4)
     model = functional(Unet, cfg)
-    params = model.init(jax.random.key(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32)
+    params = draw(model.spec)
+    leave = model.init(jax.random.key(0), [path for path in params if path.startswith("leave/")])  # decides alone: it is the last layer
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
     apply = run(model)
-    assert not np.asarray(apply(params, x, jnp.ones(2), x)).any()
-    rng = np.random.default_rng(1)
-    params = {path: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in params.items()}
-    outs = [np.asarray(apply(params, x, jnp.full(2, t), c)) for t, c in ((1.0, x), (1.0, -x), (500.0, x))]
+    assert len(leave) == 2 and not np.asarray(apply(params | leave, x, np.ones(2), x)).any()
+    outs = [np.asarray(apply(params, x, np.full(2, t), c)) for t, c in ((1.0, x), (1.0, -x), (500.0, x))]
     assert np.abs(outs[0] - outs[1]).max() > 1e-3 and np.abs(outs[0] - outs[2]).max() > 1e-3
 
 
@@ -87,20 +85,20 @@ def test_the_released_schedule_and_its_samplers():
     np.testing.assert_allclose(a.log_variance[:-1, 0], b.log_variance[:-1, 0], rtol=1e-6)
 
 
-def test_the_released_pipeline_fits_together():
+def test_the_released_pipeline_fits_together(draw):
     cfg = D2nwgConfig(
         VaeConfig(1, 24, 64, 1, 8, channels=8, multiples=(1, 1), blocks=1),
-        UnetConfig(size=8, channels=8, multiples=(1,), attention=(), groups=4),
+        UnetConfig(size=8, channels=8, multiples=(1,), blocks=1, attention=(), groups=4),
         features=SetConfig(features=6),
         slots=6,
         scale=0.5,
         steps=4,
     )
     model = functional(D2nwg, cfg)
-    params = model.init(jax.random.key(0))
+    params = {path: 0 * x if path.startswith("unet/leave/") else x for path, x in draw(model.spec).items()}
     rng = np.random.default_rng(0)
-    weights = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
-    support = jnp.asarray(rng.standard_normal((3, 3, 2, 6)), jnp.float32)
+    weights = rng.standard_normal((3, 24)).astype(np.float32)
+    support = rng.standard_normal((3, 3, 2, 6)).astype(np.float32)
     key = jax.random.key(1)
     # Decoding the latent image is decoding the latent: the reshape by memory order is undone, and so is the scale.
     image = run(model, "latents")(params, weights, key)

@@ -21,9 +21,9 @@ def pictures():
     return jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 3, 16)), jnp.float32)
 
 
-def test_the_set_encoder_does_not_know_any_order(pictures):
+def test_the_set_encoder_does_not_know_any_order(pictures, draw):
     model = functional(SetOfSets, SetConfig(16, hidden=8, inducing=4, out=16, latent=8))
-    params = model.init(jax.random.key(0))
+    params = draw(model.spec)
     apply = run(model)
     out = np.asarray(apply(params, pictures))
     for other in (pictures[:, ::-1], pictures[:, :, ::-1]):
