@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL in our names, both ways, and the proof that it computes the same."""
+"""Reads, writes and verifies diffusers' AutoencoderKL."""
 
 import re
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def _resnet(ours: str, theirs: str) -> Rows:
 
 
 def _half(half: str, levels: str, resize: str) -> Rows:
-    """The encoder or the decoder, which differ in what they call the levels and the step between them."""
+    """Rows of the encoder or the decoder. levels: name of the list of levels; resize: name of the layer that resamples between levels."""
     attention, middle = f"{half}.mid_block.attentions.0", f"{half}.mid_block.resnets"
     projections = dict(query="to_q", key="to_k", value="to_v", out="to_out.0")
     linear = ((f"{half}/middle/attn/{a}", f"{attention}.{b}") for a, b in projections.items())
@@ -70,7 +70,7 @@ DIFFUSERS = Layout(
 
 
 def clean(key: str) -> str:
-    """The current name of a tensor: the attention of older files (sd-vae-ft-* among them) has names of its own."""
+    """Return the current name of a tensor: older files (such as sd-vae-ft-*) name the attention layers differently."""
     return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda old: _OLD_ATTENTION[old[0]], key)
 
 
@@ -121,7 +121,7 @@ def _write(cfg: AutoencoderConfig, folder: Path) -> None:
 
 
 def inputs(cfg: AutoencoderConfig) -> np.ndarray:
-    """Two seeded pictures of 5 by 7 latent positions, f32 in [-1, 1]."""
+    """Make two seeded pictures of 5 by 7 latent positions, f32 in [-1, 1]."""
     return np.random.default_rng(0).uniform(-1, 1, (2, 5 * cfg.factor, 7 * cfg.factor, 3)).astype(np.float32)
 
 
@@ -136,16 +136,16 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
     with jax.default_matmul_precision("highest"):
         moments = jax.jit(partial(model.apply, method="encode"))(full, images)
         decoded = jax.jit(partial(model.apply, method="decode"))(full, moments.mean)
-    mine = [np.array(x) for x in (*moments, decoded)]
-    if not all(np.isfinite(x).all() for x in mine):
+    ours = [np.array(x) for x in (*moments, decoded)]
+    if not all(np.isfinite(x).all() for x in ours):
         return Check(passed=False, reference=None, note="latents or pictures are not finite")
     if format == "heirloom" or not importable("torch", "diffusers"):
         return Check(passed=True, reference=None, note="structure and finiteness only: torch and diffusers are not installed")
-    return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=("torch", "diffusers"))
+    return compare(ours, _diffusers(file, images, ours[0]), reference="diffusers", libraries=("torch", "diffusers"))
 
 
 def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:
-    """Mean, logvar and decoded latents as diffusers has them: it reads the file and its config by itself."""
+    """Compute mean, logvar and decoded latents with diffusers, which reads the file and its config itself."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -158,12 +158,12 @@ def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.n
 
 
 def _companions(donor: Donor, destination: Path, format: str) -> None:
-    """An autoencoder travels alone."""
+    """An autoencoder has no sidecar files to copy."""
 
 
 _COMPVIS = (
-    "an autoencoder under CompVis' names: let diffusers bring it into its own (AutoencoderKL.from_single_file(FILE), save_pretrained(DIR)) "
-    "and convert that folder"
+    "an autoencoder with CompVis' names: convert it with diffusers (AutoencoderKL.from_single_file(FILE), save_pretrained(DIR)) "
+    "and name that folder"
 )
 LOOKALIKES = (
     Lookalike("*encoder.down.0.block.0.norm1.weight", _COMPVIS),

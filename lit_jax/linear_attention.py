@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.precision import rounded
-from lit_jax.kernels import PLATFORMS, FeatureMap, Known, Layout, Order, Problem, choice
+from lit_jax.kernels import PLATFORMS, FeatureMap, Residuals, Layout, Order, Problem, choice
 from lit_jax.kernels.xla import check_branch, depthwise
 
 __all__ = ["depthwise", "linear_attention"]
@@ -78,7 +78,7 @@ def linear_attention(
 
     window = None if conv_weight is None else conv_weight.shape[:2]
     picked = implementation or choice().implementation
-    if reason := _module(picked).refuses(problem, head_dim, tokens, v.dtype, window):
+    if reason := _module(picked).unsupported_reason(problem, head_dim, tokens, v.dtype, window):
         if implementation:
             raise Unsupported(f"linear attention by {implementation}: {reason}; or take the implementation xla")
         picked = "xla"
@@ -167,7 +167,7 @@ class _Run(NamedTuple):
             "q": of_tokens,
             "w": PartitionSpec(None, None, head),
             "b": PartitionSpec(head),
-            "s": PartitionSpec() if quadratic else Known(*known),
+            "s": PartitionSpec() if quadratic else Residuals(*known),
         }
         # No residual varies over an axis it is not split over, but that is not the kernels' to prove.
         return jax.shard_map(kernel, in_specs=tuple(map(specs.get, given)), out_specs=tuple(map(specs.get, returned)), check_vma=False)(

@@ -31,7 +31,7 @@ class Origin:
         return f"{self.source or 'an autoencoder that is not named'} (scaling_factor {self.cfg.scaling_factor:g})"
 
 
-def origin_of(donor: Donor, source: str) -> Origin:
+def autoencoder_origin(donor: Donor, source: str) -> Origin:
     """The identity of an opened autoencoder. Weights count in half precision, so that a copy in half precision is the same encoder."""
     digest = hashlib.sha256()
     for path, value in sorted(donor.source.values.items()):
@@ -64,7 +64,7 @@ def copy_origin(source: Path, destination: Path) -> None:
         shutil.copy(source / FILE, destination / FILE)
 
 
-def same_latents(one: Origin, other: Origin, of_one: str, of_other: str) -> str:
+def compare_latents(one: Origin, other: Origin, of_one: str, of_other: str) -> str:
     """What to say where two autoencoders differ, or nothing. of_one, of_other: what each belongs to, for the message.
 
     Raises InputError where latents of one are nothing to the other: another scaling factor or another number of channels.

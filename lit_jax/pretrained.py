@@ -18,9 +18,9 @@ from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params, save_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
-from lit_jax.decode import Pictures, decoded, open_pictures
+from lit_jax.decode import PictureDecoder, picture_decoder, open_pictures
 from lit_jax.dit import DitConfig
-from lit_jax.generate import BATCH, class_keys, draw_batches, looks
+from lit_jax.generate import BATCH, class_keys, draw_batches, default_sampling
 from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.sample import Draw, SampleConfig, drawer
 from lit_jax.zoo import EMBEDDED, FAMILY
@@ -34,7 +34,7 @@ class Pretrained:
     model: Functional
     params: dict[str, jax.Array]
     mesh: Mesh
-    pictures: Pictures | None
+    pictures: PictureDecoder | None
     origin: Origin | None
     _drawers: dict[SampleConfig, Draw] = field(default_factory=dict, repr=False)
 
@@ -45,7 +45,7 @@ class Pretrained:
         for a picture that is not finite, and for latents without an autoencoder.
         """
         asked = [int(c) for c in np.atleast_1d(np.asarray(classes))]
-        default = looks(self.cfg)
+        default = default_sampling(self.cfg)
         if unknown := how.keys() - vars(default).keys():
             raise InputError(f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are {', '.join(vars(default))})")
         if min(count, batch, len(asked)) < 1:
@@ -71,7 +71,7 @@ class PretrainedAutoencoder:
     cfg: AutoencoderConfig
     model: Functional
     params: dict[str, jax.Array]
-    pictures: Pictures
+    pictures: PictureDecoder
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """Pictures uint8 [n, height, width, 3] to the means of their latents, scaled: [n, row, col, latent] f32."""
@@ -103,7 +103,7 @@ def load(source: str, autoencoder: str = "", **overrides: Any) -> Any:
     mesh = start(MeshConfig())
     if isinstance(donor.cfg, AutoencoderConfig):
         params = load_params(donor, mesh)
-        return PretrainedAutoencoder(donor.cfg, donor.model, params, decoded(donor.cfg, donor.model, params))
+        return PretrainedAutoencoder(donor.cfg, donor.model, params, picture_decoder(donor.cfg, donor.model, params))
     origin = read_origin(donor.folder)
     pictures = open_pictures(donor.cfg, autoencoder, mesh, origin)
     return Pretrained(donor.cfg, donor.model, load_params(donor, mesh), mesh, pictures, origin)

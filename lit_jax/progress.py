@@ -17,8 +17,8 @@ from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.train.mesh import replicated, split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.data import Pixels, is_latent, latents
-from lit_jax.decode import Pictures
-from lit_jax.latents import cached_origin, sample_cached
+from lit_jax.decode import PictureDecoder
+from lit_jax.latents import cache_origin, sample_cached
 from lit_jax.losses import split
 from lit_jax.sample import drawer
 
@@ -31,7 +31,7 @@ HELD_OUT, ROWS = 512, 128  # pictures that the held-out loss looks at, and how m
 def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
     """Squared error of the noise, averaged over evenly spread times; noise and times are always the same."""
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
-    cached = cached_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
+    cached = cache_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
@@ -62,7 +62,7 @@ def noise_errors(student: Model, mesh: Mesh) -> Callable[..., jax.Array]:
     return errors
 
 
-def grids(cfg: "Config", model: Model, pictures: Pictures, mesh: Mesh) -> Callable[[Mapping[str, Any], int, Path], None]:
+def grids(cfg: "Config", model: Model, pictures: PictureDecoder, mesh: Mesh) -> Callable[[Mapping[str, Any], int, Path], None]:
     """`(params, step, run folder)`: writes a grid of samples, from the same noise every time."""
     draw, labels = drawer(model, cfg.student, cfg.sample, mesh), np.arange(cfg.samples) % cfg.student.classes
 

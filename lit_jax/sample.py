@@ -20,7 +20,7 @@ from lit_jax.losses import split
 
 Name = Literal["ddpm", "ddim", "dpm"]
 Guided = Literal["all", "first three"]
-AHEAD = 2**30  # bytes: beyond this the modulations of all steps are computed step by step
+PRECOMPUTE_LIMIT = 2**30  # bytes: beyond this the modulations of all steps are computed step by step
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def drawer(model: Model, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
         modulations = partial(model.apply, params, method="modulations")
         size = len(sampler) * len(unique) * (6 * cfg.layers + 2) * cfg.width * 4
         ahead = None
-        if size <= AHEAD:
+        if size <= PRECOMPUTE_LIMIT:
             t, labels = (x.ravel() for x in jnp.meshgrid(times, unique, indexing="ij"))
             ahead = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels))
 

@@ -31,7 +31,7 @@ from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.kernels import PLATFORMS
-from lit_jax.latents import cached_origin, latents_of, sample_cached
+from lit_jax.latents import cache_origin, data_origin, sample_cached
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
 from lit_jax.origin import copy_origin, write_origin
 from lit_jax.progress import grids, held_out_loss
@@ -82,7 +82,7 @@ class Config(BaseConfig):
 
 def parts(cfg: Config) -> Parts:
     """Inheritance of all but self-attention, and hybrid distillation (LiT §3)."""
-    model, cached = functional(Dit, cfg.student), cached_by(cfg)
+    model, cached = functional(Dit, cfg.student), cache_autoencoder(cfg)
 
     def resolve(donor: Donor) -> Resolution:
         return graft_attention(donor.cfg, cfg.student, cfg.keep).resolve(donor.source, model.spec)
@@ -99,19 +99,19 @@ def parts(cfg: Config) -> Parts:
         teacher=cfg.teacher if cfg.distill.active else "",
         open=open_dit,
         outline=outline,
-        inputs=partial(latents_of, cfg.data, cfg.held_out),
+        inputs=partial(data_origin, cfg.data, cfg.held_out),
         resolve=resolve,
-        look=None if cached else first_look,
+        look=None if cached else describe_first_batch,
         evaluator=partial(evaluator, cfg),
         sidecars=lambda opened, folder: write_origin(folder, opened.inputs),
         inherited_sidecars=lambda opened, folder: copy_origin(opened.donor.folder, folder) if opened.donor else None,
     )
 
 
-def cached_by(cfg: Config) -> AutoencoderConfig | None:
+def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
     """The autoencoder whose latents the data are, or will be where there is no cache yet; None for pictures."""
     if is_latent(cfg.data):
-        return cached_origin(Path(cfg.data.path)).cfg
+        return cache_origin(Path(cfg.data.path)).cfg
     return AutoencoderConfig() if cfg.autoencoder else None
 
 
@@ -176,7 +176,7 @@ def batch_shapes(cfg: Config) -> Shapes:
     """Latents as `cache_latents` keeps them where there is an autoencoder, else pixels."""
     n, size, channels = cfg.pipeline.batch, cfg.student.size, cfg.student.channels
     label = {"label": ((n,), jnp.int32)}
-    if cached_by(cfg):
+    if cache_autoencoder(cfg):
         return {"moments": ((n, 2, size, size, 2 * channels), jnp.float16)} | label
     return {"image": ((n, size, size, channels), jnp.float32)} | label
 
@@ -191,7 +191,7 @@ def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     return Evaluator(score=score, draw=draw) if score or draw else None
 
 
-def first_look(opened: Opened, batch: Batch, picture: Path | None) -> str:
+def describe_first_batch(opened: Opened, batch: Batch, picture: Path | None) -> str:
     """Draws the first batch and returns its first labels."""
     pixels, labels = (np.asarray(batch[name].addressable_data(0))[:64] for name in ("image", "label"))
     if picture:

@@ -2,9 +2,9 @@
 
 An implementation is a module with the functions
 
-    refuses(problem, head_dim, tokens, dtype, window) -> why it cannot take such shapes, or None
-    forward(q, k, v, weight, bias, problem) -> out, known
-    backward(q, k, v, weight, known, grad, problem) -> dq, dk, dv, dweight, dbias
+    unsupported_reason(problem, head_dim, tokens, dtype, window) -> why it cannot take such shapes, or None
+    forward(q, k, v, weight, bias, problem) -> out, residuals
+    backward(q, k, v, weight, residuals, grad, problem) -> dq, dk, dv, dweight, dbias
 
 q, k, v, out, grad: in `problem.layout`, where mosaic_gpu gets q and k rectified; weight [row, col, head * head_dim] and bias
 [head * head_dim] of the depthwise branch, or None, whose gradients are f32.
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
         return Terms(self.eps, self.offset, self.feature_map == "relu")
 
 
-class Known(NamedTuple):
+class Residuals(NamedTuple):
     """What one head knows of all tokens, and each query's normaliser; f32 but for `state`, which is rounded as it is used."""
 
     state: jax.Array  # [batch, head, head_dim, head_dim], keys and values centred
@@ -72,7 +72,7 @@ def choice() -> Choice:
     kernel = next((name for name, where in PLATFORMS.items() if where == platform), None)
     if kernel is None:
         return Choice("xla", f"there is no kernel for {platform}")
-    if reason := foreign(device):
+    if reason := unsupported_gpu(device):
         return Choice("xla", f"{kernel} is {reason}")
     if kind not in measured():
         return Choice("xla", f"{kernel} has not been measured on {kind}; select it by name")
@@ -85,7 +85,7 @@ def describe() -> str:
     return f"linear attention by {implementation}: {reason}"
 
 
-def foreign(device: Any) -> str | None:
+def unsupported_gpu(device: Any) -> str | None:
     """What the kernels are and this GPU is not; None on a Hopper, and where there is no GPU."""
     if device.platform == "gpu" and getattr(device, "compute_capability", None) != "9.0":
         return f"written for Hopper (compute capability 9.0), and this is {device.device_kind}"

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lit_jax.kernels import HEADS, Known, Problem, merge, tpu, tpu_depthwise
+from lit_jax.kernels import HEADS, Residuals, Problem, merge, tpu, tpu_depthwise
 
 WINDOW = (5, 5)  # rows and columns of the filters that were compiled; the shifted copies of larger ones do not fit into VMEM at every size
 
 
-def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
     if head_dim not in HEADS:
@@ -26,42 +26,42 @@ def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tu
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
-) -> tuple[jax.Array, Known | None]:
-    q, k, v = (_turned(x, problem) for x in (q, k, v))
-    known = None
+) -> tuple[jax.Array, Residuals | None]:
+    q, k, v = (_head_major(x, problem) for x in (q, k, v))
+    residuals = None
     if problem.order == "quadratic":
         out = tpu.forward_quadratic(merge(q), merge(k), merge(v), problem.terms)
     else:
         out, *rest = tpu.forward(merge(q), merge(k), merge(v), problem.terms)
         state, key, value, normaliser = (x.reshape(*v.shape[:2], *x.shape[1:]).swapaxes(0, 1) for x in rest)
-        known = Known(state, key[:, :, 0], value[:, :, 0], jnp.moveaxis(normaliser[:, :, 0], 1, 2))
+        residuals = Residuals(state, key[:, :, 0], value[:, :, 0], jnp.moveaxis(normaliser[:, :, 0], 1, 2))
     out = out.reshape(v.shape)
     if weight is not None:
         out = tpu_depthwise.depthwise(v, weight, bias, out, problem.grid or (1, v.shape[-1]))
-    return _back(out, problem), known
+    return _as_given(out, problem), residuals
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    q, k, v, grad = (_turned(x, problem) for x in (q, k, v, grad))
-    if known is None:
+    q, k, v, grad = (_head_major(x, problem) for x in (q, k, v, grad))
+    if residuals is None:
         found = tpu.backward_quadratic(merge(q), merge(k), merge(v), merge(grad), problem.terms)
     else:
-        state, key, value, normaliser = (merge(x.swapaxes(0, 1)) for x in (*known[:3], jnp.moveaxis(known.normaliser, 2, 1)))
+        state, key, value, normaliser = (merge(x.swapaxes(0, 1)) for x in (*residuals[:3], jnp.moveaxis(residuals.normaliser, 2, 1)))
         rest = tpu.Forward(merge(v), state, key[:, None], value[:, None], normaliser[:, None])
         found = tpu.backward(merge(q), merge(k), merge(v), rest, merge(grad), problem.terms)
     dq, dk, dv = (x.reshape(v.shape) for x in found)
     dweight = dbias = None
     if weight is not None:
         dv, dweight, dbias = tpu_depthwise.depthwise_gradients(v, weight, grad, dv, problem.grid or (1, v.shape[-1]))
-    return _back(dq, problem), _back(dk, problem), _back(dv, problem), dweight, dbias
+    return _as_given(dq, problem), _as_given(dk, problem), _as_given(dv, problem), dweight, dbias
 
 
-def _turned(x: jax.Array, problem: Problem) -> jax.Array:
+def _head_major(x: jax.Array, problem: Problem) -> jax.Array:
     """[head, batch, head_dim, token]: the order in which XLA's matmul writes a feature-major projection, so that this moves nothing."""
     return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (2, 0, 3, 1))
 
 
-def _back(x: jax.Array, problem: Problem) -> jax.Array:
+def _as_given(x: jax.Array, problem: Problem) -> jax.Array:
     return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (1, 3, 0, 2))

@@ -65,16 +65,16 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
     return Forward(out[..., :tokens], mixed, key, value, normaliser[..., :tokens])
 
 
-def backward(q: jax.Array, k: jax.Array, v: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> Gradients:
+def backward(q: jax.Array, k: jax.Array, v: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms) -> Gradients:
     """The linear order's gradient: one kernel over queries, which also sums the state's, one over keys and values."""
-    dq, dstate, shift = query_gradient(q, known, grad, terms)
+    dq, dstate, shift = query_gradient(q, residuals, grad, terms)
     return Gradients(dq, *key_value_gradients(k, v, dstate, shift, terms))
 
 
-def query_gradient(q: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
+def query_gradient(q: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, the state's gradient rounded to bf16, and what every key's gradient is shifted by, [batch * head, 1, head_dim] f32."""
     n = q.shape[2]
-    q, grad, normaliser = _pad(q), _pad(grad), _pad(known.normaliser, 1)
+    q, grad, normaliser = _pad(q), _pad(grad), _pad(residuals.normaliser, 1)
     heads, d, padded = q.shape
     size = _block(padded)
     tokens = pl.BlockSpec((None, d, size), lambda h, i: (h, 0, i))
@@ -85,11 +85,11 @@ def query_gradient(q: jax.Array, known: Forward, grad: jax.Array, terms: Terms) 
         grid=(heads, padded // size),
         in_specs=[tokens, tokens, state, row, row, pl.BlockSpec((None, 1, size), lambda h, i: (h, 0, i))],
         out_specs=[tokens, state, row],
-        out_shape=[_like(q), _like(known.state), _like(known.key)],
+        out_shape=[_like(q), _like(residuals.state), _like(residuals.key)],
         scratch_shapes=[pltpu.VMEM((d, d), jnp.float32), *[pltpu.VMEM((d, 1), jnp.float32)] * 3],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="linear_attention_query_gradient",
-    )(q, grad, known.state, known.key, known.value, normaliser)
+    )(q, grad, residuals.state, residuals.key, residuals.value, normaliser)
     return dq[..., :n], dstate, shift
 
 
@@ -234,10 +234,10 @@ def _backward_quadratic(terms: Terms, q: Any, k: Any, v: Any, grad: Any, dq: Any
     dweights = _dot(v[...], grad[...], 0, 0) - common
     along = (dweights * _wide(weights)).sum(0, keepdims=True) - common * terms.eps / z
     dscores = (dweights - along) / z
-    of_queries, of_keys = dscores.sum(0, keepdims=True), _row(dscores.sum(1, keepdims=True))
+    query_sums, key_sums = dscores.sum(0, keepdims=True), _row(dscores.sum(1, keepdims=True))
     dscores = dscores.astype(q.dtype)
-    dq[...] = _mask((_dot(features[1], dscores, 1, 0) + terms.offset * of_queries) / n, q[...], terms).astype(dq.dtype)
-    dk[...] = _mask((_dot(features[0], dscores, 1, 1) + terms.offset * of_keys) / n, k[...], terms).astype(dk.dtype)
+    dq[...] = _mask((_dot(features[1], dscores, 1, 0) + terms.offset * query_sums) / n, q[...], terms).astype(dq.dtype)
+    dk[...] = _mask((_dot(features[0], dscores, 1, 1) + terms.offset * key_sums) / n, k[...], terms).astype(dk.dtype)
     dv[...] = _dot(grad[...], weights, 1, 1).astype(dv.dtype)
 
 

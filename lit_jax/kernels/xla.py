@@ -5,30 +5,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lit_jax.kernels import FeatureMap, Known, Problem
+from lit_jax.kernels import FeatureMap, Residuals, Problem
 
 
-def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
     return None
 
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
-) -> tuple[jax.Array, Known | None]:
+) -> tuple[jax.Array, Residuals | None]:
     q, k, v = (_token_major(x, problem) for x in (q, k, v))
     attend = _forward_quadratic if problem.order == "quadratic" else _forward_linear
-    out, known = attend(q, k, v, problem.eps, problem.offset, problem.feature_map)
+    out, residuals = attend(q, k, v, problem.eps, problem.offset, problem.feature_map)
     if weight is not None:
         out = out + depthwise(v, weight, bias, problem.grid)
-    return _as_given(out.astype(v.dtype), problem), known
+    return _as_given(out.astype(v.dtype), problem), residuals
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     q, k, v, grad = (_token_major(x, problem) for x in (q, k, v, grad))
     how = (problem.eps, problem.offset, problem.feature_map)
-    dq, dk, dv = _backward_quadratic(q, k, v, grad, *how) if known is None else _backward_linear(q, k, v, known, grad, *how)
+    dq, dk, dv = _backward_quadratic(q, k, v, grad, *how) if residuals is None else _backward_linear(q, k, v, residuals, grad, *how)
     dweight = dbias = None
     if weight is not None:
         wide = _accumulator(v)
@@ -51,7 +51,7 @@ def _forward_quadratic(
 
 def _forward_linear(
     q: jax.Array, k: jax.Array, v: jax.Array, eps: float, offset: float, feature_map: FeatureMap
-) -> tuple[jax.Array, Known]:
+) -> tuple[jax.Array, Residuals]:
     wide = _accumulator(q)
     features = _map(k, feature_map)
     mean_key = features.astype(wide).mean(1)
@@ -64,16 +64,16 @@ def _forward_linear(
         state = _product("bnhd,bnhe->bhde", features, v) / k.shape[1] - mean_key[..., None] * mean_value[..., None, :]
     mean_key = mean_key + offset
     normaliser = jnp.einsum("bnhd,bhd->bnh", _map(q, feature_map).astype(wide) + offset, mean_key) + eps
-    known = Known(state.astype(q.dtype), mean_key, mean_value, normaliser)
-    out = _product("bnhd,bhde->bnhe", _query(q, known, offset, feature_map), known.state)
+    residuals = Residuals(state.astype(q.dtype), mean_key, mean_value, normaliser)
+    out = _product("bnhd,bhde->bnhe", _query(q, residuals, offset, feature_map), residuals.state)
     out = out + (1 - eps / normaliser)[..., None] * mean_value[:, None]
-    return out, known
+    return out, residuals
 
 
-def _query(q: jax.Array, known: Known, offset: float, feature_map: FeatureMap) -> jax.Array:
+def _query(q: jax.Array, residuals: Residuals, offset: float, feature_map: FeatureMap) -> jax.Array:
     """Features of the queries over their normalisers, rounded to the input's dtype."""
     features = _map(q, feature_map).astype(_accumulator(q)) + offset
-    return (features / known.normaliser[..., None]).astype(q.dtype)
+    return (features / residuals.normaliser[..., None]).astype(q.dtype)
 
 
 def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map: FeatureMap) -> tuple[jax.Array, jax.Array]:
@@ -91,24 +91,24 @@ def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map:
 
 
 def _backward_linear(
-    q: jax.Array, k: jax.Array, v: jax.Array, known: Known, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
+    q: jax.Array, k: jax.Array, v: jax.Array, residuals: Residuals, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One pass over the queries, one over keys and values; the output is never read (its rounding would dominate dq)."""
     wide, tokens = _accumulator(q), q.shape[1]
-    query = _query(q, known, offset, feature_map)
-    back = _product("bnhe,bhde->bnhd", grad, known.state)
-    share = (eps / known.normaliser) * jnp.einsum("bnhe,bhe->bnh", grad.astype(wide), known.value)
+    query = _query(q, residuals, offset, feature_map)
+    back = _product("bnhe,bhde->bnhd", grad, residuals.state)
+    share = (eps / residuals.normaliser) * jnp.einsum("bnhe,bhe->bnh", grad.astype(wide), residuals.value)
     along = (back * query.astype(wide)).sum(-1) - share
-    dq = (back - along[..., None] * known.key[:, None]) / known.normaliser[..., None]
+    dq = (back - along[..., None] * residuals.key[:, None]) / residuals.normaliser[..., None]
 
     dstate = _product("bnhd,bnhe->bhde", query, grad).astype(q.dtype)
     shift = jnp.einsum("bnhd,bnh->bhd", query.astype(wide), along)
     if q.dtype == wide:
-        dk = _product("bnhe,bhde->bnhd", v - known.value[:, None], dstate)
+        dk = _product("bnhe,bhde->bnhd", v - residuals.value[:, None], dstate)
     else:
         # The rounded gradient of the state stands in both terms, so that their large parts cancel exactly.
         dk = _product("bnhe,bhde->bnhd", v, dstate)
-        shift = shift + jnp.einsum("bhde,bhe->bhd", dstate.astype(wide), known.value)
+        shift = shift + jnp.einsum("bhde,bhe->bhd", dstate.astype(wide), residuals.value)
     dk = dk - shift[:, None]
     dv = _product("bnhd,bhde->bnhe", _map(k, feature_map), dstate) + offset * dstate.astype(wide).sum(-2)[:, None]
     return dq, dk / tokens, dv / tokens
