@@ -68,7 +68,7 @@ class LinearAttention(nnx.Module):
         y = x.astype(jnp.float32)
         y = (jax.nn.relu(y) if self.features == "focused" else jax.nn.gelu(y)) + OFFSET
         if self.scale is not None:
-            # A power sharpens the features and keeps their norm over all channels (FLatten eq. 5); the scale is learned, through a softplus.
+            # A power sharpens the features; their norm over all channels is kept (FLatten eq. 5). The scale is learned, via softplus.
             y = y / jax.nn.softplus(self.scale[...].astype(jnp.float32))
             sharp = y**FOCUS
             y = sharp * _norm(y) / (_norm(sharp) + OFFSET)
@@ -85,7 +85,8 @@ class Depthwise(nnx.Module):
         channels = "head_dim" if filters == "shared" else "head head_dim"
         taps = sizes["filter_row"] * sizes["filter_col"]
         if taps % 2 == 0:
-            raise InputError(f"filters of {sizes['filter_row']} x {sizes['filter_col']} tokens have no centre tap: set student.window to an odd number")
+            window = f"{sizes['filter_row']} x {sizes['filter_col']}"
+            raise InputError(f"filters of {window} tokens have no centre tap: set student.window to an odd number")
         self.kernel = param(f"filter_row filter_col {channels}", sizes, uniform_fan_in, rngs, fan_in=taps)
         self.bias = param(channels, sizes, uniform_fan_in, rngs, fan_in=taps)
 

@@ -59,8 +59,8 @@ def _half(half: str, levels: str, resize: str) -> Rows:
 
 
 DIFFUSERS = Layout(
-    "diffusers",
-    (
+    name="diffusers",
+    rows=(
         *_half("encoder", "down", "downsamplers"),
         *_conv("quant", "quant_conv"),
         *_conv("post_quant", "post_quant_conv"),
@@ -172,5 +172,15 @@ LOOKALIKES = (
     Lookalike("encoder.down_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its decoder: take the whole model"),
     Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
 )
-FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)
-FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+FORMATS = (Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),)
+FAMILY = Family(
+    name="autoencoder",
+    module=Autoencoder,
+    config=config,
+    formats=FORMATS,
+    companions=_companions,
+    verify=verify,
+    parameters=parameters,
+    macs=macs,
+    lookalikes=LOOKALIKES,
+)

@@ -18,12 +18,13 @@ def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
     short, long = sorted(picture.size)
     if long > MAX_ASPECT * short:  # resizing it whole could exhaust the memory; a strip around the centre gives the same square
         left, top = ((side - min(side, 9 * short)) // 2 for side in picture.size)
-        picture = Box(left, top, min(picture.width, 9 * short), min(picture.height, 9 * short)).cut(picture)
+        picture = Box(left=left, top=top, width=min(picture.width, 9 * short), height=min(picture.height, 9 * short)).cut(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    return np.asarray(Box((picture.width - size) // 2, (picture.height - size) // 2, size, size).cut(picture))
+    centre = Box(left=(picture.width - size) // 2, top=(picture.height - size) // 2, width=size, height=size)
+    return np.asarray(centre.cut(picture))
 
 
 def cropped(record: Record, size: int) -> np.ndarray:

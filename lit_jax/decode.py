@@ -66,7 +66,7 @@ def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | N
         return PictureDecoder(lambda samples: samples) if cfg.channels == 3 and made_with is None else None
     donor = open_donor(locate(source), [autoencoder_layouts.FAMILY])
     if donor.cfg.latent != cfg.channels:
-        raise InputError(f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name the autoencoder that it was trained with")
+        raise InputError(f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name the model's autoencoder")
     if made_with:
         remark(compare_latents(made_with, autoencoder_origin(donor, source), "the model", f"the autoencoder {source}"))
     return picture_decoder(donor.cfg, donor.model, load_params(donor, mesh))

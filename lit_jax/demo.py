@@ -62,14 +62,15 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     known, real = real_digits(cfg.data), real_digits(cfg.held_out)
     labels = np.tile(np.arange(cfg.student.classes), PER_CLASS)
     scores: dict[str, dict[str, float]] = {
-        name: losses[name] | {"kid": kid(real[0], pixel_features(pictures), seed=seed).mean, "recognised": nearest_neighbour_accuracy(known, pixel_features(pictures), labels)}
-        for name, pictures in drawn.items()
+        name: losses[name]
+        | {"kid": kid(real[0], features, seed=seed).mean, "recognised": nearest_neighbour_accuracy(known, features, labels)}
+        for name, features in ((name, pixel_features(pictures)) for name, pictures in drawn.items())
     }
     scores["real"] = {"recognised": nearest_neighbour_accuracy(known, *real)}
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], le)
     picture = plot(races, scores["teacher"][METRIC], drawn, out)
     seconds = time.perf_counter() - started
-    console.print("\nloss on held-out digits, distance of drawn from real (lower is better), share that is recognised as the class asked for", soft_wrap=True)
+    console.print("\nloss on held-out digits, KID to real digits (lower is better), share recognised as their class", soft_wrap=True)
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
     console.print(f"the inherited student reached scratch's final loss {reached}; took {seconds:.0f} s", soft_wrap=True)
@@ -110,7 +111,8 @@ def real_digits(source: SourceConfig) -> tuple[np.ndarray, np.ndarray]:
     """Read the features (`pixel_features`) and labels of real digits."""
     opened = open_labelled(source, "label")
     records = [opened[i] for i in range(len(opened))]
-    return pixel_features(np.stack([np.asarray(decode(record["image"])) for record in records])), np.array([record["label"] for record in records])
+    pictures = np.stack([np.asarray(decode(record["image"])) for record in records])
+    return pixel_features(pictures), np.array([record["label"] for record in records])
 
 
 def pixel_features(pictures: np.ndarray) -> np.ndarray:

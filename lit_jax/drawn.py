@@ -52,7 +52,7 @@ class Drawn:
             raise InputError(f"{pictures} exists and is {what}: remove it, or give another --save")
 
     def batches(self, draw: Callable[[int], Iterator[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
-        """Yield all pictures, uint8 [up to rows, height, width, 3]: the saved ones, then those of `draw(first)`, which are saved at once."""
+        """Yield all pictures, uint8 [up to rows, height, width, 3]: the saved ones, then `draw(first)`, which are saved as they come."""
         first = self.count()
         if self.path.exists():
             yield from read_images(self.path, rows)

@@ -59,7 +59,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     a reference that cannot be compared.
     """
     if not isinstance(donor.cfg, DitConfig):
-        raise InputError(f"{donor.path} is an autoencoder, which cannot draw pictures alone: name a DiT or LiT, and pass this as --autoencoder")
+        raise InputError(f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as --autoencoder")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")
@@ -68,7 +68,10 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if cfg.samples < LEAST:
         raise InputError(f"--samples {cfg.samples}: a score needs at least {LEAST}; published numbers use 50,000")
     source = None if Path(args.data).suffix in (".npz", ".npy") else _open_pictures(args)
-    reference = read_reference(Path(args.data)) if source is None else Reference(args.data, None, None, len(source), lambda rows: iter(()))
+    if source is None:
+        reference = read_reference(Path(args.data))
+    else:
+        reference = Reference(where=args.data, pool=None, spatial=None, images=len(source), read=lambda rows: iter(()))
     extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())
     check_reference(reference, extractor)
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
@@ -109,7 +112,7 @@ def sampling_settings(donor: Donor, cfg: EvalConfig) -> dict[str, Any]:
 
 def _open_pictures(args: Namespace) -> Source:
     """Open the reference pictures. Raises InputError if there are none."""
-    source = open_source(SourceConfig(args.data, args.split, args.image, text=""))
+    source = open_source(SourceConfig(path=args.data, split=args.split, image=args.image, text=""))
     if not len(source) or "image" not in source[0]:
         raise InputError(f"{args.data} has no pictures to compare with: name their column with --image")
     return source

@@ -254,8 +254,15 @@ def _write_diffusers(cfg: DitConfig, folder: Path) -> None:
 
 
 FORMATS = (
-    Format("fair", layouts.fair, "dit.pt", _read_fair, _write_fair, wrapper=None),  # as DiT's own script reads it
-    Format("diffusers", layouts.DIFFUSERS, "diffusion_pytorch_model.safetensors", _read_diffusers, _write_diffusers),
+    # Without a wrapper, because DiT's own script reads it so.
+    Format(name="fair", layout=layouts.fair, file="dit.pt", read_config=_read_fair, write_config=_write_fair, wrapper=None),
+    Format(
+        name="diffusers",
+        layout=layouts.DIFFUSERS,
+        file="diffusion_pytorch_model.safetensors",
+        read_config=_read_diffusers,
+        write_config=_write_diffusers,
+    ),
 )
 
 

@@ -31,7 +31,7 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     autoencoder.
     """
     if not isinstance(donor.cfg, DitConfig):
-        raise InputError(f"{donor.path} is an autoencoder, which cannot draw pictures alone: name a DiT or LiT, and pass this as --autoencoder")
+        raise InputError(f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as --autoencoder")
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     if args.count < 1:
         raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")
@@ -53,7 +53,7 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
 
 def default_sampling(cfg: DitConfig) -> SampleConfig:
     """Return the sampler settings for pictures to look at: strong guidance, if the model has a null class."""
-    return SampleConfig("ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
+    return SampleConfig(sampler="ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
 
 
 def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:

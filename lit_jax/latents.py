@@ -21,7 +21,7 @@ from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
 from lit_jax.data import cropped, is_latent
-from lit_jax.origin import FILE, Origin, read_origin, compare_latents, write_origin
+from lit_jax.origin import FILE, Origin, compare_latents, read_origin, write_origin
 
 
 def cache_latents(

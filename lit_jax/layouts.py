@@ -35,8 +35,8 @@ def fair(cfg: DitConfig) -> Layout:
             ("blocks/attn/scale", f"{attn}.scale", "1 1 (head head_dim)"),
         )
     return Layout(
-        "fair",
-        (
+        name="fair",
+        rows=(
             ("patch/project/kernel", "x_embedder.proj.weight", PATCH),
             ("patch/project/bias", "x_embedder.proj.bias"),
             *_linear("time/up", "t_embedder.mlp.0"),
@@ -55,8 +55,8 @@ def fair(cfg: DitConfig) -> Layout:
 
 
 DIFFUSERS = Layout(
-    "diffusers",
-    (
+    name="diffusers",
+    rows=(
         ("patch/project/kernel", "pos_embed.proj.weight", PATCH),
         ("patch/project/bias", "pos_embed.proj.bias"),
         # Every block has a copy of the embedders.

@@ -1,7 +1,7 @@
-"""`implementation="mosaic_gpu"`: few-head linear attention by the products of `gpu`, token-major; the depthwise branch is XLA's.
+"""`implementation="mosaic_gpu"`: few-head linear attention with the products of `gpu`, token-major; XLA computes the depthwise branch.
 
-q and k are features, to which only the offset is to be added: ReLU is applied before. The algebra is that of `lit_jax.linear_attention`;
-sums and everything elementwise are f32. Feature-major arrays are transposed.
+q and k are features: ReLU is already applied, only the offset is added here. The formulas are those of `lit_jax.linear_attention`; sums
+and elementwise operations are f32. Feature-major arrays are transposed.
 """
 
 from collections.abc import Callable
@@ -9,22 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lit_jax.kernels import HEADS, Residuals, Problem, unsupported_gpu
+from lit_jax.kernels import HEADS, Problem, Residuals, unsupported_gpu
 from lit_jax.kernels.gpu import TILE, Operand, Result, Tile, product
 from lit_jax.kernels.xla import depthwise
 
 QUADRATIC = 512  # tokens
-BLOCKS = 264  # two for each multiprocessor: with fewer, a state is summed in parts
+BLOCKS = 264  # two for each multiprocessor; with fewer blocks, a state is summed in parts
 
 
-def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
     if head_dim not in HEADS:
         return f"head_dim must be one of {', '.join(map(str, HEADS))}, not {head_dim}"
     if problem.order == "quadratic" and tokens > QUADRATIC:
-        return f"its quadratic order ends at {QUADRATIC} tokens, not {tokens}"
+        return f"its quadratic order supports up to {QUADRATIC} tokens, not {tokens}"
     return unsupported_gpu(jax.devices()[0])
 
 
@@ -50,7 +51,7 @@ def backward(
     dweight = dbias = None
     if weight is not None:
         images, above = (call.token_major(x).astype(jnp.float32) for x in (v, grad))
-        # The weight, too: its gradient is summed over devices after this, and would be rounded before.
+        # The weight is widened as well: its gradient is summed over devices later and must not be rounded before.
         given = images, weight.astype(jnp.float32), jnp.zeros(weight.shape[-1], jnp.float32)
         _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), *given)
         through, dweight, dbias = back(above)
@@ -59,7 +60,7 @@ def backward(
 
 
 class _Call:
-    """Extents, and arrays as the products take them: tokens and head_dim in whole tiles, where zeros change no sum."""
+    """Sizes of a call; pads tokens and head_dim with zeros to whole tiles, which changes no sum."""
 
     def __init__(self, v: jax.Array, problem: Problem):
         self.problem = problem
@@ -80,16 +81,16 @@ class _Call:
         return x[:, : self.tokens, :, : self.head_dim]
 
     def pad_vector(self, x: jax.Array) -> jax.Array:
-        """[batch, head, head_dim]."""
+        """Pad [batch, head, head_dim]."""
         return jnp.pad(x, ((0, 0), (0, 0), (0, self.missing[1])))
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """[batch, head, head_dim] f32 over the true tokens."""
+        """Average over the real tokens, [batch, head, head_dim] f32."""
         return x.sum(1, dtype=jnp.float32) / self.tokens
 
     @property
     def ones(self) -> jax.Array:
-        """One at every true channel, [batch, head, head_dim] f32."""
+        """One at every real channel, zero in the padding, [batch, head, head_dim] f32."""
         return self.pad_vector(jnp.ones((self.batch, self.heads, self.head_dim), jnp.float32))
 
     def mask(self, x: jax.Array, of: jax.Array) -> jax.Array:
@@ -103,7 +104,7 @@ def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tu
 
     state = _summed(
         "linear_attention_state", k, v, lambda total, down, across: total / call.tokens - down * across, mean_feature, value
-    )  # the centred state, rounded as it is used
+    )  # the centred state, in bf16 as the products use it
     sums = offset * state.sum(2, dtype=jnp.float32)
 
     def finish(tile: Tile) -> list[jax.Array]:
@@ -117,7 +118,9 @@ def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tu
         along=[key], offset=offset, columns=[sums, value],
     )  # fmt: skip
     d = call.head_dim
-    residuals = Residuals(state[..., :d, :d], key[..., :d], value[..., :d], jnp.moveaxis(normaliser[..., : call.tokens], 1, 2))
+    residuals = Residuals(
+        state=state[..., :d, :d], key=key[..., :d], value=value[..., :d], normaliser=jnp.moveaxis(normaliser[..., : call.tokens], 1, 2)
+    )
     return out, residuals
 
 
@@ -142,7 +145,7 @@ def _backward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad
     )  # fmt: skip
 
     dstate = _summed("linear_attention_state_gradient", query, grad)
-    # The rounded gradient of the state stands in both terms of dk, so that their large parts cancel exactly.
+    # Both terms of dk use the rounded gradient of the state, so that their large parts cancel exactly.
     shift = jnp.einsum("bhde,bhe->bhd", dstate.astype(jnp.float32), value)
     shift = shift + jnp.einsum("bnhd,bhn->bhd", query.astype(jnp.float32), along)
     (dk,) = product(
@@ -171,7 +174,7 @@ def _backward_quadratic(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, g
 
     def of_scores(tile: Tile) -> list[jax.Array]:
         (z,), (weights,), (common,) = tile.rows, tile.elementwise, tile.dots
-        # A value common to all tokens reaches the scores through eps alone: it is taken out here as in the linear order.
+        # A value common to all tokens reaches the scores through eps alone: it is subtracted here, as in the linear order.
         dweights = tile.product - tile.down(common)
         along = tile.whole((dweights * weights).sum(1)) - common * eps / z
         dscores = (dweights - tile.down(along)) * tile.down(1 / z)
@@ -202,13 +205,13 @@ def _backward_quadratic(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, g
 
 
 def _weights(call: _Call, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[batch, head, query, key] bf16 weights, zero for tokens that only fill a tile, and [batch, head, query] f32 normalisers."""
+    """Compute weights [batch, head, query, key] bf16, zero for padding tokens, and normalisers [batch, head, query] f32."""
     eps, offset = call.problem.eps, call.problem.offset
     key, valid = call.mean(k) + offset * call.ones, _valid(call)
 
     def finish(tile: Tile) -> list[jax.Array]:
         normaliser, of_query = tile.dots[0] + eps, tile.dots[1]
-        if call.missing[0]:  # what fills a tile has no features, and may have no normaliser
+        if call.missing[0]:  # padding tokens have no features, and may have a normaliser of zero
             normaliser = jnp.where(normaliser == 0, 1.0, normaliser)
         scores = tile.product + tile.down(of_query) + tile.across(tile.columns[0])
         weights = scores * tile.down(1 / (normaliser * call.tokens))
@@ -223,7 +226,7 @@ def _weights(call: _Call, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def _valid(call: _Call) -> list[jax.Array]:
-    """[batch, head, token]: one at true tokens, where there are others."""
+    """Return [batch, head, token], one at real tokens and zero at padding; nothing without padding."""
     if not call.missing[0]:
         return []
     one = jnp.ones((call.batch, call.heads, call.tokens), jnp.float32)
@@ -231,7 +234,10 @@ def _valid(call: _Call) -> list[jax.Array]:
 
 
 def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | None = None, *vectors: jax.Array) -> jax.Array:
-    """finish(sum over tokens of x y^T, vectors down and across) in bf16 [batch, head, head_dim, head_dim], in parts if heads are few."""
+    """Compute finish(sum over tokens of x y^T, vectors by row and by column), bf16 [batch, head, head_dim, head_dim].
+
+    The sum is split into parts if there are too few heads to keep the device busy.
+    """
     batch, tokens, heads, d = x.shape
     finish = finish or (lambda total: total)
     parts = _parts(batch * heads * -(-d // TILE), tokens // TILE)
@@ -252,6 +258,6 @@ def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | 
 
 
 def _parts(blocks: int, steps: int) -> int:
-    """Into how many the tokens are split: the fewest that keep the device busy, with four steps each at least."""
+    """Choose the number of parts of the tokens: the fewest that keep the device busy, with at least four steps each."""
     divisors = [n for n in range(1, steps // 4 + 1) if steps % n == 0]
     return next((n for n in divisors if n * blocks >= BLOCKS), max(divisors, default=1))

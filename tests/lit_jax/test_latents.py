@@ -20,7 +20,7 @@ from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import adm_crop, latents
 from lit_jax.latents import cache_latents, cache_origin, sample_cached
-from lit_jax.origin import Origin, copy_origin, autoencoder_origin, read_origin, compare_latents, write_origin
+from lit_jax.origin import Origin, autoencoder_origin, compare_latents, copy_origin, read_origin, write_origin
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
 

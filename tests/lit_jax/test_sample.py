@@ -86,7 +86,7 @@ def test_without_guidance_the_free_branch_is_not_computed(lit, model, mesh):
 
 def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
     module, params = model
-    with pytest.raises(InputError, match="no class 6: this model has 0 to 4, and 5 for none"):
+    with pytest.raises(InputError, match="no class 6: this model has 0 to 4, and 5 for no class"):
         drawer(module, lit, SampleConfig("ddim", 2), mesh)(params, [6], jax.random.key(0))
     with pytest.raises(InputError, match="steps 333 with ddim: no integer stride"):
         SampleConfig("ddim", 333).make()
@@ -103,10 +103,10 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
 def test_a_model_without_a_class_for_none_is_not_guided(lit, draw, mesh):
     cfg = replace(lit, null_class=False)
     module = functional(Dit, cfg)
-    with pytest.raises(InputError, match="guidance 2: this model was never trained without labels"):
+    with pytest.raises(InputError, match="guidance 2: .* no null class"):
         drawer(module, cfg, SampleConfig("ddim", 2, guidance=2.0), mesh)
     drawn = drawer(module, cfg, SampleConfig("ddim", 2), mesh)
-    with pytest.raises(InputError, match="no class 5: this model has 0 to 4, and none for no class"):
+    with pytest.raises(InputError, match="no class 5: this model has 0 to 4, and no null class"):
         drawn(draw(module.spec), [5], jax.random.key(0))
 
 

@@ -276,7 +276,7 @@ def test_a_killed_evaluation_continues(distilled, tmp_path, monkeypatch, capsys)
     assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 130
     monkeypatch.setattr(evaluate, "draw_batches", lambda *args: seen.append(args[-1]) or draw_batches(*args))
     assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 0
-    assert seen == [8] and "8 of 12 pictures are there already" in capsys.readouterr().out
+    assert seen == [8] and "8 of 12 pictures" in capsys.readouterr().out
     whole, cut = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("whole.npz", "cut.npz"))
     assert np.abs(whole - cut).max() <= 1  # a picture is the same in any batch; rounding may differ
 
