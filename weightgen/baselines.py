@@ -12,7 +12,7 @@ import optax
 from heirloom.common.errors import InputError
 
 Heads = np.ndarray
-ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
+ArrayT = TypeVar("ArrayT", bound=np.ndarray | jax.Array)
 PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
 
 

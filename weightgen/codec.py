@@ -212,7 +212,16 @@ class Gate:
     limit: float = float("inf")
 
     @classmethod
-    def of(cls, before: ArrayLike, after: ArrayLike, *, given: np.ndarray, back: np.ndarray, tolerance: float, **limits: float) -> "Gate":
+    def of(
+        cls,
+        before: np.ndarray | float,
+        after: np.ndarray | float,
+        *,
+        given: np.ndarray,
+        back: np.ndarray,
+        tolerance: float,
+        **limits: float,
+    ) -> "Gate":
         """Build it from the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
         means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
         return cls(**means, error=relative_error(given, back), tolerance=tolerance, **limits)

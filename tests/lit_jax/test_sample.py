@@ -103,7 +103,7 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
 def test_a_model_without_a_class_for_none_is_not_guided(lit, draw, mesh):
     cfg = replace(lit, null_class=False)
     module = functional(Dit, cfg)
-    with pytest.raises(InputError, match="guidance 2: .* no null class"):
+    with pytest.raises(InputError, match=r"guidance 2: .*no null class"):
         drawer(module, cfg, SampleConfig("ddim", 2, guidance=2.0), mesh)
     drawn = drawer(module, cfg, SampleConfig("ddim", 2), mesh)
     with pytest.raises(InputError, match="no class 5: this model has 0 to 4, and no null class"):
