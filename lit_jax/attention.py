@@ -1,4 +1,4 @@
-"""LiT's attention as a module: projections, the feature map, the depthwise branch (LiT §3.1; FLatten for the focused map)."""
+"""LiT's linear attention as a module: projections, feature map, depthwise branch (LiT §3.1; FLatten for the focused map)."""
 
 from math import prod
 from typing import Any, Literal
@@ -22,7 +22,7 @@ FOCUS = 3  # the power of the focused map
 
 
 class LinearAttention(nnx.Module):
-    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed], a square in raster order."""
+    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed], a square grid in raster order."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class LinearAttention(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        # Xavier of the matrices as the release has them: q alone, k and v as one.
+        # Xavier fans as in the released code: q is one matrix, k and v are packed in another.
         self.query = Dense("embed -> head head_dim", sizes, init=xavier_uniform(), rngs=rngs)
         self.key = Dense("embed -> head head_dim", sizes, init=xavier_uniform(packed=2), rngs=rngs)
         self.value = Dense("embed -> head head_dim", sizes, init=xavier_uniform(packed=2), rngs=rngs)
@@ -45,7 +45,7 @@ class LinearAttention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Projections write the layout that the kernel reads, so that nothing is transposed in between.
+        # Projections write the layout that the kernel reads, so that no transpose is needed between them.
         feature_major = self.features == "relu" and (self.implementation or choice().implementation) == "mosaic_tpu"
         project = _feature_major if feature_major else Dense.__call__
         query, key, value = project(self.query, x), project(self.key, x), project(self.value, x)
@@ -59,16 +59,16 @@ class LinearAttention(nnx.Module):
             y = product("bhdn,hde->bne", mixed, self.out.kernel[...])
             return y if self.out.bias is None else add(y, self.out.bias[...])
         if self.features != "relu":
-            query, key = self.map(query), self.map(key)
+            query, key = self.feature_map(query), self.feature_map(key)
             options |= dict(feature_map="none", feature_offset=0.0)
         return self.out(linear_attention(query, key, value, **options))
 
-    def map(self, x: jax.Array) -> jax.Array:
-        """Features other than LiT's own, [batch, token, head, head_dim]; f32 inside, the dtype of `x` outside."""
+    def feature_map(self, x: jax.Array) -> jax.Array:
+        """Apply a feature map other than ReLU to [batch, token, head, head_dim]: computed in f32, returned in the dtype of `x`."""
         y = x.astype(jnp.float32)
         y = (jax.nn.relu(y) if self.features == "focused" else jax.nn.gelu(y)) + OFFSET
         if self.scale is not None:
-            # Sharpened by a power, the norm over all channels kept (FLatten eq. 5); its scale is learned, through a softplus.
+            # A power sharpens the features; their norm over all channels is kept (FLatten eq. 5). The scale is learned, via softplus.
             y = y / jax.nn.softplus(self.scale[...].astype(jnp.float32))
             sharp = y**FOCUS
             y = sharp * _norm(y) / (_norm(sharp) + OFFSET)
@@ -76,7 +76,7 @@ class LinearAttention(nnx.Module):
 
 
 class Depthwise(nnx.Module):
-    """Filters over the grid of tokens: one bank of head_dim filters for all heads, or a filter for each channel.
+    """Filters of the depthwise branch: one bank of head_dim filters shared by all heads, or a filter for each channel.
 
     Raises InputError for filters of an even size.
     """
@@ -85,12 +85,13 @@ class Depthwise(nnx.Module):
         channels = "head_dim" if filters == "shared" else "head head_dim"
         taps = sizes["filter_row"] * sizes["filter_col"]
         if taps % 2 == 0:
-            raise InputError(f"filters of {sizes['filter_row']} x {sizes['filter_col']} tokens have no centre: make student.window odd")
+            window = f"{sizes['filter_row']} x {sizes['filter_col']}"
+            raise InputError(f"filters of {window} tokens have no centre tap: set student.window to an odd number")
         self.kernel = param(f"filter_row filter_col {channels}", sizes, uniform_fan_in, rngs, fan_in=taps)
         self.bias = param(channels, sizes, uniform_fan_in, rngs, fan_in=taps)
 
     def banks(self, heads: int) -> tuple[jax.Array, jax.Array]:
-        """Weights [row, col, channel] and bias [channel] over all channels, head-major, f32: a shared bank is tiled."""
+        """Return weights [row, col, channel] and bias [channel] of all channels, head-major, f32: a shared bank is tiled."""
         kernel, bias = widened(self.kernel[...]), widened(self.bias[...])
         if bias.ndim == 1:
             return jnp.tile(kernel, (1, 1, heads)), jnp.tile(bias, heads)
@@ -98,13 +99,13 @@ class Depthwise(nnx.Module):
 
 
 def _feature_major(dense: Dense, x: jax.Array) -> jax.Array:
-    """`dense` from [batch, token, embed] to [batch, head, head_dim, token]."""
+    """Apply `dense` to [batch, token, embed]; returns [batch, head, head_dim, token]."""
     y = product("bne,ehd->bhdn", x, dense.kernel[...])
     return y if dense.bias is None else add(y, dense.bias[...][..., None])
 
 
 def _shards(batch: int, heads: int) -> PartitionSpec | None:
-    """The axes of the mesh around a step over which batch and heads are split, as far as they divide."""
+    """Return the mesh axes over which batch and heads are split: those whose sizes divide them. None without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return None

@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL in our names, both ways, and the proof that it computes the same."""
+"""Reads, writes and verifies diffusers' AutoencoderKL."""
 
 import re
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def _resnet(ours: str, theirs: str) -> Rows:
 
 
 def _half(half: str, levels: str, resize: str) -> Rows:
-    """The encoder or the decoder, which differ in what they call the levels and the step between them."""
+    """Rows of the encoder or the decoder. levels: name of the list of levels; resize: name of the layer that resamples between levels."""
     attention, middle = f"{half}.mid_block.attentions.0", f"{half}.mid_block.resnets"
     projections = dict(query="to_q", key="to_k", value="to_v", out="to_out.0")
     linear = ((f"{half}/middle/attn/{a}", f"{attention}.{b}") for a, b in projections.items())
@@ -57,8 +57,8 @@ def _half(half: str, levels: str, resize: str) -> Rows:
 
 
 DIFFUSERS = Layout(
-    "diffusers",
-    (
+    name="diffusers",
+    rows=(
         *_half("encoder", "down", "downsamplers"),
         *_conv("quant", "quant_conv"),
         *_conv("post_quant", "post_quant_conv"),
@@ -68,7 +68,7 @@ DIFFUSERS = Layout(
 
 
 def clean(key: str) -> str:
-    """The current name of a tensor: the attention of older files (sd-vae-ft-* among them) has names of its own."""
+    """Return the current name of a tensor: older files (such as sd-vae-ft-*) name the attention layers differently."""
     return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda old: _OLD_ATTENTION[old[0]], key)
 
 
@@ -114,7 +114,7 @@ def _write(cfg: AutoencoderConfig, folder: Path) -> None:
 
 
 def inputs(cfg: AutoencoderConfig) -> np.ndarray:
-    """Two seeded pictures of 5 by 7 latent positions, f32 in [-1, 1]."""
+    """Make two seeded pictures of 5 by 7 latent positions, f32 in [-1, 1]."""
     return np.random.default_rng(0).uniform(-1, 1, (2, 5 * cfg.factor, 7 * cfg.factor, 3)).astype(np.float32)
 
 
@@ -138,7 +138,7 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
 
 
 def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:
-    """Mean, logvar and decoded latents as diffusers has them: it reads the file and its config by itself."""
+    """Compute mean, logvar and decoded latents with diffusers, which reads the file and its config itself."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -151,12 +151,12 @@ def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.n
 
 
 def _companions(donor: Donor, destination: Path, format: str) -> None:
-    """An autoencoder travels alone."""
+    """An autoencoder has no sidecar files to copy."""
 
 
 _COMPVIS = (
-    "an autoencoder under CompVis' names: let diffusers bring it into its own (AutoencoderKL.from_single_file(FILE), save_pretrained(DIR)) "
-    "and convert that folder"
+    "an autoencoder with CompVis' names: convert it with diffusers (AutoencoderKL.from_single_file(FILE), save_pretrained(DIR)) "
+    "and name that folder"
 )
 LOOKALIKES = (
     Lookalike("*encoder.down.0.block.0.norm1.weight", _COMPVIS),
@@ -165,6 +165,16 @@ LOOKALIKES = (
     Lookalike("encoder.down_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its decoder: take the whole model"),
     Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
 )
-FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)
+FORMATS = (Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),)
 CONFIG = partial(from_json, AutoencoderConfig)
-FAMILY = Family("autoencoder", Autoencoder, CONFIG, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+FAMILY = Family(
+    name="autoencoder",
+    module=Autoencoder,
+    config=CONFIG,
+    formats=FORMATS,
+    companions=_companions,
+    verify=verify,
+    parameters=parameters,
+    macs=macs,
+    lookalikes=LOOKALIKES,
+)

@@ -1,4 +1,4 @@
-"""Labelled pictures as a diffusion model sees them: pixels in [-1, 1], or cached latents."""
+"""Turns labelled pictures into a diffusion model's inputs: pixels in [-1, 1], or cached latents."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,30 +10,31 @@ from PIL import Image
 from heirloom.common.data.pictures import Box, decode_record
 from heirloom.common.data.sources import Record, SourceConfig
 
-THIN = 64  # aspect ratio
+MAX_ASPECT = 64  # pictures with a larger aspect ratio are cropped before they are resized
 
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """The central square of guided-diffusion, uint8 [size, size, 3]: halved by boxes while twice too large, then bicubic."""
+    """Crop the central square as guided-diffusion does, uint8 [size, size, 3]: box filter while it is twice too large, then bicubic."""
     short, long = sorted(picture.size)
-    if long > THIN * short:  # resized whole it could fill the memory: a strip around the centre gives the same square
+    if long > MAX_ASPECT * short:  # resizing it whole could exhaust the memory; a strip around the centre gives the same square
         left, top = ((side - min(side, 9 * short)) // 2 for side in picture.size)
-        picture = Box(left, top, min(picture.width, 9 * short), min(picture.height, 9 * short)).cut(picture)
+        picture = Box(left=left, top=top, width=min(picture.width, 9 * short), height=min(picture.height, 9 * short)).cut(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    return np.asarray(Box((picture.width - size) // 2, (picture.height - size) // 2, size, size).cut(picture))
+    centre = Box(left=(picture.width - size) // 2, top=(picture.height - size) // 2, width=size, height=size)
+    return np.asarray(centre.cut(picture))
 
 
 def cropped(record: Record, size: int) -> np.ndarray:
-    """The picture of a record through `adm_crop`. Raises InputError, naming the record, for one that does not decode."""
+    """Decode the picture of a record and crop it with `adm_crop`. Raises InputError, which names the record, if it does not decode."""
     return adm_crop(decode_record(record), size)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """One record to `image` float32 [size, size, 3] in [-1, 1] and `label` int32."""
+    """Turns a record into `image` float32 [size, size, 3] in [-1, 1] and `label` int32."""
 
     size: int
     flips: float
@@ -47,10 +48,10 @@ class Pixels:
 
 
 def latents(record: Record, rng: np.random.Generator) -> dict[str, Any]:
-    """One record of a latent cache: `moments` [2, row, col, 2 channels] of picture and mirror image, and `label` int32."""
+    """Read a record of a latent cache: `moments` [2, row, col, 2 channels] of picture and mirror image, and `label` int32."""
     return {"moments": record["moments"], "label": np.int32(record["label"])}
 
 
 def is_latent(cfg: SourceConfig) -> bool:
-    """Whether the data is a latent cache."""
+    """Tell whether the data is a latent cache."""
     return (Path(cfg.path) / "moments.npy").is_file()

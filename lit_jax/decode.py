@@ -1,4 +1,4 @@
-"""From what a model draws to pictures: clipped pixels, or latents through a decoder."""
+"""Turns samples of a model into pictures: clips pixels, or decodes latents."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.hub import locate
@@ -17,27 +18,30 @@ from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
 from lit_jax.dit import DitConfig
-from lit_jax.origin import Origin, origin_of, same_latents
+from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.tiles import decode_tiled
 
 TILE, OVERLAP = 64, 16  # latent positions: pictures up to 512 px are decoded whole
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """`pictures(drawn)`: uint8 [n, height, width, 3]. factor: pixels along the side of one position of what is drawn."""
+class PictureDecoder:
+    """`decoder(samples)` returns pictures, uint8 [n, height, width, 3].
 
-    decode: Callable[[Any], Any]
+    decode: from samples [n, row, col, channel] to pixels in [-1, 1]. factor: pixels along the side of one position of a sample.
+    """
+
+    decode: Callable[[jax.Array], ArrayLike]
     factor: int = 1
 
-    def __call__(self, drawn: jax.Array, first: int = 0, where: str = "") -> np.ndarray:
-        """first: number of the first picture, where: what they are of, for the message. Raises InputError for NaN and infinity."""
-        finite(drawn, "the model's output", first, where)
-        return to_uint8(finite(self.decode(drawn), "the decoder's output", first, where))
+    def __call__(self, samples: jax.Array, first: int = 0, where: str = "") -> np.ndarray:
+        """Decode. first: number of the first picture; where: start of the error message. Raises InputError for NaN and infinity."""
+        check_finite(samples, "the model's output", first, where)
+        return to_uint8(check_finite(self.decode(samples), "the decoder's output", first, where))
 
 
-def finite(values: Any, what: str, first: int = 0, where: str = "") -> np.ndarray:
-    """The values [n, ...] on the host. Raises InputError naming the first of n that holds a number that is none: it would turn black."""
+def check_finite(values: ArrayLike, what: str, first: int = 0, where: str = "") -> np.ndarray:
+    """Return the values [n, ...] on the host. Raises InputError for NaN or infinity, which would become black; it names the picture."""
     values = np.asarray(values)
     if len(wrong := np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))):
         raise InputError(
@@ -47,35 +51,35 @@ def finite(values: Any, what: str, first: int = 0, where: str = "") -> np.ndarra
     return values
 
 
-def to_uint8(pixels: Any) -> np.ndarray:
-    """[-1, 1] to 0..255 as DiT's script does: truncated, not rounded."""
+def to_uint8(pixels: ArrayLike) -> np.ndarray:
+    """Convert [-1, 1] to 0..255 as DiT's script does: truncated, not rounded."""
     return np.clip(127.5 * np.asarray(pixels) + 128, 0, 255).astype(np.uint8)
 
 
-def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | None = None) -> Pictures | None:
-    """The way from this model's samples to pictures; None for latents without a decoder.
+def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | None = None) -> PictureDecoder | None:
+    """Open the decoder of this model's samples; None for latents without an autoencoder.
 
-    made_with: the autoencoder that the model's latents are of, where that is known; what differs in the decoder is printed.
-    Raises InputError for a source that is no autoencoder, or has other latents.
+    made_with: the autoencoder whose latents the model was trained on, if known; a difference to the decoder is printed as a note.
+    Raises InputError for a source that is no autoencoder, or whose latents do not fit.
     """
     if not source:
-        return Pictures(lambda drawn: drawn) if cfg.channels == 3 and made_with is None else None
+        return PictureDecoder(lambda samples: samples) if cfg.channels == 3 and made_with is None else None
     donor = open_donor(locate(source), [autoencoder_layouts.FAMILY])
     if donor.cfg.latent != cfg.channels:
-        raise InputError(f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name its own autoencoder")
+        raise InputError(f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name the model's autoencoder")
     if made_with:
-        remark(same_latents(made_with, origin_of(donor, source), "the model", f"the autoencoder {source}"))
-    return decoded(donor.cfg, donor.model, load_params(donor, mesh))
+        remark(compare_latents(made_with, autoencoder_origin(donor, source), "the model", f"the autoencoder {source}"))
+    return picture_decoder(donor.cfg, donor.model, load_params(donor, mesh))
 
 
-def decoded(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> Pictures:
-    """Scaled latents [n, row, col, latent] to pictures, by this autoencoder."""
+def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> PictureDecoder:
+    """Make the decoder of scaled latents [n, row, col, latent] from an autoencoder."""
     tiled = jax.jit(partial(decode_tiled, model, tile=TILE, overlap=OVERLAP))
 
-    def decode(drawn: jax.Array) -> np.ndarray:
+    def decode(samples: jax.Array) -> np.ndarray:
         # One by one: the decoder needs far more memory than the transformer.
-        return np.concatenate([np.asarray(tiled(params, unscale_latents(cfg, x[None]))) for x in drawn])
+        return np.concatenate([np.asarray(tiled(params, unscale_latents(cfg, x[None]))) for x in samples])
 
-    return Pictures(decode, cfg.factor)
+    return PictureDecoder(decode, cfg.factor)
 
 

@@ -1,4 +1,4 @@
-"""Drawn pictures on disk: written batch by batch, and continued where a killed evaluation stopped."""
+"""Saves drawn pictures batch by batch, and continues where a killed evaluation stopped."""
 
 import json
 import os
@@ -17,9 +17,10 @@ from heirloom.common.evaluate.generated import read_images
 
 @dataclass(frozen=True)
 class Drawn:
-    """`path`, an .npz of pictures (arr_0, uint8), once all are drawn; until then `path`.part.npy and `path`.part.json, their number.
+    """Pictures on disk: `path` is an .npz (arr_0, uint8) once all are drawn; until then they are in `path`.part.npy.
 
-    shape: [pictures, height, width, 3]. how: what they are drawn with, as plain data; `path`.json keeps it.
+    shape: [pictures, height, width, 3]. how: the settings of model and sampler as plain data, saved in `path`.json.
+    `path`.part.json has the settings and the number of pictures drawn so far.
     """
 
     path: Path
@@ -30,7 +31,7 @@ class Drawn:
         return self.path.with_name(self.path.name + ending)
 
     def count(self) -> int:
-        """How many are drawn. Raises InputError where what is there was drawn in another way."""
+        """Count the pictures drawn so far. Raises InputError if the existing ones were drawn with other settings."""
         if self.path.suffix != ".npz":
             raise InputError(f"{self.path}: pictures are saved as an .npz; name it {self.path.name}.npz")
         if self.path.exists():
@@ -47,11 +48,11 @@ class Drawn:
         wanted = json.loads(json.dumps(self.how))
         if before != wanted:
             names = [name for name in wanted if not isinstance(before, dict) or before.get(name) != wanted[name]]
-            what = f"drawn with another {', '.join(names)}" if isinstance(before, dict) else "not known to be these pictures"
+            what = f"drawn with another {', '.join(names)}" if isinstance(before, dict) else "of unknown settings"
             raise InputError(f"{pictures} exists and is {what}: remove it, or give another --save")
 
     def batches(self, draw: Callable[[int], Iterator[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
-        """All pictures, uint8 [up to rows, height, width, 3]: those that are there, then `draw(first)`, which are written as they come."""
+        """Yield all pictures, uint8 [up to rows, height, width, 3]: the saved ones, then `draw(first)`, which are saved as they come."""
         first = self.count()
         if self.path.exists():
             yield from read_images(self.path, rows)
@@ -84,7 +85,7 @@ class Drawn:
             return array
         file.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(file, "w+", np.uint8, self.shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a crash at some later write
+        if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a crash at a later write
             with file.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
         self._note(0)

@@ -1,4 +1,4 @@
-"""Scoring a trained model by the pictures it draws (ADM suite)."""
+"""Scores a trained model by the pictures it draws (ADM suite)."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -38,13 +38,13 @@ class EvalConfig:
     batch: int = 64
     """Pictures drawn at a time."""
     labels: Literal["uniform", "balanced"] = "uniform"
-    """Classes drawn independently, as DiT's script does, or each equally often."""
+    """Classes are drawn independently, as in DiT's script (uniform), or each equally often (balanced)."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     autoencoder: str = ""
     """SOURCE of the decoder of a latent model."""
     seed: int = 0
     save: str = ""
-    """Keep the pictures as an .npz (arr_0, uint8), which other implementations of the suite read; the same command again continues."""
+    """Save the pictures as this .npz (arr_0, uint8), which other implementations of the suite read; the same command continues it."""
 
     def __post_init__(self) -> None:
         positive(self, "samples", "batch")
@@ -53,37 +53,40 @@ class EvalConfig:
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH`: FID, sFID, IS, precision, recall and KID against an .npz, or against any pictures.
+    """Compute the rows of `heirloom eval PATH`: FID, sFID, IS, precision, recall and KID against an .npz, or against any pictures.
 
-    The reference is read and measured before anything is drawn. Raises InputError without features or reference, and for what they
-    cannot be compared with.
+    The reference is read and measured before anything is drawn. Raises InputError without features or reference, and for a model or
+    a reference that cannot be compared.
     """
     if not isinstance(donor.cfg, DitConfig):
-        raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
+        raise InputError(f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as --autoencoder")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")
     if not args.data:
         raise InputError("give --data: a reference batch (.npz of the ADM suite), or pictures to compare with")
     if cfg.samples < LEAST:
-        raise InputError(f"--samples {cfg.samples}: a score takes {LEAST} at least, and published ones 50,000")
+        raise InputError(f"--samples {cfg.samples}: a score needs at least {LEAST}; published numbers use 50,000")
     source = None if Path(args.data).suffix in (".npz", ".npy") else _open_pictures(args)
-    reference = read_reference(Path(args.data)) if source is None else Reference(args.data, None, None, len(source), lambda rows: iter(()))
+    if source is None:
+        reference = read_reference(Path(args.data))
+    else:
+        reference = Reference(where=args.data, pool=None, spatial=None, images=len(source), read=lambda rows: iter(()))
     extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())
     check_reference(reference, extractor)
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
     pictures = open_pictures(donor.cfg, cfg.autoencoder, mesh, read_origin(donor.folder))
     if pictures is None:
-        raise InputError("this model draws latents: give --autoencoder, the decoder that turns them into pictures")
+        raise InputError("this model draws latents: give --autoencoder, whose decoder turns them into pictures")
     side = donor.cfg.size * pictures.factor
     if source is not None:
         reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
-    saved = Drawn(Path(cfg.save), (cfg.samples, side, side, 3), settings(donor, cfg)) if cfg.save else None
+    saved = Drawn(Path(cfg.save), (cfg.samples, side, side, 3), sampling_settings(donor, cfg)) if cfg.save else None
     if saved and (count := saved.count()):
-        print(f"{cfg.save}: {count:,} of {cfg.samples:,} pictures are there already")
+        print(f"{cfg.save}: {count:,} of {cfg.samples:,} pictures are already drawn")
 
     def drawn(first: int) -> Iterator[np.ndarray]:
-        params, labels, keys = load_params(donor, mesh), asked(cfg, donor.cfg.classes), jax.random.key(cfg.seed)
+        params, labels, keys = load_params(donor, mesh), sample_labels(cfg, donor.cfg.classes), jax.random.key(cfg.seed)
         parts = draw_batches(draw, params, pictures, labels, picture_keys(keys, np.arange(cfg.samples)), cfg.batch, first)
         yield from track(parts, description="drawing", total=-(-(cfg.samples - first) // cfg.batch))
 
@@ -93,29 +96,29 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     return [row | {"dataset": args.data, "published": None, "protocol": f"{row['protocol']}; {how}"} for row in rows]
 
 
-def asked(cfg: EvalConfig, classes: int) -> np.ndarray:
-    """The class of each picture, int [samples], in an order without meaning: the Inception score splits it."""
+def sample_labels(cfg: EvalConfig, classes: int) -> np.ndarray:
+    """Draw the class of each picture, int [samples], shuffled because the Inception score splits them."""
     rng = np.random.default_rng(cfg.seed)
     labels = np.arange(cfg.samples) % classes if cfg.labels == "balanced" else rng.integers(classes, size=cfg.samples)
     return rng.permutation(labels)
 
 
-def settings(donor: Donor, cfg: EvalConfig) -> dict[str, Any]:
-    """What decides the pictures: model, sampler, labels and seed; not the batch."""
+def sampling_settings(donor: Donor, cfg: EvalConfig) -> dict[str, Any]:
+    """Return the settings that determine the pictures: model, sampler, labels and seed, but not the batch size."""
     model = {"weights": hashes(donor.file), "config": asdict(donor.cfg)}
     how = {name: getattr(cfg, name) for name in ("samples", "labels", "autoencoder", "seed")}
     return {"model": model, "sample": asdict(cfg.sample)} | how
 
 
 def _open_pictures(args: Namespace) -> Source:
-    """The pictures that are compared with. Raises InputError where there are none."""
-    source = open_source(SourceConfig(args.data, args.split, args.image, text=""))
+    """Open the reference pictures. Raises InputError if there are none."""
+    source = open_source(SourceConfig(path=args.data, split=args.split, image=args.image, text=""))
     if not len(source) or "image" not in source[0]:
         raise InputError(f"{args.data} has no pictures to compare with: name their column with --image")
     return source
 
 
 def _cropped(source: Source, side: int, rows: int) -> Iterator[np.ndarray]:
-    """Pictures of a source, cropped as in training: uint8 [up to rows, side, side, 3]."""
+    """Yield the pictures of a source, cropped as in training: uint8 [up to rows, side, side, 3]."""
     for first in range(0, len(source), rows):
         yield np.stack([cropped(source[i], side) for i in range(first, min(first + rows, len(source)))])

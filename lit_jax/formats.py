@@ -1,4 +1,4 @@
-"""Configurations of other DiTs, both ways: facebookresearch's files, whose shapes tell it, and diffusers' folders."""
+"""Reads and writes configs of other DiTs: facebookresearch's files, where tensor shapes give the config, and diffusers' folders."""
 
 import re
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from lit_jax.origin import copy_origin
 SIDECAR = "dit.json"
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 NORM_EPS = 1e-5  # of diffusers' norm before the MLP
-# Classes of common data sets: a table of exactly so many rows may well have none for "no class".
-_COMMON = (10, 100, 200, 365, 1000, 21_841, 21_843)
-# What diffusers' older class of many transformers says of the parts that a DiT has not.
+# Class counts of common data sets: a label table with exactly as many rows may have no row for "no class".
+_COMMON_CLASS_COUNTS = (10, 100, 200, 365, 1000, 21_841, 21_843)
+# Fields of diffusers' older general transformer class for parts that a DiT does not have.
 _UNUSED: dict[str, Any] = dict(
     num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False, attention_type="default"
 ) | dict(caption_channels=None, interpolation_scale=None, use_additional_conditions=None, double_self_attention=False)
@@ -82,7 +82,7 @@ def _read_fair(found: Found) -> Read | None:
 
 
 def _sizes(tensors: Tensors) -> dict[str, Any]:
-    """What shapes tell of any DiT. Raises InputError for one that is built another way."""
+    """Read the sizes of any DiT from its tensor shapes. Raises InputError for an unsupported architecture."""
     try:
         width, channels, patch, patch_col = tensors["x_embedder.proj.weight"].shape
         layers = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
@@ -101,7 +101,7 @@ def _sizes(tensors: Tensors) -> dict[str, Any]:
 
 
 def _size(tensors: Tensors, patch: int, width: int) -> int:
-    """Side of the input by the position table; 0 without one. Raises InputError for rectangles."""
+    """Find the side of the input from the position table; 0 without one. Raises InputError for rectangles."""
     table = tensors.get("pos_embed")
     if table is None:
         return 0
@@ -119,21 +119,21 @@ def _size(tensors: Tensors, patch: int, width: int) -> int:
 
 
 def _classes(rows: int, known: int | None) -> tuple[int, list[Guess]]:
-    """How many classes a table of `rows` is for: one less, the last row being for no class, or as many."""
+    """Find the number of classes of a label table: `rows`, or one less if the last row means "no class". Returns it with guesses."""
     if known is not None:
         if known not in (rows, rows - 1):
             raise InputError(f"its arguments say {known} classes, and the table of classes has {rows} rows; is it another model's?")
         return known, []
     if rows == 1:
         return 1, []
-    if rows in _COMMON:
+    if rows in _COMMON_CLASS_COUNTS:
         why = f"the table of classes has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it"
         return rows - 1, [Guess("classes", None, why)]
     return rows - 1, [Guess("classes", rows - 1, f"the table has {rows} rows, and the last is taken for no class")]
 
 
 def _linear(tensors: Tensors, width: int) -> dict[str, Any]:
-    """LiT's attention; heads are told by a bank of filters that they share."""
+    """Read LiT's attention settings; the number of heads follows from a shared bank of filters."""
     features = "focused" if "blocks.0.attn.scale" in tensors else "relu"
     bank = tensors.get("blocks.0.attn.dwc.weight")
     if bank is None or not len(bank):
@@ -144,7 +144,7 @@ def _linear(tensors: Tensors, width: int) -> dict[str, Any]:
 
 
 def _sidecar(found: Found) -> dict[str, Any]:
-    """What shapes cannot tell, from the file that we write next to the weights."""
+    """Read the settings that shapes do not show from the sidecar file that we write."""
     fields = found.json(SIDECAR)
     if fields is None:
         return {}
@@ -155,7 +155,7 @@ def _sidecar(found: Found) -> dict[str, Any]:
 
 
 def _arguments(found: Found) -> dict[str, Any]:
-    """What the arguments of a training script tell. Raises InputError for those of a model that predicts something else than noise."""
+    """Read the saved arguments of a training script. Raises InputError for a model that predicts something else than noise."""
     args = found.about.get("args")
     args = args if isinstance(args, Mapping) else {}
     known: dict[str, Any] = {}
@@ -195,7 +195,7 @@ def _read_diffusers(found: Found) -> Read | None:
     fields.fixed("attention_bias", True)
     fields.fixed("norm_type", "ada_norm_zero")
     fields.fixed("norm_elementwise_affine", False)
-    fields.fixed("norm_eps", NORM_EPS, EPS)  # diffusers has it in one norm of two; `verify` compares with that switched
+    fields.fixed("norm_eps", NORM_EPS, EPS)  # diffusers uses it in one of two norms; `verify` compares with it changed there
     for name, value in _UNUSED.items():
         fields.fixed(name, value, None)
     fields.skip("_*", "dropout", "norm_num_groups", "upcast_attention", "dtype", "torch_dtype")
@@ -218,7 +218,7 @@ def _read_diffusers(found: Found) -> Read | None:
 
 
 def _scheduler(found: Found) -> tuple[Guess, ...]:
-    """Check the scheduler of the pipeline that a transformer is from, which says what it predicts; without one that is a guess."""
+    """Check that the pipeline's scheduler config says that the model predicts noise; returns a guess if there is none."""
     for fields in filter(None, map(found.json, ("scheduler_config.json", "../scheduler/scheduler_config.json"))):
         kind = fields.text("_class_name", "")
         if any(word in kind for word in ("Flow", "EDM", "Consistency")):
@@ -249,11 +249,18 @@ def _write_diffusers(cfg: DitConfig, folder: Path) -> None:
 
 
 FORMATS = (
-    Format("fair", layouts.fair, "dit.pt", _read_fair, _write_fair, wrapper=None),  # as DiT's own script reads it
-    Format("diffusers", layouts.DIFFUSERS, "diffusion_pytorch_model.safetensors", _read_diffusers, _write_diffusers),
+    # Without a wrapper, because DiT's own script reads it so.
+    Format(name="fair", layout=layouts.fair, file="dit.pt", read_config=_read_fair, write_config=_write_fair, wrapper=None),
+    Format(
+        name="diffusers",
+        layout=layouts.DIFFUSERS,
+        file="diffusion_pytorch_model.safetensors",
+        read_config=_read_diffusers,
+        write_config=_write_diffusers,
+    ),
 )
 
 
 def companions(donor: Donor, destination: Path, format: str) -> None:
-    """Carry along which autoencoder's latents the model was trained on."""
+    """Copy the file that says which autoencoder's latents the model was trained on."""
     copy_origin(donor.folder, destination)

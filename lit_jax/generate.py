@@ -1,8 +1,8 @@
-"""`heirloom sample PATH`: pictures of the classes one asks for, as a grid."""
+"""`heirloom sample PATH`: draws pictures of the requested classes and writes them as a grid."""
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from heirloom.common.data.grid import save_grid
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
-from lit_jax.decode import Pictures, open_pictures
+from lit_jax.decode import PictureDecoder, open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
@@ -27,12 +27,12 @@ SEEDS = 2**32
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """Draw `args.count` pictures of each class in `args.classes` (all, or the first eight, unless given) and write `args.out`.
 
-    The flags left over are fields of `SampleConfig`. Raises InputError for a class or flag that is none, and for latents without
-    an autoencoder.
+    The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents without an
+    autoencoder.
     """
     if not isinstance(donor.cfg, DitConfig):
-        raise InputError(f"{donor.path} is an autoencoder, which draws nothing by itself: name a DiT or LiT, and this with --autoencoder")
-    how = config.parse(looks(donor.cfg), args.flags, f"heirloom sample {donor.path}")
+        raise InputError(f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as --autoencoder")
+    how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     if args.count < 1:
         raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")
     if args.out.suffix not in ("", ".png"):
@@ -51,25 +51,25 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     return {"picture": str(args.out), "labels": labels.tolist(), "seconds": round(seconds, 2), "seed": args.seed, "sample": asdict(how)}
 
 
-def looks(cfg: DitConfig) -> SampleConfig:
-    """How pictures are drawn to look at: with strong guidance, where the model has a class for none."""
-    return SampleConfig("ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
+def default_sampling(cfg: DitConfig) -> SampleConfig:
+    """Return the sampler settings for pictures to look at: strong guidance, if the model has a null class."""
+    return SampleConfig(sampler="ddpm", steps=250, guidance=4.0 if cfg.null_class else 1.0, guided="all")
 
 
 def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
-    """A key for each picture, [classes x count]: of the seed, the class and the number within it, and of nothing else."""
+    """Derive a key for each picture, [classes x count], from the seed, the class and the picture's number within the class alone."""
     if not 0 <= seed < SEEDS:
         raise InputError(f"seed {seed}: choose one from 0 to {SEEDS - 1}")
-    of_class = picture_keys(jax.random.key(seed), np.asarray(classes))
-    return jax.vmap(lambda key: picture_keys(key, np.arange(count)))(of_class).reshape(-1)
+    keys = picture_keys(jax.random.key(seed), np.asarray(classes))
+    return jax.vmap(lambda key: picture_keys(key, np.arange(count)))(keys).reshape(-1)
 
 
 def draw_batches(
-    draw: Draw, params: Any, pictures: Pictures, labels: np.ndarray, keys: jax.Array, batch: int, first: int = 0
+    draw: Draw, params: Mapping[str, Any], pictures: PictureDecoder, labels: np.ndarray, keys: jax.Array, batch: int, first: int = 0
 ) -> Iterator[np.ndarray]:
-    """Pictures uint8 [up to batch, height, width, 3] of labels and keys [n], from number `first` on.
+    """Draw and decode pictures, uint8 [up to batch, height, width, 3], of labels and keys [n], from number `first` on.
 
-    A last batch that is short is drawn at full size and cut, so that nothing is compiled twice.
+    A short last batch is drawn at full size and cut, so that nothing is compiled twice.
     Raises InputError for a picture that is not finite.
     """
     batch = min(batch, len(labels))

@@ -1,4 +1,4 @@
-"""LiT from a DiT (LiT §3.3): every tensor but self-attention, whose projections may be kept, regrouped into fewer heads."""
+"""Which weights a LiT inherits from a DiT (LiT §3.3): all but self-attention, whose projections are optional."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
 def graft_attention(donor: DitConfig, student: DitConfig, keep: Keep = "none") -> Plan:
-    """The plan from a DiT to a student of the same shape with other attention.
+    """Make the plan from a DiT to a student of the same shape with other attention.
 
     keep: projections of self-attention that are inherited as well. The paper and its class-conditional code keep none, its
     text-to-image code "o"; "all" is for a donor with the same attention, such as a LiT of another resolution. Regrouping heads
@@ -27,6 +27,6 @@ def graft_attention(donor: DitConfig, student: DitConfig, keep: Keep = "none") -
         return Plan((("**", {}),))
     regroup: dict[str, AxisMap] = {"head head_dim": first(student.width)}
     kept: list[tuple[str, Maps | Fresh]] = [(f"blocks/attn/{_PROJECTIONS[p]}/*", regroup) for p in (() if keep == "none" else keep)]
-    own = student.attention == "linear" and (student.filters != "none" or student.features.startswith("focused"))
-    rest: list[tuple[str, Maps | Fresh]] = [("blocks/attn/**", FRESH)] if own or keep != "qkvo" else []
+    fresh = student.attention == "linear" and (student.filters != "none" or student.features.startswith("focused"))
+    rest: list[tuple[str, Maps | Fresh]] = [("blocks/attn/**", FRESH)] if fresh or keep != "qkvo" else []
     return Plan((*kept, *rest, ("**", {})))

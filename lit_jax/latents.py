@@ -1,4 +1,4 @@
-"""Latents computed once: the moments of every picture and of its mirror image, which each epoch draws from anew."""
+"""Caches latents: the moments of every picture and of its mirror image. Each epoch draws new latents from them."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
 from lit_jax.data import cropped, is_latent
-from lit_jax.origin import FILE, Origin, read_origin, same_latents, write_origin
+from lit_jax.origin import FILE, Origin, compare_latents, read_origin, write_origin
 
 
 def cache_latents(
@@ -40,10 +40,10 @@ def cache_latents(
 ) -> None:
     """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by index.
 
-    origin: the identity of the autoencoder, which the cache keeps; None: of `cfg`, without a name.
-    Its arrays are `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled;
-    and `label`, int32, where the records have one. The folder gets its name when it is complete.
-    Raises InputError for a picture that does not decode, a moment that `dtype` cannot hold, and where `path` exists already.
+    origin: the identity of the autoencoder, which is saved with the cache; None: only `cfg` is saved.
+    The arrays are `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled;
+    and `label`, int32, if the records have one. The folder is renamed to `path` when it is complete.
+    Raises InputError for a picture that does not decode, a moment that `dtype` cannot hold, and if `path` exists already.
     """
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
@@ -75,17 +75,17 @@ def cache_latents(
         write_origin(folder, origin or Origin(cfg))
 
 
-def cached_origin(path: Path) -> Origin:
-    """The autoencoder a cache was made with: its scaling factor goes with the latents. Raises InputError where it is not there."""
+def cache_origin(path: Path) -> Origin:
+    """Read which autoencoder a cache was made with, and its scaling factor. Raises InputError if the file is missing."""
     origin = read_origin(path)
     if origin is None:
         raise InputError(f"{path} holds latents without {FILE}, so their scaling factor is not known: make the cache again")
     return origin
 
 
-def latents_of(data: SourceConfig, held_out: SourceConfig, *models: Donor | None) -> Origin | None:
-    """The autoencoder whose latents `data` holds; None for pictures. Raises InputError where held-out data or a model has others."""
-    origin = cached_origin(Path(data.path)) if is_latent(data) else None
+def data_origin(data: SourceConfig, held_out: SourceConfig, *models: Donor | None) -> Origin | None:
+    """Find the autoencoder whose latents `data` holds; None for pictures. Raises InputError if held-out data or a model has others."""
+    origin = cache_origin(Path(data.path)) if is_latent(data) else None
     if origin is None:
         return None
     if not origin.encoder:
@@ -94,12 +94,12 @@ def latents_of(data: SourceConfig, held_out: SourceConfig, *models: Donor | None
     others |= {str(model.path): model.folder for model in models if model}
     for name, folder in others.items():
         if other := read_origin(folder):
-            remark(same_latents(origin, other, data.path, name))
+            remark(compare_latents(origin, other, data.path, name))
     return origin
 
 
 def sample_cached(cfg: AutoencoderConfig, moments: jax.Array, key: jax.Array) -> jax.Array:
-    """Scaled latents [batch, row, col, latent] f32 from moments as `cache_latents` keeps them, mirrored every second time."""
+    """Draw scaled latents [batch, row, col, latent] f32 from cached moments [batch, 2, row, col, 2 latent]; half of them mirrored."""
     mirror, noise = jax.random.split(key)
     view = jax.random.bernoulli(mirror, shape=(len(moments),)).astype(jnp.int32)
     drawn = jnp.take_along_axis(moments, view[:, None, None, None, None], axis=1)[:, 0]

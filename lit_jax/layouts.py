@@ -1,4 +1,4 @@
-"""DiT and LiT checkpoints of others in our names: facebookresearch/DiT and diffusers."""
+"""Layouts of foreign DiT and LiT checkpoints: facebookresearch/DiT and diffusers."""
 
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import Layout
@@ -13,7 +13,7 @@ def _linear(ours: str, theirs: str) -> Rows:
 
 
 def _packed(ours: tuple[str, ...], theirs: str) -> Rows:
-    """Several projections as one matrix, rows in this order."""
+    """Rows for several projections packed into one matrix, in this order."""
     return tuple((" + ".join(f"blocks/attn/{p}/{leaf}" for p in ours), f"{theirs}.{name}") for leaf, name in _LEAVES.items())
 
 
@@ -21,7 +21,7 @@ _LEAVES = {"kernel": "weight", "bias": "bias"}
 
 
 def fair(cfg: DitConfig) -> Layout:
-    """facebookresearch/DiT; with linear attention the keys of LiT's release."""
+    """Make the layout of facebookresearch/DiT; with linear attention, of LiT's release."""
     attn = "blocks.{layer}.attn"
     if cfg.attention == "softmax":
         mixing: Rows = _packed(("query", "key", "value"), f"{attn}.qkv")
@@ -35,8 +35,8 @@ def fair(cfg: DitConfig) -> Layout:
             ("blocks/attn/scale", f"{attn}.scale", "1 1 (head head_dim)"),
         )
     return Layout(
-        "fair",
-        (
+        name="fair",
+        rows=(
             ("patch/project/kernel", "x_embedder.proj.weight", PATCH),
             ("patch/project/bias", "x_embedder.proj.bias"),
             *_linear("time/up", "t_embedder.mlp.0"),
@@ -55,11 +55,11 @@ def fair(cfg: DitConfig) -> Layout:
 
 
 DIFFUSERS = Layout(
-    "diffusers",
-    (
+    name="diffusers",
+    rows=(
         ("patch/project/kernel", "pos_embed.proj.weight", PATCH),
         ("patch/project/bias", "pos_embed.proj.bias"),
-        # The embedders stand in every block.
+        # Every block has a copy of the embedders.
         *_linear("time/up", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_1"),
         *_linear("time/down", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_2"),
         ("label/table", "transformer_blocks.{layer}.norm1.emb.class_embedder.embedding_table.weight", "label embed"),

@@ -1,11 +1,11 @@
-"""Few-head linear attention with a depthwise branch on the values (LiT §3.1; FLatten), in closed form both ways.
+"""Few-head linear attention with a depthwise branch on the values (LiT §3.1; FLatten), forward and gradient in closed form.
 
 Per head, with phi(x) = ReLU(x) + feature_offset and means over the N tokens,
 
     out = phi(q) mean(phi(k) v^T) / (phi(q) . mean(phi(k)) + eps) + depthwise(v)
 
-What is computed is the same function with keys and values centred: the large rank-one part of the state, which would have to
-cancel in the backward pass, never enters a rounded product.
+The code computes the same function with centred keys and values. So the large rank-one part of the state, which must cancel in the
+backward pass, never enters a rounded product.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.precision import rounded
-from lit_jax.kernels import PLATFORMS, FeatureMap, Known, Layout, Order, Problem, choice
+from lit_jax.kernels import PLATFORMS, FeatureMap, Layout, Order, Problem, Residuals, choice
 from lit_jax.kernels.xla import check_branch, depthwise
 
 __all__ = ["depthwise", "linear_attention"]
@@ -30,67 +31,69 @@ QUADRATIC_UP_TO = 256  # tokens: below this the N x N order does less work and h
 
 
 class Unsupported(InputError, ValueError):
-    """A kernel that was asked for by name cannot take these arrays."""
+    """The kernel that was selected by name does not support these arrays."""
 
 
 def linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "batch token head head_dim"],
+    k: Float[Array, "batch token head head_dim"],
+    v: Float[Array, "batch token head head_dim"],
     *,
     eps: float = 1e-6,
     feature_offset: float = 1e-6,
-    conv_weight: jax.Array | None = None,
-    conv_bias: jax.Array | None = None,
+    conv_weight: Float[Array, "row col channel"] | None = None,
+    conv_bias: Float[Array, " channel"] | None = None,
     grid: tuple[int, int] | None = None,
     feature_map: FeatureMap = "relu",
     implementation: Implementation | None = None,
     order: Order | None = None,
     layout: Layout = "bnhd",
     shards: PartitionSpec | None = None,
-) -> jax.Array:
-    """Non-causal linear attention of every head over its own tokens, plus the depthwise convolution of the values.
+) -> Float[Array, "batch token head head_dim"]:
+    """Compute non-causal linear attention of every head, plus the depthwise convolution of the values.
 
-    q, k, v: [batch, token, head, head_dim] (or [batch, head, head_dim, token] with layout "bhdn"), any float dtype; so is the result.
-    eps, feature_offset: added to the normaliser and to the features.
-    conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The values are seen as images of
-    `grid` = (height, width) in raster order; None: square. A bank shared by the heads is tiled by the caller.
+    q, k, v: [batch, token, head, head_dim] (or [batch, head, head_dim, token] with layout "bhdn"), any float dtype; the result has the
+    same shape and dtype.
+    eps, feature_offset: constants added to the normaliser and to the features.
+    conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The tokens are images of
+    `grid` = (height, width) in raster order; None: square. The caller tiles a bank that the heads share.
     feature_map: "relu" applies phi; "none" takes q and k as features, to which only the offset is added.
     implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" and
-    "mosaic_gpu" (for Hopper) are kernels for bfloat16, differentiable once, which want layout "bhdn" and "bnhd"; "reference" is the
-    definition in f32 (f64 for f64 input), differentiated by JAX. None: the kernel for this device if it was measured on its kind,
-    else "xla".
+    "mosaic_gpu" (for Hopper) are kernels for bfloat16, differentiable once, which are fastest with layout "bhdn" and "bnhd";
+    "reference" is the definition in f32 (f64 for f64 input), differentiated by JAX. None: the kernel for this device if it was
+    measured on this kind of device, else "xla".
     order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens.
     Both are the same function.
-    shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over several devices; what XLA
-    computes it partitions by itself.
+    shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over several devices; XLA
+    partitions its own code without them.
     For `jax.checkpoint` policies q, k, v are named `lin_attn_q`, ..., the sums over tokens `lin_attn_state`, the result `lin_attn_out`.
-    Raises ValueError for shapes that do not fit, `Unsupported` where a kernel is named that cannot take them.
+    Raises ValueError for shapes that do not fit, `Unsupported` if the named kernel does not support them.
     """
     if not (q.ndim == 4 and q.shape == k.shape == v.shape):
         raise ValueError(f"q, k, v must be of one shape [batch, token, head, head_dim], got {q.shape}, {k.shape}, {v.shape}")
     _, tokens, heads, head_dim = q.shape if layout == "bnhd" else (q.shape[0], q.shape[3], *q.shape[1:3])
     if conv_weight is not None:
         grid = check_branch(conv_weight, grid, tokens, heads * head_dim)
-    problem = Problem(eps, feature_offset, feature_map, order or ("quadratic" if tokens <= QUADRATIC_UP_TO else "linear"), layout, grid)
+    order = order or ("quadratic" if tokens <= QUADRATIC_UP_TO else "linear")
+    problem = Problem(eps=eps, offset=feature_offset, feature_map=feature_map, order=order, layout=layout, grid=grid)
     if implementation == "reference":
         return _reference(q, k, v, conv_weight, conv_bias, problem)
 
     window = None if conv_weight is None else conv_weight.shape[:2]
     picked = implementation or choice().implementation
-    if reason := _module(picked).refuses(problem, head_dim, tokens, v.dtype, window):
+    if reason := _module(picked).unsupported_reason(problem, head_dim, tokens, v.dtype, window):
         if implementation:
-            raise Unsupported(f"linear attention by {implementation}: {reason}; or take the implementation xla")
+            raise Unsupported(f"linear attention by {implementation}: {reason}; or use implementation xla")
         picked = "xla"
     if picked == "mosaic_gpu" and feature_map == "relu":
         q, k = _rectified(q), _rectified(k)
-    run = _Run(problem, picked, implementation is None, shards)
+    run = _Run(problem=problem, implementation=picked, automatic=implementation is None, shards=shards)
     return _attend(q, k, v, conv_weight, conv_bias, run)
 
 
 @jax.custom_vjp
 def _rectified(x: jax.Array) -> jax.Array:
-    """ReLU where the projection ends, so that XLA makes it one kernel; its gradient is attention's, which masks what it returns."""
+    """ReLU fused by XLA into the projection. Its gradient is the identity: attention's gradient is already masked."""
     return jnp.maximum(x, 0)
 
 
@@ -111,19 +114,19 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | Non
 
 
 class _Run(NamedTuple):
-    """How a call is computed. chosen: by us for this device, so that lowered for another platform it is XLA's."""
+    """How a call is computed. automatic: the kernel was chosen for this device, so lowering for another platform uses XLA instead."""
 
     problem: Problem
     implementation: str
-    chosen: bool
+    automatic: bool
     shards: PartitionSpec | None
 
     def forward(self, *arrays: Any) -> Any:
-        """out, known."""
+        """Return out, residuals."""
         return self._on_platform(self._forward, "forward", *arrays)
 
     def backward(self, *arrays: Any) -> Any:
-        """dq, dk, dv, dweight, dbias."""
+        """Return dq, dk, dv, dweight, dbias."""
         return self._on_platform(self._backward, "backward", *arrays)
 
     def _on_platform(self, kernel: Any, name: str, *arrays: Any) -> Any:
@@ -131,7 +134,7 @@ class _Run(NamedTuple):
         if self.implementation == "xla":
             return xla(*arrays)
         kernel = _differentiable_once(kernel)
-        if not self.chosen:
+        if not self.automatic:
             return kernel(*arrays)
         platform = {"tpu": "tpu", "gpu": "cuda"}[PLATFORMS[self.implementation]]
         return jax.lax.platform_dependent(*arrays, default=xla, **{platform: kernel})
@@ -155,22 +158,25 @@ class _Run(NamedTuple):
     def _axes(self) -> tuple[Any, Any]:
         return (*(self.shards or ()), None, None)[:2]
 
-    def _split(self, kernel: Any, given: str, returned: str, arrays: Any) -> Any:
-        """`kernel` on each device's part of batch and heads: a compiled kernel cannot be partitioned by XLA."""
+    def _split(self, kernel: Any, inputs: str, outputs: str, arrays: Any) -> Any:
+        """Run `kernel` on each device's part of batch and heads, because XLA cannot partition a compiled kernel.
+
+        inputs, outputs: a letter for the sharding of each array: q tokens, w conv_weight, b conv_bias, s residuals.
+        """
         if not self.shards:
             return kernel(*arrays)
         batch, head = self._axes
         of_tokens = PartitionSpec(batch, None, head) if self.problem.layout == "bnhd" else PartitionSpec(batch, head)
         by_head, quadratic = PartitionSpec(batch, head), self.problem.order == "quadratic"
-        known: Any = (by_head, by_head, by_head, PartitionSpec(batch, None, head))
+        residuals: Any = (by_head, by_head, by_head, PartitionSpec(batch, None, head))
         specs: dict[str, Any] = {
             "q": of_tokens,
             "w": PartitionSpec(None, None, head),
             "b": PartitionSpec(head),
-            "s": PartitionSpec() if quadratic else Known(*known),
+            "s": PartitionSpec() if quadratic else Residuals(*residuals),
         }
-        # No residual varies over an axis it is not split over, but that is not the kernels' to prove.
-        return jax.shard_map(kernel, in_specs=tuple(map(specs.get, given)), out_specs=tuple(map(specs.get, returned)), check_vma=False)(
+        # No residual varies over an axis that it is not split over, but the kernels cannot prove that.
+        return jax.shard_map(kernel, in_specs=tuple(map(specs.get, inputs)), out_specs=tuple(map(specs.get, outputs)), check_vma=False)(
             *arrays
         )
 
@@ -183,16 +189,16 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, 
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, run: _Run
 ) -> tuple[jax.Array, Any]:
-    # Named for `jax.checkpoint` policies: saving state and result spares the backward pass the whole forward one.
+    # Names for `jax.checkpoint` policies: with state and result saved, the backward pass needs no second forward pass.
     q, k, v = (checkpoint_name(x, f"lin_attn_{name}") for x, name in zip((q, k, v), "qkv", strict=True))
-    out, known = run.forward(q, k, v, weight, bias)
-    known = checkpoint_name(known, "lin_attn_state")
-    return checkpoint_name(out, "lin_attn_out"), (q, k, v, weight, bias, known)
+    out, residuals = run.forward(q, k, v, weight, bias)
+    residuals = checkpoint_name(residuals, "lin_attn_state")
+    return checkpoint_name(out, "lin_attn_out"), (q, k, v, weight, bias, residuals)
 
 
-def _backward(run: _Run, residuals: Any, grad: jax.Array) -> Any:
-    q, k, v, weight, bias, known = residuals
-    dq, dk, dv, dweight, dbias = run.backward(q, k, v, weight, known, grad)
+def _backward(run: _Run, saved: Any, grad: jax.Array) -> Any:
+    q, k, v, weight, bias, residuals = saved
+    dq, dk, dv, dweight, dbias = run.backward(q, k, v, weight, residuals, grad)
     return dq, dk, dv, None if weight is None else rounded(dweight, weight), None if bias is None else rounded(dbias, bias)
 
 
@@ -204,7 +210,7 @@ def _differentiable_once(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @called.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("a kernel of linear attention is differentiated once; second derivatives are with implementation='xla'")
+        raise NotImplementedError("kernels of linear attention can be differentiated once; use implementation='xla' for second derivatives")
 
     return called
 

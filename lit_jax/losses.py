@@ -1,69 +1,85 @@
-"""DiT's loss, and the hybrid distillation of LiT (LiT §3.4): the teacher's noise and its variance, beside the data's."""
+"""DiT's loss, and LiT's hybrid distillation of the teacher's noise and variance (LiT §3.4)."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from heirloom.common.diffusion import Prediction, Schedule, log_variance, variational_bound
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What a student learns from its teacher beside the data."""
+    """Weights of the distillation terms that are added to the loss on the data."""
 
     noise: float = 0.5
     """Weight of the squared difference of the predicted noise (lambda 1; the text-to-image recipe has 1)."""
     variance: float = 0.05
     """Weight of the squared difference of the variance (lambda 2)."""
     target: Literal["raw", "log_sigma", "sigma"] = "raw"
-    """What "variance" compares: the head's output as released, or the log-variance or variance it stands for (the paper writes Sigma)."""
+    """What "variance" compares: the raw output, as in the released code, or its log-variance or variance (Sigma in the paper)."""
     dropped: Literal["shared", "student"] = "shared"
     """Whose labels are dropped. Deviation: both networks see the same label ("shared"), where the released teacher always sees the true one
-    ("student"), which pulls what the student says of no class toward what the teacher says of a class, and weakens guidance."""
+    ("student"), which pulls the student's unconditional output toward the teacher's conditional one, and weakens guidance."""
 
     @property
     def active(self) -> bool:
         return self.noise != 0 or self.variance != 0
 
 
-def split(output: jax.Array) -> Prediction:
-    """[..., 2 channels] of the network to noise and variance."""
+def split(output: Float[Array, "*place channels"]) -> Prediction:
+    """Split the network's output [..., 2 channels] into noise and variance."""
     return Prediction(*jnp.split(output, 2, axis=-1))
 
 
 class Terms(NamedTuple):
     """The two terms of DiT's loss, [batch] each; the loss is their sum."""
 
-    mse: jax.Array
-    bound: jax.Array
+    mse: Float[Array, " batch"]
+    bound: Float[Array, " batch"]
 
 
-def diffusion(schedule: Schedule, predicted: Prediction, clean: jax.Array, noisy: jax.Array, step: jax.Array, noise: jax.Array) -> Terms:
-    """Squared error of the noise, and the variational bound, which teaches the variance alone (DiT; iDDPM's L_hybrid, not times T)."""
+def diffusion(
+    schedule: Schedule,
+    predicted: Prediction,
+    clean: Float[Array, "batch *place channel"],
+    noisy: Float[Array, "batch *place channel"],
+    step: Int[Array, " batch"],
+    noise: Float[Array, "batch *place channel"],
+) -> Terms:
+    """Compute the squared error of the noise, and the variational bound, whose gradient reaches the variance alone.
+
+    The sum is DiT's loss (iDDPM's L_hybrid, without its factor T).
+    """
     assert predicted.ratio is not None
     bound = variational_bound(schedule, clean, noisy, step, jax.lax.stop_gradient(predicted.noise), predicted.ratio)
-    return Terms(_mean(jnp.square(noise - predicted.noise)), bound)
+    return Terms(_mean_per_example(jnp.square(noise - predicted.noise)), bound)
 
 
 class Distilled(NamedTuple):
-    """How far student and teacher are apart, [batch] each, before their weights."""
+    """Squared differences of student and teacher, [batch] each, unweighted."""
 
-    noise: jax.Array
-    variance: jax.Array
+    noise: Float[Array, " batch"]
+    variance: Float[Array, " batch"]
 
 
 def distillation(
-    schedule: Schedule, student: Prediction, teacher: Prediction, step: jax.Array, target: Literal["raw", "log_sigma", "sigma"] = "raw"
+    schedule: Schedule,
+    student: Prediction,
+    teacher: Prediction,
+    step: Int[Array, " batch"],
+    target: Literal["raw", "log_sigma", "sigma"] = "raw",
 ) -> Distilled:
-    """Squared differences of both heads. No gradient reaches the teacher."""
+    """Compute the squared differences of both outputs. No gradient reaches the teacher."""
     teacher = jax.lax.stop_gradient(teacher)
-    spreads = [_spread(schedule, prediction, step, target) for prediction in (student, teacher)]
-    return Distilled(_mean(jnp.square(student.noise - teacher.noise)), _mean(jnp.square(spreads[0] - spreads[1])))
+    variances = [_variance(schedule, prediction, step, target) for prediction in (student, teacher)]
+    noise = _mean_per_example(jnp.square(student.noise - teacher.noise))
+    return Distilled(noise, _mean_per_example(jnp.square(variances[0] - variances[1])))
 
 
-def _spread(schedule: Schedule, prediction: Prediction, step: jax.Array, target: str) -> jax.Array:
+def _variance(schedule: Schedule, prediction: Prediction, step: jax.Array, target: str) -> jax.Array:
     assert prediction.ratio is not None
     if target == "raw":
         return prediction.ratio
@@ -71,5 +87,5 @@ def _spread(schedule: Schedule, prediction: Prediction, step: jax.Array, target:
     return logarithm if target == "log_sigma" else jnp.exp(logarithm)
 
 
-def _mean(x: jax.Array) -> jax.Array:
+def _mean_per_example(x: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1).mean(1)

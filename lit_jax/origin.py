@@ -1,4 +1,4 @@
-"""Which autoencoder latents are of: caches and trained models remember it, and every decoder is compared with it."""
+"""Records which autoencoder made the latents of a cache or a model, and compares every decoder with it."""
 
 import hashlib
 import shutil
@@ -18,9 +18,9 @@ FILE = "autoencoder.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """An autoencoder by what its latents depend on.
+    """The properties of an autoencoder that its latents depend on.
 
-    source: as it was named, empty where an older cache does not say. encoder: SHA-256 of the encoder's weights, empty likewise.
+    source: the SOURCE that was given, empty in older caches. encoder: SHA-256 of the encoder's weights, empty in older caches.
     """
 
     cfg: AutoencoderConfig
@@ -28,11 +28,11 @@ class Origin:
     encoder: str = ""
 
     def __str__(self) -> str:
-        return f"{self.source or 'an autoencoder that is not named'} (scaling_factor {self.cfg.scaling_factor:g})"
+        return f"{self.source or 'an unnamed autoencoder'} (scaling_factor {self.cfg.scaling_factor:g})"
 
 
-def origin_of(donor: Donor, source: str) -> Origin:
-    """The identity of an opened autoencoder. Weights count in half precision, so that a copy in half precision is the same encoder."""
+def autoencoder_origin(donor: Donor, source: str) -> Origin:
+    """Compute the identity of an opened autoencoder. Weights are hashed in half precision, so that a half-precision copy is the same."""
     digest = hashlib.sha256()
     for path, value in sorted(donor.source.values.items()):
         if path.startswith(("encoder/", "quant/")):
@@ -42,7 +42,7 @@ def origin_of(donor: Donor, source: str) -> Origin:
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """What a latent cache or a model's folder says, or None. Caches of earlier versions hold the config alone."""
+    """Read the autoencoder of a latent cache or a model's folder; None without the file. Older caches hold the config alone."""
     file = folder / FILE
     if not file.is_file():
         return None
@@ -53,32 +53,32 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def write_origin(folder: Path, origin: Origin | None) -> None:
-    """Write it next to latents or weights; of a model of pixels there is none."""
+    """Write the autoencoder's identity next to latents or weights; nothing for a model of pixels."""
     if origin is not None:
         write_json(folder / FILE, {"source": origin.source, "encoder": origin.encoder, "model": asdict(origin.cfg)})
 
 
 def copy_origin(source: Path, destination: Path) -> None:
-    """Carry it from one weights folder to another."""
+    """Copy the autoencoder's identity from one weights folder to another."""
     if (source / FILE).is_file():
         shutil.copy(source / FILE, destination / FILE)
 
 
-def same_latents(one: Origin, other: Origin, of_one: str, of_other: str) -> str:
-    """What to say where two autoencoders differ, or nothing. of_one, of_other: what each belongs to, for the message.
+def compare_latents(one: Origin, other: Origin, owner: str, other_owner: str) -> str:
+    """Return a warning if two autoencoders differ, else an empty string. owner, other_owner: what each belongs to, for the message.
 
-    Raises InputError where latents of one are nothing to the other: another scaling factor or another number of channels.
+    Raises InputError if their latents cannot be mixed: another scaling factor, or another number of channels or pixels.
     """
     a, b = one.cfg, other.cfg
     for name in ("scaling_factor", "latent", "factor"):
         if getattr(a, name) != getattr(b, name):
             raise InputError(
-                f"{of_one} has latents of {one.source or 'an autoencoder'} with {name} {getattr(a, name):g}, {of_other} of "
+                f"{owner} has latents of {one.source or 'an autoencoder'} with {name} {getattr(a, name):g}, {other_owner} of "
                 f"{other.source or 'an autoencoder'} with {getattr(b, name):g}: use the same autoencoder for both"
             )
     if not one.encoder or not other.encoder:
-        unknown = of_other if one.encoder else of_one
+        unknown = other_owner if one.encoder else owner
         return f"{unknown} does not say which autoencoder its latents are of; its scaling_factor, {a.scaling_factor:g}, fits"
     if one.encoder != other.encoder:
-        return f"{of_one} has latents of {one}, {of_other} of {other}: their encoders have other weights, and latents may not fit"
+        return f"{owner} has latents of {one}, {other_owner} of {other}: their encoders have other weights, and latents may not fit"
     return ""

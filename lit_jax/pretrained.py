@@ -1,4 +1,4 @@
-"""A DiT or LiT to hold in a notebook, with the way to pictures; and its autoencoder through the same door."""
+"""Pretrained DiTs, LiTs and autoencoders for notebooks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from heirloom.common.checkpoint.convert import Donor, open_donor
 from heirloom.common.checkpoint.hub import locate
@@ -18,9 +19,9 @@ from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params, save_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
-from lit_jax.decode import Pictures, decoded, open_pictures
+from lit_jax.decode import PictureDecoder, open_pictures, picture_decoder
 from lit_jax.dit import DitConfig
-from lit_jax.generate import BATCH, class_keys, draw_batches, looks
+from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
 from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.sample import Draw, SampleConfig, drawer
 from lit_jax.zoo import EMBEDDED, FAMILY
@@ -28,62 +29,66 @@ from lit_jax.zoo import EMBEDDED, FAMILY
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A DiT or LiT with the way to pictures. `params` is the flat tree that `model.apply` takes; origin: whose latents it draws."""
+    """A DiT or LiT with its decoder.
+
+    params: the flat tree that `model.apply` takes. pictures: None for latents without an autoencoder. origin: the autoencoder whose
+    latents the model draws, if known.
+    """
 
     cfg: DitConfig
     model: Functional
     params: dict[str, jax.Array]
     mesh: Mesh
-    pictures: Pictures | None
+    pictures: PictureDecoder | None
     origin: Origin | None
     _drawers: dict[SampleConfig, Draw] = field(default_factory=dict, repr=False)
 
-    def sample(self, classes: int | Sequence[int], *, count: int = 1, seed: int = 0, batch: int = BATCH, **how: Any) -> np.ndarray:
-        """Draw pictures, `count` of each class: uint8 [classes x count, height, width, 3]. how: fields of `SampleConfig` (steps=50).
+    def sample(self, classes: int | Sequence[int], *, count: int = 1, seed: int = 0, batch: int = BATCH, **settings: Any) -> np.ndarray:
+        """Draw pictures, `count` of each class: uint8 [classes x count, height, width, 3]. settings: fields of `SampleConfig` (steps=50).
 
-        A picture depends on seed, class and its number within the class alone. Raises InputError for a class or setting that is none,
-        for a picture that is not finite, and for latents without an autoencoder.
+        A picture depends only on seed, class and its number within the class. Raises InputError for an unknown class or setting, for a
+        picture that is not finite, and for latents without an autoencoder.
         """
-        asked = [int(c) for c in np.atleast_1d(np.asarray(classes))]
-        default = looks(self.cfg)
-        if unknown := how.keys() - vars(default).keys():
+        labels = [int(c) for c in np.atleast_1d(np.asarray(classes))]
+        default = default_sampling(self.cfg)
+        if unknown := settings.keys() - vars(default).keys():
             raise InputError(f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are {', '.join(vars(default))})")
-        if min(count, batch, len(asked)) < 1:
-            raise InputError(f"{len(asked)} classes, count {count} and batch {batch}: each is 1 or more")
+        if min(count, batch, len(labels)) < 1:
+            raise InputError(f"{len(labels)} classes, count {count} and batch {batch}: each is 1 or more")
         if self.pictures is None:
             raise InputError("this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema")
-        settings = replace(default, **how)
-        draw = self._drawers.setdefault(settings, drawer(self.model, self.cfg, settings, self.mesh))
-        labels, keys = np.repeat(asked, count), class_keys(seed, asked, count)
-        draw.check(labels)
-        return np.concatenate(list(draw_batches(draw, self.params, self.pictures, labels, keys, batch)))
+        sampling = replace(default, **settings)
+        draw = self._drawers.setdefault(sampling, drawer(self.model, self.cfg, sampling, self.mesh))
+        repeated, keys = np.repeat(labels, count), class_keys(seed, labels, count)
+        draw.check(repeated)
+        return np.concatenate(list(draw_batches(draw, self.params, self.pictures, repeated, keys, batch)))
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write a weights folder, which every command and `load` take."""
+        """Write a weights folder, which `load` and every command read."""
         sidecars = partial(write_origin, origin=self.origin)
         save_params(Path(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
 
 
 @dataclass(frozen=True)
 class PretrainedAutoencoder:
-    """An autoencoder between pictures and the scaled latents that a diffusion model sees."""
+    """An autoencoder that converts between pictures and the scaled latents of a diffusion model."""
 
     cfg: AutoencoderConfig
     model: Functional
     params: dict[str, jax.Array]
-    pictures: Pictures
+    pictures: PictureDecoder
 
     def encode(self, images: np.ndarray) -> jax.Array:
-        """Pictures uint8 [n, height, width, 3] to the means of their latents, scaled: [n, row, col, latent] f32."""
+        """Encode pictures uint8 [n, height, width, 3]; returns the scaled means of their latents, [n, row, col, latent] f32."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise InputError(f"pictures are uint8 [n, height, width, 3], and these are {images.dtype} {list(images.shape)}")
+            raise InputError(f"pictures must be uint8 [n, height, width, 3], these are {images.dtype} {list(images.shape)}")
         return scale_latents(self.cfg, self._encode(self.params, images.astype(np.float32) / 127.5 - 1).mean)
 
-    def decode(self, latents: Any) -> np.ndarray:
-        """Scaled latents [n, row, col, latent] to pictures uint8 [n, height, width, 3]."""
+    def decode(self, latents: ArrayLike) -> np.ndarray:
+        """Decode scaled latents [n, row, col, latent]; returns pictures uint8 [n, height, width, 3]."""
         if np.ndim(latents) != 4 or np.shape(latents)[-1] != self.cfg.latent:
-            raise InputError(f"latents are [n, row, col, {self.cfg.latent}], and these are {list(np.shape(latents))}")
+            raise InputError(f"latents must be [n, row, col, {self.cfg.latent}], these are {list(np.shape(latents))}")
         return self.pictures(jax.numpy.asarray(latents, jax.numpy.float32))
 
     @cached_property
@@ -91,11 +96,11 @@ class PretrainedAutoencoder:
         return jax.jit(partial(self.model.apply, method="encode"))
 
 
-def load(source: str, autoencoder: str = "", **overrides: Any) -> Any:
-    """Any DiT or LiT by SOURCE as a `Pretrained`, an autoencoder as a `PretrainedAutoencoder`; f32 on the default devices.
+def load(source: str, autoencoder: str = "", **overrides: Any) -> Pretrained | PretrainedAutoencoder:
+    """Load a DiT or LiT as a `Pretrained`, or an autoencoder as a `PretrainedAutoencoder`; f32 on the default devices.
 
     source: `hf:org/name/folder`, a folder, a run or a file of any format, `embedded:digits_dit`. autoencoder: SOURCE of the decoder of a
-    latent model. overrides: what a bare weights file cannot tell (`heads=6`); what is guessed is remarked. Raises InputError.
+    latent model. overrides: settings that a bare weights file lacks (`heads=6`); guesses are printed as notes. Raises InputError.
     """
     path = locate(str(source), EMBEDDED)
     path = path / "model" if (path / "metrics.jsonl").is_file() else path
@@ -103,7 +108,9 @@ def load(source: str, autoencoder: str = "", **overrides: Any) -> Any:
     mesh = start(MeshConfig())
     if isinstance(donor.cfg, AutoencoderConfig):
         params = load_params(donor, mesh)
-        return PretrainedAutoencoder(donor.cfg, donor.model, params, decoded(donor.cfg, donor.model, params))
+        decoder = picture_decoder(donor.cfg, donor.model, params)
+        return PretrainedAutoencoder(cfg=donor.cfg, model=donor.model, params=params, pictures=decoder)
     origin = read_origin(donor.folder)
     pictures = open_pictures(donor.cfg, autoencoder, mesh, origin)
-    return Pretrained(donor.cfg, donor.model, load_params(donor, mesh), mesh, pictures, origin)
+    params = load_params(donor, mesh)
+    return Pretrained(cfg=donor.cfg, model=donor.model, params=params, mesh=mesh, pictures=pictures, origin=origin)

@@ -1,4 +1,4 @@
-"""What is looked at while a LiT trains: the loss on held-out data, and grids of samples."""
+"""Evaluation during training: the loss on held-out data, and grids of samples."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,21 +17,21 @@ from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.train.mesh import replicated, split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.data import Pixels, is_latent, latents
-from lit_jax.decode import Pictures
-from lit_jax.latents import cached_origin, sample_cached
+from lit_jax.decode import PictureDecoder
+from lit_jax.latents import cache_origin, sample_cached
 from lit_jax.losses import split
 from lit_jax.sample import drawer
 
 if TYPE_CHECKING:
     from lit_jax.train import Config
 
-HELD_OUT, ROWS = 512, 128  # pictures that the held-out loss looks at, and how many at a time
+HELD_OUT, ROWS = 512, 128  # pictures in the held-out loss, and how many at a time
 
 
 def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
-    """Squared error of the noise, averaged over evenly spread times; noise and times are always the same."""
+    """Make the held-out score: squared error of the noise, averaged over evenly spread times. Noise and times are always the same."""
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
-    cached = cached_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
+    cached = cache_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
@@ -47,13 +47,13 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
         with jax.set_mesh(mesh):
             parts = [[x[i : i + ROWS] for x in columns] for i in range(0, n, ROWS)]
             rows = [np.asarray(errors(params, *(split_rows(x, mesh) for x in part)))[: len(part[0])] for part in parts]
-        return Scored(cfg.held_out.path, n, {"mse": float(np.concatenate(rows).mean())})
+        return Scored(dataset=cfg.held_out.path, n=n, metrics={"mse": float(np.concatenate(rows).mean())})
 
     return score
 
 
 def noise_errors(student: Model, mesh: Mesh) -> Callable[..., jax.Array]:
-    """`(params, noisy, step, labels, noise) -> [row]`: the mean squared error of each row's predicted noise."""
+    """Compile `(params, noisy, step, labels, noise) -> [row]`, the mean squared error of each row's predicted noise."""
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def errors(params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
@@ -62,15 +62,15 @@ def noise_errors(student: Model, mesh: Mesh) -> Callable[..., jax.Array]:
     return errors
 
 
-def grids(cfg: "Config", model: Model, pictures: Pictures, mesh: Mesh) -> Callable[[Mapping[str, Any], int, Path], None]:
-    """`(params, step, run folder)`: writes a grid of samples, from the same noise every time."""
+def grids(cfg: "Config", model: Model, pictures: PictureDecoder, mesh: Mesh) -> Callable[[Mapping[str, Any], int, Path], None]:
+    """Make `(params, step, run folder)`, which writes a grid of samples drawn from the same noise every time."""
     draw, labels = drawer(model, cfg.student, cfg.sample, mesh), np.arange(cfg.samples) % cfg.student.classes
 
     def write(params: Mapping[str, Any], step: int, directory: Path) -> None:
-        drawn = pictures(draw(params, labels, jax.random.key(cfg.seed)), where=f"samples at step {step}: ")
+        samples = pictures(draw(params, labels, jax.random.key(cfg.seed)), where=f"samples at step {step}: ")
         if jax.process_index() == 0:
             folder = directory / "samples"
             folder.mkdir(exist_ok=True)
-            save_grid(drawn, folder / f"{step:07d}.png")
+            save_grid(samples, folder / f"{step:07d}.png")
 
     return write

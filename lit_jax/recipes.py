@@ -1,4 +1,4 @@
-"""What the published ImageNet recipes have in common."""
+"""Settings that the published ImageNet recipes share."""
 
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
@@ -9,16 +9,16 @@ from lit_jax.zoo import AUTOENCODER
 
 
 def imagenet(student: DitConfig, *, steps: int, batch: int = 256, donor: str = "", teacher: str = "") -> Config:
-    """AdamW at a constant 1e-4, no decay, EMA 0.9999, on the latent cache `data/imagenet_PIXELS` (scripts/cache_latents.py).
+    """Make a config: AdamW at a constant 1e-4, no decay, EMA 0.9999, on the latent cache `data/imagenet_PIXELS` (scripts/cache_latents.py).
 
-    Deviation: activations and kernels are bf16, where the papers have f32 with TF32 matmuls. Deviation: where a teacher is, it sees dropped
-    labels as the student does; the released code drops the student's alone (--distill.dropped student).
+    Deviation: activations and kernels are bf16; the papers use f32 with TF32 matmuls. Deviation: a teacher sees the same dropped labels
+    as the student; the released code drops only the student's (--distill.dropped student).
     """
     return Config(
         student=student,
         donor=donor,
         teacher=teacher,
-        data=SourceConfig(f"data/imagenet_{8 * student.size}", image="", text="", columns=("moments",)),
+        data=SourceConfig(path=f"data/imagenet_{8 * student.size}", image="", text="", columns=("moments",)),
         pipeline=PipelineConfig(batch=batch, workers=8),
         autoencoder=AUTOENCODER,
         optim=DIT_OPTIMIZER,

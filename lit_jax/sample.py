@@ -1,6 +1,6 @@
-"""Sampling a class-conditional model: guidance, and all that time and label say computed before the loop."""
+"""Samples a class-conditional model, with guidance; modulations by time and label are computed before the loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
 from heirloom.common.errors import InputError, nearest
@@ -20,20 +21,20 @@ from lit_jax.losses import split
 
 Name = Literal["ddpm", "ddim", "dpm"]
 Guided = Literal["all", "first three"]
-AHEAD = 2**30  # bytes: beyond this the modulations of all steps are computed step by step
+PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How pictures are drawn."""
+    """Settings of the sampler."""
 
     sampler: Name = "ddpm"
     """Ancestral with the learned variance (the paper's numbers), DDIM, or DPM-Solver++(2M)."""
     steps: int = 250
     guidance: float = 1.0
-    """Classifier-free guidance: 1 is none, 1.5 the paper's, 4 for pictures one likes to look at."""
+    """Classifier-free guidance scale: 1 is none, 1.5 is the paper's, 4 gives good-looking pictures."""
     guided: Guided = "first three"
-    """Channels of the noise that are guided; DiT's numbers guide three of four latent channels."""
+    """Channels of the noise that are guided; DiT's published numbers guide three of four latent channels."""
 
     def __post_init__(self) -> None:
         for name, known in (("sampler", Name), ("guided", Guided)):
@@ -43,12 +44,12 @@ class SampleConfig:
             raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
 
     def make(self) -> Sampler:
-        """Raises InputError for steps that the chain of 1000 cannot be cut to."""
+        """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
         chain = linear_schedule()
         if not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
-            raise InputError("--steps 1 with ddpm: its only step is the last, which takes noise for a picture; take 2, or --sampler dpm")
+            raise InputError("--steps 1 with ddpm: its only step is the last, which would return noise; use 2 steps, or --sampler dpm")
         try:
             if self.sampler == "dpm":
                 return dpm_solver(chain, self.steps)
@@ -59,81 +60,85 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Draw:
-    """`draw(params, labels, key)`: pixels or scaled latents [n, size, size, channels] f32 for labels [n] int.
+    """The compiled sampler: `draw(params, labels, key)` returns pixels or scaled latents.
 
-    key: one for each picture, [n], or one that the number of each picture is folded into. A picture depends on its key and its label,
-    whatever is drawn along with it and on whatever mesh.
+    A picture depends only on its key and its label, not on the rest of the batch or on the mesh.
     """
 
     cfg: DitConfig
-    how: SampleConfig
+    sampling: SampleConfig
     mesh: Mesh
-    jitted: Any
+    compiled: Callable[..., jax.Array]
 
-    def check(self, labels: np.ndarray | Sequence[int]) -> None:
-        """Raises InputError for a label that the model does not have."""
+    def check(self, labels: Int[np.ndarray, " n"] | Sequence[int]) -> None:
+        """Raise InputError for a label that the model does not have."""
         cfg, labels = self.cfg, np.asarray(labels)
-        none = f", and {cfg.classes} for none" if cfg.null_class else ", and none for no class"
+        none = f", and {cfg.classes} for no class" if cfg.null_class else ", and no null class"
         if len(wrong := labels[(labels < 0) | (labels >= cfg.rows)]):
             raise InputError(f"no class {wrong[0]}: this model has 0 to {cfg.classes - 1}{none}")
 
-    def __call__(self, params: Mapping[str, Any], labels: np.ndarray | Sequence[int], key: jax.Array) -> jax.Array:
-        """Raises InputError for a label that the model does not have."""
+    def __call__(
+        self, params: Mapping[str, Any], labels: Int[np.ndarray, " n"] | Sequence[int], key: Key[Array, "*n"]
+    ) -> Float[Array, "n size size channel"]:
+        """Draw a sample for each label. key: one for each, or a single one, into which the number of each is folded.
+
+        Raises InputError for a label that the model does not have.
+        """
         self.check(labels)
         labels, shards = np.asarray(labels, np.int32), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         keys = picture_keys(key, np.arange(len(labels))) if key.ndim == 0 else key
         unique, which = np.unique(labels, return_inverse=True)
-        if self.how.guidance != 1:
+        if self.sampling.guidance != 1:
             unique = np.append(unique, self.cfg.classes).astype(np.int32)
-        rows = np.minimum(np.arange(len(labels) + -len(labels) % shards), len(labels) - 1)  # the last is repeated to fill the devices
+        rows = np.minimum(np.arange(len(labels) + -len(labels) % shards), len(labels) - 1)  # the last row is repeated to fill all devices
         with jax.set_mesh(self.mesh):
-            return self.jitted(params, unique, which[rows].astype(np.int32), keys[rows])[: len(labels)]
+            return self.compiled(params, unique, which[rows].astype(np.int32), keys[rows])[: len(labels)]
 
 
-def picture_keys(key: jax.Array, numbers: np.ndarray) -> jax.Array:
-    """A key for each picture, [n], from one key and the pictures' numbers."""
+def picture_keys(key: Key[Array, ""], numbers: Int[np.ndarray, " n"]) -> Key[Array, " n"]:
+    """Derive a key for each picture from one key and the pictures' numbers."""
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers, jnp.uint32))
 
 
-def drawer(model: Model, cfg: DitConfig, how: SampleConfig, mesh: Mesh) -> Draw:
-    """Compile the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without a null class."""
-    if how.guidance != 1 and not cfg.null_class:
-        raise InputError(f"guidance {how.guidance:g}: this model was never trained without labels: it has no null class; set guidance 1")
-    sampler = how.make()
+def drawer(model: Model, cfg: DitConfig, sampling: SampleConfig, mesh: Mesh) -> Draw:
+    """Make the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without a null class."""
+    if sampling.guidance != 1 and not cfg.null_class:
+        raise InputError(f"guidance {sampling.guidance:g}: this model was never trained without labels (no null class); set guidance 1")
+    sampler = sampling.make()
     times = jnp.asarray(sampler.time, jnp.float32)
 
     def draw(params: Mapping[str, Any], unique: jax.Array, which: jax.Array, keys: jax.Array) -> jax.Array:
         n = len(which)
         modulations = partial(model.apply, params, method="modulations")
         size = len(sampler) * len(unique) * (6 * cfg.layers + 2) * cfg.width * 4
-        ahead = None
-        if size <= AHEAD:
+        precomputed = None
+        if size <= PRECOMPUTE_LIMIT:
             t, labels = (x.ravel() for x in jnp.meshgrid(times, unique, indexing="ij"))
-            ahead = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels))
+            precomputed = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels))
 
         def denoise(x: jax.Array, i: jax.Array) -> Prediction:
-            if ahead is None:
+            if precomputed is None:
                 modulation = modulations(jnp.full(len(unique), times[i]), unique)
             else:
-                modulation = jax.tree.map(lambda x: x[..., i, :, :], ahead)
+                modulation = jax.tree.map(lambda x: x[..., i, :, :], precomputed)
 
             def predict(rows: jax.Array) -> Prediction:
                 return split(model.apply(params, x, Modulation(*(m[..., rows, :] for m in modulation)), method="denoise"))
 
-            if how.guidance == 1:
+            if sampling.guidance == 1:
                 return predict(which)
-            return guide(predict(which), predict(jnp.full(n, len(unique) - 1)), how)
+            return guide(predict(which), predict(jnp.full(n, len(unique) - 1)), sampling)
 
         start, noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        x = jax.vmap(lambda own: jax.random.normal(own, (cfg.size, cfg.size, cfg.channels)))(start)
+        x = jax.vmap(lambda key: jax.random.normal(key, (cfg.size, cfg.size, cfg.channels)))(start)
         return sampler.run(denoise, jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), noise)
 
-    return Draw(cfg, how, mesh, jax.jit(draw, out_shardings=replicated(mesh)))
+    return Draw(cfg=cfg, sampling=sampling, mesh=mesh, compiled=jax.jit(draw, out_shardings=replicated(mesh)))
 
 
-def guide(conditional: Prediction, free: Prediction, how: SampleConfig) -> Prediction:
-    """Away from the unconditional noise, on the channels that are guided; the variance stays the conditional one."""
-    guided = free.noise + how.guidance * (conditional.noise - free.noise)
-    if how.guided == "first three":
+def guide(conditional: Prediction, unconditional: Prediction, sampling: SampleConfig) -> Prediction:
+    """Apply classifier-free guidance to the noise of the guided channels; the variance stays the conditional one."""
+    guided = unconditional.noise + sampling.guidance * (conditional.noise - unconditional.noise)
+    if sampling.guided == "first three":
         guided = jnp.concatenate([guided[..., :3], conditional.noise[..., 3:]], axis=-1)
     return Prediction(guided, conditional.ratio)

@@ -1,4 +1,4 @@
-"""Decoding a large picture tile by tile: the memory of one tile, however large the picture."""
+"""Decodes a large picture tile by tile, with the memory of one tile."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ from heirloom.common.nn.functional import Functional
 
 
 def decode_tiled(model: Functional, params: Mapping[str, Any], latents: jax.Array, tile: int, overlap: int) -> jax.Array:
-    """Pictures of unscaled latents [batch, row, col, latent], as `decode` makes them: [batch, height, width, 3] f32.
+    """Decode unscaled latents [batch, row, col, latent] tile by tile: pictures [batch, height, width, 3] f32.
 
-    tile, overlap: latent positions along a side, the overlap at least; where tiles overlap, one fades linearly into the next. The
-    decoder is compiled once, for one tile, and runs over them in a loop. Attention and GroupNorm see a tile and not the picture, so
-    the result approaches `decode` as tiles grow; a tile as large as the picture is `decode` itself.
-    Raises InputError when tiles would not advance.
+    tile, overlap: latent positions along a side; overlap is a minimum. Where tiles overlap, one fades linearly into the next. The
+    decoder is compiled once, for one tile, and runs over the tiles in a loop. Attention and GroupNorm see one tile, not the picture,
+    so the result approaches that of `decode` as tiles grow; with a tile as large as the picture they are equal.
+    Raises InputError if the overlap is not less than the tile.
     """
     if not 0 <= overlap < tile:
-        raise InputError(f"tiles of {tile} cannot overlap by {overlap}: take an overlap from 0 to {tile - 1}")
+        raise InputError(f"tiles of {tile} cannot overlap by {overlap}: choose an overlap from 0 to {tile - 1}")
     sides = tuple(min(tile, n) for n in latents.shape[1:3])
 
     def decode(latents: jax.Array) -> jax.Array:
@@ -28,7 +28,7 @@ def decode_tiled(model: Functional, params: Mapping[str, Any], latents: jax.Arra
 
     batch, height, width, channels = jax.eval_shape(decode, latents).shape
     factor = height // latents.shape[1]
-    rows, cols = (_lay(n, side, overlap, factor) for n, side in zip(latents.shape[1:3], sides, strict=True))
+    rows, cols = (_place_tiles(n, side, overlap, factor) for n, side in zip(latents.shape[1:3], sides, strict=True))
 
     def add(i: jax.Array, picture: jax.Array) -> jax.Array:
         row, col = i // len(cols.starts), i % len(cols.starts)
@@ -48,8 +48,8 @@ class _Line(NamedTuple):
     weights: jax.Array
 
 
-def _lay(length: int, side: int, overlap: int, factor: int) -> _Line:
-    """As few tiles as cover `length`, evenly spread, so that none overlaps less than asked; their weights add up to one at every pixel."""
+def _place_tiles(length: int, side: int, overlap: int, factor: int) -> _Line:
+    """Place as few tiles as cover `length`, evenly spread, each overlapping by at least `overlap`. Weights sum to one at every pixel."""
     count = 1 if length == side else -(-(length - overlap) // (side - overlap))
     starts = np.linspace(0, length - side, count).round().astype(int)
     shared = factor * (side - int(np.diff(starts).max(initial=0)))

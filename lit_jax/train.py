@@ -1,4 +1,4 @@
-"""Training a DiT or LiT: what its recipe means to the runner (`heirloom.common.train.recipe`), and its loss."""
+"""Trains a DiT or LiT: its config, its parts for the runner (`heirloom.common.train.recipe`), and its loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.kernels import PLATFORMS
-from lit_jax.latents import cached_origin, latents_of, sample_cached
+from lit_jax.latents import cache_origin, data_origin, sample_cached
 from lit_jax.losses import DistillConfig, diffusion, distillation, split
 from lit_jax.origin import copy_origin, write_origin
 from lit_jax.progress import grids, held_out_loss
@@ -43,34 +43,34 @@ DIT_OPTIMIZER = OptimConfig(lr=1e-4, warmup=0, schedule="constant", b2=0.999, ep
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
-    """One run of DiT or LiT."""
+    """Configures a training run of a DiT or LiT."""
 
     student: DitConfig = field(default_factory=DitConfig)
     keep: Keep = "none"
-    """Projections of self-attention that are inherited as well: none, as in the paper; o, v, ...; all, from a donor of the same kind."""
+    """Projections of self-attention that are also inherited: none, as in the paper; o, v, ...; all, if the donor has the same attention."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     label_drop: float = 0.1
-    """Share of the examples whose label is hidden, for classifier-free guidance."""
+    """Share of the examples whose label is dropped, for classifier-free guidance."""
     data: SourceConfig = field(default_factory=SourceConfig)
     """Labelled pictures, cropped to student.size pixels; or a latent cache."""
     label: str = "label"
-    """Column of the class: numbers from 0, or names, which are numbered in alphabetical order."""
+    """Column of the class: integers from 0, or names, which are numbered in alphabetical order."""
     flips: float = 0.5
-    """Share of the pictures that are mirrored. A latent cache holds both and takes either half of the time."""
+    """Share of the pictures that are mirrored. A latent cache holds both views and uses each half of the time."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=256))
     autoencoder: str = ""
     """SOURCE of the decoder that turns sampled latents into pictures; not needed to train on a cache."""
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=50, guidance=4.0))
-    """How the grid is drawn that shows progress; its scores are not the paper's."""
+    """Sampler of the progress grid; its settings are not the paper's."""
     samples: int = 16
-    """Pictures in the grid, classes in turn; 0: none."""
+    """Pictures in the grid, classes in turn; 0: no grid."""
     optim: OptimConfig = DIT_OPTIMIZER
     step: StepConfig = field(default_factory=lambda: StepConfig(ema=0.9999))
     steps: int = 400_000
     """Optimizer steps of the whole run."""
     log_every: int = 100
     eval_every: int = 10_000
-    """Steps between two sample grids, RUN/samples/STEP.png, and scores on held-out data."""
+    """Steps between sample grids, RUN/samples/STEP.png, and between evaluations on held-out data."""
     save_every: int = 10_000
 
     def parts(self) -> Parts:
@@ -81,8 +81,8 @@ class Config(BaseConfig):
 
 
 def parts(cfg: Config) -> Parts:
-    """Inheritance of all but self-attention, and hybrid distillation (LiT §3)."""
-    model, cached = functional(Dit, cfg.student), cached_by(cfg)
+    """Make the parts of a run: inherit all but self-attention, and distill (LiT §3)."""
+    model, cached = functional(Dit, cfg.student), cache_autoencoder(cfg)
 
     def resolve(donor: Donor) -> Resolution:
         return graft_attention(donor.cfg, cfg.student, cfg.keep).resolve(donor.source, model.spec)
@@ -99,46 +99,46 @@ def parts(cfg: Config) -> Parts:
         teacher=cfg.teacher if cfg.distill.active else "",
         open=open_dit,
         outline=outline,
-        inputs=partial(latents_of, cfg.data, cfg.held_out),
+        inputs=partial(data_origin, cfg.data, cfg.held_out),
         resolve=resolve,
-        look=None if cached else first_look,
+        look=None if cached else describe_first_batch,
         evaluator=partial(evaluator, cfg),
         sidecars=lambda opened, folder: write_origin(folder, opened.inputs),
         inherited_sidecars=lambda opened, folder: copy_origin(opened.donor.folder, folder) if opened.donor else None,
     )
 
 
-def cached_by(cfg: Config) -> AutoencoderConfig | None:
-    """The autoencoder whose latents the data are, or will be where there is no cache yet; None for pictures."""
+def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
+    """Find the autoencoder of the latent cache, or the default one if the cache does not exist yet; None for pictures."""
     if is_latent(cfg.data):
-        return cached_origin(Path(cfg.data.path)).cfg
+        return cache_origin(Path(cfg.data.path)).cfg
     return AutoencoderConfig() if cfg.autoencoder else None
 
 
 def check_device(cfg: DitConfig, platform: str) -> None:
-    """Raises InputError where a kernel is asked for that is another platform's."""
+    """Raise InputError for a kernel of another platform."""
     if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
-        raise InputError(f"student.implementation {cfg.implementation} is for {wanted}, this is {platform}: set it to xla")
+        raise InputError(f"student.implementation {cfg.implementation} is a kernel for {wanted}, this is {platform}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
-    """Raises InputError where data, student and teacher do not see the same thing."""
+    """Raise InputError if the shapes or classes of data, student and teacher differ."""
     c = cfg.student
     given = example["image"].shape if "image" in example else (*example["moments"].shape[1:3], example["moments"].shape[3] // 2)
     if given != (c.size, c.size, c.channels):
         takes = f"the student takes {[c.size, c.size, c.channels]}"
         raise InputError(f"the data is {list(given)}, {takes}: set student.size and student.channels")
     if cfg.label_drop and not c.null_class:
-        raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no class for none: set label_drop 0")
+        raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no null class: set label_drop 0")
     if teacher and cfg.label_drop and cfg.distill.dropped == "shared" and not teacher.cfg.null_class:
-        raise InputError("the teacher has no class for none: set distill.dropped student, so that it sees every label, or label_drop 0")
+        raise InputError("the teacher has no null class: set distill.dropped student, so that it sees every label, or label_drop 0")
     if teacher and (t := teacher.cfg) and (t.size, t.channels, t.classes) != (c.size, c.channels, c.classes):
-        theirs = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
-        raise InputError(f"the teacher sees {theirs}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
+        takes = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
+        raise InputError(f"the teacher takes {takes}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: AutoencoderConfig | None) -> LossFn:
-    """DiT's loss on pixels or on latents drawn from their moments, and the teacher's two terms; one forward pass each."""
+    """Make the loss: DiT's, on pixels or on latents drawn from cached moments, plus the two distillation terms; one forward pass each."""
     schedule = linear_schedule()
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -155,17 +155,17 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
         total = parts["mse"] + parts["bound"]
         if teacher:
             labels = dropped if cfg.distill.dropped == "shared" else batch["label"]
-            theirs = split(teacher.model.apply(cast(frozen, cfg.step.compute), noisy, step, labels))
-            apart = distillation(schedule, predicted, theirs, step, cfg.distill.target)
-            total = total + cfg.distill.noise * apart.noise + cfg.distill.variance * apart.variance
-            parts |= {"kd_noise": apart.noise, "kd_variance": apart.variance}
+            target = split(teacher.model.apply(cast(frozen, cfg.step.compute), noisy, step, labels))
+            terms = distillation(schedule, predicted, target, step, cfg.distill.target)
+            total = total + cfg.distill.noise * terms.noise + cfg.distill.variance * terms.variance
+            parts |= {"kd_noise": terms.noise, "kd_variance": terms.variance}
         return total.mean(), {name: (value.sum(), float(n)) for name, value in parts.items()}
 
     return loss
 
 
 def batches(cfg: Config, opened: Opened) -> Data:
-    """Labelled pictures, or the latents of a cache."""
+    """Open the training batches: labelled pictures, or the latents of a cache."""
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
     example = latents if opened.inputs else Pixels(cfg.student.size, cfg.flips)
     check_shapes(cfg, example(source[0], np.random.default_rng(0)), opened.teacher)
@@ -173,17 +173,17 @@ def batches(cfg: Config, opened: Opened) -> Data:
 
 
 def batch_shapes(cfg: Config) -> Shapes:
-    """Latents as `cache_latents` keeps them where there is an autoencoder, else pixels."""
+    """Return the shapes of a batch: cached moments if there is an autoencoder, else pixels."""
     n, size, channels = cfg.pipeline.batch, cfg.student.size, cfg.student.channels
     label = {"label": ((n,), jnp.int32)}
-    if cached_by(cfg):
+    if cache_autoencoder(cfg):
         return {"moments": ((n, 2, size, size, 2 * channels), jnp.float16)} | label
     return {"image": ((n, size, size, channels), jnp.float32)} | label
 
 
 def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
-    """The loss on held-out data, and grids of samples."""
-    # A kernel that is named for the steps does not take the f32 weights that are scored and drawn from.
+    """Make the evaluator: the loss on held-out data, and grids of samples."""
+    # A kernel that is named for training does not support the f32 weights used for evaluation and sampling.
     model = functional(Dit, cfg.student.kept)
     score = held_out_loss(cfg, model, opened.mesh) if cfg.held_out.path else None
     pictures = open_pictures(cfg.student, cfg.autoencoder, opened.mesh, opened.inputs)
@@ -191,8 +191,8 @@ def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     return Evaluator(score=score, draw=draw) if score or draw else None
 
 
-def first_look(opened: Opened, batch: Batch, picture: Path | None) -> str:
-    """Draws the first batch and returns its first labels."""
+def describe_first_batch(opened: Opened, batch: Batch, picture: Path | None) -> str:
+    """Save the first batch as a grid and return a line with its first labels."""
     pixels, labels = (np.asarray(batch[name].addressable_data(0))[:64] for name in ("image", "label"))
     if picture:
         save_grid(to_uint8(pixels), picture)

@@ -1,4 +1,4 @@
-"""Models by name: the published sizes of DiT and LiT, and where their weights are."""
+"""Published sizes of DiT and LiT, and the sources of their weights."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,26 +16,38 @@ from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
-FAMILY = Family("lit", Dit, partial(from_json, DitConfig), FORMATS, companions, verify, parameters, macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family(
+    name="lit",
+    module=Dit,
+    config=partial(from_json, DitConfig),
+    formats=FORMATS,
+    companions=companions,
+    verify=verify,
+    parameters=parameters,
+    macs=macs,
+    embedded=EMBEDDED,
+    lookalikes=LOOKALIKES,
+)
 FAMILIES = (FAMILY, AUTOENCODERS)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}
 
-# Sources of the recipes. DiT's weights are CC-BY-NC 4.0, and so is what inherits from them.
+# Sources of the recipes. DiT's weights are CC-BY-NC 4.0, and so are models that inherit from them.
 DIT_XL_2_256 = "hf:facebook/DiT-XL-2-256/transformer"
 DIT_XL_2_512 = "hf:facebook/DiT-XL-2-512/transformer"
 AUTOENCODER = "hf:stabilityai/sd-vae-ft-ema"
 
 
 def dit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
-    """A published DiT: `size` s, b, l or xl, over latents of an autoencoder that shrinks pictures eight times."""
+    """Return the config of a published DiT: `size` is s, b, l or xl; its latents are 8 times smaller than the pictures."""
     width, layers = _SIZES[size]
-    return DitConfig(pixels // 8, 4, patch, width, layers, SOFTMAX_HEADS[width], 4 * width)
+    heads, hidden = SOFTMAX_HEADS[width], 4 * width
+    return DitConfig(size=pixels // 8, channels=4, patch=patch, width=width, layers=layers, heads=heads, hidden=hidden)
 
 
 def lit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
-    """Its LiT: few-head linear attention, everything else alike."""
+    """Return the config of the LiT of the same size: few-head linear attention, all else equal."""
     cfg = dit(size, patch, pixels)
     return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
 
@@ -44,11 +56,11 @@ PUBLISHED = {DIT_XL_2_256: dit("xl"), DIT_XL_2_512: dit("xl", pixels=512)}
 
 
 def outline(source: str) -> Donor | Outline:
-    """A teacher for `heirloom compile`: published ones need not be fetched for their shapes."""
+    """Open a teacher for `heirloom compile`. Published ones are not downloaded, only their shapes are needed."""
     cfg = PUBLISHED.get(source)
     return Outline(FAMILY, cfg, functional(Dit, cfg)) if cfg else open_dit(source)
 
 
 def open_dit(source: str, **overrides: Any) -> Donor:
-    """Any DiT or LiT by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
+    """Open any DiT or LiT by SOURCE, lazily. Raises InputError if it does not exist or is another model."""
     return open_donor(locate(source, EMBEDDED), [FAMILY], **overrides)

@@ -19,7 +19,7 @@ from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.latents import cache_latents
-from lit_jax.origin import origin_of
+from lit_jax.origin import autoencoder_origin
 from lit_jax.zoo import AUTOENCODER
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         raise InputError(f"--size {args.size}: this autoencoder shrinks {donor.cfg.factor} times; choose a multiple of that")
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: choose 1 or more")
-    origin = origin_of(donor, args.autoencoder)
+    origin = autoencoder_origin(donor, args.autoencoder)
     how: Any = dict(size=args.size, batch=args.batch, force=args.force, origin=origin)
     cache_latents(donor.cfg, donor.model, params, source, args.destination, mesh, **how)
     print(f"{args.destination}: latents of {len(source):,} pictures by {origin}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.norm import unit
 
 Heads = np.ndarray
+ArrayT = TypeVar("ArrayT", bound=np.ndarray | jax.Array)
 PENALTIES = (1e2, 1e3, 1e4, 3e4, 1e5, 3e5)
 
 
@@ -112,12 +113,12 @@ def hypernetwork(
     return lambda x: np.asarray(apply(params, jnp.asarray((x - centre) / spread, jnp.float32)) * std + mean, np.float32)
 
 
-def row_condition(mean: Any) -> Any:
+def row_condition(mean: ArrayT) -> ArrayT:
     """Build the features from which a linear map predicts a row: the class's mean feature, its direction, the task's mean and the offset
     from it, and both squared lengths, which is where a nearest-mean bias comes from. [..., class, f] -> [..., class, 4 f + 2], numpy or
     traced.
     """
-    xp = jnp if isinstance(mean, jax.Array) else np
+    xp: Any = jnp if isinstance(mean, jax.Array) else np
     size = xp.mean(mean**2, -1, keepdims=True)
     task = xp.broadcast_to(xp.mean(mean, -2, keepdims=True), mean.shape)
     others = xp.broadcast_to(xp.mean(size, -2, keepdims=True), size.shape)

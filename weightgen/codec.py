@@ -1,5 +1,6 @@
 """Weights to latents and back: PCA, which needs no training and is the default; a token autoencoder; and the gate both must pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, softmax
@@ -174,6 +176,10 @@ def vae_loss(x: jax.Array, back: jax.Array, posterior: Moments, *, beta: float =
     return l1 + beta * posterior.kl().mean() + squared * jnp.square(x - back).mean()
 
 
+Code = Callable[[np.ndarray, np.ndarray], tuple[ArrayLike, ArrayLike]]
+"""`code(tokens, rows)`: the codec's input for the tokens of these zoo networks, and its output."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """Whether a codec may be used: the accuracy of networks before and after a round trip, NaN where it is not known, and the relative
@@ -188,7 +194,16 @@ class Gate:
     limit: float = float("inf")
 
     @classmethod
-    def of(cls, before: Any, after: Any, *, given: np.ndarray, back: np.ndarray, tolerance: float, **limits: float) -> "Gate":
+    def of(
+        cls,
+        before: np.ndarray | float,
+        after: np.ndarray | float,
+        *,
+        given: np.ndarray,
+        back: np.ndarray,
+        tolerance: float,
+        **limits: float,
+    ) -> "Gate":
         """Build it from the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
         means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
         return cls(**means, error=relative_error(given, back), tolerance=tolerance, **limits)
@@ -244,11 +259,8 @@ def left_out(cfg: GateConfig, zoo: Zoo) -> int:
     return min(cfg.members, len(zoo) // 5) if zoo.net else 0
 
 
-def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Any, seed: int) -> None:
-    """Run the gate. code(tokens, rows) -> the codec's input for these tokens, and its output.
-
-    Raises InputError when it is not passed.
-    """
+def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Code, seed: int) -> None:
+    """Run the gate. Raises InputError when it is not passed."""
     held = left_out(cfg, zoo)
     rows = np.arange(len(zoo))[-held:] if held else np.random.default_rng(seed).permutation(len(zoo))[: cfg.members]
     rows, before, after, chance = np.sort(rows), np.nan, np.nan, 0.0

@@ -20,6 +20,7 @@ from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.sample import SampleConfig
 from weightgen.generator.train import Trained, train_generator
 from weightgen.metrics import Estimate, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
+from weightgen.tokens import TokenSpec
 from weightgen.train import LoopConfig
 from weightgen.zoo.data import Bank, EmojiTasks, draw_tasks
 from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
@@ -66,7 +67,7 @@ def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     """Train heads for random tasks of seen classes."""
     bank = tasks.seen["support"]
     classes = draw_tasks(len(bank.names), cfg.members, cfg.ways, rng=np.random.default_rng(seed))
-    head = NetConfig("head", features=bank.features.shape[1], classes=cfg.ways)
+    head = NetConfig(kind="head", features=bank.features.shape[1], classes=cfg.ways)
     spec = head_tokens(head)
     parts = build(head, lambda a, b: bank.all(classes[a:b], MOST), cfg.members, fit=cfg.fit, seed=seed)
     weights = np.concatenate([flat(spec, spec.flatten({k: np.asarray(v) for k, v in part.items()})) for part in parts])
@@ -107,14 +108,14 @@ class Episodes:
         )
 
 
-def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
+def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: TokenSpec, head: NetConfig) -> np.ndarray:
     """Train heads on the support alone, by gradient descent. support: [task, way, shots, feature]."""
     tasks, ways, shots, feature = support.shape
     y = np.broadcast_to(np.repeat(np.arange(ways), shots), (tasks, ways * shots)).astype(np.int32)
     return trained_heads(support.reshape(tasks, -1, feature), y, cfg, spec=spec, head=head)
 
 
-def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: Any, head: NetConfig) -> np.ndarray:
+def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: TokenSpec, head: NetConfig) -> np.ndarray:
     """Train a head for each task, from zero. x: [task, example, feature]; y: [task, example]."""
     return spec.flatten({path: np.asarray(leaf) for path, leaf in _trainer(cfg, head)(x, y).items()})
 

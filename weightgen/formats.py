@@ -8,6 +8,7 @@ from shutil import copy
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from heirloom.common.checkpoint.convert import Donor, Family, open_donor
@@ -47,7 +48,7 @@ def sidecars(donor: Donor, destination: Path, format: str) -> None:
             copy(donor.folder / name, destination / name)
 
 
-def verify(cfg: Any, params: Mapping[str, Any], file: Path, format: str) -> Check:
+def verify(cfg: object, params: Mapping[str, Any], file: Path, format: str) -> Check:
     return Check(passed=True, reference=None, note="generators have no foreign format, hence no reference")
 
 
@@ -78,7 +79,7 @@ def _family(name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], 
     return Family(name=name, module=module, config=config, formats=(), companions=sidecars, verify=verify, parameters=parameters, macs=macs)
 
 
-def network(cfg: NetConfig, *, rngs: Any) -> Any:
+def network(cfg: NetConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """Build the module of a network of a zoo."""
     return MODULES[cfg.kind](cfg, rngs=rngs)
 

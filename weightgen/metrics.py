@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class Estimate:
         return f"{100 * self.mean:.1f} ± {100 * self.half:.1f}"
 
 
-def accuracy(predicted: np.ndarray, y: Any, classes: int) -> np.ndarray:
+def accuracy(predicted: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
     """Share right of [..., example] predictions, every class counting the same; y: labels, -1 where there is no example."""
     right = predicted == y
     by_class = [(right & (y == c)).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in range(classes)]
@@ -58,7 +57,7 @@ class Scores:
     oracle: np.ndarray
 
     @classmethod
-    def of(cls, samples: np.ndarray, select: Any, test: Any) -> "Scores":
+    def of(cls, samples: np.ndarray, select: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> "Scores":
         """samples: [n, task, class, feature + 1]; select, test: (x, y), two sets of different pictures.
 
         Raises ValueError when the two are one: selection on test is what `oracle` is for.

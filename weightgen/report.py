@@ -1,7 +1,7 @@
 """The report on generated networks: accuracies next to baselines, novelty, diversity."""
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,11 @@ from weightgen.zoo.fit import FitConfig, fit_population, initial_population
 from weightgen.zoo.nets import NetConfig, net, predict
 from weightgen.zoo.zoo import flat
 
-FEW = {"head": FitConfig(60, lr=0.1, weight_decay=0.3), "mlp": FitConfig(60, lr=0.01), "cnn": FitConfig(60, lr=0.01)}
+FEW = {
+    "head": FitConfig(steps=60, lr=0.1, weight_decay=0.3),
+    "mlp": FitConfig(steps=60, lr=0.01),
+    "cnn": FitConfig(steps=60, lr=0.01),
+}
 
 
 def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, seed: int) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, see
         "condition": f"{task.shots}-shot, 0 gradient steps" if task.support else f"{cfg.condition}, 0 gradient steps",
         "seed": seed,
         # The reference takes all its steps, whatever is asked for.
-        "sample": asdict(SampleConfig("ddpm", cfg.steps) if isinstance(cfg, D2nwgConfig) else how),
+        "sample": asdict(SampleConfig(sampler="ddpm", steps=cfg.steps) if isinstance(cfg, D2nwgConfig) else how),
         "parameters": cfg.whole.count,
         "accuracy": None,
     }
@@ -77,13 +81,13 @@ def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, see
     }
 
 
-def labels_of(cfg: Any, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
+def labels_of(cfg: GeneratorConfig | D2nwgConfig, tokens: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Predict classes with networks [n, token, length] on pictures x: [n, picture]."""
     params = cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like)
-    return predict(cfg.net, params, np.broadcast_to(x, (len(tokens), *x.shape)), at_once=50)
+    return predict(cast(NetConfig, cfg.net), params, np.broadcast_to(x, (len(tokens), *x.shape)), at_once=50)
 
 
-def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
+def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> dict[str, jax.Array]:
     """Train a network on these pictures alone, from scratch: a population of one."""
     model = net(cfg)
     begin = initial_population(model, 1, "random", key=jax.random.key(seed))
@@ -92,7 +96,7 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> Any:
     )
 
 
-def knows_order(cfg: Any) -> bool:
+def knows_order(cfg: GeneratorConfig | D2nwgConfig) -> bool:
     """Tell whether the condition says which class is which. Set Transformers do not: the same classes in another order give the same
     condition. A linear prior in addition does."""
     if isinstance(cfg, D2nwgConfig):

@@ -49,7 +49,7 @@ class Task:
 
 def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
     """Read the classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
-    source = open_source(SourceConfig(dataset))
+    source = open_source(SourceConfig(path=dataset))
     names = getattr(source, "classes", ())
     if not names:
         raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
@@ -99,16 +99,18 @@ def read_words(donor: Donor, task: str) -> Task:
     if cfg.condition == "chunk":
         if task:
             raise InputError(f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out")
-        return Task(("all chunks",), np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1), 1)
+        chunks = np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1)
+        return Task(names=("all chunks",), condition=chunks, shots=1)
     known = read_json(donor.folder / "tasks.json")["tasks"]
     if not task:
         raise InputError(f"give --task, such as {known[0]!r}: what the weights are for")
     if cfg.condition == "text":
         projection = Projection.load(donor.folder)
-        return Task((task,), projection(text_encoder(projection.backend)([task])).reshape(1, 1, 1, -1), 1)
+        features = projection(text_encoder(projection.backend)([task]))
+        return Task(names=(task,), condition=features.reshape(1, 1, 1, -1), shots=1)
     if task not in known:
         raise InputError(f"no task {task!r} in the zoo{nearest(task, known)}; there are {', '.join(known[:10])}")
-    return Task((task,), np.float32(known.index(task)).reshape(1, 1, 1, 1), 1)
+    return Task(names=(task,), condition=np.float32(known.index(task)).reshape(1, 1, 1, 1), shots=1)
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> np.ndarray:

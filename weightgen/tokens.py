@@ -6,7 +6,7 @@ are.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
@@ -91,7 +92,7 @@ class TokenSpec:
             self._block(found, piece)[...] = np.where(self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece))
         return found
 
-    def flatten(self, tree: Any) -> np.ndarray:
+    def flatten(self, tree: PyTree) -> np.ndarray:
         """Cut a tree into tokens [..., rows, length]; leaves may share leading axes, as in a population. The dtype holds all leaves
         exactly."""
         leaves = dict(named_leaves(tree))
@@ -106,7 +107,7 @@ class TokenSpec:
             self._block(out, piece)[...] = self._pad(moved.reshape((*lead, piece.size)), piece)
         return out
 
-    def unflatten(self, tokens: Any, like: Any) -> Any:
+    def unflatten(self, tokens: np.ndarray | jax.Array, like: PyTree) -> PyTree:
         """Invert `flatten`: `like` with its selected leaves replaced, dtype and structure kept; padding is ignored.
 
         tokens: [..., rows, length] numpy, or traced by jax (leaves then get the leading axes too).
@@ -138,14 +139,14 @@ def _exact(dtype: Any) -> Any:
     return np.float64 if np.dtype(dtype) == np.float64 else np.float32
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """List leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return list(tree.items())
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def map_named(change: Any, tree: Any) -> Any:
+def map_named(change: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """Rebuild the tree with each leaf replaced by `change(name, leaf)`."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return {name: change(name, leaf) for name, leaf in tree.items()}
@@ -156,7 +157,7 @@ def _name(path: Sequence[Any]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def selected(tree: Any, select: str = "") -> list[tuple[str, Any]]:
+def selected(tree: PyTree, select: str = "") -> list[tuple[str, Any]]:
     """Select floating leaves whose name matches the regex `select`, running statistics left out.
 
     Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
@@ -180,7 +181,7 @@ def selected(tree: Any, select: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def chunks(tree: Any, length: int | None = None, *, select: str = "") -> TokenSpec:
+def chunks(tree: PyTree, length: int | None = None, *, select: str = "") -> TokenSpec:
     """Cut any tree (or dict of a checkpoint's tensors) into rows; arrays may be `jax.ShapeDtypeStruct`s.
 
     length None: model-wise, one row with all tensors end to end. Else layer-wise: each tensor by itself, padded to whole chunks.
@@ -196,7 +197,16 @@ def chunks(tree: Any, length: int | None = None, *, select: str = "") -> TokenSp
         where = {"first": 0, "column": at} if length is None else {"first": at, "column": 0}
         order = tuple(range(len(leaf.shape)))
         pieces.append(
-            Piece(name, tuple(leaf.shape), order, rows=rows, width=width, fan_in=size // max(fan_out, 1), fan_out=fan_out, **where)
+            Piece(
+                path=name,
+                shape=tuple(leaf.shape),
+                order=order,
+                rows=rows,
+                width=width,
+                fan_in=size // max(fan_out, 1),
+                fan_out=fan_out,
+                **where,
+            )
         )
         at += size if length is None else rows
     return TokenSpec(tuple(pieces), 1 if length is None else at, at if length is None else length)

@@ -1,6 +1,6 @@
-"""The demo: a LiT inherits from the embedded DiT, all but its attention, and is distilled from it, on digits of 8 x 8 pixels.
+"""The demo: a LiT inherits all but the attention of the embedded DiT and is distilled from it, on digits of 8 x 8 pixels.
 
-    heirloom train lit/digits --run runs/lit                                 # inherits, and mimics
+    heirloom train lit/digits --run runs/lit                                 # with inheritance and distillation
     heirloom train lit/digits --run runs/scratch --donor "" --teacher ""     # the same from scratch
 
 Two CPU cores, about a minute each. Two heads of 48 replace four of 24.
@@ -21,11 +21,11 @@ def get_config() -> Config:
         student=DitConfig(size=8, channels=3, patch=2, width=96, layers=4, heads=2, hidden=384, classes=10, attention="linear"),
         donor="embedded:digits_dit",
         teacher="embedded:digits_dit",
-        data=SourceConfig("digits", split="train"),
-        held_out=SourceConfig("digits", split="test"),
+        data=SourceConfig(path="digits", split="train"),
+        held_out=SourceConfig(path="digits", split="test"),
         flips=0.0,
         pipeline=PipelineConfig(batch=64),
-        sample=SampleConfig("ddim", steps=50, guidance=1.5, guided="all"),
+        sample=SampleConfig(sampler="ddim", steps=50, guidance=1.5, guided="all"),
         samples=0,
         optim=replace(DIT_OPTIMIZER, lr=1e-3, warmup=20, schedule="cosine"),
         step=StepConfig(ema=0.97),

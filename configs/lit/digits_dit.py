@@ -2,7 +2,7 @@
 
     heirloom train lit/digits_dit --run runs/digits_dit
 
-40 minutes beside other work on two CPU cores. lit_jax/digits_dit/README.md says how the embedded weights were made, and their score.
+40 minutes on two CPU cores that also ran other work. lit_jax/digits_dit/README.md says how the embedded weights were made, and their score.
 """
 
 from dataclasses import replace
@@ -18,11 +18,11 @@ from lit_jax.train import DIT_OPTIMIZER, Config
 def get_config() -> Config:
     return Config(
         student=DitConfig(size=8, channels=3, patch=2, width=96, layers=4, heads=4, hidden=384, classes=10),
-        data=SourceConfig("digits", split="train"),
-        held_out=SourceConfig("digits", split="test"),
+        data=SourceConfig(path="digits", split="train"),
+        held_out=SourceConfig(path="digits", split="test"),
         flips=0.0,
         pipeline=PipelineConfig(batch=64),
-        sample=SampleConfig("ddim", steps=50, guidance=1.5, guided="all"),
+        sample=SampleConfig(sampler="ddim", steps=50, guidance=1.5, guided="all"),
         samples=50,
         optim=replace(DIT_OPTIMIZER, lr=2e-3, warmup=200, schedule="cosine"),
         step=StepConfig(ema=0.998),

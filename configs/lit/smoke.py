@@ -1,4 +1,4 @@
-"""A minute on a laptop: a tiny LiT from scratch on the embedded emoji at 16 px, in pixels.
+"""A tiny LiT from scratch on the embedded emoji, pixels of 16 x 16; a minute on a laptop.
 
     heirloom train lit/smoke --run runs/smoke
 
@@ -18,12 +18,12 @@ from lit_jax.train import DIT_OPTIMIZER, Config
 def get_config() -> Config:
     return Config(
         student=DitConfig(size=16, channels=3, patch=4, width=64, layers=2, heads=2, hidden=256, classes=9, attention="linear"),
-        data=SourceConfig("emoji", split="train"),
-        held_out=SourceConfig("emoji", split="test"),
+        data=SourceConfig(path="emoji", split="train"),
+        held_out=SourceConfig(path="emoji", split="test"),
         label="group",
         flips=0.0,
         pipeline=PipelineConfig(batch=64),
-        sample=SampleConfig("ddim", steps=20, guidance=2.0, guided="all"),
+        sample=SampleConfig(sampler="ddim", steps=20, guidance=2.0, guided="all"),
         samples=9,
         optim=replace(DIT_OPTIMIZER, lr=1e-3, warmup=20),
         step=StepConfig(ema=0.95),

@@ -1,10 +1,11 @@
-"""Linear attention written for one kind of device. `lit_jax.linear_attention` is the way in and says what the numbers mean.
+"""Implementations of linear attention for one kind of device each. Call them through `lit_jax.linear_attention`, which defines the
+arguments.
 
 An implementation is a module with the functions
 
-    refuses(problem, head_dim, tokens, dtype, window) -> why it cannot take such shapes, or None
-    forward(q, k, v, weight, bias, problem) -> out, known
-    backward(q, k, v, weight, known, grad, problem) -> dq, dk, dv, dweight, dbias
+    unsupported_reason(problem, head_dim, tokens, dtype, window) -> the reason why it does not support these shapes, or None
+    forward(q, k, v, weight, bias, problem) -> out, residuals
+    backward(q, k, v, weight, residuals, grad, problem) -> dq, dk, dv, dweight, dbias
 
 q, k, v, out, grad: in `problem.layout`, where mosaic_gpu gets q and k rectified; weight [row, col, head * head_dim] and bias
 [head * head_dim] of the depthwise branch, or None, whose gradients are f32.
@@ -21,13 +22,13 @@ FeatureMap = Literal["relu", "none"]
 Order = Literal["linear", "quadratic"]
 Layout = Literal["bnhd", "bhdn"]
 
-HEADS = (32, 64, 192, 256, 288, 384, 576)  # head_dim: those that the kernels were compiled for
+HEADS = (32, 64, 192, 256, 288, 384, 576)  # values of head_dim that the kernels were compiled for
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 _MEASURED = Path(__file__).parent / "measured.json"
 
 
 class Terms(NamedTuple):
-    """The numbers of the formula. relu: whether the kernel applies the feature map, or finds it applied."""
+    """Constants of the formula. relu: whether the kernel applies ReLU to q and k, or gets features."""
 
     eps: float
     offset: float
@@ -35,7 +36,7 @@ class Terms(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Everything about a call that is known before its arrays are."""
+    """Static arguments of a call."""
 
     eps: float
     offset: float
@@ -49,8 +50,8 @@ class Problem(NamedTuple):
         return Terms(self.eps, self.offset, self.feature_map == "relu")
 
 
-class Known(NamedTuple):
-    """What one head knows of all tokens, and each query's normaliser; f32 but for `state`, which is rounded as it is used."""
+class Residuals(NamedTuple):
+    """Sums over the tokens of each head, and each query's normaliser, saved for the backward pass; f32, but `state` has the dtype of q."""
 
     state: jax.Array  # [batch, head, head_dim, head_dim], keys and values centred
     key: jax.Array  # [batch, head, head_dim], mean feature
@@ -59,20 +60,20 @@ class Known(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What `implementation=None` takes on this machine, and why."""
+    """The implementation that `implementation=None` selects on this machine, and why."""
 
     implementation: str
     reason: str
 
 
 def choice() -> Choice:
-    """A kernel is taken only on a kind of device that it was measured on: the result is committed in `measured.json`."""
+    """Select the implementation: a kernel only on the kinds of device in `measured.json`, where it was measured."""
     device, platform = jax.devices()[0], jax.default_backend()
     kind = device.device_kind
     kernel = next((name for name, where in PLATFORMS.items() if where == platform), None)
     if kernel is None:
         return Choice("xla", f"there is no kernel for {platform}")
-    if reason := foreign(device):
+    if reason := unsupported_gpu(device):
         return Choice("xla", f"{kernel} is {reason}")
     if kind not in measured():
         return Choice("xla", f"{kernel} has not been measured on {kind}; select it by name")
@@ -80,13 +81,13 @@ def choice() -> Choice:
 
 
 def describe() -> str:
-    """For `heirloom doctor`: what computes linear attention here, and why."""
+    """Describe for `heirloom doctor` which implementation computes linear attention here, and why."""
     implementation, reason = choice()
     return f"linear attention by {implementation}: {reason}"
 
 
-def foreign(device: Any) -> str | None:
-    """What the kernels are and this GPU is not; None on a Hopper, and where there is no GPU."""
+def unsupported_gpu(device: jax.Device) -> str | None:
+    """Return why the kernels do not support this GPU; None on a Hopper, and on devices that are no GPU."""
     if device.platform == "gpu" and getattr(device, "compute_capability", None) != "9.0":
         return f"written for Hopper (compute capability 9.0), and this is {device.device_kind}"
     return None
@@ -94,10 +95,10 @@ def foreign(device: Any) -> str | None:
 
 @cache
 def measured() -> dict[str, Any]:
-    """Device kind -> what was measured there."""
+    """Read the measurements by kind of device."""
     return json.loads(_MEASURED.read_text())
 
 
 def merge(x: jax.Array) -> jax.Array:
-    """[batch, head, ...] -> [batch * head, ...]."""
+    """Reshape [batch, head, ...] to [batch * head, ...]."""
     return x.reshape(-1, *x.shape[2:])

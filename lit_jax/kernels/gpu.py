@@ -1,7 +1,7 @@
-"""Batched matrix products on Hopper GPUs (Mosaic), in bfloat16: whole rows of a result stay in one block, so that what follows the product
-and needs a row can follow it in registers.
+"""Batched matrix products on Hopper GPUs (Mosaic), in bfloat16. Whole rows of a result stay in one block, so that an epilogue that needs
+a row can run in registers.
 
-A block computes `rows` rows of one head's product. One warpgroup feeds tiles of both operands from memory; the others share the columns.
+A block computes `rows` rows of one head's product. One warpgroup loads tiles of both operands; the others split the columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 TILE = 64  # rows of one wgmma: every extent of an operand is a multiple
 SHARED = 212 * 1024  # bytes of shared memory for tiles: a block may have 227 KiB, and the vectors take at most 15
@@ -19,11 +20,11 @@ STAGES = 4  # tiles of the operands in flight
 
 
 class Operand(NamedTuple):
-    """array: bf16 [batch, token, head, column], or [batch, head, row, column] if not by_token. turned: enters the product transposed."""
+    """array: bf16 [batch, token, head, column], or [batch, head, row, column] if not by_token. transposed: in the product."""
 
     array: jax.Array
     by_token: bool = True
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -33,16 +34,17 @@ class Operand(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a warpgroup has when its product is complete. Rows are vectors [rows], columns [columns of this warpgroup]; all f32.
+    """The inputs of a warpgroup's epilogue. rows are vectors [rows], columns are vectors [columns of this warpgroup]; all f32.
 
-    dots: products of the left operand's rows with the vectors `along`. whole: sums over the warpgroups what each has of a row, once.
+    dots: products of the left operand's rows with the vectors `along`. whole: sums each row's partial values over the warpgroups; call
+    it once.
     """
 
     product: jax.Array  # [rows, columns]
     dots: list[jax.Array]
     rows: list[jax.Array]
     columns: list[jax.Array]
-    beside: list[jax.Array]  # [rows, columns]
+    elementwise: list[jax.Array]  # [rows, columns]
     whole: Callable[[jax.Array], jax.Array]
 
     def down(self, row: jax.Array) -> jax.Array:
@@ -53,9 +55,9 @@ class Tile(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An output: by_token [batch, token, head, column], else [batch, head, row, column]; a vector [batch, head, row] f32 if `vector`."""
+    """An output: [batch, token, head, column] if by_token, else [batch, head, row, column]; [batch, head, row] f32 if `vector`."""
 
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     by_token: bool = True
     vector: bool = False
 
@@ -77,18 +79,19 @@ def product(
     offset: float = 0,
     rows: Sequence[jax.Array] = (),
     columns: Sequence[jax.Array] = (),
-    beside: Sequence[Operand] = (),
+    elementwise: Sequence[Operand] = (),
 ) -> list[jax.Array]:
-    """finish(left @ right) for every head of every image.
+    """Compute finish(left @ right) for every head of every image.
 
-    along: f32 [batch, head, contracted], with which the rows of left + offset are multiplied, where left is not turned; rows: f32
-    [batch, head, row]; columns: f32 [batch, head, column]; beside: of the product's shape.
+    finish: the epilogue. along: f32 [batch, head, contracted], vectors whose dot products with the rows of left + offset are computed
+    (left must not be transposed). rows: f32 [batch, head, row]; columns: f32 [batch, head, column]; elementwise: operands with the
+    product's shape.
     """
-    plan = _plan(left, right, len(beside), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector])
+    plan = _plan(left, right, len(elementwise), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector])
     batch, head = left.array.shape[0], left.array.shape[2 if left.by_token else 1]
     wgs = plan.warpgroups
     vectors = [*along, *rows, *columns]
-    given = len(along) * (plan.contracted // plan.part) + len(rows) + len(columns) + len(beside)
+    given = len(along) * (plan.contracted // plan.part) + len(rows) + len(columns) + len(elementwise)
 
     scratch: dict[str, Any] = dict(
         stages=[plan.stage(result.dtype) for result in results if not result.vector],
@@ -96,14 +99,16 @@ def product(
         along_smem=[plgpu.SMEM((wgs, plan.contracted), jnp.float32) for _ in along],
         rows_smem=[plgpu.SMEM((wgs, plan.rows), jnp.float32) for _ in rows],
         columns_smem=[plgpu.SMEM((wgs, plan.columns), jnp.float32) for _ in columns],
-        beside_smem=[plgpu.SMEM((wgs, plan.rows, plan.columns), jnp.bfloat16, transforms=_transforms(plan.swizzled)) for _ in beside],
+        elementwise_smem=[
+            plgpu.SMEM((wgs, plan.rows, plan.columns), jnp.bfloat16, transforms=_transforms(plan.swizzled)) for _ in elementwise
+        ],
         loaded=plgpu.Barrier(num_arrivals=max(given, 1), num_barriers=wgs),
         parts=plgpu.SMEM((wgs, plan.rows), jnp.float32),
         met=plgpu.Barrier(num_arrivals=wgs),
     )
 
     def body(left_ref: Any, right_ref: Any, *refs: Any, **memory: Any) -> None:
-        _body(plan, left, right, beside, results, finish, offset, left_ref, right_ref, refs, **memory)
+        _body(plan, left, right, elementwise, results, finish, offset, left_ref, right_ref, refs, **memory)
 
     return plgpu.kernel(
         body,
@@ -115,19 +120,19 @@ def product(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name=name,
-    )(left.array, right.array, *vectors, *(x.array for x in beside))
+    )(left.array, right.array, *vectors, *(x.array for x in elementwise))
 
 
 def _body(
-    plan: Any, left: Operand, right: Operand, beside: Any, results: Any, finish: Any, offset: float, left_ref: Any, right_ref: Any,
+    plan: Any, left: Operand, right: Operand, elementwise: Any, results: Any, finish: Any, offset: float, left_ref: Any, right_ref: Any,
     refs: Any, *,
-    stages: Any, shelf: Any, along_smem: Any, rows_smem: Any, columns_smem: Any, beside_smem: Any, loaded: Any, parts: Any, met: Any,
+    stages: Any, shelf: Any, along_smem: Any, rows_smem: Any, columns_smem: Any, elementwise_smem: Any, loaded: Any, parts: Any, met: Any,
 ) -> None:  # fmt: skip
     b, h, tile, wg = (lax.axis_index(axis) for axis in ("batch", "head", "tile", "wg"))
-    # The last tile may overlap the one before, whose rows it then computes once more, to the same bits.
+    # The last tile may overlap the previous one; it computes the shared rows again, with the same bits.
     start = jnp.minimum(tile * plan.rows, plan.height - plan.rows)
     down, across = pl.ds(start, plan.rows), pl.ds(wg * plan.columns, plan.columns)
-    counts = (len(along_smem), len(rows_smem), len(columns_smem), len(beside_smem), len(results))
+    counts = (len(along_smem), len(rows_smem), len(columns_smem), len(elementwise_smem), len(results))
     along, rows, columns, tiles, outs = _split(refs, counts)
 
     def of_head(ref: Any, by_token: bool) -> Any:
@@ -135,8 +140,8 @@ def _body(
 
     def step(index: Any, left_smem: Any, right_smem: Any, carry: Any) -> Any:
         accumulator, dots = carry
-        a = left_smem.transpose((1, 0)) if left.turned else left_smem
-        w = right_smem.at[across].transpose((1, 0)) if right.turned else right_smem.at[:, across]
+        a = left_smem.transpose((1, 0)) if left.transposed else left_smem
+        w = right_smem.at[across].transpose((1, 0)) if right.transposed else right_smem.at[:, across]
         plgpu.wgmma(accumulator, a, w)
         part = pl.ds(index[0] * plan.depth, plan.depth)
         x: Any = left_smem[...].astype(jnp.float32) + offset if dots else None
@@ -152,7 +157,7 @@ def _body(
         for refs, memory, place in ((rows, rows_smem, down), (columns, columns_smem, across)):
             for ref, smem in zip(refs, memory, strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[b, h, place], smem.at[wg], arrives)
-        for operand, ref, smem in zip(beside, tiles, beside_smem, strict=True):
+        for operand, ref, smem in zip(elementwise, tiles, elementwise_smem, strict=True):
             plgpu.copy_gmem_to_smem(of_head(ref, operand.by_token).at[down, across], smem.at[wg], arrives)
         if along:
             plgpu.barrier_wait(arrives)
@@ -160,11 +165,11 @@ def _body(
         def accumulate(accumulator: Any) -> None:
             _, dots = run((accumulator, [jnp.zeros((plan.rows,), jnp.float32) for _ in along]))
             found = accumulator[...]
-            if not along and (rows or columns or beside):
+            if not along and (rows or columns or elementwise):
                 plgpu.barrier_wait(arrives)
             write(finish(Tile(
-                found, dots, [x[wg] for x in rows_smem], [x[wg] for x in columns_smem],
-                [x[wg].astype(jnp.float32) for x in beside_smem], whole,
+                product=found, dots=dots, rows=[x[wg] for x in rows_smem], columns=[x[wg] for x in columns_smem],
+                elementwise=[x[wg].astype(jnp.float32) for x in elementwise_smem], whole=whole,
             )))  # fmt: skip
 
         pl.run_scoped(accumulate, plgpu.ACC((plan.rows, plan.columns), jnp.float32))
@@ -203,8 +208,8 @@ def _body(
         plgpu.wait_smem_to_gmem(0)
 
     def block(operand: Operand, extent: int) -> plgpu.BlockSpec:
-        """Of the contraction one step, of the other side all."""
-        first = operand.turned != (operand is right)  # whether the contraction runs over the stored rows
+        """A block has one step of the contracted axis and all of the other axis."""
+        first = operand.transposed != (operand is right)  # whether the contraction runs over the stored rows
         shape = (plan.depth, extent) if first else (extent, plan.depth)
         return plgpu.BlockSpec(shape, (lambda i: (i, 0)) if first else (lambda i: (0, i)), transforms=_transforms(plan.swizzled))
 
@@ -218,7 +223,7 @@ def _body(
         wg_axis="wg",
         num_compute_wgs=plan.warpgroups,
         compute_context=compute,
-    )(left_rows.at[:, down] if left.turned else left_rows.at[down], of_head(right_ref, right.by_token))
+    )(left_rows.at[:, down] if left.transposed else left_rows.at[down], of_head(right_ref, right.by_token))
 
 
 class _Plan(NamedTuple):
@@ -239,7 +244,7 @@ class _Plan(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Of a contracted vector what one copy can take, which are at most 256 elements."""
+        """Elements of a contracted vector in one copy, at most 256."""
         return next(size for size in range(256, 0, -32) if self.contracted % size == 0)
 
     @property
@@ -252,23 +257,32 @@ class _Plan(NamedTuple):
         return next(size for size in (64, 96, 32) if self.columns % size == 0 and size % self.swizzled == 0)
 
     def stage(self, dtype: Any) -> Any:
-        """Where a warpgroup puts what it writes."""
+        """Shared memory in which a warpgroup stages its writes."""
         size = jnp.dtype(dtype).itemsize
         swizzled = next(width for width in (128 // size, 64 // size) if self.piece % width == 0)
         return plgpu.SMEM((self.warpgroups, TILE, self.piece), dtype, transforms=_transforms(swizzled, size))
 
 
-def _plan(left: Operand, right: Operand, beside: int, written: list[int]) -> _Plan:
-    """beside: arrays read beside the product; written: bytes of an element of each result."""
-    contracted, height = left.shape if left.turned else left.shape[::-1]
-    width = right.shape[0 if right.turned else 1]
+def _plan(left: Operand, right: Operand, elementwise: int, written: list[int]) -> _Plan:
+    """elementwise: number of elementwise operands; written: bytes of an element of each result."""
+    contracted, height = left.shape if left.transposed else left.shape[::-1]
+    width = right.shape[0 if right.transposed else 1]
     columns = _columns(width)
     depth = 64 if contracted % 64 == 0 else 96
     swizzled = 64 if columns % 64 == 0 and depth == 64 else 32
 
     def plan(depth: int, swizzled: int) -> _Plan:
-        plan = _Plan(height, width, contracted, TILE, columns, depth, swizzled, STAGES)
-        other = beside * plan.rows * width * 2 + sum(written) * plan.warpgroups * TILE * plan.piece
+        plan = _Plan(
+            height=height,
+            width=width,
+            contracted=contracted,
+            rows=TILE,
+            columns=columns,
+            depth=depth,
+            swizzled=swizzled,
+            steps=STAGES,
+        )
+        other = elementwise * plan.rows * width * 2 + sum(written) * plan.warpgroups * TILE * plan.piece
         return plan._replace(steps=min(STAGES, (SHARED - other) // (2 * depth * (plan.rows + width))))
 
     thick = plan(depth, swizzled)
@@ -276,7 +290,7 @@ def _plan(left: Operand, right: Operand, beside: int, written: list[int]) -> _Pl
 
 
 def _columns(width: int) -> int:
-    """Of one warpgroup."""
+    """Columns of one warpgroup."""
     options = [width // n for n in (1, 2, 3) if width % (32 * n) == 0 and width // n <= 256]
     wide = [c for c in options if c % 64 == 0 and c <= 192] or options
     return max(wide) if width <= 128 else min(wide)

@@ -1,7 +1,7 @@
-"""`implementation="mosaic_gpu"`: few-head linear attention by the products of `gpu`, token-major; the depthwise branch is XLA's.
+"""`implementation="mosaic_gpu"`: few-head linear attention with the products of `gpu`, token-major; XLA computes the depthwise branch.
 
-q and k are features, to which only the offset is to be added: ReLU is applied before. The algebra is that of `lit_jax.linear_attention`;
-sums and everything elementwise are f32. Feature-major arrays are transposed.
+q and k are features: ReLU is already applied, only the offset is added here. The formulas are those of `lit_jax.linear_attention`; sums
+and elementwise operations are f32. Feature-major arrays are transposed.
 """
 
 from collections.abc import Callable
@@ -9,48 +9,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lit_jax.kernels import HEADS, Known, Problem, foreign
+from lit_jax.kernels import HEADS, Problem, Residuals, unsupported_gpu
 from lit_jax.kernels.gpu import TILE, Operand, Result, Tile, product
 from lit_jax.kernels.xla import depthwise
 
 QUADRATIC = 512  # tokens
-BLOCKS = 264  # two for each multiprocessor: with fewer, a state is summed in parts
+BLOCKS = 264  # two for each multiprocessor; with fewer blocks, a state is summed in parts
 
 
-def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
     if head_dim not in HEADS:
         return f"head_dim must be one of {', '.join(map(str, HEADS))}, not {head_dim}"
     if problem.order == "quadratic" and tokens > QUADRATIC:
-        return f"its quadratic order ends at {QUADRATIC} tokens, not {tokens}"
-    return foreign(jax.devices()[0])
+        return f"its quadratic order supports up to {QUADRATIC} tokens, not {tokens}"
+    return unsupported_gpu(jax.devices()[0])
 
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
-) -> tuple[jax.Array, Known | None]:
+) -> tuple[jax.Array, Residuals | None]:
     call = _Call(v, problem)
     given = [call.pad(call.token_major(x)) for x in (q, k, v)]
-    out, known = (_forward_quadratic if problem.order == "quadratic" else _forward_linear)(call, *given)
+    out, residuals = (_forward_quadratic if problem.order == "quadratic" else _forward_linear)(call, *given)
     out = call.cut(out)
     if weight is not None:
         out = (out + depthwise(call.token_major(v), weight, bias, problem.grid)).astype(v.dtype)
-    return call.as_given(out), known
+    return call.as_given(out), residuals
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     call = _Call(v, problem)
     q_, k_, v_, grad_ = (call.pad(call.token_major(x)) for x in (q, k, v, grad))
-    found = _backward_quadratic(call, q_, k_, v_, grad_) if known is None else _backward_linear(call, q_, k_, v_, grad_, known)
+    found = _backward_quadratic(call, q_, k_, v_, grad_) if residuals is None else _backward_linear(call, q_, k_, v_, grad_, residuals)
     dq, dk, dv = map(call.cut, found)
     dweight = dbias = None
     if weight is not None:
         images, above = (call.token_major(x).astype(jnp.float32) for x in (v, grad))
-        # The weight, too: its gradient is summed over devices after this, and would be rounded before.
+        # The weight is widened as well: its gradient is summed over devices later and must not be rounded before.
         given = images, weight.astype(jnp.float32), jnp.zeros(weight.shape[-1], jnp.float32)
         _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), *given)
         through, dweight, dbias = back(above)
@@ -59,7 +60,7 @@ def backward(
 
 
 class _Call:
-    """Extents, and arrays as the products take them: tokens and head_dim in whole tiles, where zeros change no sum."""
+    """Sizes of a call; pads tokens and head_dim with zeros to whole tiles, which changes no sum."""
 
     def __init__(self, v: jax.Array, problem: Problem):
         self.problem = problem
@@ -80,30 +81,30 @@ class _Call:
         return x[:, : self.tokens, :, : self.head_dim]
 
     def pad_vector(self, x: jax.Array) -> jax.Array:
-        """[batch, head, head_dim]."""
+        """Pad [batch, head, head_dim]."""
         return jnp.pad(x, ((0, 0), (0, 0), (0, self.missing[1])))
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """[batch, head, head_dim] f32 over the true tokens."""
+        """Average over the real tokens, [batch, head, head_dim] f32."""
         return x.sum(1, dtype=jnp.float32) / self.tokens
 
     @property
     def ones(self) -> jax.Array:
-        """One at every true channel, [batch, head, head_dim] f32."""
+        """One at every real channel, zero in the padding, [batch, head, head_dim] f32."""
         return self.pad_vector(jnp.ones((self.batch, self.heads, self.head_dim), jnp.float32))
 
     def mask(self, x: jax.Array, of: jax.Array) -> jax.Array:
         return jnp.where(of > 0, x, 0.0) if self.problem.feature_map == "relu" else x
 
 
-def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Known]:
+def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Residuals]:
     eps, offset = call.problem.eps, call.problem.offset
     mean_feature, value = call.mean(k), call.mean(v)
     key = mean_feature + offset * call.ones
 
     state = _summed(
         "linear_attention_state", k, v, lambda total, down, across: total / call.tokens - down * across, mean_feature, value
-    )  # the centred state, rounded as it is used
+    )  # the centred state, in bf16 as the products use it
     sums = offset * state.sum(2, dtype=jnp.float32)
 
     def finish(tile: Tile) -> list[jax.Array]:
@@ -117,19 +118,21 @@ def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tu
         along=[key], offset=offset, columns=[sums, value],
     )  # fmt: skip
     d = call.head_dim
-    known = Known(state[..., :d, :d], key[..., :d], value[..., :d], jnp.moveaxis(normaliser[..., : call.tokens], 1, 2))
-    return out, known
+    residuals = Residuals(
+        state=state[..., :d, :d], key=key[..., :d], value=value[..., :d], normaliser=jnp.moveaxis(normaliser[..., : call.tokens], 1, 2)
+    )
+    return out, residuals
 
 
-def _backward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, known: Known) -> tuple[jax.Array, ...]:
+def _backward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, residuals: Residuals) -> tuple[jax.Array, ...]:
     eps, offset = call.problem.eps, call.problem.offset
     tokens, width = call.missing
-    state = jnp.pad(known.state, ((0, 0), (0, 0), (0, width), (0, width)))
-    key, value = call.pad_vector(known.key), call.pad_vector(known.value)
-    normaliser = jnp.pad(jnp.moveaxis(known.normaliser, 2, 1), ((0, 0), (0, 0), (0, tokens)), constant_values=1)
+    state = jnp.pad(residuals.state, ((0, 0), (0, 0), (0, width), (0, width)))
+    key, value = call.pad_vector(residuals.key), call.pad_vector(residuals.value)
+    normaliser = jnp.pad(jnp.moveaxis(residuals.normaliser, 2, 1), ((0, 0), (0, 0), (0, tokens)), constant_values=1)
 
     def of_query(tile: Tile) -> list[jax.Array]:
-        (z,), (key,), (features,) = tile.rows, tile.columns, tile.beside
+        (z,), (key,), (features,) = tile.rows, tile.columns, tile.elementwise
         query = ((features + offset) * tile.down(1 / z)).astype(jnp.bfloat16)
         along = tile.whole((tile.product * query.astype(jnp.float32)).sum(1)) - eps / z * tile.dots[0]
         dq = (tile.product - tile.down(along) * tile.across(key)) * tile.down(1 / z)
@@ -137,18 +140,18 @@ def _backward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad
 
     results = [Result(), Result(), Result(vector=True)]
     dq, query, along = product(
-        "linear_attention_query_gradient", Operand(grad), Operand(state, by_token=False, turned=True), results, of_query,
-        along=[value], rows=[normaliser], columns=[key], beside=[Operand(q)],
+        "linear_attention_query_gradient", Operand(grad), Operand(state, by_token=False, transposed=True), results, of_query,
+        along=[value], rows=[normaliser], columns=[key], elementwise=[Operand(q)],
     )  # fmt: skip
 
     dstate = _summed("linear_attention_state_gradient", query, grad)
-    # The rounded gradient of the state stands in both terms of dk, so that their large parts cancel exactly.
+    # Both terms of dk use the rounded gradient of the state, so that their large parts cancel exactly.
     shift = jnp.einsum("bhde,bhe->bhd", dstate.astype(jnp.float32), value)
     shift = shift + jnp.einsum("bnhd,bhn->bhd", query.astype(jnp.float32), along)
     (dk,) = product(
-        "linear_attention_key_gradient", Operand(v), Operand(dstate, by_token=False, turned=True), [Result()],
-        lambda tile: [call.mask((tile.product - tile.across(tile.columns[0])) / call.tokens, tile.beside[0])],
-        columns=[shift], beside=[Operand(k)],
+        "linear_attention_key_gradient", Operand(v), Operand(dstate, by_token=False, transposed=True), [Result()],
+        lambda tile: [call.mask((tile.product - tile.across(tile.columns[0])) / call.tokens, tile.elementwise[0])],
+        columns=[shift], elementwise=[Operand(k)],
     )  # fmt: skip
     (dv,) = product(
         "linear_attention_value_gradient", Operand(k), Operand(dstate, by_token=False), [Result()],
@@ -170,45 +173,45 @@ def _backward_quadratic(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, g
     valid = _valid(call)
 
     def of_scores(tile: Tile) -> list[jax.Array]:
-        (z,), (weights,), (common,) = tile.rows, tile.beside, tile.dots
-        # A value common to all tokens reaches the scores through eps alone: it is taken out here as in the linear order.
+        (z,), (weights,), (common,) = tile.rows, tile.elementwise, tile.dots
+        # A value common to all tokens reaches the scores through eps alone: it is subtracted here, as in the linear order.
         dweights = tile.product - tile.down(common)
         along = tile.whole((dweights * weights).sum(1)) - common * eps / z
         dscores = (dweights - tile.down(along)) * tile.down(1 / z)
         return [dscores * tile.across(tile.columns[0]) if valid else dscores]
 
     (dscores,) = product(
-        "quadratic_attention_score_gradient", Operand(grad), Operand(v, turned=True), [Result(by_token=False)], of_scores,
-        along=[call.mean(v)], rows=[normaliser], columns=valid, beside=[Operand(weights, by_token=False)],
+        "quadratic_attention_score_gradient", Operand(grad), Operand(v, transposed=True), [Result(by_token=False)], of_scores,
+        along=[call.mean(v)], rows=[normaliser], columns=valid, elementwise=[Operand(weights, by_token=False)],
     )  # fmt: skip
 
     def of_features(tile: Tile) -> list[jax.Array]:
-        return [call.mask((tile.product + tile.down(tile.rows[0])) / call.tokens, tile.beside[0])]
+        return [call.mask((tile.product + tile.down(tile.rows[0])) / call.tokens, tile.elementwise[0])]
 
-    of_queries, of_keys = (offset * dscores.sum(axis, dtype=jnp.float32) for axis in (3, 2))
+    query_sums, key_sums = (offset * dscores.sum(axis, dtype=jnp.float32) for axis in (3, 2))
     (dq,) = product(
         "quadratic_attention_query_gradient", Operand(dscores, by_token=False), Operand(k), [Result()], of_features,
-        rows=[of_queries], beside=[Operand(q)],
+        rows=[query_sums], elementwise=[Operand(q)],
     )  # fmt: skip
     (dk,) = product(
-        "quadratic_attention_key_gradient", Operand(dscores, by_token=False, turned=True), Operand(q), [Result()], of_features,
-        rows=[of_keys], beside=[Operand(k)],
+        "quadratic_attention_key_gradient", Operand(dscores, by_token=False, transposed=True), Operand(q), [Result()], of_features,
+        rows=[key_sums], elementwise=[Operand(k)],
     )  # fmt: skip
     (dv,) = product(
-        "quadratic_attention_value_gradient", Operand(weights, by_token=False, turned=True), Operand(grad), [Result()],
+        "quadratic_attention_value_gradient", Operand(weights, by_token=False, transposed=True), Operand(grad), [Result()],
         lambda tile: [tile.product],
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _weights(call: _Call, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[batch, head, query, key] bf16 weights, zero for tokens that only fill a tile, and [batch, head, query] f32 normalisers."""
+    """Compute weights [batch, head, query, key] bf16, zero for padding tokens, and normalisers [batch, head, query] f32."""
     eps, offset = call.problem.eps, call.problem.offset
     key, valid = call.mean(k) + offset * call.ones, _valid(call)
 
     def finish(tile: Tile) -> list[jax.Array]:
         normaliser, of_query = tile.dots[0] + eps, tile.dots[1]
-        if call.missing[0]:  # what fills a tile has no features, and may have no normaliser
+        if call.missing[0]:  # padding tokens have no features, and may have a normaliser of zero
             normaliser = jnp.where(normaliser == 0, 1.0, normaliser)
         scores = tile.product + tile.down(of_query) + tile.across(tile.columns[0])
         weights = scores * tile.down(1 / (normaliser * call.tokens))
@@ -216,14 +219,14 @@ def _weights(call: _Call, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Ar
 
     of_key = offset * jnp.moveaxis(k.sum(3, dtype=jnp.float32), 2, 1)
     weights, normaliser = product(
-        "quadratic_attention_weights", Operand(q), Operand(k, turned=True), [Result(by_token=False), Result(vector=True)], finish,
+        "quadratic_attention_weights", Operand(q), Operand(k, transposed=True), [Result(by_token=False), Result(vector=True)], finish,
         along=[key, offset * call.ones], offset=offset, columns=[of_key, *valid],
     )  # fmt: skip
     return weights, normaliser
 
 
 def _valid(call: _Call) -> list[jax.Array]:
-    """[batch, head, token]: one at true tokens, where there are others."""
+    """Return [batch, head, token], one at real tokens and zero at padding; nothing without padding."""
     if not call.missing[0]:
         return []
     one = jnp.ones((call.batch, call.heads, call.tokens), jnp.float32)
@@ -231,7 +234,10 @@ def _valid(call: _Call) -> list[jax.Array]:
 
 
 def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | None = None, *vectors: jax.Array) -> jax.Array:
-    """finish(sum over tokens of x y^T, vectors down and across) in bf16 [batch, head, head_dim, head_dim], in parts if heads are few."""
+    """Compute finish(sum over tokens of x y^T, vectors by row and by column), bf16 [batch, head, head_dim, head_dim].
+
+    The sum is split into parts if there are too few heads to keep the device busy.
+    """
     batch, tokens, heads, d = x.shape
     finish = finish or (lambda total: total)
     parts = _parts(batch * heads * -(-d // TILE), tokens // TILE)
@@ -241,17 +247,17 @@ def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | 
             return [finish(tile.product, *map(tile.down, tile.rows), *map(tile.across, tile.columns))]
 
         (state,) = product(
-            name, Operand(x, turned=True), Operand(y), [Result(by_token=False)], of_tile, rows=vectors[:1], columns=vectors[1:]
+            name, Operand(x, transposed=True), Operand(y), [Result(by_token=False)], of_tile, rows=vectors[:1], columns=vectors[1:]
         )
         return state
     x, y = (a.reshape(batch * parts, tokens // parts, heads, d) for a in (x, y))
-    (partial,) = product(name, Operand(x, turned=True), Operand(y), [Result(jnp.float32, by_token=False)], lambda tile: [tile.product])
+    (partial,) = product(name, Operand(x, transposed=True), Operand(y), [Result(jnp.float32, by_token=False)], lambda tile: [tile.product])
     total = partial.reshape(batch, parts, heads, d, d).sum(1)
     spread = (vectors[0][..., None], vectors[1][..., None, :]) if vectors else ()
     return finish(total, *spread).astype(jnp.bfloat16)
 
 
 def _parts(blocks: int, steps: int) -> int:
-    """Into how many the tokens are split: the fewest that keep the device busy, with four steps each at least."""
+    """Choose the number of parts of the tokens: the fewest that keep the device busy, with at least four steps each."""
     divisors = [n for n in range(1, steps // 4 + 1) if steps % n == 0]
     return next((n for n in divisors if n * blocks >= BLOCKS), max(divisors, default=1))

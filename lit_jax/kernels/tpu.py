@@ -1,7 +1,7 @@
 """Few-head linear attention on TPUs (Mosaic), in bfloat16 with tokens along the lanes: [batch * head, head_dim, token].
 
-The means over tokens, f32 [batch * head, 1, ...], travel as rows, since a column of one lane would be padded 128 times in memory.
-The algebra is that of `lit_jax.linear_attention`; sums and everything elementwise are f32.
+Means over tokens are rows, f32 [batch * head, 1, ...], because a column of one lane would be padded 128 times in memory.
+The formulas are those of `lit_jax.linear_attention`; sums and elementwise operations are f32.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lit_jax.kernels import Terms
 
-BLOCKS = (512, 384, 256, 128)  # tokens at a time; where none divides them, tokens are padded, which is a copy
+BLOCKS = (512, 384, 256, 128)  # tokens at a time; if none divides the tokens, they are padded, which copies them
 QUADRATIC = 512  # tokens: up to here the token x token weights of a head stay in VMEM
 
 
@@ -35,13 +35,13 @@ class Gradients(NamedTuple):
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
-    """The linear order in two passes over the tokens: state and means into VMEM, then the queries against them."""
+    """Compute the linear order in two passes over the tokens: first state and means, kept in VMEM, then the outputs."""
     heads, d, tokens = q.shape
     q, k, v = map(_pad, (q, k, v))
     n = q.shape[2]
     size = _block(n)
     steps = n // size
-    # A block that is not used in a phase stays where it was left, so that nothing is moved twice.
+    # The index of a block that a phase does not use stays constant, so that nothing is copied twice.
     late = pl.BlockSpec((None, d, size), lambda h, phase, i: (h, 0, i * phase))
     early = pl.BlockSpec((None, d, size), lambda h, phase, i: (h, 0, i * (1 - phase) + (steps - 1) * phase))
     row = pl.BlockSpec((None, 1, d), lambda h, phase, i: (h, 0, 0))
@@ -62,19 +62,19 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         name="linear_attention_forward",
     )(q, k, v)
-    return Forward(out[..., :tokens], mixed, key, value, normaliser[..., :tokens])
+    return Forward(out=out[..., :tokens], state=mixed, key=key, value=value, normaliser=normaliser[..., :tokens])
 
 
-def backward(q: jax.Array, k: jax.Array, v: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> Gradients:
-    """The linear order's gradient: one kernel over queries, which also sums the state's, one over keys and values."""
-    dq, dstate, shift = query_gradient(q, known, grad, terms)
+def backward(q: jax.Array, k: jax.Array, v: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms) -> Gradients:
+    """Compute the gradient of the linear order: a kernel over queries also sums the state's gradient, then one over keys and values."""
+    dq, dstate, shift = query_gradient(q, residuals, grad, terms)
     return Gradients(dq, *key_value_gradients(k, v, dstate, shift, terms))
 
 
-def query_gradient(q: jax.Array, known: Forward, grad: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, the state's gradient rounded to bf16, and what every key's gradient is shifted by, [batch * head, 1, head_dim] f32."""
+def query_gradient(q: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute dq, the state's gradient rounded to bf16, and the shift of every key's gradient, [batch * head, 1, head_dim] f32."""
     n = q.shape[2]
-    q, grad, normaliser = _pad(q), _pad(grad), _pad(known.normaliser, 1)
+    q, grad, normaliser = _pad(q), _pad(grad), _pad(residuals.normaliser, 1)
     heads, d, padded = q.shape
     size = _block(padded)
     tokens = pl.BlockSpec((None, d, size), lambda h, i: (h, 0, i))
@@ -85,16 +85,16 @@ def query_gradient(q: jax.Array, known: Forward, grad: jax.Array, terms: Terms) 
         grid=(heads, padded // size),
         in_specs=[tokens, tokens, state, row, row, pl.BlockSpec((None, 1, size), lambda h, i: (h, 0, i))],
         out_specs=[tokens, state, row],
-        out_shape=[_like(q), _like(known.state), _like(known.key)],
+        out_shape=[_like(q), _like(residuals.state), _like(residuals.key)],
         scratch_shapes=[pltpu.VMEM((d, d), jnp.float32), *[pltpu.VMEM((d, 1), jnp.float32)] * 3],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="linear_attention_query_gradient",
-    )(q, grad, known.state, known.key, known.value, normaliser)
+    )(q, grad, residuals.state, residuals.key, residuals.value, normaliser)
     return dq[..., :n], dstate, shift
 
 
 def key_value_gradients(k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
-    """dk and dv from the state's gradient, which is a mean over the tokens still to be divided by their number."""
+    """Compute dk and dv from the state's gradient, which is a sum over the tokens: it is divided by their number here."""
     n = k.shape[2]
     k, v = _pad(k), _pad(v)
     heads, d, padded = k.shape
@@ -114,13 +114,13 @@ def key_value_gradients(k: jax.Array, v: jax.Array, dstate: jax.Array, shift: ja
 
 
 def forward_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> jax.Array:
-    """The quadratic order, a whole head at a time."""
+    """Compute the quadratic order, a whole head at a time."""
     (out,) = _by_head(partial(_forward_quadratic, terms), "quadratic_attention_forward", (q, k, v), (v,))
     return out
 
 
 def backward_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, terms: Terms) -> Gradients:
-    """Its gradient in one kernel, which computes the weights once more."""
+    """Compute the gradient of the quadratic order in one kernel, which recomputes the weights."""
     return Gradients(*_by_head(partial(_backward_quadratic, terms), "quadratic_attention_backward", (q, k, v, grad), (q, k, v)))
 
 
@@ -199,7 +199,7 @@ def _query_gradient(
     def _() -> None:
         rounded = products[...].astype(dstate.dtype)
         dstate[...] = rounded
-        # The rounded gradient of the state stands in both terms of dk, so that their large parts cancel exactly.
+        # Both terms of dk use the rounded gradient of the state, so that their large parts cancel exactly.
         shift[...] = _row(along_queries[...] + (_wide(rounded) * value[...]).sum(1, keepdims=True))
 
 
@@ -228,21 +228,21 @@ def _backward_quadratic(terms: Terms, q: Any, k: Any, v: Any, grad: Any, dq: Any
     scores = _scores(*features, terms)
     z = scores.sum(0, keepdims=True) + terms.eps
     weights = (scores / z).astype(q.dtype)
-    # A value common to all tokens reaches the scores through eps alone: it is taken out here as in the linear order.
+    # A value common to all tokens reaches the scores through eps alone: it is subtracted here, as in the linear order.
     mean_value = _wide(v[...]).sum(1, keepdims=True) / n
     common = (_wide(grad[...]) * mean_value).sum(0, keepdims=True)
     dweights = _dot(v[...], grad[...], 0, 0) - common
     along = (dweights * _wide(weights)).sum(0, keepdims=True) - common * terms.eps / z
     dscores = (dweights - along) / z
-    of_queries, of_keys = dscores.sum(0, keepdims=True), _row(dscores.sum(1, keepdims=True))
+    query_sums, key_sums = dscores.sum(0, keepdims=True), _row(dscores.sum(1, keepdims=True))
     dscores = dscores.astype(q.dtype)
-    dq[...] = _mask((_dot(features[1], dscores, 1, 0) + terms.offset * of_queries) / n, q[...], terms).astype(dq.dtype)
-    dk[...] = _mask((_dot(features[0], dscores, 1, 1) + terms.offset * of_keys) / n, k[...], terms).astype(dk.dtype)
+    dq[...] = _mask((_dot(features[1], dscores, 1, 0) + terms.offset * query_sums) / n, q[...], terms).astype(dq.dtype)
+    dk[...] = _mask((_dot(features[0], dscores, 1, 1) + terms.offset * key_sums) / n, k[...], terms).astype(dk.dtype)
     dv[...] = _dot(grad[...], weights, 1, 1).astype(dv.dtype)
 
 
 def _scores(q: jax.Array, k: jax.Array, terms: Terms) -> jax.Array:
-    """[key, query] f32 of features [head_dim, token] without their offset, which is added where nothing is rounded."""
+    """Compute scores [key, query] f32 of features [head_dim, token]; the offset is added here, in f32."""
     scores = _dot(k, q, 0, 0)
     if terms.offset:
         queries, keys = (_wide(x).sum(0, keepdims=True) for x in (q, k))
@@ -251,7 +251,7 @@ def _scores(q: jax.Array, k: jax.Array, terms: Terms) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, over: int, and_over: int) -> jax.Array:
-    # The default of a process may be "highest", which Mosaic does not know for bfloat16: products of it are exact as they are.
+    # The process default may be "highest", which Mosaic does not support for bfloat16, whose products are exact anyway.
     precision = jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, (((over,), (and_over,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
@@ -269,7 +269,7 @@ def _mask(x: jax.Array, of: jax.Array, terms: Terms) -> jax.Array:
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """[1, d] -> [d, 1]: a diagonal and a sum, which every chip can do for every d."""
+    """[1, d] -> [d, 1] by a diagonal and a sum, which every chip supports for every d."""
     return jnp.where(_diagonal(row.shape[1]), row, 0).sum(1, keepdims=True)
 
 
@@ -286,7 +286,7 @@ def _block(tokens: int) -> int:
 
 
 def _pad(x: jax.Array, value: float = 0) -> jax.Array:
-    """Tokens to a multiple of the smallest block. Keys and values of zero change no sum."""
+    """Pad the tokens to a multiple of the smallest block. Keys and values of zero change no sum."""
     missing = -x.shape[2] % BLOCKS[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=value) if missing else x
 

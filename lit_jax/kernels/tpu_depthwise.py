@@ -1,7 +1,7 @@
 """The depthwise branch on TPUs (Mosaic): [head, batch, head_dim, token] with the tokens of an image along the lanes.
 
-A tap is a rotation of the lanes and a mask at the border. Columns and rows are shifted one after the other, so that a window of
-5 x 5 takes 10 rotations, not 25.
+A tap is a rotation of the lanes and a mask at the border. Columns are shifted first, then rows, so that a window of 5 x 5 needs
+10 rotations, not 25.
 """
 
 from functools import partial
@@ -15,11 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 CHANNELS = (32, 16, 8)  # at a time
 MOST = 16384  # tokens
-ROOM = 32 * 4096  # elements of an image block: beside its shifted copies no more fit into 16 MiB
+ROOM = 32 * 4096  # elements of an image block; more would not fit into 16 MiB together with its shifted copies
 
 
 def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """onto + convolution of v. v, onto: [head, batch, head_dim, token]; weight [row, col, channel]; bias [channel]; like `onto`."""
+    """Compute onto + convolution of v, in the dtype of `onto`.
+
+    v, onto: [head, batch, head_dim, token]; weight: [row, col, channel]; bias: [channel].
+    """
     call = _Call(v, weight, grid)
     (out,) = call(
         partial(_convolve, grid, (weight.shape[0], weight.shape[1])),
@@ -34,7 +37,7 @@ def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax
 def depthwise_gradients(
     v: jax.Array, weight: jax.Array, grad: jax.Array, onto: jax.Array, grid: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """onto + gradient of v, in the dtype of `onto`; those of weight and bias, summed over the batch, in f32."""
+    """Compute onto + gradient of v, in the dtype of `onto`; and the gradients of weight and bias, summed over the batch, in f32."""
     call = _Call(v, weight, grid)
     rows, cols, channels = weight.shape  # of all heads
     dv, dbank = call(
@@ -48,14 +51,14 @@ def depthwise_gradients(
 
 
 def _bank(weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """[channel, taps + 1] f32: the taps in raster order, then the bias."""
+    """Pack weight and bias: [channel, taps + 1] f32, the taps in raster order, then the bias."""
     channels = weight.shape[-1]
     column = jnp.zeros((channels, 1), jnp.float32) if bias is None else bias.astype(jnp.float32)[:, None]
     return jnp.concatenate([weight.astype(jnp.float32).reshape(-1, channels).T, column], axis=1)
 
 
 class _Call:
-    """What both kernels share: channels by the tile, then the batch, so that sums over the batch stay where they are."""
+    """The grid that both kernels share: channel tiles outside, the batch inside, so that sums over the batch stay in one block."""
 
     def __init__(self, v: jax.Array, weight: jax.Array, grid: tuple[int, int]):
         self.heads, self.batch, self.channels, tokens = v.shape
@@ -122,7 +125,7 @@ def _reach(size: int) -> range:
 
 
 def _shift(x: jax.Array, by: int, place: jax.Array, extent: int, stride: int) -> jax.Array:
-    """x[n + by * stride], zero beyond the border of the image."""
+    """Return x[n + by * stride], zero outside the image."""
     if by == 0:
         return x
     turned = pltpu.roll(x, -by * stride % x.shape[1], 1)

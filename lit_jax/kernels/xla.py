@@ -1,38 +1,38 @@
-"""`implementation="xla"`: the closed forms in jax.numpy, for every platform, shape and dtype; any order of differentiation."""
-
-from typing import Any
+"""`implementation="xla"`: the closed forms in jax.numpy, for every platform, shape and dtype; differentiable any number of times."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from lit_jax.kernels import FeatureMap, Known, Problem
+from lit_jax.kernels import FeatureMap, Problem, Residuals
 
 
-def refuses(problem: Problem, head_dim: int, tokens: int, dtype: Any, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None) -> str | None:
     return None
 
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
-) -> tuple[jax.Array, Known | None]:
+) -> tuple[jax.Array, Residuals | None]:
     q, k, v = (_token_major(x, problem) for x in (q, k, v))
     attend = _forward_quadratic if problem.order == "quadratic" else _forward_linear
-    out, known = attend(q, k, v, problem.eps, problem.offset, problem.feature_map)
+    out, residuals = attend(q, k, v, problem.eps, problem.offset, problem.feature_map)
     if weight is not None:
         out = out + depthwise(v, weight, bias, problem.grid)
-    return _as_given(out.astype(v.dtype), problem), known
+    return _as_given(out.astype(v.dtype), problem), residuals
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, known: Known | None, grad: jax.Array, problem: Problem
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     q, k, v, grad = (_token_major(x, problem) for x in (q, k, v, grad))
     how = (problem.eps, problem.offset, problem.feature_map)
-    dq, dk, dv = _backward_quadratic(q, k, v, grad, *how) if known is None else _backward_linear(q, k, v, known, grad, *how)
+    dq, dk, dv = _backward_quadratic(q, k, v, grad, *how) if residuals is None else _backward_linear(q, k, v, residuals, grad, *how)
     dweight = dbias = None
     if weight is not None:
         wide = _accumulator(v)
-        # The weight, too: its gradient is summed over devices after this, and would be rounded before.
+        # The weight is widened as well: its gradient is summed over devices later and must not be rounded before.
         given = v.astype(wide), weight.astype(wide), jnp.zeros(weight.shape[-1], wide)
         _, back = jax.vjp(lambda v, weight, bias: depthwise(v, weight, bias, problem.grid), *given)
         through, dweight, dbias = back(grad.astype(wide))
@@ -51,34 +51,34 @@ def _forward_quadratic(
 
 def _forward_linear(
     q: jax.Array, k: jax.Array, v: jax.Array, eps: float, offset: float, feature_map: FeatureMap
-) -> tuple[jax.Array, Known]:
+) -> tuple[jax.Array, Residuals]:
     wide = _accumulator(q)
     features = _map(k, feature_map)
     mean_key = features.astype(wide).mean(1)
     mean_value = v.astype(wide).mean(1)
     if q.dtype == wide:
-        # Full precision: centre before the product, so that the large parts never meet.
+        # Full precision: centre before the product, so that large parts need not cancel.
         state = _product("bnhd,bnhe->bhde", features, v - mean_value[:, None]) / k.shape[1]
     else:
-        # Low precision: the products of rounded inputs are exact, the accumulator is wide, and nothing more is rounded.
+        # Low precision: products of the rounded inputs are exact in the wide accumulator, so nothing is rounded again.
         state = _product("bnhd,bnhe->bhde", features, v) / k.shape[1] - mean_key[..., None] * mean_value[..., None, :]
     mean_key = mean_key + offset
     normaliser = jnp.einsum("bnhd,bhd->bnh", _map(q, feature_map).astype(wide) + offset, mean_key) + eps
-    known = Known(state.astype(q.dtype), mean_key, mean_value, normaliser)
-    out = _product("bnhd,bhde->bnhe", _query(q, known, offset, feature_map), known.state)
+    residuals = Residuals(state=state.astype(q.dtype), key=mean_key, value=mean_value, normaliser=normaliser)
+    out = _product("bnhd,bhde->bnhe", _query(q, residuals, offset, feature_map), residuals.state)
     out = out + (1 - eps / normaliser)[..., None] * mean_value[:, None]
-    return out, known
+    return out, residuals
 
 
-def _query(q: jax.Array, known: Known, offset: float, feature_map: FeatureMap) -> jax.Array:
-    """Features of the queries over their normalisers, rounded to the input's dtype."""
+def _query(q: jax.Array, residuals: Residuals, offset: float, feature_map: FeatureMap) -> jax.Array:
+    """Divide the queries' features by their normalisers; rounded to the input's dtype."""
     features = _map(q, feature_map).astype(_accumulator(q)) + offset
-    return (features / known.normaliser[..., None]).astype(q.dtype)
+    return (features / residuals.normaliser[..., None]).astype(q.dtype)
 
 
 def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map: FeatureMap) -> tuple[jax.Array, jax.Array]:
-    """[batch, head, token, token] weights and [batch, head, token] normalisers."""
-    # With the offset outside the product, features stay exact in low precision.
+    """Compute weights [batch, head, token, token] and normalisers [batch, head, token]."""
+    # The offset is added outside the product, so that features stay exact in low precision.
     wide = _accumulator(q)
     q0, k0 = _map(q, feature_map), _map(k, feature_map)
     scores = _product("bnhd,bmhd->bhnm", q0, k0)
@@ -91,24 +91,24 @@ def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map:
 
 
 def _backward_linear(
-    q: jax.Array, k: jax.Array, v: jax.Array, known: Known, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
+    q: jax.Array, k: jax.Array, v: jax.Array, residuals: Residuals, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One pass over the queries, one over keys and values; the output is never read (its rounding would dominate dq)."""
+    """Compute the gradient: a pass over the queries, then over keys and values. The output is not used: its rounding would dominate dq."""
     wide, tokens = _accumulator(q), q.shape[1]
-    query = _query(q, known, offset, feature_map)
-    back = _product("bnhe,bhde->bnhd", grad, known.state)
-    share = (eps / known.normaliser) * jnp.einsum("bnhe,bhe->bnh", grad.astype(wide), known.value)
+    query = _query(q, residuals, offset, feature_map)
+    back = _product("bnhe,bhde->bnhd", grad, residuals.state)
+    share = (eps / residuals.normaliser) * jnp.einsum("bnhe,bhe->bnh", grad.astype(wide), residuals.value)
     along = (back * query.astype(wide)).sum(-1) - share
-    dq = (back - along[..., None] * known.key[:, None]) / known.normaliser[..., None]
+    dq = (back - along[..., None] * residuals.key[:, None]) / residuals.normaliser[..., None]
 
     dstate = _product("bnhd,bnhe->bhde", query, grad).astype(q.dtype)
     shift = jnp.einsum("bnhd,bnh->bhd", query.astype(wide), along)
     if q.dtype == wide:
-        dk = _product("bnhe,bhde->bnhd", v - known.value[:, None], dstate)
+        dk = _product("bnhe,bhde->bnhd", v - residuals.value[:, None], dstate)
     else:
-        # The rounded gradient of the state stands in both terms, so that their large parts cancel exactly.
+        # Both terms use the rounded gradient of the state, so that their large parts cancel exactly.
         dk = _product("bnhe,bhde->bnhd", v, dstate)
-        shift = shift + jnp.einsum("bhde,bhe->bhd", dstate.astype(wide), known.value)
+        shift = shift + jnp.einsum("bhde,bhe->bhd", dstate.astype(wide), residuals.value)
     dk = dk - shift[:, None]
     dv = _product("bnhd,bhde->bnhe", _map(k, feature_map), dstate) + offset * dstate.astype(wide).sum(-2)[:, None]
     return dq, dk / tokens, dv / tokens
@@ -120,7 +120,7 @@ def _backward_quadratic(
     wide, tokens = _accumulator(q), q.shape[1]
     weights, normaliser = _weights(q, k, eps, offset, feature_map)
     weights = weights.astype(q.dtype)
-    # A value common to all tokens reaches the scores through eps alone: it is taken out here as in the linear order.
+    # A value common to all tokens reaches the scores through eps alone: it is subtracted here, as in the linear order.
     mean_value = v.astype(wide).mean(1)
     common = jnp.einsum("bnhd,bhd->bhn", grad.astype(wide), mean_value)
     if q.dtype == wide:
@@ -138,7 +138,7 @@ def _backward_quadratic(
 
 
 def check_branch(weight: jax.Array, grid: tuple[int, int] | None, tokens: int, channels: int) -> tuple[int, int]:
-    """The grid, square if None. Raises ValueError when it does not hold the tokens, or the filters do not fit the channels."""
+    """Return the grid, square if None. Raises ValueError if it does not fit the tokens, or the filters do not fit the channels."""
     height, width = grid or (round(tokens**0.5),) * 2
     if height * width != tokens:
         raise ValueError(f"{tokens} tokens are no grid of {height} x {width}: pass grid=(height, width)")
@@ -149,9 +149,10 @@ def check_branch(weight: jax.Array, grid: tuple[int, int] | None, tokens: int, c
 
 
 def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, grid: tuple[int, int] | None = None) -> jax.Array:
-    """Depthwise convolution of [batch, token, head, head_dim] as images of `grid`, zero padding; accumulated and returned in f32 or wider.
+    """Convolve [batch, token, head, head_dim] depthwise as images of `grid`, zero padding; accumulated and returned in f32 or wider.
 
-    As shifted multiply-adds: a depthwise convolution maps badly to matrix units. Raises ValueError when the grid does not hold the tokens.
+    Computed as shifted multiply-adds: a depthwise convolution maps badly to matrix units. Raises ValueError if the grid does not fit the
+    tokens.
     """
     batch, tokens, heads, head_dim = v.shape
     height, width = check_branch(weight, grid, tokens, heads * head_dim)
@@ -164,13 +165,13 @@ def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, grid: tup
 
 @jax.custom_vjp
 def _filter(images: jax.Array, weight: jax.Array) -> jax.Array:
-    """Each channel of [batch, row, col, channel] correlated with its filter, zero padding."""
+    """Correlate each channel of [batch, row, col, channel] with its filter, zero padding."""
     shifted = _shifted(images, weight.shape)
     return jnp.asarray(sum(image * weight[tap] for tap, image in shifted.items()))
 
 
 def _shifted(images: jax.Array, shape: tuple[int, ...]) -> dict[tuple[int, int], jax.Array]:
-    """What each tap of a filter sees: `images` [..., row, col, channel], moved against it."""
+    """Return the input of each tap of a filter: `images` [..., row, col, channel], shifted."""
     rows, cols = shape[:2]
     height, width = images.shape[-3:-1]
     padded = jnp.pad(images, ((0, 0),) * (images.ndim - 3) + ((rows // 2,) * 2, (cols // 2,) * 2, (0, 0)))
@@ -199,7 +200,7 @@ def _filter_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) ->
 _filter.defvjp(lambda images, weight: (_filter(images, weight), (images, weight)), _filter_backward)
 
 
-def _accumulator(x: jax.Array) -> Any:
+def _accumulator(x: jax.Array) -> np.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -212,12 +213,12 @@ def _mask(x: jax.Array, of: jax.Array, feature_map: FeatureMap) -> jax.Array:
 
 
 def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
-    """A contraction of operands of one dtype, accumulated in f32 or wider."""
+    """Contract operands of one dtype; accumulated in f32 or wider."""
     wide = _accumulator(operands[0])
     if operands[0].dtype == wide:
         return jnp.einsum(subscripts, *operands)
 
-    def widened(*operands: jax.Array) -> jax.Array:  # XLA's CPU backend has no mixed product for every shape; this is the same number
+    def widened(*operands: jax.Array) -> jax.Array:  # XLA's CPU backend lacks mixed products of some shapes; the result is the same
         return jnp.einsum(subscripts, *(x.astype(wide) for x in operands))
 
     def mixed(*operands: jax.Array) -> jax.Array:

@@ -59,9 +59,9 @@ def test_the_demo_races_draws_and_reports(tiny, tmp_path, capsys):
 
 def test_a_digit_is_recognised_by_its_nearest_neighbour():
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
-    known = demo.flat(pictures), np.array([4, 7, 1])
+    known = demo.pixel_features(pictures), np.array([4, 7, 1])
     np.testing.assert_allclose(known[0].reshape(3, 8, 8)[1, 2, 5], pictures[1, 2, 5].mean() / 127.5 - 1)
-    assert demo.recognised(known, 0.9 * known[0], np.array([4, 7, 9])) == pytest.approx(2 / 3)
+    assert demo.nearest_neighbour_accuracy(known, 0.9 * known[0], np.array([4, 7, 9])) == pytest.approx(2 / 3)
 
 
 def test_the_embedded_donor():

@@ -55,7 +55,7 @@ def test_pictures_drawn_in_another_way_are_not_mixed(tmp_path):
 
 def test_a_file_of_somebody_else_is_left_alone(tmp_path):
     np.savez(tmp_path / "mine.npz", arr_0=PICTURES)
-    with pytest.raises(InputError, match=r"mine.npz exists and is not known to be these pictures"):
+    with pytest.raises(InputError, match=r"mine.npz exists and is of unknown settings"):
         Drawn(tmp_path / "mine.npz", PICTURES.shape, HOW).count()
     with pytest.raises(InputError, match=r"name it samples.npz"):
         Drawn(tmp_path / "samples", PICTURES.shape, HOW).count()

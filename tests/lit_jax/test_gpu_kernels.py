@@ -59,20 +59,20 @@ def test_kernels_meet_the_bars(interpreted_gpu, heads, d, grid, options):
     assert all(found[name] <= BARS[name] for name in BARS), found
 
 
-def by_einsum(name, left, right, results, finish, *, along=(), offset=0, rows=(), columns=(), beside=()):
+def by_einsum(name, left, right, results, finish, *, along=(), offset=0, rows=(), columns=(), elementwise=()):
     """`gpu.product` by its definition: what is around the kernels can be tested at sizes that the interpreter takes minutes for."""
 
-    def of_heads(operand, turned=False):
+    def of_heads(operand, transposed=False):
         x = jnp.moveaxis(operand.array, 2, 1) if operand.by_token else operand.array
-        return (x.swapaxes(2, 3) if turned else x).astype(jnp.float32)
+        return (x.swapaxes(2, 3) if transposed else x).astype(jnp.float32)
 
-    x, y = of_heads(left, left.turned), of_heads(right, right.turned)
+    x, y = of_heads(left, left.transposed), of_heads(right, right.transposed)
     dots = [jnp.einsum("bhij,bhj->bhi", x + offset, vector) for vector in along]
 
     def tile(*parts):
         return finish(gpu.Tile(*parts, whole=lambda x: x))
 
-    found = jax.vmap(jax.vmap(tile))(x @ y, dots, list(rows), list(columns), [of_heads(operand) for operand in beside])
+    found = jax.vmap(jax.vmap(tile))(x @ y, dots, list(rows), list(columns), [of_heads(operand) for operand in elementwise])
 
     def placed(x, result):
         return x if result.vector else (jnp.moveaxis(x, 1, 2) if result.by_token else x).astype(result.dtype)
@@ -92,9 +92,9 @@ def test_a_product_is_what_its_definition_says(interpreted_gpu):
 
     def finish(tile):
         whole = tile.whole(tile.product.sum(1))
-        return [tile.product + tile.down(tile.rows[0]) * tile.across(tile.columns[0]) + tile.beside[0], whole + tile.dots[0]]
+        return [tile.product + tile.down(tile.rows[0]) * tile.across(tile.columns[0]) + tile.elementwise[0], whole + tile.dots[0]]
 
-    given = dict(along=[along], offset=0.5, rows=[rows], columns=[columns], beside=[gpu.Operand(other)])
+    given = dict(along=[along], offset=0.5, rows=[rows], columns=[columns], elementwise=[gpu.Operand(other)])
     results = [gpu.Result(jnp.float32), gpu.Result(vector=True)]
     for found, wanted in zip(*(run("x", left, right, results, finish, **given) for run in (gpu.product, by_einsum)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)

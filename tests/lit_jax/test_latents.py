@@ -19,8 +19,8 @@ from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import adm_crop, latents
-from lit_jax.latents import cache_latents, cached_origin, sample_cached
-from lit_jax.origin import Origin, copy_origin, origin_of, read_origin, same_latents, write_origin
+from lit_jax.latents import cache_latents, cache_origin, sample_cached
+from lit_jax.origin import Origin, autoencoder_origin, compare_latents, copy_origin, read_origin, write_origin
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
 
@@ -75,7 +75,7 @@ def test_moments_of_both_views_are_kept(cache, donor, params):
     record = source[9]
     assert record["label"] == 0 and record["moments"].dtype == np.float16 and record["moments"].shape == (2, 4, 4, 8)
     np.testing.assert_allclose(record["moments"], np.concatenate([mean, logvar], -1), rtol=2e-3, atol=1e-3)
-    assert cached_origin(cache) == Origin(donor.cfg)
+    assert cache_origin(cache) == Origin(donor.cfg)
 
 
 def test_the_pipeline_reads_it_by_index_in_every_worker(cache):
@@ -116,7 +116,7 @@ def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_pat
 
 def test_the_identity_is_of_the_encoder_in_half_precision(donor):
     """Two decoders of one encoder share their latents, as sd-vae-ft-ema and -mse do; so does a copy in half precision."""
-    known = origin_of(donor, "here")
+    known = autoencoder_origin(donor, "here")
     assert known.cfg == donor.cfg and known.source == "here" and len(known.encoder) == 64
 
     def with_values(change):
@@ -126,20 +126,20 @@ def test_the_identity_is_of_the_encoder_in_half_precision(donor):
     half = with_values(lambda values: {path: value.astype(np.float16) for path, value in values.items()})
     decoder = with_values(lambda values: values | {"decoder/output/bias": values["decoder/output/bias"] + 1})
     encoder = with_values(lambda values: values | {"encoder/output/bias": values["encoder/output/bias"] + 1})
-    assert origin_of(half, "here") == origin_of(decoder, "here") == known != origin_of(encoder, "here")
+    assert autoencoder_origin(half, "here") == autoencoder_origin(decoder, "here") == known != autoencoder_origin(encoder, "here")
 
 
 def test_autoencoders_that_do_not_fit_are_refused_or_said():
     ours, sdxl = Origin(AutoencoderConfig(), "ema", "1" * 64), AutoencoderConfig(scaling_factor=0.13025)
     words = r"the cache has latents of ema with scaling_factor 0.18215, the run of xl with 0.13025: use the same"
     with pytest.raises(InputError, match=words):
-        same_latents(ours, Origin(sdxl, "xl", "1" * 64), "the cache", "the run")
+        compare_latents(ours, Origin(sdxl, "xl", "1" * 64), "the cache", "the run")
     with pytest.raises(InputError, match=r"with latent 4, the run of xl with 16"):
-        same_latents(ours, Origin(AutoencoderConfig(latent=16), "xl"), "the cache", "the run")
-    assert same_latents(ours, Origin(AutoencoderConfig(), "mse", "1" * 64), "the cache", "the run") == ""
-    other = same_latents(ours, Origin(AutoencoderConfig(), "mine", "2" * 64), "the cache", "the run")
+        compare_latents(ours, Origin(AutoencoderConfig(latent=16), "xl"), "the cache", "the run")
+    assert compare_latents(ours, Origin(AutoencoderConfig(), "mse", "1" * 64), "the cache", "the run") == ""
+    other = compare_latents(ours, Origin(AutoencoderConfig(), "mine", "2" * 64), "the cache", "the run")
     assert other.endswith("of mine (scaling_factor 0.18215): their encoders have other weights, and latents may not fit")
-    assert same_latents(ours, Origin(AutoencoderConfig()), "the cache", "the run").startswith("the run does not say which autoencoder")
+    assert compare_latents(ours, Origin(AutoencoderConfig()), "the cache", "the run").startswith("the run does not say which autoencoder")
 
 
 def test_identities_on_disk(tmp_path):
@@ -149,7 +149,7 @@ def test_identities_on_disk(tmp_path):
     copy_origin(tmp_path, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == [] and read_origin(tmp_path) is None
     with pytest.raises(InputError, match=r"holds latents without autoencoder.json"):
-        cached_origin(tmp_path)
+        cache_origin(tmp_path)
     write_origin(tmp_path, origin)
     copy_origin(tmp_path, tmp_path / "new")
     assert read_origin(tmp_path / "new") == origin

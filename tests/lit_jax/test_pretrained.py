@@ -65,7 +65,7 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (dict(classes=6), "no class 6: this model has 0 to 4, and 5 for none"),
+        (dict(classes=6), "no class 6: this model has 0 to 4, and 5 for no class"),
         (dict(classes=[0], stps=3), "no setting 'stps'; did you mean 'steps'"),
         (dict(classes=[0], sampler="euler"), "no sampler 'euler'; choose ddpm, ddim, dpm"),
         (dict(classes=[0], guidance=float("inf")), "guidance is inf"),
@@ -88,9 +88,9 @@ def test_an_autoencoder_comes_through_the_same_door(one_device):
     pixels = jax.jit(partial(loaded.model.apply, method="decode"))(loaded.params, means)
     want = np.clip(127.5 * np.asarray(pixels) + 128, 0, 255).astype(int)
     assert decoded.shape == (2, 8, 12, 3) and np.abs(decoded - want).max() <= 1
-    with pytest.raises(InputError, match=r"pictures are uint8 \[n, height, width, 3\], and these are float32"):
+    with pytest.raises(InputError, match=r"uint8 \[n, height, width, 3\], .* float32"):
         loaded.encode(images.astype(np.float32))
-    with pytest.raises(InputError, match=r"latents are \[n, row, col, 4\], and these are \[2, 2, 3, 3\]"):
+    with pytest.raises(InputError, match=r"\[n, row, col, 4\], .* \[2, 2, 3, 3\]"):
         loaded.decode(np.zeros((2, 2, 3, 3)))
 
 

@@ -96,7 +96,7 @@ def test_there_is_no_seam(kind, decode, tiled, smooth):
 
 
 def test_tiles_that_do_not_advance_are_refused(donor, params, smooth):
-    with pytest.raises(InputError, match="tiles of 8 cannot overlap by 8: take an overlap from 0 to 7"):
+    with pytest.raises(InputError, match="tiles of 8 cannot overlap by 8: choose an overlap from 0 to 7"):
         decode_tiled(donor.model, params, smooth, 8, 8)
 
 

@@ -30,10 +30,10 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
 from lit_jax import autoencoder_layouts, evaluate, progress, train
 from lit_jax.data import Pixels, adm_crop
-from lit_jax.decode import Pictures
+from lit_jax.decode import PictureDecoder
 from lit_jax.dit import Dit, DitConfig
-from lit_jax.latents import latents_of
-from lit_jax.origin import origin_of, read_origin, write_origin
+from lit_jax.latents import data_origin
+from lit_jax.origin import autoencoder_origin, read_origin, write_origin
 
 SIZES = ["--student.size", "8", "--student.width", "16", "--student.hidden", "32", "--student.layers", "2", "--student.heads", "2"]
 SHORT = ["--pipeline.batch", "8", "--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "2", "--optim.warmup", "2"]
@@ -132,7 +132,7 @@ def cache(tmp_path):
     path.mkdir()
     np.save(path / "moments.npy", rng.standard_normal((12, 2, 8, 8, 8)).astype(np.float16))
     np.save(path / "label.npy", np.arange(12, dtype=np.int32) % 3)
-    write_origin(path, origin_of(open_donor(AUTOENCODER, [autoencoder_layouts.FAMILY]), "golden"))
+    write_origin(path, autoencoder_origin(open_donor(AUTOENCODER, [autoencoder_layouts.FAMILY]), "golden"))
     return path
 
 
@@ -159,14 +159,14 @@ def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_pat
 
     cfg = train.Config(data=SourceConfig(str(cache)), held_out=SourceConfig(str(tmp_path / "held_out")))
     shutil.copytree(cache, tmp_path / "held_out")
-    assert latents_of(cfg.data, cfg.held_out) == read_origin(cache) and remarks() == []
+    assert data_origin(cfg.data, cfg.held_out) == read_origin(cache) and remarks() == []
     old = asdict(read_origin(cache).cfg)  # as caches of an earlier version say it
     (cache / "autoencoder.json").write_text(json.dumps(old))
-    assert latents_of(cfg.data, cfg.held_out).cfg == read_origin(tmp_path / "held_out").cfg
+    assert data_origin(cfg.data, cfg.held_out).cfg == read_origin(tmp_path / "held_out").cfg
     assert "a cache of an earlier version, which does not say which autoencoder made it" in remarks()[0]
     (tmp_path / "held_out" / "autoencoder.json").write_text(json.dumps(old | {"scaling_factor": 0.5}))
     with pytest.raises(InputError, match=r"with scaling_factor .*held_out of an autoencoder with 0.5"):
-        latents_of(cfg.data, cfg.held_out)
+        data_origin(cfg.data, cfg.held_out)
 
 
 def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_a_killed_evaluation_continues(distilled, tmp_path, monkeypatch, capsys)
     assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 130
     monkeypatch.setattr(evaluate, "draw_batches", lambda *args: seen.append(args[-1]) or draw_batches(*args))
     assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 0
-    assert seen == [8] and "8 of 12 pictures are there already" in capsys.readouterr().out
+    assert seen == [8] and "8 of 12 pictures" in capsys.readouterr().out
     whole, cut = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("whole.npz", "cut.npz"))
     assert np.abs(whole - cut).max() <= 1  # a picture is the same in any batch; rounding may differ
 
@@ -327,7 +327,7 @@ def test_a_sample_that_is_not_finite_stops_command_and_training_grid(distilled, 
     cfg = train.Config(student=DitConfig(classes=2), samples=3)
     monkeypatch.setattr(progress, "drawer", lambda *_: lambda *_: np.array([0.0, np.nan, 0.0]).reshape(3, 1, 1, 1))
     with pytest.raises(InputError, match="samples at step 50: picture 1: the model's output is not finite"):
-        progress.grids(cfg, None, Pictures(lambda x: x), None)({}, 50, tmp_path)
+        progress.grids(cfg, None, PictureDecoder(lambda x: x), None)({}, 50, tmp_path)
 
 
 def test_scores_need_features_and_a_reference(distilled, capsys):

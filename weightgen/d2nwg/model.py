@@ -15,7 +15,7 @@ from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import param, zeros
 from heirloom.common.nn.functional import Functional
-from weightgen.codec import vae_loss
+from weightgen.codec import Posterior, vae_loss
 from weightgen.d2nwg.unet import Unet, UnetConfig
 from weightgen.d2nwg.vae import ConvVae, VaeConfig
 from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets
@@ -40,7 +40,7 @@ class D2nwgConfig:
     scale: float = 1.0
     """Weights are divided by this: 1 for small CNNs, 0.125 for ResNets, 0.1 for language models."""
     steps: int = 1024
-    net: NetConfig = field(default_factory=lambda: NetConfig("cnn", features=3, classes=10))
+    net: NetConfig = field(default_factory=lambda: NetConfig(kind="cnn", features=3, classes=10))
     """What the weights are of."""
     shots: int = 5
 
@@ -70,7 +70,7 @@ class D2nwg(nnx.Module):
         self.k = param("", {}, zeros, rngs)  # by which latents are multiplied; fitted between the stages
         self.cfg = cfg
 
-    def reconstruct(self, weights: jax.Array, key: jax.Array) -> Any:
+    def reconstruct(self, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Posterior]:
         return self.vae(weights / self.cfg.scale, key)
 
     def code(self, weights: jax.Array) -> jax.Array:

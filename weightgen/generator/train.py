@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional, functional
@@ -45,11 +46,13 @@ class Trained:
     def _draw(self) -> Draw:
         return drawer(self.model, self.cfg, self.how)
 
-    def draw(self, support: Any, mask: Any, key: jax.Array, index: np.ndarray, start: Any = None) -> np.ndarray:
+    def draw(
+        self, support: ArrayLike, mask: ArrayLike, key: jax.Array, index: np.ndarray, start: ArrayLike | None = None
+    ) -> np.ndarray:
         """Tokens [batch, token, length] f32; the arguments are those of `drawer`'s function."""
         return np.asarray(self._draw(self.params, support, mask, key, index, start))
 
-    def apply(self, *args: Any, method: str) -> Any:
+    def apply(self, *args: ArrayLike, method: str) -> jax.Array:
         """A method of the model: expected, encode, decode."""
         return self.model.apply(self.params, *args, method=method)
 
@@ -93,7 +96,7 @@ def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, *, loop: LoopCon
     session = recipe.begin(loop, directory, parts)
     assert session is not None  # without RUN/model a run is not finished
     state = recipe.train(session, parts, finish=lambda state: None)
-    return Trained(functional(Generator, cfg), cfg, best(state))
+    return Trained(model=functional(Generator, cfg), cfg=cfg, params=best(state))
 
 
 def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: int) -> Params:

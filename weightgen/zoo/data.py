@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.preprocess import Preprocess, eval_image
-from heirloom.common.data.sources import SourceConfig, open_source
+from heirloom.common.data.sources import Source, SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.methods import open_any
@@ -74,10 +74,10 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
     return encode
 
 
-def labelled(source: Any, path: str) -> tuple[list[Any], np.ndarray]:
+def labelled(source: Source, path: str) -> tuple[list[Any], np.ndarray]:
     """Read all records of a source with classes, and their labels [record] int. Raises InputError for a record without one of its
     classes."""
-    records, count = [source[i] for i in range(len(source))], len(source.classes)
+    records, count = [source[i] for i in range(len(source))], len(getattr(source, "classes", ()))
     labels = np.array([-1 if r.get("label") is None else int(r["label"]) for r in records])
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
         key = records[wrong[0]].get("key", wrong[0])
@@ -225,7 +225,7 @@ class EmojiTasks:
 def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int = 6, seed: int = 0) -> EmojiTasks:
     """Read the embedded emoji. held_out: subgroups that no zoo network is trained on; least: concepts a subgroup must have to be a
     class."""
-    source = open_source(SourceConfig("emoji", columns=("subgroup", "concept")))
+    source = open_source(SourceConfig(path="emoji", columns=("subgroup", "concept")))
     records = [source[i] for i in range(len(source))]
     concepts: dict[str, list[str]] = {}
     for record in records:

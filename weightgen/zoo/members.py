@@ -104,7 +104,7 @@ def read_member(member: Member) -> Loaded:
         broken = not_finite(tensors)
         tensors |= {name: np.zeros(tensors[name].shape, np.float32) for name in broken}
         if settings is None and not has_adapters(tensors):
-            return Loaded(tensors, broken)
+            return Loaded(tensors=tensors, broken=broken)
         modules = pairs(tensors)
         stored = in_metadata(member.files[0])
         numbers = {} if settings else alphas(tensors, modules)

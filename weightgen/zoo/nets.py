@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import Dense, param, uniform_fan_in, zeros
@@ -118,6 +119,6 @@ def _predictor(cfg: NetConfig, at_once: int) -> Any:
     return jax.jit(lambda params, x: jax.lax.map(lambda m: apply(*m).argmax(-1), (params, x), batch_size=at_once or len(x)))
 
 
-def predict(cfg: NetConfig, params: Mapping[str, Any], x: Any, at_once: int = 0) -> np.ndarray:
+def predict(cfg: NetConfig, params: Mapping[str, Any], x: ArrayLike, at_once: int = 0) -> np.ndarray:
     """Predict the class of each network's own examples, [member, example] int32. x: [member, example, ...]."""
     return np.asarray(_predictor(cfg, at_once)(params, x))

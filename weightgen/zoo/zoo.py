@@ -39,7 +39,7 @@ class Zoo:
     def __len__(self) -> int:
         return len(self.weights)
 
-    def tokens(self, rows: Any) -> np.ndarray:
+    def tokens(self, rows: slice | np.ndarray) -> np.ndarray:
         """Read the tokens [..., rows, length] f32 of the members at `rows` alone."""
         return self.spec.padded(np.asarray(self.weights[rows]))
 
