@@ -194,7 +194,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told)
     assert donor.guesses == ()
     assert (donor.cfg.heads, donor.cfg.activation, donor.cfg.eps, donor.cfg.pool) == (4, "quick_gelu", 1e-5, "norm_mean")
-    for wrong, message in ((dict(pool="map"), "no pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
+    for wrong, message in ((dict(pool="map"), "unknown pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
         with pytest.raises(InputError, match=message):
             open_donor(tmp_path / "vit.safetensors", [FAMILY], **wrong)
     flags = ["--set", "heads=2", "--set", "activation=gelu", "--set", "size=8", "--no-verify"]

@@ -13,7 +13,7 @@ from heirloom.common.surgery.plan import Source, apply
 from heirloom.common.train.step import cast
 from learngene.cost import count, ratios, work
 from learngene.expand import expansion
-from learngene.vit import Vit, VitConfig, kept, macs, parameters
+from learngene.vit import Vit, VitConfig, macs, parameters, stochastic_depth
 from learngene.zoo import auxiliary, vit
 
 
@@ -96,7 +96,7 @@ def test_a_looped_blocks_gradient_is_the_float32_sum_of_its_turns(gene, draw, im
 
 
 def test_stochastic_depth_keeps_the_mean_and_rises_linearly(gene):
-    keep = np.asarray(jax.jit(lambda key: kept(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0)))
+    keep = np.asarray(jax.jit(lambda key: stochastic_depth(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0)))
     assert keep.shape == (5, 2, 20_000)
     np.testing.assert_allclose(keep.mean(2), 1, atol=0.03)
     np.testing.assert_allclose((keep == 0).mean(2), np.linspace(0, 0.4, 5)[:, None] * np.ones((1, 2)), atol=0.015)
@@ -128,10 +128,10 @@ def test_tleg_starts_with_a_norm_of_scale_one_and_lies_on_a_line(gene, draw, ima
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (dict(layout=(2,)), "needs a layout of 2 counts"),
-        (dict(gene="none"), "a layout belongs to a gene"),
-        (dict(gene="tleg"), "2 blocks and a layout of one number"),
-        (dict(pool="cls"), "needs the token it classifies"),
+        (dict(layout=(2,)), "a gene of 2 blocks needs 2 counts"),
+        (dict(gene="none"), "only a gene has one: set gene"),
+        (dict(gene="tleg"), r"layout \(2, 3\): a TLEG gene needs layers 2 and a layout of one number"),
+        (dict(pool="cls"), "the pool needs its token, set tokens to 'cls'"),
     ],
 )
 def test_configs_that_contradict_themselves_are_refused(gene, change, complaint):
