@@ -62,7 +62,7 @@ class VitConfig:
     drop_path: float = 0.0
     """Rate of stochastic depth in the last layer during training; it rises linearly from 0 in the first."""
     tying: Literal["gather", "loop"] = "gather"
-    """How SWS's auxiliary net repeats its blocks: "gather" copies them for one scan; "loop" scans each stage, without copies."""
+    """How SWS's auxiliary net repeats its blocks: "gather" copies them for one scan, "loop" scans each stage without copies."""
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
@@ -77,7 +77,7 @@ class VitConfig:
         positive(self, "layout", most=1000)
         allowed = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
         if allowed and self.tokens not in allowed:
-            raise InputError(f"pool is {self.pool!r} and tokens {self.tokens!r}: the pool needs its token, set tokens to {allowed[0]!r}")
+            raise InputError(f"tokens is {self.tokens!r}, pool {self.pool!r}: the pool needs its token, set tokens to {allowed[0]!r}")
         if self.gene == "none" and self.layout:
             raise InputError(f"layout is {self.layout}, and only a gene has one: set gene to 'sws' or 'tleg', or leave layout empty")
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):

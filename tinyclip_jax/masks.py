@@ -50,7 +50,7 @@ class MaskConfig:
     lr: float = 0.02
     """Learning rate of the masks (down) and of the multipliers of the constraint (up)."""
     momentum: float = 0.9
-    """First beta of their Adam. Use 0 for phases of a hundred steps: with momentum, gates close for ten more steps after enough are closed."""
+    """First beta of their Adam. Use 0 for phases of a hundred steps: with momentum, gates go on closing for ten steps too many."""
     round_to: int = 1
     """Widths and hidden units are rounded up to a multiple: 8, 64, 128 fill the lanes of a TPU. Deviation: the release has 1."""
     legacy_proj_scale: bool = False
@@ -251,7 +251,10 @@ def _full(cfg: ClipConfig, tower: str) -> tuple[int, int]:
     """Heads and hidden units of every layer. Raises InputError when layers differ: masks need an unpruned model."""
     c = tower_of(cfg, tower)
     if isinstance(c.heads, tuple) or isinstance(c.hidden, tuple):
-        raise InputError(f"student.{tower} has layers of different sizes, masks need the original model: set student.{tower}.heads and hidden to one number")
+        raise InputError(
+            f"student.{tower} has layers of different sizes, and masks need the original model: set student.{tower}.heads and "
+            f"student.{tower}.hidden to one number each"
+        )
     return c.heads, c.hidden
 
 
