@@ -77,13 +77,15 @@ class VitConfig:
         positive(self, "layout", most=1000)
         allowed = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
         if allowed and self.tokens not in allowed:
-            raise InputError(f"tokens is {self.tokens!r}, pool {self.pool!r}: the pool needs its token, set tokens to {allowed[0]!r}")
+            raise InputError(f"tokens is {self.tokens!r}: pool {self.pool!r} needs its token, set tokens to {allowed[0]!r}")
         if self.gene == "none" and self.layout:
             raise InputError(f"layout is {self.layout}, and only a gene has one: set gene to 'sws' or 'tleg', or leave layout empty")
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
             raise InputError(f"layout is {self.layout}: a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more")
         if self.gene == "tleg" and (self.layers != 2 or len(self.layout) != 1):
-            raise InputError(f"layers is {self.layers} and layout {self.layout}: a TLEG gene needs layers 2 and a layout of one number, the depth")
+            raise InputError(
+                f"layers is {self.layers} and layout {self.layout}: a TLEG gene needs layers 2 and a layout of one number, the depth"
+            )
 
     @property
     def depth(self) -> int:
@@ -218,7 +220,7 @@ class Vit(nnx.Module):
 
     def embed(self, images: Images) -> Float[Array, "batch tokens embed"]:
         """Embed the patches, with the learned tokens before them."""
-        x = self.patch(images)
+        x = self.patch(jnp.asarray(images))
         x = add(x, self.position[...].reshape(-1, x.shape[-1]))
         front = [token() for token in (self.class_token, self.distillation_token) if token is not None]
         tokens = [jnp.broadcast_to(token, (len(x), 1, x.shape[-1])).astype(x.dtype) for token in front]

@@ -46,7 +46,9 @@ def train(cfg: Config, directory: Path) -> None:
     if cfg.masks.round_to < 1:
         raise InputError(f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, widths are rounded up to a multiple of it")
     if cfg.masks.prune_step >= cfg.steps:
-        raise InputError(f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is trained after it")
+        raise InputError(
+            f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is trained after it"
+        )
     if session := recipe.begin(cfg, directory, parts(cfg)):
         pruned = learn_masks(session, cfg)
         recipe.train(session, after_pruning(cfg, pruned), first=cfg.masks.prune_step)

@@ -81,7 +81,9 @@ class Cached:
         stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches have fewer fields
         for name, value in _fingerprint(source, data, pre, tokenizer).items():
             if stored.get(name) != value:
-                raise InputError(f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache with heirloom cache")
+                raise InputError(
+                    f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache with heirloom cache"
+                )
         self._source, self._folder = source, folder
         self._columns: dict[str, np.ndarray] | None = None
 

@@ -314,29 +314,32 @@ def _clean_original(key: str) -> str:
     return re.sub(r"^_?(image|text)_encoder_without_ddp\.", r"_\1_encoder.", key)
 
 
-def _nothing(cfg: ClipConfig, folder: Path) -> None:
+def _write_nothing(cfg: ClipConfig, folder: Path) -> None:
     """Write no config: the original files have none, it follows from shapes. Raises InputError for heads not of 64 channels."""
     image_head = cfg.image.embed // cfg.image.heads if isinstance(cfg.image, ResNetConfig) else head_dim(cfg.image)
     if image_head != HEAD or head_dim(cfg.text) != HEAD:
-        raise InputError(f"heads have {image_head} and {head_dim(cfg.text)} channels, the original layout needs {HEAD}: write this model as open_clip or heirloom")
+        raise InputError(
+            f"heads have {image_head} and {head_dim(cfg.text)} channels, the original layout needs {HEAD}: write this model as "
+            "open_clip or heirloom"
+        )
 
 
 FORMATS = (
-    Format("hf", layouts.HF, "model.safetensors", _read_hf, _write_hf),
+    Format(name="hf", layout=layouts.HF, file="model.safetensors", read_config=_read_hf, write_config=_write_hf),
     Format(
-        "open_clip",
-        layouts.OPEN_CLIP,
-        "open_clip_model.safetensors",
-        _read_open_clip,
-        _write_open_clip,
+        name="open_clip",
+        layout=layouts.OPEN_CLIP,
+        file="open_clip_model.safetensors",
+        read_config=_read_open_clip,
+        write_config=_write_open_clip,
         complete=lambda cfg, tensors: _complete(cfg, tensors, "visual.", ""),
     ),
     Format(
-        "original",
-        layouts.ORIGINAL,
-        "tinyclip.pt",
-        _read_original,
-        _nothing,
+        name="original",
+        layout=layouts.ORIGINAL,
+        file="tinyclip.pt",
+        read_config=_read_original,
+        write_config=_write_nothing,
         clean=_clean_original,
         complete=lambda cfg, tensors: _complete(cfg, tensors, "_image_encoder.visual.", "_text_encoder."),
     ),

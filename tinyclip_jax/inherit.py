@@ -50,16 +50,24 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
     if not (isinstance(teacher.image, ResNetConfig) and isinstance(student.image, ResNetConfig)):
         raise InputError("one image tower is a ResNet, the other a ViT: choose a donor and a student of the same kind")
     if teacher.image.blocks != student.image.blocks:
-        raise InputError(f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: set student.image.blocks to these")
+        raise InputError(
+            f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: set "
+            "student.image.blocks to these"
+        )
     if student.image.width > teacher.image.width:
-        raise InputError(f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set student.image.width to at most this")
+        raise InputError(
+            f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set student.image.width to at most this"
+        )
     return leading(functional(Clip, student).spec, "image/**")
 
 
 def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
-            raise InputError(f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with masks (masks.prune_step)")
+            raise InputError(
+                f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with masks "
+                "(masks.prune_step)"
+            )
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
             raise InputError(f"the student's {name} {sizes}: set it to at most this")

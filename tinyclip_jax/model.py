@@ -209,7 +209,8 @@ class TextTower(nnx.Module):
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
 
-    def __call__(self, tokens: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens: Tokens, keep: jax.Array | None = None) -> jax.Array:
+        tokens = jnp.asarray(tokens)
         x = self.token(tokens)
         x = add(x, self.position[: tokens.shape[1]])
         x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)

@@ -36,7 +36,7 @@ class Pretrained:
     tokenizer: Tokenizer | None
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> jax.Array:
-        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm features [n, joint] f32.
+        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm [n, joint] f32.
 
         Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """

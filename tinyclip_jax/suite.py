@@ -61,7 +61,9 @@ def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) 
             raise InputError(f"{folder} does not name the {CLASSES_OF[name]} classes of its labels: put classnames.txt next to the shards")
         return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
-        raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0 to 999")
+        raise InputError(
+            f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0 to 999"
+        )
     return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
 
 
@@ -72,7 +74,9 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     source = FolderSource(folder / "images", LABELLED)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
-        raise InputError(f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of objectnet.dev")
+        raise InputError(
+            f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of objectnet.dev"
+        )
     names = tuple(label[source.classes[i]].lower() for i in kept)
     return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
 

@@ -97,7 +97,9 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     if cfg.loss.teacher_scale is not None and cfg.loss.teacher_scale <= 0:
         raise InputError(f"loss.teacher_scale is {cfg.loss.teacher_scale}: choose a number above 0 (the release has 50)")
     if cfg.loss.alpha > 0 and not cfg.teacher:
-        raise InputError(f'loss.alpha is {cfg.loss.alpha} and teacher is empty: set teacher to a SOURCE or "embeddings", or loss.alpha to 0')
+        raise InputError(
+            f'loss.alpha is {cfg.loss.alpha} and teacher is empty: set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
+        )
     if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (cfg.student.image.size, cfg.student.text.context):
         inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
         raise InputError(f"the teacher takes {inputs}, the student other inputs: set student.image.size and student.text.context to these")
@@ -121,7 +123,9 @@ def batches(cfg: Config, opened: Opened) -> Data:
     source, inputs = open_source(cfg.data), opened.inputs
     if cfg.teacher.startswith(CACHE):
         if cfg.augment != "none":
-            raise InputError(f'augment is "{cfg.augment}", and stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE')
+            raise InputError(
+                f'augment is "{cfg.augment}", and stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
+            )
         source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
         raise InputError(f"{cfg.data.path} has no {min(missing)}: add this column of teacher embeddings, and name it in data.columns")
@@ -155,7 +159,9 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
     for name, what in (("image", "pictures"), ("text", "captions")):
         rows = np.asarray(batch[name].addressable_data(0))
         if len(rows) > 1 and (rows == rows[0]).all():
-            raise InputError(f"all {what} of the first batch are the same, and training needs different ones: check data.path, {cfg.data.path}")
+            raise InputError(
+                f"all {what} of the first batch are the same, and training needs different ones: check data.path, {cfg.data.path}"
+            )
     return f'first caption: "{check_first_batch(batch, opened.inputs.tokenizer, picture, opened.inputs.pre)}"'
 
 

@@ -88,7 +88,7 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(architecture="resnet50"), "no architecture 'resnet50'.* say in model_args what differs"),
+        (dict(architecture="resnet50"), "no architecture 'resnet50'.* write the differences into model_args"),
         (dict(architecture="vit_tiny_patch16_225"), "did you mean 'vit_tiny_patch16_224'"),
         (dict(architecture="beit_base_patch16_224"), "timm builds 'beit_base_patch16_224' as its class Beit"),
         (dict(architecture="deit3_small_patch16_224"), r"init_values is 1e-06 \(LayerScale\)"),
@@ -185,7 +185,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)
-    with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not tell it \(--set eps=VALUE overrides it\)"):
+    with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not contain it \(--set eps=VALUE overrides it\)"):
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
     assert [guess.name for guess in donor.guesses] == ["activation", "eps", "size", "pool"]
     with warnings.catch_warnings():

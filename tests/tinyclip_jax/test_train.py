@@ -31,7 +31,7 @@ from heirloom.common.train.state import create_state
 from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, first_look, constrain_scale, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, constrain_scale, first_look, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -240,5 +240,5 @@ def test_a_first_batch_that_is_all_the_same_is_refused(same, what):
     batch[same] = np.zeros_like(batch[same])
 
     cfg = Config(data=SourceConfig("synthetic"))
-    with pytest.raises(InputError, match=f"all {what} of the first batch are the same, and training needs different ones: check data.path, synthetic"):
+    with pytest.raises(InputError, match=f"all {what} of the first batch are the same.* check data.path, synthetic"):
         first_look(cfg, None, jax.device_put(batch), None)
