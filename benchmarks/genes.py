@@ -29,7 +29,7 @@ from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.step import StepConfig
 from learngene import cost
 from learngene.augment import AugmentConfig
-from learngene.compare import ARMS, Comparison, curve, descendant, gene_config, gene_row, teacher_row, trained
+from learngene.compare import ARMS, Comparison, curve, descendant, gene_config, gene_row, teacher_row, train_model
 from learngene.convnet import ConvConfig
 from learngene.demo import seeded
 from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig
@@ -122,7 +122,7 @@ def main() -> None:
         sys.exit(f"{source}: no such data; make it with scripts/make_fashion_mnist.py or scripts/make_cifar10.py")
     splits = split(source, size, args.runs / "data")
     base = comparison(size, splits, "test")
-    teacher = trained(base.teacher, args.runs / "teacher")
+    teacher = train_model(base.teacher, args.runs / "teacher")
     rates = sweep(comparison(size, splits, "validation"), teacher, args.methods, args.runs / "sweep")
     rows, genes = [], []
     for seed in args.seeds:
@@ -192,7 +192,7 @@ def train_gene(cfg: Comparison, name: str, teacher: str, folder: Path) -> tuple[
     if not kind:
         return "", None
     recipe = replace(cfg.gene, student=gene_config(cfg.gene.student, kind), teacher=teacher)
-    return trained(recipe, folder / f"gene-{kind}"), recipe
+    return train_model(recipe, folder / f"gene-{kind}"), recipe
 
 
 def arm(cfg: Comparison, name: str, depth: int, gene: str, teacher: str, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What happens to a picture before the model sees it (DeiT's recipe): crops and RandAugment on the host, the rest on devices."""
+"""Augmentation of DeiT's recipe: crops and RandAugment on the host, flips, erasing, mixup and CutMix on devices."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,42 +8,42 @@ import jax.numpy as jnp
 
 from heirloom.common.data.preprocess import Preprocess
 
-ERASED, ERASED_RATIO, TRIES = (0.02, 1 / 3), 0.3, 10  # area and narrowest ratio of an erased box; draws before it is given up
+ERASED, ERASED_RATIO, TRIES = (0.02, 1 / 3), 0.3, 10  # area and narrowest aspect ratio of an erased box; draws before giving up
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """The default changes nothing."""
+    """Augmentation of training pictures; the default changes nothing."""
 
     crop: Literal["none", "resized", "shift"] = "none"
-    """The whole square; a random part of the picture, resized; or the square moved by up to `shift` pixels, for small pictures."""
+    """none: the whole square. resized: a random part, resized. shift: the square moved by up to `shift` pixels, for small pictures."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the area a resized crop keeps, least and most."""
+    """Smallest and largest share of the area in a resized crop."""
     shift: int = 4
     flips: float = 0.0
-    """Share of the pictures that are mirrored."""
+    """Probability of a horizontal flip."""
     randaugment: str = ""
     """timm's notation, such as rand-m9-mstd0.5-inc1; empty: none."""
     views: int = 1
     """Augmented views of each record in a batch, which then has that many times more pictures (repeated augmentation)."""
     erase: float = 0.0
-    """Share of the pictures in which a box is replaced by noise."""
+    """Probability that a box of the picture is replaced by noise."""
     mixup: float = 0.0
-    """Concentration of mixup's weight; 0: no mixup."""
+    """Beta concentration of mixup's weight; 0: no mixup."""
     cutmix: float = 0.0
-    """Concentration of the area CutMix keeps; 0: no CutMix. With both, one of them is drawn for each batch."""
+    """Beta concentration of the area that CutMix keeps; 0: no CutMix. With mixup too, one of both is drawn for each batch."""
     smoothing: float = 0.0
-    """Probability mass that labels share out evenly."""
+    """Label smoothing: probability mass that is spread evenly over the classes."""
 
     @property
     def changes(self) -> bool:
-        """Whether a picture differs from epoch to epoch, so that a teacher's logits cannot be kept."""
+        """Whether a picture differs between epochs, so that a teacher's logits cannot be cached."""
         picture = self.crop != "none" or self.randaugment or self.views > 1
         return bool(picture or self.flips or self.erase or self.mixup or self.cutmix)
 
 
 def augment(cfg: AugmentConfig, pre: Preprocess, images: jax.Array, labels: jax.Array, classes: int, key: jax.Array) -> "Augmented":
-    """images: [batch, size, size, 3] uint8, labels: [batch] int; returns pixels in 0..1, f32, and targets [batch, classes]."""
+    """Augment a batch on devices. images: [batch, size, size, 3] uint8. labels: [batch] int."""
     shift, flip, erase_key, mix_key = jax.random.split(key, 4)
     if cfg.crop == "shift":
         images = shifted(images, cfg.shift, shift)
@@ -61,22 +61,22 @@ def augment(cfg: AugmentConfig, pre: Preprocess, images: jax.Array, labels: jax.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Augmented:
-    """Pixels [batch, size, size, 3] f32 in 0..1, and the distribution over classes of each."""
+    """Augmented pixels [batch, size, size, 3] f32 in 0..1, and targets [batch, classes], distributions over classes."""
 
     pixels: jax.Array
     targets: jax.Array
 
 
 def shifted(images: jax.Array, most: int, key: jax.Array) -> jax.Array:
-    """Each picture moved by up to `most` pixels in both directions, black where it is uncovered (torchvision RandomCrop with padding)."""
+    """Shift each picture by up to `most` pixels in both directions, and fill with black (torchvision RandomCrop with padding)."""
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
     starts = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
     cut = jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (start[0], start[1], 0), images.shape[1:]))
     return cut(padded, starts)
 
 
-def erased(pixels: jax.Array, share: float, pre: Preprocess, key: jax.Array) -> jax.Array:
-    """A box of noise in a share of the pictures (timm RandomErasing, mode pixel, one box): unit normal once the pixels are normalised."""
+def erased(pixels: jax.Array, probability: float, pre: Preprocess, key: jax.Array) -> jax.Array:
+    """Replace a box by noise in some pictures (timm RandomErasing, mode pixel, one box): standard normal after normalisation."""
     batch, height, width, _ = pixels.shape
     chosen, area_key, ratio_key, row_key, col_key, noise_key = jax.random.split(key, 6)
     area = jax.random.uniform(area_key, (batch, TRIES), minval=ERASED[0], maxval=ERASED[1]) * height * width
@@ -88,20 +88,20 @@ def erased(pixels: jax.Array, share: float, pre: Preprocess, key: jax.Array) -> 
     rows, cols = (jnp.take_along_axis(sizes, try_, axis=1)[:, 0] for sizes in (rows, cols))
     top = jax.random.randint(row_key, (batch,), 0, height - rows + 1)
     left = jax.random.randint(col_key, (batch,), 0, width - cols + 1)
-    hit = jax.random.bernoulli(chosen, share, (batch,)) & fits.any(1)
+    hit = jax.random.bernoulli(chosen, probability, (batch,)) & fits.any(1)
     inside = _inside(top, rows, height)[:, :, None] & _inside(left, cols, width)[:, None, :] & hit[:, None, None]
     noise = jax.random.normal(noise_key, pixels.shape) * jnp.asarray(pre.std) + jnp.asarray(pre.mean)
     return jnp.where(inside[..., None], noise, pixels)
 
 
 def _inside(first: jax.Array, length: jax.Array, size: int) -> jax.Array:
-    """[batch, size]: which positions lie in [first, first + length)."""
-    at = jnp.arange(size)[None]
-    return (at >= first[:, None]) & (at < (first + length)[:, None])
+    """Mask [batch, size] of the positions in [first, first + length)."""
+    position = jnp.arange(size)[None]
+    return (position >= first[:, None]) & (position < (first + length)[:, None])
 
 
 def mixed(cfg: AugmentConfig, pixels: jax.Array, targets: jax.Array, key: jax.Array) -> Augmented:
-    """Mixup or CutMix of the batch with itself in reverse order, one weight for all (timm Mixup, mode batch)."""
+    """Apply mixup or CutMix to the batch and its reverse, with one weight for all pictures (timm Mixup, mode batch)."""
     switch, weight_key, box_key = jax.random.split(key, 3)
     by_mixup = jax.random.beta(weight_key, cfg.mixup, cfg.mixup) if cfg.mixup else jnp.float32(1)
     area = jax.random.beta(weight_key, cfg.cutmix, cfg.cutmix) if cfg.cutmix else jnp.float32(1)
@@ -116,7 +116,7 @@ def mixed(cfg: AugmentConfig, pixels: jax.Array, targets: jax.Array, key: jax.Ar
 
 
 def cut_box(kept: jax.Array, height: int, width: int, key: jax.Array) -> jax.Array:
-    """[height, width] bool: a box of the share 1 - kept of either side squared, around a uniform centre, clipped at the edges."""
+    """Draw the box of CutMix, [height, width] bool: area 1 - kept, with a uniform centre, clipped at the edges."""
     rows, cols = (jnp.floor(size * jnp.sqrt(1 - kept)).astype(int) for size in (height, width))
     row_key, col_key = jax.random.split(key)
     row, col = jax.random.randint(row_key, (), 0, height), jax.random.randint(col_key, (), 0, width)

@@ -1,4 +1,4 @@
-"""ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. What shapes cannot tell is guessed, and said."""
+"""Read ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. Settings that shapes do not give become guesses."""
 
 import re
 from dataclasses import replace
@@ -18,10 +18,10 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of 
 _SWS_LAYOUTS = {5: (3, 3, 4, 3, 3)}  # released
 _SWS_HEADS, _SWS_EPS = 12, 1e-5  # of both released auxiliary nets
 _TLEG_DEPTH = 12
-_UNTOLD = "the weights do not tell it"
-_LONGEST = 4  # sides of a picture up to 1 : 4 are taken for possible
-# Of models with a class token, by pool: the one whose tensors are the same.
-_TWINS = {"cls": "the mean of the patches (norm_mean)", "mean_norm": "the class token with a norm of its own (cls)"}
+_NOT_STORED = "the weights do not contain it"
+_LONGEST = 4  # largest aspect ratio of a picture that is considered possible
+# For models with a class token, by pool: the other pool that has the same tensors.
+_TWINS = {"cls": "the mean of the patches (norm_mean)", "mean_norm": "the class token with a separate norm (cls)"}
 # Tensors of parts that this ViT does not have, by globs of timm's names and the original repositories'.
 _PARTS = {
     "*.ls1.gamma": "LayerScale",
@@ -42,14 +42,14 @@ _PARTS = {
 
 
 def refuse_other_parts(tensors: Tensors) -> None:
-    """Raises InputError naming a part that this ViT does not have, when the tensors hold it."""
+    """Raises InputError when the tensors contain a part that this ViT does not have, with its name."""
     for glob, part in _PARTS.items():
         if key := next((key for key in tensors if fnmatchcase(key, glob)), None):
             raise InputError(f"has {part} ({key}), which the ViT here does not have")
 
 
 def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
-    """What timm's names tell by their shapes; `block` is how the keys of the first one begin and end, around the module's name."""
+    """Infer the config from the shapes of tensors in timm's names. block: pattern of the first block's keys, with {} for the module."""
     try:
         width, channels, patch, across = tensors["patch_embed.proj.weight"].shape
         hidden = len(tensors[block.format("mlp.fc1")])
@@ -57,19 +57,19 @@ def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
         classes = len(tensors["head.weight"])
     except (KeyError, ValueError, IndexError) as error:
         refuse_other_parts(tensors)
-        raise InputError(f"looks like a ViT, but its tensors do not tell the sizes ({error}); only classifiers are read") from error
+        raise InputError(f"looks like a ViT, but its tensors do not give the sizes ({error}): a ViT with a classifier is needed") from error
     if patch != across:
         raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
     tokens = "cls+dist" if "dist_token" in tensors else "cls" if "cls_token" in tensors else "none"
     mean = "fc_norm.weight" in tensors
     pool = "mean_norm" if mean else "cls+dist" if "head_dist.weight" in tensors else "norm_mean" if tokens == "none" else "cls"
-    grid = isqrt(positions)  # of a square with one or two tokens more, the same root
+    grid = isqrt(positions)  # one or two more tokens do not change the root
     sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
     return VitConfig(**sizes, classes=classes, heads=HEADS.get(width, 0), tokens=tokens, pool=pool)  # type: ignore[arg-type]
 
 
 def check_square(cfg: VitConfig, tensors: Tensors) -> None:
-    """Raises InputError when the positions are not those of a square of patches and the tokens in front."""
+    """Check that there is a position for each patch of a square and each token before. Raises InputError."""
     positions = tensors["pos_embed"].shape[1]
     if positions != cfg.grid**2 + cfg.prefix:
         raise InputError(
@@ -79,11 +79,12 @@ def check_square(cfg: VitConfig, tensors: Tensors) -> None:
 
 
 def depth(tensors: Tensors, pattern: str) -> int:
+    """Number of blocks, from the largest index that `pattern` finds in the keys."""
     return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=0)
 
 
 def read_deit(found: Found) -> Read | None:
-    """A file in timm's names. What a trainer's arguments next to the tensors tell is used or compared; else the settings are guessed."""
+    """Read a file in timm's names. A trainer's arguments next to the tensors are used or compared; without them settings are guessed."""
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys() or (found.folder / "config.json").is_file():
         return None
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
@@ -94,9 +95,9 @@ def read_deit(found: Found) -> Read | None:
 
 
 def _of_timm(cfg: VitConfig, trained: Trained) -> Read:
-    """The model that timm builds for the name and the arguments passed to it."""
+    """Read the model that timm builds for a name and arguments."""
     args = timm_architectures.arguments(trained.name, trained.passed, trained.where)
-    size = () if "img_size" in args or cfg.size == 224 else square(cfg, _UNTOLD)
+    size = () if "img_size" in args or cfg.size == 224 else square(cfg, _NOT_STORED)
     cfg = timm_architectures.settings(args, cfg)
     heads = timm_architectures.settings(timm_architectures.described(cfg, trained.sizes, trained.where), cfg).heads
     why = f"timm's {trained.name} has as many, and num_heads is {heads} in {trained.where}"
@@ -104,12 +105,12 @@ def _of_timm(cfg: VitConfig, trained: Trained) -> Read:
 
 
 def _of_another(cfg: VitConfig, trained: Trained) -> Read:
-    """A model by its shapes, and by what was passed along with a name that is not timm's, or with none."""
+    """Read a model whose name is not timm's, or missing, from its shapes and the arguments passed with it."""
     given = {**trained.sizes, **trained.passed}
     described = timm_architectures.settings(timm_architectures.described(cfg, given, trained.where), cfg)
     if not given.keys() & {"class_token", "global_pool", "fc_norm"}:
         described = replace(described, tokens=cfg.tokens, pool=cfg.pool)
-    why = f"{_UNTOLD}, and neither does the name it was trained under, {trained.name!r}, which is not timm's" if trained.name else _UNTOLD
+    why = f"{_NOT_STORED}, and the name it was trained under, {trained.name!r}, is not timm's" if trained.name else _NOT_STORED
     guesses = [] if "act_layer" in given else [Guess("activation", cfg.activation, why)]
     guesses.append(Guess("eps", f"{described.eps:g}", why))
     guesses += [] if "num_heads" in given else _heads(cfg, why)
@@ -121,12 +122,12 @@ def _of_another(cfg: VitConfig, trained: Trained) -> Read:
 
 def _heads(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     if not cfg.heads:
-        return (Guess("heads", None, f"how many heads there are is not known, for no published ViT has a width of {cfg.width}"),)
+        return (Guess("heads", None, f"the number of heads is unknown, because no published ViT has a width of {cfg.width}"),)
     return (Guess("heads", cfg.heads, f"{why}, and published ViTs of this width have as many"),)
 
 
 def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
-    """The guess that pictures are squares, where a rectangle of at most 1 : 4 has as many patches."""
+    """The guess that pictures are square, if a rectangle of at most 1 : 4 has the same number of patches."""
     count = cfg.grid**2
     for rows in range(cfg.grid - 1, 0, -1):
         if count % rows == 0 and rows * rows * _LONGEST >= count:
@@ -136,7 +137,7 @@ def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
 
 
 def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
-    """The norm under the name that its pool has here: timm calls that of a class token `fc_norm` too, where it is built with one."""
+    """Rename the norm to its name for this pool: timm may call the norm of a class token `fc_norm` too."""
     if cfg.pool != "cls" or "norm.weight" in tensors:
         return tensors
     return {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in tensors.items()}
@@ -175,7 +176,7 @@ def read_sws(found: Found) -> Read | None:
     why = "the release's for as many stages" if stages in _SWS_LAYOUTS else "nothing is released for as many stages, so one layer for each"
     cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight", stages)
     cfg = replace(cfg, heads=_SWS_HEADS, eps=_SWS_EPS, gene="sws", layout=layout)
-    return _gene_read(cfg, found, f"{_UNTOLD}; {why}", f"{_UNTOLD}, and both released nets have as many")
+    return _gene_read(cfg, found, f"{_NOT_STORED}; {why}", f"{_NOT_STORED}, and both released nets have as many")
 
 
 def read_tleg(found: Found) -> Read | None:
@@ -183,7 +184,7 @@ def read_tleg(found: Found) -> Read | None:
         return None
     cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight_base", 2)
     cfg = replace(cfg, eps=_SWS_EPS, gene="tleg", layout=(_TLEG_DEPTH,))
-    return _gene_read(cfg, found, f"{_UNTOLD}; the release's depth", f"{_UNTOLD}, and published ViTs of this width have as many")
+    return _gene_read(cfg, found, f"{_NOT_STORED}; the release's depth", f"{_NOT_STORED}, and published ViTs of this width have as many")
 
 
 def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:
@@ -191,8 +192,9 @@ def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:
     check_square(cfg, found.tensors)
     guesses = [Guess("layout", ",".join(map(str, cfg.layout)), layout)]
     guesses += [Guess("heads", cfg.heads, heads)] if cfg.heads else _heads(cfg, heads)
-    guesses += square(cfg, _UNTOLD)
-    guesses += [Guess("activation", cfg.activation, f"{_UNTOLD}; the release's"), Guess("eps", f"{cfg.eps:g}", f"{_UNTOLD}; the release's")]
+    guesses += square(cfg, _NOT_STORED)
+    released = f"{_NOT_STORED}; the release's"
+    guesses += [Guess("activation", cfg.activation, released), Guess("eps", f"{cfg.eps:g}", released)]
     return Read(cfg, tuple(guesses))
 
 

@@ -1,4 +1,4 @@
-"""What learngene adds to the `heirloom` command: the function that runs each verb, imported when it runs."""
+"""The verbs of the `heirloom` command that learngene implements, and the function of each, imported when it runs."""
 
 VERBS = {
     "families": "learngene.zoo:FAMILIES",

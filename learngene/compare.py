@@ -1,4 +1,4 @@
-"""`heirloom compare`: several ways to start models of several depths, by accuracy after 0, 1 and n epochs and by what all of it costs."""
+"""`heirloom compare`: compare initialisation methods at several depths, by accuracy after 0, 1 and n epochs and by cost."""
 
 import json
 from argparse import Namespace
@@ -37,18 +37,18 @@ from learngene.zoo import FAMILY, open_classifier
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start: from which of the trained genes, by which method, and whether the teacher goes on teaching."""
+    """One initialisation method. gene: the trained gene it starts from. distilled: the teacher is used in this training too."""
 
     gene: str = ""
     method: Method = "expand"
-    taught: bool = False
+    distilled: bool = False
     mimetic: bool = False
 
 
 ARMS = {
     "scratch": Arm(),
     "mimetic": Arm(mimetic=True),
-    "kd": Arm(taught=True),
+    "kd": Arm(distilled=True),
     "sws": Arm("sws"),
     "shuffled": Arm("sws", "shuffled"),
     "tleg": Arm("tleg"),
@@ -60,27 +60,27 @@ ARMS = {
     "interlace": Arm("shallow", "interlace"),
     "ligo": Arm("shallow", "ligo"),
 }
-"""kd, untied and shuffled are controls: what the teacher alone brings, what sharing brings, what the order of stages brings."""
+"""kd, untied and shuffled are controls: for the effect of the teacher alone, of sharing, and of the order of stages."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A gene's recipe, and the descendants to compare."""
+    """Config of a comparison: the recipe of a gene, and the descendants to compare."""
 
     gene: Config = field(default_factory=Config)
-    """The gene of SWS; other methods train theirs by the same recipe, with other blocks: TLEG's two, all of them untied (untied, select,
-    heur, auto), or as many as the gene has (stack, interlace, ligo)."""
+    """The recipe of the SWS gene. Other methods use it with other blocks: TLEG's two, all of them untied (untied, select, heur, auto), or
+    as many as the gene has (stack, interlace, ligo)."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """Trained first, where the gene's recipe names no teacher."""
+    """Recipe of the teacher, which is trained first if the gene's recipe names none."""
     depths: tuple[int, ...] = (4, 6, 8)
     methods: tuple[str, ...] = ("sws", "scratch")
-    """Out of scratch, mimetic, kd, sws, shuffled, tleg, untied, select, heur, auto, stack, interlace, ligo."""
+    """Methods to compare: scratch, mimetic, kd, sws, shuffled, tleg, untied, select, heur, auto, stack, interlace, ligo."""
     epochs: int = 3
-    """Of every descendant, on the gene's data."""
+    """Epochs of every descendant, on the gene's data."""
     tune: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=3e-4))
-    """Of descendants that inherit."""
+    """Optimizer of descendants that inherit."""
     scratch: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=1e-3))
-    """Of those that do not: a tuning rate would be a straw man."""
+    """Optimizer of descendants that do not inherit; the lower tuning rate would make this baseline too weak."""
 
     def train(self, directory: Path) -> None:
         report(self, compare(self, directory))
@@ -90,10 +90,10 @@ class Comparison:
 
 
 def compare_command(args: Namespace) -> dict[str, Any]:
-    """`heirloom compare`: a comparison, or the recipe of a gene, with every field as a flag; or only the costs by formula."""
+    """Run `heirloom compare` on a comparison or the recipe of a gene, with every field as a flag; with --cost only compute the costs."""
     if args.cost:
         if args.what or args.flags:
-            raise InputError("--cost computes the published ratios and takes no CONFIG")
+            raise InputError("--cost computes the published ratios without a CONFIG: leave CONFIG and its flags out")
         return cost.report(cost.parse_depths(args.cost))
     if not args.what:
         raise InputError("name a recipe to compare with, such as learngene/emoji; or --cost 6-15 for the ratios alone")
@@ -101,9 +101,9 @@ def compare_command(args: Namespace) -> dict[str, Any]:
         raise InputError("give --run DIR, the folder for the runs")
     cfg: Any = config.load(args.what)
     if isinstance(cfg, Config):
-        cfg = Comparison(cfg)
+        cfg = Comparison(gene=cfg)
     if not isinstance(cfg, Comparison):
-        raise InputError(f"{args.what} is no recipe of a gene: compare takes learngene's")
+        raise InputError(f"{args.what} is not the recipe of a gene: give one of learngene, such as learngene/emoji")
     cfg = config.parse(cfg, _split(args.flags), f"heirloom compare {args.what}")
     results = compare(cfg, args.run)
     report(cfg, results)
@@ -111,45 +111,45 @@ def compare_command(args: Namespace) -> dict[str, Any]:
 
 
 def _split(flags: list[str]) -> list[str]:
-    """`--depths 4,6,8` as tyro takes it: `--depths 4 6 8`."""
+    """Rewrite `--depths 4,6,8` for tyro: `--depths 4 6 8`."""
     out: list[str] = []
-    for before, flag in zip(["", *flags], flags, strict=False):
-        out += flag.split(",") if before in ("--depths", "--methods") else [flag]
+    for previous, flag in zip(["", *flags], flags, strict=False):
+        out += flag.split(",") if previous in ("--depths", "--methods") else [flag]
     return out
 
 
 def check(cfg: Comparison) -> None:
-    """Raises InputError for an unknown method, and for a depth that a method cannot make."""
+    """Check a comparison. Raises InputError for an unknown method, and for a depth that a method does not support."""
     student = cfg.gene.student
     if student.gene != "sws":
-        raise InputError("compare starts from the recipe of an SWS gene (student.gene sws); TLEG's is derived from it")
+        raise InputError(f"gene.student.gene is {student.gene!r}: set it to 'sws', the recipe of TLEG is derived from it")
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
     if not cfg.gene.teacher and not cfg.teacher.data.path:
         raise InputError("the recipe names no teacher, and none to train: give --gene.teacher SOURCE, with the same classes and size")
     for name in cfg.methods:
         if name not in ARMS:
-            raise InputError(f"no method {name!r}{nearest(name, ARMS)} (there are {', '.join(ARMS)})")
+            raise InputError(f"unknown method {name!r}{nearest(name, ARMS)}: choose from {', '.join(ARMS)}")
         for depth in cfg.depths:
             if ARMS[name].gene and ARMS[name].method != "ligo":
                 relatives.plan(ARMS[name].method, gene_config(student, ARMS[name].gene), student.of_depth(depth))
 
 
 def gene_config(student: VitConfig, kind: str) -> VitConfig:
-    """What is trained before: SWS's gene, TLEG's, the auxiliary net untied, or a ViT of as many layers as there are stages."""
+    """Config of the donor of a kind: SWS's gene, TLEG's gene, the untied auxiliary net, or a ViT with one layer per stage."""
     if kind == "tleg":
         return replace(student, gene="tleg", layers=2, layout=(student.depth,))
     return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[kind]
 
 
 def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
-    """Train what is needed, each in a folder of its own, and collect `comparison.json`. Everything that is finished is kept."""
+    """Train all models, each in its own folder, and write `comparison.json`. Finished trainings are not repeated."""
     check(cfg)
-    teacher = cfg.gene.teacher or trained(cfg.teacher, directory / "teacher")
+    teacher = cfg.gene.teacher or train_model(cfg.teacher, directory / "teacher")
     kinds = dict.fromkeys(ARMS[name].gene for name in cfg.methods if ARMS[name].gene)
     gene = replace(cfg.gene, teacher=teacher)
     recipes = {kind: replace(gene, student=gene_config(gene.student, kind)) for kind in kinds}
-    genes = {kind: trained(recipe, directory / f"gene-{kind}") for kind, recipe in recipes.items()}
+    genes = {kind: train_model(recipe, directory / f"gene-{kind}") for kind, recipe in recipes.items()}
     arms = {}
     for name in cfg.methods:
         for depth in cfg.depths:
@@ -165,19 +165,19 @@ def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
     return results
 
 
-def trained(recipe: Config, folder: Path) -> str:
-    """A run, finished; returns the SOURCE of its model."""
+def train_model(recipe: Config, folder: Path) -> str:
+    """Train a recipe, or finish its training; returns the SOURCE of its model."""
     recipe.train(folder)
     return str(folder / "model")
 
 
 def epoch_steps(recipe: Config) -> int:
-    """Optimizer steps in which about every example is seen once."""
+    """Optimizer steps of about one epoch."""
     return max(round(len(open_labelled(recipe.data, recipe.label)) / recipe.pipeline.batch), 1)
 
 
 def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) -> Config:
-    """The recipe of one arm: labels only, unless the teacher goes on; scores once an epoch."""
+    """Recipe of one arm at one depth: labels only unless the arm is distilled; evaluated once an epoch."""
     arm, steps = ARMS[name], epoch_steps(cfg.gene)
     return replace(
         cfg.gene,
@@ -185,7 +185,7 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
         donor=gene if arm.gene else "",
         method=arm.method,
         init="mimetic" if arm.mimetic else "random",
-        teacher=teacher if arm.taught else "",
+        teacher=teacher if arm.distilled else "",
         optim=cfg.tune if arm.gene else cfg.scratch,
         steps=cfg.epochs * steps,
         eval_every=steps,
@@ -195,14 +195,14 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
 
 
 def curve(arm: Config, folder: Path) -> dict[str, Any]:
-    """Train one arm; its accuracy by epoch from before the first step, and what it cost. Kept as `result.json` in its folder."""
+    """Train one arm and return its accuracy by epoch, from before the first step, and its cost; stored as `result.json` in `folder`."""
     file, about = folder / "result.json", json.loads(json.dumps(to_json(arm)))
     if file.is_file():
         saved = read_json(file)
         if lines := difference(saved["config"], about):
-            raise InputError("\n".join([f"{folder} was run with another config; take a new --run, or set it back:", *lines]))
+            raise InputError("\n".join([f"{folder} was run with another config: give a new --run, or set these fields back:", *lines]))
         return saved["result"]
-    parts = once(arm.parts())
+    parts = resolve_once(arm.parts())
     before = recipe.evaluate(arm, parts).metrics
     recipe.run(arm, folder, parts)
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
@@ -212,7 +212,7 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
         "steps": [0, *(line["step"] for line in scored)],
         "lr": arm.optim.lr,
         "parameters": cost.count(arm.student),
-        "macs": cost.work(arm.student),
+        "macs": cost.forward_macs(arm.student),
         "pictures": arm.steps * arm.pictures,
         "flops": training_flops(arm),
     }
@@ -221,20 +221,20 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
     return result
 
 
-def once(parts: Parts) -> Parts:
-    """The same parts, resolving their donor only once: LiGO trains its maps there."""
-    made: list[Resolution] = []
+def resolve_once(parts: Parts) -> Parts:
+    """The same parts, with `resolve` cached: LiGO trains its maps there."""
+    resolved: list[Resolution] = []
 
     def resolve(donor: Donor) -> Resolution:
-        if not made and parts.resolve:
-            made.append(parts.resolve(donor))
-        return made[0]
+        if not resolved and parts.resolve:
+            resolved.append(parts.resolve(donor))
+        return resolved[0]
 
     return replace(parts, resolve=resolve)
 
 
 def training_flops(recipe: Config) -> float:
-    """Pictures times operations: two for a multiply-accumulate, three passes for the student, one for a teacher."""
+    """FLOPs of a training: pictures x MACs x 2, times three for the student's forward and backward pass, once for a teacher."""
     spec = functional(recipe.family.module, recipe.student).spec
     passes = 6 * recipe.family.macs(recipe.student, spec)
     if recipe.teacher:
@@ -244,12 +244,13 @@ def training_flops(recipe: Config) -> float:
 
 
 def gene_row(recipe: Config, folder: Path) -> dict[str, Any]:
+    """Accuracy of a trained gene, its size, and the FLOPs of its training."""
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
     return {"top1": scored[-1]["eval/top1"], "parameters": cost.count(recipe.student), "flops": training_flops(recipe)}
 
 
 def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict[str, Any]:
-    """The teacher's own accuracy and size, and what its training cost where it was trained here (None where it was not)."""
+    """Accuracy and size of the teacher, and the FLOPs of its training; None if it was not trained here."""
     donor, mesh = open_classifier(source), start(gene.mesh)
     pre = preprocess_of(donor).pre
     score = scorer(donor.family, donor.cfg, held_out(gene, pre), pre, mesh)
@@ -259,7 +260,7 @@ def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict
 
 
 def report(cfg: Comparison, results: dict[str, Any]) -> None:
-    """One table: accuracy after 0, 1 and n epochs, what tuning one model and training its gene once cost, what is stored for all depths."""
+    """Print a table: accuracy after 0, 1 and n epochs, TFLOP of tuning and of training the gene, parameters stored for all depths."""
     table = Table(box=None, pad_edge=False)
     after = sorted({0, 1, cfg.epochs} & set(range(cfg.epochs + 1)))
     headers = ["", "depth", *(f"after {n}" for n in after), "TFLOP", "once before", "stored for all depths"]
@@ -274,15 +275,15 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
         stored = gene["parameters"] if gene else sum(row["parameters"] for row in rows)
         for row in rows:
             first = row is rows[0]
-            once = _tera(gene["flops"]) if gene and first else ""
+            gene_cost = _tera(gene["flops"]) if gene and first else ""
             accuracy = [_percent(row["top1"][n]) for n in after]
-            table.add_row(name, str(row["depth"]), *accuracy, _tera(row["flops"]), once, f"{stored:,}" if first else "")
+            table.add_row(name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, f"{stored:,}" if first else "")
     console = Console()
     console.print("\naccuracy on held-out pictures, by epochs of training", soft_wrap=True)
     console.print(table)
     console.print(
         "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's forward passes; "
-        "the teacher's own training stands in its row.",
+        "the training of the teacher is in the row of the teacher.",
         soft_wrap=True,
     )
 

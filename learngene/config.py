@@ -1,4 +1,4 @@
-"""The recipe of a teacher, a gene or a descendant."""
+"""Config of the training of a teacher, a gene or a descendant."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -30,31 +30,31 @@ CONVNET_ADAMW = replace(ADAMW, no_decay=())  # it has no positions
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
-    """One run: a teacher learns from labels, a gene from a teacher, a descendant starts from a gene."""
+    """A training: of a teacher from labels, of a gene from a teacher, or of a descendant that starts from a gene."""
 
     student: VitConfig = field(default_factory=VitConfig)
     method: Method = "expand"
-    """How the student comes from its donor: a gene's expansion, or a relative of it."""
+    """How the student is initialised from its donor: expansion of a gene, or another method."""
     layers: tuple[int, ...] = ()
-    """Stage of each layer, for the method expand; empty: SWS's rule."""
+    """Stage of each layer, for method expand; empty: SWS's rule."""
     head: Head = "inherit"
-    """The classifier: inherited where the number of classes is the same, or fresh, for other labels of the same number."""
+    """The classifier: inherited if the number of classes is the same, or fresh, for other labels of the same number."""
     init: Literal["random", "mimetic"] = "random"
-    """Initial values of a student without donor."""
+    """Initialisation of a student without donor."""
     teacher: str = ""
     """SOURCE of the model to distil from; "logits": the column teacher_logits of the data; empty: none."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    """Weight and form of distillation, where there is a teacher."""
+    """Weight and form of the distillation loss, if there is a teacher."""
     label: str = "label"
     """Column of the class: numbers from 0, or names, which are numbered in alphabetical order."""
     storage: Literal["stream", "device"] = "stream"
-    """Read pictures as they are needed, or decode them once and keep them on the devices, as fits small data."""
+    """stream: read pictures when they are needed. device: decode them once and keep them on the devices, for small data."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     preprocess: Preprocess = IMAGENET
-    """Mean, standard deviation, interpolation; its size is the student's, and its margin, where it has none, that of `crop`."""
+    """Mean, standard deviation, interpolation. Its size is set to the student's; without a resize, its margin is set by `crop`."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=512))
     crop: float = CROP
-    """Share of the side that a held-out picture's centre crop keeps, where preprocess.resize is not set; 1 for small pictures."""
+    """Share of the side in the centre crop of held-out pictures, if preprocess.resize is not set; 1 for small pictures."""
     optim: OptimConfig = ADAMW
     log_every: int = 100
     eval_every: int = 2500
@@ -71,7 +71,7 @@ class Config(BaseConfig):
 
     @property
     def pictures(self) -> int:
-        """In a batch, every view counted."""
+        """Pictures in a batch, counting every view."""
         return self.pipeline.batch * self.augment.views
 
     def parts(self) -> Parts:
@@ -81,24 +81,32 @@ class Config(BaseConfig):
 
     def check(self, mesh: Mesh) -> None:
         if getattr(self.student, "channels", 3) != 3:
-            raise InputError(f"pictures are read with 3 channels, the student has {self.student.channels}: set student.channels to 3")
+            raise InputError(f"student.channels is {self.student.channels}, and pictures have 3: set it to 3")
         if self.init != "random" and (self.donor or self.family is not FAMILY):
-            raise InputError("init 'mimetic' is for a ViT without donor: leave donor empty, or init 'random'")
+            raise InputError("init is 'mimetic', which needs a ViT without donor: leave donor empty, or set init to 'random'")
         if getattr(self.student, "gene", "none") != "none" and not self.teacher and self.distill.alpha == 1:
-            raise InputError("this gene would learn from labels alone: name a teacher, or say so with --distill.alpha 0")
+            raise InputError(
+                "teacher is empty, and distill.alpha 1 uses no labels: name a teacher, or set --distill.alpha 0 to learn from "
+                "labels alone"
+            )
         if self.teacher == CACHED and self.augment.changes:
             raise InputError(
-                "a teacher's cached logits belong to unchanged pictures: turn augmentation off, or let the teacher look (a SOURCE)"
+                "augment is on, and a teacher's cached logits belong to unchanged pictures: turn it off, or set teacher to a SOURCE"
             )
         if self.augment.views > 1 and self.storage == "device":
-            raise InputError("data on the devices has one view of each picture: set augment.views to 1, or storage to 'stream'")
+            raise InputError(
+                f"augment.views is {self.augment.views}, and storage 'device' has one view of each picture: set it to 1, or "
+                "storage to 'stream'"
+            )
         if self.storage == "device" and (self.augment.crop == "resized" or self.augment.randaugment):
-            raise InputError("resized crops and RandAugment happen while reading: set storage to 'stream', or augment.crop to 'shift'")
+            raise InputError(
+                "storage is 'device', and resized crops and RandAugment need 'stream': set storage to it, or augment.crop to 'shift'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Config):
-    """The same run with a convnet: a teacher where there is no pretrained one."""
+    """A training of a convnet: a teacher where no pretrained one exists."""
 
     student: ConvConfig = field(default_factory=ConvConfig)  # type: ignore[assignment]
     optim: OptimConfig = CONVNET_ADAMW

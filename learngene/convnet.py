@@ -1,4 +1,4 @@
-"""A small residual convnet: the teacher of the demo and the benchmark, where no pretrained classifier is at hand."""
+"""A small residual convnet: the teacher of the demo and the benchmark, for which no pretrained classifier exists."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +22,13 @@ GROUPS, EPS = 8, 1e-5
 
 
 def he(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
-    """N(0, 2 / fan_in)."""
+    """He initialisation: N(0, 2 / fan_in)."""
     return (2 / fan_in) ** 0.5 * jax.random.normal(key, shape)
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Stages of residual blocks; each but the first halves the picture."""
+    """Config of the convnet: stages of residual blocks; each but the first halves the resolution."""
 
     size: int = 32
     """Side of the input, pixels."""
@@ -43,33 +43,33 @@ class ConvConfig:
         positive(self, "size", "classes", "widths")
         positive(self, "blocks", most=1000)
         if not self.widths or any(width % GROUPS for width in self.widths):
-            raise InputError(f"widths {self.widths}: give one or more multiples of {GROUPS}")
+            raise InputError(f"widths is {self.widths}: give one or more multiples of {GROUPS}")
 
 
 class Residual(nnx.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1 x 1 convolution on the way past where the shape changes."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))), with a 1 x 1 convolution on the skip connection where the shape changes."""
 
-    def __init__(self, read: int, width: int, stride: int, *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(read, groups=GROUPS, eps=EPS, rngs=rngs)
-        self.conv1 = Conv(read, width, stride=stride, init=he, rngs=rngs)
+    def __init__(self, in_channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(in_channels, groups=GROUPS, eps=EPS, rngs=rngs)
+        self.conv1 = Conv(in_channels, width, stride=stride, init=he, rngs=rngs)
         self.norm2 = GroupNorm(width, groups=GROUPS, eps=EPS, rngs=rngs)
         self.conv2 = Conv(width, width, init=he, rngs=rngs)
-        self.past = Conv(read, width, size=1, stride=stride, init=he, rngs=rngs) if (read, stride) != (width, 1) else None
+        self.past = Conv(in_channels, width, size=1, stride=stride, init=he, rngs=rngs) if (in_channels, stride) != (width, 1) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(self.norm1(x))
-        past = x if self.past is None else self.past(y)
-        return past + self.conv2(jax.nn.relu(self.norm2(self.conv1(y))))
+        skip = x if self.past is None else self.past(y)
+        return skip + self.conv2(jax.nn.relu(self.norm2(self.conv1(y))))
 
 
 class ConvNet(nnx.Module):
-    """Class logits, [batch, classes] f32, of images [batch, size, size, 3] f32, normalised."""
+    """Convnet classifier: normalised images [batch, size, size, 3] f32 to class logits [batch, classes] f32."""
 
     def __init__(self, cfg: ConvConfig, *, rngs: nnx.Rngs):
         self.stem = Conv(3, cfg.widths[0], init=he, rngs=rngs)
-        reads = [cfg.widths[0], *cfg.widths]
+        in_channels = [cfg.widths[0], *cfg.widths]
         self.blocks = nnx.List(
-            Residual(reads[stage] if first else width, width, 2 if stage and first else 1, rngs=rngs)
+            Residual(in_channels[stage] if first else width, width, 2 if stage and first else 1, rngs=rngs)
             for stage, width in enumerate(cfg.widths)
             for first in [True, *[False] * (cfg.blocks - 1)]
         )
@@ -85,11 +85,12 @@ class ConvNet(nnx.Module):
 
 
 def parameters(spec: Spec) -> dict[str, int]:
+    """Count the parameters."""
     return {"total": count(spec, "**")}
 
 
 def macs(cfg: ConvConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one image: each kernel at every place of its output."""
+    """Multiply-accumulates of one image: each kernel times the positions of its output."""
     total = spec["stem/kernel"].count * cfg.size**2 + spec["head/kernel"].count
     for path, leaf in spec.items():
         if path.startswith("blocks/") and path.endswith("/kernel"):

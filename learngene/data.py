@@ -1,4 +1,4 @@
-"""Labelled pictures for a classifier: streamed in batches, or, where they fit, kept on the devices."""
+"""Labelled pictures for a classifier: streamed in batches, or kept on the devices if they fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ from heirloom.common.train.mesh import batch_sharding, replicated
 from learngene.augment import AugmentConfig
 from learngene.randaugment import RandAugment
 
-LOGITS = "teacher_logits"  # the column of a teacher's cached answers
+LOGITS = "teacher_logits"  # the column of a teacher's cached logits
 
 
 @dataclass(frozen=True)
 class Example:
-    """One record to `image` uint8 [size, size, 3], or [views, size, size, 3], `label` int32, and a teacher's logits where it has them."""
+    """Turns a record into an example: `image` uint8 [size, size, 3] or [views, size, size, 3], `label` int32, teacher's logits if any."""
 
     cfg: AugmentConfig
     pre: Preprocess
@@ -54,18 +54,20 @@ class Example:
 
 
 class Resident:
-    """Batches out of arrays that lie on every device whole: no decoding and no copying while training.
+    """Batches from arrays that every device holds completely, so that training decodes and copies nothing.
 
-    The order is that of the seed: every epoch each example once, batches running on across epochs.
+    The seed gives the order. Every epoch has each example once, and a batch may span two epochs.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
         """arrays: columns of one length. Raises InputError when there are fewer examples than a batch, or several processes."""
         self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
         if self.examples < cfg.batch:
-            raise InputError(f"the data has {self.examples} examples, fewer than a batch of {cfg.batch}; make the batch smaller")
+            raise InputError(
+                f"the data has {self.examples} examples, fewer than a batch of {cfg.batch}: set pipeline.batch to at most {self.examples}"
+            )
         if jax.process_count() > 1:
-            raise InputError("data on the devices is for one process; set storage to 'stream'")
+            raise InputError(f"storage 'device' needs one process, this job has {jax.process_count()}: set storage to 'stream'")
         self._arrays = jax.device_put(arrays, replicated(mesh))
         self._take = jax.jit(
             lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()}, out_shardings=batch_sharding(mesh)
@@ -88,16 +90,16 @@ class Resident:
         return {"batches": self.done, "examples": self.examples, "batch": self.cfg.batch, "seed": self.cfg.seed}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue behind the batch after which `state` was taken. Raises InputError when it belongs to another stream."""
+        """Continue after the batch at which `state` was taken. Raises InputError when it belongs to other data."""
         for name, value in self.state().items():
             if name != "batches" and state.get(name) != value:
-                raise InputError(f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now; set it back")
+                raise InputError(f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now: set it back")
         self.done = state["batches"]
 
 
 @lru_cache(maxsize=2)  # several models learn from the same pictures
 def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> dict[str, np.ndarray]:
-    """All examples as arrays [n, ...], decoded in threads. Raises what `open_labelled` raises."""
+    """Decode all examples in threads, to arrays [n, ...]. Raises the errors of `open_labelled`."""
     stream = (
         grain.MapDataset.source(open_labelled(data, label, classes)).seed(0).random_map(example).to_iter_dataset(grain.ReadOptions(8, 64))
     )
@@ -109,13 +111,13 @@ def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> d
 def evaluation(
     data: SourceConfig, label: str, pre: Preprocess, batch: int, classes: int, names: tuple[str | None, ...] | None = None
 ) -> "Evaluation":
-    """Held-out pictures, opened; names: what the model calls its classes. Raises what `open_labelled` raises."""
-    return Evaluation(data.path, open_labelled(data, label, classes, names), pre, batch)
+    """Open held-out pictures. names: class names of the model. Raises the errors of `open_labelled`."""
+    return Evaluation(name=data.path, source=open_labelled(data, label, classes, names), pre=pre, batch=batch)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out pictures in batches of one size; the last is filled up with pictures whose label is -1."""
+    """Held-out pictures in batches of one size; the last is padded with pictures of label -1."""
 
     name: str
     source: Source
@@ -150,5 +152,5 @@ class Evaluation:
 
 
 def columns(data: SourceConfig, logits: bool) -> SourceConfig:
-    """The source with a teacher's cached logits, where they are wanted."""
+    """Add the column of a teacher's cached logits, if `logits`."""
     return replace(data, columns=(*data.columns, LOGITS)) if logits else data

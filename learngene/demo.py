@@ -1,4 +1,4 @@
-"""`heirloom demo learngene`: one gene, three depths, beside the same models from scratch, on emoji by group."""
+"""`heirloom demo learngene`: one gene, three depths, compared with the same models from scratch, on emoji by group."""
 
 import tempfile
 import time
@@ -27,7 +27,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     console = Console()
     depths = ", ".join(map(str, cfg.depths))
     console.print(f"a teacher, one gene of {cfg.gene.student.layers} blocks, and models of {depths} layers, from the gene and from scratch")
-    with tempfile.TemporaryDirectory(dir=out) as folder:  # beside the result, which is renamed into place
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # in `out`, so that the result can be renamed into place
         results = compare(cfg, Path(folder))
         with staged(out / "gene", force=True) as gene:
             (Path(folder) / "gene-sws" / "model").rename(gene)
@@ -36,8 +36,8 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     arms = results["arms"]
     ahead = [depth for depth in cfg.depths if arms[f"sws-{depth}"]["top1"][0] > arms[f"scratch-{depth}"]["top1"][-1]]
-    said = f"for {len(ahead)} of {len(cfg.depths)} depths the gene, untrained at that depth, is ahead of {cfg.epochs} epoch from scratch"
-    console.print(f"{said}; took {seconds:.0f} s", soft_wrap=True)
+    summary = f"for {len(ahead)} of {len(cfg.depths)} depths the gene, untrained at that depth, is ahead of {cfg.epochs} epoch from scratch"
+    console.print(f"{summary}; took {seconds:.0f} s", soft_wrap=True)
     console.print(
         f"picture: {picture}   gene: {out / 'gene'}   another depth: heirloom expand {out / 'gene'} DEST --depth 5", soft_wrap=True
     )
@@ -58,7 +58,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
 
 
 def seeded(cfg: Comparison, seed: int) -> Comparison:
-    """The comparison with another seed of initial values, order and augmentation."""
+    """Set the seed of initial values, order and augmentation in a comparison."""
     changed: dict[str, Any] = {}
     for name in ("gene", "teacher"):
         recipe = getattr(cfg, name)
@@ -68,7 +68,7 @@ def seeded(cfg: Comparison, seed: int) -> Comparison:
 
 
 def draw(cfg: Comparison, results: dict[str, Any], out: Path) -> Path:
-    """Accuracy by depth, before and after training, and by what was spent on all depths together; returns the PNG."""
+    """Draw accuracy by depth, before and after training, and by the FLOPs of all depths together; returns the PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.8), layout="constrained", facecolor="white")

@@ -1,4 +1,4 @@
-"""`heirloom expand`: a descendant of a gene, without training."""
+"""`heirloom expand`: initialise a descendant from a gene, without training."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -15,18 +15,19 @@ from learngene.zoo import FAMILY
 
 
 def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """`heirloom expand`: a descendant of another depth, and where asked for of another resolution or label set; an ordinary ViT of
-    that depth is only resized. Raises InputError where the donor is no gene and its depth differs.
+    """Run `heirloom expand`: a descendant of another depth, and optionally another resolution or number of classes.
+
+    An ordinary ViT of the same depth is only resized. Raises InputError for an ordinary ViT of another depth.
     """
     for name, value in (("--depth", args.depth), ("--size", args.size), ("--classes", args.classes)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: choose 1 or more")
     if donor.family is not FAMILY:
-        raise InputError(f"{donor.path} is a {donor.family.name}: only genes and ViTs expand")
+        raise InputError(f"{donor.path} is a {donor.family.name}: give a gene or a ViT")
     student = replace(donor.cfg.of_depth(args.depth), size=args.size or donor.cfg.size, classes=args.classes or donor.cfg.classes)
     layers = counts(args.map, "--map") if args.map else ()
     if donor.cfg.gene == "sws" and args.depth < donor.cfg.layers and not layers:
         kept = layer_map(args.depth, donor.cfg.layers)
-        print(f"note: nothing is published for {args.depth} layers of {donor.cfg.layers} stages; taking stages {', '.join(map(str, kept))}")
+        print(f"note: no rule is published for {args.depth} layers from {donor.cfg.layers} stages; using {', '.join(map(str, kept))}")
     cfg = Config(student=student, layers=layers, preprocess=preprocess_of(donor).announced(), seed=args.seed)
     return recipe.inherit(cfg, cfg.parts(), args.destination, donor=donor, force=args.force)

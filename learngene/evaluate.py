@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on held-out pictures."""
+"""Evaluate a classifier on held-out pictures: top-1 and top-5 accuracy (shares) and loss (nats)."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -20,33 +20,33 @@ from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, replicated, split_rows, start
 from heirloom.common.train.parameters import load_params
+from learngene.convnet import ConvConfig
 from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of
-
-"""`score(params)`: top1, top5 (shares) and loss (nats)."""
+from learngene.vit import VitConfig
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How `heirloom eval PATH --data DATA` scores a classifier."""
+    """Fields of `heirloom eval PATH --data DATA` for a classifier."""
 
     label: str = "label"
-    """Column of the class: numbers from 0, or names, matched to the model's or numbered in alphabetical order."""
+    """Column of the class: numbers from 0, or names, matched to the model's class names or numbered in alphabetical order."""
     crop: float | None = None
-    """Share of the side that the centre crop keeps: 0.875 for ImageNet, 1 for small pictures; none: as the checkpoint's preprocessing."""
+    """Share of the side in the centre crop: 0.875 for ImageNet, 1 for small pictures; none: from the checkpoint's preprocessing."""
     batch: int = 256
 
 
 def normalised(pixels: jax.Array, pre: Preprocess) -> jax.Array:
-    """Pixels in 0..1 as a model of this preprocessing sees them."""
+    """Normalise pixels in 0..1 with the mean and standard deviation of `pre`."""
     return (pixels - jnp.asarray(pre.mean)) / jnp.asarray(pre.std)
 
 
-def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
-    """top1, top5 and loss on all held-out pictures; a tie counts against the right class.
+def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pre: Preprocess, mesh: Mesh) -> Score:
+    """Returns `params -> Scored`: top1, top5 (shares) and loss (nats) on all held-out pictures; a tie counts as wrong.
 
-    Raises InputError when a logit is NaN or infinite.
+    The function raises InputError when a logit is NaN or infinite.
     """
     count = counter(family.module, cfg, pre, mesh)
 
@@ -57,8 +57,8 @@ def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh
         *sums, damaged = total.tolist()
         if damaged:
             raise InputError(
-                f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)} pictures; "
-                "there is no score for such a model: its weights are damaged, or overflow where it computes"
+                f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)} pictures, and scores need "
+                "finite ones: its weights are damaged, or its activations overflow"
             )
         means = {name: value / len(held_out) for name, value in zip(("top1", "top5", "loss"), sums, strict=True)}
         return Scored(held_out.name, len(held_out), means)
@@ -67,8 +67,8 @@ def scorer(family: Family, cfg: Any, held_out: Evaluation, pre: Preprocess, mesh
 
 
 @lru_cache(maxsize=16)  # models of one shape are compiled once, however many are compared
-def counter(module: Callable[..., Any], cfg: Any, pre: Preprocess, mesh: Mesh) -> Callable[..., jax.Array]:
-    """`(params, image, label) -> [right, among the first five, loss, not finite]`, summed over the pictures whose label is not negative."""
+def counter(module: Callable[..., Any], cfg: VitConfig | ConvConfig, pre: Preprocess, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over the pictures with a label of 0 or more."""
     model = functional(module, cfg)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -85,12 +85,12 @@ def counter(module: Callable[..., Any], cfg: Any, pre: Preprocess, mesh: Mesh) -
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH`; of a gene, its auxiliary net is scored. Raises InputError without data."""
+    """Rows of `heirloom eval PATH`; for a gene, of its auxiliary net. Raises InputError without data."""
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not args.data:
-        raise InputError("give --data: labelled pictures, such as a folder with a sub-folder for each class")
+        raise InputError("no data is named: give --data, labelled pictures, such as a folder with a sub-folder for each class")
     found, mesh = preprocess_of(donor), start(MeshConfig())
     pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
-    data = SourceConfig(args.data, args.split, args.image, text="")
+    data = SourceConfig(path=args.data, split=args.split, image=args.image, text="")
     held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, labels_of(donor))
     return scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)).rows()

@@ -11,12 +11,41 @@ from heirloom.common.checkpoint.verify import Check
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
 
 FORMATS = (
-    Format("timm", layouts.timm, "model.safetensors", timm_folder.read, timm_folder.write),
-    Format("deit", layouts.timm, "deit.pth", bare_files.read_deit, bare_files.write_deit, wrapper="model", complete=bare_files.timm_names),
-    Format("hf", layouts.hf, "model.safetensors", hf_folder.read, hf_folder.write),
-    Format("sws", layouts.sws, "sws.pth", bare_files.read_sws, bare_files.write_sws, wrapper="model"),
-    Format("tleg", layouts.tleg, "tleg.pth", bare_files.read_tleg, bare_files.write_tleg, wrapper="model"),
-    Format("google", layouts.google, "vit.npz", google_files.read, google_files.write, clean=google_files.clean),
+    Format(name="timm", layout=layouts.timm, file="model.safetensors", read_config=timm_folder.read, write_config=timm_folder.write),
+    Format(
+        name="deit",
+        layout=layouts.timm,
+        file="deit.pth",
+        read_config=bare_files.read_deit,
+        write_config=bare_files.write_deit,
+        wrapper="model",
+        complete=bare_files.timm_names,
+    ),
+    Format(name="hf", layout=layouts.hf, file="model.safetensors", read_config=hf_folder.read, write_config=hf_folder.write),
+    Format(
+        name="sws",
+        layout=layouts.sws,
+        file="sws.pth",
+        read_config=bare_files.read_sws,
+        write_config=bare_files.write_sws,
+        wrapper="model",
+    ),
+    Format(
+        name="tleg",
+        layout=layouts.tleg,
+        file="tleg.pth",
+        read_config=bare_files.read_tleg,
+        write_config=bare_files.write_tleg,
+        wrapper="model",
+    ),
+    Format(
+        name="google",
+        layout=layouts.google,
+        file="vit.npz",
+        read_config=google_files.read,
+        write_config=google_files.write,
+        clean=google_files.clean,
+    ),
 )
 
 _CLASSIFIER = "a ViT that classifies is needed: ViTForImageClassification or DeiTForImageClassification"
@@ -34,7 +63,7 @@ LOOKALIKES = (
 )
 
 
-def finite(cfg: Any, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """The structural check of a model that has no reference."""
+def finite(cfg: object, params: Mapping[str, Any], file: Path, format: str) -> Check:
+    """Check of a model without reference implementation: all parameters are finite."""
     passed = all(np.isfinite(np.asarray(value)).all() for value in params.values())
     return Check(passed, None, note="structure and finiteness only: this format has no reference")

@@ -1,4 +1,4 @@
-"""ViTs in the .npz archives of google-research/vision_transformer and big_vision."""
+"""Read and write ViTs in the .npz archives of google-research/vision_transformer and big_vision."""
 
 import re
 from math import isqrt
@@ -14,7 +14,7 @@ _PARTS = {"MAPHead_0/": "attention pooling", "pre_logits/": "a layer before the 
 
 
 def clean(key: str) -> str:
-    """big_vision's names, and those of training states, as vision_transformer's."""
+    """Rename a key of big_vision, or of a training state, to its name in vision_transformer."""
     key = re.sub(r"^(params|opt/target)/", "", key)
     key = "Transformer/posembed_input/pos_embedding" if key == "pos_embedding" else key
     if "/LayerNorm_1/" in key or "/MlpBlock_0/" in key or "DotProductAttention_0/" in key:
@@ -36,17 +36,19 @@ def read(found: Found) -> Read | None:
         hidden = len(tensors["Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias"])
         positions, classes = tensors["Transformer/posembed_input/pos_embedding"].shape[1], len(tensors["head/bias"])
     except (KeyError, ValueError, IndexError) as error:
-        raise InputError(f"looks like a ViT of google-research, but {error} is missing; only classifiers with learned positions") from error
+        raise InputError(
+            f"looks like a ViT of google-research, but {error} is missing: a classifier with learned positions is needed"
+        ) from error
     cls, grid = "cls" in tensors, isqrt(positions)
     if patch != across:
-        raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
+        raise InputError(f"its patches are {patch} x {across} px: only square ones are read")
     if positions != grid**2 + cls:
         raise InputError(f"has {positions} positions, not those of a square of patches{' and of its class token' if cls else ''}")
     sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden)
     sizes |= dict(layers=depth(tensors, r"Transformer/encoderblock_(\d+)/"), classes=classes)
     cfg = VitConfig(**sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh")
-    why = "the archive does not tell it; flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
-    return Read(cfg, (Guess("activation", cfg.activation, why), *square(cfg, "the archive does not tell it")))
+    why = "the archive does not contain it; flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
+    return Read(cfg, (Guess("activation", cfg.activation, why), *square(cfg, "the archive does not contain it")))
 
 
 def write(cfg: VitConfig, folder: Path) -> None:

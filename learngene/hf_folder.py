@@ -1,4 +1,4 @@
-"""Folders of transformers' ViT and DeiT: config.json, both ways."""
+"""Read and write the config.json of transformers' ViT and DeiT."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ _OTHERS = {
 
 
 def read(found: Found) -> Read | None:
-    """The config of ViTForImageClassification, DeiTForImageClassification or its variant with two heads."""
+    """Read the config of ViTForImageClassification, DeiTForImageClassification or its variant with two heads."""
     if not any(_BLOCKS.fullmatch(key) for key in found.tensors):
         return None
     fields = found.json("config.json")
@@ -64,23 +64,23 @@ def read(found: Found) -> Read | None:
     if head not in found.tensors:
         raise InputError("has no classifier: only ViTs that classify are read (ViTForImageClassification)")
     classes = len(found.tensors[head])
-    if (said := fields.integer("num_labels", None, least=0)) is not None:
-        fields.agree("num_labels", said, classes)
+    if (labels := fields.integer("num_labels", None, least=0)) is not None:
+        fields.agree("num_labels", labels, classes)
     tokens: Any = dict(tokens="cls+dist" if model == "deit" else "cls", pool="cls+dist" if two else "cls")
     return Read(VitConfig(**cfg, classes=classes, **tokens))
 
 
 def _model_type(fields: Fields) -> str:
-    """`vit` or `deit`. Raises InputError naming what another model is."""
-    said = fields.text("model_type")
-    if said not in ("vit", "deit"):
-        what = f", {_OTHERS[said]}" if said in _OTHERS else ""
-        raise InputError(f"{fields.where}: model_type is {said!r}{what}: of transformers, only classifiers of ViT and DeiT can be read")
-    return said
+    """Read the model type, `vit` or `deit`. Raises InputError that names another model."""
+    kind = fields.text("model_type")
+    if kind not in ("vit", "deit"):
+        what = f", {_OTHERS[kind]}" if kind in _OTHERS else ""
+        raise InputError(f"{fields.where}: model_type is {kind!r}{what}: of transformers, only classifiers of ViT and DeiT can be read")
+    return kind
 
 
 def _class(model: str, two_heads: bool) -> str:
-    """transformers' class of a classifier."""
+    """Name of the classifier's class in transformers."""
     return {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model] + ("WithTeacher" if two_heads else "")
 
 

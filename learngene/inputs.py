@@ -1,4 +1,4 @@
-"""The preprocessing that travels with a classifier, and what is assumed where a checkpoint has none."""
+"""Preprocessing of a classifier, and the defaults for a checkpoint that has none."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +9,16 @@ from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD,
 from learngene.labels import carry_labels
 
 CROP = 0.875  # share of the side that ImageNet's evaluation crop keeps: 224 of 256
-IMAGENET = Preprocess(224, IMAGENET_MEAN, IMAGENET_STD, "bicubic", (0.08, 1.0))
+IMAGENET = Preprocess(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bicubic", scale=(0.08, 1.0))
 # google-research/vision_transformer squashes a picture to the model's size and maps it to -1..1; so does transformers' ViT.
 # Deviation: theirs is bilinear without antialiasing, PIL's is with.
-INCEPTION = Preprocess(224, (0.5,) * 3, (0.5,) * 3, "bilinear", (0.08, 1.0), resize=224, mode="squash")
+INCEPTION = Preprocess(
+    size=224, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", scale=(0.08, 1.0), resize=224, mode="squash"
+)
 
 
 def preprocess_of(donor: Donor) -> Found:
-    """Preprocessing of a classifier's folder; where there is none, what the published models of its format were trained with."""
+    """Read the preprocessing of a classifier's folder; without one, that of the published models of its format."""
     minus_one_to_one = donor.format == "google" or (donor.format == "hf" and donor.cfg.tokens == "cls")
     size = donor.cfg.size
     assumed, whose = (INCEPTION.at(size), "that of Google's ViTs") if minus_one_to_one else (IMAGENET.at(size).cropped(CROP), "ImageNet's")
@@ -28,6 +30,6 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def companions(donor: Donor, destination: Path, format: str) -> None:
-    """Carry a checkpoint's preprocessing and class names to another folder, in the words of `format`."""
+    """Write the preprocessing and class names of a checkpoint into another folder, as files of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     carry_labels(donor, destination, format)

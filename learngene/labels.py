@@ -1,4 +1,4 @@
-"""Class names that travel with a classifier: labels.json of ours, `id2label` of transformers, `label_names` of timm."""
+"""Class names of a classifier: labels.json of ours, `id2label` of transformers, `label_names` of timm."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +14,9 @@ CONFIG = "config.json"
 
 
 def labels_of(donor: Donor) -> tuple[str, ...] | None:
-    """The class names of a checkpoint of any format, in the order of its logits; None where it has none, or LABEL_0, LABEL_1, ...
+    """Read the class names of a checkpoint of any format, in the order of its logits; None if it has none, or LABEL_0, LABEL_1, ...
 
-    Raises InputError when they are not as many as the classes, and when the checkpoint names them twice and differently.
+    Raises InputError when their number is not that of the classes, and when two fields of the checkpoint contradict each other.
     """
     file = donor.folder / CONFIG
     if donor.format == "hf":
@@ -33,12 +33,12 @@ def labels_of(donor: Donor) -> tuple[str, ...] | None:
 
 
 def _numbered(names: Iterable[tuple[Any, str]]) -> bool:
-    """Whether these are LABEL_0, LABEL_1, ..., which transformers writes where classes have no names."""
+    """Whether the names are LABEL_0, LABEL_1, ..., which transformers writes for classes without names."""
     return all(re.fullmatch(rf"(?i)label_{i}", name) for i, name in names)
 
 
 def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
-    """`id2label`, which `label2id` must invert; a name that two classes share has the number of one of them."""
+    """Read `id2label`, of which `label2id` must be the inverse; a name of two classes has the number of one of them."""
     given, numbers = about.get("id2label"), about.get("label2id")
     if "id2label" in about and not (isinstance(given, Mapping) and given):
         raise InputError(f"{file}: id2label is {given!r}, and must be an object from numbers to names; remove it if there are no names")
@@ -55,10 +55,10 @@ def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | 
 
 
 def _of_timm(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
-    """`label_names`, or `labels`, of the config or its pretrained_cfg."""
+    """Read `label_names`, or `labels`, of the config or its pretrained_cfg."""
     levels = {"": about, "pretrained_cfg: ": about.get("pretrained_cfg") or {}}
-    told = [(where + name, level[name]) for where, level in levels.items() for name in ("label_names", "labels") if level.get(name)]
-    found = [(where, _listed(value, f"{file}: {where}")) for where, value in told]
+    entries = [(where + name, level[name]) for where, level in levels.items() for name in ("label_names", "labels") if level.get(name)]
+    found = [(where, _listed(value, f"{file}: {where}")) for where, value in entries]
     for where, names in found:
         if names != found[0][1]:
             raise InputError(f"{file}: {found[0][0]} and {where} name the classes differently; remove the one that is wrong")
@@ -66,7 +66,7 @@ def _of_timm(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
 
 
 def _listed(names: Any, where: str) -> tuple[str, ...] | None:
-    """A list of names, or an object from their numbers, which JSON writes as texts, in the order of the numbers."""
+    """Names in order, from a list or from an object {number as text: name}."""
     if not names:
         return None
     if isinstance(names, Mapping):
@@ -79,13 +79,13 @@ def _listed(names: Any, where: str) -> tuple[str, ...] | None:
 
 
 def carry_labels(donor: Donor, destination: Path, format: str) -> None:
-    """Write a checkpoint's class names, where it has any, into a folder of another format, whose config.json is there already."""
+    """Write the class names of a checkpoint, if any, into a folder of another format, which already has its config.json."""
     if (names := labels_of(donor)) is not None:
         write_labels_as(names, destination, format)
 
 
 def write_labels_as(names: Sequence[str], folder: Path, format: str) -> None:
-    """Write class names as a format has them; next to a file that has no place for them, as ours."""
+    """Write class names in the form of a format; as our labels.json if the format has no field for them."""
     if format == "hf":
         numbers = {name: i for i, name in enumerate(names)}
         write_json(folder / CONFIG, read_json(folder / CONFIG) | dict(id2label=dict(enumerate(names)), label2id=numbers))

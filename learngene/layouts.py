@@ -1,4 +1,4 @@
-"""ViT checkpoints of others in our names: timm and DeiT, Hugging Face, SWS and TLEG genes, google-research archives."""
+"""Layouts of foreign ViT checkpoints: timm and DeiT, Hugging Face, SWS and TLEG genes, google-research archives."""
 
 from heirloom.common.surgery.layout import Layout
 from learngene.vit import VitConfig
@@ -44,24 +44,24 @@ def _timm(name: str, cfg: VitConfig, blocks: Rows) -> Layout:
 
 
 def timm(cfg: VitConfig) -> Layout:
-    """timm, and the files of facebookresearch/deit."""
+    """Layout of timm and of the files of facebookresearch/deit."""
     return _timm("timm", cfg, _timm_blocks("blocks.{layer}"))
 
 
 def sws(cfg: VitConfig) -> Layout:
-    """The auxiliary net of AlphaXia/SWS: one instance of each module for each stage."""
+    """Layout of the auxiliary net of AlphaXia/SWS: one instance of each module for each stage."""
     return _timm("sws", cfg, _timm_blocks("blocks.block", ".instances.{layer}"))
 
 
 def tleg(cfg: VitConfig) -> Layout:
-    """The auxiliary net of AlphaXia/TLEG: a base and a slope of each tensor."""
+    """Layout of the auxiliary net of AlphaXia/TLEG: a base and a slope of each tensor."""
     return _timm(
         "tleg", cfg, _timm_blocks("blocks.block", ".instances.0", *(f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias")))
     )
 
 
 def hf(cfg: VitConfig) -> Layout:
-    """transformers' ViT and DeiT, as their files are on disk."""
+    """Layout of the files of transformers' ViT and DeiT."""
     model = "deit" if cfg.prefix == 2 else "vit"
     embeddings, block = f"{model}.embeddings", f"{model}.encoder.layer.{{layer}}"
     names = {
@@ -90,7 +90,7 @@ def hf(cfg: VitConfig) -> Layout:
 
 
 def google(cfg: VitConfig) -> Layout:
-    """The archives of google-research/vision_transformer; kernels are written as they are applied, and heads are apart."""
+    """Layout of the archives of google-research/vision_transformer; kernels are not transposed, and have an axis for the heads."""
     block = "Transformer/encoderblock_{layer}"
     attention, mlp = f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3"
     axes = {"query": "embed head head_dim", "key": "embed head head_dim", "value": "embed head head_dim", "out": "head head_dim embed"}

@@ -1,4 +1,4 @@
-"""LiGO (Wang et al., ICLR 2023): the maps from a small ViT to a larger one are learned, for some hundred steps, before it trains."""
+"""LiGO (Wang et al., ICLR 2023): learn the maps from a small ViT to a larger one for a hundred steps, before the larger one trains."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.maps import AxisMap, matrix, sided
 from heirloom.common.surgery.plan import Maps, Plan, Source, apply
 from heirloom.common.train.loop import Data
-from learngene.expand import grid
+from learngene.expand import grid_maps
 from learngene.vit import VitConfig
 
 STEPS, RATE = 100, 1e-3
@@ -25,7 +25,7 @@ Loss = Callable[[Mapping[str, Any], Any, jax.Array], jax.Array]
 
 
 def first_matrices(donor: VitConfig, student: VitConfig, seed: int) -> dict[str, np.ndarray]:
-    """Before learning: a noisy stack of layers; units are repeated where a width grows, and divided among copies where read."""
+    """Initial matrices: noisy stacking of layers; larger widths repeat units, and divide by the number of copies where units are read."""
     rng = np.random.default_rng(seed)
     stacked = np.eye(donor.layers)[np.arange(student.layers) % donor.layers]
     noisy = {group: stacked + rng.uniform(0, NOISE, stacked.shape) for group in GROUPS}
@@ -41,25 +41,25 @@ def _repeated(name: str, source: int, target: int) -> dict[str, np.ndarray]:
     return {f"{name} write": write, f"{name} read": write / write.sum(0)}
 
 
-def plan(donor: VitConfig, student: VitConfig, m: Matrices) -> Plan:
-    """The larger model as linear maps of the smaller: a mix of layers for each kind of tensor, and a map for each side of each width.
+def plan(donor: VitConfig, student: VitConfig, matrices: Matrices) -> Plan:
+    """Plan of LiGO: a linear combination of layers for each kind of tensor, and a matrix for each side of each width.
 
-    Raises InputError where classes, channels or patches differ, or the student is the smaller one.
+    Raises InputError when classes, channels or patches differ, or the student is smaller.
     """
     for name in ("classes", "channels", "patch"):
         if getattr(donor, name) != getattr(student, name):
             raise InputError(
-                f"LiGO learns maps between models of the same {name}: {getattr(donor, name)} and {getattr(student, name)} differ"
+                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: LiGO needs the same {name}"
             )
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
-        raise InputError("LiGO grows a model: the student must be as large as its donor in layers, width and hidden")
+        raise InputError("the student is smaller than its donor: LiGO needs at least the donor's layers, width and hidden")
     widths: dict[str, AxisMap] = {
-        axis: sided(matrix(m[f"{name} write"]), read=matrix(m[f"{name} read"]))
+        axis: sided(matrix(matrices[f"{name} write"]), read=matrix(matrices[f"{name} read"]))
         for axis, name in (("embed", "embed"), ("head head_dim", "inner"), ("hidden", "hidden"))
     }
-    blocks = tuple((f"blocks/{group}/*", {"layer": matrix(m[f"layer {group}"])} | _of(group, widths)) for group in GROUPS)
+    blocks = tuple((f"blocks/{group}/*", {"layer": matrix(matrices[f"layer {group}"])} | _of(group, widths)) for group in GROUPS)
     embed: Maps = {"embed": widths["embed"]}
-    return Plan((*blocks, ("position", {**embed, **grid(donor, student)}), ("head/bias", {}), ("**", embed)))
+    return Plan((*blocks, ("position", {**embed, **grid_maps(donor, student)}), ("head/bias", {}), ("**", embed)))
 
 
 def _of(group: str, widths: Mapping[str, AxisMap]) -> dict[str, AxisMap]:
@@ -70,9 +70,9 @@ def _of(group: str, widths: Mapping[str, AxisMap]) -> dict[str, AxisMap]:
 def fit(
     donor: VitConfig, source: Source, student: VitConfig, spec: Spec, loss: Loss, batches: Data, seed: int, steps: int = STEPS
 ) -> Plan:
-    """Learn the matrices with Adam on the larger model's loss; the donor's parameters stay as they are."""
+    """Learn the matrices with Adam on the loss of the larger model; the donor's parameters are fixed."""
     matrices = first_matrices(donor, student, seed)
-    plan(donor, student, matrices).resolve(source, spec)  # its mistakes before the first step
+    plan(donor, student, matrices).resolve(source, spec)  # raises its errors before the first step
     frozen = {path: jnp.asarray(np.asarray(value)) for path, value in source.values.items()}
     optimizer = optax.adam(RATE)
 

@@ -5,22 +5,24 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from heirloom.common.errors import InputError
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How much of the loss is the teacher's, and in which form."""
+    """Weight and form of the distillation loss."""
 
     alpha: float = 1.0
-    """Weight of the teacher; the rest goes to the labels. 1, as released, never looks at a label."""
+    """Weight of the distillation loss; the labels have weight 1 - alpha. 1, as released, uses no label."""
     kind: Literal["soft", "hard"] = "soft"
-    """Match the teacher's distribution, or learn its most probable class."""
+    """soft: match the teacher's distribution. hard: learn its most probable class."""
     temperature: float = 1.0
-    """Of both distributions, where they are soft."""
+    """Temperature of both distributions, for kind "soft"."""
     reduction: Literal["batchmean", "numel"] = "batchmean"
-    """Divide the divergence by the batch, or, as released, by batch times classes, which makes it that many times smaller."""
+    """batchmean: divide the divergence by the batch. numel, as released: by batch times classes, which makes it that many times smaller."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -29,15 +31,19 @@ class DistillConfig:
             raise InputError("distill.reduction 'numel' next to labels would drown the teacher by a factor of the classes: use 'batchmean'")
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over the batch of -sum(targets log softmax(logits)), nats. logits, targets: [batch, classes] f32."""
+def cross_entropy(
+    logits: Float[Array | np.ndarray, "batch classes"], targets: Float[Array | np.ndarray, "batch classes"]
+) -> Float[Array, ""]:
+    """Mean over the batch of -sum(targets log softmax(logits)), nats."""
     return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
 
 
-def distillation(student: jax.Array, teacher: jax.Array, cfg: DistillConfig) -> jax.Array:
-    """The teacher's term, before its weight: T^2 KL(teacher || student) of softened distributions, or cross-entropy with its choice.
+def distillation(
+    student: Float[Array | np.ndarray, "batch classes"], teacher: Float[Array | np.ndarray, "batch classes"], cfg: DistillConfig
+) -> Float[Array, ""]:
+    """Distillation loss before its weight, nats: T^2 KL(teacher || student), or cross-entropy with the teacher's most probable class.
 
-    student, teacher: [batch, classes] f32 logits; the caller stops the teacher's gradient. One head's logits serve both terms.
+    student, teacher: f32 logits; the caller stops the teacher's gradient. Labels and teacher use the logits of the same head.
     """
     if cfg.kind == "hard":
         return cross_entropy(student, jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1]))

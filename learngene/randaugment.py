@@ -1,6 +1,6 @@
-"""RandAugment as timm spells it, `rand-m9-mstd0.5-inc1`: seeded, on PIL pictures.
+"""RandAugment in timm's notation, `rand-m9-mstd0.5-inc1`: seeded, on PIL pictures.
 
-No library that is kept up offers timm's increasing operations without torch; the operations are Pillow's.
+No maintained library has timm's increasing operations without torch; the operations are Pillow's.
 """
 
 import re
@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from heirloom.common.errors import InputError
 
-LARGEST = 10.0  # of a magnitude
+LARGEST = 10.0  # largest magnitude
 APPLIED = 0.5  # probability of each chosen operation
 ROTATE, SHEAR, TRANSLATE, ENHANCE = 30.0, 0.3, 0.45, 0.9  # degrees, and shares, at the largest magnitude
 
@@ -22,22 +22,22 @@ Operation = Callable[[Image.Image, float, np.random.Generator, tuple[int, ...]],
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`operations` out of fifteen, drawn with repetition, each applied half of the time at about `magnitude`."""
+    """Draw `operations` of fifteen operations with replacement; apply each with probability 0.5 at about `magnitude`."""
 
     magnitude: float
     spread: float
     """Standard deviation of the magnitude."""
     operations: int = 2
     fill: tuple[int, ...] = (124, 116, 104)
-    """Colour of what a rotation or shift uncovers: the data's mean."""
+    """Fill colour for rotations and shifts: the mean of the data."""
 
     @classmethod
     def parse(cls, text: str, fill: tuple[int, ...] = fill) -> "RandAugment":
-        """timm's notation: m magnitude, mstd its spread, n operations, inc1. Raises InputError for anything else."""
+        """Parse timm's notation: m magnitude, mstd its spread, n operations, inc1. Raises InputError for anything else."""
         found = re.fullmatch(r"rand-m(\d+)(?:-n(\d+))?-mstd([\d.]+)-inc1", text)
         if not found:
             raise InputError(f"randaugment {text!r} is not understood: write rand-m9-mstd0.5-inc1, or leave it empty")
-        return cls(float(found[1]), float(found[3]), int(found[2] or 2), fill)
+        return cls(magnitude=float(found[1]), spread=float(found[3]), operations=int(found[2] or 2), fill=fill)
 
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         for name in rng.choice(list(OPERATIONS), self.operations):
@@ -59,7 +59,7 @@ def _affine(
     rng: np.random.Generator,
     fill: tuple[int, ...],
 ) -> Image.Image:
-    """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)."""
+    """Apply an affine map: output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f)."""
     data = matrix(_signed(m * largest, rng), picture)
     return picture.transform(picture.size, Image.Transform.AFFINE, data, resample=_filter(rng), fillcolor=fill)
 

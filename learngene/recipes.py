@@ -1,4 +1,4 @@
-"""What the ImageNet recipes have in common: DeiT's augmentation, and rates for 512 pictures a step."""
+"""Settings that the ImageNet recipes share: DeiT's augmentation, and learning rates for 512 pictures a step."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from learngene.train import ADAMW, Config
 from learngene.vit import VitConfig
 
 TRAIN = 1_281_167  # pictures
-VIEWS, RECORDS = 3, 176  # a number that 16 devices share evenly
+VIEWS, RECORDS = 3, 176  # divisible by 16 devices
 EPOCH = TRAIN // (VIEWS * RECORDS)  # steps
 DEIT = AugmentConfig(
     crop="resized",
@@ -26,18 +26,18 @@ DEIT = AugmentConfig(
 
 
 def imagenet(student: VitConfig, *, epochs: int, lr: float, warmup: int = 0, **fields: Any) -> Config:
-    """ImageNet-1K from folders `imagenet/train` and `imagenet/val`, a sub-folder for each class. An epoch is 1.28 million views.
+    """Config of a training on ImageNet-1K in folders `imagenet/train` and `imagenet/val`. An epoch is 1.28 million views.
 
     Deviation: 528 pictures a step, three views of 176, where the release has 512; a cosine per step that ends at 0; bfloat16, where it
     has float16 with a loss scaler; one draw of mixup or cutmix for the 528 pictures of a step, where the release has one for the 128 of
-    each GPU; views of all pictures in turn, where the release draws a third of them anew for every epoch.
+    each GPU; views of all pictures in turn, where the release draws another third of them for every epoch.
     """
     return Config(
         student=student,
-        data=SourceConfig("imagenet", split="train"),
+        data=SourceConfig(path="imagenet", split="train"),
         augment=DEIT,
         pipeline=PipelineConfig(batch=RECORDS, workers=16),
-        held_out=SourceConfig("imagenet", split="val"),
+        held_out=SourceConfig(path="imagenet", split="val"),
         optim=replace(ADAMW, lr=lr, warmup=warmup * EPOCH),
         step=StepConfig(compute="bfloat16"),
         steps=epochs * EPOCH,

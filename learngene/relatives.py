@@ -1,4 +1,4 @@
-"""Other ways from a trained ViT to one of another depth or size: each is a plan over the same axes."""
+"""Other methods to initialise a ViT of another depth or size from a trained one, each as a plan over the same axes."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,12 +9,12 @@ import numpy as np
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.maps import FRESH, Pick, even, first, pick
 from heirloom.common.surgery.plan import Plan
-from learngene.expand import Head, around, expansion, grid, layer_map, unrolled_map
+from learngene.expand import Head, expansion, grid_maps, layer_map, resized, unrolled_map
 from learngene.vit import VitConfig
 
 Method = Literal["expand", "shuffled", "every", "select", "heur", "auto", "stack", "interlace", "ligo"]
 HEUR_LAYERS, AUTO_LAYERS = 3, 6  # blocks kept by Heur-LG and Auto-LG
-ALPHA_QK, ALPHA_VO = (0.7, 0.7), (0.4, 0.4)  # of mimetic initialisation: weight of the noise, weight of the identity
+ALPHA_QK, ALPHA_VO = (0.7, 0.7), (0.4, 0.4)  # mimetic initialisation: weight of the noise, weight of the identity
 
 
 def shuffled(gene: VitConfig, student: VitConfig, head: Head) -> Plan:
@@ -24,29 +24,29 @@ def shuffled(gene: VitConfig, student: VitConfig, head: Head) -> Plan:
 
 
 def every(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
-    """Control: layers of an ordinary ViT, spread evenly; a deeper student repeats them in order."""
+    """Control: evenly spaced layers of an ordinary ViT; a deeper student repeats them in order."""
     deeper = student.layers > donor.layers
     rows = pick(layer_map(student.layers, donor.layers)) if deeper else even(donor.layers, student.layers)
-    return around(donor, student, rows, head)
+    return resized(donor, student, rows, head)
 
 
 def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
-    """Weight selection (Xu et al., ICLR 2024): the first layers, and of each axis evenly spaced rows; never the head.
+    """Weight selection (Xu et al., ICLR 2024): the first layers, and evenly spaced rows of each axis; never the head.
 
-    Deviation: the release selects from the packed rows of q, k and v at once; where the widths do not divide, that mixes them up, and
-    here each is selected on its own. Raises InputError where the donor is smaller.
+    Deviation: the release selects from the packed rows of q, k and v at once, which mixes them up where the widths do not divide; here
+    each is selected separately. Raises InputError when the donor is smaller.
     """
     for name in ("layers", "width", "hidden"):
         if getattr(student, name) > getattr(donor, name):
             raise InputError(
-                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: nothing to select from"
+                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: set it to at most the donor's"
             )
     width = evenly(donor.width, student.width)
     inner = {"head head_dim": width, "hidden": evenly(donor.hidden, student.hidden)}
     return Plan(
         (
             ("**head/*", FRESH),
-            ("position", {"embed": width, **grid(donor, student)}),
+            ("position", {"embed": width, **grid_maps(donor, student)}),
             ("blocks/**", {"layer": first(student.layers), "embed": width, **inner}),
             ("**", {"embed": width}),
         )
@@ -54,41 +54,44 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 
 
 def evenly(source: int, target: int) -> Pick:
-    """Weight selection's rows: multiples of source / target where that is whole, else rounded steps, half to even."""
+    """Rows of weight selection: multiples of source / target if that is a whole number, else rounded steps, half to even."""
     return pick(range(0, source, source // target)) if source % target == 0 else even(source, target)
 
 
 def heur(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
-    """Heur-LG (Vanilla-LG): the donor's last three blocks on top of fresh ones; nothing else is kept."""
-    kept = _at_least(donor, student, HEUR_LAYERS)
+    """Heur-LG (Vanilla-LG): the donor's last three blocks on top of fresh ones; nothing else is inherited."""
+    kept = _at_most(donor, student, HEUR_LAYERS)
     return _blocks(donor, student, pick([*[-1] * (student.layers - kept), *range(donor.layers - kept, donor.layers)]))
 
 
 def auto(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
-    """Auto-LG: the donor's first six blocks, fresh ones above; nothing else is kept."""
-    kept = _at_least(donor, student, AUTO_LAYERS)
+    """Auto-LG: the donor's first six blocks, fresh ones above; nothing else is inherited."""
+    kept = _at_most(donor, student, AUTO_LAYERS)
     return _blocks(donor, student, pick([*range(kept), *[-1] * (student.layers - kept)]))
 
 
-def _at_least(donor: VitConfig, student: VitConfig, wanted: int) -> int:
-    return min(wanted, donor.layers, student.layers)
+def _at_most(donor: VitConfig, student: VitConfig, blocks: int) -> int:
+    return min(blocks, donor.layers, student.layers)
 
 
 def _blocks(donor: VitConfig, student: VitConfig, layer: Pick) -> Plan:
-    blocks = around(donor, student, layer, "fresh").rules[1]
+    blocks = resized(donor, student, layer, "fresh").rules[1]
     return Plan((blocks, ("**", FRESH)))
 
 
 def stack(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
-    """StackBERT's order: the donor's layers, again from the first."""
-    return around(donor, student, pick([layer % donor.layers for layer in range(student.layers)]), head)
+    """StackBERT: all layers of the donor in order, repeated from the first."""
+    return resized(donor, student, pick([layer % donor.layers for layer in range(student.layers)]), head)
 
 
 def interlace(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
-    """Each of the donor's layers twice in a row. Raises InputError for more than twice its depth, which the rule does not reach."""
+    """Each layer of the donor twice in a row. Raises InputError for more than twice its depth."""
     if student.layers > 2 * donor.layers:
-        raise InputError(f"interlacing {donor.layers} layers makes at most {2 * donor.layers}, not {student.layers}")
-    return around(donor, student, pick([layer // 2 for layer in range(student.layers)]), head)
+        raise InputError(
+            f"the student has {student.layers} layers, and interlacing {donor.layers} gives at most {2 * donor.layers}: set "
+            "student.layers to it"
+        )
+    return resized(donor, student, pick([layer // 2 for layer in range(student.layers)]), head)
 
 
 METHODS: dict[str, Callable[[VitConfig, VitConfig, Head], Plan]] = {
@@ -104,13 +107,13 @@ METHODS: dict[str, Callable[[VitConfig, VitConfig, Head], Plan]] = {
 
 
 def plan(method: str, donor: VitConfig, student: VitConfig, layers: tuple[int, ...] = (), head: Head = "inherit") -> Plan:
-    """The plan of a method by name. Raises InputError where donor and method do not go together."""
+    """Plan of a method by name. Raises InputError when donor and method do not fit together."""
     if method == "expand":
         return expansion(donor, student, layers, head)
     if student.gene != "none":
         raise InputError(f"{method!r} makes an ordinary ViT, and the student is a gene: set student.gene to 'none'")
     if layers:
-        raise InputError(f"a map of layers belongs to the method 'expand', not to {method!r}")
+        raise InputError(f"method is {method!r}, and only 'expand' takes a map of layers: leave layers empty")
     if method != "shuffled" and donor.gene != "none":
         raise InputError(f"{method!r} starts from an ordinary ViT, and the donor is a gene: use 'expand'")
     return METHODS[method](donor, student, head)

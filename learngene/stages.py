@@ -1,4 +1,4 @@
-"""Which stage of a gene each layer of a model is (SWS §4), and TLEG's line: functions of depths alone."""
+"""Maps from layers to the stages of a gene (SWS §4), and TLEG's linear coefficients."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from heirloom.common.surgery.maps import even
 
 
 def layer_map(depth: int, stages: int) -> list[int]:
-    """The stage of each layer: `divmod(depth, stages)` copies of every stage, the rest to the first ones; 12 of 5 is SWS's own list.
+    """Stage of each layer: depth // stages copies of every stage, one more for each of the first depth % stages; 12 of 5 is SWS's list.
 
-    Nothing is published for fewer layers than stages: then stages are taken evenly from the first to the last.
+    No rule is published for fewer layers than stages: then the stages are evenly spaced from the first to the last.
     Raises InputError for a depth below 1.
     """
     if depth < 1 or stages < 1:
-        raise InputError(f"a depth of {depth} from {stages} stages: both must be 1 or more")
+        raise InputError(f"depth is {depth} and stages {stages}: choose 1 or more for both")
     if depth < stages:
         return even(stages, depth).rows.tolist()
     each, rest = divmod(depth, stages)
@@ -23,10 +23,10 @@ def layer_map(depth: int, stages: int) -> list[int]:
 
 
 def unrolled_map(layout: Sequence[int]) -> list[int]:
-    """The stage of each layer of the auxiliary net: (2, 1) is 0, 0, 1."""
+    """Stage of each layer of the auxiliary net: (2, 1) gives 0, 0, 1."""
     return [stage for stage, times in enumerate(layout) for _ in range(times)]
 
 
 def linear_coefficients(depth: int) -> np.ndarray:
-    """TLEG's line, [depth, 2] f32: layer l is block 0 plus l / depth times block 1, so the last coefficient is below 1."""
+    """Coefficients of TLEG, [depth, 2] f32: layer l is block 0 plus l / depth times block 1, so the last coefficient is below 1."""
     return np.stack([np.ones(depth), np.arange(depth) / depth], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What timm builds for the name of a ViT and the arguments given along: the table that scripts/make_timm_table.py writes."""
+"""The model that timm builds for the name of a ViT and its arguments, from the table that scripts/make_timm_table.py writes."""
 
 import math
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from learngene.vit import VitConfig
 FILE = Path(__file__).with_name("timm_architectures.json")
 CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
 ACTIVATIONS = {"gelu": "gelu", "": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-# timm's LayerNorm has an eps of 1e-6; "eps=" is how the table, and nobody else, says that a function sets another.
+# timm's LayerNorm has an eps of 1e-6; "eps=" appears only in the table, where timm's function sets another one.
 NORMS = {"layernorm": 1e-6, "layer_norm": 1e-6, "LayerNorm": 1e-6, "layernormfp32": 1e-6, "": 1e-6}
-# Arguments of VisionTransformer that add a part which our ViT does not have: the values that leave it out, and the part.
+# Arguments of VisionTransformer for parts that our ViT does not have: the values without the part, and the part.
 PARTS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "init_values": ((None, 0), "LayerScale"),
     "reg_tokens": ((0,), "register tokens"),
@@ -37,9 +37,9 @@ PARTS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "attn_layer": (("attn", ""), "another attention"),
     "use_naflex": ((False,), "timm's NaFlexVit"),
 }
-# What the table has by names of its own: timm takes none of these as texts.
+# Fields that only the table has: timm takes no text for them.
 _OF_THE_TABLE = ("class", "embed_layer", "block_fn", "mlp_layer")
-# Of training, initial values, and pictures of other sizes than the model's own; and of loading.
+# Arguments of training, initialisation, variable input sizes and loading, which do not change the function.
 HARMLESS = (
     "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad",
     "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
@@ -48,19 +48,19 @@ HARMLESS = (
 
 @lru_cache(maxsize=1)
 def table() -> Mapping[str, Mapping[str, Any]]:
-    """By timm's name: the class, and the arguments that timm's function of that name sets."""
+    """Read the table: by timm's name, the class and the arguments that timm's function of that name sets."""
     return read_json(FILE)["architectures"]
 
 
 def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> Fields:
-    """What timm builds a model with, for `settings`. Raises InputError naming the part that our ViT does not have.
+    """The arguments with which timm builds a model, for `settings`. Raises InputError that names a part our ViT does not have.
 
-    given: arguments that win over what timm's function of this name sets. defaults: those that hold where neither tells.
+    given: arguments that override those of timm's function of this name. defaults: values for arguments that neither sets.
     """
     if name not in table():
         raise InputError(
             f"{where}: timm's ViTs have no architecture {name!r}{nearest(name, table())}; if it is a plain ViT, name one of them, such as "
-            "'vit_tiny_patch16_224', and say in model_args what differs"
+            "'vit_tiny_patch16_224', and write the differences into model_args"
         )
     built = table()[name]
     if built["class"] not in CLASSES:
@@ -69,7 +69,7 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
 
 
 def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
-    """As `arguments`, for a model whose name is not timm's: `given` wins over what the shapes of the tensors tell."""
+    """As `arguments`, for a model whose name is not timm's: `given` overrides the config inferred from shapes."""
     average = cfg.tokens != "cls+dist" and not cfg.pool.startswith("cls")
     pooling = dict(class_token=cfg.tokens != "none", global_pool="avg" if average else "token")
     pooling |= {"class": CLASSES[cfg.tokens == "cls+dist"], "fc_norm": cfg.tokens != "cls+dist" and cfg.pool == "mean_norm"}
@@ -77,19 +77,19 @@ def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
 
 
 def sizes(cfg: VitConfig) -> dict[str, Any]:
-    """The sizes of a model as timm's arguments."""
+    """Sizes of a model as timm's arguments."""
     args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers)
     return args | dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The number that timm multiplies with the width and rounds down to the hidden units."""
+    """The mlp_ratio with which timm gets `hidden`, rounded down from ratio times width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _fields(built: Mapping[str, Any], given: Mapping[Any, Any], where: str) -> Fields:
-    given = {key: value for key, value in given.items() if value is not None}  # timm passes no None on
+    given = {key: value for key, value in given.items() if value is not None}  # timm drops None
     for key, value in given.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float | list | tuple):
             raise InputError(f"{where}: {key!r} is of type {type(value).__name__}; only numbers, texts and lists can be read")
@@ -105,7 +105,7 @@ def _fields(built: Mapping[str, Any], given: Mapping[Any, Any], where: str) -> F
 
 
 def settings(args: Fields, cfg: VitConfig) -> VitConfig:
-    """`cfg`, as the shapes of the tensors tell it, with what `arguments` tell. Raises InputError where their sizes differ."""
+    """Complete `cfg`, inferred from shapes, with `arguments`. Raises InputError when their sizes differ."""
     pooling, eps = _pooling(args), _eps(args)
     heads, activation = args.integer("num_heads", 12), args.choice("act_layer", ACTIVATIONS, "gelu")
     width = args.integer("embed_dim", 768)
@@ -121,20 +121,20 @@ def settings(args: Fields, cfg: VitConfig) -> VitConfig:
 
 
 def _eps(args: Fields) -> float:
-    said = args.text("norm_layer", "layernorm")
-    name, _, eps = said.partition(" eps=")
+    norm = args.text("norm_layer", "layernorm")
+    name, _, eps = norm.partition(" eps=")
     return float(eps) if eps else _norm(name, args.where)
 
 
 def _norm(name: str, where: str) -> float:
-    """The eps of a norm by timm's name."""
+    """Epsilon of a norm, by timm's name."""
     if name not in NORMS:
         raise InputError(f"{where}: norm_layer is {name!r}; only models where it is 'layernorm' can be read")
     return NORMS[name]
 
 
 def _pooling(args: Fields) -> dict[str, Any]:
-    """Tokens in front, and what the head sees."""
+    """Read the learned tokens and the pooling."""
     token, distilled = args.boolean("class_token", True), args.text("class") == CLASSES[1]
     if token:
         args.fixed("no_embed_class", False, feature="a class token without a position")

@@ -1,4 +1,4 @@
-"""Folders of timm: config.json, both ways. It names an architecture, whose arguments are in a table, and those that differ from it."""
+"""Read and write timm's config.json. It names an architecture, whose arguments are in a table, and the arguments that differ."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _WRITTEN: dict[float, tuple[str, dict[str, Any]]] = {
 
 
 def read(found: Found) -> Read | None:
-    """A folder of timm, which has a config.json; without one the same tensors are a file of DeiT."""
+    """Read a folder of timm, which has a config.json; without one the same tensors are a file of DeiT."""
     if not _is_vit(found.tensors) or (config := found.json("config.json")) is None:
         return None
     name, given = config.text("architecture"), config.value("model_args")
@@ -41,7 +41,7 @@ def read(found: Found) -> Read | None:
     args = arguments(name, given or {}, f"{config.where}: {name} with its model_args", _defaults(config, pretrained))
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     cfg = settings(args, cfg)
-    # timm writes these down, and builds by architecture and model_args alone.
+    # timm writes these fields, but builds from architecture and model_args only.
     config.fixed("global_pool", "token" if cfg.pool.startswith("cls") else "avg", None, feature="and not what model_args imply")
     config.agree("num_features", config.integer("num_features", cfg.width), cfg.width)
     for fields in (pretrained, config):
@@ -56,7 +56,7 @@ def _is_vit(tensors: Tensors) -> bool:
 
 
 def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
-    """What timm takes for arguments that neither model_args nor the architecture tell."""
+    """timm's values for arguments that neither model_args nor the architecture set."""
     size = pretrained.integers("input_size", (3, 224, 224), length=3)
     fixed = pretrained.boolean("fixed_input_size", False)
     classes = pretrained.integer("num_classes", 1000, least=0)
@@ -65,12 +65,12 @@ def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
-    """Raises InputError, before anything is written, for what timm's config cannot express."""
+    """Write timm's config.json. Raises InputError, before it writes anything, for a model that timm's config cannot express."""
     ordinary(cfg, "timm")
     distilled = cfg.tokens == "cls+dist"
     if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):
         raise InputError(
-            f"timm's configs tell an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}: "
+            f"timm's configs have an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}: "
             "convert with --set eps=1e-6 if its outputs may differ a little"
         )
     if distilled and cfg.pool != "cls+dist":

@@ -1,4 +1,4 @@
-"""Training a teacher, a gene or a descendant: what its recipe means to the runner (`heirloom.common.train.recipe`), and its loss."""
+"""Training of a teacher, a gene or a descendant: the parts of its recipe for the runner (`heirloom.common.train.recipe`), and its loss."""
 
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ __all__ = ["ADAMW", "CONVNET_ADAMW", "Config", "TeacherConfig", "loss_fn", "part
 
 
 def parts(cfg: Config) -> Parts:
-    """Distillation of a gene, and training of what is expanded from it (SWS §3)."""
+    """Parts of the distillation of a gene and of the training of its descendants (SWS §3)."""
     model = functional(cfg.family.module, cfg.student)
 
     def prepare(params: dict[str, Any]) -> dict[str, Any]:
@@ -64,12 +64,12 @@ def parts(cfg: Config) -> Parts:
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
-    """(1 - alpha) times cross-entropy with the labels, plus alpha times the teacher's term; without a teacher the labels alone."""
+    """The loss: (1 - alpha) cross-entropy with the labels + alpha distillation; without a teacher only the cross-entropy."""
     alpha = cfg.distill.alpha if teacher or cfg.teacher == CACHED else 0.0
     classes = cfg.student.classes
     if teacher and (teacher.cfg.size, teacher.cfg.classes) != (cfg.student.size, classes):
-        theirs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
-        raise InputError(f"the teacher has {theirs}, the student {cfg.student.size} px and {classes}: they must be the same")
+        inputs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
+        raise InputError(f"the teacher has {inputs}, the student {cfg.student.size} px and {classes}: set student.size and student.classes")
     teacher_pre = preprocess_of(teacher).pre if isinstance(teacher, Donor) else IMAGENET
 
     def target(batch: Batch, frozen: Any, pixels: jax.Array) -> jax.Array:
@@ -88,8 +88,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         if alpha < 1:
             parts["labels"] = (1 - alpha, cross_entropy(logits, seen.targets))
         if alpha > 0:
-            wanted = jax.lax.stop_gradient(target(batch, frozen, seen.pixels))
-            parts["teacher"] = (alpha, distillation(logits, wanted, cfg.distill))
+            targets = jax.lax.stop_gradient(target(batch, frozen, seen.pixels))
+            parts["teacher"] = (alpha, distillation(logits, targets, cfg.distill))
         total = sum(weight * value for weight, value in parts.values())
         right = (logits.argmax(-1) == seen.targets.argmax(-1)).mean()
         return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {"accuracy": (right, 1.0)}
@@ -98,21 +98,24 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
 
 
 def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
-    """Where each tensor of the student comes from. LiGO trains its maps here, so call it once and pass the result on.
+    """Resolve the source of each tensor of the student. LiGO trains its maps here, so call it once and reuse the result.
 
-    Raises InputError where donor, method and student do not go together.
+    Raises InputError when donor, method and student do not fit together.
     """
     if donor.family is not FAMILY or cfg.family is not FAMILY:
-        raise InputError(f"a {cfg.family.name} cannot start from a {donor.family.name}: both must be ViTs")
+        raise InputError(f"the student is a {cfg.family.name} and the donor a {donor.family.name}: both must be ViTs")
     if donor.cfg.heads != cfg.student.heads:
         regrouped = f"{donor.cfg.heads} heads become {cfg.student.heads}"
         print(f"note: {regrouped}: the projections are kept, but what attention computes with them changes")
-    made = grown(cfg, student, donor) if cfg.method == "ligo" else relatives.plan(cfg.method, donor.cfg, cfg.student, cfg.layers, cfg.head)
-    return made.resolve(donor.source, student.spec)
+    if cfg.method == "ligo":
+        plan = ligo_plan(cfg, student, donor)
+    else:
+        plan = relatives.plan(cfg.method, donor.cfg, cfg.student, cfg.layers, cfg.head)
+    return plan.resolve(donor.source, student.spec)
 
 
-def grown(cfg: Config, student: Model, donor: Donor) -> Plan:
-    """LiGO's plan, its matrices learned from the labels of the recipe's data."""
+def ligo_plan(cfg: Config, student: Model, donor: Donor) -> Plan:
+    """Plan of LiGO, with matrices that are learned from the labels of the recipe's data."""
     mesh = start(cfg.mesh)
     loss = loss_fn(replace(cfg, teacher=""), student, None)
     data = batches(replace(cfg, teacher=""), Opened(mesh=mesh, donor=None, teacher=None))
@@ -128,7 +131,7 @@ def grown(cfg: Config, student: Model, donor: Donor) -> Plan:
 
 
 def batches(cfg: Config, opened: Opened) -> Data:
-    """Training batches from the source or from the devices."""
+    """Training batches, from the source or from arrays on the devices."""
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
         return Resident(decoded(data, cfg.label, cfg.student.classes, example), cfg.pipeline, opened.mesh)
@@ -136,23 +139,24 @@ def batches(cfg: Config, opened: Opened) -> Data:
 
 
 def batch_shapes(cfg: Config) -> Shapes:
+    """Shapes and dtypes of a batch, for `heirloom compile`."""
     n, size, views = cfg.pipeline.batch, cfg.student.size, (cfg.augment.views,) if cfg.augment.views > 1 else ()
     shapes: dict[str, Any] = {"image": ((n, *views, size, size, 3), jnp.uint8), "label": ((n,), jnp.int32)}
     return shapes | ({LOGITS: ((n, cfg.student.classes), jnp.float32)} if cfg.teacher == CACHED else {})
 
 
 def held_out(cfg: Config, pre: Preprocess | None = None) -> Evaluation:
-    """The held-out pictures as the student sees them, or a model of another preprocessing."""
+    """Held-out pictures with the preprocessing of the student, or `pre`."""
     return evaluation(cfg.held_out, cfg.label, pre or cfg.pre, min(cfg.pipeline.batch, 256), cfg.student.classes)
 
 
 def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
-    """Accuracy on the held-out pictures."""
+    """Accuracy on the held-out pictures; None without held-out data."""
     return Evaluator(score=scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, opened.mesh)) if cfg.held_out.path else None
 
 
 def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
-    """Draws the first batch as it is read, and says what a step is."""
+    """Draw the first batch and return a line about the size of a step and the first labels."""
     images, labels = (np.asarray(batch[name].addressable_data(0)) for name in ("image", "label"))
     if picture:
         save_grid(images.reshape(-1, *images.shape[-3:])[:64], picture, least=0)
@@ -160,7 +164,7 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
 
 
 def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
-    """Preprocessing, and the donor's class names where its head is inherited."""
+    """Write the preprocessing, and the donor's class names if its head is inherited."""
     assert opened.donor is not None
     labels = labels_of(opened.donor) if cfg.head == "inherit" and cfg.student.classes == opened.donor.cfg.classes else None
     if labels is not None:

@@ -1,4 +1,4 @@
-"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies many times."""
+"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies repeatedly."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from heirloom.common.errors import InputError, nearest, positive
 from heirloom.common.nn.attention import Attention, Kernel, softmax
@@ -25,12 +26,13 @@ Tokens = Literal["none", "cls", "cls+dist"]
 Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
 Gene = Literal["none", "sws", "tleg"]
 SMALL: Init = normal(0.02)
-LARGEST_SIDE = 2**14  # of a picture, pixels; a larger one is a mistake, and positions for it would take for ever
+Images = Float[Array | np.ndarray, "batch size size channels"]
+LARGEST_SIDE = 2**14  # pixels of a picture; a larger size is a mistake, and resizing the positions for it would not finish
 
 
 @dataclass(frozen=True)
 class VitConfig:
-    """A ViT, or the gene of one: then `layers` blocks are stored, and `layout` says how the auxiliary net applies them."""
+    """A ViT, or a gene: `layers` blocks are stored, and `layout` is how the auxiliary net applies them."""
 
     size: int = 224
     """Side of the input, pixels."""
@@ -39,27 +41,27 @@ class VitConfig:
     """Side of a patch, pixels."""
     width: int = 384
     layers: int = 12
-    """Blocks that are stored."""
+    """Number of stored blocks."""
     heads: int = 6
     hidden: int = 1536
-    """Units between the two layers of the MLP."""
+    """Hidden units of the MLP."""
     classes: int = 1000
     tokens: Tokens = "none"
-    """Learned tokens in front of the patches: none (SWS), the class token (ViT), or also DeiT's distillation token."""
+    """Learned tokens before the patches: none (SWS), the class token (ViT), or class and distillation token (DeiT)."""
     pool: Pool = "norm_mean"
-    """What the head sees: the mean of normalised tokens (SWS's auxiliary net), the normalised mean (timm), the class token, or
-    class and distillation token, each with a head of its own, whose logits are averaged (DeiT)."""
+    """Input of the head: the mean of the normalised patches (norm_mean; SWS's auxiliary net), the normalised mean (mean_norm; timm), the
+    class token, or class and distillation token with one head each, whose logits are averaged (DeiT)."""
     activation: Activation = "gelu"
     eps: float = 1e-6
-    """Of every LayerNorm."""
+    """Epsilon of every LayerNorm."""
     gene: Gene = "none"
-    """How the stored blocks make the layers that are applied: one each, repeated by stage (SWS), or on a line (TLEG)."""
+    """How the layers follow from the stored blocks: one block each, a block repeated per stage (SWS), or linear in depth (TLEG)."""
     layout: tuple[int, ...] = ()
-    """Of a gene: how often each stored block is applied (SWS), or the depth of the auxiliary net (TLEG: one number)."""
+    """For a gene: how often each stored block is applied (SWS), or the depth of the auxiliary net (TLEG: one number)."""
     drop_path: float = 0.0
-    """Rate of stochastic depth in the last layer while training; it rises linearly from 0."""
+    """Rate of stochastic depth in the last layer during training; it rises linearly from 0 in the first."""
     tying: Literal["gather", "loop"] = "gather"
-    """How SWS's auxiliary net repeats its blocks: gathered before one scan, or a scan for each stage, which needs no copies of them."""
+    """How SWS's auxiliary net repeats its blocks: "gather" copies them for one scan, "loop" scans each stage without copies."""
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
@@ -69,45 +71,47 @@ class VitConfig:
         object.__setattr__(self, "layout", tuple(self.layout))
         positive(self, "size", "patch", most=LARGEST_SIDE)
         positive(self, "channels", "width", "layers", "hidden", "classes", most=2**20)
-        if not 0 < self.eps < 1:  # nor is NaN
+        if not 0 < self.eps < 1:  # refuses NaN too
             raise InputError(f"eps is {self.eps:g}: choose a number between 0 and 1, such as 1e-6")
         positive(self, "layout", most=1000)
-        wanted = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
-        if wanted and self.tokens not in wanted:
-            raise InputError(f"pool {self.pool!r} needs the token it classifies: set tokens to {wanted[0]!r}")
+        allowed = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
+        if allowed and self.tokens not in allowed:
+            raise InputError(f"tokens is {self.tokens!r}: pool {self.pool!r} needs its token, set tokens to {allowed[0]!r}")
         if self.gene == "none" and self.layout:
-            raise InputError("a layout belongs to a gene: set gene to 'sws' or 'tleg', or leave layout empty")
+            raise InputError(f"layout is {self.layout}, and only a gene has one: set gene to 'sws' or 'tleg', or leave layout empty")
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
-            raise InputError(f"a gene of {self.layers} blocks needs a layout of {self.layers} counts, each 1 or more, not {self.layout}")
+            raise InputError(f"layout is {self.layout}: a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more")
         if self.gene == "tleg" and (self.layers != 2 or len(self.layout) != 1):
-            raise InputError("TLEG's gene has 2 blocks and a layout of one number, the depth of its auxiliary net")
+            raise InputError(
+                f"layers is {self.layers} and layout {self.layout}: a TLEG gene needs layers 2 and a layout of one number, the depth"
+            )
 
     @property
     def depth(self) -> int:
-        """Blocks that are applied: those of the auxiliary net where this is a gene."""
+        """Number of layers that are applied; for a gene, those of its auxiliary net."""
         return sum(self.layout) or self.layers
 
     @property
     def grid(self) -> int:
-        """Patches along a side. Raises InputError when they do not fill the picture."""
+        """Number of patches along a side. Raises InputError when the patch size does not divide the image size."""
         if self.size < self.patch or self.size % self.patch:
             raise InputError(f"patches of {self.patch} px do not fill pictures of {self.size} px: change size or patch")
         return self.size // self.patch
 
     @property
     def prefix(self) -> int:
-        """Tokens in front of the patches."""
+        """Number of tokens before the patches."""
         return {"none": 0, "cls": 1, "cls+dist": 2}[self.tokens]
 
     @property
     def head_dim(self) -> int:
         """Channels of one head. Raises InputError when the heads do not divide the width."""
         if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)")
+            raise InputError(f"{self.heads} heads do not divide a width of {self.width}: set the number of heads (convert --set heads=N)")
         return self.width // self.heads
 
     def of_depth(self, depth: int) -> "VitConfig":
-        """The ordinary ViT of `depth` untied blocks that a gene, or another ViT of this shape, expands to."""
+        """Config of the ordinary ViT of `depth` untied blocks that a gene, or another ViT of this shape, expands to."""
         return replace(self, layers=depth, gene="none", layout=())
 
     def override(
@@ -119,11 +123,11 @@ class VitConfig:
         pool: Pool | None = None,
         size: int | None = None,
     ) -> "VitConfig":
-        """The same model with what the shapes of its weights cannot tell. Raises InputError for a value that does not exist."""
+        """Set what the shapes of the weights do not determine. Raises InputError for an invalid value."""
         if activation:
             check_activation(activation)
         if pool and pool not in get_args(Pool):
-            raise InputError(f"no pool {pool!r}{nearest(pool, get_args(Pool))} ({', '.join(get_args(Pool))})")
+            raise InputError(f"unknown pool {pool!r}{nearest(pool, get_args(Pool))}: choose one of {', '.join(get_args(Pool))}")
         for name, value in (("heads", heads), ("size", size)):
             if value is not None and not str(value).isdecimal():
                 raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
@@ -139,7 +143,7 @@ class VitConfig:
 
 
 def counts(text: str, name: str) -> tuple[int, ...]:
-    """`3,3,4,3,3` as numbers. Raises InputError naming the option when it is something else."""
+    """Parse comma-separated whole numbers, such as `3,3,4,3,3`. Raises InputError that names the option."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -157,7 +161,7 @@ def _number(text: str) -> float:
 
 
 class DroppedBlock(Block):
-    """A block whose branches are skipped for some samples while training. keep: [2, batch], 0 or 1 / (1 - rate) for either branch."""
+    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate), the factor of attention and MLP branch for each sample."""
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         if keep is None:
@@ -168,7 +172,7 @@ class DroppedBlock(Block):
 
 
 class Token(nnx.Module):
-    """A learned token with its position."""
+    """A learned token plus its learned position: [embed]."""
 
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         self.cls = param("-> embed", sizes, SMALL, rngs)
@@ -179,9 +183,9 @@ class Token(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """Class logits, [batch, classes] f32, of images [batch, size, size, channels] f32, normalised.
+    """ViT classifier: normalised images, f32, to class logits, f32.
 
-    Of a gene, this is its auxiliary net: the stored blocks are unrolled inside the forward pass, so that their gradients add up.
+    For a gene this is its auxiliary net: the stored blocks are unrolled inside the forward pass, so their gradients add up.
     Initial values are SWS's: N(0, 0.02^2), zero biases, and torch's default for the patch embedding.
     """
 
@@ -205,24 +209,24 @@ class Vit(nnx.Module):
         self.distillation_head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.pool == "cls+dist" else None
         self.cfg = cfg
 
-    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """key: draws stochastic depth; without it every block is applied, as in evaluation."""
+    def __call__(self, images: Images, key: Array | None = None) -> Float[Array, "batch classes"]:
+        """Class logits. key: for stochastic depth; None: every block is applied, as in evaluation."""
         x = self.embed(images)
-        keep = kept(self.cfg, key, len(x))
+        keep = stochastic_depth(self.cfg, key, len(x))
         if self.cfg.gene == "sws" and self.cfg.tying == "loop":
             return self.classify(loop(self.blocks, self.cfg, x, keep))
         return self.classify(scan(unrolled(self.blocks, self.cfg), x, *keep, remat=self.cfg.remat))
 
-    def embed(self, images: jax.Array) -> jax.Array:
-        """Tokens in front, patches behind: [batch, token, embed]."""
-        x = self.patch(images)
+    def embed(self, images: Images) -> Float[Array, "batch tokens embed"]:
+        """Embed the patches, with the learned tokens before them."""
+        x = self.patch(jnp.asarray(images))
         x = add(x, self.position[...].reshape(-1, x.shape[-1]))
         front = [token() for token in (self.class_token, self.distillation_token) if token is not None]
         tokens = [jnp.broadcast_to(token, (len(x), 1, x.shape[-1])).astype(x.dtype) for token in front]
         return jnp.concatenate([*tokens, x], axis=1) if tokens else x
 
-    def classify(self, x: jax.Array) -> jax.Array:
-        """Pool, normalise, and the head or the mean of both heads: [batch, classes] f32."""
+    def classify(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch classes"]:
+        """Pool, normalise and apply the head, or the mean of both heads, f32."""
         pool, patches = self.cfg.pool, x[:, self.cfg.prefix :]
         if pool == "norm_mean":
             return self.head(self.norm(patches).mean(1)).astype(jnp.float32)
@@ -234,8 +238,8 @@ class Vit(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-def kept(cfg: VitConfig, key: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
-    """Per layer, branch and sample 0 or 1 / (1 - rate): [layer, 2, batch]; nothing when no branch is ever dropped."""
+def stochastic_depth(cfg: VitConfig, key: Array | None, batch: int) -> tuple[Float[Array, "layers 2 batch"], ...]:
+    """Draw the factor of each branch and sample, 0 or 1 / (1 - rate); an empty tuple when no branch is dropped."""
     if key is None or cfg.drop_path == 0:
         return ()
     share = 1 - jnp.linspace(0, cfg.drop_path, cfg.depth)[:, None, None]
@@ -243,7 +247,7 @@ def kept(cfg: VitConfig, key: jax.Array | None, batch: int) -> tuple[jax.Array, 
 
 
 def unrolled(blocks: nnx.Module, cfg: VitConfig) -> nnx.Module:
-    """The blocks that are applied, from those that are stored: a gather along `layer`, or for TLEG a line."""
+    """Compute the layers from the stored blocks: a gather along `layer` (SWS), or linear coefficients (TLEG)."""
     if cfg.gene == "none":
         return blocks
     graph, state = nnx.split(blocks)
@@ -255,12 +259,12 @@ def unrolled(blocks: nnx.Module, cfg: VitConfig) -> nnx.Module:
 
 
 def loop(blocks: nnx.Module, cfg: VitConfig, x: jax.Array, keep: tuple[jax.Array, ...]) -> jax.Array:
-    """SWS's auxiliary net without copies of its blocks: for each stage a scan whose body holds the one block it repeats."""
+    """Apply SWS's auxiliary net without copies of its blocks: one scan per stage, over the block that it repeats."""
     graph, state = nnx.split(blocks)
     first = 0
     for stage, times in enumerate(cfg.layout):
         one = jax.tree.map(lambda leaf, stage=stage: leaf[stage], state)
-        wide = jax.tree.map(widened, one)  # what the turns of a scan share has a gradient that adds up in its dtype
+        wide = jax.tree.map(widened, one)  # a scan adds up the gradient of a shared array in the array's dtype: make it f32
 
         def turn(x: jax.Array, keep: tuple[jax.Array, ...], one: Any = one, wide: Any = wide) -> tuple[jax.Array, None]:
             block = nnx.merge(graph, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, one))
@@ -273,12 +277,12 @@ def loop(blocks: nnx.Module, cfg: VitConfig, x: jax.Array, keep: tuple[jax.Array
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Stored parameters: of the blocks, and all of them."""
+    """Count the stored parameters: of the blocks, and the total."""
     return {"blocks": count(spec, "blocks/**"), "total": count(spec, "**")}
 
 
 def macs(cfg: VitConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one image; of a gene, those of its auxiliary net."""
+    """Multiply-accumulates of one image; for a gene, of its auxiliary net."""
     tokens = cfg.grid**2 + cfg.prefix
     heads = (("head/**", 1), ("distillation_head/**", 1)) if cfg.pool == "cls+dist" else (("head/**", 1),)
     counted = kernel_macs(spec, (*heads, ("patch/**", cfg.grid**2), ("blocks/**", tokens)))

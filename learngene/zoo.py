@@ -20,38 +20,38 @@ FAMILIES = (FAMILY, convnet.FAMILY)
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout
 _WIDTHS = {"ti": 192, "s": 384, "b": 768}
 
-# A stand-in for LeViT-384, SWS's own teacher, whose checkpoint only an old timm can read.
+# Replaces LeViT-384, the teacher of SWS, whose checkpoint only an old timm can read.
 TEACHER = "hf:facebook/deit-base-distilled-patch16-224"
 PUBLISHED = {TEACHER: VitConfig(width=768, heads=12, hidden=3072, layers=12, tokens="cls+dist", pool="cls+dist", eps=1e-12)}
 
 
 def vit(size: str, depth: int = 12) -> VitConfig:
-    """The descendant ti, s or b of `depth` layers: DeiT's widths and heads of 64, no class token."""
+    """Config of the descendant ti, s or b with `depth` layers: DeiT's widths, heads of 64 channels, no class token."""
     width = _WIDTHS[size]
     return VitConfig(width=width, heads=width // 64, hidden=4 * width, layers=depth, drop_path=0.1)
 
 
 def auxiliary(size: str, layout: tuple[int, ...] = STAGES) -> VitConfig:
-    """The auxiliary net that trains a gene: Aux-S and Aux-B of SWS, and the same for Ti."""
+    """Config of the auxiliary net that trains a gene: Aux-S and Aux-B of SWS, and the same for Ti."""
     return replace(vit(size), layers=len(layout), gene="sws", layout=layout)
 
 
 def paper_auxiliary(size: str) -> VitConfig:
-    """As released: 12 heads whatever the width and an eps of 1e-5 (traps T1, T3); its descendants normalise the mean (T2)."""
+    """Config of the released auxiliary net: 12 heads at every width and an eps of 1e-5 (traps T1, T3)."""
     return replace(auxiliary(size), heads=12, eps=1e-5)
 
 
 def paper_vit(size: str, depth: int = 12) -> VitConfig:
-    """The released descendant: the mean is normalised, not the tokens (T2), with timm's heads and eps."""
+    """Config of the released descendant: it normalises the mean, not the tokens (trap T2), with timm's heads and eps."""
     return replace(vit(size, depth), pool="mean_norm")
 
 
 def outline(source: str) -> Donor | Outline:
-    """A teacher for `heirloom compile`: the published one need not be fetched for its shapes."""
+    """Open a teacher for `heirloom compile`; the shapes of the published one are known, so it is not downloaded."""
     cfg = PUBLISHED.get(source)
     return Outline(FAMILY, cfg, functional(Vit, cfg)) if cfg else open_classifier(source)
 
 
 def open_classifier(source: str, **overrides: Any) -> Donor:
-    """A ViT, a gene or a convnet by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
+    """Open a ViT, a gene or a convnet by SOURCE, lazily. Raises InputError when it does not exist or is none of them."""
     return open_donor(locate(source), FAMILIES, **overrides)

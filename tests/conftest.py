@@ -17,8 +17,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import jax
 import numpy as np
 import pytest
+from beartype import beartype
 from hypothesis import settings
+from jaxtyping import jaxtyped
 
+import learngene.losses
+import learngene.vit
+import tinyclip_jax.losses
+import tinyclip_jax.masks
+import tinyclip_jax.model
 from heirloom.common.errors import Remark
 
 # Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number of devices:
@@ -28,6 +35,19 @@ os.environ.setdefault("NPROC", "64")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# The functions whose shapes are checked in tests; product runs do not pay for it. Before other modules import them by name.
+SHAPED = {
+    tinyclip_jax.losses: ("affinity_mimicking", "contrastive", "similarity"),
+    tinyclip_jax.masks: ("open_probability", "sample_gate", "deterministic_gate", "remaining", "sparsity", "constraint"),
+    tinyclip_jax.model.Clip: ("__call__", "encode_image", "encode_text"),
+    learngene.losses: ("cross_entropy", "distillation"),
+    learngene.vit: ("stochastic_depth",),
+    learngene.vit.Vit: ("__call__", "embed", "classify"),
+}
+for owner, names in SHAPED.items():
+    for name in names:
+        setattr(owner, name, jaxtyped(typechecker=beartype)(getattr(owner, name)))
 
 settings.register_profile("heirloom", deadline=None, derandomize=True)
 settings.load_profile("heirloom")

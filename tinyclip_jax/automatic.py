@@ -1,4 +1,4 @@
-"""Automatic weight inheritance (TinyCLIP §3.2): a phase with learned masks, the cut, then distillation of what is left."""
+"""Automatic weight inheritance (TinyCLIP §3.2): a phase with learned masks, pruning, then distillation of the pruned model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,11 +29,11 @@ from tinyclip_jax.masks import (
     MULTIPLIERS,
     PATTERN,
     Masked,
-    bounded,
+    clip_log_alphas,
     constraint,
     deterministic_gates,
     initial_masks,
-    sample,
+    sample_gates,
     sparsity,
     split,
 )
@@ -42,19 +42,21 @@ from tinyclip_jax.zoo import FAMILY, open_clip_model
 
 
 def train(cfg: Config, directory: Path) -> None:
-    """Both phases of a recipe with masks, or what is left of them."""
+    """Run both phases of a recipe with masks, from the last checkpoint if there is one."""
     if cfg.masks.round_to < 1:
-        raise InputError(f"masks.round_to is {cfg.masks.round_to}: widths are rounded to a multiple of 1 or more")
+        raise InputError(f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, widths are rounded up to a multiple of it")
     if cfg.masks.prune_step >= cfg.steps:
-        raise InputError(f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: leave some for the model that is cut")
+        raise InputError(
+            f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is trained after it"
+        )
     if session := recipe.begin(cfg, directory, parts(cfg)):
-        cut = learn_masks(session, cfg)
-        recipe.train(session, after_cut(cfg, cut), first=cfg.masks.prune_step)
+        pruned = learn_masks(session, cfg)
+        recipe.train(session, after_pruning(cfg, pruned), first=cfg.masks.prune_step)
 
 
 def parts(cfg: Config) -> Parts:
-    """The mask phase: weights, masks and the multipliers of the constraint are trained together."""
-    by_hand, student = manual.parts(cfg), functional(Clip, cfg.student)
+    """Parts of the mask phase, which trains weights, masks and the multipliers of the constraint together."""
+    manual_parts, student = manual.parts(cfg), functional(Clip, cfg.student)
     model = Masked(student, cfg.student)
 
     def start(opened: Opened, place: Place | None) -> dict[str, Any]:
@@ -64,65 +66,65 @@ def parts(cfg: Config) -> Parts:
             weights = graft(resolution, donor.source, student.spec, place, init)
         else:
             weights = init(place=place)
-        return by_hand.prepare(weights) | initial_masks(donor.cfg if donor else cfg.student, cfg.student)
+        return manual_parts.prepare(weights) | initial_masks(donor.cfg if donor else cfg.student, cfg.student)
 
     def project(params: dict[str, Any]) -> dict[str, Any]:
-        return bounded(manual.hold_scale(cfg.loss, params))
+        return clip_log_alphas(manual.constrain_scale(cfg.loss, params))
 
     def evaluator(opened: Opened) -> Evaluator | None:
-        found = manual.evaluator(cfg, model, opened)
-        score = found and found.score
-        return Evaluator(score=lambda params: score(split(params)[0] | gates(cfg, params))) if score else None
+        unmasked = manual.evaluator(cfg, model, opened)
+        score = unmasked and unmasked.score
+        return Evaluator(score=lambda params: score(split(params)[0] | evaluation_gates(cfg, params))) if score else None
 
     return replace(
-        by_hand,
+        manual_parts,
         model=model,
         loss=lambda teacher: masked_loss(cfg, manual.loss_fn(cfg, model, teacher)),
         resolve=None,
         start=start,
         optimizer=lambda spec, steps: mask_optimizer(cfg, spec),
         project=project,
-        scheduled=cfg.masks.wanted,
+        scheduled=cfg.masks.target_at,
         evaluator=evaluator,
     )
 
 
 def masked_loss(cfg: Config, plain: LossFn) -> LossFn:
-    """The loss of a model with sampled gates, and the constraint on its expected size."""
+    """The loss `plain` of a model with sampled gates, plus the constraint on its expected size."""
 
-    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, given: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, extra: Any) -> tuple[jax.Array, dict[str, Any]]:
         weights, masks = split(params)
-        frozen, wanted = given
-        total, metrics = plain(weights | sample(key, masks), batch, key, frozen)
-        gone = sparsity(cfg.student, masks)
-        penalty = constraint(gone, wanted, masks)
-        return total + penalty, metrics | {"sparsity": (gone, 1.0), "wanted": (wanted, 1.0), "constraint": (penalty, 1.0)}
+        frozen, target = extra
+        total, metrics = plain(weights | sample_gates(key, masks), batch, key, frozen)
+        removed = sparsity(cfg.student, masks)
+        penalty = constraint(removed, target, masks)
+        return total + penalty, metrics | {"sparsity": (removed, 1.0), "wanted": (target, 1.0), "constraint": (penalty, 1.0)}
 
     return loss
 
 
-def gates(cfg: Config, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The gates without noise, on the host."""
+def evaluation_gates(cfg: Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Gates without noise, on the host."""
     return deterministic_gates({path: gathered(x) for path, x in split(params)[1].items()}, cfg.masks.round_to)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The model that the masks left. params(mesh): its parameters."""
+class PrunedModel:
+    """The model after pruning. params(mesh): its parameters."""
 
     cfg: ClipConfig
     params: Callable[[Mesh], dict[str, Any]]
 
 
-def learn_masks(s: Session, cfg: Config) -> Cut:
-    """The mask phase up to `prune_step`, then the cut. The cut model is also in RUN/pruned, so that a resume knows its shape."""
+def learn_masks(s: Session, cfg: Config) -> PrunedModel:
+    """Run the mask phase up to `prune_step`, then prune. The pruned model is saved in RUN/pruned, so that a resume knows its shape."""
     folder = s.run.directory / "pruned"
     if (s.run.checkpoints.latest() or 0) > cfg.masks.prune_step:
         found = open_clip_model(str(folder))
-        return Cut(found.cfg, partial(load_params, found))
+        return PrunedModel(found.cfg, partial(load_params, found))
     state = recipe.train(s, parts(cfg), last=cfg.masks.prune_step, finish=lambda state: None)
     weights = {path: gathered(x) for path, x in split(best(state))[0].items()}
-    pruned = prune(cfg.student, weights, gates(cfg, best(state)), cfg.masks)
+    pruned = prune(cfg.student, weights, evaluation_gates(cfg, best(state)), cfg.masks)
     record = {"source": f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"} | provenance(pruned.resolution)
 
     def sidecars(folder: Path) -> None:
@@ -131,21 +133,21 @@ def learn_masks(s: Session, cfg: Config) -> Cut:
 
     spec = functional(Clip, pruned.cfg).spec
     save_params(folder, FAMILY.name, pruned.cfg, pruned.params, sidecars, spec=spec, force=True)
-    return Cut(pruned.cfg, lambda mesh: pruned.params)
+    return PrunedModel(pruned.cfg, lambda mesh: pruned.params)
 
 
-def after_cut(cfg: Config, cut: Cut) -> Parts:
-    """Distillation of the cut model. The optimizer is new, and the cosine starts at the full rate without a warm-up."""
+def after_pruning(cfg: Config, pruned: PrunedModel) -> Parts:
+    """Parts of the distillation of the pruned model, with a new optimizer. The cosine starts at the full rate, without warm-up."""
     optim = replace(cfg.optim, warmup=0)
     return replace(
-        manual.parts(replace(cfg, student=cut.cfg)),
+        manual.parts(replace(cfg, student=pruned.cfg)),
         optimizer=lambda spec, steps: make_optimizer(optim, spec, steps),
-        start=lambda opened, place: cut.params(opened.mesh),
+        start=lambda opened, place: pruned.params(opened.mesh),
     )
 
 
 def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
-    """AdamW for the weights, its rate rising over the whole phase; Adam down for the masks and up for the multipliers.
+    """AdamW for the weights, warmed up over the whole phase; Adam for the masks; gradient ascent with Adam for the multipliers.
 
     The gradient is clipped over all of them together.
     """

@@ -1,4 +1,4 @@
-"""A teacher's embeddings stored once per data set and streamed with it: `heirloom cache RECIPE DIR`, then `--teacher cache:DIR`.
+"""Store a teacher's embeddings of a data set, and read them with it: `heirloom cache RECIPE DIR`, then `--teacher cache:DIR`.
 
 The student then sees every picture as the teacher did: centre crop, first caption, no tags (`augment` is "none").
 """
@@ -25,19 +25,21 @@ from tinyclip_jax.evaluate import BATCH, Setup
 
 TARGETS = ("teacher_image", "teacher_text")
 ABOUT = "cache.json"
-SOME, CONTEXT = 64, 77  # captions, and how much of each, by which data and tokenizer are known again
+SAMPLES, CONTEXT = 64, 77  # captions, and tokens of each, whose hash identifies the data and the tokenizer
 
 
-def write(folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre: Preprocess, tokenizer: Tokenizer, mesh: Mesh) -> Any:
-    """Store the teacher's unit-norm features of every record: two arrays [records, joint] f32, and what they are of.
+def write(
+    folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre: Preprocess, tokenizer: Tokenizer, mesh: Mesh
+) -> dict[str, Any]:
+    """Store the teacher's unit-norm features of every record, two arrays [records, joint] f32, and `cache.json`, their description.
 
-    Returns what `cache.json` holds. Raises InputError when `folder` exists, and in a job of several processes.
+    Returns the content of `cache.json`. Raises InputError when `folder` exists, and in a job of several processes.
     """
     if jax.process_count() > 1:
-        raise InputError("a cache is written by one process: run this command on one host")
-    setup = Setup(teacher.model, pre, tokenizer, teacher.cfg, mesh)
+        raise InputError(f"this job has {jax.process_count()} processes, and one writes a cache: run this command on one host")
+    setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
-    about = _about(source, data, pre, tokenizer) | {"teacher": str(teacher.path), "hashes": hashes(teacher.file)}
+    about = _fingerprint(source, data, pre, tokenizer) | {"teacher": str(teacher.path), "hashes": hashes(teacher.file)}
     with staged(folder) as staging:
         staging.mkdir()
         shape = (len(source), teacher.cfg.joint)
@@ -45,7 +47,7 @@ def write(folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre:
         seen = 0
         for batch in evaluation_batches(source, BATCH, pre, tokenizer, teacher.cfg.text.context):
             rows = slice(seen, seen + len(batch["image"]))
-            first = np.unique(batch["owner"], return_index=True)[1]  # of several captions the first
+            first = np.unique(batch["owner"], return_index=True)[1]  # the first of several captions
             columns[0][rows] = image(params, batch["image"])
             columns[1][rows] = text(params, batch["text"][first])
             seen = rows.stop
@@ -57,31 +59,36 @@ def write(folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre:
     return about
 
 
-def _about(source: Source, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What has to be the same for the embeddings to be those of these records."""
-    some = [source[int(i)] for i in np.linspace(0, len(source) - 1, min(SOME, len(source)))]
-    captions = [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in some]
+def _fingerprint(source: Source, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The facts by which stored embeddings are matched to data, preprocessing and tokenizer."""
+    samples = [source[int(i)] for i in np.linspace(0, len(source) - 1, min(SAMPLES, len(source)))]
+    captions = [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in samples]
     same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
-    same |= {"records": len(source), "first": some[0]["key"], "last": some[-1]["key"]}
+    same |= {"records": len(source), "first": samples[0]["key"], "last": samples[-1]["key"]}
     seen = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(pre).items() if name != "scale"}
     return same | seen | {"tokens": sha256(tokenizer(captions, CONTEXT).tobytes()).hexdigest()[:16]}
 
 
 class Cached:
-    """A source whose records carry the teacher's embeddings. Raises InputError when the cache is of other data or other inputs."""
+    """A source whose records have the teacher's embeddings as columns.
+
+    Raises InputError when the cache was made from other data, preprocessing or tokenizer.
+    """
 
     def __init__(self, source: Source, folder: Path, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer):
         if not (folder / ABOUT).is_file():
-            raise InputError(f"{folder} is no cache of embeddings: heirloom cache RECIPE {folder} makes one")
-        stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches know fewer fields
-        for name, value in _about(source, data, pre, tokenizer).items():
+            raise InputError(f"{folder} is not a cache of embeddings, it has no {ABOUT}: make one with heirloom cache RECIPE {folder}")
+        stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches have fewer fields
+        for name, value in _fingerprint(source, data, pre, tokenizer).items():
             if stored.get(name) != value:
-                raise InputError(f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache")
+                raise InputError(
+                    f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache with heirloom cache"
+                )
         self._source, self._folder = source, folder
         self._columns: dict[str, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_columns": None}  # mapped again by each worker
+        return self.__dict__ | {"_columns": None}  # each worker maps the files again
 
     def __len__(self) -> int:
         return len(self._source)

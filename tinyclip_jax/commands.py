@@ -1,4 +1,4 @@
-"""What TinyCLIP adds to the `heirloom` command: the function that runs each verb, imported when it runs."""
+"""The verbs of the `heirloom` command that TinyCLIP implements, and the function of each, imported when it runs."""
 
 VERBS = {
     "families": "tinyclip_jax.zoo:FAMILIES",

@@ -1,4 +1,4 @@
-"""The recipe of a TinyCLIP: one training, or several stages of progressive distillation."""
+"""Config of a TinyCLIP training: one stage, or several stages of progressive distillation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,27 +22,27 @@ from tinyclip_jax.zoo import FAMILY
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Affinity mimicking, plain contrastive, or a mixture."""
+    """The loss: affinity mimicking, contrastive, or a weighted sum of both."""
 
     alpha: float = 1.0
-    """Weight of affinity mimicking; the rest goes to the contrastive loss (the released scripts use 1)."""
+    """Weight of affinity mimicking; the contrastive loss has weight 1 - alpha (the released scripts use 1)."""
     scale: Literal["fixed", "learned"] = "fixed"
-    """The student's similarity scale: held at the teacher's `teacher_scale`, or learned and kept below 100."""
+    """The student's similarity scale: fixed at `teacher_scale`, or learned and clipped to 1..100."""
     teacher_scale: float | None = 50.0
-    """The teacher's similarity scale; None: what its checkpoint says."""
+    """The teacher's similarity scale; None: the scale of its checkpoint."""
     first_scale: Literal["fixed", "initial"] = "fixed"
-    """Scale of the very first step: "initial" is 1/0.07, as in the released code, which fixes it only after a step (with masks the
-    donor's, as all else)."""
+    """Scale in the first step: "fixed" is `teacher_scale`. "initial" is 1/0.07, as in the released code, which fixes the scale only after
+    a step; with masks it is the donor's."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of progressive distillation: what it has instead of the recipe's own."""
+    """One stage of progressive distillation: fields that replace those of the recipe."""
 
     student: ClipConfig
     steps: int
     warmup: int = 2000
-    """Steps of linear warm-up; with masks their phase is the warm-up."""
+    """Steps of linear warm-up; with masks, the mask phase is the warm-up."""
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
@@ -51,85 +51,87 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
-    """One run of TinyCLIP, or several stages of it."""
+    """A TinyCLIP training, of one or several stages."""
 
     student: ClipConfig = field(default_factory=ClipConfig)
     teacher: str = ""
-    """SOURCE of the model to mimic; "embeddings": columns teacher_image and teacher_text of the data; "cache:DIR": what
-    `heirloom cache` stored; empty: none."""
+    """SOURCE of the model to mimic; "embeddings": columns teacher_image and teacher_text of the data; "cache:DIR": embeddings
+    that `heirloom cache` stored; empty: none."""
     depth_rule: DepthRule = "interval"
     """Which layers a shallower student takes: every n-th from the front, as released, or spread evenly."""
     tokenizer: str = ""
-    """A tokenizer.json or its folder; "fit": fitted to the captions of the data; empty: the donor's or teacher's, or CLIP's."""
+    """A tokenizer.json or its folder; "fit": train one on the captions of the data; empty: the donor's, else the teacher's, else CLIP's."""
     augment: AugmentName = "random"
-    """Random crops and a random one of several captions, or none: the centre and the first, which a stored teacher needs."""
+    """random: random crops, and a random one of several captions. none: centre crop and first caption, which stored embeddings need."""
     loss: LossConfig = field(default_factory=LossConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
-    """Automatic inheritance: `student` is the original model, learned masks decide what of it stays."""
+    """Automatic inheritance: `student` is the original model, and learned masks decide which parts of it remain."""
     stages: tuple[Stage, ...] = ()
-    """Progressive distillation: each stage inherits from the model of the one before it, all have the same teacher. Each has its own
+    """Progressive distillation: each stage inherits from the model of the previous stage; the teacher is the same in all. Each has its own
     student, steps, warm-up and masks."""
     stage: int = 0
-    """The one stage to run; 0: all in turn, from the first that is not finished."""
+    """Number of the one stage to run; 0: all stages in order, from the first that is not finished."""
 
     def parts(self) -> Parts:
         from tinyclip_jax import automatic, train
 
-        cfg = self._first()
+        cfg = self._first_stage()
         return automatic.parts(cfg) if cfg.masks.prune_step else train.parts(cfg)
 
     def train(self, directory: Path) -> None:
         from tinyclip_jax import automatic, train
 
-        for cfg, folder in self._in_turn(directory):
+        for cfg, folder in self._stages_to_run(directory):
             if cfg.masks.prune_step:
                 automatic.train(cfg, folder)
             else:
                 recipe.run(cfg, folder, train.parts(cfg))
 
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
-        if self._first().masks.prune_step:
-            raise InputError("automatic inheritance learns what to cut: run the recipe with heirloom train, the cut model is RUN/pruned")
+        if self._first_stage().masks.prune_step:
+            raise InputError(
+                "this recipe prunes with learned masks, which need training: run heirloom train, the pruned model is RUN/pruned"
+            )
         return super().inherit(destination, force=force)
 
     def cache(self, destination: Path) -> dict[str, Any]:
         from tinyclip_jax import train
 
-        return train.cache_teacher(self._first(), destination)
+        return train.cache_teacher(self._first_stage(), destination)
 
     def abstract(self, mesh: Mesh) -> Abstract:
-        """Of an automatic recipe the step after the cut, at the size before it."""
+        """Abstract training step for `heirloom compile`; with masks, the step after pruning at the unpruned size."""
         from tinyclip_jax import train
 
-        return recipe.outline(self, train.parts(self._first()), mesh)
+        return recipe.outline(self, train.parts(self._first_stage()), mesh)
 
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.stages[-1].student if self.stages else self.student
 
     def idle(self) -> dict[str, str]:
-        """Fields that do nothing here, and what to set instead."""
-        each = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
-        return {field: f"each stage has its own: set --stages.0.{name}" for field, name in each.items()} if self.stages else {}
+        """Fields that have no effect in a recipe with stages, and the field to set instead."""
+        per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
+        return {field: f"each stage has its own: set --stages.0.{name}" for field, name in per_stage.items()} if self.stages else {}
 
     def in_stage(self, n: int, donor: str) -> "Config":
-        """Stage n = 1, 2, ... as a config of its own."""
+        """Config of stage n = 1, 2, ... alone."""
         stage = self.stages[n - 1]
-        alone = replace(self, donor=donor, stages=(), stage=0)
-        return replace(alone, student=stage.student, steps=stage.steps, masks=stage.masks, optim=replace(self.optim, warmup=stage.warmup))
+        single = replace(self, donor=donor, stages=(), stage=0)
+        return replace(single, student=stage.student, steps=stage.steps, masks=stage.masks, optim=replace(self.optim, warmup=stage.warmup))
 
-    def _first(self) -> "Config":
-        """The recipe, or its first stage: what a command that trains nothing works on."""
+    def _first_stage(self) -> "Config":
+        """The recipe, or its first stage, for commands that do not train."""
         return self.in_stage(1, self.donor) if self.stages else self
 
-    def _in_turn(self, directory: Path) -> Iterator[tuple["Config", Path]]:
-        """The config and folder of each stage to run. Raises InputError for an unknown stage, or one whose donor is not there yet."""
+    def _stages_to_run(self, directory: Path) -> Iterator[tuple["Config", Path]]:
+        """Yield the config and folder of each stage to run. Raises InputError for an unknown stage, or one without its donor."""
         if not self.stages:
             yield self, directory
             return
         if not 0 <= self.stage <= len(self.stages):
-            raise InputError(f"there are stages 1 to {len(self.stages)}: stage {self.stage} is none of them")
+            raise InputError(f"stage is {self.stage}: choose 1 to {len(self.stages)}, or 0 for all")
         for n in [self.stage] if self.stage else range(1, len(self.stages) + 1):
-            before = directory / f"stage_{n - 1}" / "model"
-            if n > 1 and not before.exists():
-                raise InputError(f"stage {n} goes on from {before}, which is not there: run stage {n - 1} first")
-            yield self.in_stage(n, self.donor if n == 1 else str(before)), directory / f"stage_{n}"
+            previous = directory / f"stage_{n - 1}" / "model"
+            if n > 1 and not previous.exists():
+                raise InputError(f"stage {n} starts from {previous}, which does not exist: run stage {n - 1} first")
+            yield self.in_stage(n, self.donor if n == 1 else str(previous)), directory / f"stage_{n}"

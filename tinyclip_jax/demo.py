@@ -47,7 +47,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
         f"teacher: {counts['teacher']['total']:,} parameters, student: {counts['student']['total']:,}. "
         f"{cfg.steps} steps of {cfg.pipeline.batch} emoji each, first inheriting, then from scratch."
     )
-    with tempfile.TemporaryDirectory(dir=out) as folder:  # beside the result, which is renamed into place
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # in `out`, so that the result can be renamed into place
         donors = {"inherited": cfg.donor, "scratch": ""}
         races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
         scores = {"teacher": _score(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
@@ -57,7 +57,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
 
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], ge)
     seconds = time.perf_counter() - started
-    console.print("\nretrieval on 300 concepts nobody was trained on", soft_wrap=True)
+    console.print("\nretrieval on 300 concepts that no model was trained on", soft_wrap=True)
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
     console.print(f"the inherited student reached scratch's final score {reached}; took {seconds:.0f} s", soft_wrap=True)
@@ -74,7 +74,7 @@ def run(seed: int, out: Path) -> dict[str, Any]:
 
 
 def race(cfg: Config, folder: Path) -> Race:
-    """Train one student; its score before the first step belongs to the curve."""
+    """Train one student; returns its scores over the steps, the score before the first step included."""
     before = next(row["value"] for row in cfg.evaluate() if row["metric"] == METRIC) / 100
     cfg.train(folder)
     return Race.of(folder, METRIC, before)
@@ -98,7 +98,7 @@ def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]
 
 
 def draw(cfg: Config, races: dict[str, Race], teacher: float, weights: dict[str, Path], out: Path) -> Path:
-    """Both curves, and what each student finds for a few captions the teacher answers; returns the PNG."""
+    """Draw both curves, and the results of each student for a few captions that the teacher gets right; returns the PNG."""
     from matplotlib.figure import Figure
 
     found = {name: _search(cfg, str(path)) for name, path in {"teacher": cfg.teacher, **weights}.items()}
@@ -133,7 +133,7 @@ def draw(cfg: Config, races: dict[str, Race], teacher: float, weights: dict[str,
 
 @dataclass(frozen=True)
 class _Found:
-    """Per caption the pictures in order of similarity, and which of them are right."""
+    """For each caption, the pictures in order of similarity, and which of them are right."""
 
     captions: list[str]
     order: np.ndarray
@@ -153,11 +153,12 @@ def _search(cfg: Config, source: str) -> _Found:
     image = np.concatenate([np.asarray(encode(params, batch["image"])) for batch in evaluation_batches(data, 100, pre)])
     text = np.asarray(donor.model.apply(params, tokenizer(captions, donor.cfg.text.context), method="encode_text"))
     hit = np.array([[record["text"] == caption for record in records] for caption in captions])
-    return _Found(captions, np.argsort(-(text @ image.T), axis=1), hit, [decode(record["image"], pre.background) for record in records])
+    pictures = [decode(record["image"], pre.background) for record in records]
+    return _Found(captions=captions, order=np.argsort(-(text @ image.T), axis=1), hit=hit, pictures=pictures)
 
 
 def _strip(found: _Found, query: int) -> np.ndarray:
-    """The first results side by side, right ones in a green frame."""
+    """Draw the first results in a row, right ones in a green frame."""
     side, edge = 64, 5
     strip = np.full((side + 2 * edge, RESULTS * (side + 3 * edge), 3), 255, np.uint8)
     for i, index in enumerate(found.order[query, :RESULTS]):

@@ -1,4 +1,4 @@
-"""Scoring a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)"""
+"""Score a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--t
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and what stands before it, on a mesh."""
+    """A CLIP with its tokenizer and preprocessing, on a mesh."""
 
     model: Model
     pre: Preprocess
@@ -43,37 +43,40 @@ class Setup:
     mesh: Mesh
 
     def embed(self, tower: str, size: int = BATCH) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
-        """`(params, rows) -> features`: of pictures ("image") or of tokens ("text"). Raises InputError for NaN and infinite ones."""
+        """Returns `(params, rows) -> features` for pictures (tower "image") or tokens ("text").
+
+        The function raises InputError for features that are NaN or infinite.
+        """
         encode = embedder(lambda params, x: self.model.apply(params, x, method=f"encode_{tower}"), self.mesh, size)
         return lambda params, rows: finite(encode(params, rows), "the features of this model")
 
 
 def setup_of(donor: Donor, mesh: Mesh) -> Setup:
-    """Raises InputError when a checkpoint came without the tokenizer of its vocabulary."""
+    """Set up a checkpoint for evaluation. Raises InputError when it has no tokenizer for its vocabulary."""
     tokenizer = tokenizer_of(donor)
     if tokenizer is None:
-        raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens; put tokenizer.json beside the weights")
-    return Setup(donor.model, preprocess_of(donor).announced(), tokenizer, donor.cfg, mesh)
+        raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens: put tokenizer.json next to the weights")
+    pre = preprocess_of(donor).announced()
+    return Setup(model=donor.model, pre=pre, tokenizer=tokenizer, cfg=donor.cfg, mesh=mesh)
 
 
-def retrieval_on(
-    data: SourceConfig, model: Model, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
-) -> Score:
-    """`retrieval_over` of what a config names. Raises InputError when the data cannot be read."""
-    return retrieval_over(_name(data), open_source(data), Setup(model, pre, tokenizer, cfg, mesh))
+def retrieval_on(data: SourceConfig, model: Model, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh) -> Score:
+    """`retrieval_over` for the data that a config names. Raises InputError when the data cannot be read."""
+    setup = Setup(model=model, pre=pre, tokenizer=tokenizer, cfg=cfg, mesh=mesh)
+    return retrieval_over(_name(data), open_source(data), setup)
 
 
 def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
-    """`params -> Scored`: recall at 1, 5, 10 both ways. Pictures of one `concept` share their captions; else each has its own.
+    """Returns `params -> Scored`: recall at 1, 5, 10 in both directions.
 
-    In a table with a row per caption a picture counts once, with the captions of all its rows. A caption that a picture has
-    twice is asked for twice, as in CLIP_benchmark; one that pictures of a concept share, once. Raises InputError when the data
-    has no captions.
+    Pictures of one `concept` share their captions; without concepts each picture has its own. In a table with a row per caption, a
+    picture counts once, with the captions of all its rows. A caption that one picture has twice is queried twice, as in CLIP_benchmark;
+    a caption that pictures of a concept share is queried once. Raises InputError when the data has no captions.
     """
     first = source[0]
     for part, what in (("image", "picture"), ("text", "caption")):
         if part not in first:
-            raise InputError(f"{first['key']} has no {what}; retrieval needs pairs, name the column with --{part}")
+            raise InputError(f"{first['key']} has no {what}, and retrieval needs pairs: name the column with --{part}")
     by_concept = "concept" in first
     source = source if by_concept else per_picture(source, name)
     image, text = setup.embed("image"), setup.embed("text")
@@ -100,7 +103,7 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
 
 
 def zeroshot_over(name: str, source: Source, setup: Setup, classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES) -> Score:
-    """`params -> Scored`: top-1 and top-5 over the classes of labelled pictures, by name in the order of their labels.
+    """Returns `params -> Scored`: zero-shot top-1 and top-5 on labelled pictures. classes: a name for each label, in order.
 
     Raises InputError when the data has no labels.
     """
@@ -121,11 +124,12 @@ def zeroshot(
     classes: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> Scored:
-    """The same over features that are there: [n, joint] f32 with labels [n] int."""
+    """Zero-shot top-1 and top-5 of computed features: [n, joint] f32 with labels [n] int."""
     text = setup.embed("text", max(BATCH, len(templates)))
     vectors = classifier(classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context)))
     found = accuracy(features, vectors, labels)
-    return Scored(name, len(labels), {"top1": found.top1, "top5": found.top5}, len(np.unique(labels)))
+    metrics = {"top1": found.top1, "top5": found.top5}
+    return Scored(dataset=name, n=len(labels), metrics=metrics, classes=len(np.unique(labels)))
 
 
 def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +138,7 @@ def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, An
     features, labels = [], []
     for batch in evaluation_batches(source, BATCH, setup.pre):
         if "label" not in batch:
-            raise InputError(f"{name} has no labels: zero-shot needs a folder per class, or a column `label`")
+            raise InputError(f"{name} has no labels: zero-shot evaluation needs a folder for each class, or a column `label`")
         features.append(image(params, batch["image"]))
         labels.append(batch["label"])
     return np.concatenate(features), np.concatenate(labels)
@@ -144,50 +148,50 @@ def _name(data: SourceConfig) -> str:
     return f"{data.path}/{data.split}" if data.split else data.path
 
 
-def no_flags(args: Namespace) -> None:
-    """Raises InputError for an argument that `heirloom eval` does not have: weights have no recipe whose fields could be set."""
+def refuse_flags(args: Namespace) -> None:
+    """Raises InputError for a recipe flag: `heirloom eval` of weights has no recipe whose fields it could set."""
     if args.flags:
         raise InputError(f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help")
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for data or files that are not there."""
-    no_flags(args)
+    """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for missing data or files."""
+    refuse_flags(args)
     args.data = args.data or "emoji"
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
     mesh = start(MeshConfig())
     setup = setup_of(donor, mesh)
     if args.task == "retrieval":
-        data = SourceConfig(args.data, split, args.image, args.text)
+        data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
         score = retrieval_over(_name(data), open_source(data), setup)
     else:
-        data = SourceConfig(args.data, split, args.image, text="")
+        data = SourceConfig(path=args.data, split=split, image=args.image, text="")
         classes = _class_names(args.classes)
         source = open_labelled(data, "label", len(classes) or None, _synonyms(args.classes, classes) or None)
         classes = classes or source.classes
         if not classes:
-            raise InputError(f"{data.path} names no classes: give --classes, a file with one name a line")
+            raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
         score = zeroshot_over(_name(data), source, setup, classes, _templates(args.templates, source))
     return score(load_params(donor, mesh)).rows()
 
 
 def _class_names(file: Path | None) -> tuple[str, ...]:
-    """A name a line; `imagenet` is what comes with this package."""
+    """Read class names, one per line; `imagenet` is the list in this package."""
     if file is None:
         return ()
     return tuple(name for _, name in imagenet.CLASSES) if str(file) == "imagenet" else read_lines(file)
 
 
 def _synonyms(file: Path | None, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """What data may call the classes: for ImageNet's, their WordNet identifiers as well."""
+    """Names of the classes in data; for ImageNet, with their WordNet identifiers."""
     return tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES) if str(file) == "imagenet" else classes
 
 
 def _templates(file: Path | None, source: Labelled) -> tuple[str, ...]:
-    """Those of a file, or that come with the data, or the plain one."""
-    if file is None and (companion := getattr(source.source, "templates", None)):
-        remark(f"templates from {companion}; --templates takes others")
-        return read_templates(companion)
+    """Prompt templates: of a file, else of the data, else the default."""
+    if file is None and (sidecar := getattr(source.source, "templates", None)):
+        remark(f"templates from {sidecar}; --templates takes others")
+        return read_templates(sidecar)
     if file is None:
         return TEMPLATES
     return imagenet.TEMPLATES if str(file) == "imagenet" else read_templates(file)

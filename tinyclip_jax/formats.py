@@ -1,4 +1,4 @@
-"""Configurations of other CLIPs, both ways: Hugging Face, open_clip, and bare files whose shapes tell it."""
+"""Read and write the configs of foreign CLIPs: Hugging Face, open_clip, and bare files, whose config follows from shapes."""
 
 import re
 from collections.abc import Mapping
@@ -89,9 +89,9 @@ def _hf_sizes(tower: Fields) -> dict[str, Any]:
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError("Hugging Face's CLIP has no ResNet; write this model as open_clip or original")
+        raise InputError("the image tower is a ResNet, which Hugging Face's CLIP does not have: write this model as open_clip or original")
     if not (_plain(cfg.image) and _plain(cfg.text)):
-        raise InputError("Hugging Face's CLIP has the same heads in every layer and they fill the width; write a pruned model as original")
+        raise InputError("this model is pruned, and Hugging Face's CLIP has equal layers whose heads fill the width: write it as original")
 
     def tower(c: ImageConfig | TextConfig) -> dict[str, Any]:
         sizes = dict(hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads)
@@ -110,7 +110,7 @@ def _read_open_clip(found: Found) -> Read | None:
         return None
     cfg, file = infer(found.tensors, "visual.", ""), found.json("open_clip_config.json")
     if file is not None:
-        file.skip("preprocess_cfg", "tokenizer_cfg", "version", "license*", "_*")  # preprocessing has a reader of its own
+        file.skip("preprocess_cfg", "tokenizer_cfg", "version", "license*", "_*")  # preprocessing is read elsewhere
         model = file.object("model_cfg")
         file.done()
         return Read(_open_clip_config(cfg, model))
@@ -120,15 +120,15 @@ def _read_open_clip(found: Found) -> Read | None:
 
 
 def _bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
-    """What weights alone do not tell of a CLIP."""
-    guesses = [Guess("activation", cfg.text.activation, f"the weights do not tell it, and {otherwise}")]
+    """The settings of a CLIP that its weights do not contain."""
+    guesses = [Guess("activation", cfg.text.activation, f"the weights do not contain it, and {otherwise}")]
     towers = (("image_heads", cfg.image), ("text_heads", cfg.text))
     guesses += [Guess(name, c.heads, f"heads of {HEAD}, as in published models") for name, c in towers if isinstance(c.heads, int)]
     return tuple(guesses)
 
 
 def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
-    """`cfg`, as the shapes tell it, with what open_clip's `model_cfg` adds; every field of it is read or refused."""
+    """Complete `cfg`, inferred from shapes, with open_clip's `model_cfg`; every field of it is read or refused."""
     image, text = model.object("vision_cfg"), model.object("text_cfg")
     activation: Activation = "quick_gelu" if model.boolean("quick_gelu", False) else "gelu"
     model.skip("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict", "custom_text")
@@ -160,7 +160,7 @@ def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
 
 
 def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: int) -> Tower:
-    """One transformer with the heads, activation and eps of its config."""
+    """Complete one tower with the heads, activation and eps of its config."""
     acts, norms = fields.object("act_kwargs"), fields.object("norm_kwargs")
     if activation == "gelu":
         activation = acts.choice("approximate", {"none": "gelu", "tanh": "gelu_tanh"}, "none")
@@ -169,10 +169,12 @@ def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: in
     norms.done()
     if _plain(c):
         fields.agree("layers", fields.integer("layers", 12), c.layers)
-        if int(fields.number("mlp_ratio", 4.0) * c.width) != c.hidden:
-            raise InputError(f"{fields.where}: mlp_ratio is not that of the weights ({c.hidden} units at a width of {c.width})")
+        ratio = fields.number("mlp_ratio", 4.0)
+        if int(ratio * c.width) != c.hidden:
+            sizes = f"{c.hidden} hidden units at a width of {c.width}"
+            raise InputError(f"{fields.where}: mlp_ratio is {ratio:g}, and the weights have {sizes}: take the config of these weights")
         return replace(c, heads=heads)
-    fields.skip("layers", "heads", "hidden", "head_width", "mlp_ratio")  # sizes of pruned layers, which the shapes tell
+    fields.skip("layers", "heads", "hidden", "head_width", "mlp_ratio")  # sizes of pruned layers, which the shapes give
     return c
 
 
@@ -218,7 +220,7 @@ def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     for theirs, c in ((vision_cfg, image), (text_cfg, text)):
         if isinstance(c, ResNetConfig):
             continue
-        # The library builds layers that are alike; of pruned ones the sizes are told, and the names of tensors are its own.
+        # open_clip builds equal layers only; for pruned ones the sizes are written too, and the tensors have open_clip's names.
         ratio = dict(mlp_ratio=c.hidden / c.width) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
         theirs |= ratio | (dict(head_width=head_dim(c)) if theirs is vision_cfg or not _plain(c) else {})
         theirs |= {} if _plain(c) else dict(heads=c.heads)
@@ -234,9 +236,9 @@ def _read_original(found: Found) -> Read | None:
 
 
 def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
-    """The config that the shapes of open_clip's tensors imply; heads are of 64, activations exact GELU.
+    """Infer the config from the shapes of open_clip's tensors; heads have 64 channels, activations are exact GELU.
 
-    Layers of automatic models differ: heads from in_proj, hidden units from c_fc, none where these are absent.
+    Layers of automatically pruned models differ: heads follow from in_proj, hidden units from c_fc, and are 0 where these are absent.
     """
     try:
         vocab, text_width = tensors[f"{text}token_embedding.weight"].shape
@@ -250,13 +252,13 @@ def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
         image_tower = ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width))
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
-    except (ValueError, IndexError) as error:  # names without the number of a layer, tensors with other axes
+    except (ValueError, IndexError) as error:  # names without a layer number, tensors with other axes
         raise InputError(f"its tensors are not those of a CLIP with ViT and text towers ({error})") from error
     return ClipConfig(image_tower, text_tower, joint=joint)
 
 
 def _infer_resnet(tensors: Tensors, prefix: str) -> ResNetConfig:
-    """Heads are of 64; the side of the input follows from the positions that are pooled."""
+    """Infer the ResNet: heads have 64 channels, the input size follows from the number of pooled positions."""
     width = len(tensors[f"{prefix}layer1.0.conv1.weight"])
     blocks = tuple(sum(f"{prefix}layer{stage}.{i}.conv1.weight" in tensors for i in range(100)) for stage in STAGES)
     grid = isqrt(len(tensors[f"{prefix}attnpool.positional_embedding"]) - 1)
@@ -264,7 +266,7 @@ def _infer_resnet(tensors: Tensors, prefix: str) -> ResNetConfig:
 
 
 def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
-    """Width, layers, heads and hidden units of one tower."""
+    """Infer width, layers, heads and hidden units of one tower."""
     layers = 1 + max((int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1)
     if not layers:
         raise InputError(f"tensor '{prefix}0.*' is missing: this is not a whole CLIP with ViT and text towers")
@@ -280,7 +282,7 @@ def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
 
 
 def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tensors:
-    """Of a layer without heads the released files hold no attention at all: a norm that nothing reads, and no constant to add."""
+    """Add zeros for the tensors that released files leave out of layers without heads: the unused norm and the output bias."""
     tensors = {key: value for key, value in tensors.items() if value.size}
     for prefix, c in ((image, cfg.image), (text, cfg.text)):
         if isinstance(c, ResNetConfig):
@@ -294,38 +296,41 @@ def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tenso
 
 
 def _plain(c: ImageConfig | TextConfig) -> bool:
-    """Whether all layers are alike and their heads fill the width."""
+    """Whether all layers have the same sizes and their heads fill the width."""
     return isinstance(c.heads, int) and isinstance(c.hidden, int) and (c.head_dim is None or c.heads * c.head_dim == c.width)
 
 
 def _clean_original(key: str) -> str:
-    """Take off what the automatic method wrapped around the keys."""
+    """Remove the prefix that the automatic method added to the keys."""
     return re.sub(r"^_?(image|text)_encoder_without_ddp\.", r"_\1_encoder.", key)
 
 
-def _nothing(cfg: ClipConfig, folder: Path) -> None:
-    """The original files carry no config: shapes tell it."""
+def _write_nothing(cfg: ClipConfig, folder: Path) -> None:
+    """Write no config: the original files have none, it follows from shapes. Raises InputError for heads not of 64 channels."""
     image_head = cfg.image.embed // cfg.image.heads if isinstance(cfg.image, ResNetConfig) else head_dim(cfg.image)
     if image_head != HEAD or head_dim(cfg.text) != HEAD:
-        raise InputError("the original layout knows heads of 64 only; this model has others")
+        raise InputError(
+            f"heads have {image_head} and {head_dim(cfg.text)} channels, the original layout needs {HEAD}: write this model as "
+            "open_clip or heirloom"
+        )
 
 
 FORMATS = (
-    Format("hf", layouts.HF, "model.safetensors", _read_hf, _write_hf),
+    Format(name="hf", layout=layouts.HF, file="model.safetensors", read_config=_read_hf, write_config=_write_hf),
     Format(
-        "open_clip",
-        layouts.OPEN_CLIP,
-        "open_clip_model.safetensors",
-        _read_open_clip,
-        _write_open_clip,
+        name="open_clip",
+        layout=layouts.OPEN_CLIP,
+        file="open_clip_model.safetensors",
+        read_config=_read_open_clip,
+        write_config=_write_open_clip,
         complete=lambda cfg, tensors: _complete(cfg, tensors, "visual.", ""),
     ),
     Format(
-        "original",
-        layouts.ORIGINAL,
-        "tinyclip.pt",
-        _read_original,
-        _nothing,
+        name="original",
+        layout=layouts.ORIGINAL,
+        file="tinyclip.pt",
+        read_config=_read_original,
+        write_config=_write_nothing,
         clean=_clean_original,
         complete=lambda cfg, tensors: _complete(cfg, tensors, "_image_encoder.visual.", "_text_encoder."),
     ),

@@ -1,4 +1,4 @@
-"""Weight inheritance as plans: by rule (TinyCLIP §3.3; weight_inherit.py), and by what learned masks keep (§3.2; l0module.py)."""
+"""Weight inheritance as plans: manual, by rule (TinyCLIP §3.3; weight_inherit.py), and automatic, by learned masks (§3.2; l0module.py)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,18 +19,18 @@ _DEPTH = {"interval": every, "even": even}
 
 
 def pick_layers(source: int, target: int, rule: DepthRule = "interval") -> list[int]:
-    """The donor's layers a student of `target` layers takes: 12 -> 9 is the first nine by the released rule.
+    """Indices of the donor's layers that a student of `target` layers inherits: for 12 -> 9 the first nine, by the released rule.
 
-    Raises InputError when the donor is too shallow.
+    Raises InputError when the donor has fewer layers than `target`.
     """
     return _layers(source, target, rule).rows.tolist()
 
 
 def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "interval") -> Plan:
-    """The plan from a donor to a student no larger than it in any direction.
+    """Plan of manual inheritance: leading channels and heads, and every n-th layer (TinyCLIP §3.3).
 
-    Both towers are cut alike; the similarity scale is not inherited, as in the released code. `depth_rule="even"` spreads
-    the layers. An image tower of another resolution has its position grid resampled.
+    The student must not be larger in any size. Both towers follow the same rule; the similarity scale is not inherited, as in the released
+    code. `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is resampled.
     """
     text = ("text/**", _tower(teacher.text, student.text, depth_rule))
     if isinstance(teacher.image, ResNetConfig) or isinstance(student.image, ResNetConfig):
@@ -46,23 +46,31 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
 
 
 def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
-    """Leading filters, statistics and heads, layer by layer: stages keep their depth."""
+    """Rules for leading filters, statistics and heads of each layer; stages keep their depth."""
     if not (isinstance(teacher.image, ResNetConfig) and isinstance(student.image, ResNetConfig)):
-        raise InputError("one image tower is a ResNet, the other a ViT: nothing of one can be inherited by the other")
+        raise InputError("one image tower is a ResNet, the other a ViT: choose a donor and a student of the same kind")
     if teacher.image.blocks != student.image.blocks:
-        raise InputError(f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: take these")
+        raise InputError(
+            f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: set "
+            "student.image.blocks to these"
+        )
     if student.image.width > teacher.image.width:
-        raise InputError(f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: nothing to cut from")
+        raise InputError(
+            f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set student.image.width to at most this"
+        )
     return leading(functional(Clip, student).spec, "image/**")
 
 
 def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
-            raise InputError(f"layers that differ in {name} have no leading part: go on from a pruned model with masks (masks.prune_step)")
+            raise InputError(
+                f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with masks "
+                "(masks.prune_step)"
+            )
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
-            raise InputError(f"the student's {name} {sizes}: nothing to cut from")
+            raise InputError(f"the student's {name} {sizes}: set it to at most this")
     return {
         "layer": _layers(teacher.layers, student.layers, rule),
         "embed": first(student.width),
@@ -81,33 +89,33 @@ def _grid(teacher: ImageConfig, student: ImageConfig) -> Maps:
 
 def _layers(source: int, target: int, rule: DepthRule) -> Pick:
     if not 0 < target <= source:
-        raise InputError(f"the student has {target} layers, the donor {source}: choose between 1 and {source}")
+        raise InputError(f"the student has {target} layers, the donor {source}: choose 1 to {source} for the student")
     return _DEPTH[rule](source, target)
 
 
 def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
-    """The plan from a model, pruned or not, into the full-size one that masks are put on: what it has lost is zeros.
+    """Plan from a model, pruned or not, to the full-size model for learned masks: rows that pruning removed become zeros.
 
-    The pruned model is the leading part of each axis (load_pruned_model of the release). Raises InputError when the donor is larger.
+    The pruned model fills the leading part of each axis (load_pruned_model of the release). Raises InputError when the donor is larger.
     """
 
-    def tower(before: ImageConfig | TextConfig, now: ImageConfig | TextConfig) -> Maps:
-        sizes = {"embed": (before.width, now.width), "head": (before.heads, now.heads), "hidden": (before.hidden, now.hidden)}
-        return {axis: _extended(axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items()}
+    def tower(source: ImageConfig | TextConfig, target: ImageConfig | TextConfig) -> Maps:
+        sizes = {"embed": (source.width, target.width), "head": (source.heads, target.heads), "hidden": (source.hidden, target.hidden)}
+        return {axis: _zero_padded(axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items()}
 
     towers = {name: tower(tower_of(donor, name), tower_of(student, name)) for name in TOWERS}
     return Plan((("logit_scale", {}), *((f"{name}/**", maps) for name, maps in towers.items())))
 
 
-def _extended(axis: str, n: int, to: int) -> Pick:
+def _zero_padded(axis: str, n: int, to: int) -> Pick:
     if n > to:
-        raise InputError(f"the donor's {axis!r} is {n} and the student's {to}: masks are put on the original model, name its sizes")
+        raise InputError(f"the donor's {axis!r} is {n}, the student's {to}: masks need the original model, set the student to its sizes")
     return first(n) if n == to else pick([*range(n), *[0] * (to - n)], np.array([1] * n + [0] * (to - n), np.float32))
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A compact model: layers differ in heads and hidden units, and are zero-padded in memory. `resolution` says what became of what."""
+    """A pruned model. Its layers differ in heads and hidden units, and are zero-padded in memory. resolution: source of each tensor."""
 
     cfg: ClipConfig
     params: dict[str, np.ndarray]
@@ -115,18 +123,18 @@ class Pruned:
 
 
 def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Pruned:
-    """Cut a masked model to what its gates keep, with their values folded into the weights: the same outputs.
+    """Remove the rows of a masked model whose gates are 0 and multiply the other gates into the weights: the outputs stay the same.
 
-    cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: its two `legacy_*` fields count.
+    cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: only its two `legacy_*` fields are used.
     """
     small = replace(cfg, image=_smaller(cfg, "image", gates), text=_smaller(cfg, "text", gates))
-    plan = cutting(gates, how)
+    plan = pruning_plan(gates, how)
     resolution = plan.resolve(Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec)
     return Pruned(small, {line.path: np.asarray(build(line)) for line in resolution.lines}, resolution)
 
 
-def cutting(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
-    """The plan of `prune`: rows with a gate above 0, in their order, scaled where they are written (embed) or read (head, hidden)."""
+def pruning_plan(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
+    """Plan of `prune`: rows with a gate above 0, in order, scaled where they are written (embed) or read (head, hidden)."""
     rules: list[tuple[str, Any]] = [("logit_scale", {})]
     for tower in TOWERS:
         embed, head, hidden = (gates[f"masks/{tower}/{name}"] for name in ("embed", "head", "hidden"))
@@ -143,7 +151,7 @@ def cutting(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
 
 
 def _kept(gates: np.ndarray) -> Any:
-    """Per layer the rows with a gate above 0, padded with rows of zeros to the layer that keeps most. gates: [layer, rows]."""
+    """Maps to the rows of each layer with a gate above 0, zero-padded to the largest layer. gates: [layer, rows]."""
     rows = [np.flatnonzero(layer) for layer in gates]
     longest = max(1, *map(len, rows))
 

@@ -1,4 +1,4 @@
-"""The preprocessing and the tokenizer that travel with a CLIP, and what is assumed where a checkpoint has none."""
+"""Preprocessing and tokenizer of a CLIP, and the defaults for a checkpoint that has none."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +16,21 @@ from tinyclip_jax.model import TextConfig
 if TYPE_CHECKING:
     from tinyclip_jax.config import Config
 
-CACHE = "cache:"  # of a teacher's name: embeddings that `heirloom cache` stored
+CACHE = "cache:"  # prefix of `teacher`: embeddings that `heirloom cache` stored
 
 CLIP_VOCAB = 49408
 _FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")  # tokenizers of other kinds: BERT, SentencePiece
 
 
 def preprocess_of(donor: Donor) -> Found:
-    """Preprocessing of a CLIP's folder; CLIP's own where there is none."""
+    """Read the preprocessing of a CLIP's folder; without one, CLIP's default."""
     return find(donor.folder, donor.format, donor.cfg.image.size, Preprocess(donor.cfg.image.size), "CLIP's own")
 
 
 def tokenizer_of(donor: Donor) -> Tokenizer | None:
-    """The tokenizer of a CLIP's folder, CLIP's own, which is said, for a vocabulary of its size, or None when it is another's.
+    """Read the tokenizer of a CLIP's folder; without one, CLIP's tokenizer with a remark if the vocabulary has its size, else None.
 
-    Raises InputError for a tokenizer that is damaged or does not fit the model.
+    Also None for a folder with a tokenizer of another kind. Raises InputError for a tokenizer that is damaged or does not fit the model.
     """
     if any((donor.folder / name).is_file() for name in FILES):
         tokenizer = Tokenizer.load(donor.folder)
@@ -40,25 +40,29 @@ def tokenizer_of(donor: Donor) -> Tokenizer | None:
         return None
     if donor.cfg.text.vocab != CLIP_VOCAB:
         return None
-    remark(f"tokenizer: none with {donor.folder}; CLIP's own is assumed, for the size of the vocabulary is its")
+    remark(f"tokenizer: {donor.folder} has none; CLIP's is assumed, because the vocabulary has its size")
     return Tokenizer.clip()
 
 
 def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
-    """Raises InputError unless the text tower has every id of the tokenizer and pools a caption at its end token."""
+    """Check that the text tower has every id of the tokenizer and pools at its end token. Raises InputError."""
     if tokenizer.vocab_size > text.vocab:
-        raise InputError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}; name the right tokenizer")
+        raise InputError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}: give the tokenizer of this model"
+        )
     if text.eot is not None and text.eot != tokenizer.eot:
-        raise InputError(f"{name}: the tokenizer ends captions with id {tokenizer.eot}, the text tower looks for {text.eot}")
+        raise InputError(
+            f"{name}: the tokenizer ends captions with id {tokenizer.eot}, text.eot is {text.eot}: give the tokenizer of this model"
+        )
     if text.eot is None and tokenizer.largest_word > tokenizer.eot:
         raise InputError(
             f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word}; this text tower "
-            "takes the largest id for the end of a caption, so it needs the end token to be the last, or text.eot to be its id"
+            f"pools at the largest id: set text.eot to {tokenizer.eot}, or give a tokenizer whose end token has the largest id"
         )
 
 
 def companions(donor: Donor, destination: Path, format: str) -> None:
-    """Carry tokenizer and preprocessing from a checkpoint's folder to another, in the words of `format`."""
+    """Write the tokenizer and preprocessing of a checkpoint into another folder, as files of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     tokenizer = tokenizer_of(donor)
     if tokenizer is None:
@@ -66,7 +70,7 @@ def companions(donor: Donor, destination: Path, format: str) -> None:
     tokenizer.save(destination)
     if format == "hf":
         about = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
-        sot, eot = tokenizer.names  # transformers would add its own names to a vocabulary that has others
+        sot, eot = tokenizer.names  # without them transformers adds its default tokens to the vocabulary
         write_json(destination / "tokenizer_config.json", about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot))
 
 
@@ -84,28 +88,28 @@ class Inputs:
 
 
 def read_inputs(cfg: "Config", donor: Donor | None, teacher: Donor | None) -> Inputs:
-    """Preprocessing and tokenizer: what the config names, else the donor's, else the teacher's, else CLIP's."""
-    known = donor or teacher
+    """Preprocessing and tokenizer of the config, else of the donor, else of the teacher, else of CLIP."""
+    origin = donor or teacher
     stored = Path(cfg.teacher.removeprefix(CACHE)) if cfg.teacher.startswith(CACHE) else None
     pre = Preprocess(size=cfg.student.image.size)
-    if known or stored:
-        theirs = preprocess_of(known).announced() if known else Preprocess.load(stored or "")
-        pre = theirs.at(cfg.student.image.size)
+    if origin or stored:
+        inherited = preprocess_of(origin).announced() if origin else Preprocess.load(stored or "")
+        pre = inherited.at(cfg.student.image.size)
     if cfg.tokenizer == "fit":
         tokenizer = Tokenizer.train(captions(open_source(cfg.data)), cfg.student.text.vocab)
     elif cfg.tokenizer:
         tokenizer = Tokenizer.load(cfg.tokenizer)
     else:
-        found = tokenizer_of(known) if known else Tokenizer.load(stored) if stored else Tokenizer.clip()
+        found = tokenizer_of(origin) if origin else Tokenizer.load(stored) if stored else Tokenizer.clip()
         if found is None:
-            raise InputError(f"{known and known.path} comes without a tokenizer; name one with --tokenizer")
+            raise InputError(f"{origin and origin.path} has no tokenizer: name one with --tokenizer")
         tokenizer = found
     check_tokenizer(tokenizer, cfg.student.text, "student.text")
     return Inputs(pre, tokenizer)
 
 
 def captions(source: Source) -> list[str]:
-    """Every distinct caption with its tags, in a stable order."""
+    """All distinct captions and tags, sorted."""
     found: set[str] = set()
     for i in range(len(source)):
         record = source[i]

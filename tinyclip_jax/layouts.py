@@ -1,4 +1,4 @@
-"""CLIP checkpoints of others in our names: Hugging Face, open_clip, and the original TinyCLIP files."""
+"""Layouts of foreign CLIP checkpoints: Hugging Face, open_clip, and the original TinyCLIP files."""
 
 from heirloom.common.surgery.layout import Layout
 from tinyclip_jax.resnet import STAGES
@@ -115,6 +115,6 @@ HF = Layout(
 _BUFFERS = ("**num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
 OPEN_CLIP = _open_clip("open_clip", "visual.", "", "logit_scale", _BUFFERS)
 
-# A training file carries the parameters of the learned masks beside the weights.
+# A training checkpoint holds the parameters of the learned masks next to the weights.
 _TRAINED = ("**l0_module**", "**num_batches_tracked", "_text_encoder.attn_mask")
 ORIGINAL = _open_clip("original", "_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale", _TRAINED)

@@ -1,7 +1,7 @@
 """Losses of TinyCLIP (§3; clip_soft_loss.py). Features are unit norm and f32; the batch is the global one.
 
 Both losses are the cross-entropy of one matrix of similarities, by rows and by columns, under a matrix of targets. Neither matrix is ever
-whole: a device holds its rows of it, `CHUNK` at a time, against the gathered columns. The way back computes them again.
+whole in memory: a device computes its own rows, `CHUNK` at a time, against the gathered columns. The backward pass computes them again.
 """
 
 from collections.abc import Callable
@@ -10,23 +10,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 CHUNK = 1024  # rows of similarities in memory at a time
 ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
-NEVER = -1e30  # the logit of a target that is none; finite, so that differences of two are
+NO_TARGET = -1e30  # the logit of a pair with target 0; finite, so that the difference of two such logits is finite
 TargetLogits = Callable[[Any, Any], jax.Array]
-"""`(rows, columns) -> [rows, columns]`: logits of the targets, from whatever is known of either side."""
+"""`(rows, columns) -> [rows, columns]`: logits of the targets, from the data of the rows and of the columns."""
 
 
 def affinity_mimicking(
-    image: jax.Array,
-    text: jax.Array,
-    teacher_image: jax.Array,
-    teacher_text: jax.Array,
-    scale: jax.Array | float,
-    teacher_scale: jax.Array | float,
-) -> jax.Array:
+    image: Float[Array | np.ndarray, "batch joint"],
+    text: Float[Array | np.ndarray, "batch joint"],
+    teacher_image: Float[Array | np.ndarray, "batch teacher_joint"],
+    teacher_text: Float[Array | np.ndarray, "batch teacher_joint"],
+    scale: Float[Array, ""] | float,
+    teacher_scale: Float[Array, ""] | float,
+) -> Float[Array, ""]:
     """Cross-entropy between teacher's and student's image-text affinities (TinyCLIP eq. 2-4).
 
     image, text: [batch, joint] student features, unit norm, f32. teacher_*: same, any joint width, no gradient.
@@ -37,7 +39,12 @@ def affinity_mimicking(
     return _cross_entropy(similarity, image, text, jnp.asarray(scale, jnp.float32), rows, columns)
 
 
-def contrastive(image: jax.Array, text: jax.Array, scale: jax.Array | float, group: jax.Array | None = None) -> jax.Array:
+def contrastive(
+    image: Float[Array | np.ndarray, "batch joint"],
+    text: Float[Array | np.ndarray, "batch joint"],
+    scale: Float[Array, ""] | float,
+    group: Int[Array | np.ndarray, " batch"] | None = None,
+) -> Float[Array, ""]:
     """CLIP's InfoNCE, both directions, halved each (nats).
 
     image, text: [batch, joint] unit norm, f32. group: [batch] int; pairs of one group are positives of one another, and
@@ -48,19 +55,27 @@ def contrastive(image: jax.Array, text: jax.Array, scale: jax.Array | float, gro
     return _cross_entropy(_same_group, image, text, jnp.asarray(scale, jnp.float32), group, group)
 
 
-def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
-    """Cosines [images, captions]. In full precision: a TPU's bf16 passes would move logits by a tenth at a scale of 50."""
+def similarity(
+    image: Float[Array | np.ndarray, "images joint"], text: Float[Array | np.ndarray, "captions joint"]
+) -> Float[Array, "images captions"]:
+    """Cosine of every image with every caption, for unit-norm features.
+
+    In full precision: a TPU's bf16 passes would change logits by a tenth at a scale of 50.
+    """
     return jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _same_group(rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Logits whose softmax is even over the members of a group."""
-    return jnp.where(rows[:, None] == columns[None], 0.0, NEVER)
+    return jnp.where(rows[:, None] == columns[None], 0.0, NO_TARGET)
 
 
 class _Sums(NamedTuple):
-    """Of rows or of columns, [n] each: largest logit, sum of exponentials relative to it; the same of the targets, and the student's
-    logits summed with the targets' weights."""
+    """Running sums of a softmax cross-entropy, [n] each, for rows or for columns.
+
+    largest, total: largest logit, and the sum of exponentials relative to it. target_*: the same of the targets. cross: the student's
+    logits summed with the targets' weights.
+    """
 
     largest: jax.Array
     total: jax.Array
@@ -79,14 +94,14 @@ class _Sums(NamedTuple):
         shift, target_shift = jnp.exp(self.largest - largest), jnp.exp(self.target_largest - target_largest)
         return _Sums(largest, self.total * shift, target_largest, self.target_total * target_shift, self.cross * target_shift)
 
-    def with_more(self, more: "_Sums") -> "_Sums":
-        """Of both parts of an axis."""
+    def merged(self, more: "_Sums") -> "_Sums":
+        """The sums over two parts of an axis."""
         tops = jnp.maximum(self.largest, more.largest), jnp.maximum(self.target_largest, more.target_largest)
         a, b = self.rescaled(*tops), more.rescaled(*tops)
         return _Sums(*tops[:1], a.total + b.total, tops[1], a.target_total + b.target_total, a.cross + b.cross)
 
-    def over(self, axes: tuple[str, ...]) -> "_Sums":
-        """Of the parts on all devices along mesh axes."""
+    def all_reduced(self, axes: tuple[str, ...]) -> "_Sums":
+        """The sums over the parts on all devices along mesh axes."""
         if not axes:
             return self
         part = self.rescaled(jax.lax.pmax(self.largest, axes), jax.lax.pmax(self.target_largest, axes))
@@ -122,9 +137,9 @@ def _cross_entropy(target: TargetLogits, image: Any, text: Any, scale: Any, targ
 def _forward(target: TargetLogits, *inputs: Any) -> tuple[jax.Array, Any]:
     axes = _row_axes()
     rows, one = PartitionSpec(axes), PartitionSpec()
-    into = (rows, rows, one, rows, rows)
-    outof = (one, _Normalisers(rows, rows, one, one))
-    loss, normalisers = _on_devices(partial(_forward_here, target, axes), axes, into, outof)(*inputs)
+    in_specs = (rows, rows, one, rows, rows)
+    out_specs = (one, _Normalisers(rows, rows, one, one))
+    loss, normalisers = _sharded(partial(_forward_local, target, axes), axes, in_specs, out_specs)(*inputs)
     return loss, (inputs, normalisers)
 
 
@@ -132,51 +147,51 @@ def _backward(target: TargetLogits, saved: Any, gradient: jax.Array) -> tuple[An
     inputs, normalisers = saved
     axes = _row_axes()
     rows, one = PartitionSpec(axes), PartitionSpec()
-    into = (rows, rows, one, rows, rows, _Normalisers(rows, rows, one, one))
-    back = _on_devices(partial(_backward_here, target, axes), axes, into, (rows, rows, one))
-    return *(gradient * x for x in back(*inputs, normalisers)), None, None
+    in_specs = (rows, rows, one, rows, rows, _Normalisers(rows, rows, one, one))
+    gradients = _sharded(partial(_backward_local, target, axes), axes, in_specs, (rows, rows, one))
+    return *(gradient * x for x in gradients(*inputs, normalisers)), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _forward_here(target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any) -> Any:
-    """Loss and normalisers from this device's rows and everyone's columns."""
+def _forward_local(target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any) -> Any:
+    """Loss and normalisers from the rows of this device and the columns of all devices."""
     text, columns = _gathered(text, axes), _gathered(columns, axes)
-    nothing = jnp.full(len(text), NEVER), jnp.zeros(len(text))
-    start = _Sums(*nothing, *nothing, jnp.zeros(len(text)))
+    empty = jnp.full(len(text), NO_TARGET), jnp.zeros(len(text))
+    start = _Sums(*empty, *empty, jnp.zeros(len(text)))
 
     def chunk(sums: _Sums, part: Any) -> tuple[_Sums, _Sums]:
         (image, rows), real = part
-        logits, wanted = (jnp.where(real, x, NEVER) for x in (scale * similarity(image, text), target(rows, columns)))
-        return sums.with_more(_Sums.of(logits, wanted, 0)), _Sums.of(logits, wanted, 1)
+        logits, targets = (jnp.where(real, x, NO_TARGET) for x in (scale * similarity(image, text), target(rows, columns)))
+        return sums.merged(_Sums.of(logits, targets, 0)), _Sums.of(logits, targets, 1)
 
     by_column, by_row = jax.lax.scan(chunk, start, _chunked((image, rows)))
     by_row = jax.tree.map(lambda x: x.reshape(-1)[: len(image)], by_row)
-    by_column = by_column.over(axes)
+    by_column = by_column.all_reduced(axes)
     loss = (_sum(by_row.cross_entropy.sum(), axes) + by_column.cross_entropy.sum()) / (2 * len(text))
     return loss, _Normalisers(by_row.normaliser, by_row.target_normaliser, by_column.normaliser, by_column.target_normaliser)
 
 
-def _backward_here(
+def _backward_local(
     target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any, n: _Normalisers
 ) -> Any:
-    """Gradients of image, text and scale: the similarities are computed again, softmax minus target is what flows back."""
-    everyone, columns = _gathered(text, axes), _gathered(columns, axes)
+    """Gradients of image, text and scale: the similarities are computed again; the gradient of a logit is softmax minus target."""
+    all_text, columns = _gathered(text, axes), _gathered(columns, axes)
     highest = jax.lax.Precision.HIGHEST
 
     def chunk(sums: Any, part: Any) -> tuple[Any, jax.Array]:
         (image, rows, row, target_row), real = part
-        cosines, wanted = similarity(image, everyone), target(rows, columns)
+        cosines, targets = similarity(image, all_text), target(rows, columns)
         logits = scale * cosines
-        excess = jnp.exp(logits - row[:, None]) - jnp.exp(wanted - target_row[:, None])
-        excess += jnp.exp(logits - n.column) - jnp.exp(wanted - n.target_column)
-        excess = jnp.where(real, excess, 0) / (2 * len(everyone))
+        excess = jnp.exp(logits - row[:, None]) - jnp.exp(targets - target_row[:, None])
+        excess += jnp.exp(logits - n.column) - jnp.exp(targets - n.target_column)
+        excess = jnp.where(real, excess, 0) / (2 * len(all_text))
         by_text, by_scale = sums
         by_text += scale * jnp.matmul(excess.T, image, precision=highest)
-        return (by_text, by_scale + (excess * cosines).sum()), scale * jnp.matmul(excess, everyone, precision=highest)
+        return (by_text, by_scale + (excess * cosines).sum()), scale * jnp.matmul(excess, all_text, precision=highest)
 
-    start = jnp.zeros_like(everyone), jnp.zeros(())
+    start = jnp.zeros_like(all_text), jnp.zeros(())
     (by_text, by_scale), by_image = jax.lax.scan(chunk, start, _chunked((image, rows, n.row, n.target_row)))
     if axes:
         by_text = jax.lax.psum_scatter(by_text, axes, tiled=True)
@@ -184,9 +199,9 @@ def _backward_here(
 
 
 def _chunked(rows: Any) -> tuple[Any, jax.Array]:
-    """[n, ...] -> [chunks, c, ...] in as few chunks of up to CHUNK rows as hold them, the last padded with zeros.
+    """Split [n, ...] into [chunks, c, ...], the fewest chunks of up to CHUNK rows, the last padded with zeros.
 
-    Second comes a mask of the rows that are real: [chunks, c, 1] bool.
+    Also returns a mask of the rows that are not padding: [chunks, c, 1] bool.
     """
     n = len(jax.tree.leaves(rows)[0])
     chunks = -(-n // CHUNK)
@@ -200,13 +215,13 @@ def _chunked(rows: Any) -> tuple[Any, jax.Array]:
 
 
 def _row_axes() -> tuple[str, ...]:
-    """The axes of the mesh in use that split rows; none outside of a step."""
+    """The axes of the current mesh that split rows; none outside of a training step."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in ROWS if axis in mesh.axis_names and mesh.shape[axis] > 1)
 
 
-def _on_devices(function: Callable[..., Any], axes: tuple[str, ...], into: Any, outof: Any) -> Callable[..., Any]:
-    return jax.shard_map(function, in_specs=into, out_specs=outof, check_vma=False) if axes else function
+def _sharded(function: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False) if axes else function
 
 
 def _gathered(x: Any, axes: tuple[str, ...]) -> Any:

@@ -1,8 +1,8 @@
 """Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py of the release; hard-concrete gates of arXiv 1712.01312).
 
 Every channel of a tower's residual stream, every head and every hidden unit has a gate between 0 and 1 with a trained log-alpha. A masked
-model is the same model with its kernels scaled by the gates (`scaled`), normalising over what is left (`Keep`). A constraint on the
-expected size closes gates; `heirloom.common.surgery` then cuts what is closed (`tinyclip_jax.inherit.prune`).
+model is the same model with its kernels scaled by the gates (`apply_gates`); its norms use the open channels only (`Keep`). A constraint on
+the expected size closes gates; `tinyclip_jax.inherit.prune` then removes the closed rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional
@@ -23,7 +24,7 @@ from tinyclip_jax.resnet import ResNetConfig
 LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this and clipped to 0..1, so that a gate can be exactly 0 or 1
 TEMPERATURE = 2 / 3
 EPS = 1e-6
-MAGIC = 0.8  # of the deterministic gate, sigmoid(log_alpha * MAGIC / TEMPERATURE)
+MAGIC = 0.8  # the release's name: a deterministic gate is sigmoid(log_alpha * MAGIC / TEMPERATURE)
 OPEN, CLOSED = 10.0, -10.0  # log-alpha before the first step
 LIMIT = log(100)  # log-alpha stays within +-LIMIT from the first step on
 MULTIPLIER = 10.0  # both multipliers of the constraint before the first step
@@ -39,65 +40,65 @@ class MaskConfig:
     """The mask phase of automatic inheritance; the defaults are those of script/auto_*.sh of the release."""
 
     prune_step: int = 0
-    """Steps with masks; then the model is cut to what they keep. 0: no masks."""
+    """Steps with masks; then the model is pruned to the open gates. 0: no masks."""
     start: float = 0.0
-    """Share of the parameters that is gone at the first step (0.25 for a stage that continues from a 75 % model)."""
+    """Target sparsity at the first step: share of the parameters to remove (0.25 for a stage that continues from a 75 % model)."""
     target: float = 0.25
-    """Share that shall be gone at the end."""
+    """Target sparsity at the end of the warm-up."""
     warmup: int = 1000
-    """Steps in which the wanted share rises from `start` to `target`."""
+    """Steps in which the target sparsity rises from `start` to `target`."""
     lr: float = 0.02
     """Learning rate of the masks (down) and of the multipliers of the constraint (up)."""
     momentum: float = 0.9
-    """First beta of their Adam. Phases of a hundred steps want 0: with momentum gates go on closing for ten steps after enough are."""
+    """First beta of their Adam. Use 0 for phases of a hundred steps: with momentum, gates go on closing for ten steps too many."""
     round_to: int = 1
     """Widths and hidden units are rounded up to a multiple: 8, 64, 128 fill the lanes of a TPU. Deviation: the release has 1."""
     legacy_proj_scale: bool = False
-    """As the release: scale the final projections by the mask when cutting, though the masked model does not."""
+    """As the release: scale the final projections by the mask when pruning, though the masked model does not."""
     legacy_drop_bias: bool = False
     """As the release: drop the output bias of a layer that lost all heads, though the masked model adds it."""
 
-    def wanted(self, step: jax.Array | int) -> Any:
-        """The share that shall be gone at `step`."""
+    def target_at(self, step: Array | int) -> Array:
+        """Target sparsity at `step`."""
         return self.start + (self.target - self.start) * jnp.minimum(1.0, step / max(self.warmup, 1))
 
 
 EXACT = MaskConfig()
 
 
-def score(log_alpha: Any) -> jax.Array:
-    """Probability that a gate is not 0."""
+def open_probability(log_alpha: Float[ArrayLike, "*gates"]) -> Float[Array, "*gates"]:
+    """Probability that a gate is not 0 (cdf_qz of the release)."""
     closed = jax.nn.sigmoid(TEMPERATURE * log(-LOW / HIGH) - jnp.asarray(log_alpha, jnp.float32))
     return 1 - jnp.clip(closed, EPS, 1 - EPS)
 
 
-def gate(log_alpha: Any, uniform: Any) -> jax.Array:
-    """The gate of training for a draw from U(0, 1)."""
+def sample_gate(log_alpha: Float[ArrayLike, "*gates"], uniform: Float[ArrayLike, "*gates"]) -> Float[Array, "*gates"]:
+    """Training gate in [0, 1] from a draw of U(0, 1)."""
     noise = jnp.log(uniform) - jnp.log1p(-jnp.asarray(uniform))
     concrete = jax.nn.sigmoid((noise + log_alpha) / TEMPERATURE)
     return jnp.clip(concrete * (HIGH - LOW) + LOW, 0, 1)
 
 
-def sample(key: jax.Array, masks: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Gates for one step from the log-alphas, by path.
+def sample_gates(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
+    """Training gates of one step from the log-alphas, by path.
 
     Deviation: one draw for the whole batch; in the release every process draws its own.
     """
     paths = [path for path in sorted(masks) if _is_gate(path)]
     keys = jax.random.split(key, len(paths))
     return {
-        path: gate(masks[path], jax.random.uniform(k, masks[path].shape, minval=EPS, maxval=1 - EPS))
+        path: sample_gate(masks[path], jax.random.uniform(k, masks[path].shape, minval=EPS, maxval=1 - EPS))
         for path, k in zip(paths, keys, strict=True)
     }
 
 
-def deterministic(log_alpha: Any, round_to: int = 1) -> np.ndarray:
-    """The gates of evaluation and pruning, float32 of the same shape: along the last axis the expected number of zeros, at the smallest.
+def deterministic_gate(log_alpha: Float[ArrayLike, "*rows units"], round_to: int = 1) -> Float[np.ndarray, "*rows units"]:
+    """Gates for evaluation and pruning, float32: in each row the smallest gates are 0, as many as are expected to be closed.
 
-    What survives keeps its soft value, sigmoid(1.2 log_alpha); it is not set to 1.
+    The other gates keep their soft value, sigmoid(1.2 log_alpha); they are not set to 1.
     """
     soft = np.array(jax.nn.sigmoid(jnp.asarray(log_alpha, jnp.float32) * (MAGIC / TEMPERATURE)))
-    expected = np.asarray(score(log_alpha), np.float64).sum(-1)
+    expected = np.asarray(open_probability(log_alpha), np.float64).sum(-1)
     rows, size = soft.reshape(-1, soft.shape[-1]), soft.shape[-1]
     for row, kept in zip(rows, np.atleast_1d(expected).ravel(), strict=True):
         zeros = round(size - float(kept))  # half to even, as the release
@@ -107,19 +108,19 @@ def deterministic(log_alpha: Any, round_to: int = 1) -> np.ndarray:
 
 
 def deterministic_gates(masks: Mapping[str, Any], round_to: int = 1) -> dict[str, np.ndarray]:
-    """The deterministic gates of all log-alphas, by path; heads are never rounded.
+    """Gates for evaluation and pruning of all log-alphas, by path; heads are never rounded.
 
-    Raises InputError when a tower has nothing left.
+    Raises InputError when a tower has no open channel.
     """
-    gates = {path: deterministic(value, 1 if path.endswith("/head") else round_to) for path, value in masks.items() if _is_gate(path)}
+    gates = {path: deterministic_gate(value, 1 if path.endswith("/head") else round_to) for path, value in masks.items() if _is_gate(path)}
     for path, value in gates.items():
         if path.endswith("/embed") and not value.any():
-            raise InputError(f"{path}: no channel is left; lower masks.target or take more steps")
+            raise InputError(f"{path}: every channel is closed, a tower needs one or more: lower masks.target, or raise masks.prune_step")
     return gates
 
 
 def mask_spec(cfg: ClipConfig) -> Spec:
-    """The trained leaves beside the weights: log-alphas and, per tower, the two multipliers of the constraint."""
+    """The trained leaves next to the weights: log-alphas and, per tower, the two multipliers of the constraint."""
     spec = {}
     for tower in TOWERS:
         c, (heads, hidden) = tower_of(cfg, tower), _full(cfg, tower)
@@ -132,7 +133,7 @@ def mask_spec(cfg: ClipConfig) -> Spec:
 
 
 def initial_masks(donor: ClipConfig, cfg: ClipConfig) -> dict[str, np.ndarray]:
-    """All gates open; those of what a donor of an earlier stage has lost are closed (load_pruned_model of the release)."""
+    """Log-alphas before the first step: all open, but closed for rows that the donor lost in an earlier stage (load_pruned_model)."""
     masks = {path: np.full(leaf.shape, OPEN if _is_gate(path) else MULTIPLIER, np.float32) for path, leaf in mask_spec(cfg).items()}
     for tower in TOWERS:
         before, now = tower_of(donor, tower), tower_of(cfg, tower)
@@ -143,45 +144,49 @@ def initial_masks(donor: ClipConfig, cfg: ClipConfig) -> dict[str, np.ndarray]:
     return masks
 
 
-def bounded(params: Mapping[str, Any]) -> dict[str, Any]:
-    """After each update: the log-alphas between ln 0.01 and ln 100."""
+def clip_log_alphas(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Clip the log-alphas to [ln 0.01, ln 100], after each update."""
     return {path: jnp.clip(value, -LIMIT, LIMIT) if _is_gate(path) else value for path, value in params.items()}
 
 
 def prunable(cfg: ClipConfig, tower: str) -> int:
-    """Parameters of the projections and MLPs that masks can remove (embeddings, norms and the joint projection do not count)."""
+    """Number of parameters that masks can remove: projections and MLPs, without embeddings, norms and the joint projection."""
     c, heads, hidden = tower_of(cfg, tower), *_full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     return c.layers * (per_head * heads + 2 * c.width * hidden + c.width + hidden)
 
 
-def remaining(cfg: ClipConfig, tower: str, masks: Mapping[str, Any]) -> jax.Array:
-    """The expected number of these parameters that stays."""
+def remaining(cfg: ClipConfig, tower: str, masks: Mapping[str, Any]) -> Float[Array, ""]:
+    """Expected number of prunable parameters that remain."""
     c, (heads, _) = tower_of(cfg, tower), _full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
-    embed, head, hidden = (jnp.sum(score(masks[f"masks/{tower}/{name}"])) for name in GATES)
+    embed, head, hidden = (jnp.sum(open_probability(masks[f"masks/{tower}/{name}"])) for name in GATES)
     return embed * head * per_head / c.width + 2 * embed * hidden
 
 
-def sparsity(cfg: ClipConfig, masks: Mapping[str, Any]) -> jax.Array:
-    """The expected share that is gone, of both towers together."""
+def sparsity(cfg: ClipConfig, masks: Mapping[str, Any]) -> Float[Array, ""]:
+    """Expected share of the prunable parameters of both towers that is removed."""
     left = jnp.sum(jnp.stack([remaining(cfg, tower, masks) for tower in TOWERS]))
     return 1 - left / sum(prunable(cfg, tower) for tower in TOWERS)
 
 
-def constraint(gone: Any, wanted: Any, masks: Mapping[str, Any]) -> jax.Array:
-    """The penalty while less is gone than wanted: l1 d + l2 d^2, d = max(wanted - gone, 0); the multipliers are to be *raised* on it.
+def constraint(removed: Float[ArrayLike, ""], target: Float[ArrayLike, ""], masks: Mapping[str, Any]) -> Float[Array, ""]:
+    """Penalty l1 d + l2 d^2 while the sparsity is below its target, d = max(target - removed, 0); the multipliers ascend on it.
+
+    removed: `sparsity`. target: `MaskConfig.target_at`.
 
     Deviation from the paper, as in the released code: never a penalty for pruning too much.
     """
     linear, quadratic = (sum(masks[f"masks/{t}/{name}"] for t in TOWERS) / len(TOWERS) for name in MULTIPLIERS)
-    short = jnp.maximum(wanted - gone, 0)
+    short = jnp.maximum(jnp.subtract(target, removed), 0)
     return linear * short + quadratic * short**2
 
 
-def scaled(params: Mapping[str, Any], spec: Spec, gates: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of the masked model: what writes to the residual stream times the embed gate, and what reads heads or hidden units
-    times theirs (the same as masking activations)."""
+def apply_gates(params: Mapping[str, Any], spec: Spec, gates: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of the masked model, which are the same as masked activations.
+
+    Kernels that write to the residual stream are multiplied by its gates, kernels that read heads or hidden units by theirs.
+    """
     out = {}
     for path, leaf in spec.items():
         value = params[path]
@@ -200,7 +205,7 @@ def scaled(params: Mapping[str, Any], spec: Spec, gates: Mapping[str, Any]) -> d
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """A CLIP whose parameters are weights and masks in one dictionary; otherwise as `Functional`."""
+    """A CLIP with learned masks, as `Functional`; its parameters are weights and masks in one dictionary."""
 
     model: Functional
     cfg: ClipConfig
@@ -209,25 +214,25 @@ class Masked:
     def spec(self) -> Spec:
         return self.model.spec | mask_spec(self.cfg)
 
-    def init(self, key: jax.Array, paths: Iterable[str] | None = None, place: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Fresh weights, all gates open."""
+    def init(self, key: Array, paths: Iterable[str] | None = None, place: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Initial weights, and masks with all gates open."""
         params = self.model.init(key, place=place) | initial_masks(self.cfg, self.cfg)
         return params if paths is None else {path: params[path] for path in paths}
 
     def apply(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         weights, gates = split(params)
         keep = Keep(*(gates[f"masks/{tower}/embed"] != 0 for tower in TOWERS))
-        return self.model.apply(scaled(weights, self.model.spec, gates), *args, keep=keep, **kwargs)
+        return self.model.apply(apply_gates(weights, self.model.spec, gates), *args, keep=keep, **kwargs)
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights, and masks."""
+    """Split parameters into weights and masks."""
     masks = {path: value for path, value in params.items() if matches(PATTERN, path)}
     return {path: value for path, value in params.items() if path not in masks}, masks
 
 
 def per_layer(size: int | tuple[int, ...], layers: int) -> tuple[int, ...]:
-    """A size for each layer."""
+    """The size of each layer, from one number for all or a tuple."""
     return size if isinstance(size, tuple) else (size,) * layers
 
 
@@ -236,18 +241,32 @@ def _is_gate(path: str) -> bool:
 
 
 def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
-    """The config of a tower. Raises InputError for a ResNet."""
+    """Config of the tower "image" or "text". Raises InputError for a ResNet."""
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError("masks are for ViTs: no ResNet was pruned with them (masks.prune_step is 0 for manual inheritance)")
+        raise InputError("the image tower is a ResNet, and learned masks need a ViT: set masks.prune_step to 0 for manual inheritance")
     return cfg.image if tower == "image" else cfg.text
 
 
 def _full(cfg: ClipConfig, tower: str) -> tuple[int, int]:
-    """Heads and hidden units of every layer. Raises InputError when they differ: masks are put on whole models."""
+    """Heads and hidden units of every layer. Raises InputError when layers differ: masks need an unpruned model."""
     c = tower_of(cfg, tower)
     if isinstance(c.heads, tuple) or isinstance(c.hidden, tuple):
-        raise InputError(f"student.{tower} has layers of different sizes: masks start from the original model, name its sizes")
+        raise InputError(
+            f"student.{tower} has layers of different sizes, and masks need the original model: set student.{tower}.heads and "
+            f"student.{tower}.hidden to one number each"
+        )
     return c.heads, c.hidden
 
 
-__all__ = ["MaskConfig", "Masked", "constraint", "deterministic", "gate", "prunable", "remaining", "sample", "score", "sparsity"]
+__all__ = [
+    "MaskConfig",
+    "Masked",
+    "constraint",
+    "deterministic_gate",
+    "open_probability",
+    "prunable",
+    "remaining",
+    "sample_gate",
+    "sample_gates",
+    "sparsity",
+]

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, Kernel, softmax
@@ -22,6 +24,9 @@ from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from heirloom.common.train.optim import is_statistic
 from tinyclip_jax.resnet import ResNet, ResNetConfig, positions
 
+Images = Float[Array | np.ndarray, "images size size 3"]
+Tokens = Int[Array | np.ndarray, "captions context"]
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -34,27 +39,28 @@ class ImageConfig:
     width: int = 768
     layers: int = 12
     heads: int | tuple[int, ...] = 12
-    """Of each layer; a tuple: pruned layers that differ. A layer without heads adds a constant."""
+    """Heads of each layer; a tuple where pruned layers differ. A layer with 0 heads adds a constant."""
     hidden: int | tuple[int, ...] = 3072
-    """Units between the two layers of the MLP, as `heads`."""
+    """Hidden units of the MLP of each layer; a tuple where pruned layers differ."""
     head_dim: int | None = None
     """Channels of a head; None: width / heads."""
     activation: Activation = "gelu"
     eps: float = 1e-5
-    """Of every LayerNorm."""
+    """Epsilon of every LayerNorm."""
 
     def __post_init__(self) -> None:
         positive(self, "size", "patch", "width", "layers")
 
     @property
     def grid(self) -> int:
-        """Patches along a side. Raises InputError when they do not fill the picture."""
+        """Number of patches along a side. Raises InputError when the patch size does not divide the image size."""
         if self.patch < 1 or self.size % self.patch:
             raise InputError(f"patches of {self.patch} px do not fill pictures of {self.size} px: change image.size or image.patch")
         return self.size // self.patch
 
     @property
     def tokens(self) -> int:
+        """Length of the sequence: the patches and the class token."""
         return self.grid**2 + 1
 
 
@@ -73,7 +79,7 @@ class TextConfig:
     activation: Activation = "gelu"
     eps: float = 1e-5
     eot: int | None = None
-    """Pool at the first token with this id; None: at the first occurrence of the largest id, as CLIP does."""
+    """Id of the token that is pooled, at its first position; None: the first position of the largest id, as CLIP does."""
 
     def __post_init__(self) -> None:
         positive(self, "context", "vocab", "width", "layers")
@@ -81,7 +87,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """A CLIP: two towers into one joint space."""
+    """A CLIP: an image tower and a text tower with one joint embedding space."""
 
     image: ImageConfig | ResNetConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -93,7 +99,7 @@ class ClipConfig:
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
 
     def override(self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None) -> "ClipConfig":
-        """The same model with what the shapes of its weights cannot tell. Raises InputError for an activation there is not."""
+        """Set what the shapes of the weights do not determine. Raises InputError for an unknown activation."""
         if activation:
             check_activation(activation)
         image = self.image
@@ -107,45 +113,46 @@ class ClipConfig:
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
-    """A published ViT CLIP: heads of 64, MLPs of four widths, 77 tokens of 49,408 (model_configs of the release)."""
+    """Config of a published ViT CLIP: heads of 64 channels, hidden 4 x width, 77 tokens of 49,408 (model_configs of the release)."""
     image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
-    return ClipConfig(image, TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width))
+    text = TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width)
+    return ClipConfig(image=image, text=text)
 
 
 def resnet(width: int, text_layers: int) -> ClipConfig:
-    """A published ResNet CLIP: joint space of 1024, text width 512."""
+    """Config of a published ResNet CLIP: joint size 1024, text width 512."""
     return replace(vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024)
 
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
-    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file cannot tell how many."""
+    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file does not contain their number."""
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
-            raise InputError(f"{name} has {len(sizes)} numbers for {c.layers} layers: give one for each")
+            raise InputError(f"{name} has {len(sizes)} numbers and the tower {c.layers} layers: give one number for each layer")
     if c.head_dim is not None and c.heads != 0:
         return c.head_dim
     if isinstance(c.heads, tuple):
-        raise InputError("heads that differ from layer to layer need a head_dim: set it (64 in every published model)")
+        raise InputError("heads differ between layers, which needs a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
-        raise InputError(f"{c.heads} heads do not divide a width of {c.width}; say how many there are (image_heads, text_heads)")
+        raise InputError(f"{c.heads} heads do not divide a width of {c.width}: set the number of heads (image_heads, text_heads)")
     return c.width // c.heads
 
 
 def uniform(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
-    """One number where all layers have the same, and have any."""
+    """Return one number where all layers have the same size above 0, else the tuple."""
     return sizes[0] if len(set(sizes)) == 1 and sizes[0] else sizes
 
 
 class Features(NamedTuple):
-    """Unit-norm image and text features, [batch, joint] f32, and the scale of their similarities (not its logarithm)."""
+    """Unit-norm image and text features, f32, and the scale of their similarities (not its logarithm)."""
 
-    image: jax.Array
-    text: jax.Array
-    scale: jax.Array
+    image: Float[Array, "images joint"]
+    text: Float[Array, "captions joint"]
+    scale: Float[Array, ""]
 
 
 class MaskedBlock(Block):
-    """A block that learned masks may leave fewer channels. keep: [embed], bool, as in `LayerNorm`."""
+    """A block of a masked model. keep: [embed], bool, the channels that its norms use, as in `LayerNorm`."""
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         if keep is None:
@@ -155,6 +162,8 @@ class MaskedBlock(Block):
 
 
 class ImageTower(nnx.Module):
+    """ViT with a class token: images [batch, size, size, 3] to features [batch, joint]."""
+
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         assert isinstance(cfg.image, ImageConfig)
         c, std = cfg.image, cfg.image.width**-0.5
@@ -183,6 +192,8 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
+    """Causal transformer: tokens [batch, context] to features [batch, joint], pooled at the end-of-text token."""
+
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
         sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
@@ -197,31 +208,34 @@ class TextTower(nnx.Module):
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
 
-    def __call__(self, tokens: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens: Tokens, keep: jax.Array | None = None) -> jax.Array:
+        tokens = jnp.asarray(tokens)
         x = self.token(tokens)
         x = add(x, self.position[: tokens.shape[1]])
         x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
         end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
-        # Pooling before the norm gives the same row and spares normalising the others.
+        # Pooling before the norm gives the same row, and the other rows are not normalised.
         return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], keep))
 
 
 def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
-    """The further arguments of every block, stacked along layer."""
+    """Arguments of the blocks besides x, stacked along layer."""
     return () if keep is None else (jnp.broadcast_to(keep, (layers, *keep.shape)),)
 
 
 class Keep(NamedTuple):
-    """Channels of the residual streams that learned masks have left, bool [embed]; None: all, as in any model that is not being pruned."""
+    """Masks of the open channels of both residual streams; None: all channels, as in every model without learned masks."""
 
-    image: jax.Array | None = None
-    text: jax.Array | None = None
+    image: Bool[Array, " embed"] | None = None
+    text: Bool[Array, " embed"] | None = None
 
 
 ALL = Keep()
 
 
 class TokenTable(nnx.Module):
+    """Token embedding: tokens [batch, context] to [batch, context, embed]."""
+
     def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs):
         self.table = param("vocab -> embed", sizes, normal(0.02), rngs)
 
@@ -232,8 +246,8 @@ class TokenTable(nnx.Module):
 class Clip(nnx.Module):
     """Image and text towers and the logarithm of the similarity scale.
 
-    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token. train: batch norms
-    go by the batch; no difference to a ViT.
+    images: f32, normalised. tokens: int32, padded after the end-of-text token. keep: open channels of a masked model. train: a ResNet's
+    batch norms use the statistics of the batch; a ViT has none.
     """
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
@@ -245,22 +259,22 @@ class Clip(nnx.Module):
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 
-    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL, train: bool = False) -> Features:
+    def __call__(self, images: Images, tokens: Tokens, keep: Keep = ALL, train: bool = False) -> Features:
         return Features(self.encode_image(images, keep, train), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
 
-    def encode_image(self, images: jax.Array, keep: Keep = ALL, train: bool = False) -> jax.Array:
-        """Unit-norm features, [batch, joint] f32."""
+    def encode_image(self, images: Images, keep: Keep = ALL, train: bool = False) -> Float[Array, "images joint"]:
+        """Unit-norm image features, f32."""
         return unit(self.image(images, keep.image, train).astype(jnp.float32))
 
-    def encode_text(self, tokens: jax.Array, keep: Keep = ALL) -> jax.Array:
-        """Unit-norm features, [batch, joint] f32."""
+    def encode_text(self, tokens: Tokens, keep: Keep = ALL) -> Float[Array, "captions joint"]:
+        """Unit-norm text features, f32."""
         return unit(self.text(tokens, keep.text).astype(jnp.float32))
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Counts as published figures give them: image and text without the token table, the table, and the grand total.
+    """Count parameters as the published figures do: image, text without the token table, the token table, and the total.
 
-    Running statistics are no parameters.
+    Running statistics are not counted.
     """
     spec = {path: leaf for path, leaf in spec.items() if not is_statistic(path)}
     table = count(spec, "text/token/table")
@@ -268,7 +282,7 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
-    """Multiply-accumulates of one image and of one caption, attention scores and values included."""
+    """Multiply-accumulates of one image and of one caption, including attention scores and values."""
     if isinstance(cfg.image, ResNetConfig):
         image, query, uses = cfg.image.grid**2 + 1, "image/pool/query/kernel", tuple(positions(cfg.image))
     else:
@@ -284,5 +298,5 @@ def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
 
 
 def total_macs(cfg: ClipConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one image with one caption."""
+    """Multiply-accumulates of one image and one caption together."""
     return sum(macs(cfg, spec).values())

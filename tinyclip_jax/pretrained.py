@@ -1,4 +1,4 @@
-"""A CLIP for a notebook: weights, tokenizer and preprocessing together."""
+"""A CLIP for notebooks: weights, tokenizer and preprocessing in one object."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from tinyclip_jax.zoo import FAMILY, open_clip_model
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A CLIP with its tokenizer and preprocessing. `params` is the flat tree that `model.apply` takes."""
+    """A CLIP with its tokenizer and preprocessing. params: the flat tree for `model.apply`."""
 
     cfg: ClipConfig
     model: Functional
@@ -36,40 +36,40 @@ class Pretrained:
     tokenizer: Tokenizer | None
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> jax.Array:
-        """Unit-norm features [n, joint] f32 of pictures: files, bytes, PIL images or uint8 arrays [height, width, 3], one or several.
+        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm [n, joint] f32.
 
-        Raises InputError, with the file or the place in the list, for a picture that cannot be read.
+        Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """
         one = isinstance(images, str | Path | bytes | bytearray | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3)
         if not one and not isinstance(images, Iterable):
-            raise InputError(f"pictures are files, bytes, PIL images or uint8 arrays, one or several, not {type(images).__name__}")
+            raise InputError(f"images is of type {type(images).__name__}: give one or several files, bytes, PIL images or uint8 arrays")
         several: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
         pixels = [self._pixels(image, None if one else i) for i, image in enumerate(several)]
         if not pixels:
-            raise InputError("there are no pictures to encode: give one or more")
+            raise InputError("the list of pictures is empty: give one or more")
         return self._image(self.params, np.stack(pixels))
 
     def _pixels(self, image: Any, number: int | None) -> np.ndarray:
         try:
             return eval_image(decode(image, self.pre.background), self.pre)
         except InputError as error:
-            place = "" if number is None else f"picture number {number}, counted from 0: "
-            raise InputError(f"{place}{error}") from error
+            where = "" if number is None else f"picture number {number}, counted from 0: "
+            raise InputError(f"{where}{error}") from error
 
     def encode_text(self, texts: str | Iterable[str]) -> jax.Array:
-        """Unit-norm features [n, joint] f32 of captions, one or several.
+        """Encode one or several captions to unit-norm features [n, joint] f32.
 
-        Raises InputError when the checkpoint came without a tokenizer, and for anything that is not a string.
+        Raises InputError when the checkpoint has no tokenizer, and for anything that is not a string.
         """
         if self.tokenizer is None:
-            raise InputError("this model came without its tokenizer; put its tokenizer.json next to the weights")
+            raise InputError("this model has no tokenizer: put its tokenizer.json next to the weights")
         tokens = self.tokenizer(texts, self.cfg.text.context)
         if not len(tokens):
-            raise InputError("there are no captions to encode: give one or more")
+            raise InputError("the list of captions is empty: give one or more")
         return self._text(self.params, tokens)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write a weights folder, which every command and `load` take."""
+        """Write a weights folder, which `load` and every command read."""
 
         def sidecars(staging: Path) -> None:
             self.pre.save(staging)
@@ -88,18 +88,22 @@ class Pretrained:
 
 
 def load(source: str, **overrides: Any) -> Pretrained:
-    """Any CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32 on the default devices.
+    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32 on the default devices.
 
-    overrides: what a bare weights file cannot tell (`activation="quick_gelu"`). Raises InputError when it is no CLIP.
+    overrides: settings that a bare weights file does not contain (`activation="quick_gelu"`). Raises InputError when it is no CLIP.
     """
     donor = open_clip_model(str(source), **overrides)
     pre, tokenizer = preprocess_of(donor).announced(), tokenizer_of(donor)
-    return Pretrained(donor.cfg, donor.model, load_params(donor, start(MeshConfig())), pre, tokenizer)
+    params = load_params(donor, start(MeshConfig()))
+    return Pretrained(cfg=donor.cfg, model=donor.model, params=params, pre=pre, tokenizer=tokenizer)
 
 
 def inherit_from(clip: Pretrained, cfg: ClipConfig, depth_rule: DepthRule = "interval", seed: int = 0) -> Pretrained:
-    """A student of shape `cfg` cut from `clip` (manual inheritance); the similarity scale is fresh, as in the released code."""
+    """Create a student with config `cfg` from the weights of `clip` (manual inheritance, `inherit.manual`).
+
+    The similarity scale is not inherited, as in the released code.
+    """
     student = functional(Clip, cfg)
     source = Source(clip.model.spec, clip.params)
     params = graft(manual(clip.cfg, cfg, depth_rule), source, student.spec, None, partial(student.init, jax.random.key(seed)))
-    return Pretrained(cfg, student, params, clip.pre.at(cfg.image.size), clip.tokenizer)
+    return Pretrained(cfg=cfg, model=student, params=params, pre=clip.pre.at(cfg.image.size), tokenizer=clip.tokenizer)

@@ -1,14 +1,14 @@
 """Published numbers, by the model's size: millions of parameters of the image tower and of the text tower without its token table.
 
-A size does not tell what a model was trained on, so the name of the published one goes with its numbers. The students' are of the README
-of the release, their throughput in half precision on a GPU it does not name; the teachers' are of open_clip's tables of results.
+A model of the same size may have been trained on other data, so each entry names its model. Sources: for the students the README of the
+release, with throughput in half precision on a GPU that it does not name; for the teachers open_clip's tables of results.
 """
 
 from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """A model's name, and its numbers by `dataset/metric`."""
+    """Name of a published model, and its numbers by `dataset/metric`."""
 
     name: str
     numbers: dict[str, float]

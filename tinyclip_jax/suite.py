@@ -1,16 +1,16 @@
-"""The evaluation suite: every data set of a folder by its protocol, published numbers beside, what is missing named.
+"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers, and list the missing ones.
 
-A folder DIR holds, as far as they are there:
+A folder DIR holds some of these:
 
     DIR/imagenet/ imagenet-a/ imagenet-r/ imagenet-sketch/   a folder per class, named by WordNet identifier (n01440764)
     DIR/imagenet-v2/                                         a folder per class, named by number (0 to 999)
-    DIR/objectnet/images/ and mappings/                      as objectnet.dev gives it
-    DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and the pictures it names under images/
+    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it
+    DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and its pictures under images/
     DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy (scripts/make_suite.py)
     DIR/openclipart/                                         parquet with image and caption (scripts/make_suite.py)
 
-or each of them, but ObjectNet, in another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark, parquet files
-of Hugging Face, one table of paths and captions. Of several splits `test` is taken, else `val` or `validation`.
+Each of them except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark, parquet
+files of Hugging Face, one table of paths and captions. If there are several splits, `test` is used, else `val` or `validation`.
 """
 
 import time
@@ -36,7 +36,7 @@ from heirloom.common.evaluate.probe import probe
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
-from tinyclip_jax.evaluate import Scored, Setup, features_of, no_flags, retrieval_over, setup_of, zeroshot, zeroshot_over
+from tinyclip_jax.evaluate import Scored, Setup, features_of, refuse_flags, retrieval_over, setup_of, zeroshot, zeroshot_over
 from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED, Published
 
@@ -45,40 +45,44 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LABELLED = SourceConfig(text="", columns=("label",))
 CLASSES_OF = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000, "objectnet": 313}
-WARM_UP, TIMED, AT_ONCE = 10, 50, 32  # calls of the throughput's protocol, and examples in each
+WARM_UP, TIMED, THROUGHPUT_BATCH = 10, 50, 32  # calls before and during the measurement of throughput, and examples in each
 
 Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Over the classes whose folders are there: all that `CLASSES_OF` the set there are, or published numbers do not compare."""
+    """Zero-shot over the classes that have folders; only with all `CLASSES_OF` them is the score comparable to published numbers."""
     source = open_labelled(_of_test(folder), "label")
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
     names = by_number if name == "imagenet-v2" else by_identifier
     if not isinstance(source.source, FolderSource):
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
-            raise InputError(f"{folder} does not name the {CLASSES_OF[name]} classes of its labels; put classnames.txt next to the shards")
+            raise InputError(f"{folder} does not name the {CLASSES_OF[name]} classes of its labels: put classnames.txt next to the shards")
         return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
-        raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet; it is named n01440764 or, in imagenet-v2, 0 to 999")
+        raise InputError(
+            f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0 to 999"
+        )
     return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
 
 
 def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Over the classes that ImageNet has as well, under ObjectNet's own names."""
+    """Zero-shot over the classes that are also in ImageNet, with the names of ObjectNet."""
     label = read_json(folder / "mappings" / "folder_to_objectnet_label.json")
     shared = read_json(folder / "mappings" / "objectnet_to_imagenet_1k.json")
     source = FolderSource(folder / "images", LABELLED)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
-        raise InputError(f"{folder / 'images'}: none of its folders is a class that the mappings share with ImageNet")
+        raise InputError(
+            f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of objectnet.dev"
+        )
     names = tuple(label[source.classes[i]].lower() for i in kept)
     return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
 
 
 class Classes:
-    """The records of some classes of a source, numbered anew."""
+    """The records of the classes `kept` of a source, with labels 0, 1, ... in this order."""
 
     def __init__(self, source: FolderSource, kept: Sequence[int]):
         self._source, self._number = source, {label: i for i, label in enumerate(kept)}
@@ -98,13 +102,13 @@ class Karpathy:
     def __init__(self, folder: Path, split: str = "test"):
         files = sorted(folder.glob("dataset*.json"))
         if len(files) != 1:
-            raise InputError(f"{folder} needs one dataset_*.json of Karpathy's splits, it has {len(files)}")
+            raise InputError(f"{folder} has {len(files)} files dataset_*.json of Karpathy's splits: it needs one")
         self._root = folder / "images"
         try:
             self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
             texts = [([sentence["raw"] for sentence in image["sentences"]], image["filename"]) for image in self._images]
         except (KeyError, TypeError) as error:
-            raise InputError(f"{files[0]} is none of Karpathy's files: {error} is missing in it") from error
+            raise InputError(f"{files[0]} is not a file of Karpathy's splits: {error} is missing in it") from error
         if not self._images:
             raise InputError(f"{files[0]} has no picture of split {split!r}")
         for text, name in texts:
@@ -120,7 +124,7 @@ class Karpathy:
 
 
 def _karpathy(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Pictures with five captions each, by Karpathy's split or as pairs."""
+    """Retrieval over pictures with five captions each, from Karpathy's split or from pairs."""
     if not any(folder.glob("dataset*.json")) and not (folder / "images").is_dir():
         return _pairs(name, setup, params, folder)
     return retrieval_over(name, Karpathy(folder), setup)(params)
@@ -131,16 +135,16 @@ def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> 
 
 
 def _of_test(folder: Path) -> SourceConfig:
-    """The split of a data set to score, where its sub-folders or files name splits; the table, where a folder holds just one."""
+    """The test split, where sub-folders or files have names of splits; the table, where the folder holds exactly one."""
     tables = [*folder.glob("*.csv"), *folder.glob("*.tsv")]
     for split in ("test", "val", "validation"):
-        if (folder / split).is_dir() or any(any(folder.glob(f"{where}{split}-*.parquet")) for where in ("", "data/")):
+        if (folder / split).is_dir() or any(any(folder.glob(f"{parent}{split}-*.parquet")) for parent in ("", "data/")):
             return SourceConfig(str(folder), split)
     return SourceConfig(str(tables[0] if len(tables) == 1 else folder))
 
 
 def _small(classes: tuple[str, ...], name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Zero-shot on the test pictures, and a linear probe on features of the training pictures."""
+    """Zero-shot on the test pictures, and a linear probe that is trained on the training pictures."""
     sources = (open_labelled(SourceConfig(str(folder), split), "label", len(classes), classes) for split in ("train", "test"))
     (x, y), (test_x, test_y) = (features_of(name, source, setup, params) for source in sources)
     scored = zeroshot(name, test_x, test_y, setup, params, classes, PLAIN)
@@ -157,49 +161,49 @@ SUITE: dict[str, Scores] = {
 }
 
 
-def evaluate_suite(donor: Donor, beside: Donor | None, args: Namespace) -> list[dict[str, Any]]:
+def evaluate_suite(donor: Donor, baseline: Donor | None, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH --suite DIR`."""
-    no_flags(args)
-    return run_suite(donor, beside, args.suite)
+    refuse_flags(args)
+    return run_suite(donor, baseline, args.suite)
 
 
-def run_suite(donor: Donor, beside: Donor | None, folder: Path) -> list[dict[str, Any]]:
-    """Rows {dataset, metric, value, beside, published, published_of, n} of every data set in `folder`; of a missing one without value.
+def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[str, Any]]:
+    """Score every data set in `folder`: rows {dataset, metric, value, beside, published, published_of, n}; a missing one has value None.
 
-    beside: another model, such as the teacher, scored on the same data. published: of the model of this size whose name is published_of;
-    of no data set that lacks classes. Raises InputError when the folder holds none of them, or a data
-    set is there and not as it should be.
+    baseline: another model, such as the teacher, scored on the same data; its score is the column `beside`. published: score of the
+    published model of this size, which `published_of` names; left out for a data set that lacks classes. Raises InputError when the folder
+    holds no data set of the suite, or an invalid one.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; it holds data sets named {', '.join(SUITE)}")
+        raise InputError(f"{folder} is not a folder: give one that holds data sets named {', '.join(SUITE)}")
     if unknown := sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")):
-        raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name (there are {', '.join(SUITE)})")
-    there = [name for name in SUITE if (folder / name).is_dir()]
-    if not there:
+        raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name: rename or move it (names are {', '.join(SUITE)})")
+    present = [name for name in SUITE if (folder / name).is_dir()]
+    if not present:
         raise InputError(f"{folder} holds no data set of the suite: name its folders {', '.join(SUITE)}")
     mesh = start(MeshConfig())
-    models = [_score_all(model, there, folder, mesh) for model in (donor, beside) if model]
+    models = [_score_all(model, present, folder, mesh) for model in (donor, baseline) if model]
     published = published_for(donor)
     rows: list[dict[str, Any]] = []
 
     def add(dataset: str, metric: str, value: float | None, n: int, classes: int = 0, **more: Any) -> None:
         whole = classes >= CLASSES_OF.get(dataset, 0)
         known = published.numbers.get(f"{dataset}/{metric}") if published and whole else None
-        said = {"published": known} | ({"published_of": published.name} if published and known is not None else {})
-        rows.append({"dataset": dataset, "metric": metric, "value": value, "n": n} | said | more)
+        reference = {"published": known} | ({"published_of": published.name} if published and known is not None else {})
+        rows.append({"dataset": dataset, "metric": metric, "value": value, "n": n} | reference | more)
 
     for (dataset, metric), measured in models[0].items():
-        other = {"beside": models[1][dataset, metric].value} if beside else {}
+        other = {"beside": models[1][dataset, metric].value} if baseline else {}
         add(dataset, metric, measured.value, measured.n, measured.classes, **other)
     for name in SUITE:
-        if name not in there:
+        if name not in present:
             add(name, "missing", None, 0)
     return rows
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of a report: percent, or examples per second; of `n` examples, labelled ones of so many `classes`."""
+    """One number of a report, percent or examples per second. n: examples. classes: different labels among them, 0 without labels."""
 
     value: float
     n: int
@@ -212,19 +216,19 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
     for name in names:
         scored = SUITE[name](setup, params, folder / name)
         out |= {(name, metric): Measured(100 * value, scored.n, scored.classes) for metric, value in scored.metrics.items()}
-    return out | {("throughput", name): Measured(rate, TIMED * AT_ONCE) for name, rate in throughput(setup, params).items()}
+    return out | {("throughput", name): Measured(rate, TIMED * THROUGHPUT_BATCH) for name, rate in throughput(setup, params).items()}
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
-    """Images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, each awaited; matmuls in bfloat16.
+    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed one by one, in bfloat16.
 
     Deviation: on a CPU, where half precision is slower, in float32.
     """
     c = setup.cfg
     params = cast(dict(params), "float32" if jax.default_backend() == "cpu" else "bfloat16")
     inputs = {
-        "image": np.zeros((AT_ONCE, c.image.size, c.image.size, 3), np.float32),
-        "text": np.ones((AT_ONCE, c.text.context), np.int32),
+        "image": np.zeros((THROUGHPUT_BATCH, c.image.size, c.image.size, 3), np.float32),
+        "text": np.ones((THROUGHPUT_BATCH, c.text.context), np.int32),
     }
     rates = {}
     for tower, batch in inputs.items():
@@ -234,11 +238,11 @@ def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
         started = time.perf_counter()
         for _ in range(TIMED):
             jax.block_until_ready(encode(params, batch))
-        rates[f"{tower}s_per_second"] = TIMED * AT_ONCE / (time.perf_counter() - started)
+        rates[f"{tower}s_per_second"] = TIMED * THROUGHPUT_BATCH / (time.perf_counter() - started)
     return rates | {"pairs_per_second": 1 / sum(1 / rate for rate in rates.values())}
 
 
 def published_for(donor: Donor) -> Published | None:
-    """The published model that has these sizes, if there is one. What it was trained on may be other data."""
+    """The published model of this size, if there is one. It may have been trained on other data."""
     counts = parameters(donor.source.spec)
     return PUBLISHED.get((round(counts["image"] / 1e6), round(counts["text"] / 1e6)))

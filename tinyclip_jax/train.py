@@ -1,4 +1,4 @@
-"""Training a TinyCLIP: what its recipe means to the runner (`heirloom.common.train.recipe`), and its loss."""
+"""TinyCLIP training: the parts of its recipe for the runner (`heirloom.common.train.recipe`), and its loss."""
 
 from functools import partial
 from math import log
@@ -30,21 +30,21 @@ from tinyclip_jax.losses import affinity_mimicking, contrastive
 from tinyclip_jax.model import Clip
 from tinyclip_jax.zoo import FAMILY, open_clip_model, outline
 
-__all__ = ["Config", "LossConfig", "Stage", "hold_scale", "loss_fn", "parts"]
+__all__ = ["Config", "LossConfig", "Stage", "constrain_scale", "loss_fn", "parts"]
 
 EMBEDDINGS = "embeddings"
 LARGEST_SCALE = 100.0
 
 
 def parts(cfg: Config) -> Parts:
-    """Manual inheritance and distillation (TinyCLIP §3.1, §3.3)."""
+    """Parts of manual inheritance and distillation (TinyCLIP §3.1, §3.3)."""
     model = functional(Clip, cfg.student)
 
     def resolve(donor: Donor) -> Resolution:
         return manual(donor.cfg, cfg.student, cfg.depth_rule).resolve(donor.source, model.spec)
 
     def prepare(params: dict[str, Any]) -> dict[str, Any]:
-        return hold_scale(cfg.loss, params) if cfg.loss.scale == "fixed" and cfg.loss.first_scale == "fixed" else params
+        return constrain_scale(cfg.loss, params) if cfg.loss.scale == "fixed" and cfg.loss.first_scale == "fixed" else params
 
     return Parts(
         family=FAMILY,
@@ -61,7 +61,7 @@ def parts(cfg: Config) -> Parts:
         inputs=partial(read_inputs, cfg),
         resolve=resolve,
         prepare=prepare,
-        project=partial(hold_scale, cfg.loss),
+        project=partial(constrain_scale, cfg.loss),
         look=partial(first_look, cfg),
         evaluator=partial(evaluator, cfg, model),
         sidecars=lambda opened, folder: opened.inputs.save(folder),
@@ -69,7 +69,10 @@ def parts(cfg: Config) -> Parts:
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
-    """Affinity mimicking of a live teacher or of embeddings in the batch, and the contrastive loss, weighted by alpha."""
+    """Affinity mimicking of a live teacher or of embeddings in the batch, plus the contrastive loss, weighted by alpha.
+
+    Raises InputError for a config that contradicts itself or the teacher.
+    """
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
         image, text, scale = student.apply(params, batch["image"], batch["text"], train=True)
@@ -77,10 +80,10 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         if cfg.loss.alpha > 0:
             if teacher:
                 targets = jax.lax.stop_gradient(teacher.model.apply(cast(frozen, cfg.step.compute), batch["image"], batch["text"]))
-                target_image, target_text, own_scale = targets
+                target_image, target_text, stored_scale = targets
             else:
-                (target_image, target_text), own_scale = (batch[name] for name in TARGETS), None
-            target_scale = own_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
+                (target_image, target_text), stored_scale = (batch[name] for name in TARGETS), None
+            target_scale = stored_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
             parts["affinity"] = (cfg.loss.alpha, affinity_mimicking(image, text, target_image, target_text, scale, target_scale))
         if cfg.loss.alpha < 1:
             parts["contrastive"] = (1 - cfg.loss.alpha, contrastive(image, text, scale, batch.get("group")))
@@ -88,25 +91,27 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {"scale": (scale, 1.0)}
 
     if cfg.step.accumulate > 1:
-        raise InputError("step.accumulate compares pairs within micro-batches only, TinyCLIP's loss needs the whole batch: set it to 1")
+        raise InputError(f"step.accumulate is {cfg.step.accumulate}, and TinyCLIP's loss compares all pairs of a batch: set it to 1")
     if not 0 <= cfg.loss.alpha <= 1:
-        raise InputError(f"loss.alpha is {cfg.loss.alpha}: the share of affinity mimicking lies between 0 and 1")
+        raise InputError(f"loss.alpha is {cfg.loss.alpha}: choose a weight of affinity mimicking between 0 and 1")
     if cfg.loss.teacher_scale is not None and cfg.loss.teacher_scale <= 0:
-        raise InputError(f"loss.teacher_scale is {cfg.loss.teacher_scale}: a scale is above 0 (the release has 50)")
+        raise InputError(f"loss.teacher_scale is {cfg.loss.teacher_scale}: choose a number above 0 (the release has 50)")
     if cfg.loss.alpha > 0 and not cfg.teacher:
-        raise InputError('loss.alpha is above 0 but there is no teacher: give teacher a SOURCE or "embeddings", or set loss.alpha to 0')
+        raise InputError(
+            f'loss.alpha is {cfg.loss.alpha} and teacher is empty: set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
+        )
     if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (cfg.student.image.size, cfg.student.text.context):
-        theirs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
-        raise InputError(f"the teacher sees {theirs}, the student other inputs: set student.image.size and student.text.context to these")
+        inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
+        raise InputError(f"the teacher takes {inputs}, the student other inputs: set student.image.size and student.text.context to these")
     if cfg.loss.teacher_scale is None and teacher is None and cfg.loss.alpha > 0:
-        raise InputError("loss.teacher_scale is None, and embeddings carry no scale: give it a number")
+        raise InputError("loss.teacher_scale is None, and stored embeddings have no scale: set it to a number")
     if cfg.loss.scale == "fixed" and cfg.loss.teacher_scale is None:
-        raise InputError('loss.scale "fixed" needs a number for loss.teacher_scale')
+        raise InputError('loss.scale is "fixed" and loss.teacher_scale None: set loss.teacher_scale to a number')
     return loss
 
 
-def hold_scale(cfg: LossConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """After each update: the scale fixed, or kept between 1 and 100 (train.py of the release)."""
+def constrain_scale(cfg: LossConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Fix the similarity scale, or clip a learned one to 1..100, after each update (train.py of the release)."""
     if cfg.scale == "fixed":
         assert cfg.teacher_scale is not None
         return params | {"logit_scale": jnp.full_like(params["logit_scale"], log(cfg.teacher_scale))}
@@ -114,20 +119,24 @@ def hold_scale(cfg: LossConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def batches(cfg: Config, opened: Opened) -> Data:
-    """Pictures and captions, with the teacher's embeddings where they are stored."""
+    """Training batches of pictures and captions, with the teacher's embeddings where they are stored."""
     source, inputs = open_source(cfg.data), opened.inputs
     if cfg.teacher.startswith(CACHE):
         if cfg.augment != "none":
-            raise InputError('a stored teacher saw every picture uncropped: set augment to "none", or take the live teacher')
+            raise InputError(
+                f'augment is "{cfg.augment}", and stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
+            )
         source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
-        raise InputError(f"{cfg.data.path} has no {min(missing)}: teacher embeddings are columns of the data, named in data.columns")
-    augment = Augment(inputs.pre, inputs.tokenizer, cfg.student.text.context, cfg.pipeline.tags, cfg.augment)
+        raise InputError(f"{cfg.data.path} has no {min(missing)}: add this column of teacher embeddings, and name it in data.columns")
+    context = cfg.student.text.context
+    augment = Augment(pre=inputs.pre, tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags, augment=cfg.augment)
     augment.check(source[0])
     return training_batches(source, cfg.pipeline, augment, mesh=opened.mesh)
 
 
 def batch_shapes(cfg: Config) -> Shapes:
+    """Shapes and dtypes of a batch, for `heirloom compile`."""
     n, size = cfg.pipeline.batch, cfg.student.image.size
     shapes: dict[str, Any] = {"image": ((n, size, size, 3), jnp.float32), "text": ((n, cfg.student.text.context), jnp.int32)}
     stored = {name: ((n, cfg.student.joint), jnp.float32) for name in TARGETS} if _stored(cfg.teacher) else {}
@@ -135,7 +144,7 @@ def batch_shapes(cfg: Config) -> Shapes:
 
 
 def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
-    """Retrieval on the held-out pairs."""
+    """Retrieval on the held-out pairs; None without held-out data."""
     if not cfg.held_out.path:
         return None
     inputs: Inputs = opened.inputs
@@ -143,22 +152,24 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
 
 
 def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
-    """Draws the first batch and returns its first caption.
+    """Draw the first batch and return its first caption.
 
-    Raises InputError when all pictures or all captions are the same: data that was never real trains to chance without an error.
+    Raises InputError when all pictures or all captions are the same: training on such data would end at chance without an error.
     """
     for name, what in (("image", "pictures"), ("text", "captions")):
         rows = np.asarray(batch[name].addressable_data(0))
         if len(rows) > 1 and (rows == rows[0]).all():
-            raise InputError(f"all {what} of the first batch are the same: is {cfg.data.path} the data you mean?")
+            raise InputError(
+                f"all {what} of the first batch are the same, and training needs different ones: check data.path, {cfg.data.path}"
+            )
     return f'first caption: "{check_first_batch(batch, opened.inputs.tokenizer, picture, opened.inputs.pre)}"'
 
 
 def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
-    """Store the embeddings of the recipe's teacher on its data; returns what they are of."""
+    """Store the embeddings of the recipe's teacher on its data; returns the content of `cache.json`."""
     known, mesh = parts(cfg), start(cfg.mesh)
     if not known.teacher:
-        raise InputError("this recipe has no live teacher whose embeddings could be stored: give --teacher SOURCE")
+        raise InputError("this recipe has no live teacher, whose embeddings `heirloom cache` would store: give --teacher SOURCE")
     opened = recipe.open_sources(known, mesh)
     assert opened.teacher is not None
     inputs: Inputs = opened.inputs
@@ -166,5 +177,5 @@ def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
 
 
 def _stored(teacher: str) -> bool:
-    """Whether its embeddings come with the batch."""
+    """Whether the teacher's embeddings are part of the batch."""
     return teacher == EMBEDDINGS or teacher.startswith(CACHE)

@@ -1,4 +1,4 @@
-"""Models by name: the teacher that lives in this package, and the published ones on the Hugging Face hub."""
+"""Models by name: the teacher in this package, and the published models on the Hugging Face hub."""
 
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ STUDENTS: dict[str, ClipConfig] = {
     "rn_19m": resnet(44, 6),
 }
 
-# Sources of the recipes. The hub's TinyCLIPs are by the paper's author, MIT.
+# Sources of the recipes. The TinyCLIPs on the hub are from the paper's author, under MIT.
 LAION_B_32 = "hf:timm/vit_base_patch32_clip_224.laion2b_e16"
 OPENAI_RN50 = "hf:timm/resnet50_clip.openai"
 OPENAI_B_16 = "hf:openai/clip-vit-base-patch16"
@@ -46,11 +46,11 @@ PUBLISHED = {
 
 
 def outline(source: str) -> Donor | Outline:
-    """A teacher for `heirloom compile`: published ones need not be fetched for their shapes."""
+    """Open a teacher for `heirloom compile`; the shapes of published ones are known, so they are not downloaded."""
     cfg = PUBLISHED.get(source)
     return Outline(FAMILY, cfg, functional(Clip, cfg)) if cfg else open_clip_model(source)
 
 
 def open_clip_model(source: str, **overrides: Any) -> Donor:
-    """Any CLIP by SOURCE, opened lazily. Raises InputError when it is not there or is none."""
+    """Open a CLIP by SOURCE, lazily. Raises InputError when it does not exist or is no CLIP."""
     return open_donor(locate(source, EMBEDDED), [FAMILY], **overrides)

@@ -1,4 +1,4 @@
-"""A teacher of one's own: DeiT-B with a class token from scratch on ImageNet-1K (Touvron et al. 2021; 300 epochs).
+"""A teacher trained from scratch: DeiT-B with a class token, on ImageNet-1K (Touvron et al. 2021; 300 epochs).
 
     heirloom train learngene/deit_b --run runs/deit_b
 

@@ -1,4 +1,4 @@
-"""TinyCLIP-auto-ViT-63M-32-Text-31M (automatic, 100 -> 75 %): learned masks decide what of ViT-B/32 laion2b_e16 stays.
+"""TinyCLIP-auto-ViT-63M-32-Text-31M (automatic, 100 -> 75 %): ViT-B/32 laion2b_e16, pruned by learned masks.
 
     heirloom train tinyclip/auto_63m_32 --run runs/auto_63m_32 --data.path "laion400m/{00000..41407}.tar"
 

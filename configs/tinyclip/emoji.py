@@ -17,14 +17,14 @@ from tinyclip_jax.train import Config
 def get_config() -> Config:
     return Config(
         student=ClipConfig(
-            ImageConfig(size=60, patch=12, width=128, layers=8, heads=2, hidden=512),
-            TextConfig(context=16, vocab=4096, width=192, layers=2, heads=3, hidden=768),
+            image=ImageConfig(size=60, patch=12, width=128, layers=8, heads=2, hidden=512),
+            text=TextConfig(context=16, vocab=4096, width=192, layers=2, heads=3, hidden=768),
             joint=256,
         ),
         teacher="embedded:emoji",
         donor="embedded:emoji",
-        data=SourceConfig("emoji", split="train"),
-        held_out=SourceConfig("emoji", split="test"),
+        data=SourceConfig(path="emoji", split="train"),
+        held_out=SourceConfig(path="emoji", split="test"),
         pipeline=PipelineConfig(batch=128),
         optim=OptimConfig(lr=1e-3, warmup=20),
         steps=100,

@@ -2,8 +2,8 @@
 
     heirloom train tinyclip/emoji_auto --run runs/emoji_auto
 
-Two stages of 200 steps, for two CPU cores; only tried for a few steps. Deviation: the masks' rate is ten times the release's, whose
-phase is 3,000 steps and more, and without momentum, which in so short a phase would close far more gates than wanted.
+Two stages of 200 steps, for two CPU cores; tested for a few steps only. Deviation: the masks' learning rate is ten times the release's,
+whose phase has 3,000 steps or more, and without momentum, which would close far too many gates in such a short phase.
 """
 
 from heirloom.common.data.pipeline import PipelineConfig
@@ -16,23 +16,23 @@ from tinyclip_jax.train import Config, Stage
 
 def get_config() -> Config:
     whole = ClipConfig(
-        ImageConfig(size=60, patch=12, width=192, layers=8, heads=3, hidden=768),
-        TextConfig(context=16, vocab=4096, width=192, layers=4, heads=3, hidden=768),
+        image=ImageConfig(size=60, patch=12, width=192, layers=8, heads=3, hidden=768),
+        text=TextConfig(context=16, vocab=4096, width=192, layers=4, heads=3, hidden=768),
         joint=256,
     )
     return Config(
         teacher="embedded:emoji",
         donor="embedded:emoji",
-        data=SourceConfig("emoji", split="train"),
-        held_out=SourceConfig("emoji", split="test"),
+        data=SourceConfig(path="emoji", split="train"),
+        held_out=SourceConfig(path="emoji", split="test"),
         pipeline=PipelineConfig(batch=128),
         optim=OptimConfig(lr=1e-3),
         log_every=10,
         eval_every=50,
         save_every=100,
-        stages=tuple(Stage(whole, 200, masks=masks) for masks in (MASKS, MASKS_ON)),
+        stages=tuple(Stage(student=whole, steps=200, masks=masks) for masks in (FIRST_MASKS, SECOND_MASKS)),
     )
 
 
-MASKS = MaskConfig(prune_step=120, target=0.5, warmup=60, lr=0.2, momentum=0.0)
-MASKS_ON = MaskConfig(prune_step=120, start=0.5, target=0.75, warmup=60, lr=0.2, momentum=0.0)
+FIRST_MASKS = MaskConfig(prune_step=120, target=0.5, warmup=60, lr=0.2, momentum=0.0)
+SECOND_MASKS = MaskConfig(prune_step=120, start=0.5, target=0.75, warmup=60, lr=0.2, momentum=0.0)

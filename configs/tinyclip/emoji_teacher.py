@@ -18,14 +18,14 @@ from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig
 def get_config() -> Config:
     return Config(
         student=ClipConfig(
-            ImageConfig(size=60, patch=12, width=192, layers=8, heads=3, hidden=768),
-            TextConfig(context=16, vocab=4096, width=192, layers=4, heads=3, hidden=768),
+            image=ImageConfig(size=60, patch=12, width=192, layers=8, heads=3, hidden=768),
+            text=TextConfig(context=16, vocab=4096, width=192, layers=4, heads=3, hidden=768),
             joint=256,
         ),
         teacher=EMBEDDINGS,
         tokenizer="fit",
-        data=SourceConfig("data/teacher_pairs.parquet", columns=(*TARGETS, "tags")),
-        held_out=SourceConfig("emoji", split="test"),
+        data=SourceConfig(path="data/teacher_pairs.parquet", columns=(*TARGETS, "tags")),
+        held_out=SourceConfig(path="emoji", split="test"),
         pipeline=PipelineConfig(batch=256, tags=0.2),
         loss=LossConfig(teacher_scale=30.0),  # the scale the heads learned
         optim=OptimConfig(lr=1.5e-3, warmup=60, weight_decay=0.1),

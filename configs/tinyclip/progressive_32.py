@@ -1,4 +1,4 @@
-"""ViT-B/32 -> 61M -> 40M by hand (manual, 100 -> 75 -> 50 %): both published stages in one recipe, taught by the original throughout.
+"""ViT-B/32 -> 61M -> 40M by hand (manual, 100 -> 75 -> 50 %): both published stages in one recipe, with the original as teacher of both.
 
     heirloom train tinyclip/progressive_32 --run runs/progressive --data.path "laion400m/{00000..41407}.tar"
     heirloom train tinyclip/progressive_32 --run runs/progressive --stage 2 ...
@@ -13,5 +13,8 @@ from tinyclip_jax.zoo import LAION_B_32, STUDENTS
 
 
 def get_config() -> Config:
-    stages = (Stage(STUDENTS["vit_61m_32"], STEPS_75), Stage(STUDENTS["vit_40m_32"], STEPS_50))
+    stages = (
+        Stage(student=STUDENTS["vit_61m_32"], steps=STEPS_75),
+        Stage(student=STUDENTS["vit_40m_32"], steps=STEPS_50),
+    )
     return laion(teacher=LAION_B_32, donor=LAION_B_32, stages=stages)

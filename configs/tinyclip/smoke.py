@@ -15,13 +15,13 @@ from tinyclip_jax.train import Config, LossConfig
 def get_config() -> Config:
     return Config(
         student=ClipConfig(
-            ImageConfig(size=32, patch=8, width=64, layers=2, heads=2, hidden=256),
-            TextConfig(context=16, vocab=2048, width=64, layers=2, heads=2, hidden=256),
+            image=ImageConfig(size=32, patch=8, width=64, layers=2, heads=2, hidden=256),
+            text=TextConfig(context=16, vocab=2048, width=64, layers=2, heads=2, hidden=256),
             joint=64,
         ),
         tokenizer="fit",
-        data=SourceConfig("emoji", split="train"),
-        held_out=SourceConfig("emoji", split="test"),
+        data=SourceConfig(path="emoji", split="train"),
+        held_out=SourceConfig(path="emoji", split="test"),
         pipeline=PipelineConfig(batch=128),
         loss=LossConfig(alpha=0.0, scale="learned"),
         optim=OptimConfig(lr=1e-3, warmup=20),

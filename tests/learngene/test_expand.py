@@ -146,14 +146,14 @@ def test_weight_selection_takes_the_published_rows(cut, donor, gene):
     query = theirs["blocks/attn/query/kernel"].reshape(6, 16, 16)[:2, ::2, ::2].reshape(2, 8, 2, 4)
     np.testing.assert_array_equal(made["blocks/attn/query/kernel"], query)
     np.testing.assert_array_equal(made["head/kernel"], fresh["head/kernel"])
-    with pytest.raises(InputError, match="nothing to select from"):
+    with pytest.raises(InputError, match="set it to at most the donor's"):
         cut("select", donor, replace(small, width=32))
 
 
 @pytest.mark.parametrize(
     ("method", "change", "complaint"),
     [
-        ("expand", dict(), "not a gene; choose a method"),
+        ("expand", dict(), "not a gene: choose another method"),
         ("interlace", dict(layers=13), "at most 12, not 13"),
         ("stack", dict(width=32), "the student's width is 32, the donor's 16"),
         ("stack", dict(layers=2, gene="sws", layout=(1, 1)), "is a gene"),
@@ -213,7 +213,7 @@ def test_ligo_keeps_the_function_when_only_the_mlp_grows(donor, images):
     np.testing.assert_allclose(
         jax.jit(large.apply)(params, images), jax.jit(small.apply)(dict(source.values), images), rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(InputError, match="LiGO grows a model"):
+    with pytest.raises(InputError, match="LiGO needs at least the donor's layers"):
         ligo.plan(student, cfg, matrices)
 
 

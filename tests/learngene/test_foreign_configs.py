@@ -88,7 +88,7 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(architecture="resnet50"), "no architecture 'resnet50'.* say in model_args what differs"),
+        (dict(architecture="resnet50"), "no architecture 'resnet50'.* write the differences into model_args"),
         (dict(architecture="vit_tiny_patch16_225"), "did you mean 'vit_tiny_patch16_224'"),
         (dict(architecture="beit_base_patch16_224"), "timm builds 'beit_base_patch16_224' as its class Beit"),
         (dict(architecture="deit3_small_patch16_224"), r"init_values is 1e-06 \(LayerScale\)"),
@@ -185,7 +185,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)
-    with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not tell it \(--set eps=VALUE overrides it\)"):
+    with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not contain it \(--set eps=VALUE overrides it\)"):
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
     assert [guess.name for guess in donor.guesses] == ["activation", "eps", "size", "pool"]
     with warnings.catch_warnings():
@@ -194,7 +194,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told)
     assert donor.guesses == ()
     assert (donor.cfg.heads, donor.cfg.activation, donor.cfg.eps, donor.cfg.pool) == (4, "quick_gelu", 1e-5, "norm_mean")
-    for wrong, message in ((dict(pool="map"), "no pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
+    for wrong, message in ((dict(pool="map"), "unknown pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
         with pytest.raises(InputError, match=message):
             open_donor(tmp_path / "vit.safetensors", [FAMILY], **wrong)
     flags = ["--set", "heads=2", "--set", "activation=gelu", "--set", "size=8", "--no-verify"]

@@ -113,8 +113,8 @@ def test_a_descendant_keeps_the_names_with_the_head(folder_of, tmp_path):
         (["--depth", "0"], "--depth is 0: choose 1 or more"),
         (["--depth", "-1"], "--depth is -1: choose 1 or more"),
         (["--depth", "2", "--map", "0,x"], "--map is '0,x': write whole numbers separated by commas"),
-        (["--depth", "2", "--map", "0,-1"], "the map names stage -1, the gene has 0 to 1"),
-        (["--depth", "2", "--map", "0"], "the map names 1 layers, the student has 2"),
+        (["--depth", "2", "--map", "0,-1"], "the map names stage -1: choose stages 0 to 1"),
+        (["--depth", "2", "--map", "0"], "the map has 1 layers, the student 2"),
         (["--depth", "2", "--map", ","], "--map is ','"),
     ],
 )

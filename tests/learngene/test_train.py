@@ -171,15 +171,15 @@ def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, 
     [
         (["compare"], "name a recipe to compare with"),
         (["compare", "learngene/emoji"], "give --run DIR"),
-        (["compare", "learngene/emoji", "--cost", "6-15"], "takes no CONFIG"),
+        (["compare", "learngene/emoji", "--cost", "6-15"], "leave CONFIG and its flags out"),
         (["compare", "learngene/smoke", "--run", "x"], "names no teacher, and none to train"),
         (["compare", "--cost", "six"], "write 6-15, or 4,6,8"),
-        (["compare", "learngene/emoji", "--run", "x", "--methods", "sws,tlg"], "no method 'tlg'; did you mean 'tleg'?"),
+        (["compare", "learngene/emoji", "--run", "x", "--methods", "sws,tlg"], "unknown method 'tlg'; did you mean 'tleg'?"),
         (["compare", "learngene/emoji", "--run", "x", "--methods", "interlace", "--depths", "7"], "at most 6, not 7"),
-        (["train", "learngene/smoke", "--run", "x", "--distill.alpha", "1"], "this gene would learn from labels alone"),
+        (["train", "learngene/smoke", "--run", "x", "--distill.alpha", "1"], "set --distill.alpha 0 to learn from labels alone"),
         (["train", "learngene/smoke", "--run", "x", "--teacher", "logits"], "belong to unchanged pictures"),
         (["train", "learngene/smoke", "--run", "x", "--augment.crop", "resized"], "happen while reading"),
-        (["train", "learngene/smoke", "--run", "x", "--student.channels", "1"], "are read with 3 channels"),
+        (["train", "learngene/smoke", "--run", "x", "--student.channels", "1"], "student.channels is 1, and pictures have 3"),
         (["inherit", "learngene/smoke", "x"], "names no donor"),
     ],
 )
@@ -207,14 +207,14 @@ def test_expand_writes_a_descendant_and_where_it_is_from(compared, tmp_path, cap
     theirs = open_safetensors(compared[0] / "gene-sws" / "model" / "model.safetensors")["blocks/mlp/up/kernel"]
     np.testing.assert_array_equal(open_safetensors(tmp_path / "d3" / "model.safetensors")["blocks/mlp/up/kernel"], theirs[[0, 1, 1]])
     assert main(["expand", gene, str(tmp_path / "d1"), "--depth", "1", "--classes", "7", "--size", "16"]) == 0
-    assert "nothing is published for 1 layers of 2 stages" in capsys.readouterr().out
+    assert "no rule is published for 1 layers from 2 stages" in capsys.readouterr().out
     other = open_classifier(str(tmp_path / "d1")).cfg
     assert (other.layers, other.classes, other.size, other.gene) == (1, 7, 16, "none")
     for arguments, complaint in ((["--depth", "3", "--map", "0,x"], "separated by commas"), (["--depth", "2", "--map", "0,5"], "stage 5")):
         assert main(["expand", gene, str(tmp_path / "no"), *arguments]) == 2
         assert complaint in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert main(["expand", str(compared[0] / "teacher"), str(tmp_path / "no"), "--depth", "3"]) == 2
-    assert "is a convnet: only genes and ViTs expand" in capsys.readouterr().err
+    assert "is a convnet: give a gene or a ViT" in capsys.readouterr().err
 
 
 def test_eval_of_a_gene_scores_its_auxiliary_net(compared, data, tmp_path, capsys):

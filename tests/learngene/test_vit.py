@@ -11,9 +11,9 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source, apply
 from heirloom.common.train.step import cast
-from learngene.cost import count, ratios, work
+from learngene.cost import count, forward_macs, ratios
 from learngene.expand import expansion
-from learngene.vit import Vit, VitConfig, kept, macs, parameters
+from learngene.vit import Vit, VitConfig, macs, parameters, stochastic_depth
 from learngene.zoo import auxiliary, vit
 
 
@@ -38,10 +38,11 @@ def test_published_sizes_to_the_unit():
 
 def test_an_auxiliary_net_costs_what_its_layers_cost():
     aux = functional(Vit, auxiliary("s")).spec
-    assert macs(auxiliary("s"), aux) == work(auxiliary("s")) == work(vit("s", 16)) and count(auxiliary("s")) == parameters(aux)["total"]
+    assert macs(auxiliary("s"), aux) == forward_macs(auxiliary("s")) == forward_macs(vit("s", 16))
+    assert count(auxiliary("s")) == parameters(aux)["total"]
     # 12 layers at 196 tokens: 12 D^2 multiply-accumulates a token, and two products of the attention.
     inside = 12 * (196 * 12 * 384**2 + 2 * 196**2 * 384)
-    assert work(vit("s")) == inside + 196 * 768 * 384 + 384 * 1000
+    assert forward_macs(vit("s")) == inside + 196 * 768 * 384 + 384 * 1000
 
 
 def test_cost_ratios_are_the_published_ones():
@@ -96,7 +97,7 @@ def test_a_looped_blocks_gradient_is_the_float32_sum_of_its_turns(gene, draw, im
 
 
 def test_stochastic_depth_keeps_the_mean_and_rises_linearly(gene):
-    keep = np.asarray(jax.jit(lambda key: kept(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0)))
+    keep = np.asarray(jax.jit(lambda key: stochastic_depth(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0)))
     assert keep.shape == (5, 2, 20_000)
     np.testing.assert_allclose(keep.mean(2), 1, atol=0.03)
     np.testing.assert_allclose((keep == 0).mean(2), np.linspace(0, 0.4, 5)[:, None] * np.ones((1, 2)), atol=0.015)
@@ -128,10 +129,10 @@ def test_tleg_starts_with_a_norm_of_scale_one_and_lies_on_a_line(gene, draw, ima
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (dict(layout=(2,)), "needs a layout of 2 counts"),
-        (dict(gene="none"), "a layout belongs to a gene"),
-        (dict(gene="tleg"), "2 blocks and a layout of one number"),
-        (dict(pool="cls"), "needs the token it classifies"),
+        (dict(layout=(2,)), "a gene of 2 blocks needs 2 counts"),
+        (dict(gene="none"), "only a gene has one: set gene"),
+        (dict(gene="tleg"), r"layout \(2, 3\): a TLEG gene needs layers 2 and a layout of one number"),
+        (dict(pool="cls"), "pool 'cls' needs its token, set tokens to 'cls'"),
     ],
 )
 def test_configs_that_contradict_themselves_are_refused(gene, change, complaint):

@@ -87,7 +87,7 @@ def test_a_setting_that_our_reader_overlooks_fails_the_verification(write, tmp_p
 def test_without_its_config_only_our_own_formulas_can_serve_and_the_guesses_are_listed(write, tmp_path):
     folder = write()
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(InputError, match="say how many there are"):
+    with pytest.raises(InputError, match="set the number of heads"):
         open_donor(folder, [FAMILY])
     check = convert(open_donor(folder, [FAMILY], text_heads=2), tmp_path / "ours", "heirloom")
     assert (check.passed, check.reference) == (True, OWN) and check.sentence().startswith("checked against our own formulas")

@@ -67,9 +67,9 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
         other = Tokenizer.train(["words of another kind"] * 3, 540)
         other.save(tmp_path)
         replace(cached, tokenizer=str(tmp_path)).train(tmp_path / "tokenizer")
-    with pytest.raises(InputError, match='a stored teacher saw every picture uncropped: set augment to "none"'):
+    with pytest.raises(InputError, match='augment is "random", and stored embeddings belong to centre crops: set augment to "none"'):
         replace(cached, augment="random").train(tmp_path / "random")
-    with pytest.raises(InputError, match="is no cache of embeddings"):
+    with pytest.raises(InputError, match="is not a cache of embeddings"):
         inputs = train.read_inputs(recipe, open_clip_model(recipe.donor), None)
         Cached(open_source(recipe.data), tmp_path, recipe.data, inputs.pre, inputs.tokenizer)
     with pytest.raises(InputError, match="exists; give another name"):
@@ -80,6 +80,6 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
 
 def test_the_command_says_what_it_needs(capsys, tmp_path):
     assert main(["cache", "tinyclip/smoke", str(tmp_path / "cache")]) == 2
-    assert "has no live teacher whose embeddings could be stored" in capsys.readouterr().err
+    assert "has no live teacher" in capsys.readouterr().err
     assert main(["cache", "lit/smoke", str(tmp_path / "cache")]) == 2
     assert "keeps no embeddings of a teacher" in capsys.readouterr().err

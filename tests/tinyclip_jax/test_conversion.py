@@ -147,9 +147,9 @@ def test_heads_that_shapes_cannot_tell_are_refused_by_the_original_format(opened
 
 def test_a_bare_open_clip_file_says_that_its_heads_are_unknown(goldens, families, tmp_path):
     shutil.copy(goldens / "open_clip_f16" / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
-    with pytest.raises(InputError, match=r"0 heads do not divide a width of 32; say how many there are \(image_heads, text_heads\)"):
+    with pytest.raises(InputError, match=r"0 heads do not divide a width of 32: set the number of heads \(image_heads, text_heads\)"):
         open_donor(tmp_path / "bare.safetensors", families)
-    with pytest.raises(InputError, match=r"0 heads do not divide a width of 32; say how many there are \(image_heads, text_heads\)"):
+    with pytest.raises(InputError, match=r"0 heads do not divide a width of 32: set the number of heads \(image_heads, text_heads\)"):
         open_donor(tmp_path / "bare.safetensors", families, activation="quick_gelu")
     donor = open_donor(tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2)
     assert donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg

@@ -150,7 +150,7 @@ def test_open_clips_fields_that_change_nothing_are_passed_over(harmless, read, p
         (vision_cfg(timm_model_name="vit_base_patch16_224"), "vision_cfg: timm_model_name"),
         (vision_cfg(image_size=[32, 16]), "vision_cfg: image_size is .*; only squares can be read"),
         (vision_cfg(image_size=40), "vision_cfg: image_size is 40, and the weights have 32"),
-        (vision_cfg(mlp_ratio=2.0), "vision_cfg: mlp_ratio is not that of the weights"),
+        (vision_cfg(mlp_ratio=2.0), "vision_cfg: mlp_ratio is 2, and the weights have"),
         (vision_cfg(norm_kwargs={"bias": False}), "vision_cfg: norm_kwargs: the field 'bias'"),
         (vision_cfg(act_kwargs={"approximate": "gauss"}, head_width=8), "act_kwargs"),
         (vision_cfg(rope=True), "vision_cfg: the field 'rope'"),

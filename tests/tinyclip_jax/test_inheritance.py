@@ -75,7 +75,7 @@ def test_the_even_rule_spreads_the_layers():
 
 def test_a_student_deeper_than_its_donor_is_refused():
     for rule in ("interval", "even"):
-        with pytest.raises(InputError, match="the student has 13 layers, the donor 12: choose between 1 and 12"):
+        with pytest.raises(InputError, match="the student has 13 layers, the donor 12: choose 1 to 12"):
             pick_layers(12, 13, rule)
         with pytest.raises(InputError, match="the student has 0 layers"):
             pick_layers(12, 0, rule)
@@ -143,7 +143,7 @@ def test_every_rule_is_told_in_words(teacher, student):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (dict(width=40, heads=5), "the student's width 40 exceeds the donor's 32: nothing to cut from"),
+        (dict(width=40, heads=5), "the student's width 40 exceeds the donor's 32: set it to at most this"),
         (dict(heads=8), "the student's heads 8 exceeds the donor's 4"),
         (dict(hidden=129), "the student's hidden 129 exceeds the donor's 128"),
     ],

@@ -83,7 +83,7 @@ def test_the_background_is_the_checkpoints(clip, files):
         ([b"no picture"], "picture number 0, counted from 0: this picture does not decode"),
         ([None], "picture number 0, counted from 0: a picture is a file name, bytes, a PIL image or a uint8 array, not NoneType"),
         (7, "one or several, not int"),
-        ([], "no pictures to encode"),
+        ([], "list of pictures is empty"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_named(clip, files, images, complaint, monkeypatch):
@@ -98,7 +98,7 @@ def test_captions_come_one_or_several(clip):
     for form in (("a cat", "a dog"), iter(["a cat", "a dog"])):
         np.testing.assert_array_equal(clip.encode_text(form), expected)
     np.testing.assert_allclose(clip.encode_text("a dog"), expected[1:], atol=1e-6)
-    wrong = ([], "no captions to encode"), (7, "captions are strings, not int"), (["a", 7], "number 1, counted from 0, is int")
+    wrong = ([], "list of captions is empty"), (7, "captions are strings, not int"), (["a", 7], "number 1, counted from 0, is int")
     for form, complaint in wrong:
         with pytest.raises(InputError, match=complaint):
             clip.encode_text(form)
@@ -140,7 +140,7 @@ def test_a_student_keeps_the_margin_of_its_donor(clip):
     ("text", "complaint"),
     [
         (dict(vocab=520), "the tokenizer has 523 ids, text.vocab is 520"),
-        (dict(eot=530), "ends captions with id 522, the text tower looks for 530"),
+        (dict(eot=530), "ends captions with id 522, text.eot is 530"),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(text, complaint):
@@ -165,18 +165,18 @@ def test_a_tokenizer_that_does_not_fit_is_not_replaced(tmp_path, remarks):
     weights.write_params(folder, {path: np.zeros(leaf.shape, np.float32) for path, leaf in model.spec.items()}, spec=model.spec)
     weights.write_config(folder, "tinyclip", big)
     assert tokenizer_of(open_clip_model(str(folder))).vocab_size == 49408
-    assert remarks() == [f"tokenizer: none with {folder}; CLIP's own is assumed, for the size of the vocabulary is its"]
+    assert remarks() == [f"tokenizer: {folder} has none; CLIP's is assumed, because the vocabulary has its size"]
     (folder / "vocab.json").write_text("{}")
     with pytest.raises(InputError, match=r"needs a tokenizer\.json, or a vocab\.json and a merges\.txt"):
         tokenizer_of(open_clip_model(str(folder)))
     (folder / "vocab.json").rename(folder / "spiece.model")
     assert tokenizer_of(open_clip_model(str(folder))) is None
-    with pytest.raises(InputError, match="came without its tokenizer"):
+    with pytest.raises(InputError, match="this model has no tokenizer"):
         tinyclip_jax.load(str(folder)).encode_text("a cat")
 
 
 def test_a_stored_teacher_is_known_by_its_whole_preprocessing():
-    from tinyclip_jax.cache import _about
+    from tinyclip_jax.cache import _fingerprint
 
     class Two:
         def __len__(self):
@@ -187,5 +187,5 @@ def test_a_stored_teacher_is_known_by_its_whole_preprocessing():
 
     from heirloom.common.data.sources import SourceConfig
 
-    about = _about(Two(), SourceConfig("x"), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER)
+    about = _fingerprint(Two(), SourceConfig("x"), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER)
     assert (about["mode"], about["resize"], about["background"], about["mean"]) == ("squash", 20, "white", list(Preprocess().mean))

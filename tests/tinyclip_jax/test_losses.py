@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import TypeCheckError
 
 from tinyclip_jax import losses
 from tinyclip_jax.losses import affinity_mimicking, contrastive
@@ -50,6 +51,19 @@ def test_affinity_mimicking_written_out():
             target = np.exp(t[i]) / np.exp(t[i]).sum()
             total -= sum(target[j] * (s[i, j] - np.log(np.exp(s[i]).sum())) for j in range(5)) / 5
     np.testing.assert_allclose(got, total / 2, rtol=1e-6)
+
+
+def test_wrong_shapes_are_caught_in_tests():
+    """tests/conftest.py checks the shapes of the signatures; a Python float is a scale, a vector is none."""
+    rng = np.random.default_rng(7)
+    image, text, other = unit(rng, 5, 8), unit(rng, 5, 8), unit(rng, 4, 8)
+    assert affinity_mimicking(image, text, image, text, 10.0, jnp.float32(10)).shape == ()
+    with pytest.raises(TypeCheckError, match="text"):
+        affinity_mimicking(image, other, image, text, 10.0, 10.0)
+    with pytest.raises(TypeCheckError, match="teacher_text"):
+        affinity_mimicking(image, text, image, other[:, :3], 10.0, 10.0)
+    with pytest.raises(TypeCheckError, match="scale"):
+        affinity_mimicking(image, text, image, text, jnp.full(5, 10.0), 10.0)
 
 
 def test_a_student_that_is_its_teacher_is_at_the_minimum():

@@ -16,7 +16,7 @@ from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax import masks
 from tinyclip_jax.automatic import mask_optimizer
 from tinyclip_jax.inherit import expand, prune
-from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic, gate, prunable, score, sparsity
+from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic_gate, open_probability, prunable, sample_gate, sparsity
 from tinyclip_jax.model import Clip, parameters
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import VIT_B_32
@@ -25,56 +25,56 @@ from tinyclip_jax.zoo import VIT_B_32
 @pytest.mark.parametrize(
     ("log_alpha", "expected"),
     [
-        (10, 0.999991),
+        (10.0, 0.999991),
         (4.60517, 0.997982),
-        (2, 0.973367),
-        (1, 0.930771),
-        (0, 0.831822),
-        (-1, 0.645335),
-        (-2, 0.400975),
+        (2.0, 0.973367),
+        (1.0, 0.930771),
+        (0.0, 0.831822),
+        (-1.0, 0.645335),
+        (-2.0, 0.400975),
         (-4.60517, 0.047130),
     ],
 )
-def test_score_is_the_probability_that_a_gate_is_open(log_alpha, expected):
-    assert float(score(log_alpha)) == pytest.approx(expected, abs=1e-6)
-    draws = gate(log_alpha, jnp.linspace(masks.EPS, 1 - masks.EPS, 100_001))
+def test_open_probability_is_the_probability_that_a_gate_is_open(log_alpha, expected):
+    assert float(open_probability(log_alpha)) == pytest.approx(expected, abs=1e-6)
+    draws = sample_gate(log_alpha, jnp.linspace(masks.EPS, 1 - masks.EPS, 100_001))
     assert float((draws > 0).mean()) == pytest.approx(expected, abs=2e-5)
 
 
 def test_gates_of_training():
-    assert float(gate(1.0, 0.3)) == pytest.approx(0.568417, abs=1e-6)
-    assert float(gate(2.0, 0.01)) == 0
-    assert float(gate(-2.0, 0.99)) == 1
+    assert float(sample_gate(1.0, 0.3)) == pytest.approx(0.568417, abs=1e-6)
+    assert float(sample_gate(2.0, 0.01)) == 0
+    assert float(sample_gate(-2.0, 0.99)) == 1
 
 
 def test_gates_of_evaluation_keep_soft_values_and_drop_the_smallest():
-    np.testing.assert_allclose(deterministic([4.60517]), [0.996035], atol=1e-6)
-    found = deterministic([3.0, 2, 1, 0, -1, -2, -3, 4])
+    np.testing.assert_allclose(deterministic_gate(np.array([4.60517], np.float32)), [0.996035], atol=1e-6)
+    found = deterministic_gate(np.array([3.0, 2, 1, 0, -1, -2, -3, 4], np.float32))
     np.testing.assert_allclose(found[[2, 3]], [0.768525, 0.5], atol=1e-6)
     assert np.flatnonzero(found == 0).tolist() == [5, 6]
-    assert np.flatnonzero(deterministic([3.0, 2, 1, 0, -1, -2, -3, 4], round_to=4) == 0).tolist() == []
-    assert np.count_nonzero(deterministic(np.full((2, 100), -4.60517))) == 2 * 5  # 4.7 of 100 expected, per row
+    assert np.flatnonzero(deterministic_gate(np.array([3.0, 2, 1, 0, -1, -2, -3, 4], np.float32), round_to=4) == 0).tolist() == []
+    assert np.count_nonzero(deterministic_gate(np.full((2, 100), -4.60517))) == 2 * 5  # 4.7 of 100 expected, per row
 
 
 def test_zeros_are_rounded_half_to_even(monkeypatch):
-    monkeypatch.setattr(masks, "score", lambda x: np.full(np.shape(x), 0.25))
-    assert np.count_nonzero(deterministic(np.arange(6.0))) == 6 - 4  # 4.5 zeros expected
-    assert np.count_nonzero(deterministic(np.arange(2.0))) == 2 - 2  # 1.5 zeros expected
+    monkeypatch.setattr(masks, "open_probability", lambda x: np.full(np.shape(x), 0.25))
+    assert np.count_nonzero(deterministic_gate(np.arange(6.0))) == 6 - 4  # 4.5 zeros expected
+    assert np.count_nonzero(deterministic_gate(np.arange(2.0))) == 2 - 2  # 1.5 zeros expected
 
 
 def test_sizes_of_vit_b_32():
     assert (prunable(VIT_B_32, "image"), prunable(VIT_B_32, "text")) == (85_017_600, 37_804_032)
     leaves = masks.initial_masks(VIT_B_32, VIT_B_32)
     assert float(sparsity(VIT_B_32, leaves)) == pytest.approx(0.000644, abs=1e-6)
-    assert float(sparsity(VIT_B_32, masks.bounded(leaves))) == pytest.approx(0.004654, abs=1e-6)
+    assert float(sparsity(VIT_B_32, masks.clip_log_alphas(leaves))) == pytest.approx(0.004654, abs=1e-6)
 
 
 def test_the_constraint_is_one_sided_and_raised_by_its_multipliers():
     leaves = {f"masks/{t}/{name}": jnp.float32(10) for t in masks.TOWERS for name in masks.MULTIPLIERS}
     assert float(constraint(0.20, 0.25, leaves)) == pytest.approx(0.525, abs=1e-6)
     assert float(constraint(0.30, 0.25, leaves)) == 0
-    assert float(MaskConfig(start=0.25, target=0.5).wanted(500)) == pytest.approx(0.375)
-    assert float(MaskConfig(start=0.25, target=0.5).wanted(4000)) == 0.5
+    assert float(MaskConfig(start=0.25, target=0.5).target_at(500)) == pytest.approx(0.375)
+    assert float(MaskConfig(start=0.25, target=0.5).target_at(4000)) == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def small(cfg):
     cfg = replace(cfg, image=replace(cfg.image, activation="gelu"), text=replace(cfg.text, activation="gelu"))
     rng = np.random.default_rng(0)
     leaves = {path: rng.normal(0.5, 2.5, leaf.shape).astype(np.float32) for path, leaf in masks.mask_spec(cfg).items()}
-    leaves = {path: np.array(value) for path, value in masks.bounded(leaves).items()}
+    leaves = {path: np.array(value) for path, value in masks.clip_log_alphas(leaves).items()}
     leaves["masks/image/head"][1] = -9  # a layer that loses all heads
     leaves["masks/text/hidden"][0] = -9  # one that loses all hidden units
     return cfg, leaves
@@ -209,11 +209,11 @@ def test_widths_for_lanes_are_rounded_up(small, params):
 
 def test_a_tower_without_channels_is_refused(small):
     _, leaves = small
-    with pytest.raises(InputError, match="masks/text/embed: no channel is left"):
+    with pytest.raises(InputError, match="masks/text/embed: every channel is closed"):
         masks.deterministic_gates(leaves | {"masks/text/embed": np.full(24, -20.0)})
 
 
-def test_the_constraint_reaches_what_is_wanted(small):
+def test_the_constraint_reaches_its_target(small):
     """Masks and multipliers as they are trained, against a task that would rather keep everything: to within a hundredth."""
     cfg, _ = small
     how = MaskConfig(prune_step=1500, target=0.4, warmup=500)
@@ -221,16 +221,16 @@ def test_the_constraint_reaches_what_is_wanted(small):
     optimizer = mask_optimizer(Config(student=cfg, masks=how, optim=OptimConfig(clip=None)), spec)
 
     def loss(leaves, step):
-        gone = sparsity(cfg, leaves)
-        return constraint(gone, how.wanted(step), leaves) + 2 * gone, gone
+        removed = sparsity(cfg, leaves)
+        return constraint(removed, how.target_at(step), leaves) + 2 * removed, removed
 
     def step(carry, n):
         leaves, state = carry
-        gradients, gone = jax.grad(loss, has_aux=True)(leaves, n)
+        gradients, removed = jax.grad(loss, has_aux=True)(leaves, n)
         updates, state = optimizer.update(gradients, state, leaves)
-        return (masks.bounded(optax.apply_updates(leaves, updates)), state), gone
+        return (masks.clip_log_alphas(optax.apply_updates(leaves, updates)), state), removed
 
     leaves = {path: jnp.asarray(value) for path, value in masks.initial_masks(cfg, cfg).items()}
-    (leaves, _), gone = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))((leaves, optimizer.init(leaves)))
-    assert float(gone[-1]) == pytest.approx(0.4, abs=0.01) and float(gone[100]) < 0.1
+    (leaves, _), removed = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))((leaves, optimizer.init(leaves)))
+    assert float(removed[-1]) == pytest.approx(0.4, abs=0.01) and float(removed[100]) < 0.1
     assert float(leaves["masks/image/linear"]) > masks.MULTIPLIER

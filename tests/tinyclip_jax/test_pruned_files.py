@@ -99,7 +99,7 @@ def test_a_pruned_model_is_none_of_hugging_faces(folder, families, tmp_path):
 
 
 def test_layers_of_different_sizes_need_a_number_each():
-    with pytest.raises(InputError, match="heads has 2 numbers for 3 layers"):
+    with pytest.raises(InputError, match="heads has 2 numbers and the tower 3 layers"):
         functional(Clip, replace(CFG, image=replace(CFG.image, heads=(1, 2))))
     with pytest.raises(InputError, match="need a head_dim"):
         functional(Clip, replace(CFG, image=replace(CFG.image, head_dim=None)))

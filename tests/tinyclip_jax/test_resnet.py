@@ -93,7 +93,7 @@ def test_towers_of_two_kinds_inherit_nothing():
     vit = replace(TEACHER, image=ClipConfig().image)
     with pytest.raises(InputError, match="one image tower is a ResNet, the other a ViT"):
         manual(vit, TEACHER)
-    with pytest.raises(InputError, match=r"have \(1, 1, 1, 1\) blocks, the donor's \(1, 2, 1, 1\): take these"):
+    with pytest.raises(InputError, match=r"have \(1, 1, 1, 1\) blocks, the donor's \(1, 2, 1, 1\): set student.image.blocks"):
         manual(TEACHER, replace(TEACHER, image=replace(TEACHER.image, blocks=(1, 1, 1, 1))))
     for change, message in (
         ({"size": 48}, "48 px is no multiple of 32"),

@@ -110,9 +110,9 @@ def test_killed_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_pat
 
 
 def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_path):
-    with pytest.raises(InputError, match=r"stage 2 goes on from .*stage_1/model, which is not there: run stage 1 first"):
+    with pytest.raises(InputError, match=r"stage 2 starts from .*stage_1/model, which does not exist: run stage 1 first"):
         replace(recipe, stage=2).train(tmp_path)
-    with pytest.raises(InputError, match="there are stages 1 to 2: stage 3 is none of them"):
+    with pytest.raises(InputError, match="stage is 3: choose 1 to 2"):
         replace(recipe, stage=3).train(tmp_path)
     replace(recipe, stage=2).train(whole)  # finished: exits at once
 
@@ -142,7 +142,7 @@ def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
 
 def test_what_cannot_be_pruned_is_said(recipe, tmp_path):
     auto = replace(recipe, stages=(), masks=FAST, steps=10)
-    with pytest.raises(InputError, match="automatic inheritance learns what to cut"):
+    with pytest.raises(InputError, match="prunes with learned masks, which need training"):
         auto.inherit(tmp_path / "student")
     smaller = replace(TEACHER, image=replace(TEACHER.image, width=16, heads=2, hidden=32))
     with pytest.raises(InputError, match="the donor's 'embed' is 32 and the student's 16"):

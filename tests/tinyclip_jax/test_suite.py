@@ -178,7 +178,7 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
     with pytest.raises(InputError, match="cifar100: no data set of the suite has this name"):
         suite.run_suite(donor, None, tmp_path)
     for change, message in (
-        ({"images": [{"split": "test"}]}, "none of Karpathy's files: 'sentences' is missing"),
+        ({"images": [{"split": "test"}]}, "not a file of Karpathy's splits: 'sentences' is missing"),
         ({"images": [{"split": "test", "filename": "0.png", "sentences": []}]}, r"0\.png: its caption is \[\]"),
         ({}, "'images' is missing"),
     ):
@@ -217,7 +217,7 @@ def test_data_sets_in_other_forms_score_the_same(model, data, tmp_path):
                 info = tarfile.TarInfo(f"s{i}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(InputError, match=r"does not name the 200 classes of its labels; put classnames\.txt next to the shards"):
+    with pytest.raises(InputError, match=r"does not name the 200 classes of its labels: put classnames\.txt next to the shards"):
         scored("imagenet-a", tmp_path)
     (shards.parent / "classnames.txt").write_text("".join(f"{names[folder.name]}\n" for folder in folders))
     assert scored("imagenet-a", tmp_path) == scored("imagenet-a", data) and scored("imagenet-a", data)[2] == 3

@@ -31,7 +31,7 @@ from heirloom.common.train.state import create_state
 from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, first_look, hold_scale, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, constrain_scale, first_look, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -126,9 +126,9 @@ def test_inherited_and_scratch_differ_only_in_where_they_start(emoji):
 
 def test_the_scale_is_held_or_bounded():
     params = {"logit_scale": np.float32(9.0)}
-    assert float(hold_scale(LossConfig(), params)["logit_scale"]) == pytest.approx(3.912023)
-    assert float(hold_scale(LossConfig(scale="learned"), params)["logit_scale"]) == pytest.approx(log(100))
-    assert float(hold_scale(LossConfig(scale="learned"), {"logit_scale": np.float32(-1.0)})["logit_scale"]) == 0
+    assert float(constrain_scale(LossConfig(), params)["logit_scale"]) == pytest.approx(3.912023)
+    assert float(constrain_scale(LossConfig(scale="learned"), params)["logit_scale"]) == pytest.approx(log(100))
+    assert float(constrain_scale(LossConfig(scale="learned"), {"logit_scale": np.float32(-1.0)})["logit_scale"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_embeddings_that_are_no_columns_are_missed_in_one_line(named, missing, t
     flags = ["--teacher", "embeddings", "--loss.alpha", "1", "--data.path", str(file), "--data.split", ""]
     columns = ["--data.columns", *named] if named else []
     assert main(["train", "tinyclip/smoke", "--run", str(tmp_path / "run"), *flags, *columns]) == 2
-    said = f"heirloom: {file} has no {missing}: teacher embeddings are columns of the data, named in data.columns\n"
+    said = f"heirloom: {file} has no {missing}: add this column of teacher embeddings, and name it in data.columns\n"
     assert capsys.readouterr().err == said
 
 
@@ -183,7 +183,7 @@ def tiny_step(cfg, model, draw, loss, ema=None):
     }
     params = draw(model.spec)
     optimizer = make_optimizer(cfg.optim, model.spec, 10)
-    step = make_step(loss_fn(cfg, model, None), optimizer, model.spec, mesh, cfg.step, project=partial(hold_scale, cfg.loss))
+    step = make_step(loss_fn(cfg, model, None), optimizer, model.spec, mesh, cfg.step, project=partial(constrain_scale, cfg.loss))
     state, metrics = step(create_state(params, optimizer, model.spec, mesh, ema), batch)
     return params, batch, state, {name: float(total / count) for name, (total, count) in metrics.items()}
 
@@ -240,5 +240,5 @@ def test_a_first_batch_that_is_all_the_same_is_refused(same, what):
     batch[same] = np.zeros_like(batch[same])
 
     cfg = Config(data=SourceConfig("synthetic"))
-    with pytest.raises(InputError, match=f"all {what} of the first batch are the same: is synthetic the data you mean"):
+    with pytest.raises(InputError, match=f"all {what} of the first batch are the same.* check data.path, synthetic"):
         first_look(cfg, None, jax.device_put(batch), None)
