@@ -17,7 +17,7 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import count
 from heirloom.common.typed import from_json
 from learngene.formats import finite
-from learngene.inputs import companions
+from learngene.inputs import sidecars
 
 GROUPS, EPS = 8, 1e-5
 
@@ -105,4 +105,13 @@ def macs(cfg: ConvConfig, spec: Spec) -> int:
     return total
 
 
-FAMILY = Family("convnet", ConvNet, config, (), companions, finite, parameters, macs)
+FAMILY = Family(
+    name="convnet",
+    module=ConvNet,
+    config=config,
+    formats=(),
+    sidecars=sidecars,
+    verify=finite,
+    parameters=parameters,
+    macs=macs,
+)

@@ -27,7 +27,7 @@ def preprocess_of(donor: Donor) -> Found:
     return replace(found, pre=found.pre.cropped(CROP), note=note)
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
     """Carry a checkpoint's preprocessing and class names to another folder, in the words of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     carry_labels(donor, destination, format)

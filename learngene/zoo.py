@@ -8,11 +8,21 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES, config
-from learngene.inputs import companions
+from learngene.inputs import sidecars
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, config, FORMATS, companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+FAMILY = Family(
+    name="learngene",
+    module=Vit,
+    config=config,
+    formats=FORMATS,
+    sidecars=sidecars,
+    verify=verify,
+    parameters=parameters,
+    macs=macs,
+    lookalikes=LOOKALIKES,
+)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout

@@ -259,6 +259,6 @@ FORMATS = (
 )
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
     """Carry along which autoencoder's latents the model was trained on."""
     copy_origin(donor.folder, destination)

@@ -9,12 +9,23 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
-from lit_jax.formats import FORMATS, LOOKALIKES, companions, config
+from lit_jax.formats import FORMATS, LOOKALIKES, config, sidecars
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
-FAMILY = Family("lit", Dit, config, FORMATS, companions, verify, parameters, macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family(
+    name="lit",
+    module=Dit,
+    config=config,
+    formats=FORMATS,
+    sidecars=sidecars,
+    verify=verify,
+    parameters=parameters,
+    macs=macs,
+    embedded=EMBEDDED,
+    lookalikes=LOOKALIKES,
+)
 FAMILIES = (FAMILY, AUTOENCODERS)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}

@@ -57,7 +57,7 @@ def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
         )
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
     """Carry tokenizer and preprocessing from a checkpoint's folder to another, in the words of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     tokenizer = tokenizer_of(donor)

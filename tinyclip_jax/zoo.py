@@ -7,13 +7,24 @@ from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_dono
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS, LOOKALIKES, config
-from tinyclip_jax.inputs import companions
+from tinyclip_jax.inputs import sidecars
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
-FAMILY = Family("tinyclip", Clip, config, FORMATS, companions, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family(
+    name="tinyclip",
+    module=Clip,
+    config=config,
+    formats=FORMATS,
+    sidecars=sidecars,
+    verify=verify,
+    parameters=parameters,
+    macs=total_macs,
+    embedded=EMBEDDED,
+    lookalikes=LOOKALIKES,
+)
 FAMILIES = (FAMILY,)
 
 RN50 = resnet(64, 12)

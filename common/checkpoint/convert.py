@@ -104,7 +104,7 @@ class Format:
 class Family:
     """A model family: its module, config type, and foreign formats.
 
-    companions(source, destination, format): carries tokenizer and preprocessing along, into the format named.
+    sidecars(source, destination, format): carries tokenizer and preprocessing along, into the format named.
     verify(cfg, params, file, format): compares our model with the reference that reads the foreign file.
     parameters(spec): counts by part and in total. macs(cfg, spec): multiply-accumulates of one example.
     embedded: the weights folders that come with the package, by name.
@@ -115,7 +115,7 @@ class Family:
     module: Callable[..., Any]
     config: Callable[[Mapping[str, Any]], Any]
     formats: tuple[Format, ...]
-    companions: Callable[["Donor", Path, str], None]
+    sidecars: Callable[["Donor", Path, str], None]
     verify: Callable[[Any, Mapping[str, Any], Path, str], Check]
     parameters: Callable[[Spec], dict[str, int]]
     macs: Callable[[Any, Spec], int]
@@ -263,7 +263,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
             _write_ours(donor, folder)
         else:
             _write_foreign(donor, format, folder)
-        family.companions(donor, folder, to)
+        family.sidecars(donor, folder, to)
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:
             check = _verify(donor, folder, to)

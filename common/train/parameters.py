@@ -49,12 +49,12 @@ def save_params(
     method: str,
     cfg: Any,
     params: Mapping[str, Any],
-    companions: Callable[[Path], None],
+    sidecars: Callable[[Path], None],
     *,
     spec: Spec | None = None,
     force: bool = False,
 ) -> None:
-    """Write a weights folder; every process gathers, the first one writes. `companions(folder)` adds what travels along.
+    """Write a weights folder; every process gathers, the first one writes. `sidecars(folder)` adds what travels along.
 
     spec: needed where layers differ in size (`write_params`).
     """
@@ -65,7 +65,7 @@ def save_params(
         folder.mkdir()
         weights.write_params(folder, whole, spec=spec)
         weights.write_config(folder, method, cfg)
-        companions(folder)
+        sidecars(folder)
 
 
 def best(state: State) -> dict[str, jax.Array]:
