@@ -157,7 +157,7 @@ def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.n
     return [x.permute(0, 2, 3, 1).numpy() for x in (posterior.mean, posterior.logvar, decoded)]
 
 
-def _companions(donor: Donor, destination: Path, format: str) -> None:
+def _sidecars(donor: Donor, destination: Path, format: str) -> None:
     """An autoencoder travels alone."""
 
 
@@ -173,4 +173,14 @@ LOOKALIKES = (
     Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
 )
 FORMATS = (Format("diffusers", DIFFUSERS, FILE, _read, _write, clean),)
-FAMILY = Family("autoencoder", Autoencoder, config, FORMATS, _companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+FAMILY = Family(
+    name="autoencoder",
+    module=Autoencoder,
+    config=config,
+    formats=FORMATS,
+    sidecars=_sidecars,
+    verify=verify,
+    parameters=parameters,
+    macs=macs,
+    lookalikes=LOOKALIKES,
+)

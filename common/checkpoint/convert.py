@@ -22,6 +22,7 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Layout, View, own_tensors, own_views
 from heirloom.common.surgery.plan import Plan, Source
 from heirloom.common.surgery.report import provenance
+from heirloom.common.typed import Config
 
 COPY = Plan((("**", {}),))
 
@@ -96,7 +97,7 @@ class Format:
     wrapper: str | None = "state_dict"
     complete: Callable[[Any, Tensors], Tensors] = lambda cfg, tensors: tensors
 
-    def layout_of(self, cfg: Any) -> Layout:
+    def layout_of(self, cfg: Config) -> Layout:
         return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
 
 

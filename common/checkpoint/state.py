@@ -8,21 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from heirloom.common.errors import InputError
 
+Tree = TypeVar("Tree")
 REASON = 200  # characters of the storage library's own message that an error repeats
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(Generic[Tree]):
     """What `Checkpoints.restore` read."""
 
-    state: Any
+    state: Tree
     data: dict[str, Any]
 
 
@@ -36,7 +37,7 @@ class Checkpoints:
         with _mendable(f"{self.directory}: cannot keep checkpoints here"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: object, data: dict[str, Any]) -> None:
         """Copy `state` (a tree of arrays) off the devices, then write it while training goes on.
 
         data: any JSON object. The state may be donated as soon as this returns.
@@ -51,7 +52,7 @@ class Checkpoints:
             self._manager.reload()
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: Any) -> Restored:
+    def restore(self, step: int, like: Tree) -> Restored[Tree]:
         """Read a state straight into the shapes, dtypes and shardings of `like` (a tree of `jax.ShapeDtypeStruct`).
 
         The mesh may be another than the one that wrote it. Raises InputError if the step is absent, damaged or of other shapes.

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
+from heirloom.common.typed import Config, Json
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"
@@ -152,12 +154,12 @@ def open_folder(path: Path) -> Folder:
     return Folder(path, config["method"], config["model"], open_safetensors(path / FILE))
 
 
-def write_config(folder: Path, method: str, model: Any) -> None:
+def write_config(folder: Path, method: str, model: Config) -> None:
     """Write the `config.json` of a weights folder; `model` is the method's frozen dataclass."""
     write_json(folder / "config.json", {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)})
 
 
-def write_params(folder: Path, params: Mapping[str, Any], dtype: Any = None, spec: Spec | None = None) -> None:
+def write_params(folder: Path, params: Mapping[str, Any], dtype: DTypeLike | None = None, spec: Spec | None = None) -> None:
     """Write parameters (jax or numpy) as `model.safetensors`, one leaf at a time; `dtype` None keeps each leaf's own.
 
     spec: says which leaves are zero-padded; these are written layer by layer, without the padding.
@@ -189,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -154,7 +154,8 @@ def _hf_size(fields: Fields) -> tuple[int, Mode, int]:
 
 def _folded(fields: Fields) -> tuple[Channels, Channels]:
     """Mean and std of values in 0..1, whatever the file multiplies pixels by before it normalises them."""
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     if fields.boolean("do_normalize", True):
         mean, std = fields.numbers("image_mean", length=3), fields.numbers("image_std", length=3, above=0)
     factor = fields.number("rescale_factor", 1 / _BYTE, above=0) if fields.boolean("do_rescale", True) else 1.0

@@ -238,7 +238,7 @@ class Stop:
         signal.signal(number, self._before[signal.Signals(number)])
 
 
-def difference(old: Any, new: Any, name: str = "") -> list[str]:
+def difference(old: object, new: object, name: str = "") -> list[str]:
     """One line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]

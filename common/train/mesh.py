@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import jax
 import numpy as np
@@ -69,7 +68,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def split_rows(array: np.ndarray, mesh: Mesh, fill: Any = 0) -> jax.Array:
+def split_rows(array: np.ndarray, mesh: Mesh, fill: float = 0) -> jax.Array:
     """An array that every process holds whole, its rows split over `data` and `fsdp`: how evaluation shares its batches out.
 
     Rows of `fill` are added at the end until the mesh divides them; whoever uses the result masks them, or cuts theirs off.

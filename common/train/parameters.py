@@ -18,6 +18,7 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.layout import View
 from heirloom.common.train.mesh import shardings
 from heirloom.common.train.state import State
+from heirloom.common.typed import Config
 
 
 def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
@@ -47,7 +48,7 @@ def finite(donor: Donor, role: str) -> Donor:
 def save_params(
     path: Path,
     method: str,
-    cfg: Any,
+    cfg: Config,
     params: Mapping[str, Any],
     sidecars: Callable[[Path], None],
     *,

@@ -47,7 +47,7 @@ def require(names: Iterable[str], available: Sequence[str], where: object) -> No
             raise InputError(f"{where} has no column {name!r}{nearest(name, available)} ({known})")
 
 
-def value(cell: Any, key: str, column: str) -> Any:
+def value(cell: object, key: str, column: str) -> object:
     """A carried column as the pipeline wants it: numbers as float32 and int32 arrays, text as it is.
 
     Raises InputError for a whole number that int32 cannot hold, and for bytes that are not text.
@@ -68,7 +68,7 @@ def value(cell: Any, key: str, column: str) -> Any:
     return array.astype(np.float32) if array.dtype.kind == "f" else cell
 
 
-def captions(text: Any, key: str) -> str | list[str]:
+def captions(text: object, key: str) -> str | list[str]:
     """`text` if it is a string or a list of strings, as it is. An empty string is a caption, as in CLIP_benchmark: one without words.
 
     Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
