@@ -140,7 +140,7 @@ def expand(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     if not (found := able("compare")):
-        raise InputError("no installed method has the verb compare; install learngene, which has")
+        raise InputError("no installed method has the verb compare")
     _write_json(args, ability(found[0], "compare")(args))
 
 

@@ -90,11 +90,11 @@ class Parts:
     inputs: Callable[[Donor | None, Donor | None], Any] | None = None
     """Reads preprocessing and other inputs from donor and teacher, once."""
     resolve: Callable[[Donor], Resolution] | None = None
-    """Which tensor of the student comes from which of the donor. None: this training inherits nothing."""
+    """Resolves the plan against the donor. None: this training inherits nothing."""
     prepare: Callable[[Params], Params] = lambda params: params
     """Changes the parameters before the first step."""
     start: Callable[[Opened, Place | None], Params] | None = None
-    """The parameters before the first step, in place of what donor, `resolve` and `prepare` give: for a phase after another."""
+    """Makes the initial parameters, in place of donor, `resolve` and `prepare`: for a phase that follows another."""
     project: Callable[[Params], Params] | None = None
     """Changes the parameters after every step."""
     scheduled: Callable[[jax.Array], Any] | None = None

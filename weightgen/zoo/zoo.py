@@ -53,7 +53,8 @@ class Zoo:
             out.mkdir()
             for name in ARRAYS:
                 np.save(out / f"{name}.npy", getattr(self, name))
-            pieces = {name: [asdict(p) for p in spec.pieces] if spec else None for name, spec in (("pieces", self.spec), ("whole", self.whole))}
+            specs = {"pieces": self.spec, "whole": self.whole}
+            pieces = {name: [asdict(p) for p in spec.pieces] if spec else None for name, spec in specs.items()}
             about = {"about": dict(self.about)} if self.about else {}
             write_json(out / "zoo.json", {"net": asdict(self.net) if self.net else None} | pieces | about)
             if sidecars:
