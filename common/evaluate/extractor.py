@@ -37,7 +37,7 @@ def open_extractor(path: Path) -> Extractor:
     if path.is_dir():
         folder = weights.open_folder(path)
         if folder.method != METHOD:
-            raise InputError(f"{path}: weights of the method {folder.method!r}, not an Inception; make one with scripts/convert_inception.py")
+            raise InputError(f"{path}: weights of the method {folder.method!r}, not an Inception; scripts/convert_inception.py makes one")
         try:
             cfg = InceptionConfig(**folder.model)
         except TypeError as error:

@@ -56,7 +56,7 @@ def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accur
     if label.dtype.kind not in "iu" or label.min() < 0:
         raise InputError(f"labels must be whole numbers from 0, one of the data is {label.min()} ({label.dtype})")
     if label.max() >= len(classes):
-        raise InputError(f"the data has a label {label.max()}, and there are {len(classes)} class names; give one for every label, in order")
+        raise InputError(f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in order")
     similarity = image @ classes.T
     right = np.take_along_axis(similarity, label[:, None], axis=1)
     rank = (similarity >= right).sum(1) - 1
