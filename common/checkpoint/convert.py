@@ -221,7 +221,7 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
         remark(f"{file}: {text}")
     return Donor(
         family=family, cfg=cfg, model=model, source=source, format=format.name, path=path, file=file, guesses=guesses
-    )  # fmt: skip
+    )
 
 
 def _model(family: Family, cfg: Any, path: Path) -> Functional:
