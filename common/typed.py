@@ -1,7 +1,7 @@
 """Builds frozen dataclasses from our own JSON files; each field is checked against its annotation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -9,8 +9,6 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, g
 from heirloom.common.errors import InputError, nearest
 
 T = TypeVar("T")
-Json = Mapping[str, "Json"] | Sequence["Json"] | str | float | bool | None
-"""What `json.loads` returns and `json.dumps` takes."""
 LARGEST = 2**40  # of any whole number in a config; a larger one is a damaged file
 
 

@@ -178,7 +178,7 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
             found = {file: known for file, raw in opened.items() if (known := _recognise(format, raw, file))}
             if len(found) > 1:
                 names = " and ".join(file.name for file in found)
-                raise InputError(f"{path} has {names}, both {family.name} models; give the file you mean")
+                raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
             for file, (read, clean) in found.items():
                 return _opened(family, format, path, file, clean, read, overrides)
     raise InputError(f"{path}: {_unknown(families, [key for raw in opened.values() for key in raw.tensors])}")

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.typed import Json
 
 T = TypeVar("T")
 D = TypeVar("D")  # the type of a default
@@ -156,7 +155,7 @@ class Fields:
         self._known.add(name)
         return Fields({} if self._values.get(name) is None else self._values[name], f"{self.where}: {name}")
 
-    def value(self, name: str, default: Json = None) -> Json:
+    def value(self, name: str, default: Any = None) -> Any:
         """Returns the field unchecked, for a caller that checks it itself."""
         self._known.add(name)
         return self._values.get(name, default)

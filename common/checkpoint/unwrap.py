@@ -63,13 +63,13 @@ def weights_files(path: Path) -> list[Path]:
         return [path]
     if (path / "model_index.json").is_file():
         parts = sorted(p.parent.name for p in path.glob("*/config.json"))
-        raise InputError(f"{path} is a pipeline of several models; give one of them: {', '.join(f'{path}/{part}' for part in parts)}")
+        raise InputError(f"{path} is a pipeline of several models; name one of them: {', '.join(f'{path}/{part}' for part in parts)}")
     if (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} has an adapter, not a model; merge it into its base (peft's merge_and_unload), save and convert that")
+        raise InputError(f"{path} holds an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that")
     for pattern in _PATTERNS:
         if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()):
             return found
-    raise InputError(f"{path} has no weights (no .safetensors, .bin, .pt, .pth, .ckpt or .npz)")
+    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt or .npz)")
 
 
 def open_weights(file: Path) -> Weights:
@@ -158,7 +158,7 @@ def open_torch(path: Path) -> Weights:
     except Exception as error:  # torch raises nearly every type for a bad file
         raise InputError(_complaint(path, str(error) or type(error).__name__)) from error
     if not isinstance(state, dict):
-        raise InputError(f"{path}: has a {type(state).__name__}, not a dictionary of tensors")
+        raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
     about: dict[str, Any] = {}
     notes: list[str] = []
     while (inner := _wrapped(state, path, torch)) is not None:
@@ -177,7 +177,7 @@ def _complaint(path: Path, why: str) -> str:
     no_pickle = "Unsupported operand" in why  # random bytes: torch's message would advise to trust them
     if "weights_only" in why and not no_pickle:
         what = next(iter(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", why)), "code")
-        return f"{path}: has pickled code, not only tensors ({what}), and was not opened; save its state_dict() alone"
+        return f"{path}: holds pickled code, not only tensors ({what}), and was not opened; save its state_dict() alone"
     why = "neither an archive nor a pickle of tensors" if no_pickle else why.splitlines()[0]
     return f"{path}: not a readable torch file ({why}); fetch it again"
 
@@ -210,7 +210,7 @@ def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
     if not inner or any(isinstance(value, torch.Tensor) for value in state.values()):
         return None
     if len(inner) > 1:
-        raise InputError(f"{path}: has several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save")
+        raise InputError(f"{path}: holds several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save")
     return inner[0]
 
 
@@ -232,7 +232,7 @@ def _numpy(tensor: Any, torch: Any, path: Path) -> np.ndarray:
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:  # quantised, sparse, 8-bit floats
-        raise InputError(f"{path}: has a tensor of {tensor.dtype}, which cannot be read; save it as float32 or bfloat16") from error
+        raise InputError(f"{path}: holds a tensor of {tensor.dtype}, which cannot be read; save it as float32 or bfloat16") from error
 
 
 def _tensor(array: np.ndarray, torch: Any) -> Any:

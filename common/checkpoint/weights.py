@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
-from heirloom.common.typed import Config, Json
+from heirloom.common.typed import Config
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"
@@ -82,7 +82,7 @@ def open_sharded(index: Path, open_shard: Callable[[Path], Tensors] = open_safet
     """Opens the tensors of a sharded checkpoint from its `*.index.json`. Raises InputError for a missing shard or tensor."""
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
-        raise InputError(f"{index}: has no weight_map from tensors to files; fetch it again")
+        raise InputError(f"{index}: holds no weight_map from tensors to files; fetch it again")
     shards: dict[str, Tensors] = {}
     for name in sorted(set(file_of.values())):
         if Path(name).name != name or name.endswith(".json"):  # a path outside the folder, or another index
@@ -147,7 +147,7 @@ def is_folder(path: Path) -> bool:
 def open_folder(path: Path) -> Folder:
     """Opens a weights folder of ours. Raises InputError when it is another folder, or damaged."""
     if not is_folder(path):
-        raise InputError(f"{path} is not a weights folder of heirloom; convert a foreign checkpoint with heirloom convert {path} DEST")
+        raise InputError(f"{path} is not a weights folder of heirloom; `heirloom convert {path} DEST` makes one of a foreign checkpoint")
     config = read_json(path / "config.json")
     if missing := {"method", "model"} - config.keys():
         raise InputError(f"{path / 'config.json'}: {min(missing)!r} is missing; convert the checkpoint again")
@@ -187,11 +187,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: is a JSON {type(value).__name__}, and must be an object")
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object")
     return value
 
 
-def write_json(path: Path, value: Json) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 

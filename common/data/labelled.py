@@ -54,7 +54,7 @@ class Labelled:
             raise InputError(f"{where} is {str(label)[:40]!r}; {KINDS}")
         if number < 0 or (self.count is not None and number >= self.count):
             known = "start at 0" if self.count is None else f"are 0 to {self.count - 1}"
-            raise InputError(f"{where} is {number}, and the classes {known}; number the labels from 0")
+            raise InputError(f"{where} is {number}, the classes {known}; number the labels from 0")
         return number
 
 
@@ -116,7 +116,7 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     if names is None:
         if classes is not None and len(known) != classes:
             raise InputError(
-                f"{path} has {len(known)} classes ({_shown(known)}), the model {classes}: use data with the model's classes, "
+                f"{path} has {len(known)} classes ({_shown(known)}), the model {classes}: give data with the model's classes, "
                 f"or a model with {len(known)} (heirloom expand --classes; in a recipe the field classes of its student)"
             )
         numerical = sorted(in_order, key=lambda i: int(known[i])) if all(name.isdecimal() for name in known) else in_order

@@ -68,7 +68,7 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
             return found
     pre = assumed
     how = f"mean {_short(pre.mean)}, std {_short(pre.std)}, {pre.interpolation}, {pre.mode} side to {pre.resize or pre.size}, crop {size}"
-    return Found(pre, "", f"preprocessing: {folder} has none; {whose} is assumed ({how}); to change it, convert and edit {FILE}")
+    return Found(pre, "", f"preprocessing: none with {folder}; {whose} is assumed ({how}); to change it, convert and edit {FILE}")
 
 
 def write(pre: Preprocess, folder: Path, format: str) -> None:
@@ -215,7 +215,7 @@ def _read_timm(folder: Path, size: int) -> Found | None:
 
 def _write_hf(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
-        raise InputError("transformers' image processors of CLIP and ViT cannot pad; this model's preprocessing pads (mode 'longest')")
+        raise InputError("transformers' image processors of CLIP and ViT do not pad; this model's preprocessing pads (mode 'longest')")
     side, crop = pre.resize or pre.size, {"height": pre.size, "width": pre.size}
     flags = dict(do_resize=True, do_rescale=True, rescale_factor=1 / _BYTE, do_normalize=True, do_convert_rgb=True)
     about: dict[str, Any] = flags | dict(resample=int(pre.filter), image_mean=list(pre.mean), image_std=list(pre.std))

@@ -102,7 +102,7 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
         (args(norm_layer="rmsnorm"), "norm_layer is 'rmsnorm'; only models where it is 'layernorm'"),
         (args(norm_layer="layernorm eps=1e-3"), "norm_layer is 'layernorm eps=1e-3'; only models where it is 'layernorm'"),
         (args(norm_layer="layernorm eps=x"), "norm_layer is 'layernorm eps=x'"),
-        (args(norm_layer=1e-3), "norm_layer is 0.001, and must be a text"),
+        (args(norm_layer=1e-3), "norm_layer is 0.001, and must be a string"),
         (args(**{"class": "VisionTransformerDistilled"}), "class is 'VisionTransformerDistilled', which timm builds no VisionTransformer"),
         (args(block_fn="Block"), "block_fn is 'Block', which timm builds no VisionTransformer with; remove it"),
         (args(attn_layer="Attention"), "attn_layer is 'Attention'"),

@@ -106,7 +106,7 @@ def test_the_number_of_classes_can_be_set(tmp_path):
         (dict(heads=4, prediction="velocity"), "prediction=velocity: only models that predict the noise"),
         (dict(heads=4, features="gelu"), "softmax attention has none"),
         (dict(head=4), "'head' cannot be set for this model; did you mean 'heads'"),
-        (dict(), r"no published model of this kind is 32 wide: say it \(--set heads=VALUE\)"),
+        (dict(), r"no published model of this kind is 32 wide; give --set heads=VALUE"),
     ],
 )
 def test_wrong_settings_are_one_line(overrides, words, tmp_path):

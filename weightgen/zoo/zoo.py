@@ -53,10 +53,9 @@ class Zoo:
             out.mkdir()
             for name in ARRAYS:
                 np.save(out / f"{name}.npy", getattr(self, name))
-            specs = {"pieces": self.spec, "whole": self.whole}
-            pieces = {name: [asdict(p) for p in spec.pieces] if spec else None for name, spec in specs.items()}
+            pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in (("pieces", self.spec), ("whole", self.whole))}
             about = {"about": dict(self.about)} if self.about else {}
-            write_json(out / "zoo.json", {"net": asdict(self.net) if self.net else None} | pieces | about)
+            write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces | about)
             if sidecars:
                 sidecars(out)
 

@@ -19,7 +19,7 @@ def per_picture(source: Source, name: str) -> Source:
         rows.setdefault(picture, []).append(row)
     if len(rows) == len(source):
         return source
-    remark(f"{name}: its {len(source):,} rows are captions of {len(rows):,} pictures; a picture counts once, and any of its captions is right")
+    remark(f"{name}: its {len(source):,} rows are captions of {len(rows):,} pictures; a picture counts once, any of its captions is right")
     return Grouped(source, list(rows.values()))
 
 
