@@ -181,7 +181,7 @@ def bare(golden, tmp_path):
 
 def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path, capsys):
     shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
-    with pytest.raises(InputError, match=r"vit\.safetensors: how many heads .* a width of 16: say it \(--set heads=VALUE\)"):
+    with pytest.raises(InputError, match=r"vit\.safetensors: how many heads .* a width of 16; give --set heads=VALUE"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)

@@ -114,7 +114,7 @@ def test_numbered_folders_whose_order_surprises(folders, remarks):
 
 
 def test_two_folders_of_one_class(folders):
-    with pytest.raises(InputError, match="its classes 'Cat' and 'cat' are both 'cat'"):
+    with pytest.raises(InputError, match="its classes 'Cat' and 'cat' both match 'cat'"):
         open_labelled(folders("Cat", "cat"), "label", 2, ("cat", "dog"))
 
 
