@@ -110,12 +110,12 @@ def eval(args: argparse.Namespace) -> None:
         else:
             rows = ability(method_of(donor), "evaluate")(donor, args)
     out = Table(box=None, pad_edge=False)
-    protocol, beside = (any(name in row for row in rows) for name in ("protocol", "beside"))
-    second = (Path(args.beside).name,) if beside else ()
+    protocol, compared = (any(name in row for row in rows) for name in ("protocol", "beside"))
+    second = (Path(args.beside).name,) if compared else ()
     for header in ("dataset", "metric", "value", *second, "published", "n", *(("protocol",) if protocol else ())):
         out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
     for row in rows:
-        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if beside else ()), "published")]
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if compared else ()), "published")]
         how = (row["protocol"],) if protocol else ()
         out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
     Console().print(out)

@@ -71,7 +71,7 @@ def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:
         "/".join(map(str, path)): _leaf(variable.get_metadata(), leaf)
         for (path, variable), (_, leaf) in zip(nnx.to_flat_state(state), leaves, strict=True)
     }
-    return Functional(spec, make, graph, tree)
+    return Functional(spec=spec, _make=make, _graph=graph, _tree=tree)
 
 
 def _leaf(metadata: Mapping[str, Any], value: Any) -> Leaf:

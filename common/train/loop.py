@@ -146,7 +146,15 @@ class Run:
         stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
-            recorder = Recorder(cadence.log, file, progress, clock, window, writers, skipped=int(state.skipped))
+            recorder = Recorder(
+                log_every=cadence.log,
+                file=file,
+                progress=progress,
+                clock=clock,
+                window=window,
+                writers=writers,
+                skipped=int(state.skipped),
+            )
             for n in range(start + 1, total + 1):
                 with clock.waiting():
                     batch = next(data, None)

@@ -35,7 +35,7 @@ class Model(Protocol):
 class Opened:
     """What a run opens before it builds anything.
 
-    inputs: the result of `Parts.inputs`. directory: the run folder, for a phase that needs a run of its own.
+    inputs: the result of `Parts.inputs`. directory: the run folder, for a phase that needs a separate run.
     """
 
     mesh: Mesh
