@@ -96,7 +96,7 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     with pytest.warns(Remark, match=left_out) as said:
         rows = evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(ADM), mesh)
     assert len(said) == 1 and [row["metric"] for row in rows] == ["fid", "inception_score"]
-    with pytest.raises(InputError, match="statistics of 'adm' alone"):
+    with pytest.raises(InputError, match="has only statistics of 'adm'"):
         evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(Q8), mesh)
 
 
@@ -134,7 +134,7 @@ def test_pictures_are_read_in_parts(save, tmp_path):
     ("arrays", "why"),
     [
         ({"images": np.zeros((2, 2))}, "has images; a reference batch needs"),
-        ({}, "holds nothing"),
+        ({}, "has nothing"),
         ({"mu": np.zeros(3)}, "has no `sigma`"),
         ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is float64 \[4\], and must be \[3\] finite numbers"),
         ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "`sigma` is not a covariance"),
