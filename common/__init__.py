@@ -1,1 +1,1 @@
-"""What every method of heirloom stands on: surgery, models, training, data, evaluation."""
+"""Code that all methods share: surgery, layers, checkpoints, training, data, evaluation."""

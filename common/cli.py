@@ -14,26 +14,27 @@ from heirloom.common import verbs
 from heirloom.common.errors import InputError, Remark, Stopped, VerificationError, nearest
 from heirloom.common.paths import local
 
-MENDABLE, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130  # 75 is EX_TEMPFAIL: a scheduler runs the same command again
+BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130  # 75 is EX_TEMPFAIL: a scheduler runs the same command again
 
 
 @dataclass(frozen=True)
 class Argument:
-    """What `ArgumentParser.add_argument` is called with."""
+    """The arguments of one call of `ArgumentParser.add_argument`."""
 
     names: tuple[str, ...]
     options: dict[str, Any]
 
 
 def argument(*names: str, **options: Any) -> Argument:
+    """Returns the `Argument` of a call `add_argument(*names, **options)`."""
     return Argument(names, options)
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb; the function of its name in `verbs` runs it.
+    """One verb; the function of the same name in `verbs` runs it.
 
-    flags: fields of a recipe, or of what a method does with weights, may follow. json: takes `--json FILE`.
+    flags: accepts flags for the fields of a recipe, or of the method's settings. json: accepts `--json FILE`.
     """
 
     name: str
@@ -61,7 +62,7 @@ VERBS = (
             argument("source", metavar="SOURCE", help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME"),
             argument("destination", metavar="DEST", type=Path),
             argument("--to", default="heirloom", metavar="FORMAT", help="heirloom, hf, open_clip, original, ... (default: heirloom)"),
-            argument("--set", action="append", default=[], metavar="NAME=VALUE", help="what bare weights cannot tell: heads, activation"),
+            argument("--set", action="append", default=[], metavar="NAME=VALUE", help="what bare weights lack: heads, activation"),
             argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference"),
             argument("--force", action="store_true", help="replace DEST"),
         ), json=True,
@@ -84,7 +85,7 @@ VERBS = (
     ),
     Verb(
         "cache",
-        "a teacher's embeddings of a recipe's data, stored once (then --teacher cache:DEST)",
+        "store a teacher's embeddings of a recipe's data (then --teacher cache:DEST)",
         (
             argument("config", metavar="CONFIG"),
             argument("destination", metavar="DEST", type=Path),
@@ -116,7 +117,7 @@ VERBS = (
             argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)"),
             argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)"),
             argument("--task", choices=("retrieval", "zeroshot"), default="retrieval"),
-            argument("--suite", type=Path, metavar="DIR", help="every data set of a folder, published numbers beside (CLIPs)"),
+            argument("--suite", type=Path, metavar="DIR", help="every data set of a folder, next to published numbers (CLIPs)"),
             argument("--beside", metavar="SOURCE", help="another model on the same suite, such as the teacher"),
             argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order, or imagenet (zeroshot)"),
             argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)"),
@@ -124,7 +125,7 @@ VERBS = (
     ),
     Verb(
         "sample",
-        "draw pictures of classes, as a grid; how is a flag (--steps 50, --guidance 4)",
+        "draw pictures of classes as a grid; sampler settings are flags (--steps 50, --guidance 4)",
         (
             argument("what", metavar="PATH", help="a DiT or LiT by SOURCE"),
             argument("--class", dest="classes", type=int, nargs="+", metavar="N", help="classes to draw (default: the first eight)"),
@@ -144,7 +145,7 @@ VERBS = (
             argument("--map", default="", metavar="0,0,1,...", help="the gene's block for each layer (default: spread evenly, in order)"),
             argument("--size", type=int, metavar="PIXELS", help="another resolution: positions are resampled"),
             argument("--classes", type=int, metavar="N", help="another number of classes: a fresh head"),
-            argument("--seed", type=int, default=0, help="of what is fresh"),
+            argument("--seed", type=int, default=0, help="seed of the fresh parameters"),
             argument("--force", action="store_true", help="replace DEST"),
         ), json=True,
     ),
@@ -159,16 +160,16 @@ VERBS = (
     ),
     Verb(
         "generate",
-        "weights for the classes of a data set or a task in words; how is a flag (--steps 50)",
+        "weights for the classes of a data set or a task in words; sampler settings are flags (--steps 50)",
         (
             argument("what", metavar="PATH", help="a generator by SOURCE: RUN/model of a generator recipe"),
             argument("--dataset", metavar="DIR", help="a folder with a sub-folder of pictures for each class"),
-            argument("--task", default="", metavar="WORDS", help="what the weights are for, where no pictures say it"),
+            argument("--task", default="", metavar="WORDS", help="the task in words, instead of pictures"),
             argument("-n", type=int, default=8, metavar="N", help="how many to draw (default: 8)"),
             argument("--reduce", choices=("none", "mean"), default="none", help="mean: write the average of all instead of each"),
             argument("--out", type=Path, default=Path("generated"), metavar="DIR", help="where the weights folders and report.json go"),
             argument("--seed", type=int, default=0),
-            argument("--force", action="store_true", help="replace what is there"),
+            argument("--force", action="store_true", help="replace what DIR contains"),
         ), flags=True, json=True,
     ),
     Verb(
@@ -182,14 +183,15 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 a verification failed, 2 something the user can mend, 75 a training
-    that was asked to stop and that the same command continues, 130 interrupted.
+    """Runs one verb and returns the exit code.
 
+    0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: a training stopped on request, and the same command
+    continues it. 130: interrupted.
     """
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        """Remarks as lines of the command, each once; other warnings as Python prints them."""
+        """Prints each remark once as a line `note: ...`, and other warnings as Python does."""
         if not issubclass(category, Remark):
             sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
         elif str(message) not in said:
@@ -218,7 +220,7 @@ def _main(argv: Sequence[str] | None) -> int:
         getattr(verbs, args.verb)(args)
     except InputError as error:
         print(f"heirloom: {error}", file=sys.stderr)
-        return MENDABLE
+        return BAD_INPUT
     except Stopped as stopped:
         print(stopped)
         return STOPPED
@@ -226,20 +228,20 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"heirloom: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("heirloom: interrupted; what was not complete is not there", file=sys.stderr)
+        print("heirloom: interrupted; incomplete results were removed", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has enough (`heirloom inspect ... | head`)
+    except BrokenPipeError:  # the program that reads our output has closed it (`heirloom inspect ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # the disk and the rights on it are the user's
+    except OSError as error:  # disk and permission errors: the user can correct them
         where = f"{error.filename}: " if error.filename else ""
         print(f"heirloom: {where}{error.strerror or error}", file=sys.stderr)
-        return MENDABLE
+        return BAD_INPUT
     return 0
 
 
 def _help_of_recipe(argv: Sequence[str]) -> None:
-    """`heirloom train RECIPE --help` lists the recipe's fields and ends; without a recipe, argparse lists the verb's options."""
+    """Lists a recipe's fields for `heirloom train RECIPE --help` and exits; without a recipe, argparse lists the verb's options."""
     if len(argv) > 2 and argv[-1] in ("--help", "-h") and any(verb.name == argv[0] and verb.flags for verb in VERBS):
         from heirloom.common import config
 
@@ -248,7 +250,7 @@ def _help_of_recipe(argv: Sequence[str]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's own complaint is two paragraphs; ours is one line."""
+    """Reports a wrong command line in one line; argparse prints two paragraphs."""
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see {self.prog} --help")

@@ -1,4 +1,4 @@
-"""Recipes: a Python file with `get_config()`, every field of which is a typed flag."""
+"""Recipes: Python files with `get_config()`. Every field of the config is a typed flag."""
 
 import contextlib
 import importlib.util
@@ -9,20 +9,22 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import cloudpickle
 
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import all_local
+from heirloom.common.typed import Config
 
+T = TypeVar("T")
 SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 class Recipe(Protocol):
     """A config that knows how to run itself: a frozen dataclass of frozen dataclasses.
 
-    It may also have, each for the verb that asks for it: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
+    It may also have, each for one verb: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
     metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> an `Abstract` step,
     `cache(destination)`, `idle()` -> {field: why it does nothing here}, and `former()` -> {prefix of a flag before: now}.
     """
@@ -32,20 +34,20 @@ class Recipe(Protocol):
 
 
 def recipes() -> list[str]:
-    """Names of the shipped recipes, `tinyclip/smoke` and so on."""
+    """Returns the names of the shipped recipes, such as `tinyclip/smoke`."""
     return sorted(p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.glob("*/*.py") if p.stem != "__init__")
 
 
 def is_recipe(name: str) -> bool:
-    """Whether `name` means a recipe: a Python file, or `method/...` where no such path exists."""
+    """Returns whether `name` is a recipe: a Python file, or `method/...` if there is no such path."""
     return name.endswith(".py") or (not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()})
 
 
 def load(name: str, flags: Sequence[str] = ()) -> Recipe:
-    """The config of a shipped recipe or of a file, with fields overridden by flags (`--optim.lr 3e-4`).
+    """Returns the config of a shipped recipe or of a file, with fields set by flags (`--optim.lr 3e-4`).
 
-    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, and a flag that is wrong or, as `cfg.idle()`
-    says of some, would do nothing.
+    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag that has no effect
+    in this recipe (`cfg.idle()`).
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
@@ -53,7 +55,7 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     spec = importlib.util.spec_from_file_location(f"heirloom_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Under its name: dataclasses look their annotations up there. By value: data workers cannot import a file by that name.
+    # Dataclasses look up annotations in sys.modules. Pickling is by value: data workers cannot import the file by this name.
     sys.modules[spec.name] = module
     cloudpickle.register_pickle_by_value(module)
     try:
@@ -70,7 +72,7 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
         if isinstance(error, SyntaxError):
             line, what = error.lineno, error.msg
         what = " ".join(what.split())  # one line, whatever was raised
-        raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; mend the recipe") from error
+        raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; correct the recipe") from error
     flags = [_renamed(cfg, flag) for flag in flags]
     for flag in flags:
         for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
@@ -81,8 +83,8 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     return cfg
 
 
-def _renamed(cfg: Any, flag: str) -> str:
-    """The flag under its present name, said where `cfg.former()` knows it as the former one."""
+def _renamed(cfg: Recipe, flag: str) -> str:
+    """Returns the flag under its present name; a former name (`cfg.former()`) is remarked."""
     for former, now in (cfg.former() if hasattr(cfg, "former") else {}).items():
         if flag.startswith(f"--{former}"):
             present = f"--{now}{flag.removeprefix(f'--{former}')}"
@@ -91,15 +93,15 @@ def _renamed(cfg: Any, flag: str) -> str:
     return flag
 
 
-def parse(cfg: Any, flags: Sequence[str], prog: str, description: str | None = None) -> Any:
-    """The config with its fields set by flags. Raises InputError with tyro's complaint, which comes as a framed paragraph, on one line."""
+def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = None) -> T:
+    """Returns the config with its fields set by flags. Raises InputError with tyro's message, a framed paragraph, as one line."""
     if not flags:
         return cfg
     import tyro
 
     with contextlib.redirect_stderr(io.StringIO()) as complaint:
         try:
-            # Of a field that may be of several types, the flags of the one it has.
+            # A field of several types gets the flags of its current type.
             how = (tyro.conf.AvoidSubcommands,)
             return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=prog, description=description, config=how)
         except SystemExit as end:
@@ -109,6 +111,6 @@ def parse(cfg: Any, flags: Sequence[str], prog: str, description: str | None = N
     raise InputError(" ".join(words))
 
 
-def to_json(cfg: Any) -> dict[str, Any]:
-    """A config as plain data, for `config.json` and the golden tests."""
+def to_json(cfg: Config) -> dict[str, Any]:
+    """Returns a config as plain data, for `config.json` and the golden tests."""
     return asdict(cfg)

@@ -22,7 +22,7 @@ Spacing = Literal["even", "integer"]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A chain of K steps. alpha_bar: [K], from nearly 1 to nearly 0. time: [K], its steps in the full chain, which the network is told."""
+    """A chain of K steps. alpha_bar: [K], from nearly 1 to nearly 0. time: [K], the steps of the full chain, an input of the network."""
 
     alpha_bar: np.ndarray
     time: np.ndarray
@@ -32,22 +32,22 @@ class Schedule:
 
     @cached_property
     def previous(self) -> np.ndarray:
-        """alpha_bar one step earlier in the chain, [K]; 1 before the first."""
+        """alpha_bar of the previous step of the chain, [K]; 1 for the first step."""
         return np.concatenate([[1.0], self.alpha_bar[:-1]])
 
     @cached_property
     def beta(self) -> np.ndarray:
-        """Variance added by each step, [K]."""
+        """Variance that each step adds, [K]."""
         return 1 - self.alpha_bar / self.previous
 
     @cached_property
     def posterior_variance(self) -> np.ndarray:
-        """Variance of q(x_{t-1} | x_t, x_0), [K]; 0 at the first."""
+        """Variance of q(x_{t-1} | x_t, x_0), [K]; 0 for the first step."""
         return self.beta * (1 - self.previous) / (1 - self.alpha_bar)
 
     @cached_property
     def log_variance_range(self) -> np.ndarray:
-        """Logarithms of the smallest (posterior, its first entry replaced by the second) and the largest (beta) variance, [K, 2]."""
+        """Logarithms of the smallest variance (posterior, its first entry replaced by the second) and the largest (beta), [K, 2]."""
         smallest = self.posterior_variance.copy()
         smallest[0] = smallest[1] if len(smallest) > 1 else self.beta[0]
         return np.log(np.stack([smallest, self.beta], axis=1))
@@ -66,12 +66,12 @@ def linear_schedule(steps: int = 1000, first: float = 1e-4, last: float = 0.02) 
 
 
 def scaled_linear_schedule(steps: int = 1024, first: float = 0.0015, last: float = 0.0155) -> Schedule:
-    """The roots of the betas rise linearly (latent diffusion; the defaults are D2NWG's)."""
+    """Square roots of the betas rise linearly (latent diffusion; the defaults are D2NWG's)."""
     return Schedule(np.cumprod(1 - np.linspace(sqrt(first), sqrt(last), steps, dtype=np.float64) ** 2), np.arange(steps))
 
 
 def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedule:
-    """The chain shortened to `steps`: "even" from the first to the last time (iDDPM), "integer" strides from 0 (DDIM).
+    """Shortens a chain to `steps`: "even" from the first to the last time (iDDPM), or with "integer" strides from 0 (DDIM).
 
     Raises ValueError when no such chain exists.
     """
@@ -90,19 +90,19 @@ def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedu
 
 
 def add_noise(schedule: Schedule, clean: jax.Array, step: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_t of q(x_t | x_0). clean, noise: [batch, ...]; step: [batch] int, index into the schedule."""
+    """Returns x_t of q(x_t | x_0). clean, noise: [batch, ...]; step: [batch] int, index into the schedule."""
     signal, spread = (_at(np.sqrt(x), step, clean) for x in (schedule.alpha_bar, 1 - schedule.alpha_bar))
     return signal * clean + spread * noise
 
 
 def remove_noise(schedule: Schedule, noisy: jax.Array, step: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_0 from x_t and the noise in it; the inverse of `add_noise`."""
+    """Returns x_0 from x_t and the noise in it: the inverse of `add_noise`."""
     signal, spread = (_at(np.sqrt(x), step, noisy) for x in (schedule.alpha_bar, 1 - schedule.alpha_bar))
     return (noisy - spread * noise) / signal
 
 
 def log_variance(schedule: Schedule, ratio: jax.Array, step: jax.Array) -> jax.Array:
-    """The learned variance: `ratio` -1 is the smallest, 1 the largest (iDDPM eq. 15). ratio: [batch, ...]; step: [batch]."""
+    """Returns the logarithm of the learned variance (iDDPM eq. 15). ratio: [batch, ...], -1 smallest, 1 largest; step: [batch]."""
     low, high = (_at(schedule.log_variance_range[:, i], step, ratio) for i in (0, 1))
     share = (ratio + 1) / 2
     return share * high + (1 - share) * low
@@ -111,10 +111,10 @@ def log_variance(schedule: Schedule, ratio: jax.Array, step: jax.Array) -> jax.A
 def variational_bound(
     schedule: Schedule, clean: jax.Array, noisy: jax.Array, step: jax.Array, noise: jax.Array, ratio: jax.Array
 ) -> jax.Array:
-    """The bound's term of one step, [batch], bits per dimension; nothing is clipped.
+    """Returns the term of one step of the variational bound: [batch], bits per dimension, not clipped.
 
-    KL(q(x_{t-1} | x_t, x_0) || p) where the step is above 0, else the likelihood of 8-bit data in [-1, 1]. `noise` and `ratio` are what the
-    network predicts; the DiT loss stops the gradient of `noise` here.
+    KL(q(x_{t-1} | x_t, x_0) || p) where the step is above 0, else the negative log-likelihood of 8-bit data in [-1, 1]. The network
+    predicts `noise` and `ratio`; the DiT loss stops the gradient of `noise` here.
     """
     on_noisy, on_clean = (_at(schedule.posterior_mean[:, i], step, clean) for i in (0, 1))
     mean = on_noisy * noisy + on_clean * remove_noise(schedule, noisy, step, noise)
@@ -127,7 +127,7 @@ def variational_bound(
 
 
 def _log_likelihood(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
-    """Logarithm of a Gaussian's mass in the 8-bit bin around x, with open bins at both ends."""
+    """Returns the logarithm of a Gaussian's mass in the 8-bit bin around x, with open bins at both ends."""
     scale = jnp.exp(-log_std)
     above, below = (_normal_cdf(scale * (x - mean + side / 255)) for side in (1, -1))
     inside = jnp.log(jnp.maximum(above - below, 1e-12))
@@ -136,7 +136,7 @@ def _log_likelihood(x: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Ar
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The tanh approximation that the released losses use."""
+    """Normal distribution function by the tanh approximation that the released losses use."""
     return 0.5 * (1 + jnp.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
 
 
@@ -145,26 +145,26 @@ def _over(step: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _at(table: np.ndarray, step: jax.Array, like: jax.Array) -> jax.Array:
-    """Rows of a float64 table, rounded once to the dtype of `like`, shaped to multiply it."""
+    """Looks up rows of a float64 table, rounded once to the dtype of `like` and shaped to multiply it."""
     return _over(jnp.asarray(table, like.dtype)[step], like)
 
 
 class Prediction(NamedTuple):
-    """What the network says of x_t: the noise in it, and where between the bounds the variance lies (-1 to 1; None: at the upper)."""
+    """What the network predicts from x_t: the noise, and the position of the variance between its bounds (-1 to 1; None: the upper)."""
 
     noise: jax.Array
     ratio: jax.Array | None = None
 
 
 Denoise = Callable[[jax.Array, jax.Array], Prediction]
-"""`denoise(x, i)`: the prediction for x before step i of the sampler, i a traced int32: an index into what was computed ahead."""
+"""`denoise(x, i)` predicts for x before step i of the sampler. i: traced int32, an index into precomputed tables."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
     """Coefficients by step, each [K] in float64, in the order in which the steps are taken.
 
-    time: what the network is told, fractional for DPM-Solver++. alpha, sigma: x = alpha x0 + sigma noise before the step.
+    time: the time that the network gets, fractional for DPM-Solver++. alpha, sigma: x = alpha x0 + sigma noise before the step.
     log_variance: [K, 2], bounds of the variance; `stochastic`: 0 where no noise is added.
     """
 
@@ -181,9 +181,9 @@ class Sampler:
         return len(self.time)
 
     def run(self, denoise: Denoise, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Denoise x, which is N(0, 1) of any shape, by all steps. Step i draws from fold_in(key, i).
+        """Denoises x, N(0, 1) noise of any shape, through all steps. Step i draws from fold_in(key, i).
 
-        key: one for all of x, or [batch], one for each of its rows, which are then the same in any batch.
+        key: one for all of x, or [batch], one for each row; then a row does not depend on the batch it is in.
         """
         names = ("alpha", "sigma", "keep", "clean", "before", "log_variance", "stochastic")
         table = {name: jnp.asarray(getattr(self, name), x.dtype) for name in names}
@@ -214,7 +214,16 @@ def ddpm(schedule: Schedule) -> Sampler:
     stochastic = np.ones(len(schedule))
     stochastic[0] = 0
     alpha, sigma = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
-    return _backwards(schedule.time, alpha, sigma, mean[:, 0], mean[:, 1], zero, schedule.log_variance_range, stochastic)
+    return _backwards(
+        time=schedule.time,
+        alpha=alpha,
+        sigma=sigma,
+        keep=mean[:, 0],
+        clean=mean[:, 1],
+        before=zero,
+        log_variance=schedule.log_variance_range,
+        stochastic=stochastic,
+    )
 
 
 def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
@@ -224,11 +233,21 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
     keep = np.sqrt(1 - schedule.previous - variance) / sigma
     clean = np.sqrt(schedule.previous) - keep * alpha
     bounds = np.log(np.maximum(variance, 1e-30))[:, None].repeat(2, axis=1)
-    return _backwards(schedule.time, alpha, sigma, keep, clean, np.zeros(len(schedule)), bounds, (variance > 0).astype(float))
+    return _backwards(
+        time=schedule.time,
+        alpha=alpha,
+        sigma=sigma,
+        keep=keep,
+        clean=clean,
+        before=np.zeros(len(schedule)),
+        log_variance=bounds,
+        stochastic=(variance > 0).astype(float),
+    )
 
 
-def _backwards(*columns: np.ndarray) -> Sampler:
-    return Sampler(*(column[::-1] for column in columns))
+def _backwards(**columns: np.ndarray) -> Sampler:
+    """Builds a sampler from columns in the order of the chain: it takes the steps in reverse."""
+    return Sampler(**{name: column[::-1] for name, column in columns.items()})
 
 
 def dpm_solver(schedule: Schedule, steps: int) -> Sampler:

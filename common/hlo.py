@@ -1,4 +1,4 @@
-"""Communication of a compiled module, read from its text: the compiler has no other account of it."""
+"""Reads collectives from the text of a compiled module: the compiler reports them nowhere else."""
 
 import re
 from collections import Counter
@@ -11,25 +11,26 @@ WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 
 
 class Operation(NamedTuple):
-    """`name = shape kind(operands), attributes`, as it is written; what a parameter or a constant is stands in `given`."""
+    """A line `name = shape kind(arguments), attributes`. arguments: operands, the number of a parameter, or the value of a constant."""
 
     name: str
     shape: str
     kind: str
-    given: str
+    arguments: str
     attributes: str
 
     @classmethod
     def parse(cls, line: str) -> "Operation | None":
+        """Parses a line; None when it is not an operation."""
         found = re.match(r" +(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\(([^)]*)\)(.*)", line)
         return cls(*found.groups()) if found else None
 
     @property
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.given)
+        return re.findall(r"%([\w.\-]+)", self.arguments)
 
     def called(self, *names: str) -> list[str]:
-        """The computations under these attributes, as `calls=%a` or `branch_computations={%a, %b}`."""
+        """Returns the computations in these attributes, such as `calls=%a` or `branch_computations={%a, %b}`."""
         lists = re.findall(rf"\b(?:{'|'.join(names)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return [name for found in lists for name in re.findall(r"[\w.\-]+", found)]
 
@@ -39,9 +40,9 @@ BRANCHES = ("to_apply", "calls", "called_computations", "branch_computations", "
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """{kind: {count, bytes}} of one device; bytes are those of whole arrays: what is gathered, scattered, reduced or moved.
+    """Counts the collectives of one device: {kind: {count, bytes}}, bytes of the whole arrays that are gathered, reduced or moved.
 
-    Each counts as often as it runs (`_runs`).
+    Each collective counts as often as it runs (`_runs`).
     """
     found: dict[str, Counter[str]] = {}
     for kind, operation, block, times in _runs(text):
@@ -50,7 +51,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def summed(text: str) -> dict[str, int]:
-    """{dtype: elements} that a device's all-reduces and reduce-scatters give it: in which precision devices add."""
+    """Counts the elements of a device's all-reduces and reduce-scatters by dtype, the precision of sums over devices."""
     found: Counter[str] = Counter()
     for kind, operation, _, times in _runs(text):
         if kind in ("all-reduce", "reduce-scatter"):
@@ -60,10 +61,10 @@ def summed(text: str) -> dict[str, int]:
 
 
 def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
-    """(kind, operation, the block around it, how often it runs) of every collective.
+    """Yields (kind, operation, its block, how often it runs) of every collective.
 
-    The body of a loop counts as often as it runs, once if neither the compiler nor its condition says how often. Of a conditional every
-    branch counts. What the compiler split over several operations, to compute meanwhile, has one channel and counts once in its loop.
+    The body of a loop counts as often as it runs, or once if neither the compiler nor its condition gives a number. Every branch of a
+    conditional counts. A collective that the compiler split to overlap it with computation has one channel and counts once in its loop.
     """
     blocks, entry = _parse(text)
 
@@ -79,7 +80,7 @@ def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
             elif kind == "while":
                 (body,), (condition,) = operation.called("body"), operation.called("condition")
                 yield from visit(blocks[body], times * (_trips(operation, block, blocks.get(condition, {})) or 1), set())
-            elif kind not in ("async-update", "async-done"):  # these name again what async-start calls
+            elif kind not in ("async-update", "async-done"):  # these repeat the computation that async-start calls
                 for name in operation.called(*BRANCHES):
                     yield from visit(blocks.get(name, {}), times, seen)
 
@@ -87,7 +88,7 @@ def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
 
 
 def _parse(text: str) -> tuple[dict[str, Block], str]:
-    """The computations by name, and the name of the first one that runs."""
+    """Returns the computations by name, and the name of the entry computation."""
     blocks: dict[str, Block] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -115,12 +116,12 @@ def _bytes(shape: str) -> int:
 
 
 def _arrays(shape: str) -> list[tuple[str, int]]:
-    """(dtype, elements) of each array of a shape."""
+    """Returns (dtype, elements) of each array of a shape."""
     return [(dtype, prod(map(int, filter(None, dims.split(","))))) for dtype, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)]
 
 
 def _trips(loop: Operation, block: Block, condition: Block) -> int | None:
-    """What the compiler found; or the N of `counter < N`, less the value that the counter starts from."""
+    """Returns the trip count of a loop: the compiler's, or N of `counter < N` minus the initial value of the counter."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     compared = next((o for o in condition.values() if o.kind == "compare" and "direction=LT" in o.attributes), None)
@@ -136,8 +137,9 @@ def _trips(loop: Operation, block: Block, condition: Block) -> int | None:
 
 
 def _constant(name: str, block: Block) -> int | None:
-    """The number that an operation is, through copies."""
+    """Returns the value of a constant operation, following copies."""
     operation = block.get(name)
     while operation and operation.kind in ("copy", "bitcast"):
         operation = block.get(operation.operands[0])
-    return int(operation.given) if operation and operation.kind == "constant" and operation.given.lstrip("-").isdigit() else None
+    number = operation and operation.kind == "constant" and operation.arguments.lstrip("-").isdigit()
+    return int(operation.arguments) if operation and number else None

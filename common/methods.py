@@ -1,19 +1,22 @@
-"""The installed methods: each package says in a table which function runs a verb, and is imported only for that."""
+"""The installed methods: the table `VERBS` of each package maps verbs to functions, which are imported when a verb runs."""
 
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heirloom.common.errors import InputError, nearest
+
+if TYPE_CHECKING:  # imports jax, which most commands never need
+    from heirloom.common.checkpoint.convert import Donor, Family
 
 
 @cache
 def methods() -> Mapping[str, Mapping[str, str]]:
-    """{method: {verb: "module:function"}}: the `VERBS` of the modules behind the entry points `heirloom.methods`.
+    """Returns {method: {verb: "module:function"}}: the `VERBS` of the modules of the entry points `heirloom.methods`.
 
-    `families` is in the table too: the list of the method's model families.
+    The entry `families` is the list of the method's model families.
     """
     found = {point.name: point for point in entry_points(group="heirloom.methods")}
     if not found:
@@ -22,12 +25,12 @@ def methods() -> Mapping[str, Mapping[str, str]]:
 
 
 def able(verb: str) -> list[str]:
-    """The methods that have a verb."""
+    """Returns the names of the methods that have a verb."""
     return [name for name, verbs in methods().items() if verb in verbs]
 
 
 def ability(method: str, verb: str) -> Any:
-    """What a method runs for a verb. Raises InputError for an unknown method, or one that lacks the verb."""
+    """Imports what a method has for a verb. Raises InputError for an unknown method, or one without the verb."""
     found = methods()
     if method not in found:
         raise InputError(f"no method {method!r}{nearest(method, found)} (installed: {', '.join(found)})")
@@ -37,18 +40,18 @@ def ability(method: str, verb: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def families() -> list[Any]:
-    """The model families of all methods."""
+def families() -> "list[Family]":
+    """Returns the model families of all methods."""
     return [family for method in able("families") for family in ability(method, "families")]
 
 
-def method_of(donor: Any) -> str:
-    """The method whose family a checkpoint is of."""
+def method_of(donor: "Donor") -> str:
+    """Returns the name of the method that a checkpoint belongs to."""
     return next(name for name in able("families") if donor.family in ability(name, "families"))
 
 
-def open_any(source: str, **overrides: Any) -> Any:
-    """A checkpoint by SOURCE: the run folders we write count as their model."""
+def open_any(source: str, **overrides: Any) -> "Donor":
+    """Opens a checkpoint by SOURCE; of a run folder, its `model`. overrides: see `open_donor`."""
     from heirloom.common.checkpoint.convert import open_donor
     from heirloom.common.checkpoint.hub import locate
 

@@ -1,14 +1,13 @@
-"""Local paths only: an address with a scheme is refused at every door, until buckets can be read and written."""
+"""Refuses addresses with a scheme (gs://, s3://): only local paths can be read and written so far."""
 
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from heirloom.common.errors import InputError
 
 _ADDRESS = re.compile(r"(?:^|[=:@,])([A-Za-z][A-Za-z0-9+.-]+)://")
-_COLLAPSED = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")  # what pathlib makes of it
+_COLLAPSED = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns :// into :/
 
 
 def local(path: str | Path) -> None:
@@ -18,14 +17,14 @@ def local(path: str | Path) -> None:
         return
     text = str(path)
     if found[1] in ("http", "https"):
-        raise InputError(f"{text}: web addresses are not read; a Hugging Face model is written hf:org/name, other files are fetched before")
+        raise InputError(f"{text}: web addresses are not read; write hf:org/name for a Hugging Face model, and download other files first")
     if found[1] == "file":
         raise InputError(f"{text}: write the path alone, without file:")
-    raise InputError(f"{text}: buckets ({found[1]}:) are neither read nor written; give a path on this machine, and copy to or from it")
+    raise InputError(f"{text}: buckets ({found[1]}:) are neither read nor written; give a local path, and copy to or from it")
 
 
-def all_local(cfg: Any) -> None:
-    """Raises InputError for the first text in a config, at any depth, that is such an address."""
+def all_local(cfg: object) -> None:
+    """Raises InputError for the first string in a config, at any depth, that is an address with a scheme."""
     if isinstance(cfg, str | Path):
         local(cfg)
     elif is_dataclass(cfg):

@@ -1,4 +1,4 @@
-"""`heirloom report RUN`: the curves and pictures of a run on one page that needs nothing else."""
+"""`heirloom report RUN`: the curves and pictures of a run in one self-contained HTML page."""
 
 import base64
 import html
@@ -17,7 +17,7 @@ SAMPLES = 8  # grids of samples shown
 
 
 def write(run: Path) -> Path:
-    """Draw `RUN/report.html` from config and metrics; returns its path. Raises InputError when RUN is no run."""
+    """Writes `RUN/report.html` from config and metrics and returns its path. Raises InputError when RUN is not a run."""
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} is not a run: it has no metrics.jsonl (heirloom train CONFIG --run {run} makes one)")
     lines = MetricsFile(run / "metrics.jsonl").lines()
@@ -37,7 +37,7 @@ def write(run: Path) -> Path:
 
 
 def _spread(files: list[Path]) -> list[Path]:
-    """At most as many as one looks at, evenly over the run, the last among them."""
+    """Picks at most SAMPLES files, evenly spread over the run, including the last."""
     every = -(-len(files) // SAMPLES) if files else 1
     return files[::-1][::every][::-1]
 
@@ -54,7 +54,7 @@ def _number(value: float | None) -> str:
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Every number that appears beside `step`, loss first, with the steps at which it does."""
+    """Collects every number of the metrics but `step`, loss first, with the steps it was written at."""
     curves: dict[str, tuple[list[int], list[float]]] = {"loss": ([], [])}
     for line in lines:
         for name, value in line.items():

@@ -1,10 +1,10 @@
-"""Our own JSON at the door: a frozen dataclass from parsed JSON, each field checked against its annotation."""
+"""Builds frozen dataclasses from our own JSON files; each field is checked against its annotation."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from heirloom.common.errors import InputError, nearest
 
@@ -12,11 +12,17 @@ T = TypeVar("T")
 LARGEST = 2**40  # of any whole number in a config; a larger one is a damaged file
 
 
-def from_json(kind: type[T], values: Any, where: str = "config.json") -> T:
-    """`kind(**values)`, with dataclasses, tuples and options built from the plain values that `asdict` and JSON made of them.
+class Config(Protocol):
+    """An instance of any dataclass."""
 
-    A field may be left out where it has a default. Raises InputError naming `where` and the field for an unknown field, a missing one, a
-    value of another type, and what the dataclass itself refuses.
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+def from_json(kind: type[T], values: object, where: str = "config.json") -> T:
+    """Returns `kind(**values)`; nested dataclasses, tuples and options are built from the plain values that `asdict` and JSON made of them.
+
+    A field with a default may be left out. Raises InputError naming `where` and the field for an unknown field, a missing one, a value of
+    another type, and anything that the dataclass itself refuses.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where} is {_shown(values)}, not an object")
@@ -34,7 +40,7 @@ def from_json(kind: type[T], values: Any, where: str = "config.json") -> T:
 
 
 def _build(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`. Raises InputError."""
+    """Returns `value` as the type `hint`. Raises InputError where it does not fit."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -62,12 +68,12 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         return value
     if (hint in (bool, str) and isinstance(value, hint)) or (hint in (None, NoneType) and value is None):
         return value
-    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"}
+    words = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false", NoneType: "null"}
     raise InputError(f"{where} is {_shown(value)}, and must be {words.get(hint, str(hint))}")
 
 
 def _first(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first of several types that fits; of two dataclasses the one that has all the fields."""
+    """Builds the first of several types that fits; of several dataclasses, the one with the most of the given fields."""
     if value is None and NoneType in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not NoneType)

@@ -1,4 +1,4 @@
-"""What each verb of the `heirloom` command does. Heavy imports are inside the functions."""
+"""The verbs of the `heirloom` command. Heavy imports are inside the functions."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.methods import ability, able, method_of, open_any
 
 RECIPE_VERBS = {"train": "train", "inherit": "inherit", "eval": "evaluate", "inspect": "describe", "cache": "cache", "compile": "abstract"}
-"""The function of a recipe that each verb calls; a recipe has those that make sense for it."""
+"""The method of a recipe that each verb calls; a recipe may lack some."""
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def demo(args: argparse.Namespace) -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{args.out}: cannot hold the results ({error.strerror}); choose another --out") from error
+        raise InputError(f"{args.out}: cannot write results here ({error.strerror}); choose another --out") from error
     _write_json(args, demo(args.seed, args.out))
 
 
@@ -99,23 +99,24 @@ def eval(args: argparse.Namespace) -> None:
         given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
         given |= {"--suite": args.suite, "--beside": args.beside}
         if name := next((name for name, value in given.items() if value), None):
-            raise InputError(f"{name} goes with weights; a recipe names its own data (--held-out.path)")
+            raise InputError(f"{name} is for weights, and {args.what} is a recipe, which has its own data; set --held-out.path")
         rows = _recipe(args.what, "evaluate", args.flags).evaluate()
     else:
         donor = open_any(args.what)
         if args.beside and not args.suite:
-            raise InputError("--beside goes with --suite DIR")
+            raise InputError("--beside needs --suite DIR")
         if args.suite:
             rows = ability(method_of(donor), "suite")(donor, open_any(args.beside) if args.beside else None, args)
         else:
             rows = ability(method_of(donor), "evaluate")(donor, args)
     out = Table(box=None, pad_edge=False)
-    protocol, beside = (any(name in row for row in rows) for name in ("protocol", "beside"))
-    second = (Path(args.beside).name,) if beside else ()
+    protocol, compared = (any(name in row for row in rows) for name in ("protocol", "beside"))
+    second = (Path(args.beside).name,) if compared else ()
     for header in ("dataset", "metric", "value", *second, "published", "n", *(("protocol",) if protocol else ())):
         out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
     for row in rows:
-        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if beside else ()), "published")]
+        shown = ("value", *(("beside",) if compared else ()), "published")
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in shown]
         how = (row["protocol"],) if protocol else ()
         out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
     Console().print(out)
@@ -140,7 +141,7 @@ def expand(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     if not (found := able("compare")):
-        raise InputError("no installed method has compare")
+        raise InputError("no installed method has the verb compare")
     _write_json(args, ability(found[0], "compare")(args))
 
 
@@ -170,7 +171,7 @@ def _write_json(args: argparse.Namespace, value: Any) -> None:
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` from the command line, numbers as numbers."""
+    """Parses `NAME=VALUE` settings; digits become ints."""
     for pair in pairs:
         if "=" not in pair:
             raise InputError(f"--set {pair}: write NAME=VALUE, such as heads=6")
@@ -178,13 +179,13 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _recipe(name: str, verb: str, flags: Sequence[str] = ()) -> Any:
-    """A recipe that has the function a verb calls. Raises InputError for one that lacks it."""
+    """Loads a recipe for a verb. Raises InputError when the recipe lacks the method that the verb calls."""
     from heirloom.common import config
 
     recipe = config.load(name, flags)
     if not hasattr(recipe, verb):
         has = ", ".join(f"heirloom {able}" for able, call in RECIPE_VERBS.items() if hasattr(recipe, call))
-        raise InputError(f"{name}: a recipe of this kind has nothing for that; it has {has}")
+        raise InputError(f"{name}: this recipe does not support the verb; it has {has}")
     return recipe
 
 

@@ -16,7 +16,7 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.report import count
 from heirloom.common.typed import from_json
 from learngene.formats import finite
-from learngene.inputs import companions
+from learngene.inputs import sidecars
 
 GROUPS, EPS = 8, 1e-5
 
@@ -100,4 +100,4 @@ def macs(cfg: ConvConfig, spec: Spec) -> int:
     return total
 
 
-FAMILY = Family("convnet", ConvNet, partial(from_json, ConvConfig), (), companions, finite, parameters, macs)
+FAMILY = Family("convnet", ConvNet, partial(from_json, ConvConfig), (), sidecars, finite, parameters, macs)

@@ -48,7 +48,7 @@ def read(found: Found) -> Read | None:
     fields.skip("interpolate_pos_encoding")  # for pictures of other sizes
     fields.skip("encoder_stride", "pooler_output_size", "pooler_act")  # of masked modelling, and of a pooler that no classifier uses
     fields.fixed("qkv_bias", True, feature="queries, keys and values without biases")
-    cfg = dict(
+    cfg: dict[str, Any] = dict(
         size=fields.square("image_size", 224),
         channels=fields.integer("num_channels", 3),
         patch=fields.square("patch_size", 16),

@@ -29,7 +29,7 @@ def preprocess_of(donor: Donor) -> Found:
     return replace(found, pre=found.pre.cropped(CROP), note=note)
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
     """Write the preprocessing and class names of a checkpoint into another folder, as files of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     carry_labels(donor, destination, format)

@@ -10,11 +10,11 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES
-from learngene.inputs import companions
+from learngene.inputs import sidecars
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, partial(from_json, VitConfig), FORMATS, companions, verify, parameters, macs, lookalikes=LOOKALIKES)
+FAMILY = Family("learngene", Vit, partial(from_json, VitConfig), FORMATS, sidecars, verify, parameters, macs, lookalikes=LOOKALIKES)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout

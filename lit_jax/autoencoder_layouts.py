@@ -150,7 +150,7 @@ def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.n
     return [x.permute(0, 2, 3, 1).numpy() for x in (posterior.mean, posterior.logvar, decoded)]
 
 
-def _companions(donor: Donor, destination: Path, format: str) -> None:
+def _sidecars(donor: Donor, destination: Path, format: str) -> None:
     """An autoencoder has no sidecar files to copy."""
 
 
@@ -172,7 +172,7 @@ FAMILY = Family(
     module=Autoencoder,
     config=CONFIG,
     formats=FORMATS,
-    companions=_companions,
+    sidecars=_sidecars,
     verify=verify,
     parameters=parameters,
     macs=macs,

@@ -261,6 +261,6 @@ FORMATS = (
 )
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
     """Copy the file that says which autoencoder's latents the model was trained on."""
     copy_origin(donor.folder, destination)

@@ -11,7 +11,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
-from lit_jax.formats import FORMATS, LOOKALIKES, companions
+from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
@@ -21,7 +21,7 @@ FAMILY = Family(
     module=Dit,
     config=partial(from_json, DitConfig),
     formats=FORMATS,
-    companions=companions,
+    sidecars=sidecars,
     verify=verify,
     parameters=parameters,
     macs=macs,

@@ -142,7 +142,7 @@ def pruning_plan(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Pl
         written = scaled(pick(rows), embed[rows])
         channels = sided(pick(rows), write=written)
         if how.legacy_drop_bias and not head.any(1).all():
-            with_heads = pick(range(len(head)), head.any(1).astype(np.float32))
+            with_heads = pick(range(len(head)), np.asarray(head.any(1), np.float32))
             rules.append((f"{tower}/blocks/attn/out/bias", {"layer": with_heads, "embed": channels}))
         if how.legacy_proj_scale:
             rules.append((f"{tower}/projection/kernel", {"embed": written}))

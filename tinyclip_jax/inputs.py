@@ -61,7 +61,7 @@ def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
         )
 
 
-def companions(donor: Donor, destination: Path, format: str) -> None:
+def sidecars(donor: Donor, destination: Path, format: str) -> None:
     """Write the tokenizer and preprocessing of a checkpoint into another folder, as files of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     tokenizer = tokenizer_of(donor)

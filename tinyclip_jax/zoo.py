@@ -9,13 +9,13 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
 from tinyclip_jax.formats import FORMATS, LOOKALIKES
-from tinyclip_jax.inputs import companions
+from tinyclip_jax.inputs import sidecars
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
 from tinyclip_jax.verify import verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
-FAMILY = Family("tinyclip", Clip, partial(from_json, ClipConfig), FORMATS, companions, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family("tinyclip", Clip, partial(from_json, ClipConfig), FORMATS, sidecars, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
 FAMILIES = (FAMILY,)
 
 RN50 = resnet(64, 12)

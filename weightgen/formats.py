@@ -76,7 +76,7 @@ def _once(cfg: Any, spec: Spec) -> int:
 
 def _family(name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], macs: Callable[[Any, Spec], int] = _once) -> Family:
     """Build a family without foreign formats."""
-    return Family(name=name, module=module, config=config, formats=(), companions=sidecars, verify=verify, parameters=parameters, macs=macs)
+    return Family(name=name, module=module, config=config, formats=(), sidecars=sidecars, verify=verify, parameters=parameters, macs=macs)
 
 
 def network(cfg: NetConfig, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""Between our folders and foreign checkpoints: recognise, open lazily, write, verify, and only then give the name away."""
+"""Opens checkpoints of ours and of foreign formats lazily, and converts between them with verification."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,16 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Layout, View, own_tensors, own_views
 from heirloom.common.surgery.plan import Plan, Source
 from heirloom.common.surgery.report import provenance
+from heirloom.common.typed import Config
 
 COPY = Plan((("**", {}),))
 
 
 @dataclass(frozen=True)
 class Found:
-    """A foreign checkpoint while its config is read.
+    """A foreign checkpoint whose config is to be read.
 
-    tensors: under clean names. folder: where its JSON files are. about: what a torch file holds next to the tensors.
+    tensors: under clean names. folder: folder of its JSON files. about: other content of a torch file, next to the tensors.
     """
 
     tensors: Tensors
@@ -38,16 +39,16 @@ class Found:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def json(self, name: str) -> Fields | None:
-        """A JSON file next to the weights, or None."""
+        """Reads a JSON file next to the weights; None where it does not exist."""
         file = self.folder / name
         return Fields.load(file) if file.is_file() else None
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A setting that neither weights nor config tell: what was taken for it, and why. `convert --set name=VALUE` overrides it.
+    """A setting that neither weights nor config contain, the default taken, and why. `convert --set name=VALUE` overrides it.
 
-    value: None where nothing can be taken for it: then it must be set.
+    value: None where there is no default: then the user must set it.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Read:
-    """The config of a foreign checkpoint, and what in it was guessed."""
+    """The config of a foreign checkpoint, and the settings in it that are guesses."""
 
     cfg: Any
     guesses: tuple[Guess, ...] = ()
@@ -68,7 +69,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Lookalike:
-    """Checkpoints that are not read, recognised by a glob of their tensors' names, and what to do with them."""
+    """Checkpoints that cannot be read. keys: glob of tensor names that recognises them. advice: what to do with them."""
 
     keys: str
     advice: str
@@ -78,13 +79,13 @@ class Lookalike:
 class Format:
     """One foreign format of a model family.
 
-    layout: the table of names, or a function of the config where it depends on it.
-    file: name of the weights inside a folder we write; its ending says whether torch, safetensors or numpy (.npz) writes it.
-    read_config(found): the model's config, or None when this is another format.
+    layout: the table of names, or a function of the config that returns it.
+    file: name of the weights in a folder that we write; its ending selects torch, safetensors or numpy (.npz).
+    read_config(found): returns the model's config, or None when the checkpoint has another format.
     write_config(cfg, folder): writes the format's own JSON files next to the weights.
-    clean: brings the keys of a file in the wild to the layout's, once the usual wrappers are off.
-    wrapper: of a torch file, the key its tensors are under; None: the file is the dictionary of tensors.
-    complete(cfg, tensors): the tensors with what files of the wild leave out because it has no effect.
+    clean: changes the keys of published files to those of the layout, after the usual wrappers are removed.
+    wrapper: key of the tensors in a torch file; None: the file is the dictionary of tensors.
+    complete(cfg, tensors): adds tensors that published files leave out because they have no effect.
     """
 
     name: str
@@ -96,7 +97,8 @@ class Format:
     wrapper: str | None = "state_dict"
     complete: Callable[[Any, Tensors], Tensors] = lambda cfg, tensors: tensors
 
-    def layout_of(self, cfg: Any) -> Layout:
+    def layout_of(self, cfg: Config) -> Layout:
+        """Returns the layout for a model of this config."""
         return self.layout if isinstance(self.layout, Layout) else self.layout(cfg)
 
 
@@ -104,18 +106,18 @@ class Format:
 class Family:
     """A model family: its module, config type, and foreign formats.
 
-    companions(source, destination, format): carries tokenizer and preprocessing along, into the format named.
+    sidecars(donor, destination, format): writes the sidecar files (tokenizer, preprocessing) in a format.
     verify(cfg, params, file, format): compares our model with the reference that reads the foreign file.
     parameters(spec): counts by part and in total. macs(cfg, spec): multiply-accumulates of one example.
     embedded: the weights folders that come with the package, by name.
-    lookalikes: checkpoints that are close to this family and not read, with what to do.
+    lookalikes: similar checkpoints that cannot be read, with advice.
     """
 
     name: str
     module: Callable[..., Any]
     config: Callable[[Mapping[str, Any]], Any]
     formats: tuple[Format, ...]
-    companions: Callable[["Donor", Path, str], None]
+    sidecars: Callable[["Donor", Path, str], None]
     verify: Callable[[Any, Mapping[str, Any], Path, str], Check]
     parameters: Callable[[Spec], dict[str, int]]
     macs: Callable[[Any, Spec], int]
@@ -123,6 +125,7 @@ class Family:
     lookalikes: tuple[Lookalike, ...] = ()
 
     def format(self, name: str) -> Format:
+        """Returns a format by name. Raises InputError for an unknown one."""
         for format in self.formats:
             if format.name == name:
                 return format
@@ -133,8 +136,8 @@ class Family:
 class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
-    `format` is "heirloom" for a folder of ours; `path` is what was named, `file` the weights in it. guesses: settings of `cfg` that the
-    checkpoint does not tell.
+    format: "heirloom" for a folder of ours. path: the path that was given. file: the weights in it. guesses: settings of `cfg` that the
+    checkpoint does not contain.
     """
 
     family: Family
@@ -148,13 +151,13 @@ class Donor:
 
     @property
     def folder(self) -> Path:
-        """Where tokenizer and preprocessing lie, if anywhere."""
+        """The folder of the sidecar files, if there are any."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A checkpoint without its weights: enough to compile a step with it as teacher."""
+    """A checkpoint without weights: enough to compile a step with it as teacher."""
 
     family: Family
     cfg: Any
@@ -162,11 +165,10 @@ class Outline:
 
 
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
-    """Open a checkpoint of ours or of any known foreign format.
+    """Opens a checkpoint of ours or of any known foreign format.
 
-    overrides: fields of the config that take the place of what was read or guessed (`activation`).
-    Remarks what was unwrapped and what was guessed. Raises InputError when nothing recognises it, and for missing, unexpected or misshapen
-    tensors.
+    overrides: settings that replace those that were read or guessed (`activation`). Remarks wrappers that were removed, and guesses.
+    Raises InputError when no family recognises the checkpoint, and for missing, unexpected or misshapen tensors.
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families, overrides)
@@ -190,7 +192,7 @@ def _open_clean(file: Path) -> Weights:
 
 
 def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights] | None:
-    """The config, and the tensors under the layout's keys, or None when the file is of another format."""
+    """Returns the config, and the tensors under the layout's keys; None when the file has another format."""
     tensors = {format.clean(key): value for key, value in raw.tensors.items()}
     try:
         read = format.read_config(Found(tensors, file.parent, raw.about))
@@ -199,7 +201,7 @@ def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights]
     if read is None:
         return None
     if len(tensors) != len(raw.tensors):
-        raise InputError(f"{file}: two tensors have the same name once wrappers are taken off")
+        raise InputError(f"{file}: two tensors have the same name without wrappers; save the model's state_dict() alone")
     return read, replace(raw, tensors=tensors)
 
 
@@ -207,7 +209,7 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
     cfg = _override(read.cfg, overrides)
     guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
     for unknown in (guess for guess in guesses if guess.value is None):
-        raise InputError(f"{file}: {unknown.why}: say it (--set {unknown.name}=VALUE)")
+        raise InputError(f"{file}: {unknown.why}; give --set {unknown.name}=VALUE")
     tensors = format.complete(cfg, raw.tensors)
     model = _model(family, cfg, file)
     layout = format.layout_of(cfg)
@@ -217,7 +219,9 @@ def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights
     source = Source(_as_stored(model.spec, views), views, origin)
     for text in (*raw.notes, *guesses):
         remark(f"{file}: {text}")
-    return Donor(family, cfg, model, source, format.name, path, file, guesses)
+    return Donor(
+        family=family, cfg=cfg, model=model, source=source, format=format.name, path=path, file=file, guesses=guesses
+    )
 
 
 def _model(family: Family, cfg: Any, path: Path) -> Functional:
@@ -228,20 +232,20 @@ def _model(family: Family, cfg: Any, path: Path) -> Functional:
 
 
 def _unknown(families: Sequence[Family], keys: Sequence[str]) -> str:
-    """Why a checkpoint is not read: the nearest thing it is known to be, or a sample of its tensors."""
+    """Explains why a checkpoint cannot be read: advice for a known lookalike, or a sample of its tensors."""
     for lookalike in (one for family in families for one in family.lookalikes):
         if any(fnmatchcase(key, lookalike.keys) for key in keys):
             return lookalike.advice
     known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families if family.formats)
-    sample = f"its tensors ({', '.join(keys)[:80]} ...) are" if keys else "it holds no tensors, which is"
-    return f"{sample} of no known model; known are {known}"
+    sample = f"its tensors ({', '.join(keys)[:80]} ...) match no known model" if keys else "it has no tensors"
+    return f"{sample}; known are {known}"
 
 
 def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
     if not overrides:
         return cfg
     if not hasattr(cfg, "override"):
-        raise InputError(f"{min(overrides)!r} cannot be set for this model, whose config.json tells all; leave it out")
+        raise InputError(f"{min(overrides)!r} cannot be set for this model, whose config.json has all settings; leave it out")
     known = list(signature(cfg.override).parameters)
     if unknown := overrides.keys() - set(known):
         raise InputError(f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are {', '.join(known)})")
@@ -249,9 +253,9 @@ def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, verify: bool = True) -> Check:
-    """Write the donor as a weights folder in another format; bits are kept. Returns what the verification found.
+    """Writes the donor as a weights folder in another format, bit for bit, and returns the result of the verification.
 
-    Raises InputError for bad input and a full disk, VerificationError past tolerance: then nothing stands under the name.
+    Raises InputError for bad input and a full disk, and VerificationError above tolerance; `destination` is then not written.
     """
     family = donor.family
     if to == donor.format:
@@ -263,7 +267,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
             _write_ours(donor, folder)
         else:
             _write_foreign(donor, format, folder)
-        family.companions(donor, folder, to)
+        family.sidecars(donor, folder, to)
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:
             check = _verify(donor, folder, to)
@@ -276,19 +280,19 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
 
 
 def hashes(file: Path) -> dict[str, str]:
-    """SHA-256 of a weights file, or of every shard an index names, by file name."""
+    """Returns the SHA-256 of a weights file, or of each shard of an index, by file name."""
     shards = sorted(set(read_json(file)["weight_map"].values())) if file.name.endswith(".index.json") else [file.name]
     return {name: weights.sha256(file.parent / name) for name in shards}
 
 
 def _verify(donor: Donor, folder: Path, to: str) -> Check:
-    """What was written must come back bit for bit, and compute what the reference that reads the foreign side computes."""
+    """Checks that the written weights are read back bit for bit, and that the reference for the foreign file computes the same."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Remark)  # of the source, they are said already; this folder's name is about to go
+        warnings.simplefilter("ignore", Remark)  # the source had the same remarks, and this folder's name is temporary
         written = open_donor(folder, [donor.family])
     for path, value in donor.source.values.items():
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
-            return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} does not come back as it was written")
+            return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} is not read back as it was written")
     foreign = donor if to == "heirloom" else written
     return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format))
 
@@ -309,11 +313,12 @@ def _open_ours(path: Path, families: Sequence[Family], overrides: Mapping[str, A
         raise InputError(f"{path}: {error}") from error
     model = _model(family, cfg, path)
     views = own_views(opened.tensors, model.spec, str(path / FILE))
-    return Donor(family, cfg, model, Source(_as_stored(model.spec, views), views), "heirloom", path, path / FILE)
+    source = Source(_as_stored(model.spec, views), views)
+    return Donor(family=family, cfg=cfg, model=model, source=source, format="heirloom", path=path, file=path / FILE)
 
 
 def _as_stored(spec: Spec, views: Mapping[str, View]) -> Spec:
-    """The spec with the dtypes of the file."""
+    """Returns the spec with the dtypes of the file."""
     return {path: replace(leaf, dtype=np.dtype(views[path].dtype)) for path, leaf in spec.items()}
 
 
@@ -328,7 +333,7 @@ def _write_ours(donor: Donor, folder: Path) -> None:
 
 
 def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
-    format.write_config(donor.cfg, folder)  # first: it refuses what the format cannot say
+    format.write_config(donor.cfg, folder)  # first: it refuses what the format cannot express
     spec, values = donor.source.spec, donor.source.values
     layout = format.layout_of(donor.cfg)
     shapes = layout.foreign(spec)
@@ -340,7 +345,7 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
             out[key][...] = value
 
     if not format.file.endswith(".safetensors"):
-        # torch and numpy want every tensor at once: mapped from a file that goes again, they are not in memory.
+        # torch and numpy need all tensors at once: a temporary memory-mapped file keeps them out of memory.
         with weights.create_safetensors(folder / FILE, shapes) as out:
             fill(out)
             if format.file.endswith(".npz"):
@@ -354,6 +359,6 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
 
 
 def describe(path: Path) -> dict[str, Any] | None:
-    """The provenance saved beside a weights folder, if it has one."""
+    """Reads the provenance of a weights folder; None where it has none."""
     file = path / "provenance.json"
     return read_json(file) if file.is_file() else None

@@ -1,13 +1,13 @@
-"""Foreign JSON at the door: each field is read with its type, expected to have one value, or known to change nothing. Any other is refused.
+"""Reads foreign JSON: each field is read with its type, fixed to one value, or known to change nothing. Any other field is refused.
 
     fields = Fields.load(folder / "config.json")
     width = fields.integer("hidden_size", 768)
     activation = fields.choice("hidden_act", {"gelu": "gelu", "quick_gelu": "quick_gelu"}, "gelu")
     fields.fixed("qkv_bias", True)                   # refused when it says anything else
     fields.skip("transformers_version", "id2label")  # changes nothing that the model computes
-    fields.done()                                    # refuses a field that none of the above named
+    fields.done()                                    # refuses a field that no call has named
 
-A field that is null is there; where a library takes its default instead, `fields.with_defaults(...)` says so.
+A field that is null counts as given; for a library that takes its default instead, use `fields.with_defaults(...)`.
 """
 
 import sys
@@ -21,8 +21,9 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, nearest
 
 T = TypeVar("T")
+D = TypeVar("D")  # the type of a default
 _REQUIRED: Any = object()
-# What every config of transformers may carry: how text is generated, what training does, names; nothing of it changes a forward pass.
+# Fields that any config of transformers may have: text generation, training, names. None of them changes a forward pass.
 TRANSFORMERS = (
     "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "transformers_version", "architectures",
     "torch_dtype", "dtype", "return_dict", "return_dict_in_generate", "output_*", "torchscript", "use_bfloat16", "tf_legacy_loss",
@@ -34,14 +35,14 @@ TRANSFORMERS = (
     "id2label", "label2id", "num_labels", "problem_type", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id", "sep_token_id",
     "decoder_start_token_id", "task_specific_params", "initializer_*", "*dropout*", "layerdrop", "loss_type", "_*",
 )  # fmt: skip
-LARGEST = 2**24  # of any size a config names; a larger one is a mistake and would fill the memory
+LARGEST = 2**24  # of any size in a config; a larger one is a mistake and would fill the memory
 
 
 class Fields:
-    """A JSON object whose fields are taken one by one. Every method raises InputError, naming file and field."""
+    """A JSON object whose fields are read one by one. Every method raises InputError, naming file and field."""
 
     def __init__(self, values: Any, where: str, absent: str = "take the file that belongs to the weights"):
-        """values: the JSON object. where: the file, and the path in it. absent: what to do about a required field that is missing."""
+        """values: the JSON object. where: the file, and the path in it. absent: advice of the error for a missing required field."""
         if not isinstance(values, Mapping):
             raise InputError(f"{where} is {_shown(values)}, not an object")
         self.where, self._absent = where, absent
@@ -49,6 +50,7 @@ class Fields:
 
     @classmethod
     def load(cls, file: Path) -> "Fields":
+        """Reads a JSON file."""
         return cls(read_json(file), str(file))
 
     def __contains__(self, name: str) -> bool:
@@ -58,12 +60,12 @@ class Fields:
         return iter(self._values)
 
     def with_defaults(self, defaults: Mapping[str, Any] | None = None, absent: str = "") -> "Fields":
-        """The same object, for a library where null counts as missing, with these defaults for fields that are null or missing."""
+        """Returns the object for a library where null counts as missing, with these defaults for null or missing fields."""
         given = {name: value for name, value in self._values.items() if value is not None}
         return Fields({**(defaults or {}), **given}, self.where, absent or self._absent)
 
     def refusal(self, name: str, why: str) -> InputError:
-        """What to raise for a field whose value its reader checks itself."""
+        """Returns the error for a field whose value the caller checks itself."""
         return InputError(f"{self.where}: {name} is {_shown(self._values.get(name))}; {why}")
 
     def _take(self, name: str, default: Any, kind: type | tuple[type, ...], needed: str) -> Any:
@@ -77,60 +79,64 @@ class Fields:
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be {needed}")
         return value
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST) -> Any:
-        """A whole number between `least` and `most`; `default` where the field is absent."""
+    def integer(self, name: str, default: D = _REQUIRED, *, least: int = 1, most: int = LARGEST) -> int | D:
+        """Reads a whole number from `least` to `most`; `default` where the field is absent."""
         value = self._take(name, default, int, "a whole number")
         if name in self._values and value is not None and not least <= value <= most:
             raise InputError(f"{self.where}: {name} is {value}, and must be from {least} to {most}")
         return value
 
-    def number(self, name: str, default: Any = _REQUIRED, *, least: float = 0.0, above: float = -inf, most: float = inf) -> Any:
-        """A finite number of at least `least`, above `above` and of at most `most`, as a float."""
+    def number(
+        self, name: str, default: D = _REQUIRED, *, least: float = 0.0, above: float = -inf, most: float = inf
+    ) -> float | D:
+        """Reads a finite number, at least `least`, above `above` and at most `most`, as a float."""
         value = self._take(name, default, (int, float), "a number")
         if value is None:
-            return None
+            return default
         if not (_finite(value) and least <= value <= most and value > above):
             bound = (f"above {above:g}" if above >= least else f"of at least {least:g}") + (f" and at most {most:g}" if most < inf else "")
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be a finite number {bound}")
         return float(value)
 
-    def numbers(self, name: str, default: Any = _REQUIRED, *, length: int, above: float = -inf) -> Any:
-        """A list of `length` finite numbers above `above`, of which a file may give one for all, as a tuple of floats."""
+    def numbers(self, name: str, default: D = _REQUIRED, *, length: int, above: float = -inf) -> tuple[float, ...] | D:
+        """Reads `length` finite numbers above `above` as a tuple of floats; a file may give one number for all."""
         value = self._take(name, default, (list, tuple, int, float), f"1 or {length} finite numbers")
         if value is None:
-            return None
+            return default
         given = value if isinstance(value, list | tuple) else [value]
         if len(given) not in (1, length) or not all(_finite(v) and v > above for v in given):
             bound = "" if above == -inf else f" above {above:g}"
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be 1 or {length} finite numbers{bound}")
         return tuple(float(v) for v in (given if len(given) == length else [*given] * length))
 
-    def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
+    def boolean(self, name: str, default: D = _REQUIRED) -> bool | D:
+        """Reads true or false."""
         return self._take(name, default, bool, "true or false")
 
-    def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        return self._take(name, default, str, "a text")
+    def text(self, name: str, default: D = _REQUIRED) -> str | D:
+        """Reads a string."""
+        return self._take(name, default, str, "a string")
 
-    def choice(self, name: str, known: Mapping[str, T], default: Any = _REQUIRED) -> T:
-        """What `known` says for the field's text."""
-        value = self._take(name, default, str, "a text")
+    def choice(self, name: str, known: Mapping[str, T], default: str = _REQUIRED) -> T:
+        """Looks up the field's string in `known`."""
+        value = self._take(name, default, str, "a string")
         if value not in known:
             hint = nearest(str(value), known)
             raise InputError(f"{self.where}: {name} is {value!r}{hint}; only {', '.join(map(repr, known))} can be read")
         return known[value]
 
-    def integers(self, name: str, default: Any = _REQUIRED, *, length: int | None = None) -> Any:
-        """A list of whole numbers, all positive, as a tuple."""
+    def integers(self, name: str, default: D = _REQUIRED, *, length: int | None = None) -> tuple[int, ...] | D:
+        """Reads a list of positive whole numbers as a tuple."""
         needed = f"a list of {'' if length is None else f'{length} '}positive whole numbers"
         value = self._take(name, default, (list, tuple), needed)
         if value is None:
-            return None
+            return default
         if not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST for v in value) or length not in (None, len(value)):
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be {needed}")
         return tuple(value)
 
-    def square(self, name: str, default: Any = _REQUIRED) -> Any:
-        """One whole number, also where it is written as [n, n] or as height and width."""
+    def square(self, name: str, default: D = _REQUIRED) -> int | D:
+        """Reads one whole number, which may be written as [n, n] or as height and width."""
         value = self._values.get(name)
         if isinstance(value, (list, tuple)):
             height, width = self.integers(name, length=2)
@@ -145,33 +151,33 @@ class Fields:
         return height
 
     def object(self, name: str) -> "Fields":
-        """The object under a name, or an empty one."""
+        """Reads a nested object, an empty one where the field is absent or null."""
         self._known.add(name)
         return Fields({} if self._values.get(name) is None else self._values[name], f"{self.where}: {name}")
 
     def value(self, name: str, default: Any = None) -> Any:
-        """The field as it is, for a reader that checks it itself."""
+        """Returns the field unchecked, for a caller that checks it itself."""
         self._known.add(name)
         return self._values.get(name, default)
 
     def fixed(self, name: str, *values: Any, feature: str = "") -> None:
-        """Refuse the field when it is there and has none of these values. feature: what another value stands for, in words."""
+        """Refuses the field when it is given and has none of these values. feature: what another value means, for the message."""
         self._known.add(name)
         if name in self._values and not any(_same(self._values[name], value) for value in values):
             needed, meaning = " or ".join(_shown(value) for value in values), f" ({feature})" if feature else ""
             raise InputError(f"{self.where}: {name} is {_shown(self._values[name])}{meaning}; only models where it is {needed} can be read")
 
-    def agree(self, name: str, said: Any, actual: Any) -> None:
-        """Refuse a size that is not the one of the weights: then the config is another model's."""
+    def agree(self, name: str, said: T, actual: T) -> None:
+        """Refuses a size that differs from that of the weights: then the config belongs to another model."""
         if said != actual:
             raise InputError(f"{self.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?")
 
     def skip(self, *names: str) -> None:
-        """Fields, or globs of them, that change nothing that the model computes."""
+        """Accepts fields, or globs of fields, that do not change what the model computes."""
         self._known |= {field for field in self._values for name in names if fnmatchcase(field, name)}
 
     def transformers(self) -> None:
-        """What any config of transformers may hold; refuses what would change the forward pass."""
+        """Accepts the fields that any config of transformers may have; refuses those that would change the forward pass."""
         self.fixed("pruned_heads", {}, None)
         self.fixed("is_decoder", False)
         self.fixed("is_encoder_decoder", False)
@@ -179,7 +185,7 @@ class Fields:
         self.skip(*TRANSFORMERS)
 
     def done(self, changes: str = "what the model computes") -> None:
-        """Refuse a field that no call has named: it could change what the model computes."""
+        """Refuses a field that no call has named: it could change what the model computes."""
         if unknown := sorted(self._values.keys() - self._known):
             field = unknown[0]
             raise InputError(
@@ -189,12 +195,12 @@ class Fields:
 
 
 def _finite(value: Any) -> bool:
-    """Neither NaN nor infinite, nor too large for a float."""
+    """Returns whether a value is a number, finite, and not too large for a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal, and both or neither true or false: 1 is no true."""
+    """Returns whether two values are equal and both or neither are booleans: 1 does not equal true."""
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 

@@ -1,4 +1,4 @@
-"""Where a SOURCE is: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]`, fetched once."""
+"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]`, downloaded once."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +11,9 @@ _OTHER = ("*.json", "*.txt", "*.model")
 
 
 def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
-    """The local file or folder of a SOURCE; `embedded:NAME` is one of `embedded`.
+    """Returns the local file or folder of a SOURCE, downloaded if needed; `embedded:NAME` is one of `embedded`.
 
-    Raises InputError when it is not there or cannot be fetched.
+    Raises InputError when it does not exist or cannot be downloaded.
     """
     if source.startswith("embedded:"):
         name, known = source.removeprefix("embedded:"), embedded or {}
@@ -32,11 +32,11 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     name, folder = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
     try:
         files = [f for f in HfApi().list_repo_files(name, revision=revision or None) if f.startswith(folder)]
-        # Safetensors where there are any; pickles only where there is nothing else.
+        # Pickles only where there are no safetensors.
         weights = _WEIGHTS if any(f.endswith(".safetensors") for f in files) else ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
         wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in (*weights, *_OTHER)]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
-    except Exception as error:  # the hub's client raises its own, httpx's and OSError alike: all mean it could not be had
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError: all mean that the download failed
         cached = _cached(name, revision)
         if cached is not None and (not folder or (cached / folder).is_dir()):
             return cached / folder
@@ -44,7 +44,7 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
 
 
 def _cached(name: str, revision: str) -> Path | None:
-    """The snapshot that an earlier fetch left, for work without a network."""
+    """Returns the snapshot of an earlier download, for work without a network; None where there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

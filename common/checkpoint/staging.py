@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name whole, or not at all."""
+"""Atomic writes: a file or folder gets its name when it is complete."""
 
 import ctypes
 import os
@@ -13,20 +13,20 @@ from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import local
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-_HOST = socket.gethostname()  # a process of another host on the same disk may well be alive
+_HOST = socket.gethostname()  # only processes of this host can be checked for being alive
 
 
 @contextmanager
 def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary name in the folder of `destination`, renamed to it when the block ends well and removed when it does not.
+    """Yields a temporary name next to `destination`; renames it to `destination` when the block succeeds and removes it when it fails.
 
-    A destination that is replaced is lost at no moment, whenever the process dies. What processes that died left here for the same
-    destination is cleared away first, and remarked.
-    Raises InputError when the destination exists (unless forced) or is no local path, and for the errors of the disk.
+    A destination that is replaced is never lost, even if the process is killed. What killed processes left for the same destination is
+    removed first, and remarked.
+    Raises InputError when the destination exists (unless forced) or is not a local path, and for errors of the disk.
     """
     local(destination)
     if destination.name in ("", ".."):
-        raise InputError(f"{destination} is no name for something new; give one, such as {destination / 'out'}")
+        raise InputError(f"{destination} cannot be the name of a new file or folder; give one, such as {destination / 'out'}")
     temporary, old = (destination.with_name(f".{destination.name}.{kind}-{_HOST}-{os.getpid()}") for kind in ("partial", "old"))
     try:
         _sweep(destination)
@@ -43,7 +43,7 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _put(new: Path, destination: Path, old: Path) -> None:
-    """Rename `new` to `destination`; what has that name is removed afterwards, by way of the name `old` where names cannot be swapped."""
+    """Renames `new` to `destination`, then removes what had that name; it is first renamed to `old` where names cannot be swapped."""
     if not destination.is_dir():
         new.replace(destination)
     elif new.is_file():
@@ -61,22 +61,22 @@ def _put(new: Path, destination: Path, old: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step. False, and nothing is done, where the system or its file system cannot (renameat2 of Linux)."""
+    """Swaps two names in one step (renameat2 of Linux). Returns False and changes nothing where the system does not support it."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 def _sweep(destination: Path) -> None:
-    """Clear away what dead processes left; a destination that one of them had moved aside gets its name back."""
+    """Removes what killed processes left; restores a destination that one of them had renamed."""
     names = re.compile(rf"\.{re.escape(destination.name)}\.(partial|old)-{re.escape(_HOST)}-(\d+)")
     siblings = destination.parent.iterdir() if destination.parent.is_dir() else ()
     for left in sorted(path for path in siblings if (found := names.fullmatch(path.name)) and not _alive(int(found[2]))):
         if ".old-" in left.name and not destination.exists():
             left.rename(destination)
-            remark(f"{destination}: put back what an interrupted command had replaced")
+            remark(f"{destination}: restored after an interrupted command")
         else:
             remove(left)
-            remark(f"{left}: removed, an interrupted command left it")
+            remark(f"{left}: removed; an interrupted command left it")
 
 
 def _alive(process: int) -> bool:
@@ -84,13 +84,13 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
-        pass
+    except PermissionError:  # a process of another user
+        return True
     return True
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Deletes a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

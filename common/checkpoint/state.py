@@ -1,78 +1,79 @@
-"""Training states on disk. The only importer of orbax.
+"""Training states on disk. The only module that imports orbax.
 
-One folder per step holds the arrays (`state`) and a JSON object (`data`: where the data stand, the open metrics window).
-A folder gets its final name when everything in it is written, so a half-written one is never picked.
+Each step has a folder with the arrays (`state`) and a JSON object (`data`: position in the data, open metrics window).
+A folder gets its final name when it is complete, so an incomplete one is never restored.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from heirloom.common.errors import InputError
 
-REASON = 200  # characters of the storage library's own message that an error repeats
+Tree = TypeVar("Tree")
+REASON = 200  # characters of the storage library's message that an error quotes
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What `Checkpoints.restore` read."""
+class Restored(Generic[Tree]):
+    """The result of `Checkpoints.restore`."""
 
-    state: Any
+    state: Tree
     data: dict[str, Any]
 
 
 class Checkpoints:
-    """The last `keep` states of a run, in a folder; every process of a job makes the same calls."""
+    """The last `keep` states of a run in a folder. Every process of a job makes the same calls."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Open or create the folder; half-written states are cleared away by the next save. Raises InputError if it cannot be made."""
+        """Opens or creates the folder; the next save removes incomplete states. Raises InputError if it cannot be created."""
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
-        with _mendable(f"{self.directory}: cannot keep checkpoints here"):
+        with _disk_errors(f"{self.directory}: cannot write checkpoints here"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Copy `state` (a tree of arrays) off the devices, then write it while training goes on.
+    def save(self, step: int, state: object, data: dict[str, Any]) -> None:
+        """Copies `state` (a tree of arrays) to the host, then writes it in the background.
 
-        data: any JSON object. The state may be donated as soon as this returns.
-        Raises InputError when this or the save before it fails; states written earlier stay.
+        data: any JSON object. The state may be donated once this returns. Raises InputError when this save or the one before it
+        fails; earlier states stay.
         """
-        with _mendable(f"{self.directory}: step {step} or the one before it could not be saved"):
+        with _disk_errors(f"{self.directory}: step {step} or the one before it could not be saved"):
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
 
     def latest(self) -> int | None:
-        """The last complete step on disk, or None."""
-        with _mendable(f"{self.directory}: cannot be read"):
+        """Returns the last complete step on disk, or None."""
+        with _disk_errors(f"{self.directory}: cannot be read"):
             self._manager.reload()
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: Any) -> Restored:
-        """Read a state straight into the shapes, dtypes and shardings of `like` (a tree of `jax.ShapeDtypeStruct`).
+    def restore(self, step: int, like: Tree) -> Restored[Tree]:
+        """Reads a state in the shapes, dtypes and shardings of `like` (a tree of `jax.ShapeDtypeStruct`).
 
-        The mesh may be another than the one that wrote it. Raises InputError if the step is absent, damaged or of other shapes.
+        The mesh may differ from the one that wrote it. Raises InputError if the step is missing, damaged or has other shapes.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        with _mendable(f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"):
+        with _disk_errors(f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"):
             found = self._manager.restore(step, args=args)
         return Restored(found["state"], found["data"])
 
     def wait(self) -> None:
-        """Return when everything saved is on disk. Raises InputError when that failed."""
-        with _mendable(f"{self.directory}: the last state could not be written (is the disk full?)"):
+        """Waits until all saves are on disk. Raises InputError when one failed."""
+        with _disk_errors(f"{self.directory}: the last state could not be written (is the disk full?)"):
             self._manager.wait_until_finished()
 
 
 @contextmanager
-def _mendable(problem: str) -> Iterator[None]:
-    """tensorstore reports a full or broken disk as ValueError, the file system as OSError: both are the user's to mend."""
+def _disk_errors(problem: str) -> Iterator[None]:
+    """Turns errors of the disk into InputError: tensorstore raises ValueError for a full or broken disk, the file system OSError."""
     try:
         yield
     except (OSError, ValueError) as error:
-        # tensorstore's messages go from the general to the cause, then list every setting in brackets
+        # tensorstore's messages have the cause last, then all settings in brackets
         cause = str(error).splitlines()[0].split(" [")[0]
         raise InputError(f"{problem} ({cause if len(cause) < REASON else '...' + cause[-REASON:]})") from error

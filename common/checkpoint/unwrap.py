@@ -1,7 +1,6 @@
-"""Opens weights files by content, whatever their ending, and takes off what training scripts wrap around the tensors.
+"""Opens weights files by content, whatever their ending, and removes the wrappers of training scripts.
 
-Nothing that is pickled in a torch file ever runs. Where a file holds raw weights and their average, the average is taken, and
-`Weights.notes` says so.
+Pickled code in a torch file never runs. Of raw weights and their average, the average is taken, and `Weights.notes` says so.
 """
 
 import re
@@ -23,10 +22,10 @@ from heirloom.common.errors import InputError
 AVERAGE = re.compile(r"(^|_)(ema|averaged?|swa|shadow)(_|$)")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")
 _TRAINING = re.compile(r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random")  # of a training state, not the model
-_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names that wrappers of torch add
-_OUTER = ("model", "net", "network", "ema", "model_ema", "ema_model", "averaged_model")  # attributes that trainers hold a model under
+_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names that torch's wrappers add
+_OUTER = ("model", "net", "network", "ema", "model_ema", "ema_model", "averaged_model")  # attributes of trainers that hold a model
 _COUNTERS = ("n_averaged",)  # torch's AveragedModel
-# Classes of configs that trainers save along. They are opened as dictionaries: their code is never imported.
+# Classes of configs that trainers save with the weights. They are opened as dictionaries; their code is never imported.
 _CONFIGS = ("omegaconf.", "lightning", "pytorch_lightning.", "ml_collections.", "easydict.", "yacs.", "addict.", "pathlib.", "datetime.")
 _PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar", "*.th", "*.npz",
@@ -44,10 +43,10 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file, memory-mapped where it allows.
+    """The tensors of a file, memory-mapped where possible.
 
-    about: what a training script saved next to them (its arguments, say). notes: which of several sets of tensors was taken, and what
-    was taken off their names.
+    about: what a training script saved next to them, such as its arguments. notes: which of several sets of tensors was taken, and
+    which parts of their names were removed.
     """
 
     tensors: Tensors
@@ -56,9 +55,9 @@ class Weights:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The weights of a checkpoint: the file itself, or those of a folder (an index of shards, safetensors before pickles).
+    """Finds the weights files of a checkpoint: the file itself, or those of a folder (index of shards first, safetensors before pickles).
 
-    States of optimizers and the like are no weights. Raises InputError when there are none.
+    States of optimizers and the like do not count. Raises InputError when there are none.
     """
     if path.is_file():
         return [path]
@@ -74,7 +73,7 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def open_weights(file: Path) -> Weights:
-    """Open a weights file or an index of shards. Raises InputError for what is none, or is damaged."""
+    """Opens a weights file or an index of shards. Raises InputError for another or a damaged file."""
     if file.suffix == ".json":
         return Weights(weights.open_sharded(file, lambda shard: open_weights(shard).tensors))
     kind = _kind(file)
@@ -84,12 +83,12 @@ def open_weights(file: Path) -> Weights:
 
 
 def open_tensors(file: Path) -> Tensors:
-    """The tensors of a weights file under the names it gives them."""
+    """Opens the tensors of a weights file under the names in the file."""
     return open_weights(file).tensors
 
 
 def _kind(file: Path) -> str:
-    """`safetensors`, `torch` or `npz`, by the first bytes."""
+    """Returns `safetensors`, `torch` or `npz` by the first bytes of a file."""
     try:
         with file.open("rb") as opened:
             start = opened.read(10)
@@ -102,7 +101,7 @@ def _kind(file: Path) -> str:
         try:
             with zipfile.ZipFile(file) as archive:
                 return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "torch"
-        except Exception:  # a damaged archive; its reader will name what is wrong
+        except Exception:  # a damaged archive; its reader will report it
             return "npz" if file.suffix == ".npz" else "torch"
     if start.startswith(b"\x80") and start[1:2] in b"\x02\x03\x04\x05":  # a pickle, as torch wrote before 1.6
         return "torch"
@@ -115,9 +114,9 @@ _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
 
 
 def clean_names(found: Weights) -> Weights:
-    """The same tensors without the parts that data parallelism, compilation, Lightning and averaging add to their names.
+    """Removes the parts that data parallelism, compilation, Lightning and averaging add to the names of tensors.
 
-    Of a model and its average under two names the average is kept. Raises InputError where two tensors would get the same name.
+    Of a model and its average under two names it keeps the average. Raises InputError where two tensors would get the same name.
     """
     notes, seen = list(found.notes), set()
     tensors: Tensors = {}
@@ -125,7 +124,7 @@ def clean_names(found: Weights) -> Weights:
         name = ".".join(part for part in key.split(".") if part not in _INNER)
         seen |= {f"{part}." for part in key.split(".") if part in _INNER}
         if name in tensors:
-            raise InputError(f"two tensors have the name {name!r} once wrappers are taken off; save the model's state_dict() alone")
+            raise InputError(f"two tensors have the name {name!r} without wrappers; save the model's state_dict() alone")
         if name not in _COUNTERS:
             tensors[name] = value
     while (outer := _outer(tensors)) is not None:
@@ -137,26 +136,26 @@ def clean_names(found: Weights) -> Weights:
         tensors = inside | {key: value for key, value in rest.items() if key not in twins}
         seen.add(f"{outer}.")
     if seen:
-        notes.append(f"{', '.join(repr(prefix) for prefix in sorted(seen))} taken off the names of its tensors")
+        notes.append(f"{', '.join(repr(prefix) for prefix in sorted(seen))} removed from the names of its tensors")
     return Weights(tensors, found.about, tuple(notes))
 
 
 def _outer(tensors: Tensors) -> str | None:
-    """The attribute to take the tensors of, averages first; None when the names begin as the model's own do."""
+    """Returns the attribute whose tensors to take, averages first; None when the names have no such attribute."""
     first = dict.fromkeys(key.partition(".")[0] for key in tensors if "." in key)
     return next((name for name in sorted(first, key=lambda name: not AVERAGE.search(name)) if name in _OUTER), None)
 
 
 def open_torch(path: Path) -> Weights:
-    """The tensors of a file that torch saved, memory-mapped where the file allows; dictionaries around them are opened.
+    """Opens the tensors of a file that torch saved, memory-mapped where possible, inside any dictionaries around them.
 
-    Raises InputError without torch, for a pickle that holds anything but data, and for a damaged file.
+    Raises InputError without torch, for a pickle with anything but data, and for a damaged file.
     """
     torch = _torch(path)
     try:
         with torch.serialization.safe_globals(_harmless(path, torch)):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises nearly every type here, all of them about this file
+    except Exception as error:  # torch raises nearly every type for a bad file
         raise InputError(_complaint(path, str(error) or type(error).__name__)) from error
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
@@ -175,7 +174,7 @@ def open_torch(path: Path) -> Weights:
 def _complaint(path: Path, why: str) -> str:
     if "TorchScript" in why:
         return f"{path}: a TorchScript archive; save its state_dict() with torch.save and convert that"
-    no_pickle = "Unsupported operand" in why  # random bytes: torch's words would advise to trust them
+    no_pickle = "Unsupported operand" in why  # random bytes: torch's message would advise to trust them
     if "weights_only" in why and not no_pickle:
         what = next(iter(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", why)), "code")
         return f"{path}: holds pickled code, not only tensors ({what}), and was not opened; save its state_dict() alone"
@@ -184,7 +183,7 @@ def _complaint(path: Path, why: str) -> str:
 
 
 def _harmless(path: Path, torch: Any) -> Sequence[Any]:
-    """What a file may hold next to tensors: arguments, numpy's numbers and arrays, and the configs of trainers as dictionaries."""
+    """Lists what a file may have next to tensors: arguments, numpy's numbers and arrays, and configs of trainers as dictionaries."""
     scalar, reconstruct = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     kinds = sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}, key=str)
     numpy_ones = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -192,13 +191,13 @@ def _harmless(path: Path, torch: Any) -> Sequence[Any]:
     allowed = [Namespace, np.dtype, np.ndarray, *kinds, *numpy_ones]
     try:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # torch raises whatever a damaged file makes it trip over; reading it says so a moment later
+    except Exception:  # torch raises many types for a damaged file; loading it next reports the damage
         return allowed
     return [*allowed, *((OrderedDict, name) for name in others if name.startswith(_CONFIGS))]
 
 
 def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
-    """The key whose dictionary holds the model's tensors: an average, or a usual name, or the only one; None when `state` is it."""
+    """Returns the key of the dictionary with the model's tensors: an average, a usual name, or the only one; None when it is `state`."""
 
     def holds_tensors(value: Any) -> bool:
         return isinstance(value, dict) and any(isinstance(v, torch.Tensor) or holds_tensors(v) for v in value.values())
@@ -220,7 +219,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_torch(path: Path, tensors: Tensors, wrapper: str | None = "state_dict") -> None:
-    """Write `{wrapper: tensors}`, or the tensors alone, as torch.save would. Raises InputError without torch."""
+    """Writes `{wrapper: tensors}`, or the tensors alone, with torch.save. Raises InputError without torch."""
     torch = _torch(path)
     state = {key: _tensor(value, torch) for key, value in tensors.items()}
     torch.save({wrapper: state} if wrapper else state, path)
@@ -233,7 +232,7 @@ def _numpy(tensor: Any, torch: Any, path: Path) -> np.ndarray:
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:  # quantised, sparse, 8-bit floats
-        raise InputError(f"{path}: holds a tensor of {tensor.dtype}, which is not read here; save it as float32 or bfloat16") from error
+        raise InputError(f"{path}: holds a tensor of {tensor.dtype}, which cannot be read; save it as float32 or bfloat16") from error
 
 
 def _tensor(array: np.ndarray, torch: Any) -> Any:

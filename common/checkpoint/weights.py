@@ -1,6 +1,6 @@
-"""Weights on disk: memory-mapped safetensors, and folders that appear whole or not at all.
+"""Weights on disk: memory-mapped safetensors, and weights folders of ours.
 
-A weights folder of ours is `model.safetensors` (keys are our paths) beside `config.json`; any safetensors reader opens it.
+A weights folder is `model.safetensors` (keys are our paths) with `config.json`; any safetensors reader can open it.
 """
 
 import hashlib
@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
+from heirloom.common.typed import Config
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"
@@ -40,10 +42,10 @@ _NAMES = {np.dtype(d): name for name, d in _DTYPES.items()}
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """The tensors of one file as read-only memory maps: a page is read when it is touched.
+    """Opens the tensors of one file as read-only memory maps: a page is read when it is used.
 
-    The safetensors library checks the header, but its own slices take no index arrays, which picking rows needs. Raises
-    InputError for a file that is not there, is cut short or is not safetensors.
+    The safetensors library checks the header, but its slices take no index arrays, which picking rows needs. Raises
+    InputError for a file that does not exist, is cut short or is not safetensors.
     """
     try:
         with safe_open(path, framework="numpy"):
@@ -67,51 +69,51 @@ def open_safetensors(path: Path) -> Tensors:
 
 
 def open_npz(path: Path) -> Tensors:
-    """The arrays of a numpy archive, in memory: its members are not mapped. Raises InputError when it is damaged or holds objects."""
+    """Reads the arrays of a numpy archive into memory. Raises InputError when it is damaged or has Python objects."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: np.ascontiguousarray(archive[key]).reshape(archive[key].shape) for key in archive.files}
-    except Exception as error:  # zipfile, zlib and numpy raise nearly every type here, all of them about this file
+    except Exception as error:  # zipfile, zlib and numpy raise nearly every type for a damaged file
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a readable numpy archive ({why}); fetch it again") from error
 
 
 def open_sharded(index: Path, open_shard: Callable[[Path], Tensors] = open_safetensors) -> Tensors:
-    """The tensors of a sharded checkpoint, from its `*.index.json`. Raises InputError for a missing shard or tensor."""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    """Opens the tensors of a sharded checkpoint from its `*.index.json`. Raises InputError for a missing shard or tensor."""
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise InputError(f"{index}: holds no weight_map from tensors to files; fetch it again")
     shards: dict[str, Tensors] = {}
-    for name in sorted(set(where.values())):
-        if Path(name).name != name or name.endswith(".json"):  # a path out of the folder, or an index again
-            raise InputError(f"{index}: names {name!r} as a file of weights; fetch it again")
+    for name in sorted(set(file_of.values())):
+        if Path(name).name != name or name.endswith(".json"):  # a path outside the folder, or another index
+            raise InputError(f"{index}: names {name!r}, which cannot be a file of weights; fetch it again")
         shard = index.parent / name
         if not shard.is_file():
             raise InputError(f"{index}: the shard {name} is missing; fetch it and try again")
         shards[name] = open_shard(shard)
-    for key, name in where.items():
+    for key, name in file_of.items():
         if key not in shards[name]:
             raise InputError(f"{index}: tensor {key!r} is not in {name}")
-    return {key: shards[name][key] for key, name in where.items()}
+    return {key: shards[name][key] for key, name in file_of.items()}
 
 
 @contextmanager
 def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Tensors]:
-    """A new file of these shapes, as writable memory maps; the file is complete when the block ends.
+    """Creates a file with tensors of these shapes as writable memory maps; it is complete when the block ends.
 
-    The space is reserved first, so that a full disk is an OSError here and not a crash at the first write.
+    The space is reserved first: a full disk is an OSError here, not a crash at the first write.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads nothing that does not say so
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
     offset = 0
     for key, tensor in tensors.items():
         stop = offset + prod(tensor.shape) * tensor.dtype.itemsize
         header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)  # so that the data starts aligned
+    text += b" " * (-len(text) % 64)  # aligns the data
     base = 8 + len(text)
     with path.open("w+b") as file:
-        if hasattr(os, "posix_fallocate"):  # macOS has none, and reserves nothing
+        if hasattr(os, "posix_fallocate"):  # missing on macOS, where nothing is reserved
             os.posix_fallocate(file.fileno(), 0, base + offset)
         else:
             file.truncate(base + offset)
@@ -128,7 +130,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
 
 @dataclass(frozen=True)
 class Folder:
-    """A weights folder of ours, opened: its config and its memory-mapped tensors."""
+    """An open weights folder of ours. model: config of the model. tensors: memory-mapped."""
 
     path: Path
     method: str
@@ -137,30 +139,30 @@ class Folder:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a weights folder of ours."""
+    """Returns whether `path` is a weights folder of ours."""
     config = path / "config.json"
     return config.is_file() and read_json(config).get("format") == "heirloom"
 
 
 def open_folder(path: Path) -> Folder:
-    """Open a weights folder of ours. Raises InputError when it is none, or is damaged."""
+    """Opens a weights folder of ours. Raises InputError when it is another folder, or damaged."""
     if not is_folder(path):
         raise InputError(f"{path} is not a weights folder of heirloom; `heirloom convert {path} DEST` makes one of a foreign checkpoint")
     config = read_json(path / "config.json")
     if missing := {"method", "model"} - config.keys():
         raise InputError(f"{path / 'config.json'}: {min(missing)!r} is missing; convert the checkpoint again")
-    return Folder(path, config["method"], config["model"], open_safetensors(path / FILE))
+    return Folder(path=path, method=config["method"], model=config["model"], tensors=open_safetensors(path / FILE))
 
 
-def write_config(folder: Path, method: str, model: Any) -> None:
-    """Write the `config.json` of a weights folder; `model` is the method's frozen dataclass."""
+def write_config(folder: Path, method: str, model: Config) -> None:
+    """Writes the `config.json` of a weights folder. model: the method's config of the model."""
     write_json(folder / "config.json", {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)})
 
 
-def write_params(folder: Path, params: Mapping[str, Any], dtype: Any = None, spec: Spec | None = None) -> None:
-    """Write parameters (jax or numpy) as `model.safetensors`, one leaf at a time; `dtype` None keeps each leaf's own.
+def write_params(folder: Path, params: Mapping[str, Any], dtype: DTypeLike | None = None, spec: Spec | None = None) -> None:
+    """Writes parameters (jax or numpy) as `model.safetensors`, one leaf at a time. dtype: None keeps the dtype of each leaf.
 
-    spec: says which leaves are zero-padded; these are written layer by layer, without the padding.
+    spec: needed for leaves that are zero-padded; they are written layer by layer, without the padding.
     """
     params = dict(_unpadded(params, spec or {}))
     tensors = {path: Tensor(tuple(value.shape), np.dtype(dtype or value.dtype)) for path, value in params.items()}
@@ -179,7 +181,7 @@ def _unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object. Raises InputError when the file holds none."""
+    """Reads a JSON object. Raises InputError when the file is not one."""
     try:
         value = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -189,11 +191,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's contents."""
+    """Returns the SHA-256 of a file as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

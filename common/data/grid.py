@@ -1,4 +1,4 @@
-"""Pictures as one picture."""
+"""Grids of pictures."""
 
 from math import ceil, isqrt
 from pathlib import Path
@@ -10,7 +10,7 @@ from heirloom.common.checkpoint.staging import staged
 
 
 def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:
-    """uint8 [n, side, side, 3] as one picture, row by row; missing ones are white."""
+    """Arranges pictures uint8 [n, side, side, 3] as one picture, row by row; empty cells are white."""
     n, side = len(pictures), pictures.shape[1]
     columns = columns or isqrt(n - 1) + 1
     rows = ceil(n / columns)
@@ -19,7 +19,7 @@ def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:
 
 
 def save_grid(pictures: np.ndarray, path: Path, columns: int | None = None, least: int = 256) -> None:
-    """Write a grid as PNG, small pictures enlarged to whole multiples of their pixels."""
+    """Writes a grid as PNG. least: a smaller grid is enlarged by a whole factor, up to this longer side, in pixels."""
     image = grid(pictures, columns)
     zoom = max(1, least // max(image.size))
     with staged(path, force=True) as file:

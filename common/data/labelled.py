@@ -1,4 +1,4 @@
-"""Labelled pictures: the class of each as a number from 0, whatever form its column has, and the names of a model's classes."""
+"""Labelled pictures: class numbers from 0, from a column of numbers or names, and the class names of a model."""
 
 import json
 import re
@@ -15,18 +15,19 @@ from heirloom.common.data.sources import Record, Source, SourceConfig, open_sour
 from heirloom.common.errors import InputError, nearest, remark
 
 LABELS = "labels.json"
-KINDS = "labels are whole numbers from 0, or names, all of one kind"
+KINDS = "labels must be all whole numbers from 0, or all names"
 SHOWN = 80  # characters of a list of classes in a message
 
 Names = Sequence[str | None]
-"""The name of each class of a model, where it has one."""
+"""The name of each class of a model; None for a class without."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A source whose records have `label`, int32 from 0 to below `count`; `classes` are the names in that order, where they are known.
+    """A source whose records have `label`, int32 from 0 to below `count`.
 
-    numbers: the class of each value of the column; without it the column has the number itself.
+    classes: names in the order of the labels, empty where unknown. numbers: the label of each value of the column; None: the column
+    has the labels.
     """
 
     source: Source
@@ -43,55 +44,55 @@ class Labelled:
         return record | {"label": np.int32(self._number(record))}
 
     def _number(self, record: Record) -> int:
-        """Raises InputError naming the record when its label is no class."""
+        """Returns the label of a record. Raises InputError naming the record when it is not a class."""
         label, where = record.get(self.column), f"{record['key']}: its {self.column}"
         given = label if isinstance(label, str) else _whole(label)
         number = given if self.numbers is None else self.numbers.get(given)
         if number is None and self.numbers is not None and given is not None:
-            raise InputError(f"{where} is {given!r}, which is none of the classes ({_shown(self.numbers)})")
+            raise InputError(f"{where} is {given!r}, which is not one of the classes ({_shown(self.numbers)})")
         if not isinstance(number, int):
             raise InputError(f"{where} is {str(label)[:40]!r}; {KINDS}")
         if number < 0 or (self.count is not None and number >= self.count):
-            upto = "0 up" if self.count is None else f"0 to {self.count - 1}"
-            raise InputError(f"{where} is {number}, the classes are {upto}; number the labels from 0")
+            known = "start at 0" if self.count is None else f"are 0 to {self.count - 1}"
+            raise InputError(f"{where} is {number}, the classes {known}; number the labels from 0")
         return number
 
 
 def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, names: Names | None = None) -> Labelled:
-    """Records with `label`, the number of a class of the model, out of a column of numbers or of names.
+    """Opens a source whose records have `label`, the number of a class of the model, from a column of numbers or names.
 
-    classes: how many the model has; names: what they are called. Class names of the data (of folders, of a column, of a list that
-    comes with the data) are matched to these, see `match`. Where they do not match but there are as many, they are numbered in their
-    own order, which is alphabetical for folders and columns, and a note says so. Without `names`, or with names like LABEL_0, that
-    order is the rule.
+    classes: number of classes of the model. names: their names. Class names of the data (of folders, a column, or a list that comes
+    with the data) are matched to these, see `match`. If they do not match but are as many, they are numbered in the order of the data,
+    which is alphabetical for folders and columns, and a remark says so. Without `names`, or with names like LABEL_0, that order is used.
 
-    Raises InputError where the data has no such column, or class names that the model does not have. A label that is no class is
+    Raises InputError where the data has no such column, or class names that the model does not have. A label that is not a class is
     refused when its record is read.
     """
     cfg = replace(cfg, text="", columns=tuple(dict.fromkeys((*cfg.columns, label))))
     source = open_source(cfg)
     first: Any = source[0].get(label)
     if first is None:
-        raise InputError(f"{cfg.path} has no labels: name their column with label")
-    names = _own(names, classes)
+        raise InputError(f"{cfg.path} has no labels; set label to their column")
+    names = _real_names(names, classes)
     known = getattr(source, "class_names", {}).get(label, ())
     if isinstance(first, str):
         used = sorted(set(_column(cfg, label)))
         if not known and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used) and (names is None or set(match(used, names)) == {None}):
-            return Labelled(source, label, (), {name: int(name) for name in used}, classes)  # numbers, stored as text
+            numbers = {name: int(name) for name in used}  # numbers, stored as text
+            return Labelled(source=source, column=label, classes=(), numbers=numbers, count=classes)
         known = known or used
         if doubled := [name for name, n in Counter(known).items() if n > 1]:
-            raise InputError(f"{cfg.path} has two classes called {doubled[0]!r}, so that a label by this name is neither; use numbers")
+            raise InputError(f"{cfg.path} has two classes called {doubled[0]!r}, so a label of this name is ambiguous; use numbers")
     if not known:
-        return Labelled(source, label, (), None, classes)
-    numbers = _assign(known, classes, names, cfg.path)
+        return Labelled(source=source, column=label, classes=(), numbers=None, count=classes)
     called = tuple(known) if names is None else tuple(name or "" for name in names)
     keys = known if isinstance(first, str) else range(len(known))
-    return Labelled(source, label, called, dict(zip(keys, numbers, strict=True)), classes or len(known))
+    by_value = dict(zip(keys, _assign(known, classes, names, cfg.path), strict=True))
+    return Labelled(source=source, column=label, classes=called, numbers=by_value, count=classes or len(known))
 
 
 def _column(cfg: SourceConfig, label: str) -> Iterator[str]:
-    """The names in a column, without reading pictures."""
+    """Yields the names in a column without reading pictures."""
     plain = open_source(replace(cfg, image=""))
     for record in (plain[i] for i in range(len(plain))):
         name = record.get(label)
@@ -100,8 +101,8 @@ def _column(cfg: SourceConfig, label: str) -> Iterator[str]:
         yield name
 
 
-def _own(names: Names | None, classes: int | None) -> Names | None:
-    """Names that say something: not the LABEL_0, LABEL_1, ... of a model that was never told any."""
+def _real_names(names: Names | None, classes: int | None) -> Names | None:
+    """Returns the names unless they are placeholders like LABEL_0, LABEL_1, ..."""
     if names is None or all(name is None or re.fullmatch(rf"(?i)(label|class)[ _-]?{i}", name) for i, name in enumerate(names)):
         return None
     if classes is not None and len(names) != classes:
@@ -110,7 +111,7 @@ def _own(names: Names | None, classes: int | None) -> Names | None:
 
 
 def _assign(known: Sequence[str], classes: int | None, names: Names | None, path: str) -> list[int]:
-    """The model's number of each class of the data."""
+    """Returns the model's number of each class of the data."""
     in_order = list(range(len(known)))
     if names is None:
         if classes is not None and len(known) != classes:
@@ -120,31 +121,31 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
             )
         numerical = sorted(in_order, key=lambda i: int(known[i])) if all(name.isdecimal() for name in known) else in_order
         if moved := [i for i, j in enumerate(numerical) if i != j]:
-            remark(f"{path}: its classes are numbered in alphabetical order, so that {known[moved[0]]!r} is class {moved[0]}")
+            remark(f"{path}: its classes are numbered in alphabetical order, so {known[moved[0]]!r} is class {moved[0]}")
         return in_order
     found = match(known, names)
     numbers = [number for number in found if number is not None]
     if twice := [number for number, n in Counter(numbers).items() if n > 1]:
         both = [name for name, number in zip(known, found, strict=True) if number == twice[0]]
-        raise InputError(f"{path}: its classes {both[0]!r} and {both[1]!r} are both {names[twice[0]]!r}; make them one, or rename one")
+        raise InputError(f"{path}: its classes {both[0]!r} and {both[1]!r} both match {names[twice[0]]!r}; join them, or rename one")
     if len(numbers) == len(known):
         return numbers
     unknown = known[found.index(None)]
     if len(known) != len(names) or any(number not in (None, i) for i, number in enumerate(found)):
         near = nearest(unknown, [name for name in names if name])
-        raise InputError(f"{path}: its class {unknown!r} is not, or not clearly, one of the {len(names)} known ({_shown(names)}){near}")
+        raise InputError(f"{path}: its class {unknown!r} does not match exactly one of the {len(names)} known ({_shown(names)}){near}")
     remark(
-        f"{path}: its class {unknown!r} is none of the class names ({_shown(names)}), but there are {len(names)} of each: "
-        f"its classes are taken in their order ({_shown(known)})"
+        f"{path}: its class {unknown!r} is not one of the class names ({_shown(names)}), but there are {len(names)} of each: "
+        f"its classes are numbered in their order ({_shown(known)})"
     )
     return in_order
 
 
 def match(wanted: Sequence[str], names: Names) -> list[int | None]:
-    """The number of each of `wanted` among `names`; None where none fits, or several.
+    """Returns the number of each of `wanted` among `names`; None where no name or several match.
 
-    The first of these that finds any decides: the same letters; the same but for case, with `_`, `-` and blanks alike; a common
-    synonym, where commas separate them ("tench" is "tench, Tinca tinca").
+    The first rule with a match decides: equal; equal but for case, with `_`, `-` and spaces the same; a common synonym, separated by
+    commas ("tench" is "tench, Tinca tinca").
     """
     forms: tuple[Callable[[str], set[str]], ...] = (
         lambda name: {name},
@@ -171,7 +172,7 @@ def _plain(name: str) -> str:
 
 
 def _whole(label: Any) -> int | None:
-    """A label that is one whole number, as such."""
+    """Returns a label that is one whole number as int, else None."""
     array = np.asarray(label)
     return int(array) if array.ndim == 0 and (array.dtype.kind in "iub" or type(label) is int) else None
 
@@ -182,9 +183,9 @@ def _shown(names: Iterable[Any]) -> str:
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """The class names of a weights folder, in the order of its logits, out of its labels.json; None where it has none.
+    """Reads the class names of a weights folder from labels.json, in the order of its logits; None where there is no file.
 
-    Raises InputError when the file is no JSON list of names.
+    Raises InputError when the file is not a JSON list of names.
     """
     file = folder / LABELS
     if not file.is_file():
@@ -196,9 +197,9 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Write the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are names.
+    """Writes the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are names.
 
-    Two classes may have the same name: of ImageNet's, a bird and a machine are both a crane.
+    Two classes may have the same name: ImageNet has two classes "crane", a bird and a machine.
     """
     file = folder / LABELS
     file.write_text(json.dumps(_checked(list(names), file), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -206,5 +207,5 @@ def write_labels(folder: Path, names: Sequence[str]) -> None:
 
 def _checked(names: Any, file: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise InputError(f"{file}: class names are a list of strings that are not blank, one for each class")
+        raise InputError(f"{file}: class names must be a list of strings that are not blank, one for each class")
     return tuple(names)

@@ -1,4 +1,4 @@
-"""Text files with one thing a line: class names, templates."""
+"""Text files with one entry a line: class names, templates."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from heirloom.common.errors import InputError
 
 
 def read_lines(file: Path) -> tuple[str, ...]:
-    """The lines of a UTF-8 file without the blanks around them; blank lines at the end are dropped.
+    """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped.
 
-    Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers mean something.
+    Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers have a meaning.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
@@ -17,7 +17,7 @@ def read_lines(file: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable as UTF-8 text: {error}") from error
     if not lines:
-        raise InputError(f"{file} is empty: write one a line")
+        raise InputError(f"{file} is empty: write one entry a line")
     if "" in lines:
-        raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one a line, without gaps")
+        raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one entry a line, without blank lines")
     return tuple(lines)

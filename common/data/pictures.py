@@ -1,4 +1,4 @@
-"""Pictures as RGB, from files, encoded bytes, arrays or PIL images: one way, whatever a picture comes in."""
+"""Decodes pictures to RGB, from files, encoded bytes, arrays or PIL images."""
 
 import io
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ BACKGROUNDS: tuple[Background, ...] = get_args(Background)
 
 
 def decode(image: Picture, background: Background = "none") -> Image.Image:
-    """Decode a picture to RGB, as `PIL.Image.convert("RGB")` does, and with it OpenAI's CLIP, open_clip and timm.
+    """Decodes a picture to RGB like `PIL.Image.convert("RGB")`, which OpenAI's CLIP, open_clip and timm use.
 
-    Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is taken, and the
-    EXIF orientation is not applied.
-    background: "white" composites transparent pixels on white instead of dropping alpha, as transformers does.
-    Raises InputError, with the name of the file where there is one, when the picture cannot be read.
+    Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is taken. The
+    EXIF orientation is ignored.
+    background: "white" composites transparent pixels on white instead of dropping alpha, like transformers.
+    Raises InputError, with the name of the file if there is one, when the picture cannot be read.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -40,7 +40,7 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
         elif isinstance(image, bytes | bytearray | memoryview):
             picture = Image.open(io.BytesIO(image))
         else:
-            raise InputError(f"a picture is a file name, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
+            raise InputError(f"a picture must be a file name, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
         picture.load()
     except InputError:
         raise
@@ -48,7 +48,7 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
         raise InputError(f"{name} does not decode: its bytes are of no known picture format") from error
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file") from error
-    except Exception as error:  # a broken file raises whatever its decoder stumbled on, and PIL refuses enormous ones
+    except Exception as error:  # decoders raise many types for broken files, and PIL refuses huge ones
         raise InputError(f"{name} does not decode: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not (picture.width and picture.height):
         raise InputError(f"{name} is empty: {picture.width} x {picture.height} pixels")
@@ -61,7 +61,7 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
 
 
 def decode_record(record: Mapping[str, Any], background: Background = "none") -> Image.Image:
-    """Decode the picture of a data record. Raises InputError that names the record."""
+    """Decodes the picture of a record. Raises InputError naming the record."""
     try:
         return decode(record["image"], background)
     except InputError as error:
@@ -78,4 +78,5 @@ class Box:
     height: int
 
     def cut(self, picture: Image.Image) -> Image.Image:
+        """Crops a picture to this rectangle."""
         return picture.crop((self.left, self.top, self.left + self.width, self.top + self.height))

@@ -1,7 +1,7 @@
-"""From a source to the batches of a run: shuffled, augmented, tokenised, placed on the mesh, and resumable to the bit.
+"""Batches of a source: shuffled, augmented, tokenised, placed on the mesh, and resumable bit for bit.
 
-What stands at position p of the stream, pixels included, depends on the seed and on p alone. Worker processes, threads, hosts
-and restarts only decide who computes it.
+The example at position p of the stream, including its pixels, depends only on the seed and p: not on worker processes, threads,
+hosts and restarts.
 """
 
 import os
@@ -38,20 +38,20 @@ class PipelineConfig:
     batch: int = 1024
     """examples per step, over all hosts"""
     seed: int = 0
-    """of the order and of the augmentation"""
+    """seed of order and augmentation"""
     workers: int = 0
     """processes that prepare batches on each host; 0: threads of the training process"""
     prefetch: int = 4
     """batches each host prepares ahead"""
     tags: float = 0.0
-    """probability with which each of a record's `tags` is appended to its caption"""
+    """probability that each of a record's `tags` is appended to its caption"""
 
 
 @dataclass(frozen=True)
 class Augment:
-    """One record to one training example of a CLIP; without a tokenizer captions are left out.
+    """Converts a record to a training example of a CLIP; without a tokenizer, captions are left out.
 
-    augment: "random" crops and a random one of several captions, or "none": the centre and the first, as in evaluation.
+    augment: "random": a random crop, and a random caption of several; "none": the centre and the first caption, as in evaluation.
     """
 
     pre: Preprocess
@@ -61,7 +61,7 @@ class Augment:
     augment: AugmentName = "random"
 
     def check(self, record: Record) -> None:
-        """Raises InputError when the record lacks captions or tags that are asked for, or tags are drawn without augmentation."""
+        """Raises InputError when the record lacks required captions or tags, or tags are drawn without augmentation."""
         if self.tags and self.augment == "none":
             raise InputError('tags are drawn at random: set pipeline.tags to 0, or augment to "random"')
         _check_record(record, self.tokenizer, self.tags)
@@ -81,7 +81,7 @@ class Augment:
 
 
 class HostRows(grain.MapDataset):
-    """Of every global batch the rows that this host builds, beginning with batch `first`."""
+    """The rows of each global batch that this host builds, starting with batch `first`."""
 
     def __init__(self, stream: grain.MapDataset, rows: np.ndarray, batch: int, first: int):
         super().__init__(stream)
@@ -98,14 +98,14 @@ class HostRows(grain.MapDataset):
 
 
 class Batches:
-    """An endless iterator over training batches that knows where it stands.
+    """An endless, resumable iterator over training batches.
 
     A batch is a dict of arrays whose first axis is the batch: `image` float32 [b, size, size, 3], `text` int32 [b, context],
     and the numeric columns of the records. Nothing is read before the first `next`.
     """
 
     def __init__(self, start: Callable[[int], Iterator[Batch]], stream: dict[str, int]):
-        """`start(n)` iterates from batch n on; `stream` is what the order depends on."""
+        """start(n): iterates from batch n on. stream: the settings that the order depends on."""
         self._start, self._stream = start, stream
         self._done = 0
         self._iterator: Any = None
@@ -121,11 +121,11 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands: plain numbers for JSON, the same on every host and for any number of workers."""
+        """Returns the position in the stream: plain numbers for JSON, the same on every host and for any number of workers."""
         return {"batches": self._done, **self._stream}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue behind the batch after which `state` was taken. Raises InputError when it belongs to another stream."""
+        """Continues after the batch at which `state` was taken. Raises InputError when it belongs to another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
                 raise InputError(
@@ -135,7 +135,7 @@ class Batches:
         self._done = state["batches"]
 
     def close(self) -> None:
-        """End the threads and worker processes; a further `next` starts them again."""
+        """Ends threads and worker processes; the next `next` starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -144,17 +144,16 @@ class Batches:
 def training_batches(
     source: Source, cfg: PipelineConfig, example: Callable[[Record, np.random.Generator], Batch], *, mesh: Mesh | None = None
 ) -> Batches:
-    """The endless stream of training batches: every epoch each example once, in an order of its own.
+    """Makes the endless stream of training batches: each epoch has every example once, in another order.
 
-    example: one record, and the generator of its position in the stream, to arrays. Without a mesh a host gets its rows as numpy
-    arrays; with one, global `jax.Array`s, rows split over `data` and `fsdp`, are copied ahead of the step. Raises InputError when
-    the source is smaller than a batch or cannot be divided, and, while iterating,
-    what `example` raises.
+    example(record, rng): converts a record to arrays; rng: generator of its position in the stream. Without a mesh, a host gets its
+    rows as numpy arrays. With a mesh, batches are global `jax.Array`s, rows split over `data` and `fsdp`, copied ahead of the step.
+    Raises InputError when the source is smaller than a batch or the batch cannot be divided, and, while iterating, what `example` raises.
     """
     if len(source) < cfg.batch:
         raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; make the batch smaller")
     rows = host_rows(cfg.batch, mesh)
-    # Both seeds are the position's: grain shuffles by (seed, epoch) and hands `random_map` a generator keyed by (seed, position).
+    # grain shuffles by (seed, epoch) and gives `random_map` a generator for (seed, position): both depend on the position alone.
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(example)
 
     def start(first: int) -> Iterator[Batch]:
@@ -175,7 +174,7 @@ def _check_record(record: Record, tokenizer: Tokenizer | None, tags: float) -> N
 
 
 def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
-    """Which rows of a global batch this process builds: int [rows], ascending. Raises InputError when they do not divide."""
+    """Returns the rows of a global batch that this process builds: int [rows], ascending. Raises InputError when they do not divide."""
     if mesh is None:
         hosts = jax.process_count()
         if batch % hosts:
@@ -184,18 +183,18 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
     sharding = batch_sharding(mesh)
     if batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise InputError(f"a batch of {batch} cannot be divided into {parts} parts (mesh data x fsdp)")
-    # Asked of the sharding rather than of the process number: a host may hold any rows, and share them with its neighbour.
+    # From the sharding, not the process number: a host may have any rows, and share them with another.
     return np.unique(np.concatenate([np.arange(batch)[where] for where in sharding.addressable_devices_indices_map((batch,)).values()]))
 
 
 def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
-    """Examples one by one, so that a batch is shared among all threads (decoding and tokenising release Python's lock)."""
+    """Reads examples one by one, so that all threads work on a batch (decoding and tokenising release Python's lock)."""
     threads = min(16, os.cpu_count() or 1)
     return rows.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch * count))).batch(count)
 
 
 def _in_processes(rows: grain.MapDataset, count: int, cfg: PipelineConfig) -> grain.IterDataset:
-    """Whole batches, dealt to the workers in turn, so that their number changes nothing."""
+    """Reads whole batches, distributed to the workers in turn, so that their number does not change the stream."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl programs parse them
     whole = rows.batch(count).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -204,7 +203,7 @@ def _in_processes(rows: grain.MapDataset, count: int, cfg: PipelineConfig) -> gr
 
 @dataclass(frozen=True)
 class Place:
-    """This host's rows to global arrays. The copy is asynchronous: the call returns before it is done."""
+    """Converts this host's rows to global arrays. The copy is asynchronous: the call returns before it is done."""
 
     mesh: Mesh
     batch: int
@@ -216,7 +215,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Prepare:
-    """One record to one evaluation example, the same every time; captions stay a list."""
+    """Converts a record to an evaluation example, without randomness; captions stay a list."""
 
     pre: Preprocess
 
@@ -228,7 +227,7 @@ class Prepare:
 def evaluation_batches(
     source: Source, batch: int, pre: Preprocess, tokenizer: Tokenizer | None = None, context: int = 77
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order, as numpy arrays; the last batch is as short as it comes.
+    """Iterates over every example once, in order, as numpy arrays; the last batch may be short.
 
     `image` float32 [b, size, size, 3]; with a tokenizer `text` int32 [captions, context] and `owner` int64 [captions], the index
     in the source of the picture that each caption describes (captions = b unless pictures have several); every other
@@ -243,7 +242,7 @@ def evaluation_batches(
 
 @dataclass(frozen=True)
 class Collate:
-    """Evaluation examples to one batch."""
+    """Joins evaluation examples to a batch."""
 
     tokenizer: Tokenizer | None
     context: int
@@ -262,10 +261,9 @@ def _column(values: list[Any]) -> np.ndarray:
 
 
 def check_first_batch(batch: Batch, tokenizer: Tokenizer, path: str | Path | None = None, pre: Preprocess | None = None) -> str:
-    """What to look at before a long run: the first caption decoded back, and the pictures as a square grid in the PNG `path`.
+    """Returns the first caption decoded, and draws the pictures as a square grid to the PNG `path`: a check before a long run.
 
-    `batch` is one of either iterator; of a global array this host's first shard is taken. `pre` undoes the
-    normalisation (CLIP's unless given).
+    batch: of either iterator; of a global array, this host's first shard is used. pre: whose normalisation to invert (default: CLIP's).
     """
     host = {k: np.asarray(v.addressable_data(0)) if isinstance(v, jax.Array) else v for k, v in batch.items()}
     if path is not None:

@@ -1,4 +1,4 @@
-"""From an RGB picture to what a model sees: resize, crop, normalise; the formulas of torchvision on PIL and numpy."""
+"""Preprocessing of RGB pictures: resize, crop, normalise, with torchvision's formulas on PIL and numpy."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,9 +14,9 @@ from heirloom.common.errors import InputError, nearest
 
 RATIO = (3 / 4, 4 / 3)  # torchvision's default, which every CLIP recipe keeps
 TRIES = 10
-AFFORDABLE = 2**24  # pixels of a resized picture; a larger one is a thin picture, of which only the crop is computed
+AFFORDABLE = 2**24  # pixels of a resized picture; above, only the crop is computed
 FILE = "preprocess.json"
-_REACH = {"nearest": 0.5, "box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # of a filter, in source pixels
+_REACH = {"nearest": 0.5, "box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # source pixels
 FILTERS = {name: Image.Resampling[name.upper()] for name in _REACH}
 
 Mode = Literal["shortest", "squash", "longest"]
@@ -26,13 +26,13 @@ Channels = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a picture becomes before the model sees it; saved next to weights as `preprocess.json`.
+    """Preprocessing of the pictures of a model; saved next to its weights as `preprocess.json`.
 
     Evaluation: resize, crop the centre, (x / 255 - mean) / std. Training: a random crop (`scale`), resized to `size`, normalised.
     """
 
     size: int = 224
-    """side of the square the model sees, in pixels"""
+    """side of the model's square input, in pixels"""
     mean: Channels = (0.48145466, 0.4578275, 0.40821073)
     """per channel, of values in 0..1 (CLIP's)"""
     std: Channels = (0.26862954, 0.26130258, 0.27577711)
@@ -40,17 +40,17 @@ class Preprocess:
     interpolation: str = "bicubic"
     """one of PIL's resampling filters: nearest, box, bilinear, hamming, bicubic, lanczos"""
     scale: tuple[float, float] = (0.9, 1.0)
-    """share of the area a training crop keeps, least and most"""
+    """share of the area that a training crop keeps, least and most"""
     resize: int | None = None
-    """side that an evaluation picture is resized to before its centre is cropped; none: not recorded, which is `size` for a CLIP"""
+    """side that an evaluation picture is resized to before the centre crop; none: not recorded, which is `size` for a CLIP"""
     mode: Mode = "shortest"
     """which side becomes `resize`: the shorter one; both, which changes the aspect ratio (squash); or the longer one, padded to a square"""
     corner: Corner = "round"
-    """how half a pixel of the crop's corner is rounded: half to even as torchvision, or down as transformers"""
+    """rounding of half pixels of the crop's corner: to even like torchvision, or down like transformers"""
     fill: int = 0
     """grey value of the padding, 0..255, for the mode longest"""
     background: Background = "none"
-    """none drops alpha, as OpenAI's CLIP, open_clip and timm do; white composites transparent pixels on white, as transformers does"""
+    """none drops alpha, like OpenAI's CLIP, open_clip and timm; white composites transparent pixels on white, like transformers"""
 
     def __post_init__(self) -> None:
         names = {"mode": get_args(Mode), "corner": get_args(Corner), "background": BACKGROUNDS, "interpolation": tuple(FILTERS)}
@@ -77,26 +77,27 @@ class Preprocess:
 
     @property
     def filter(self) -> Image.Resampling:
+        """PIL's filter of `interpolation`."""
         return FILTERS[self.interpolation]
 
     def at(self, size: int) -> "Preprocess":
-        """The same preprocessing for a model of another input size; the margin around the crop scales along."""
+        """Returns the preprocessing for a model of another input size; `resize` scales with it."""
         resize = self.resize and self.resize * size // self.size
         return replace(self, size=size, resize=resize)
 
     def cropped(self, share: float) -> "Preprocess":
-        """The same with a centre crop that keeps this share of the side (timm's `crop_pct`; 0.875 is 224 of 256)."""
+        """Returns the preprocessing with a centre crop that keeps this share of the side (timm's `crop_pct`; 0.875 is 224 of 256)."""
         if not (_is_number(share) and 0 < share <= 1):
             raise InputError(f"crop is {share!r}: give the share of the side that the centre crop keeps, above 0 and at most 1")
         return replace(self, resize=self.size if self.mode == "longest" else math.floor(self.size / share))
 
     def save(self, path: str | Path) -> None:
-        """Write `preprocess.json` into the folder `path`, or the file `path` itself when it ends in .json."""
+        """Writes `preprocess.json` to the folder `path`, or the file `path` when it ends in .json."""
         write_json(_file(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Preprocess":
-        """Read what `save` wrote. Raises InputError for a missing file, an unknown field and a value that cannot be meant."""
+        """Reads what `save` wrote. Raises InputError for a missing file, an unknown field and an invalid value."""
         file = _file(path)
         values: dict[str, Any] = read_json(file)
         known = [f.name for f in fields(cls)]
@@ -124,9 +125,9 @@ def _file(path: str | Path) -> Path:
 
 
 def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Where a training crop lies (torchvision `RandomResizedCrop.get_params`): area uniform in `scale`, ratio log-uniform in 3/4..4/3.
+    """Draws a training crop (torchvision `RandomResizedCrop.get_params`): area uniform in `scale`, ratio log-uniform in 3/4..4/3.
 
-    Ten tries, then the largest central crop whose ratio is allowed.
+    After ten tries it takes the largest central crop with an allowed ratio.
     """
     for _ in range(TRIES):
         area = width * height * rng.uniform(*scale)
@@ -134,28 +135,28 @@ def random_box(width: int, height: int, scale: tuple[float, float], rng: np.rand
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top = int(rng.integers(height - h + 1))
-            return Box(int(rng.integers(width - w + 1)), top, w, h)
+            return Box(left=int(rng.integers(width - w + 1)), top=top, width=w, height=h)
     w, h = width, height
     if width / height < RATIO[0]:
         h = round(width / RATIO[0])
     elif width / height > RATIO[1]:
         w = round(height * RATIO[1])
-    return Box((width - w) // 2, (height - h) // 2, w, h)
+    return Box(left=(width - w) // 2, top=(height - h) // 2, width=w, height=h)
 
 
 def train_image(image: Image.Image, pre: Preprocess, rng: np.random.Generator) -> np.ndarray:
-    """A random crop, resized and normalised: float32 [size, size, 3]. No flip and no colour change, as in CLIP and TinyCLIP §6."""
+    """Crops randomly, resizes and normalises: float32 [size, size, 3]. No flip, no colour change, as in CLIP and TinyCLIP §6."""
     crop = random_box(*image.size, pre.scale, rng).cut(image)
     return normalise(crop.resize((pre.size, pre.size), pre.filter), pre)
 
 
 def eval_image(image: Image.Image, pre: Preprocess) -> np.ndarray:
-    """The centre of an RGB picture, normalised: float32 [size, size, 3]."""
+    """Resizes, crops the centre and normalises: float32 [size, size, 3]."""
     return normalise(centre(image, pre), pre)
 
 
 def centre(image: Image.Image, pre: Preprocess) -> Image.Image:
-    """Resize a picture and crop its centre: RGB [size, size] (torchvision Resize and CenterCrop; transformers differs by `corner`)."""
+    """Resizes a picture and crops its centre: RGB [size, size] (torchvision Resize and CenterCrop; transformers: see `corner`)."""
     width, height = image.size
     side = pre.resize or pre.size
     if pre.mode == "longest":
@@ -166,7 +167,7 @@ def centre(image: Image.Image, pre: Preprocess) -> Image.Image:
         short = min(width, height)
         target = (int(side * width / short), int(side * height / short))  # torchvision truncates the longer side
     left, top = (_corner(length - pre.size, pre.corner) for length in target)
-    box = Box(left, top, pre.size, pre.size)
+    box = Box(left=left, top=top, width=pre.size, height=pre.size)
     if target[0] * target[1] > AFFORDABLE:
         return _resized_part(image, target, box, pre)
     return box.cut(image.resize(target, pre.filter))
@@ -177,7 +178,7 @@ def _corner(margin: int, rule: Corner) -> int:
 
 
 def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
-    """`box.cut(image.resize(target))` without the memory of the whole, up to the rounding of PIL's two passes."""
+    """Computes `box.cut(image.resize(target))` without the whole resized picture, up to rounding of PIL's two passes."""
     low, high, first, last = [], [], [], []
     for length, total, start, count in zip(image.size, target, (box.left, box.top), (box.width, box.height), strict=True):
         step = length / total
@@ -191,22 +192,22 @@ def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Pr
 
 
 def _padded(image: Image.Image, pre: Preprocess) -> Image.Image:
-    """The longer side to `size`, the rest filled (open_clip `ResizeKeepRatio(longest=1)` and `CenterCropOrPad`)."""
+    """Resizes the longer side to `size` and pads to a square (open_clip `ResizeKeepRatio(longest=1)` and `CenterCropOrPad`)."""
     ratio = max(image.size) / pre.size
     width, height = (round(length / ratio) for length in image.size)
     if not (width and height):
-        raise InputError(f"a picture of {image.width} x {image.height} pixels is too thin: nothing is left of it in {pre.size} pixels")
+        raise InputError(f"a picture of {image.width} x {image.height} pixels is too thin: its shorter side vanishes at {pre.size} pixels")
     out = Image.new("RGB", (pre.size, pre.size), (pre.fill,) * 3)
     out.paste(image.resize((width, height), pre.filter), ((pre.size - width) // 2, (pre.size - height) // 2))
     return out
 
 
 def normalise(picture: Image.Image, pre: Preprocess) -> np.ndarray:
-    """(x / 255 - mean) / std: float32 [h, w, 3]."""
+    """Computes (x / 255 - mean) / std: float32 [h, w, 3]."""
     pixels = np.asarray(picture, np.float32) / np.float32(255)
     return (pixels - np.asarray(pre.mean, np.float32)) / np.asarray(pre.std, np.float32)
 
 
 def denormalise(pixels: np.ndarray, pre: Preprocess) -> np.ndarray:
-    """The way back, for the eye: uint8, same shape."""
+    """Inverts `normalise`, for display: uint8, same shape."""
     return np.clip(np.rint((pixels * np.asarray(pre.std) + np.asarray(pre.mean)) * 255), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Preprocessing in the files of other libraries, both ways: transformers, open_clip, timm. What cannot be honoured is refused by name."""
+"""Reads and writes preprocessing in the files of transformers, open_clip and timm. Refuses fields that are not supported."""
 
 import re
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from heirloom.common.errors import InputError, nearest, remark
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_BYTE = 255  # pixels of a PIL picture are 0..255; ours are divided by it
+_BYTE = 255  # largest pixel value; our pixels are divided by it
 
-# transformers' image processors: what each takes for a field that its file leaves out. With `default_to_square` an integer size squashes.
+# Defaults of transformers' image processors for fields that a file leaves out. With `default_to_square` an integer size squashes.
 _CROPPED, _SQUASHED = dict(do_center_crop=True, crop_size=224), dict(do_center_crop=False, crop_size=None)
 _SQUARE = {"height": 224, "width": 224}
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -30,14 +30,14 @@ _HANDLED = {*_PROCESSING, "image_mean", "image_std", "do_convert_rgb", "default_
 # Fields that change no pixel.
 _INERT = {"processor_class", "return_tensors", "data_format", "input_data_format", "device", "disable_grouping", "image_seq_length"}
 _INERT |= {"image_processor_type", "feature_extractor_type", "transformers_version"}
-_INERT |= {"pad_size"}  # do_pad, which would use the size, is refused
+_INERT |= {"pad_size"}  # only used by do_pad, which is refused
 
 
 @dataclass(frozen=True)
 class Found:
-    """The preprocessing of a checkpoint, and where it comes from.
+    """The preprocessing of a checkpoint and its origin.
 
-    origin: the file it was read from; empty when the checkpoint has none. note: one line for the user about what was assumed, or empty.
+    origin: the file it was read from; empty when the checkpoint has none. note: a line for the user about assumptions, or empty.
     """
 
     pre: Preprocess
@@ -45,23 +45,23 @@ class Found:
     note: str = ""
 
     def announced(self) -> Preprocess:
-        """Remark the note, if there is one, and return the preprocessing."""
+        """Remarks the note, if there is one, and returns the preprocessing."""
         if self.note:
             remark(self.note)
         return self.pre
 
 
 def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) -> Found:
-    """Read the preprocessing that travels with a checkpoint: ours, or that of the checkpoint's own format, or of another one.
+    """Reads the preprocessing next to a checkpoint: our file, else that of the checkpoint's format, else of another format.
 
-    folder: where the weights are. format: of the weights. size: side of the pictures that the model sees, in pixels.
-    assumed: of that size, taken where there is no file; `whose` says what it is ("CLIP's own").
-    Raises InputError for a file that is damaged, asks for what is not supported, or belongs to pictures of another size.
+    folder: folder of the weights. format: of the weights. size: side of the model's input, in pixels.
+    assumed: default of that size, for a folder without such files. whose: name of the default ("CLIP's own").
+    Raises InputError for a file that is damaged, has unsupported settings, or is for pictures of another size.
     """
     if (file := folder / FILE).is_file():
         pre = Preprocess.load(file)
         if pre.size != size:
-            raise InputError(f"{file}: size is {pre.size}, the model sees {size} x {size} pixels; take the file of this model")
+            raise InputError(f"{file}: size is {pre.size}, and the model takes {size} x {size} pixels; use the file of this model")
         return Found(pre, FILE)
     for name in sorted(_READERS, key=lambda name: name != format):
         if found := _READERS[name](folder, size):
@@ -72,13 +72,13 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
 
 
 def write(pre: Preprocess, folder: Path, format: str) -> None:
-    """Write preprocessing in the words of a format; ours next to weights of formats that have none.
+    """Writes preprocessing in the file of a format; our file for formats without one.
 
-    How the crop's corner is rounded, and in transformers that pictures are composited on white, no file can change.
-    Raises InputError for what the format cannot express.
+    No format can express the rounding of the crop's corner; transformers always composites on white.
+    Raises InputError for settings that the format cannot express.
     """
     if pre.background != "none" and format in ("open_clip", "timm"):
-        remark(f"{format} has no word for background {pre.background!r}: composite transparent pictures yourself there")
+        remark(f"{format} has no setting for background {pre.background!r}: composite transparent pictures yourself there")
     _WRITERS.get(format, lambda pre, folder: pre.save(folder))(pre, folder)
 
 
@@ -94,7 +94,7 @@ def _preprocess(fields: Fields, **settings: Any) -> Preprocess:
 
 
 def _read_hf(folder: Path, size: int) -> Found | None:
-    """transformers' file. With two of them it takes `image_processor` of processor_config.json, and so do we."""
+    """Reads transformers' file. Of two files it takes `image_processor` of processor_config.json, like transformers."""
     if (folder / PROCESSOR).is_file() and "image_processor" in (whole := read_json(folder / PROCESSOR)):
         origin, given = PROCESSOR, Fields(whole["image_processor"], f"{folder / PROCESSOR}: image_processor")
     elif (folder / PREPROCESSOR).is_file():
@@ -106,41 +106,41 @@ def _read_hf(folder: Path, size: int) -> Found | None:
         if name not in _HANDLED | _INERT and not name.startswith("_") and given.value(name) is not False:
             raise given.refusal(name, f"this processing is not supported{nearest(name, _HANDLED)}")
     kind = _processor(folder, given)
-    absent = "add it, or the image_processor_type that it depends on (CLIPImageProcessor)" if kind is None else "take the original's file"
+    absent = "add it, or the image_processor_type that it depends on (CLIPImageProcessor)" if kind is None else "use the original's file"
     fields = given.with_defaults(_PROCESSORS.get(kind or ""), absent)
     mean, std = _folded(fields)
     filters = {int(f): name for name, f in FILTERS.items()}
     resample = fields.integer("resample", least=min(filters), most=max(filters))
     if not fields.boolean("do_resize", True):
-        raise fields.refusal("do_resize", "models here see pictures of one size, so a picture must be resized")
+        raise fields.refusal("do_resize", "models take pictures of one size, so pictures must be resized")
     side, mode, cropped = _hf_size(fields)
     note = ""
     if "size" not in given and "crop_size" not in given and cropped != size:
-        note = f"preprocessing: {fields.where} has no size; the model's own, {size}, is assumed"
+        note = f"preprocessing: {fields.where} has no size; the size of the model, {size}, is assumed"
         side, cropped = round(side * size / cropped), size
     if cropped != size:
         name = "crop_size" if fields.boolean("do_center_crop") else "size"
-        raise fields.refusal(name, f"the model sees {size} x {size} pixels")
-    # Its conversion to RGB composites on white; without it a transparent picture has four channels, which no model here takes.
+        raise fields.refusal(name, f"the model takes {size} x {size} pixels")
+    # transformers composites on white to convert to RGB; without it a transparent picture has four channels, which no model takes.
     background = "white" if fields.boolean("do_convert_rgb", False) else "none"
     shape = dict(size=size, resize=side, mode=mode, corner="down", interpolation=filters[resample], background=background)
     return Found(_preprocess(fields, mean=mean, std=std, **shape), origin, note)
 
 
 def _processor(folder: Path, fields: Fields) -> str | None:
-    """Which of transformers' processors a file is for: CLIP, ViT, ...; None when neither it nor config.json says so."""
+    """Returns the kind of transformers' processor of a file: CLIP, ViT, ...; None when neither the file nor config.json has it."""
     for name in ("image_processor_type", "feature_extractor_type"):
         if name in fields:
             kind = re.fullmatch(rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(fields.value(name)))
             if kind is None:
-                raise fields.refusal(name, f"processors of {', '.join(_PROCESSORS)} are read")
+                raise fields.refusal(name, f"only processors of {', '.join(_PROCESSORS)} can be read")
             return kind[1]
     model = read_json(folder / TIMM).get("model_type") if (folder / TIMM).is_file() else None
     return next((kind for kind in _PROCESSORS if kind.lower() == model), None)
 
 
 def _hf_size(fields: Fields) -> tuple[int, Mode, int]:
-    """Side after the resize, which side that is, and side of what is left of the picture."""
+    """Returns the side after the resize, the mode, and the side of the final picture."""
     size, crop = fields.value("size"), fields.boolean("do_center_crop")
     sides = {name for name, side in size.items() if side is not None} if isinstance(size, dict) else set()
     if isinstance(size, dict) and sides not in ({"shortest_edge"}, {"height", "width"}):
@@ -148,13 +148,14 @@ def _hf_size(fields: Fields) -> tuple[int, Mode, int]:
     side = fields.object("size").integer("shortest_edge") if sides == {"shortest_edge"} else fields.square("size")
     shortest = sides == {"shortest_edge"} or (isinstance(size, int) and not fields.boolean("default_to_square"))
     if shortest and not crop:
-        raise fields.refusal("do_center_crop", "without a crop the pictures would not be square, which the model needs")
+        raise fields.refusal("do_center_crop", "the model needs square pictures, which need a crop")
     return side, "shortest" if shortest else "squash", fields.square("crop_size") if crop else side
 
 
 def _folded(fields: Fields) -> tuple[Channels, Channels]:
-    """Mean and std of values in 0..1, whatever the file multiplies pixels by before it normalises them."""
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    """Returns mean and std of values in 0..1, for any rescale factor of the file."""
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     if fields.boolean("do_normalize", True):
         mean, std = fields.numbers("image_mean", length=3), fields.numbers("image_std", length=3, above=0)
     factor = fields.number("rescale_factor", 1 / _BYTE, above=0) if fields.boolean("do_rescale", True) else 1.0
@@ -163,12 +164,13 @@ def _folded(fields: Fields) -> tuple[Channels, Channels]:
 
 
 def _read_open_clip(folder: Path, size: int) -> Found | None:
+    """Reads open_clip's `preprocess_cfg`."""
     file = folder / OPEN_CLIP
     if not file.is_file() or (theirs := read_json(file).get("preprocess_cfg")) is None:
         return None
     fields, default = Fields(theirs, f"{file}: preprocess_cfg").with_defaults(), Preprocess()
     if fields.square("size", size) != size:
-        raise fields.refusal("size", f"the model sees {size} x {size} pixels")
+        raise fields.refusal("size", f"the model takes {size} x {size} pixels")
     fields.fixed("mode", "RGB")
     # open_clip evaluates with bicubic where it trains with random filters
     filters = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
@@ -187,7 +189,7 @@ def _read_open_clip(folder: Path, size: int) -> Found | None:
 
 
 def _read_timm(folder: Path, size: int) -> Found | None:
-    """timm's `pretrained_cfg`; old files have its fields at the top. A field left out is timm's default."""
+    """Reads timm's `pretrained_cfg`; old files have its fields at the top. Missing fields have timm's defaults."""
     file = folder / TIMM
     if not file.is_file() or "architecture" not in (whole := read_json(file)):
         return None
@@ -199,7 +201,7 @@ def _read_timm(folder: Path, size: int) -> Found | None:
         raise fields.refusal("crop_border_pixels", "this processing is not supported")
     note, seen = "", fields.integers("input_size", None, length=3)  # channels, height, width
     if seen and seen[1:] != (size, size):
-        note = f"preprocessing: {file} is for pictures of {seen[1]} x {seen[2]}; the model sees {size}, which is taken"
+        note = f"preprocessing: {file} is for pictures of {seen[1]} x {seen[2]}; the size of the model, {size}, is used"
     pre = _preprocess(
         fields,
         size=size,
@@ -213,7 +215,7 @@ def _read_timm(folder: Path, size: int) -> Found | None:
 
 def _write_hf(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
-        raise InputError("transformers' image processors of CLIP and ViT do not pad; this model's preprocessing does (mode 'longest')")
+        raise InputError("transformers' image processors of CLIP and ViT do not pad; this model's preprocessing pads (mode 'longest')")
     side, crop = pre.resize or pre.size, {"height": pre.size, "width": pre.size}
     flags = dict(do_resize=True, do_rescale=True, rescale_factor=1 / _BYTE, do_normalize=True, do_convert_rgb=True)
     about: dict[str, Any] = flags | dict(resample=int(pre.filter), image_mean=list(pre.mean), image_std=list(pre.std))
@@ -229,7 +231,7 @@ def _write_hf(pre: Preprocess, folder: Path) -> None:
 
 def _write_open_clip(pre: Preprocess, folder: Path) -> None:
     if pre.resize not in (None, pre.size):
-        raise InputError(f"open_clip resizes to the size it crops; this model's preprocessing resizes to {pre.resize} and crops {pre.size}")
+        raise InputError(f"open_clip resizes to the size of the crop; this model's resizes to {pre.resize} and crops {pre.size}")
     if pre.interpolation not in ("bicubic", "bilinear"):
         raise InputError(f"open_clip resizes by bicubic or bilinear interpolation, this model's preprocessing by {pre.interpolation}")
     about: dict[str, Any] = dict(mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, resize_mode=pre.mode)
@@ -241,7 +243,7 @@ def _write_timm(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
         raise InputError("timm pads with the mean colour only; this model's preprocessing pads (mode 'longest')")
     side = pre.resize or pre.size
-    shares = (pre.size / side, pre.size / (side + 0.5))  # the first, unless floor(size / share) falls one short
+    shares = (pre.size / side, pre.size / (side + 0.5))  # the first, unless floor(size / share) is one too small
     share = next(share for share in shares if replace(pre, resize=None).cropped(share).resize == side)
     theirs = read_json(folder / TIMM)
     about: dict[str, Any] = dict(mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, crop_pct=share)

@@ -1,8 +1,8 @@
-"""Random access into tar shards (webdataset, img2dataset): where the members of every sample lie, read from the headers alone.
+"""Random access to tar shards (webdataset, img2dataset): an index of the members of each sample, built from the headers.
 
-The index of a shard is a small .npy table beside it, `NAME.tar.index-SIZE-MTIME.npy`, or under $XDG_CACHE_HOME/heirloom
-(~/.cache by default) where the shard's folder is read-only. Size and time of change are in the name, so a changed shard
-finds no index and gets a new one. The table is memory-mapped for each look-up: thousands of shards cost no memory.
+The index of a shard is a small .npy table next to it, `NAME.tar.index-SIZE-MTIME.npy`, or under $XDG_CACHE_HOME/heirloom
+(~/.cache by default) where the shard's folder is read-only. The name has size and time of change, so a changed shard gets
+a new index. The table is memory-mapped for each look-up: thousands of shards use no memory.
 """
 
 import glob
@@ -19,24 +19,24 @@ import numpy as np
 
 from heirloom.common.errors import InputError
 
-SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: this sample has no such member
-STEM = "/stem"  # the field that is no extension, and can be none
+SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: the sample has no such member
+STEM = "/stem"  # this field is not an extension: no extension has a slash
 BLOCK = 512
 EXTENSIONS = 256
 
 
 def index_shard(shard: Path) -> Path:
-    """The .npy file with one row per sample of `shard`, in the order of the file; built when there is none yet, or a damaged one.
+    """Returns the index of a shard, a .npy file with one row per sample in the order of the tar; builds a missing or damaged one.
 
-    Its fields are STEM (bytes, the name up to the first dot behind the folder) and one SPAN per extension, such as `jpg` and
-    `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed, has a member twice, or one that is no file.
+    Its fields are STEM (bytes, the name up to the first dot after the folder) and one SPAN per extension, such as `jpg` and
+    `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed, has a member twice, or is not a file.
     """
     try:
         stat = shard.stat()
     except OSError as error:
         raise InputError(f"{shard} is not readable: {error}") from error
     if not S_ISREG(stat.st_mode):
-        raise InputError(f"{shard} is no file: a shard is an uncompressed tar")
+        raise InputError(f"{shard} is not a file: a shard must be an uncompressed tar")
     mark = f"{stat.st_size}-{stat.st_mtime_ns}"
     name, places = f"{shard.name}.index-{mark}.npy", (shard.parent, _cache_folder(shard))
     for file in (folder / name for folder in places):
@@ -49,14 +49,14 @@ def index_shard(shard: Path) -> Path:
             return _write(folder / name, table, shard)
         except OSError as error:
             failed.append(f"{folder} ({error.strerror})")
-    raise InputError(f"{shard}: its index cannot be written to {' or '.join(failed)}; set XDG_CACHE_HOME to a folder with room")
+    raise InputError(f"{shard}: its index cannot be written to {' or '.join(failed)}; set XDG_CACHE_HOME to a folder with free space")
 
 
 def _belongs(file: Path, shard: Path, mark: str) -> bool:
-    """Whether this is a whole index, and of this shard: it says so, and the first and the last sample have headers where it says."""
+    """Returns whether a file is a complete index of this shard: by its mark, and by the headers of the first and last sample."""
     try:
         table = np.lib.format.open_memmap(file, mode="r")
-    except Exception:  # numpy's parser of headers raises many kinds; whatever it is, a new index replaces the damaged one
+    except Exception:  # numpy raises many types for a damaged file, which a new index replaces
         return False
     first, *names = table.dtype.names or [""]
     fields: Any = table.dtype.fields or {}
@@ -71,13 +71,13 @@ def _belongs(file: Path, shard: Path, mark: str) -> bool:
 
 
 def _header_size(data: BinaryIO, offset: int) -> int:
-    """The size of the member whose bytes begin at `offset`, by the header in front of them."""
+    """Returns the size of the member whose bytes begin at `offset`, from the header before them."""
     data.seek(offset - BLOCK)
     return tarfile.TarInfo.frombuf(data.read(BLOCK), tarfile.ENCODING, "surrogateescape").size
 
 
 def read_span(shard: Path, span: np.void) -> bytes:
-    """The bytes of one member. Opens the file anew: safe from any thread or process, and cheap beside decoding a picture."""
+    """Reads the bytes of one member. Opens the file each time: safe in any thread or process, and cheap compared with decoding."""
     try:
         with open(shard, "rb") as file:
             file.seek(int(span["offset"]))
@@ -85,7 +85,7 @@ def read_span(shard: Path, span: np.void) -> bytes:
     except OSError as error:
         raise InputError(f"{shard} is not readable: {error}") from error
     if len(data) != span["size"]:
-        raise InputError(f"{shard} has become shorter since it was indexed: it is truncated or being written; fetch it again")
+        raise InputError(f"{shard} is shorter than when it was indexed: it is truncated or being written; fetch it again")
     return data
 
 
@@ -95,12 +95,12 @@ def _cache_folder(shard: Path) -> Path:
 
 
 def _write(file: Path, table: np.ndarray, shard: Path) -> Path:
-    """Write under another name and rename; several processes may build the same index at once. Stale ones are deleted."""
+    """Writes to a temporary name and renames, since several processes may build the same index; deletes old indexes of the shard."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as out, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # names of extensions beyond Latin-1 need numpy's newer format
+            warnings.simplefilter("ignore", UserWarning)  # extensions beyond Latin-1 need numpy's newer format
             np.save(out, table)
         os.replace(part, file)
     finally:
@@ -130,7 +130,7 @@ def _table(shard: Path, mark: str) -> np.ndarray:
         if len(extensions) > EXTENSIONS:
             raise InputError(f"{shard} has over {EXTENSIONS} extensions, such as {extension!r}: a name ends at its first dot (000012.jpg)")
     stems = [stem.encode("utf-8", "surrogateescape") for stem in samples]
-    stem_field = ((mark, STEM), f"S{max(map(len, stems), default=1)}")  # its title says of which file this is the index
+    stem_field = ((mark, STEM), f"S{max(map(len, stems), default=1)}")  # its title is the mark of the shard
     table = np.zeros(len(samples), [stem_field, *((e, SPAN) for e in sorted(extensions))])
     table[STEM] = stems
     for extension in extensions:
@@ -139,7 +139,7 @@ def _table(shard: Path, mark: str) -> np.ndarray:
 
 
 def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Offset and size of the bytes of a member; of a hard link those of the file it names."""
+    """Returns offset and size of the bytes of a member; of a hard link, those of its target."""
     if member.islnk() and member.linkname in files:
         return files[member.linkname]
     if not member.isreg() or member.issparse():
@@ -149,7 +149,7 @@ def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, i
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
-    """All headers. A tar ends with a block of zeros: where it does not, the file was cut or a header is damaged."""
+    """Reads all headers. Raises InputError unless the tar ends with a block of zeros: then it is cut short or a header is damaged."""
     try:
         with tarfile.open(shard, "r:") as tar:
             members = tar.getmembers()

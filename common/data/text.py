@@ -1,4 +1,4 @@
-"""Captions to token ids: CLIP's byte-pair encoding, read from files or fitted to one's own captions."""
+"""CLIP's tokenizer: byte-pair encoding read from files or fitted to captions."""
 
 import gzip
 import html
@@ -16,31 +16,31 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
 
-SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of a longer one
+SUFFIX = "</w>"  # end of a word: "cat</w>" is a word, "cat" the beginning of a longer one
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 NAMES = ((SOT, EOT), ("<start_of_text>", "<end_of_text>"))  # OpenAI's and Hugging Face's; open_clip's
 WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MOST_IDS = 2**24
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
-FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # one of these makes a folder one with a tokenizer
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # a folder with one of these has a tokenizer
 Merges = list[tuple[str, str]]
 
 
 def clean(text: str, *, lower: bool = True) -> str:
-    """Mojibake mended, HTML entities resolved twice, white space collapsed, lower case (OpenAI CLIP, `simple_tokenizer.py`)."""
+    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases (OpenAI CLIP, `simple_tokenizer.py`)."""
     cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     return cleaned.lower() if lower else cleaned
 
 
 class Tokenizer:
-    """Strings to ids as CLIP does it: SOT, the tokens of the cleaned text, EOT, then zeros.
+    """Converts strings to ids like CLIP: SOT, the tokens of the cleaned text, EOT, then zeros.
 
-    Tokens that were added to a vocabulary, such as those of textual inversion, are found in captions as transformers finds them.
-    Deviation: the text "<|endoftext|>" in a caption is spelled out like any other, so no caption can end itself early.
+    Tokens added to a vocabulary, such as those of textual inversion, are found in captions like in transformers.
+    Deviation: the text "<|endoftext|>" in a caption is tokenised like any other text, so no caption can end early.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
-        """Start and end token are those that `bpe` puts around a text, or are known by name. Raises InputError when there are none."""
+        """Takes the start and end token that `bpe` adds to a text, or known ones by name. Raises InputError when there are none."""
         bpe.no_padding()
         bpe.no_truncation()
         vocab = bpe.get_vocab()
@@ -52,42 +52,42 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         added = bpe.get_added_tokens_decoder()
         self.largest_word = max((i for i in vocab.values() if i not in added), default=-1)
-        """Largest id of a token that was not added."""
+        """Largest id among the tokens that were not added."""
         self._bpe = self._encoder = bpe
         if any(token.special != (i in (self.sot, self.eot)) for i, token in added.items()):
             self._encoder = _specials(bpe, {self.sot, self.eot})
-        self._encoder.encode_special_tokens = True  # special ones are spelled out: only start and end are special to the encoder
+        self._encoder.encode_special_tokens = True  # special tokens in a text are tokenised like any other text
         raw = [re.escape(token.content) for i, token in added.items() if not (token.normalized or i in (self.sot, self.eot))]
-        self._raw = re.compile(f"({'|'.join(raw)})") if raw else None  # tokens that must be found before the text is cleaned
+        self._raw = re.compile(f"({'|'.join(raw)})") if raw else None  # tokens that are found before the text is cleaned
         self._lower = bpe.normalizer is not None and bpe.normalizer.normalize_str("A") == "a"
 
     @property
     def names(self) -> tuple[str, str]:
-        """The start and the end token as they are written."""
+        """The start and the end token as strings."""
         sot, eot = (str(self._bpe.id_to_token(i)) for i in (self.sot, self.eot))
         return sot, eot
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
-        return Tokenizer, (self._bpe,)  # by way of __init__: `encode_special_tokens` does not survive pickling
+        return Tokenizer, (self._bpe,)  # calls __init__ again: pickling loses `encode_special_tokens`
 
     @classmethod
     def clip(cls) -> "Tokenizer":
-        """OpenAI's, 49,408 entries, from the merges that come with this package."""
+        """Returns OpenAI's tokenizer, 49,408 entries, from the merges in this package."""
         lines = gzip.decompress(MERGES.read_bytes()).decode().splitlines()
         return cls(_clip_style([(left, right) for left, right in map(str.split, lines)]))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a tokenizer.json, or a folder with one, or with the vocab.json and merges.txt of a Hugging Face CLIP.
+        """Reads a tokenizer.json, or a folder with one, or with the vocab.json and merges.txt of a Hugging Face CLIP.
 
-        Added tokens and the names of start and end come from tokenizer_config.json, special_tokens_map.json and added_tokens.json.
-        Raises InputError when the files are not there, are damaged or disagree.
+        Added tokens and the start and end token come from tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+        Raises InputError when the files are missing, damaged or disagree.
         """
         path = Path(path)
         file, folder = (path, path.parent) if path.is_file() else (path / "tokenizer.json", path)
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
         if not file.is_file() and not (vocab.is_file() and merges.is_file()):
-            raise InputError(f"{path} is no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt")
+            raise InputError(f"{path} has no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt")
         try:
             about = _read_about(folder)
             _check_ids(file if file.is_file() else vocab)
@@ -95,22 +95,23 @@ class Tokenizer:
             return cls(_completed(bpe, about))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        except BaseException as error:  # tokenizers raises bare Exception for a file it cannot read, and panics on some
+        except BaseException as error:  # tokenizers raises bare Exception for files it cannot read, and panics for some
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InputError(f"{path} is not readable as a tokenizer: {' '.join(str(error).split())}") from error
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Fit CLIP's scheme to `captions`: the 512 byte tokens, the most frequent merges, SOT and EOT.
+        """Fits CLIP's scheme to `captions`: the 512 byte tokens, the most frequent merges, SOT and EOT.
 
-        Smaller than `vocab_size` when the captions run out of pairs. Raises InputError below 514, the size without a merge.
+        The vocabulary is smaller than `vocab_size` when the captions have too few pairs. Raises InputError below 514, the size
+        without merges.
         """
         if vocab_size < 2 * 256 + 2:
-            raise InputError(f"vocab_size {vocab_size} is too small: the bytes, start and end alone are 514")
+            raise InputError(f"vocab_size {vocab_size} is too small: choose 514 or more (bytes, start and end)")
         bpe = _around({}, [])
-        # The word-end bytes go in as given tokens: left to the trainer they are numbered by the order of a hash table, ties between
-        # pairs are broken by number, and so two processes would fit two vocabularies.
+        # The bytes that end words are given as special tokens: the trainer would number them in the order of a hash table and break ties
+        # between pairs by number, so two processes would fit different vocabularies.
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
             special_tokens=[c + SUFFIX for c in _bytes()],
@@ -123,21 +124,21 @@ class Tokenizer:
         return cls(_clip_style([(left, right) for left, right in learned]))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder`/tokenizer.json, which `load` and `transformers.CLIPTokenizerFast` read. Returns the file."""
+        """Writes `folder`/tokenizer.json, which `load` and `transformers.CLIPTokenizerFast` read. Returns the file."""
         file = Path(folder) / "tokenizer.json"
         self._bpe.save(str(file))
         return file
 
     def __call__(self, texts: str | Iterable[str], context: int) -> np.ndarray:
-        """int32 [n, context] (n = 1 for a single string): cut to `context` with the last token EOT, padded with 0."""
+        """Returns ids, int32 [n, context] (n = 1 for a single string): cut to `context` with EOT last, padded with 0."""
         if context < 2:
-            raise InputError(f"context {context} has no room for the start and end tokens")
+            raise InputError(f"context {context} is too small for the start and end tokens: choose 2 or more")
         if not isinstance(texts, str | Iterable):
-            raise InputError(f"captions are strings, not {type(texts).__name__}")
+            raise InputError(f"captions must be strings, not {type(texts).__name__}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise InputError(f"captions are strings; number {i}, counted from 0, is {type(text).__name__}")
+                raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
         out = np.zeros((len(texts), context), np.int32)
         for row, encoding in zip(out, self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False), strict=True):
             ids = [self.sot, *encoding.ids[: context - 2], self.eot]
@@ -151,25 +152,25 @@ class Tokenizer:
         return "".join(part if i % 2 else _padded(part, clean(part, lower=self._lower)) for i, part in enumerate(parts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of one row, from behind SOT up to EOT: lower-cased, words and punctuation set apart by blanks."""
+        """Returns the text of one row between SOT and EOT: lower-case, with spaces between words and punctuation."""
         ids = [int(i) for i in ids]
         end = ids.index(self.eot) if self.eot in ids else len(ids)
         return self._bpe.decode([i for i in ids[:end] if i != self.sot]).strip()
 
 
 def _bytes() -> list[str]:
-    """The 256 byte values as printable characters, in CLIP's order: those that are printable as they are, then the rest."""
+    """Returns the 256 byte values as printable characters, in CLIP's order: printable bytes first, then the rest."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 
 def _padded(text: str, cleaned: str) -> str:
-    """The cleaned text with a blank where white space separated it from its neighbours."""
+    """Returns the cleaned text with a space at each end where the text had white space."""
     return " " * text[:1].isspace() + cleaned + " " * (text[-1:].isspace() and bool(cleaned))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    """What transformers' files say about a tokenizer: `bos_token` and `eos_token`, and `added`, the AddedToken of each id.
+    """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, and `added`, the AddedToken of each id.
 
     As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json.
     """
@@ -198,12 +199,12 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer with the added tokens and the start and end that its folder names. Raises InputError where they do not fit."""
+    """Adds the added tokens and the start and end token of the folder. Raises InputError where they do not fit."""
     for i, token in sorted(about["added"].items()):
         if bpe.token_to_id(token.content) is None:
             (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
-        if (there := bpe.token_to_id(token.content)) != i:
-            raise InputError(f"the added token {token.content!r} has id {i} in one file and would get {there}; take all files of one model")
+        if (actual := bpe.token_to_id(token.content)) != i:
+            raise InputError(f"the added token {token.content!r} has id {i} in one file and would get {actual}; use files of one model")
     if "bos_token" in about and "eos_token" in about:
         for end in (about["bos_token"], about["eos_token"]):
             if bpe.token_to_id(end) is None:
@@ -213,14 +214,14 @@ def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizer
 
 
 def _enclose(bpe: tokenizers.Tokenizer, sot: str, eot: str) -> None:
-    """Make `bpe` put start and end around every text."""
+    """Makes `bpe` add the start and end token to every text."""
     bpe.add_special_tokens([sot, eot])
     pairs = [(token, bpe.token_to_id(token)) for token in (sot, eot)]
     bpe.post_processor = processors.TemplateProcessing(single=f"{sot}:0 $A:0 {eot}:0", special_tokens=pairs)
 
 
 def _specials(bpe: tokenizers.Tokenizer, ids: set[int]) -> tokenizers.Tokenizer:
-    """A copy in which just these added tokens are special."""
+    """Returns a copy in which only these added tokens are special."""
     whole = json.loads(bpe.to_str())
     for token in whole["added_tokens"]:
         token["special"] = token["id"] in ids
@@ -228,10 +229,10 @@ def _specials(bpe: tokenizers.Tokenizer, ids: set[int]) -> tokenizers.Tokenizer:
 
 
 def _from_tables(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """A CLIP tokenizer from vocab.json and merges.txt."""
+    """Reads a CLIP tokenizer from vocab.json and merges.txt."""
     ids = read_json(vocab)
     if not all(isinstance(i, int) and i >= 0 for i in ids.values()) or len(set(ids.values())) != len(ids):
-        raise InputError("vocab.json must give each token an id of its own, a whole number from 0")
+        raise InputError("vocab.json must give each token another id, a whole number from 0")
     pairs = []
     for number, line in enumerate(merges.read_text(encoding="utf-8").splitlines(), 1):
         if line and not line.startswith("#version"):
@@ -242,14 +243,14 @@ def _from_tables(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _clip_style(merges: Merges) -> tokenizers.Tokenizer:
-    """CLIP numbers its tokens so: bytes, bytes that end a word, merges by rank, start, end."""
+    """Builds a tokenizer with CLIP's order of ids: bytes, bytes that end a word, merges by rank, start, end."""
     alphabet = _bytes()
     tokens = [*alphabet, *(c + SUFFIX for c in alphabet), *(left + right for left, right in merges), SOT, EOT]
     return _around({token: i for i, token in enumerate(tokens)}, merges)
 
 
 def _around(vocab: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
-    """Vocabulary and merges with CLIP's way of splitting words, complete enough that the saved file works by itself."""
+    """Builds a tokenizer with CLIP's word splitting; the saved file is complete."""
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=SUFFIX))
     bpe.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -265,13 +266,13 @@ def _around(vocab: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
 
 
 def _check_ids(file: Path) -> None:
-    """Raises InputError for an id that no vocabulary has: the library allocates a table as long as the largest one."""
+    """Raises InputError for a huge id: the library allocates a table as long as the largest id."""
     try:
         saved = json.loads(file.read_text())
     except ValueError:
-        return  # what opens it says what is wrong
+        return  # opening the file reports the error
     model = saved.get("model") if isinstance(saved, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else saved
     ids = [i for i in vocab.values() if isinstance(i, int)] if isinstance(vocab, dict) else []
     if (largest := max(ids, default=0)) >= MOST_IDS:
-        raise InputError(f"{file.name} gives a token the id {largest}: ids are below {MOST_IDS:,}")
+        raise InputError(f"{file.name} gives a token the id {largest}: ids must be below {MOST_IDS:,}")

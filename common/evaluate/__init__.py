@@ -1,1 +1,1 @@
-"""Scores on held-out data: zero-shot classification, retrieval."""
+"""Evaluation: retrieval, zero-shot classification, linear probe, FID and related scores."""

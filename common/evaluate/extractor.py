@@ -1,4 +1,4 @@
-"""An Inception-v3 with its weights: a folder of ours, or the file that pytorch-fid uses."""
+"""Opens Inception-v3 weights: a folder of ours, or the file that pytorch-fid uses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ BN_EPS = 1e-3
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network with its weights, f32 on the host."""
+    """An Inception network with weights, f32 on the host."""
 
     cfg: InceptionConfig
     model: Functional
@@ -28,12 +28,12 @@ class Extractor:
 
 
 def open_extractor(path: Path) -> Extractor:
-    """Open a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as safetensors).
+    """Opens a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as safetensors).
 
-    Raises InputError for a path that is not there, a folder of another kind, and for missing, unexpected or misshapen tensors.
+    Raises InputError for a path that does not exist, a folder of another kind, and missing, unexpected or misshapen tensors.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder; scripts/convert_inception.py makes one")
+        raise InputError(f"{path}: no such file or folder; make one with scripts/convert_inception.py")
     if path.is_dir():
         folder = weights.open_folder(path)
         if folder.method != METHOD:
@@ -50,7 +50,7 @@ def open_extractor(path: Path) -> Extractor:
 
 
 def fold(tensors: weights.Tensors, spec: Spec, where: str) -> dict[str, np.ndarray]:
-    """Parameters from pytorch-fid's tensors: batch norms go into the kernels and biases in front of them, in f64."""
+    """Converts pytorch-fid's tensors to parameters: folds batch norms into the kernels and biases of the convolutions, in f64."""
     unfolded: dict[str, Leaf] = {}
     rows: list[tuple[str, ...]] = [("fc/kernel", "fc.weight")]
     parts = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
@@ -63,9 +63,9 @@ def fold(tensors: weights.Tensors, spec: Spec, where: str) -> dict[str, np.ndarr
                 rows.append((path, f"{key}.conv.weight", "feature channel row col"))
             continue
         for ours, theirs in parts.items():
-            unfolded[f"{conv}/{ours}"] = Leaf(Axes.parse("feature"), leaf.shape, leaf.dtype)
+            unfolded[f"{conv}/{ours}"] = Leaf(axes=Axes.parse("feature"), shape=leaf.shape, dtype=leaf.dtype)
             rows.append((f"{conv}/{ours}", f"{key}.bn.{theirs}"))
-    layout = Layout("pytorch-fid", tuple(rows), ignore=("*.num_batches_tracked", "fc.bias", "AuxLogits.*"))
+    layout = Layout(name="pytorch-fid", rows=tuple(rows), ignore=("*.num_batches_tracked", "fc.bias", "AuxLogits.*"))
     found = {path: np.asarray(view, np.float64) for path, view in layout.view(tensors, unfolded, where).items()}
     folded = {"fc/kernel": found["fc/kernel"]}
     for conv in (path.removesuffix("/bias") for path in spec if path.endswith("/bias")):

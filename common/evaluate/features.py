@@ -1,4 +1,4 @@
-"""Features of a whole data set, on any mesh, whatever the size of its last batch."""
+"""Features of a whole data set on any mesh; the last batch may be short."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,21 +14,21 @@ Embed = Callable[[Mapping[str, Any], Any], jax.Array]
 
 
 def finite(values: np.ndarray, what: str) -> np.ndarray:
-    """The values, [rows, ...]. Raises InputError when one is NaN or infinite: a comparison with NaN is false, so no rank counts it."""
+    """Returns values [rows, ...]. Raises InputError when one is NaN or infinite: comparisons with NaN are false, so ranks ignore it."""
     bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
     if bad.any():
         raise InputError(
             f"{what}: NaN or infinite for {bad.sum():,} of {len(values):,} (first: {int(bad.argmax())}); "
-            "there is no score for such a model: its weights are damaged, or overflow where it computes"
+            "such a model has no score: its weights are damaged, or its computation overflows"
         )
     return values
 
 
 def embedder(function: Embed, mesh: Mesh, size: int) -> Callable[[Mapping[str, Any], np.ndarray], np.ndarray]:
-    """`function(params, rows) -> [rows, joint]` compiled once for `size` rows, which the devices share out among them.
+    """Compiles `function(params, rows) -> [rows, joint]` once for `size` rows, split over the devices.
 
-    The result takes any number of rows up to `size`: short batches are padded and the padding is cut off again, so every
-    example counts once. `size` is rounded up to what the mesh divides.
+    The result takes any number of rows up to `size`: it pads short batches and cuts the padding off, so every example
+    counts once. Rows are padded further until the mesh divides them.
     """
     compiled = jax.jit(function, out_shardings=replicated(mesh))
 

@@ -1,4 +1,4 @@
-"""Scores of a generator from the features of its pictures: FID, Inception score, precision and recall (ADM suite), and KID."""
+"""Scores of generated pictures from their features: FID, Inception score, precision and recall (ADM suite), and KID."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import linalg, special
 
-RUN = 5000  # rows of a run of the Inception score: 50,000 make ten
-NEIGHBOURS = 3  # that span the manifold of precision and recall
+RUN = 5000  # rows of a split of the Inception score: 50,000 rows make ten
+NEIGHBOURS = 3  # k of the k-th neighbour, for precision and recall
 BLOCK = 1024  # rows of pairwise distances at a time: 200 MB against 50,000 columns
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """mean [dim] and covariance [dim, dim] of a set of features, f64."""
+    """Mean [dim] and covariance [dim, dim] of a set of features, f64."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
 
 class Statistics:
-    """Mean and covariance (ddof 1) in f64 of rows that pass by in batches of any size."""
+    """Accumulates mean and covariance (ddof 1) in f64 of rows in batches of any size."""
 
     def __init__(self, dim: int):
         self.count = 0
@@ -32,7 +32,7 @@ class Statistics:
         self.scatter = np.zeros((dim, dim))
 
     def add(self, rows: np.ndarray) -> None:
-        """rows: [batch, dim]. Moments are taken around the batch's mean and moved (Chan et al. 1979), so nothing cancels."""
+        """Adds rows [batch, dim]. Moments are around the batch's mean, then shifted (Chan et al. 1979), which avoids cancellation."""
         if not len(rows):
             return
         rows = np.asarray(rows, np.float64)
@@ -44,20 +44,20 @@ class Statistics:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """Raises ValueError below two rows, which have no covariance."""
+        """Returns mean and covariance. Raises ValueError for fewer than two rows, which have no covariance."""
         if self.count < 2:
             raise ValueError(f"{self.count} rows have no covariance")
         return Gaussian(self.mean.copy(), self.scatter / (self.count - 1))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+    """Computes |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
 
-    1e-6 goes onto both diagonals only where the root of a singular product is not finite. Raises ValueError when the root
-    has imaginary parts of more than 1e-3 on its diagonal: then these are no covariances.
+    Adds 1e-6 to both diagonals only where the root of a singular product is not finite. Raises ValueError when the root has
+    imaginary parts of more than 1e-3 on its diagonal: then the matrices are not covariances.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", linalg.LinAlgWarning)  # singular, which the next lines look at themselves
+        warnings.simplefilter("ignore", linalg.LinAlgWarning)  # singular matrices: handled in the next lines
         root = linalg.sqrtm(a.covariance @ b.covariance)
         if not np.isfinite(root).all():
             ridge = 1e-6 * np.eye(len(a.mean))
@@ -70,10 +70,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(logits: np.ndarray, run: int = RUN) -> float:
-    """exp of the mean KL divergence of p(class | picture) from p(class), averaged over runs of `run` consecutive rows (ADM suite).
+    """Computes exp of the mean KL divergence of p(class | picture) from p(class), averaged over splits of `run` rows (ADM suite).
 
-    logits: [pictures, class], in an order without meaning. A last run that is shorter counts as much as the others; fewer rows than `run`
-    are one run. Raises ValueError for no rows.
+    logits: [pictures, class], in random order. A shorter last split has the same weight as the others; fewer than `run` rows are
+    one split. Raises ValueError for no rows.
     """
     if not len(logits):
         raise ValueError("no rows have no score")
@@ -87,14 +87,14 @@ def inception_score(logits: np.ndarray, run: int = RUN) -> float:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Share of samples on the manifold of the reference, and of the reference on the manifold of the samples."""
+    """Share of samples on the manifold of the reference, and share of the reference on the manifold of the samples."""
 
     precision: float
     recall: float
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> PrecisionRecall:
-    """Manifolds are unions of balls that reach to each point's k-th neighbour (Kynkäänniemi et al. 2019).
+    """Computes precision and recall; a manifold is the union of balls up to each point's k-th neighbour (Kynkäänniemi et al. 2019).
 
     reference: [n, dim], samples: [m, dim]. Raises ValueError for a set of k rows or fewer. Deviation: distances are f32, where
     the ADM suite tries f16 first.
@@ -121,7 +121,7 @@ def _distances(rows: jax.Array, centres: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="k")
 def _radii(rows: jax.Array, centres: jax.Array, k: int) -> jax.Array:
-    """Squared distance of each row to its k-th neighbour among the centres, of which it is one itself."""
+    """Returns the squared distance of each row to its k-th neighbour among the centres, which include the row."""
     return -jax.lax.top_k(-_distances(rows, centres), k + 1)[0][:, k]
 
 
@@ -132,16 +132,16 @@ def _covered(rows: jax.Array, centres: jax.Array, radii: jax.Array) -> jax.Array
 
 @dataclass(frozen=True)
 class Kid:
-    """Mean and standard deviation over the subsets."""
+    """Mean and standard deviation of KID over the subsets."""
 
     mean: float
     std: float
 
 
 def kid(reference: np.ndarray, samples: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Kid:
-    """Unbiased squared MMD under the kernel (x.y / dim + 1)^3 (Bińkowski et al. 2018), in f64.
+    """Computes the unbiased squared MMD with the kernel (x.y / dim + 1)^3 (Bińkowski et al. 2018), in f64.
 
-    reference: [n, dim], samples: [m, dim]. Each subset draws `size` rows of both without putting any back, or as many as the
+    reference: [n, dim], samples: [m, dim]. Each subset draws `size` rows of both without replacement, or as many as the
     smaller set has. Raises ValueError for a set of one row.
     """
     size = min(size, len(reference), len(samples))

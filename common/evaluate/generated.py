@@ -1,4 +1,4 @@
-"""Generated pictures against a reference batch of the ADM suite: both through one Inception, the reference first, then scored."""
+"""Scores generated pictures against a reference batch of the ADM suite, with the features of one Inception for both."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,15 +20,16 @@ from heirloom.common.evaluate.inception import ADM, POOL, SPATIAL
 from heirloom.common.train.mesh import replicated
 
 BATCH = 64
-LEAST = 10  # pictures on either side of a score
-_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)  # what a damaged archive or array raises
+LEAST = 10  # pictures that a score needs, generated and reference
+_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)  # errors of a damaged archive or array
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is compared with: whole-set statistics of the "adm" features where they are stored, and pictures.
+    """A reference to compare with: statistics of the "adm" features of the whole set, pictures, or both.
 
-    where: its name, for messages. images: their number. read(rows): the pictures, uint8 [up to rows, height, width, 3] at a time.
+    where: its name, for messages. pool, spatial: the statistics, None where the file has none. images: number of pictures.
+    read(rows): iterates over the pictures, uint8 [up to rows, height, width, 3].
     """
 
     where: str
@@ -39,29 +40,30 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference:
-    """Open a reference batch, a `.npz` of statistics `mu`, `sigma`, `mu_s`, `sigma_s` and pictures `arr_0`, which stay on disk.
+    """Opens a reference batch: a `.npz` with statistics `mu`, `sigma`, `mu_s`, `sigma_s` or pictures `arr_0`, which stay on disk.
 
-    Raises InputError when it holds neither, or either in a wrong form.
+    Raises InputError when it has neither, or when one has a wrong form.
     """
     if path.suffix == ".npy":
         raise InputError(f"{path}: a reference is not a .npy but a .npz with pictures `arr_0`: np.savez('reference.npz', arr_0=pictures)")
     keys = _keys(path)
     if not keys & {"mu", "arr_0"}:
         held = ", ".join(sorted(keys)) or "nothing"
-        raise InputError(f"{path}: holds {held}; a reference batch has pictures `arr_0` or statistics `mu` and `sigma`")
+        raise InputError(f"{path}: has {held}; a reference batch needs pictures `arr_0` or statistics `mu` and `sigma`")
     try:
         with np.load(path) as arrays:
             pool = _gaussian(arrays, "mu", "sigma", POOL, path)
             spatial = _gaussian(arrays, "mu_s", "sigma_s", SPATIAL, path)
     except _BROKEN as error:
         raise InputError(f"{path}: its statistics cannot be read ({error}); fetch it again") from error
-    return Reference(str(path), pool, spatial, _shape(path)[0] if "arr_0" in keys else 0, partial(read_images, path))
+    images = _shape(path)[0] if "arr_0" in keys else 0
+    return Reference(where=str(path), pool=pool, spatial=spatial, images=images, read=partial(read_images, path))
 
 
 def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
-    """The pictures `arr_0` of a `.npz`, uint8 [rows, height, width, 3] at a time: references and samples are gigabytes.
+    """Yields the pictures `arr_0` of a `.npz`, uint8 [rows, height, width, 3] at a time: a file may have gigabytes.
 
-    Raises InputError when there are none, of another type, or fewer than the file says.
+    Raises InputError when there are no pictures, pictures of another type, or fewer than the header says.
     """
     shape = _shape(path)
     try:
@@ -76,7 +78,7 @@ def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Features of a set of pictures: pooled [pictures, 2048] and logits [pictures, class], f32; of the spatial ones the moments."""
+    """Features of a set of pictures, f32: pooled [pictures, 2048], logits [pictures, class]. pool, spatial: moments of both features."""
 
     pooled: np.ndarray
     logits: np.ndarray
@@ -85,9 +87,9 @@ class Measured:
 
 
 def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[Iterable[np.ndarray]], Measured]:
-    """A function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over the mesh.
+    """Makes a function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over the mesh.
 
-    The result raises InputError for batches of another type or rank, and for features that are not finite.
+    The function raises InputError for batches of another type or rank, and for features that are not finite.
     """
     params = jax.device_put(dict(extractor.params), replicated(mesh))
     embed = embedder(lambda params, x: jnp.concatenate(extractor.model.apply(params, x), -1), mesh, size)
@@ -95,32 +97,32 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
     def measure(batches: Iterable[np.ndarray]) -> Measured:
         pooled = [np.zeros((0, POOL), np.float32)]
         logits = [np.zeros((0, extractor.cfg.classes), np.float32)]
-        moments = Statistics(POOL), Statistics(SPATIAL)
+        pool, spatial = Statistics(POOL), Statistics(SPATIAL)
         for batch in batches:
             if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-                raise InputError(f"pictures are uint8 [batch, height, width, 3] and these are {batch.dtype} {list(batch.shape)}")
+                raise InputError(f"pictures are {batch.dtype} {list(batch.shape)}, and must be uint8 [batch, height, width, 3]")
             for start in range(0, len(batch), size):
                 features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
                 if not all(np.isfinite(x).all() for x in features):
                     raise InputError("features of pictures are not finite (NaN or infinity): the Inception weights are damaged")
-                moments[0].add(features[0])
-                moments[1].add(features[1])
+                pool.add(features[0])
+                spatial.add(features[1])
                 pooled.append(features[0])
                 logits.append(features[2])
-        return Measured(np.concatenate(pooled), np.concatenate(logits), *moments)
+        return Measured(pooled=np.concatenate(pooled), logits=np.concatenate(logits), pool=pool, spatial=spatial)
 
     return measure
 
 
 def check_reference(reference: Reference, extractor: Extractor) -> None:
-    """Raises InputError for a reference that the network cannot be compared with, or of too few pictures.
+    """Raises InputError for a reference that does not fit the network, or has too few pictures.
 
-    A reference that gives FID and no sFID is remarked.
+    Remarks a reference with statistics for FID and none for sFID.
     """
     protocol = extractor.cfg.protocol
     if protocol != ADM.protocol and not reference.images:
         raise InputError(
-            f"{reference.where}: holds statistics of {ADM.protocol!r} alone, and the network is {protocol!r}; it needs pictures `arr_0`"
+            f"{reference.where}: has only statistics of {ADM.protocol!r}, and the network is {protocol!r}; it needs pictures `arr_0`"
         )
     if 0 < reference.images < LEAST:
         raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score, which takes {LEAST} at least")
@@ -136,12 +138,12 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
 def evaluate(
     batches: Iterable[np.ndarray], reference: Reference, extractor: Extractor, mesh: Mesh, size: int = BATCH
 ) -> list[dict[str, Any]]:
-    """Rows {metric, value, n, protocol} of generated pictures, in an order without meaning, against a reference.
+    """Scores generated pictures, in random order, against a reference; returns rows {metric, value, n, protocol}.
 
-    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. They are asked for when the reference has been read and
-    measured as a whole. The statistics in a file are those of "adm" and stand for the whole set; another network computes its own from
-    the pictures, which precision, recall and KID always need: rows whose part of the reference is missing are left out. Raises
-    InputError for a reference that does not fit, or fewer than ten pictures on a side.
+    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. The reference is read and measured before the first
+    batch is taken. Statistics in a file are of "adm" and of the whole set; for another network they are computed from the pictures.
+    Precision, recall and KID always need pictures. Rows that need a missing part of the reference are left out. Raises InputError for a
+    reference that does not fit, or for fewer than ten pictures on a side.
     """
     check_reference(reference, extractor)
     measure = measurer(extractor, mesh, size)
@@ -169,7 +171,7 @@ def _distance(ours: Gaussian, theirs: Gaussian, reference: Reference) -> float:
     try:
         return frechet_distance(ours, theirs)
     except ValueError as error:
-        raise InputError(f"{reference.where}: its statistics are not those of pictures ({error}); fetch it again") from error
+        raise InputError(f"{reference.where}: its statistics cannot be those of pictures ({error}); fetch it again") from error
 
 
 def _keys(path: Path) -> set[str]:
@@ -186,32 +188,32 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
     found = []
     for key, shape in ((mean, (dim,)), (covariance, (dim, dim))):
         if key not in arrays:
-            raise InputError(f"{path}: has no `{key}` beside its other statistics; fetch it again")
+            raise InputError(f"{path}: has no `{key}`, though it has other statistics; fetch it again")
         value = arrays[key]
         if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
-            raise InputError(f"{path}: `{key}` is {value.dtype} {list(value.shape)} and should be {list(shape)} finite numbers")
+            raise InputError(f"{path}: `{key}` is {value.dtype} {list(value.shape)}, and must be {list(shape)} finite numbers")
         found.append(np.asarray(value, np.float64))
     if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-        raise InputError(f"{path}: `{covariance}` is no covariance (symmetric, no negative variances); fetch it again")
+        raise InputError(f"{path}: `{covariance}` is not a covariance (symmetric, no negative variances); fetch it again")
     return Gaussian(*found)
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """Of `arr_0`, without reading it."""
+    """Returns the shape of `arr_0` without reading the data."""
     if "arr_0" not in _keys(path):
         raise InputError(f"{path}: has no pictures `arr_0`")
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             shape, fortran, dtype = _header(file)
     except _BROKEN as error:
-        raise InputError(f"{path}: `arr_0` is no array ({error}); fetch it again") from error
+        raise InputError(f"{path}: `arr_0` is not an array ({error}); fetch it again") from error
     if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-        order = ", in Fortran's order" if fortran else ""
-        raise InputError(f"{path}: `arr_0` is {dtype} {list(shape)}{order} and should be uint8 [pictures, height, width, 3]")
+        order = " in Fortran order" if fortran else ""
+        raise InputError(f"{path}: `arr_0` is {dtype} {list(shape)}{order}, and must be uint8 [pictures, height, width, 3]")
     return shape
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether columns come first, and dtype: the file stands at the data afterwards."""
+    """Reads shape, whether the order is Fortran's, and dtype; the file is then at the start of the data."""
     version = np.lib.format.read_magic(file)
     return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)

@@ -1,8 +1,8 @@
-"""Inception-v3 as the scores of generators see pictures: pooled, spatial and class features, resized inside.
+"""Inception-v3 for scores of generated pictures: pooled, spatial and class features. Pictures are resized inside.
 
-Two sets of weights fit, and their numbers do not compare: each has a name, the protocol, that goes with every score.
-"adm" is the frozen graph of 2015 that published FIDs are computed with, in pytorch-fid's names; "inception-v3-q8" an 8-bit
-ImageNet model, dequantised. Both have their batch norms folded into kernels and biases; `extractor.py` opens them.
+Two sets of weights fit, and their scores are not comparable: each has a name, the protocol, which every score has too.
+"adm" is the frozen graph of 2015 that published FIDs use, with pytorch-fid's names; "inception-v3-q8" is an 8-bit
+ImageNet model, dequantised. Batch norms are folded into kernels and biases; `extractor.py` opens the weights.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ SPATIAL = 17 * 17 * CHANNELS
 
 @dataclass(frozen=True)
 class InceptionConfig:
-    """What the two sources do not share.
+    """Differences between the two sets of weights.
 
-    last_pool: of the pooled branch of the last block, where the graph of 2015 has a maximum.
+    last_pool: kind of the pooled branch of the last block; the graph of 2015 has a maximum.
     """
 
     protocol: str
@@ -40,7 +40,7 @@ Q8 = InceptionConfig("inception-v3-q8", 1001, "average")
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution, its bias and a ReLU; the name is torchvision's."""
+    """A convolution with bias and ReLU. name: torchvision's. width: output channels. rows, cols: size of the kernel."""
 
     name: str
     width: int
@@ -52,14 +52,14 @@ class Conv:
 
 @dataclass(frozen=True)
 class Pool:
-    """3x3. The average leaves padding out of its count, as TensorFlow does; with a stride nothing is padded."""
+    """3x3 pooling. An average does not count padding, like TensorFlow's; with a stride of 2 nothing is padded."""
 
     kind: Literal["max", "average"]
     stride: int = 1
 
 
 Step = Conv | Pool | tuple[Conv, Conv]
-"""A pair runs side by side and is joined."""
+"""A pair runs in parallel and is concatenated."""
 Branches = tuple[tuple[Step, ...], ...]
 
 DOWN = Pool("max", 2)
@@ -125,7 +125,7 @@ _MIXED_7A: Branches = (
 
 
 def blocks(cfg: InceptionConfig) -> dict[str, Branches]:
-    """The network above the stem."""
+    """Returns the blocks after the stem by name."""
     return {
         "Mixed_5b": _mixed_5(32),
         "Mixed_5c": _mixed_5(64),
@@ -142,7 +142,7 @@ def blocks(cfg: InceptionConfig) -> dict[str, Branches]:
 
 
 class Features(NamedTuple):
-    """f32: pool [batch, 2048]; spatial [batch, 2023]; logits [batch, class], without the bias, as the Inception score has them."""
+    """f32: pool [batch, 2048]; spatial [batch, 2023]; logits [batch, class], without bias, for the Inception score."""
 
     pool: jax.Array
     spatial: jax.Array
@@ -159,7 +159,7 @@ class ConvRelu(nnx.Module):
         self.stride, self.padding = conv.stride, conv.padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # In full precision everywhere: TPUs and recent GPUs would round to bf16 or TF32, and the score with them.
+        # Full precision on every device: TPUs and recent GPUs would round to bf16 or TF32 and change the score.
         y = lax.conv_general_dilated(
             x,
             self.kernel[...],
@@ -172,7 +172,7 @@ class ConvRelu(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """Branches over the same pictures, joined along their channels."""
+    """Runs branches on the same input and concatenates their channels."""
 
     def __init__(self, branches: Branches, channels: int, *, rngs: nnx.Rngs):
         self.branches = branches
@@ -206,7 +206,7 @@ class Mixed(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """uint8 pictures [batch, height, width, 3] of any size to `Features`."""
+    """Maps uint8 pictures [batch, height, width, 3] of any size to `Features`."""
 
     def __init__(self, cfg: InceptionConfig, *, rngs: nnx.Rngs):
         self.stem = Mixed(STEM, 3, rngs=rngs)
@@ -222,7 +222,7 @@ class Inception(nnx.Module):
         x = self.stem((legacy_bilinear(images, SIDE) - 128) / 128)
         for name in self.blocks:
             x = getattr(self, name)(x)
-            if name == "Mixed_6d":  # whose first channels are `mixed_6/conv` of the graph of 2015
+            if name == "Mixed_6d":  # its first channels are `mixed_6/conv` of the graph of 2015
                 spatial = x[..., :CHANNELS].reshape(len(x), -1)
         pooled = x.mean((1, 2))
         with jax.default_matmul_precision("highest"):
@@ -230,7 +230,7 @@ class Inception(nnx.Module):
 
 
 def pool(x: jax.Array, step: Pool) -> jax.Array:
-    """[batch, row, col, channel], pooled 3x3."""
+    """Pools [batch, row, col, channel] 3x3."""
     window, strides, padding = (1, 3, 3, 1), (1, step.stride, step.stride, 1), "SAME" if step.stride == 1 else "VALID"
     if step.kind == "max":
         return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
@@ -240,9 +240,9 @@ def pool(x: jax.Array, step: Pool) -> jax.Array:
 
 
 def legacy_bilinear(images: jax.Array, side: int) -> jax.Array:
-    """TensorFlow 1's resize to [batch, side, side, channel] f32: no antialiasing, corners at the origin, edges clamped.
+    """Resizes to [batch, side, side, channel] f32 like TensorFlow 1: no antialiasing, corners at the origin, edges clamped.
 
-    The source of row i is i * (height / side), in f32; the steps are TensorFlow's too, along columns and then along rows.
+    The source of row i is i * (height / side), in f32; like TensorFlow it interpolates along columns, then along rows.
     """
 
     def source(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen features by L-BFGS, its regularisation swept on validation examples (CLIP §3.2)."""
+"""Linear probe: logistic regression on frozen features by L-BFGS; regularisation chosen on validation examples (CLIP §3.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class Probe:
-    """Share of test examples whose class is first, and the strength that was best in validation."""
+    """Top-1 accuracy on the test examples, and the regularisation that was best in validation."""
 
     top1: float
     strength: float
@@ -33,16 +33,17 @@ def probe(
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
 ) -> Probe:
-    """Fit on all but `held_back` of the training examples for each strength, fit the best one again on all, and score the test examples.
+    """Chooses a strength on validation examples, fits again on all training examples, and scores the test examples.
 
-    features: [n, width] f32, labels: [n] int from 0. strength: lambda of `mean cross-entropy + lambda / 2 |weights|^2`, biases free.
-    Raises InputError for features that are NaN or infinite, and for labels that are no whole numbers from 0, or only in the test examples.
+    features: [n, width] f32, labels: [n] int from 0. held_back: share of the training examples for validation. strengths: values of lambda
+    in `mean cross-entropy + lambda / 2 |weights|^2`; biases are not regularised. Raises InputError for features that are NaN or infinite,
+    labels that are not whole numbers from 0, and labels that occur in the test examples only.
     """
     finite(features, "the features of the training examples")
     finite(test_features, "the features of the test examples")
     for values in (labels, test_labels):
         if values.dtype.kind not in "iu" or values.min() < 0:
-            raise InputError(f"labels are whole numbers from 0 up, one of the data is {values.min()} ({values.dtype})")
+            raise InputError(f"labels must be whole numbers from 0, one of the data is {values.min()} ({values.dtype})")
     if test_labels.max() > labels.max():
         raise InputError(f"a test example has the label {test_labels.max()}, the training examples have 0 to {labels.max()}")
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -51,7 +52,7 @@ def probe(
     classes = int(labels.max()) + 1
     scored = []
     start = np.zeros((features.shape[1] + 1) * classes)
-    for strength in sorted(strengths, reverse=True):  # from stiff to free: each solution is a good start for the next
+    for strength in sorted(strengths, reverse=True):  # strongest first: each solution is a good start for the next
         start = _fit(features[rest], labels[rest], classes, strength, start)
         scored.append((_accuracy(start, features[held], labels[held], classes), strength))
     best = max(scored)[1]

@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at k both ways, with any number of right answers per query."""
+"""Image-text retrieval: recall at k in both directions, with any number of right answers per query."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of queries whose first k results hold a right answer, by k."""
+    """Share of queries with a right answer among the first k results, by k."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
 
     def mean(self, k: int) -> float:
-        """Of both directions."""
+        """Returns the mean of both directions at k."""
         return (self.image_to_text[k] + self.text_to_image[k]) / 2
 
     def flat(self) -> dict[str, float]:
-        """As metrics: `image_to_text_r1`, ..., and `r1`, the mean of both directions."""
+        """Returns metrics: `image_to_text_r1`, ..., and `r1`, the mean of both directions."""
         ways = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
         return {f"{way}_r{k}": value for way, values in ways.items() for k, value in values.items()} | {
             f"r{k}": self.mean(k) for k in self.image_to_text
@@ -30,12 +30,11 @@ class Recall:
 
 
 def retrieval(image: np.ndarray, text: np.ndarray, image_group: np.ndarray, text_group: np.ndarray, ks: Sequence[int] = KS) -> Recall:
-    """Recall of pictures by captions and captions by pictures.
+    """Computes recall of captions by pictures and of pictures by captions.
 
     image: [images, joint], text: [captions, joint], unit norm. *_group: [images], [captions], any comparable type: a
-    picture and a caption of the same group belong together. A tie counts against the query, so a model that gives
-    everything the same features scores nothing. Raises ValueError for a query that has no right answer, and InputError for
-    features that are NaN or infinite.
+    picture and a caption of the same group match. A tie counts against the query, so a model with equal features for all
+    inputs scores 0. Raises ValueError for a query without right answer, and InputError for features that are NaN or infinite.
     """
     finite(np.asarray(image), "the features of the pictures")
     finite(np.asarray(text), "the features of the captions")
@@ -53,7 +52,7 @@ def _recall(similarity: np.ndarray, positive: np.ndarray, ks: Sequence[int]) -> 
 
 
 def distinct(group: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Positions of the first of each distinct (group, caption): pictures that share a caption ask for it once.
+    """Returns the first position of each distinct (group, caption): a caption that several pictures share is one query.
 
     group: [captions]; text: [captions, context] tokens. Returns int64 [distinct], ascending.
     """

@@ -9,7 +9,7 @@ NOT_SHARES = ("loss", "mse")  # metrics that are not printed in percent
 
 @dataclass(frozen=True)
 class Scored:
-    """Metrics of one model on one data set of `n` examples; classes: how many different labels they have, where they have labels."""
+    """Metrics of one model on one data set of `n` examples. classes: number of different labels, 0 without labels."""
 
     dataset: str
     n: int
@@ -17,15 +17,15 @@ class Scored:
     classes: int = 0
 
     def summary(self) -> dict[str, float]:
-        """What a line of progress shows: of retrieval the means of both directions."""
+        """Returns the metrics for a line of progress; of retrieval only the means of both directions."""
         means = {name: value for name, value in self.metrics.items() if "_to_" not in name}
         return means or dict(self.metrics)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per metric, as `heirloom eval` prints them: shares in percent."""
+        """Returns one row per metric for `heirloom eval`, shares in percent."""
         shown = {name: value if name in NOT_SHARES else 100 * value for name, value in self.metrics.items()}
         return [{"dataset": self.dataset, "metric": name, "value": value, "published": None, "n": self.n} for name, value in shown.items()]
 
 
 Score = Callable[[Mapping[str, Any]], Scored]
-"""`score(params)`. Raises InputError for a model whose outputs are not finite."""
+"""`score(params)` evaluates a model. Raises InputError when its outputs are not finite."""

@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names in templates, averaged on the sphere."""
+"""Zero-shot classification: class vectors are means of text features of the class name in templates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ TEMPLATES = ("a photo of a {}.",)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of examples whose class is first, or among the first five."""
+    """Top-1 and top-5 accuracy: share of examples whose class is first, or among the first five."""
 
     top1: float
     top5: float
 
 
 def read_templates(file: Path) -> tuple[str, ...]:
-    """Templates, one a line, with {} where the name of the class goes; {c} means the same, as CLIP_benchmark writes it.
+    """Reads templates, one a line, with {} for the name of the class, or {c} as CLIP_benchmark writes it.
 
-    Raises InputError naming file and line for anything else: no place for the name, two of them, %s, {0}, other braces.
+    Raises InputError naming file and line for anything else: no place for the name, two places, %s, {0}, other braces.
     """
     templates = []
     for number, line in enumerate(read_lines(file), 1):
         template = line.replace("{c}", "{}")
         if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
-            raise InputError(f"{file}, line {number}: {line[:80]!r} needs one {{}} where the name of the class goes, and no other braces")
+            raise InputError(f"{file}, line {number}: {line[:80]!r} needs one {{}} for the name of the class, and no other braces")
         templates.append(template)
     return tuple(templates)
 
 
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """A unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features, normalised again.
+    """Returns a unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features, normalised again.
 
     encode: captions -> unit-norm features [captions, joint]. Raises InputError for features that are NaN or infinite.
     """
@@ -46,14 +46,15 @@ def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[
 
 
 def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accuracy:
-    """image: [images, joint], classes: [classes, joint], label: [images] int. A tie counts against the right class.
+    """Computes top-1 and top-5 accuracy. A tie counts against the right class.
 
-    Raises InputError for labels that number no class, and for features that are NaN or infinite.
+    image: [images, joint], classes: [classes, joint], label: [images] int. Raises InputError for labels without class, and for features
+    that are NaN or infinite.
     """
     finite(image, "the features of the pictures")
     finite(classes, "the features of the classes")
     if label.dtype.kind not in "iu" or label.min() < 0:
-        raise InputError(f"labels are whole numbers from 0 up, one of the data is {label.min()} ({label.dtype})")
+        raise InputError(f"labels must be whole numbers from 0, one of the data is {label.min()} ({label.dtype})")
     if label.max() >= len(classes):
         raise InputError(f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in order")
     similarity = image @ classes.T

@@ -1,4 +1,4 @@
-"""Multi-head attention: the projections here, the mixing of tokens as an argument."""
+"""Multi-head attention; the function that mixes tokens is an argument."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +10,13 @@ from flax import nnx
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""`attend(query, key, value)`: [batch, token, head, head_dim] each, and so is the result."""
+"""`attend(query, key, value)`: all three and the result are [batch, token, head, head_dim]."""
 Kernel = Literal["xla", "cudnn"]
 PACKED = xavier_uniform(packed=3)
 
 
 def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
-    """Scaled dot-product attention; `kernel="cudnn"` is the flash kernel of NVIDIA GPUs (bf16)."""
+    """Returns scaled dot-product attention. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16)."""
     return partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
 
 

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, and stacks of it: one compiled body whatever the depth."""
+"""The pre-norm transformer block, and stacks of blocks: the block is compiled once for any depth."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,8 +18,8 @@ _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
-    attention: makes the module that mixes tokens, called with `rngs`. affine=False: for the call with a modulation, [part, batch, embed],
-    whose six parts are shift, scale and gate of either branch (adaLN-Zero; DiT §3.2).
+    attention: called with `rngs`, makes the module that mixes tokens. affine=False: norms without parameters, for calls with a modulation
+    [part, batch, embed]: shift, scale and gate of the attention, then of the MLP (adaLN-Zero; DiT §3.2).
     """
 
     def __init__(
@@ -50,11 +50,12 @@ class Block(nnx.Module):
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns x * (1 + scale) + shift (adaLN; DiT §3.2)."""
     return x * (1 + scale) + shift
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`layers` modules as one, each parameter with the axis `layer` in front; call it through `scan`."""
+    """Makes `layers` modules as one whose parameters have a first axis `layer`; call it through `scan`."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
     state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(params=key)))[1])(jax.random.split(rngs.params(), layers))
     for _, variable in nnx.to_flat_state(state):
@@ -63,9 +64,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 
 def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
-    """Run a stack over `x`. `inputs`: further arguments of each block, stacked along layer.
+    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer.
 
-    `remat`: recompute whole blocks in the backward pass ("full") or all but their matmuls ("dots").
+    remat: recompute whole blocks in the backward pass ("full"), or all but their matmuls ("dots").
     """
     graph, state = nnx.split(blocks)
 
@@ -77,12 +78,12 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
 
 
 def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """The body of a scan, recomputed in the backward pass as `remat` says."""
+    """Returns the body of a scan, recomputed in the backward pass as `remat` says."""
     return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
 
 
 def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
-    """A single block that is no part of a stack, with the same choice of what to recompute."""
+    """Runs a single block that is not part of a stack. inputs, remat: as in `scan`."""
     if remat == "none":
         return block(x, *inputs)
     graph, state = nnx.split(block)
@@ -90,6 +91,6 @@ def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") ->
 
 
 def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:
-    """The outputs of all modules of a stack for the same `x`: [layer, ...]."""
+    """Returns the outputs of all modules of a stack for the same `x`: [layer, ...]."""
     graph, state = nnx.split(blocks)
     return jax.vmap(lambda layer: nnx.merge(graph, layer)(x))(state)

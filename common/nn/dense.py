@@ -1,4 +1,4 @@
-"""Parameters that name their axes, their initialisers, and the linear layer: the names *are* the shape."""
+"""Parameters that name their axes, initialisers, and the linear layer. The names of the axes give the shape."""
 
 from collections.abc import Callable, Mapping
 from math import prod
@@ -14,9 +14,9 @@ from heirloom.common.nn.precision import add, product
 from heirloom.common.surgery.axes import Axes
 
 Sizes = Mapping[str, Any]
-"""The size of each axis, an int; a tuple of ints: another one in each layer of the stack, zero-padded to the largest."""
+"""The size of each axis: an int, or a tuple of ints with the size in each layer of a stack, zero-padded to the largest."""
 Init = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
-"""`init(key, shape, fan_in, fan_out)`: f32 values; the fans are the extents read and written."""
+"""`init(key, shape, fan_in, fan_out)` returns f32 values. fan_in, fan_out: number of inputs and outputs of the layer."""
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
@@ -53,7 +53,7 @@ def xavier_uniform(packed: int = 1) -> Init:
 
 
 def param(axes: str, sizes: Sizes, init: Init, rngs: nnx.Rngs, *, fan_in: int | None = None) -> nnx.Param:
-    """A parameter whose shape is its axes' sizes. `fan_in` overrides what the axes say (a bias knows its kernel's).
+    """Creates a parameter; its shape is the sizes of its axes. fan_in: replaces the one of the axes (for a bias, that of its kernel).
 
     Raises InputError for a size below 1.
     """
@@ -61,36 +61,36 @@ def param(axes: str, sizes: Sizes, init: Init, rngs: nnx.Rngs, *, fan_in: int | 
     shape = tuple(extent(sizes, name) for name in parsed.names)
     if empty := next((name for name, size in zip(parsed.names, shape, strict=True) if size < 1), None):
         raise InputError(f"the axis {empty!r} of a parameter has size {sizes[empty]}: every size must be 1 or more")
-    read, written = (prod(shape[i] for i in parsed.where(side)) for side in ("read", "write"))
+    inputs, outputs = (prod(shape[i] for i in parsed.where(side)) for side in ("read", "write"))
     ragged = tuple((name, size) for name in parsed.names if isinstance(size := sizes[name], tuple))
-    return nnx.Param(init(rngs.params(), shape, fan_in or read, written), axes=str(parsed), ragged=ragged)
+    return nnx.Param(init(rngs.params(), shape, fan_in or inputs, outputs), axes=str(parsed), ragged=ragged)
 
 
 def extent(sizes: Sizes, name: str) -> int:
-    """The size of an axis in memory: of one that differs by layer the largest, and at least 1."""
+    """Returns the size of an axis in memory; of sizes that differ by layer, the largest, and at least 1."""
     size = sizes[name]
     return max(1, *size) if isinstance(size, tuple) else size
 
 
 class Dense(nnx.Module):
-    """A linear map over named axes: `x` is [..., *read], the result [..., *written], in the kernel's dtype.
+    """A linear map over named axes: [..., *inputs] -> [..., *outputs], in the kernel's dtype.
 
-    Pass `bias=None` for a map without bias; the default is zeros.
+    axes: "inputs -> outputs". bias: initialiser of the bias, zeros by default; None for no bias.
     """
 
     def __init__(self, axes: str, sizes: Sizes, *, rngs: nnx.Rngs, init: Init = uniform_fan_in, bias: Init | None = zeros):
         parsed = Axes.parse(axes)
-        read = [parsed.names[i] for i in parsed.where("read")]
-        written = [parsed.names[i] for i in parsed.where("write")]
-        self.rank = len(read)
+        inputs = [parsed.names[i] for i in parsed.where("read")]
+        outputs = [parsed.names[i] for i in parsed.where("write")]
+        self.rank = len(inputs)
         self.kernel = param(axes, sizes, init, rngs)
-        fan_in = prod(extent(sizes, name) for name in read)
-        self.bias = None if bias is None else param(f"-> {' '.join(written)}", sizes, bias, rngs, fan_in=fan_in)
+        fan_in = prod(extent(sizes, name) for name in inputs)
+        self.bias = None if bias is None else param(f"-> {' '.join(outputs)}", sizes, bias, rngs, fan_in=fan_in)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         lead = x.ndim - self.rank
         names = ascii_letters[: lead + kernel.ndim]  # of x's leading axes, then of the kernel's
-        read, written = names[: x.ndim], names[:lead] + names[x.ndim :]
-        y = product(f"{read},{names[lead:]}->{written}", x, kernel)
+        inputs, outputs = names[: x.ndim], names[:lead] + names[x.ndim :]
+        y = product(f"{inputs},{names[lead:]}->{outputs}", x, kernel)
         return y if self.bias is None else add(y, self.bias[...])

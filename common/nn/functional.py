@@ -1,4 +1,4 @@
-"""The bridge from Flax NNX to plain functions: a module describes a model once, everything else sees a flat dict.
+"""Turns Flax NNX modules into plain functions of a flat dict of parameters.
 
 model  = functional(Clip, cfg)
 params = model.init(jax.random.key(0))          # {"image/blocks/attn/query/kernel": Array, ...}
@@ -22,7 +22,7 @@ Params = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Functional:
-    """A model as functions of its parameters. `spec` says axes, shape and dtype of each."""
+    """A model as functions of its parameters. spec: axes, shape and dtype of each parameter."""
 
     spec: Spec
     _make: Callable[[jax.Array], nnx.Module]
@@ -30,7 +30,7 @@ class Functional:
     _tree: Any
 
     def init(self, key: jax.Array, paths: Iterable[str] | None = None, place: Mapping[str, jax.sharding.Sharding] | None = None) -> Params:
-        """Fresh parameters, those of `paths` alone if given: XLA leaves the rest out, and the values are the same bits."""
+        """Initialises parameters. paths: only these, with the same bits; XLA skips the rest. place: a sharding per path."""
         wanted = self.spec.keys() if paths is None else set(paths)
         if unknown := wanted - self.spec.keys():
             raise ValueError(f"unknown parameter {min(unknown)!r}{nearest(min(unknown), self.spec)}")
@@ -44,9 +44,9 @@ class Functional:
         return jax.jit(make, out_shardings=place and {p: place[p] for p in wanted})(key)
 
     def apply(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Call a method of the module on these parameters, arrays of JAX or NumPy (which no tracer could index).
+        """Calls a method of the module with these parameters, arrays of JAX or NumPy (converted, since a tracer cannot index NumPy arrays).
 
-        Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself would take any of them.
+        Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself accepts any of them.
         """
         if params.keys() != self.spec.keys():
             missing, unknown = self.spec.keys() - params.keys(), params.keys() - self.spec.keys()
@@ -59,8 +59,8 @@ class Functional:
         return getattr(module, method)(*args, **kwargs)
 
 
-def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
-    """Describe `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes (`heirloom.common.nn.dense.param`)."""
+def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:
+    """Describes `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes (`heirloom.common.nn.dense.param`)."""
 
     def make(key: jax.Array) -> nnx.Module:
         return module(cfg, rngs=nnx.Rngs(params=key))
@@ -71,8 +71,9 @@ def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
         "/".join(map(str, path)): _leaf(variable.get_metadata(), leaf)
         for (path, variable), (_, leaf) in zip(nnx.to_flat_state(state), leaves, strict=True)
     }
-    return Functional(spec, make, graph, tree)
+    return Functional(spec=spec, _make=make, _graph=graph, _tree=tree)
 
 
 def _leaf(metadata: Mapping[str, Any], value: Any) -> Leaf:
-    return Leaf(Axes.parse(metadata["axes"]), tuple(value.shape), value.dtype, dict(metadata.get("ragged", ())))
+    axes, ragged = Axes.parse(metadata["axes"]), dict(metadata.get("ragged", ()))
+    return Leaf(axes=axes, shape=tuple(value.shape), dtype=value.dtype, ragged=ragged)

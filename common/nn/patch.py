@@ -1,4 +1,4 @@
-"""Images to tokens."""
+"""Patch embedding: images to tokens."""
 
 import jax
 from flax import nnx
@@ -7,7 +7,7 @@ from heirloom.common.nn.dense import Dense, Init, Sizes
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches through one linear map: [batch, height, width, channel] -> [batch, token, embed], row-major."""
+    """Maps non-overlapping patches linearly to tokens: [batch, height, width, channel] -> [batch, token, embed], row-major."""
 
     def __init__(self, sizes: Sizes, *, init: Init, rngs: nnx.Rngs, bias: Init | None = None):
         self.patch = sizes["patch_row"]

@@ -1,8 +1,8 @@
 """Operations with parameters whose gradients are summed in float32, whatever the activations are computed in.
 
-A gradient of a parameter is a sum over rows, and rows are split over devices. Where a product is bfloat16, its transpose is, too: each
-device's part of the sum would be rounded to eight bits, and the devices would add rounded parts. Here the parts are float32, and so is
-the sum over the devices; the gradient of a bfloat16 kernel is rounded once, when it is complete.
+The gradient of a parameter is a sum over rows, and rows are split over devices. The transpose of a bfloat16 product is bfloat16 too:
+each device's part of the sum would be rounded to eight bits, and the devices would add rounded parts. Here the parts are float32, and so
+is the sum over the devices. The gradient of a bfloat16 kernel is rounded once, when the sum is complete.
 """
 
 from functools import partial
@@ -15,9 +15,9 @@ Saved = tuple[jax.Array, jax.Array]  # both operands, or their gradients
 
 
 def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum(equation, x, kernel)` in the kernel's dtype, to which `x` is cast. The equation names every axis, each once a side.
+    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype; `x` is cast to it. The equation names each axis once a side.
 
-    Differentiable in reverse only where the kernel is bfloat16.
+    With a bfloat16 kernel only reverse-mode differentiation works.
     """
     x = x.astype(kernel.dtype)
     return _product(equation, x, kernel) if _narrow(kernel) else jnp.einsum(equation, x, kernel)
@@ -34,17 +34,17 @@ def _product_forward(equation: str, x: jax.Array, kernel: jax.Array) -> tuple[ja
 
 def _product_backward(equation: str, saved: Saved, gradient: jax.Array) -> Saved:
     x, kernel = saved
-    inputs, written = equation.split("->")
-    read, weights = inputs.split(",")
-    by_kernel = jnp.einsum(f"{read},{written}->{weights}", x, gradient, preferred_element_type=jnp.float32)
-    return jnp.einsum(f"{written},{weights}->{read}", gradient, kernel), rounded(by_kernel, kernel)
+    inputs, outputs = equation.split("->")
+    inputs, weights = inputs.split(",")
+    by_kernel = jnp.einsum(f"{inputs},{outputs}->{weights}", x, gradient, preferred_element_type=jnp.float32)
+    return jnp.einsum(f"{outputs},{weights}->{inputs}", gradient, kernel), rounded(by_kernel, kernel)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
-    """Convolution of `x` [batch, row, col, in] with `kernel` [row, col, in, out], both sides alike, in the kernel's dtype."""
+    """Convolves `x` [batch, row, col, in] with `kernel` [row, col, in, out] in its dtype; stride and padding for both dimensions."""
     x = x.astype(kernel.dtype)
     return _convolve(stride, padding, x, kernel) if _narrow(kernel) else _conv(x, kernel, stride, padding)
 
@@ -76,7 +76,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def lookup(table: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
-    """`table[index]`, rows of a table [row, ...] by int indices of any shape."""
+    """Returns `table[index]`: rows of a table [row, ...] by int indices of any shape."""
     return _lookup(table, index) if _narrow(table) else table[index]
 
 
@@ -99,13 +99,15 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def add(x: jax.Array, parameter: jax.Array) -> jax.Array:
-    """`x + parameter`, which is broadcast against `x`, in the dtype of `x`."""
+    """Returns `x + parameter` in the dtype of `x`; the parameter is broadcast against `x`."""
     return (x + parameter.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 def widened(parameter: jax.Array) -> jax.Array:
-    """`parameter` in float32, or wider where it is. For one that is used several times (tiled, or at each turn of a scan): the gradients
-    of its uses add up in float32."""
+    """Returns a parameter in float32, or in its own dtype if that is wider.
+
+    For a parameter that is used several times (tiled, or in each step of a scan): the gradients of its uses add up in float32.
+    """
     return _widened(parameter) if _narrow(parameter) else parameter
 
 
@@ -118,10 +120,10 @@ _widened.defvjp(lambda parameter: (_widened(parameter), parameter), lambda param
 
 
 def rounded(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-    """A float32 gradient in the parameter's dtype, rounded after the sum over the devices.
+    """Rounds a float32 gradient to the parameter's dtype after the sum over the devices.
 
-    A compiler that sees a float32 sum whose only use is to be rounded may compute the sum itself in bfloat16 (XLA for TPUs does). It
-    must not change the type of what is looked at as bits.
+    A compiler may compute a float32 sum in bfloat16 if the sum is only used rounded (XLA for TPUs does). The bitcast prevents this: a
+    value that is used as bits must keep its type.
     """
     if not _narrow(parameter) or gradient.dtype != jnp.float32:  # float64 is added up as it is
         return gradient.astype(parameter.dtype)

@@ -1,1 +1,1 @@
-"""Inheritance as data: axes name dimensions, plans say which rows go where, grafts carry them out."""
+"""Inheritance of weights: axes name dimensions, plans map rows of a donor to rows of a student, grafts apply the plans."""

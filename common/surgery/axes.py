@@ -1,7 +1,7 @@
-"""Name every axis once: what each dimension of a parameter means, and from which side a layer touches it.
+"""Axes: the name of each dimension of a parameter, and how a layer uses it.
 
-`"layer embed -> head head_dim"` says: stacked along `layer`, reads `embed`, writes `head x head_dim`. Without an arrow
-the axes are carried (norm scales). Inheritance, sharding, weight decay, counting and initialisation all follow from here.
+`"layer embed -> head head_dim"` means: stacked along `layer`, reads `embed`, writes `head x head_dim`. Without an arrow
+the axes are carried (norm scales). Inheritance, sharding, weight decay, counting and initialisation read these names.
 """
 
 import re
@@ -29,18 +29,18 @@ class Axes:
     @classmethod
     @cache
     def parse(cls, text: str) -> "Axes":
-        """Read the notation. Raises ValueError on a name used twice on one side or a stacking axis that is not in front."""
+        """Parses the notation. Raises ValueError for a name used twice on one side, or a stacking axis that is not first."""
         left, arrow, right = text.partition("->")
         names = left.split() + right.split()
-        here: Side = "read" if arrow else "carry"
-        sides: list[Side] = [*[here] * len(left.split()), *["write"] * len(right.split())]  # type: ignore[list-item]
+        default: Side = "read" if arrow else "carry"
+        sides: list[Side] = [*[default] * len(left.split()), *["write"] * len(right.split())]  # type: ignore[list-item]
         for i, name in enumerate(names):
             if name in STACKING:
                 if i and sides[i - 1] != "stack":
                     raise ValueError(f"axes {text!r}: the stacking axis {name!r} must come first")
                 sides[i] = "stack"
         if len(set(zip(names, sides, strict=True))) != len(names):
-            raise ValueError(f"axes {text!r}: a name stands twice on one side")
+            raise ValueError(f"axes {text!r}: a name is used twice on one side")
         return cls(tuple(names), tuple(sides))
 
     def __str__(self) -> str:
@@ -49,11 +49,11 @@ class Axes:
         return f"{left} -> {right}".strip() if right or "read" in self.sides else left
 
     def where(self, *sides: Side) -> tuple[int, ...]:
-        """Positions of the dimensions on any of `sides`."""
+        """Returns the positions of the dimensions on any of `sides`."""
         return tuple(i for i, s in enumerate(self.sides) if s in sides)
 
     def stacked(self, name: str) -> "Axes":
-        """The same axes with a stacking axis in front."""
+        """Returns the same axes with a stacking axis in front."""
         return Axes((name, *self.names), ("stack", *self.sides))
 
 
@@ -61,7 +61,7 @@ class Axes:
 class Leaf:
     """One parameter of a model: its axes, shape and dtype.
 
-    `ragged` holds true sizes per layer where the array is zero-padded: `{"head": (3, 5, ...)}`.
+    ragged: true sizes per layer of an array that is zero-padded: `{"head": (3, 5, ...)}`.
     """
 
     axes: Axes
@@ -79,7 +79,7 @@ class Leaf:
 
     @property
     def count(self) -> int:
-        """True number of elements, padding left out."""
+        """Number of elements without padding."""
         if not self.ragged:
             return prod(self.shape)
         layers = self.shape[0]
@@ -87,17 +87,17 @@ class Leaf:
         return sum(prod(sizes[i] for sizes in rest) for i in range(layers))
 
     def filled(self) -> np.ndarray:
-        """Where a zero-padded array holds elements and not padding: bool, broadcasts over the array."""
-        out = np.ones((self.shape[0], *[1] * (len(self.shape) - 1)), bool)
+        """Returns the mask of elements that are not padding: bool, broadcasts over the array."""
+        mask = np.ones((self.shape[0], *[1] * (len(self.shape) - 1)), bool)
         for i, (name, size) in enumerate(zip(self.axes.names, self.shape, strict=True)):
             if name in self.ragged:
                 shape = [self.shape[0], *[1] * (len(self.shape) - 1)]
                 shape[i] = size
-                out = out & (np.arange(size) < np.array(self.ragged[name])[:, None]).reshape(shape)
-        return out
+                mask = mask & (np.arange(size) < np.array(self.ragged[name])[:, None]).reshape(shape)
+        return mask
 
     def in_layer(self, layer: int) -> tuple[int, ...]:
-        """The true shape in one layer of the stack, padding left out."""
+        """Returns the shape in one layer of the stack without padding."""
         return tuple(self.ragged[n][layer] if n in self.ragged else s for n, s in zip(self.axes.names[1:], self.shape[1:], strict=True))
 
     @property
@@ -105,7 +105,7 @@ class Leaf:
         return prod(self.shape) * self.dtype.itemsize
 
     def extent(self, *sides: Side) -> int:
-        """Product of the sizes on `sides`: `extent("read")` is the fan-in of a kernel."""
+        """Returns the product of the sizes on `sides`: `extent("read")` is the fan-in of a kernel."""
         return prod(self.shape[i] for i in self.axes.where(*sides))
 
     def __str__(self) -> str:
@@ -123,12 +123,12 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a glob matches a path: `*` stays inside one part, `**` crosses parts."""
+    """Returns whether a glob matches a path: `*` matches within one part, `**` across parts."""
     return _regex(pattern).fullmatch(path) is not None
 
 
 def select(pattern: str, paths: Iterable[str]) -> list[str]:
-    """The paths a glob matches. Raises InputError when there is none: a pattern without effect is a mistake."""
+    """Returns the paths that a glob matches. Raises InputError when there is none: a pattern without effect is a mistake."""
     paths = list(paths)
     found = [p for p in paths if matches(pattern, p)]
     if not found:
@@ -137,9 +137,9 @@ def select(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
-    """For each path the index of the first pattern that matches it: total, and no pattern idle.
+    """Returns for each path the index of the first pattern that matches it. Every path is covered and every pattern used.
 
-    Raises InputError naming the path no pattern covers, or the pattern that covers nothing.
+    Raises InputError naming a path without pattern, or a pattern that is not used.
     """
     paths = list(paths)
     matching = [set(select(pattern, paths)) for pattern in patterns]
@@ -152,5 +152,5 @@ def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
     for i, (pattern, matched) in enumerate(zip(patterns, matching, strict=True)):
         if i not in found.values():
             first = patterns[found[min(matched)]]
-            raise InputError(f"pattern {pattern!r} has nothing left: {first!r} comes first and takes {min(matched)}; put it behind")
+            raise InputError(f"pattern {pattern!r} has no effect: {first!r} comes first and covers {min(matched)}; put {first!r} after it")
     return found

@@ -1,4 +1,4 @@
-"""Graft: a resolved plan becomes the student's parameters, leaf by leaf, straight into each leaf's sharding."""
+"""Graft: applies a resolved plan; builds the student's parameters leaf by leaf in the sharding of each leaf."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
@@ -16,14 +16,14 @@ from heirloom.common.surgery.plan import Line, Plan, Resolution, Source, build
 Params = dict[str, jax.Array]
 Place = Mapping[str, Sharding]
 Init = Callable[..., Params]
-"""`init(paths, place)`: fresh values of the named parameters, as `partial(model.init, key)` gives them."""
+"""`init(paths, place)` returns fresh values of the named parameters, like `partial(model.init, key)`."""
 
 
 def graft(plan: Plan | Resolution, source: Source, spec: Spec, place: Place | None, init: Init) -> Params:
-    """The student's parameters: inherited where the plan says so, from `init` elsewhere.
+    """Builds the student's parameters: inherited where the plan says so, from `init` elsewhere.
 
-    place: a sharding per path (None: the default device). Each process reads only the slices its own devices hold;
-    host memory beyond the result stays near the largest leaf. Raises what `Plan.resolve` raises.
+    place: a sharding per path (None: the default device). Each process reads only the slices that its devices hold.
+    Host memory beyond the result stays near the size of the largest leaf. Raises what `Plan.resolve` raises.
     """
     resolution = plan.resolve(source, spec) if isinstance(plan, Plan) else plan
     place = place or dict.fromkeys(spec, SingleDeviceSharding(jax.local_devices()[0]))
@@ -40,12 +40,12 @@ def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
 
     def block(index: tuple[slice, ...] | None) -> np.ndarray:
         index = index or ()
-        # Called once per device, not once per slice: replicas share what was read.
+        # JAX calls this once per device, not once per slice: replicas share a block.
         key = tuple(s.indices(n) for s, n in zip(index, line.target.shape, strict=True))
         if key not in blocks:
-            # An aligned memory map would be aliased by a CPU array and change with the file: own the memory.
-            owned = isinstance(line.source, View)
-            blocks[key] = np.array(build(line, index), order="C", copy=None if owned else True)
+            # A CPU array would alias an aligned memory map and change with the file, so copy. Building from a view copies already.
+            copied = isinstance(line.source, View)
+            blocks[key] = np.array(build(line, index), order="C", copy=None if copied else True)
         return blocks[key]
 
     inherited = jax.make_array_from_callback(line.target.shape, sharding, block)
@@ -54,8 +54,8 @@ def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
     return jax.jit(partial(_merge, kept=_kept(line)), out_shardings=sharding)(inherited, fresh)
 
 
-def _kept(line: Line) -> Sequence[Any]:
-    """Per axis run, in the shape that broadcasts over the leaf, which rows have a source."""
+def _kept(line: Line) -> Sequence[np.ndarray]:
+    """Returns for each run of axes the mask of rows that have a source, in a shape that broadcasts over the leaf."""
     masks, position, rank = [], 0, len(line.target.shape)
     for run in line.runs:
         rows = run.rows((slice(None),) * len(run.names))

@@ -1,17 +1,17 @@
-"""Foreign checkpoints as views in our names: one table serves both directions.
+"""Layouts: foreign checkpoints as views under our names. One table serves reading and writing.
 
-A row names our leaf (or several, joined by ` + `, that share one tensor), the foreign key (`{layer}` stands for the
-layer's number), and, where it is not torch's order (written axes, then read axes), the foreign order of each part:
+A row has our leaf (or several, joined by ` + `, that share one tensor), the foreign key (`{layer}` is the layer's number), and,
+where it is not torch's order (written axes, then read axes), the foreign order of each part:
 
     ("image/blocks/attn/query/kernel", "vision_model.encoder.layers.{layer}.self_attn.q_proj.weight")
     ("image/cls_position + image/position", "...position_embedding.weight", "1 embed + (grid_row grid_col) embed")
     ("decoder/up/*/resnets/*/conv1/bias", "decoder.up_blocks.*.resnets.*.conv1.bias")
 
-Modules that are listed and not stacked have a `*` for each number: one row for all that the model has.
-A `{layer}` in the key of a leaf that is not stacked means that the file repeats it in every layer. Layers that have names instead
-of numbers are `{layer:base|slope}`. Leaves that share a tensor follow one another along the first dimension that is not 1 in all.
+Modules in a list that are not stacked have a `*` for each number: one row covers all of them.
+A `{layer}` in the key of a leaf that is not stacked means that the file repeats the tensor in every layer. Layers with names instead
+of numbers are `{layer:base|slope}`. Leaves that share a tensor are concatenated along the first dimension that is not 1 in all.
 
-Copying out of a view reads the file's pages, copying into it writes them: nothing is read before it is needed.
+Copying from a view reads pages of the file, copying to it writes them: nothing is read before it is needed.
 """
 
 import re
@@ -26,15 +26,15 @@ from heirloom.common.errors import InputError, nearest
 from heirloom.common.surgery.axes import Leaf, Spec, matches
 
 _LAYER = re.compile(r"\{layer(?::([^}]*))?\}")
-CLOSE = 1e-5  # of a constant: other libraries compute it in float32, and files may hold it rounded to less
+CLOSE = 1e-5  # tolerance for constants: other libraries compute them in float32, and files may hold them rounded further
 
 
 @dataclass(frozen=True, eq=False)
 class View:
     """One of our leaves as strided views of foreign tensors: a part per layer, or a single part.
 
-    copies: further places that hold the same; they are written, and not read. Parts of different sizes are a leaf that is zero-padded
-    in memory: the padding is added on reading and cut off on writing.
+    copies: further tensors with the same values; they are written, and not read. Parts of different sizes are a leaf that is zero-padded
+    in memory: reading adds the padding, writing cuts it off.
     """
 
     parts: tuple[np.ndarray, ...]
@@ -54,17 +54,17 @@ class View:
         return self.parts[0].dtype
 
     def layer(self, i: int) -> np.ndarray:
-        """One layer; a view of the file unless it is padded."""
+        """Returns one layer; a view of the file unless it is padded."""
         part = self.parts[i]
         return part if part.shape == self._padded else np.pad(part, [(0, n - m) for n, m in zip(self._padded, part.shape, strict=True)])
 
     def read(self, into: np.ndarray) -> None:
-        """Copy out, into an array or another file's memory map, without an intermediate."""
+        """Copies to an array or another file's memory map, without an intermediate array."""
         for i, target in enumerate(into if self.layered else [into]):
             np.copyto(target, self.layer(i) if self.layered else self.parts[0], casting="same_kind")
 
     def write(self, value: "View | np.ndarray") -> None:
-        """Copy in; from another view part by part, without an intermediate."""
+        """Copies from an array or a view; from a view part by part, without an intermediate array."""
         if isinstance(value, View):
             sources: Sequence[np.ndarray] = value.parts
         else:
@@ -103,7 +103,7 @@ class _Row:
         return cls(paths, row[1], orders)
 
     def numbered(self, spec: Spec) -> "Iterator[_Row]":
-        """The row itself, or one for each match of its stars, which stand for the same text throughout."""
+        """Yields the row itself, or one row for each match of its stars; a star matches the same text in every column."""
         if "*" not in self.paths[0]:
             yield self
             return
@@ -119,7 +119,7 @@ def _fill(text: str, stars: Sequence[str]) -> str:
 
 
 def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
-    """The foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a dimension of size 1."""
+    """Returns the foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a dimension of size 1."""
     names, sides = leaf.axes.names, leaf.axes.sides
     if leaf.layered:
         names, sides = names[1:], sides[1:]
@@ -148,9 +148,9 @@ def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
 class Layout:
     """The table between one model's leaves and one foreign format.
 
-    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are no parameters here and always hold
-    these values, such as fixed position tables: they may be left out of a file, and are written back in the dtype of the weights.
-    differs: what it means, and what to do, where tensors that a file repeats in every layer are not the same.
+    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are not parameters here and always have
+    these values, such as fixed position tables; a file may leave them out, and they are written in the dtype of the weights.
+    differs: for the error when tensors that a file repeats in every layer are not equal: what it means, and what to do.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Layout:
     differs: str = ""
 
     def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf], int]]:
-        """Every foreign key this layout speaks of, with its row, our leaves, and the layer it is of."""
+        """Yields every foreign key of this layout with its row, our leaves, and the number of its layer."""
         covered: set[str] = set()
         for row in (row for text in self.rows for row in _Row.parse(text).numbered(spec)):
             leaves = [spec[p] for p in row.paths if p in spec]
@@ -179,7 +179,7 @@ class Layout:
             raise ValueError(f"layout {self.name!r} has no row for {left[0]!r}")
 
     def foreign(self, spec: Spec) -> dict[str, Tensor]:
-        """The tensors a file of this format holds for a model of `spec`, constants included."""
+        """Returns the tensors that a file of this format has for a model of `spec`, constants included."""
         out = {}
         for row, key, leaves, layer in self._entries(spec):
             terms = [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
@@ -193,11 +193,11 @@ class Layout:
         return out | {key: Tensor(value.shape, only or value.dtype) for key, value in self.constant.items()}
 
     def keys(self, spec: Spec) -> dict[str, str]:
-        """The foreign key (with `{layer}` where there are several) each of our leaves lives under."""
+        """Returns the foreign key of each of our leaves, with `{layer}` where there are several."""
         return {path: row.key for row, *_ in self._entries(spec) for path in row.paths}
 
     def view(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> dict[str, View]:
-        """Our leaves as views of `tensors` (memory-mapped for laziness, writable to convert back).
+        """Returns our leaves as views of `tensors` (memory-mapped to read lazily, writable to convert to this format).
 
         Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
         """
@@ -217,10 +217,10 @@ class Layout:
         return {path: View(tuple(p), True) if spec[path].layered else View((p[0],), False, tuple(p[1:])) for path, p in parts.items()}
 
     def check_values(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> None:
-        """Raises InputError where a constant has other values than it must, or a repeated tensor is not the same in every layer."""
+        """Raises InputError where a constant has other values, or a repeated tensor is not equal in every layer."""
         for key, value in self.constant.items():
             if key in tensors and not agrees(tensors[key], value):
-                raise InputError(f"{where}: tensor {key!r} is fixed in {self.name} models, and here it has other values: is it one?")
+                raise InputError(f"{where}: tensor {key!r} is fixed in {self.name} models, but has other values here: is it one?")
         keys = self.keys(spec)
         for path, view in self.view(tensors, spec, where).items():
             if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
@@ -229,7 +229,7 @@ class Layout:
 
 
 def _joint(terms: list[list[list[int]]]) -> int:
-    """The dimension along which leaves that share a tensor follow one another."""
+    """Returns the dimension along which leaves that share a tensor are concatenated."""
     return next((i for i, groups in enumerate(zip(*terms, strict=False)) if any(groups)), 0)
 
 
@@ -238,7 +238,7 @@ def _layers(spec: Spec) -> int:
 
 
 def agrees(found: np.ndarray, value: np.ndarray) -> bool:
-    """Whether a tensor of a file is a constant, as exactly as its dtype can hold it."""
+    """Returns whether a tensor of a file equals a constant, as exactly as its dtype allows."""
     if found.shape != value.shape:
         return False
     floats = np.issubdtype(found.dtype, np.floating) or found.dtype == ml_dtypes.bfloat16
@@ -247,7 +247,7 @@ def agrees(found: np.ndarray, value: np.ndarray) -> bool:
 
 
 def own_tensors(spec: Spec) -> dict[str, Tensor]:
-    """What a file of ours holds: keys are our paths; of a leaf whose layers differ in size a tensor per layer, `path/{layer}`."""
+    """Returns the tensors of a file of ours by path; a leaf whose layers differ in size has a tensor per layer, `path/{layer}`."""
     out: dict[str, Tensor] = {}
     for path, leaf in spec.items():
         if leaf.ragged:
@@ -258,7 +258,7 @@ def own_tensors(spec: Spec) -> dict[str, Tensor]:
 
 
 def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict[str, View]:
-    """Leaves of a file of ours. Raises what `Layout.view` raises."""
+    """Returns the leaves of a file of ours as views. Raises what `Layout.view` raises."""
     _check(tensors, own_tensors(spec), "heirloom", (), where)
 
     def parts(path: str, leaf: Leaf) -> tuple[np.ndarray, ...]:
@@ -270,7 +270,7 @@ def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict
 
 
 def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str) -> None:
-    """Every tensor there, no other, all of the right shape; `ignore` globs keys that may be there or not."""
+    """Raises InputError for a missing or unexpected tensor or one of another shape. ignore: globs of keys that are optional."""
     optional = {key for key in {*tensors, *expected} if any(matches(p, key) for p in ignore)}
     if missing := expected.keys() - tensors.keys() - optional:
         key = min(missing)
@@ -284,7 +284,7 @@ def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], na
 
 
 def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor with as many ones at the end as `shape` has: a 1x1 convolution is a linear map, and files hold either."""
+    """Reshapes a tensor to `shape` if only trailing ones differ: a file may have a 1x1 convolution for a linear map."""
     rank = min(tensor.ndim, len(shape))
     return tensor.reshape(shape) if tensor.shape[:rank] == shape[:rank] and tensor.size == prod(shape) else tensor
 
@@ -299,7 +299,7 @@ def _foreign_shape(leaf: Leaf, terms: list[list[int]], layer: int) -> tuple[int,
 
 
 def _as_ours(tensor: np.ndarray, leaf: Leaf, terms: list[list[int]], layer: int) -> np.ndarray:
-    """Split the grouped dimensions and bring them into our order: strides only, no copy."""
+    """Splits the grouped dimensions and transposes them to our order: strides only, no copy."""
     sizes, order = _inner(leaf, layer), [i for term in terms for i in term]
     split = tensor.reshape([sizes[i] for i in order])
     if tensor.size and not np.may_share_memory(split, tensor):

@@ -1,23 +1,26 @@
-"""Maps: how the rows of a student's axis come from the rows of the donor's.
+"""Maps: how the rows of a student's axis are computed from the rows of the donor's.
 
-Every rule of the four papers is one of these per named axis: picking rows (with repetition, or scaled), or a matrix.
+Each rule of the four papers is one map per named axis: picked rows (also repeated or scaled), or a matrix.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
+import jax
 import numpy as np
 
 from heirloom.common.surgery.axes import Side
 
+Array = np.ndarray | jax.Array
+
 
 @dataclass(frozen=True, eq=False)
 class Pick:
-    """Target row i is source row `rows[i]`, times `scale[i]`. Row -1 has no source and stays fresh."""
+    """Target row i is source row `rows[i]` times `scale[i]`. Row -1 has no source: the target row is fresh."""
 
     rows: np.ndarray
-    scale: Any = None
+    scale: Array | None = None
 
     @property
     def fraction(self) -> float:
@@ -39,7 +42,7 @@ class Pick:
 class Matrix:
     """Target rows are linear combinations of source rows: `values` is [target, source], f32, and may be a tracer."""
 
-    values: Any
+    values: Array
     fraction: float = 1.0
 
     def __str__(self) -> str:
@@ -48,19 +51,20 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Sided:
-    """Another map for each side of a leaf that an axis stands on."""
+    """A map for each side of an axis: carried, read or written."""
 
     carry: "AxisMap"
     read: "AxisMap"
     write: "AxisMap"
 
     def on(self, side: Side) -> "AxisMap":
+        """Returns the map of a side."""
         return {"read": self.read, "write": self.write}.get(side, self.carry)
 
 
 @dataclass(frozen=True, eq=False)
 class PerLayer:
-    """Another map in each layer of the target; all have the same length, padded with rows of scale 0."""
+    """A map for each layer of the target. All have the same length, padded with rows of scale 0."""
 
     maps: tuple["Pick | Matrix", ...]
 
@@ -83,52 +87,52 @@ AxisMap = Pick | Matrix | Sided | PerLayer
 FRESH: Final = Fresh()
 
 
-def pick(rows: Sequence[int] | np.ndarray, scale: Any = None) -> Pick:
-    """Rows by index, repeated or reordered at will; -1 is a fresh row, scale 0 a row of zeros."""
+def pick(rows: Sequence[int] | np.ndarray, scale: Array | None = None) -> Pick:
+    """Picks rows by index, in any order and repeated. -1 is a fresh row; scale 0 a row of zeros."""
     return Pick(np.asarray(rows, np.int64), scale)
 
 
 def first(n: int) -> Pick:
-    """The leading n rows (TinyCLIP's width rule)."""
+    """Picks the first n rows (TinyCLIP's width rule)."""
     return pick(range(n))
 
 
 def every(source: int, target: int) -> Pick:
-    """`target` rows at steps of `source // target` from the front (TinyCLIP's depth rule: 12 -> 9 is the first nine)."""
+    """Picks `target` rows from the front in steps of `source // target` (TinyCLIP's depth rule: 12 -> 9 is the first nine)."""
     if not 0 < target <= source:
         raise ValueError(f"every: {target} of {source} rows cannot be picked")
     return pick(range(0, source // target * target, source // target))
 
 
 def even(source: int, target: int) -> Pick:
-    """`target` rows spread evenly from the first to the last of `source`."""
+    """Picks `target` rows spread evenly from the first to the last of `source`."""
     if not 0 < target <= source:
         raise ValueError(f"even: {target} of {source} rows cannot be picked")
     return pick(np.round(np.linspace(0, source - 1, target)).astype(int))
 
 
 def pad(n: int, to: int) -> Pick:
-    """The leading n rows, then fresh ones up to `to`."""
+    """Picks the first n rows, then fresh rows up to `to` rows."""
     return pick([*range(n), *[-1] * (to - n)])
 
 
-def matrix(values: Any) -> Matrix:
-    """A linear map [target, source]; gradients flow into it under `apply`."""
+def matrix(values: Array) -> Matrix:
+    """Makes a linear map from values [target, source]; gradients flow into it under `apply`."""
     return Matrix(values)
 
 
 def sided(carry: AxisMap, read: AxisMap | None = None, write: AxisMap | None = None) -> Sided:
-    """`carry`, and what differs from it on the side a leaf reads or writes."""
+    """Makes a map for each side; `read` and `write` are `carry` unless given."""
     return Sided(carry, read or carry, write or carry)
 
 
-def scaled(map: Pick, scale: Any) -> Pick:
-    """The same rows, multiplied by `scale`."""
+def scaled(map: Pick, scale: Array) -> Pick:
+    """Returns the same rows, multiplied by `scale` [target]."""
     return replace(map, scale=scale)
 
 
 def resize(source: int, target: int) -> Matrix:
-    """Bicubic resampling of one grid axis, as torch does it (a = -0.75, half-pixel centres, edges clamped, no antialiasing)."""
+    """Resamples one grid axis bicubically like torch (a = -0.75, half-pixel centres, edges clamped, no antialiasing)."""
     a = -0.75
     values = np.zeros((target, source), np.float32)
     for i in range(target):

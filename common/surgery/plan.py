@@ -1,4 +1,4 @@
-"""Plans: from path patterns and axis maps to one line per student leaf, and from a line to its numbers."""
+"""Plans: path patterns and axis maps. A plan resolves to one line per leaf of the student, and a line is built to an array."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ import numpy as np
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.surgery.axes import Leaf, Side, Spec, assign
 from heirloom.common.surgery.layout import View
-from heirloom.common.surgery.maps import FRESH, AxisMap, Fresh, Matrix, PerLayer, Pick, Sided
+from heirloom.common.surgery.maps import FRESH, Array, AxisMap, Fresh, Matrix, PerLayer, Pick, Sided
 
 Maps = Mapping[str, AxisMap]
 Index = tuple[slice, ...]
@@ -20,7 +20,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """A donor: its parameters by path (arrays, views of a file, or tracers), their spec, and where each was read from."""
+    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and the origin of each, for reports."""
 
     spec: Spec
     values: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Adjacent axes of one leaf under one map; `map` None is the identity on a single axis."""
+    """Adjacent axes of one leaf under one map. map: None for the identity on a single axis. target, source: their sizes."""
 
     names: tuple[str, ...]
     target: tuple[int, ...]
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def sourced(self) -> bool:
-        """Whether every target row has a source row."""
+        """Returns whether every target row has a source row."""
         inner = self.map.maps if isinstance(self.map, PerLayer) else (self.map,)
         return not any(isinstance(map, Pick) and (map.rows < 0).any() for map in inner)
 
@@ -46,19 +46,19 @@ class Run:
         return replace(self, map=self.map.maps[layer]) if isinstance(self.map, PerLayer) else self
 
     def rows(self, index: Index) -> np.ndarray:
-        """Source rows of the target block `index`, flattened over the run's axes."""
+        """Returns the source rows of the target block `index`, flattened over the run's axes."""
         rows = self.map.rows if isinstance(self.map, Pick) else np.arange(prod(self.target))
         return rows.reshape(self.target)[index].ravel()
 
-    def block(self, values: Any, index: Index) -> Any:
-        """The entries of a per-row vector or matrix that belong to the target block `index`."""
+    def block(self, values: Array, index: Index) -> Array:
+        """Returns the entries of a vector or matrix [target, ...] that belong to the target block `index`."""
         tail = values.shape[1:]
         return values.reshape(self.target + tail)[index].reshape((-1, *tail))
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One student leaf: what it inherits and how. `source` is None for a fresh leaf."""
+    """What one leaf of the student inherits and how. source: None for a fresh leaf. rule: the pattern. fraction: share inherited."""
 
     path: str
     target: Leaf
@@ -70,11 +70,11 @@ class Line:
 
     @property
     def complete(self) -> bool:
-        """Whether every element has a source (a row scaled to zero has one)."""
+        """Returns whether every element has a source (a row scaled to zero has one)."""
         return self.source is not None and all(run.sourced for run in self.runs)
 
     def maps(self) -> str:
-        """The maps in words, for the report: `layer: rows 0 2 4, embed: first 512`."""
+        """Describes the maps for the report: `layer: rows 0 2 4, embed: first 512`."""
         if self.source is None:
             return "fresh"
         return ", ".join(f"{' '.join(run.names)}: {run.map}" for run in self.runs if run.map is not None) or "copy"
@@ -82,28 +82,28 @@ class Line:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A plan applied to a donor and a student: one line per student leaf, and the donor's leaves nobody asked for."""
+    """A plan for one donor and one student: a line per leaf of the student, and the leaves of the donor that are not used."""
 
     lines: tuple[Line, ...]
     unused: tuple[str, ...]
 
     @property
     def fraction(self) -> float:
-        """Share of the student's elements that come from the donor."""
+        """Share of the student's elements that are inherited."""
         return sum(line.fraction * line.target.count for line in self.lines) / sum(line.target.count for line in self.lines)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rules `(path pattern, {axis or "adjacent axes": map} | FRESH)`; the first pattern that matches a leaf decides."""
+    """Rules `(path pattern, {axis or "adjacent axes": map} | FRESH)`; a leaf uses the first pattern that matches."""
 
     rules: Sequence[tuple[str, Maps | Fresh]]
 
     def resolve(self, source: Source, spec: Spec) -> Resolution:
-        """One line per leaf of `spec`.
+        """Returns one line per leaf of `spec`, the student's.
 
         Raises InputError, naming the leaf and the nearest candidate, for a leaf without rule or source, a rule that matches
-        nothing or names an axis none of its leaves has, and sizes that no map reconciles.
+        nothing or has an axis that none of its leaves has, and sizes that do not agree.
         """
         rule_of = assign([pattern for pattern, _ in self.rules], spec)
         idle = {(i, key) for i, (_, maps) in enumerate(self.rules) if not isinstance(maps, Fresh) for key in maps}
@@ -111,7 +111,7 @@ class Plan:
         for path, leaf in spec.items():
             pattern, maps = self.rules[rule_of[path]]
             if isinstance(maps, Fresh):
-                lines.append(Line(path, leaf, None, pattern, (), 0.0))
+                lines.append(Line(path=path, target=leaf, source=None, rule=pattern, runs=(), fraction=0.0))
                 continue
             donor = source.spec.get(path)
             if donor is None:
@@ -121,10 +121,11 @@ class Plan:
                 raise InputError(f"{path}: axes are '{donor.axes}' in the donor and '{leaf.axes}' here")
             runs = tuple(_runs(path, leaf, donor, pattern, maps))
             idle -= {(rule_of[path], " ".join(run.names)) for run in runs if run.map is not None}
-            # Maps speak of rows in memory; where layers differ in size, padding is no part of what there is to inherit.
+            # A map counts rows in memory. Where layers differ in size, padding does not count as inherited.
             padded = prod(leaf.shape) / leaf.count if leaf.count else 1.0
             fraction = min(1.0, padded * prod(run.map.fraction for run in runs if run.map is not None))
-            lines.append(Line(path, leaf, source.values[path], pattern, runs, fraction, source.origin.get(path, path)))
+            origin, values = source.origin.get(path, path), source.values[path]
+            lines.append(Line(path=path, target=leaf, source=values, rule=pattern, runs=runs, fraction=fraction, origin=origin))
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
             raise InputError(f"rule {self.rules[i][0]!r} maps the axis {key!r}, which none of its parameters has{nearest(key, axes)}")
@@ -133,9 +134,9 @@ class Plan:
 
 
 def _runs(path: str, leaf: Leaf, donor: Leaf, pattern: str, maps: Maps) -> list[Run]:
-    """Cut the axes of a leaf into runs, each under its map, and check that the sizes agree."""
+    """Splits the axes of a leaf into runs with one map each, and checks that the sizes agree."""
     names, sides = leaf.axes.names, leaf.axes.sides
-    joint: dict[int, str] = {}  # by the position of each axis
+    joint: dict[int, str] = {}  # key of several axes by the position of each
     for key in maps:
         axes = tuple(key.split())
         for i in range(len(names) - len(axes) + 1 if len(axes) > 1 else 0):
@@ -147,7 +148,8 @@ def _runs(path: str, leaf: Leaf, donor: Leaf, pattern: str, maps: Maps) -> list[
     while i < len(names):
         key = joint.get(i, names[i])
         stop = i + len(key.split())
-        run = Run(names[i:stop], leaf.shape[i:stop], donor.shape[i:stop], _on_side(maps.get(key), sides[i]))
+        map = _on_side(maps.get(key), sides[i])
+        run = Run(names=names[i:stop], target=leaf.shape[i:stop], source=donor.shape[i:stop], map=map)
         _check(path, run, leaf, pattern)
         runs.append(run)
         i = stop
@@ -172,7 +174,7 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
     if isinstance(run.map, PerLayer) and not run.sourced:
         raise InputError(f"{path}: a map per layer leaves rows of axis {name!r} fresh; give them a source and scale 0")
     if isinstance(run.map, PerLayer) and (not leaf.layered or len(run.map.maps) != leaf.shape[0]):
-        raise InputError(f"{path}: the map of axis {name!r} speaks of {len(run.map.maps)} layers, the parameter is '{leaf}'")
+        raise InputError(f"{path}: the map of axis {name!r} is for {len(run.map.maps)} layers, the parameter is '{leaf}'")
     for map in run.map.maps if isinstance(run.map, PerLayer) else (run.map,):
         if isinstance(map, Pick):
             if len(map.rows) != target:
@@ -186,13 +188,13 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
             raise InputError(f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}")
 
 
-def build(line: Line, index: Index | None = None) -> Any:
-    """One block of one inherited leaf, in the leaf's dtype: the same code on numpy views of a file and on tracers.
+def build(line: Line, index: Index | None = None) -> Array:
+    """Builds one block of one inherited leaf in the leaf's dtype, from numpy views of a file or from tracers.
 
-    index: a slice per axis of the target (None: all of it). Rows without source come out as zeros.
+    index: a slice per axis of the target (None: all of it). Rows without source are zeros.
     """
     if line.source is None:
-        raise ValueError(f"{line.path} is fresh: there is nothing to build it from")
+        raise ValueError(f"{line.path} is fresh: it has no source to build it from")
     index = tuple(slice(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True))
     block = _build(line.source, line.runs, index)
     return block if block.dtype == line.target.dtype else block.astype(line.target.dtype)
@@ -232,22 +234,22 @@ def _build(source: Any, runs: Sequence[Run], index: Index) -> Any:
 
 
 def _build_layers(source: Any, runs: Sequence[Run], blocks: Sequence[Index]) -> Any:
-    """Layer by layer, for maps that differ from layer to layer."""
+    """Builds layer by layer, for maps that differ between layers."""
     layer, inner = runs[0], runs[1:]
     if layer.names != ("layer",) or isinstance(layer.map, (Matrix, PerLayer)):
-        raise ValueError("maps per layer go with layers that are picked")
+        raise ValueError("maps per layer need layers that are picked")
     if layer.map is not None and (layer.map.scale is not None or (layer.map.rows < 0).any()):
-        raise ValueError("maps per layer go with layers that are neither scaled nor fresh")
+        raise ValueError("maps per layer need layers that are neither scaled nor fresh")
     index = tuple(s for block in blocks[1:] for s in block)
     targets = range(layer.target[0])[blocks[0][0]]
-    read = source.layer if isinstance(source, View) else source.__getitem__
+    layer_of = source.layer if isinstance(source, View) else source.__getitem__
     rows = layer.rows(blocks[0])
-    parts = [_build(read(r), [run.in_layer(t) for run in inner], index) for t, r in zip(targets, rows, strict=True)]
+    parts = [_build(layer_of(r), [run.in_layer(t) for run in inner], index) for t, r in zip(targets, rows, strict=True)]
     return _numpy_of(*parts).stack(parts)
 
 
 def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
-    """Evenly rising rows as a slice: a view instead of a gather."""
+    """Returns evenly rising rows as a slice, which gives a view instead of a gather; other rows unchanged."""
     step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
     if len(rows) and step > 0 and (np.diff(rows) == step).all():
         return slice(int(rows[0]), int(rows[-1]) + 1, step)
@@ -255,7 +257,7 @@ def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
 
 
 def _gather(source: Any, shape: Sequence[int], selectors: Sequence[slice | np.ndarray]) -> Any:
-    """Select along every (merged) axis; of a view only the layers and pages that are asked for, into memory of our own."""
+    """Selects along every (merged) axis. Of a view it reads only the layers and pages it needs, into new memory."""
     if isinstance(source, View):
         if not source.layered:
             return np.array(_gather(source.parts[0], shape, selectors))
@@ -274,19 +276,19 @@ def _gather(source: Any, shape: Sequence[int], selectors: Sequence[slice | np.nd
 
 
 def _numpy_of(*arrays: Any) -> Any:
-    """numpy for host memory, jax.numpy as soon as one array is traced or on a device."""
+    """Returns numpy for arrays in host memory, jax.numpy when one is traced or on a device."""
     return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
 
 
 def apply(plan: Plan, source: Source, spec: Spec) -> dict[str, Any]:
-    """The student's parameters as a traced function of the donor's: gradients flow into donor and matrices.
+    """Computes the student's parameters as a traceable function of the donor's: gradients flow into donor and matrices.
 
-    Weight sharing is this inside a loss. Raises InputError when the plan leaves anything fresh: that needs `graft`.
+    Inside a loss this is weight sharing. Raises InputError when the plan leaves anything fresh: that needs `graft`.
     """
     lines = plan.resolve(source, spec).lines
     for line in lines:
         if not line.complete:
-            raise InputError(f"{line.path}: the rule {line.rule!r} leaves rows fresh; only graft, which has an initialiser, can do that")
+            raise InputError(f"{line.path}: the rule {line.rule!r} leaves rows fresh, which needs an initialiser; use graft")
     return {line.path: build(line) for line in lines}
 
 

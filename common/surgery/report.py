@@ -1,22 +1,25 @@
-"""Counting and telling: parameters and MACs from axes, provenance of an inheritance as a table and as data."""
+"""Counts parameters and MACs from axes; reports the provenance of inherited weights as a table and as data."""
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heirloom.common.surgery.axes import Leaf, Spec, assign, select
 from heirloom.common.surgery.plan import Resolution
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def count(spec: Spec, pattern: str) -> int:
-    """Parameters (true elements, padding left out) of the leaves a glob matches. Raises InputError when there are none."""
+    """Counts parameters (elements without padding) of the leaves that a glob matches. Raises InputError when there are none."""
     return sum(spec[path].count for path in select(pattern, spec))
 
 
 def kernel_macs(spec: Spec, uses: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """Multiply-accumulates of each matmul: elements times the positions it is applied to.
+    """Counts multiply-accumulates of each matmul: elements times the positions it is applied to.
 
-    uses: (path glob, positions), first match wins, every `kernel` covered. Lookups (`table`) and position tables cost none.
+    uses: (path glob, positions); the first match counts, every `kernel` needs one. Lookups (`table`) and position tables cost none.
     """
     kernels = [path for path in spec if path.rsplit("/", 1)[-1] == "kernel"]
     rule = assign([pattern for pattern, _ in uses], kernels)
@@ -24,12 +27,12 @@ def kernel_macs(spec: Spec, uses: Sequence[tuple[str, int]]) -> dict[str, int]:
 
 
 def attention_macs(query: Leaf, tokens: int) -> int:
-    """Multiply-accumulates of softmax attention's scores and values, all layers; causal attention counts in full."""
+    """Counts multiply-accumulates of softmax attention's scores and values in all layers; causal attention counts in full."""
     return 2 * tokens**2 * query.count // prod(query.shape[i] for i in query.axes.where("read"))
 
 
 def provenance(resolution: Resolution) -> dict[str, Any]:
-    """What `provenance.json` holds: per leaf the source, the maps and the fraction inherited; the donor's unused leaves."""
+    """Returns the content of `provenance.json`: source, maps and inherited fraction of each leaf, and the donor's unused leaves."""
     leaves = {
         line.path: {"source": line.origin or None, "maps": line.maps(), "rule": line.rule, "fraction": round(line.fraction, 6)}
         for line in resolution.lines
@@ -37,8 +40,8 @@ def provenance(resolution: Resolution) -> dict[str, Any]:
     return {"fraction": round(resolution.fraction, 6), "parameters": leaves, "unused": list(resolution.unused)}
 
 
-def table(spec: Spec, provenance: dict[str, Any] | None = None) -> Any:
-    """A rich table of the leaves: axes with sizes, count, and, where known, what each inherited."""
+def table(spec: Spec, provenance: dict[str, Any] | None = None) -> "Table":
+    """Makes a rich table of the leaves: axes with sizes, count, and, with provenance, what each inherited."""
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False)

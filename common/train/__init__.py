@@ -1,1 +1,1 @@
-"""Mesh, state, step and loop: what every trainer shares."""
+"""Mesh, state, step and loop, shared by all trainers."""

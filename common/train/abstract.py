@@ -1,4 +1,4 @@
-"""A train step without arrays, for the ahead-of-time compiler."""
+"""A train step with shapes in place of arrays, for the ahead-of-time compiler."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from heirloom.common.train.step import Params, Step
 
 @dataclass(frozen=True)
 class Abstract:
-    """A train step and what it is called with, as `jax.ShapeDtypeStruct`s in their shardings. flops: of one step, all devices."""
+    """A train step and its arguments as `jax.ShapeDtypeStruct`s with shardings. flops: of one step on all devices together."""
 
     step: Step
     state: State
@@ -27,13 +27,13 @@ class Abstract:
 
 
 def abstract_params(spec: Spec, mesh: Mesh) -> Params:
-    """The parameters of a model as shapes in their shardings."""
+    """Returns the parameters of a model as shapes with shardings."""
     layout = shardings(spec, mesh)
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[path]) for path, leaf in spec.items()}
 
 
 def abstract_batch(mesh: Mesh, shapes: Shapes) -> dict[str, Any]:
-    """The columns of a batch as shapes whose rows are split. Raises InputError where they do not divide."""
+    """Returns the columns of a batch as shapes with split rows. Raises InputError where the mesh does not divide the rows."""
     shards = prod(mesh.shape[axis] for axis in ROWS)
     if uneven := next((shape[0] for shape, _ in shapes.values() if shape[0] % shards), None):
         raise InputError(f"a batch of {uneven} cannot be divided into {shards} parts (mesh data x fsdp): change --pipeline.batch")

@@ -1,4 +1,4 @@
-"""A run: one folder, one loop. Killed at any step and started again it goes on as if nothing had happened."""
+"""A run: one folder and the training loop. A run that was killed at any step resumes with the same results."""
 
 import contextlib
 import json
@@ -28,13 +28,13 @@ from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
-# Where a run computes, not what: a resume may change these. On another mesh it goes on from the same state, equal to rounding.
+# Fields that a resume may change: they do not change what is computed. On another mesh the results are equal up to rounding.
 FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """Steps between two lines of metrics, two checkpoints, two evaluations."""
+    """Steps between two lines of metrics, two checkpoints and two evaluations."""
 
     log: int = 50
     save: int = 1000
@@ -42,7 +42,7 @@ class Cadence:
 
 
 class Data(Protocol):
-    """Batches already on the devices. `state` is where the last batch handed out stands, whatever was prefetched since."""
+    """An iterator of batches on the devices. state(): the position after the last batch returned, without those prefetched."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -56,32 +56,31 @@ class Run:
     directory: Path
     config: dict[str, Any]
     resumed: dict[str, Any] = field(default_factory=dict)
-    """The JSON saved beside the restored state: the position in the data and the open metrics window."""
+    """The JSON saved with the restored state: the position in the data and the open metrics window."""
 
     @classmethod
     def open(cls, directory: Path | str, config: Mapping[str, Any]) -> "Run":
-        """Create the folder, or come back to it. Touches no device, so it may come before `start`.
+        """Creates or reopens the folder. Uses no device, so it may be called before `start`.
 
-        Raises InputError when the folder holds a run begun with another config, with the difference field by field, and when it
-        cannot be written.
+        Raises InputError when the folder has a run with another config, with the differing fields, and when it cannot be written.
         """
         local(Path(directory))
         directory = Path(directory).absolute()
         file, text = directory / "config.json", json.dumps(config, indent=2)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            begun = (directory / METRICS).exists()  # a config that did not get as far may be mended
+            begun = (directory / METRICS).exists()  # before that the config may still change
             lines = difference(read_json(file), json.loads(text)) if begun else []
             lines = [line for line in lines if not FREE.match(line)]
             if lines:
                 changed = "; ".join(map(str.strip, lines))
                 raise InputError(f"{directory} was started with another config; take a new folder, or set it back: {changed}")
-            # every process of a job writes the same bytes, so it does not matter which is last
+            # every process of a job writes the same bytes, so their order does not matter
             part = file.with_name(f"config.json.{os.getpid()}.part")
             part.write_text(text)
             part.replace(file)
         except OSError as error:
-            raise InputError(f"{directory}: cannot hold a run ({error.strerror})") from error
+            raise InputError(f"{directory}: cannot write a run here ({error.strerror}); choose another folder") from error
         return cls(directory, json.loads(text))
 
     @cached_property
@@ -90,17 +89,17 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """Where `on_finish` puts the weights, under this name only when they are complete."""
+        """The weights folder that `on_finish` writes; it gets this name when it is complete."""
         return self.directory / "model"
 
     def finished(self, total: int) -> bool:
-        """Whether all `total` steps are taken and the model is written."""
+        """Returns whether all `total` steps are done and the model is written."""
         return self.model.exists() and self.checkpoints.latest() == total
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
-        """The last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or a new one.
+        """Restores the last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or makes a new one.
 
-        after: states up to this step are of an earlier phase of the run, and have other shapes.
+        after: states up to this step belong to an earlier phase of the run and have other shapes.
         """
         step = self.checkpoints.latest()
         if step is None or step <= after:
@@ -123,20 +122,20 @@ class Run:
         flops_per_example: float | None = None,
         writers: Sequence[Writer] = (),
     ) -> State:
-        """Train up to step `total` and return the last state; a state already there only runs `on_finish`.
+        """Trains up to step `total` and returns the last state; with a state of step `total` it only calls `on_finish`.
 
-        state: from `restore_or`, or new. Every `cadence.log` steps a line is written with the means since the last one;
-        every `cadence.eval` and at the end, `evaluate(state)` joins it as `eval/*`. Metrics are read one step late, so
-        that the devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a job calls
-        both functions; only the first writes lines.
+        state: from `restore_or`, or new. Every `cadence.log` steps it writes a line with the means since the last line; every
+        `cadence.eval` steps and at the end, the line has `evaluate(state)` as `eval/*`. Metrics are read one step late, so that the
+        devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a job calls both functions;
+        only the first writes lines.
 
-        On SIGTERM, Ctrl-C or a preemption notice the step is finished, the state saved, and `Stopped` raised: the command then exits
-        with 75, which tells a scheduler to run it again; 0 means finished.
+        On SIGTERM, Ctrl-C or a preemption notice it finishes the step, saves the state, and raises `Stopped`. The command then exits
+        with 75, so that a scheduler runs it again; 0 means finished.
         Raises InputError after `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, and when the disk or
-        the data fail; the last good state stays on disk, for no state is saved within such a row.
+        the data fail. The last good state stays on disk: no state is saved during such steps.
         """
         first, start = jax.process_index() == 0, int(state.step)
-        resumed, self.resumed = self.resumed, {}  # once: a run of two phases calls this twice
+        resumed, self.resumed = self.resumed, {}  # used once: a run of two phases calls fit twice
         if resumed:
             data.restore(resumed["data"])
         file = MetricsFile(self.directory / METRICS) if first else None
@@ -148,12 +147,20 @@ class Run:
         stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
-            recorder = Recorder(cadence.log, file, progress, clock, window, writers, skipped=int(state.skipped))
+            recorder = Recorder(
+                log_every=cadence.log,
+                file=file,
+                progress=progress,
+                clock=clock,
+                window=window,
+                writers=writers,
+                skipped=int(state.skipped),
+            )
             for n in range(start + 1, total + 1):
                 with clock.waiting():
                     batch = next(data, None)
                 if batch is None:
-                    raise InputError(f"the data ended after {n - 1} of {total} steps: they must repeat without end")
+                    raise InputError(f"the data ended after {n - 1} of {total} steps; a training needs batches without end")
                 state, metrics = step(state, batch)
                 recorder.push(n, metrics)
 
@@ -179,13 +186,13 @@ class Run:
                     raise Stopped(f"stopped at step {n:,} of {total:,}; the same command continues")
         if on_finish is not None:
             on_finish(state)
-        if stops:  # asked for in the last step: what may follow, a phase or a stage, is for the same command again
+        if stops:  # requested in the last step: the same command runs a phase or stage that may follow
             raise Stopped(f"stopped after the last step, {total:,}; the same command continues")
         return state
 
     @contextlib.contextmanager
     def _saved(self) -> Iterator[None]:
-        """However the block ends, a save under way is brought to its end."""
+        """Completes a pending save however the block ends."""
         try:
             yield
         finally:
@@ -197,14 +204,14 @@ class Run:
         kept = f"the last good state is {self.checkpoints.directory / str(good)}" if good is not None else "no state was saved before that"
         return (
             f"step {step}: loss or gradient were not finite for {skipped} steps in a row, since step {step - skipped + 1}; {kept}. "
-            "Lower optim.lr or optim.clip in a new run, or look at the data"
+            "Lower optim.lr or optim.clip in a new run, or check the data"
         )
 
 
 def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
-    """The scores of an evaluation. Raises InputError when one is not finite: the parameters of every step are, so the data are not."""
+    """Returns the scores. Raises InputError when one is not finite: skipped steps keep the parameters finite, so it is the data."""
     if name := next((name for name, value in scores.items() if not math.isfinite(value)), None):
-        why = "look at the held-out data, or lower optim.lr in a new run"
+        why = "check the held-out data, or lower optim.lr in a new run"
         raise InputError(f"step {step}: eval/{name} is {scores[name]}, though all parameters are finite; {why}")
     return scores
 
@@ -218,9 +225,9 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python delivers signals to the main thread only, whoever runs that hears them
+            return self  # only the main thread may set signal handlers
         if jax.process_count() > 1:
-            # JAX hears SIGTERM itself and lets all hosts agree on a step; Ctrl-C on one host joins that way
+            # JAX handles SIGTERM and lets all hosts agree on a step, so Ctrl-C on one host becomes SIGTERM
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         else:
             self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -231,7 +238,7 @@ class Stop:
             signal.signal(number, handler)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`, the same answer in every process. To be asked once a step."""
+        """Returns whether to stop after `step`, the same in every process. Call it once a step."""
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -239,8 +246,8 @@ class Stop:
         signal.signal(number, self._before[signal.Signals(number)])
 
 
-def difference(old: Any, new: Any, name: str = "") -> list[str]:
-    """One line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
+def difference(old: object, new: object, name: str = "") -> list[str]:
+    """Returns one line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in difference(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))]

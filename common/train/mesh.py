@@ -1,11 +1,10 @@
-"""The device mesh, and where each array lives on it."""
+"""The device mesh, and the shardings of parameters and batches on it."""
 
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +21,10 @@ REPLICATE_BELOW = 64 * 1024  # elements: below this, gathering costs more than t
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are shared out. One size may be -1: the rest of the devices."""
+    """Sizes of the device mesh. One size may be -1: the rest of the devices."""
 
     data: int = -1
-    """Copies of the model, each with its own rows of the batch."""
+    """Copies of the model; each gets different rows of the batch."""
     fsdp: int = 1
     """Devices over which one copy of the model, its optimizer and its rows are split."""
     tensor: int = 1
@@ -33,10 +32,10 @@ class MeshConfig:
 
 
 def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
-    """Join the other processes, if the environment announces any, and build the mesh `(data, fsdp, tensor)`.
+    """Joins the other processes, if the environment names any, and builds the mesh `(data, fsdp, tensor)`.
 
-    To be called before anything else touches a device. Raises InputError when the sizes do not multiply to the
-    number of devices, and, naming them, when processes do not show up within `patience` seconds.
+    Call it before anything else uses a device. Raises InputError when the sizes do not multiply to the number of devices,
+    and, naming them, when processes do not report within `patience` seconds.
     """
     _join(patience)
     shape = sizes(cfg, jax.device_count())
@@ -44,7 +43,7 @@ def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
-    """The axes of the mesh and their sizes. Raises InputError when these do not multiply to the number of devices."""
+    """Returns the axes of the mesh with sizes. Raises InputError when these do not multiply to the number of devices."""
     shape = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     free = [name for name, size in shape.items() if size == -1]
     given = math.prod(size for size in shape.values() if size != -1)
@@ -57,7 +56,7 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter lives: `tensor` by the name of an axis, `fsdp` on the largest axis left that divides.
+    """Returns the sharding of each parameter: `tensor` by the name of an axis, `fsdp` on the largest remaining axis that divides.
 
     Stacking axes are never split, since a scan would gather every layer; leaves under `REPLICATE_BELOW` are replicated.
     """
@@ -65,14 +64,14 @@ def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; the other dimensions whole."""
+    """Returns the sharding of a batch: rows over `data` and `fsdp`, other dimensions not split."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def split_rows(array: np.ndarray, mesh: Mesh, fill: Any = 0) -> jax.Array:
-    """An array that every process holds whole, its rows split over `data` and `fsdp`: how evaluation shares its batches out.
+def split_rows(array: np.ndarray, mesh: Mesh, fill: float = 0) -> jax.Array:
+    """Splits the rows of an array that every process has whole over `data` and `fsdp`; evaluation distributes its batches this way.
 
-    Rows of `fill` are added at the end until the mesh divides them; whoever uses the result masks them, or cuts theirs off.
+    Rows of `fill` are added at the end until the mesh divides them; the caller masks them or cuts them off.
     """
     missing = -len(array) % (mesh.shape["data"] * mesh.shape["fsdp"])
     padded = np.concatenate([array, np.full((missing, *array.shape[1:]), fill, array.dtype)]) if missing else array
@@ -80,7 +79,7 @@ def split_rows(array: np.ndarray, mesh: Mesh, fill: Any = 0) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding with a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -103,7 +102,7 @@ def _partition(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
 
 
 def _join(patience: float) -> None:
-    """`jax.distributed.initialize`, when the environment says that this is one process of several."""
+    """Calls `jax.distributed.initialize` when the environment says that this is one process of several."""
     if jax.distributed.is_initialized():
         return
     if job := _announced(os.environ):
@@ -118,18 +117,18 @@ def _join(patience: float) -> None:
 
 
 def _announced(env: Mapping[str, str]) -> Job | None:
-    """The place in a job that was given by hand: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."""
+    """Reads a job that the user set by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not set."""
     if "JAX_COORDINATOR_ADDRESS" not in env:
         return None
     wanted = {"JAX_COORDINATOR_ADDRESS": r"[^:]+:\d+", "JAX_NUM_PROCESSES": r"\d+", "JAX_PROCESS_ID": r"\d+"}
     for name, form in wanted.items():
         if not re.fullmatch(form, env.get(name, "")):
             raise InputError(f"{name} is {env.get(name)!r}: a job needs {', '.join(wanted)} (host:port and two numbers)")
-    return Job(env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"]))
+    return Job(env["JAX_COORDINATOR_ADDRESS"], processes=int(env["JAX_NUM_PROCESSES"]), process=int(env["JAX_PROCESS_ID"]))
 
 
 def _launched_together(env: Mapping[str, str]) -> bool:
-    """Whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its hosts."""
+    """Returns whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its hosts."""
     hosts = env.get("TPU_WORKER_HOSTNAMES", "") or env.get("TPU_PROCESS_ADDRESSES", "")
     slurm = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
     return slurm > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env or "," in hosts

@@ -1,4 +1,4 @@
-"""Parameters between weights folders and devices."""
+"""Loads parameters from checkpoints to devices and saves them to weights folders."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +18,11 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.layout import View
 from heirloom.common.train.mesh import shardings
 from heirloom.common.train.state import State
+from heirloom.common.typed import Config
 
 
 def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
-    """All parameters of a checkpoint, f32, in their shardings."""
+    """Loads all parameters of a checkpoint, f32, in their shardings."""
 
     def nothing(**_: Any) -> dict[str, jax.Array]:
         raise AssertionError("a copy leaves nothing fresh")
@@ -30,10 +31,10 @@ def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def finite(donor: Donor, role: str) -> Donor:
-    """The donor, each of whose values was read once. role: "teacher" or "donor", for the message.
+    """Returns the donor after reading all of its values. role: "teacher" or "donor", for the message.
 
-    Raises InputError naming the first leaf that holds NaN or infinity: a run from it, or with it as teacher, would skip every step, and
-    a student cut from it would hold them, too.
+    Raises InputError naming the first leaf with NaN or infinity: a run from it, or with it as teacher, would skip every step, and a
+    student that inherits from it would have them too.
     """
     for path, value in donor.source.values.items():
         for part in value.parts if isinstance(value, View) else (value,):
@@ -47,16 +48,16 @@ def finite(donor: Donor, role: str) -> Donor:
 def save_params(
     path: Path,
     method: str,
-    cfg: Any,
+    cfg: Config,
     params: Mapping[str, Any],
-    companions: Callable[[Path], None],
+    sidecars: Callable[[Path], None],
     *,
     spec: Spec | None = None,
     force: bool = False,
 ) -> None:
-    """Write a weights folder; every process gathers, the first one writes. `companions(folder)` adds what travels along.
+    """Writes a weights folder; every process gathers, the first one writes.
 
-    spec: needed where layers differ in size (`write_params`).
+    sidecars(folder): writes further files. spec: needed where layers differ in size (`write_params`).
     """
     whole = {name: gathered(value) for name, value in params.items()}
     if jax.process_index() != 0:
@@ -65,16 +66,16 @@ def save_params(
         folder.mkdir()
         weights.write_params(folder, whole, spec=spec)
         weights.write_config(folder, method, cfg)
-        companions(folder)
+        sidecars(folder)
 
 
 def best(state: State) -> dict[str, jax.Array]:
-    """The averaged parameters where the run keeps an average."""
+    """Returns the averaged parameters, or the parameters of a run without average."""
     return state.params if state.ema is None else state.ema
 
 
 def gathered(value: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of an array, on every process."""
+    """Returns the whole array on every process."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))

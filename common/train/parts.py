@@ -1,4 +1,4 @@
-"""What a method says of one training: the parts that the runner (`recipe.py`) puts together."""
+"""`Parts`: what a method defines for one training. The runner (`recipe.py`) puts them together."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What a run has open before it builds anything.
+    """What a run opens before it builds anything.
 
-    inputs: what `Parts.inputs` made of donor and teacher. directory: the run folder, for a phase that needs a run of its own.
+    inputs: the result of `Parts.inputs`. directory: the run folder, for a phase that needs a separate run.
     """
 
     mesh: Mesh
@@ -47,7 +47,7 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """What is looked at while a run goes on. score(params): on held-out data. draw(params, step, folder): pictures of progress."""
+    """Evaluation during a run. score(params): scores on held-out data. draw(params, step, folder): draws samples."""
 
     score: Score | None = None
     draw: Callable[[Mapping[str, Any], int, Path], None] | None = None
@@ -62,56 +62,56 @@ Look = Callable[[Opened, Batch, Path | None], str]
 
 
 def no_sidecars(opened: Opened, folder: Path) -> None:
-    """Nothing is written next to the weights."""
+    """Writes no sidecar files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a method says of one training. Nothing is opened or allocated until the runner calls one of these functions."""
+    """What a method defines for one training. Nothing is opened or allocated until the runner calls one of these functions."""
 
     family: Family
     student: Any
-    """Config that is saved with the weights; `model` computes with it."""
+    """Config of `model`, saved with the weights."""
     model: Model
     loss: Callable[[Teacher | None], LossFn]
-    """Given the teacher, or None. Raises InputError where config, student and teacher contradict each other."""
+    """Makes the loss from the teacher, or None. Raises InputError where config, student and teacher contradict each other."""
     batch: Callable[[], Shapes]
     """Shapes of a batch, for the ahead-of-time compiler."""
     batches: Callable[[Opened], Data]
     examples: int
-    """In a batch, every view counted."""
+    """Number of examples in a batch; every view counts."""
     donor: str = ""
     teacher: str = ""
-    """SOURCE of a teacher whose forward pass is part of the step."""
+    """SOURCE of a teacher whose forward pass is in the step."""
     open: Callable[[str], Donor] | None = None
     """Opens donor and teacher by SOURCE."""
     outline: Callable[[str], Teacher] | None = None
-    """The teacher without its weights, where they need not be fetched for its shapes."""
+    """Opens the teacher without its weights, where its shapes are known without them."""
     inputs: Callable[[Donor | None, Donor | None], Any] | None = None
-    """Preprocessing and whatever else is read from donor and teacher, once."""
+    """Reads preprocessing and other inputs from donor and teacher, once."""
     resolve: Callable[[Donor], Resolution] | None = None
-    """Which tensor of the student comes from which of the donor. None: this training inherits nothing."""
+    """Resolves the plan against the donor. None: this training inherits nothing."""
     prepare: Callable[[Params], Params] = lambda params: params
     """Changes the parameters before the first step."""
     start: Callable[[Opened, Place | None], Params] | None = None
-    """The parameters before the first step, in place of what donor, `resolve` and `prepare` give: for a phase after another."""
+    """Makes the initial parameters, in place of donor, `resolve` and `prepare`: for a phase that follows another."""
     project: Callable[[Params], Params] | None = None
     """Changes the parameters after every step."""
     scheduled: Callable[[jax.Array], Any] | None = None
-    """Values of the step's number that the loss wants (`make_step`)."""
+    """Computes values for the loss from the number of the step (`make_step`)."""
     optimizer: Callable[[Spec, int], optax.GradientTransformation] | None = None
-    """Given spec and number of steps, in place of the config's own."""
+    """Makes the optimizer from spec and number of steps, in place of the config's."""
     look: Look | None = None
-    """Draws the first batch into a PNG (in the first process) and returns a line that says what it is."""
+    """Draws the first batch to a PNG (in the first process) and returns a line that describes it."""
     evaluator: Callable[[Opened], Evaluator | None] | None = None
     final: Callable[[Params], Params] = lambda params: params
     """Changes the trained parameters before they are saved."""
     sidecars: Callable[[Opened, Path], None] = no_sidecars
-    """Writes what travels with the trained weights: preprocessing, tokenizer."""
+    """Writes the sidecar files of the trained weights: preprocessing, tokenizer."""
     inherited_sidecars: Callable[[Opened, Path], None] | None = None
-    """The same for weights that were inherited and not trained, where it differs."""
+    """Writes the sidecar files of weights that were inherited and not trained, where they differ."""
 
     def flops(self, teacher: Teacher | None) -> float:
-        """Of one example: two operations per multiply-accumulate forward, twice that backward; the teacher goes forward only."""
+        """Counts FLOPs of one example: two per multiply-accumulate forward, four backward; the teacher runs forward only."""
         student = 6 * self.family.macs(self.student, self.model.spec)
         return student + (2 * teacher.family.macs(teacher.cfg, teacher.model.spec) if teacher else 0)

@@ -1,8 +1,8 @@
 """The runner that all methods share: from a recipe's config to a finished run folder.
 
-The order of a run is written here once: open the folder, build the mesh, open donor and teacher, set up the data, build optimizer and
-step, look at the first batch, restore or inherit, train, save. What a method adds is its `Parts`; `run`, `inherit`, `evaluate` and
-`outline` (for the ahead-of-time compiler) read the same ones.
+A run opens the folder, builds the mesh, opens donor and teacher, sets up the data, builds optimizer and step, draws the first batch,
+restores or inherits the state, trains, and saves. A method defines its `Parts`; `run`, `inherit`, `evaluate` and `outline` (for the
+ahead-of-time compiler) use the same ones.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from heirloom.common.train.step import Params, Step, StepConfig, make_step
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training has. A method's config adds its own fields and `parts`."""
+    """Config that every training has. A method's config adds fields and `parts`."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     step: StepConfig = field(default_factory=StepConfig)
@@ -49,7 +49,7 @@ class RunConfig:
     seed: int = 0
     """Seed of freshly initialised parameters."""
     writers: tuple[WriterName, ...] = ()
-    """Where metrics go next to metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
+    """Further writers of metrics, next to metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
     log_every: int = 50
     eval_every: int = 1000
     save_every: int = 1000
@@ -58,7 +58,7 @@ class RunConfig:
         positive(self, "steps", "log_every", "eval_every", "save_every")
 
     def parts(self) -> Parts:
-        """What the runner needs to know of this training."""
+        """Returns the method's parts of this training."""
         raise NotImplementedError
 
     def check(self, mesh: Mesh) -> None:
@@ -83,7 +83,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig(RunConfig):
-    """A student that may inherit from a donor and learn from a teacher, on data with a held-out part."""
+    """Config of a student that may inherit from a donor and learn from a teacher, on data with a held-out part."""
 
     donor: str = ""
     """SOURCE of the weights to inherit; empty: from scratch."""
@@ -91,7 +91,7 @@ class BaseConfig(RunConfig):
     """SOURCE of the model to distil from; empty: none."""
     data: SourceConfig = field(default_factory=SourceConfig)
     held_out: SourceConfig = field(default_factory=SourceConfig)
-    """Data for the evaluation while training; an empty path: no evaluation."""
+    """Data for the evaluation during training; an empty path: no evaluation."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class BaseConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A run that has begun: its folder, what is open, the teacher's weights on the devices, and the stream of batches."""
+    """An open run. frozen: the teacher's weights on the devices. data: the stream of batches."""
 
     cfg: RunConfig
     run: Run
@@ -112,16 +112,16 @@ class Session:
 
 
 def run(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> None:
-    """Run a recipe in its folder, or go on where it stopped. parts: in place of `cfg.parts()`.
+    """Runs a recipe in a run folder, or resumes it there. parts: in place of `cfg.parts()`.
 
-    Raises InputError for anything the user can mend, and Stopped after a graceful shutdown.
+    Raises InputError for bad input, and Stopped after a graceful shutdown.
     """
     if session := begin(cfg, directory, parts):
         train(session, session.parts)
 
 
 def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Session | None:
-    """Everything before the first phase of a run; None where the run is finished."""
+    """Opens a run before its first phase. Returns None when the run is finished."""
     run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
     cfg.check(mesh)
@@ -135,7 +135,7 @@ def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Sessio
 
 
 def open_sources(parts: Parts, mesh: Mesh) -> Opened:
-    """Donor and teacher, and the method's inputs. Raises InputError where a weight is NaN or infinite."""
+    """Opens donor and teacher and reads the method's inputs. Raises InputError where a weight is NaN or infinite."""
     sources = {"donor": parts.donor, "teacher": parts.teacher}
     found = {role: finite(parts.open(source), role) if source and parts.open else None for role, source in sources.items()}
     donor, teacher = found["donor"], found["teacher"]
@@ -145,7 +145,7 @@ def open_sources(parts: Parts, mesh: Mesh) -> Opened:
 def train(
     s: Session, parts: Parts, *, first: int = 0, last: int | None = None, finish: Callable[[State], None] | None = None
 ) -> State:
-    """One phase of a run: the steps after `first` up to `last` (to the end). finish(state): in place of writing `RUN/model`."""
+    """Trains one phase of a run: the steps after `first` up to `last` (None: the last). finish(state): in place of writing `RUN/model`."""
     cfg, opened, spec, folder = s.cfg, s.opened, parts.model.spec, s.run.directory
     mesh, last = opened.mesh, cfg.steps if last is None else last
     optimizer, step = _step(cfg, parts, opened.teacher, s.frozen, mesh, last - first)
@@ -187,7 +187,7 @@ def _step(
 
 
 def initial(cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None) -> Params:
-    """The student before the first step, inherited or from scratch, in its shardings. made: what `parts.resolve` returned, if it did."""
+    """Returns the initial student, inherited or from scratch, in its shardings. made: the result of `parts.resolve`, if known."""
     if parts.start:
         return parts.start(opened, place)
     init = partial(parts.model.init, jax.random.key(cfg.seed))
@@ -198,7 +198,7 @@ def initial(cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, m
 
 
 def first_look(s: Session, look: Look) -> None:
-    """Draw the first batch: what is fed is what is meant. The stream is put back to its start."""
+    """Draws the first batch for the user to check, and resets the stream."""
     before, first = s.data.state(), jax.process_index() == 0
     picture = s.run.directory / "first_batch.png"
     line = look(s.opened, next(s.data), picture if first else None)
@@ -208,10 +208,10 @@ def first_look(s: Session, look: Look) -> None:
 
 
 def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | None = None, force: bool = False) -> dict[str, Any]:
-    """Cut the student of a recipe from its donor and write it as a weights folder; returns its provenance. donor: one already open."""
+    """Writes the student of a recipe, inherited from its donor, as a weights folder; returns its provenance. donor: one already open."""
     donor = donor or (parts.open(parts.donor) if parts.donor and parts.open else None)
     if donor is None or parts.resolve is None:
-        raise InputError("this recipe trains from scratch: it names no donor to inherit from")
+        raise InputError("this recipe trains from scratch: it has no donor to inherit from")
     finite(donor, "donor")
     inputs = parts.inputs(donor, None) if parts.inputs else None
     opened = Opened(mesh=start(cfg.mesh), donor=donor, teacher=None, inputs=inputs)
@@ -228,21 +228,22 @@ def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | N
 
 
 def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
-    """The scores of the student before the first step, on the recipe's held-out data. Raises InputError where it names none."""
+    """Scores the initial student on the recipe's held-out data. Raises InputError where the recipe has none."""
     mesh = start(cfg.mesh)
     opened = open_sources(parts, mesh)
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     if evaluator is None or evaluator.score is None:
         how = "give --held-out.path" if isinstance(cfg, BaseConfig) else "train it, then heirloom eval RUN/model"
-        raise InputError(f"this recipe names no data to evaluate on: {how}")
+        raise InputError(f"this recipe has no data to evaluate on: {how}")
     return evaluator.score(initial(cfg, parts, opened, shardings(parts.model.spec, mesh)))
 
 
 def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
-    """The step of `train` with shapes for arrays. Raises InputError for a batch that the mesh does not divide."""
+    """Builds the step of `train` with shapes in place of arrays. Raises InputError for a batch that the mesh does not divide."""
     cfg.check(mesh)
     teacher = parts.outline(parts.teacher) if parts.teacher and parts.outline else None
     frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
     optimizer, step = _step(cfg, parts, teacher, frozen, mesh, cfg.steps)
     state = abstract_state(optimizer, parts.model.spec, mesh, cfg.step.ema)
-    return Abstract(step, state, abstract_batch(mesh, parts.batch()), parts.examples * parts.flops(teacher))
+    batch, flops = abstract_batch(mesh, parts.batch()), parts.examples * parts.flops(teacher)
+    return Abstract(step=step, state=state, batch=batch, flops=flops)

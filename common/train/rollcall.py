@@ -1,8 +1,8 @@
-"""Who is missing? A roll call before JAX joins the processes of a job.
+"""Roll call: finds missing processes before JAX joins the processes of a job.
 
-`jax.distributed.initialize` waits for every process and, when one stays away, ends all the others without naming it.
-So processes started by hand (three environment variables each) first report to process 0, on the port that JAX will
-use next; SLURM, MPI and TPU runtimes start all of theirs or none, and need no roll call.
+`jax.distributed.initialize` waits for every process and, when one is missing, ends all others without naming it.
+So processes that the user starts (with three environment variables each) first report to process 0, on the port that JAX
+uses next. SLURM, MPI and TPU runtimes start all processes or none, and need no roll call.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from typing import Any
 from heirloom.common.errors import InputError
 
 RETRY = 0.1  # seconds between two attempts to reach process 0
-REPLY = 5.0  # seconds that an answer may take once the line is open
+REPLY = 5.0  # seconds that an answer may take once connected
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process's place in a job: where process 0 listens ("host:port"), how many processes, which one this is."""
+    """One process of a job. address: "host:port" of process 0. processes: their number. process: the number of this one, from 0."""
 
     address: str
     processes: int
@@ -36,9 +36,9 @@ class Job:
 
 
 def roll_call(job: Job, limit: float = 300.0) -> None:
-    """Return when all processes of `job` have reported to process 0.
+    """Waits until all processes of `job` have reported to process 0.
 
-    limit: seconds to wait. Raises InputError, in every process that did report, naming those that did not.
+    limit: seconds to wait. Raises InputError in every process that reported, naming those that did not.
     """
     problem = _call(job, limit) if job.process == 0 else _answer(job, limit)
     if problem:
@@ -46,7 +46,7 @@ def roll_call(job: Job, limit: float = 300.0) -> None:
 
 
 def _call(job: Job, limit: float) -> str:
-    """Process 0: hear everybody, then tell everybody the outcome, "" when all is well."""
+    """Runs in process 0: collects the reports, sends every process the error, "" for none, and returns it."""
     deadline = time.monotonic() + limit
     present: set[int] = set()
     peers: list[socket.socket] = []
@@ -64,7 +64,7 @@ def _call(job: Job, limit: float) -> str:
                 missing = ", ".join(str(i) for i in range(1, job.processes) if i not in present)
                 problem = (
                     f"after {limit:g} s process {missing} of {job.processes} has not reported to {job.address}: "
-                    "start it, or look at its log, then start all of them again"
+                    "start it, or check its log, then start all of them again"
                 )
                 break
             peers.append(peer)
@@ -72,24 +72,24 @@ def _call(job: Job, limit: float) -> str:
             try:
                 process = int(_receive(peer))
             except (OSError, ValueError):
-                continue  # a stranger at the port, or a process that died while it reported
+                continue  # another program, or a process that died while it reported
             if process in present or not 0 < process < job.processes:
                 problem = f"a second process calls itself {process} of {job.processes}: give each its own JAX_PROCESS_ID"
             present.add(process)
         for peer in peers:
-            with peer, contextlib.suppress(OSError):  # whoever has left needs no answer
+            with peer, contextlib.suppress(OSError):  # a process that has ended needs no answer
                 _send(peer, problem)
     return problem
 
 
 def _answer(job: Job, limit: float) -> str:
-    """Any other process: report, and hear the outcome."""
+    """Runs in any other process: reports, and returns the error that process 0 sends."""
     deadline = time.monotonic() + limit
     while True:
         try:
             with socket.create_connection((job.host, job.port), timeout=max(deadline - time.monotonic(), 1e-3)) as peer:
                 _send(peer, job.process)
-                peer.settimeout(limit + REPLY)  # process 0 may have started its own clock later, and speaks when that runs out
+                peer.settimeout(limit + REPLY)  # process 0 may have started later, and answers after its limit
                 return _receive(peer)
         except OSError:
             if time.monotonic() >= deadline:
@@ -105,5 +105,5 @@ def _receive(peer: socket.socket) -> Any:
     with peer.makefile("r") as file:
         line = file.readline()
     if not line:
-        raise ConnectionError("the other process hung up during the roll call")
+        raise ConnectionError("the other process closed the connection during the roll call")
     return json.loads(line)

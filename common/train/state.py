@@ -1,4 +1,4 @@
-"""What training changes, as one tree."""
+"""The training state: one tree of arrays."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +16,23 @@ from heirloom.common.train.mesh import replicated, shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The whole state of a run between two steps, but for the position in the data."""
+    """The state of a run between two steps, except the position in the data."""
 
     step: Any
-    """int32 scalar: steps taken, skipped ones included."""
+    """int32 scalar: number of steps done, including skipped ones."""
     params: dict[str, Any]
     opt: optax.OptState
     ema: dict[str, Any] | None
     """Exponential moving average of `params`, in f32; None when the run keeps none."""
     skipped: Any
-    """int32 scalar: how many of the last steps in a row were skipped, their loss or gradient not being finite."""
+    """int32 scalar: number of last steps in a row that were skipped because loss or gradient were not finite."""
 
 
 def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None) -> State:
-    """The state as `jax.ShapeDtypeStruct`s with shardings: what to restore into, and what to compile for.
+    """Returns the state as `jax.ShapeDtypeStruct`s with shardings, to restore into or to compile for.
 
-    Moments and averages are sharded like the parameter they belong to, found as the last dictionary key on the way
-    to them; everything else is replicated.
+    Moments and averages are sharded like their parameter, which is the last dictionary key of their path; everything else
+    is replicated.
     """
     params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in spec.items()}
     state = jax.eval_shape(lambda p: _fresh(p, optimizer, ema), params)
@@ -40,24 +40,24 @@ def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Me
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = next((key.key for key in reversed(path) if isinstance(key, DictKey)), None)
-        own = name in spec and spec[name].shape == leaf.shape  # a factored moment has another shape than its parameter
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[str(name)] if own else whole)
+        alike = name in spec and spec[name].shape == leaf.shape  # a factored moment has another shape than its parameter
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[str(name)] if alike else whole)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None) -> State:
-    """The `NamedSharding` of every leaf of the state."""
+    """Returns the `NamedSharding` of every leaf of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(optimizer, spec, mesh, ema))
 
 
 def create_state(
     params: dict[str, Any], optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None
 ) -> State:
-    """The state before the first step, each leaf in its sharding. `params`: {path: array}, on the host or on devices.
+    """Makes the state before the first step, each leaf in its sharding. params: {path: array}, on the host or on devices.
 
-    The state owns its arrays: steps donate it, and `params` stay the caller's. `ema` is the decay of the average, or
-    None for no average; the average starts as a copy. Raises ValueError when paths or shapes differ from `spec`.
+    The state has copies of `params`, because steps donate it. ema: decay of the average, or None for no average; the average
+    starts as a copy. Raises ValueError when paths or shapes differ from `spec`.
     """
     found, wanted = {p: tuple(a.shape) for p, a in params.items()}, {p: leaf.shape for p, leaf in spec.items()}
     if found != wanted:
@@ -71,11 +71,11 @@ def create_state(
 def _fresh(params: dict[str, jax.Array], optimizer: optax.GradientTransformation, ema: float | None) -> State:
     params = jax.tree.map(jnp.copy, params)
     average = None if ema is None else {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
-    return State(jnp.int32(0), params, optimizer.init(params), average, jnp.int32(0))
+    return State(step=jnp.int32(0), params=params, opt=optimizer.init(params), ema=average, skipped=jnp.int32(0))
 
 
 def _place(array: Any, sharding: NamedSharding) -> jax.Array:
-    """`array` in its sharding; of an array on the host each process copies the slices its own devices need."""
+    """Places an array in its sharding; of an array on the host each process copies the slices that its devices need."""
     if isinstance(array, jax.Array):
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

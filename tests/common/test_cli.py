@@ -20,7 +20,7 @@ MISTAKES = {
     "an unknown method": (["demo", "tinyclop"], "no method 'tinyclop'; did you mean 'tinyclip'?"),
     "an embedded model nobody has": (["inspect", "embedded:emoij"], "no embedded model 'emoij'; did you mean 'emoji'?"),
     "no run": (["report", "."], "is not a run"),
-    "a recipe without donor": (["inherit", "tinyclip/smoke", "out"], "names no donor"),
+    "a recipe without donor": (["inherit", "tinyclip/smoke", "out"], "has no donor to inherit from"),
 }
 
 
@@ -138,9 +138,9 @@ def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (["eval", "tinyclip/smoke", "--data", "emoji"], "--data goes with weights"),
+        (["eval", "tinyclip/smoke", "--data", "emoji"], "--data is for weights"),
         (["eval", "embedded:emoji", "--dta", "emoji"], "unknown argument '--dta'; did you mean '--data'?"),
-        (["demo", "--out", __file__ + "/x"], "cannot hold the results"),
+        (["demo", "--out", __file__ + "/x"], "cannot write results here"),
         (["inspect", "tinyclip/smokes"], "did you mean 'tinyclip/smoke'?"),
     ],
 )

@@ -102,7 +102,7 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
         (args(norm_layer="rmsnorm"), "norm_layer is 'rmsnorm'; only models where it is 'layernorm'"),
         (args(norm_layer="layernorm eps=1e-3"), "norm_layer is 'layernorm eps=1e-3'; only models where it is 'layernorm'"),
         (args(norm_layer="layernorm eps=x"), "norm_layer is 'layernorm eps=x'"),
-        (args(norm_layer=1e-3), "norm_layer is 0.001, and must be a text"),
+        (args(norm_layer=1e-3), "norm_layer is 0.001, and must be a string"),
         (args(**{"class": "VisionTransformerDistilled"}), "class is 'VisionTransformerDistilled', which timm builds no VisionTransformer"),
         (args(block_fn="Block"), "block_fn is 'Block', which timm builds no VisionTransformer with; remove it"),
         (args(attn_layer="Attention"), "attn_layer is 'Attention'"),
@@ -181,7 +181,7 @@ def bare(golden, tmp_path):
 
 def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path, capsys):
     shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
-    with pytest.raises(InputError, match=r"vit\.safetensors: how many heads .* a width of 16: say it \(--set heads=VALUE\)"):
+    with pytest.raises(InputError, match=r"vit\.safetensors: how many heads .* a width of 16; give --set heads=VALUE"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)

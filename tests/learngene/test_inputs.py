@@ -113,6 +113,6 @@ def test_every_format_keeps_the_preprocessing(golden, tmp_path, to):
 def test_a_wrong_file_stops_before_anything_is_written(golden, tmp_path):
     shutil.copytree(golden[0] / "hf_vit", tmp_path / "hf")
     write_json(tmp_path / "hf" / "preprocessor_config.json", dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=224))
-    with pytest.raises(InputError, match=r"preprocessor_config\.json: size is 224; the model sees 8 x 8 pixels"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: size is 224; the model takes 8 x 8 pixels"):
         convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "ours", "heirloom", verify=False)
     assert not (tmp_path / "ours").exists()

@@ -180,7 +180,7 @@ def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, 
         (["train", "learngene/smoke", "--run", "x", "--teacher", "logits"], "belong to unchanged pictures"),
         (["train", "learngene/smoke", "--run", "x", "--augment.crop", "resized"], "happen while reading"),
         (["train", "learngene/smoke", "--run", "x", "--student.channels", "1"], "student.channels is 1, and pictures have 3"),
-        (["inherit", "learngene/smoke", "x"], "names no donor"),
+        (["inherit", "learngene/smoke", "x"], "has no donor to inherit from"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, command, complaint):

@@ -74,7 +74,7 @@ def test_the_last_row_of_a_table_is_taken_for_no_class(rows, classes, tmp_path):
 @pytest.mark.parametrize("rows", [10, 100, 1000])
 def test_a_table_that_may_have_no_such_row_asks(rows, tmp_path):
     tensors = tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}
-    words = rf"has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it: say it \(--set classes="
+    words = rf"has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it; give --set classes="
     with pytest.raises(InputError, match=words):
         opened(tensors, tmp_path, heads=4)
     for classes in (rows, rows - 1):
@@ -106,7 +106,7 @@ def test_the_number_of_classes_can_be_set(tmp_path):
         (dict(heads=4, prediction="velocity"), "prediction=velocity: only models that predict the noise"),
         (dict(heads=4, features="gelu"), "softmax attention has none"),
         (dict(head=4), "'head' cannot be set for this model; did you mean 'heads'"),
-        (dict(), r"no published model of this kind is 32 wide: say it \(--set heads=VALUE\)"),
+        (dict(), r"no published model of this kind is 32 wide; give --set heads=VALUE"),
     ],
 )
 def test_wrong_settings_are_one_line(overrides, words, tmp_path):

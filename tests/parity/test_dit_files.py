@@ -79,7 +79,7 @@ def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
 
 def test_a_bare_file_of_unknown_width_asks_for_its_heads(state, tmp_path):
     torch.save(state, tmp_path / "bare.pt")
-    with pytest.raises(InputError, match=r"no published model of this kind is 32 wide: say it \(--set heads=VALUE\)"):
+    with pytest.raises(InputError, match=r"no published model of this kind is 32 wide; give --set heads=VALUE"):
         open_donor(tmp_path / "bare.pt", [FAMILY])
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from heirloom.common.data.text import Tokenizer
-from tinyclip_jax.inputs import companions
+from tinyclip_jax.inputs import sidecars
 from tinyclip_jax.model import ClipConfig
 
 transformers = pytest.importorskip("transformers")
@@ -52,7 +52,7 @@ def test_other_names_of_start_and_end_are_written_for_transformers(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{}")
     donor = SimpleNamespace(folder=tmp_path, format="heirloom", cfg=CFG)
     (tmp_path / "out").mkdir()
-    companions(donor, tmp_path / "out", "hf")
+    sidecars(donor, tmp_path / "out", "hf")
     assert_the_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), ["a photo of a cat", ""])
 
 

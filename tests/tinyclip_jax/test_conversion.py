@@ -176,8 +176,8 @@ def test_a_tensor_that_does_not_come_back_fails_verification(opened, tmp_path):
             file.seek(-4, 2)
             file.write(bytes([last[0] ^ 1]))
 
-    with pytest.raises(VerificationError, match="does not come back as it was written"):
-        convert(replace(donor, family=replace(donor.family, companions=spoil)), tmp_path / "out", "heirloom")
+    with pytest.raises(VerificationError, match="is not read back as it was written"):
+        convert(replace(donor, family=replace(donor.family, sidecars=spoil)), tmp_path / "out", "heirloom")
     assert list(tmp_path.iterdir()) == []
 
 

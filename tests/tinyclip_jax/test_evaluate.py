@@ -53,7 +53,7 @@ def test_too_few_class_names_are_refused_in_one_line(weights, pictures, tmp_path
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\n\n")
     assert zeroshot(weights, pictures, "--classes", names) == 2
-    said = f"heirloom: {pictures}: its class 'cat' is not, or not clearly, one of the 2 known (ant, bee); did you mean 'ant'?\n"
+    said = f"heirloom: {pictures}: its class 'cat' does not match exactly one of the 2 known (ant, bee); did you mean 'ant'?\n"
     assert capsys.readouterr().err == said
     names.write_text("ant\nbee\ncat\n")
     assert zeroshot(weights, pictures, "--classes", names) == 0
@@ -155,7 +155,7 @@ def test_labels_by_name_or_number_score_the_same(weights, tmp_path, capsys):
         return scored(weights, tmp_path, "--task", "zeroshot", "--data", tmp_path / "a.parquet", "--classes", names)[0]["top1"]
 
     assert top1(labels) == top1([("dog", "cat", "bee")[i] for i in labels])
-    unknown, far = (["dog"] * 5 + ["dgo"], "its class 'dgo' is not"), ([0] * 5 + [3], "row 5: its label is 3, the classes are 0 to 2")
+    unknown, far = (["dog"] * 5 + ["dgo"], "'dgo' does not match"), ([0] * 5 + [3], "row 5: its label is 3, the classes are 0 to 2")
     for values, message in (unknown, far):
         parquet.write_table(pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet")
         assert zeroshot(weights, tmp_path / "a.parquet", "--classes", names) == 2

@@ -81,7 +81,7 @@ def test_the_background_is_the_checkpoints(clip, files):
         ("cut.png", r"cut\.png does not decode"),
         (["nowhere.png"], r"nowhere\.png: no such file"),
         ([b"no picture"], "picture number 0, counted from 0: this picture does not decode"),
-        ([None], "picture number 0, counted from 0: a picture is a file name, bytes, a PIL image or a uint8 array, not NoneType"),
+        ([None], "picture number 0, counted from 0: a picture must be a file name, bytes, a PIL image or a uint8 array, not NoneType"),
         (7, "one or several, not int"),
         ([], "list of pictures is empty"),
     ],
@@ -98,7 +98,7 @@ def test_captions_come_one_or_several(clip):
     for form in (("a cat", "a dog"), iter(["a cat", "a dog"])):
         np.testing.assert_array_equal(clip.encode_text(form), expected)
     np.testing.assert_allclose(clip.encode_text("a dog"), expected[1:], atol=1e-6)
-    wrong = ([], "list of captions is empty"), (7, "captions are strings, not int"), (["a", 7], "number 1, counted from 0, is int")
+    wrong = ([], "list of captions is empty"), (7, "captions must be strings, not int"), (["a", 7], "caption 1, counted from 0, is int")
     for form, complaint in wrong:
         with pytest.raises(InputError, match=complaint):
             clip.encode_text(form)
@@ -126,7 +126,7 @@ def test_what_a_format_cannot_express_stops_the_conversion(folder, tmp_path, cap
 
 def test_preprocessing_of_another_size_is_refused(folder):
     Preprocess(24).save(folder)
-    with pytest.raises(InputError, match=r"preprocess\.json: size is 24, the model sees 16 x 16"):
+    with pytest.raises(InputError, match=r"preprocess\.json: size is 24, and the model takes 16 x 16"):
         tinyclip_jax.load(str(folder))
 
 

@@ -15,7 +15,8 @@ from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import param, zeros
 from heirloom.common.nn.functional import Functional
-from weightgen.codec import Posterior, vae_loss
+from heirloom.common.nn.moments import Moments
+from weightgen.codec import vae_loss
 from weightgen.d2nwg.unet import Unet, UnetConfig
 from weightgen.d2nwg.vae import ConvVae, VaeConfig
 from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets
@@ -70,7 +71,7 @@ class D2nwg(nnx.Module):
         self.k = param("", {}, zeros, rngs)  # by which latents are multiplied; fitted between the stages
         self.cfg = cfg
 
-    def reconstruct(self, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Posterior]:
+    def reconstruct(self, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, Moments]:
         return self.vae(weights / self.cfg.scale, key)
 
     def code(self, weights: jax.Array) -> jax.Array:

@@ -9,23 +9,23 @@ from heirloom.common.errors import InputError
 
 
 class ArraySource:
-    """A folder of .npy arrays of one length, a column each, memory-mapped: rows come as they are stored, in any shape and dtype."""
+    """A folder of .npy arrays of equal length, one per column, memory-mapped. Rows keep their shape and dtype."""
 
     def __init__(self, folder: Path, cfg: SourceConfig):
         if cfg.split:
-            raise InputError(f"{folder} holds arrays, which have no splits; leave split empty")
+            raise InputError(f"{folder} has arrays, which have no splits; leave split empty")
         require([cfg.image, cfg.text, *cfg.columns], sorted(file.stem for file in folder.glob("*.npy")), folder)
         self._folder, self._cfg = folder, cfg
         arrays = {name: self._array(name) for name in (cfg.image, cfg.text, *cfg.columns) if name}
         if not arrays:
-            raise InputError(f"{folder}: no array is asked for; name some with columns")
+            raise InputError(f"{folder}: no array is selected; set image, text or columns")
         if scalar := [name for name, array in arrays.items() if not array.ndim]:
-            raise InputError(f"{folder / scalar[0]}.npy holds one number, not a row for each example")
+            raise InputError(f"{folder / scalar[0]}.npy has one number, not a row for each example")
         if len({len(array) for array in arrays.values()}) > 1:
             raise InputError(f"{folder}: its arrays have different lengths ({', '.join(f'{n} {len(a):,}' for n, a in arrays.items())})")
         if cfg.text and (arrays[cfg.text].dtype.kind != "U" or arrays[cfg.text].ndim != 1):
             shape = f"{arrays[cfg.text].dtype} {list(arrays[cfg.text].shape)}"
-            raise InputError(f"{folder / cfg.text}.npy holds {shape}; captions are strings, one for each example")
+            raise InputError(f"{folder / cfg.text}.npy is {shape}; captions must be strings, one for each example")
         self._length = len(next(iter(arrays.values())))
 
     def _array(self, name: str) -> np.ndarray:

@@ -13,10 +13,10 @@ from heirloom.common.errors import InputError, remark
 
 
 class FolderSource:
-    """Pictures in a folder: a sub-folder per class, or all in one place with a .txt of captions of the same name each (or none at all).
+    """Pictures in a folder: a sub-folder per class, or all in one folder, each with a .txt of captions of the same name, or none.
 
-    With classes `text` is the class name, `label` its number in alphabetical order, and `classes` the names. Symlinks are
-    followed, hidden files and folders are not read, and a note counts the files that were left out.
+    With classes, `text` is the class name, `label` its number in alphabetical order, and `classes` the names. Symlinks are
+    followed, hidden files and folders are not read, and a remark counts the files that were left out.
     """
 
     def __init__(self, root: Path, cfg: SourceConfig):
@@ -29,7 +29,7 @@ class FolderSource:
         left_out: Counter[str] = Counter()
         flat = _pictures((entry for entry in _entries(root) if not _is_open_folder(entry)), root, left_out)
         if flat and folders:
-            raise InputError(f"{root} has pictures beside sub-folders: keep one sub-folder per class, or all pictures in one folder")
+            raise InputError(f"{root} has pictures and sub-folders: keep one sub-folder per class, or all pictures in one folder")
         by_class = {name: _pictures(_walk(root / name, (_identity(root),)), root, left_out) for name in folders}
         names = flat or [picture for pictures in by_class.values() for picture in pictures]
         captioned = [name for name in flat if (root / name).with_suffix(".txt").exists()]
@@ -44,7 +44,7 @@ class FolderSource:
         require(cfg.columns, ["label"] if folders else [], root)
         if captioned and cfg.text and len(captioned) < len(flat):
             bare = min(set(flat) - set(captioned))
-            raise InputError(f"{root / bare} has no caption beside it, though others have: {Path(bare).with_suffix('.txt')} is missing")
+            raise InputError(f"{root / bare} has no caption, though others have: {Path(bare).with_suffix('.txt')} is missing")
         if seen:
             remark(f"{root}: left out {seen}; pictures end in {', '.join(PICTURES)}")
         if empty := [name for name, pictures in by_class.items() if not pictures]:
@@ -54,7 +54,7 @@ class FolderSource:
 
     @property
     def class_names(self) -> dict[str, tuple[str, ...]]:
-        """The names of the classes by column."""
+        """Class names by column."""
         return {"label": self.classes} if self.classes else {}
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class FolderSource:
         return record
 
     def label(self, index: int) -> int:
-        """The class of a picture, without reading it."""
+        """Returns the class of a picture without reading it."""
         return bisect.bisect_left(self.classes, self._names[index].split("/")[0])
 
 
@@ -89,7 +89,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _is_open_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a symlink to one, that is not hidden."""
+    """Returns whether an entry is a folder, or a symlink to one, that is not hidden."""
     if entry.name.startswith("."):
         return False
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
@@ -101,25 +101,25 @@ def _identity(folder: Path | str) -> tuple[int, int]:
 
 
 def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder, and the hidden folders as such. A symlink that leads back to one of the folders `above` is not followed."""
-    here = _identity(folder)
-    if here in above:
+    """Yields all files below a folder, and hidden folders as entries. A symlink to one of the folders `above` is not followed."""
+    identity = _identity(folder)
+    if identity in above:
         return
     for entry in _entries(folder):
         if _is_open_folder(entry):
-            yield from _walk(entry.path, (*above, here))
+            yield from _walk(entry.path, (*above, identity))
         else:
             yield entry
 
 
 def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter[str]) -> list[str]:
-    """The pictures among `entries`, relative to `root`, in alphabetical order; what else is there is counted in `left_out`."""
+    """Returns the pictures among `entries`, relative to `root`, in alphabetical order; counts other files in `left_out`."""
     found = []
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
-        elif suffix[1:] in PICTURES and (entry.is_symlink() or entry.is_file()):  # a link that leads nowhere is named when it is read
+        elif suffix[1:] in PICTURES and (entry.is_symlink() or entry.is_file()):  # reading a broken link raises an error that names it
             found.append(Path(entry.path).relative_to(root).as_posix())
         else:
             left_out[suffix or "without extension"] += 1

@@ -1,4 +1,4 @@
-"""One record per picture, out of tables with a row per caption."""
+"""One record per picture, from tables with a row per caption."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from heirloom.common.errors import remark
 
 
 def per_picture(source: Source, name: str) -> Source:
-    """The same data with one record per picture, whose `text` lists the captions of all its rows; `source` itself if it is so already.
+    """Returns a source with one record per picture, whose `text` has the captions of all its rows; `source` itself if it is so already.
 
-    Only tables (.csv, .tsv, .parquet) have rows of one picture: those with the same path, or the same bytes. This is how
-    CLIP_benchmark reads Flickr8k's table, where the name of a picture occurs five times. name: for the note that says so.
+    Only tables (.csv, .tsv, .parquet) have several rows of one picture: rows with the same path, or the same bytes. CLIP_benchmark reads
+    Flickr8k's table this way, where the name of a picture occurs five times. name: of the data, for the remark.
     """
     if not hasattr(source, "pictures"):
         return source
@@ -24,7 +24,7 @@ def per_picture(source: Source, name: str) -> Source:
 
 
 class Grouped:
-    """Records of `source` whose captions are merged: one for each list of rows."""
+    """Merges the captions of records: one record for each list of rows of `source`."""
 
     def __init__(self, source: Source, rows: Sequence[Sequence[int]]):
         self._source, self._rows = source, rows

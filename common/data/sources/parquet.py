@@ -1,4 +1,4 @@
-"""Parquet files, those of Hugging Face datasets included."""
+"""Parquet files, including those of Hugging Face datasets."""
 
 import json
 import re
@@ -17,11 +17,11 @@ from pyarrow import parquet
 from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
 from heirloom.common.errors import InputError, nearest
 
-ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded parquet row groups a process keeps
+ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded row groups that a process keeps
 
 
 class ParquetSource:
-    """Parquet files, memory-mapped. The unit of reading is the row group: write groups of a few hundred rows, or shuffling is slow.
+    """Parquet files, memory-mapped. They are read by row group: write groups of a few hundred rows, or shuffling is slow.
 
     A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that Hugging Face
     datasets write (path where bytes is null). A split is a column `split`, or the first part of the names of the files.
@@ -44,13 +44,13 @@ class ParquetSource:
                 raise InputError(f"{file} is not readable as parquet: {error}") from error
             if not sum(counts):
                 raise InputError(f"{file} is empty: it has no row")
-            groups += [RowGroup(file, g, sum(counts[:g]), count) for g, count in enumerate(counts)]
+            groups += [RowGroup(file=file, number=g, first=sum(counts[:g]), rows=count) for g, count in enumerate(counts)]
         self._starts = starts([group.rows for group in groups])
         self._rows: range | np.ndarray = range(sum(group.rows for group in groups))
         if cfg.split and by_column:
             if cfg.split not in splits:
-                there = sorted({str(split) for split in splits})
-                raise InputError(f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, there)} (it has {', '.join(there)})")
+                known = sorted({str(split) for split in splits})
+                raise InputError(f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known)})")
             self._rows = np.flatnonzero(np.array(splits) == cfg.split)
         self.class_names = _class_names(files)
         self._groups, self._decoded, self._cfg = groups, DecodedGroups(names), cfg
@@ -78,7 +78,7 @@ class ParquetSource:
         return record
 
     def pictures(self) -> list[object]:
-        """Which picture each row is about: its path, or a digest of its bytes. Rows of one picture have the same."""
+        """Returns an identifier of the picture of each row: its path, or a digest of its bytes."""
         found: list[object] = []
         for index in range(len(self)):
             group, row = self._place(index)
@@ -88,21 +88,21 @@ class ParquetSource:
         return found
 
     def _place(self, index: int) -> tuple["RowGroup", int]:
-        """The row group of a record, and its row there."""
+        """Returns the row group of a record, and its row in the group."""
         row = int(self._rows[index])
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._groups[number], row - int(self._starts[number])
 
 
 def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
-    """The encoded picture of a cell, or where it lies."""
+    """Returns the encoded picture of a cell, or its path."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, str) and cell:
         return file.parent / cell
-    raise InputError(f"{key}: its picture is {str(cell)[:60]}; a picture is bytes, a path, or a struct of bytes and path")
+    raise InputError(f"{key}: its picture is {str(cell)[:60]}; a picture must be bytes, a path, or a struct of bytes and path")
 
 
 def _schema(file: Path) -> pyarrow.Schema:
@@ -114,7 +114,7 @@ def _schema(file: Path) -> pyarrow.Schema:
 
 
 def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
-    """The files of a split by their names; all of them where they name none."""
+    """Returns the files of a split by their names; all files where no name has a split."""
     known = sorted({name for file in files if (name := _split_of(file))})
     where = files[0] if len(files) == 1 else files[0].parent
     if not split and len(known) > 1:
@@ -127,7 +127,7 @@ def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split in the name of a file: test-00000-of-00001.parquet, as Hugging Face datasets write them, test.parquet, test_0.parquet."""
+    """Returns the split in the name of a file: test-00000-of-00001.parquet (Hugging Face datasets), test.parquet, test_0.parquet."""
     if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
         return numbered[1]
     word = re.split(r"[-_.]", file.stem)[0]
@@ -135,11 +135,11 @@ def _split_of(file: Path) -> str | None:
 
 
 def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """The class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files disagree."""
+    """Returns the class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files disagree."""
     found = [_features(file) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
-            raise InputError(f"{file} has other class names than {files[0]}; read them one by one")
+            raise InputError(f"{file} and {files[0]} have different class names; read them separately")
     return found[0]
 
 
@@ -154,7 +154,7 @@ def _features(file: Path) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of a parquet file: its number there, its first row in the file and how many rows it has."""
+    """A row group of a parquet file: its number in the file, its first row in the file, and its number of rows."""
 
     file: Path
     number: int
@@ -163,7 +163,7 @@ class RowGroup:
 
 
 class DecodedGroups:
-    """The row groups this process decoded last, up to ROW_GROUP_MEMORY bytes (one at least). Arrives empty in another process."""
+    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one). Pickling drops its content."""
 
     def __init__(self, columns: Sequence[str]):
         self._columns, self._lock = list(columns), threading.Lock()
@@ -173,6 +173,7 @@ class DecodedGroups:
         return DecodedGroups, (self._columns,)
 
     def get(self, group: RowGroup) -> pyarrow.Table:
+        """Reads a row group, from the cache if possible."""
         with self._lock:
             if group not in self._tables:
                 try:

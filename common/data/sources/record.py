@@ -1,4 +1,4 @@
-"""What all formats share: the config, the record, and the checks of a column, a caption and a file."""
+"""Shared by all formats: the config, the record, and checks of columns, captions and files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class SourceConfig:
     split: str = ""
     """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/, test-00000-of-00001.parquet"""
     image: str = "image"
-    """column of the picture; in a .csv the one with its path, relative to the file; empty: leave pictures out"""
+    """column of the picture; in a .csv its path, relative to the file; empty: leave pictures out"""
     text: str = "caption"
     """column of the caption; in tar shards a key of the .json, where caption means the .txt member if there is one (a caption a line);
     empty: leave it out"""
     columns: tuple[str, ...] = ()
-    """further columns to carry along, such as tags, concept, label, or embeddings (numbers become float32 and int32 arrays)"""
+    """further columns of the records, such as tags, concept, label, or embeddings (numbers become float32 and int32 arrays)"""
 
 
 class Source(Protocol):
@@ -47,10 +47,10 @@ def require(names: Iterable[str], available: Sequence[str], where: object) -> No
             raise InputError(f"{where} has no column {name!r}{nearest(name, available)} ({known})")
 
 
-def value(cell: Any, key: str, column: str) -> Any:
-    """A carried column as the pipeline wants it: numbers as float32 and int32 arrays, text as it is.
+def value(cell: object, key: str, column: str) -> object:
+    """Converts a cell of a further column for the pipeline: numbers to float32 and int32 arrays, bytes to text; text is unchanged.
 
-    Raises InputError for a whole number that int32 cannot hold, and for bytes that are not text.
+    Raises InputError for a whole number that does not fit int32, and for bytes that are not text.
     """
     if isinstance(cell, bytes):
         try:
@@ -63,13 +63,13 @@ def value(cell: Any, key: str, column: str) -> Any:
     if array.dtype.kind in "iub":
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
-            raise InputError(f"{key}: {column!r} is {str(cell)[:40]}, more than 32 bits; store it as text or as a smaller number")
+            raise InputError(f"{key}: {column!r} is {str(cell)[:40]}, which does not fit 32 bits; store it as text or as a smaller number")
         return whole
     return array.astype(np.float32) if array.dtype.kind == "f" else cell
 
 
-def captions(text: Any, key: str) -> str | list[str]:
-    """`text` if it is a string or a list of strings, as it is. An empty string is a caption, as in CLIP_benchmark: one without words.
+def captions(text: object, key: str) -> str | list[str]:
+    """Returns `text` unchanged if it is a string or a list of strings. An empty string is a caption, as in CLIP_benchmark.
 
     Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
     """
@@ -77,20 +77,20 @@ def captions(text: Any, key: str) -> str | list[str]:
         return text
     if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
         return text
-    raise InputError(f"{key}: its caption is {str(text)[:60]}; a caption is a string, or a list of strings that is not empty")
+    raise InputError(f"{key}: its caption is {str(text)[:60]}; a caption must be a string, or a list of strings that is not empty")
 
 
 def caption_lines(data: bytes) -> str | list[str]:
-    """The captions in a .txt: a line each, blank lines left out. One line, or none, is a single caption (UnicodeDecodeError if not UTF-8).
+    """Reads the captions of a .txt, one a line without blank lines; one line, or none, is a single caption.
 
-    CLIP_benchmark writes the captions of a picture so. An empty file is the empty caption.
+    CLIP_benchmark writes captions this way. An empty file is the empty caption. Raises UnicodeDecodeError for text that is not UTF-8.
     """
     lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     return lines if len(lines) > 1 else "".join(lines)
 
 
 def read(file: Path) -> bytes:
-    """Raises InputError for a file that is not readable."""
+    """Reads a file. Raises InputError when it is not readable."""
     try:
         return file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
@@ -98,5 +98,5 @@ def read(file: Path) -> bytes:
 
 
 def starts(counts: Sequence[int]) -> np.ndarray:
-    """The index of the first sample of each part."""
+    """Returns the index of the first sample of each part."""
     return np.cumsum([0, *counts[:-1]])

@@ -1,4 +1,4 @@
-"""Which format a path names."""
+"""Opens a source by path: selects the format."""
 
 import glob
 import re
@@ -18,14 +18,14 @@ from heirloom.common.paths import local
 
 
 def open_source(cfg: SourceConfig) -> Source:
-    """Open what `cfg.path` names.
+    """Opens the source of `cfg.path`.
 
-    Raises InputError when there is nothing, when a file is unreadable or empty, or when a column or split is missing.
+    Raises InputError when the path does not exist, a file is unreadable or empty, or a column or split is missing.
     """
     local(cfg.path)
     source = _open(cfg)
     if len(source) == 0:
-        raise InputError(f"{cfg.path}: there is no sample in it{f' of split {cfg.split!r}' if cfg.split else ''}")
+        raise InputError(f"{cfg.path} has no sample{f' in the split {cfg.split!r}' if cfg.split else ''}")
     return source
 
 
@@ -51,11 +51,11 @@ def _open(cfg: SourceConfig) -> Source:
         return kind(files, cfg)
     if len(files) == 1 and files[0].suffix in (".csv", ".tsv"):
         return CsvSource(files[0], cfg)
-    raise InputError(f"{cfg.path}: {', '.join(sorted(suffixes))} is no format read here; give a folder, one .csv or .tsv, .tar or .parquet")
+    raise InputError(f"{cfg.path}: {', '.join(sorted(suffixes))} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet")
 
 
 def _folder(folder: Path, cfg: SourceConfig) -> Source:
-    """A folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures, or one per split."""
+    """Opens a folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures, or of splits."""
     if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
         return ParquetSource(files, cfg)
     if files := _visible(folder, "*.tar"):
@@ -72,7 +72,7 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def _files(pattern: str) -> list[Path]:
-    """The files a path, a glob or a numbered pattern names, in order. Each must exist."""
+    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for one that does not exist."""
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
         numbers = range(int(first), int(last) + 1)

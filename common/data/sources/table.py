@@ -13,7 +13,7 @@ from heirloom.common.errors import InputError, nearest
 
 
 class CsvSource:
-    """A table of paths and captions with a header line, separated by commas or tabs. Rows are found again by byte offset."""
+    """A table of paths and captions with a header line, separated by commas or tabs. It keeps the byte offsets of rows."""
 
     def __init__(self, file: Path, cfg: SourceConfig):
         self._file, self._cfg = file, cfg
@@ -41,12 +41,12 @@ class CsvSource:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{file} is not readable as a table: {error}") from error
         if cfg.split and not starts:
-            there = sorted(splits - {""})
-            raise InputError(f"{file} has no split {cfg.split!r}{nearest(cfg.split, there)} (it has {', '.join(there) or 'none'})")
+            known = sorted(splits - {""})
+            raise InputError(f"{file} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})")
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
 
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
-        # readline rather than iteration, so that `tell` stays exact; a quoted cell may span lines.
+        # readline, because iteration makes `tell` inexact; a quoted cell may span lines.
         return csv.reader((line.decode("utf-8-sig") for line in iter(data.readline, b"")), delimiter="\t" if self._tab else ",")
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class CsvSource:
         return record
 
     def pictures(self) -> list[str]:
-        """Which picture each row is about: its path. Rows of one picture have the same."""
+        """Returns the path of the picture of each row, which identifies it."""
         with open(self._file, "rb") as data:
             return [os.path.normpath(self._cells(data, index)[self._cfg.image]) for index in range(len(self))]
 
@@ -77,7 +77,7 @@ class CsvSource:
 
 
 def _narrowest(cell: str, kind: type) -> type:
-    """`kind`, or the next of int, float, str that can hold `cell` too: a column is numbers when every cell is one."""
+    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column has numbers when every cell is a number."""
     for wider in (int, float):
         if kind in (int, wider):
             try:

@@ -17,13 +17,13 @@ from heirloom.common.errors import InputError
 class TarSource:
     """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt, 000012.json).
 
-    A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class names and
-    zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or above it where it is called test or train.
+    A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class names and zero-shot
+    templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if the folder is named test or train.
     """
 
     def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
         if cfg.split:
-            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; name the shards you mean by path, without a split")
+            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; give the path of the shards, and leave split empty")
         self._shards, self._cfg = [Shard(shard, index_shard(shard)) for shard in shards], cfg
         counts = []
         for shard in self._shards:
@@ -36,9 +36,9 @@ class TarSource:
             if cfg.text:
                 _complete(shard, table, "caption", ("txt", "json"))
         self._starts, self._length = starts(counts), sum(counts)
-        names = _companion(shards[0], "classnames.txt")
+        names = _sidecar(shards[0], "classnames.txt")
         self.class_names = {"label": read_lines(names)} if names else {}
-        self.templates = _companion(shards[0], "zeroshot_classification_templates.txt")
+        self.templates = _sidecar(shards[0], "zeroshot_classification_templates.txt")
 
     def __len__(self) -> int:
         return self._length
@@ -66,13 +66,14 @@ class TarSource:
         return record | ({"text": captions(fields[cfg.text], key)} if cfg.text else {})
 
 
-def _companion(shard: Path, name: str) -> Path | None:
+def _sidecar(shard: Path, name: str) -> Path | None:
+    """Finds a file that comes with the shards."""
     folders = (shard.parent, shard.parent.parent) if shard.parent.name in SPLITS else (shard.parent,)
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def _label(text: str) -> Any:
-    """A whole number as int32, or as it is where int32 cannot hold it; anything else is a name."""
+    """Converts a whole number to int32, or to int where it does not fit; other text is a name."""
     try:
         number = int(text)
     except ValueError:
@@ -83,7 +84,7 @@ def _label(text: str) -> Any:
 def _object(data: bytes, key: str) -> dict[str, Any]:
     fields = json.loads(data)
     if not isinstance(fields, dict):
-        raise InputError(f"{key}: its .json holds a {type(fields).__name__}, not an object with named fields")
+        raise InputError(f"{key}: its .json is a {type(fields).__name__}, and must be an object")
     return fields
 
 
@@ -95,17 +96,18 @@ class Shard:
     index: Path
 
     def table(self) -> np.ndarray:
+        """Opens the index, memory-mapped."""
         return np.load(self.index, mmap_mode="r")
 
 
 def _complete(shard: Shard, table: np.ndarray, what: str, extensions: Sequence[str]) -> None:
-    """Every sample has a member with one of `extensions`."""
+    """Raises InputError unless every sample has a member with one of `extensions`."""
     fields = table.dtype.names or ()
-    there = np.zeros(len(table), bool)
+    mask = np.zeros(len(table), bool)
     for extension in set(extensions) & set(fields):
-        there |= table[extension]["size"] >= 0
-    if not there.any():
+        mask |= table[extension]["size"] >= 0
+    if not mask.any():
         raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {', '.join(fields[1:])}")
-    if not there.all():
-        first = table[STEM][there.argmin()].decode(errors="backslashreplace")
-        raise InputError(f"{shard.file}: {(~there).sum()} samples have no {what}, the first is {first}")
+    if not mask.all():
+        first = table[STEM][mask.argmin()].decode(errors="backslashreplace")
+        raise InputError(f"{shard.file}: {(~mask).sum()} samples have no {what}, the first is {first}")

@@ -9,14 +9,14 @@ from heirloom.common.errors import InputError, nearest
 
 
 class TfdsSource:
-    """A data set that TensorFlow Datasets prepared in a random-access format. TensorFlow itself is not needed to read it.
+    """A data set that TensorFlow Datasets prepared in a random-access format. Reading it does not need TensorFlow.
 
-    When `text` names a class feature the caption is the name of the class; a class feature `label` always comes along as a number.
+    When `text` is a class feature, the caption is the name of the class. A class feature `label` is always in the record, as a number.
     """
 
     def __init__(self, name: str, cfg: SourceConfig):
         try:
-            import tensorflow_datasets as tfds  # an optional and heavy package, asked for by few
+            import tensorflow_datasets as tfds  # an optional and heavy package
         except ImportError as error:
             raise InputError("reading tfds: data needs tensorflow-datasets; pip install tensorflow-datasets array-record") from error
         self._name, self._cfg = name, cfg
@@ -25,7 +25,7 @@ class TfdsSource:
         try:
             builder = tfds.builder(name, data_dir=folder or None)
         except (ValueError, AttributeError) as error:
-            raise InputError(f"tfds:{name}: {str(error).splitlines()[0]} Name its folder with @DIR, or {prepare}") from error
+            raise InputError(f"tfds:{name}: {str(error).splitlines()[0]} Give its folder with @DIR, or {prepare}") from error
         splits = list(builder.info.splits)
         if not splits:
             raise InputError(f"tfds:{name} is not prepared{f' in {folder}' if folder else ''}; {prepare}")
@@ -42,7 +42,7 @@ class TfdsSource:
             raise InputError(f"tfds:{name} is stored as {builder.info.file_format.value}, without random access; {prepare}") from error
 
     def __reduce__(self) -> Any:
-        return TfdsSource, (self._name, self._cfg)  # reopened there: its readers hold file handles
+        return TfdsSource, (self._name, self._cfg)  # opens it again: its readers hold file handles
 
     def __len__(self) -> int:
         return len(self._records)
@@ -62,7 +62,7 @@ class TfdsSource:
 
 
 def _decoded(text: Any) -> Any:
-    """TFDS hands out bytes, and arrays of them; anything else is left as it is."""
+    """Decodes bytes, and arrays of bytes, of TFDS; other values are unchanged."""
     if isinstance(text, bytes):
         return text.decode()
     if isinstance(text, np.ndarray | list):

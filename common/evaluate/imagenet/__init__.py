@@ -1,4 +1,4 @@
-"""ImageNet-1k as CLIP classifies it: the names of its classes and the 80 templates (OpenAI CLIP, MIT; see LICENSE beside this file)."""
+"""ImageNet-1k for zero-shot CLIPs: class names and the 80 templates (OpenAI CLIP, MIT; see LICENSE in this folder)."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ def test_fields_are_read_with_their_types_and_defaults():
         ("number", 10**400, "and must be a finite number of at least 0"),
         ("number", "1e-5", "width is '1e-5', and must be a number"),
         ("boolean", 1, "width is 1, and must be true or false"),
-        ("text", 3, "width is 3, and must be a text"),
+        ("text", 3, "width is 3, and must be a string"),
         ("integers", [1, "2"], "must be a list of positive whole numbers"),
         ("integers", 3, "must be a list of positive whole numbers"),
         ("square", [32, 16], r"width is \[32, 16\]; only squares can be read"),

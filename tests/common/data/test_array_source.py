@@ -35,7 +35,7 @@ def test_rows_keep_shape_and_dtype_and_survive_pickling(folder):
         (dict(columns=("latents",)), "has no column 'latents'; did you mean 'latent'"),
         (dict(columns=("latent", "short")), r"different lengths \(latent 4, short 3\)"),
         (dict(columns=("objects",)), r"objects\.npy is not readable as an array"),
-        (dict(), "no array is asked for"),
+        (dict(), "no array is selected"),
         (dict(columns=("label",), split="train"), "leave split empty"),
     ],
 )

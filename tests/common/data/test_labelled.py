@@ -48,9 +48,9 @@ def labels(source):
     [
         ([0, 3], r"row 1: its label is 3, the classes are 0 to 2; number the labels from 0"),
         ([0, -1], r"row 1: its label is -1, the classes are 0 to 2"),
-        ([0, 2**40], r"row 1: 'label' is 1099511627776, more than 32 bits"),
-        ([0.0, 1.0], r"row 0: its label is '0\.0'; labels are whole numbers from 0, or names"),
-        ([[0], [1]], r"row 0: its label is '\[0\]'; labels are whole numbers"),
+        ([0, 2**40], r"row 1: 'label' is 1099511627776, which does not fit 32 bits"),
+        ([0.0, 1.0], r"row 0: its label is '0\.0'; labels must be all whole numbers from 0, or all names"),
+        ([[0], [1]], r"row 0: its label is '\[0\]'; labels must be all whole numbers"),
         (["0", "3"], r"row 1: its label is 3, the classes are 0 to 2"),
     ],
 )
@@ -63,7 +63,7 @@ def test_numbers_are_taken_from_any_column_and_as_text(labelled):
     assert labels(labelled([2, 0], 3, column="fine")) == [2, 0]
     assert labels(labelled(["10", "9", "2"], 11)) == [10, 9, 2]  # not in alphabetical order
     assert labels(labelled([5, 7])) == [5, 7]
-    with pytest.raises(InputError, match="the classes are 0 up"):
+    with pytest.raises(InputError, match="the classes start at 0"):
         labels(labelled([-1]))
 
 
@@ -72,7 +72,7 @@ def test_names_of_a_column_are_in_alphabetical_order_or_the_models(labelled):
     assert source.classes == ("cat", "dog") and labels(source) == [1, 0, 1]
     source = labelled(["dog", "cat", "dog"], 2, names=("dog", "cat"))
     assert source.classes == ("dog", "cat") and labels(source) == [0, 1, 0]
-    with pytest.raises(InputError, match=r"its class 'dgo' is not, or not clearly, one of the 2 known \(dog, cat\); did you mean 'dog'"):
+    with pytest.raises(InputError, match=r"its class 'dgo' does not match exactly one of the 2 known \(dog, cat\); did you mean 'dog'"):
         labelled(["dgo", "cat", "dog"], 2, names=("dog", "cat"))
     for blank in ("", " ", None):
         with pytest.raises(InputError, match=r"row 1: .*label"):
@@ -91,10 +91,10 @@ def test_folders_are_matched_to_the_models_names(folders, remarks):
 def test_an_order_that_is_assumed_is_said(folders, remarks):
     data = folders("a", "b", "c")
     assert labels(open_labelled(data, "label", 3, ("eins", "zwei", "drei"))) == [0, 1, 2]
-    said = "its class 'a' is none of the class names (eins, zwei, drei), but there are 3 of each"
-    assert remarks() == [f"{data.path}: {said}: its classes are taken in their order (a, b, c)"]
+    said = "its class 'a' is not one of the class names (eins, zwei, drei), but there are 3 of each"
+    assert remarks() == [f"{data.path}: {said}: its classes are numbered in their order (a, b, c)"]
     assert labels(open_labelled(data, "label", 3, ("a", "bb", "c"))) == [0, 1, 2]  # the names that match agree with the order
-    with pytest.raises(InputError, match="its class 'c' is not, or not clearly, one of the 3 known"):
+    with pytest.raises(InputError, match="its class 'c' does not match exactly one of the 3 known"):
         open_labelled(data, "label", 3, ("b", "a", "cc"))
 
 
@@ -102,7 +102,7 @@ def test_neither_names_nor_numbers_agree(folders):
     data = folders("a", "b", "c")
     with pytest.raises(InputError, match=r"has 3 classes \(a, b, c\), the model 2: give data with the model's classes, or a model with 3"):
         open_labelled(data, "label", 2)
-    with pytest.raises(InputError, match="its class 'a' is not, or not clearly, one of the 2 known"):
+    with pytest.raises(InputError, match="its class 'a' does not match exactly one of the 2 known"):
         open_labelled(data, "label", 2, ("x", "y"))
     with pytest.raises(InputError, match=r"there are 2 class names \(x, y\) for the 3 classes of the model"):
         open_labelled(data, "label", 3, ("x", "y"))
@@ -110,11 +110,11 @@ def test_neither_names_nor_numbers_agree(folders):
 
 def test_numbered_folders_whose_order_surprises(folders, remarks):
     assert labels(open_labelled(folders("0", "2", "10"), "label", 3)) == [0, 1, 2]
-    assert "numbered in alphabetical order, so that '10' is class 1" in remarks()[0]
+    assert "numbered in alphabetical order, so '10' is class 1" in remarks()[0]
 
 
 def test_two_folders_of_one_class(folders):
-    with pytest.raises(InputError, match="its classes 'Cat' and 'cat' are both 'cat'"):
+    with pytest.raises(InputError, match="its classes 'Cat' and 'cat' both match 'cat'"):
         open_labelled(folders("Cat", "cat"), "label", 2, ("cat", "dog"))
 
 
@@ -144,9 +144,9 @@ def test_names_next_to_shards(tmp_path, picture):
     assert source.classes == ("zebra", "ant") and labels(source) == [1, 0, 1]
     assert labels(open_labelled(shard("1", "0"), "label", 3, ("ant", "bee", "zebra"))) == [0, 2]
     assert labels(open_labelled(shard("ant", "zebra"), "label")) == [1, 0]
-    with pytest.raises(InputError, match=r"0\.tar:s1: its label is 2, which is none of the classes \(0, 1\)"):
+    with pytest.raises(InputError, match=r"0\.tar:s1: its label is 2, which is not one of the classes \(0, 1\)"):
         labels(open_labelled(shard("1", "2"), "label"))
-    with pytest.raises(InputError, match=r"0\.tar:s1: its label is 'bee', which is none of the classes \(zebra, ant\)"):
+    with pytest.raises(InputError, match=r"0\.tar:s1: its label is 'bee', which is not one of the classes \(zebra, ant\)"):
         labels(open_labelled(shard("ant", "bee"), "label"))
 
 

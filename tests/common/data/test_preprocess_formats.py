@@ -78,17 +78,17 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
         ({"size": [32]}, r"size is \[32\]"),
         ({"size": "32"}, "size is '32'"),
         ({"size": {"shortest_edge": 31}}, "resize is 31 and size 32"),
-        ({"crop_size": {"height": 48, "width": 48}, "size": 48}, "crop_size is .* the model sees 32 x 32 pixels"),
+        ({"crop_size": {"height": 48, "width": 48}, "size": 48}, "crop_size is .* the model takes 32 x 32 pixels"),
         ({"crop_size": {"height": 32, "width": 30}}, "crop_size is .* only squares"),
         ({"crop_size": 1.5}, "crop_size is 1.5"),
-        ({"do_center_crop": False}, "do_center_crop is False; without a crop"),
+        ({"do_center_crop": False}, "do_center_crop is False; the model needs square pictures"),
         ({"do_resize": False}, "do_resize is False"),
         ({"do_resize": "no"}, "do_resize is 'no', and must be true or false"),
         ({"do_pad": True}, "do_pad is True; this processing is not supported"),
         ({"crop_pct": 0.9}, "crop_pct is 0.9; this processing is not supported"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True"),
         ({"rescale_factor": 0}, "rescale_factor is 0, and must be a finite number above 0"),
-        ({"image_processor_type": "BlipImageProcessor"}, "'BlipImageProcessor'; processors of CLIP, ViT, DeiT, Siglip are read"),
+        ({"image_processor_type": "BlipImageProcessor"}, "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Siglip can be read"),
         ({"image_processor_type": None}, "'resample' is missing; add it, or the image_processor_type that it depends on"),
     ],
 )
@@ -116,7 +116,7 @@ def test_the_model_says_which_processor_it_is_where_its_file_does_not(tmp_path):
 
 def test_a_size_that_is_not_said_is_the_models_and_that_is_said(tmp_path, remarks):
     found = read(tmp_path, preprocessor_config={name: value for name, value in CLIP.items() if "size" not in name})
-    assert (found.pre.size, found.pre.resize) == (32, 32) and "has no size; the model's own, 32, is assumed" in found.note
+    assert (found.pre.size, found.pre.resize) == (32, 32) and "has no size; the size of the model, 32, is assumed" in found.note
     assert found.announced() == found.pre and remarks() == [found.note]
 
 
@@ -137,7 +137,7 @@ def test_open_clips_file_is_read_in_full(theirs, expected, tmp_path):
 @pytest.mark.parametrize(
     ("theirs", "complaint"),
     [
-        ({"size": 48}, "size is 48; the model sees 32 x 32"),
+        ({"size": 48}, "size is 48; the model takes 32 x 32"),
         ({"resize_mode": "crop"}, "resize_mode is 'crop'; only 'shortest', 'squash', 'longest' can be read"),
         ({"interpolation": "lanczos"}, "interpolation is 'lanczos'; only 'bicubic', 'bilinear', 'random' can be read"),
         ({"mean": "imagenet"}, "mean is 'imagenet'"),
@@ -191,7 +191,7 @@ def test_what_timms_file_asks_for_and_is_not_honoured_is_refused(theirs, complai
 
 def test_timms_other_input_size_is_said(tmp_path):
     found = read(tmp_path, "timm", config={"architecture": "vit", "pretrained_cfg": {"mean": HALF, "input_size": [3, 224, 224]}})
-    assert (found.pre.size, found.pre.resize) == (32, 36) and "is for pictures of 224 x 224; the model sees 32" in found.note
+    assert (found.pre.size, found.pre.resize) == (32, 36) and "is for pictures of 224 x 224; the size of the model, 32" in found.note
 
 
 def test_a_checkpoint_without_preprocessing_says_whose_is_assumed(tmp_path, remarks):
@@ -208,7 +208,7 @@ def test_our_file_goes_first_and_the_formats_own_second(tmp_path):
     assert read(tmp_path, "open_clip").pre.mean == HALF
     replace(OWN, mean=(0.7,) * 3).save(tmp_path)
     assert read(tmp_path, "hf").pre.mean == (0.7,) * 3
-    with pytest.raises(InputError, match=r"preprocess\.json: size is 32, the model sees 48 x 48"):
+    with pytest.raises(InputError, match=r"preprocess\.json: size is 32, and the model takes 48 x 48"):
         read(tmp_path, "hf", 48)
 
 
@@ -254,6 +254,6 @@ def test_what_a_format_cannot_express_is_not_written(format, change, complaint, 
 def test_a_white_background_is_said_where_it_is_lost(tmp_path, remarks):
     (tmp_path / "open_clip_config.json").write_text("{}")
     write(replace(OTHER, background="white"), tmp_path, "open_clip")
-    assert remarks() == ["open_clip has no word for background 'white': composite transparent pictures yourself there"]
+    assert remarks() == ["open_clip has no setting for background 'white': composite transparent pictures yourself there"]
     write(replace(OTHER, background="white"), tmp_path, "heirloom")
     assert remarks() == [] and Preprocess.load(tmp_path).background == "white"

@@ -45,7 +45,7 @@ def test_pictures_by_path(pictures, grey, form, monkeypatch):
 @pytest.mark.parametrize("cell", [{"bytes": None, "path": None}, {"bytes": b"", "path": ""}])
 def test_a_picture_that_is_nowhere(tmp_path, cell):
     parquet.write_table(pyarrow.table({"image": pyarrow.array([cell], STRUCT), "caption": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a\.parquet row 0: its picture is .*; a picture is bytes, a path, or a struct"):
+    with pytest.raises(InputError, match=r"a\.parquet row 0: its picture is .*; a picture must be bytes, a path, or a struct"):
         open_source(SourceConfig(str(tmp_path / "a.parquet")))[0]
 
 
@@ -135,7 +135,7 @@ def test_captions_of_other_types_in_parquet_and_arrays(tmp_path, picture):
         open_source(SourceConfig(str(tmp_path / "a.parquet")))[0]
     (tmp_path / "b").mkdir()
     np.save(tmp_path / "b" / "caption.npy", np.arange(3))
-    with pytest.raises(InputError, match=r"caption\.npy holds int64 \[3\]; captions are strings"):
+    with pytest.raises(InputError, match=r"caption\.npy is int64 \[3\]; captions must be strings"):
         open_source(SourceConfig(str(tmp_path / "b"), image=""))
 
 
@@ -152,7 +152,7 @@ def test_json_that_is_no_object(data, tmp_path, picture):
 
 def test_a_number_that_int32_cannot_hold_is_no_column(tmp_path, picture):
     parquet.write_table(pyarrow.table({"image": [picture(0)], "id": [2**32 + 1]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a\.parquet row 0: 'id' is 4294967297, more than 32 bits"):
+    with pytest.raises(InputError, match=r"a\.parquet row 0: 'id' is 4294967297, which does not fit 32 bits"):
         open_source(SourceConfig(str(tmp_path / "a.parquet"), text="", columns=("id",)))[0]
 
 
@@ -164,5 +164,5 @@ def test_class_names_of_hugging_face(tmp_path, picture):
         parquet.write_table(rows.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / f"{i}.parquet")
     source = open_source(SourceConfig(str(tmp_path / "0.parquet"), text="", columns=("label",)))
     assert isinstance(source, ParquetSource) and source.class_names == {"label": ("zebra", "ant")}
-    with pytest.raises(InputError, match=r"1\.parquet has other class names than .*0\.parquet"):
+    with pytest.raises(InputError, match=r"1\.parquet and .*0\.parquet have different class names"):
         open_source(SourceConfig(str(tmp_path), text="", columns=("label",)))

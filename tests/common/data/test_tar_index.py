@@ -151,7 +151,7 @@ def test_a_pipe_or_a_folder_is_no_shard(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     (tmp_path / "b.tar").mkdir()
     for name in ("a.tar", "b.tar"):
-        with pytest.raises(InputError, match=f"{name} is no file"):
+        with pytest.raises(InputError, match=f"{name} is not a file"):
             index_shard(tmp_path / name)
 
 

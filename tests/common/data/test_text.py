@@ -96,9 +96,9 @@ def test_what_is_no_clip_tokenizer_is_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="no start and end token"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(InputError, match="no room"):
+    with pytest.raises(InputError, match="too small for the start and end tokens"):
         Tokenizer.clip()("a", 1)
-    for texts, complaint in ((7, "captions are strings, not int"), (["a", None], "number 1, counted from 0, is NoneType")):
+    for texts, complaint in ((7, "captions must be strings, not int"), (["a", None], "caption 1, counted from 0, is NoneType")):
         with pytest.raises(InputError, match=complaint):
             Tokenizer.clip()(texts, 8)
 
@@ -197,11 +197,11 @@ def test_a_tokenizer_on_which_the_library_panics_is_refused(clip, tmp_path):
         ("tokenizer.json", '{"model": ', "not readable as a tokenizer"),
         ("tokenizer.json", "[]", "not readable as a tokenizer"),
         ("tokenizer.json", "", "not readable as a tokenizer"),
-        ("vocab.json", '{"a": 1000000000}', "gives a token the id 1000000000: ids are below 16,777,216"),
+        ("vocab.json", '{"a": 1000000000}', "gives a token the id 1000000000: ids must be below 16,777,216"),
         ("vocab.json", '{"a": ', "cannot be read as JSON"),
         ("vocab.json", '["a"]', "holds a JSON list"),
-        ("vocab.json", '{"a": "x"}', "each token an id of its own"),
-        ("vocab.json", '{"a": 1, "b": 1}', "each token an id of its own"),
+        ("vocab.json", '{"a": "x"}', "each token another id"),
+        ("vocab.json", '{"a": 1, "b": 1}', "each token another id"),
         ("merges.txt", "a b\na b c\n", "line 2: 'a b c' is not a pair"),
         ("merges.txt", "qqq zzz\n", "not readable as a tokenizer"),
         ("added_tokens.json", '{"<x>": "y"}', "'<x>' has id 'y'"),

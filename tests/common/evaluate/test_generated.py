@@ -96,7 +96,7 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     with pytest.warns(Remark, match=left_out) as said:
         rows = evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(ADM), mesh)
     assert len(said) == 1 and [row["metric"] for row in rows] == ["fid", "inception_score"]
-    with pytest.raises(InputError, match="statistics of 'adm' alone"):
+    with pytest.raises(InputError, match="has only statistics of 'adm'"):
         evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(Q8), mesh)
 
 
@@ -133,12 +133,12 @@ def test_pictures_are_read_in_parts(save, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "why"),
     [
-        ({"images": np.zeros((2, 2))}, "holds images; a reference batch has"),
-        ({}, "holds nothing"),
+        ({"images": np.zeros((2, 2))}, "has images; a reference batch needs"),
+        ({}, "has nothing"),
         ({"mu": np.zeros(3)}, "has no `sigma`"),
-        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is float64 \[4\] and should be \[3\] finite numbers"),
-        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "`sigma` is no covariance"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1)}, "`sigma` is no covariance"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"`mu` is float64 \[4\], and must be \[3\] finite numbers"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "`sigma` is not a covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3) + np.eye(3, k=1)}, "`sigma` is not a covariance"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "`sigma`.*finite"),
         ({"mu": np.array(["a"], object), "sigma": np.eye(3)}, "cannot be read"),
         ({"arr_0": np.zeros((5, 4, 4, 3))}, r"`arr_0` is float64 \[5, 4, 4, 3\]"),
@@ -194,7 +194,7 @@ def test_damaged_features_are_no_score(mesh, tmp_path):
 
 def test_pictures_that_are_none_and_too_few(mesh, tmp_path):
     np.savez(tmp_path / "ref.npz", pictures(10, 0))
-    with pytest.raises(InputError, match=r"these are float32 \[2, 4, 4, 3\]"):
+    with pytest.raises(InputError, match=r"pictures are float32 \[2, 4, 4, 3\]"):
         evaluate([np.zeros((2, 4, 4, 3), np.float32)], read_reference(tmp_path / "ref.npz"), extractor(Q8), mesh)
     with pytest.raises(InputError, match="9 pictures are too few"):
         evaluate([pictures(9, 0)], read_reference(tmp_path / "ref.npz"), extractor(Q8), mesh)

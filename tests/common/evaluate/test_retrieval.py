@@ -79,7 +79,7 @@ def test_accuracy_by_hand_and_ties_count_against():
     got = accuracy(image, classes, np.array([2, 4, 0]))
     assert (got.top1, got.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     for labels in (np.array([2, -1, 0]), np.array([2.0, 4, 0])):
-        with pytest.raises(InputError, match="labels are whole numbers from 0 up"):
+        with pytest.raises(InputError, match="labels must be whole numbers from 0"):
             accuracy(image, classes, labels)
 
 
@@ -89,7 +89,7 @@ def test_a_model_that_computes_no_numbers_scores_nothing(value):
     good, labels = np.eye(4, dtype=np.float32), np.arange(4)
     bad = good.copy()
     bad[2, 1] = value
-    said = r": NaN or infinite for 1 of 4 \(first: 2\); there is no score for such a model"
+    said = r": NaN or infinite for 1 of 4 \(first: 2\); such a model has no score"
     for image, text in ((bad, good), (good, bad)):
         with pytest.raises(InputError, match=said):
             retrieval(image, text, labels, labels)
@@ -104,7 +104,7 @@ def test_a_model_that_computes_no_numbers_scores_nothing(value):
 def test_a_probe_needs_labels_that_are_classes():
     x = np.eye(3, dtype=np.float32)
     for labels in (np.array([0, -1, 1]), np.array([0.0, 1.0, 2.0])):
-        with pytest.raises(InputError, match="labels are whole numbers from 0 up"):
+        with pytest.raises(InputError, match="labels must be whole numbers from 0"):
             probe(x, labels, x, np.arange(3))
     with pytest.raises(InputError, match="a test example has the label 2, the training examples have 0 to 1"):
         probe(x, np.array([0, 1, 1]), x, np.arange(3))
@@ -122,7 +122,7 @@ def test_templates_of_a_file(tmp_path):
 def test_other_templates_are_refused(tmp_path, line):
     file = tmp_path / "templates.txt"
     file.write_text(f"a photo of a {{}}\n{line}\n")
-    with pytest.raises(InputError, match=r"templates\.txt, line 2: .* needs one \{\} where the name of the class goes"):
+    with pytest.raises(InputError, match=r"templates\.txt, line 2: .* needs one \{\} for the name of the class"):
         read_templates(file)
 
 

@@ -35,7 +35,7 @@ def test_notation_round_trips_and_gives_the_sides(text, sides):
 def test_one_name_may_stand_once_on_each_side_but_not_twice_on_one():
     assert Axes.parse("embed -> embed").where("read", "write") == (0, 1)
     for text in ("embed embed", "embed embed -> hidden", "-> head head"):
-        with pytest.raises(ValueError, match="stands twice on one side"):
+        with pytest.raises(ValueError, match="is used twice on one side"):
             Axes.parse(text)
 
 
@@ -130,4 +130,4 @@ def test_assign_refuses_an_idle_pattern():
 def test_assign_refuses_a_pattern_that_stands_behind_a_wider_one():
     with pytest.raises(InputError) as error:
         assign(["image/**", "image/cls", "**"], PATHS)
-    assert str(error.value) == "pattern 'image/cls' has nothing left: 'image/**' comes first and takes image/cls; put it behind"
+    assert str(error.value) == "pattern 'image/cls' has no effect: 'image/**' comes first and covers image/cls; put 'image/**' after it"

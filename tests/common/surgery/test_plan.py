@@ -222,7 +222,7 @@ W = "layer embed -> head head_dim|2 8 4 2"
             dict(a=W),
             r"a: the rule '\*\*' maps 'head head_dim' and 'embed head', which share an axis",
         ),
-        ((("**", {"head": PerLayer((first(4),))}),), dict(a=W), r"speaks of 1 layers"),
+        ((("**", {"head": PerLayer((first(4),))}),), dict(a=W), r"is for 1 layers"),
     ],
 )
 def test_each_mistake_names_the_leaf_and_the_way_out(rules, target, message):

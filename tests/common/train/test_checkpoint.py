@@ -104,5 +104,5 @@ def test_a_damaged_state_is_named(tmp_path, state, like):
 
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/checkpoints: cannot keep checkpoints here"):
+    with pytest.raises(InputError, match=r"file/checkpoints: cannot write checkpoints here"):
         Checkpoints(tmp_path / "file" / "checkpoints")

@@ -181,7 +181,7 @@ def test_no_difference():
 
 def test_a_run_needs_a_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/run: cannot hold a run \(Not a directory\)"):
+    with pytest.raises(InputError, match=r"file/run: cannot write a run here \(Not a directory\)"):
         Run.open(tmp_path / "file" / "run", {})
 
 

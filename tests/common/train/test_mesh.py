@@ -97,7 +97,7 @@ def test_roll_call_names_who_is_missing_to_everybody():
     errors = call_all(address, 4, [0, 2], limit=0.5)
     assert [type(error) for error in errors] == [InputError] * 2
     assert {str(error) for error in errors} == {
-        f"after 0.5 s process 1, 3 of 4 has not reported to {address}: start it, or look at its log, then start all of them again"
+        f"after 0.5 s process 1, 3 of 4 has not reported to {address}: start it, or check its log, then start all of them again"
     }
 
 
