@@ -175,7 +175,7 @@ class ImageTower(nnx.Module):
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.layers, self.remat = c.layers, cfg.remat
 
-    def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
         x = add(x, self.position[...].reshape(-1, x.shape[-1]))
@@ -234,8 +234,7 @@ class TokenTable(nnx.Module):
 class Clip(nnx.Module):
     """Image and text towers and the logarithm of the similarity scale.
 
-    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token. train: batch norms
-    go by the batch; no difference to a ViT.
+    images: [batch, size, size, 3] f32, normalised. tokens: [batch, context] int32, padded after the end-of-text token.
     """
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
@@ -247,12 +246,12 @@ class Clip(nnx.Module):
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 
-    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL, train: bool = False) -> Features:
-        return Features(self.encode_image(images, keep, train), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
+    def __call__(self, images: jax.Array, tokens: jax.Array, keep: Keep = ALL) -> Features:
+        return Features(self.encode_image(images, keep), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
 
-    def encode_image(self, images: jax.Array, keep: Keep = ALL, train: bool = False) -> jax.Array:
+    def encode_image(self, images: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""
-        return _unit(self.image(images, keep.image, train))
+        return _unit(self.image(images, keep.image))
 
     def encode_text(self, tokens: jax.Array, keep: Keep = ALL) -> jax.Array:
         """Unit-norm features, [batch, joint] f32."""

@@ -24,7 +24,7 @@ from heirloom.common.surgery.plan import Source
 from heirloom.common.train.mesh import MeshConfig
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import create_state
-from heirloom.common.train.step import StepConfig, make_step
+from heirloom.common.train.step import STATISTICS, StepConfig, make_step
 from tinyclip_jax.inherit import manual
 from tinyclip_jax.model import Clip, ClipConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained
@@ -56,7 +56,8 @@ def test_running_statistics_follow_the_batch_and_are_used_in_evaluation_only(tea
     mesh = jax.make_mesh((2, 1, 1), names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2])
 
     def loss(params, batch, key, frozen):
-        return model.apply(params, batch["image"], batch["text"], train=True).image[:, 0].sum() * 1e-3, {}
+        features, statistics = model.train(params, batch["image"], batch["text"])
+        return features.image[:, 0].sum() * 1e-3, {STATISTICS: statistics}
 
     step = make_step(loss, optimizer, model.spec, mesh, StepConfig())
     state, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
@@ -124,7 +125,7 @@ def test_to_open_clips_names_and_back_bit_for_bit(teacher, families, tmp_path):
         np.testing.assert_array_equal(np.asarray(again.source.values[path]), value, err_msg=path)
 
 
-def test_recomputed_blocks_give_the_same_gradients(batch):
+def test_recomputed_blocks_give_the_same_gradients_and_statistics(batch):
     cfg = replace(TEACHER, image=replace(TEACHER.image, blocks=(1, 1, 1, 1)))
     model = functional(Clip, cfg)
     params = {path: np.full(leaf.shape, 0.1, np.float32) for path, leaf in model.spec.items()}
@@ -132,14 +133,18 @@ def test_recomputed_blocks_give_the_same_gradients(batch):
 
     def gradients(cfg):
         def loss(params):
-            return functional(Clip, cfg).apply(params, batch["image"], batch["text"], train=True).image[:, 0].sum()
+            features, statistics = functional(Clip, cfg).train(params, batch["image"], batch["text"])
+            return features.image[:, 0].sum(), statistics
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    plain, recomputed = gradients(cfg), gradients(replace(cfg, remat="full"))
+    (plain, moved), (recomputed, again) = gradients(cfg), gradients(replace(cfg, remat="full"))
     for path, expected in plain.items():
         np.testing.assert_allclose(recomputed[path], expected, rtol=1e-4, atol=1e-6, err_msg=path)
-    assert np.abs(plain["image/layer2/0/bn1/mean"]).max() > 1e-3  # the statistics' distance, once and not twice
+    assert moved.keys() == again.keys() == {path for path in params if path.endswith(("mean", "variance"))}
+    for path, expected in moved.items():
+        np.testing.assert_allclose(again[path], expected, rtol=1e-4, atol=1e-6, err_msg=path)
+        assert not plain[path].any() and np.abs(expected - params[path]).max() > 1e-3, path
 
 
 def test_a_published_recipe_trains_at_a_small_size(one_device, tmp_path):
