@@ -83,7 +83,7 @@ def functional(module: Callable[..., nnx.Module], cfg: Any) -> Functional:
     def make(key: jax.Array) -> nnx.Module:
         return module(cfg, rngs=nnx.Rngs(params=key))
 
-    graph, state = nnx.split(nnx.eval_shape(partial(make, jax.random.key(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))  # no concrete key: that would start the devices
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     spec = {
         _join(path): _leaf(variable.get_metadata(), leaf)
