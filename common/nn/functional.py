@@ -8,7 +8,6 @@ output, statistics = model.train(params, images, tokens)    # in training; {} fo
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
