@@ -220,9 +220,17 @@ class Masked:
         return params if paths is None else {path: params[path] for path in paths}
 
     def apply(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        weights, keep = self._masked(params)
+        return self.model.apply(weights, *args, keep=keep, **kwargs)
+
+    def train(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        weights, keep = self._masked(params)
+        return self.model.train(weights, *args, keep=keep, **kwargs)
+
+    def _masked(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], Keep]:
         weights, gates = split(params)
         keep = Keep(*(gates[f"masks/{tower}/embed"] != 0 for tower in TOWERS))
-        return self.model.apply(apply_gates(weights, self.model.spec, gates), *args, keep=keep, **kwargs)
+        return apply_gates(weights, self.model.spec, gates), keep
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

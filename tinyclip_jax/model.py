@@ -182,7 +182,7 @@ class ImageTower(nnx.Module):
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.layers, self.remat = c.layers, cfg.remat
 
-    def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
         x = add(x, self.position[...].reshape(-1, x.shape[-1]))
@@ -246,8 +246,7 @@ class TokenTable(nnx.Module):
 class Clip(nnx.Module):
     """Image and text towers and the logarithm of the similarity scale.
 
-    images: f32, normalised. tokens: int32, padded after the end-of-text token. keep: open channels of a masked model. train: a ResNet's
-    batch norms use the statistics of the batch; a ViT has none.
+    images: f32, normalised. tokens: int32, padded after the end-of-text token. keep: open channels of a masked model.
     """
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
@@ -259,12 +258,12 @@ class Clip(nnx.Module):
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
 
-    def __call__(self, images: Images, tokens: Tokens, keep: Keep = ALL, train: bool = False) -> Features:
-        return Features(self.encode_image(images, keep, train), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
+    def __call__(self, images: Images, tokens: Tokens, keep: Keep = ALL) -> Features:
+        return Features(self.encode_image(images, keep), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
 
-    def encode_image(self, images: Images, keep: Keep = ALL, train: bool = False) -> Float[Array, "images joint"]:
+    def encode_image(self, images: Images, keep: Keep = ALL) -> Float[Array, "images joint"]:
         """Unit-norm image features, f32."""
-        return unit(self.image(images, keep.image, train).astype(jnp.float32))
+        return unit(self.image(images, keep.image).astype(jnp.float32))
 
     def encode_text(self, tokens: Tokens, keep: Keep = ALL) -> Float[Array, "captions joint"]:
         """Unit-norm text features, f32."""

@@ -56,7 +56,7 @@ class ResNetConfig:
 
 
 class ResNet(nnx.Module):
-    """images: [batch, size, size, 3] to [batch, joint]. train: normalise by the batch, and let the running statistics follow."""
+    """images: [batch, size, size, 3] to [batch, joint]."""
 
     def __init__(self, c: ResNetConfig, joint: int, *, remat: Remat = "none", kernel: Kernel = "xla", rngs: nnx.Rngs):
         if len(c.blocks) != len(STAGES) or min(c.blocks) < 1:
@@ -76,14 +76,14 @@ class ResNet(nnx.Module):
             setattr(self, f"layer{stage}", nnx.List(blocks))
         self.pool = AttentionPool(c, joint, kernel=kernel, rngs=rngs)
 
-    def __call__(self, images: jax.Array, keep: jax.Array | None = None, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = images
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = jax.nn.relu(norm(conv(x), train))
+            x = jax.nn.relu(norm(conv(x)))
         x = average_pool(x, 2)
         for stage in STAGES:
             for block in getattr(self, f"layer{stage}"):
-                x = run(block, x, train, remat=self.remat)
+                x = run(block, x, remat=self.remat)
         return self.pool(x)
 
 
@@ -101,12 +101,12 @@ class Bottleneck(nnx.Module):
             self.down = Conv(read, written, size=1, bias=None, rngs=rngs)
             self.down_bn = BatchNorm(written, eps=eps, rngs=rngs)
 
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train))
-        y = self.bn3(self.conv3(average_pool(y, self.stride)), train)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.bn1(self.conv1(x)))
+        y = jax.nn.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(average_pool(y, self.stride)))
         if self.projects:
-            x = self.down_bn(self.down(average_pool(x, self.stride)), train)
+            x = self.down_bn(self.down(average_pool(x, self.stride)))
         return jax.nn.relu(y + x)
 
 

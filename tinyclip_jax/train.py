@@ -19,7 +19,7 @@ from heirloom.common.train import recipe
 from heirloom.common.train.loop import Data
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
-from heirloom.common.train.step import Batch, LossFn, cast
+from heirloom.common.train.step import STATISTICS, Batch, LossFn, cast
 from tinyclip_jax import cache
 from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.config import Config, LossConfig, Stage
@@ -75,7 +75,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     """
 
     def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
-        image, text, scale = student.apply(params, batch["image"], batch["text"], train=True)
+        (image, text, scale), statistics = student.train(params, batch["image"], batch["text"])
         parts = {}
         if cfg.loss.alpha > 0:
             if teacher:
@@ -88,7 +88,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         if cfg.loss.alpha < 1:
             parts["contrastive"] = (1 - cfg.loss.alpha, contrastive(image, text, scale, batch.get("group")))
         total = sum(weight * value for weight, value in parts.values())
-        return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {"scale": (scale, 1.0)}
+        metrics = {name: (value, 1.0) for name, (_, value) in parts.items()} | {"scale": (scale, 1.0)}
+        return jnp.asarray(total), metrics | {STATISTICS: statistics}
 
     if cfg.step.accumulate > 1:
         raise InputError(f"step.accumulate is {cfg.step.accumulate}, and TinyCLIP's loss compares all pairs of a batch: set it to 1")

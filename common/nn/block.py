@@ -70,11 +70,14 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
     """
     graph, state = nnx.split(blocks)
 
-    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         state, *inputs = layer
-        return nnx.merge(graph, state)(x, *inputs), None
+        block = nnx.merge(graph, state)
+        return block(x, *inputs), nnx.state(block, nnx.BatchStat)
 
-    return jax.lax.scan(rematerialised(body, remat), x, (state, *inputs))[0]
+    x, statistics = jax.lax.scan(rematerialised(body, remat), x, (state, *inputs))
+    nnx.update(blocks, statistics)
+    return x
 
 
 def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
@@ -87,7 +90,14 @@ def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") ->
     if remat == "none":
         return block(x, *inputs)
     graph, state = nnx.split(block)
-    return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, *inputs), policy=_POLICIES[remat])(state, x)
+
+    def body(state: nnx.State, x: jax.Array) -> tuple[jax.Array, nnx.State]:
+        block = nnx.merge(graph, state)
+        return block(x, *inputs), nnx.state(block, nnx.BatchStat)
+
+    x, statistics = jax.checkpoint(body, policy=_POLICIES[remat])(state, x)
+    nnx.update(block, statistics)
+    return x
 
 
 def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:

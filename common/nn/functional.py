@@ -3,11 +3,11 @@
 model  = functional(Clip, cfg)
 params = model.init(jax.random.key(0))          # {"image/blocks/attn/query/kernel": Array, ...}
 output = model.apply(params, images, tokens)
+output, statistics = model.train(params, images, tokens)    # in training; {} for a model without batch norms
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -46,8 +46,26 @@ class Functional:
     def apply(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Calls a method of the module with these parameters, arrays of JAX or NumPy (converted, since a tracer cannot index NumPy arrays).
 
+        Batch norms use their running statistics, as in evaluation.
         Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself accepts any of them.
         """
+        return getattr(self._module(params), method)(*args, **kwargs)
+
+    def train(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Params]:
+        """`apply` in training: batch norms use the batch. Returns the output and the new running statistics, {path: array}.
+
+        Raises ValueError as `apply` does, and for a statistic that the method does not update.
+        """
+        module = self._module(params)
+        before = {path: variable.get_value() for path, variable in _statistics(module)}
+        module.train()
+        output = getattr(module, method)(*args, **kwargs)
+        after = {path: variable.get_value() for path, variable in _statistics(module)}
+        if same := [path for path in before if after[path] is before[path]]:
+            raise ValueError(f"{same[0]}: {method} in training does not update this running statistic")
+        return output, after
+
+    def _module(self, params: Mapping[str, Any]) -> nnx.Module:
         if params.keys() != self.spec.keys():
             missing, unknown = self.spec.keys() - params.keys(), params.keys() - self.spec.keys()
             name = min(missing or unknown)
@@ -55,8 +73,7 @@ class Functional:
         for path, leaf in self.spec.items():
             if tuple(params[path].shape) != leaf.shape:
                 raise ValueError(f"{path}: shape {tuple(params[path].shape)}, the model has {leaf}")
-        module = nnx.merge(self._graph, jax.tree.unflatten(self._tree, [jnp.asarray(params[path]) for path in self.spec]))
-        return getattr(module, method)(*args, **kwargs)
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, [jnp.asarray(params[path]) for path in self.spec]))
 
 
 def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:
@@ -65,13 +82,22 @@ def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:
     def make(key: jax.Array) -> nnx.Module:
         return module(cfg, rngs=nnx.Rngs(params=key))
 
-    graph, state = nnx.split(nnx.eval_shape(partial(make, jax.random.key(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))  # no concrete key: that would start the devices
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     spec = {
-        "/".join(map(str, path)): _leaf(variable.get_metadata(), leaf)
+        _join(path): _leaf(variable.get_metadata(), leaf)
         for (path, variable), (_, leaf) in zip(nnx.to_flat_state(state), leaves, strict=True)
     }
     return Functional(spec=spec, _make=make, _graph=graph, _tree=tree)
+
+
+def _join(path: Iterable[Any]) -> str:
+    return "/".join(map(str, path))
+
+
+def _statistics(module: nnx.Module) -> list[tuple[str, Any]]:
+    """(path, variable) of every running statistic."""
+    return [(_join(path), variable) for path, variable in nnx.to_flat_state(nnx.state(module, nnx.BatchStat))]
 
 
 def _leaf(metadata: Mapping[str, Any], value: Any) -> Leaf:

@@ -9,6 +9,8 @@ from flax import nnx
 
 from heirloom.common.nn.dense import Init, Sizes, ones, param, zeros
 
+MOMENTUM = 0.1  # torch's, the share of a batch in the running statistics
+
 
 @overload
 def unit(x: np.ndarray) -> np.ndarray: ...
@@ -60,46 +62,31 @@ class GroupNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Normalise each channel of the last axis over all others; statistics in f32, the input's dtype out.
 
-    `mean` and `variance` are the running statistics, leaves of the parameters like any other. In training (`train`) the batch's own are
-    used, and the running ones follow: what they get as gradient is their distance to the batch's (the variance's unbiased), which
-    `heirloom.common.train.optim` takes a tenth of at each step, torch's momentum. Sharded rows are one batch: statistics are over all
-    devices.
+    `mean` and `variance` are the running statistics, leaves of the parameters without a gradient. In training (`Functional.train`) the
+    batch's own are used, and the running ones move a tenth of the way to them (the variance's unbiased), as torch's do. Sharded rows are
+    one batch: statistics are over all devices.
     """
 
     def __init__(self, channels: int, *, eps: float, scale: Init = ones, rngs: nnx.Rngs):
         sizes = {"channel": channels}
-        self.eps = eps
+        self.eps, self.use_running_average = eps, True
         self.scale = param("channel", sizes, scale, rngs)
         self.bias = param("channel", sizes, zeros, rngs)
-        self.mean = param("channel", sizes, zeros, rngs)
-        self.variance = param("channel", sizes, ones, rngs)
+        self.mean = _statistic(param("channel", sizes, zeros, rngs))
+        self.variance = _statistic(param("channel", sizes, ones, rngs))
 
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         y, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-        mean, variance = self.mean[...], self.variance[...]
-        if train:
-            running, count = (mean, variance), x.size // x.shape[-1]
+        if self.use_running_average:
+            mean, variance = jax.lax.stop_gradient((self.mean[...], self.variance[...]))
+        else:
             mean, variance = y.mean(axes), y.var(axes)
-            y = _follow(y, running, (mean, variance * count / (count - 1)))
+            count = x.size // x.shape[-1]
+            for running, seen in ((self.mean, mean), (self.variance, variance * count / (count - 1))):
+                running[...] = jax.lax.stop_gradient(running[...] + MOMENTUM * (seen - running[...]))
         y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-Statistics = tuple[jax.Array, jax.Array]
-
-
-@jax.custom_vjp
-def _follow(y: jax.Array, running: Statistics, batch: Statistics) -> jax.Array:
-    """y itself. On the way back the running statistics get their distance to the batch's, whatever the loss is."""
-    return y
-
-
-def _follow_forward(y: jax.Array, running: Statistics, batch: Statistics) -> tuple[jax.Array, Statistics]:
-    return y, jax.tree.map(jnp.subtract, running, batch)
-
-
-def _follow_backward(distance: Statistics, gradient: jax.Array) -> tuple[jax.Array, Statistics, None]:
-    return gradient, distance, None
-
-
-_follow.defvjp(_follow_forward, _follow_backward)
+def _statistic(made: nnx.Param) -> nnx.BatchStat:
+    return nnx.BatchStat(made.get_value(), **made.get_metadata())

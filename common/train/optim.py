@@ -16,9 +16,7 @@ from heirloom.common.surgery.axes import Leaf, Spec, matches, select
 # split into axes of their own and layers are stacked, so a bias may have three.
 DECAYED = frozenset({"kernel", "table", "position", "cls_position"})
 SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
-# Running statistics of batch norms get as gradient their distance to the batch's, and follow it by a tenth (torch's momentum).
-STATISTICS = frozenset({"mean", "variance"})
-MOMENTUM = 0.1
+STATISTICS = frozenset({"mean", "variance"})  # running statistics of batch norms: the step writes them, not the optimizer
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,21 @@ def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTr
     The rate of the last update stays in the state as `learning_rate`, where the step's metrics find it.
     Raises InputError on a pattern that matches no parameter, and on a parameter of unknown role.
     """
-    frozen = {path for pattern in cfg.frozen for path in select(pattern, spec)}
+    fixed = frozen_paths(cfg, spec)
     trained = optax.chain(
         optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
         _scale(cfg, spec),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed(cfg, spec)),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(cfg, total)),
     )
-    groups = {path: "frozen" if path in frozen else "followed" if is_statistic(path) else "trained" for path in spec}
-    return optax.partition({"trained": trained, "followed": optax.sgd(MOMENTUM), "frozen": optax.set_to_zero()}, groups)
+    groups = {path: "frozen" if path in fixed else "followed" if is_statistic(path) else "trained" for path in spec}
+    followed = optax.chain(optax.identity(), optax.set_to_zero())  # two parts: training states on disk have an empty pair here
+    return optax.partition({"trained": trained, "followed": followed, "frozen": optax.set_to_zero()}, groups)
+
+
+def frozen_paths(cfg: OptimConfig, spec: Spec) -> set[str]:
+    """The parameters that are never updated. Raises InputError on a pattern that matches none."""
+    return {path for pattern in cfg.frozen for path in select(pattern, spec)}
 
 
 def is_statistic(path: str) -> bool:

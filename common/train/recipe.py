@@ -30,7 +30,7 @@ from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_pa
 from heirloom.common.train.loop import Cadence, Data, Run
 from heirloom.common.train.mesh import MeshConfig, shardings, start
 from heirloom.common.train.metrics import WriterName, open_writers
-from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.optim import OptimConfig, frozen_paths, make_optimizer
 from heirloom.common.train.parameters import best, finite, load_params, save_params
 from heirloom.common.train.parts import Look, Opened, Parts, Place, Teacher
 from heirloom.common.train.state import State, abstract_state, create_state
@@ -183,7 +183,7 @@ def _step(
     spec = parts.model.spec
     optimizer = parts.optimizer(spec, steps) if parts.optimizer else make_optimizer(cfg.optim, spec, steps)
     options: dict[str, Any] = {"frozen": frozen, "project": parts.project, "scheduled": parts.scheduled}
-    return optimizer, make_step(parts.loss(teacher), optimizer, spec, mesh, cfg.step, **options)
+    return optimizer, make_step(parts.loss(teacher), optimizer, spec, mesh, cfg.step, fixed=frozen_paths(cfg.optim, spec), **options)
 
 
 def initial(cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None) -> Params:

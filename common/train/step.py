@@ -1,6 +1,6 @@
 """One training step: a pure function of state and batch, compiled once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from heirloom.common.train.state import State, state_shardings
 Params = dict[str, Any]
 Batch = dict[str, Any]
 Metrics = dict[str, tuple[Any, Any]]
-LossFn = Callable[[Params, Batch, jax.Array, Any], tuple[jax.Array, Metrics]]
+LossFn = Callable[[Params, Batch, jax.Array, Any], tuple[jax.Array, dict[str, Any]]]
 """`(params, batch, key, frozen) -> loss, {name: (sum, count)}`: the loss is a mean over the batch; `frozen` is any tree
-that is given to the step and gets no gradient, such as the teacher's weights."""
+that is given to the step and gets no gradient, such as the teacher's weights. The loss of a model with batch norms returns the new
+running statistics among its metrics: `{STATISTICS: {path: array}}`, from `Functional.train`."""
 
+STATISTICS = "statistics"
 MATMUL_ROLES = ("kernel", "table")  # the parameters that meet activations in a matmul or become activations
 
 
@@ -75,15 +77,19 @@ def make_step(
     frozen: Any = None,
     project: Callable[[Params], Params] | None = None,
     scheduled: Callable[[jax.Array], Any] | None = None,
+    fixed: Collection[str] = (),
 ) -> Step:
     """Compile loss, gradient, update and average into one step.
 
     project: applied to the parameters after the update, such as a bound on `logit_scale`. scheduled: values of a step's number that the
-    loss wants; its last argument then is `(frozen, scheduled(step))`.
+    loss wants; its last argument then is `(frozen, scheduled(step))`. fixed: parameters that the optimizer leaves as they are; their
+    running statistics stay, too.
+    The other running statistics that the loss returns replace the old ones after the update; micro-batches are averaged.
     A step whose loss or gradient norm is not finite changes nothing but the counters `step` and `skipped`.
     Metrics, as (sum, count): the loss function's, `loss`, `grad_norm` (of all parameters, before clipping), `lr` if
     the optimizer's state shows a `learning_rate`, and `skipped`; of a skipped step all but `skipped` are (0, 0).
-    Raises InputError (when first called) if the micro-batches do not divide the batch.
+    Raises InputError (when first called) if the micro-batches do not divide the batch, ValueError if the loss returns a statistic under
+    the path of another parameter.
     """
     layout = shardings(spec, mesh)
     gradients = _gradients(loss_fn, cfg, mesh, layout)
@@ -91,12 +97,12 @@ def make_step(
     def step(state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         given = frozen if scheduled is None else (frozen, scheduled(state.step))
-        (loss, metrics), grads = gradients(state.params, batch, key, given)
-        norm = optax.tree.norm({path: gradient for path, gradient in grads.items() if not is_statistic(path)})
+        (loss, (metrics, statistics)), grads = gradients(state.params, batch, key, given)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, updates) | {path: x for path, x in statistics.items() if path not in fixed}
         if project is not None:
             params = project(params)
         ema = None if state.ema is None or cfg.ema is None else optax.incremental_update(params, state.ema, 1 - cfg.ema)
@@ -122,14 +128,21 @@ def cast(params: Params, compute: str) -> Params:
 
 
 def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """`(params, batch, key, frozen) -> (loss, metrics), gradients`, all in f32, averaged over the micro-batches."""
+    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`, all in f32, averaged over the micro-batches.
 
-    def loss_and_metrics(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, Metrics]:
+    Metrics are summed.
+    """
+
+    def objective(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Params]]:
         loss, metrics = loss_fn(cast(params, cfg.compute), batch, key, frozen)
-        return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+        statistics = metrics.get(STATISTICS, {})
+        if wrong := [path for path in statistics if path not in layout or not is_statistic(path)]:
+            raise ValueError(f"{wrong[0]}: the loss returns it as a running statistic, and the model has none of this path")
+        aux = {name: value for name, value in metrics.items() if name != STATISTICS}, statistics
+        return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
 
     def whole(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> Any:
-        values, grads = jax.value_and_grad(loss_and_metrics, has_aux=True)(params, batch, key, frozen)
+        values, grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key, frozen)
         return values, jax.lax.with_sharding_constraint(grads, layout)
 
     def by_parts(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> Any:
@@ -142,9 +155,9 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
             rows, key = part
             return jax.tree.map(jnp.add, total, whole(params, rows, key, frozen)), None
 
-        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
-        loss, grads = jax.tree.map(lambda x: x / cfg.accumulate, (loss, grads))
-        return (loss, metrics), grads
+        ((loss, (metrics, statistics)), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+        loss, statistics, grads = jax.tree.map(lambda x: x / cfg.accumulate, (loss, statistics, grads))
+        return (loss, (metrics, statistics)), grads
 
     return whole if cfg.accumulate == 1 else by_parts
 

@@ -175,13 +175,19 @@ def test_padding_counts_for_nothing_and_gets_no_gradient(pruned, images, tokens)
     expected = sum(np.prod([*leaf.in_layer(i)]) for leaf in model.spec.values() if leaf.layered for i in range(leaf.shape[0]))
     expected += sum(np.prod(leaf.shape) for leaf in model.spec.values() if not leaf.layered)
     assert parameters(model.spec)["total"] == expected < sum(x.size for x in pruned.params.values())
-    gradients = jax.jit(jax.grad(lambda p: model.apply(p, images, tokens).image.sum() + model.apply(p, images, tokens).text[0].sum()))(
-        pruned.params
-    )
+
+    def loss(params):
+        features = model.apply(params, images, tokens)
+        return features.image.sum() + features.text[0].sum()
+
+    gradients = jax.jit(jax.grad(loss))(pruned.params)
+    lossy = ("image/blocks/attn/", "text/blocks/mlp/")  # of each a layer has lost everything
+    fresh = model.init(jax.random.key(0), [path for path, leaf in model.spec.items() if leaf.ragged and path.startswith(lossy)])
+    assert len(fresh) == 10
     for path, leaf in model.spec.items():
         if leaf.ragged:
-            for values in (pruned.params[path], gradients[path], model.init(jax.random.key(0), [path])[path]):
-                assert not np.asarray(values)[np.broadcast_to(~leaf.filled(), leaf.shape)].any(), path
+            for values in (pruned.params, gradients, fresh):
+                assert path not in values or not np.asarray(values[path])[np.broadcast_to(~leaf.filled(), leaf.shape)].any(), path
             assert np.asarray(gradients[path]).any() or leaf.count == 0, path
 
 

@@ -1,8 +1,10 @@
 import resource
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from heirloom.common.checkpoint.state import Checkpoints
@@ -48,6 +50,23 @@ def test_what_is_restored_is_what_was_saved_whatever_is_donated_meanwhile(tmp_pa
     assert jax.tree.all(jax.tree.map(np.array_equal, host(restored.state), saved))
     assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, restored.state, like))
     assert restored.data == {"data": {"next": 17}, "window": {"loss": [0.1 + 0.2, 3.0]}}
+
+
+def test_a_state_that_an_earlier_release_wrote_is_restored(tmp_path, spec, params, mesh):
+    """Its optimizer moved running statistics by plain gradient descent; a storage tree without that empty part would be refused."""
+    cfg = OptimConfig(lr=1e-2, warmup=0, frozen=("up/bias",))
+    optimizer = make_optimizer(cfg, spec, 100)
+    written = create_state(params, optimizer, spec, mesh)
+    groups = written.opt.inner_states
+    earlier = optax.sgd(0.1).init({})
+    assert groups.keys() == {"trained", "followed", "frozen"}
+    inner = groups | {"followed": groups["followed"]._replace(inner_state=earlier)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, replace(written, opt=written.opt._replace(inner_states=inner)), {})
+    checkpoints.wait()
+    restored = checkpoints.restore(1, abstract_state(optimizer, spec, mesh)).state
+    assert jax.tree.structure(restored) == jax.tree.structure(written)
+    assert jax.tree.all(jax.tree.map(np.array_equal, host(restored), host(written)))
 
 
 def test_the_last_two_are_kept(tmp_path, state):

@@ -98,7 +98,7 @@ def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
     cfg = OptimConfig(algorithm="muon", lr=0.1, warmup=0, schedule="constant", weight_decay=0.0, clip=None)
     optimizer = make_optimizer(cfg, spec, 10)
     grads = {path: jax.random.normal(jax.random.key(i), shape) for i, (path, shape) in enumerate(shapes.items())}
-    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    updates, _ = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(grads), grads))(grads)
     # A layer's update is a multiple of U V^T of its gradient, 8 x 6; its size that of Adam's: RMS 0.2 times the rate.
     for update, grad in zip(updates["query/kernel"].reshape(3, 8, 6), grads["query/kernel"].reshape(3, 8, 6), strict=True):
         u, _, v = np.linalg.svd(grad, full_matrices=False)
@@ -106,6 +106,6 @@ def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
         np.testing.assert_allclose(singular, 1, atol=0.4)  # five Newton-Schulz steps leave them between 0.7 and 1.2
     rest = {path: grads[path] for path in ("query/bias", "filter/kernel")}  # no matrices
     nadam = optax.nadam(0.1, cfg.b1, cfg.b2)
-    expected, _ = nadam.update(rest, nadam.init(rest), rest)
+    expected, _ = jax.jit(lambda rest: nadam.update(rest, nadam.init(rest), rest))(rest)
     for path in rest:
         np.testing.assert_allclose(updates[path], expected[path], rtol=1e-5)

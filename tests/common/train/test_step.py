@@ -5,10 +5,11 @@ import optax
 import pytest
 
 from heirloom.common.errors import InputError
+from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.train.mesh import shardings
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import abstract_state, create_state
-from heirloom.common.train.step import StepConfig, make_step
+from heirloom.common.train.step import STATISTICS, StepConfig, make_step
 
 
 @pytest.fixture
@@ -149,3 +150,37 @@ def test_a_step_is_compiled_from_shapes_alone(loss, optimizer, spec, mesh):
 def test_parameters_of_another_shape_are_refused(optimizer, spec, params, mesh):
     with pytest.raises(ValueError, match=r"up/bias: the parameters have \(31,\), the spec \(32,\)"):
         create_state(params | {"up/bias": np.zeros(31, "float32")}, optimizer, spec, mesh)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_running_statistics_are_those_of_the_loss(mesh, parts):
+    spec = {path: Leaf(Axes.parse("embed"), (1,), np.dtype("float32")) for path in ("kernel", "norm/mean", "other/mean")}
+    params = {"kernel": np.float32([3.0]), "norm/mean": np.float32([1.0]), "other/mean": np.float32([1.0])}
+    cfg = OptimConfig(lr=1e-2, warmup=0, schedule="constant", weight_decay=1.0, decay=("**",), clip=1.0)
+    optimizer = make_optimizer(cfg, spec, 10)
+
+    def loss(params, batch, key, frozen):
+        moved = {path: params[path] / 2 + batch["x"].mean() / 2 for path in ("norm/mean", "other/mean")}
+        return (params["kernel"] * batch["x"].mean()).sum(), {"rows": (1.0, 1.0), STATISTICS: moved}
+
+    step = make_step(loss, optimizer, spec, mesh, StepConfig(accumulate=parts, ema=0.75), fixed={"other/mean"})
+    state, metrics = step(create_state(params, optimizer, spec, mesh, ema=0.75), {"x": np.arange(32, dtype="float32")})
+    # 0.5 + 15.5 / 2: neither decayed nor scaled by a rate, and averaged over micro-batches, the average of which is the batch's.
+    np.testing.assert_allclose(state.params["norm/mean"], [8.25], rtol=1e-6)
+    np.testing.assert_allclose(state.ema["norm/mean"], [0.75 + 0.25 * 8.25], rtol=1e-6)
+    np.testing.assert_array_equal(state.params["other/mean"], [1.0])
+    np.testing.assert_allclose(state.params["kernel"], [3.0 - 1e-2 * (1 + 3)], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"][0], 15.5, rtol=1e-6)
+    assert metrics.keys() == {"rows", "loss", "grad_norm", "lr", "skipped"} and float(metrics["rows"][0]) == parts
+    assert jax.tree.leaves(optax.tree.get(state.opt, "mu")["norm/mean"]) == []
+    before = host(state.params)
+    state, _ = step(state, {"x": np.full(32, np.inf, "float32")})
+    assert equal(host(state.params), before)
+
+
+def test_a_statistic_under_a_parameters_path_is_an_error(loss, optimizer, spec, params, batch, mesh):
+    def wrong(params, batch, key, frozen):
+        return loss(params, batch, key, frozen)[0], {STATISTICS: {"up/bias": params["up/bias"]}}
+
+    with pytest.raises(ValueError, match="up/bias: the loss returns it as a running statistic"):
+        make_step(wrong, optimizer, spec, mesh, StepConfig())(create_state(params, optimizer, spec, mesh), batch)
