@@ -114,8 +114,9 @@ def eval(args: argparse.Namespace) -> None:
     second = (Path(args.beside).name,) if compared else ()
     for header in ("dataset", "metric", "value", *second, "published", "n", *(("protocol",) if protocol else ())):
         out.add_column(header, justify="left" if header in ("dataset", "metric", "protocol") else "right")
+    columns = ("value", *(("beside",) if compared else ()), "published")
     for row in rows:
-        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in ("value", *(("beside",) if compared else ()), "published")]
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in columns]
         how = (row["protocol"],) if protocol else ()
         out.add_row(row["dataset"], row["metric"], *numbers, f"{row['n']:,}", *how)
     Console().print(out)
