@@ -38,8 +38,8 @@ from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nea
 from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.in_memory import train_generator
 from weightgen.generator.sample import SampleConfig
-from weightgen.generator.train import train_generator
 from weightgen.metrics import Estimate, accuracy, disagreement, error_overlap, nearest_distance
 from weightgen.train import LoopConfig
 from weightgen.zoo.data import Bank, Projection

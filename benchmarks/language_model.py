@@ -45,8 +45,8 @@ from heirloom.common.nn.functional import Functional, functional
 from weightgen.baselines import nearest_model, noisy
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.in_memory import Trained, train_generator
 from weightgen.generator.sample import SampleConfig
-from weightgen.generator.train import Trained, train_generator
 from weightgen.metrics import Estimate, nearest_distance
 from weightgen.ranking import rank, top, unstacked
 from weightgen.tokens import chunks, one_chunk

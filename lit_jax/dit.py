@@ -78,7 +78,7 @@ class DitConfig:
 
     @property
     def kept(self) -> "DitConfig":
-        """What is written beside weights: what computes attention is a setting of the run that trained them."""
+        """The config that is saved with the weights: the implementation of attention is a setting of the run that trained them."""
         return replace(self, implementation=None)
 
     @property

@@ -17,8 +17,8 @@ from weightgen import baselines
 from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
+from weightgen.generator.in_memory import Trained, train_generator
 from weightgen.generator.sample import SampleConfig
-from weightgen.generator.train import Trained, train_generator
 from weightgen.metrics import Estimate, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
 from weightgen.tokens import TokenSpec
 from weightgen.train import LoopConfig

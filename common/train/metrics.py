@@ -114,7 +114,7 @@ class WeightsAndBiases:
 
 
 def open_writers(names: Sequence[WriterName], directory: Path, config: Mapping[str, Any], start: int) -> list[Writer]:
-    """What a run's metrics go to beside its own file. Raises InputError, saying what to install, where a package is missing."""
+    """Opens the writers of a run's metrics. Raises InputError, saying what to install, where a package is missing."""
     makers: dict[WriterName, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoard(directory / "tensorboard", start),
         "wandb": lambda: WeightsAndBiases(directory, config),

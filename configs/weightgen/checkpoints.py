@@ -1,4 +1,4 @@
-"""A zoo of the checkpoints in a folder, such as low-rank adapters; seconds. A generator of it is told by text, label or chunk.
+"""A zoo of the checkpoints in a folder, such as low-rank adapters; seconds. Condition its generator by text, label or chunk.
 
     heirloom train weightgen/checkpoints --run runs/adapters --folder adapters --backend embedded:emoji
     heirloom train weightgen/generator --run runs/generator --zoo runs/adapters/zoo --condition text --prior none

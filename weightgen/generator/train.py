@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from shutil import copy
 from typing import Any, Literal
@@ -10,12 +9,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional, functional
-from heirloom.common.train import recipe
-from heirloom.common.train.parameters import best
 from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, check_codec, left_out, measure
 from weightgen.formats import CODEC, ENCODER, GENERATOR, open_part, save_neighbours
@@ -24,37 +20,12 @@ from weightgen.generator.config import ConditionKind, GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
-from weightgen.generator.sample import Draw, SampleConfig, drawer
 from weightgen.train import LoopConfig, generator_rows, optimizer, placed, shapes
 from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition
 
 Params = dict[str, jax.Array]
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A generator in memory, and how it is sampled."""
-
-    model: Functional
-    cfg: GeneratorConfig
-    params: dict[str, jax.Array]
-    how: SampleConfig = field(default_factory=SampleConfig)
-
-    @cached_property
-    def _draw(self) -> Draw:
-        return drawer(self.model, self.cfg, self.how)
-
-    def draw(
-        self, support: ArrayLike, mask: ArrayLike, key: jax.Array, index: np.ndarray, start: ArrayLike | None = None
-    ) -> np.ndarray:
-        """Tokens [batch, token, length] f32; the arguments are those of `drawer`'s function."""
-        return np.asarray(self._draw(self.params, support, mask, key, index, start))
-
-    def apply(self, *args: ArrayLike, method: str) -> jax.Array:
-        """A method of the model: expected, encode, decode."""
-        return self.model.apply(self.params, *args, method=method)
 
 
 def generator_parts(
@@ -88,15 +59,6 @@ def generator_parts(
         optimizer=lambda spec, steps: optimizer(loop, spec, steps, frozen=(*cfg.fitted, *frozen), no_decay=no_decay),
         sidecars=lambda opened, folder: sidecars(folder),
     )
-
-
-def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, *, loop: LoopConfig, directory: Path, dropout: float = 0.1) -> Trained:
-    """Train a generator of a zoo's networks and keep it in memory; `directory` holds the run, which is continued if it was stopped."""
-    parts = generator_parts(cfg, zoo, bank, loop=loop, dropout=dropout)
-    session = recipe.begin(loop, directory, parts)
-    assert session is not None  # without RUN/model a run is not finished
-    state = recipe.train(session, parts, finish=lambda state: None)
-    return Trained(model=functional(Generator, cfg), cfg=cfg, params=best(state))
 
 
 def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: int) -> Params:
