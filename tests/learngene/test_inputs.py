@@ -89,7 +89,7 @@ def test_training_crops_leave_the_margin_out(pictures):
 
 
 def test_a_recipe_records_its_crop():
-    cfg = Config(VitConfig(size=32, patch=8))
+    cfg = Config(student=VitConfig(size=32, patch=8))
     assert cfg.pre == replace(IMAGENET, size=32, resize=36)
     assert replace(cfg, crop=1.0).pre.resize == 32
     assert replace(cfg, preprocess=Preprocess(224, resize=248)).pre.resize == 35  # its own margin goes first
