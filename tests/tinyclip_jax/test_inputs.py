@@ -110,11 +110,11 @@ def test_what_is_assumed_is_said_once(folder, tmp_path, capsys, remarks):
     (folder / "preprocess.json").unlink()
     tinyclip_jax.load(str(folder))
     (said,) = remarks()
-    assert said.startswith("preprocessing: none with") and "CLIP's is assumed" in said
+    assert said.startswith("preprocessing: none with") and "CLIP's own is assumed" in said
     assert main(["eval", str(folder), "--data", "emoji:noto"]) == 0
-    assert capsys.readouterr().out.count("CLIP's is assumed") == 1
+    assert capsys.readouterr().out.count("CLIP's own is assumed") == 1
     assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "open_clip", "--no-verify"]) == 0
-    assert capsys.readouterr().out.count("CLIP's is assumed") == 1
+    assert capsys.readouterr().out.count("CLIP's own is assumed") == 1
     assert preprocess_of(open_clip_model(str(tmp_path / "out"))).note == ""
 
 

@@ -93,7 +93,7 @@ def test_a_file_as_the_release_prunes_it_is_read(folder, families, tmp_path):
 
 
 def test_a_pruned_model_is_none_of_hugging_faces(folder, families, tmp_path):
-    with pytest.raises(InputError, match="this model is pruned.*write it as original"):
+    with pytest.raises(InputError, match=r"this model is pruned.*write it as original"):
         convert(open_donor(folder, families), tmp_path / "hf", "hf")
     assert not (tmp_path / "hf").exists()
 
