@@ -44,7 +44,7 @@ def test_the_rule_for_other_depths(depth):
 
 def test_fewer_layers_than_stages_take_the_ends():
     assert [layer_map(d, 5) for d in (1, 2, 3, 4)] == [[0], [0, 4], [0, 2, 4], [0, 1, 3, 4]]
-    with pytest.raises(InputError, match="must be 1 or more"):
+    with pytest.raises(InputError, match="depth is 0 and stages 5: choose 1 or more"):
         layer_map(0, 5)
 
 
@@ -108,7 +108,7 @@ def test_a_gene_expands_by_rule_by_layout_and_by_list(cut, gene, draw):
     assert rows(cut("expand", own, gene.of_depth(5))[0], own) == [0, 0, 1, 1, 1]  # the auxiliary net's own layout
     assert rows(cut("expand", own, gene.of_depth(3), (1, 0, 1))[0], own) == [1, 0, 1]
     assert rows(cut("shuffled", own, gene.of_depth(3))[0], own) == [1, 1, 0]
-    for layers, complaint in (((0, 1), "names 2 layers, the student has 3"), ((0, 1, 2), "names stage 2, the gene has 0 to 1")):
+    for layers, complaint in (((0, 1), "the map has 2 layers, the student 3"), ((0, 1, 2), "names stage 2: choose stages 0 to 1")):
         with pytest.raises(InputError, match=complaint):
             cut("expand", own, gene.of_depth(3), layers)
 
@@ -154,7 +154,7 @@ def test_weight_selection_takes_the_published_rows(cut, donor, gene):
     ("method", "change", "complaint"),
     [
         ("expand", dict(), "not a gene: choose another method"),
-        ("interlace", dict(layers=13), "at most 12, not 13"),
+        ("interlace", dict(layers=13), "has 13 layers, and interlacing 6 gives at most 12"),
         ("stack", dict(width=32), "the student's width is 32, the donor's 16"),
         ("stack", dict(layers=2, gene="sws", layout=(1, 1)), "is a gene"),
     ],

@@ -181,7 +181,7 @@ def bare(golden, tmp_path):
 
 def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path, capsys):
     shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
-    with pytest.raises(InputError, match=r"vit\.safetensors: how many heads .* a width of 16; give --set heads=VALUE"):
+    with pytest.raises(InputError, match=r"vit\.safetensors: the number of heads is unknown.* a width of 16; give --set heads=VALUE"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)
@@ -219,7 +219,7 @@ def test_a_trainers_arguments_tell_the_model(bare):
     ):
         with pytest.raises(InputError, match=message):
             open_donor(bare(args=args_), [FAMILY])
-    with pytest.warns(Remark, match="trained under, 'my_vit', which is not timm's"):
+    with pytest.warns(Remark, match="trained under, 'my_vit', is not timm's"):
         open_donor(bare(args=dict(model="my_vit")), [FAMILY], heads=2)
 
 
@@ -281,7 +281,7 @@ def test_a_norm_of_the_class_token_has_the_tensors_of_a_norm_of_the_mean(golden,
     tensors = {k: v.copy() for k, v in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
     renamed = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value for key, value in tensors.items()}
     save_file(renamed, tmp_path / "vit.safetensors")
-    with pytest.warns(Remark, match=r"pool = mean_norm is a guess: .* the class token with a norm of its own \(cls\) has the same tensors"):
+    with pytest.warns(Remark, match=r"pool = mean_norm is a guess: .* the class token with a separate norm \(cls\) has the same tensors"):
         assert open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2).cfg.pool == "mean_norm"
     told = dict(heads=2, activation="gelu", eps="1e-6", size=8)
     donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told, pool="cls")

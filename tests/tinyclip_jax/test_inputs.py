@@ -82,7 +82,7 @@ def test_the_background_is_the_checkpoints(clip, files):
         (["nowhere.png"], r"nowhere\.png: no such file"),
         ([b"no picture"], "picture number 0, counted from 0: this picture does not decode"),
         ([None], "picture number 0, counted from 0: a picture must be a file name, bytes, a PIL image or a uint8 array, not NoneType"),
-        (7, "one or several, not int"),
+        (7, "images is of type int"),
         ([], "list of pictures is empty"),
     ],
 )
@@ -153,7 +153,7 @@ def test_the_end_token_is_where_the_tower_pools(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     early = Tokenizer.load(tmp_path)
     check_tokenizer(early, replace(CFG.text, eot=1), "here")
-    with pytest.raises(InputError, match="end token is 1, and ids of words go up to 2; this text tower takes the largest id"):
+    with pytest.raises(InputError, match=r"ids of words go up to 2; this text tower pools at the largest id: set text\.eot to 1"):
         check_tokenizer(early, CFG.text, "here")
 
 

@@ -166,7 +166,7 @@ def test_objectnet_is_over_the_classes_imagenet_has(model, tmp_path):
     scored = suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
     assert scored.n == 2
     (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text("{}")
-    with pytest.raises(InputError, match="none of its folders is a class that the mappings share"):
+    with pytest.raises(InputError, match="no folder is a class that the mappings share"):
         suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
 
 

@@ -141,9 +141,9 @@ def test_the_scale_is_held_or_bounded():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (LossConfig(), "there is no teacher"),
-        (LossConfig(alpha=0.5, teacher_scale=None), "there is no teacher"),
-        (LossConfig(alpha=0.0, teacher_scale=None), "needs a number"),
+        (LossConfig(), "and teacher is empty"),
+        (LossConfig(alpha=0.5, teacher_scale=None), "and teacher is empty"),
+        (LossConfig(alpha=0.0, teacher_scale=None), "set loss.teacher_scale to a number"),
     ],
 )
 def test_a_loss_that_cannot_be_computed_is_refused(loss, message):
@@ -222,7 +222,7 @@ def test_the_average_is_what_is_scored_and_saved(tiny_step):
 
 
 def test_micro_batches_would_change_the_loss_and_are_refused(cfg, model):
-    with pytest.raises(InputError, match="needs the whole batch"):
+    with pytest.raises(InputError, match="compares all pairs of a batch"):
         loss_fn(Config(student=cfg, teacher=EMBEDDINGS, step=StepConfig(accumulate=2)), model, None)
 
 
