@@ -222,7 +222,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"heirloom: {error}", file=sys.stderr)
         return BAD_INPUT
     except Stopped as stopped:
-        print(stopped)
+        print(stopped, end="\n" if str(stopped) else "")  # the first process of a job says it
         return STOPPED
     except VerificationError as error:
         print(f"heirloom: {error}", file=sys.stderr)

@@ -183,11 +183,11 @@ class Run:
                         self.checkpoints.save(n, state, {"data": data.state(), "window": window.totals})
                 if stops and not last:
                     self.checkpoints.wait()
-                    raise Stopped(f"stopped at step {n:,} of {total:,}; the same command continues")
+                    raise Stopped(f"stopped at step {n:,} of {total:,}; the same command continues" if first else "")
         if on_finish is not None:
             on_finish(state)
         if stops:  # requested in the last step: the same command runs a phase or stage that may follow
-            raise Stopped(f"stopped after the last step, {total:,}; the same command continues")
+            raise Stopped(f"stopped after the last step, {total:,}; the same command continues" if first else "")
         return state
 
     @contextlib.contextmanager

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from heirloom.common.errors import Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
-from heirloom.common.train.loop import Run
+from heirloom.common.train.loop import Cadence, Run
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import State, abstract_state, create_state
@@ -95,7 +96,11 @@ def main():
     step = make_step(loss, optimizer, SPEC, mesh, STEP)
     data = Rows(mesh, args.stall, args.term)
     on_finish = write if jax.process_count() == 1 else None
-    run.fit(state, step, data, args.total, examples_per_step=ROWS, log_every=5, save_every=8, on_finish=on_finish)
+    try:
+        run.fit(state, step, data, args.total, examples_per_step=ROWS, cadence=Cadence(log=5, save=8), on_finish=on_finish)
+    except Stopped as stopped:  # as the command does
+        print(stopped)
+        sys.exit(75)
 
 
 if __name__ == "__main__":

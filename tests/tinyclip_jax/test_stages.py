@@ -146,7 +146,7 @@ def test_what_cannot_be_pruned_is_said(recipe, tmp_path):
     with pytest.raises(InputError, match="prunes with learned masks, which need training"):
         auto.inherit(tmp_path / "student")
     smaller = replace(TEACHER, image=replace(TEACHER.image, width=16, heads=2, hidden=32))
-    with pytest.raises(InputError, match="the donor's 'embed' is 32 and the student's 16"):
+    with pytest.raises(InputError, match="the donor's 'embed' is 32, the student's 16"):
         replace(auto, student=smaller).train(tmp_path / "run")
     with pytest.raises(InputError, match=r"masks.prune_step is 10 of 10 steps"):
         replace(auto, masks=replace(FAST, prune_step=10)).train(tmp_path / "late")
