@@ -166,7 +166,7 @@ def test_the_kernel_is_for_gpus_and_only_when_it_is_chosen(monkeypatch):
     [
         (dict(dtype=jnp.float32), "computes in bfloat16, the arrays are float32"),
         (dict(d=96), "must be one of 32, 64, 192, 256, 288, 384, 576, not 96"),
-        (dict(tokens=768, order="quadratic"), "ends at 512 tokens, not 768"),
+        (dict(tokens=768, order="quadratic"), "supports up to 512 tokens, not 768"),
     ],
 )
 def test_a_named_kernel_says_why_it_cannot(change, reason):
