@@ -193,7 +193,7 @@ def test_a_kernel_is_chosen_where_it_was_measured_and_nowhere_else(monkeypatch):
         (dict(dtype=jnp.float32), "computes in bfloat16, the arrays are float32"),
         (dict(d=96), "must be one of 32, 64, 192, 256, 288, 384, 576, not 96"),
         (dict(window=7), "filters of 5 x 5, not 7 x 7"),
-        (dict(tokens=768, order="quadratic"), "ends at 512 tokens, not 768"),
+        (dict(tokens=768, order="quadratic"), "supports up to 512 tokens, not 768"),
     ],
 )
 def test_a_named_kernel_says_why_it_cannot(change, reason):

@@ -187,7 +187,7 @@ def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--class", "10"], "no class 10: this model has 0 to 8, and 9 for none"),
+        (["--class", "10"], "no class 10: this model has 0 to 8, and 9 for no class"),
         (["--stps", "3"], "--stps"),
         (["--class", "cat"], "invalid int value: 'cat'"),
         (["--class", "-1"], "no class -1"),
