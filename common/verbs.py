@@ -184,8 +184,9 @@ def _recipe(name: str, verb: str, flags: Sequence[str] = ()) -> Any:
 
     recipe = config.load(name, flags)
     if not hasattr(recipe, verb):
+        wanted = next((name for name, call in RECIPE_VERBS.items() if call == verb), verb)
         has = ", ".join(f"heirloom {able}" for able, call in RECIPE_VERBS.items() if hasattr(recipe, call))
-        raise InputError(f"{name}: this recipe does not support the verb; it has {has}")
+        raise InputError(f"{name}: this recipe has no heirloom {wanted}; it has {has}")
     return recipe
 
 

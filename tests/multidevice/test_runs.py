@@ -108,3 +108,19 @@ def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
     lines = curve(run)
     assert [line["step"] for line in lines] == [line["step"] for line in curve(alone)]
     np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in curve(alone)], rtol=1e-3)
+
+
+def test_the_parts_of_a_run_start_no_device():
+    """Or the processes of a job could no longer find each other: jax joins them before its devices are there, or not at all."""
+    code = """if True:
+    import jax
+    from heirloom.common import config
+    for method in ("tinyclip", "lit", "learngene"):
+        assert config.load(method + "/smoke").parts().model.spec
+    jax.config.update("jax_num_cpu_devices", 3)  # RuntimeError once devices are there
+    print(jax.device_count())
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    clean |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr[-3000:]

@@ -82,4 +82,4 @@ def test_the_command_says_what_it_needs(capsys, tmp_path):
     assert main(["cache", "tinyclip/smoke", str(tmp_path / "cache")]) == 2
     assert "has no live teacher" in capsys.readouterr().err
     assert main(["cache", "lit/smoke", str(tmp_path / "cache")]) == 2
-    assert "a recipe of this kind has nothing for that" in capsys.readouterr().err
+    assert "lit/smoke: this recipe has no heirloom cache; it has heirloom train," in capsys.readouterr().err
