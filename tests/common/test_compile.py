@@ -13,7 +13,7 @@ from lit_jax.train import Config
     ("flag", "value", "message"),
     [
         ("pipeline.batch", "6", r"a batch of 6 cannot be divided into 8 parts"),
-        ("student.implementation", "mosaic_gpu", "mosaic_gpu is for gpu, this is cpu: set it to xla"),
+        ("student.implementation", "mosaic_gpu", "mosaic_gpu is a kernel for gpu, this is cpu: set it to xla"),
         ("student.window", "4", "filters of 4 x 4 tokens have no centre"),
     ],
 )
