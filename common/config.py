@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import traceback
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +53,8 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
         raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {', '.join(recipes())}; or give a .py file)")
-    spec = importlib.util.spec_from_file_location(f"heirloom_config_{path.stem}", path)
+    unique = f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"  # two recipes may have one file name
+    spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look up annotations in sys.modules. Pickling is by value: data workers cannot import the file by this name.

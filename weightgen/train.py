@@ -15,9 +15,9 @@ from heirloom.common.errors import InputError, positive
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.train.mesh import batch_sharding
 from heirloom.common.train.optim import OptimConfig, make_optimizer
-from heirloom.common.train.parts import Shapes
+from heirloom.common.train.parts import Parts, Shapes
 from heirloom.common.train.recipe import RunConfig
-from heirloom.common.train.step import StepConfig
+from heirloom.common.train.step import LossFn, StepConfig
 from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo
 
@@ -44,9 +44,14 @@ class LoopConfig(RunConfig):
     def check(self, mesh: Mesh) -> None:
         check_batch(self.batch, self.step, mesh)
 
+    def idle(self) -> dict[str, str]:
+        """Fields that do nothing here, and why."""
+        why = "nothing is evaluated while it trains: run heirloom eval RUN/model --data DIR after it"
+        return {"eval-every": why, "eval_every": why}
+
     def former(self) -> dict[str, str]:
-        """Prefixes of flags before all trainings had the same ones."""
-        return {"loop.": "", "stage2.": ""}
+        """Former prefixes of flags, and the present ones."""
+        return {"loop.": ""}
 
 
 def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -> None:
@@ -111,6 +116,17 @@ def placed(make: Make, mesh: Mesh, seed: int) -> Batches:
 
 def _place(x: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+
+
+def rows_parts(cfg: LoopConfig, make: Make, loss: LossFn, **fields: Any) -> Parts:
+    """The parts of a training on rows that `make` draws, without a teacher. fields: the other fields of `Parts`."""
+    return Parts(
+        loss=lambda teacher: loss,
+        batch=lambda: shapes(make),
+        batches=lambda opened: placed(make, opened.mesh, cfg.seed),
+        examples=cfg.batch,
+        **fields,
+    )
 
 
 def generator_rows(zoo: Zoo, bank: Bank, shots: int, batch: int) -> Make:

@@ -214,7 +214,8 @@ def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | N
         raise InputError("this recipe trains from scratch: it has no donor to inherit from")
     finite(donor, "donor")
     inputs = parts.inputs(donor, None) if parts.inputs else None
-    opened = Opened(mesh=start(cfg.mesh), donor=donor, teacher=None, inputs=inputs)
+    # Any mesh serves: a student of a pod's recipe is cut on a laptop.
+    opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=inputs)
     made = parts.resolve(donor)
     record = {"source": parts.donor or str(donor.path), "hashes": hashes(donor.file)} | provenance(made)
 
@@ -230,7 +231,7 @@ def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | N
 def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
     """Scores the initial student on the recipe's held-out data. Raises InputError where the recipe has none."""
     mesh = start(cfg.mesh)
-    opened = open_sources(parts, mesh)
+    opened = open_sources(replace(parts, teacher="") if parts.donor else parts, mesh)  # a teacher only where its inputs are needed
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     if evaluator is None or evaluator.score is None:
         how = "give --held-out.path" if isinstance(cfg, BaseConfig) else "train it, then heirloom eval RUN/model"

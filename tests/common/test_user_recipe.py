@@ -5,7 +5,9 @@ import textwrap
 import numpy as np
 import pytest
 
+from heirloom.common import config
 from heirloom.common.cli import main
+from heirloom.common.errors import InputError
 from heirloom.common.train.metrics import MetricsFile
 
 RECIPE = '''
@@ -95,3 +97,14 @@ def test_an_error_names_the_recipes_line(recipe, wrong, complaint, capsys, tmp_p
     assert main(["train", str(recipe), "--run", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1 and f"{recipe}, line {line}:" in said
+
+
+def test_two_recipes_of_one_file_name_keep_their_own_classes(recipe, tmp_path):
+    other = tmp_path / "other" / recipe.name
+    other.parent.mkdir()
+    other.write_text(recipe.read_text().replace("amount: int = 10", "amount: float = 0.5"))
+    first, second = config.load(str(recipe)), config.load(str(other))
+    assert (first.brighter.amount, second.brighter.amount) == (10, 0.5)
+    assert config.parse(first, ["--brighter.amount", "7"], "x").brighter.amount == 7
+    with pytest.raises(InputError, match="amount"):
+        config.parse(first, ["--brighter.amount", "0.7"], "x")  # a whole number in the first file, whatever was loaded since

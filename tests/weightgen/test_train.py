@@ -54,6 +54,14 @@ def test_flags_of_before_are_taken_and_said(remarks):
     assert (cfg.batch, cfg.optim.lr) == (8, 0.5)
     assert remarks() == ["--loop.batch is --batch now", "--loop.optim.lr=0.5 is --optim.lr=0.5 now"]
     assert config.load("weightgen/d2nwg", ["--stage2.steps", "7", "--stage1.steps", "9"]).steps == 7
+    with pytest.raises(InputError, match="stage2"):
+        config.load("weightgen/generator", ["--stage2.steps", "7"])
+
+
+@pytest.mark.parametrize("flag", ["--eval-every", "--eval_every"])
+def test_a_flag_that_would_do_nothing_is_refused(flag):
+    with pytest.raises(InputError, match="does nothing in this recipe, nothing is evaluated while it trains"):
+        config.load("weightgen/generator", [flag, "7"])
 
 
 def test_a_step_is_outlined_for_the_compiler(flags):

@@ -22,7 +22,7 @@ from weightgen.d2nwg.unet import UnetConfig
 from weightgen.d2nwg.vae import VaeConfig
 from weightgen.formats import D2NWG, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
-from weightgen.train import LoopConfig, check_batch, generator_rows, optimizer, placed, shapes
+from weightgen.train import LoopConfig, check_batch, generator_rows, optimizer, rows_parts
 from weightgen.zoo.data import Bank, Projection
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
 
@@ -90,6 +90,9 @@ class D2nwgRecipe(LoopConfig):
         super().__post_init__()
         positive(self, "shots", "chain")
 
+    def former(self) -> dict[str, str]:
+        return {"stage2.": ""}
+
     def check(self, mesh: Mesh) -> None:
         check_batch(self.batch, self.step, mesh)
         check_batch(self.stage1.batch, self.stage1.step, mesh, name="stage1.batch")
@@ -129,14 +132,13 @@ class D2nwgRecipe(LoopConfig):
             save_neighbours(out, zoo, self.seed, bank=bank)
             Projection.load(folder).save(out)
 
-        return Parts(
+        return rows_parts(
+            self,
+            make,
+            loss,
             family=D2NWG,
             student=cfg,
             model=model,
-            loss=lambda teacher: loss,
-            batch=lambda: shapes(make),
-            batches=lambda opened: placed(make, opened.mesh, self.seed),
-            examples=self.batch,
             start=lambda opened, place: self._after_stage1(model, cfg, zoo, opened.directory),
             optimizer=lambda spec, steps: optimizer(self, spec, steps, frozen=("k", "vae/**"), no_decay=self._points),
             sidecars=sidecars,
@@ -161,14 +163,13 @@ class D2nwgRecipe(LoopConfig):
         def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             return stage1_loss(model, cfg, params, weights=batch["weights"], key=key, beta=self.beta), {}
 
-        parts = Parts(
+        parts = rows_parts(
+            first,
+            make,
+            loss,
             family=D2NWG,
             student=cfg,
             model=model,
-            loss=lambda teacher: loss,
-            batch=lambda: shapes(make),
-            batches=lambda opened: placed(make, opened.mesh, self.seed),
-            examples=first.batch,
             prepare=lambda params: params | {"k": jnp.float32(1)},
             optimizer=lambda spec, steps: optimizer(first, spec, steps, frozen=("k", "unet/**", "condition/**"), no_decay=self._points),
         )

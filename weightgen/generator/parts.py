@@ -20,7 +20,7 @@ from weightgen.formats import CODEC, ENCODER, open_part
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.generator.contrast import Aligned, Loss
 from weightgen.tokens import Order
-from weightgen.train import LoopConfig, optimizer, placed, shapes
+from weightgen.train import LoopConfig, optimizer, rows_parts
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
 
 
@@ -67,14 +67,13 @@ class CodecRecipe(LoopConfig):
             measure(self.gate, zoo, bank, code=code, seed=self.seed)
             return params
 
-        return Parts(
+        return rows_parts(
+            self,
+            make,
+            loss,
             family=CODEC,
             student=cfg,
             model=model,
-            loss=lambda teacher: loss,
-            batch=lambda: shapes(make),
-            batches=lambda opened: placed(make, opened.mesh, self.seed),
-            examples=self.batch,
             prepare=lambda params: params | {name: jnp.asarray(x) for name, x in fitted.items()},
             optimizer=lambda spec, steps: optimizer(self, spec, steps, frozen=tuple(fitted)),
             final=final,
@@ -127,14 +126,13 @@ class EncoderRecipe(LoopConfig):
             hit = (unit(batch["w"]) @ unit(data).T).argmax(1) == jnp.arange(len(data))
             return model.apply(params, batch["w"], data, method="nats"), {"retrieved": (hit.sum(), len(data))}
 
-        return Parts(
+        return rows_parts(
+            self,
+            make,
+            loss,
             family=ENCODER,
             student=cfg,
             model=model,
-            loss=lambda teacher: loss,
-            batch=lambda: shapes(make),
-            batches=lambda opened: placed(make, opened.mesh, self.seed),
-            examples=self.batch,
             optimizer=lambda spec, steps: optimizer(self, spec, steps, no_decay=LEARNED_POINTS),
             # The temperature of the contrastive loss is not part of the encoder.
             final=lambda params: {path.removeprefix("encoder/"): x for path, x in params.items() if path.startswith("encoder/")},

@@ -20,7 +20,7 @@ from weightgen.generator.config import ConditionKind, GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
-from weightgen.train import LoopConfig, generator_rows, optimizer, placed, shapes
+from weightgen.train import LoopConfig, generator_rows, optimizer, rows_parts
 from weightgen.zoo.data import Bank
 from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition
 
@@ -47,14 +47,13 @@ def generator_parts(
     model, make = functional(Generator, cfg), generator_rows(zoo, bank, cfg.shots, loop.batch)
     first = initial or (lambda: initial_params(model, fit_stage1(cfg, zoo, bank, seed=loop.seed), loop.seed))
     no_decay = LEARNED_POINTS if cfg.condition == "set" else ()
-    return Parts(
+    return rows_parts(
+        loop,
+        make,
+        loss(model, cfg, dropout),
         family=GENERATOR,
         student=cfg,
         model=model,
-        loss=lambda teacher: loss(model, cfg, dropout),
-        batch=lambda: shapes(make),
-        batches=lambda opened: placed(make, opened.mesh, loop.seed),
-        examples=loop.batch,
         start=lambda opened, place: first(),
         optimizer=lambda spec, steps: optimizer(loop, spec, steps, frozen=(*cfg.fitted, *frozen), no_decay=no_decay),
         sidecars=lambda opened, folder: sidecars(folder),
