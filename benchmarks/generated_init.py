@@ -1,18 +1,20 @@
 """Generated networks as initialisation, where weights are no convex affair.
 
-    python benchmarks/generated_init.py --data data/fashion_mnist --runs runs/cpu --json benchmarks/results/generated_init_cpu.json
-    python benchmarks/generated_init.py --size gpu --data data/fashion_mnist --runs runs/gpu --json generated_init_gpu.json
+    python benchmarks/generated_init.py --data data/fashion_mnist --runs runs/cpu --json
+    benchmarks/results/generated_init_cpu.json python benchmarks/generated_init.py --size gpu --data data/fashion_mnist
+    --runs runs/gpu --json generated_init_gpu.json
 
---data: the folder of scripts/make_fashion_mnist.py or make_cifar10.py. Zoos of MLPs (64-16-5, on PCA features) and of the small CNN
-(2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared initialisation, from random ones, and from
-random ones with matched neurons. Generators are told 5 pictures of each class in the task's order: diffusion of all weights, and a ridge
-map (the prior) with diffusion of what it leaves. Targets hold the last two classes, which no zoo network has seen together. Networks are
-judged at 0, 1, 5 and 25 steps of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network and it with noise,
-averages and densities of the zoo, ridge and a hypernetwork. Every arm of every seed is saved when it is done, and a run that is stopped
-goes on with the next; losing rows stay in.
+--data: the folder of scripts/make_fashion_mnist.py or make_cifar10.py. Zoos of MLPs (64-16-5, on PCA features) and of
+the small CNN (2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared
+initialisation, from random ones, and from random ones with matched neurons. Generators are told 5 pictures of each
+class in the task's order: diffusion of all weights, and a ridge map (the prior) with diffusion of what it leaves.
+Targets hold the last two classes, which no zoo network has seen together. Networks are judged at 0, 1, 5 and 25 steps
+of fine-tuning, beside random, shared and zoo-mean initialisation, the nearest zoo network and it with noise, averages
+and densities of the zoo, ridge and a hypernetwork. Every arm of every seed is saved when it is done, and a run that is
+stopped goes on with the next; losing rows stay in.
 
-The size `cpu` is cut for one core: 2,000 MLPs or 200 CNNs a zoo, small generators, 20 targets; its 36 arms took 36 minutes of CPU. The size
-`gpu` has not run yet.
+The size `cpu` is cut for one core: 2,000 MLPs or 200 CNNs a zoo, small generators, 20 targets; its 36 arms took 36
+minutes of CPU. The size `gpu` has not run yet.
 """
 
 import itertools
@@ -69,14 +71,25 @@ class Size:
     """Steps of the sampler."""
 
 
-def _size(mlp: int, cnn: int, pictures: int, steps: dict[str, int], batch: int, *rest: Any, at_once: int = 0, **more: Any) -> Size:
+def _size(
+    mlp: int, cnn: int, pictures: int, steps: dict[str, int], batch: int, *rest: Any, at_once: int = 0, **more: Any
+) -> Size:
     fits = {kind: FitConfig(n, batch, lr=0.01, at_once=at_once if kind == "cnn" else 0) for kind, n in steps.items()}
     return Size({"mlp": mlp, "cnn": cnn}, pictures, fits, *rest, **more)
 
 
 SIZES = {
     "smoke": _size(
-        20, 10, 8, {"mlp": 3, "cnn": 3}, 16, {"mlp": 3, "cnn": 3}, 2, DenoiserConfig(width=16, layers=1, heads=2, hidden=16), 8, at_once=1
+        20,
+        10,
+        8,
+        {"mlp": 3, "cnn": 3},
+        16,
+        {"mlp": 3, "cnn": 3},
+        2,
+        DenoiserConfig(width=16, layers=1, heads=2, hidden=16),
+        8,
+        at_once=1,
     ),
     "cpu": _size(2000, 200, 100, {"mlp": 200, "cnn": 100}, 32, {"mlp": 500, "cnn": 200}, 20, at_once=1),
     "gpu": _size(
@@ -142,7 +155,9 @@ def read(folder: Path, kind: str) -> World:
     arrays = {}
     for name in ("train/image", "train/label", "test/image", "test/label"):
         if not (folder / f"{name}.npy").is_file():
-            raise InputError(f"{folder}/{name}.npy is missing: make the folder with scripts/make_fashion_mnist.py or make_cifar10.py")
+            raise InputError(
+                f"{folder}/{name}.npy is missing: make the folder with scripts/make_fashion_mnist.py or make_cifar10.py"
+            )
         arrays[name] = np.load(folder / f"{name}.npy")
     x, t = (arrays[f"{part}/image"] for part in ("train", "test"))
     if x.shape[1] == 32:
@@ -160,7 +175,9 @@ def read(folder: Path, kind: str) -> World:
     return World(Bank.of(x, y, names), Bank.of(t, u, names), told, shape)
 
 
-def pictures(world: World, bank: Bank, classes: np.ndarray, each: int, salt: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def pictures(
+    world: World, bank: Bank, classes: np.ndarray, each: int, salt: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """x [member, 5 * each, ...] and y of these classes [member, 5]."""
     x = bank.draw(classes, each, np.random.default_rng(salt))
     y = np.broadcast_to(np.repeat(np.arange(5), each), (len(classes), 5 * each)).astype(np.int32)
@@ -168,14 +185,21 @@ def pictures(world: World, bank: Bank, classes: np.ndarray, each: int, salt: lis
 
 
 def subsets(size: Size, kind: str, seed: int, names: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of the zoo's networks, [member, 5], and of the targets, which hold both of the last two classes, as no zoo network does."""
+    """Classes of the zoo's networks, [member, 5], and of the targets, which hold both of the last two classes, as no
+    zoo network does.
+    """
     rng = np.random.default_rng(seed)
     every = np.array(list(itertools.permutations(range(names), 5)), np.int32)
     both = np.isin(every, (names - 2, names - 1)).sum(1) == 2
-    return every[~both][rng.choice((~both).sum(), size.members[kind])], every[both][rng.choice(both.sum(), size.tasks, replace=False)]
+    return (
+        every[~both][rng.choice((~both).sum(), size.members[kind])],
+        every[both][rng.choice(both.sum(), size.tasks, replace=False)],
+    )
 
 
-def population(size: Size, world: World, kind: str, seed: int, begin: Literal["shared", "random"]) -> dict[str, np.ndarray]:
+def population(
+    size: Size, world: World, kind: str, seed: int, begin: Literal["shared", "random"]
+) -> dict[str, np.ndarray]:
     """The trained networks of a zoo, leaves [member, ...]."""
     cfg = config(world, kind)
     classes, _ = subsets(size, kind, seed, len(world.train.names))
@@ -199,12 +223,22 @@ def config(world: World, kind: Any) -> NetConfig:
 def matched(tree: dict[str, np.ndarray], reference: dict[str, np.ndarray], cfg: NetConfig) -> dict[str, np.ndarray]:
     """Each network of a population with its neurons in the order that suits `reference`."""
     groups = align.symmetries(net(cfg).spec, HIDDEN[cfg.kind])
-    members = [align.align(reference, {k: v[i] for k, v in tree.items()}, groups) for i in range(len(next(iter(tree.values()))))]
+    members = [
+        align.align(reference, {k: v[i] for k, v in tree.items()}, groups)
+        for i in range(len(next(iter(tree.values()))))
+    ]
     return {path: np.stack([member[path] for member in members]) for path in tree}
 
 
 def arm(
-    size: Size, world: World, kind: str, begin: str, prior: Any, seed: int, networks: Callable[[Any], dict[str, np.ndarray]], folder: Path
+    size: Size,
+    world: World,
+    kind: str,
+    begin: str,
+    prior: Any,
+    seed: int,
+    networks: Callable[[Any], dict[str, np.ndarray]],
+    folder: Path,
 ) -> dict[str, Any]:
     """Zoo, generator and every initialisation, judged on subsets no zoo network saw."""
     clock = [time.process_time()]  # others may use the machine
@@ -220,11 +254,18 @@ def arm(
     tree = networks("shared" if begin == "shared" else "random")
     if begin == "aligned":
         tree = matched(tree, {k: v[0] for k, v in tree.items()}, cfg)
-    zoo = Zoo(weights=flat(spec, spec.flatten(tree)), quality=np.zeros(len(classes), np.float32), classes=classes, net=cfg, spec=spec)
+    zoo = Zoo(
+        weights=flat(spec, spec.flatten(tree)),
+        quality=np.zeros(len(classes), np.float32),
+        classes=classes,
+        net=cfg,
+        spec=spec,
+    )
     tokens = zoo.tokens(slice(None))
     lap("zoo")
 
-    # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low rank.
+    # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low
+    # rank.
     features = world.told.features.shape[1]
     generator_cfg = GeneratorConfig(
         net=cfg,
@@ -267,7 +308,10 @@ def arm(
 
     def labels(weights: Any, x: np.ndarray) -> np.ndarray:
         return predict(
-            cfg, weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like), x, at_once=at_once
+            cfg,
+            weights if isinstance(weights, dict) else spec.unflatten(jnp.asarray(weights, jnp.float32), like),
+            x,
+            at_once=at_once,
         )
 
     # Three sets of different pictures: to fine-tune on, to choose a sample by, to test on.
@@ -346,7 +390,9 @@ def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds as Markdown, a table for each kind of network: accuracy in % after steps of fine-tuning, by how the zoo began."""
+    """Means over seeds as Markdown, a table for each kind of network: accuracy in % after steps of fine-tuning, by how
+    the zoo began.
+    """
     parts = []
     for kind, ours in bench.groups(rows, "kind").items():
         found = bench.groups(ours, "begin")
@@ -354,7 +400,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
         head = [kind, *(f"{begin}: {b}" if b == 0 else str(b) for begin in of for b in BUDGETS)]
         body: list[list[str]] = []
 
-        def line(label: str, prior: str, value: Callable[[dict[str, Any], str], float | None], of: Any = of, body: Any = body) -> None:
+        def line(
+            label: str, prior: str, value: Callable[[dict[str, Any], str], float | None], of: Any = of, body: Any = body
+        ) -> None:
             cells = [label]
             for mine, budget in itertools.product(of.values(), map(str, BUDGETS)):
                 found = [value(row, budget) for row in mine if row["prior"] == prior]
@@ -368,18 +416,40 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 line(name, next(iter(priors)), lambda row, budget, name=name: row["accuracy"][name][budget]["mean"])
         for prior in priors:
             for name in coded:
-                line(f"{name}, {TOLD[prior]}", prior, lambda row, budget, name=name: row["accuracy"][name][budget]["mean"])
-            line(f"{ORACLE}, {TOLD[prior]}", prior, lambda row, budget: row["at 0 steps"][ORACLE] if budget == "0" else None)
+                line(
+                    f"{name}, {TOLD[prior]}",
+                    prior,
+                    lambda row, budget, name=name: row["accuracy"][name][budget]["mean"],
+                )
+            line(
+                f"{ORACLE}, {TOLD[prior]}",
+                prior,
+                lambda row, budget: row["at 0 steps"][ORACLE] if budget == "0" else None,
+            )
         lines = bench.markdown(head, body)
         for begin, mine in of.items():
-            mean = {name: float(np.mean([row[name] for row in mine])) for name in ("zoo", "zoo after codec", "error IoU", "disagreement")}
+            mean = {
+                name: float(np.mean([row[name] for row in mine]))
+                for name in ("zoo", "zoo after codec", "error IoU", "disagreement")
+            }
             took = sum(sum(row["seconds of CPU"].values()) for row in mine)
-            far = {name: f"{float(np.mean([row['distance'][name] for row in mine])):.2f}" for name in mine[0]["distance"]}
+            far = {
+                name: f"{float(np.mean([row['distance'][name] for row in mine])):.2f}" for name in mine[0]["distance"]
+            }
             share = {name: f"{100 * value:.1f} %" for name, value in mean.items()}
             lines += [
-                f"\n{begin}: zoo networks have {share['zoo']} on their own tasks, {share['zoo after codec']} through the codec. The",
-                f"nearest one is {far['generated']} from a generated network, {far['within the zoo']} from another of the zoo, and",
-                f"{far['zoo network + 0.06 noise']} from itself with noise. Error IoU {mean['error IoU']:.2f}, samples disagree on",
+                (
+                    f"\n{begin}: zoo networks have {share['zoo']} on their own tasks, {share['zoo after codec']}"
+                    " through the codec. The"
+                ),
+                (
+                    f"nearest one is {far['generated']} from a generated network, {far['within the zoo']} from another"
+                    " of the zoo, and"
+                ),
+                (
+                    f"{far['zoo network + 0.06 noise']} from itself with noise. Error IoU {mean['error IoU']:.2f},"
+                    " samples disagree on"
+                ),
                 f"{share['disagreement']}. {len(mine)} arms, {took / 60:.0f} minutes of CPU.",
             ]
         parts.append("\n".join(lines))

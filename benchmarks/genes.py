@@ -1,17 +1,18 @@
-"""Six claims about genes on small data: SWS, TLEG and weight selection against training from scratch, with controls, over several seeds.
+"""Six claims about genes on small data: SWS, TLEG and weight selection against training from scratch, with controls,
+over several seeds.
 
     python scripts/make_fashion_mnist.py ...                                                  # once: data/fashion_mnist
     python benchmarks/genes.py --runs runs/genes --json benchmarks/results/genes_cpu.json
     python scripts/make_cifar10.py ...                                                        # once: data/cifar10
     python benchmarks/genes.py --size gpu --runs runs/genes_gpu --json benchmarks/results/genes_gpu.json
 
-An hour of one CPU core (Fashion-MNIST); two hours estimated on a GPU (CIFAR-10). Everything finished is kept in --runs, and the same
-command goes on where it was stopped.
+An hour of one CPU core (Fashion-MNIST); two hours estimated on a GPU (CIFAR-10). Everything finished is kept in --runs,
+and the same command goes on where it was stopped.
 
-A convnet teaches the genes; all genes take the same number of pictures. Each method's learning rate is the best of three on validation
-pictures, at the first depth, with a seed of its own; then the seeds run on the same data and are scored on test pictures, of which no
-choice is made. Controls: kd starts at random and keeps the teacher; untied distils the auxiliary net without sharing and spreads its
-layers; shuffled reverses the stages.
+A convnet teaches the genes; all genes take the same number of pictures. Each method's learning rate is the best of
+three on validation pictures, at the first depth, with a seed of its own; then the seeds run on the same data and are
+scored on test pictures, of which no choice is made. Controls: kd starts at random and keeps the teacher; untied distils
+the auxiliary net without sharing and spreads its layers; shuffled reverses the stages.
 """
 
 import sys
@@ -60,7 +61,9 @@ class Size:
 
 
 FASHION = VitConfig(size=28, patch=7, width=64, layers=3, heads=2, hidden=256, classes=10, gene="sws", layout=(2, 2, 2))
-CIFAR = VitConfig(size=32, patch=4, width=192, layers=5, heads=3, hidden=768, classes=10, gene="sws", layout=(2, 2, 2, 2, 2))
+CIFAR = VitConfig(
+    size=32, patch=4, width=192, layers=5, heads=3, hidden=768, classes=10, gene="sws", layout=(2, 2, 2, 2, 2)
+)
 CPU = Size(
     data="data/fashion_mnist",
     train=6_000,
@@ -133,7 +136,10 @@ def main() -> None:
                 genes.append({"method": name, "seed": seed} | gene_row(recipe, Path(gene).parent))
             for depth in cfg.depths:
                 rows.append(arm(with_rate(cfg, rates[name]), name, depth, gene, teacher, folder) | {"seed": seed})
-                print({key: value for key, value in rows[-1].items() if key in ("method", "depth", "seed", "top1")}, flush=True)
+                print(
+                    {key: value for key, value in rows[-1].items() if key in ("method", "depth", "seed", "top1")},
+                    flush=True,
+                )
     found = {"teacher": teacher_row(base.gene, base.teacher, teacher), "genes": genes, "rates": rates, "rows": rows}
     found["claims"] = claims(size, rows, genes, found["teacher"])
     report(size, rows, found["claims"])
@@ -141,9 +147,14 @@ def main() -> None:
 
 
 def split(source: Path, size: Size, destination: Path) -> dict[str, str]:
-    """Train and validation out of the training pictures, in a fixed random order, and the test pictures; as folders of arrays."""
+    """Train and validation out of the training pictures, in a fixed random order, and the test pictures; as folders of
+    arrays.
+    """
     order = np.random.default_rng(0).permutation(len(np.load(source / "train" / "label.npy")))
-    parts = {"train": ("train", order[: size.train]), "validation": ("train", order[size.train : size.train + size.validation])}
+    parts = {
+        "train": ("train", order[: size.train]),
+        "validation": ("train", order[size.train : size.train + size.validation]),
+    }
     parts["test"] = ("test", np.arange(size.test))
     for name, (origin, rows) in parts.items():
         folder = destination / name
@@ -208,11 +219,15 @@ def sweep(cfg: Comparison, teacher: str, methods: Sequence[str], folder: Path) -
         gene, _ = train_gene(cfg, name, teacher, folder)
         scores = {lr: arm(with_rate(cfg, lr), name, cfg.depths[0], gene, teacher, folder)["top1"][-1] for lr in RATES}
         best[name] = max(scores, key=lambda lr: scores[lr])
-        print(f"{name}: validation {', '.join(f'{lr:g}: {100 * top1:.1f} %' for lr, top1 in scores.items())}", flush=True)
+        print(
+            f"{name}: validation {', '.join(f'{lr:g}: {100 * top1:.1f} %' for lr, top1 in scores.items())}", flush=True
+        )
     return best
 
 
-def claims(size: Size, rows: list[dict[str, Any]], genes: list[dict[str, Any]], teacher: dict[str, Any]) -> dict[str, Any]:
+def claims(
+    size: Size, rows: list[dict[str, Any]], genes: list[dict[str, Any]], teacher: dict[str, Any]
+) -> dict[str, Any]:
     """The six claims as numbers: per depth the difference in accuracy, seed by seed, in points."""
     methods = {row["method"] for row in rows}
 
@@ -221,14 +236,20 @@ def claims(size: Size, rows: list[dict[str, Any]], genes: list[dict[str, Any]], 
             return {}
         score = {(row["method"], row["depth"], row["seed"]): row["top1"] for row in rows}
         return {
-            str(depth): [round(100 * (score[a, d, s][epoch] - score[b, d, s][epoch]), 2) for m, d, s in score if m == a and d == depth]
+            str(depth): [
+                round(100 * (score[a, d, s][epoch] - score[b, d, s][epoch]), 2)
+                for m, d, s in score
+                if m == a and d == depth
+            ]
             for depth in size.depths
         }
 
     models = [size.student.of_depth(depth) for depth in size.depths]
     spent = {
-        name: sum(row["flops"] for row in rows if row["method"] == name) / len({row["seed"] for row in rows})
-        + next((gene["flops"] for gene in genes if gene["method"] == name), 0.0)
+        name: (
+            sum(row["flops"] for row in rows if row["method"] == name) / len({row["seed"] for row in rows})
+            + next((gene["flops"] for gene in genes if gene["method"] == name), 0.0)
+        )
         for name in sorted(methods)
     }
     return {
@@ -242,7 +263,9 @@ def claims(size: Size, rows: list[dict[str, Any]], genes: list[dict[str, Any]], 
             "over kd": {f"epoch {n}": gap("sws", "kd", n) for n in (1, size.epochs)},
         },
         "5: storage and cost": {
-            "parameters of all depths over the gene's": round(sum(map(cost.count, models)) / cost.count(size.student), 2),
+            "parameters of all depths over the gene's": round(
+                sum(map(cost.count, models)) / cost.count(size.student), 2
+            ),
             "TFLOP, gene and all depths": {name: round(flops / 1e12, 2) for name, flops in spent.items()},
             "TFLOP of the teacher's own training": round(teacher["flops"] / 1e12, 2),
         },
@@ -260,7 +283,9 @@ def against_end(rows: list[dict[str, Any]], size: Size, epoch: int) -> dict[str,
     end = {(row["depth"], row["seed"]): row["top1"][-1] for row in rows if row["method"] == "scratch"}
     mine = [row for row in rows if row["method"] == "sws"]
     return {
-        str(depth): [round(100 * (row["top1"][epoch] - end[depth, row["seed"]]), 2) for row in mine if row["depth"] == depth]
+        str(depth): [
+            round(100 * (row["top1"][epoch] - end[depth, row["seed"]]), 2) for row in mine if row["depth"] == depth
+        ]
         for depth in size.depths
     }
 

@@ -2,8 +2,9 @@
 
     python benchmarks/inheritance.py --seeds 0 1 2 --steps 200 600 --json benchmarks/results/inheritance.json
 
-Per budget: held-out R@1 (mean of both directions) of both students, and the speed-up: the scratch student's steps over the
-steps after which the inheriting one has its final score. The paper reports 1.4 to 7.8 times (abstract), at another scale.
+Per budget: held-out R@1 (mean of both directions) of both students, and the speed-up: the scratch student's steps over
+the steps after which the inheriting one has its final score. The paper reports 1.4 to 7.8 times (abstract), at another
+scale.
 """
 
 import tempfile
@@ -28,7 +29,14 @@ def main() -> None:
         for seed in args.seeds:
             cfg = config.load(RECIPE)
             every = max(steps // 20, 1)
-            cfg = replace(cfg, seed=seed, steps=steps, eval_every=every, log_every=every, pipeline=replace(cfg.pipeline, seed=seed))
+            cfg = replace(
+                cfg,
+                seed=seed,
+                steps=steps,
+                eval_every=every,
+                log_every=every,
+                pipeline=replace(cfg.pipeline, seed=seed),
+            )
             with tempfile.TemporaryDirectory() as folder:
                 donors = {"inherited": cfg.donor, "scratch": ""}
                 races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
@@ -38,7 +46,9 @@ def main() -> None:
             print(rows[-1], flush=True)
     print(f"\n{'steps':>6} {'inherited R@1':>16} {'scratch R@1':>16} {'speed-up':>22}   paper {PAPER[0]}-{PAPER[1]}x")
     for steps, mine in bench.groups(rows, "steps").items():
-        inherited, scratch = (bench.spread([100 * row[name] for row in mine], unit=" %") for name in ("inherited", "scratch"))
+        inherited, scratch = (
+            bench.spread([100 * row[name] for row in mine], unit=" %") for name in ("inherited", "scratch")
+        )
         ratios = [steps / max(row["reached"], 1) if row["reached"] is not None else 0.0 for row in mine]
         print(f"{steps:>6} {inherited:>16} {scratch:>16} {min(ratios):>9.1f}x to {max(ratios):>6.1f}x")
     bench.write(args.json, bench.header() | {"rows": rows})

@@ -2,17 +2,18 @@
 
     python benchmarks/language_model.py --json benchmarks/results/language_model.json       # 25 minutes of one CPU core
 
-A GPT-2-shaped model (4 layers, width 128) is trained on Python's language reference. Its matrices are ranked by Spectrum's
-signal-to-noise ratio; the best quarter of each kind is searched greedily with three proposals of one norm: rows noised and denoised by a
-diffusion generator of the rows of these tensors (diffused rows), Gaussian latents around the tensor's own in the rows' principal
-components (PCA rows), and Gaussian noise. All get the same number of trials, on the selection questions; what is reported is the test
-questions, other text. Soups of what was accepted and the midpoint to the base follow.
+A GPT-2-shaped model (4 layers, width 128) is trained on Python's language reference. Its matrices are ranked by
+Spectrum's signal-to-noise ratio; the best quarter of each kind is searched greedily with three proposals of one norm:
+rows noised and denoised by a diffusion generator of the rows of these tensors (diffused rows), Gaussian latents around
+the tensor's own in the rows' principal components (PCA rows), and Gaussian noise. All get the same number of trials, on
+the selection questions; what is reported is the test questions, other text. Soups of what was accepted and the midpoint
+to the base follow.
 
-Then low-rank adapters: one for each module of the standard library, in one gauge, is a zoo; a generator that is told five windows of a
-module (the base model's mean hidden state) draws adapters for modules no adapter of the zoo saw. Beside it are noise around the zoo's
-mean with as many draws, of the same distance from the mean, and training on the five windows themselves for the number of steps that
-is best for modules of the zoo. All are scored by word choice on other parts of the module. Each seed is saved when it is done, and a
-run that is stopped goes on with the next.
+Then low-rank adapters: one for each module of the standard library, in one gauge, is a zoo; a generator that is told
+five windows of a module (the base model's mean hidden state) draws adapters for modules no adapter of the zoo saw.
+Beside it are noise around the zoo's mean with as many draws, of the same distance from the mean, and training on the
+five windows themselves for the number of steps that is best for modules of the zoo. All are scored by word choice on
+other parts of the module. Each seed is saved when it is done, and a run that is stopped goes on with the next.
 """
 
 import json
@@ -78,7 +79,16 @@ SIZES = {
     "cpu": Size(GptConfig(vocab=1024, context=32), 600, 1000, 8, 200, 500, 110, 20, 400),
 }
 RANK, RATE, SHOTS, SAMPLES = 4, 2e-2, 5, 8  # of adapters; of their training; windows told; draws
-STOPS, STOPPED_ON = (10, 25, 50, 100, 200), 15  # steps on the told windows to choose from, on so many modules of the zoo
+STOPS, STOPPED_ON = (
+    (
+        10,
+        25,
+        50,
+        100,
+        200,
+    ),
+    15,
+)  # steps on the told windows to choose from, on so many modules of the zoo
 DENOISER = DenoiserConfig(width=64, layers=2, heads=4, hidden=128)
 ROW_DENOISER = DenoiserConfig(width=128, layers=2, heads=4, hidden=256)
 STEP = 0.2  # norm of a proposal over the tensor's, for all of them
@@ -123,7 +133,9 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
     names = [entry.name for entry in top(rank(tensors), size.share)]
     proposals = {
         "diffused rows": search.matched(diffused({n: tensors[n] for n in names}, size, seed), STEP),
-        "PCA rows": search.matched(search.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP),
+        "PCA rows": search.matched(
+            search.row_proposal({n: tensors[n] for n in names}, latent=size.model.width // 2), STEP
+        ),
         "noise of matched norm": search.noise_proposal(STEP),
     }
     rows: list[dict[str, Any]] = []
@@ -142,7 +154,11 @@ def explore(size: Size, seed: int) -> list[dict[str, Any]]:
         found = search.greedy(base, names, propose, select, size.candidates, seed)
         add(f"{arm}, greedy", found.params, trials=found.trials, kept=len(found.accepted))
         add(f"{arm}, soup of what was kept", search.soup([base, *found.accepted]))
-        add(f"{arm}, midway to the base", search.interpolate(base, found.params, 0.5), seconds=round(time.process_time() - begun, 1))
+        add(
+            f"{arm}, midway to the base",
+            search.interpolate(base, found.params, 0.5),
+            seconds=round(time.process_time() - begun, 1),
+        )
     rows += [row | {"seed": seed} for row in adapt(size, model, base, seed)]
     rows[-1]["seconds"] = round(time.process_time() - begun, 1)
     return rows
@@ -156,7 +172,9 @@ def small_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed
 
 
 def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Propose:
-    """Layer-wise generation: a diffusion generator of all rows of these tensors, told which tensor a row is of, given the tensor's own."""
+    """Layer-wise generation: a diffusion generator of all rows of these tensors, told which tensor a row is of, given
+    the tensor's own.
+    """
     whole = chunks(tensors, size.model.width)
     rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
     classes = np.repeat(np.arange(len(names), dtype=np.int32), [piece.rows for piece in whole.pieces])[:, None]
@@ -173,7 +191,8 @@ def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Pr
         labels=len(names),
     )
     generator = replace(
-        small_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed), how=SampleConfig(steps=50, strength=STRENGTH)
+        small_generator(cfg, zoo, Bank.numbers(names), size.generator_steps, seed),
+        how=SampleConfig(steps=50, strength=STRENGTH),
     )
     around = jax.jit(lambda x, s, m: generator.apply(generator.apply(x, s, m, method="encode"), s, m, method="decode"))
 
@@ -199,7 +218,9 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
         windows = np.stack([windows_of(part, time_, (size.adapter_steps, 8), rng=rng) for part in parts])
         return {
             path: np.asarray(x)
-            for path, x in train_adapters(model, cfg, base, windows=windows, begin=fresh_adapter(cfg, RANK, key), lr=RATE).items()
+            for path, x in train_adapters(
+                model, cfg, base, windows=windows, begin=fresh_adapter(cfg, RANK, key), lr=RATE
+            ).items()
         }
 
     def one(population: Any, i: int) -> dict[str, np.ndarray]:
@@ -207,7 +228,9 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
 
     def fit_told(names: list[str], steps: int) -> list[dict[str, np.ndarray]]:
         told = np.stack([windows[name][:SHOTS] for name in names])
-        found = train_adapters(model, cfg, base, windows=np.repeat(told[:, None], steps, 1), begin=fresh_adapter(cfg, RANK, key), lr=RATE)
+        found = train_adapters(
+            model, cfg, base, windows=np.repeat(told[:, None], steps, 1), begin=fresh_adapter(cfg, RANK, key), lr=RATE
+        )
         return [{path: np.asarray(x[i]) for path, x in found.items()} for i in range(len(names))]
 
     # The zoo: adapters in one gauge, end to end, and what the base model makes of windows of each module.
@@ -248,25 +271,34 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
     mean = tokens.mean(0)
     noise = rng.standard_normal(samples.shape)
     # As far from the mean as the draws they stand beside.
-    far = np.linalg.norm((samples - mean).reshape(SAMPLES, n, -1), axis=2) / np.linalg.norm(noise.reshape(SAMPLES, n, -1), axis=2)
+    far = np.linalg.norm((samples - mean).reshape(SAMPLES, n, -1), axis=2) / np.linalg.norm(
+        noise.reshape(SAMPLES, n, -1), axis=2
+    )
     noises = mean + far[..., None, None] * noise
     expected = np.asarray(generator.apply(told, mask, method="expected"))
     last = last_logits(model)
 
     def questions(names: list[str], part: str) -> list[search.Score]:
-        return [scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed)) for name in names]
+        return [
+            scorer(last, word_choice(getattr(texts[name], part), cfg, size.adapter_questions, seed=seed))
+            for name in names
+        ]
 
     # A stopping rule that looks at no module it is used on.
     on = seen[:STOPPED_ON]
     rules = {
-        steps: np.mean([score(adapted(base, a)) for score, a in zip(questions(on, "select"), fit_told(on, steps), strict=True)])
+        steps: np.mean(
+            [score(adapted(base, a)) for score, a in zip(questions(on, "select"), fit_told(on, steps), strict=True)]
+        )
         for steps in STOPS
     }
     stop = max(rules, key=rules.__getitem__)
     scores = {part: questions(unseen, part) for part in ("select", "test")}
 
     def judge(tokens: np.ndarray, part: str) -> np.ndarray:
-        return np.array([score(adapted(base, spec.unflatten(t, spec.like))) for score, t in zip(scores[part], tokens, strict=True)])
+        return np.array(
+            [score(adapted(base, spec.unflatten(t, spec.like))) for score, t in zip(scores[part], tokens, strict=True)]
+        )
 
     arms = {
         "no adapter": np.zeros_like(near),
@@ -288,7 +320,9 @@ def adapt(size: Size, model: Functional, base: Any, seed: int) -> list[dict[str,
         found[f"{name}, best of {SAMPLES} by test (oracle)"] = by_test.max(0)
     for name, values in found.items():
         gap = Estimate.of(values - found["zoo mean"])
-        rows.append({"arm": f"adapter: {name}", "test": float(values.mean()), "over zoo mean": gap.mean, "ci95": gap.half})
+        rows.append(
+            {"arm": f"adapter: {name}", "test": float(values.mean()), "over zoo mean": gap.mean, "ci95": gap.half}
+        )
         print(rows[-1], flush=True)
     drawn = flat(spec, samples[0])
     rows[0] |= {

@@ -1,15 +1,17 @@
-"""Linear attention: our implementations, the same formula differentiated by JAX, softmax, and PyTorch where it is installed.
+"""Linear attention: our implementations, the same formula differentiated by JAX, softmax, and PyTorch where it is
+installed.
 
-    results=benchmarks/results/linear_attention_cpu.json
-    python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 --json $results  # two idle CPU cores, 30 s
-    python benchmarks/linear_attention.py --tokens 65536 --repeats 50 --json out.json                # the protocol, on a GPU
+    results=benchmarks/results/linear_attention_cpu.json python benchmarks/linear_attention.py --tokens 2048 --widths
+    384 --images 256 1024 4096 --json $results  # two idle CPU cores, 30 s python benchmarks/linear_attention.py
+    --tokens 65536 --repeats 50 --json out.json                # the protocol, on a GPU
 
-A row is the median time of a call (calls are queued, and waited for together), with the spread of three rounds, its ratio to the plain
-formula differentiated by JAX, the share of the ideal time at the ceilings measured in this run (a copy, a matmul), the bytes XLA set
-aside for temporaries, and the relative error of what it computes against float64. Ideal times count 4 N D min(d, N) operations and 8 bytes
-a value forward, 12 N D min(d, N) and 24 bytes (28 on a GPU, which reads once more) with the backward pass. Arrays are as LiT's projections
-write them for the implementation. Values have a mean of one standard deviation; three sets of inputs
-take turns. bfloat16, on a CPU float32. PyTorch runs in this process, after JAX. Losing rows stay in.
+A row is the median time of a call (calls are queued, and waited for together), with the spread of three rounds, its
+ratio to the plain formula differentiated by JAX, the share of the ideal time at the ceilings measured in this run (a
+copy, a matmul), the bytes XLA set aside for temporaries, and the relative error of what it computes against float64.
+Ideal times count 4 N D min(d, N) operations and 8 bytes a value forward, 12 N D min(d, N) and 24 bytes (28 on a GPU,
+which reads once more) with the backward pass. Arrays are as LiT's projections write them for the implementation. Values
+have a mean of one standard deviation; three sets of inputs take turns. bfloat16, on a CPU float32. PyTorch runs in this
+process, after JAX. Losing rows stay in.
 """
 
 import platform
@@ -63,7 +65,10 @@ def ceilings(repeats: int) -> dict[str, float]:
 def inputs(batch: int, tokens: int, heads: int, d: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     arrays = {name: rng.standard_normal((batch, tokens, heads, d), np.float32) + (name == "v") for name in "qkvg"}
-    return arrays | {"weight": rng.standard_normal((5, 5, heads * d), np.float32) / 5, "bias": rng.standard_normal(heads * d, np.float32)}
+    return arrays | {
+        "weight": rng.standard_normal((5, 5, heads * d), np.float32) / 5,
+        "bias": rng.standard_normal(heads * d, np.float32),
+    }
 
 
 def softmax(q: jax.Array, k: jax.Array, v: jax.Array, weight: Any, bias: Any) -> jax.Array:
@@ -78,13 +83,17 @@ def ours(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, weight: 
     """On arrays that are `laid_out`; so is the result."""
     turned = implementation == "mosaic_tpu"
     q, k, v = (x.swapaxes(0, 1) if turned else x for x in (q, k, v))
-    options: Any = dict(conv_weight=weight, conv_bias=bias, implementation=implementation, layout="bhdn" if turned else "bnhd")
+    options: Any = dict(
+        conv_weight=weight, conv_bias=bias, implementation=implementation, layout="bhdn" if turned else "bnhd"
+    )
     out = linear_attention(q, k, v, **options)
     return out.swapaxes(0, 1) if turned else out
 
 
 def laid_out(implementation: str, x: Any) -> Any:
-    """[image, token, head, head_dim] as LiT has it before attention: for TPUs [head, image, head_dim, token], else as it is."""
+    """[image, token, head, head_dim] as LiT has it before attention: for TPUs [head, image, head_dim, token], else as
+    it is.
+    """
     return x.transpose(2, 0, 3, 1) if implementation == "mosaic_tpu" else x
 
 
@@ -100,15 +109,24 @@ def takes(implementation: str, shape: tuple[int, ...]) -> bool:
 
 
 def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: bool) -> list[dict[str, Any]]:
-    kernel = [name for name, where in PLATFORMS.items() if where == jax.default_backend() and takes(name, sets[0]["q"].shape)]
-    names = {"plain formula, autodiff": partial(ours, "reference"), **{f"ours, {name}": partial(ours, name) for name in ("xla", *kernel)}}
+    kernel = [
+        name for name, where in PLATFORMS.items() if where == jax.default_backend() and takes(name, sets[0]["q"].shape)
+    ]
+    names = {
+        "plain formula, autodiff": partial(ours, "reference"),
+        **{f"ours, {name}": partial(ours, name) for name in ("xla", *kernel)},
+    }
     # Softmax over many tokens does not fit a CPU: its scores are heads x tokens x tokens.
-    names |= {"softmax": softmax} if scores and sets[0]["q"].shape[2] * sets[0]["q"].shape[3] % SOFTMAX_HEAD == 0 else {}
+    names |= (
+        {"softmax": softmax} if scores and sets[0]["q"].shape[2] * sets[0]["q"].shape[3] % SOFTMAX_HEAD == 0 else {}
+    )
     order = ("q", "k", "v", "weight", "bias") if branch else ("q", "k", "v")
     rows: list[dict[str, Any]] = []
     for name, attend in names.items():
         how = name.removeprefix("ours, ")
-        placed = [{n: jnp.asarray(laid_out(how, s[n]), DTYPE) if n in "qkvg" else jnp.asarray(s[n]) for n in s} for s in sets]
+        placed = [
+            {n: jnp.asarray(laid_out(how, s[n]), DTYPE) if n in "qkvg" else jnp.asarray(s[n]) for n in s} for s in sets
+        ]
 
         def forward(s: Any, attend: Any = attend) -> Any:
             return attend(*(s[n] for n in order), *[None] * (5 - len(order)))
@@ -128,7 +146,9 @@ def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: 
 
 
 def error(found: Any, s: dict[str, Any], order: tuple[str, ...], implementation: str) -> float:
-    """The largest relative error of result and gradients of q, k and v, on the first image, against float64 of the same rounded inputs."""
+    """The largest relative error of result and gradients of q, k and v, on the first image, against float64 of the same
+    rounded inputs.
+    """
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         one = {n: np.asarray(x[:1].astype(DTYPE) if n in "qkvg" else x, np.float64) for n, x in s.items()}
         attend = partial(ours, "reference")
@@ -198,7 +218,9 @@ def ideal(direction: str, images: int, n: int, width: int, d: int, ceiling: dict
     """Seconds at the ceilings: the larger of arithmetic and traffic."""
     operations, per_value = (4, 8) if direction == "forward" else (12, 28 if jax.default_backend() == "gpu" else 24)
     values = images * n * width
-    return max(operations * values * min(d, n) / ceiling["flops"], per_value * (2 if CPU else 1) * values / ceiling["bytes"])
+    return max(
+        operations * values * min(d, n) / ceiling["flops"], per_value * (2 if CPU else 1) * values / ceiling["bytes"]
+    )
 
 
 def main() -> None:
@@ -206,7 +228,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096 if CPU else 65536, help="tokens of all images together")
     parser.add_argument("--repeats", type=int, default=3 if CPU else 50)
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 1152] if CPU else sorted({w for w, _ in SHAPES}))
-    parser.add_argument("--images", type=int, nargs="+", default=[256, 1024, 4096] if CPU else list(TOKENS), help="tokens of one image")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[256, 1024, 4096] if CPU else list(TOKENS), help="tokens of one image"
+    )
     args = parser.parse_args()
 
     limits = ceilings(args.repeats)
@@ -231,10 +255,18 @@ def main() -> None:
                     row["ratio"] = plain[row["direction"]] / row["seconds"]
                     row["of_ideal"] = ideal(row["direction"], images, n, width, d, limits) / row["seconds"]
                     row |= {"width": width, "head_dim": d, "image": n, "images": images, "branch": branch}
-                    where = f"{width}/{d} {images} x {n:<6,}{'branch' if branch else '':7}{row['direction']:17}{row['name']:24}"
-                    figures = f"{1e3 * row['seconds']:10.3f} ms ±{row['spread']:4.0%} {row['of_ideal']:5.0%} of ideal {row['ratio']:6.2f}x"
+                    where = (
+                        f"{width}/{d} {images} x"
+                        f" {n:<6,}{'branch' if branch else '':7}{row['direction']:17}{row['name']:24}"
+                    )
+                    figures = (
+                        f"{1e3 * row['seconds']:10.3f} ms ±{row['spread']:4.0%} {row['of_ideal']:5.0%} of ideal"
+                        f" {row['ratio']:6.2f}x"
+                    )
                     memory = f"  {row['temporaries'] / 2**20:8,.0f} MiB" if "temporaries" in row else ""
-                    print(where + figures + memory + (f"  error {row['error']:.1e}" if "error" in row else ""), flush=True)
+                    print(
+                        where + figures + memory + (f"  error {row['error']:.1e}" if "error" in row else ""), flush=True
+                    )
                 result["rows"] += rows
                 bench.write(args.json, result, indent=1)
 

@@ -4,13 +4,13 @@
     python benchmarks/lit.py --json benchmarks/results/lit_cpu.json      # two hours of one CPU core
     python benchmarks/lit.py --size gpu --features inception --json benchmarks/results/lit_gpu.json
 
-A DiT is trained once as donor and teacher. Four students then take the same steps on the same data, over several seeds: the DiT and
-the LiT from scratch, a LiT that inherits, and one that inherits and is distilled. The paper's LiT needs 20 % of its DiT's steps.
-Then the heads: few, default and many, with one bank of filters for all heads and with a filter for each channel, so that the number
-of filters and the number of heads can be told apart; and what each costs.
+A DiT is trained once as donor and teacher. Four students then take the same steps on the same data, over several seeds:
+the DiT and the LiT from scratch, a LiT that inherits, and one that inherits and is distilled. The paper's LiT needs 20
+% of its DiT's steps. Then the heads: few, default and many, with one bank of filters for all heads and with a filter
+for each channel, so that the number of filters and the number of heads can be told apart; and what each costs.
 
-Scores: squared error of the noise on 512 test pictures, and KID of 1,000 samples against 1,000 of them over 8 x 8 thumbnails; with
---features over Inception features too (on a CPU three pictures a second).
+Scores: squared error of the noise on 512 test pictures, and KID of 1,000 samples against 1,000 of them over 8 x 8
+thumbnails; with --features over Inception features too (on a CPU three pictures a second).
 """
 
 import json
@@ -70,7 +70,9 @@ class Size:
 
 PIXELS = DitConfig(size=32, channels=3, patch=4, width=96, layers=4, heads=6, hidden=384, classes=10)
 SIZES = {
-    "smoke": Size(replace(PIXELS, width=32, layers=2, heads=4, hidden=64), heads=2, donor_steps=20, steps=10, batch=16, samples=20),
+    "smoke": Size(
+        replace(PIXELS, width=32, layers=2, heads=4, hidden=64), heads=2, donor_steps=20, steps=10, batch=16, samples=20
+    ),
     "cpu": Size(PIXELS, heads=2, donor_steps=3000, steps=300, batch=32, samples=1000),
     "gpu": Size(
         replace(PIXELS, patch=2, width=384, layers=8, heads=6, hidden=1536),
@@ -82,7 +84,12 @@ SIZES = {
     ),
 }
 THUMBNAIL = 8  # pixels
-COLOURS = {"DiT, scratch": "#888888", "LiT, scratch": "#588b8b", "LiT, inherits": "#e8a87c", "LiT, inherits, distilled": "#c8553d"}
+COLOURS = {
+    "DiT, scratch": "#888888",
+    "LiT, scratch": "#588b8b",
+    "LiT, inherits": "#e8a87c",
+    "LiT, inherits, distilled": "#c8553d",
+}
 Features = Callable[[np.ndarray], np.ndarray]
 
 
@@ -102,7 +109,10 @@ def main() -> None:
         donor = str(runs / "donor" / "model")
         first = held_out(args.data, runs / "test")
         data = {"data": SourceConfig(f"{args.data}/train"), "held_out": SourceConfig(str(runs / "test"))}
-        once(runs / "donor.json", lambda: race(config(size, data, size.model, size.donor_steps, seed=100), runs / "donor").final)
+        once(
+            runs / "donor.json",
+            lambda: race(config(size, data, size.model, size.donor_steps, seed=100), runs / "donor").final,
+        )
         features = extractors(args.features)
         real = {kind: measure(first) for kind, measure in features.items()}
         rows = []
@@ -148,7 +158,14 @@ def kid_of(kind: str, drawn: np.ndarray, real: np.ndarray, seed: int) -> dict[st
 
 
 def config(
-    size: Size, data: dict[str, SourceConfig], student: DitConfig, steps: int, *, seed: int, donor: str = "", teacher: str = ""
+    size: Size,
+    data: dict[str, SourceConfig],
+    student: DitConfig,
+    steps: int,
+    *,
+    seed: int,
+    donor: str = "",
+    teacher: str = "",
 ) -> Config:
     return Config(
         student=student,
@@ -215,7 +232,9 @@ def extractors(network: Path | None) -> dict[str, Features]:
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:
-    """Pictures shrunk to 8 x 8 by averaging, [n, 192] in [-1, 1]: coarse features, but honest ones for 32 pixels and no network."""
+    """Pictures shrunk to 8 x 8 by averaging, [n, 192] in [-1, 1]: coarse features, but honest ones for 32 pixels and no
+    network.
+    """
     n, side = pictures.shape[:2]
     cell = side // THUMBNAIL
     return pictures.reshape(n, THUMBNAIL, cell, THUMBNAIL, cell, 3).mean((2, 4)).reshape(n, -1) / 127.5 - 1
@@ -226,7 +245,10 @@ def samples(cfg: Config, size: Size, run: Race, seed: int) -> np.ndarray:
     donor, mesh = open_dit(str(run.weights)), start(cfg.mesh)
     draw, params = drawer(donor.model, donor.cfg, cfg.sample, mesh), load_params(donor, mesh)
     parts = range(0, size.samples, 250)
-    drawn = [draw(params, np.arange(i, min(i + 250, size.samples)) % 10, jax.random.fold_in(jax.random.key(seed), i)) for i in parts]
+    drawn = [
+        draw(params, np.arange(i, min(i + 250, size.samples)) % 10, jax.random.fold_in(jax.random.key(seed), i))
+        for i in parts
+    ]
     return to_uint8(np.concatenate(drawn))
 
 
@@ -234,7 +256,11 @@ def latency(cfg: DitConfig, size: Size) -> dict[str, float]:
     """Milliseconds of one forward pass of a batch, the median of ten, and its multiply-accumulates."""
     model = functional(Dit, cfg)
     params = model.init(jax.random.key(0))
-    inputs = (jnp.ones((size.batch, cfg.size, cfg.size, cfg.channels)), jnp.zeros(size.batch), jnp.zeros(size.batch, jnp.int32))
+    inputs = (
+        jnp.ones((size.batch, cfg.size, cfg.size, cfg.channels)),
+        jnp.zeros(size.batch),
+        jnp.zeros(size.batch, jnp.int32),
+    )
     forward = jax.jit(model.apply)
     jax.block_until_ready(forward(params, *inputs))
     seconds = statistics.median(bench.timed(lambda: forward(params, *inputs), 10))
@@ -256,7 +282,11 @@ def report(size: Size, rows: list[dict[str, Any]], costs: dict[str, dict[str, fl
     for row in (r for r in rows if r["arm"] == "DiT, scratch"):
         other = last[row["seed"]]
         step = Race(other["steps"], other["curve"], {}, Path()).reaches(row["mse"], le)
-        when = f"after {step} of {size.steps} steps ({step / size.steps:.0%})" if step is not None else f"not within {size.steps} steps"
+        when = (
+            f"after {step} of {size.steps} steps ({step / size.steps:.0%})"
+            if step is not None
+            else f"not within {size.steps} steps"
+        )
         print(f"seed {row['seed']}: the distilled LiT has the DiT's final error {when}; the paper's after {PAPER:.0%}")
 
 
@@ -269,7 +299,9 @@ def plot(size: Size, rows: list[dict[str, Any]], file: Path) -> None:
     for name, colour in COLOURS.items():
         for n, row in enumerate(r for r in rows if r["arm"] == name):
             axes.plot(row["steps"], row["curve"], color=colour, linewidth=1.5, label=None if n else name)
-    axes.set(xlabel="step", ylabel="squared error of the noise, CIFAR-10 test pictures", yscale="log", xlim=(0, size.steps))
+    axes.set(
+        xlabel="step", ylabel="squared error of the noise, CIFAR-10 test pictures", yscale="log", xlim=(0, size.steps)
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)

@@ -1,12 +1,14 @@
-"""What a zoo can know that one picture of each class does not say: linear maps from zoos, on seen classes that are left out.
+"""What a zoo can know that one picture of each class does not say: linear maps from zoos, on seen classes that are left
+out.
 
     python benchmarks/one_picture.py --json benchmarks/results/one_picture.json       # seven minutes of one CPU core
 
-Why do generated heads of the demo hardly beat gradient descent on the pictures? A ridge map is the conditional mean that diffusion
-samples around, and heads are convex, so it is what averaged samples tend to. Here a quarter of the classes of the zoo is left out
-(twice), a zoo of 2,000 heads is built without them, and maps with several conditions are held against gradient descent on 400 tasks of
-the classes left out; beside them averaged samples of a generator, as it is and with what diffusion adds to the map drawn without the
-condition. The unseen classes of the demo are not looked at.
+Why do generated heads of the demo hardly beat gradient descent on the pictures? A ridge map is the conditional mean
+that diffusion samples around, and heads are convex, so it is what averaged samples tend to. Here a quarter of the
+classes of the zoo is left out (twice), a zoo of 2,000 heads is built without them, and maps with several conditions are
+held against gradient descent on 400 tasks of the classes left out; beside them averaged samples of a generator, as it
+is and with what diffusion adds to the map drawn without the condition. The unseen classes of the demo are not looked
+at.
 """
 
 import tempfile
@@ -60,7 +62,9 @@ def some(bank: Bank, classes: list[int]) -> Bank:
 
 
 def least_squares(support: np.ndarray, penalty: float = 1.0) -> np.ndarray:
-    """Regularised least squares on the pictures, in closed form. support: [task, class, picture, feature]; returns heads."""
+    """Regularised least squares on the pictures, in closed form. support: [task, class, picture, feature]; returns
+    heads.
+    """
     tasks, classes, shots, features = support.shape
     x = with_bias(support.reshape(tasks, classes * shots, features))
     y = np.repeat(np.eye(classes), shots, axis=0) - 1 / classes
@@ -78,7 +82,9 @@ CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ridge, as in the generator": lambda s: row_condition(s.mean(2)),
     "ridge, and directions": lambda s: np.concatenate([row_condition(s.mean(2)), direction(s)], -1),
     "ridge, from least squares alone": least_squares,
-    "ridge, and directions and least squares": lambda s: np.concatenate([row_condition(s.mean(2)), direction(s), least_squares(s)], -1),
+    "ridge, and directions and least squares": lambda s: np.concatenate(
+        [row_condition(s.mean(2)), direction(s), least_squares(s)], -1
+    ),
 }
 
 
@@ -101,7 +107,13 @@ def judge(tasks: EmojiTasks, seed: int) -> dict[tuple[int, str], np.ndarray]:
             ridge = Ridge.fit(c.reshape(-1, c.shape[-1]), heads.reshape(-1, heads.shape[-1]), classes.reshape(-1))
             made[name] = ridge(here.reshape(-1, here.shape[-1])).reshape(*here.shape[:2], -1)
         for name, guidance in (("generated, averaged", 1.0), ("generated, averaged, no condition beyond the map", 0.0)):
-            drawn = sample(cfg, replace(generator, how=replace(cfg.sample, guidance=guidance)), episodes.support, shots=shots, seed=0)
+            drawn = sample(
+                cfg,
+                replace(generator, how=replace(cfg.sample, guidance=guidance)),
+                episodes.support,
+                shots=shots,
+                seed=0,
+            )
             made[name] = drawn.mean(0)
         made["least squares on the pictures"] = least_squares(support)
         for penalty in (0.1, 0.3):

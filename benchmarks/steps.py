@@ -1,10 +1,12 @@
-"""One training step and one sampling run of the published models, with random weights and data: time, examples/s, MFU, memory.
+"""One training step and one sampling run of the published models, with random weights and data: time, examples/s, MFU,
+memory.
 
     python benchmarks/steps.py --json benchmarks/results/steps_gpu.json          # one large GPU, five minutes
     python benchmarks/steps.py --smoke                                           # toy sizes, to see that it runs
 
-Batches are what one device of 80 GB takes, not the recipes'; the step is the recipe's, teacher included, in its precision. DiT-XL/2 has no
-recipe: its step is that of the other DiTs. LiT-XL/2's attention is once what is chosen for the device, once the kernels for Hopper.
+Batches are what one device of 80 GB takes, not the recipes'; the step is the recipe's, teacher included, in its
+precision. DiT-XL/2 has no recipe: its step is that of the other DiTs. LiT-XL/2's attention is once what is chosen for
+the device, once the kernels for Hopper.
 """
 
 import time
@@ -110,7 +112,11 @@ def main() -> None:
             continue
         result["rows"].append(row)
         usage = f", {row['mfu']:.0%} of peak" if row.get("mfu") else ""
-        print(f"{row['what']:32} batch {row['batch']:5} {row['seconds']:8.3f} s {row['examples_per_second']:9.1f}/s{usage}", flush=True)
+        print(
+            f"{row['what']:32} batch {row['batch']:5} {row['seconds']:8.3f} s"
+            f" {row['examples_per_second']:9.1f}/s{usage}",
+            flush=True,
+        )
         bench.write(args.json, result, indent=1)
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/surgery.py --json benchmarks/results/surgery.json
 
-The donor is a ViT-B/32 of random weights, 605 MB as transformers writes it. Every job runs in a process of its own, three
-times, after imports and with the file in the page cache; the eight devices are fakes on the CPU. Conversions include the
-SHA-256 of the source and wait for the disk, and so does the copy. Memory is anonymous (RssAnon: what mapped files do not
-back), sampled every 2 ms; `above result` leaves out the parameters the job was asked for. The naive way reads every
-tensor into memory, cuts there, and only then places the student. The bars are from a prototype, on another day.
+The donor is a ViT-B/32 of random weights, 605 MB as transformers writes it. Every job runs in a process of its own,
+three times, after imports and with the file in the page cache; the eight devices are fakes on the CPU. Conversions
+include the SHA-256 of the source and wait for the disk, and so does the copy. Memory is anonymous (RssAnon: what mapped
+files do not back), sampled every 2 ms; `above result` leaves out the parameters the job was asked for. The naive way
+reads every tensor into memory, cuts there, and only then places the student. The bars are from a prototype, on another
+day.
 """
 
 import argparse
@@ -56,8 +57,13 @@ def main() -> None:
         rows = {}
         for name in JOBS:
             command = [sys.executable, __file__, "--job", name, "--folder", folder]
-            runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(args.repeats)]
-            rows[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {"runs": [run["seconds"] for run in runs]}
+            runs = [
+                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                for _ in range(args.repeats)
+            ]
+            rows[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {
+                "runs": [run["seconds"] for run in runs]
+            }
             report(name, rows)
     made = bench.header(("jax", "flax", "numpy"), device=f"{bench.CPU}, {os.cpu_count()} cores")
     bench.write(args.json, made | {"rows": rows})
@@ -65,7 +71,10 @@ def main() -> None:
 
 def report(name: str, rows: dict[str, dict[str, Any]]) -> None:
     if len(rows) == 1:
-        print(f"{'job':<28}{'seconds':>9}{'of copy':>9}{'anonymous':>12}{'above result':>14}   bar: seconds, memory above the result")
+        print(
+            f"{'job':<28}{'seconds':>9}{'of copy':>9}{'anonymous':>12}{'above result':>14}   bar: seconds, memory above"
+            " the result"
+        )
     row, ratio = rows[name], rows[name]["seconds"] / rows["copy of the file"]["seconds"]
     bar, verdict = 2 * rows["copy of the file"]["seconds"] + 2, ""
     if name in FILE_TO_FILE:

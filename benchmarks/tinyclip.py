@@ -1,11 +1,13 @@
-"""What of TinyCLIP helps, on the embedded emoji: losses, inheritance by rule and by masks, one stage and two, at 50 and 25 % of the blocks.
+"""What of TinyCLIP helps, on the embedded emoji: losses, inheritance by rule and by masks, one stage and two, at 50 and
+25 % of the blocks.
 
     python benchmarks/tinyclip.py --out runs/benchmark --json benchmarks/results/tinyclip_cpu.json
     python benchmarks/tinyclip.py --setting gpu --out runs/benchmark_gpu --json ...
 
-Every arm has the same teacher (the embedded one), data, batch and number of steps; an arm in two stages has half of them in each, a mask
-phase is part of its arm's steps. Scored on 300 concepts nobody was trained on. Each arm of each seed writes OUT/ARM-SEED.json when it is
-done, and is not run again; one that was stopped goes on where it was, and its seconds are those since then.
+Every arm has the same teacher (the embedded one), data, batch and number of steps; an arm in two stages has half of
+them in each, a mask phase is part of its arm's steps. Scored on 300 concepts nobody was trained on. Each arm of each
+seed writes OUT/ARM-SEED.json when it is done, and is not run again; one that was stopped goes on where it was, and its
+seconds are those since then.
 """
 
 import json
@@ -67,21 +69,32 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
     for size, student, share in (("50 %", half, 0.5), ("25 %", quarter, 0.75)):
         alone = replace(base, student=student)
         found |= {
-            f"{size} scratch, contrastive": replace(alone, donor="", teacher="", tokenizer=str(tokenizer()), loss=LossConfig(alpha=0.0)),
+            f"{size} scratch, contrastive": replace(
+                alone, donor="", teacher="", tokenizer=str(tokenizer()), loss=LossConfig(alpha=0.0)
+            ),
             f"{size} scratch, affinity": replace(alone, donor=""),
             f"{size} manual": alone,
             f"{size} automatic": replace(base, student=whole, masks=masks(steps, 0.0, share)),
         }
     first = steps // 2
     manual = (Stage(half, first, warmup // 2), Stage(quarter, steps - first, warmup // 2))
-    learned = (Stage(whole, first, masks=masks(first, 0.0, 0.5)), Stage(whole, steps - first, masks=masks(steps - first, 0.5, 0.75)))
-    return found | {"25 % manual, two stages": replace(base, stages=manual), "25 % automatic, two stages": replace(base, stages=learned)}
+    learned = (
+        Stage(whole, first, masks=masks(first, 0.0, 0.5)),
+        Stage(whole, steps - first, masks=masks(steps - first, 0.5, 0.75)),
+    )
+    return found | {
+        "25 % manual, two stages": replace(base, stages=manual),
+        "25 % automatic, two stages": replace(base, stages=learned),
+    }
 
 
 def masks(steps: int, start: float, target: float) -> MaskConfig:
-    """Half of the steps with masks. Deviation: phases are short here, the release has 3,000 steps and more at a rate of 0.02. The rate is
-    such that gates have time to close, and there is no momentum, with which they would go on closing."""
-    return MaskConfig(prune_step=steps // 2, start=start, target=target, warmup=steps // 4, lr=12 / (steps // 2), momentum=0.0)
+    """Half of the steps with masks. Deviation: phases are short here, the release has 3,000 steps and more at a rate of
+    0.02. The rate is such that gates have time to close, and there is no momentum, with which they would go on closing.
+    """
+    return MaskConfig(
+        prune_step=steps // 2, start=start, target=target, warmup=steps // 4, lr=12 / (steps // 2), momentum=0.0
+    )
 
 
 def tokenizer() -> Path:
@@ -135,7 +148,14 @@ def main() -> None:
             stem = f"{name.replace(' %', '').replace(',', '').replace(' ', '_')}-{seed}"
             file = args.out / f"{stem}.json"
             if not file.exists():
-                write_json(file, run(name, recipes[name], args.out / "runs" / stem) | {"setting": args.setting, "steps": setting.steps})
+                write_json(
+                    file,
+                    run(name, recipes[name], args.out / "runs" / stem)
+                    | {
+                        "setting": args.setting,
+                        "steps": setting.steps,
+                    },
+                )
             row = read_json(file)
             if row["setting"] != args.setting:
                 parser.error(f"{file} is of the setting {row['setting']!r}: take another --out")

@@ -2,9 +2,9 @@
 
     python benchmarks/tinyclip_loss.py --json benchmarks/results/tinyclip_loss.json
 
-Per global batch: seconds of value and gradients, temporary memory of the compiled program per device, and the largest relative error of
-the gradients. Beyond `--run-up-to` nothing is run and only the compiler's memory is read. Simulated devices share the cores of one CPU:
-times compare the two forms with each other and with nothing else.
+Per global batch: seconds of value and gradients, temporary memory of the compiled program per device, and the largest
+relative error of the gradients. Beyond `--run-up-to` nothing is run and only the compiler's memory is read. Simulated
+devices share the cores of one CPU: times compare the two forms with each other and with nothing else.
 """
 
 import os
@@ -52,7 +52,9 @@ def main() -> None:
         gradients = {}
         for name, loss in {"whole": whole, "chunked": affinity_mimicking}.items():
             step = jax.jit(
-                jax.value_and_grad(loss, argnums=(0, 1)), in_shardings=(rows,) * 4 + (one,) * 2, out_shardings=(one, (rows, rows))
+                jax.value_and_grad(loss, argnums=(0, 1)),
+                in_shardings=(rows,) * 4 + (one,) * 2,
+                out_shardings=(one, (rows, rows)),
             )
             shapes = [jax.ShapeDtypeStruct((batch, JOINT), jnp.float32)] * 4
             with jax.set_mesh(mesh):
@@ -65,7 +67,9 @@ def main() -> None:
             row["error"] = max(relative(a, b) for a, b in zip(gradients["chunked"], gradients["whole"], strict=True))
         results.append(row)
         print(told(row), flush=True)
-    bench.write(args.json, bench.header(("jax", "flax"), device=f"{bench.CPU}, {DEVICES} simulated devices") | {"rows": results})
+    bench.write(
+        args.json, bench.header(("jax", "flax"), device=f"{bench.CPU}, {DEVICES} simulated devices") | {"rows": results}
+    )
 
 
 def unit(seed: int, batch: int) -> np.ndarray:
@@ -87,7 +91,9 @@ def told(row: dict[str, Any]) -> str:
     text = f"batch {row['batch']:>6}"
     for name in ("whole", "chunked"):
         seconds = row[name].get("seconds")
-        text += f"   {name} {row[name]['megabytes']:>8.1f} MiB per device" + (f" {seconds:>6.2f} s" if seconds is not None else "")
+        text += f"   {name} {row[name]['megabytes']:>8.1f} MiB per device" + (
+            f" {seconds:>6.2f} s" if seconds is not None else ""
+        )
     return text + (f"   error {row['error']:.1e}" if "error" in row else "")
 
 

@@ -1,4 +1,6 @@
-"""The `heirloom` command: a table of verbs. Nothing heavy is imported before a verb runs; bad input is one line and exit code 2."""
+"""The `heirloom` command: a table of verbs. Nothing heavy is imported before a verb runs; bad input is one line and
+exit code 2.
+"""
 
 import argparse
 import os
@@ -53,26 +55,42 @@ VERBS = (
             argument("method", nargs="?", default="tinyclip"),
             argument("--seed", type=int, default=0),
             argument("--out", type=Path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"),
-        ), json=True,
+        ),
+        json=True,
     ),
     Verb(
         "convert",
         "between our weights folders and the formats of others, verified",
         (
-            argument("source", metavar="SOURCE", help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME"),
+            argument(
+                "source",
+                metavar="SOURCE",
+                help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME",
+            ),
             argument("destination", metavar="DEST", type=Path),
-            argument("--to", default="heirloom", metavar="FORMAT", help="heirloom, hf, open_clip, original, ... (default: heirloom)"),
-            argument("--set", action="append", default=[], metavar="NAME=VALUE", help="what bare weights lack: heads, activation"),
+            argument(
+                "--to",
+                default="heirloom",
+                metavar="FORMAT",
+                help="heirloom, hf, open_clip, original, ... (default: heirloom)",
+            ),
+            argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="NAME=VALUE",
+                help="what bare weights lack: heads, activation",
+            ),
             argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference"),
             argument("--force", action="store_true", help="replace DEST"),
-        ), json=True,
+        ),
+        json=True,
     ),
     Verb(
         "inspect",
         "config, parameter and MAC counts, axes with sizes, provenance",
-        (
-            argument("what", metavar="PATH|CONFIG"),
-        ), json=True,
+        (argument("what", metavar="PATH|CONFIG"),),
+        json=True,
     ),
     Verb(
         "inherit",
@@ -81,7 +99,8 @@ VERBS = (
             argument("config", metavar="CONFIG"),
             argument("destination", metavar="DEST", type=Path),
             argument("--force", action="store_true", help="replace DEST"),
-        ), json=True,
+        ),
+        json=True,
     ),
     Verb(
         "cache",
@@ -89,7 +108,9 @@ VERBS = (
         (
             argument("config", metavar="CONFIG"),
             argument("destination", metavar="DEST", type=Path),
-        ), flags=True, json=True,
+        ),
+        flags=True,
+        json=True,
     ),
     Verb(
         "train",
@@ -97,7 +118,8 @@ VERBS = (
         (
             argument("config", metavar="CONFIG"),
             argument("--run", type=Path, required=True, metavar="DIR", help="the folder of the run"),
-        ), flags=True,
+        ),
+        flags=True,
     ),
     Verb(
         "compile",
@@ -105,35 +127,63 @@ VERBS = (
         (
             argument("config", metavar="CONFIG"),
             argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x4, v6e:8x8, ..."),
-        ), flags=True, json=True,
+        ),
+        flags=True,
+        json=True,
     ),
     Verb(
         "eval",
         "score weights, or the student of a recipe as it starts",
         (
             argument("what", metavar="PATH|CONFIG"),
-            argument("--data", help="emoji (default for a CLIP), a folder, .csv, .tar, .parquet, tfds:NAME; an .npz of the ADM suite"),
+            argument(
+                "--data",
+                help="emoji (default for a CLIP), a folder, .csv, .tar, .parquet, tfds:NAME; an .npz of the ADM suite",
+            ),
             argument("--split", default="", help="train, test, ... where the data has splits (emoji: test)"),
             argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)"),
             argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)"),
             argument("--task", choices=("retrieval", "zeroshot"), default="retrieval"),
-            argument("--suite", type=Path, metavar="DIR", help="every data set of a folder, next to published numbers (CLIPs)"),
+            argument(
+                "--suite",
+                type=Path,
+                metavar="DIR",
+                help="every data set of a folder, next to published numbers (CLIPs)",
+            ),
             argument("--beside", metavar="SOURCE", help="another model on the same suite, such as the teacher"),
-            argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in label order, or imagenet (zeroshot)"),
-            argument("--templates", type=Path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)"),
-        ), flags=True, json=True,
+            argument(
+                "--classes",
+                type=Path,
+                metavar="FILE",
+                help="class names, one a line, in label order, or imagenet (zeroshot)",
+            ),
+            argument(
+                "--templates", type=Path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)"
+            ),
+        ),
+        flags=True,
+        json=True,
     ),
     Verb(
         "sample",
         "draw pictures of classes as a grid; sampler settings are flags (--steps 50, --guidance 4)",
         (
             argument("what", metavar="PATH", help="a DiT or LiT by SOURCE"),
-            argument("--class", dest="classes", type=int, nargs="+", metavar="N", help="classes to draw (default: the first eight)"),
+            argument(
+                "--class",
+                dest="classes",
+                type=int,
+                nargs="+",
+                metavar="N",
+                help="classes to draw (default: the first eight)",
+            ),
             argument("--count", type=int, default=4, metavar="N", help="pictures of each class"),
             argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="where the grid goes"),
             argument("--autoencoder", metavar="SOURCE", help="the decoder of a latent model"),
             argument("--seed", type=int, default=0),
-        ), flags=True, json=True,
+        ),
+        flags=True,
+        json=True,
     ),
     Verb(
         "expand",
@@ -142,12 +192,18 @@ VERBS = (
             argument("gene", metavar="GENE", help="a gene, or another ViT, by SOURCE"),
             argument("destination", metavar="DEST", type=Path),
             argument("--depth", type=int, required=True, metavar="N", help="layers of the result"),
-            argument("--map", default="", metavar="0,0,1,...", help="the gene's block for each layer (default: spread evenly, in order)"),
+            argument(
+                "--map",
+                default="",
+                metavar="0,0,1,...",
+                help="the gene's block for each layer (default: spread evenly, in order)",
+            ),
             argument("--size", type=int, metavar="PIXELS", help="another resolution: positions are resampled"),
             argument("--classes", type=int, metavar="N", help="another number of classes: a fresh head"),
             argument("--seed", type=int, default=0, help="seed of the fresh parameters"),
             argument("--force", action="store_true", help="replace DEST"),
-        ), json=True,
+        ),
+        json=True,
     ),
     Verb(
         "compare",
@@ -155,8 +211,14 @@ VERBS = (
         (
             argument("what", nargs="?", metavar="CONFIG"),
             argument("--run", type=Path, metavar="DIR", help="where the runs go; the same command again resumes"),
-            argument("--cost", metavar="6-15", help="only ratios of storage and training for these depths, by formula; no CONFIG"),
-        ), flags=True, json=True,
+            argument(
+                "--cost",
+                metavar="6-15",
+                help="only ratios of storage and training for these depths, by formula; no CONFIG",
+            ),
+        ),
+        flags=True,
+        json=True,
     ),
     Verb(
         "generate",
@@ -166,18 +228,29 @@ VERBS = (
             argument("--dataset", metavar="DIR", help="a folder with a sub-folder of pictures for each class"),
             argument("--task", default="", metavar="WORDS", help="the task in words, instead of pictures"),
             argument("-n", type=int, default=8, metavar="N", help="how many to draw (default: 8)"),
-            argument("--reduce", choices=("none", "mean"), default="none", help="mean: write the average of all instead of each"),
-            argument("--out", type=Path, default=Path("generated"), metavar="DIR", help="where the weights folders and report.json go"),
+            argument(
+                "--reduce",
+                choices=("none", "mean"),
+                default="none",
+                help="mean: write the average of all instead of each",
+            ),
+            argument(
+                "--out",
+                type=Path,
+                default=Path("generated"),
+                metavar="DIR",
+                help="where the weights folders and report.json go",
+            ),
             argument("--seed", type=int, default=0),
             argument("--force", action="store_true", help="replace what DIR contains"),
-        ), flags=True, json=True,
+        ),
+        flags=True,
+        json=True,
     ),
     Verb(
         "report",
         "the curves and pictures of a run as one HTML page",
-        (
-            argument("run", type=Path, metavar="RUN"),
-        ),
+        (argument("run", type=Path, metavar="RUN"),),
     ),
 )
 
@@ -185,8 +258,8 @@ VERBS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code.
 
-    0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: a training stopped on request, and the same command
-    continues it. 130: interrupted.
+    0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: a training stopped on request, and
+    the same command continues it. 130: interrupted.
     """
     said: set[str] = set()
 
@@ -214,8 +287,12 @@ def _main(argv: Sequence[str] | None) -> int:
         args, rest = parser.parse_known_args(argv)
         verb = next(verb for verb in VERBS if verb.name == args.verb)
         if rest and not verb.flags:
-            options = [name for argument in verb.arguments for name in argument.names] + (["--json"] if verb.json else [])
-            raise InputError(f"unknown argument {rest[0]!r}{nearest(rest[0], options)}; see heirloom {args.verb} --help")
+            options = [name for argument in verb.arguments for name in argument.names] + (
+                ["--json"] if verb.json else []
+            )
+            raise InputError(
+                f"unknown argument {rest[0]!r}{nearest(rest[0], options)}; see heirloom {args.verb} --help"
+            )
         args.flags = rest
         getattr(verbs, args.verb)(args)
     except InputError as error:
@@ -241,7 +318,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _help_of_recipe(argv: Sequence[str]) -> None:
-    """Lists a recipe's fields for `heirloom train RECIPE --help` and exits; without a recipe, argparse lists the verb's options."""
+    """Lists a recipe's fields for `heirloom train RECIPE --help` and exits; without a recipe, argparse lists the verb's
+    options.
+    """
     if len(argv) > 2 and argv[-1] in ("--help", "-h") and any(verb.name == argv[0] and verb.flags for verb in VERBS):
         from heirloom.common import config
 

@@ -1,6 +1,8 @@
-"""`heirloom compile`: the train step of a recipe, compiled for a TPU pod on any machine (extra `tpu` for the compiler, libtpu).
+"""`heirloom compile`: the train step of a recipe, compiled for a TPU pod on any machine (extra `tpu` for the compiler,
+libtpu).
 
-Nothing runs. What the compiler says of memory is its own; FLOPs are our count from the axes, for it counts a scanned layer once.
+Nothing runs. What the compiler says of memory is its own; FLOPs are our count from the axes, for it counts a scanned
+layer once.
 """
 
 import os
@@ -30,7 +32,9 @@ class Topology:
         if not re.fullmatch(r"\d+(x\d+){1,2}", arranged):
             raise InputError(f"--topology {text}: write the chip and its arrangement, such as v5e:16x16 or v5p:4x4x4")
         if name not in TARGETS:
-            raise InputError(f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {', '.join(TARGETS)})")
+            raise InputError(
+                f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {', '.join(TARGETS)})"
+            )
         return cls(name, tuple(map(int, arranged.split("x"))))
 
     @property
@@ -75,7 +79,8 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
     devices = describe(topology).devices
     shape = sizes(cfg, len(devices))
     if topology.name == "v4":
-        # JAX arranges a v4's chips as one device each, as they are where they run; here the compiler lists both halves of each.
+        # JAX arranges a v4's chips as one device each, as they are where they run; here the compiler lists both halves
+        # of each.
         placed = np.array(devices).reshape(tuple(shape.values()))
     else:
         placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
@@ -90,11 +95,12 @@ REFUSALS = (
 
 
 def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
-    """Compile the train step of a recipe for a slice. Raises InputError for a recipe or a slice that does not go together.
+    """Compile the train step of a recipe for a slice. Raises InputError for a recipe or a slice that does not go
+    together.
 
-    Returns fits, devices, bytes_per_device and hbm (bytes), flops (of a step, all devices), collectives {kind: {count, bytes}} (a device's,
-    in a step), summed {dtype: elements} (what devices add up, gradients above all), step_seconds (an estimate: the longest of its parts at
-    the chip's limits), bound (which part), advice, seconds.
+    Returns fits, devices, bytes_per_device and hbm (bytes), flops (of a step, all devices), collectives {kind: {count,
+    bytes}} (a device's, in a step), summed {dtype: elements} (what devices add up, gradients above all), step_seconds
+    (an estimate: the longest of its parts at the chip's limits), bound (which part), advice, seconds.
     """
     import jax
 
@@ -112,7 +118,12 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
         if used is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-        result |= {"fits": False, "bytes_per_device": float(used[1]) * unit[used[2]], "collectives": {}, "advice": advice(cfg)}
+        result |= {
+            "fits": False,
+            "bytes_per_device": float(used[1]) * unit[used[2]],
+            "collectives": {},
+            "advice": advice(cfg),
+        }
         return result | {"seconds": time.perf_counter() - started}
 
     memory = compiled.memory_analysis()
@@ -134,7 +145,11 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
 
 def advice(cfg: Any) -> str:
     """What to change when a step does not fit, in the words of the recipe's flags."""
-    found = [f"--{name} full" for name, value in _fields(asdict(cfg), "") if name.endswith("remat") and value in ("none", "dots")]
+    found = [
+        f"--{name} full"
+        for name, value in _fields(asdict(cfg), "")
+        if name.endswith("remat") and value in ("none", "dots")
+    ]
     if cfg.mesh.fsdp == 1:
         found.append("--mesh.fsdp 8")
     if not found:
@@ -156,9 +171,15 @@ def lines(name: str, result: Mapping[str, Any]) -> list[str]:
     if not result["fits"]:
         return [*out, f"does not fit: {needed:.2f} GiB a device of {hbm:.2f}; try {result['advice']}"]
     out.append(f"fits: {needed:.2f} GiB a device of {hbm:.2f}")
-    out += [f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step" for kind, c in result["collectives"].items()]
+    out += [
+        f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step"
+        for kind, c in result["collectives"].items()
+    ]
     if result["summed"]:
-        out.append("  devices add up " + ", ".join(f"{n:,} numbers in {dtype}" for dtype, n in sorted(result["summed"].items())))
+        out.append(
+            "  devices add up "
+            + ", ".join(f"{n:,} numbers in {dtype}" for dtype, n in sorted(result["summed"].items()))
+        )
     parts = ", ".join(f"{part} {1e3 * seconds:.1f} ms" for part, seconds in result["parts"].items())
     out.append(f"{result['flops'] / 1e12:,.3g} TFLOP a step; at the chip's limits: {parts}")
     return [*out, f"so a step is estimated at {1e3 * result['step_seconds']:.1f} ms or more"]

@@ -26,8 +26,9 @@ class Recipe(Protocol):
     """A config that knows how to run itself: a frozen dataclass of frozen dataclasses.
 
     It may also have, each for one verb: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
-    metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> an `Abstract` step,
-    `cache(destination)`, `idle()` -> {field: why it does nothing here}, and `former()` -> {prefix of a flag before: now}.
+    metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> an `Abstract`
+    step, `cache(destination)`, `idle()` -> {field: why it does nothing here}, and `former()` -> {prefix of a flag
+    before: now}.
     """
 
     def train(self, directory: Path) -> None:
@@ -36,28 +37,37 @@ class Recipe(Protocol):
 
 def recipes() -> list[str]:
     """Returns the names of the shipped recipes, such as `tinyclip/smoke`."""
-    return sorted(p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.glob("*/*.py") if p.stem != "__init__")
+    return sorted(
+        p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.glob("*/*.py") if p.stem != "__init__"
+    )
 
 
 def is_recipe(name: str) -> bool:
     """Returns whether `name` is a recipe: a Python file, or `method/...` if there is no such path."""
-    return name.endswith(".py") or (not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()})
+    return name.endswith(".py") or (
+        not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()}
+    )
 
 
 def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     """Returns the config of a shipped recipe or of a file, with fields set by flags (`--optim.lr 3e-4`).
 
-    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag that has no effect
-    in this recipe (`cfg.idle()`).
+    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag
+    that has no effect in this recipe (`cfg.idle()`).
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
-        raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {', '.join(recipes())}; or give a .py file)")
-    unique = f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"  # two recipes may have one file name
+        raise InputError(
+            f"no recipe {name!r}{nearest(name, recipes())} (there are {', '.join(recipes())}; or give a .py file)"
+        )
+    unique = (  # two recipes may have one file name
+        f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"
+    )
     spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look up annotations in sys.modules. Pickling is by value: data workers cannot import the file by this name.
+    # Dataclasses look up annotations in sys.modules. Pickling is by value: data workers cannot import the file by this
+    # name.
     sys.modules[spec.name] = module
     cloudpickle.register_pickle_by_value(module)
     try:
@@ -96,7 +106,9 @@ def _renamed(cfg: Recipe, flag: str) -> str:
 
 
 def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = None) -> T:
-    """Returns the config with its fields set by flags. Raises InputError with tyro's message, a framed paragraph, as one line."""
+    """Returns the config with its fields set by flags. Raises InputError with tyro's message, a framed paragraph, as
+    one line.
+    """
     if not flags:
         return cfg
     import tyro

@@ -29,4 +29,6 @@ class Race:
 
     def reaches(self, score: float, better: Better) -> int | None:
         """Returns the first measured step with a score at least as good as `score`, or None."""
-        return next((step for step, reached in zip(self.steps, self.scores, strict=True) if better(reached, score)), None)
+        return next(
+            (step for step, reached in zip(self.steps, self.scores, strict=True) if better(reached, score)), None
+        )

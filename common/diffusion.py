@@ -1,6 +1,7 @@
 """Gaussian diffusion (Ho et al. 2020; Nichol & Dhariwal 2021): schedules, the variational bound, and samplers.
 
-A schedule is a table of numbers in float64, and so is a sampler: DDPM, DDIM and DPM-Solver++ differ in the coefficients of
+A schedule is a table of numbers in float64, and so is a sampler: DDPM, DDIM and DPM-Solver++ differ in the coefficients
+of
 
     x' = keep x + clean x0 + before x0_previous + std noise
 
@@ -22,7 +23,9 @@ Spacing = Literal["even", "integer"]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A chain of K steps. alpha_bar: [K], from nearly 1 to nearly 0. time: [K], the steps of the full chain, an input of the network."""
+    """A chain of K steps. alpha_bar: [K], from nearly 1 to nearly 0. time: [K], the steps of the full chain, an input
+    of the network.
+    """
 
     alpha_bar: np.ndarray
     time: np.ndarray
@@ -47,7 +50,9 @@ class Schedule:
 
     @cached_property
     def log_variance_range(self) -> np.ndarray:
-        """Logarithms of the smallest variance (posterior, its first entry replaced by the second) and the largest (beta), [K, 2]."""
+        """Logarithms of the smallest variance (posterior, its first entry replaced by the second) and the largest
+        (beta), [K, 2].
+        """
         smallest = self.posterior_variance.copy()
         smallest[0] = smallest[1] if len(smallest) > 1 else self.beta[0]
         return np.log(np.stack([smallest, self.beta], axis=1))
@@ -67,11 +72,14 @@ def linear_schedule(steps: int = 1000, first: float = 1e-4, last: float = 0.02) 
 
 def scaled_linear_schedule(steps: int = 1024, first: float = 0.0015, last: float = 0.0155) -> Schedule:
     """Square roots of the betas rise linearly (latent diffusion; the defaults are D2NWG's)."""
-    return Schedule(np.cumprod(1 - np.linspace(sqrt(first), sqrt(last), steps, dtype=np.float64) ** 2), np.arange(steps))
+    return Schedule(
+        np.cumprod(1 - np.linspace(sqrt(first), sqrt(last), steps, dtype=np.float64) ** 2), np.arange(steps)
+    )
 
 
 def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedule:
-    """Shortens a chain to `steps`: "even" from the first to the last time (iDDPM), or with "integer" strides from 0 (DDIM).
+    """Shortens a chain to `steps`: "even" from the first to the last time (iDDPM), or with "integer" strides from 0
+    (DDIM).
 
     Raises ValueError when no such chain exists.
     """
@@ -102,7 +110,9 @@ def remove_noise(schedule: Schedule, noisy: jax.Array, step: jax.Array, noise: j
 
 
 def log_variance(schedule: Schedule, ratio: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns the logarithm of the learned variance (iDDPM eq. 15). ratio: [batch, ...], -1 smallest, 1 largest; step: [batch]."""
+    """Returns the logarithm of the learned variance (iDDPM eq. 15). ratio: [batch, ...], -1 smallest, 1 largest; step:
+    [batch].
+    """
     low, high = (_at(schedule.log_variance_range[:, i], step, ratio) for i in (0, 1))
     share = (ratio + 1) / 2
     return share * high + (1 - share) * low
@@ -113,15 +123,17 @@ def variational_bound(
 ) -> jax.Array:
     """Returns the term of one step of the variational bound: [batch], bits per dimension, not clipped.
 
-    KL(q(x_{t-1} | x_t, x_0) || p) where the step is above 0, else the negative log-likelihood of 8-bit data in [-1, 1]. The network
-    predicts `noise` and `ratio`; the DiT loss stops the gradient of `noise` here.
+    KL(q(x_{t-1} | x_t, x_0) || p) where the step is above 0, else the negative log-likelihood of 8-bit data in [-1, 1].
+    The network predicts `noise` and `ratio`; the DiT loss stops the gradient of `noise` here.
     """
     on_noisy, on_clean = (_at(schedule.posterior_mean[:, i], step, clean) for i in (0, 1))
     mean = on_noisy * noisy + on_clean * remove_noise(schedule, noisy, step, noise)
     true_mean = on_noisy * noisy + on_clean * clean
     spread = log_variance(schedule, ratio, step)
     true_spread = _at(schedule.log_variance_range[:, 0], step, clean)
-    kl = 0.5 * (spread - true_spread - 1 + jnp.exp(true_spread - spread) + jnp.square(true_mean - mean) * jnp.exp(-spread))
+    kl = 0.5 * (
+        spread - true_spread - 1 + jnp.exp(true_spread - spread) + jnp.square(true_mean - mean) * jnp.exp(-spread)
+    )
     terms = jnp.where(_over(step, clean) == 0, -_log_likelihood(clean, mean, 0.5 * spread), kl)
     return terms.reshape(len(clean), -1).mean(1) / log(2)
 
@@ -150,7 +162,9 @@ def _at(table: np.ndarray, step: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Prediction(NamedTuple):
-    """What the network predicts from x_t: the noise, and the position of the variance between its bounds (-1 to 1; None: the upper)."""
+    """What the network predicts from x_t: the noise, and the position of the variance between its bounds (-1 to 1;
+    None: the upper).
+    """
 
     noise: jax.Array
     ratio: jax.Array | None = None
@@ -164,8 +178,8 @@ Denoise = Callable[[jax.Array, jax.Array], Prediction]
 class Sampler:
     """Coefficients by step, each [K] in float64, in the order in which the steps are taken.
 
-    time: the time that the network gets, fractional for DPM-Solver++. alpha, sigma: x = alpha x0 + sigma noise before the step.
-    log_variance: [K, 2], bounds of the variance; `stochastic`: 0 where no noise is added.
+    time: the time that the network gets, fractional for DPM-Solver++. alpha, sigma: x = alpha x0 + sigma noise before
+    the step. log_variance: [K, 2], bounds of the variance; `stochastic`: 0 where no noise is added.
     """
 
     time: np.ndarray

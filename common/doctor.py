@@ -10,16 +10,28 @@ from packaging.version import Version
 
 from heirloom.common.errors import InputError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "torch", "transformers")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "torch",
+    "transformers",
+)
 # Flax follows JAX closely. The oldest flax that was tested with each minor version of jax:
 PAIRS: dict[tuple[int, ...], str] = {(0, 12): "0.12.12", (0, 11): "0.12.9", (0, 10): "0.12.8"}
 SIZE = 2048
 
 
 def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
-    """Print versions, backend and devices, multiply two matrices; return it all as data. more: the lines that methods add.
+    """Print versions, backend and devices, multiply two matrices; return it all as data. more: the lines that methods
+    add.
 
-    Raises InputError, saying what to type, for a pair of versions that do not go together or a device that does not compute.
+    Raises InputError, saying what to type, for a pair of versions that do not go together or a device that does not
+    compute.
     """
     found = {name: installed for name in PACKAGES if (installed := _version(name))}
     print(f"python {platform.python_version()}, " + ", ".join(f"{name} {v}" for name, v in found.items()))
@@ -31,7 +43,9 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        raise InputError(f"no device can be used ({error}); set JAX_PLATFORMS=cpu, or install the extra cuda or tpu") from error
+        raise InputError(
+            f"no device can be used ({error}); set JAX_PLATFORMS=cpu, or install the extra cuda or tpu"
+        ) from error
     kinds = sorted({d.device_kind for d in devices})
     print(f"backend {jax.default_backend()}: {len(devices)} x {', '.join(kinds)}, {jax.process_count()} process(es)")
 
@@ -42,17 +56,31 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     multiply(x).block_until_ready()
     rate = 2 * SIZE**3 / (time.perf_counter() - started) / 1e9
     if deviation > 1e-6:
-        raise InputError(f"a {SIZE} x {SIZE} matmul is off by {deviation:.1e} on {kinds[0]}: reinstall jax for this device")
+        raise InputError(
+            f"a {SIZE} x {SIZE} matmul is off by {deviation:.1e} on {kinds[0]}: reinstall jax for this device"
+        )
     print(f"matmul {SIZE} x {SIZE} in f32: {rate:,.0f} GFLOP/s")
     if jax.default_backend() == "cpu":
         hint = _accelerator_hint()
-        print(hint or "no accelerator here; for one, pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine")
+        print(
+            hint
+            or "no accelerator here; for one, pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine"
+        )
     if "torch" not in found:
-        print("no torch: .pt files cannot be read, conversions are checked by structure only (pip install 'heirloom-jax[torch]')")
+        print(
+            "no torch: .pt files cannot be read, conversions are checked by structure only (pip install"
+            " 'heirloom-jax[torch]')"
+        )
     for line in more:
         print(line())
     print("ready")
-    return {"versions": found, "backend": jax.default_backend(), "devices": len(devices), "kinds": kinds, "gflops": rate}
+    return {
+        "versions": found,
+        "backend": jax.default_backend(),
+        "devices": len(devices),
+        "kinds": kinds,
+        "gflops": rate,
+    }
 
 
 def check_pair(jax: str, flax: str) -> None:

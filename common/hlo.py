@@ -7,11 +7,27 @@ from math import prod
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+WIDTHS = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 
 
 class Operation(NamedTuple):
-    """A line `name = shape kind(arguments), attributes`. arguments: operands, the number of a parameter, or the value of a constant."""
+    """A line `name = shape kind(arguments), attributes`. arguments: operands, the number of a parameter, or the value
+    of a constant.
+    """
 
     name: str
     shape: str
@@ -40,7 +56,8 @@ BRANCHES = ("to_apply", "calls", "called_computations", "branch_computations", "
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Counts the collectives of one device: {kind: {count, bytes}}, bytes of the whole arrays that are gathered, reduced or moved.
+    """Counts the collectives of one device: {kind: {count, bytes}}, bytes of the whole arrays that are gathered,
+    reduced or moved.
 
     Each collective counts as often as it runs (`_runs`).
     """
@@ -63,8 +80,9 @@ def summed(text: str) -> dict[str, int]:
 def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
     """Yields (kind, operation, its block, how often it runs) of every collective.
 
-    The body of a loop counts as often as it runs, or once if neither the compiler nor its condition gives a number. Every branch of a
-    conditional counts. A collective that the compiler split to overlap it with computation has one channel and counts once in its loop.
+    The body of a loop counts as often as it runs, or once if neither the compiler nor its condition gives a number.
+    Every branch of a conditional counts. A collective that the compiler split to overlap it with computation has one
+    channel and counts once in its loop.
     """
     blocks, entry = _parse(text)
 
@@ -79,7 +97,9 @@ def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
                 yield kind, operation, block, times
             elif kind == "while":
                 (body,), (condition,) = operation.called("body"), operation.called("condition")
-                yield from visit(blocks[body], times * (_trips(operation, block, blocks.get(condition, {})) or 1), set())
+                yield from visit(
+                    blocks[body], times * (_trips(operation, block, blocks.get(condition, {})) or 1), set()
+                )
             elif kind not in ("async-update", "async-done"):  # these repeat the computation that async-start calls
                 for name in operation.called(*BRANCHES):
                     yield from visit(blocks.get(name, {}), times, seen)
@@ -117,7 +137,10 @@ def _bytes(shape: str) -> int:
 
 def _arrays(shape: str) -> list[tuple[str, int]]:
     """Returns (dtype, elements) of each array of a shape."""
-    return [(dtype, prod(map(int, filter(None, dims.split(","))))) for dtype, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)]
+    return [
+        (dtype, prod(map(int, filter(None, dims.split(",")))))
+        for dtype, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
+    ]
 
 
 def _trips(loop: Operation, block: Block, condition: Block) -> int | None:

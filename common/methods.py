@@ -1,4 +1,6 @@
-"""The installed methods: the table `VERBS` of each package maps verbs to functions, which are imported when a verb runs."""
+"""The installed methods: the table `VERBS` of each package maps verbs to functions, which are imported when a verb
+runs.
+"""
 
 from collections.abc import Mapping
 from functools import cache

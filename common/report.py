@@ -24,11 +24,16 @@ def write(run: Path) -> Path:
     if not lines:
         raise InputError(f"{run}: metrics.jsonl is empty so far; wait for the first line")
     config = read_json(run / "config.json")
-    pictures = [p for p in (*(run / name for name in PICTURES), *_spread(sorted(run.glob("samples/*.png")))) if p.is_file()]
+    pictures = [
+        p for p in (*(run / name for name in PICTURES), *_spread(sorted(run.glob("samples/*.png")))) if p.is_file()
+    ]
     parts = [
         f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {_number(lines[-1]['loss'])}</p>",
         *(_figure(name, *curve) for name, curve in _curves(lines).items()),
-        *(f"<figure>{_image(p.read_bytes())}<figcaption>{html.escape(p.stem.replace('_', ' '))}</figcaption></figure>" for p in pictures),
+        *(
+            f"<figure>{_image(p.read_bytes())}<figcaption>{html.escape(p.stem.replace('_', ' '))}</figcaption></figure>"
+            for p in pictures
+        ),
         f"<details><summary>config</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
     with staged(run / "report.html", force=True) as file:

@@ -8,7 +8,14 @@ from typing import Any
 from heirloom.common.errors import InputError
 from heirloom.common.methods import ability, able, method_of, open_any
 
-RECIPE_VERBS = {"train": "train", "inherit": "inherit", "eval": "evaluate", "inspect": "describe", "cache": "cache", "compile": "abstract"}
+RECIPE_VERBS = {
+    "train": "train",
+    "inherit": "inherit",
+    "eval": "evaluate",
+    "inspect": "describe",
+    "cache": "cache",
+    "compile": "abstract",
+}
 """The method of a recipe that each verb calls; a recipe may lack some."""
 
 
@@ -58,10 +65,15 @@ def inspect(args: argparse.Namespace) -> None:
     counts, macs = family.parameters(spec), family.macs(cfg, spec)
     console = Console()
     console.print(table(spec, record))
-    console.print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items()) + f" parameters; {macs / 1e9:.2f} GMACs")
+    console.print(
+        ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
+        + f" parameters; {macs / 1e9:.2f} GMACs"
+    )
     if record:
         console.print(f"inherited {record['fraction']:.1%} from {record['source']}", soft_wrap=True)
-    _write_json(args, {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record})
+    _write_json(
+        args, {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record}
+    )
 
 
 def inherit(args: argparse.Namespace) -> None:
@@ -99,7 +111,9 @@ def eval(args: argparse.Namespace) -> None:
         given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
         given |= {"--suite": args.suite, "--beside": args.beside}
         if name := next((name for name, value in given.items() if value), None):
-            raise InputError(f"{name} is for weights, and {args.what} is a recipe, which has its own data; set --held-out.path")
+            raise InputError(
+                f"{name} is for weights, and {args.what} is a recipe, which has its own data; set --held-out.path"
+            )
         rows = _recipe(args.what, "evaluate", args.flags).evaluate()
     else:
         donor = open_any(args.what)
@@ -136,7 +150,10 @@ def expand(args: argparse.Namespace) -> None:
     donor = open_any(args.gene)
     record = ability(method_of(donor), "expand")(donor, args)
     _write_json(args, record)
-    print(f"{args.destination}: {args.depth} layers, {record['fraction']:.1%} of the parameters come from {record['source']}")
+    print(
+        f"{args.destination}: {args.depth} layers, {record['fraction']:.1%} of the parameters come from"
+        f" {record['source']}"
+    )
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -175,7 +192,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         if "=" not in pair:
             raise InputError(f"--set {pair}: write NAME=VALUE, such as heads=6")
-    return {name: int(value) if value.isdigit() else value for name, _, value in (pair.partition("=") for pair in pairs)}
+    return {
+        name: int(value) if value.isdigit() else value for name, _, value in (pair.partition("=") for pair in pairs)
+    }
 
 
 def _recipe(name: str, verb: str, flags: Sequence[str] = ()) -> Any:
@@ -188,5 +207,3 @@ def _recipe(name: str, verb: str, flags: Sequence[str] = ()) -> Any:
         has = ", ".join(f"heirloom {able}" for able, call in RECIPE_VERBS.items() if hasattr(recipe, call))
         raise InputError(f"{name}: this recipe has no heirloom {wanted}; it has {has}")
     return recipe
-
-

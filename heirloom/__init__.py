@@ -1,7 +1,7 @@
 """heirloom: small models inherit from big ones, in JAX.
 
-What all methods share is `heirloom.common`, the shipped recipes are `heirloom.configs`; the methods are packages of their own:
-`tinyclip_jax`, `lit_jax`, `learngene`, `weightgen`.
+What all methods share is `heirloom.common`, the shipped recipes are `heirloom.configs`; the methods are packages of
+their own: `tinyclip_jax`, `lit_jax`, `learngene`, `weightgen`.
 """
 
 from pathlib import Path

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 
 from heirloom.common.data.preprocess import Preprocess
 
-ERASED, ERASED_RATIO, TRIES = (0.02, 1 / 3), 0.3, 10  # area and narrowest aspect ratio of an erased box; draws before giving up
+ERASED, ERASED_RATIO, TRIES = (
+    (0.02, 1 / 3),
+    0.3,
+    10,
+)  # area and narrowest aspect ratio of an erased box; draws before giving up
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,9 @@ class AugmentConfig:
     """Augmentation of training pictures; the default changes nothing."""
 
     crop: Literal["none", "resized", "shift"] = "none"
-    """none: the whole square. resized: a random part, resized. shift: the square moved by up to `shift` pixels, for small pictures."""
+    """none: the whole square. resized: a random part, resized. shift: the square moved by up to `shift` pixels, for
+    small pictures.
+    """
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the area in a resized crop."""
     shift: int = 4
@@ -25,13 +31,16 @@ class AugmentConfig:
     randaugment: str = ""
     """timm's notation, such as rand-m9-mstd0.5-inc1; empty: none."""
     views: int = 1
-    """Augmented views of each record in a batch, which then has that many times more pictures (repeated augmentation)."""
+    """Augmented views of each record in a batch, which then has that many times more pictures (repeated augmentation).
+    """
     erase: float = 0.0
     """Probability that a box of the picture is replaced by noise."""
     mixup: float = 0.0
     """Beta concentration of mixup's weight; 0: no mixup."""
     cutmix: float = 0.0
-    """Beta concentration of the area that CutMix keeps; 0: no CutMix. With mixup too, one of both is drawn for each batch."""
+    """Beta concentration of the area that CutMix keeps; 0: no CutMix. With mixup too, one of both is drawn for each
+    batch.
+    """
     smoothing: float = 0.0
     """Label smoothing: probability mass that is spread evenly over the classes."""
 
@@ -42,7 +51,9 @@ class AugmentConfig:
         return bool(picture or self.flips or self.erase or self.mixup or self.cutmix)
 
 
-def augment(cfg: AugmentConfig, pre: Preprocess, images: jax.Array, labels: jax.Array, classes: int, key: jax.Array) -> "Augmented":
+def augment(
+    cfg: AugmentConfig, pre: Preprocess, images: jax.Array, labels: jax.Array, classes: int, key: jax.Array
+) -> "Augmented":
     """Augment a batch on devices. images: [batch, size, size, 3] uint8. labels: [batch] int."""
     shift, flip, erase_key, mix_key = jax.random.split(key, 4)
     if cfg.crop == "shift":
@@ -68,7 +79,9 @@ class Augmented:
 
 
 def shifted(images: jax.Array, most: int, key: jax.Array) -> jax.Array:
-    """Shift each picture by up to `most` pixels in both directions, and fill with black (torchvision RandomCrop with padding)."""
+    """Shift each picture by up to `most` pixels in both directions, and fill with black (torchvision RandomCrop with
+    padding).
+    """
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
     starts = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
     cut = jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (start[0], start[1], 0), images.shape[1:]))
@@ -76,7 +89,9 @@ def shifted(images: jax.Array, most: int, key: jax.Array) -> jax.Array:
 
 
 def erased(pixels: jax.Array, probability: float, pre: Preprocess, key: jax.Array) -> jax.Array:
-    """Replace a box by noise in some pictures (timm RandomErasing, mode pixel, one box): standard normal after normalisation."""
+    """Replace a box by noise in some pictures (timm RandomErasing, mode pixel, one box): standard normal after
+    normalisation.
+    """
     batch, height, width, _ = pixels.shape
     chosen, area_key, ratio_key, row_key, col_key, noise_key = jax.random.split(key, 6)
     area = jax.random.uniform(area_key, (batch, TRIES), minval=ERASED[0], maxval=ERASED[1]) * height * width

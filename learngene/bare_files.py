@@ -1,4 +1,6 @@
-"""Read ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. Settings that shapes do not give become guesses."""
+"""Read ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. Settings that shapes do not give
+become guesses.
+"""
 
 import re
 from dataclasses import replace
@@ -49,7 +51,9 @@ def refuse_other_parts(tensors: Tensors) -> None:
 
 
 def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
-    """Infer the config from the shapes of tensors in timm's names. block: pattern of the first block's keys, with {} for the module."""
+    """Infer the config from the shapes of tensors in timm's names. block: pattern of the first block's keys, with {}
+    for the module.
+    """
     try:
         width, channels, patch, across = tensors["patch_embed.proj.weight"].shape
         hidden = len(tensors[block.format("mlp.fc1")])
@@ -57,14 +61,26 @@ def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
         classes = len(tensors["head.weight"])
     except (KeyError, ValueError, IndexError) as error:
         refuse_other_parts(tensors)
-        raise InputError(f"looks like a ViT, but its tensors do not give the sizes ({error}): a ViT with a classifier is needed") from error
+        raise InputError(
+            f"looks like a ViT, but its tensors do not give the sizes ({error}): a ViT with a classifier is needed"
+        ) from error
     if patch != across:
         raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
     tokens = "cls+dist" if "dist_token" in tensors else "cls" if "cls_token" in tensors else "none"
     mean = "fc_norm.weight" in tensors
-    pool = "mean_norm" if mean else "cls+dist" if "head_dist.weight" in tensors else "norm_mean" if tokens == "none" else "cls"
+    pool = (
+        "mean_norm"
+        if mean
+        else "cls+dist"
+        if "head_dist.weight" in tensors
+        else "norm_mean"
+        if tokens == "none"
+        else "cls"
+    )
     grid = isqrt(positions)  # one or two more tokens do not change the root
-    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
+    sizes: dict[str, Any] = dict(
+        size=grid * patch, channels=channels, patch=patch, width=width, layers=layers, hidden=hidden
+    )
     return VitConfig(**sizes, classes=classes, heads=HEADS.get(width, 0), tokens=tokens, pool=pool)  # type: ignore[arg-type]
 
 
@@ -73,8 +89,8 @@ def check_square(cfg: VitConfig, tensors: Tensors) -> None:
     positions = tensors["pos_embed"].shape[1]
     if positions != cfg.grid**2 + cfg.prefix:
         raise InputError(
-            f"has {positions} positions, which are not a square of patches and {cfg.prefix} tokens in front: only square pictures "
-            "are read, and only tokens with a position"
+            f"has {positions} positions, which are not a square of patches and {cfg.prefix} tokens in front: only"
+            " square pictures are read, and only tokens with a position"
         )
 
 
@@ -84,8 +100,13 @@ def depth(tensors: Tensors, pattern: str) -> int:
 
 
 def read_deit(found: Found) -> Read | None:
-    """Read a file in timm's names. A trainer's arguments next to the tensors are used or compared; without them settings are guessed."""
-    if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys() or (found.folder / "config.json").is_file():
+    """Read a file in timm's names. A trainer's arguments next to the tensors are used or compared; without them
+    settings are guessed.
+    """
+    if (
+        not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys()
+        or (found.folder / "config.json").is_file()
+    ):
         return None
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     refuse_other_parts(found.tensors)
@@ -110,7 +131,11 @@ def _of_another(cfg: VitConfig, trained: Trained) -> Read:
     described = timm_architectures.settings(timm_architectures.described(cfg, given, trained.where), cfg)
     if not given.keys() & {"class_token", "global_pool", "fc_norm"}:
         described = replace(described, tokens=cfg.tokens, pool=cfg.pool)
-    why = f"{_NOT_STORED}, and the name it was trained under, {trained.name!r}, is not timm's" if trained.name else _NOT_STORED
+    why = (
+        f"{_NOT_STORED}, and the name it was trained under, {trained.name!r}, is not timm's"
+        if trained.name
+        else _NOT_STORED
+    )
     guesses = [] if "act_layer" in given else [Guess("activation", cfg.activation, why)]
     guesses.append(Guess("eps", f"{described.eps:g}", why))
     guesses += [] if "num_heads" in given else _heads(cfg, why)
@@ -122,7 +147,11 @@ def _of_another(cfg: VitConfig, trained: Trained) -> Read:
 
 def _heads(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     if not cfg.heads:
-        return (Guess("heads", None, f"the number of heads is unknown, because no published ViT has a width of {cfg.width}"),)
+        return (
+            Guess(
+                "heads", None, f"the number of heads is unknown, because no published ViT has a width of {cfg.width}"
+            ),
+        )
     return (Guess("heads", cfg.heads, f"{why}, and published ViTs of this width have as many"),)
 
 
@@ -132,7 +161,11 @@ def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     for rows in range(cfg.grid - 1, 0, -1):
         if count % rows == 0 and rows * rows * _LONGEST >= count:
             other = f"{rows * cfg.patch} x {count // rows * cfg.patch}"
-            return (Guess("size", cfg.size, f"{why}: pictures of {other} px have as many patches, and only squares are read"),)
+            return (
+                Guess(
+                    "size", cfg.size, f"{why}: pictures of {other} px have as many patches, and only squares are read"
+                ),
+            )
     return ()
 
 
@@ -146,19 +179,27 @@ def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
 def write_deit(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "DeiT")
     if cfg.activation != "gelu":
-        raise InputError(f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm, or keep the heirloom format")
+        raise InputError(
+            f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm, or keep the heirloom format"
+        )
     _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
     if cfg.eps != 1e-6:
-        raise InputError(f"DeiT's files have an eps of 1e-6, this model {cfg.eps:g}: convert with --set eps=1e-6 if its outputs may differ")
+        raise InputError(
+            f"DeiT's files have an eps of 1e-6, this model {cfg.eps:g}: convert with --set eps=1e-6 if its outputs may"
+            " differ"
+        )
     if (cfg.tokens, cfg.pool) == ("cls", "norm_mean") or (cfg.tokens == "cls+dist" and cfg.pool != "cls+dist"):
-        instead = "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"  # timm's distilled ViT has two heads
+        instead = (
+            "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"
+        )  # timm's distilled ViT has two heads
         raise InputError(f"a bare file cannot tell that tokens {cfg.tokens!r} are pooled as {cfg.pool!r}; {instead}")
 
 
 def _published_heads(cfg: VitConfig, known: bool) -> None:
     if not known:
         raise InputError(
-            f"a bare file cannot tell {cfg.heads} heads at a width of {cfg.width}; write --to timm, or keep the heirloom format"
+            f"a bare file cannot tell {cfg.heads} heads at a width of {cfg.width}; write --to timm, or keep the"
+            " heirloom format"
         )
 
 
@@ -173,7 +214,11 @@ def read_sws(found: Found) -> Read | None:
         return None
     stages = depth(found.tensors, r"blocks\.block\.attn\.qkv\.instances\.(\d+)\.")
     layout = _SWS_LAYOUTS.get(stages, (1,) * stages)
-    why = "the release's for as many stages" if stages in _SWS_LAYOUTS else "nothing is released for as many stages, so one layer for each"
+    why = (
+        "the release's for as many stages"
+        if stages in _SWS_LAYOUTS
+        else "nothing is released for as many stages, so one layer for each"
+    )
     cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight", stages)
     cfg = replace(cfg, heads=_SWS_HEADS, eps=_SWS_EPS, gene="sws", layout=layout)
     return _gene_read(cfg, found, f"{_NOT_STORED}; {why}", f"{_NOT_STORED}, and both released nets have as many")
@@ -184,7 +229,12 @@ def read_tleg(found: Found) -> Read | None:
         return None
     cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight_base", 2)
     cfg = replace(cfg, eps=_SWS_EPS, gene="tleg", layout=(_TLEG_DEPTH,))
-    return _gene_read(cfg, found, f"{_NOT_STORED}; the release's depth", f"{_NOT_STORED}, and published ViTs of this width have as many")
+    return _gene_read(
+        cfg,
+        found,
+        f"{_NOT_STORED}; the release's depth",
+        f"{_NOT_STORED}, and published ViTs of this width have as many",
+    )
 
 
 def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:
@@ -213,5 +263,6 @@ def _gene(cfg: VitConfig, kind: str, released: bool) -> None:
         raise InputError(f"this is no gene of {kind}, and its file can hold nothing else")
     if not released or cfg.eps != _SWS_EPS or cfg.activation != "gelu":
         raise InputError(
-            f"a file of {kind} cannot tell layout {cfg.layout} and eps {cfg.eps:g}: it holds released ones; keep the heirloom format"
+            f"a file of {kind} cannot tell layout {cfg.layout} and eps {cfg.eps:g}: it holds released ones; keep the"
+            " heirloom format"
         )

@@ -1,4 +1,6 @@
-"""`heirloom compare`: compare initialisation methods at several depths, by accuracy after 0, 1 and n epochs and by cost."""
+"""`heirloom compare`: compare initialisation methods at several depths, by accuracy after 0, 1 and n epochs and by
+cost.
+"""
 
 import json
 from argparse import Namespace
@@ -37,7 +39,9 @@ from learngene.zoo import FAMILY, open_classifier
 
 @dataclass(frozen=True)
 class Arm:
-    """One initialisation method. gene: the trained gene it starts from. distilled: the teacher is used in this training too."""
+    """One initialisation method. gene: the trained gene it starts from. distilled: the teacher is used in this training
+    too.
+    """
 
     gene: str = ""
     method: Method = "expand"
@@ -68,13 +72,16 @@ class Comparison:
     """Config of a comparison: the recipe of a gene, and the descendants to compare."""
 
     gene: Config = field(default_factory=Config)
-    """The recipe of the SWS gene. Other methods use it with other blocks: TLEG's two, all of them untied (untied, select, heur, auto), or
-    as many as the gene has (stack, interlace, ligo)."""
+    """The recipe of the SWS gene. Other methods use it with other blocks: TLEG's two, all of them untied (untied,
+    select, heur, auto), or as many as the gene has (stack, interlace, ligo).
+    """
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """Recipe of the teacher, which is trained first if the gene's recipe names none."""
     depths: tuple[int, ...] = (4, 6, 8)
     methods: tuple[str, ...] = ("sws", "scratch")
-    """Methods to compare: scratch, mimetic, kd, sws, shuffled, tleg, untied, select, heur, auto, stack, interlace, ligo."""
+    """Methods to compare: scratch, mimetic, kd, sws, shuffled, tleg, untied, select, heur, auto, stack, interlace,
+    ligo.
+    """
     epochs: int = 3
     """Epochs of every descendant, on the gene's data."""
     tune: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=3e-4))
@@ -90,7 +97,9 @@ class Comparison:
 
 
 def compare_command(args: Namespace) -> dict[str, Any]:
-    """Run `heirloom compare` on a comparison or the recipe of a gene, with every field as a flag; with --cost only compute the costs."""
+    """Run `heirloom compare` on a comparison or the recipe of a gene, with every field as a flag; with --cost only
+    compute the costs.
+    """
     if args.cost:
         if args.what or args.flags:
             raise InputError("--cost computes the published ratios without a CONFIG: leave CONFIG and its flags out")
@@ -122,11 +131,15 @@ def check(cfg: Comparison) -> None:
     """Check a comparison. Raises InputError for an unknown method, and for a depth that a method does not support."""
     student = cfg.gene.student
     if student.gene != "sws":
-        raise InputError(f"gene.student.gene is {student.gene!r}: set it to 'sws', the recipe of TLEG is derived from it")
+        raise InputError(
+            f"gene.student.gene is {student.gene!r}: set it to 'sws', the recipe of TLEG is derived from it"
+        )
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
     if not cfg.gene.teacher and not cfg.teacher.data.path:
-        raise InputError("the recipe names no teacher, and none to train: give --gene.teacher SOURCE, with the same classes and size")
+        raise InputError(
+            "the recipe names no teacher, and none to train: give --gene.teacher SOURCE, with the same classes and size"
+        )
     for name in cfg.methods:
         if name not in ARMS:
             raise InputError(f"unknown method {name!r}{nearest(name, ARMS)}: choose from {', '.join(ARMS)}")
@@ -136,10 +149,14 @@ def check(cfg: Comparison) -> None:
 
 
 def gene_config(student: VitConfig, kind: str) -> VitConfig:
-    """Config of the donor of a kind: SWS's gene, TLEG's gene, the untied auxiliary net, or a ViT with one layer per stage."""
+    """Config of the donor of a kind: SWS's gene, TLEG's gene, the untied auxiliary net, or a ViT with one layer per
+    stage.
+    """
     if kind == "tleg":
         return replace(student, gene="tleg", layers=2, layout=(student.depth,))
-    return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[kind]
+    return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[
+        kind
+    ]
 
 
 def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
@@ -195,12 +212,18 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
 
 
 def curve(arm: Config, folder: Path) -> dict[str, Any]:
-    """Train one arm and return its accuracy by epoch, from before the first step, and its cost; stored as `result.json` in `folder`."""
+    """Train one arm and return its accuracy by epoch, from before the first step, and its cost; stored as `result.json`
+    in `folder`.
+    """
     file, about = folder / "result.json", json.loads(json.dumps(to_json(arm)))
     if file.is_file():
         saved = read_json(file)
         if lines := difference(saved["config"], about):
-            raise InputError("\n".join([f"{folder} was run with another config: give a new --run, or set these fields back:", *lines]))
+            raise InputError(
+                "\n".join(
+                    [f"{folder} was run with another config: give a new --run, or set these fields back:", *lines]
+                )
+            )
         return saved["result"]
     parts = resolve_once(arm.parts())
     before = recipe.evaluate(arm, parts).metrics
@@ -234,7 +257,9 @@ def resolve_once(parts: Parts) -> Parts:
 
 
 def training_flops(recipe: Config) -> float:
-    """FLOPs of a training: pictures x MACs x 2, times three for the student's forward and backward pass, once for a teacher."""
+    """FLOPs of a training: pictures x MACs x 2, times three for the student's forward and backward pass, once for a
+    teacher.
+    """
     spec = functional(recipe.family.module, recipe.student).spec
     passes = 6 * recipe.family.macs(recipe.student, spec)
     if recipe.teacher:
@@ -260,7 +285,9 @@ def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict
 
 
 def report(cfg: Comparison, results: dict[str, Any]) -> None:
-    """Print a table: accuracy after 0, 1 and n epochs, TFLOP of tuning and of training the gene, parameters stored for all depths."""
+    """Print a table: accuracy after 0, 1 and n epochs, TFLOP of tuning and of training the gene, parameters stored for
+    all depths.
+    """
     table = Table(box=None, pad_edge=False)
     after = sorted({0, 1, cfg.epochs} & set(range(cfg.epochs + 1)))
     headers = ["", "depth", *(f"after {n}" for n in after), "TFLOP", "once before", "stored for all depths"]
@@ -268,7 +295,9 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
         table.add_column(header, justify="right" if header else "left")
     teacher = results["teacher"]
     known = "unknown" if teacher["flops"] is None else _tera(teacher["flops"])
-    table.add_row("teacher", "", *[""] * (len(after) - 1), _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}")
+    table.add_row(
+        "teacher", "", *[""] * (len(after) - 1), _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}"
+    )
     for name in cfg.methods:
         rows = [results["arms"][f"{name}-{depth}"] for depth in cfg.depths]
         gene = results["genes"].get(ARMS[name].gene)
@@ -277,13 +306,15 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
             first = row is rows[0]
             gene_cost = _tera(gene["flops"]) if gene and first else ""
             accuracy = [_percent(row["top1"][n]) for n in after]
-            table.add_row(name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, f"{stored:,}" if first else "")
+            table.add_row(
+                name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, f"{stored:,}" if first else ""
+            )
     console = Console()
     console.print("\naccuracy on held-out pictures, by epochs of training", soft_wrap=True)
     console.print(table)
     console.print(
-        "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's forward passes; "
-        "the training of the teacher is in the row of the teacher.",
+        "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's"
+        " forward passes; the training of the teacher is in the row of the teacher.",
         soft_wrap=True,
     )
 

@@ -23,7 +23,8 @@ from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 CACHED = "logits"
-# DeiT's AdamW. Deviation: the cosine runs per step and ends at 0; the release steps per epoch, a step late, and ends at a minimum.
+# DeiT's AdamW. Deviation: the cosine runs per step and ends at 0; the release steps per epoch, a step late, and ends at
+# a minimum.
 ADAMW = OptimConfig(lr=5e-4, warmup=0, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("**position",), clip=None)
 CONVNET_ADAMW = replace(ADAMW, no_decay=())  # it has no positions
 
@@ -48,13 +49,18 @@ class Config(BaseConfig):
     label: str = "label"
     """Column of the class: numbers from 0, or names, which are numbered in alphabetical order."""
     storage: Literal["stream", "device"] = "stream"
-    """stream: read pictures when they are needed. device: decode them once and keep them on the devices, for small data."""
+    """stream: read pictures when they are needed. device: decode them once and keep them on the devices, for small
+    data.
+    """
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     preprocess: Preprocess = IMAGENET
-    """Mean, standard deviation, interpolation. Its size is set to the student's; without a resize, its margin is set by `crop`."""
+    """Mean, standard deviation, interpolation. Its size is set to the student's; without a resize, its margin is set by
+    `crop`.
+    """
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=512))
     crop: float = CROP
-    """Share of the side in the centre crop of held-out pictures, if preprocess.resize is not set; 1 for small pictures."""
+    """Share of the side in the centre crop of held-out pictures, if preprocess.resize is not set; 1 for small pictures.
+    """
     optim: OptimConfig = ADAMW
     log_every: int = 100
     eval_every: int = 2500
@@ -83,24 +89,28 @@ class Config(BaseConfig):
         if getattr(self.student, "channels", 3) != 3:
             raise InputError(f"student.channels is {self.student.channels}, and pictures have 3: set it to 3")
         if self.init != "random" and (self.donor or self.family is not FAMILY):
-            raise InputError("init is 'mimetic', which needs a ViT without donor: leave donor empty, or set init to 'random'")
+            raise InputError(
+                "init is 'mimetic', which needs a ViT without donor: leave donor empty, or set init to 'random'"
+            )
         if getattr(self.student, "gene", "none") != "none" and not self.teacher and self.distill.alpha == 1:
             raise InputError(
-                "teacher is empty, and distill.alpha 1 uses no labels: name a teacher, or set --distill.alpha 0 to learn from "
-                "labels alone"
+                "teacher is empty, and distill.alpha 1 uses no labels: name a teacher, or set --distill.alpha 0 to"
+                " learn from labels alone"
             )
         if self.teacher == CACHED and self.augment.changes:
             raise InputError(
-                "augment is on, and a teacher's cached logits belong to unchanged pictures: turn it off, or set teacher to a SOURCE"
+                "augment is on, and a teacher's cached logits belong to unchanged pictures: turn it off, or set teacher"
+                " to a SOURCE"
             )
         if self.augment.views > 1 and self.storage == "device":
             raise InputError(
-                f"augment.views is {self.augment.views}, and storage 'device' has one view of each picture: set it to 1, or "
-                "storage to 'stream'"
+                f"augment.views is {self.augment.views}, and storage 'device' has one view of each picture: set it to"
+                " 1, or storage to 'stream'"
             )
         if self.storage == "device" and (self.augment.crop == "resized" or self.augment.randaugment):
             raise InputError(
-                "storage is 'device', and resized crops and RandAugment need 'stream': set storage to it, or augment.crop to 'shift'"
+                "storage is 'device', and resized crops and RandAugment need 'stream': set storage to it, or"
+                " augment.crop to 'shift'"
             )
 
 

@@ -47,14 +47,20 @@ class ConvConfig:
 
 
 class Residual(nnx.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), with a 1 x 1 convolution on the skip connection where the shape changes."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))), with a 1 x 1 convolution on the skip connection where the shape
+    changes.
+    """
 
     def __init__(self, in_channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels, groups=GROUPS, eps=EPS, rngs=rngs)
         self.conv1 = Conv(in_channels, width, stride=stride, init=he, rngs=rngs)
         self.norm2 = GroupNorm(width, groups=GROUPS, eps=EPS, rngs=rngs)
         self.conv2 = Conv(width, width, init=he, rngs=rngs)
-        self.past = Conv(in_channels, width, size=1, stride=stride, init=he, rngs=rngs) if (in_channels, stride) != (width, 1) else None
+        self.past = (
+            Conv(in_channels, width, size=1, stride=stride, init=he, rngs=rngs)
+            if (in_channels, stride) != (width, 1)
+            else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(self.norm1(x))

@@ -1,4 +1,6 @@
-"""Compute the savings of a gene by formula: stored parameters, pre-training, total training; and the assumptions of each ratio."""
+"""Compute the savings of a gene by formula: stored parameters, pre-training, total training; and the assumptions of
+each ratio.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,7 +79,9 @@ def report(depths: Sequence[int]) -> dict[str, Any]:
     n = len(depths)
     millions = {size: f"{r['models'] / 1e6:.2f} M over {r['gene'] / 1e6:.3f} M" for size, r in found.items()}
     assumptions = {
-        "storage": f"all {n} models kept, or one gene file with stem, norm and head: {millions['s']} (S), {millions['b']} (B)",
+        "storage": (
+            f"all {n} models kept, or one gene file with stem, norm and head: {millions['s']} (S), {millions['b']} (B)"
+        ),
         "pre_training": "100 epochs for each model, 100 for the gene; the teacher's training not counted",
         "pre_training_released": "the same, with the released 150 epochs of Aux-S and 100 of Aux-B",
         "total_training": f"and {TUNE_EPOCHS} epochs of tuning for each model; an epoch costs the same at every depth",
@@ -85,8 +89,12 @@ def report(depths: Sequence[int]) -> dict[str, Any]:
         "total_training_macs": "100 and 5 epochs, weighted by the MACs of an epoch: the auxiliary net has 16 layers",
     }
     for name, why in assumptions.items():
-        table.add_row(name.replace("_", " "), *(f"{found[size][name]:.{1 if name == 'storage' else 2}f}x" for size in found), why)
+        table.add_row(
+            name.replace("_", " "), *(f"{found[size][name]:.{1 if name == 'storage' else 2}f}x" for size in found), why
+        )
     console = Console()
     console.print(table)
-    console.print("no ratio is specific to SWS: any method with a gene of this size and these epochs has the same", soft_wrap=True)
+    console.print(
+        "no ratio is specific to SWS: any method with a gene of this size and these epochs has the same", soft_wrap=True
+    )
     return {"depths": list(depths), **found}

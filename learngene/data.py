@@ -27,7 +27,9 @@ LOGITS = "teacher_logits"  # the column of a teacher's cached logits
 
 @dataclass(frozen=True)
 class Example:
-    """Turns a record into an example: `image` uint8 [size, size, 3] or [views, size, size, 3], `label` int32, teacher's logits if any."""
+    """Turns a record into an example: `image` uint8 [size, size, 3] or [views, size, size, 3], `label` int32, teacher's
+    logits if any.
+    """
 
     cfg: AugmentConfig
     pre: Preprocess
@@ -60,17 +62,23 @@ class Resident:
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
-        """arrays: columns of one length. Raises InputError when there are fewer examples than a batch, or several processes."""
+        """arrays: columns of one length. Raises InputError when there are fewer examples than a batch, or several
+        processes.
+        """
         self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
         if self.examples < cfg.batch:
             raise InputError(
-                f"the data has {self.examples} examples, fewer than a batch of {cfg.batch}: set pipeline.batch to at most {self.examples}"
+                f"the data has {self.examples} examples, fewer than a batch of {cfg.batch}: set pipeline.batch to at"
+                f" most {self.examples}"
             )
         if jax.process_count() > 1:
-            raise InputError(f"storage 'device' needs one process, this job has {jax.process_count()}: set storage to 'stream'")
+            raise InputError(
+                f"storage 'device' needs one process, this job has {jax.process_count()}: set storage to 'stream'"
+            )
         self._arrays = jax.device_put(arrays, replicated(mesh))
         self._take = jax.jit(
-            lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()}, out_shardings=batch_sharding(mesh)
+            lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()},
+            out_shardings=batch_sharding(mesh),
         )
 
     def __iter__(self) -> Self:
@@ -79,7 +87,9 @@ class Resident:
     def __next__(self) -> dict[str, Any]:
         positions = np.arange(self.done * self.cfg.batch, (self.done + 1) * self.cfg.batch)
         epochs = positions // self.examples
-        rows = np.concatenate([self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs)])
+        rows = np.concatenate(
+            [self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs)]
+        )
         self.done += 1
         return self._take(self._arrays, rows)
 
@@ -93,7 +103,9 @@ class Resident:
         """Continue after the batch at which `state` was taken. Raises InputError when it belongs to other data."""
         for name, value in self.state().items():
             if name != "batches" and state.get(name) != value:
-                raise InputError(f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now: set it back")
+                raise InputError(
+                    f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now: set it back"
+                )
         self.done = state["batches"]
 
 
@@ -101,7 +113,10 @@ class Resident:
 def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> dict[str, np.ndarray]:
     """Decode all examples in threads, to arrays [n, ...]. Raises the errors of `open_labelled`."""
     stream = (
-        grain.MapDataset.source(open_labelled(data, label, classes)).seed(0).random_map(example).to_iter_dataset(grain.ReadOptions(8, 64))
+        grain.MapDataset.source(open_labelled(data, label, classes))
+        .seed(0)
+        .random_map(example)
+        .to_iter_dataset(grain.ReadOptions(8, 64))
     )
     examples = list(stream)
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
@@ -109,7 +124,12 @@ def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> d
 
 @lru_cache(maxsize=2)
 def evaluation(
-    data: SourceConfig, label: str, pre: Preprocess, batch: int, classes: int, names: tuple[str | None, ...] | None = None
+    data: SourceConfig,
+    label: str,
+    pre: Preprocess,
+    batch: int,
+    classes: int,
+    names: tuple[str | None, ...] | None = None,
 ) -> "Evaluation":
     """Open held-out pictures. names: class names of the model. Raises the errors of `open_labelled`."""
     return Evaluation(name=data.path, source=open_labelled(data, label, classes, names), pre=pre, batch=batch)
@@ -138,7 +158,11 @@ class Evaluation:
         return list(self._read())
 
     def _read(self) -> Iterator[dict[str, np.ndarray]]:
-        stream = grain.MapDataset.source(self.source).map(self._example).to_iter_dataset(grain.ReadOptions(8, 2 * self.batch))
+        stream = (
+            grain.MapDataset.source(self.source)
+            .map(self._example)
+            .to_iter_dataset(grain.ReadOptions(8, 2 * self.batch))
+        )
         for part in stream.batch(self.batch):
             missing = self.batch - len(part["label"])
             yield {

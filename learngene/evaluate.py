@@ -32,9 +32,13 @@ class EvalConfig:
     """Fields of `heirloom eval PATH --data DATA` for a classifier."""
 
     label: str = "label"
-    """Column of the class: numbers from 0, or names, matched to the model's class names or numbered in alphabetical order."""
+    """Column of the class: numbers from 0, or names, matched to the model's class names or numbered in alphabetical
+    order.
+    """
     crop: float | None = None
-    """Share of the side in the centre crop: 0.875 for ImageNet, 1 for small pictures; none: from the checkpoint's preprocessing."""
+    """Share of the side in the centre crop: 0.875 for ImageNet, 1 for small pictures; none: from the checkpoint's
+    preprocessing.
+    """
     batch: int = 256
 
 
@@ -52,13 +56,15 @@ def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pr
 
     def score(params: Mapping[str, Any]) -> Scored:
         with jax.set_mesh(mesh):
-            counts = (count(params, split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out)
+            counts = (
+                count(params, split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out
+            )
             total = np.sum([np.asarray(part, np.float64) for part in counts], axis=0)
         *sums, damaged = total.tolist()
         if damaged:
             raise InputError(
-                f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)} pictures, and scores need "
-                "finite ones: its weights are damaged, or its activations overflow"
+                f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)}"
+                " pictures, and scores need finite ones: its weights are damaged, or its activations overflow"
             )
         means = {name: value / len(held_out) for name, value in zip(("top1", "top5", "loss"), sums, strict=True)}
         return Scored(held_out.name, len(held_out), means)
@@ -67,8 +73,12 @@ def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pr
 
 
 @lru_cache(maxsize=16)  # models of one shape are compiled once, however many are compared
-def counter(module: Callable[..., Any], cfg: VitConfig | ConvConfig, pre: Preprocess, mesh: Mesh) -> Callable[..., jax.Array]:
-    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over the pictures with a label of 0 or more."""
+def counter(
+    module: Callable[..., Any], cfg: VitConfig | ConvConfig, pre: Preprocess, mesh: Mesh
+) -> Callable[..., jax.Array]:
+    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over the pictures with a label of 0 or
+    more.
+    """
     model = functional(module, cfg)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -88,7 +98,9 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH`; for a gene, of its auxiliary net. Raises InputError without data."""
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not args.data:
-        raise InputError("no data is named: give --data, labelled pictures, such as a folder with a sub-folder for each class")
+        raise InputError(
+            "no data is named: give --data, labelled pictures, such as a folder with a sub-folder for each class"
+        )
     found, mesh = preprocess_of(donor), start(MeshConfig())
     pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(path=args.data, split=args.split, image=args.image, text="")

@@ -1,4 +1,6 @@
-"""Expand a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`; everything else is copied, resized or fresh."""
+"""Expand a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`; everything else is copied, resized or
+fresh.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,19 +19,20 @@ Head = Literal["inherit", "fresh"]
 def expansion(gene: VitConfig, student: VitConfig, layers: Sequence[int] = (), head: Head = "inherit") -> Plan:
     """Plan from a gene to an ordinary ViT.
 
-    layers: the stage of each layer, for SWS. By default the layout of the auxiliary net if the student has its depth, so that both compute
-    the same, else `layer_map`. Raises InputError when gene and student do not fit together.
+    layers: the stage of each layer, for SWS. By default the layout of the auxiliary net if the student has its depth,
+    so that both compute the same, else `layer_map`. Raises InputError when gene and student do not fit together.
     """
     if gene.gene == student.gene and gene.layers == student.layers and not layers:
         return resized(gene, student, first(gene.layers), head)  # the same gene, for further training
     if student.gene != "none":
         raise InputError(
-            f"the student is a gene ({student.gene}) of {student.layers} blocks: its donor must be one of the same kind and "
-            "number of blocks"
+            f"the student is a gene ({student.gene}) of {student.layers} blocks: its donor must be one of the same kind"
+            " and number of blocks"
         )
     if gene.gene == "none":
         raise InputError(
-            f"the donor is an ordinary ViT of {gene.layers} layers, not a gene: choose another method: select, stack, interlace, ..."
+            f"the donor is an ordinary ViT of {gene.layers} layers, not a gene: choose another method: select, stack,"
+            " interlace, ..."
         )
     if gene.gene == "tleg":
         if layers:
@@ -47,16 +50,24 @@ def expansion(gene: VitConfig, student: VitConfig, layers: Sequence[int] = (), h
 def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) -> Plan:
     """Plan between ViTs that differ in depth, input size and classes: `layer` maps the blocks, positions are resampled.
 
-    The head is fresh if the number of classes differs or `head` is "fresh". Raises InputError when channels, patches or widths differ.
+    The head is fresh if the number of classes differs or `head` is "fresh". Raises InputError when channels, patches or
+    widths differ.
     """
     for name in ("channels", "patch", "width", "hidden"):
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(
-                f"the student's {name} is {sizes}: only depth, size and classes may differ; set the same {name}, or use the method select"
+                f"the student's {name} is {sizes}: only depth, size and classes may differ; set the same {name}, or use"
+                " the method select"
             )
     heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
-    return Plan((("position", grid_maps(donor, student)), ("blocks/**", {"layer": layer, **heads}), *other_rules(donor, student, head)))
+    return Plan(
+        (
+            ("position", grid_maps(donor, student)),
+            ("blocks/**", {"layer": layer, **heads}),
+            *other_rules(donor, student, head),
+        )
+    )
 
 
 def other_rules(donor: VitConfig, student: VitConfig, head: Head) -> tuple[tuple[str, Maps], ...]:

@@ -11,7 +11,13 @@ from heirloom.common.checkpoint.verify import Check
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
 
 FORMATS = (
-    Format(name="timm", layout=layouts.timm, file="model.safetensors", read_config=timm_folder.read, write_config=timm_folder.write),
+    Format(
+        name="timm",
+        layout=layouts.timm,
+        file="model.safetensors",
+        read_config=timm_folder.read,
+        write_config=timm_folder.write,
+    ),
     Format(
         name="deit",
         layout=layouts.timm,
@@ -21,7 +27,9 @@ FORMATS = (
         wrapper="model",
         complete=bare_files.timm_names,
     ),
-    Format(name="hf", layout=layouts.hf, file="model.safetensors", read_config=hf_folder.read, write_config=hf_folder.write),
+    Format(
+        name="hf", layout=layouts.hf, file="model.safetensors", read_config=hf_folder.read, write_config=hf_folder.write
+    ),
     Format(
         name="sws",
         layout=layouts.sws,
@@ -52,14 +60,19 @@ _CLASSIFIER = "a ViT that classifies is needed: ViTForImageClassification or Dei
 LOOKALIKES = (
     Lookalike("encoder.layer.*.layer_scale1.lambda1", f"a DINOv2 of transformers, which has LayerScale; {_CLASSIFIER}"),
     Lookalike("dinov2*.embeddings.cls_token", f"a DINOv2 of transformers, which has LayerScale; {_CLASSIFIER}"),
-    Lookalike("*.attention.relative_position_bias.relative_position_bias_table", f"a BEiT, which has relative positions; {_CLASSIFIER}"),
+    Lookalike(
+        "*.attention.relative_position_bias.relative_position_bias_table",
+        f"a BEiT, which has relative positions; {_CLASSIFIER}",
+    ),
     Lookalike("beit.embeddings.*", f"a BEiT of transformers, which has LayerScale; {_CLASSIFIER}"),
     Lookalike("data2vec_vision.embeddings.*", f"a Data2Vec of transformers, which has LayerScale; {_CLASSIFIER}"),
     Lookalike("ijepa.embeddings.*", f"an I-JEPA of transformers, which has no class token; {_CLASSIFIER}"),
     Lookalike("decoder.decoder_layers.*", f"a masked autoencoder (ViTMAE); {_CLASSIFIER}"),
     Lookalike("embeddings.distillation_token", f"a DeiT without its classifier (DeiTModel); {_CLASSIFIER}"),
     Lookalike("encoder.layer.*.layernorm_before.weight", f"a ViT without its classifier (ViTModel); {_CLASSIFIER}"),
-    Lookalike("encoder.layers.encoder_layer_*", "a ViT of torchvision, which is not read; take one of timm or transformers"),
+    Lookalike(
+        "encoder.layers.encoder_layer_*", "a ViT of torchvision, which is not read; take one of timm or transformers"
+    ),
 )
 
 

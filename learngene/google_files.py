@@ -10,7 +10,11 @@ from heirloom.common.errors import InputError
 from learngene.bare_files import depth, ordinary, square
 from learngene.vit import VitConfig
 
-_PARTS = {"MAPHead_0/": "attention pooling", "pre_logits/": "a layer before the head (pre_logits)", "conv_root/": "a convolutional stem"}
+_PARTS = {
+    "MAPHead_0/": "attention pooling",
+    "pre_logits/": "a layer before the head (pre_logits)",
+    "conv_root/": "a convolutional stem",
+}
 
 
 def clean(key: str) -> str:
@@ -18,7 +22,11 @@ def clean(key: str) -> str:
     key = re.sub(r"^(params|opt/target)/", "", key)
     key = "Transformer/posembed_input/pos_embedding" if key == "pos_embedding" else key
     if "/LayerNorm_1/" in key or "/MlpBlock_0/" in key or "DotProductAttention_0/" in key:
-        for theirs, ours in (("LayerNorm_1", "LayerNorm_2"), ("MlpBlock_0", "MlpBlock_3"), ("ProductAttention_0", "ProductAttention_1")):
+        for theirs, ours in (
+            ("LayerNorm_1", "LayerNorm_2"),
+            ("MlpBlock_0", "MlpBlock_3"),
+            ("ProductAttention_0", "ProductAttention_1"),
+        ):
             key = key.replace(theirs, ours)
     return key
 
@@ -37,17 +45,27 @@ def read(found: Found) -> Read | None:
         positions, classes = tensors["Transformer/posembed_input/pos_embedding"].shape[1], len(tensors["head/bias"])
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(
-            f"looks like a ViT of google-research, but {error} is missing: a classifier with learned positions is needed"
+            f"looks like a ViT of google-research, but {error} is missing: a classifier with learned positions is"
+            " needed"
         ) from error
     cls, grid = "cls" in tensors, isqrt(positions)
     if patch != across:
         raise InputError(f"its patches are {patch} x {across} px: only square ones are read")
     if positions != grid**2 + cls:
-        raise InputError(f"has {positions} positions, not those of a square of patches{' and of its class token' if cls else ''}")
-    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden)
+        raise InputError(
+            f"has {positions} positions, not those of a square of patches{' and of its class token' if cls else ''}"
+        )
+    sizes: dict[str, Any] = dict(
+        size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden
+    )
     sizes |= dict(layers=depth(tensors, r"Transformer/encoderblock_(\d+)/"), classes=classes)
-    cfg = VitConfig(**sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh")
-    why = "the archive does not contain it; flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
+    cfg = VitConfig(
+        **sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh"
+    )
+    why = (
+        "the archive does not contain it; flax, which wrote it, has the tanh form, and timm, which reads it too, the"
+        " exact one (gelu)"
+    )
     return Read(cfg, (Guess("activation", cfg.activation, why), *square(cfg, "the archive does not contain it")))
 
 
@@ -55,12 +73,12 @@ def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "google")
     if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")):
         raise InputError(
-            "google-research's ViT classifies one class token, or without one the mean of normalised patches; this model has tokens "
-            f"{cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
+            "google-research's ViT classifies one class token, or without one the mean of normalised patches; this"
+            f" model has tokens {cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
         )
     for name, theirs, ours in (("activation", "gelu_tanh", cfg.activation), ("eps", "1e-06", f"{cfg.eps:g}")):
         if ours != theirs:
             raise InputError(
-                f"google-research's ViT has {name} {theirs}, this model {ours}: convert with --set {name}={theirs} if its outputs may "
-                "differ a little"
+                f"google-research's ViT has {name} {theirs}, this model {ours}: convert with --set {name}={theirs} if"
+                " its outputs may differ a little"
             )

@@ -41,12 +41,17 @@ def read(found: Found) -> Read | None:
     if fields is None:
         raise InputError("a Hugging Face ViT needs its config.json next to the weights; there is none")
     if kind != model:
-        raise InputError(f"{fields.where}: model_type is {kind!r}, and the tensors are those of {model!r}: take the file of these weights")
+        raise InputError(
+            f"{fields.where}: model_type is {kind!r}, and the tensors are those of {model!r}: take the file of these"
+            " weights"
+        )
     two = "distillation_classifier.weight" in found.tensors
     fields.fixed("architectures", [_class(model, two)], [], None, feature="not the classifier that has these tensors")
     fields.transformers()
     fields.skip("interpolate_pos_encoding")  # for pictures of other sizes
-    fields.skip("encoder_stride", "pooler_output_size", "pooler_act")  # of masked modelling, and of a pooler that no classifier uses
+    fields.skip(
+        "encoder_stride", "pooler_output_size", "pooler_act"
+    )  # of masked modelling, and of a pooler that no classifier uses
     fields.fixed("qkv_bias", True, feature="queries, keys and values without biases")
     cfg: dict[str, Any] = dict(
         size=fields.square("image_size", 224),
@@ -75,26 +80,44 @@ def _model_type(fields: Fields) -> str:
     kind = fields.text("model_type")
     if kind not in ("vit", "deit"):
         what = f", {_OTHERS[kind]}" if kind in _OTHERS else ""
-        raise InputError(f"{fields.where}: model_type is {kind!r}{what}: of transformers, only classifiers of ViT and DeiT can be read")
+        raise InputError(
+            f"{fields.where}: model_type is {kind!r}{what}: of transformers, only classifiers of ViT and DeiT can be"
+            " read"
+        )
     return kind
 
 
 def _class(model: str, two_heads: bool) -> str:
     """Name of the classifier's class in transformers."""
-    return {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model] + ("WithTeacher" if two_heads else "")
+    return {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model] + (
+        "WithTeacher" if two_heads else ""
+    )
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "hf")
     if cfg.pool not in ("cls", "cls+dist"):
         raise InputError(
-            "transformers' ViT puts a class token in front and classifies it, this model averages patches: no file of it computes the "
-            "same. Write --to timm, which transformers reads through its timm wrapper, or train with tokens 'cls' and pool 'cls'"
+            "transformers' ViT puts a class token in front and classifies it, this model averages patches: no file of"
+            " it computes the same. Write --to timm, which transformers reads through its timm wrapper, or train with"
+            " tokens 'cls' and pool 'cls'"
         )
     model = "deit" if cfg.tokens == "cls+dist" else "vit"
-    sizes: dict[str, Any] = dict(image_size=cfg.size, num_channels=cfg.channels, patch_size=cfg.patch, hidden_size=cfg.width)
-    sizes |= dict(num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, intermediate_size=cfg.hidden, qkv_bias=True)
-    sizes |= dict(hidden_act=HF_NAMES[cfg.activation], layer_norm_eps=cfg.eps, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    sizes: dict[str, Any] = dict(
+        image_size=cfg.size, num_channels=cfg.channels, patch_size=cfg.patch, hidden_size=cfg.width
+    )
+    sizes |= dict(
+        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, intermediate_size=cfg.hidden, qkv_bias=True
+    )
+    sizes |= dict(
+        hidden_act=HF_NAMES[cfg.activation],
+        layer_norm_eps=cfg.eps,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     labels = {str(i): f"LABEL_{i}" for i in range(cfg.classes)}
     labelled = dict(id2label=labels, label2id={name: int(i) for i, name in labels.items()})
-    write_json(folder / "config.json", dict(architectures=[_class(model, cfg.pool == "cls+dist")], model_type=model) | sizes | labelled)
+    write_json(
+        folder / "config.json",
+        dict(architectures=[_class(model, cfg.pool == "cls+dist")], model_type=model) | sizes | labelled,
+    )

@@ -1,4 +1,6 @@
-"""LiGO (Wang et al., ICLR 2023): learn the maps from a small ViT to a larger one for a hundred steps, before the larger one trains."""
+"""LiGO (Wang et al., ICLR 2023): learn the maps from a small ViT to a larger one for a hundred steps, before the larger
+one trains.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +27,9 @@ Loss = Callable[[Mapping[str, Any], Any, jax.Array], jax.Array]
 
 
 def first_matrices(donor: VitConfig, student: VitConfig, seed: int) -> dict[str, np.ndarray]:
-    """Initial matrices: noisy stacking of layers; larger widths repeat units, and divide by the number of copies where units are read."""
+    """Initial matrices: noisy stacking of layers; larger widths repeat units, and divide by the number of copies where
+    units are read.
+    """
     rng = np.random.default_rng(seed)
     stacked = np.eye(donor.layers)[np.arange(student.layers) % donor.layers]
     noisy = {group: stacked + rng.uniform(0, NOISE, stacked.shape) for group in GROUPS}
@@ -49,15 +53,20 @@ def plan(donor: VitConfig, student: VitConfig, matrices: Matrices) -> Plan:
     for name in ("classes", "channels", "patch"):
         if getattr(donor, name) != getattr(student, name):
             raise InputError(
-                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: LiGO needs the same {name}"
+                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: LiGO needs the"
+                f" same {name}"
             )
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
-        raise InputError("the student is smaller than its donor: LiGO needs at least the donor's layers, width and hidden")
+        raise InputError(
+            "the student is smaller than its donor: LiGO needs at least the donor's layers, width and hidden"
+        )
     widths: dict[str, AxisMap] = {
         axis: sided(matrix(matrices[f"{name} write"]), read=matrix(matrices[f"{name} read"]))
         for axis, name in (("embed", "embed"), ("head head_dim", "inner"), ("hidden", "hidden"))
     }
-    blocks = tuple((f"blocks/{group}/*", {"layer": matrix(matrices[f"layer {group}"])} | _of(group, widths)) for group in GROUPS)
+    blocks = tuple(
+        (f"blocks/{group}/*", {"layer": matrix(matrices[f"layer {group}"])} | _of(group, widths)) for group in GROUPS
+    )
     embed: Maps = {"embed": widths["embed"]}
     return Plan((*blocks, ("position", {**embed, **grid_maps(donor, student)}), ("head/bias", {}), ("**", embed)))
 
@@ -68,7 +77,14 @@ def _of(group: str, widths: Mapping[str, AxisMap]) -> dict[str, AxisMap]:
 
 
 def fit(
-    donor: VitConfig, source: Source, student: VitConfig, spec: Spec, loss: Loss, batches: Data, seed: int, steps: int = STEPS
+    donor: VitConfig,
+    source: Source,
+    student: VitConfig,
+    spec: Spec,
+    loss: Loss,
+    batches: Data,
+    seed: int,
+    steps: int = STEPS,
 ) -> Plan:
     """Learn the matrices with Adam on the loss of the larger model; the donor's parameters are fixed."""
     matrices = first_matrices(donor, student, seed)

@@ -22,13 +22,18 @@ class DistillConfig:
     temperature: float = 1.0
     """Temperature of both distributions, for kind "soft"."""
     reduction: Literal["batchmean", "numel"] = "batchmean"
-    """batchmean: divide the divergence by the batch. numel, as released: by batch times classes, which makes it that many times smaller."""
+    """batchmean: divide the divergence by the batch. numel, as released: by batch times classes, which makes it that
+    many times smaller.
+    """
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"distill.alpha is {self.alpha}: choose a weight between 0 and 1")
         if self.reduction == "numel" and self.kind == "soft" and self.alpha < 1:
-            raise InputError("distill.reduction 'numel' next to labels would drown the teacher by a factor of the classes: use 'batchmean'")
+            raise InputError(
+                "distill.reduction 'numel' next to labels would drown the teacher by a factor of the classes: use"
+                " 'batchmean'"
+            )
 
 
 def cross_entropy(
@@ -39,11 +44,15 @@ def cross_entropy(
 
 
 def distillation(
-    student: Float[Array | np.ndarray, "batch classes"], teacher: Float[Array | np.ndarray, "batch classes"], cfg: DistillConfig
+    student: Float[Array | np.ndarray, "batch classes"],
+    teacher: Float[Array | np.ndarray, "batch classes"],
+    cfg: DistillConfig,
 ) -> Float[Array, ""]:
-    """Distillation loss before its weight, nats: T^2 KL(teacher || student), or cross-entropy with the teacher's most probable class.
+    """Distillation loss before its weight, nats: T^2 KL(teacher || student), or cross-entropy with the teacher's most
+    probable class.
 
-    student, teacher: f32 logits; the caller stops the teacher's gradient. Labels and teacher use the logits of the same head.
+    student, teacher: f32 logits; the caller stops the teacher's gradient. Labels and teacher use the logits of the same
+    head.
     """
     if cfg.kind == "hard":
         return cross_entropy(student, jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1]))

@@ -72,7 +72,9 @@ def _rotate(picture: Image.Image, m: float, rng: np.random.Generator, fill: tupl
     return picture.rotate(_signed(m * ROTATE, rng), resample=_filter(rng), fillcolor=fill)
 
 
-def _enhance(enhancer: type, picture: Image.Image, m: float, rng: np.random.Generator, fill: tuple[int, ...]) -> Image.Image:
+def _enhance(
+    enhancer: type, picture: Image.Image, m: float, rng: np.random.Generator, fill: tuple[int, ...]
+) -> Image.Image:
     return enhancer(picture).enhance(max(0.1, 1 + _signed(m * ENHANCE, rng)))
 
 

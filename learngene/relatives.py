@@ -33,13 +33,14 @@ def every(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
     """Weight selection (Xu et al., ICLR 2024): the first layers, and evenly spaced rows of each axis; never the head.
 
-    Deviation: the release selects from the packed rows of q, k and v at once, which mixes them up where the widths do not divide; here
-    each is selected separately. Raises InputError when the donor is smaller.
+    Deviation: the release selects from the packed rows of q, k and v at once, which mixes them up where the widths do
+    not divide; here each is selected separately. Raises InputError when the donor is smaller.
     """
     for name in ("layers", "width", "hidden"):
         if getattr(student, name) > getattr(donor, name):
             raise InputError(
-                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: set it to at most the donor's"
+                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: set it to at"
+                " most the donor's"
             )
     width = evenly(donor.width, student.width)
     inner = {"head head_dim": width, "hidden": evenly(donor.hidden, student.hidden)}
@@ -54,7 +55,9 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 
 
 def evenly(source: int, target: int) -> Pick:
-    """Rows of weight selection: multiples of source / target if that is a whole number, else rounded steps, half to even."""
+    """Rows of weight selection: multiples of source / target if that is a whole number, else rounded steps, half to
+    even.
+    """
     return pick(range(0, source, source // target)) if source % target == 0 else even(source, target)
 
 
@@ -88,8 +91,8 @@ def interlace(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
     """Each layer of the donor twice in a row. Raises InputError for more than twice its depth."""
     if student.layers > 2 * donor.layers:
         raise InputError(
-            f"the student has {student.layers} layers, and interlacing {donor.layers} gives at most {2 * donor.layers}: set "
-            "student.layers to it"
+            f"the student has {student.layers} layers, and interlacing {donor.layers} gives at most {2 * donor.layers}:"
+            " set student.layers to it"
         )
     return resized(donor, student, pick([layer // 2 for layer in range(student.layers)]), head)
 
@@ -106,7 +109,9 @@ METHODS: dict[str, Callable[[VitConfig, VitConfig, Head], Plan]] = {
 }
 
 
-def plan(method: str, donor: VitConfig, student: VitConfig, layers: tuple[int, ...] = (), head: Head = "inherit") -> Plan:
+def plan(
+    method: str, donor: VitConfig, student: VitConfig, layers: tuple[int, ...] = (), head: Head = "inherit"
+) -> Plan:
     """Plan of a method by name. Raises InputError when donor and method do not fit together."""
     if method == "expand":
         return expansion(donor, student, layers, head)
@@ -122,7 +127,8 @@ def plan(method: str, donor: VitConfig, student: VitConfig, layers: tuple[int, .
 def mimetic(cfg: VitConfig, key: jax.Array) -> dict[str, np.ndarray]:
     """Mimetic initialisation (Trockman and Kolter 2023, after structured_init): the attention kernels of every block.
 
-    Per head Q K^T resembles 0.7 Z + 0.7 I, and V times the projection 0.4 Z - 0.4 I, Z noise of variance 1 / width. Needs no donor.
+    Per head Q K^T resembles 0.7 Z + 0.7 I, and V times the projection 0.4 Z - 0.4 I, Z noise of variance 1 / width.
+    Needs no donor.
     """
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     width, heads, dim = cfg.width, cfg.heads, cfg.head_dim
@@ -130,7 +136,10 @@ def mimetic(cfg: VitConfig, key: jax.Array) -> dict[str, np.ndarray]:
     for layer in range(cfg.layers):
         for head in range(heads):
             u, v = _factors(rng, width, *ALPHA_QK, sign=1)
-            out["blocks/attn/query/kernel"][layer, :, head], out["blocks/attn/key/kernel"][layer, :, head] = u[:, :dim], v[:, :dim]
+            out["blocks/attn/query/kernel"][layer, :, head], out["blocks/attn/key/kernel"][layer, :, head] = (
+                u[:, :dim],
+                v[:, :dim],
+            )
         u, v = _factors(rng, width, *ALPHA_VO, sign=-1)
         out["blocks/attn/value/kernel"][layer] = u.reshape(width, heads, dim)
         out["blocks/attn/out/kernel"][layer] = v.T.reshape(heads, dim, width)
@@ -142,7 +151,9 @@ def _kernels(width: int, heads: int, dim: int) -> dict[str, tuple[int, ...]]:
     return {**read, "blocks/attn/out/kernel": (heads, dim, width)}
 
 
-def _factors(rng: np.random.Generator, width: int, noise: float, identity: float, sign: int) -> tuple[np.ndarray, np.ndarray]:
+def _factors(
+    rng: np.random.Generator, width: int, noise: float, identity: float, sign: int
+) -> tuple[np.ndarray, np.ndarray]:
     """u, v with u v^T = noise Z + sign identity I, columns by falling singular value."""
     z = rng.uniform(-1, 1, (width, width)) * (3 / width) ** 0.5
     u, s, vt = np.linalg.svd(noise * z + sign * identity * np.eye(width))

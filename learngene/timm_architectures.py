@@ -1,4 +1,6 @@
-"""The model that timm builds for the name of a ViT and its arguments, from the table that scripts/make_timm_table.py writes."""
+"""The model that timm builds for the name of a ViT and its arguments, from the table that scripts/make_timm_table.py
+writes.
+"""
 
 import math
 from collections.abc import Mapping
@@ -53,18 +55,22 @@ def table() -> Mapping[str, Mapping[str, Any]]:
 
 
 def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> Fields:
-    """The arguments with which timm builds a model, for `settings`. Raises InputError that names a part our ViT does not have.
+    """The arguments with which timm builds a model, for `settings`. Raises InputError that names a part our ViT does
+    not have.
 
-    given: arguments that override those of timm's function of this name. defaults: values for arguments that neither sets.
+    given: arguments that override those of timm's function of this name. defaults: values for arguments that neither
+    sets.
     """
     if name not in table():
         raise InputError(
-            f"{where}: timm's ViTs have no architecture {name!r}{nearest(name, table())}; if it is a plain ViT, name one of them, such as "
-            "'vit_tiny_patch16_224', and write the differences into model_args"
+            f"{where}: timm's ViTs have no architecture {name!r}{nearest(name, table())}; if it is a plain ViT, name"
+            " one of them, such as 'vit_tiny_patch16_224', and write the differences into model_args"
         )
     built = table()[name]
     if built["class"] not in CLASSES:
-        raise InputError(f"{where}: timm builds {name!r} as its class {built['class']}; only its VisionTransformer can be read")
+        raise InputError(
+            f"{where}: timm builds {name!r} as its class {built['class']}; only its VisionTransformer can be read"
+        )
     return _fields({**(defaults or {}), **built}, given, where)
 
 
@@ -72,13 +78,18 @@ def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
     """As `arguments`, for a model whose name is not timm's: `given` overrides the config inferred from shapes."""
     average = cfg.tokens != "cls+dist" and not cfg.pool.startswith("cls")
     pooling = dict(class_token=cfg.tokens != "none", global_pool="avg" if average else "token")
-    pooling |= {"class": CLASSES[cfg.tokens == "cls+dist"], "fc_norm": cfg.tokens != "cls+dist" and cfg.pool == "mean_norm"}
+    pooling |= {
+        "class": CLASSES[cfg.tokens == "cls+dist"],
+        "fc_norm": cfg.tokens != "cls+dist" and cfg.pool == "mean_norm",
+    }
     return _fields(sizes(cfg) | dict(num_heads=cfg.heads or 1, act_layer=cfg.activation) | pooling, given, where)
 
 
 def sizes(cfg: VitConfig) -> dict[str, Any]:
     """Sizes of a model as timm's arguments."""
-    args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers)
+    args: dict[str, Any] = dict(
+        img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers
+    )
     return args | dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
 
 
@@ -92,7 +103,9 @@ def _fields(built: Mapping[str, Any], given: Mapping[Any, Any], where: str) -> F
     given = {key: value for key, value in given.items() if value is not None}  # timm drops None
     for key, value in given.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float | list | tuple):
-            raise InputError(f"{where}: {key!r} is of type {type(value).__name__}; only numbers, texts and lists can be read")
+            raise InputError(
+                f"{where}: {key!r} is of type {type(value).__name__}; only numbers, texts and lists can be read"
+            )
         if key in _OF_THE_TABLE:
             raise InputError(f"{where}: {key} is {value!r}, which timm builds no VisionTransformer with; remove it")
     if "norm_layer" in given:
@@ -144,7 +157,9 @@ def _pooling(args: Fields) -> dict[str, Any]:
         args.fixed("fc_norm", None, False, feature="a norm of the class token alone")
     if (average and distilled) or not (token or (average and not distilled)):
         pool = "avg" if average else "token"
-        raise InputError(f"{args.where}: timm builds no {args.text('class')} with class_token {token} and global_pool {pool!r}")
+        raise InputError(
+            f"{args.where}: timm builds no {args.text('class')} with class_token {token} and global_pool {pool!r}"
+        )
     if distilled:
         return dict(tokens="cls+dist", pool="cls+dist")
     mean = "mean_norm" if args.boolean("fc_norm", True) else "norm_mean"

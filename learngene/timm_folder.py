@@ -1,4 +1,6 @@
-"""Read and write timm's config.json. It names an architecture, whose arguments are in a table, and the arguments that differ."""
+"""Read and write timm's config.json. It names an architecture, whose arguments are in a table, and the arguments that
+differ.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from learngene.bare_files import check_square, depth, ordinary, refuse_other_par
 from learngene.timm_architectures import arguments, settings, sizes
 from learngene.vit import VitConfig
 
-# Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are called.
+# Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are
+# called.
 _PRETRAINED = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load", "test_input_size",
     "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names",
@@ -35,14 +38,18 @@ def read(found: Found) -> Read | None:
     config.fixed("model_type", "timm_wrapper")  # as transformers wraps it
     config.transformers()
     config.skip("do_pooling", "label_names", "label_descriptions", "labels", "license")
-    pretrained = config.object("pretrained_cfg") if "pretrained_cfg" in config else config  # timm's old configs have one level
+    pretrained = (
+        config.object("pretrained_cfg") if "pretrained_cfg" in config else config
+    )  # timm's old configs have one level
     pretrained.skip(*_PRETRAINED)
     pretrained.fixed("label_offset", 0, None, feature="logits in front of those of the classes")
     args = arguments(name, given or {}, f"{config.where}: {name} with its model_args", _defaults(config, pretrained))
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     cfg = settings(args, cfg)
     # timm writes these fields, but builds from architecture and model_args only.
-    config.fixed("global_pool", "token" if cfg.pool.startswith("cls") else "avg", None, feature="and not what model_args imply")
+    config.fixed(
+        "global_pool", "token" if cfg.pool.startswith("cls") else "avg", None, feature="and not what model_args imply"
+    )
     config.agree("num_features", config.integer("num_features", cfg.width), cfg.width)
     for fields in (pretrained, config):
         fields.done()
@@ -65,7 +72,9 @@ def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
-    """Write timm's config.json. Raises InputError, before it writes anything, for a model that timm's config cannot express."""
+    """Write timm's config.json. Raises InputError, before it writes anything, for a model that timm's config cannot
+    express.
+    """
     ordinary(cfg, "timm")
     distilled = cfg.tokens == "cls+dist"
     if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):
@@ -87,5 +96,7 @@ def write(cfg: VitConfig, folder: Path) -> None:
         args |= dict(act_layer=cfg.activation)
     pretrained = dict(num_classes=cfg.classes, input_size=[cfg.channels, cfg.size, cfg.size], fixed_input_size=True)
     pretrained |= dict(first_conv="patch_embed.proj", classifier=["head", "head_dist"] if distilled else "head")
-    about = dict(architecture=name, num_classes=cfg.classes, num_features=cfg.width, model_args=args, pretrained_cfg=pretrained)
+    about = dict(
+        architecture=name, num_classes=cfg.classes, num_features=cfg.width, model_args=args, pretrained_cfg=pretrained
+    )
     write_json(folder / "config.json", about)

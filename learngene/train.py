@@ -1,4 +1,6 @@
-"""Training of a teacher, a gene or a descendant: the parts of its recipe for the runner (`heirloom.common.train.recipe`), and its loss."""
+"""Training of a teacher, a gene or a descendant: the parts of its recipe for the runner
+(`heirloom.common.train.recipe`), and its loss.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -64,12 +66,17 @@ def parts(cfg: Config) -> Parts:
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
-    """The loss: (1 - alpha) cross-entropy with the labels + alpha distillation; without a teacher only the cross-entropy."""
+    """The loss: (1 - alpha) cross-entropy with the labels + alpha distillation; without a teacher only the
+    cross-entropy.
+    """
     alpha = cfg.distill.alpha if teacher or cfg.teacher == CACHED else 0.0
     classes = cfg.student.classes
     if teacher and (teacher.cfg.size, teacher.cfg.classes) != (cfg.student.size, classes):
         inputs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
-        raise InputError(f"the teacher has {inputs}, the student {cfg.student.size} px and {classes}: set student.size and student.classes")
+        raise InputError(
+            f"the teacher has {inputs}, the student {cfg.student.size} px and {classes}: set student.size and"
+            " student.classes"
+        )
     teacher_pre = preprocess_of(teacher).pre if isinstance(teacher, Donor) else IMAGENET
 
     def target(batch: Batch, frozen: Any, pixels: jax.Array) -> jax.Array:
@@ -77,7 +84,9 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
             return batch[LOGITS]
         return teacher.model.apply(cast(frozen, cfg.step.compute), normalised(pixels, teacher_pre))
 
-    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(
+        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
         augment_key, drop_key = jax.random.split(key)
         images, labels = batch["image"], batch["label"]
         if cfg.augment.views > 1:
@@ -92,13 +101,16 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
             parts["teacher"] = (alpha, distillation(logits, targets, cfg.distill))
         total = sum(weight * value for weight, value in parts.values())
         right = (logits.argmax(-1) == seen.targets.argmax(-1)).mean()
-        return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {"accuracy": (right, 1.0)}
+        return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {
+            "accuracy": (right, 1.0)
+        }
 
     return loss
 
 
 def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
-    """Resolve the source of each tensor of the student. LiGO trains its maps here, so call it once and reuse the result.
+    """Resolve the source of each tensor of the student. LiGO trains its maps here, so call it once and reuse the
+    result.
 
     Raises InputError when donor, method and student do not fit together.
     """
@@ -135,7 +147,9 @@ def batches(cfg: Config, opened: Opened) -> Data:
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
         return Resident(decoded(data, cfg.label, cfg.student.classes, example), cfg.pipeline, opened.mesh)
-    return training_batches(open_labelled(data, cfg.label, cfg.student.classes), cfg.pipeline, example, mesh=opened.mesh)
+    return training_batches(
+        open_labelled(data, cfg.label, cfg.student.classes), cfg.pipeline, example, mesh=opened.mesh
+    )
 
 
 def batch_shapes(cfg: Config) -> Shapes:
@@ -152,7 +166,11 @@ def held_out(cfg: Config, pre: Preprocess | None = None) -> Evaluation:
 
 def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     """Accuracy on the held-out pictures; None without held-out data."""
-    return Evaluator(score=scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, opened.mesh)) if cfg.held_out.path else None
+    return (
+        Evaluator(score=scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, opened.mesh))
+        if cfg.held_out.path
+        else None
+    )
 
 
 def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
@@ -160,13 +178,18 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
     images, labels = (np.asarray(batch[name].addressable_data(0)) for name in ("image", "label"))
     if picture:
         save_grid(images.reshape(-1, *images.shape[-3:])[:64], picture, least=0)
-    return f"{cfg.pictures} pictures a step at a peak learning rate of {cfg.optim.lr:.2e}; first labels {', '.join(map(str, labels[:8]))}"
+    return (
+        f"{cfg.pictures} pictures a step at a peak learning rate of {cfg.optim.lr:.2e}; first labels"
+        f" {', '.join(map(str, labels[:8]))}"
+    )
 
 
 def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
     """Write the preprocessing, and the donor's class names if its head is inherited."""
     assert opened.donor is not None
-    labels = labels_of(opened.donor) if cfg.head == "inherit" and cfg.student.classes == opened.donor.cfg.classes else None
+    labels = (
+        labels_of(opened.donor) if cfg.head == "inherit" and cfg.student.classes == opened.donor.cfg.classes else None
+    )
     if labels is not None:
         write_labels(folder, labels)
     cfg.pre.save(folder)

@@ -14,7 +14,9 @@ _PLAIN = (bool, int, float, str, list, tuple)
 
 @dataclass(frozen=True)
 class Trained:
-    """Saved arguments. name: of the model, or empty. passed: arguments of timm's create_model. sizes: further sizes of the model."""
+    """Saved arguments. name: of the model, or empty. passed: arguments of timm's create_model. sizes: further sizes of
+    the model.
+    """
 
     name: str
     passed: Mapping[str, Any]
@@ -40,14 +42,20 @@ def trained_as(about: Mapping[str, Any]) -> Trained:
     pool = _one(args, "gp", "global_pool")
     if isinstance(pool, bool):  # as MAE's trainer has it
         pool = "avg" if pool else "token"
-    passed = dict(img_size=size, in_chans=channels, num_classes=_one(args, "nb_classes", "num_classes"), global_pool=pool)
+    passed = dict(
+        img_size=size, in_chans=channels, num_classes=_one(args, "nb_classes", "num_classes"), global_pool=pool
+    )
     sizes = {name: _one(args, name) for name in _SIZES}
     return Trained(name.partition(".")[0], _set(passed) | _set(kwargs), _set(sizes))
 
 
 def _set(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are not None, numpy scalars as Python numbers."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in args.items() if value is not None}
+    return {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in args.items()
+        if value is not None
+    }
 
 
 def _one(args: Mapping[str, Any], *names: str) -> Any:
@@ -55,7 +63,9 @@ def _one(args: Mapping[str, Any], *names: str) -> Any:
     args = _set({name: args.get(name) for name in names})
     for name, value in args.items():
         if not isinstance(value, _PLAIN):
-            raise InputError(f"the trainer's arguments: {name} is of type {type(value).__name__}, not a number, text or list")
+            raise InputError(
+                f"the trainer's arguments: {name} is of type {type(value).__name__}, not a number, text or list"
+            )
     found = {name: args[name] for name in names if args.get(name) or args.get(name) is False}
     first = next(iter(found.values()), None)
     for name, value in found.items():

@@ -1,4 +1,6 @@
-"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies repeatedly."""
+"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies
+repeatedly.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +29,9 @@ Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
 Gene = Literal["none", "sws", "tleg"]
 SMALL: Init = normal(0.02)
 Images = Float[Array | np.ndarray, "batch size size channels"]
-LARGEST_SIDE = 2**14  # pixels of a picture; a larger size is a mistake, and resizing the positions for it would not finish
+LARGEST_SIDE = (
+    2**14
+)  # pixels of a picture; a larger size is a mistake, and resizing the positions for it would not finish
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,26 @@ class VitConfig:
     tokens: Tokens = "none"
     """Learned tokens before the patches: none (SWS), the class token (ViT), or class and distillation token (DeiT)."""
     pool: Pool = "norm_mean"
-    """Input of the head: the mean of the normalised patches (norm_mean; SWS's auxiliary net), the normalised mean (mean_norm; timm), the
-    class token, or class and distillation token with one head each, whose logits are averaged (DeiT)."""
+    """Input of the head: the mean of the normalised patches (norm_mean; SWS's auxiliary net), the normalised mean
+    (mean_norm; timm), the class token, or class and distillation token with one head each, whose logits are averaged
+    (DeiT).
+    """
     activation: Activation = "gelu"
     eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     gene: Gene = "none"
-    """How the layers follow from the stored blocks: one block each, a block repeated per stage (SWS), or linear in depth (TLEG)."""
+    """How the layers follow from the stored blocks: one block each, a block repeated per stage (SWS), or linear in
+    depth (TLEG).
+    """
     layout: tuple[int, ...] = ()
-    """For a gene: how often each stored block is applied (SWS), or the depth of the auxiliary net (TLEG: one number)."""
+    """For a gene: how often each stored block is applied (SWS), or the depth of the auxiliary net (TLEG: one number).
+    """
     drop_path: float = 0.0
     """Rate of stochastic depth in the last layer during training; it rises linearly from 0 in the first."""
     tying: Literal["gather", "loop"] = "gather"
-    """How SWS's auxiliary net repeats its blocks: "gather" copies them for one scan, "loop" scans each stage without copies."""
+    """How SWS's auxiliary net repeats its blocks: "gather" copies them for one scan, "loop" scans each stage without
+    copies.
+    """
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
@@ -76,14 +87,21 @@ class VitConfig:
         positive(self, "layout", most=1000)
         allowed = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
         if allowed and self.tokens not in allowed:
-            raise InputError(f"tokens is {self.tokens!r}: pool {self.pool!r} needs its token, set tokens to {allowed[0]!r}")
+            raise InputError(
+                f"tokens is {self.tokens!r}: pool {self.pool!r} needs its token, set tokens to {allowed[0]!r}"
+            )
         if self.gene == "none" and self.layout:
-            raise InputError(f"layout is {self.layout}, and only a gene has one: set gene to 'sws' or 'tleg', or leave layout empty")
+            raise InputError(
+                f"layout is {self.layout}, and only a gene has one: set gene to 'sws' or 'tleg', or leave layout empty"
+            )
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
-            raise InputError(f"layout is {self.layout}: a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more")
+            raise InputError(
+                f"layout is {self.layout}: a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more"
+            )
         if self.gene == "tleg" and (self.layers != 2 or len(self.layout) != 1):
             raise InputError(
-                f"layers is {self.layers} and layout {self.layout}: a TLEG gene needs layers 2 and a layout of one number, the depth"
+                f"layers is {self.layers} and layout {self.layout}: a TLEG gene needs layers 2 and a layout of one"
+                " number, the depth"
             )
 
     @property
@@ -107,7 +125,10 @@ class VitConfig:
     def head_dim(self) -> int:
         """Channels of one head. Raises InputError when the heads do not divide the width."""
         if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"{self.heads} heads do not divide a width of {self.width}: set the number of heads (convert --set heads=N)")
+            raise InputError(
+                f"{self.heads} heads do not divide a width of {self.width}: set the number of heads (convert --set"
+                " heads=N)"
+            )
         return self.width // self.heads
 
     def of_depth(self, depth: int) -> "VitConfig":
@@ -127,7 +148,9 @@ class VitConfig:
         if activation:
             check_activation(activation)
         if pool and pool not in get_args(Pool):
-            raise InputError(f"unknown pool {pool!r}{nearest(pool, get_args(Pool))}: choose one of {', '.join(get_args(Pool))}")
+            raise InputError(
+                f"unknown pool {pool!r}{nearest(pool, get_args(Pool))}: choose one of {', '.join(get_args(Pool))}"
+            )
         for name, value in (("heads", heads), ("size", size)):
             if value is not None and not str(value).isdecimal():
                 raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
@@ -161,7 +184,9 @@ def _number(text: str) -> float:
 
 
 class DroppedBlock(Block):
-    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate), the factor of attention and MLP branch for each sample."""
+    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate), the factor of attention and MLP branch for
+    each sample.
+    """
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         if keep is None:
@@ -185,16 +210,25 @@ class Token(nnx.Module):
 class Vit(nnx.Module):
     """ViT classifier: normalised images, f32, to class logits, f32.
 
-    For a gene this is its auxiliary net: the stored blocks are unrolled inside the forward pass, so their gradients add up.
-    Initial values are SWS's: N(0, 0.02^2), zero biases, and torch's default for the patch embedding.
+    For a gene this is its auxiliary net: the stored blocks are unrolled inside the forward pass, so their gradients add
+    up. Initial values are SWS's: N(0, 0.02^2), zero biases, and torch's default for the patch embedding.
     """
 
     def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
-        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden, grid_row=cfg.grid, grid_col=cfg.grid)
+        sizes = dict(
+            embed=cfg.width,
+            head=cfg.heads,
+            head_dim=cfg.head_dim,
+            hidden=cfg.hidden,
+            grid_row=cfg.grid,
+            grid_col=cfg.grid,
+        )
         sizes |= dict(patch_row=cfg.patch, patch_col=cfg.patch, channel=cfg.channels)
         sizes["class"] = cfg.classes
         attention = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), qkv=SMALL, out=SMALL)
-        block: dict[str, Any] = dict(attention=attention, activation=cfg.activation, eps=cfg.eps, up=SMALL, down=SMALL, bias=zeros)
+        block: dict[str, Any] = dict(
+            attention=attention, activation=cfg.activation, eps=cfg.eps, up=SMALL, down=SMALL, bias=zeros
+        )
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, bias=uniform_fan_in, rngs=rngs)
         self.class_token = Token(sizes, rngs=rngs) if cfg.prefix > 0 else None
         self.distillation_token = Token(sizes, rngs=rngs) if cfg.prefix > 1 else None
@@ -206,7 +240,9 @@ class Vit(nnx.Module):
         self.blocks = blocks
         self.norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs)
         self.head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs)
-        self.distillation_head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.pool == "cls+dist" else None
+        self.distillation_head = (
+            Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.pool == "cls+dist" else None
+        )
         self.cfg = cfg
 
     def __call__(self, images: Images, key: Array | None = None) -> Float[Array, "batch classes"]:
@@ -264,7 +300,9 @@ def loop(blocks: nnx.Module, cfg: VitConfig, x: jax.Array, keep: tuple[jax.Array
     first = 0
     for stage, times in enumerate(cfg.layout):
         one = jax.tree.map(lambda leaf, stage=stage: leaf[stage], state)
-        wide = jax.tree.map(widened, one)  # a scan adds up the gradient of a shared array in the array's dtype: make it f32
+        wide = jax.tree.map(
+            widened, one
+        )  # a scan adds up the gradient of a shared array in the array's dtype: make it f32
 
         def turn(x: jax.Array, keep: tuple[jax.Array, ...], one: Any = one, wide: Any = wide) -> tuple[jax.Array, None]:
             block = nnx.merge(graph, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, one))
@@ -286,6 +324,8 @@ def macs(cfg: VitConfig, spec: Spec) -> int:
     tokens = cfg.grid**2 + cfg.prefix
     heads = (("head/**", 1), ("distillation_head/**", 1)) if cfg.pool == "cls+dist" else (("head/**", 1),)
     counted = kernel_macs(spec, (*heads, ("patch/**", cfg.grid**2), ("blocks/**", tokens)))
-    inside = sum(n for path, n in counted.items() if path.startswith("blocks/")) + attention_macs(spec["blocks/attn/query/kernel"], tokens)
+    inside = sum(n for path, n in counted.items() if path.startswith("blocks/")) + attention_macs(
+        spec["blocks/attn/query/kernel"], tokens
+    )
     outside = sum(n for path, n in counted.items() if not path.startswith("blocks/"))
     return outside + inside * cfg.depth // cfg.layers

@@ -14,7 +14,9 @@ from learngene.inputs import sidecars
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family("learngene", Vit, partial(from_json, VitConfig), FORMATS, sidecars, verify, parameters, macs, lookalikes=LOOKALIKES)
+FAMILY = Family(
+    "learngene", Vit, partial(from_json, VitConfig), FORMATS, sidecars, verify, parameters, macs, lookalikes=LOOKALIKES
+)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout
@@ -22,7 +24,9 @@ _WIDTHS = {"ti": 192, "s": 384, "b": 768}
 
 # Replaces LeViT-384, the teacher of SWS, whose checkpoint only an old timm can read.
 TEACHER = "hf:facebook/deit-base-distilled-patch16-224"
-PUBLISHED = {TEACHER: VitConfig(width=768, heads=12, hidden=3072, layers=12, tokens="cls+dist", pool="cls+dist", eps=1e-12)}
+PUBLISHED = {
+    TEACHER: VitConfig(width=768, heads=12, hidden=3072, layers=12, tokens="cls+dist", pool="cls+dist", eps=1e-12)
+}
 
 
 def vit(size: str, depth: int = 12) -> VitConfig:

@@ -1,8 +1,8 @@
 """LiT, the linear diffusion transformer (arXiv 2501.12976): a DiT that inherits everything but its self-attention.
 
-    lit = lit_jax.load("hf:facebook/DiT-XL-2-256/transformer", autoencoder="hf:stabilityai/sd-vae-ft-ema")
-    pictures = lit.sample([207, 360], count=4, steps=50, guidance=4.0)
-    latents = lit_jax.load("hf:stabilityai/sd-vae-ft-ema").encode(pictures)
+lit = lit_jax.load("hf:facebook/DiT-XL-2-256/transformer", autoencoder="hf:stabilityai/sd-vae-ft-ema")
+pictures = lit.sample([207, 360], count=4, steps=50, guidance=4.0)
+latents = lit_jax.load("hf:stabilityai/sd-vae-ft-ema").encode(pictures)
 """
 
 from typing import TYPE_CHECKING, Any

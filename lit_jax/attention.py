@@ -1,4 +1,6 @@
-"""LiT's linear attention as a module: projections, feature map, depthwise branch (LiT §3.1; FLatten for the focused map)."""
+"""LiT's linear attention as a module: projections, feature map, depthwise branch (LiT §3.1; FLatten for the focused
+map).
+"""
 
 from math import prod
 from typing import Any, Literal
@@ -22,7 +24,9 @@ FOCUS = 3  # the power of the focused map
 
 
 class LinearAttention(nnx.Module):
-    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed], a square grid in raster order."""
+    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed], a square grid in
+    raster order.
+    """
 
     def __init__(
         self,
@@ -64,11 +68,14 @@ class LinearAttention(nnx.Module):
         return self.out(linear_attention(query, key, value, **options))
 
     def feature_map(self, x: jax.Array) -> jax.Array:
-        """Apply a feature map other than ReLU to [batch, token, head, head_dim]: computed in f32, returned in the dtype of `x`."""
+        """Apply a feature map other than ReLU to [batch, token, head, head_dim]: computed in f32, returned in the dtype
+        of `x`.
+        """
         y = x.astype(jnp.float32)
         y = (jax.nn.relu(y) if self.features == "focused" else jax.nn.gelu(y)) + OFFSET
         if self.scale is not None:
-            # A power sharpens the features; their norm over all channels is kept (FLatten eq. 5). The scale is learned, via softplus.
+            # A power sharpens the features; their norm over all channels is kept (FLatten eq. 5). The scale is learned,
+            # via softplus.
             y = y / jax.nn.softplus(self.scale[...].astype(jnp.float32))
             sharp = y**FOCUS
             y = sharp * _norm(y) / (_norm(sharp) + OFFSET)
@@ -91,7 +98,9 @@ class Depthwise(nnx.Module):
         self.bias = param(channels, sizes, uniform_fan_in, rngs, fan_in=taps)
 
     def banks(self, heads: int) -> tuple[jax.Array, jax.Array]:
-        """Return weights [row, col, channel] and bias [channel] of all channels, head-major, f32: a shared bank is tiled."""
+        """Return weights [row, col, channel] and bias [channel] of all channels, head-major, f32: a shared bank is
+        tiled.
+        """
         kernel, bias = widened(self.kernel[...]), widened(self.bias[...])
         if bias.ndim == 1:
             return jnp.tile(kernel, (1, 1, heads)), jnp.tile(bias, heads)

@@ -1,7 +1,7 @@
 """The autoencoder of latent diffusion (arXiv 2112.10752; diffusers' AutoencoderKL): sd-vae-ft-ema and -mse, and SDXL's.
 
-A diffusion model sees *scaled* latents, the decoder takes them as the encoder gave them: `sample` and `scale_latents` go one
-way, `unscale_latents` the other, and nothing else multiplies.
+A diffusion model sees *scaled* latents, the decoder takes them as the encoder gave them: `sample` and `scale_latents`
+go one way, `unscale_latents` the other, and nothing else multiplies.
 
     model = functional(Autoencoder, cfg)
     moments = model.apply(params, images, method="encode")
@@ -88,7 +88,9 @@ class Upsample(Conv):
 class Level(nnx.Module):
     """Resnets at one resolution, then, if there is another, the step to it."""
 
-    def __init__(self, read: int, written: int, resnets: int, resize: Conv | None, cfg: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, read: int, written: int, resnets: int, resize: Conv | None, cfg: AutoencoderConfig, *, rngs: nnx.Rngs
+    ):
         self.resnets = nnx.List([resnet(written if i else read, written, cfg, rngs) for i in range(resnets)])
         self.resize = resize
 
@@ -198,7 +200,12 @@ def macs(cfg: AutoencoderConfig, spec: Spec) -> int:
     """Multiply-accumulates of encoding and decoding one picture of `cfg.size`, attention included."""
     levels = len(cfg.channels)
     pixels = [(cfg.size >> i) ** 2 for i in range(levels)]
-    uses = [("*/middle/**", pixels[-1]), ("*quant/*", pixels[-1]), ("encoder/input/*", pixels[0]), ("decoder/output/*", pixels[0])]
+    uses = [
+        ("*/middle/**", pixels[-1]),
+        ("*quant/*", pixels[-1]),
+        ("encoder/input/*", pixels[0]),
+        ("decoder/output/*", pixels[0]),
+    ]
     uses += [("encoder/output/*", pixels[-1]), ("decoder/input/*", pixels[-1])]
     for i in range(levels - 1):
         uses += [(f"encoder/down/{i}/resize/*", pixels[i + 1]), (f"decoder/up/{i}/resize/*", pixels[-2 - i])]

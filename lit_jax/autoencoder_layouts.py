@@ -20,7 +20,10 @@ from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, macs, parameters
 Rows = tuple[tuple[str, ...], ...]
 
 FILE = "diffusion_pytorch_model.safetensors"
-OTHERS = "the autoencoder of Stable Diffusion 3, FLUX or a later model is not read; DiT and LiT use stabilityai/sd-vae-ft-ema"
+OTHERS = (
+    "the autoencoder of Stable Diffusion 3, FLUX or a later model is not read; DiT and LiT use"
+    " stabilityai/sd-vae-ft-ema"
+)
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -39,7 +42,9 @@ def _resnet(ours: str, theirs: str) -> Rows:
 
 
 def _half(half: str, levels: str, resize: str) -> Rows:
-    """Rows of the encoder or the decoder. levels: name of the list of levels; resize: name of the layer that resamples between levels."""
+    """Rows of the encoder or the decoder. levels: name of the list of levels; resize: name of the layer that resamples
+    between levels.
+    """
     attention, middle = f"{half}.mid_block.attentions.0", f"{half}.mid_block.resnets"
     projections = dict(query="to_q", key="to_k", value="to_v", out="to_out.0")
     linear = ((f"{half}/middle/attn/{a}", f"{attention}.{b}") for a, b in projections.items())
@@ -73,13 +78,21 @@ def clean(key: str) -> str:
 
 
 def _read(found: Found) -> Read | None:
-    if not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"} <= found.tensors.keys():
+    if (
+        not {"encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"}
+        <= found.tensors.keys()
+    ):
         return None
     fields = found.json("config.json")
     if fields is None:
         raise InputError("an AutoencoderKL of diffusers needs its config.json next to the weights; there is none")
     fields.fixed("_class_name", "AutoencoderKL")
-    for name, usual in (("shift_factor", None), ("latents_mean", None), ("latents_std", None), ("use_quant_conv", True)):
+    for name, usual in (
+        ("shift_factor", None),
+        ("latents_mean", None),
+        ("latents_std", None),
+        ("use_quant_conv", True),
+    ):
         if (value := fields.value(name, usual)) != usual:
             raise InputError(f"{fields.where}: {name} is {value!r}, and must be {usual}: {OTHERS}")
     fields.fixed("use_post_quant_conv", True)
@@ -108,7 +121,9 @@ def _write(cfg: AutoencoderConfig, folder: Path) -> None:
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
     sizes = dict(block_out_channels=list(cfg.channels), layers_per_block=cfg.resnets, latent_channels=cfg.latent)
     rest = dict(norm_num_groups=cfg.groups, scaling_factor=cfg.scaling_factor, sample_size=cfg.size, act_fn="silu")
-    fixed: dict[str, Any] = dict(in_channels=3, out_channels=3, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
+    fixed: dict[str, Any] = dict(
+        in_channels=3, out_channels=3, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True
+    )
     fixed |= dict(shift_factor=None, latents_mean=None, latents_std=None)
     write_json(folder / "config.json", dict(_class_name="AutoencoderKL") | fixed | blocks | sizes | rest)
 
@@ -119,7 +134,8 @@ def inputs(cfg: AutoencoderConfig) -> np.ndarray:
 
 
 def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare moments and decoded pictures, f32 at highest precision, with the AutoencoderKL of `file`; tolerance 1e-4 relative.
+    """Compare moments and decoded pictures, f32 at highest precision, with the AutoencoderKL of `file`; tolerance 1e-4
+    relative.
 
     Without torch and diffusers only finiteness can be checked: `reference` is None, and the note says so.
     """
@@ -155,15 +171,25 @@ def _sidecars(donor: Donor, destination: Path, format: str) -> None:
 
 
 _COMPVIS = (
-    "an autoencoder with CompVis' names: convert it with diffusers (AutoencoderKL.from_single_file(FILE), save_pretrained(DIR)) "
-    "and name that folder"
+    "an autoencoder with CompVis' names: convert it with diffusers (AutoencoderKL.from_single_file(FILE),"
+    " save_pretrained(DIR)) and name that folder"
 )
 LOOKALIKES = (
     Lookalike("*encoder.down.0.block.0.norm1.weight", _COMPVIS),
-    Lookalike("*encoder.layers.*.conv*", "a tiny autoencoder (TAESD): only AutoencoderKL is read; take stabilityai/sd-vae-ft-ema"),
-    Lookalike("decoder.up_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its encoder: take the whole model"),
-    Lookalike("encoder.down_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its decoder: take the whole model"),
-    Lookalike("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"),
+    Lookalike(
+        "*encoder.layers.*.conv*",
+        "a tiny autoencoder (TAESD): only AutoencoderKL is read; take stabilityai/sd-vae-ft-ema",
+    ),
+    Lookalike(
+        "decoder.up_blocks.0.resnets.0.norm1.weight", "half an AutoencoderKL, without its encoder: take the whole model"
+    ),
+    Lookalike(
+        "encoder.down_blocks.0.resnets.0.norm1.weight",
+        "half an AutoencoderKL, without its decoder: take the whole model",
+    ),
+    Lookalike(
+        "encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"
+    ),
 )
 FORMATS = (Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),)
 CONFIG = partial(from_json, AutoencoderConfig)

@@ -14,11 +14,17 @@ MAX_ASPECT = 64  # pictures with a larger aspect ratio are cropped before they a
 
 
 def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """Crop the central square as guided-diffusion does, uint8 [size, size, 3]: box filter while it is twice too large, then bicubic."""
+    """Crop the central square as guided-diffusion does, uint8 [size, size, 3]: box filter while it is twice too large,
+    then bicubic.
+    """
     short, long = sorted(picture.size)
-    if long > MAX_ASPECT * short:  # resizing it whole could exhaust the memory; a strip around the centre gives the same square
+    if (
+        long > MAX_ASPECT * short
+    ):  # resizing it whole could exhaust the memory; a strip around the centre gives the same square
         left, top = ((side - min(side, 9 * short)) // 2 for side in picture.size)
-        picture = Box(left=left, top=top, width=min(picture.width, 9 * short), height=min(picture.height, 9 * short)).cut(picture)
+        picture = Box(
+            left=left, top=top, width=min(picture.width, 9 * short), height=min(picture.height, 9 * short)
+        ).cut(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -28,7 +34,9 @@ def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def cropped(record: Record, size: int) -> np.ndarray:
-    """Decode the picture of a record and crop it with `adm_crop`. Raises InputError, which names the record, if it does not decode."""
+    """Decode the picture of a record and crop it with `adm_crop`. Raises InputError, which names the record, if it does
+    not decode.
+    """
     return adm_crop(decode_record(record), size)
 
 
@@ -48,7 +56,9 @@ class Pixels:
 
 
 def latents(record: Record, rng: np.random.Generator) -> dict[str, Any]:
-    """Read a record of a latent cache: `moments` [2, row, col, 2 channels] of picture and mirror image, and `label` int32."""
+    """Read a record of a latent cache: `moments` [2, row, col, 2 channels] of picture and mirror image, and `label`
+    int32.
+    """
     return {"moments": record["moments"], "label": np.int32(record["label"])}
 
 

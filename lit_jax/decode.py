@@ -28,20 +28,25 @@ TILE, OVERLAP = 64, 16  # latent positions: pictures up to 512 px are decoded wh
 class PictureDecoder:
     """`decoder(samples)` returns pictures, uint8 [n, height, width, 3].
 
-    decode: from samples [n, row, col, channel] to pixels in [-1, 1]. factor: pixels along the side of one position of a sample.
+    decode: from samples [n, row, col, channel] to pixels in [-1, 1]. factor: pixels along the side of one position of a
+    sample.
     """
 
     decode: Callable[[jax.Array], ArrayLike]
     factor: int = 1
 
     def __call__(self, samples: jax.Array, first: int = 0, where: str = "") -> np.ndarray:
-        """Decode. first: number of the first picture; where: start of the error message. Raises InputError for NaN and infinity."""
+        """Decode. first: number of the first picture; where: start of the error message. Raises InputError for NaN and
+        infinity.
+        """
         check_finite(samples, "the model's output", first, where)
         return to_uint8(check_finite(self.decode(samples), "the decoder's output", first, where))
 
 
 def check_finite(values: ArrayLike, what: str, first: int = 0, where: str = "") -> np.ndarray:
-    """Return the values [n, ...] on the host. Raises InputError for NaN or infinity, which would become black; it names the picture."""
+    """Return the values [n, ...] on the host. Raises InputError for NaN or infinity, which would become black; it names
+    the picture.
+    """
     values = np.asarray(values)
     if len(wrong := np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))):
         raise InputError(
@@ -59,14 +64,17 @@ def to_uint8(pixels: ArrayLike) -> np.ndarray:
 def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | None = None) -> PictureDecoder | None:
     """Open the decoder of this model's samples; None for latents without an autoencoder.
 
-    made_with: the autoencoder whose latents the model was trained on, if known; a difference to the decoder is printed as a note.
-    Raises InputError for a source that is no autoencoder, or whose latents do not fit.
+    made_with: the autoencoder whose latents the model was trained on, if known; a difference to the decoder is printed
+    as a note. Raises InputError for a source that is no autoencoder, or whose latents do not fit.
     """
     if not source:
         return PictureDecoder(lambda samples: samples) if cfg.channels == 3 and made_with is None else None
     donor = open_donor(locate(source), [autoencoder_layouts.FAMILY])
     if donor.cfg.latent != cfg.channels:
-        raise InputError(f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name the model's autoencoder")
+        raise InputError(
+            f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name the model's"
+            " autoencoder"
+        )
     if made_with:
         remark(compare_latents(made_with, autoencoder_origin(donor, source), "the model", f"the autoencoder {source}"))
     return picture_decoder(donor.cfg, donor.model, load_params(donor, mesh))
@@ -81,5 +89,3 @@ def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[s
         return np.concatenate([np.asarray(tiled(params, unscale_latents(cfg, x[None]))) for x in samples])
 
     return PictureDecoder(decode, cfg.factor)
-
-

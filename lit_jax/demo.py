@@ -1,4 +1,6 @@
-"""`heirloom demo lit`: a LiT inherits from the embedded DiT and is distilled from it; a second one is trained from scratch, on digits."""
+"""`heirloom demo lit`: a LiT inherits from the embedded DiT and is distilled from it; a second one is trained from
+scratch, on digits.
+"""
 
 import tempfile
 import time
@@ -45,12 +47,18 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     cfg = replace(loaded, seed=seed, pipeline=replace(loaded.pipeline, seed=seed), step=replace(loaded.step, seed=seed))
     console = Console()
     teacher = open_dit(cfg.teacher)
-    counts = {"teacher": parameters(teacher.model.spec)["total"], "student": parameters(functional(Dit, cfg.student).spec)["total"]}
+    counts = {
+        "teacher": parameters(teacher.model.spec)["total"],
+        "student": parameters(functional(Dit, cfg.student).spec)["total"],
+    }
     console.print(
-        f"teacher: a DiT of {counts['teacher']:,} parameters with softmax attention; student: a LiT of {counts['student']:,}. "
-        f"{cfg.steps} steps of {cfg.pipeline.batch} digits each, first inheriting and distilled, then from scratch."
+        f"teacher: a DiT of {counts['teacher']:,} parameters with softmax attention; student: a LiT of"
+        f" {counts['student']:,}. {cfg.steps} steps of {cfg.pipeline.batch} digits each, first inheriting and"
+        " distilled, then from scratch."
     )
-    with tempfile.TemporaryDirectory(dir=out) as folder:  # in the same folder as the result, which is renamed into place
+    with tempfile.TemporaryDirectory(
+        dir=out
+    ) as folder:  # in the same folder as the result, which is renamed into place
         arms = {"inherited": cfg, "scratch": replace(cfg, donor="", teacher="")}
         races = {name: race(arm, Path(folder) / name) for name, arm in arms.items()}
         models = {"teacher": cfg.teacher} | {name: str(race.weights) for name, race in races.items()}
@@ -62,15 +70,23 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     known, real = real_digits(cfg.data), real_digits(cfg.held_out)
     labels = np.tile(np.arange(cfg.student.classes), PER_CLASS)
     scores: dict[str, dict[str, float]] = {
-        name: losses[name]
-        | {"kid": kid(real[0], features, seed=seed).mean, "recognised": nearest_neighbour_accuracy(known, features, labels)}
+        name: (
+            losses[name]
+            | {
+                "kid": kid(real[0], features, seed=seed).mean,
+                "recognised": nearest_neighbour_accuracy(known, features, labels),
+            }
+        )
         for name, features in ((name, pixel_features(pictures)) for name, pictures in drawn.items())
     }
     scores["real"] = {"recognised": nearest_neighbour_accuracy(known, *real)}
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], le)
     picture = plot(races, scores["teacher"][METRIC], drawn, out)
     seconds = time.perf_counter() - started
-    console.print("\nloss on held-out digits, KID to real digits (lower is better), share recognised as their class", soft_wrap=True)
+    console.print(
+        "\nloss on held-out digits, KID to real digits (lower is better), share recognised as their class",
+        soft_wrap=True,
+    )
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
     console.print(f"the inherited student reached scratch's final loss {reached}; took {seconds:.0f} s", soft_wrap=True)
@@ -116,7 +132,9 @@ def real_digits(source: SourceConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixel_features(pictures: np.ndarray) -> np.ndarray:
-    """Return pixels as features, float64 [n, side * side] in [-1, 1]: the mean of the channels. 64 pixels need no network."""
+    """Return pixels as features, float64 [n, side * side] in [-1, 1]: the mean of the channels. 64 pixels need no
+    network.
+    """
     return pictures.mean(-1).reshape(len(pictures), -1) / 127.5 - 1
 
 
@@ -136,12 +154,16 @@ def _table(counts: dict[str, int], scores: dict[str, dict[str, float]]) -> Table
             table.add_row("held-out digits", "", "", "", f"{metrics['recognised']:.1%}")
         else:
             count = counts["teacher" if name == "teacher" else "student"]
-            table.add_row(name, f"{count:,}", f"{metrics[METRIC]:.4f}", f"{metrics['kid']:.4f}", f"{metrics['recognised']:.1%}")
+            table.add_row(
+                name, f"{count:,}", f"{metrics[METRIC]:.4f}", f"{metrics['kid']:.4f}", f"{metrics['recognised']:.1%}"
+            )
     return table
 
 
 def plot(races: dict[str, Race], teacher: float, drawn: dict[str, np.ndarray], out: Path) -> Path:
-    """Plot both loss curves and the pictures of teacher and students, a row for each digit. Returns the path of the PNG."""
+    """Plot both loss curves and the pictures of teacher and students, a row for each digit. Returns the path of the
+    PNG.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5.6), layout="constrained", facecolor="white")
@@ -150,8 +172,15 @@ def plot(races: dict[str, Race], teacher: float, drawn: dict[str, np.ndarray], o
     for name, race in races.items():
         axes.plot(race.steps, race.scores, color=COLOURS[name], linewidth=2.5, label=name)
     axes.axhline(teacher, color="#888", linestyle="--", linewidth=1)
-    axes.annotate("teacher", (races["scratch"].steps[-1], teacher), (-2, 3), textcoords="offset points", color="#666", ha="right")
-    axes.set(xlabel="step", ylabel="squared error of the noise, held-out digits", yscale="log", xlim=(0, races["scratch"].steps[-1]))
+    axes.annotate(
+        "teacher", (races["scratch"].steps[-1], teacher), (-2, 3), textcoords="offset points", color="#666", ha="right"
+    )
+    axes.set(
+        xlabel="step",
+        ylabel="squared error of the noise, held-out digits",
+        yscale="log",
+        xlim=(0, races["scratch"].steps[-1]),
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     for cell, (name, pictures) in zip(right.subplots(1, len(drawn)), drawn.items(), strict=True):
@@ -159,11 +188,19 @@ def plot(races: dict[str, Race], teacher: float, drawn: dict[str, np.ndarray], o
         classes, side = len(pictures) // PER_CLASS, pictures.shape[1]
         by_class = pictures.reshape(PER_CLASS, classes, *pictures.shape[1:])[:SHOWN_PER_CLASS].swapaxes(0, 1)
         cell.imshow(grid(by_class.reshape(-1, *pictures.shape[1:]), SHOWN_PER_CLASS), interpolation="nearest")
-        cell.set_yticks(side * (np.arange(classes) + 0.5), map(str, range(classes)) if name == "teacher" else [""] * classes, fontsize=11)
+        cell.set_yticks(
+            side * (np.arange(classes) + 0.5),
+            map(str, range(classes)) if name == "teacher" else [""] * classes,
+            fontsize=11,
+        )
         cell.set_xticks([])
         cell.tick_params(length=0)
         cell.spines[:].set_visible(False)
-        cell.set_title({"teacher": "the teacher draws", "inherited": "the inherited student", "scratch": "the same from scratch"}[name])
+        cell.set_title(
+            {"teacher": "the teacher draws", "inherited": "the inherited student", "scratch": "the same from scratch"}[
+                name
+            ]
+        )
     with staged(out / "demo.png", force=True) as file:
         figure.savefig(file, dpi=120, format="png")
     return out / "demo.png"

@@ -1,4 +1,6 @@
-"""DiT (Peebles & Xie 2023) and LiT (arXiv 2501.12976): one transformer over patches, with softmax or few-head linear attention."""
+"""DiT (Peebles & Xie 2023) and LiT (arXiv 2501.12976): one transformer over patches, with softmax or few-head linear
+attention.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +43,9 @@ class DitConfig:
     classes: int = 1000
     """Labels are 0 to classes - 1; the label `classes` is none, where there is one."""
     null_class: bool = True
-    """Whether the table of classes has a row for none, which guidance needs (DiT trained with class_dropout_prob 0 has no such row)."""
+    """Whether the table of classes has a row for none, which guidance needs (DiT trained with class_dropout_prob 0 has
+    no such row).
+    """
     attention: Literal["softmax", "linear"] = "softmax"
     """DiT's, or LiT's linear attention with a depthwise branch on the values."""
     features: Features = "relu"
@@ -51,8 +55,9 @@ class DitConfig:
     window: int = 5
     """Side of the depthwise filters."""
     implementation: Implementation | None = None
-    """What computes linear attention: xla, or in bfloat16 the kernels for TPUs (mosaic_tpu) or Hopper GPUs (mosaic_gpu); None: the kernel
-    that was measured on this kind of device, else xla (`heirloom doctor` says which)."""
+    """What computes linear attention: xla, or in bfloat16 the kernels for TPUs (mosaic_tpu) or Hopper GPUs
+    (mosaic_gpu); None: the kernel that was measured on this kind of device, else xla (`heirloom doctor` says which).
+    """
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
@@ -73,12 +78,16 @@ class DitConfig:
     def head_dim(self) -> int:
         """Channels of one head. Raises InputError when the heads do not divide the width."""
         if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)")
+            raise InputError(
+                f"{self.heads} heads do not divide a width of {self.width}; say how many (convert --set heads=N)"
+            )
         return self.width // self.heads
 
     @property
     def kept(self) -> "DitConfig":
-        """The config that is saved with the weights: the implementation of attention is a setting of the run that trained them."""
+        """The config that is saved with the weights: the implementation of attention is a setting of the run that
+        trained them.
+        """
         return replace(self, implementation=None)
 
     @property
@@ -96,20 +105,28 @@ class DitConfig:
     ) -> "DitConfig":
         """The same model with what its weights cannot tell. Raises InputError for a value that cannot be.
 
-        classes: without the row for none, if the table has one. prediction: "noise", which confirms the guess; nothing else is sampled.
+        classes: without the row for none, if the table has one. prediction: "noise", which confirms the guess; nothing
+        else is sampled.
         """
         for name, value in (("heads", heads), ("classes", classes), ("size", size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={value}: give a whole number, 1 or more")
         if classes is not None and classes not in (self.rows, self.rows - 1):
             raise InputError(
-                f"classes={classes}: the table has {self.rows} rows, so there are {self.rows} classes (no row for none) or {self.rows - 1}"
+                f"classes={classes}: the table has {self.rows} rows, so there are {self.rows} classes (no row for none)"
+                f" or {self.rows - 1}"
             )
         if features is not None and (self.attention == "softmax" or features not in get_args(Features)):
-            what = "softmax attention has none" if self.attention == "softmax" else f"choose {', '.join(get_args(Features))}"
+            what = (
+                "softmax attention has none"
+                if self.attention == "softmax"
+                else f"choose {', '.join(get_args(Features))}"
+            )
             raise InputError(f"features={features}: kernel of linear attention; {what}")
         if prediction not in (None, "noise"):
-            raise InputError(f"prediction={prediction}: only models that predict the noise can be sampled and trained here")
+            raise InputError(
+                f"prediction={prediction}: only models that predict the noise can be sampled and trained here"
+            )
         classes = self.classes if classes is None else classes
         return replace(
             self,
@@ -122,9 +139,11 @@ class DitConfig:
 
 
 class Dit(AdalnTransformer):
-    """Noise and variance of a noisy input. x: [batch, size, size, channels] f32; t: [batch], fractional allowed; labels: [batch] int32.
+    """Noise and variance of a noisy input. x: [batch, size, size, channels] f32; t: [batch], fractional allowed;
+    labels: [batch] int32.
 
-    Returns [batch, size, size, 2 channels] f32: the predicted noise, then where between its bounds the variance lies (-1 to 1).
+    Returns [batch, size, size, 2 channels] f32: the predicted noise, then where between its bounds the variance lies
+    (-1 to 1).
     """
 
     def __init__(self, cfg: DitConfig, *, rngs: nnx.Rngs):
@@ -134,18 +153,24 @@ class Dit(AdalnTransformer):
         attention: Any = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), out=XAVIER)
         if cfg.attention == "linear":
             sizes |= dict(filter_row=cfg.window, filter_col=cfg.window)
-            attention = partial(LinearAttention, sizes, features=cfg.features, filters=cfg.filters, implementation=cfg.implementation)
+            attention = partial(
+                LinearAttention, sizes, features=cfg.features, filters=cfg.filters, implementation=cfg.implementation
+            )
         self.patch = PatchEmbed(sizes, init=XAVIER, bias=zeros, rngs=rngs)
         self.time = TimeEmbed(sizes, rngs=rngs)
         self.label = LabelEmbed(sizes, rngs=rngs)
-        super().__init__(sizes, layers=cfg.layers, attention=attention, written="patch_row patch_col out_channel", rngs=rngs)
+        super().__init__(
+            sizes, layers=cfg.layers, attention=attention, written="patch_row patch_col out_channel", rngs=rngs
+        )
         self.cfg = cfg
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
         return self.denoise(x, self.modulations(t, labels))
 
     def modulations(self, t: jax.Array, labels: jax.Array) -> Modulation:
-        """What time and label say to every layer: it depends on nothing else, so a sampler computes it once for all its steps."""
+        """What time and label say to every layer: it depends on nothing else, so a sampler computes it once for all its
+        steps.
+        """
         return self.modulation_of(self.time(t) + self.label(labels))
 
     def denoise(self, x: jax.Array, modulation: Modulation) -> jax.Array:
@@ -181,7 +206,9 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 
 def macs(cfg: DitConfig, spec: Spec) -> int:
-    """Multiply-accumulates of one input, conditioning included (papers count the blocks' part that grows with the tokens)."""
+    """Multiply-accumulates of one input, conditioning included (papers count the blocks' part that grows with the
+    tokens).
+    """
     once = [(pattern, 1) for pattern in ("time/**", "modulation/**", "final_modulation/**")]
     # The taps of a shared bank serve every head.
     depthwise = cfg.tokens * (cfg.heads if cfg.filters == "shared" else 1)

@@ -52,7 +52,9 @@ class Drawn:
             raise InputError(f"{pictures} exists and is {what}: remove it, or give another --save")
 
     def batches(self, draw: Callable[[int], Iterator[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
-        """Yield all pictures, uint8 [up to rows, height, width, 3]: the saved ones, then `draw(first)`, which are saved as they come."""
+        """Yield all pictures, uint8 [up to rows, height, width, 3]: the saved ones, then `draw(first)`, which are saved
+        as they come.
+        """
         first = self.count()
         if self.path.exists():
             yield from read_images(self.path, rows)
@@ -71,7 +73,9 @@ class Drawn:
                 np.savez(opened, arr_0=array)
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"{self.path}: could not be written ({why}); free some space or choose another place") from error
+            raise InputError(
+                f"{self.path}: could not be written ({why}); free some space or choose another place"
+            ) from error
         write_json(self._next_to(".json"), {"how": self.how})
         for ending in (".part.npy", ".part.json"):
             remove(self._next_to(ending))
@@ -81,7 +85,9 @@ class Drawn:
         if first:
             array = np.lib.format.open_memmap(file, "r+")
             if array.shape != self.shape or array.dtype != np.uint8:
-                raise InputError(f"{file} holds {array.dtype} {list(array.shape)}, not uint8 {list(self.shape)}: remove it")
+                raise InputError(
+                    f"{file} holds {array.dtype} {list(array.shape)}, not uint8 {list(self.shape)}: remove it"
+                )
             return array
         file.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(file, "w+", np.uint8, self.shape)

@@ -32,7 +32,9 @@ class EvalConfig:
     """How `heirloom eval PATH --data REFERENCE` scores a DiT or LiT."""
 
     features: str = ""
-    """The Inception network: pytorch-fid's weights for the numbers of papers, or a folder of scripts/convert_inception.py."""
+    """The Inception network: pytorch-fid's weights for the numbers of papers, or a folder of
+    scripts/convert_inception.py.
+    """
     samples: int = 50_000
     """Pictures to draw; published numbers have 50,000."""
     batch: int = 64
@@ -44,7 +46,9 @@ class EvalConfig:
     """SOURCE of the decoder of a latent model."""
     seed: int = 0
     save: str = ""
-    """Save the pictures as this .npz (arr_0, uint8), which other implementations of the suite read; the same command continues it."""
+    """Save the pictures as this .npz (arr_0, uint8), which other implementations of the suite read; the same command
+    continues it.
+    """
 
     def __post_init__(self) -> None:
         positive(self, "samples", "batch")
@@ -53,13 +57,17 @@ class EvalConfig:
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Compute the rows of `heirloom eval PATH`: FID, sFID, IS, precision, recall and KID against an .npz, or against any pictures.
+    """Compute the rows of `heirloom eval PATH`: FID, sFID, IS, precision, recall and KID against an .npz, or against
+    any pictures.
 
-    The reference is read and measured before anything is drawn. Raises InputError without features or reference, and for a model or
-    a reference that cannot be compared.
+    The reference is read and measured before anything is drawn. Raises InputError without features or reference, and
+    for a model or a reference that cannot be compared.
     """
     if not isinstance(donor.cfg, DitConfig):
-        raise InputError(f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as --autoencoder")
+        raise InputError(
+            f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
+            " --autoencoder"
+        )
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")
@@ -87,12 +95,17 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
 
     def drawn(first: int) -> Iterator[np.ndarray]:
         params, labels, keys = load_params(donor, mesh), sample_labels(cfg, donor.cfg.classes), jax.random.key(cfg.seed)
-        parts = draw_batches(draw, params, pictures, labels, picture_keys(keys, np.arange(cfg.samples)), cfg.batch, first)
+        parts = draw_batches(
+            draw, params, pictures, labels, picture_keys(keys, np.arange(cfg.samples)), cfg.batch, first
+        )
         yield from track(parts, description="drawing", total=-(-(cfg.samples - first) // cfg.batch))
 
     batches = saved.batches(drawn, cfg.batch) if saved else drawn(0)
     rows = evaluate(batches, reference, extractor, mesh, cfg.batch)
-    how = f"{cfg.sample.sampler} {cfg.sample.steps} steps, guidance {cfg.sample.guidance:g} on {cfg.sample.guided}, {cfg.labels} labels"
+    how = (
+        f"{cfg.sample.sampler} {cfg.sample.steps} steps, guidance {cfg.sample.guidance:g} on {cfg.sample.guided},"
+        f" {cfg.labels} labels"
+    )
     return [row | {"dataset": args.data, "published": None, "protocol": f"{row['protocol']}; {how}"} for row in rows]
 
 

@@ -1,4 +1,6 @@
-"""Reads and writes configs of other DiTs: facebookresearch's files, where tensor shapes give the config, and diffusers' folders."""
+"""Reads and writes configs of other DiTs: facebookresearch's files, where tensor shapes give the config, and diffusers'
+folders.
+"""
 
 import re
 from collections.abc import Mapping
@@ -25,16 +27,25 @@ NORM_EPS = 1e-5  # of diffusers' norm before the MLP
 _COMMON_CLASS_COUNTS = (10, 100, 200, 365, 1000, 21_841, 21_843)
 # Fields of diffusers' older general transformer class for parts that a DiT does not have.
 _UNUSED: dict[str, Any] = dict(
-    num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False, attention_type="default"
+    num_vector_embeds=None,
+    cross_attention_dim=None,
+    only_cross_attention=False,
+    use_linear_projection=False,
+    attention_type="default",
 ) | dict(caption_channels=None, interpolation_scale=None, use_additional_conditions=None, double_self_attention=False)
 
 
 LOOKALIKES = (
-    Lookalike("projectors.*", "a SiT trained with REPA, which predicts velocity: only DiTs, which predict noise, are read"),
+    Lookalike(
+        "projectors.*", "a SiT trained with REPA, which predicts velocity: only DiTs, which predict noise, are read"
+    ),
     Lookalike("*.experts.*", "a DiT-MoE, whose MLPs are mixtures of experts: only DiTs with plain MLPs are read"),
     Lookalike("en_inblocks.*", "a masked diffusion transformer (MDT): only DiTs are read"),
     Lookalike("in_blocks.*.attn.*", "a U-ViT: only DiTs are read"),
-    Lookalike("blocks.*.mlp.w12.*", "a LightningDiT (SwiGLU, rotary positions, velocity): only DiTs of facebookresearch's kind are read"),
+    Lookalike(
+        "blocks.*.mlp.w12.*",
+        "a LightningDiT (SwiGLU, rotary positions, velocity): only DiTs of facebookresearch's kind are read",
+    ),
     Lookalike("temp_embed", "a Latte, which draws videos: only DiTs are read"),
     Lookalike("temporal_transformer_blocks.*", "a Latte, which draws videos: only DiTs are read"),
     Lookalike("t_block.*", "a PixArt, which draws from text: only class-conditional DiTs are read"),
@@ -50,7 +61,10 @@ LOOKALIKES = (
 
 def _read_fair(found: Found) -> Read | None:
     tensors = found.tensors
-    if not {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"} <= tensors.keys():
+    if (
+        not {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"}
+        <= tensors.keys()
+    ):
         return None
     if any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES):
         return None
@@ -59,7 +73,11 @@ def _read_fair(found: Found) -> Read | None:
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
     sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
     if not sizes["size"]:
-        guesses.append(Guess("size", None, "without a position table the side of its inputs is not known (latent cells, or pixels)"))
+        guesses.append(
+            Guess(
+                "size", None, "without a position table the side of its inputs is not known (latent cells, or pixels)"
+            )
+        )
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
     attention = dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else _linear(tensors, width)
@@ -67,9 +85,19 @@ def _read_fair(found: Found) -> Read | None:
         attention["heads"] = known["heads"]
     elif attention["attention"] == "softmax" and width in SOFTMAX_HEADS:
         attention["heads"] = SOFTMAX_HEADS[width]
-        guesses.append(Guess("heads", attention["heads"], f"the shapes do not show them, and published DiTs {width} wide have as many"))
+        guesses.append(
+            Guess(
+                "heads",
+                attention["heads"],
+                f"the shapes do not show them, and published DiTs {width} wide have as many",
+            )
+        )
     if not attention["heads"]:
-        guesses.append(Guess("heads", None, f"the shapes do not show the heads, and no published model of this kind is {width} wide"))
+        guesses.append(
+            Guess(
+                "heads", None, f"the shapes do not show the heads, and no published model of this kind is {width} wide"
+            )
+        )
     if attention["attention"] == "linear":
         if "features" in known:
             attention["features"] = known["features"]
@@ -77,7 +105,11 @@ def _read_fair(found: Found) -> Read | None:
             other = "focused_gelu" if attention["features"] == "focused" else "gelu"
             guesses.append(Guess("features", attention["features"], f"the weights of a LiT with {other} look the same"))
     if known.get("prediction") != "noise":
-        guesses.append(Guess("prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and the file does not say"))
+        guesses.append(
+            Guess(
+                "prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and the file does not say"
+            )
+        )
     return Read(DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention), tuple(guesses))
 
 
@@ -95,8 +127,13 @@ def _sizes(tensors: Tensors) -> dict[str, Any]:
         raise InputError(f"its width is {width}: a DiT's position table needs a multiple of 4")
     if written != 2 * channels * patch**2:
         if written == channels * patch**2:
-            raise InputError("it predicts no variance (learn_sigma=False): only DiTs that predict noise and variance are read")
-        raise InputError(f"its last layer writes {written} numbers a patch: a DiT of {channels} channels writes {2 * channels * patch**2}")
+            raise InputError(
+                "it predicts no variance (learn_sigma=False): only DiTs that predict noise and variance are read"
+            )
+        raise InputError(
+            f"its last layer writes {written} numbers a patch: a DiT of {channels} channels writes"
+            f" {2 * channels * patch**2}"
+        )
     return dict(channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
 
 
@@ -114,20 +151,32 @@ def _size(tensors: Tensors, patch: int, width: int) -> int:
         return isqrt(count) * patch
     for rows in range(1, count + 1):
         if grid(rows, cols := count // rows):
-            raise InputError(f"its inputs are rectangles of {rows * patch} x {cols * patch}: only DiTs for squares are read")
-    raise InputError(f"its position table, of {count} places, is not DiT's fixed table of a square: learned and other tables are not read")
+            raise InputError(
+                f"its inputs are rectangles of {rows * patch} x {cols * patch}: only DiTs for squares are read"
+            )
+    raise InputError(
+        f"its position table, of {count} places, is not DiT's fixed table of a square: learned and other tables are not"
+        " read"
+    )
 
 
 def _classes(rows: int, known: int | None) -> tuple[int, list[Guess]]:
-    """Find the number of classes of a label table: `rows`, or one less if the last row means "no class". Returns it with guesses."""
+    """Find the number of classes of a label table: `rows`, or one less if the last row means "no class". Returns it
+    with guesses.
+    """
     if known is not None:
         if known not in (rows, rows - 1):
-            raise InputError(f"its arguments say {known} classes, and the table of classes has {rows} rows; is it another model's?")
+            raise InputError(
+                f"its arguments say {known} classes, and the table of classes has {rows} rows; is it another model's?"
+            )
         return known, []
     if rows == 1:
         return 1, []
     if rows in _COMMON_CLASS_COUNTS:
-        why = f"the table of classes has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it"
+        why = (
+            f"the table of classes has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1}"
+            " and one for it"
+        )
         return rows - 1, [Guess("classes", None, why)]
     return rows - 1, [Guess("classes", rows - 1, f"the table has {rows} rows, and the last is taken for no class")]
 
@@ -148,24 +197,45 @@ def _sidecar(found: Found) -> dict[str, Any]:
     fields = found.json(SIDECAR)
     if fields is None:
         return {}
-    known = dict(heads=fields.integer("heads", None), classes=fields.integer("classes", None), prediction=fields.text("prediction", None))
-    known["features"] = fields.choice("features", {name: name for name in get_args(Features)}, "relu") if "features" in fields else None
+    known = dict(
+        heads=fields.integer("heads", None),
+        classes=fields.integer("classes", None),
+        prediction=fields.text("prediction", None),
+    )
+    known["features"] = (
+        fields.choice("features", {name: name for name in get_args(Features)}, "relu") if "features" in fields else None
+    )
     fields.done()
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _arguments(found: Found) -> dict[str, Any]:
-    """Read the saved arguments of a training script. Raises InputError for a model that predicts something else than noise."""
+    """Read the saved arguments of a training script. Raises InputError for a model that predicts something else than
+    noise.
+    """
     args = found.about.get("args")
     args = args if isinstance(args, Mapping) else {}
     known: dict[str, Any] = {}
     name = str(args.get("model") or "")
-    if args.get("prediction") not in (None, "noise", "eps", "epsilon") or args.get("path_type") is not None or name.startswith("SiT"):
+    if (
+        args.get("prediction") not in (None, "noise", "eps", "epsilon")
+        or args.get("path_type") is not None
+        or name.startswith("SiT")
+    ):
         what = next(str(x) for x in (args.get("prediction"), args.get("path_type"), name) if x not in (None, ""))
-        raise InputError(f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here")
-    for setting, usual in (("predict_xstart", False), ("predict_v", False), ("noise_schedule", "linear"), ("diffusion_steps", 1000)):
+        raise InputError(
+            f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here"
+        )
+    for setting, usual in (
+        ("predict_xstart", False),
+        ("predict_v", False),
+        ("noise_schedule", "linear"),
+        ("diffusion_steps", 1000),
+    ):
         if args.get(setting) not in (None, "", usual):
-            raise InputError(f"trained with {setting} {args[setting]}; only DiTs with {setting} {usual} can be sampled here")
+            raise InputError(
+                f"trained with {setting} {args[setting]}; only DiTs with {setting} {usual} can be sampled here"
+            )
     if size := re.fullmatch(r"(?:DiT|LiT)-(S|B|L|XL)/(\d+)", name):
         known["prediction"] = "noise"
         width = found.tensors["x_embedder.proj.weight"].shape[0]
@@ -195,7 +265,9 @@ def _read_diffusers(found: Found) -> Read | None:
     fields.fixed("attention_bias", True)
     fields.fixed("norm_type", "ada_norm_zero")
     fields.fixed("norm_elementwise_affine", False)
-    fields.fixed("norm_eps", NORM_EPS, EPS)  # diffusers uses it in one of two norms; `verify` compares with it changed there
+    fields.fixed(
+        "norm_eps", NORM_EPS, EPS
+    )  # diffusers uses it in one of two norms; `verify` compares with it changed there
     for name, value in _UNUSED.items():
         fields.fixed(name, value, None)
     fields.skip("_*", "dropout", "norm_num_groups", "upcast_attention", "dtype", "torch_dtype")
@@ -213,7 +285,10 @@ def _read_diffusers(found: Found) -> Read | None:
     )
     fields.done()
     if written != 2 * channels:
-        raise InputError(f"{fields.where}: out_channels is {written}; only DiTs that predict noise and variance ({2 * channels}) are read")
+        raise InputError(
+            f"{fields.where}: out_channels is {written}; only DiTs that predict noise and variance ({2 * channels}) are"
+            " read"
+        )
     return Read(cfg, _scheduler(found))
 
 
@@ -222,7 +297,9 @@ def _scheduler(found: Found) -> tuple[Guess, ...]:
     for fields in filter(None, map(found.json, ("scheduler_config.json", "../scheduler/scheduler_config.json"))):
         kind = fields.text("_class_name", "")
         if any(word in kind for word in ("Flow", "EDM", "Consistency")):
-            raise InputError(f"{fields.where}: {kind} samples models of another kind; only DiTs, which predict noise, are read")
+            raise InputError(
+                f"{fields.where}: {kind} samples models of another kind; only DiTs, which predict noise, are read"
+            )
         fields.fixed("prediction_type", "epsilon")
         fields.fixed("num_train_timesteps", 1000)
         fields.fixed("beta_schedule", "linear")
@@ -231,26 +308,41 @@ def _scheduler(found: Found) -> tuple[Guess, ...]:
         fields.fixed("trained_betas", None)
         fields.fixed("rescale_betas_zero_snr", False)
         return ()
-    return (Guess("prediction", "noise", "no scheduler_config.json next to the transformer says it, and published DiTs do"),)
+    return (
+        Guess("prediction", "noise", "no scheduler_config.json next to the transformer says it, and published DiTs do"),
+    )
 
 
 def _write_diffusers(cfg: DitConfig, folder: Path) -> None:
     if cfg.attention != "softmax":
         raise InputError("diffusers has no linear attention for DiT; keep the heirloom format, or write --to fair")
     if not cfg.null_class:
-        raise InputError("diffusers' DiT has a row for no class, this model has none; keep the heirloom format, or write --to fair")
+        raise InputError(
+            "diffusers' DiT has a row for no class, this model has none; keep the heirloom format, or write --to fair"
+        )
     if cfg.hidden != 4 * cfg.width:
-        raise InputError(f"diffusers' DiT has MLPs of four widths, this model has {cfg.hidden} units at a width of {cfg.width}")
-    fixed: dict[str, Any] = dict(activation_fn="gelu-approximate", attention_bias=True, norm_type="ada_norm_zero", norm_eps=NORM_EPS)
+        raise InputError(
+            f"diffusers' DiT has MLPs of four widths, this model has {cfg.hidden} units at a width of {cfg.width}"
+        )
+    fixed: dict[str, Any] = dict(
+        activation_fn="gelu-approximate", attention_bias=True, norm_type="ada_norm_zero", norm_eps=NORM_EPS
+    )
     fixed |= dict(norm_elementwise_affine=False, dropout=0.0, norm_num_groups=32, upcast_attention=False)
     sizes = dict(sample_size=cfg.size, in_channels=cfg.channels, out_channels=2 * cfg.channels, patch_size=cfg.patch)
-    sizes |= dict(num_layers=cfg.layers, num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim, num_embeds_ada_norm=cfg.classes)
+    sizes |= dict(
+        num_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        attention_head_dim=cfg.head_dim,
+        num_embeds_ada_norm=cfg.classes,
+    )
     write_json(folder / "config.json", {"_class_name": "DiTTransformer2DModel"} | fixed | sizes)
 
 
 FORMATS = (
     # Without a wrapper, because DiT's own script reads it so.
-    Format(name="fair", layout=layouts.fair, file="dit.pt", read_config=_read_fair, write_config=_write_fair, wrapper=None),
+    Format(
+        name="fair", layout=layouts.fair, file="dit.pt", read_config=_read_fair, write_config=_write_fair, wrapper=None
+    ),
     Format(
         name="diffusers",
         layout=layouts.DIFFUSERS,

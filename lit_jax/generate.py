@@ -25,13 +25,17 @@ SEEDS = 2**32
 
 
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.count` pictures of each class in `args.classes` (all, or the first eight, unless given) and write `args.out`.
+    """Draw `args.count` pictures of each class in `args.classes` (all, or the first eight, unless given) and write
+    `args.out`.
 
-    The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents without an
-    autoencoder.
+    The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents
+    without an autoencoder.
     """
     if not isinstance(donor.cfg, DitConfig):
-        raise InputError(f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as --autoencoder")
+        raise InputError(
+            f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
+            " --autoencoder"
+        )
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     if args.count < 1:
         raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")
@@ -48,7 +52,13 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     drawn = np.concatenate(list(draw_batches(draw, params, pictures, labels, keys, BATCH)))
     seconds = time.perf_counter() - begun
     save_grid(drawn, args.out, columns=args.count if len(classes) > 1 else None)
-    return {"picture": str(args.out), "labels": labels.tolist(), "seconds": round(seconds, 2), "seed": args.seed, "sample": asdict(how)}
+    return {
+        "picture": str(args.out),
+        "labels": labels.tolist(),
+        "seconds": round(seconds, 2),
+        "seed": args.seed,
+        "sample": asdict(how),
+    }
 
 
 def default_sampling(cfg: DitConfig) -> SampleConfig:
@@ -57,7 +67,9 @@ def default_sampling(cfg: DitConfig) -> SampleConfig:
 
 
 def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
-    """Derive a key for each picture, [classes x count], from the seed, the class and the picture's number within the class alone."""
+    """Derive a key for each picture, [classes x count], from the seed, the class and the picture's number within the
+    class alone.
+    """
     if not 0 <= seed < SEEDS:
         raise InputError(f"seed {seed}: choose one from 0 to {SEEDS - 1}")
     keys = picture_keys(jax.random.key(seed), np.asarray(classes))
@@ -65,7 +77,13 @@ def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
 
 
 def draw_batches(
-    draw: Draw, params: Mapping[str, Any], pictures: PictureDecoder, labels: np.ndarray, keys: jax.Array, batch: int, first: int = 0
+    draw: Draw,
+    params: Mapping[str, Any],
+    pictures: PictureDecoder,
+    labels: np.ndarray,
+    keys: jax.Array,
+    batch: int,
+    first: int = 0,
 ) -> Iterator[np.ndarray]:
     """Draw and decode pictures, uint8 [up to batch, height, width, 3], of labels and keys [n], from number `first` on.
 

@@ -14,10 +14,10 @@ _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 def graft_attention(donor: DitConfig, student: DitConfig, keep: Keep = "none") -> Plan:
     """Make the plan from a DiT to a student of the same shape with other attention.
 
-    keep: projections of self-attention that are inherited as well. The paper and its class-conditional code keep none, its
-    text-to-image code "o"; "all" is for a donor with the same attention, such as a LiT of another resolution. Regrouping heads
-    leaves each projection as it is, channel by channel; what the layer computes changes.
-    Raises InputError when the shapes differ.
+    keep: projections of self-attention that are inherited as well. The paper and its class-conditional code keep none,
+    its text-to-image code "o"; "all" is for a donor with the same attention, such as a LiT of another resolution.
+    Regrouping heads leaves each projection as it is, channel by channel; what the layer computes changes. Raises
+    InputError when the shapes differ.
     """
     for name in ("channels", "patch", "width", "layers", "hidden", "classes", "null_class"):
         if getattr(donor, name) != getattr(student, name):
@@ -26,7 +26,9 @@ def graft_attention(donor: DitConfig, student: DitConfig, keep: Keep = "none") -
     if keep == "all":
         return Plan((("**", {}),))
     regroup: dict[str, AxisMap] = {"head head_dim": first(student.width)}
-    kept: list[tuple[str, Maps | Fresh]] = [(f"blocks/attn/{_PROJECTIONS[p]}/*", regroup) for p in (() if keep == "none" else keep)]
+    kept: list[tuple[str, Maps | Fresh]] = [
+        (f"blocks/attn/{_PROJECTIONS[p]}/*", regroup) for p in (() if keep == "none" else keep)
+    ]
     fresh = student.attention == "linear" and (student.filters != "none" or student.features.startswith("focused"))
     rest: list[tuple[str, Maps | Fresh]] = [("blocks/attn/**", FRESH)] if fresh or keep != "qkvo" else []
     return Plan((*kept, *rest, ("**", {})))

@@ -38,12 +38,13 @@ def cache_latents(
     force: bool = False,
     origin: Origin | None = None,
 ) -> None:
-    """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by index.
+    """Encode the pictures of `source`, cropped as in training (`adm_crop`), into a folder that `open_source` reads by
+    index.
 
-    origin: the identity of the autoencoder, which is saved with the cache; None: only `cfg` is saved.
-    The arrays are `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled;
-    and `label`, int32, if the records have one. The folder is renamed to `path` when it is complete.
-    Raises InputError for a picture that does not decode, a moment that `dtype` cannot hold, and if `path` exists already.
+    origin: the identity of the autoencoder, which is saved with the cache; None: only `cfg` is saved. The arrays are
+    `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled; and
+    `label`, int32, if the records have one. The folder is renamed to `path` when it is complete. Raises InputError for
+    a picture that does not decode, a moment that `dtype` cannot hold, and if `path` exists already.
     """
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
@@ -62,7 +63,9 @@ def cache_latents(
             records = [source[i] for i in range(start, min(start + batch, len(source)))]
             columns = {"moments": embed(params, np.stack(list(pool.map(partial(cropped, size=size), records))))}
             if not np.isfinite(columns["moments"]).all():
-                raise InputError(f"a picture among {start} to {start + len(records)} has moments that {dtype} cannot hold")
+                raise InputError(
+                    f"a picture among {start} to {start + len(records)} has moments that {dtype} cannot hold"
+                )
             if "label" in records[0]:
                 columns["label"] = np.array([record["label"] for record in records], np.int32)
             for name, value in columns.items():
@@ -79,17 +82,24 @@ def cache_origin(path: Path) -> Origin:
     """Read which autoencoder a cache was made with, and its scaling factor. Raises InputError if the file is missing."""
     origin = read_origin(path)
     if origin is None:
-        raise InputError(f"{path} holds latents without {FILE}, so their scaling factor is not known: make the cache again")
+        raise InputError(
+            f"{path} holds latents without {FILE}, so their scaling factor is not known: make the cache again"
+        )
     return origin
 
 
 def data_origin(data: SourceConfig, held_out: SourceConfig, *models: Donor | None) -> Origin | None:
-    """Find the autoencoder whose latents `data` holds; None for pictures. Raises InputError if held-out data or a model has others."""
+    """Find the autoencoder whose latents `data` holds; None for pictures. Raises InputError if held-out data or a model
+    has others.
+    """
     origin = cache_origin(Path(data.path)) if is_latent(data) else None
     if origin is None:
         return None
     if not origin.encoder:
-        remark(f"{data.path}: a cache of an earlier version, which does not say which autoencoder made it; {origin} is assumed to fit")
+        remark(
+            f"{data.path}: a cache of an earlier version, which does not say which autoencoder made it; {origin} is"
+            " assumed to fit"
+        )
     others = {held_out.path: Path(held_out.path)} if is_latent(held_out) else {}
     others |= {str(model.path): model.folder for model in models if model}
     for name, folder in others.items():
@@ -99,7 +109,9 @@ def data_origin(data: SourceConfig, held_out: SourceConfig, *models: Donor | Non
 
 
 def sample_cached(cfg: AutoencoderConfig, moments: jax.Array, key: jax.Array) -> jax.Array:
-    """Draw scaled latents [batch, row, col, latent] f32 from cached moments [batch, 2, row, col, 2 latent]; half of them mirrored."""
+    """Draw scaled latents [batch, row, col, latent] f32 from cached moments [batch, 2, row, col, 2 latent]; half of
+    them mirrored.
+    """
     mirror, noise = jax.random.split(key)
     view = jax.random.bernoulli(mirror, shape=(len(moments),)).astype(jnp.int32)
     drawn = jnp.take_along_axis(moments, view[:, None, None, None, None], axis=1)[:, 0]

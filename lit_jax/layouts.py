@@ -14,7 +14,9 @@ def _linear(ours: str, theirs: str) -> Rows:
 
 def _packed(ours: tuple[str, ...], theirs: str) -> Rows:
     """Rows for several projections packed into one matrix, in this order."""
-    return tuple((" + ".join(f"blocks/attn/{p}/{leaf}" for p in ours), f"{theirs}.{name}") for leaf, name in _LEAVES.items())
+    return tuple(
+        (" + ".join(f"blocks/attn/{p}/{leaf}" for p in ours), f"{theirs}.{name}") for leaf, name in _LEAVES.items()
+    )
 
 
 _LEAVES = {"kernel": "weight", "bias": "bias"}
@@ -74,5 +76,8 @@ DIFFUSERS = Layout(
         *_linear("final", "proj_out_2"),
     ),
     ignore=("pos_embed.pos_embed",),
-    differs="diffusers trains embedders for each block, and a DiT has one set: only DiTs that were converted to diffusers are read",
+    differs=(
+        "diffusers trains embedders for each block, and a DiT has one set: only DiTs that were converted to diffusers"
+        " are read"
+    ),
 )

@@ -1,11 +1,12 @@
-"""Few-head linear attention with a depthwise branch on the values (LiT §3.1; FLatten), forward and gradient in closed form.
+"""Few-head linear attention with a depthwise branch on the values (LiT §3.1; FLatten), forward and gradient in closed
+form.
 
 Per head, with phi(x) = ReLU(x) + feature_offset and means over the N tokens,
 
     out = phi(q) mean(phi(k) v^T) / (phi(q) . mean(phi(k)) + eps) + depthwise(v)
 
-The code computes the same function with centred keys and values. So the large rank-one part of the state, which must cancel in the
-backward pass, never enters a rounded product.
+The code computes the same function with centred keys and values. So the large rank-one part of the state, which must
+cancel in the backward pass, never enters a rounded product.
 """
 
 from collections.abc import Callable
@@ -52,25 +53,25 @@ def linear_attention(
 ) -> Float[Array, "batch token head head_dim"]:
     """Compute non-causal linear attention of every head, plus the depthwise convolution of the values.
 
-    q, k, v: [batch, token, head, head_dim] (or [batch, head, head_dim, token] with layout "bhdn"), any float dtype; the result has the
-    same shape and dtype.
-    eps, feature_offset: constants added to the normaliser and to the features.
-    conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The tokens are images of
-    `grid` = (height, width) in raster order; None: square. The caller tiles a bank that the heads share.
+    q, k, v: [batch, token, head, head_dim] (or [batch, head, head_dim, token] with layout "bhdn"), any float dtype; the
+    result has the same shape and dtype. eps, feature_offset: constants added to the normaliser and to the features.
+    conv_weight: [rows, cols, head * head_dim], odd sizes, zero padding; conv_bias: [head * head_dim]. The tokens are
+    images of `grid` = (height, width) in raster order; None: square. The caller tiles a bank that the heads share.
     feature_map: "relu" applies phi; "none" takes q and k as features, to which only the offset is added.
-    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere; "mosaic_tpu" and
-    "mosaic_gpu" (for Hopper) are kernels for bfloat16, differentiable once, which are fastest with layout "bhdn" and "bnhd";
-    "reference" is the definition in f32 (f64 for f64 input), differentiated by JAX. None: the kernel for this device if it was
-    measured on this kind of device, else "xla".
-    order: "linear" builds the head_dim x head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens.
-    Both are the same function.
-    shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over several devices; XLA
-    partitions its own code without them.
-    For `jax.checkpoint` policies q, k, v are named `lin_attn_q`, ..., the sums over tokens `lin_attn_state`, the result `lin_attn_out`.
-    Raises ValueError for shapes that do not fit, `Unsupported` if the named kernel does not support them.
+    implementation: "xla" accumulates in f32 whatever the dtype, with a closed-form gradient, and runs everywhere;
+    "mosaic_tpu" and "mosaic_gpu" (for Hopper) are kernels for bfloat16, differentiable once, which are fastest with
+    layout "bhdn" and "bnhd"; "reference" is the definition in f32 (f64 for f64 input), differentiated by JAX. None: the
+    kernel for this device if it was measured on this kind of device, else "xla". order: "linear" builds the head_dim x
+    head_dim state, "quadratic" the token x token weights; None chooses by the number of tokens. Both are the same
+    function. shards: mesh axes (of `jax.set_mesh`) over which batch and head are split, for a kernel inside a jit over
+    several devices; XLA partitions its own code without them. For `jax.checkpoint` policies q, k, v are named
+    `lin_attn_q`, ..., the sums over tokens `lin_attn_state`, the result `lin_attn_out`. Raises ValueError for shapes
+    that do not fit, `Unsupported` if the named kernel does not support them.
     """
     if not (q.ndim == 4 and q.shape == k.shape == v.shape):
-        raise ValueError(f"q, k, v must be of one shape [batch, token, head, head_dim], got {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(
+            f"q, k, v must be of one shape [batch, token, head, head_dim], got {q.shape}, {k.shape}, {v.shape}"
+        )
     _, tokens, heads, head_dim = q.shape if layout == "bnhd" else (q.shape[0], q.shape[3], *q.shape[1:3])
     if conv_weight is not None:
         grid = check_branch(conv_weight, grid, tokens, heads * head_dim)
@@ -100,7 +101,9 @@ def _rectified(x: jax.Array) -> jax.Array:
 _rectified.defvjp(lambda x: (jnp.maximum(x, 0), None), lambda _, grad: (grad,))
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem) -> jax.Array:
+def _reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, problem: Problem
+) -> jax.Array:
     wide = jnp.promote_types(v.dtype, jnp.float32)
     turned = problem.layout == "bhdn"
     q, k, values = (jnp.moveaxis(x, 3, 1).astype(wide) if turned else x.astype(wide) for x in (q, k, v))
@@ -114,7 +117,9 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | Non
 
 
 class _Run(NamedTuple):
-    """How a call is computed. automatic: the kernel was chosen for this device, so lowering for another platform uses XLA instead."""
+    """How a call is computed. automatic: the kernel was chosen for this device, so lowering for another platform uses
+    XLA instead.
+    """
 
     problem: Problem
     implementation: str
@@ -176,13 +181,15 @@ class _Run(NamedTuple):
             "s": PartitionSpec() if quadratic else Residuals(*residuals),
         }
         # No residual varies over an axis that it is not split over, but the kernels cannot prove that.
-        return jax.shard_map(kernel, in_specs=tuple(map(specs.get, inputs)), out_specs=tuple(map(specs.get, outputs)), check_vma=False)(
-            *arrays
-        )
+        return jax.shard_map(
+            kernel, in_specs=tuple(map(specs.get, inputs)), out_specs=tuple(map(specs.get, outputs)), check_vma=False
+        )(*arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, run: _Run) -> jax.Array:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, bias: jax.Array | None, run: _Run
+) -> jax.Array:
     return _forward(q, k, v, weight, bias, run)[0]
 
 
@@ -199,7 +206,13 @@ def _forward(
 def _backward(run: _Run, saved: Any, grad: jax.Array) -> Any:
     q, k, v, weight, bias, residuals = saved
     dq, dk, dv, dweight, dbias = run.backward(q, k, v, weight, residuals, grad)
-    return dq, dk, dv, None if weight is None else rounded(dweight, weight), None if bias is None else rounded(dbias, bias)
+    return (
+        dq,
+        dk,
+        dv,
+        None if weight is None else rounded(dweight, weight),
+        None if bias is None else rounded(dbias, bias),
+    )
 
 
 _attend.defvjp(_forward, _backward)
@@ -210,7 +223,9 @@ def _differentiable_once(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @called.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("kernels of linear attention can be differentiated once; use implementation='xla' for second derivatives")
+        raise NotImplementedError(
+            "kernels of linear attention can be differentiated once; use implementation='xla' for second derivatives"
+        )
 
     return called
 

@@ -19,10 +19,14 @@ class DistillConfig:
     variance: float = 0.05
     """Weight of the squared difference of the variance (lambda 2)."""
     target: Literal["raw", "log_sigma", "sigma"] = "raw"
-    """What "variance" compares: the raw output, as in the released code, or its log-variance or variance (Sigma in the paper)."""
+    """What "variance" compares: the raw output, as in the released code, or its log-variance or variance (Sigma in the
+    paper).
+    """
     dropped: Literal["shared", "student"] = "shared"
-    """Whose labels are dropped. Deviation: both networks see the same label ("shared"), where the released teacher always sees the true one
-    ("student"), which pulls the student's unconditional output toward the teacher's conditional one, and weakens guidance."""
+    """Whose labels are dropped. Deviation: both networks see the same label ("shared"), where the released teacher
+    always sees the true one ("student"), which pulls the student's unconditional output toward the teacher's
+    conditional one, and weakens guidance.
+    """
 
     @property
     def active(self) -> bool:

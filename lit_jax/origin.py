@@ -20,7 +20,8 @@ FILE = "autoencoder.json"
 class Origin:
     """The properties of an autoencoder that its latents depend on.
 
-    source: the SOURCE that was given, empty in older caches. encoder: SHA-256 of the encoder's weights, empty in older caches.
+    source: the SOURCE that was given, empty in older caches. encoder: SHA-256 of the encoder's weights, empty in older
+    caches.
     """
 
     cfg: AutoencoderConfig
@@ -32,7 +33,9 @@ class Origin:
 
 
 def autoencoder_origin(donor: Donor, source: str) -> Origin:
-    """Compute the identity of an opened autoencoder. Weights are hashed in half precision, so that a half-precision copy is the same."""
+    """Compute the identity of an opened autoencoder. Weights are hashed in half precision, so that a half-precision
+    copy is the same.
+    """
     digest = hashlib.sha256()
     for path, value in sorted(donor.source.values.items()):
         if path.startswith(("encoder/", "quant/")):
@@ -42,14 +45,18 @@ def autoencoder_origin(donor: Donor, source: str) -> Origin:
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """Read the autoencoder of a latent cache or a model's folder; None without the file. Older caches hold the config alone."""
+    """Read the autoencoder of a latent cache or a model's folder; None without the file. Older caches hold the config
+    alone.
+    """
     file = folder / FILE
     if not file.is_file():
         return None
     saved = read_json(file)
     if "model" not in saved:
         return Origin(from_json(AutoencoderConfig, saved))
-    return Origin(from_json(AutoencoderConfig, saved["model"]), str(saved.get("source", "")), str(saved.get("encoder", "")))
+    return Origin(
+        from_json(AutoencoderConfig, saved["model"]), str(saved.get("source", "")), str(saved.get("encoder", ""))
+    )
 
 
 def write_origin(folder: Path, origin: Origin | None) -> None:
@@ -65,7 +72,8 @@ def copy_origin(source: Path, destination: Path) -> None:
 
 
 def compare_latents(one: Origin, other: Origin, owner: str, other_owner: str) -> str:
-    """Return a warning if two autoencoders differ, else an empty string. owner, other_owner: what each belongs to, for the message.
+    """Return a warning if two autoencoders differ, else an empty string. owner, other_owner: what each belongs to, for
+    the message.
 
     Raises InputError if their latents cannot be mixed: another scaling factor, or another number of channels or pixels.
     """
@@ -73,12 +81,19 @@ def compare_latents(one: Origin, other: Origin, owner: str, other_owner: str) ->
     for name in ("scaling_factor", "latent", "factor"):
         if getattr(a, name) != getattr(b, name):
             raise InputError(
-                f"{owner} has latents of {one.source or 'an autoencoder'} with {name} {getattr(a, name):g}, {other_owner} of "
-                f"{other.source or 'an autoencoder'} with {getattr(b, name):g}: use the same autoencoder for both"
+                f"{owner} has latents of {one.source or 'an autoencoder'} with {name} {getattr(a, name):g},"
+                f" {other_owner} of {other.source or 'an autoencoder'} with {getattr(b, name):g}: use the same"
+                " autoencoder for both"
             )
     if not one.encoder or not other.encoder:
         unknown = other_owner if one.encoder else owner
-        return f"{unknown} does not say which autoencoder its latents are of; its scaling_factor, {a.scaling_factor:g}, fits"
+        return (
+            f"{unknown} does not say which autoencoder its latents are of; its scaling_factor, {a.scaling_factor:g},"
+            " fits"
+        )
     if one.encoder != other.encoder:
-        return f"{owner} has latents of {one}, {other_owner} of {other}: their encoders have other weights, and latents may not fit"
+        return (
+            f"{owner} has latents of {one}, {other_owner} of {other}: their encoders have other weights, and latents"
+            " may not fit"
+        )
     return ""

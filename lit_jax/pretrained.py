@@ -31,8 +31,8 @@ from lit_jax.zoo import EMBEDDED, FAMILY
 class Pretrained:
     """A DiT or LiT with its decoder.
 
-    params: the flat tree that `model.apply` takes. pictures: None for latents without an autoencoder. origin: the autoencoder whose
-    latents the model draws, if known.
+    params: the flat tree that `model.apply` takes. pictures: None for latents without an autoencoder. origin: the
+    autoencoder whose latents the model draws, if known.
     """
 
     cfg: DitConfig
@@ -43,20 +43,28 @@ class Pretrained:
     origin: Origin | None
     _drawers: dict[SampleConfig, Draw] = field(default_factory=dict, repr=False)
 
-    def sample(self, classes: int | Sequence[int], *, count: int = 1, seed: int = 0, batch: int = BATCH, **settings: Any) -> np.ndarray:
-        """Draw pictures, `count` of each class: uint8 [classes x count, height, width, 3]. settings: fields of `SampleConfig` (steps=50).
+    def sample(
+        self, classes: int | Sequence[int], *, count: int = 1, seed: int = 0, batch: int = BATCH, **settings: Any
+    ) -> np.ndarray:
+        """Draw pictures, `count` of each class: uint8 [classes x count, height, width, 3]. settings: fields of
+        `SampleConfig` (steps=50).
 
-        A picture depends only on seed, class and its number within the class. Raises InputError for an unknown class or setting, for a
-        picture that is not finite, and for latents without an autoencoder.
+        A picture depends only on seed, class and its number within the class. Raises InputError for an unknown class or
+        setting, for a picture that is not finite, and for latents without an autoencoder.
         """
         labels = [int(c) for c in np.atleast_1d(np.asarray(classes))]
         default = default_sampling(self.cfg)
         if unknown := settings.keys() - vars(default).keys():
-            raise InputError(f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are {', '.join(vars(default))})")
+            raise InputError(
+                f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are"
+                f" {', '.join(vars(default))})"
+            )
         if min(count, batch, len(labels)) < 1:
             raise InputError(f"{len(labels)} classes, count {count} and batch {batch}: each is 1 or more")
         if self.pictures is None:
-            raise InputError("this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema")
+            raise InputError(
+                "this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema"
+            )
         sampling = replace(default, **settings)
         draw = self._drawers.setdefault(sampling, drawer(self.model, self.cfg, sampling, self.mesh))
         repeated, keys = np.repeat(labels, count), class_keys(seed, labels, count)
@@ -79,10 +87,14 @@ class PretrainedAutoencoder:
     pictures: PictureDecoder
 
     def encode(self, images: np.ndarray) -> jax.Array:
-        """Encode pictures uint8 [n, height, width, 3]; returns the scaled means of their latents, [n, row, col, latent] f32."""
+        """Encode pictures uint8 [n, height, width, 3]; returns the scaled means of their latents, [n, row, col, latent]
+        f32.
+        """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise InputError(f"pictures must be uint8 [n, height, width, 3], these are {images.dtype} {list(images.shape)}")
+            raise InputError(
+                f"pictures must be uint8 [n, height, width, 3], these are {images.dtype} {list(images.shape)}"
+            )
         return scale_latents(self.cfg, self._encode(self.params, images.astype(np.float32) / 127.5 - 1).mean)
 
     def decode(self, latents: ArrayLike) -> np.ndarray:
@@ -99,8 +111,9 @@ class PretrainedAutoencoder:
 def load(source: str, autoencoder: str = "", **overrides: Any) -> Pretrained | PretrainedAutoencoder:
     """Load a DiT or LiT as a `Pretrained`, or an autoencoder as a `PretrainedAutoencoder`; f32 on the default devices.
 
-    source: `hf:org/name/folder`, a folder, a run or a file of any format, `embedded:digits_dit`. autoencoder: SOURCE of the decoder of a
-    latent model. overrides: settings that a bare weights file lacks (`heads=6`); guesses are printed as notes. Raises InputError.
+    source: `hf:org/name/folder`, a folder, a run or a file of any format, `embedded:digits_dit`. autoencoder: SOURCE of
+    the decoder of a latent model. overrides: settings that a bare weights file lacks (`heads=6`); guesses are printed
+    as notes. Raises InputError.
     """
     path = locate(str(source), EMBEDDED)
     path = path / "model" if (path / "metrics.jsonl").is_file() else path

@@ -29,14 +29,20 @@ HELD_OUT, ROWS = 512, 128  # pictures in the held-out loss, and how many at a ti
 
 
 def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
-    """Make the held-out score: squared error of the noise, averaged over evenly spread times. Noise and times are always the same."""
+    """Make the held-out score: squared error of the noise, averaged over evenly spread times. Noise and times are
+    always the same.
+    """
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
     cached = cache_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
     n = len(examples)
-    clean = sample_cached(cached, jnp.asarray(batch["moments"]), jax.random.key(0)) if cached else jnp.asarray(batch["image"])
+    clean = (
+        sample_cached(cached, jnp.asarray(batch["moments"]), jax.random.key(0))
+        if cached
+        else jnp.asarray(batch["image"])
+    )
     step = jnp.asarray(rng.permutation(n) * len(schedule) // n, jnp.int32)
     noise = jax.random.normal(jax.random.key(1), clean.shape)
     noisy = add_noise(schedule, clean, step, noise)
@@ -56,13 +62,17 @@ def noise_errors(student: Model, mesh: Mesh) -> Callable[..., jax.Array]:
     """Compile `(params, noisy, step, labels, noise) -> [row]`, the mean squared error of each row's predicted noise."""
 
     @partial(jax.jit, out_shardings=replicated(mesh))
-    def errors(params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
+    def errors(
+        params: Mapping[str, Any], noisy: jax.Array, step: jax.Array, labels: jax.Array, noise: jax.Array
+    ) -> jax.Array:
         return jnp.square(split(student.apply(params, noisy, step, labels)).noise - noise).mean((1, 2, 3))
 
     return errors
 
 
-def grids(cfg: "Config", model: Model, pictures: PictureDecoder, mesh: Mesh) -> Callable[[Mapping[str, Any], int, Path], None]:
+def grids(
+    cfg: "Config", model: Model, pictures: PictureDecoder, mesh: Mesh
+) -> Callable[[Mapping[str, Any], int, Path], None]:
     """Make `(params, step, run folder)`, which writes a grid of samples drawn from the same noise every time."""
     draw, labels = drawer(model, cfg.student, cfg.sample, mesh), np.arange(cfg.samples) % cfg.student.classes
 

@@ -39,7 +39,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for name, known in (("sampler", Name), ("guided", Guided)):
             if (value := getattr(self, name)) not in get_args(known):
-                raise InputError(f"no {name} {value!r}{nearest(str(value), get_args(known))}; choose {', '.join(get_args(known))}")
+                raise InputError(
+                    f"no {name} {value!r}{nearest(str(value), get_args(known))}; choose {', '.join(get_args(known))}"
+                )
         if not isfinite(self.guidance):
             raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
 
@@ -49,11 +51,18 @@ class SampleConfig:
         if not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
-            raise InputError("--steps 1 with ddpm: its only step is the last, which would return noise; use 2 steps, or --sampler dpm")
+            raise InputError(
+                "--steps 1 with ddpm: its only step is the last, which would return noise; use 2 steps, or"
+                " --sampler dpm"
+            )
         try:
             if self.sampler == "dpm":
                 return dpm_solver(chain, self.steps)
-            return ddpm(respace(chain, self.steps)) if self.sampler == "ddpm" else ddim(respace(chain, self.steps, "integer"))
+            return (
+                ddpm(respace(chain, self.steps))
+                if self.sampler == "ddpm"
+                else ddim(respace(chain, self.steps, "integer"))
+            )
         except ValueError as error:
             raise InputError(f"--steps {self.steps} with {self.sampler}: {error}") from error
 
@@ -90,7 +99,9 @@ class Draw:
         unique, which = np.unique(labels, return_inverse=True)
         if self.sampling.guidance != 1:
             unique = np.append(unique, self.cfg.classes).astype(np.int32)
-        rows = np.minimum(np.arange(len(labels) + -len(labels) % shards), len(labels) - 1)  # the last row is repeated to fill all devices
+        rows = np.minimum(
+            np.arange(len(labels) + -len(labels) % shards), len(labels) - 1
+        )  # the last row is repeated to fill all devices
         with jax.set_mesh(self.mesh):
             return self.compiled(params, unique, which[rows].astype(np.int32), keys[rows])[: len(labels)]
 
@@ -101,9 +112,14 @@ def picture_keys(key: Key[Array, ""], numbers: Int[np.ndarray, " n"]) -> Key[Arr
 
 
 def drawer(model: Model, cfg: DitConfig, sampling: SampleConfig, mesh: Mesh) -> Draw:
-    """Make the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without a null class."""
+    """Make the sampler: one `lax.scan` over its steps. Raises InputError for impossible steps, and for guidance without
+    a null class.
+    """
     if sampling.guidance != 1 and not cfg.null_class:
-        raise InputError(f"guidance {sampling.guidance:g}: this model was never trained without labels (no null class); set guidance 1")
+        raise InputError(
+            f"guidance {sampling.guidance:g}: this model was never trained without labels (no null class); set"
+            " guidance 1"
+        )
     sampler = sampling.make()
     times = jnp.asarray(sampler.time, jnp.float32)
 
@@ -114,7 +130,9 @@ def drawer(model: Model, cfg: DitConfig, sampling: SampleConfig, mesh: Mesh) -> 
         precomputed = None
         if size <= PRECOMPUTE_LIMIT:
             t, labels = (x.ravel() for x in jnp.meshgrid(times, unique, indexing="ij"))
-            precomputed = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels))
+            precomputed = jax.tree.map(
+                lambda x: x.reshape(*x.shape[:-2], len(sampler), len(unique), -1), modulations(t, labels)
+            )
 
         def denoise(x: jax.Array, i: jax.Array) -> Prediction:
             if precomputed is None:
@@ -123,7 +141,9 @@ def drawer(model: Model, cfg: DitConfig, sampling: SampleConfig, mesh: Mesh) -> 
                 modulation = jax.tree.map(lambda x: x[..., i, :, :], precomputed)
 
             def predict(rows: jax.Array) -> Prediction:
-                return split(model.apply(params, x, Modulation(*(m[..., rows, :] for m in modulation)), method="denoise"))
+                return split(
+                    model.apply(params, x, Modulation(*(m[..., rows, :] for m in modulation)), method="denoise")
+                )
 
             if sampling.guidance == 1:
                 return predict(which)

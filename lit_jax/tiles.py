@@ -11,13 +11,15 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional
 
 
-def decode_tiled(model: Functional, params: Mapping[str, Any], latents: jax.Array, tile: int, overlap: int) -> jax.Array:
+def decode_tiled(
+    model: Functional, params: Mapping[str, Any], latents: jax.Array, tile: int, overlap: int
+) -> jax.Array:
     """Decode unscaled latents [batch, row, col, latent] tile by tile: pictures [batch, height, width, 3] f32.
 
-    tile, overlap: latent positions along a side; overlap is a minimum. Where tiles overlap, one fades linearly into the next. The
-    decoder is compiled once, for one tile, and runs over the tiles in a loop. Attention and GroupNorm see one tile, not the picture,
-    so the result approaches that of `decode` as tiles grow; with a tile as large as the picture they are equal.
-    Raises InputError if the overlap is not less than the tile.
+    tile, overlap: latent positions along a side; overlap is a minimum. Where tiles overlap, one fades linearly into the
+    next. The decoder is compiled once, for one tile, and runs over the tiles in a loop. Attention and GroupNorm see one
+    tile, not the picture, so the result approaches that of `decode` as tiles grow; with a tile as large as the picture
+    they are equal. Raises InputError if the overlap is not less than the tile.
     """
     if not 0 <= overlap < tile:
         raise InputError(f"tiles of {tile} cannot overlap by {overlap}: choose an overlap from 0 to {tile - 1}")
@@ -36,7 +38,9 @@ def decode_tiled(model: Functional, params: Mapping[str, Any], latents: jax.Arra
         piece = decode(jax.lax.dynamic_slice(latents, (0, top, left, 0), (batch, *sides, latents.shape[-1])))
         piece = piece * rows.weights[row][:, None, None] * cols.weights[col][:, None]
         corner = (0, factor * top, factor * left, 0)
-        return jax.lax.dynamic_update_slice(picture, jax.lax.dynamic_slice(picture, corner, piece.shape) + piece, corner)
+        return jax.lax.dynamic_update_slice(
+            picture, jax.lax.dynamic_slice(picture, corner, piece.shape) + piece, corner
+        )
 
     return jax.lax.fori_loop(0, len(rows.starts) * len(cols.starts), add, jnp.zeros((batch, height, width, channels)))
 
@@ -49,7 +53,9 @@ class _Line(NamedTuple):
 
 
 def _place_tiles(length: int, side: int, overlap: int, factor: int) -> _Line:
-    """Place as few tiles as cover `length`, evenly spread, each overlapping by at least `overlap`. Weights sum to one at every pixel."""
+    """Place as few tiles as cover `length`, evenly spread, each overlapping by at least `overlap`. Weights sum to one
+    at every pixel.
+    """
     count = 1 if length == side else -(-(length - overlap) // (side - overlap))
     starts = np.linspace(0, length - side, count).round().astype(int)
     shared = factor * (side - int(np.diff(starts).max(initial=0)))

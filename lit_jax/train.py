@@ -47,7 +47,9 @@ class Config(BaseConfig):
 
     student: DitConfig = field(default_factory=DitConfig)
     keep: Keep = "none"
-    """Projections of self-attention that are also inherited: none, as in the paper; o, v, ...; all, if the donor has the same attention."""
+    """Projections of self-attention that are also inherited: none, as in the paper; o, v, ...; all, if the donor has
+    the same attention.
+    """
     distill: DistillConfig = field(default_factory=DistillConfig)
     label_drop: float = 0.1
     """Share of the examples whose label is dropped, for classifier-free guidance."""
@@ -118,30 +120,42 @@ def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
 def check_device(cfg: DitConfig, platform: str) -> None:
     """Raise InputError for a kernel of another platform."""
     if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
-        raise InputError(f"student.implementation {cfg.implementation} is a kernel for {wanted}, this is {platform}: set it to xla")
+        raise InputError(
+            f"student.implementation {cfg.implementation} is a kernel for {wanted}, this is {platform}: set it to xla"
+        )
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
     """Raise InputError if the shapes or classes of data, student and teacher differ."""
     c = cfg.student
-    given = example["image"].shape if "image" in example else (*example["moments"].shape[1:3], example["moments"].shape[3] // 2)
+    given = (
+        example["image"].shape
+        if "image" in example
+        else (*example["moments"].shape[1:3], example["moments"].shape[3] // 2)
+    )
     if given != (c.size, c.size, c.channels):
         takes = f"the student takes {[c.size, c.size, c.channels]}"
         raise InputError(f"the data is {list(given)}, {takes}: set student.size and student.channels")
     if cfg.label_drop and not c.null_class:
         raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no null class: set label_drop 0")
     if teacher and cfg.label_drop and cfg.distill.dropped == "shared" and not teacher.cfg.null_class:
-        raise InputError("the teacher has no null class: set distill.dropped student, so that it sees every label, or label_drop 0")
+        raise InputError(
+            "the teacher has no null class: set distill.dropped student, so that it sees every label, or label_drop 0"
+        )
     if teacher and (t := teacher.cfg) and (t.size, t.channels, t.classes) != (c.size, c.channels, c.classes):
         takes = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
         raise InputError(f"the teacher takes {takes}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: AutoencoderConfig | None) -> LossFn:
-    """Make the loss: DiT's, on pixels or on latents drawn from cached moments, plus the two distillation terms; one forward pass each."""
+    """Make the loss: DiT's, on pixels or on latents drawn from cached moments, plus the two distillation terms; one
+    forward pass each.
+    """
     schedule = linear_schedule()
 
-    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(
+        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
         clean = sample_cached(cached, batch["moments"], latent_key) if cached else batch["image"]
         n = len(clean)

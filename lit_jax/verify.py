@@ -1,4 +1,6 @@
-"""Converted DiTs against torch: diffusers' own class on its files, DiT's formulas in torch on those of facebookresearch and LiT."""
+"""Converted DiTs against torch: diffusers' own class on its files, DiT's formulas in torch on those of facebookresearch
+and LiT.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,7 +11,16 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from heirloom.common.checkpoint.verify import OWN, Check, against, as_folder, compare, importable, outputs, reference_tensors
+from heirloom.common.checkpoint.verify import (
+    OWN,
+    Check,
+    against,
+    as_folder,
+    compare,
+    importable,
+    outputs,
+    reference_tensors,
+)
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
@@ -21,14 +32,18 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 
 def inputs(cfg: DitConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seeded inputs [2, size, size, channels] f32, times [2] int32 and labels [2] int32, the last of the table being the second."""
+    """Seeded inputs [2, size, size, channels] f32, times [2] int32 and labels [2] int32, the last of the table being
+    the second.
+    """
     rng = np.random.default_rng(0)
     x = rng.standard_normal((EXAMPLES, cfg.size, cfg.size, cfg.channels)).astype(np.float32)
     return x, np.array([17, 903], np.int32), np.array([rng.integers(cfg.classes), cfg.rows - 1], np.int32)
 
 
 class AsDiffusers(Dit):
-    """The same network with the two deviations of diffusers' class: timestep exponents over 127, and an eps of its own before the MLP."""
+    """The same network with the two deviations of diffusers' class: timestep exponents over 127, and an eps of its own
+    before the MLP.
+    """
 
     def __init__(self, cfg: DitConfig, *, eps: float, rngs: nnx.Rngs):
         super().__init__(cfg, rngs=rngs)
@@ -39,9 +54,10 @@ class AsDiffusers(Dit):
 def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
     """Compare predictions, f32 at highest precision, with torch on `file`; tolerance 1e-4 relative.
 
-    A folder of diffusers is read by diffusers. Its class departs from DiT in two places, so our network is compared with these two
-    switched; the note says how far that is from DiT's formulas, which a converted model keeps to. Of facebookresearch's and LiT's files
-    no library reads the config: DiT's formulas in torch serve, and the check says so. Without torch only finiteness can be checked.
+    A folder of diffusers is read by diffusers. Its class departs from DiT in two places, so our network is compared
+    with these two switched; the note says how far that is from DiT's formulas, which a converted model keeps to. Of
+    facebookresearch's and LiT's files no library reads the config: DiT's formulas in torch serve, and the check says
+    so. Without torch only finiteness can be checked.
     """
     given = inputs(cfg)
     (ours,) = outputs(functional(Dit, cfg).apply, params, *given)
@@ -60,7 +76,9 @@ def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -
     return against(reference, [ours], format, what="predictions")
 
 
-def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def formulas(
+    cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
     """DiT's forward pass in torch on tensors in its own names; [batch, size, size, 2 channels]."""
     import torch
     import torch.nn.functional as F
@@ -79,9 +97,16 @@ def formulas(cfg: DitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray, t
         angle = torch.from_numpy(t).float()[:, None] * frequency
         c = linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
         c = F.silu(c + w["y_embedder.embedding_table.weight"][torch.from_numpy(labels).long()])
-        y = F.conv2d(torch.from_numpy(x).permute(0, 3, 1, 2), w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=cfg.patch)
+        y = F.conv2d(
+            torch.from_numpy(x).permute(0, 3, 1, 2),
+            w["x_embedder.proj.weight"],
+            w["x_embedder.proj.bias"],
+            stride=cfg.patch,
+        )
         y = y.flatten(2).transpose(1, 2)
-        y = y + torch.from_numpy(sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width))  # a file's may be rounded
+        y = y + torch.from_numpy(
+            sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width)
+        )  # a file's may be rounded
         for i in range(cfg.layers):
             m = linear(c, f"blocks.{i}.adaLN_modulation.1").chunk(6, 1)
             y = y + m[2][:, None] * mix(cfg, norm(y, m[0], m[1]), w, f"blocks.{i}.attn", linear)
@@ -101,7 +126,9 @@ def _softmax(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Ca
     return linear(out, f"{name}.proj")
 
 
-def _linear_attention(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any]) -> Any:
+def _linear_attention(
+    cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any]
+) -> Any:
     """LiT's attention as its release writes it: sums, not our centred means."""
     import torch.nn.functional as F
 
@@ -129,17 +156,31 @@ def _linear_attention(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, l
 def _as_fair(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """diffusers' tensors under facebookresearch's names, by plain renaming and concatenation."""
     first = "transformer_blocks.0.norm1.emb"
-    names = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
+    names = {
+        "pos_embed.proj": "x_embedder.proj",
+        "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear",
+    }
     names |= {f"{first}.timestep_embedder.linear_{n}": f"t_embedder.mlp.{2 * n - 2}" for n in (1, 2)}
     names |= {f"{first}.class_embedder.embedding_table": "y_embedder.embedding_table"}
     moved = [(f"{theirs}.{leaf}", f"{ours}.{leaf}") for theirs, ours in names.items() for leaf in ("weight", "bias")]
     out = {ours: tensors[theirs] for theirs, ours in moved if theirs in tensors}
-    inner = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+    inner = {
+        "norm1.linear": "adaLN_modulation.1",
+        "attn1.to_out.0": "attn.proj",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+    }
     layers = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("transformer_blocks."))
     for i in range(layers):
         for leaf in ("weight", "bias"):
-            out |= {f"blocks.{i}.{ours}.{leaf}": tensors[f"transformer_blocks.{i}.{theirs}.{leaf}"] for theirs, ours in inner.items()}
-            out[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate([tensors[f"transformer_blocks.{i}.attn1.to_{p}.{leaf}"] for p in "qkv"])
+            out |= {
+                f"blocks.{i}.{ours}.{leaf}": tensors[f"transformer_blocks.{i}.{theirs}.{leaf}"]
+                for theirs, ours in inner.items()
+            }
+            out[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate(
+                [tensors[f"transformer_blocks.{i}.attn1.to_{p}.{leaf}"] for p in "qkv"]
+            )
     return out
 
 

@@ -1,7 +1,8 @@
-"""Builds the three parquet files of `common/data/emoji` from four npm packages: `python scripts/build_emoji.py --cache DIR`.
+"""Builds the three parquet files of `common/data/emoji` from four npm packages: `python scripts/build_emoji.py --cache
+DIR`.
 
-The schema is in `common/data/emoji/__init__.py`. The same packages and the same Pillow and pyarrow give the same bytes. Needs `npm` on
-the path for packages that DIR does not hold yet (some 160 MB); takes a quarter of a minute on one core.
+The schema is in `common/data/emoji/__init__.py`. The same packages and the same Pillow and pyarrow give the same bytes.
+Needs `npm` on the path for packages that DIR does not hold yet (some 160 MB); takes a quarter of a minute on one core.
 """
 
 import argparse
@@ -95,7 +96,9 @@ def held_out(captions: dict[str, str]) -> set[str]:
         if len(members) <= LARGEST_FAMILY and len(drawn) + len(members) <= HELD_OUT:
             drawn.update(members)
     if len(drawn) != HELD_OUT:
-        raise ValueError(f"{len(drawn)} concepts held out, not {HELD_OUT}: too few small families are left; change SEED")
+        raise ValueError(
+            f"{len(drawn)} concepts held out, not {HELD_OUT}: too few small families are left; change SEED"
+        )
     return drawn
 
 
@@ -174,7 +177,13 @@ def build(cache: Path, out: Path) -> None:
     test = held_out({code: rows[code]["caption"] for code in shared})
     for style, of in drawn.items():
         table = [
-            rows[code] | {"image": of[code], "concept": code, "style": style, "split": "test" if code in test else "train"}
+            rows[code]
+            | {
+                "image": of[code],
+                "concept": code,
+                "style": style,
+                "split": "test" if code in test else "train",
+            }
             for code in shared
         ]
         file = out / f"{style}.parquet"

@@ -56,7 +56,19 @@ PER_CAPTION = {"emoji": 1, "colour": 4, "ink": 1, "clipart": 4}
 # as a traffic light is not a kind of traffic.
 VARIANT = {"one", "two", "three", "four", "five", "duo", "outline", "outlined", "filled", "duotone", "alt", "variant"}
 SOMETIMES = {"flat", "fill", "bold", "thin", "light", "solid"}
-LETTERS = {"alpha", "letter", "numeric", "number", "roman", "alphabet", "zodiac", "format", "regional", "digit", "cjkunifiedideograph"}
+LETTERS = {
+    "alpha",
+    "letter",
+    "numeric",
+    "number",
+    "roman",
+    "alphabet",
+    "zodiac",
+    "format",
+    "regional",
+    "digit",
+    "cjkunifiedideograph",
+}
 BRANDS = frozenset(
     """
     adobe airbnb aliexpress alipay amazon android aws azure baidu behance bilibili bing bitcoin blogger bluetooth brand
@@ -95,7 +107,10 @@ class Job(NamedTuple):
 
 def words(text: str) -> tuple[str, ...]:
     return tuple(
-        re.findall(r"[a-z0-9]+", text.lower().replace("\u2019", "").replace("'", "").replace("\u00f1", "n").replace("blonde", "blond"))
+        re.findall(
+            r"[a-z0-9]+",
+            text.lower().replace("\u2019", "").replace("'", "").replace("\u00f1", "n").replace("blonde", "blond"),
+        )
     )
 
 
@@ -130,7 +145,9 @@ class HeldOut:
         motifs = {stems(family(row["caption"])) for row in held}
         self.names = {stems(row["caption"]) for row in held} | {motif for motif in motifs if len(motif) > 1}
         also = {stems(name) for row in held for name in nicknames.get(row["concept"], ())} - self.names
-        self.inside = self.names | {name for name in also if len(name) > 1 or (len(name[0]) > 1 and name[0] not in seen)}
+        self.inside = self.names | {
+            name for name in also if len(name) > 1 or (len(name[0]) > 1 and name[0] not in seen)
+        }
         self.joined = {"".join(name) for name in self.names | also}
         self.joined_inside = {"".join(name) for name in self.inside if len(name) > 1}
 
@@ -150,7 +167,9 @@ def shortcodes(cache: Path) -> dict[str, set[str]]:
     with fetch(*CAPTIONS, cache) as tar:
         for preset in ("cldr", "emojibase", "emojibase-legacy", "github", "iamcal", "joypixels"):
             for code, codes in json.load(tar.extractfile(f"package/en/shortcodes/{preset}.json")).items():
-                spoken = [re.sub(r"[_-]|\d+$", " ", one).strip() for one in ([codes] if isinstance(codes, str) else codes)]
+                spoken = [
+                    re.sub(r"[_-]|\d+$", " ", one).strip() for one in ([codes] if isinstance(codes, str) else codes)
+                ]
                 found[concept(code)].update(one for one in spoken if words(one))
     return found
 
@@ -166,13 +185,20 @@ def iconify(cache: Path):
         record = json.load(tar.extractfile("package/collections.json"))
         for member in tar:
             style = Path(member.name).stem
-            kind = next((kind for kind, sets in (("emoji", EMOJI), ("colour", COLOUR), ("ink", INK)) if style in sets), None)
+            kind = next(
+                (kind for kind, sets in (("emoji", EMOJI), ("colour", COLOUR), ("ink", INK)) if style in sets), None
+            )
             if kind is None or not member.name.startswith("package/json/"):
                 continue
             if (spdx := record[style]["license"]["spdx"]) not in PERMISSIVE:
                 raise ValueError(f"icon set {style} is under {spdx}, which is not on the list; take the set out")
             icons = json.load(tar.extractfile(member))
-            branded = {name for category, of in icons.get("categories", {}).items() if re.search("(?i)brand|logo", category) for name in of}
+            branded = {
+                name
+                for category, of in icons.get("categories", {}).items()
+                if re.search("(?i)brand|logo", category)
+                for name in of
+            }
             for name in sorted(icons["icons"], key=lambda name: (size_rank(name), name)):
                 row = None
                 if kind == "emoji":  # "astronaut-2" is an astronaut, but a "keycap-2" is itself
@@ -196,13 +222,17 @@ def size_rank(name: str) -> int:
 def speaks(name: str, icons: dict) -> bool:
     """Whether an emoji that no list of names knows is worth its own words: no skin tone, no flag, no words run together."""
     tone = re.search(r"^(.*?)(-(medium-)?(light|medium|dark))+(-skin-tone.*)?$", name)
-    return "-" in name and "tone" not in words(name) and not name.startswith("flag-") and not (tone and tone[1] in icons)
+    return (
+        "-" in name and "tone" not in words(name) and not name.startswith("flag-") and not (tone and tone[1] in icons)
+    )
 
 
 def spoken(name: str, siblings: Collection[str] = ()) -> str:
     """`briefcase-check-2-duo` -> "briefcase check"."""
     found = list(words(name))
-    while found and (found[-1].isdigit() or found[-1] in VARIANT or (found[-1] in SOMETIMES and "-".join(found[:-1]) in siblings)):
+    while found and (
+        found[-1].isdigit() or found[-1] in VARIANT or (found[-1] in SOMETIMES and "-".join(found[:-1]) in siblings)
+    ):
         found.pop()
     return " ".join(found)
 
@@ -210,7 +240,8 @@ def spoken(name: str, siblings: Collection[str] = ()) -> str:
 def svg(icons: dict, name: str, kind: str) -> str:
     icon = icons["icons"][name]
     left, top, width, height = (
-        icon.get(key, icons.get(key, usual)) for key, usual in zip(("left", "top", "width", "height"), (0, 0, 16, 16), strict=True)
+        icon.get(key, icons.get(key, usual))
+        for key, usual in zip(("left", "top", "width", "height"), (0, 0, 16, 16), strict=True)
     )
     ink = INKS[hashlib.sha256(name.encode()).digest()[0] % len(INKS)] if kind == "ink" else INKS[0]
     edge = max(width, height)  # a square canvas, the picture in its middle
@@ -249,8 +280,19 @@ def clipart(cache: Path):
         # Files are called name_author_number. The title says it better, unless it is a stub or that of a whole series.
         name = spoken(re.sub(r"\d+$", "", re.sub(r"_[^_]+_\d+$", "", png.stem.removeprefix("aiga_"))))
         title = re.sub(r"\d+$", "", spoken(title))
-        stub = series[title] > 4 or not title or re.search(r"clip ?art|theme|untitled|unnamed|\b(svg|drawing|quot|amp|icons)\b", title)
-        yield Job("clipart", "openclipart", name if stub else title, tuple(k for k in keywords if k not in KEYWORDS_OUT), png, name)
+        stub = (
+            series[title] > 4
+            or not title
+            or re.search(r"clip ?art|theme|untitled|unnamed|\b(svg|drawing|quot|amp|icons)\b", title)
+        )
+        yield Job(
+            "clipart",
+            "openclipart",
+            name if stub else title,
+            tuple(k for k in keywords if k not in KEYWORDS_OUT),
+            png,
+            name,
+        )
 
 
 def draw(source: str | Path) -> bytes | None:
@@ -263,7 +305,9 @@ def draw(source: str | Path) -> bytes | None:
             picture = picture.convert("RGBA")
             picture = picture.crop(picture.getbbox())  # clip art floats on a page
         else:
-            picture = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=source, skip_system_fonts=True))).convert("RGBA")
+            picture = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=source, skip_system_fonts=True))).convert(
+                "RGBA"
+            )
     except (ValueError, OSError, Image.DecompressionBombError):
         return None
     data = webp(picture)
@@ -297,7 +341,9 @@ def build(cache: Path, out: Path, workers: int) -> None:
             reason = "same caption"
         else:
             per_caption[job.style, stems(job.caption)] += 1
-            kept.append(job._replace(tags=tuple(tag for tag in job.tags if job.kind == "emoji" or not held_out.named_by(tag))))
+            kept.append(
+                job._replace(tags=tuple(tag for tag in job.tags if job.kind == "emoji" or not held_out.named_by(tag)))
+            )
             continue
         dropped[job.style][reason] += 1
 
@@ -309,7 +355,13 @@ def build(cache: Path, out: Path, workers: int) -> None:
                 continue
             drawn.add((job.style, data))
             rows.append(
-                {"image": data, "caption": job.caption, "tags": list(job.tags), "concept": " ".join(words(job.caption)), "style": job.style}
+                {
+                    "image": data,
+                    "caption": job.caption,
+                    "tags": list(job.tags),
+                    "concept": " ".join(words(job.caption)),
+                    "style": job.style,
+                }
                 | {"group": "", "subgroup": "", "split": "train"}
             )
     rows.sort(key=lambda row: (row["concept"], row["style"]))  # stable: equal ones stay in the order they were read
@@ -317,9 +369,13 @@ def build(cache: Path, out: Path, workers: int) -> None:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out, compression=compression, write_statistics=False)
 
     for style, count in collections.Counter(row["style"] for row in rows).most_common():
-        print(f"{style:28}{count:6} kept; left out " + ", ".join(f"{n} {why}" for why, n in dropped[style].most_common()))
+        print(
+            f"{style:28}{count:6} kept; left out " + ", ".join(f"{n} {why}" for why, n in dropped[style].most_common())
+        )
     leaks = sum(of["held out"] for of in dropped.values())
-    print(f"{out}: {len(rows)} pictures, {len({row['concept'] for row in rows})} captions, {out.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{out}: {len(rows)} pictures, {len({row['concept'] for row in rows})} captions, {out.stat().st_size / 1e6:.1f} MB"
+    )
     print(f"{leaks} pictures were left out because they name a held-out concept")
 
 

@@ -1,8 +1,10 @@
-"""Encode labelled pictures once: the moments of every picture and of its mirror image, which `heirloom train lit/...` reads.
+"""Encode labelled pictures once: the moments of every picture and of its mirror image, which `heirloom train lit/...`
+reads.
 
     python scripts/cache_latents.py imagenet/train data/imagenet_256 --size 256
 
-SOURCE is anything data.path takes: a folder with a sub-folder per class, tar shards, tfds:imagenet2012. 10 GB for ImageNet at 256 px.
+SOURCE is anything data.path takes: a folder with a sub-folder per class, tar shards, tfds:imagenet2012. 10 GB for
+ImageNet at 256 px.
 """
 
 import argparse
@@ -38,7 +40,9 @@ def main() -> None:
     donor, mesh = open_donor(locate(args.autoencoder), [autoencoder_layouts.FAMILY]), start(MeshConfig())
     params = load_params(donor, mesh)
     if args.size < donor.cfg.factor or args.size % donor.cfg.factor:
-        raise InputError(f"--size {args.size}: this autoencoder shrinks {donor.cfg.factor} times; choose a multiple of that")
+        raise InputError(
+            f"--size {args.size}: this autoencoder shrinks {donor.cfg.factor} times; choose a multiple of that"
+        )
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: choose 1 or more")
     origin = autoencoder_origin(donor, args.autoencoder)

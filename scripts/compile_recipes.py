@@ -1,7 +1,7 @@
 """The published recipes compiled for TPU slices, without a TPU: docs/compile.md and docs/compile.json.
 
-    pip install -e '.[tpu]' && python scripts/compile_recipes.py            # what the table lacks: minutes each, under 4 GB
-    python scripts/compile_recipes.py lit/xl_2_512                          # this one again
+pip install -e '.[tpu]' && python scripts/compile_recipes.py            # what the table lacks: minutes each, under 4 GB
+python scripts/compile_recipes.py lit/xl_2_512                          # this one again
 """
 
 import json
@@ -65,12 +65,17 @@ then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are co
 
 def row(name: str, how: str, r: dict) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
-    found = ", ".join(f"{c['count']} {kind} ({c['bytes'] / 2**20:,.0f} MiB)" for kind, c in r["collectives"].items()) or "-"
+    found = (
+        ", ".join(f"{c['count']} {kind} ({c['bytes'] / 2**20:,.0f} MiB)" for kind, c in r["collectives"].items()) or "-"
+    )
     fits = "yes" if r["fits"] else f"no: {r['advice']}"
     limit = f"{1e3 * r['step_seconds']:.1f} ms | {r['bound']}" if r["fits"] else "- | -"
     memory = f"{r['bytes_per_device'] / GIB:.2f} | {r['hbm'] / GIB:.2f}"
     compiled = f"{r['date']}, {r['jax']}, {r['libtpu']}{'' if 'summed' in r or not r['fits'] else ', bfloat16 sums'}"
-    return f"| {name} | {how} | {mesh} | {r['batch']:,} | {memory} | {fits} | {found} | {r['flops'] / 1e12:,.4g} | {limit} | {compiled} |"
+    return (
+        f"| {name} | {how} | {mesh} | {r['batch']:,} | {memory} | {fits} | {found} | {r['flops'] / 1e12:,.4g} | {limit}"
+        f" | {compiled} |"
+    )
 
 
 def main(wanted: list[str]) -> None:
@@ -92,7 +97,12 @@ def main(wanted: list[str]) -> None:
 
 
 def write(results: dict[str, dict]) -> None:
-    rows = [row(name, how, results[f"{name} {how}"]) for name, ways in RECIPES.items() for how in ways if f"{name} {how}" in results]
+    rows = [
+        row(name, how, results[f"{name} {how}"])
+        for name, ways in RECIPES.items()
+        for how in ways
+        if f"{name} {how}" in results
+    ]
     (DOCS / "compile.md").write_text(HEAD + "\n".join(rows) + "\n")
 
 

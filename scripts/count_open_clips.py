@@ -1,10 +1,12 @@
 """How many of the models that open_clip ships a config for are read here, and read right.
 
-    python scripts/count_open_clips.py                 # needs the extra `parity`, and open_clip_torch and timm without their dependencies
+    python scripts/count_open_clips.py                 # needs the extra `parity`, and open_clip_torch and timm without
+    their dependencies
 
-Each config is built by open_clip itself, made small in width and depth alone, with random weights in which a wrong setting shows, saved as
-open_clip saves it, and opened by heirloom: *right* where features agree to 1e-4, *wrong* where they do not, *refused* with the reason.
-Towers of timm and of transformers are not built: their tensors' names alone decide.
+Each config is built by open_clip itself, made small in width and depth alone, with random weights in which a wrong
+setting shows, saved as open_clip saves it, and opened by heirloom: *right* where features agree to 1e-4, *wrong* where
+they do not, *refused* with the reason. Towers of timm and of transformers are not built: their tensors' names alone
+decide.
 """
 
 import copy

@@ -2,9 +2,9 @@
 
     python scripts/count_timm_vits.py                  # needs the extra `parity`, and timm without its dependencies
 
-Each model whose name begins with vit_, deit, beit or flexivit is built by timm itself, two layers deep, with random weights in which a
-wrong setting shows, saved as timm saves it for the hub, and opened by heirloom: *right* where logits agree to 1e-4 of the largest,
-*wrong* where they do not, *refused* with the reason.
+Each model whose name begins with vit_, deit, beit or flexivit is built by timm itself, two layers deep, with random
+weights in which a wrong setting shows, saved as timm saves it for the hub, and opened by heirloom: *right* where logits
+agree to 1e-4 of the largest, *wrong* where they do not, *refused* with the reason.
 """
 
 import re
@@ -41,7 +41,11 @@ def save(name: str, folder: Path) -> torch.nn.Module:
 
 def difference(model: Any, donor: Donor, params: Mapping[str, np.ndarray]) -> float:
     """The largest difference between logits, relative to the largest logit."""
-    x = np.random.default_rng(0).standard_normal((1, donor.cfg.size, donor.cfg.size, donor.cfg.channels)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .standard_normal((1, donor.cfg.size, donor.cfg.size, donor.cfg.channels))
+        .astype(np.float32)
+    )
     ours = np.asarray(jax.jit(donor.model.apply)(params, x))
     theirs = model(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
@@ -58,4 +62,12 @@ def reason(said: str) -> str:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    count(__doc__, timm, [name for name in timm.list_models() if name.startswith(PREFIXES)], FAMILY, save, difference, reason)
+    count(
+        __doc__,
+        timm,
+        [name for name in timm.list_models() if name.startswith(PREFIXES)],
+        FAMILY,
+        save,
+        difference,
+        reason,
+    )

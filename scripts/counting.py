@@ -1,7 +1,8 @@
-"""What count_open_clips.py and count_timm_vits.py share: how many models of a library heirloom reads, and how many it reads right.
+"""What count_open_clips.py and count_timm_vits.py share: how many models of a library heirloom reads, and how many it
+reads right.
 
-Each model is built by its own library with random weights, saved as the library saves it, opened by heirloom, and compared:
-*right* where the outputs agree to 1e-4, *wrong* where they do not, *refused* with the reason.
+Each model is built by its own library with random weights, saved as the library saves it, opened by heirloom, and
+compared: *right* where the outputs agree to 1e-4, *wrong* where they do not, *refused* with the reason.
 """
 
 import argparse
@@ -26,7 +27,9 @@ Difference = Callable[[Any, Donor, Mapping[str, np.ndarray]], float]
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Add noise to every parameter except scalars, so that norms and biases are not at their initial values and a wrong setting shows."""
+    """Add noise to every parameter except scalars, so that norms and biases are not at their initial values and a wrong
+    setting shows.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim:
@@ -58,8 +61,9 @@ def count(
 ) -> None:
     """Run a script: print the wrong models, the reasons of refusals and the counts; exit with 1 when a model is wrong.
 
-    about: the script's docstring. library: the module, for its name and version. save: builds the model of a name, writes it to a folder
-    and returns it. difference: the error between the outputs of the saved model and ours. reason: shortens a refusal, to count it by kind.
+    about: the script's docstring. library: the module, for its name and version. save: builds the model of a name,
+    writes it to a folder and returns it. difference: the error between the outputs of the saved model and ours. reason:
+    shortens a refusal, to count it by kind.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names that contain this")

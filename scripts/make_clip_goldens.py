@@ -1,9 +1,11 @@
-"""Write tests/golden/clip: small checkpoints as transformers and open_clip save them, with what those libraries compute from them.
+"""Write tests/golden/clip: small checkpoints as transformers and open_clip save them, with what those libraries compute
+from them.
 
     pip install torch transformers && pip install --no-deps open-clip-torch==3.3.0 timm==1.0.31 torchvision==0.28.0
     python scripts/make_clip_goldens.py
 
-Weights are drawn far from their tiny initial values, so that a wrong activation, epsilon, pooling or order of heads shows.
+Weights are drawn far from their tiny initial values, so that a wrong activation, epsilon, pooling or order of heads
+shows.
 """
 
 import json
@@ -12,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# torchvision, which open_clip imports, is a CUDA build: on a CPU machine the operators it looks for must be declared first.
+# torchvision, which open_clip imports, is a CUDA build: on a CPU machine the operators it looks for must be declared
+# first.
 torchvision = torch.library.Library("torchvision", "DEF")
 for operator in ("nms", "qnms"):
     torchvision.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -44,7 +47,14 @@ def hf_config(activation: str, eps: float, eos: int) -> CLIPConfig:
     shared = dict(hidden_act=activation, layer_norm_eps=eps, projection_dim=JOINT)
     text = dict(hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCAB)
     text |= dict(max_position_embeddings=CONTEXT, eos_token_id=eos, bos_token_id=0, pad_token_id=1)
-    image = dict(hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=PATCH)
+    image = dict(
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
     return CLIPConfig(text_config=shared | text, vision_config=shared | image, projection_dim=JOINT)
 
 
@@ -83,7 +93,9 @@ def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def inputs(eot: int) -> tuple[np.ndarray, np.ndarray]:
-    """Four pictures [4, 32, 32, 3] int8 (64ths) and captions [4, 12] int32; after the end stand zeros, or the end again."""
+    """Four pictures [4, 32, 32, 3] int8 (64ths) and captions [4, 12] int32; after the end stand zeros, or the end
+    again.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(-128, 128, (4, SIZE, SIZE, 3)).astype(np.int8)
     tokens = np.zeros((4, CONTEXT), np.int32)
@@ -99,7 +111,9 @@ def pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images.astype(np.float32) / 64).permute(0, 3, 1, 2)
 
 
-def save(folder: Path, images: np.ndarray, tokens: np.ndarray, image: torch.Tensor, text: torch.Tensor, logits: torch.Tensor) -> None:
+def save(
+    folder: Path, images: np.ndarray, tokens: np.ndarray, image: torch.Tensor, text: torch.Tensor, logits: torch.Tensor
+) -> None:
     outputs = dict(image=image.numpy(), text=text.numpy(), logits=logits.numpy())
     np.savez_compressed(folder / "expected.npz", images=images, tokens=tokens, **outputs)
     print(folder.name, f"{sum(f.stat().st_size for f in folder.iterdir()):,} bytes")

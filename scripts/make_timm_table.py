@@ -2,8 +2,9 @@
 
     python scripts/make_timm_table.py                  # needs the extra `parity`, and timm without its dependencies
 
-A config.json of timm names an architecture and the arguments that differ from it, so that a name is half of the config. No model is built:
-each function is called up to the point where it would. Of classes other than VisionTransformer the name alone is kept.
+A config.json of timm names an architecture and the arguments that differ from it, so that a name is half of the config.
+No model is built: each function is called up to the point where it would. Of classes other than VisionTransformer the
+name alone is kept.
 """
 
 import json
@@ -29,7 +30,14 @@ MODULES = (beit, deit, eva, vision_transformer, vision_transformer_hybrid, visio
 CLASSES = ("VisionTransformer", "VisionTransformerDistilled")
 ACTIVATIONS = {get_act_layer(name): name for name in ("gelu", "gelu_tanh", "quick_gelu")} | {torch.nn.GELU: "gelu"}
 # Of loading and feature extraction, not of the model.
-OTHERS = ("pretrained_filter_fn", "pretrained_strict", "feature_cfg", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+OTHERS = (
+    "pretrained_filter_fn",
+    "pretrained_strict",
+    "feature_cfg",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+)
 
 
 class Stop(Exception):
@@ -53,7 +61,9 @@ def architecture(name: str, **overrides: Any) -> dict[str, Any]:
     kind = getattr(model, "__name__", None) or model.func.__name__
     if kind not in CLASSES:
         return {"class": kind}
-    return {"class": kind} | {key: told(key, value) for key, value in kwargs.items() if key not in OTHERS and value is not None}
+    return {"class": kind} | {
+        key: told(key, value) for key, value in kwargs.items() if key not in OTHERS and value is not None
+    }
 
 
 def told(name: str, value: Any) -> Any:

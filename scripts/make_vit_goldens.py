@@ -1,9 +1,11 @@
-"""Write tests/golden/vit: small ViTs as timm and transformers save them, and their own logits (needs torch, timm and transformers).
+"""Write tests/golden/vit: small ViTs as timm and transformers save them, and their own logits (needs torch, timm and
+transformers).
 
     python scripts/make_vit_goldens.py
 
-timm: with and without class token, both pool orders, distilled. transformers: ViT, DeiT with one head and with two. Weights are drawn far
-from their initial values, so that a wrong activation, epsilon or order shows; eps are large enough to be seen.
+timm: with and without class token, both pool orders, distilled. transformers: ViT, DeiT with one head and with two.
+Weights are drawn far from their initial values, so that a wrong activation, epsilon or order shows; eps are large
+enough to be seen.
 """
 
 import json
@@ -13,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# timm imports torchvision, whose compiled operators are missing next to a CPU build of torch; these two names are all it needs.
+# timm imports torchvision, whose compiled operators are missing next to a CPU build of torch; these two names are all
+# it needs.
 _library = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -36,7 +39,11 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "timm_norm_mean": ("vit_tiny_patch16_224", dict(class_token=False, global_pool="avg", fc_norm=False)),
     "timm_distilled": ("deit_tiny_distilled_patch16_224", {}),
 }
-HF = {"hf_vit": ViTForImageClassification, "hf_deit": DeiTForImageClassification, "hf_deit_teacher": DeiTForImageClassificationWithTeacher}
+HF = {
+    "hf_vit": ViTForImageClassification,
+    "hf_deit": DeiTForImageClassification,
+    "hf_deit_teacher": DeiTForImageClassificationWithTeacher,
+}
 CLASSES = 5
 
 
@@ -61,7 +68,9 @@ def main() -> None:
         (FOLDER / name / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         with torch.no_grad():
             logits[name] = model(x).numpy()
-    sizes = dict(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
     for seed, (name, kind) in enumerate(HF.items()):
         config = (ViTConfig if name == "hf_vit" else DeiTConfig)(**sizes, layer_norm_eps=1e-3, num_labels=CLASSES)
         model = drawn(kind(config), 10 + seed)

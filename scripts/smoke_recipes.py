@@ -1,10 +1,12 @@
-"""A few steps of every TinyCLIP recipe at its real size, on a CPU and without a download: does it build, inherit, train, cut and save?
+"""A few steps of every TinyCLIP recipe at its real size, on a CPU and without a download: does it build, inherit,
+train, cut and save?
 
     python scripts/smoke_recipes.py --out docs/recipes.md    # all
     python scripts/smoke_recipes.py tinyclip/vit_61m_32      # one
 
-Architecture, loss, optimizer, precision and stages are the recipe's. Not: its data (embedded emoji, four a step), its number of steps and
-warm-up, its mesh, and its teacher and donor, which are drawn at random in the sizes of the published ones.
+Architecture, loss, optimizer, precision and stages are the recipe's. Not: its data (embedded emoji, four a step), its
+number of steps and warm-up, its mesh, and its teacher and donor, which are drawn at random in the sizes of the
+published ones.
 """
 
 import argparse
@@ -52,7 +54,9 @@ parameters are what {MASKED} steps of masks at a large rate happen to leave.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", default=[name for name in config.recipes() if name.startswith("tinyclip/")])
+    parser.add_argument(
+        "recipes", nargs="*", default=[name for name in config.recipes() if name.startswith("tinyclip/")]
+    )
     parser.add_argument("--out", type=Path, help="where the table goes as well")
     args = parser.parse_args()
     rows = []
@@ -76,12 +80,18 @@ def smoke(recipe: Any, folder: Path) -> dict[str, Any]:
     if not all(map(math.isfinite, loss)):
         raise FloatingPointError(f"losses {loss}")
     total = parameters(open_clip_model(str(stages[-1] / "model")).source.spec)["total"]
-    return {"stages": len(stages), "parameters": total, "loss": (loss[0], loss[-1]), "seconds": time.perf_counter() - started}
+    return {
+        "stages": len(stages),
+        "parameters": total,
+        "loss": (loss[0], loss[-1]),
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def short(cfg: Config, folder: Path) -> Config:
-    """A few steps of a recipe on a few emoji, with what cannot be had here drawn into `folder`. A cut comes as early as it can, and takes
-    something away: the masks' rate is large."""
+    """A few steps of a recipe on a few emoji, with what cannot be had here drawn into `folder`. A cut comes as early as
+    it can, and takes something away: the masks' rate is large.
+    """
 
     def here(source: str) -> str:
         return drawn(DRAWN[source], folder / source.replace("/", "-")) if source in DRAWN else source
@@ -119,7 +129,9 @@ def drawn(cfg: ClipConfig, folder: Path) -> str:
 def embeddings(joint: int, folder: Path) -> SourceConfig:
     """Emoji with columns as a teacher's embeddings, drawn."""
     source, rng = open_source(replace(PAIRS, columns=("tags",))), np.random.default_rng(0)
-    rows = [{"image": r["image"], "caption": r["text"], "tags": r["tags"]} for r in (source[i] for i in range(len(source)))]
+    rows = [
+        {"image": r["image"], "caption": r["text"], "tags": r["tags"]} for r in (source[i] for i in range(len(source)))
+    ]
     unit = rng.standard_normal((len(rows), 2, joint)).astype(np.float32)
     unit /= np.linalg.norm(unit, axis=2, keepdims=True)
     for row, pair in zip(rows, unit, strict=True):

@@ -1,7 +1,7 @@
 """timm and open_clip without torchvision: both import it for transforms that their models do not use.
 
-torchvision has no build that fits the torch of this extra, so an empty stand-in takes its place while they are imported: `with installed():
-import timm`. Where a real torchvision works, it is left alone.
+torchvision has no build that fits the torch of this extra, so an empty stand-in takes its place while they are
+imported: `with installed(): import timm`. Where a real torchvision works, it is left alone.
 """
 
 import enum
@@ -55,7 +55,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Let `import torchvision` succeed inside the block, where timm and open_clip are imported; afterwards it is gone again.
+    """Let `import torchvision` succeed inside the block, where timm and open_clip are imported; afterwards it is gone
+    again.
 
     transformers and diffusers are imported before: they ask for torchvision, too, and must go on without it.
     """

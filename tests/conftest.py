@@ -5,9 +5,11 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-# Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for one small run.
+# Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for
+# one small run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older emitters, which jaxlib had until 0.10, compile in half the time or less; an unknown flag would end the process.
+# XLA's older emitters, which jaxlib had until 0.10, compile in half the time or less; an unknown flag would end the
+# process.
 if version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 # And what was compiled once is kept, for the other processes and for the next run.
@@ -28,18 +30,27 @@ import tinyclip_jax.masks
 import tinyclip_jax.model
 from heirloom.common.errors import Remark
 
-# Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number of devices:
-# on two cores a step with many of them waited for ever. In a larger pool it does not; XLA reads its size from here.
+# Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number
+# of devices: on two cores a step with many of them waited for ever. In a larger pool it does not; XLA reads its size
+# from here.
 os.environ.setdefault("NPROC", "64")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# The functions whose shapes are checked in tests; product runs do not pay for it. Before other modules import them by name.
+# The functions whose shapes are checked in tests; product runs do not pay for it. Before other modules import them by
+# name.
 SHAPED = {
     tinyclip_jax.losses: ("affinity_mimicking", "contrastive", "similarity"),
-    tinyclip_jax.masks: ("open_probability", "sample_gate", "deterministic_gate", "remaining", "sparsity", "constraint"),
+    tinyclip_jax.masks: (
+        "open_probability",
+        "sample_gate",
+        "deterministic_gate",
+        "remaining",
+        "sparsity",
+        "constraint",
+    ),
     tinyclip_jax.model.Clip: ("__call__", "encode_image", "encode_text"),
     learngene.losses: ("cross_entropy", "distillation"),
     learngene.vit: ("stochastic_depth",),
@@ -69,7 +80,9 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((i for i, prefix in enumerate(LONGEST) if item.nodeid.startswith(prefix)), len(LONGEST)))
+    items.sort(
+        key=lambda item: next((i for i, prefix in enumerate(LONGEST) if item.nodeid.startswith(prefix)), len(LONGEST))
+    )
 
 
 @pytest.fixture(scope="module")

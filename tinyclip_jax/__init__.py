@@ -1,8 +1,8 @@
 """TinyCLIP (arXiv 2309.12314): affinity mimicking and weight inheritance for CLIP models.
 
-    clip = tinyclip_jax.load("hf:openai/clip-vit-base-patch32")
-    similarity = clip.encode_image(pictures) @ clip.encode_text(["a cat", "a dog"]).T
-    student = tinyclip_jax.inherit_from(clip, tinyclip_jax.zoo.STUDENTS["vit_40m_32"])
+clip = tinyclip_jax.load("hf:openai/clip-vit-base-patch32")
+similarity = clip.encode_image(pictures) @ clip.encode_text(["a cat", "a dog"]).T
+student = tinyclip_jax.inherit_from(clip, tinyclip_jax.zoo.STUDENTS["vit_40m_32"])
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,6 @@
-"""Automatic weight inheritance (TinyCLIP §3.2): a phase with learned masks, pruning, then distillation of the pruned model."""
+"""Automatic weight inheritance (TinyCLIP §3.2): a phase with learned masks, pruning, then distillation of the pruned
+model.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -44,10 +46,13 @@ from tinyclip_jax.zoo import FAMILY, open_clip_model
 def train(cfg: Config, directory: Path) -> None:
     """Run both phases of a recipe with masks, from the last checkpoint if there is one."""
     if cfg.masks.round_to < 1:
-        raise InputError(f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, widths are rounded up to a multiple of it")
+        raise InputError(
+            f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, widths are rounded up to a multiple of it"
+        )
     if cfg.masks.prune_step >= cfg.steps:
         raise InputError(
-            f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is trained after it"
+            f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is"
+            " trained after it"
         )
     if session := recipe.begin(cfg, directory, parts(cfg)):
         pruned = learn_masks(session, cfg)
@@ -74,7 +79,9 @@ def parts(cfg: Config) -> Parts:
     def evaluator(opened: Opened) -> Evaluator | None:
         unmasked = manual.evaluator(cfg, model, opened)
         score = unmasked and unmasked.score
-        return Evaluator(score=lambda params: score(split(params)[0] | evaluation_gates(cfg, params))) if score else None
+        return (
+            Evaluator(score=lambda params: score(split(params)[0] | evaluation_gates(cfg, params))) if score else None
+        )
 
     return replace(
         manual_parts,
@@ -92,13 +99,19 @@ def parts(cfg: Config) -> Parts:
 def masked_loss(cfg: Config, plain: LossFn) -> LossFn:
     """The loss `plain` of a model with sampled gates, plus the constraint on its expected size."""
 
-    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, extra: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(
+        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, extra: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
         weights, masks = split(params)
         frozen, target = extra
         total, metrics = plain(weights | sample_gates(key, masks), batch, key, frozen)
         removed = sparsity(cfg.student, masks)
         penalty = constraint(removed, target, masks)
-        return total + penalty, metrics | {"sparsity": (removed, 1.0), "wanted": (target, 1.0), "constraint": (penalty, 1.0)}
+        return total + penalty, metrics | {
+            "sparsity": (removed, 1.0),
+            "wanted": (target, 1.0),
+            "constraint": (penalty, 1.0),
+        }
 
     return loss
 
@@ -117,7 +130,9 @@ class PrunedModel:
 
 
 def learn_masks(s: Session, cfg: Config) -> PrunedModel:
-    """Run the mask phase up to `prune_step`, then prune. The pruned model is saved in RUN/pruned, so that a resume knows its shape."""
+    """Run the mask phase up to `prune_step`, then prune. The pruned model is saved in RUN/pruned, so that a resume
+    knows its shape.
+    """
     folder = s.run.directory / "pruned"
     if (s.run.checkpoints.latest() or 0) > cfg.masks.prune_step:
         found = open_clip_model(str(folder))
@@ -125,7 +140,9 @@ def learn_masks(s: Session, cfg: Config) -> PrunedModel:
     state = recipe.train(s, parts(cfg), last=cfg.masks.prune_step, finish=lambda state: None)
     weights = {path: gathered(x) for path, x in split(best(state))[0].items()}
     pruned = prune(cfg.student, weights, evaluation_gates(cfg, best(state)), cfg.masks)
-    record = {"source": f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"} | provenance(pruned.resolution)
+    record = {"source": f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"} | provenance(
+        pruned.resolution
+    )
 
     def sidecars(folder: Path) -> None:
         s.opened.inputs.save(folder)
@@ -137,7 +154,9 @@ def learn_masks(s: Session, cfg: Config) -> PrunedModel:
 
 
 def after_pruning(cfg: Config, pruned: PrunedModel) -> Parts:
-    """Parts of the distillation of the pruned model, with a new optimizer. The cosine starts at the full rate, without warm-up."""
+    """Parts of the distillation of the pruned model, with a new optimizer. The cosine starts at the full rate, without
+    warm-up.
+    """
     optim = replace(cfg.optim, warmup=0)
     return replace(
         manual.parts(replace(cfg, student=pruned.cfg)),
@@ -147,7 +166,8 @@ def after_pruning(cfg: Config, pruned: PrunedModel) -> Parts:
 
 
 def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
-    """AdamW for the weights, warmed up over the whole phase; Adam for the masks; gradient ascent with Adam for the multipliers.
+    """AdamW for the weights, warmed up over the whole phase; Adam for the masks; gradient ascent with Adam for the
+    multipliers.
 
     The gradient is clipped over all of them together.
     """
@@ -158,6 +178,10 @@ def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
         "masks": optax.adam(cfg.masks.lr, b1=cfg.masks.momentum),
         "multipliers": optax.adam(-cfg.masks.lr, b1=cfg.masks.momentum),
     }
-    kind = {path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks" for path in spec if matches(PATTERN, path)}
+    kind = {
+        path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks"
+        for path in spec
+        if matches(PATTERN, path)
+    }
     clip = optax.identity() if optim.clip is None else optax.clip_by_global_norm(optim.clip)
     return optax.chain(clip, optax.partition(groups, {path: kind.get(path, "weights") for path in spec}))

@@ -31,8 +31,9 @@ class LossConfig:
     teacher_scale: float | None = 50.0
     """The teacher's similarity scale; None: the scale of its checkpoint."""
     first_scale: Literal["fixed", "initial"] = "fixed"
-    """Scale in the first step: "fixed" is `teacher_scale`. "initial" is 1/0.07, as in the released code, which fixes the scale only after
-    a step; with masks it is the donor's."""
+    """Scale in the first step: "fixed" is `teacher_scale`. "initial" is 1/0.07, as in the released code, which fixes
+    the scale only after a step; with masks it is the donor's.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,26 @@ class Config(BaseConfig):
 
     student: ClipConfig = field(default_factory=ClipConfig)
     teacher: str = ""
-    """SOURCE of the model to mimic; "embeddings": columns teacher_image and teacher_text of the data; "cache:DIR": embeddings
-    that `heirloom cache` stored; empty: none."""
+    """SOURCE of the model to mimic; "embeddings": columns teacher_image and teacher_text of the data; "cache:DIR":
+    embeddings that `heirloom cache` stored; empty: none.
+    """
     depth_rule: DepthRule = "interval"
     """Which layers a shallower student takes: every n-th from the front, as released, or spread evenly."""
     tokenizer: str = ""
-    """A tokenizer.json or its folder; "fit": train one on the captions of the data; empty: the donor's, else the teacher's, else CLIP's."""
+    """A tokenizer.json or its folder; "fit": train one on the captions of the data; empty: the donor's, else the
+    teacher's, else CLIP's.
+    """
     augment: AugmentName = "random"
-    """random: random crops, and a random one of several captions. none: centre crop and first caption, which stored embeddings need."""
+    """random: random crops, and a random one of several captions. none: centre crop and first caption, which stored
+    embeddings need.
+    """
     loss: LossConfig = field(default_factory=LossConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     """Automatic inheritance: `student` is the original model, and learned masks decide which parts of it remain."""
     stages: tuple[Stage, ...] = ()
-    """Progressive distillation: each stage inherits from the model of the previous stage; the teacher is the same in all. Each has its own
-    student, steps, warm-up and masks."""
+    """Progressive distillation: each stage inherits from the model of the previous stage; the teacher is the same in
+    all. Each has its own student, steps, warm-up and masks.
+    """
     stage: int = 0
     """Number of the one stage to run; 0: all stages in order, from the first that is not finished."""
 
@@ -90,7 +97,8 @@ class Config(BaseConfig):
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
         if self._first_stage().masks.prune_step:
             raise InputError(
-                "this recipe prunes with learned masks, which need training: run heirloom train, the pruned model is RUN/pruned"
+                "this recipe prunes with learned masks, which need training: run heirloom train, the pruned model is"
+                " RUN/pruned"
             )
         return super().inherit(destination, force=force)
 
@@ -111,20 +119,32 @@ class Config(BaseConfig):
     def idle(self) -> dict[str, str]:
         """Fields that have no effect in a recipe with stages, and the field to set instead."""
         per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
-        return {field: f"each stage has its own: set --stages.0.{name}" for field, name in per_stage.items()} if self.stages else {}
+        return (
+            {field: f"each stage has its own: set --stages.0.{name}" for field, name in per_stage.items()}
+            if self.stages
+            else {}
+        )
 
     def in_stage(self, n: int, donor: str) -> "Config":
         """Config of stage n = 1, 2, ... alone."""
         stage = self.stages[n - 1]
         single = replace(self, donor=donor, stages=(), stage=0)
-        return replace(single, student=stage.student, steps=stage.steps, masks=stage.masks, optim=replace(self.optim, warmup=stage.warmup))
+        return replace(
+            single,
+            student=stage.student,
+            steps=stage.steps,
+            masks=stage.masks,
+            optim=replace(self.optim, warmup=stage.warmup),
+        )
 
     def _first_stage(self) -> "Config":
         """The recipe, or its first stage, for commands that do not train."""
         return self.in_stage(1, self.donor) if self.stages else self
 
     def _stages_to_run(self, directory: Path) -> Iterator[tuple["Config", Path]]:
-        """Yield the config and folder of each stage to run. Raises InputError for an unknown stage, or one without its donor."""
+        """Yield the config and folder of each stage to run. Raises InputError for an unknown stage, or one without its
+        donor.
+        """
         if not self.stages:
             yield self, directory
             return

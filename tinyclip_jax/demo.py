@@ -1,4 +1,6 @@
-"""`heirloom demo`: a student inherits from the embedded teacher and races the same student from scratch, on held-out emoji."""
+"""`heirloom demo`: a student inherits from the embedded teacher and races the same student from scratch, on held-out
+emoji.
+"""
 
 import tempfile
 import time
@@ -53,14 +55,22 @@ def run(seed: int, out: Path) -> dict[str, Any]:
         scores = {"teacher": _score(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
         with staged(out / "student", force=True) as student:
             races["inherited"].weights.rename(student)
-        picture = draw(cfg, races, scores["teacher"][METRIC], {"inherited": out / "student", "scratch": races["scratch"].weights}, out)
+        picture = draw(
+            cfg,
+            races,
+            scores["teacher"][METRIC],
+            {"inherited": out / "student", "scratch": races["scratch"].weights},
+            out,
+        )
 
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], ge)
     seconds = time.perf_counter() - started
     console.print("\nretrieval on 300 concepts that no model was trained on", soft_wrap=True)
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
-    console.print(f"the inherited student reached scratch's final score {reached}; took {seconds:.0f} s", soft_wrap=True)
+    console.print(
+        f"the inherited student reached scratch's final score {reached}; took {seconds:.0f} s", soft_wrap=True
+    )
     console.print(f"picture: {picture}   student: {out / 'student'}", soft_wrap=True)
     return {
         "parameters": {name: count["total"] for name, count in counts.items()},
@@ -98,7 +108,9 @@ def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]
 
 
 def draw(cfg: Config, races: dict[str, Race], teacher: float, weights: dict[str, Path], out: Path) -> Path:
-    """Draw both curves, and the results of each student for a few captions that the teacher gets right; returns the PNG."""
+    """Draw both curves, and the results of each student for a few captions that the teacher gets right; returns the
+    PNG.
+    """
     from matplotlib.figure import Figure
 
     found = {name: _search(cfg, str(path)) for name, path in {"teacher": cfg.teacher, **weights}.items()}

@@ -29,7 +29,18 @@ from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
-OPTIONS = ("--data", "--split", "--image", "--text", "--task", "--classes", "--templates", "--suite", "--beside", "--json")
+OPTIONS = (
+    "--data",
+    "--split",
+    "--image",
+    "--text",
+    "--task",
+    "--classes",
+    "--templates",
+    "--suite",
+    "--beside",
+    "--json",
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,17 @@ def setup_of(donor: Donor, mesh: Mesh) -> Setup:
     """Set up a checkpoint for evaluation. Raises InputError when it has no tokenizer for its vocabulary."""
     tokenizer = tokenizer_of(donor)
     if tokenizer is None:
-        raise InputError(f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens: put tokenizer.json next to the weights")
+        raise InputError(
+            f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens: put tokenizer.json next to the"
+            " weights"
+        )
     pre = preprocess_of(donor).announced()
     return Setup(model=donor.model, pre=pre, tokenizer=tokenizer, cfg=donor.cfg, mesh=mesh)
 
 
-def retrieval_on(data: SourceConfig, model: Model, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh) -> Score:
+def retrieval_on(
+    data: SourceConfig, model: Model, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
+) -> Score:
     """`retrieval_over` for the data that a config names. Raises InputError when the data cannot be read."""
     setup = Setup(model=model, pre=pre, tokenizer=tokenizer, cfg=cfg, mesh=mesh)
     return retrieval_over(_name(data), open_source(data), setup)
@@ -69,9 +85,10 @@ def retrieval_on(data: SourceConfig, model: Model, pre: Preprocess, tokenizer: T
 def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
     """Returns `params -> Scored`: recall at 1, 5, 10 in both directions.
 
-    Pictures of one `concept` share their captions; without concepts each picture has its own. In a table with a row per caption, a
-    picture counts once, with the captions of all its rows. A caption that one picture has twice is queried twice, as in CLIP_benchmark;
-    a caption that pictures of a concept share is queried once. Raises InputError when the data has no captions.
+    Pictures of one `concept` share their captions; without concepts each picture has its own. In a table with a row per
+    caption, a picture counts once, with the captions of all its rows. A caption that one picture has twice is queried
+    twice, as in CLIP_benchmark; a caption that pictures of a concept share is queried once. Raises InputError when the
+    data has no captions.
     """
     first = source[0]
     for part, what in (("image", "picture"), ("text", "caption")):
@@ -102,8 +119,11 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
     return score
 
 
-def zeroshot_over(name: str, source: Source, setup: Setup, classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES) -> Score:
-    """Returns `params -> Scored`: zero-shot top-1 and top-5 on labelled pictures. classes: a name for each label, in order.
+def zeroshot_over(
+    name: str, source: Source, setup: Setup, classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES
+) -> Score:
+    """Returns `params -> Scored`: zero-shot top-1 and top-5 on labelled pictures. classes: a name for each label, in
+    order.
 
     Raises InputError when the data has no labels.
     """
@@ -126,19 +146,25 @@ def zeroshot(
 ) -> Scored:
     """Zero-shot top-1 and top-5 of computed features: [n, joint] f32 with labels [n] int."""
     text = setup.embed("text", max(BATCH, len(templates)))
-    vectors = classifier(classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context)))
+    vectors = classifier(
+        classes, templates, lambda captions: text(params, setup.tokenizer(captions, setup.cfg.text.context))
+    )
     found = accuracy(features, vectors, labels)
     metrics = {"top1": found.top1, "top5": found.top5}
     return Scored(dataset=name, n=len(labels), metrics=metrics, classes=len(np.unique(labels)))
 
 
 def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, joint] f32 of labelled pictures, and their labels [n]. Raises InputError when the data has no labels."""
+    """Features [n, joint] f32 of labelled pictures, and their labels [n]. Raises InputError when the data has no
+    labels.
+    """
     image = setup.embed("image")
     features, labels = [], []
     for batch in evaluation_batches(source, BATCH, setup.pre):
         if "label" not in batch:
-            raise InputError(f"{name} has no labels: zero-shot evaluation needs a folder for each class, or a column `label`")
+            raise InputError(
+                f"{name} has no labels: zero-shot evaluation needs a folder for each class, or a column `label`"
+            )
         features.append(image(params, batch["image"]))
         labels.append(batch["label"])
     return np.concatenate(features), np.concatenate(labels)
@@ -151,7 +177,9 @@ def _name(data: SourceConfig) -> str:
 def refuse_flags(args: Namespace) -> None:
     """Raises InputError for a recipe flag: `heirloom eval` of weights has no recipe whose fields it could set."""
     if args.flags:
-        raise InputError(f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help")
+        raise InputError(
+            f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help"
+        )
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
@@ -184,7 +212,9 @@ def _class_names(file: Path | None) -> tuple[str, ...]:
 
 def _synonyms(file: Path | None, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the classes in data; for ImageNet, with their WordNet identifiers."""
-    return tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES) if str(file) == "imagenet" else classes
+    return (
+        tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES) if str(file) == "imagenet" else classes
+    )
 
 
 def _templates(file: Path | None, source: Labelled) -> tuple[str, ...]:

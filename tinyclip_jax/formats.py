@@ -1,4 +1,6 @@
-"""Read and write the configs of foreign CLIPs: Hugging Face, open_clip, and bare files, whose config follows from shapes."""
+"""Read and write the configs of foreign CLIPs: Hugging Face, open_clip, and bare files, whose config follows from
+shapes.
+"""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +25,12 @@ Tower = TypeVar("Tower", ImageConfig, TextConfig)
 
 # transformers' defaults, which its configs leave out.
 _HF_TEXT: dict[str, Any] = dict(
-    hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=49408, max_position_embeddings=77
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    vocab_size=49408,
+    max_position_embeddings=77,
 ) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
 _HF_IMAGE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
@@ -35,7 +42,10 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 
 
 def _read_hf(found: Found) -> Read | None:
-    if not {"vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"} <= found.tensors.keys():
+    if (
+        not {"vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"}
+        <= found.tensors.keys()
+    ):
         return None
     fields = found.json("config.json")
     if fields is None:
@@ -62,7 +72,9 @@ def _read_hf(found: Found) -> Read | None:
 
 
 def _hf_tower(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
-    """The config of one tower. A `*_config_dict`, with the defaults of what it leaves out, wins over `*_config`, as in transformers."""
+    """The config of one tower. A `*_config_dict`, with the defaults of what it leaves out, wins over `*_config`, as in
+    transformers.
+    """
     tower, old = fields.value(f"{name}_config"), fields.value(f"{name}_config_dict")
     where = f"{fields.where}: {name}_config"
     for part in (tower, old):
@@ -89,18 +101,32 @@ def _hf_sizes(tower: Fields) -> dict[str, Any]:
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError("the image tower is a ResNet, which Hugging Face's CLIP does not have: write this model as open_clip or original")
+        raise InputError(
+            "the image tower is a ResNet, which Hugging Face's CLIP does not have: write this model as open_clip or"
+            " original"
+        )
     if not (_plain(cfg.image) and _plain(cfg.text)):
-        raise InputError("this model is pruned, and Hugging Face's CLIP has equal layers whose heads fill the width: write it as original")
+        raise InputError(
+            "this model is pruned, and Hugging Face's CLIP has equal layers whose heads fill the width: write it as"
+            " original"
+        )
 
     def tower(c: ImageConfig | TextConfig) -> dict[str, Any]:
-        sizes = dict(hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads)
-        return sizes | dict(hidden_act=HF_NAMES[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0, projection_dim=cfg.joint)
+        sizes = dict(
+            hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads
+        )
+        return sizes | dict(
+            hidden_act=HF_NAMES[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0, projection_dim=cfg.joint
+        )
 
     eos = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
-    text = tower(cfg.text) | dict(model_type="clip_text_model", vocab_size=cfg.text.vocab, max_position_embeddings=cfg.text.context)
+    text = tower(cfg.text) | dict(
+        model_type="clip_text_model", vocab_size=cfg.text.vocab, max_position_embeddings=cfg.text.context
+    )
     text |= dict(bos_token_id=cfg.text.vocab - 2, eos_token_id=eos, pad_token_id=eos)
-    image = tower(cfg.image) | dict(model_type="clip_vision_model", image_size=cfg.image.size, patch_size=cfg.image.patch, num_channels=3)
+    image = tower(cfg.image) | dict(
+        model_type="clip_vision_model", image_size=cfg.image.size, patch_size=cfg.image.patch, num_channels=3
+    )
     head = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=cfg.joint, logit_scale_init_value=2.6592)
     write_json(folder / "config.json", head | dict(text_config=text, vision_config=image))
 
@@ -123,7 +149,11 @@ def _bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
     """The settings of a CLIP that its weights do not contain."""
     guesses = [Guess("activation", cfg.text.activation, f"the weights do not contain it, and {otherwise}")]
     towers = (("image_heads", cfg.image), ("text_heads", cfg.text))
-    guesses += [Guess(name, c.heads, f"heads of {HEAD}, as in published models") for name, c in towers if isinstance(c.heads, int)]
+    guesses += [
+        Guess(name, c.heads, f"heads of {HEAD}, as in published models")
+        for name, c in towers
+        if isinstance(c.heads, int)
+    ]
     return tuple(guesses)
 
 
@@ -131,10 +161,19 @@ def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
     """Complete `cfg`, inferred from shapes, with open_clip's `model_cfg`; every field of it is read or refused."""
     image, text = model.object("vision_cfg"), model.object("text_cfg")
     activation: Activation = "quick_gelu" if model.boolean("quick_gelu", False) else "gelu"
-    model.skip("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict", "custom_text")
+    model.skip(
+        "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict", "custom_text"
+    )
     model.agree("embed_dim", model.integer("embed_dim", cfg.joint), cfg.joint)
     for tower in (image, text):
-        tower.skip("output_tokens", "patch_dropout", "hf_tokenizer_name", "tokenizer_*", "pad_id", "timm_*" if tower is image else "hf_*")
+        tower.skip(
+            "output_tokens",
+            "patch_dropout",
+            "hf_tokenizer_name",
+            "tokenizer_*",
+            "pad_id",
+            "timm_*" if tower is image else "hf_*",
+        )
         tower.fixed("ls_init_value", None)
         tower.fixed("block_type", None, "default")
         for name in _CUSTOM:
@@ -172,7 +211,10 @@ def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: in
         ratio = fields.number("mlp_ratio", 4.0)
         if int(ratio * c.width) != c.hidden:
             sizes = f"{c.hidden} hidden units at a width of {c.width}"
-            raise InputError(f"{fields.where}: mlp_ratio is {ratio:g}, and the weights have {sizes}: take the config of these weights")
+            raise InputError(
+                f"{fields.where}: mlp_ratio is {ratio:g}, and the weights have {sizes}: take the config of these"
+                " weights"
+            )
         return replace(c, heads=heads)
     fields.skip("layers", "heads", "hidden", "head_width", "mlp_ratio")  # sizes of pruned layers, which the shapes give
     return c
@@ -205,8 +247,16 @@ def _open_clip_text(c: TextConfig, text: Fields) -> TextConfig:
 def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     image, text = cfg.image, cfg.text
     activation = text.activation
-    if image.eps != 1e-5 or text.eps != 1e-5 or activation == "gelu_tanh" or getattr(image, "activation", activation) != activation:
-        raise InputError("open_clip's layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model differs")
+    if (
+        image.eps != 1e-5
+        or text.eps != 1e-5
+        or activation == "gelu_tanh"
+        or getattr(image, "activation", activation) != activation
+    ):
+        raise InputError(
+            "open_clip's layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model"
+            " differs"
+        )
     if text.eot not in (None, text.vocab - 1):
         raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
     vision_cfg: dict[str, Any] = dict(image_size=image.size, width=image.width)
@@ -220,7 +270,8 @@ def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     for theirs, c in ((vision_cfg, image), (text_cfg, text)):
         if isinstance(c, ResNetConfig):
             continue
-        # open_clip builds equal layers only; for pruned ones the sizes are written too, and the tensors have open_clip's names.
+        # open_clip builds equal layers only; for pruned ones the sizes are written too, and the tensors have
+        # open_clip's names.
         ratio = dict(mlp_ratio=c.hidden / c.width) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
         theirs |= ratio | (dict(head_width=head_dim(c)) if theirs is vision_cfg or not _plain(c) else {})
         theirs |= {} if _plain(c) else dict(heads=c.heads)
@@ -238,18 +289,23 @@ def _read_original(found: Found) -> Read | None:
 def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
     """Infer the config from the shapes of open_clip's tensors; heads have 64 channels, activations are exact GELU.
 
-    Layers of automatically pruned models differ: heads follow from in_proj, hidden units from c_fc, and are 0 where these are absent.
+    Layers of automatically pruned models differ: heads follow from in_proj, hidden units from c_fc, and are 0 where
+    these are absent.
     """
     try:
         vocab, text_width = tensors[f"{text}token_embedding.weight"].shape
         context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{text}text_projection"].shape[1]
-        text_tower = TextConfig(context=context, vocab=vocab, **_blocks(tensors, f"{text}transformer.resblocks.", text_width))
+        text_tower = TextConfig(
+            context=context, vocab=vocab, **_blocks(tensors, f"{text}transformer.resblocks.", text_width)
+        )
         if f"{image}layer1.0.conv1.weight" in tensors:
             return ClipConfig(_infer_resnet(tensors, image), text_tower, joint=joint)
         width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         joint = tensors[f"{image}proj"].shape[1]
         grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
-        image_tower = ImageConfig(size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width))
+        image_tower = ImageConfig(
+            size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width)
+        )
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
     except (ValueError, IndexError) as error:  # names without a layer number, tensors with other axes
@@ -267,7 +323,9 @@ def _infer_resnet(tensors: Tensors, prefix: str) -> ResNetConfig:
 
 def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
     """Infer width, layers, heads and hidden units of one tower."""
-    layers = 1 + max((int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1)
+    layers = 1 + max(
+        (int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1
+    )
     if not layers:
         raise InputError(f"tensor '{prefix}0.*' is missing: this is not a whole CLIP with ViT and text towers")
 
@@ -282,7 +340,9 @@ def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
 
 
 def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tensors:
-    """Add zeros for the tensors that released files leave out of layers without heads: the unused norm and the output bias."""
+    """Add zeros for the tensors that released files leave out of layers without heads: the unused norm and the output
+    bias.
+    """
     tensors = {key: value for key, value in tensors.items() if value.size}
     for prefix, c in ((image, cfg.image), (text, cfg.text)):
         if isinstance(c, ResNetConfig):
@@ -297,7 +357,11 @@ def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tenso
 
 def _plain(c: ImageConfig | TextConfig) -> bool:
     """Whether all layers have the same sizes and their heads fill the width."""
-    return isinstance(c.heads, int) and isinstance(c.hidden, int) and (c.head_dim is None or c.heads * c.head_dim == c.width)
+    return (
+        isinstance(c.heads, int)
+        and isinstance(c.hidden, int)
+        and (c.head_dim is None or c.heads * c.head_dim == c.width)
+    )
 
 
 def _clean_original(key: str) -> str:
@@ -306,12 +370,14 @@ def _clean_original(key: str) -> str:
 
 
 def _write_nothing(cfg: ClipConfig, folder: Path) -> None:
-    """Write no config: the original files have none, it follows from shapes. Raises InputError for heads not of 64 channels."""
+    """Write no config: the original files have none, it follows from shapes. Raises InputError for heads not of 64
+    channels.
+    """
     image_head = cfg.image.embed // cfg.image.heads if isinstance(cfg.image, ResNetConfig) else head_dim(cfg.image)
     if image_head != HEAD or head_dim(cfg.text) != HEAD:
         raise InputError(
-            f"heads have {image_head} and {head_dim(cfg.text)} channels, the original layout needs {HEAD}: write this model as "
-            "open_clip or heirloom"
+            f"heads have {image_head} and {head_dim(cfg.text)} channels, the original layout needs {HEAD}: write this"
+            " model as open_clip or heirloom"
         )
 
 
@@ -337,11 +403,21 @@ FORMATS = (
 )
 
 LOOKALIKES = (
-    Lookalike("text_model.embeddings.token_embedding.weight", "a text tower alone (CLIPTextModel): take the whole model, CLIPModel"),
-    Lookalike("vision_model.embeddings.class_embedding", "an image tower alone (CLIPVisionModel): take the whole model, CLIPModel"),
-    Lookalike("visual.trunk.*", "an open_clip model around an image tower of timm: only its own ViTs and ResNets are read"),
+    Lookalike(
+        "text_model.embeddings.token_embedding.weight",
+        "a text tower alone (CLIPTextModel): take the whole model, CLIPModel",
+    ),
+    Lookalike(
+        "vision_model.embeddings.class_embedding",
+        "an image tower alone (CLIPVisionModel): take the whole model, CLIPModel",
+    ),
+    Lookalike(
+        "visual.trunk.*", "an open_clip model around an image tower of timm: only its own ViTs and ResNets are read"
+    ),
     Lookalike("text.transformer.*", "an open_clip model with a custom text tower: only its classic CLIPs are read"),
     Lookalike("clip.vision_model.*", "a model built around a CLIP (CLIPSeg, say): take the CLIP it was built from"),
-    Lookalike("*.lora_A*", "an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that"),
+    Lookalike(
+        "*.lora_A*", "an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that"
+    ),
     Lookalike("*lora_down*", "an adapter, not a model: merge it into its base, save and convert that"),
 )

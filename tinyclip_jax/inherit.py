@@ -1,4 +1,6 @@
-"""Weight inheritance as plans: manual, by rule (TinyCLIP §3.3; weight_inherit.py), and automatic, by learned masks (§3.2; l0module.py)."""
+"""Weight inheritance as plans: manual, by rule (TinyCLIP §3.3; weight_inherit.py), and automatic, by learned masks
+(§3.2; l0module.py).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +21,8 @@ _DEPTH = {"interval": every, "even": even}
 
 
 def pick_layers(source: int, target: int, rule: DepthRule = "interval") -> list[int]:
-    """Indices of the donor's layers that a student of `target` layers inherits: for 12 -> 9 the first nine, by the released rule.
+    """Indices of the donor's layers that a student of `target` layers inherits: for 12 -> 9 the first nine, by the
+    released rule.
 
     Raises InputError when the donor has fewer layers than `target`.
     """
@@ -29,8 +32,9 @@ def pick_layers(source: int, target: int, rule: DepthRule = "interval") -> list[
 def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "interval") -> Plan:
     """Plan of manual inheritance: leading channels and heads, and every n-th layer (TinyCLIP §3.3).
 
-    The student must not be larger in any size. Both towers follow the same rule; the similarity scale is not inherited, as in the released
-    code. `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is resampled.
+    The student must not be larger in any size. Both towers follow the same rule; the similarity scale is not inherited,
+    as in the released code. `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is
+    resampled.
     """
     text = ("text/**", _tower(teacher.text, student.text, depth_rule))
     if isinstance(teacher.image, ResNetConfig) or isinstance(student.image, ResNetConfig):
@@ -56,7 +60,8 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
         )
     if student.image.width > teacher.image.width:
         raise InputError(
-            f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set student.image.width to at most this"
+            f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set"
+            " student.image.width to at most this"
         )
     return leading(functional(Clip, student).spec, "image/**")
 
@@ -65,8 +70,8 @@ def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig,
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
             raise InputError(
-                f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with masks "
-                "(masks.prune_step)"
+                f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with"
+                " masks (masks.prune_step)"
             )
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
@@ -94,14 +99,22 @@ def _layers(source: int, target: int, rule: DepthRule) -> Pick:
 
 
 def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
-    """Plan from a model, pruned or not, to the full-size model for learned masks: rows that pruning removed become zeros.
+    """Plan from a model, pruned or not, to the full-size model for learned masks: rows that pruning removed become
+    zeros.
 
-    The pruned model fills the leading part of each axis (load_pruned_model of the release). Raises InputError when the donor is larger.
+    The pruned model fills the leading part of each axis (load_pruned_model of the release). Raises InputError when the
+    donor is larger.
     """
 
     def tower(source: ImageConfig | TextConfig, target: ImageConfig | TextConfig) -> Maps:
-        sizes = {"embed": (source.width, target.width), "head": (source.heads, target.heads), "hidden": (source.hidden, target.hidden)}
-        return {axis: _zero_padded(axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items()}
+        sizes = {
+            "embed": (source.width, target.width),
+            "head": (source.heads, target.heads),
+            "hidden": (source.hidden, target.hidden),
+        }
+        return {
+            axis: _zero_padded(axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items()
+        }
 
     towers = {name: tower(tower_of(donor, name), tower_of(student, name)) for name in TOWERS}
     return Plan((("logit_scale", {}), *((f"{name}/**", maps) for name, maps in towers.items())))
@@ -109,23 +122,32 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
 
 def _zero_padded(axis: str, n: int, to: int) -> Pick:
     if n > to:
-        raise InputError(f"the donor's {axis!r} is {n}, the student's {to}: masks need the original model, set the student to its sizes")
+        raise InputError(
+            f"the donor's {axis!r} is {n}, the student's {to}: masks need the original model, set the student to its"
+            " sizes"
+        )
     return first(n) if n == to else pick([*range(n), *[0] * (to - n)], np.array([1] * n + [0] * (to - n), np.float32))
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model. Its layers differ in heads and hidden units, and are zero-padded in memory. resolution: source of each tensor."""
+    """A pruned model. Its layers differ in heads and hidden units, and are zero-padded in memory. resolution: source of
+    each tensor.
+    """
 
     cfg: ClipConfig
     params: dict[str, np.ndarray]
     resolution: Resolution
 
 
-def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Pruned:
-    """Remove the rows of a masked model whose gates are 0 and multiply the other gates into the weights: the outputs stay the same.
+def prune(
+    cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT
+) -> Pruned:
+    """Remove the rows of a masked model whose gates are 0 and multiply the other gates into the weights: the outputs
+    stay the same.
 
-    cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: only its two `legacy_*` fields are used.
+    cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: only its two `legacy_*`
+    fields are used.
     """
     small = replace(cfg, image=_smaller(cfg, "image", gates), text=_smaller(cfg, "text", gates))
     plan = pruning_plan(gates, how)
@@ -134,7 +156,9 @@ def prune(cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str,
 
 
 def pruning_plan(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
-    """Plan of `prune`: rows with a gate above 0, in order, scaled where they are written (embed) or read (head, hidden)."""
+    """Plan of `prune`: rows with a gate above 0, in order, scaled where they are written (embed) or read (head,
+    hidden).
+    """
     rules: list[tuple[str, Any]] = [("logit_scale", {})]
     for tower in TOWERS:
         embed, head, hidden = (gates[f"masks/{tower}/{name}"] for name in ("embed", "head", "hidden"))
@@ -165,6 +189,8 @@ def _kept(gates: np.ndarray) -> Any:
 
 def _smaller(cfg: ClipConfig, tower: str, gates: Mapping[str, np.ndarray]) -> Any:
     c = tower_of(cfg, tower)
-    sizes = {name: tuple(np.count_nonzero(gates[f"masks/{tower}/{name}"], axis=1).tolist()) for name in ("head", "hidden")}
+    sizes = {
+        name: tuple(np.count_nonzero(gates[f"masks/{tower}/{name}"], axis=1).tolist()) for name in ("head", "hidden")
+    }
     width = int(np.count_nonzero(gates[f"masks/{tower}/embed"]))
     return replace(c, width=width, heads=uniform(sizes["head"]), hidden=uniform(sizes["hidden"]), head_dim=head_dim(c))

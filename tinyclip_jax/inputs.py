@@ -28,9 +28,11 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def tokenizer_of(donor: Donor) -> Tokenizer | None:
-    """Read the tokenizer of a CLIP's folder; without one, CLIP's tokenizer with a remark if the vocabulary has its size, else None.
+    """Read the tokenizer of a CLIP's folder; without one, CLIP's tokenizer with a remark if the vocabulary has its
+    size, else None.
 
-    Also None for a folder with a tokenizer of another kind. Raises InputError for a tokenizer that is damaged or does not fit the model.
+    Also None for a folder with a tokenizer of another kind. Raises InputError for a tokenizer that is damaged or does
+    not fit the model.
     """
     if any((donor.folder / name).is_file() for name in FILES):
         tokenizer = Tokenizer.load(donor.folder)
@@ -48,16 +50,19 @@ def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
     """Check that the text tower has every id of the tokenizer and pools at its end token. Raises InputError."""
     if tokenizer.vocab_size > text.vocab:
         raise InputError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}: give the tokenizer of this model"
+            f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}: give the tokenizer of"
+            " this model"
         )
     if text.eot is not None and text.eot != tokenizer.eot:
         raise InputError(
-            f"{name}: the tokenizer ends captions with id {tokenizer.eot}, text.eot is {text.eot}: give the tokenizer of this model"
+            f"{name}: the tokenizer ends captions with id {tokenizer.eot}, text.eot is {text.eot}: give the tokenizer"
+            " of this model"
         )
     if text.eot is None and tokenizer.largest_word > tokenizer.eot:
         raise InputError(
-            f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word}; this text tower "
-            f"pools at the largest id: set text.eot to {tokenizer.eot}, or give a tokenizer whose end token has the largest id"
+            f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word};"
+            f" this text tower pools at the largest id: set text.eot to {tokenizer.eot}, or give a tokenizer whose end"
+            " token has the largest id"
         )
 
 
@@ -71,7 +76,10 @@ def sidecars(donor: Donor, destination: Path, format: str) -> None:
     if format == "hf":
         about = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
         sot, eot = tokenizer.names  # without them transformers adds its default tokens to the vocabulary
-        write_json(destination / "tokenizer_config.json", about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot))
+        write_json(
+            destination / "tokenizer_config.json",
+            about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Losses of TinyCLIP (§3; clip_soft_loss.py). Features are unit norm and f32; the batch is the global one.
 
-Both losses are the cross-entropy of one matrix of similarities, by rows and by columns, under a matrix of targets. Neither matrix is ever
-whole in memory: a device computes its own rows, `CHUNK` at a time, against the gathered columns. The backward pass computes them again.
+Both losses are the cross-entropy of one matrix of similarities, by rows and by columns, under a matrix of targets.
+Neither matrix is ever whole in memory: a device computes its own rows, `CHUNK` at a time, against the gathered columns.
+The backward pass computes them again.
 """
 
 from collections.abc import Callable
@@ -73,8 +74,8 @@ def _same_group(rows: jax.Array, columns: jax.Array) -> jax.Array:
 class _Sums(NamedTuple):
     """Running sums of a softmax cross-entropy, [n] each, for rows or for columns.
 
-    largest, total: largest logit, and the sum of exponentials relative to it. target_*: the same of the targets. cross: the student's
-    logits summed with the targets' weights.
+    largest, total: largest logit, and the sum of exponentials relative to it. target_*: the same of the targets. cross:
+    the student's logits summed with the targets' weights.
     """
 
     largest: jax.Array
@@ -92,7 +93,9 @@ class _Sums(NamedTuple):
 
     def rescaled(self, largest: jax.Array, target_largest: jax.Array) -> "_Sums":
         shift, target_shift = jnp.exp(self.largest - largest), jnp.exp(self.target_largest - target_largest)
-        return _Sums(largest, self.total * shift, target_largest, self.target_total * target_shift, self.cross * target_shift)
+        return _Sums(
+            largest, self.total * shift, target_largest, self.target_total * target_shift, self.cross * target_shift
+        )
 
     def merged(self, more: "_Sums") -> "_Sums":
         """The sums over two parts of an axis."""
@@ -105,7 +108,9 @@ class _Sums(NamedTuple):
         if not axes:
             return self
         part = self.rescaled(jax.lax.pmax(self.largest, axes), jax.lax.pmax(self.target_largest, axes))
-        return part._replace(**{name: jax.lax.psum(getattr(part, name), axes) for name in ("total", "target_total", "cross")})
+        return part._replace(
+            **{name: jax.lax.psum(getattr(part, name), axes) for name in ("total", "target_total", "cross")}
+        )
 
     @property
     def normaliser(self) -> jax.Array:
@@ -130,7 +135,9 @@ class _Normalisers(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(target: TargetLogits, image: Any, text: Any, scale: Any, target_rows: Any, target_columns: Any) -> jax.Array:
+def _cross_entropy(
+    target: TargetLogits, image: Any, text: Any, scale: Any, target_rows: Any, target_columns: Any
+) -> jax.Array:
     return _forward(target, image, text, scale, target_rows, target_columns)[0]
 
 
@@ -155,7 +162,9 @@ def _backward(target: TargetLogits, saved: Any, gradient: jax.Array) -> tuple[An
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _forward_local(target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any) -> Any:
+def _forward_local(
+    target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any
+) -> Any:
     """Loss and normalisers from the rows of this device and the columns of all devices."""
     text, columns = _gathered(text, axes), _gathered(columns, axes)
     empty = jnp.full(len(text), NO_TARGET), jnp.zeros(len(text))
@@ -163,20 +172,33 @@ def _forward_local(target: TargetLogits, axes: tuple[str, ...], image: Any, text
 
     def chunk(sums: _Sums, part: Any) -> tuple[_Sums, _Sums]:
         (image, rows), real = part
-        logits, targets = (jnp.where(real, x, NO_TARGET) for x in (scale * similarity(image, text), target(rows, columns)))
+        logits, targets = (
+            jnp.where(real, x, NO_TARGET) for x in (scale * similarity(image, text), target(rows, columns))
+        )
         return sums.merged(_Sums.of(logits, targets, 0)), _Sums.of(logits, targets, 1)
 
     by_column, by_row = jax.lax.scan(chunk, start, _chunked((image, rows)))
     by_row = jax.tree.map(lambda x: x.reshape(-1)[: len(image)], by_row)
     by_column = by_column.all_reduced(axes)
     loss = (_sum(by_row.cross_entropy.sum(), axes) + by_column.cross_entropy.sum()) / (2 * len(text))
-    return loss, _Normalisers(by_row.normaliser, by_row.target_normaliser, by_column.normaliser, by_column.target_normaliser)
+    return loss, _Normalisers(
+        by_row.normaliser, by_row.target_normaliser, by_column.normaliser, by_column.target_normaliser
+    )
 
 
 def _backward_local(
-    target: TargetLogits, axes: tuple[str, ...], image: Any, text: Any, scale: Any, rows: Any, columns: Any, n: _Normalisers
+    target: TargetLogits,
+    axes: tuple[str, ...],
+    image: Any,
+    text: Any,
+    scale: Any,
+    rows: Any,
+    columns: Any,
+    n: _Normalisers,
 ) -> Any:
-    """Gradients of image, text and scale: the similarities are computed again; the gradient of a logit is softmax minus target."""
+    """Gradients of image, text and scale: the similarities are computed again; the gradient of a logit is softmax minus
+    target.
+    """
     all_text, columns = _gathered(text, axes), _gathered(columns, axes)
     highest = jax.lax.Precision.HIGHEST
 

@@ -1,8 +1,10 @@
-"""Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py of the release; hard-concrete gates of arXiv 1712.01312).
+"""Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py of the release; hard-concrete gates of arXiv
+1712.01312).
 
-Every channel of a tower's residual stream, every head and every hidden unit has a gate between 0 and 1 with a trained log-alpha. A masked
-model is the same model with its kernels scaled by the gates (`apply_gates`); its norms use the open channels only (`Keep`). A constraint on
-the expected size closes gates; `tinyclip_jax.inherit.prune` then removes the closed rows.
+Every channel of a tower's residual stream, every head and every hidden unit has a gate between 0 and 1 with a trained
+log-alpha. A masked model is the same model with its kernels scaled by the gates (`apply_gates`); its norms use the open
+channels only (`Keep`). A constraint on the expected size closes gates; `tinyclip_jax.inherit.prune` then removes the
+closed rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +44,9 @@ class MaskConfig:
     prune_step: int = 0
     """Steps with masks; then the model is pruned to the open gates. 0: no masks."""
     start: float = 0.0
-    """Target sparsity at the first step: share of the parameters to remove (0.25 for a stage that continues from a 75 % model)."""
+    """Target sparsity at the first step: share of the parameters to remove (0.25 for a stage that continues from a 75 %
+    model).
+    """
     target: float = 0.25
     """Target sparsity at the end of the warm-up."""
     warmup: int = 1000
@@ -50,9 +54,13 @@ class MaskConfig:
     lr: float = 0.02
     """Learning rate of the masks (down) and of the multipliers of the constraint (up)."""
     momentum: float = 0.9
-    """First beta of their Adam. Use 0 for phases of a hundred steps: with momentum, gates go on closing for ten steps too many."""
+    """First beta of their Adam. Use 0 for phases of a hundred steps: with momentum, gates go on closing for ten steps
+    too many.
+    """
     round_to: int = 1
-    """Widths and hidden units are rounded up to a multiple: 8, 64, 128 fill the lanes of a TPU. Deviation: the release has 1."""
+    """Widths and hidden units are rounded up to a multiple: 8, 64, 128 fill the lanes of a TPU. Deviation: the release
+    has 1.
+    """
     legacy_proj_scale: bool = False
     """As the release: scale the final projections by the mask when pruning, though the masked model does not."""
     legacy_drop_bias: bool = False
@@ -92,8 +100,11 @@ def sample_gates(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
     }
 
 
-def deterministic_gate(log_alpha: Float[ArrayLike, "*rows units"], round_to: int = 1) -> Float[np.ndarray, "*rows units"]:
-    """Gates for evaluation and pruning, float32: in each row the smallest gates are 0, as many as are expected to be closed.
+def deterministic_gate(
+    log_alpha: Float[ArrayLike, "*rows units"], round_to: int = 1
+) -> Float[np.ndarray, "*rows units"]:
+    """Gates for evaluation and pruning, float32: in each row the smallest gates are 0, as many as are expected to be
+    closed.
 
     The other gates keep their soft value, sigmoid(1.2 log_alpha); they are not set to 1.
     """
@@ -112,10 +123,17 @@ def deterministic_gates(masks: Mapping[str, Any], round_to: int = 1) -> dict[str
 
     Raises InputError when a tower has no open channel.
     """
-    gates = {path: deterministic_gate(value, 1 if path.endswith("/head") else round_to) for path, value in masks.items() if _is_gate(path)}
+    gates = {
+        path: deterministic_gate(value, 1 if path.endswith("/head") else round_to)
+        for path, value in masks.items()
+        if _is_gate(path)
+    }
     for path, value in gates.items():
         if path.endswith("/embed") and not value.any():
-            raise InputError(f"{path}: every channel is closed, a tower needs one or more: lower masks.target, or raise masks.prune_step")
+            raise InputError(
+                f"{path}: every channel is closed, a tower needs one or more: lower masks.target, or raise"
+                " masks.prune_step"
+            )
     return gates
 
 
@@ -127,14 +145,21 @@ def mask_spec(cfg: ClipConfig) -> Spec:
         sizes = dict(embed=c.width, layer=c.layers, head=heads, hidden=hidden)
         for name, axes in GATES.items():
             parsed = Axes.parse(axes)
-            spec[f"masks/{tower}/{name}"] = Leaf(parsed, tuple(sizes[axis] for axis in parsed.names), np.dtype(np.float32))
+            spec[f"masks/{tower}/{name}"] = Leaf(
+                parsed, tuple(sizes[axis] for axis in parsed.names), np.dtype(np.float32)
+            )
         spec |= {f"masks/{tower}/{name}": Leaf(Axes.parse(""), (), np.dtype(np.float32)) for name in MULTIPLIERS}
     return spec
 
 
 def initial_masks(donor: ClipConfig, cfg: ClipConfig) -> dict[str, np.ndarray]:
-    """Log-alphas before the first step: all open, but closed for rows that the donor lost in an earlier stage (load_pruned_model)."""
-    masks = {path: np.full(leaf.shape, OPEN if _is_gate(path) else MULTIPLIER, np.float32) for path, leaf in mask_spec(cfg).items()}
+    """Log-alphas before the first step: all open, but closed for rows that the donor lost in an earlier stage
+    (load_pruned_model).
+    """
+    masks = {
+        path: np.full(leaf.shape, OPEN if _is_gate(path) else MULTIPLIER, np.float32)
+        for path, leaf in mask_spec(cfg).items()
+    }
     for tower in TOWERS:
         before, now = tower_of(donor, tower), tower_of(cfg, tower)
         masks[f"masks/{tower}/embed"][before.width :] = CLOSED
@@ -150,7 +175,9 @@ def clip_log_alphas(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prunable(cfg: ClipConfig, tower: str) -> int:
-    """Number of parameters that masks can remove: projections and MLPs, without embeddings, norms and the joint projection."""
+    """Number of parameters that masks can remove: projections and MLPs, without embeddings, norms and the joint
+    projection.
+    """
     c, heads, hidden = tower_of(cfg, tower), *_full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     return c.layers * (per_head * heads + 2 * c.width * hidden + c.width + hidden)
@@ -170,8 +197,11 @@ def sparsity(cfg: ClipConfig, masks: Mapping[str, Any]) -> Float[Array, ""]:
     return 1 - left / sum(prunable(cfg, tower) for tower in TOWERS)
 
 
-def constraint(removed: Float[ArrayLike, ""], target: Float[ArrayLike, ""], masks: Mapping[str, Any]) -> Float[Array, ""]:
-    """Penalty l1 d + l2 d^2 while the sparsity is below its target, d = max(target - removed, 0); the multipliers ascend on it.
+def constraint(
+    removed: Float[ArrayLike, ""], target: Float[ArrayLike, ""], masks: Mapping[str, Any]
+) -> Float[Array, ""]:
+    """Penalty l1 d + l2 d^2 while the sparsity is below its target, d = max(target - removed, 0); the multipliers
+    ascend on it.
 
     removed: `sparsity`. target: `MaskConfig.target_at`.
 
@@ -185,7 +215,8 @@ def constraint(removed: Float[ArrayLike, ""], target: Float[ArrayLike, ""], mask
 def apply_gates(params: Mapping[str, Any], spec: Spec, gates: Mapping[str, Any]) -> dict[str, Any]:
     """Weights of the masked model, which are the same as masked activations.
 
-    Kernels that write to the residual stream are multiplied by its gates, kernels that read heads or hidden units by theirs.
+    Kernels that write to the residual stream are multiplied by its gates, kernels that read heads or hidden units by
+    theirs.
     """
     out = {}
     for path, leaf in spec.items():
@@ -214,7 +245,9 @@ class Masked:
     def spec(self) -> Spec:
         return self.model.spec | mask_spec(self.cfg)
 
-    def init(self, key: Array, paths: Iterable[str] | None = None, place: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def init(
+        self, key: Array, paths: Iterable[str] | None = None, place: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Initial weights, and masks with all gates open."""
         params = self.model.init(key, place=place) | initial_masks(self.cfg, self.cfg)
         return params if paths is None else {path: params[path] for path in paths}
@@ -251,7 +284,10 @@ def _is_gate(path: str) -> bool:
 def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
     """Config of the tower "image" or "text". Raises InputError for a ResNet."""
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError("the image tower is a ResNet, and learned masks need a ViT: set masks.prune_step to 0 for manual inheritance")
+        raise InputError(
+            "the image tower is a ResNet, and learned masks need a ViT: set masks.prune_step to 0 for manual"
+            " inheritance"
+        )
     return cfg.image if tower == "image" else cfg.text
 
 
@@ -260,8 +296,8 @@ def _full(cfg: ClipConfig, tower: str) -> tuple[int, int]:
     c = tower_of(cfg, tower)
     if isinstance(c.heads, tuple) or isinstance(c.hidden, tuple):
         raise InputError(
-            f"student.{tower} has layers of different sizes, and masks need the original model: set student.{tower}.heads and "
-            f"student.{tower}.hidden to one number each"
+            f"student.{tower} has layers of different sizes, and masks need the original model: set"
+            f" student.{tower}.heads and student.{tower}.hidden to one number each"
         )
     return c.heads, c.hidden
 

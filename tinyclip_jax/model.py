@@ -55,7 +55,9 @@ class ImageConfig:
     def grid(self) -> int:
         """Number of patches along a side. Raises InputError when the patch size does not divide the image size."""
         if self.patch < 1 or self.size % self.patch:
-            raise InputError(f"patches of {self.patch} px do not fill pictures of {self.size} px: change image.size or image.patch")
+            raise InputError(
+                f"patches of {self.patch} px do not fill pictures of {self.size} px: change image.size or image.patch"
+            )
         return self.size // self.patch
 
     @property
@@ -79,7 +81,8 @@ class TextConfig:
     activation: Activation = "gelu"
     eps: float = 1e-5
     eot: int | None = None
-    """Id of the token that is pooled, at its first position; None: the first position of the largest id, as CLIP does."""
+    """Id of the token that is pooled, at its first position; None: the first position of the largest id, as CLIP does.
+    """
 
     def __post_init__(self) -> None:
         positive(self, "context", "vocab", "width", "layers")
@@ -98,7 +101,9 @@ class ClipConfig:
     attention: Kernel = "xla"
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
 
-    def override(self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None) -> "ClipConfig":
+    def override(
+        self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
+    ) -> "ClipConfig":
         """Set what the shapes of the weights do not determine. Raises InputError for an unknown activation."""
         if activation:
             check_activation(activation)
@@ -113,7 +118,9 @@ class ClipConfig:
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
-    """Config of a published ViT CLIP: heads of 64 channels, hidden 4 x width, 77 tokens of 49,408 (model_configs of the release)."""
+    """Config of a published ViT CLIP: heads of 64 channels, hidden 4 x width, 77 tokens of 49,408 (model_configs of the
+    release).
+    """
     image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
     text = TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width)
     return ClipConfig(image=image, text=text)
@@ -121,20 +128,28 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
 
 def resnet(width: int, text_layers: int) -> ClipConfig:
     """Config of a published ResNet CLIP: joint size 1024, text width 512."""
-    return replace(vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024)
+    return replace(
+        vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024
+    )
 
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
-    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file does not contain their number."""
+    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file does not
+    contain their number.
+    """
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
-            raise InputError(f"{name} has {len(sizes)} numbers and the tower {c.layers} layers: give one number for each layer")
+            raise InputError(
+                f"{name} has {len(sizes)} numbers and the tower {c.layers} layers: give one number for each layer"
+            )
     if c.head_dim is not None and c.heads != 0:
         return c.head_dim
     if isinstance(c.heads, tuple):
         raise InputError("heads differ between layers, which needs a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
-        raise InputError(f"{c.heads} heads do not divide a width of {c.width}: set the number of heads (image_heads, text_heads)")
+        raise InputError(
+            f"{c.heads} heads do not divide a width of {c.width}: set the number of heads (image_heads, text_heads)"
+        )
     return c.width // c.heads
 
 
@@ -167,7 +182,9 @@ class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         assert isinstance(cfg.image, ImageConfig)
         c, std = cfg.image, cfg.image.width**-0.5
-        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
+        sizes: dict[str, Any] = dict(
+            embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint
+        )
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
         attention = partial(Attention, sizes, attend=softmax(kernel=cfg.attention))
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
@@ -176,7 +193,9 @@ class ImageTower(nnx.Module):
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
         self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.blocks = stack(
-            lambda rngs: MaskedBlock(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs), c.layers, rngs
+            lambda rngs: MaskedBlock(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs),
+            c.layers,
+            rngs,
         )
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
@@ -196,14 +215,18 @@ class TextTower(nnx.Module):
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
-        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint)
+        sizes: dict[str, Any] = dict(
+            embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint
+        )
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
         attention = partial(Attention, sizes, attend=softmax(causal=True), qkv=normal(std), out=normal(residual))
         mlp: dict[str, Any] = dict(activation=c.activation, up=normal((2 * c.width) ** -0.5), down=normal(residual))
         self.token = TokenTable(sizes, rngs=rngs)
         self.position = param("position -> embed", sizes, normal(0.01), rngs)
-        self.blocks = stack(lambda rngs: MaskedBlock(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs)
+        self.blocks = stack(
+            lambda rngs: MaskedBlock(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs
+        )
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
@@ -271,13 +294,19 @@ class Clip(nnx.Module):
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Count parameters as the published figures do: image, text without the token table, the token table, and the total.
+    """Count parameters as the published figures do: image, text without the token table, the token table, and the
+    total.
 
     Running statistics are not counted.
     """
     spec = {path: leaf for path, leaf in spec.items() if not is_statistic(path)}
     table = count(spec, "text/token/table")
-    return {"image": count(spec, "image/**"), "text": count(spec, "text/**") - table, "token_table": table, "total": count(spec, "**")}
+    return {
+        "image": count(spec, "image/**"),
+        "text": count(spec, "text/**") - table,
+        "token_table": table,
+        "total": count(spec, "**"),
+    }
 
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:

@@ -36,13 +36,19 @@ class Pretrained:
     tokenizer: Tokenizer | None
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> jax.Array:
-        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm [n, joint] f32.
+        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm [n,
+        joint] f32.
 
         Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """
-        one = isinstance(images, str | Path | bytes | bytearray | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3)
+        one = isinstance(images, str | Path | bytes | bytearray | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim <= 3
+        )
         if not one and not isinstance(images, Iterable):
-            raise InputError(f"images is of type {type(images).__name__}: give one or several files, bytes, PIL images or uint8 arrays")
+            raise InputError(
+                f"images is of type {type(images).__name__}: give one or several files, bytes, PIL images or uint8"
+                " arrays"
+            )
         several: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
         pixels = [self._pixels(image, None if one else i) for i, image in enumerate(several)]
         if not pixels:
@@ -88,9 +94,11 @@ class Pretrained:
 
 
 def load(source: str, **overrides: Any) -> Pretrained:
-    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32 on the default devices.
+    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32 on the default
+    devices.
 
-    overrides: settings that a bare weights file does not contain (`activation="quick_gelu"`). Raises InputError when it is no CLIP.
+    overrides: settings that a bare weights file does not contain (`activation="quick_gelu"`). Raises InputError when it
+    is no CLIP.
     """
     donor = open_clip_model(str(source), **overrides)
     pre, tokenizer = preprocess_of(donor).announced(), tokenizer_of(donor)
@@ -105,5 +113,7 @@ def inherit_from(clip: Pretrained, cfg: ClipConfig, depth_rule: DepthRule = "int
     """
     student = functional(Clip, cfg)
     source = Source(clip.model.spec, clip.params)
-    params = graft(manual(clip.cfg, cfg, depth_rule), source, student.spec, None, partial(student.init, jax.random.key(seed)))
+    params = graft(
+        manual(clip.cfg, cfg, depth_rule), source, student.spec, None, partial(student.init, jax.random.key(seed))
+    )
     return Pretrained(cfg=cfg, model=student, params=params, pre=clip.pre.at(cfg.image.size), tokenizer=clip.tokenizer)

@@ -1,6 +1,7 @@
 """Settings that the published recipes share.
 
-Deviation: activations are bf16, where the release has fp16 under autocast with a loss scaler; similarities and losses are f32 in both.
+Deviation: activations are bf16, where the release has fp16 under autocast with a loss scaler; similarities and losses
+are f32 in both.
 """
 
 from dataclasses import replace
@@ -55,6 +56,7 @@ def _published(data: str, batch: int, **fields: Any) -> Config:
 def rematerialised(student: ClipConfig) -> ClipConfig:
     """Recompute each block in the backward pass, as in the release.
 
-    Where memory suffices, `--student.remat none` (for a stage `--stages.0.student.remat none`) takes a quarter less work.
+    Where memory suffices, `--student.remat none` (for a stage `--stages.0.student.remat none`) takes a quarter less
+    work.
     """
     return replace(student, remat="full")

@@ -51,7 +51,9 @@ class ResNetConfig:
     def grid(self) -> int:
         """Positions along a side at the end. Raises InputError when strides do not divide the picture."""
         if self.size % 32:
-            raise InputError(f"a ResNet halves its input five times: {self.size} px is no multiple of 32, change image.size")
+            raise InputError(
+                f"a ResNet halves its input five times: {self.size} px is no multiple of 32, change image.size"
+            )
         return self.size // 32
 
 
@@ -62,7 +64,10 @@ class ResNet(nnx.Module):
         if len(c.blocks) != len(STAGES) or min(c.blocks) < 1:
             raise InputError(f"image.blocks is {c.blocks}: a ResNet has four stages of one block or more")
         if c.heads < 1 or c.embed % c.heads:
-            raise InputError(f"{c.heads} heads do not divide the {c.embed} channels that are pooled: change image.heads or image.width")
+            raise InputError(
+                f"{c.heads} heads do not divide the {c.embed} channels that are pooled: change image.heads or"
+                " image.width"
+            )
         half, eps, self.remat = c.width // 2, c.eps, remat
         self.conv1, self.bn1 = Conv(3, half, stride=2, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)
         self.conv2, self.bn2 = Conv(half, half, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)
@@ -114,11 +119,15 @@ class AttentionPool(nnx.Module):
     """One attention of the mean over all positions: [batch, row, col, embed] to [batch, joint]."""
 
     def __init__(self, c: ResNetConfig, joint: int, *, kernel: Kernel, rngs: nnx.Rngs):
-        sizes = dict(embed=c.embed, head=c.heads, head_dim=c.embed // c.heads, joint=joint, grid_row=c.grid, grid_col=c.grid)
+        sizes = dict(
+            embed=c.embed, head=c.heads, head_dim=c.embed // c.heads, joint=joint, grid_row=c.grid, grid_col=c.grid
+        )
         init = normal(c.embed**-0.5)
         self.cls_position = param("-> embed", sizes, init, rngs)
         self.position = param("grid_row grid_col -> embed", sizes, init, rngs)
-        self.query, self.key, self.value = (Dense("embed -> head head_dim", sizes, init=init, rngs=rngs) for _ in range(3))
+        self.query, self.key, self.value = (
+            Dense("embed -> head head_dim", sizes, init=init, rngs=rngs) for _ in range(3)
+        )
         self.out = Dense("head head_dim -> joint", sizes, init=init, rngs=rngs)
         self.attend = softmax(kernel=kernel)
 

@@ -1,16 +1,18 @@
-"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers, and list the missing ones.
+"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers, and list the missing
+ones.
 
 A folder DIR holds some of these:
 
     DIR/imagenet/ imagenet-a/ imagenet-r/ imagenet-sketch/   a folder per class, named by WordNet identifier (n01440764)
     DIR/imagenet-v2/                                         a folder per class, named by number (0 to 999)
-    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it
-    DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and its pictures under images/
-    DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy (scripts/make_suite.py)
-    DIR/openclipart/                                         parquet with image and caption (scripts/make_suite.py)
+    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it DIR/flickr30k/ coco/
+    Karpathy's dataset_*.json, and its pictures under images/ DIR/cifar10/ fashion-mnist/
+    train/ and test/ with image.npy and label.npy (scripts/make_suite.py) DIR/openclipart/
+    parquet with image and caption (scripts/make_suite.py)
 
-Each of them except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark, parquet
-files of Hugging Face, one table of paths and captions. If there are several splits, `test` is used, else `val` or `validation`.
+Each of them except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of
+CLIP_benchmark, parquet files of Hugging Face, one table of paths and captions. If there are several splits, `test` is
+used, else `val` or `validation`.
 """
 
 import time
@@ -36,7 +38,16 @@ from heirloom.common.evaluate.probe import probe
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
-from tinyclip_jax.evaluate import Scored, Setup, features_of, refuse_flags, retrieval_over, setup_of, zeroshot, zeroshot_over
+from tinyclip_jax.evaluate import (
+    Scored,
+    Setup,
+    features_of,
+    refuse_flags,
+    retrieval_over,
+    setup_of,
+    zeroshot,
+    zeroshot_over,
+)
 from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED, Published
 
@@ -44,25 +55,44 @@ PLAIN = ("a photo of a {}.",)
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LABELLED = SourceConfig(text="", columns=("label",))
-CLASSES_OF = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000, "objectnet": 313}
-WARM_UP, TIMED, THROUGHPUT_BATCH = 10, 50, 32  # calls before and during the measurement of throughput, and examples in each
+CLASSES_OF = {
+    "imagenet": 1000,
+    "imagenet-v2": 1000,
+    "imagenet-a": 200,
+    "imagenet-r": 200,
+    "imagenet-sketch": 1000,
+    "objectnet": 313,
+}
+WARM_UP, TIMED, THROUGHPUT_BATCH = (
+    10,
+    50,
+    32,
+)  # calls before and during the measurement of throughput, and examples in each
 
 Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Zero-shot over the classes that have folders; only with all `CLASSES_OF` them is the score comparable to published numbers."""
+    """Zero-shot over the classes that have folders; only with all `CLASSES_OF` them is the score comparable to
+    published numbers.
+    """
     source = open_labelled(_of_test(folder), "label")
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
     names = by_number if name == "imagenet-v2" else by_identifier
     if not isinstance(source.source, FolderSource):
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
-            raise InputError(f"{folder} does not name the {CLASSES_OF[name]} classes of its labels: put classnames.txt next to the shards")
-        return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(params)
+            raise InputError(
+                f"{folder} does not name the {CLASSES_OF[name]} classes of its labels: put classnames.txt next to the"
+                " shards"
+            )
+        return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(
+            params
+        )
     if unknown := [c for c in source.classes if c not in names]:
         raise InputError(
-            f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0 to 999"
+            f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0"
+            " to 999"
         )
     return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
 
@@ -75,7 +105,8 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
         raise InputError(
-            f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of objectnet.dev"
+            f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of"
+            " objectnet.dev"
         )
     names = tuple(label[source.classes[i]].lower() for i in kept)
     return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
@@ -106,7 +137,9 @@ class Karpathy:
         self._root = folder / "images"
         try:
             self._images = [image for image in read_json(files[0])["images"] if image["split"] == split]
-            texts = [([sentence["raw"] for sentence in image["sentences"]], image["filename"]) for image in self._images]
+            texts = [
+                ([sentence["raw"] for sentence in image["sentences"]], image["filename"]) for image in self._images
+            ]
         except (KeyError, TypeError) as error:
             raise InputError(f"{files[0]} is not a file of Karpathy's splits: {error} is missing in it") from error
         if not self._images:
@@ -145,14 +178,19 @@ def _of_test(folder: Path) -> SourceConfig:
 
 def _small(classes: tuple[str, ...], name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
     """Zero-shot on the test pictures, and a linear probe that is trained on the training pictures."""
-    sources = (open_labelled(SourceConfig(str(folder), split), "label", len(classes), classes) for split in ("train", "test"))
+    sources = (
+        open_labelled(SourceConfig(str(folder), split), "label", len(classes), classes) for split in ("train", "test")
+    )
     (x, y), (test_x, test_y) = (features_of(name, source, setup, params) for source in sources)
     scored = zeroshot(name, test_x, test_y, setup, params, classes, PLAIN)
     return replace(scored, metrics={**scored.metrics, "linear_probe": probe(x, y, test_x, test_y).top1})
 
 
 SUITE: dict[str, Scores] = {
-    **{name: partial(_imagenet, name) for name in ("imagenet", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")},
+    **{
+        name: partial(_imagenet, name)
+        for name in ("imagenet", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")
+    },
     "objectnet": partial(_objectnet, "objectnet"),
     **{name: partial(_karpathy, name) for name in ("flickr30k", "coco")},
     "cifar10": partial(_small, CIFAR10, "cifar10"),
@@ -168,16 +206,22 @@ def evaluate_suite(donor: Donor, baseline: Donor | None, args: Namespace) -> lis
 
 
 def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[str, Any]]:
-    """Score every data set in `folder`: rows {dataset, metric, value, beside, published, published_of, n}; a missing one has value None.
+    """Score every data set in `folder`: rows {dataset, metric, value, beside, published, published_of, n}; a missing
+    one has value None.
 
-    baseline: another model, such as the teacher, scored on the same data; its score is the column `beside`. published: score of the
-    published model of this size, which `published_of` names; left out for a data set that lacks classes. Raises InputError when the folder
-    holds no data set of the suite, or an invalid one.
+    baseline: another model, such as the teacher, scored on the same data; its score is the column `beside`. published:
+    score of the published model of this size, which `published_of` names; left out for a data set that lacks classes.
+    Raises InputError when the folder holds no data set of the suite, or an invalid one.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one that holds data sets named {', '.join(SUITE)}")
-    if unknown := sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")):
-        raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name: rename or move it (names are {', '.join(SUITE)})")
+    if unknown := sorted(
+        p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")
+    ):
+        raise InputError(
+            f"{folder / unknown[0]}: no data set of the suite has this name: rename or move it (names are"
+            f" {', '.join(SUITE)})"
+        )
     present = [name for name in SUITE if (folder / name).is_dir()]
     if not present:
         raise InputError(f"{folder} holds no data set of the suite: name its folders {', '.join(SUITE)}")
@@ -203,7 +247,9 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of a report, percent or examples per second. n: examples. classes: different labels among them, 0 without labels."""
+    """One number of a report, percent or examples per second. n: examples. classes: different labels among them, 0
+    without labels.
+    """
 
     value: float
     n: int
@@ -215,12 +261,18 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
     out: dict[tuple[str, str], Measured] = {}
     for name in names:
         scored = SUITE[name](setup, params, folder / name)
-        out |= {(name, metric): Measured(100 * value, scored.n, scored.classes) for metric, value in scored.metrics.items()}
-    return out | {("throughput", name): Measured(rate, TIMED * THROUGHPUT_BATCH) for name, rate in throughput(setup, params).items()}
+        out |= {
+            (name, metric): Measured(100 * value, scored.n, scored.classes) for metric, value in scored.metrics.items()
+        }
+    return out | {
+        ("throughput", name): Measured(rate, TIMED * THROUGHPUT_BATCH)
+        for name, rate in throughput(setup, params).items()
+    }
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
-    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed one by one, in bfloat16.
+    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed one by one, in
+    bfloat16.
 
     Deviation: on a CPU, where half precision is slower, in float32.
     """

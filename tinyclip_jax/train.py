@@ -44,7 +44,11 @@ def parts(cfg: Config) -> Parts:
         return manual(donor.cfg, cfg.student, cfg.depth_rule).resolve(donor.source, model.spec)
 
     def prepare(params: dict[str, Any]) -> dict[str, Any]:
-        return constrain_scale(cfg.loss, params) if cfg.loss.scale == "fixed" and cfg.loss.first_scale == "fixed" else params
+        return (
+            constrain_scale(cfg.loss, params)
+            if cfg.loss.scale == "fixed" and cfg.loss.first_scale == "fixed"
+            else params
+        )
 
     return Parts(
         family=FAMILY,
@@ -74,17 +78,24 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     Raises InputError for a config that contradicts itself or the teacher.
     """
 
-    def loss(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(
+        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
         (image, text, scale), statistics = student.train(params, batch["image"], batch["text"])
         parts = {}
         if cfg.loss.alpha > 0:
             if teacher:
-                targets = jax.lax.stop_gradient(teacher.model.apply(cast(frozen, cfg.step.compute), batch["image"], batch["text"]))
+                targets = jax.lax.stop_gradient(
+                    teacher.model.apply(cast(frozen, cfg.step.compute), batch["image"], batch["text"])
+                )
                 target_image, target_text, stored_scale = targets
             else:
                 (target_image, target_text), stored_scale = (batch[name] for name in TARGETS), None
             target_scale = stored_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
-            parts["affinity"] = (cfg.loss.alpha, affinity_mimicking(image, text, target_image, target_text, scale, target_scale))
+            parts["affinity"] = (
+                cfg.loss.alpha,
+                affinity_mimicking(image, text, target_image, target_text, scale, target_scale),
+            )
         if cfg.loss.alpha < 1:
             parts["contrastive"] = (1 - cfg.loss.alpha, contrastive(image, text, scale, batch.get("group")))
         total = sum(weight * value for weight, value in parts.values())
@@ -92,18 +103,29 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         return jnp.asarray(total), metrics | {STATISTICS: statistics}
 
     if cfg.step.accumulate > 1:
-        raise InputError(f"step.accumulate is {cfg.step.accumulate}, and TinyCLIP's loss compares all pairs of a batch: set it to 1")
+        raise InputError(
+            f"step.accumulate is {cfg.step.accumulate}, and TinyCLIP's loss compares all pairs of a batch: set it to 1"
+        )
     if not 0 <= cfg.loss.alpha <= 1:
         raise InputError(f"loss.alpha is {cfg.loss.alpha}: choose a weight of affinity mimicking between 0 and 1")
     if cfg.loss.teacher_scale is not None and cfg.loss.teacher_scale <= 0:
-        raise InputError(f"loss.teacher_scale is {cfg.loss.teacher_scale}: choose a number above 0 (the release has 50)")
+        raise InputError(
+            f"loss.teacher_scale is {cfg.loss.teacher_scale}: choose a number above 0 (the release has 50)"
+        )
     if cfg.loss.alpha > 0 and not cfg.teacher:
         raise InputError(
-            f'loss.alpha is {cfg.loss.alpha} and teacher is empty: set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
+            f'loss.alpha is {cfg.loss.alpha} and teacher is empty: set teacher to a SOURCE or "embeddings", or'
+            " loss.alpha to 0"
         )
-    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (cfg.student.image.size, cfg.student.text.context):
+    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (
+        cfg.student.image.size,
+        cfg.student.text.context,
+    ):
         inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
-        raise InputError(f"the teacher takes {inputs}, the student other inputs: set student.image.size and student.text.context to these")
+        raise InputError(
+            f"the teacher takes {inputs}, the student other inputs: set student.image.size and student.text.context to"
+            " these"
+        )
     if cfg.loss.teacher_scale is None and teacher is None and cfg.loss.alpha > 0:
         raise InputError("loss.teacher_scale is None, and stored embeddings have no scale: set it to a number")
     if cfg.loss.scale == "fixed" and cfg.loss.teacher_scale is None:
@@ -125,13 +147,18 @@ def batches(cfg: Config, opened: Opened) -> Data:
     if cfg.teacher.startswith(CACHE):
         if cfg.augment != "none":
             raise InputError(
-                f'augment is "{cfg.augment}", and stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
+                f'augment is "{cfg.augment}", and stored embeddings belong to centre crops: set augment to "none", or'
+                " teacher to a SOURCE"
             )
         source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
-        raise InputError(f"{cfg.data.path} has no {min(missing)}: add this column of teacher embeddings, and name it in data.columns")
+        raise InputError(
+            f"{cfg.data.path} has no {min(missing)}: add this column of teacher embeddings, and name it in data.columns"
+        )
     context = cfg.student.text.context
-    augment = Augment(pre=inputs.pre, tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags, augment=cfg.augment)
+    augment = Augment(
+        pre=inputs.pre, tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags, augment=cfg.augment
+    )
     augment.check(source[0])
     return training_batches(source, cfg.pipeline, augment, mesh=opened.mesh)
 
@@ -139,7 +166,10 @@ def batches(cfg: Config, opened: Opened) -> Data:
 def batch_shapes(cfg: Config) -> Shapes:
     """Shapes and dtypes of a batch, for `heirloom compile`."""
     n, size = cfg.pipeline.batch, cfg.student.image.size
-    shapes: dict[str, Any] = {"image": ((n, size, size, 3), jnp.float32), "text": ((n, cfg.student.text.context), jnp.int32)}
+    shapes: dict[str, Any] = {
+        "image": ((n, size, size, 3), jnp.float32),
+        "text": ((n, cfg.student.text.context), jnp.int32),
+    }
     stored = {name: ((n, cfg.student.joint), jnp.float32) for name in TARGETS} if _stored(cfg.teacher) else {}
     return shapes | stored
 
@@ -155,13 +185,15 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
 def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
     """Draw the first batch and return its first caption.
 
-    Raises InputError when all pictures or all captions are the same: training on such data would end at chance without an error.
+    Raises InputError when all pictures or all captions are the same: training on such data would end at chance without
+    an error.
     """
     for name, what in (("image", "pictures"), ("text", "captions")):
         rows = np.asarray(batch[name].addressable_data(0))
         if len(rows) > 1 and (rows == rows[0]).all():
             raise InputError(
-                f"all {what} of the first batch are the same, and training needs different ones: check data.path, {cfg.data.path}"
+                f"all {what} of the first batch are the same, and training needs different ones: check data.path,"
+                f" {cfg.data.path}"
             )
     return f'first caption: "{check_first_batch(batch, opened.inputs.tokenizer, picture, opened.inputs.pre)}"'
 
@@ -170,7 +202,9 @@ def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
     """Store the embeddings of the recipe's teacher on its data; returns the content of `cache.json`."""
     known, mesh = parts(cfg), start(cfg.mesh)
     if not known.teacher:
-        raise InputError("this recipe has no live teacher, whose embeddings `heirloom cache` would store: give --teacher SOURCE")
+        raise InputError(
+            "this recipe has no live teacher, whose embeddings `heirloom cache` would store: give --teacher SOURCE"
+        )
     opened = recipe.open_sources(known, mesh)
     assert opened.teacher is not None
     inputs: Inputs = opened.inputs

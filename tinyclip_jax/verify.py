@@ -42,28 +42,37 @@ def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare unit-norm features, f32 at highest precision, with the library that reads `file` and its config; tolerance 1e-4 relative.
+    """Compare unit-norm features, f32 at highest precision, with the library that reads `file` and its config;
+    tolerance 1e-4 relative.
 
-    Where open_clip is not installed, or the file has no config of its, open_clip's formulas in torch serve: they share our reading of
-    the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
+    Where open_clip is not installed, or the file has no config of its, open_clip's formulas in torch serve: they share
+    our reading of the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
     """
     images, tokens = inputs(cfg)
     mine = outputs(functional(Clip, cfg).apply, params, images, tokens)[:2]  # without the scale
 
     def reference() -> Check:
         if format == "hf":
-            return compare(mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers"))
+            return compare(
+                mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers")
+            )
         if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
-            return compare(mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch"))
+            return compare(
+                mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch")
+            )
         return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
 
-    return against(reference, mine, format, what="features", needs=("torch", "transformers") if format == "hf" else ("torch",))
+    return against(
+        reference, mine, format, what="features", needs=("torch", "transformers") if format == "hf" else ("torch",)
+    )
 
 
 def _builds(cfg: ClipConfig) -> bool:
     """Whether open_clip can build it: it knows no pruned layers."""
     towers = [c for c in (cfg.image, cfg.text) if not isinstance(c, ResNetConfig)]
-    return all(isinstance(c.heads, int) and isinstance(c.hidden, int) and c.heads * head_dim(c) == c.width for c in towers)
+    return all(
+        isinstance(c.heads, int) and isinstance(c.hidden, int) and c.heads * head_dim(c) == c.width for c in towers
+    )
 
 
 def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
@@ -74,7 +83,9 @@ def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np
     with as_folder(file, "model.safetensors") as folder, quiet():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
-        out = model(pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long())
+        out = model(
+            pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long()
+        )
     return [out.image_embeds.numpy(), out.text_embeds.numpy()]
 
 
@@ -88,7 +99,9 @@ def _open_clip(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.nd
     model = kind(**config).eval()
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     tensors = {key: value for key, value in reference_tensors(file).items() if key not in BUFFERS}
-    model.load_state_dict({key: value.reshape(shapes[key]) if value.numel() == 1 else value for key, value in tensors.items()})
+    model.load_state_dict(
+        {key: value.reshape(shapes[key]) if value.numel() == 1 else value for key, value in tensors.items()}
+    )
     with torch.no_grad():
         image = model.encode_image(torch.from_numpy(images).permute(0, 3, 1, 2), normalize=True)
         return [image.numpy(), model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()]
@@ -103,7 +116,10 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
 
     clean = next(f.clean for f in FORMATS if f.name == format)
     # The original files are open_clip's under a prefix per tower.
-    t = {clean(k).replace("_image_encoder.", "").replace("_text_encoder.", ""): v for k, v in reference_tensors(file).items()}
+    t = {
+        clean(k).replace("_image_encoder.", "").replace("_text_encoder.", ""): v
+        for k, v in reference_tensors(file).items()
+    }
 
     def norm(x: Any, name: str, eps: float) -> Any:
         return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
@@ -117,7 +133,9 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
                 q, k, v = packed.reshape(*y.shape[:2], 3, -1, head_dim(c)).permute(2, 0, 3, 1, 4)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
                 x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"])
-            x = x + t.get(f"{p}.attn.out_proj.bias", 0)  # of a layer without heads the files of the release keep nothing, ours this
+            x = x + t.get(
+                f"{p}.attn.out_proj.bias", 0
+            )  # of a layer without heads the files of the release keep nothing, ours this
             if f"{p}.mlp.c_fc.weight" in t:
                 y = F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"])
                 x = x + F.linear(torch_activation(c.activation)(y), t[f"{p}.mlp.c_proj.weight"])
@@ -134,7 +152,9 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
         return F.relu(x + y)
 
     def batch_norm(x: Any, p: str) -> Any:
-        return F.batch_norm(x, t[f"{p}.running_mean"], t[f"{p}.running_var"], t[f"{p}.weight"], t[f"{p}.bias"], eps=1e-5)
+        return F.batch_norm(
+            x, t[f"{p}.running_mean"], t[f"{p}.running_var"], t[f"{p}.weight"], t[f"{p}.bias"], eps=1e-5
+        )
 
     def resnet(c: ResNetConfig, x: Any) -> Any:
         for i, stride in ((1, 2), (2, 1), (3, 1)):

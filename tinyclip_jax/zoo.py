@@ -15,7 +15,18 @@ from tinyclip_jax.verify import verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
-FAMILY = Family("tinyclip", Clip, partial(from_json, ClipConfig), FORMATS, sidecars, verify, parameters, total_macs, EMBEDDED, LOOKALIKES)
+FAMILY = Family(
+    "tinyclip",
+    Clip,
+    partial(from_json, ClipConfig),
+    FORMATS,
+    sidecars,
+    verify,
+    parameters,
+    total_macs,
+    EMBEDDED,
+    LOOKALIKES,
+)
 FAMILIES = (FAMILY,)
 
 RN50 = resnet(64, 12)

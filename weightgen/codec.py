@@ -1,4 +1,6 @@
-"""Weights to latents and back: PCA, which needs no training and is the default; a token autoencoder; and the gate both must pass."""
+"""Weights to latents and back: PCA, which needs no training and is the default; a token autoencoder; and the gate both
+must pass.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from weightgen.zoo.zoo import Zoo, flat
 
 @dataclass(frozen=True)
 class PcaFit:
-    """A fitted PCA. mean: [length]; components: [length, latent] orthonormal; scale: one number, the spread of all latents."""
+    """A fitted PCA. mean: [length]; components: [length, latent] orthonormal; scale: one number, the spread of all
+    latents.
+    """
 
     mean: np.ndarray
     components: np.ndarray
@@ -34,7 +38,9 @@ class PcaFit:
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
     """Fit PCA to rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
     if latent > min(rows.shape):
-        raise InputError(f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most")
+        raise InputError(
+            f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most"
+        )
     mean = rows.mean(0, dtype=np.float64)
     centred = rows - mean
     # Of the smaller Gram matrix: rows are many and short, or few and long.
@@ -44,14 +50,18 @@ def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
         components = np.linalg.svd(centred, full_matrices=False)[2][:latent].T
     scale = (centred @ components).std()
     if not scale > 0:
-        raise InputError(f"all {rows.shape[0]} rows of weights are the same: there is nothing to generate from; add other networks")
+        raise InputError(
+            f"all {rows.shape[0]} rows of weights are the same: there is nothing to generate from; add other networks"
+        )
     return PcaFit(*(np.asarray(x, np.float32) for x in (mean, components, scale)))
 
 
 class Pca(nnx.Module):
-    """Encode tokens [..., token, length] to latents [..., token, latent] with spread 1, and decode. Fitted, never trained.
+    """Encode tokens [..., token, length] to latents [..., token, latent] with spread 1, and decode. Fitted, never
+    trained.
 
-    tokens: 1 where all share a mean, as the rows of a head do; else each token has its own, that of the zoo's mean network.
+    tokens: 1 where all share a mean, as the rows of a head do; else each token has its own, that of the zoo's mean
+    network.
     """
 
     def __init__(self, tokens: int, length: int, latent: int, *, rngs: nnx.Rngs):
@@ -72,7 +82,8 @@ XAVIER = xavier_uniform()
 
 
 def tensor_scale(spec: TokenSpec, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Measure mean and standard deviation of each tensor over a zoo, at the places of its weights. tokens: [member, rows, length].
+    """Measure mean and standard deviation of each tensor over a zoo, at the places of its weights. tokens: [member,
+    rows, length].
 
     Returns two arrays [rows, length] f32; in the padding they are 0 and 1.
     """
@@ -95,17 +106,22 @@ class TokenVaeConfig:
     layers: int = 2
     heads: int = 4
     normalise: Literal["none", "tensor", "scale", "row"] = "tensor"
-    """How the fitted mean and standard deviation were found. scale and row are of folders that were written before and are read alike."""
+    """How the fitted mean and standard deviation were found. scale and row are of folders that were written before and
+    are read alike.
+    """
     order: Order = "ordered"
-    """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their order."""
+    """exchangeable: tokens are known by no place, as the rows of a head are not; the codec is equivariant to their
+    order.
+    """
 
     def __post_init__(self) -> None:
         positive(self, "latent", "layers")
 
 
 class TokenVae(nnx.Module):
-    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens attend to one another in both
-    directions."""
+    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens attend to one
+    another in both directions.
+    """
 
     def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
         if cfg.width % cfg.heads:
@@ -121,7 +137,10 @@ class TokenVae(nnx.Module):
             return stack(lambda rngs: Block(sizes, attention=attention, **block, rngs=rngs), cfg.layers, rngs)
 
         self.enter, self.leave = Dense("weight -> embed", sizes, rngs=rngs), Dense("embed -> weight", sizes, rngs=rngs)
-        self.shrink, self.grow = Dense("embed -> part latent", sizes, rngs=rngs), Dense("latent -> embed", sizes, rngs=rngs)
+        self.shrink, self.grow = (
+            Dense("embed -> part latent", sizes, rngs=rngs),
+            Dense("latent -> embed", sizes, rngs=rngs),
+        )
         self.position = param("token -> embed", sizes, normal(0.02), rngs) if cfg.order == "ordered" else None
         self.encoder, self.decoder = blocks(), blocks()
 
@@ -167,10 +186,13 @@ class TokenCodec(nnx.Module):
         return x, *self.vae(x, key)
 
 
-def vae_loss(x: jax.Array, back: jax.Array, posterior: Moments, *, beta: float = 1e-6, squared: float = 1000.0) -> jax.Array:
+def vae_loss(
+    x: jax.Array, back: jax.Array, posterior: Moments, *, beta: float = 1e-6, squared: float = 1000.0
+) -> jax.Array:
     """Compute summed L1 + beta KL, means over the batch, + `squared` times the mean squared error (nats).
 
-    The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes nothing.
+    The released log-variance of the L1 term is left out: its optimizer never sees it, so it stays at 0 and changes
+    nothing.
     """
     l1 = jnp.abs(x - back).reshape(len(x), -1).sum(1).mean()
     return l1 + beta * posterior.kl().mean() + squared * jnp.square(x - back).mean()
@@ -182,9 +204,10 @@ Code = Callable[[np.ndarray, np.ndarray], tuple[ArrayLike, ArrayLike]]
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a codec may be used: the accuracy of networks before and after a round trip, NaN where it is not known, and the relative
-    squared error of what is coded. A codec that codes nothing must not pass: hence the limit of the error, and hence networks at chance,
-    which have nothing to lose, do not count."""
+    """Whether a codec may be used: the accuracy of networks before and after a round trip, NaN where it is not known,
+    and the relative squared error of what is coded. A codec that codes nothing must not pass: hence the limit of the
+    error, and hence networks at chance, which have nothing to lose, do not count.
+    """
 
     before: float
     after: float
@@ -204,7 +227,9 @@ class Gate:
         tolerance: float,
         **limits: float,
     ) -> "Gate":
-        """Build it from the accuracies [n] of the same networks before and after, and what the codec was given and gave back."""
+        """Build it from the accuracies [n] of the same networks before and after, and what the codec was given and gave
+        back.
+        """
         means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
         return cls(**means, error=relative_error(given, back), tolerance=tolerance, **limits)
 
@@ -213,18 +238,19 @@ class Gate:
         """The reason not to use the codec, and what to do; empty when it may be used."""
         if self.before - self.chance <= self.tolerance:
             return (
-                f"the zoo's networks are at chance: {100 * self.before:.1f} % right, {100 * self.chance:.1f} % by guessing, so the "
-                "codec cannot be judged. Train the zoo for longer, or --gate.force"
+                f"the zoo's networks are at chance: {100 * self.before:.1f} % right, {100 * self.chance:.1f} % by"
+                " guessing, so the codec cannot be judged. Train the zoo for longer, or --gate.force"
             )
         if self.before - self.after > self.tolerance:
             return (
-                f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip "
-                f"(relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more latents, or --gate.force"
+                f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round"
+                f" trip (relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more"
+                " latents, or --gate.force"
             )
         if not self.error <= self.limit:  # NaN is a fault, too
             return (
-                f"the codec loses the weights it is to code: relative error {self.error:.3f}, at most {self.limit:g} (gate.error). "
-                "Use more latents, or --gate.force"
+                f"the codec loses the weights it is to code: relative error {self.error:.3f}, at most {self.limit:g}"
+                " (gate.error). Use more latents, or --gate.force"
             )
         return ""
 
@@ -244,14 +270,19 @@ class GateConfig:
     """The codec must keep the weights it codes and the accuracy of their networks, or training stops before it starts."""
 
     tolerance: float = 0.02
-    """Accuracy that may be lost, on pictures no network of the zoo was trained on; they must have more than that above chance."""
+    """Accuracy that may be lost, on pictures no network of the zoo was trained on; they must have more than that above
+    chance.
+    """
     error: float = 0.5
-    """Relative squared error of what is coded (with a linear prior, of its residual), at most. Heads lost 5 points of accuracy at 0.42 and
-    none at 0.23."""
+    """Relative squared error of what is coded (with a linear prior, of its residual), at most. Heads lost 5 points of
+    accuracy at 0.42 and none at 0.23.
+    """
     force: bool = False
     members: int = 200
-    """Networks of the zoo it is measured on: the last ones, at most a fifth, which the codec is not fitted on. Imported checkpoints have
-    no pictures and may all differ: with them only the error is measured, on the networks the codec was fitted on."""
+    """Networks of the zoo it is measured on: the last ones, at most a fifth, which the codec is not fitted on. Imported
+    checkpoints have no pictures and may all differ: with them only the error is measured, on the networks the codec was
+    fitted on.
+    """
 
 
 def left_out(cfg: GateConfig, zoo: Zoo) -> int:
@@ -269,7 +300,9 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Code, seed: int) -> Non
     if zoo.net:
         x, y = shown(zoo.net, *bank.all(np.asarray(zoo.classes[rows]), 20))
         nets = [zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like) for t in (tokens, tokens - given + back)]
-        before, after = (accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes).mean() for params in nets)
+        before, after = (
+            accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes).mean() for params in nets
+        )
         chance = 1 / zoo.net.classes
     found = Gate.of(
         before,
@@ -280,8 +313,15 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Code, seed: int) -> Non
         chance=chance,
         limit=cfg.error,
     )
-    known = f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip" if zoo.net else "accuracy is not known"
-    print(f"codec: {known}, relative error {found.error:.4f}, of {len(rows)} networks{' it was not fitted on' if held else ''}")
+    known = (
+        f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip"
+        if zoo.net
+        else "accuracy is not known"
+    )
+    print(
+        f"codec: {known}, relative error {found.error:.4f}, of {len(rows)}"
+        f" networks{' it was not fitted on' if held else ''}"
+    )
     found.check(cfg.force)
 
 
@@ -289,4 +329,8 @@ def check_codec(cfg: TokenVaeConfig, zoo: Zoo, path: str) -> None:
     """Raise InputError for a codec of other networks than the zoo's."""
     own, ours = (cfg.tokens, cfg.length), (zoo.spec.rows, zoo.spec.length)
     if own != ours:
-        raise InputError("{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(path, *own, *ours))
+        raise InputError(
+            "{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(
+                path, *own, *ours
+            )
+        )

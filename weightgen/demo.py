@@ -1,4 +1,6 @@
-"""`heirloom demo weightgen`: heads for classes of emoji that the zoo never saw, on two backbones, next to every baseline."""
+"""`heirloom demo weightgen`: heads for classes of emoji that the zoo never saw, on two backbones, next to every
+baseline.
+"""
 
 import tempfile
 import time
@@ -36,11 +38,16 @@ def run(seed: int, out: Path, cfg: FewShotConfig | None = None) -> dict[str, Any
             tasks = emoji_tasks(backend)
             unseen, seen = (len(group["support"].names) for group in (tasks.unseen, tasks.seen))
             console.print(
-                f"\n{name}: {cfg.ways}-way heads from 5 pictures of each class, or 1; {seen} CLDR subgroups for the zoo, {unseen} unseen",
+                f"\n{name}: {cfg.ways}-way heads from 5 pictures of each class, or 1; {seen} CLDR subgroups for the"
+                f" zoo, {unseen} unseen",
                 soft_wrap=True,
             )
             results[name] = compare(
-                cfg, tasks, Path(folder) / backend.replace(":", "-"), seed=seed, say=lambda line: console.print(line, soft_wrap=True)
+                cfg,
+                tasks,
+                Path(folder) / backend.replace(":", "-"),
+                seed=seed,
+                say=lambda line: console.print(line, soft_wrap=True),
             )
             console.print(table(results[name]))
             console.print(judgement(results[name]))
@@ -48,7 +55,9 @@ def run(seed: int, out: Path, cfg: FewShotConfig | None = None) -> dict[str, Any
     seconds = time.perf_counter() - started
     console.print(f"picture: {picture}; took {seconds:.0f} s", soft_wrap=True)
     return {
-        "scores": {name: {group: as_json(rows) for group, rows in result.rows.items()} for name, result in results.items()},
+        "scores": {
+            name: {group: as_json(rows) for group, rows in result.rows.items()} for name, result in results.items()
+        },
         "criteria": {name: result.criteria for name, result in results.items()},
         "report": {name: result.extra for name, result in results.items()},
         "seconds": round(seconds, 1),
@@ -94,7 +103,12 @@ def plot(results: dict[str, Result], out: Path) -> Path:
                 label=f"{shots} picture{'s' if shots > 1 else ''} of each class",
             )
         axes.axvline(20, color="#888", linestyle="--", linewidth=1)
-        axes.set(title=f"features: {name}", xlabel="accuracy on unseen classes, 5-way, %", yticks=range(len(SHOWN)), xlim=(0, 100))
+        axes.set(
+            title=f"features: {name}",
+            xlabel="accuracy on unseen classes, 5-way, %",
+            yticks=range(len(SHOWN)),
+            xlim=(0, 100),
+        )
         axes.set_yticklabels(SHOWN)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

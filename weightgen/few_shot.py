@@ -1,6 +1,8 @@
-"""Few-shot heads for classes the zoo never saw, from 5 pictures of each or 1, next to every baseline. The demo prints it.
+"""Few-shot heads for classes the zoo never saw, from 5 pictures of each or 1, next to every baseline. The demo prints
+it.
 
-build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  400 tasks of unseen classes
+build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  400 tasks of unseen
+classes
 """
 
 from collections.abc import Callable
@@ -19,7 +21,15 @@ from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.in_memory import Trained, train_generator
 from weightgen.generator.sample import SampleConfig
-from weightgen.metrics import Estimate, Scores, disagreement, error_overlap, head_accuracy, head_labels, nearest_distance
+from weightgen.metrics import (
+    Estimate,
+    Scores,
+    disagreement,
+    error_overlap,
+    head_accuracy,
+    head_labels,
+    nearest_distance,
+)
 from weightgen.tokens import TokenSpec
 from weightgen.train import LoopConfig
 from weightgen.zoo.data import Bank, EmojiTasks, draw_tasks
@@ -42,8 +52,9 @@ class FewShotConfig:
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, lr=0.1, weight_decay=0.03))
     """Of the zoo's heads, with all pictures of their classes."""
     few: FitConfig = field(default_factory=lambda: FitConfig(steps=60, lr=0.1, weight_decay=0.3))
-    """Of the baseline that trains on the 1 or 5 pictures; the penalty is the best of 0.003 to 0.3 on the selection set, and on seen
-    classes that were left out (`benchmarks/one_picture.py`)."""
+    """Of the baseline that trains on the 1 or 5 pictures; the penalty is the best of 0.003 to 0.3 on the selection set,
+    and on seen classes that were left out (`benchmarks/one_picture.py`).
+    """
     latent: int = 48
     denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(width=64, layers=2, heads=4, hidden=128))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, batch=128, save_every=10**9))
@@ -74,7 +85,9 @@ def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     held = tasks.seen["test"]
     x, y = held.all(classes, int(held.counts.max()))
     heads = Zoo(weights=weights, quality=np.zeros(0), classes=classes, net=head, spec=spec).tokens(slice(None))
-    return Zoo(weights=weights, quality=head_accuracy(heads, x, y).astype(np.float32), classes=classes, net=head, spec=spec)
+    return Zoo(
+        weights=weights, quality=head_accuracy(heads, x, y).astype(np.float32), classes=classes, net=head, spec=spec
+    )
 
 
 def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
@@ -86,7 +99,9 @@ def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Few-shot tasks of seen or of unseen classes: support [task, way, 5, feature]; select and test as (x, y) of different concepts."""
+    """Few-shot tasks of seen or of unseen classes: support [task, way, 5, feature]; select and test as (x, y) of
+    different concepts.
+    """
 
     classes: np.ndarray
     support: np.ndarray
@@ -124,18 +139,33 @@ def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: TokenSpec,
 def _trainer(cfg: FitConfig, head: NetConfig) -> Callable[[np.ndarray, np.ndarray], Any]:
     """Compiled once for each shape of tasks."""
     model, key = net(head), jax.random.key(0)
-    return jax.jit(lambda x, y: fit_population(model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key))
+    return jax.jit(
+        lambda x, y: fit_population(
+            model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key
+        )
+    )
 
 
-def compare(cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Callable[[str], None] = print) -> Result:
+def compare(
+    cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say: Callable[[str], None] = print
+) -> Result:
     """Run the whole comparison on one backbone; `folder` holds the training run."""
     zoo = build_zoo(cfg, tasks, seed)
-    say(f"zoo: {len(zoo):,} heads of {zoo.spec.count} weights, {100 * zoo.quality.mean():.1f} % right on unseen pictures of their classes")
+    say(
+        f"zoo: {len(zoo):,} heads of {zoo.spec.count} weights, {100 * zoo.quality.mean():.1f} % right on unseen"
+        " pictures of their classes"
+    )
     bank = tasks.seen["support"]
     generator = train(cfg, zoo, bank, folder=folder, seed=seed)
-    sets = {kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed=seed) for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))}
+    sets = {
+        kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed=seed)
+        for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))
+    }
     found = codec_gate(cfg, generator, sets["unseen"], zoo=zoo)
-    say(f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip of unseen heads, error {found.error:.3f}")
+    say(
+        f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip of unseen heads, error"
+        f" {found.error:.3f}"
+    )
     found.check()
     known = ZooStatistics.of(zoo, bank, seed)
     rows: dict[str, dict[str, Estimate]] = {}
@@ -154,8 +184,9 @@ def compare(cfg: FewShotConfig, tasks: EmojiTasks, folder: Path, seed: int, say:
 
 @dataclass(frozen=True)
 class ZooStatistics:
-    """What the baselines know of the zoo: heads, mean feature of each task's and each row's class, maps from the condition of a row to it
-    by shots, spread within classes."""
+    """What the baselines know of the zoo: heads, mean feature of each task's and each row's class, maps from the
+    condition of a row to it by shots, spread within classes.
+    """
 
     heads: np.ndarray
     tasks: np.ndarray
@@ -174,7 +205,14 @@ class ZooStatistics:
             ridge[shots] = baselines.Ridge.fit(x, y, classes.reshape(-1))
             network[shots] = baselines.hypernetwork(x, y, seed)
         inner = bank.features - np.repeat(bank.means, bank.counts, axis=0)
-        return cls(heads=heads, tasks=rows.mean(1), rows=rows, ridge=ridge, network=network, spread=inner.T @ inner / len(inner))
+        return cls(
+            heads=heads,
+            tasks=rows.mean(1),
+            rows=rows,
+            ridge=ridge,
+            network=network,
+            spread=inner.T @ inner / len(inner),
+        )
 
 
 @dataclass(frozen=True)
@@ -203,11 +241,15 @@ def evaluate(
         "Gaussian per weight": baselines.gaussian(flat_zoo, n, rng).reshape(n, cfg.ways, length),
         "KDE of the best 30 % in latents": kde_heads(generator, zoo, known, n=n, rng=rng),
         **{
-            f"zoo head + {sigma} noise": known.heads[pick] + sigma * known.heads.std(0) * rng.standard_normal((n, cfg.ways, length))
+            f"zoo head + {sigma} noise": (
+                known.heads[pick] + sigma * known.heads.std(0) * rng.standard_normal((n, cfg.ways, length))
+            )
             for sigma in SIGMAS
         },
         "nearest zoo head": baselines.nearest_model(mean.mean(1), known.tasks, known.heads),
-        "nearest zoo row per class": baselines.nearest_row(mean, known.rows.reshape(-1, mean.shape[-1]), known.heads.reshape(-1, length)),
+        "nearest zoo row per class": baselines.nearest_row(
+            mean, known.rows.reshape(-1, mean.shape[-1]), known.heads.reshape(-1, length)
+        ),
         "prototype": baselines.prototype(support),
         "linear discriminant": baselines.discriminant(support, known.spread),
         "gradient descent on the pictures": few_shot_heads(support, cfg.few, zoo.spec, head=zoo.net),
@@ -219,9 +261,16 @@ def evaluate(
     samples = sample(cfg, generator, episodes.support, shots=shots, seed=seed)
     scores = Scores.of(samples, episodes.select, episodes.test)
     # Task i gets the pictures of task i + 1: what remains above chance ignores the condition.
-    shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots=shots, seed=seed)[0]
-    by_task |= {"generated, averaged": scores.mean, "generated from another task's pictures": head_accuracy(shuffled, *episodes.test)}
-    rows = {name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"} | scores.rows("generated")
+    shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots=shots, seed=seed)[
+        0
+    ]
+    by_task |= {
+        "generated, averaged": scores.mean,
+        "generated from another task's pictures": head_accuracy(shuffled, *episodes.test),
+    }
+    rows = {
+        name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"
+    } | scores.rows("generated")
     everything = flat(zoo.spec, samples[0])
     mask, labels = episodes.test[1] >= 0, head_labels(samples, episodes.test[0])
     overlaps = []
@@ -242,7 +291,9 @@ def evaluate(
 
 
 def kde_heads(generator: Trained, zoo: Zoo, known: ZooStatistics, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample heads [n, way, feature + 1] by S_KDE30: the best 30 % of the zoo in the codec's latents, without the prior."""
+    """Sample heads [n, way, feature + 1] by S_KDE30: the best 30 % of the zoo in the codec's latents, without the
+    prior.
+    """
     cfg = generator.cfg
     no_prior = {"prior/table": jnp.zeros_like(generator.params["prior/table"])}
     codec = replace(generator, params=generator.params | no_prior)
@@ -288,7 +339,9 @@ def criteria(cfg: FewShotConfig, by_task: dict[str, np.ndarray], extra: dict[str
         out[f"{shots} pictures: averaged - nearest row"] = above(
             f"generated, averaged, {shots}", f"nearest zoo row per class, {shots}", 0.05
         )
-    out["1 picture: averaged - gradient descent"] = above("generated, averaged, 1", "gradient descent on the pictures, 1", 0.0)
+    out["1 picture: averaged - gradient descent"] = above(
+        "generated, averaged, 1", "gradient descent on the pictures, 1", 0.0
+    )
     for shots in SHOTS:
         gap = Estimate.of(by_task[f"generated from another task's pictures, {shots}"] - 1 / cfg.ways)
         out[f"{shots} pictures: shuffled condition - chance"] = {

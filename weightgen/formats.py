@@ -38,7 +38,9 @@ def config(model: Mapping[str, Any]) -> GeneratorConfig:
     if not cfg.cut.pieces:
         raise InputError("config.json: model.cut.pieces is empty: there is nothing to generate")
     if (cut := TokenSpec.of([asdict(piece) for piece in cfg.cut.pieces])) != cfg.cut:
-        raise InputError(f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {cut.rows} x {cut.length}")
+        raise InputError(
+            f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {cut.rows} x {cut.length}"
+        )
     return cfg
 
 
@@ -65,7 +67,9 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
     """Count multiply-accumulates of one denoising step of one network, attention's own products left out."""
     tokens = cfg.tokens.rows
     own = {path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")}
-    once = [(pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")]
+    once = [
+        (pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")
+    ]
     return sum(kernel_macs(own, [*once, ("**", tokens)]).values())
 
 
@@ -74,9 +78,20 @@ def _once(cfg: Any, spec: Spec) -> int:
     return sum(kernel_macs(spec, [("**", 1)]).values())
 
 
-def _family(name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], macs: Callable[[Any, Spec], int] = _once) -> Family:
+def _family(
+    name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], macs: Callable[[Any, Spec], int] = _once
+) -> Family:
     """Build a family without foreign formats."""
-    return Family(name=name, module=module, config=config, formats=(), sidecars=sidecars, verify=verify, parameters=parameters, macs=macs)
+    return Family(
+        name=name,
+        module=module,
+        config=config,
+        formats=(),
+        sidecars=sidecars,
+        verify=verify,
+        parameters=parameters,
+        macs=macs,
+    )
 
 
 def network(cfg: NetConfig, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -101,8 +116,9 @@ def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, n
 
 
 def save_neighbours(folder: Path, zoo: Zoo, seed: int, bank: Bank) -> None:
-    """Write `neighbours.safetensors`: zoo networks to compare generated ones with, up to 1,000 of them or 16 MB, and the mean
-    features of the classes of each."""
+    """Write `neighbours.safetensors`: zoo networks to compare generated ones with, up to 1,000 of them or 16 MB, and
+    the mean features of the classes of each.
+    """
     most = min(len(zoo), 1000, max(2**24 // (4 * zoo.spec.count), 2))
     rows = np.sort(np.random.default_rng(seed).choice(len(zoo), most, replace=False))
     classes = np.asarray(zoo.classes[rows])

@@ -26,10 +26,11 @@ from weightgen.zoo.nets import predict
 
 
 def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.n` networks for the classes of `args.dataset`, or for `args.task` in words, and write them as weights folders, with
-    `report.json`, into `args.out`.
+    """Draw `args.n` networks for the classes of `args.dataset`, or for `args.task` in words, and write them as weights
+    folders, with `report.json`, into `args.out`.
 
-    The flags left over are fields of `SampleConfig`. Raises InputError for data that does not fit and for an existing folder.
+    The flags left over are fields of `SampleConfig`. Raises InputError for data that does not fit and for an existing
+    folder.
     """
     _check(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom generate {donor.path}")
@@ -41,7 +42,11 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     samples = draw_weights(donor, task, how, n=args.n, seed=args.seed)
     check_finite(samples, donor)
     about = report(donor, task, samples, how=how, seed=args.seed)
-    chosen = {"mean": samples.mean(0)} if args.reduce == "mean" else {f"sample-{i:03d}": tokens for i, tokens in enumerate(samples)}
+    chosen = (
+        {"mean": samples.mean(0)}
+        if args.reduce == "mean"
+        else {f"sample-{i:03d}": tokens for i, tokens in enumerate(samples)}
+    )
     with staged(args.out, force=args.force) as folder:
         folder.mkdir()
         for name, tokens in chosen.items():
@@ -69,13 +74,15 @@ def check_finite(samples: np.ndarray, donor: Donor) -> None:
     if len(bad := np.flatnonzero(~np.isfinite(samples).all((1, 2)))):
         numbers = listed(str(i) for i in bad)
         raise InputError(
-            f"{len(bad)} of {len(samples)} samples of {donor.path} have NaN or infinity (numbers {numbers}): lower --guidance, or "
-            "train the generator for longer"
+            f"{len(bad)} of {len(samples)} samples of {donor.path} have NaN or infinity (numbers {numbers}): lower"
+            " --guidance, or train the generator for longer"
         )
 
 
 def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
-    """Write a network of ours as a weights folder, a foreign checkpoint under its own names, an adapter with its config."""
+    """Write a network of ours as a weights folder, a foreign checkpoint under its own names, an adapter with its
+    config.
+    """
     cfg: Any = donor.cfg
     if cfg.net is None:
         tensors = cfg.whole.unflatten(tokens, cfg.whole.like)
@@ -87,12 +94,16 @@ def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
         return
     write_params(folder, cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like))
     write_config(folder, NETWORK.name, cfg.net)
-    write_json(folder / "classes.json", {"classes": list(task.names), "features": "features.safetensors beside report.json"})
+    write_json(
+        folder / "classes.json", {"classes": list(task.names), "features": "features.safetensors beside report.json"}
+    )
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Compute the rows of `heirloom eval PATH --data DIR`: of a generator the accuracies of eight samples for these classes; of a
-    generated network its accuracy on all pictures, those it was made from included where the folder has them."""
+    """Compute the rows of `heirloom eval PATH --data DIR`: of a generator the accuracies of eight samples for these
+    classes; of a generated network its accuracy on all pictures, those it was made from included where the folder has
+    them.
+    """
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
     if donor.family.name == NETWORK.name:
@@ -101,26 +112,44 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     how = config.parse(SampleConfig(), args.flags, f"heirloom eval {donor.path}")
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
-        raise InputError(f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test")
+        raise InputError(
+            f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test"
+        )
     samples = draw_weights(donor, task, how, n=8, seed=0)
     check_finite(samples, donor)
     about = report(donor, task, samples, how=how, seed=0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
-    return [shared | {"metric": name, "value": 100 * value} for name, value in about["accuracy"].items() if value is not None]
+    return [
+        shared | {"metric": name, "value": 100 * value}
+        for name, value in about["accuracy"].items()
+        if value is not None
+    ]
 
 
 def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
     cfg: Any = donor.cfg
     if not (donor.folder / "classes.json").is_file():
-        raise InputError(f"{donor.path} has no classes.json: only networks that heirloom generate wrote have the names of their outputs")
+        raise InputError(
+            f"{donor.path} has no classes.json: only networks that heirloom generate wrote have the names of their"
+            " outputs"
+        )
     names, found = read_dataset(data, Projection.load(donor.folder.parent), cfg)
     if (own := read_json(donor.folder / "classes.json")["classes"]) != list(names):
         raise InputError(f"{data} has the classes {', '.join(names)}; this network knows {', '.join(own)}")
     params = {path: jnp.asarray(np.asarray(view, np.float32))[None] for path, view in donor.source.values.items()}
     value = 100 * float(accuracy(predict(cfg, params, found.x[None]), found.y, cfg.classes)[0])
-    return {"dataset": data, "published": None, "n": len(found.y), "protocol": "all pictures", "metric": "accuracy", "value": value}
+    return {
+        "dataset": data,
+        "published": None,
+        "n": len(found.y),
+        "protocol": "all pictures",
+        "metric": "accuracy",
+        "value": value,
+    }
 
 
 def _check(donor: Donor) -> None:
     if donor.family.name not in (GENERATOR.name, D2NWG.name):
-        raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe")
+        raise InputError(
+            f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe"
+        )

@@ -20,14 +20,20 @@ class Estimate:
     def of(cls, values: np.ndarray) -> "Estimate":
         """values: [task], one number each."""
         values = np.asarray(values, np.float64)
-        return cls(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0, len(values))
+        return cls(
+            float(values.mean()),
+            float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0,
+            len(values),
+        )
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.half:.1f}"
 
 
 def accuracy(predicted: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
-    """Share right of [..., example] predictions, every class counting the same; y: labels, -1 where there is no example."""
+    """Share right of [..., example] predictions, every class counting the same; y: labels, -1 where there is no
+    example.
+    """
     right = predicted == y
     by_class = [(right & (y == c)).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in range(classes)]
     return np.mean(by_class, axis=0)
@@ -47,8 +53,8 @@ def head_accuracy(heads: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
 class Scores:
     """Of N samples per task: four numbers that must not be mixed up, [task] each.
 
-    single: mean over the samples; mean: of the averaged weights; selected: on test, of the sample best on the selection set;
-    oracle: of the sample best on test, which nobody can have.
+    single: mean over the samples; mean: of the averaged weights; selected: on test, of the sample best on the selection
+    set; oracle: of the sample best on test, which nobody can have.
     """
 
     single: np.ndarray
@@ -57,7 +63,9 @@ class Scores:
     oracle: np.ndarray
 
     @classmethod
-    def of(cls, samples: np.ndarray, select: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> "Scores":
+    def of(
+        cls, samples: np.ndarray, select: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+    ) -> "Scores":
         """samples: [n, task, class, feature + 1]; select, test: (x, y), two sets of different pictures.
 
         Raises ValueError when the two are one: selection on test is what `oracle` is for.
@@ -83,7 +91,9 @@ class Scores:
 
 
 def nearest_distance(weights: np.ndarray, zoo: np.ndarray, *, skip_self: bool = False) -> np.ndarray:
-    """[n] L2 distance of weights [n, count] to the nearest row of `zoo`; `skip_self`: row i of the zoo is not its own neighbour."""
+    """[n] L2 distance of weights [n, count] to the nearest row of `zoo`; `skip_self`: row i of the zoo is not its own
+    neighbour.
+    """
     squared = np.sum(weights**2, 1)[:, None] + np.sum(zoo**2, 1) - 2 * weights @ zoo.T
     if skip_self:
         squared[np.arange(len(weights)), np.arange(len(weights))] = np.inf
@@ -102,7 +112,9 @@ def error_overlap(generated: np.ndarray, zoo: np.ndarray) -> np.ndarray:
 
 
 def disagreement(predictions: np.ndarray) -> float:
-    """Mean share of examples on which two of the networks differ: diversity. predictions: [n, ..., example] labels, n of at least 2."""
+    """Mean share of examples on which two of the networks differ: diversity. predictions: [n, ..., example] labels, n
+    of at least 2.
+    """
     n = len(predictions)
     return float(np.mean([np.mean(predictions[i] != predictions[j]) for i in range(n) for j in range(i)]))
 

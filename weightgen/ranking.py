@@ -16,17 +16,22 @@ from heirloom.common.errors import InputError, remark
 from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
 
 IQR = 1.349  # interquartile range of a standard normal
-EMBEDDING = re.compile(r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$")
+EMBEDDING = re.compile(
+    r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$"
+)
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
-BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")  # may hold -inf, and no weights
+BUFFER = re.compile(
+    r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$"
+)  # may hold -inf, and no weights
 ADAPTER = re.compile(r"\.lora_(embedding_)?[AB](\.|$)|\.lora_(down|up)\.|[._]lora\.(down|up)\.")
 
 
 def snr(matrix: np.ndarray) -> float:
     """Spectrum's signal-to-noise ratio of a weight matrix [n, m] (arXiv 2406.06623).
 
-    Singular values above eps = sigma (1 + sqrt(beta)), summed, over those below, over the largest; sigma is the interquartile range of
-    the singular values / 1.349 and beta the aspect ratio. A ranking, not a test: of pure noise 23 % still lie above.
+    Singular values above eps = sigma (1 + sqrt(beta)), summed, over those below, over the largest; sigma is the
+    interquartile range of the singular values / 1.349 and beta the aspect ratio. A ranking, not a test: of pure noise
+    23 % still lie above.
     """
     dtype = np.float64 if np.dtype(matrix.dtype) == np.float64 else np.float32
     values = np.linalg.svd(np.asarray(matrix, dtype), compute_uv=False).astype(np.float64)
@@ -51,17 +56,20 @@ class Ranked:
 def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     """Rank all matrices by falling ratio, equal ratios by name. Tensors may be memory maps: one is in memory at a time.
 
-    kind: the name without its layer number, as Spectrum keeps a share of each kind. Fused experts [expert, in, out] are ranked one by
-    one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked as the one matrix they are stored
-    as; a transposed one, as gpt2's Conv1D keeps it, has the same singular values. Embeddings, vectors (norms and biases), buffers and
-    matrices with a side below `least` are left out, and a warning says which.
-    Raises InputError for quantised weights, for adapters, for NaN or infinity anywhere but in a mask, and when no matrix is left.
+    kind: the name without its layer number, as Spectrum keeps a share of each kind. Fused experts [expert, in, out] are
+    ranked one by one, as "name@expert". Packed projections (gpt2's c_attn, phi's qkv_proj, a gate_up_proj) are ranked
+    as the one matrix they are stored as; a transposed one, as gpt2's Conv1D keeps it, has the same singular values.
+    Embeddings, vectors (norms and biases), buffers and matrices with a side below `least` are left out, and a warning
+    says which. Raises InputError for quantised weights, for adapters, for NaN or infinity anywhere but in a mask, and
+    when no matrix is left.
     """
     refuse_quantised(tensors)
     if adapter := next((name for name in tensors if ADAPTER.search(name)), None):
         raise InputError(f"{adapter} is half of an adapter: merge it into its base model and rank that")
     if broken := not_finite({name: tensor for name, tensor in tensors.items() if not BUFFER.search(name)}):
-        raise InputError(f"NaN or infinity in {len(broken)} of {len(tensors)} tensors ({listed(broken)}): take another checkpoint")
+        raise InputError(
+            f"NaN or infinity in {len(broken)} of {len(tensors)} tensors ({listed(broken)}): take another checkpoint"
+        )
     matrices: dict[str, np.ndarray] = {}
     left: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -72,7 +80,10 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
         else:
             matrices[name] = tensor
     if not matrices:
-        raise InputError(f"no matrix to rank among {listed(tensors) or 'no tensors'}: embeddings, vectors and small matrices are left out")
+        raise InputError(
+            f"no matrix to rank among {listed(tensors) or 'no tensors'}: embeddings, vectors and small matrices are"
+            " left out"
+        )
     if left:
         said = "; ".join(f"{why}: {listed(names, 2)}" for why, names in left.items())
         remark(f"left out of the ranking: {said}")
@@ -105,7 +116,8 @@ def _left_out(name: str, tensor: np.ndarray, least: int) -> str:
 def rank_checkpoint(source: str, **how: Any) -> list[Ranked]:
     """Rank the tensors of a checkpoint by SOURCE: a folder, a file, hf:org/name; shards are opened lazily.
 
-    A weights folder of heirloom is ranked layer by layer, as "path@layer". Raises InputError as `rank` does, and for missing shards.
+    A weights folder of heirloom is ranked layer by layer, as "path@layer". Raises InputError as `rank` does, and for
+    missing shards.
     """
     path = Path(locate(source))
     if is_folder(path):
@@ -125,7 +137,9 @@ def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
 
 
 def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, np.ndarray]:
-    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads and their channels as one axis."""
+    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads and their channels as
+    one axis.
+    """
     out = {}
     for path, leaf in params.items():
         if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:

@@ -30,8 +30,9 @@ FEW = {
 
 
 def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, seed: int) -> dict[str, Any]:
-    """Measure accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty, diversity, and whether the
-    condition is used: None where the condition does not know the order of classes."""
+    """Measure accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty,
+    diversity, and whether the condition is used: None where the condition does not know the order of classes.
+    """
     cfg: Any = donor.cfg
     about: dict[str, Any] = {
         "classes": list(task.names),
@@ -49,10 +50,24 @@ def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, see
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
         known = read_json(donor.folder / "tasks.json")["tasks"]
-        note = {} if task.names[0] in known else {"note": "the zoo has no task of these words: the generator goes by their embedding"}
-        return about | note | {"distance to the task's own networks": _task_distances(donor, task, samples, zoo=zoo, how=how, seed=seed)}
+        note = (
+            {}
+            if task.names[0] in known
+            else {"note": "the zoo has no task of these words: the generator goes by their embedding"}
+        )
+        return (
+            about
+            | note
+            | {
+                "distance to the task's own networks": _task_distances(
+                    donor, task, samples, zoo=zoo, how=how, seed=seed
+                )
+            }
+        )
     if task.support is None or task.select is None or task.test is None:
-        return about | {"note": "no class has pictures left over, so these weights are not evaluated; add more pictures"}
+        return about | {
+            "note": "no class has pictures left over, so these weights are not evaluated; add more pictures"
+        }
     ways, y = len(task.names), task.test.y
     found = labels_of(cfg, samples, task.test.x)
     scores = accuracy(found, y, ways)
@@ -65,7 +80,9 @@ def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, see
         "weights averaged": accuracy(labels_of(cfg, samples.mean(0, keepdims=True), task.test.x), y, ways)[0],
         "best by selection set": scores[chosen],
         "best by test (oracle)": scores.max(),
-        "pictures of the wrong classes": accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0] if knows_order(cfg) else None,
+        "pictures of the wrong classes": (
+            accuracy(labels_of(cfg, turned, task.test.x), y, ways)[0] if knows_order(cfg) else None
+        ),
         **{name: accuracy(labels_of(cfg, tokens, task.test.x), y, ways).mean() for name, tokens in others.items()},
         "prototype": head_accuracy(prototype(task.condition[:, :, : task.shots]), task.test.features[None], y[None])[0],
         "gradient descent on the pictures": accuracy(predict(cfg.net, alone, task.test.x[None]), y, ways)[0],
@@ -92,25 +109,35 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> dict[str, jax.A
     model = net(cfg)
     begin = initial_population(model, 1, "random", key=jax.random.key(seed))
     return fit_population(
-        model, begin, jnp.asarray(pictures.x[None]), y=jnp.asarray(pictures.y[None], jnp.int32), cfg=FEW[cfg.kind], key=jax.random.key(seed)
+        model,
+        begin,
+        jnp.asarray(pictures.x[None]),
+        y=jnp.asarray(pictures.y[None], jnp.int32),
+        cfg=FEW[cfg.kind],
+        key=jax.random.key(seed),
     )
 
 
 def knows_order(cfg: GeneratorConfig | D2nwgConfig) -> bool:
-    """Tell whether the condition says which class is which. Set Transformers do not: the same classes in another order give the same
-    condition. A linear prior in addition does."""
+    """Tell whether the condition says which class is which. Set Transformers do not: the same classes in another order
+    give the same condition. A linear prior in addition does.
+    """
     if isinstance(cfg, D2nwgConfig):
         return cfg.encoder != "set"
     return bool(cfg.condition != "set" or cfg.prior == "linear")
 
 
-def _zoo_baselines(donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _zoo_baselines(
+    donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Build the baselines that need the zoo but no diffusion: tokens [n, token, length] by name."""
     cfg, weights = donor.cfg, zoo["weights"]
     made = {"zoo mean": weights.mean(0)[None], "zoo networks + 0.04 noise": noisy(weights, 0.04, rng)[:50]}
     if "told" in zoo:  # class by class: a network for the same classes in another order does not fit
         wanted = task.condition[:, :, : task.shots].mean(2)
-        made["nearest zoo network"] = nearest_model(wanted.reshape(1, -1), zoo["told"].reshape(len(weights), -1), weights)
+        made["nearest zoo network"] = nearest_model(
+            wanted.reshape(1, -1), zoo["told"].reshape(len(weights), -1), weights
+        )
     found = {name: cfg.whole.padded(rows) for name, rows in made.items()}
     if isinstance(cfg, GeneratorConfig) and cfg.prior == "linear":
         mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, task.condition.shape[:3])
@@ -120,7 +147,9 @@ def _zoo_baselines(donor: Donor, task: Task, zoo: dict[str, np.ndarray], rng: np
 
 
 def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Measure medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy ones."""
+    """Measure medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy
+    ones.
+    """
     found = {
         "generated": nearest_distance(weights, zoo),
         "zoo": nearest_distance(zoo, zoo, skip_self=True),
@@ -129,14 +158,22 @@ def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> 
     return {name: float(np.median(distances)) for name, distances in found.items()} | {"of": len(zoo)}
 
 
-def _task_distances(donor: Donor, task: Task, samples: np.ndarray, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int) -> Any:
-    """Measure the mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a task not in the
-    zoo."""
+def _task_distances(
+    donor: Donor, task: Task, samples: np.ndarray, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int
+) -> Any:
+    """Measure the mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a
+    task not in the zoo.
+    """
     known = read_json(donor.folder / "tasks.json")["tasks"]
     own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
     if not own.any() or len(known) < 2:
         return None
-    other = draw_weights(donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, n=len(samples), seed=seed)
+    other = draw_weights(
+        donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, n=len(samples), seed=seed
+    )
     centre = zoo["weights"][own].mean(0)
     sets = {"told it": samples, "told another": other}
-    return {name: float(np.linalg.norm(flat(donor.cfg.whole, tokens) - centre, axis=1).mean()) for name, tokens in sets.items()}
+    return {
+        name: float(np.linalg.norm(flat(donor.cfg.whole, tokens) - centre, axis=1).mean())
+        for name, tokens in sets.items()
+    }

@@ -33,10 +33,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Task:
-    """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk of a checkpoint.
+    """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk
+    of a checkpoint.
 
-    support, select, test: different pictures for the condition, to choose by and to test on; None for a task in words, the latter two also
-    where a class has no pictures left over.
+    support, select, test: different pictures for the condition, to choose by and to test on; None for a task in words,
+    the latter two also where a class has no pictures left over.
     """
 
     names: tuple[str, ...]
@@ -54,7 +55,9 @@ def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[
     if not names:
         raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
     if len(names) != cfg.classes:
-        raise InputError(f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders")
+        raise InputError(
+            f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders"
+        )
     records, labels = labelled(source, dataset)
     features = projection(encoder(projection.backend)([r["image"] for r in records]))
     inputs = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else features
@@ -80,11 +83,19 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     for c, own in enumerate(order):
         condition[0, c, :shots] = features[own[:shots]]
     rest = [own[shots:] for own in order]
-    deal = [np.concatenate([own[:shots] for own in order]), *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1))]
+    deal = [
+        np.concatenate([own[:shots] for own in order]),
+        *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1)),
+    ]
     support, select, test = (Pictures(features[rows], x[rows], labels[rows]) for rows in deal)
     enough = min(len(own) for own in rest) >= 2
     return Task(
-        names=names, condition=condition, shots=shots, support=support, select=select if enough else None, test=test if enough else None
+        names=names,
+        condition=condition,
+        shots=shots,
+        support=support,
+        select=select if enough else None,
+        test=test if enough else None,
     )
 
 
@@ -95,10 +106,14 @@ def read_words(donor: Donor, task: str) -> Task:
     """
     cfg: Any = donor.cfg
     if isinstance(cfg, D2nwgConfig) or cfg.condition not in WORDS:
-        raise InputError(f"{donor.path} takes pictures, not words: give --dataset, a folder with a sub-folder for each class")
+        raise InputError(
+            f"{donor.path} takes pictures, not words: give --dataset, a folder with a sub-folder for each class"
+        )
     if cfg.condition == "chunk":
         if task:
-            raise InputError(f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out")
+            raise InputError(
+                f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out"
+            )
         chunks = np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1)
         return Task(names=("all chunks",), condition=chunks, shots=1)
     known = read_json(donor.folder / "tasks.json")["tasks"]
@@ -114,7 +129,9 @@ def read_words(donor: Donor, task: str) -> Task:
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> np.ndarray:
-    """Draw `n` networks, tokens [sample, token, length]; sample i of a seed does not depend on n, except with the released system."""
+    """Draw `n` networks, tokens [sample, token, length]; sample i of a seed does not depend on n, except with the
+    released system.
+    """
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)
@@ -124,7 +141,9 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     key = jax.random.key(seed)
     if isinstance(cfg, D2nwgConfig):
         # It has its own sampler: all steps, no guidance, and noise that depends on n.
-        weights = sample_d2nwg(donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key)
+        weights = sample_d2nwg(
+            donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key
+        )
         return cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
     rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, mask, key, np.arange(n * items)))
     return rows.reshape(n, items * rows.shape[1], -1)

@@ -1,8 +1,8 @@
 """Weights as tokens, and back to exactly the same tree.
 
-Three ways to cut: a whole model as one long row, each tensor in chunks of a length, or neuron by neuron, which needs our named
-axes: a token is the incoming weights of one output unit, its bias included. Rows are padded with zeros; the mask says where the weights
-are.
+Three ways to cut: a whole model as one long row, each tensor in chunks of a length, or neuron by neuron, which needs
+our named axes: a token is the incoming weights of one output unit, its bias included. Rows are padded with zeros; the
+mask says where the weights are.
 """
 
 import re
@@ -27,7 +27,9 @@ STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor's share of the tokens: rows `first` to `first + rows`, from column `column` on, `width` numbers a row at most."""
+    """One tensor's share of the tokens: rows `first` to `first + rows`, from column `column` on, `width` numbers a row
+    at most.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -56,7 +58,9 @@ class TokenSpec:
     @classmethod
     def of(cls, pieces: Sequence[Mapping[str, Any]]) -> "TokenSpec":
         """Build it from the pieces in JSON."""
-        fields: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in pieces]
+        fields: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in piece.items()} for piece in pieces
+        ]
         found = tuple(Piece(**piece) for piece in fields)
         return cls(found, max(p.first + p.rows for p in found), max(p.column + p.width for p in found))
 
@@ -89,12 +93,15 @@ class TokenSpec:
         """[rows, length] int32: the index of the tensor a weight belongs to, -1 in the padding."""
         found = np.full((self.rows, self.length), -1, np.int32)
         for i, piece in enumerate(self.pieces):
-            self._block(found, piece)[...] = np.where(self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece))
+            self._block(found, piece)[...] = np.where(
+                self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece)
+            )
         return found
 
     def flatten(self, tree: PyTree) -> np.ndarray:
-        """Cut a tree into tokens [..., rows, length]; leaves may share leading axes, as in a population. The dtype holds all leaves
-        exactly."""
+        """Cut a tree into tokens [..., rows, length]; leaves may share leading axes, as in a population. The dtype
+        holds all leaves exactly.
+        """
         leaves = dict(named_leaves(tree))
         lead = np.shape(leaves[self.pieces[0].path])[: np.ndim(leaves[self.pieces[0].path]) - len(self.pieces[0].shape)]
         dtype = np.result_type(np.float32, *(_exact(leaves[piece.path].dtype) for piece in self.pieces))
@@ -102,7 +109,9 @@ class TokenSpec:
         for piece in self.pieces:
             leaf = np.asarray(leaves[piece.path])
             if leaf.shape[len(lead) :] != piece.shape:
-                raise InputError(f"{piece.path}: shape {leaf.shape[len(lead) :]}, the tokens were cut for {piece.shape}")
+                raise InputError(
+                    f"{piece.path}: shape {leaf.shape[len(lead) :]}, the tokens were cut for {piece.shape}"
+                )
             moved = leaf.astype(dtype).transpose((*range(len(lead)), *(len(lead) + i for i in piece.order)))
             self._block(out, piece)[...] = self._pad(moved.reshape((*lead, piece.size)), piece)
         return out
@@ -140,7 +149,9 @@ def _exact(dtype: Any) -> Any:
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """List leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state dict's)."""
+    """List leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state
+    dict's).
+    """
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return list(tree.items())
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
@@ -173,18 +184,24 @@ def selected(tree: PyTree, select: str = "") -> list[tuple[str, Any]]:
         kind = np.dtype(leaf.dtype)
         if kind.kind in "iub":
             if select and re.fullmatch(select, name):
-                raise InputError(f"{name} is {kind}: counters and quantised weights cannot be generated; dequantise it or leave it out")
+                raise InputError(
+                    f"{name} is {kind}: counters and quantised weights cannot be generated; dequantise it or leave"
+                    " it out"
+                )
             continue
         found.append((name, leaf))
     if not found:
-        raise InputError(f"no floating tensor matches {select!r}; the tree has {', '.join(n for n, _ in named_leaves(tree))[:200]}")
+        raise InputError(
+            f"no floating tensor matches {select!r}; the tree has {', '.join(n for n, _ in named_leaves(tree))[:200]}"
+        )
     return found
 
 
 def chunks(tree: PyTree, length: int | None = None, *, select: str = "") -> TokenSpec:
     """Cut any tree (or dict of a checkpoint's tensors) into rows; arrays may be `jax.ShapeDtypeStruct`s.
 
-    length None: model-wise, one row with all tensors end to end. Else layer-wise: each tensor by itself, padded to whole chunks.
+    length None: model-wise, one row with all tensors end to end. Else layer-wise: each tensor by itself, padded to
+    whole chunks.
     """
     leaves = selected(tree, select)
     sizes = [prod(leaf.shape) for _, leaf in leaves]
@@ -217,7 +234,15 @@ def one_chunk(spec: TokenSpec) -> TokenSpec:
     return TokenSpec(
         (
             Piece(
-                path="chunk", shape=(spec.length,), order=(0,), first=0, rows=1, column=0, width=spec.length, fan_in=spec.length, fan_out=1
+                path="chunk",
+                shape=(spec.length,),
+                order=(0,),
+                first=0,
+                rows=1,
+                column=0,
+                width=spec.length,
+                fan_in=spec.length,
+                fan_out=1,
             ),
         ),
         1,

@@ -58,15 +58,20 @@ def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -
     """Raises InputError when a batch, or a micro-batch of it, cannot be divided among the devices that hold its rows."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (parts := devices * step.accumulate):
-        of = f"{devices} devices (mesh data x fsdp)" + (f" x {step.accumulate} micro-batches" if step.accumulate > 1 else "")
+        of = f"{devices} devices (mesh data x fsdp)" + (
+            f" x {step.accumulate} micro-batches" if step.accumulate > 1 else ""
+        )
         nearby = max(batch // parts, 1) * parts
-        raise InputError(f"a batch of {batch} cannot be divided among {of}: set {name} to a multiple of {parts}, such as {nearby}")
+        raise InputError(
+            f"a batch of {batch} cannot be divided among {of}: set {name} to a multiple of {parts}, such as {nearby}"
+        )
 
 
 def on_first(work: Callable[[], None]) -> None:
     """Run `work` in the first process of a job, for what is written once. The others wait, and fail where it fails.
 
-    Call it in every process, after `start`. Raises the InputError of `work`, in the other processes one that points there.
+    Call it in every process, after `start`. Raises the InputError of `work`, in the other processes one that points
+    there.
     """
     if jax.process_count() == 1:
         work()

@@ -1,7 +1,7 @@
 """Permutation symmetries of networks, taken out by matching neurons (weight matching; Ainsworth et al. 2023).
 
-Permuting hidden units, channels or heads leaves a network's function alone, so two runs hold the same solution under different
-names. Which axes go together follows from the names: leaves that write an axis and leaves that read it.
+Permuting hidden units, channels or heads leaves a network's function alone, so two runs hold the same solution under
+different names. Which axes go together follows from the names: leaves that write an axis and leaves that read it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,11 @@ class Symmetry:
 
 
 def symmetries(spec: Spec, axes: Sequence[str]) -> tuple[Symmetry, ...]:
-    """The groups of the named axes: units, channels, heads. Axes in stacked leaves are refused: each layer has a permutation of its own.
+    """The groups of the named axes: units, channels, heads. Axes in stacked leaves are refused: each layer has a
+    permutation of its own.
 
-    Raises InputError for an axis that no leaf has, or that inputs or outputs of the network use (one that is only read or written).
+    Raises InputError for an axis that no leaf has, or that inputs or outputs of the network use (one that is only read
+    or written).
     """
     found = []
     for name in axes:
@@ -40,7 +42,9 @@ def symmetries(spec: Spec, axes: Sequence[str]) -> tuple[Symmetry, ...]:
         if not {"read", "write"} <= sides:
             raise InputError(f"axis {name!r} is only {min(sides)}: permuting it changes what the network computes")
         if stacked := next((path for path, _ in places if spec[path].layered), None):
-            raise InputError(f"{stacked} is stacked along layer: unstack the layers before matching, each has its own order")
+            raise InputError(
+                f"{stacked} is stacked along layer: unstack the layers before matching, each has its own order"
+            )
         found.append(Symmetry(name, spec[places[0][0]].shape[places[0][1]], tuple(places)))
     return tuple(found)
 
@@ -55,7 +59,9 @@ def permute(tree: Tree, groups: Sequence[Symmetry], orders: Mapping[str, np.ndar
 
 
 def match(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0) -> dict[str, np.ndarray]:
-    """The orders under which `tree` lies closest to `reference` (sum of products of all weights), group by group until nothing moves."""
+    """The orders under which `tree` lies closest to `reference` (sum of products of all weights), group by group until
+    nothing moves.
+    """
     orders = {group.name: np.arange(group.size) for group in groups}
     rng = np.random.default_rng(seed)
     for _ in range(SWEEPS):
@@ -67,7 +73,10 @@ def match(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0
             others = [g for g in groups if g.name != group.name]
             here = permute(tree, others, orders)
             for path, axis in group.places:
-                a, b = (np.moveaxis(np.asarray(t[path], np.float64), axis, 0).reshape(group.size, -1) for t in (reference, here))
+                a, b = (
+                    np.moveaxis(np.asarray(t[path], np.float64), axis, 0).reshape(group.size, -1)
+                    for t in (reference, here)
+                )
                 gain += a @ b.T
             best = linear_sum_assignment(gain, maximize=True)[1]
             rows = np.arange(group.size)

@@ -1,7 +1,7 @@
 """A GPT-2-shaped language model, small enough to train here, and a score for it: choosing the right word.
 
-The text is Python's own language reference as it comes with every CPython (`pydoc_data.topics`): real English, and no download. Tasks
-to adapt it to are the modules of the standard library.
+The text is Python's own language reference as it comes with every CPython (`pydoc_data.topics`): real English, and no
+download. Tasks to adapt it to are the modules of the standard library.
 """
 
 import os
@@ -49,7 +49,14 @@ class Gpt(nnx.Module):
     """
 
     def __init__(self, cfg: GptConfig, *, rngs: nnx.Rngs):
-        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.width // cfg.heads, hidden=cfg.hidden, vocab=cfg.vocab, time=cfg.context)
+        sizes = dict(
+            embed=cfg.width,
+            head=cfg.heads,
+            head_dim=cfg.width // cfg.heads,
+            hidden=cfg.hidden,
+            vocab=cfg.vocab,
+            time=cfg.context,
+        )
         attention: Any = partial(Attention, sizes, attend=softmax(causal=True), qkv=INIT, out=INIT)
         block: dict[str, Any] = dict(activation="gelu_tanh", eps=1e-5, up=INIT, down=INIT, bias=zeros)
         self.table = param("vocab -> embed", sizes, INIT, rngs)
@@ -78,14 +85,18 @@ class Text:
 
 @cache
 def reference_text(vocab: int = 2048) -> Text:
-    """The language reference in byte-pair tokens fitted to its first 80 %; the last tenths are for selecting and testing."""
+    """The language reference in byte-pair tokens fitted to its first 80 %; the last tenths are for selecting and
+    testing.
+    """
     tokenizer, parts = _reference(vocab)
     train, select, test = (np.array(tokenizer.encode(part).ids, np.int32) for part in parts)
     return Text(train=train, select=select, test=test, vocab=tokenizer.get_vocab_size())
 
 
 def module_texts(vocab: int = 2048, least: int = 4000) -> dict[str, Text]:
-    """The modules of the standard library as texts of their own, those of at least `least` tokens: half to train, then quarters."""
+    """The modules of the standard library as texts of their own, those of at least `least` tokens: half to train, then
+    quarters.
+    """
     tokenizer, _ = _reference(vocab)
     found = {}
     for file in sorted(Path(os.__file__).parent.glob("*.py")):
@@ -111,12 +122,16 @@ def _reference(vocab: int) -> tuple[Any, list[str]]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator([parts[0]], trainer)
     return tokenizer, parts
 
 
-def train(model: Functional, cfg: GptConfig, text: np.ndarray, steps: int, *, batch: int = 32, lr: float = 2e-3, seed: int = 0) -> Params:
+def train(
+    model: Functional, cfg: GptConfig, text: np.ndarray, steps: int, *, batch: int = 32, lr: float = 2e-3, seed: int = 0
+) -> Params:
     """AdamW with warm-up and cosine on random windows of the text; next-token cross-entropy."""
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, lr, max(steps // 20, 1), steps), weight_decay=0.01)
     params = model.init(jax.random.key(seed))
@@ -157,7 +172,9 @@ def adapted(params: Params, adapter: Params) -> Params:
     return out
 
 
-def train_adapters(model: Functional, cfg: GptConfig, params: Params, windows: np.ndarray, begin: Params, lr: float = 5e-3) -> Params:
+def train_adapters(
+    model: Functional, cfg: GptConfig, params: Params, windows: np.ndarray, begin: Params, lr: float = 5e-3
+) -> Params:
     """An adapter for each task, from the same start: Adam with cosine, one batch of windows a step. Leaves [task, ...].
 
     windows: [task, step, batch, time + 1] token ids.
@@ -190,7 +207,9 @@ def windows_of(text: np.ndarray, time: int, shape: tuple[int, ...], rng: np.rand
 
 @dataclass(frozen=True)
 class Choices:
-    """Questions with one right answer. tokens: [question, option, time], options equal but for their last token; answer: [question]."""
+    """Questions with one right answer. tokens: [question, option, time], options equal but for their last token;
+    answer: [question].
+    """
 
     tokens: np.ndarray
     answer: np.ndarray
@@ -223,7 +242,9 @@ def scorer(last: Callable[[Params, np.ndarray], Any], choices: Choices) -> Calla
     """`score(params)`: share of questions whose right option the model finds likeliest."""
 
     def score(params: Params) -> float:
-        found = np.take_along_axis(np.asarray(last(params, choices.tokens[:, 0, :-1])), choices.tokens[:, :, -1], axis=1).argmax(1)
+        found = np.take_along_axis(
+            np.asarray(last(params, choices.tokens[:, 0, :-1])), choices.tokens[:, :, -1], axis=1
+        ).argmax(1)
         return float((found == choices.answer).mean())
 
     return score

@@ -1,7 +1,7 @@
 """Exploring around one big checkpoint: propose new tensors in the order of `ranking`, keep what a selection set likes.
 
-There is no zoo here. What is called sampling is a perturbation of one model, so everything is reported beside noise of the same norm
-with the same budget of trials, and scored on a set that selected nothing.
+There is no zoo here. What is called sampling is a perturbation of one model, so everything is reported beside noise of
+the same norm with the same budget of trials, and scored on a set that selected nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,8 +54,10 @@ def matched(propose: Propose, relative: float) -> Propose:
 
 
 def row_proposal(tensors: Mapping[str, np.ndarray], latent: int, spread: float = 1.0) -> Propose:
-    """Layer-wise generation without a network: rows of all selected tensors of one width are coded by PCA, and a tensor's latents are
-    drawn around its own with the spread of the rows (the released scripts draw around the encoded base model, too)."""
+    """Layer-wise generation without a network: rows of all selected tensors of one width are coded by PCA, and a
+    tensor's latents are drawn around its own with the spread of the rows (the released scripts draw around the encoded
+    base model, too).
+    """
     widths: dict[int, list[np.ndarray]] = {}
     for tensor in tensors.values():
         widths.setdefault(tensor.shape[1], []).append(tensor)
@@ -85,7 +87,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Found:
-    """The model a search ends with, its score on the selection set, its steps, and the models on the way that were kept."""
+    """The model a search ends with, its score on the selection set, its steps, and the models on the way that were
+    kept.
+    """
 
     params: Params
     score: float
@@ -94,8 +98,11 @@ class Found:
     trials: int
 
 
-def greedy(params: Params, names: Sequence[str], propose: Propose, select: Score, candidates: int, seed: int = 0) -> Found:
-    """Tensor by tensor in this order: draw candidates, keep the best if it beats the score so far, and go on from there.
+def greedy(
+    params: Params, names: Sequence[str], propose: Propose, select: Score, candidates: int, seed: int = 0
+) -> Found:
+    """Tensor by tensor in this order: draw candidates, keep the best if it beats the score so far, and go on from
+    there.
 
     `select` must not be the score that is reported.
     """
@@ -129,9 +136,15 @@ def soup(models: Sequence[Params], weights: Sequence[float] | None = None) -> Pa
     """The average of models, leaf by leaf in f32, back in each leaf's dtype. Raises InputError when there is none."""
     if not models:
         raise InputError("a soup of no models: nothing was accepted, keep the base")
-    share = np.full(len(models), 1 / len(models)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
+    share = (
+        np.full(len(models), 1 / len(models)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
+    )
     return {
-        path: sum(w * np.asarray(m[path], np.float32) for w, m in zip(share, models, strict=True)).astype(np.asarray(leaf).dtype)
+        path: (
+            sum(w * np.asarray(m[path], np.float32) for w, m in zip(share, models, strict=True)).astype(
+                np.asarray(leaf).dtype
+            )
+        )
         for path, leaf in models[0].items()
     }
 

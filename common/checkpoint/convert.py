@@ -31,7 +31,8 @@ COPY = Plan((("**", {}),))
 class Found:
     """A foreign checkpoint whose config is to be read.
 
-    tensors: under clean names. folder: folder of its JSON files. about: other content of a torch file, next to the tensors.
+    tensors: under clean names. folder: folder of its JSON files. about: other content of a torch file, next to the
+    tensors.
     """
 
     tensors: Tensors
@@ -46,7 +47,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Guess:
-    """A setting that neither weights nor config contain, the default taken, and why. `convert --set name=VALUE` overrides it.
+    """A setting that neither weights nor config contain, the default taken, and why. `convert --set name=VALUE`
+    overrides it.
 
     value: None where there is no default: then the user must set it.
     """
@@ -129,15 +131,17 @@ class Family:
         for format in self.formats:
             if format.name == name:
                 return format
-        raise InputError(f"no format {name!r} for {self.name} models; there are heirloom, {', '.join(f.name for f in self.formats)}")
+        raise InputError(
+            f"no format {name!r} for {self.name} models; there are heirloom, {', '.join(f.name for f in self.formats)}"
+        )
 
 
 @dataclass(frozen=True)
 class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
-    format: "heirloom" for a folder of ours. path: the path that was given. file: the weights in it. guesses: settings of `cfg` that the
-    checkpoint does not contain.
+    format: "heirloom" for a folder of ours. path: the path that was given. file: the weights in it. guesses: settings
+    of `cfg` that the checkpoint does not contain.
     """
 
     family: Family
@@ -167,8 +171,9 @@ class Outline:
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
     """Opens a checkpoint of ours or of any known foreign format.
 
-    overrides: settings that replace those that were read or guessed (`activation`). Remarks wrappers that were removed, and guesses.
-    Raises InputError when no family recognises the checkpoint, and for missing, unexpected or misshapen tensors.
+    overrides: settings that replace those that were read or guessed (`activation`). Remarks wrappers that were removed,
+    and guesses. Raises InputError when no family recognises the checkpoint, and for missing, unexpected or misshapen
+    tensors.
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families, overrides)
@@ -201,11 +206,15 @@ def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights]
     if read is None:
         return None
     if len(tensors) != len(raw.tensors):
-        raise InputError(f"{file}: two tensors have the same name without wrappers; save the model's state_dict() alone")
+        raise InputError(
+            f"{file}: two tensors have the same name without wrappers; save the model's state_dict() alone"
+        )
     return read, replace(raw, tensors=tensors)
 
 
-def _opened(family: Family, format: Format, path: Path, file: Path, raw: Weights, read: Read, overrides: Mapping[str, Any]) -> Donor:
+def _opened(
+    family: Family, format: Format, path: Path, file: Path, raw: Weights, read: Read, overrides: Mapping[str, Any]
+) -> Donor:
     cfg = _override(read.cfg, overrides)
     guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
     for unknown in (guess for guess in guesses if guess.value is None):
@@ -236,7 +245,9 @@ def _unknown(families: Sequence[Family], keys: Sequence[str]) -> str:
     for lookalike in (one for family in families for one in family.lookalikes):
         if any(fnmatchcase(key, lookalike.keys) for key in keys):
             return lookalike.advice
-    known = ", ".join(f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families if family.formats)
+    known = ", ".join(
+        f"{family.name} ({', '.join(f.name for f in family.formats)})" for family in families if family.formats
+    )
     sample = f"its tensors ({', '.join(keys)[:80]} ...) match no known model" if keys else "it has no tensors"
     return f"{sample}; known are {known}"
 
@@ -245,17 +256,23 @@ def _override(cfg: Any, overrides: Mapping[str, Any]) -> Any:
     if not overrides:
         return cfg
     if not hasattr(cfg, "override"):
-        raise InputError(f"{min(overrides)!r} cannot be set for this model, whose config.json has all settings; leave it out")
+        raise InputError(
+            f"{min(overrides)!r} cannot be set for this model, whose config.json has all settings; leave it out"
+        )
     known = list(signature(cfg.override).parameters)
     if unknown := overrides.keys() - set(known):
-        raise InputError(f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are {', '.join(known)})")
+        raise InputError(
+            f"{min(unknown)!r} cannot be set for this model{nearest(min(unknown), known)} (there are"
+            f" {', '.join(known)})"
+        )
     return cfg.override(**overrides)
 
 
 def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, verify: bool = True) -> Check:
     """Writes the donor as a weights folder in another format, bit for bit, and returns the result of the verification.
 
-    Raises InputError for bad input and a full disk, and VerificationError above tolerance; `destination` is then not written.
+    Raises InputError for bad input and a full disk, and VerificationError above tolerance; `destination` is then not
+    written.
     """
     family = donor.family
     if to == donor.format:
@@ -286,13 +303,20 @@ def hashes(file: Path) -> dict[str, str]:
 
 
 def _verify(donor: Donor, folder: Path, to: str) -> Check:
-    """Checks that the written weights are read back bit for bit, and that the reference for the foreign file computes the same."""
+    """Checks that the written weights are read back bit for bit, and that the reference for the foreign file computes
+    the same.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Remark)  # the source had the same remarks, and this folder's name is temporary
         written = open_donor(folder, [donor.family])
     for path, value in donor.source.values.items():
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
-            return Check(passed=False, reference="what was written", missing=(path,), note=f"{path} is not read back as it was written")
+            return Check(
+                passed=False,
+                reference="what was written",
+                missing=(path,),
+                note=f"{path} is not read back as it was written",
+            )
     foreign = donor if to == "heirloom" else written
     return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format))
 

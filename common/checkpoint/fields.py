@@ -1,4 +1,5 @@
-"""Reads foreign JSON: each field is read with its type, fixed to one value, or known to change nothing. Any other field is refused.
+"""Reads foreign JSON: each field is read with its type, fixed to one value, or known to change nothing. Any other field
+is refused.
 
     fields = Fields.load(folder / "config.json")
     width = fields.integer("hidden_size", 768)
@@ -23,7 +24,8 @@ from heirloom.common.errors import InputError, nearest
 T = TypeVar("T")
 D = TypeVar("D")  # the type of a default
 _REQUIRED: Any = object()
-# Fields that any config of transformers may have: text generation, training, names. None of them changes a forward pass.
+# Fields that any config of transformers may have: text generation, training, names. None of them changes a forward
+# pass.
 TRANSFORMERS = (
     "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "transformers_version", "architectures",
     "torch_dtype", "dtype", "return_dict", "return_dict_in_generate", "output_*", "torchscript", "use_bfloat16", "tf_legacy_loss",
@@ -42,7 +44,9 @@ class Fields:
     """A JSON object whose fields are read one by one. Every method raises InputError, naming file and field."""
 
     def __init__(self, values: Any, where: str, absent: str = "take the file that belongs to the weights"):
-        """values: the JSON object. where: the file, and the path in it. absent: advice of the error for a missing required field."""
+        """values: the JSON object. where: the file, and the path in it. absent: advice of the error for a missing
+        required field.
+        """
         if not isinstance(values, Mapping):
             raise InputError(f"{where} is {_shown(values)}, not an object")
         self.where, self._absent = where, absent
@@ -60,7 +64,9 @@ class Fields:
         return iter(self._values)
 
     def with_defaults(self, defaults: Mapping[str, Any] | None = None, absent: str = "") -> "Fields":
-        """Returns the object for a library where null counts as missing, with these defaults for null or missing fields."""
+        """Returns the object for a library where null counts as missing, with these defaults for null or missing
+        fields.
+        """
         given = {name: value for name, value in self._values.items() if value is not None}
         return Fields({**(defaults or {}), **given}, self.where, absent or self._absent)
 
@@ -75,7 +81,9 @@ class Fields:
             raise InputError(f"{self.where}: {name!r} is missing; {self._absent}")
         if name not in self._values or (value is None and default is None):
             return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))):
+        if not isinstance(value, kind) or (
+            isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))
+        ):
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be {needed}")
         return value
 
@@ -94,7 +102,9 @@ class Fields:
         if value is None:
             return default
         if not (_finite(value) and least <= value <= most and value > above):
-            bound = (f"above {above:g}" if above >= least else f"of at least {least:g}") + (f" and at most {most:g}" if most < inf else "")
+            bound = (f"above {above:g}" if above >= least else f"of at least {least:g}") + (
+                f" and at most {most:g}" if most < inf else ""
+            )
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be a finite number {bound}")
         return float(value)
 
@@ -106,7 +116,9 @@ class Fields:
         given = value if isinstance(value, list | tuple) else [value]
         if len(given) not in (1, length) or not all(_finite(v) and v > above for v in given):
             bound = "" if above == -inf else f" above {above:g}"
-            raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be 1 or {length} finite numbers{bound}")
+            raise InputError(
+                f"{self.where}: {name} is {_shown(value)}, and must be 1 or {length} finite numbers{bound}"
+            )
         return tuple(float(v) for v in (given if len(given) == length else [*given] * length))
 
     def boolean(self, name: str, default: D = _REQUIRED) -> bool | D:
@@ -131,7 +143,9 @@ class Fields:
         value = self._take(name, default, (list, tuple), needed)
         if value is None:
             return default
-        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST for v in value) or length not in (None, len(value)):
+        if not all(
+            isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST for v in value
+        ) or length not in (None, len(value)):
             raise InputError(f"{self.where}: {name} is {_shown(value)}, and must be {needed}")
         return tuple(value)
 
@@ -161,23 +175,32 @@ class Fields:
         return self._values.get(name, default)
 
     def fixed(self, name: str, *values: Any, feature: str = "") -> None:
-        """Refuses the field when it is given and has none of these values. feature: what another value means, for the message."""
+        """Refuses the field when it is given and has none of these values. feature: what another value means, for the
+        message.
+        """
         self._known.add(name)
         if name in self._values and not any(_same(self._values[name], value) for value in values):
             needed, meaning = " or ".join(_shown(value) for value in values), f" ({feature})" if feature else ""
-            raise InputError(f"{self.where}: {name} is {_shown(self._values[name])}{meaning}; only models where it is {needed} can be read")
+            raise InputError(
+                f"{self.where}: {name} is {_shown(self._values[name])}{meaning}; only models where it is {needed} can"
+                " be read"
+            )
 
     def agree(self, name: str, said: T, actual: T) -> None:
         """Refuses a size that differs from that of the weights: then the config belongs to another model."""
         if said != actual:
-            raise InputError(f"{self.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?")
+            raise InputError(
+                f"{self.where}: {name} is {said}, and the weights have {actual}; is it the config of another model?"
+            )
 
     def skip(self, *names: str) -> None:
         """Accepts fields, or globs of fields, that do not change what the model computes."""
         self._known |= {field for field in self._values for name in names if fnmatchcase(field, name)}
 
     def transformers(self) -> None:
-        """Accepts the fields that any config of transformers may have; refuses those that would change the forward pass."""
+        """Accepts the fields that any config of transformers may have; refuses those that would change the forward
+        pass.
+        """
         self.fixed("pruned_heads", {}, None)
         self.fixed("is_decoder", False)
         self.fixed("is_encoder_decoder", False)
@@ -189,8 +212,8 @@ class Fields:
         if unknown := sorted(self._values.keys() - self._known):
             field = unknown[0]
             raise InputError(
-                f"{self.where}: the field {field!r} ({_shown(self._values[field])}) is not known here and may change {changes}; "
-                f"remove it if it does not{nearest(field, self._known - self._values.keys())}"
+                f"{self.where}: the field {field!r} ({_shown(self._values[field])}) is not known here and may change"
+                f" {changes}; remove it if it does not{nearest(field, self._known - self._values.keys())}"
             )
 
 

@@ -1,4 +1,6 @@
-"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]`, downloaded once."""
+"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]`, downloaded
+once.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,9 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     if source.startswith("embedded:"):
         name, known = source.removeprefix("embedded:"), embedded or {}
         if name not in known:
-            raise InputError(f"no embedded model {name!r}{nearest(name, known)} (there are: {', '.join(known) or 'none'})")
+            raise InputError(
+                f"no embedded model {name!r}{nearest(name, known)} (there are: {', '.join(known) or 'none'})"
+            )
         return known[name]
     local(source)
     if not source.startswith("hf:"):
@@ -33,14 +37,22 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     try:
         files = [f for f in HfApi().list_repo_files(name, revision=revision or None) if f.startswith(folder)]
         # Pickles only where there are no safetensors.
-        weights = _WEIGHTS if any(f.endswith(".safetensors") for f in files) else ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+        weights = (
+            _WEIGHTS
+            if any(f.endswith(".safetensors") for f in files)
+            else ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+        )
         wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in (*weights, *_OTHER)]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
-    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError: all mean that the download failed
+    except (
+        Exception
+    ) as error:  # the hub's client raises its own errors, httpx's and OSError: all mean that the download failed
         cached = _cached(name, revision)
         if cached is not None and (not folder or (cached / folder).is_dir()):
             return cached / folder
-        raise InputError(f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network") from error
+        raise InputError(
+            f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network"
+        ) from error
 
 
 def _cached(name: str, revision: str) -> Path | None:

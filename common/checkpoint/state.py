@@ -31,7 +31,9 @@ class Checkpoints:
     """The last `keep` states of a run in a folder. Every process of a job makes the same calls."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Opens or creates the folder; the next save removes incomplete states. Raises InputError if it cannot be created."""
+        """Opens or creates the folder; the next save removes incomplete states. Raises InputError if it cannot be
+        created.
+        """
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
         with _disk_errors(f"{self.directory}: cannot write checkpoints here"):
@@ -40,11 +42,13 @@ class Checkpoints:
     def save(self, step: int, state: object, data: dict[str, Any]) -> None:
         """Copies `state` (a tree of arrays) to the host, then writes it in the background.
 
-        data: any JSON object. The state may be donated once this returns. Raises InputError when this save or the one before it
-        fails; earlier states stay.
+        data: any JSON object. The state may be donated once this returns. Raises InputError when this save or the one
+        before it fails; earlier states stay.
         """
         with _disk_errors(f"{self.directory}: step {step} or the one before it could not be saved"):
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+            )
 
     def latest(self) -> int | None:
         """Returns the last complete step on disk, or None."""
@@ -55,10 +59,13 @@ class Checkpoints:
     def restore(self, step: int, like: Tree) -> Restored[Tree]:
         """Reads a state in the shapes, dtypes and shardings of `like` (a tree of `jax.ShapeDtypeStruct`).
 
-        The mesh may differ from the one that wrote it. Raises InputError if the step is missing, damaged or has other shapes.
+        The mesh may differ from the one that wrote it. Raises InputError if the step is missing, damaged or has other
+        shapes.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        with _disk_errors(f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"):
+        with _disk_errors(
+            f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"
+        ):
             found = self._manager.restore(step, args=args)
         return Restored(found["state"], found["data"])
 
@@ -70,7 +77,9 @@ class Checkpoints:
 
 @contextmanager
 def _disk_errors(problem: str) -> Iterator[None]:
-    """Turns errors of the disk into InputError: tensorstore raises ValueError for a full or broken disk, the file system OSError."""
+    """Turns errors of the disk into InputError: tensorstore raises ValueError for a full or broken disk, the file
+    system OSError.
+    """
     try:
         yield
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Opens weights files by content, whatever their ending, and removes the wrappers of training scripts.
 
-Pickled code in a torch file never runs. Of raw weights and their average, the average is taken, and `Weights.notes` says so.
+Pickled code in a torch file never runs. Of raw weights and their average, the average is taken, and `Weights.notes`
+says so.
 """
 
 import re
@@ -21,12 +22,37 @@ from heirloom.common.errors import InputError
 
 AVERAGE = re.compile(r"(^|_)(ema|averaged?|swa|shadow)(_|$)")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")
-_TRAINING = re.compile(r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random")  # of a training state, not the model
-_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names that torch's wrappers add
-_OUTER = ("model", "net", "network", "ema", "model_ema", "ema_model", "averaged_model")  # attributes of trainers that hold a model
+_TRAINING = re.compile(
+    r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random"
+)  # of a training state, not the model
+_INNER = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)  # parts of names that torch's wrappers add
+_OUTER = (
+    "model",
+    "net",
+    "network",
+    "ema",
+    "model_ema",
+    "ema_model",
+    "averaged_model",
+)  # attributes of trainers that hold a model
 _COUNTERS = ("n_averaged",)  # torch's AveragedModel
 # Classes of configs that trainers save with the weights. They are opened as dictionaries; their code is never imported.
-_CONFIGS = ("omegaconf.", "lightning", "pytorch_lightning.", "ml_collections.", "easydict.", "yacs.", "addict.", "pathlib.", "datetime.")
+_CONFIGS = (
+    "omegaconf.",
+    "lightning",
+    "pytorch_lightning.",
+    "ml_collections.",
+    "easydict.",
+    "yacs.",
+    "addict.",
+    "pathlib.",
+    "datetime.",
+)
 _PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar", "*.th", "*.npz",
 )  # fmt: skip
@@ -45,8 +71,8 @@ _OTHERS = {
 class Weights:
     """The tensors of a file, memory-mapped where possible.
 
-    about: what a training script saved next to them, such as its arguments. notes: which of several sets of tensors was taken, and
-    which parts of their names were removed.
+    about: what a training script saved next to them, such as its arguments. notes: which of several sets of tensors was
+    taken, and which parts of their names were removed.
     """
 
     tensors: Tensors
@@ -55,7 +81,8 @@ class Weights:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """Finds the weights files of a checkpoint: the file itself, or those of a folder (index of shards first, safetensors before pickles).
+    """Finds the weights files of a checkpoint: the file itself, or those of a folder (index of shards first,
+    safetensors before pickles).
 
     States of optimizers and the like do not count. Raises InputError when there are none.
     """
@@ -63,11 +90,20 @@ def weights_files(path: Path) -> list[Path]:
         return [path]
     if (path / "model_index.json").is_file():
         parts = sorted(p.parent.name for p in path.glob("*/config.json"))
-        raise InputError(f"{path} is a pipeline of several models; name one of them: {', '.join(f'{path}/{part}' for part in parts)}")
+        raise InputError(
+            f"{path} is a pipeline of several models; name one of them: {', '.join(f'{path}/{part}' for part in parts)}"
+        )
     if (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} holds an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that")
+        raise InputError(
+            f"{path} holds an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert"
+            " that"
+        )
     for pattern in _PATTERNS:
-        if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()):
+        if found := sorted(
+            p
+            for p in path.glob(pattern)
+            if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()
+        ):
             return found
     raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt or .npz)")
 
@@ -107,7 +143,9 @@ def _kind(file: Path) -> str:
         return "torch"
     if start[8:9] == b"{":
         return "safetensors"
-    return {".npz": "npz", ".safetensors": "safetensors"}.get(file.suffix, "torch" if file.suffix in _TORCH else "safetensors")
+    return {".npz": "npz", ".safetensors": "safetensors"}.get(
+        file.suffix, "torch" if file.suffix in _TORCH else "safetensors"
+    )
 
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
@@ -116,7 +154,8 @@ _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
 def clean_names(found: Weights) -> Weights:
     """Removes the parts that data parallelism, compilation, Lightning and averaging add to the names of tensors.
 
-    Of a model and its average under two names it keeps the average. Raises InputError where two tensors would get the same name.
+    Of a model and its average under two names it keeps the average. Raises InputError where two tensors would get the
+    same name.
     """
     notes, seen = list(found.notes), set()
     tensors: Tensors = {}
@@ -124,7 +163,9 @@ def clean_names(found: Weights) -> Weights:
         name = ".".join(part for part in key.split(".") if part not in _INNER)
         seen |= {f"{part}." for part in key.split(".") if part in _INNER}
         if name in tensors:
-            raise InputError(f"two tensors have the name {name!r} without wrappers; save the model's state_dict() alone")
+            raise InputError(
+                f"two tensors have the name {name!r} without wrappers; save the model's state_dict() alone"
+            )
         if name not in _COUNTERS:
             tensors[name] = value
     while (outer := _outer(tensors)) is not None:
@@ -183,7 +224,9 @@ def _complaint(path: Path, why: str) -> str:
 
 
 def _harmless(path: Path, torch: Any) -> Sequence[Any]:
-    """Lists what a file may have next to tensors: arguments, numpy's numbers and arrays, and configs of trainers as dictionaries."""
+    """Lists what a file may have next to tensors: arguments, numpy's numbers and arrays, and configs of trainers as
+    dictionaries.
+    """
     scalar, reconstruct = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     kinds = sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}, key=str)
     numpy_ones = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -197,12 +240,18 @@ def _harmless(path: Path, torch: Any) -> Sequence[Any]:
 
 
 def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
-    """Returns the key of the dictionary with the model's tensors: an average, a usual name, or the only one; None when it is `state`."""
+    """Returns the key of the dictionary with the model's tensors: an average, a usual name, or the only one; None when
+    it is `state`.
+    """
 
     def holds_tensors(value: Any) -> bool:
         return isinstance(value, dict) and any(isinstance(v, torch.Tensor) or holds_tensors(v) for v in value.values())
 
-    inner = [key for key, value in state.items() if isinstance(key, str) and holds_tensors(value) and not _TRAINING.search(key)]
+    inner = [
+        key
+        for key, value in state.items()
+        if isinstance(key, str) and holds_tensors(value) and not _TRAINING.search(key)
+    ]
     averages = [key for key in inner if AVERAGE.search(key)]
     usual = [key for key in _WRAPPERS if key in inner]
     if averages or usual:
@@ -210,7 +259,9 @@ def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
     if not inner or any(isinstance(value, torch.Tensor) for value in state.values()):
         return None
     if len(inner) > 1:
-        raise InputError(f"{path}: holds several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save")
+        raise InputError(
+            f"{path}: holds several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save"
+        )
     return inner[0]
 
 
@@ -232,7 +283,9 @@ def _numpy(tensor: Any, torch: Any, path: Path) -> np.ndarray:
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:  # quantised, sparse, 8-bit floats
-        raise InputError(f"{path}: holds a tensor of {tensor.dtype}, which cannot be read; save it as float32 or bfloat16") from error
+        raise InputError(
+            f"{path}: holds a tensor of {tensor.dtype}, which cannot be read; save it as float32 or bfloat16"
+        ) from error
 
 
 def _tensor(array: np.ndarray, torch: Any) -> Any:
@@ -246,5 +299,7 @@ def _torch(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise InputError(f"{path}: reading or writing torch files needs torch; pip install 'heirloom-jax[torch]'") from error
+        raise InputError(
+            f"{path}: reading or writing torch files needs torch; pip install 'heirloom-jax[torch]'"
+        ) from error
     return torch

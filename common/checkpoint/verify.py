@@ -1,7 +1,7 @@
 """What a conversion was checked against, and how far it is from it.
 
-*Verified* means: another library read the very file and its config and computed the same. A comparison with formulas of our own is
-called that, for it shares our reading of the config.
+*Verified* means: another library read the very file and its config and computed the same. A comparison with formulas of
+our own is called that, for it shares our reading of the config.
 """
 
 import shutil
@@ -31,10 +31,11 @@ NO_TORCH = "the extra 'torch' is not installed"
 
 @dataclass(frozen=True)
 class Check:
-    """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest value.
+    """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest
+    value.
 
-    reference: the library that read the file and its config; OWN where only formulas of ours could serve; None where nothing was compared.
-    guessed: settings that the file does not tell, with what was taken for them.
+    reference: the library that read the file and its config; OWN where only formulas of ours could serve; None where
+    nothing was compared. guessed: settings that the file does not tell, with what was taken for them.
     """
 
     passed: bool
@@ -52,14 +53,18 @@ class Check:
         """What to say of it on the console."""
         if self.reference is None:
             return f"not verified against a reference: {self.note}"
-        found = f"largest relative error {self.max_error:.1e}, cosine {self.cosine:.6f}" + (f", {self.note}" if self.note else "")
+        found = f"largest relative error {self.max_error:.1e}, cosine {self.cosine:.6f}" + (
+            f", {self.note}" if self.note else ""
+        )
         if self.reference == OWN:
             return f"checked against our own formulas, not by another library: {found}"
         return f"verified against {self.reference}: {found}"
 
 
 def outputs(apply: Callable[..., Any], params: Mapping[str, Any], *inputs: np.ndarray) -> list[np.ndarray]:
-    """The arrays that our model returns, parameters in f32 and matmuls at highest precision. apply(params, *inputs): the model."""
+    """The arrays that our model returns, parameters in f32 and matmuls at highest precision. apply(params, *inputs):
+    the model.
+    """
     full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
     with jax.default_matmul_precision("highest"):
         return [np.array(x) for x in jax.tree.leaves(jax.jit(apply)(full, *inputs))]
@@ -74,10 +79,11 @@ def against(
     needs: Sequence[str] = ("torch",),
     missing: str = NO_TORCH,
 ) -> Check:
-    """The check that `reference` makes of our outputs, or one without a reference where there can be none, with the reason.
+    """The check that `reference` makes of our outputs, or one without a reference where there can be none, with the
+    reason.
 
-    ours: the outputs, called `what`; one that is not finite fails the check. Files in our own format ("heirloom") have no reference, and
-    without the libraries of `needs` none can be run; `missing` says so.
+    ours: the outputs, called `what`; one that is not finite fails the check. Files in our own format ("heirloom") have
+    no reference, and without the libraries of `needs` none can be run; `missing` says so.
     """
     if not all(np.isfinite(x).all() for x in ours):
         return Check(passed=False, reference=None, note=f"{what} are not finite")
@@ -86,10 +92,16 @@ def against(
     return reference()
 
 
-def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, reference: str, libraries: Sequence[str]) -> Check:
-    """Outputs [example, ...] of our model and of the reference, pair by pair; passed up to TOLERANCE. libraries: packages it used."""
+def compare(
+    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], *, reference: str, libraries: Sequence[str]
+) -> Check:
+    """Outputs [example, ...] of our model and of the reference, pair by pair; passed up to TOLERANCE. libraries:
+    packages it used.
+    """
     if shapes := [(a.shape, b.shape) for a, b in zip(ours, theirs, strict=True) if a.shape != b.shape]:
-        return Check(passed=False, reference=reference, note=f"outputs are {shapes[0][0]}, those of {reference} {shapes[0][1]}")
+        return Check(
+            passed=False, reference=reference, note=f"outputs are {shapes[0][0]}, those of {reference} {shapes[0][1]}"
+        )
     errors = [np.abs(a - b) / max(np.abs(b).max(), TINY) for a, b in zip(ours, theirs, strict=True)]
     largest = max(float(error.max()) for error in errors)
     return Check(
@@ -123,7 +135,8 @@ def importable(*names: str) -> bool:
 def as_folder(file: Path, name: str) -> Iterator[Path]:
     """A folder in which `file` has the name that a library looks for, with the JSON files next to it.
 
-    The library then reads this file, and its config, by itself. Wrapped weights are unwrapped for it, under `name`'s safetensors.
+    The library then reads this file, and its config, by itself. Wrapped weights are unwrapped for it, under `name`'s
+    safetensors.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -139,7 +152,11 @@ def as_folder(file: Path, name: str) -> Iterator[Path]:
         elif file.suffix == ".safetensors" and cleaned.tensors.keys() == found.tensors.keys():
             (folder / name).symlink_to(file.resolve())
         else:
-            save_file({key: np.ascontiguousarray(value) for key, value in cleaned.tensors.items()}, folder / name, {"format": "pt"})
+            save_file(
+                {key: np.ascontiguousarray(value) for key, value in cleaned.tensors.items()},
+                folder / name,
+                {"format": "pt"},
+            )
         yield folder
 
 
@@ -158,7 +175,9 @@ def quiet() -> Iterator[None]:
 
 
 def guarded(check: Callable[[], Check]) -> Check:
-    """The result of a check. Raises VerificationError, one line, where the reference cannot read the file or fails on it."""
+    """The result of a check. Raises VerificationError, one line, where the reference cannot read the file or fails on
+    it.
+    """
     try:
         return check()
     except VerificationError:
@@ -166,7 +185,8 @@ def guarded(check: Callable[[], Check]) -> Check:
     except Exception as error:  # the reference is somebody else's code: anything may come out of it
         why = " ".join(str(error).split())[:300]
         raise VerificationError(
-            f"the reference could not be run on these weights ({type(error).__name__}: {why}); --no-verify converts without it"
+            f"the reference could not be run on these weights ({type(error).__name__}: {why}); --no-verify converts"
+            " without it"
         ) from error
 
 
@@ -184,4 +204,7 @@ def reference_tensors(file: Path) -> dict[str, Any]:
     """The unwrapped tensors of a file as torch tensors in float32, for a reference that is built from its config."""
     import torch
 
-    return {key: torch.from_numpy(np.array(value, np.float32)) for key, value in clean_names(open_weights(file)).tensors.items()}
+    return {
+        key: torch.from_numpy(np.array(value, np.float32))
+        for key, value in clean_names(open_weights(file)).tensors.items()
+    }

@@ -62,7 +62,9 @@ def open_safetensors(path: Path) -> Tensors:
     tensors = {}
     for key, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise InputError(f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}")
+            raise InputError(
+                f"{path}: tensor {key!r} has dtype {entry['dtype']}, which is not one of {', '.join(_DTYPES)}"
+            )
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         tensors[key] = np.asarray(buffer[start:stop]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
@@ -79,7 +81,9 @@ def open_npz(path: Path) -> Tensors:
 
 
 def open_sharded(index: Path, open_shard: Callable[[Path], Tensors] = open_safetensors) -> Tensors:
-    """Opens the tensors of a sharded checkpoint from its `*.index.json`. Raises InputError for a missing shard or tensor."""
+    """Opens the tensors of a sharded checkpoint from its `*.index.json`. Raises InputError for a missing shard or
+    tensor.
+    """
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise InputError(f"{index}: holds no weight_map from tensors to files; fetch it again")
@@ -147,7 +151,10 @@ def is_folder(path: Path) -> bool:
 def open_folder(path: Path) -> Folder:
     """Opens a weights folder of ours. Raises InputError when it is another folder, or damaged."""
     if not is_folder(path):
-        raise InputError(f"{path} is not a weights folder of heirloom; `heirloom convert {path} DEST` makes one of a foreign checkpoint")
+        raise InputError(
+            f"{path} is not a weights folder of heirloom; `heirloom convert {path} DEST` makes one of a foreign"
+            " checkpoint"
+        )
     config = read_json(path / "config.json")
     if missing := {"method", "model"} - config.keys():
         raise InputError(f"{path / 'config.json'}: {min(missing)!r} is missing; convert the checkpoint again")
@@ -159,8 +166,11 @@ def write_config(folder: Path, method: str, model: Config) -> None:
     write_json(folder / "config.json", {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)})
 
 
-def write_params(folder: Path, params: Mapping[str, Any], dtype: DTypeLike | None = None, spec: Spec | None = None) -> None:
-    """Writes parameters (jax or numpy) as `model.safetensors`, one leaf at a time. dtype: None keeps the dtype of each leaf.
+def write_params(
+    folder: Path, params: Mapping[str, Any], dtype: DTypeLike | None = None, spec: Spec | None = None
+) -> None:
+    """Writes parameters (jax or numpy) as `model.safetensors`, one leaf at a time. dtype: None keeps the dtype of each
+    leaf.
 
     spec: needed for leaves that are zero-padded; they are written layer by layer, without the padding.
     """

@@ -26,8 +26,8 @@ Names = Sequence[str | None]
 class Labelled:
     """A source whose records have `label`, int32 from 0 to below `count`.
 
-    classes: names in the order of the labels, empty where unknown. numbers: the label of each value of the column; None: the column
-    has the labels.
+    classes: names in the order of the labels, empty where unknown. numbers: the label of each value of the column;
+    None: the column has the labels.
     """
 
     source: Source
@@ -61,12 +61,13 @@ class Labelled:
 def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, names: Names | None = None) -> Labelled:
     """Opens a source whose records have `label`, the number of a class of the model, from a column of numbers or names.
 
-    classes: number of classes of the model. names: their names. Class names of the data (of folders, a column, or a list that comes
-    with the data) are matched to these, see `match`. If they do not match but are as many, they are numbered in the order of the data,
-    which is alphabetical for folders and columns, and a remark says so. Without `names`, or with names like LABEL_0, that order is used.
+    classes: number of classes of the model. names: their names. Class names of the data (of folders, a column, or a
+    list that comes with the data) are matched to these, see `match`. If they do not match but are as many, they are
+    numbered in the order of the data, which is alphabetical for folders and columns, and a remark says so. Without
+    `names`, or with names like LABEL_0, that order is used.
 
-    Raises InputError where the data has no such column, or class names that the model does not have. A label that is not a class is
-    refused when its record is read.
+    Raises InputError where the data has no such column, or class names that the model does not have. A label that is
+    not a class is refused when its record is read.
     """
     cfg = replace(cfg, text="", columns=tuple(dict.fromkeys((*cfg.columns, label))))
     source = open_source(cfg)
@@ -77,12 +78,18 @@ def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, nam
     known = getattr(source, "class_names", {}).get(label, ())
     if isinstance(first, str):
         used = sorted(set(_column(cfg, label)))
-        if not known and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used) and (names is None or set(match(used, names)) == {None}):
+        if (
+            not known
+            and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used)
+            and (names is None or set(match(used, names)) == {None})
+        ):
             numbers = {name: int(name) for name in used}  # numbers, stored as text
             return Labelled(source=source, column=label, classes=(), numbers=numbers, count=classes)
         known = known or used
         if doubled := [name for name, n in Counter(known).items() if n > 1]:
-            raise InputError(f"{cfg.path} has two classes called {doubled[0]!r}, so a label of this name is ambiguous; use numbers")
+            raise InputError(
+                f"{cfg.path} has two classes called {doubled[0]!r}, so a label of this name is ambiguous; use numbers"
+            )
     if not known:
         return Labelled(source=source, column=label, classes=(), numbers=None, count=classes)
     called = tuple(known) if names is None else tuple(name or "" for name in names)
@@ -103,10 +110,15 @@ def _column(cfg: SourceConfig, label: str) -> Iterator[str]:
 
 def _real_names(names: Names | None, classes: int | None) -> Names | None:
     """Returns the names unless they are placeholders like LABEL_0, LABEL_1, ..."""
-    if names is None or all(name is None or re.fullmatch(rf"(?i)(label|class)[ _-]?{i}", name) for i, name in enumerate(names)):
+    if names is None or all(
+        name is None or re.fullmatch(rf"(?i)(label|class)[ _-]?{i}", name) for i, name in enumerate(names)
+    ):
         return None
     if classes is not None and len(names) != classes:
-        raise InputError(f"there are {len(names)} class names ({_shown(names)}) for the {classes} classes of the model; give one for each")
+        raise InputError(
+            f"there are {len(names)} class names ({_shown(names)}) for the {classes} classes of the model; give one for"
+            " each"
+        )
     return names
 
 
@@ -116,27 +128,37 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     if names is None:
         if classes is not None and len(known) != classes:
             raise InputError(
-                f"{path} has {len(known)} classes ({_shown(known)}), the model {classes}: give data with the model's classes, "
-                f"or a model with {len(known)} (heirloom expand --classes; in a recipe the field classes of its student)"
+                f"{path} has {len(known)} classes ({_shown(known)}), the model {classes}: give data with the model's"
+                f" classes, or a model with {len(known)} (heirloom expand --classes; in a recipe the field classes of"
+                " its student)"
             )
-        numerical = sorted(in_order, key=lambda i: int(known[i])) if all(name.isdecimal() for name in known) else in_order
+        numerical = (
+            sorted(in_order, key=lambda i: int(known[i])) if all(name.isdecimal() for name in known) else in_order
+        )
         if moved := [i for i, j in enumerate(numerical) if i != j]:
-            remark(f"{path}: its classes are numbered in alphabetical order, so {known[moved[0]]!r} is class {moved[0]}")
+            remark(
+                f"{path}: its classes are numbered in alphabetical order, so {known[moved[0]]!r} is class {moved[0]}"
+            )
         return in_order
     found = match(known, names)
     numbers = [number for number in found if number is not None]
     if twice := [number for number, n in Counter(numbers).items() if n > 1]:
         both = [name for name, number in zip(known, found, strict=True) if number == twice[0]]
-        raise InputError(f"{path}: its classes {both[0]!r} and {both[1]!r} both match {names[twice[0]]!r}; join them, or rename one")
+        raise InputError(
+            f"{path}: its classes {both[0]!r} and {both[1]!r} both match {names[twice[0]]!r}; join them, or rename one"
+        )
     if len(numbers) == len(known):
         return numbers
     unknown = known[found.index(None)]
     if len(known) != len(names) or any(number not in (None, i) for i, number in enumerate(found)):
         near = nearest(unknown, [name for name in names if name])
-        raise InputError(f"{path}: its class {unknown!r} does not match exactly one of the {len(names)} known ({_shown(names)}){near}")
+        raise InputError(
+            f"{path}: its class {unknown!r} does not match exactly one of the {len(names)} known"
+            f" ({_shown(names)}){near}"
+        )
     remark(
-        f"{path}: its class {unknown!r} is not one of the class names ({_shown(names)}), but there are {len(names)} of each: "
-        f"its classes are numbered in their order ({_shown(known)})"
+        f"{path}: its class {unknown!r} is not one of the class names ({_shown(names)}), but there are {len(names)} of"
+        f" each: its classes are numbered in their order ({_shown(known)})"
     )
     return in_order
 
@@ -144,8 +166,8 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
 def match(wanted: Sequence[str], names: Names) -> list[int | None]:
     """Returns the number of each of `wanted` among `names`; None where no name or several match.
 
-    The first rule with a match decides: equal; equal but for case, with `_`, `-` and spaces the same; a common synonym, separated by
-    commas ("tench" is "tench, Tinca tinca").
+    The first rule with a match decides: equal; equal but for case, with `_`, `-` and spaces the same; a common synonym,
+    separated by commas ("tench" is "tench, Tinca tinca").
     """
     forms: tuple[Callable[[str], set[str]], ...] = (
         lambda name: {name},
@@ -183,7 +205,8 @@ def _shown(names: Iterable[Any]) -> str:
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """Reads the class names of a weights folder from labels.json, in the order of its logits; None where there is no file.
+    """Reads the class names of a weights folder from labels.json, in the order of its logits; None where there is no
+    file.
 
     Raises InputError when the file is not a JSON list of names.
     """
@@ -197,7 +220,8 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Writes the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are names.
+    """Writes the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are
+    names.
 
     Two classes may have the same name: ImageNet has two classes "crane", a bird and a machine.
     """

@@ -8,7 +8,8 @@ from heirloom.common.errors import InputError
 def read_lines(file: Path) -> tuple[str, ...]:
     """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped.
 
-    Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers have a meaning.
+    Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers have a
+    meaning.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")

@@ -20,14 +20,16 @@ BACKGROUNDS: tuple[Background, ...] = get_args(Background)
 def decode(image: Picture, background: Background = "none") -> Image.Image:
     """Decodes a picture to RGB like `PIL.Image.convert("RGB")`, which OpenAI's CLIP, open_clip and timm use.
 
-    Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is taken. The
-    EXIF orientation is ignored.
-    background: "white" composites transparent pixels on white instead of dropping alpha, like transformers.
-    Raises InputError, with the name of the file if there is one, when the picture cannot be read.
+    Alpha is dropped, 16-bit grey is clipped at 255, CMYK and palettes are converted. Of an animation the first frame is
+    taken. The EXIF orientation is ignored. background: "white" composites transparent pixels on white instead of
+    dropping alpha, like transformers. Raises InputError, with the name of the file if there is one, when the picture
+    cannot be read.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"a picture given as an array must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
+            raise InputError(
+                f"a picture given as an array must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}"
+            )
         image = Image.fromarray(image)
     name = "this picture"
     try:
@@ -40,7 +42,9 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
         elif isinstance(image, bytes | bytearray | memoryview):
             picture = Image.open(io.BytesIO(image))
         else:
-            raise InputError(f"a picture must be a file name, bytes, a PIL image or a uint8 array, not {type(image).__name__}")
+            raise InputError(
+                f"a picture must be a file name, bytes, a PIL image or a uint8 array, not {type(image).__name__}"
+            )
         picture.load()
     except InputError:
         raise
@@ -53,7 +57,9 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
     if not (picture.width and picture.height):
         raise InputError(f"{name} is empty: {picture.width} x {picture.height} pixels")
     if picture.mode == "F":
-        raise InputError(f"{name} does not decode: the range of its floating-point samples is unknown; store it with 8 bits")
+        raise InputError(
+            f"{name} does not decode: the range of its floating-point samples is unknown; store it with 8 bits"
+        )
     if background == "white" and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -1,7 +1,7 @@
 """Batches of a source: shuffled, augmented, tokenised, placed on the mesh, and resumable bit for bit.
 
-The example at position p of the stream, including its pixels, depends only on the seed and p: not on worker processes, threads,
-hosts and restarts.
+The example at position p of the stream, including its pixels, depends only on the seed and p: not on worker processes,
+threads, hosts and restarts.
 """
 
 import os
@@ -51,7 +51,8 @@ class PipelineConfig:
 class Augment:
     """Converts a record to a training example of a CLIP; without a tokenizer, captions are left out.
 
-    augment: "random": a random crop, and a random caption of several; "none": the centre and the first caption, as in evaluation.
+    augment: "random": a random crop, and a random caption of several; "none": the centre and the first caption, as in
+    evaluation.
     """
 
     pre: Preprocess
@@ -67,16 +68,22 @@ class Augment:
         _check_record(record, self.tokenizer, self.tags)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
-        example = {k: v for k, v in record.items() if isinstance(v, np.ndarray | np.generic) and k not in ("image", "text")}
+        example = {
+            k: v for k, v in record.items() if isinstance(v, np.ndarray | np.generic) and k not in ("image", "text")
+        }
         if self.tokenizer is not None:
             text = record["text"]
-            caption = text if isinstance(text, str) else text[rng.integers(len(text)) if self.augment == "random" else 0]
+            caption = (
+                text if isinstance(text, str) else text[rng.integers(len(text)) if self.augment == "random" else 0]
+            )
             if self.tags:
                 caption = ", ".join([caption, *(tag for tag in record["tags"] if rng.random() < self.tags)])
             example["text"] = self.tokenizer(caption, self.context)[0]
         if "image" in record:
             picture = decode_record(record, self.pre.background)
-            example["image"] = train_image(picture, self.pre, rng) if self.augment == "random" else eval_image(picture, self.pre)
+            example["image"] = (
+                train_image(picture, self.pre, rng) if self.augment == "random" else eval_image(picture, self.pre)
+            )
         return example
 
 
@@ -100,8 +107,8 @@ class HostRows(grain.MapDataset):
 class Batches:
     """An endless, resumable iterator over training batches.
 
-    A batch is a dict of arrays whose first axis is the batch: `image` float32 [b, size, size, 3], `text` int32 [b, context],
-    and the numeric columns of the records. Nothing is read before the first `next`.
+    A batch is a dict of arrays whose first axis is the batch: `image` float32 [b, size, size, 3], `text` int32 [b,
+    context], and the numeric columns of the records. Nothing is read before the first `next`.
     """
 
     def __init__(self, start: Callable[[int], Iterator[Batch]], stream: dict[str, int]):
@@ -121,7 +128,9 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, int]:
-        """Returns the position in the stream: plain numbers for JSON, the same on every host and for any number of workers."""
+        """Returns the position in the stream: plain numbers for JSON, the same on every host and for any number of
+        workers.
+        """
         return {"batches": self._done, **self._stream}
 
     def restore(self, state: dict[str, int]) -> None:
@@ -129,7 +138,8 @@ class Batches:
         for name, value in self._stream.items():
             if state.get(name) != value:
                 raise InputError(
-                    f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now; set it back, or start a new run"
+                    f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now; set it back, or"
+                    " start a new run"
                 )
         self.close()
         self._done = state["batches"]
@@ -142,18 +152,26 @@ class Batches:
 
 
 def training_batches(
-    source: Source, cfg: PipelineConfig, example: Callable[[Record, np.random.Generator], Batch], *, mesh: Mesh | None = None
+    source: Source,
+    cfg: PipelineConfig,
+    example: Callable[[Record, np.random.Generator], Batch],
+    *,
+    mesh: Mesh | None = None,
 ) -> Batches:
     """Makes the endless stream of training batches: each epoch has every example once, in another order.
 
-    example(record, rng): converts a record to arrays; rng: generator of its position in the stream. Without a mesh, a host gets its
-    rows as numpy arrays. With a mesh, batches are global `jax.Array`s, rows split over `data` and `fsdp`, copied ahead of the step.
-    Raises InputError when the source is smaller than a batch or the batch cannot be divided, and, while iterating, what `example` raises.
+    example(record, rng): converts a record to arrays; rng: generator of its position in the stream. Without a mesh, a
+    host gets its rows as numpy arrays. With a mesh, batches are global `jax.Array`s, rows split over `data` and `fsdp`,
+    copied ahead of the step. Raises InputError when the source is smaller than a batch or the batch cannot be divided,
+    and, while iterating, what `example` raises.
     """
     if len(source) < cfg.batch:
-        raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; make the batch smaller")
+        raise InputError(
+            f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; make the batch smaller"
+        )
     rows = host_rows(cfg.batch, mesh)
-    # grain shuffles by (seed, epoch) and gives `random_map` a generator for (seed, position): both depend on the position alone.
+    # grain shuffles by (seed, epoch) and gives `random_map` a generator for (seed, position): both depend on the
+    # position alone.
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(example)
 
     def start(first: int) -> Iterator[Batch]:
@@ -174,7 +192,9 @@ def _check_record(record: Record, tokenizer: Tokenizer | None, tags: float) -> N
 
 
 def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
-    """Returns the rows of a global batch that this process builds: int [rows], ascending. Raises InputError when they do not divide."""
+    """Returns the rows of a global batch that this process builds: int [rows], ascending. Raises InputError when they
+    do not divide.
+    """
     if mesh is None:
         hosts = jax.process_count()
         if batch % hosts:
@@ -184,7 +204,11 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
     if batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise InputError(f"a batch of {batch} cannot be divided into {parts} parts (mesh data x fsdp)")
     # From the sharding, not the process number: a host may have any rows, and share them with another.
-    return np.unique(np.concatenate([np.arange(batch)[where] for where in sharding.addressable_devices_indices_map((batch,)).values()]))
+    return np.unique(
+        np.concatenate(
+            [np.arange(batch)[where] for where in sharding.addressable_devices_indices_map((batch,)).values()]
+        )
+    )
 
 
 def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
@@ -198,7 +222,9 @@ def _in_processes(rows: grain.MapDataset, count: int, cfg: PipelineConfig) -> gr
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl programs parse them
     whole = rows.batch(count).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return whole.mp_prefetch(grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=-(-cfg.prefetch // cfg.workers)))
+    return whole.mp_prefetch(
+        grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=-(-cfg.prefetch // cfg.workers))
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +247,9 @@ class Prepare:
 
     def __call__(self, index: int, record: Record) -> Record:
         example = {k: v for k, v in record.items() if k not in ("key", "image")} | {"index": index}
-        return example | ({"image": eval_image(decode_record(record, self.pre.background), self.pre)} if "image" in record else {})
+        return example | (
+            {"image": eval_image(decode_record(record, self.pre.background), self.pre)} if "image" in record else {}
+        )
 
 
 def evaluation_batches(
@@ -229,9 +257,10 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over every example once, in order, as numpy arrays; the last batch may be short.
 
-    `image` float32 [b, size, size, 3]; with a tokenizer `text` int32 [captions, context] and `owner` int64 [captions], the index
-    in the source of the picture that each caption describes (captions = b unless pictures have several); every other
-    column as an array of b (numbers, strings, or objects for lists). Raises InputError for a picture that does not decode.
+    `image` float32 [b, size, size, 3]; with a tokenizer `text` int32 [captions, context] and `owner` int64 [captions],
+    the index in the source of the picture that each caption describes (captions = b unless pictures have several);
+    every other column as an array of b (numbers, strings, or objects for lists). Raises InputError for a picture that
+    does not decode.
     """
     _check_record(source[0], tokenizer, tags=0)
     stream = grain.MapDataset.source(source).map_with_index(Prepare(pre))
@@ -260,10 +289,14 @@ def _column(values: list[Any]) -> np.ndarray:
     return np.fromiter(values, object, len(values)) if isinstance(values[0], list) else np.stack(values)
 
 
-def check_first_batch(batch: Batch, tokenizer: Tokenizer, path: str | Path | None = None, pre: Preprocess | None = None) -> str:
-    """Returns the first caption decoded, and draws the pictures as a square grid to the PNG `path`: a check before a long run.
+def check_first_batch(
+    batch: Batch, tokenizer: Tokenizer, path: str | Path | None = None, pre: Preprocess | None = None
+) -> str:
+    """Returns the first caption decoded, and draws the pictures as a square grid to the PNG `path`: a check before a
+    long run.
 
-    batch: of either iterator; of a global array, this host's first shard is used. pre: whose normalisation to invert (default: CLIP's).
+    batch: of either iterator; of a global array, this host's first shard is used. pre: whose normalisation to invert
+    (default: CLIP's).
     """
     host = {k: np.asarray(v.addressable_data(0)) if isinstance(v, jax.Array) else v for k, v in batch.items()}
     if path is not None:

@@ -28,7 +28,8 @@ Channels = tuple[float, float, float]
 class Preprocess:
     """Preprocessing of the pictures of a model; saved next to its weights as `preprocess.json`.
 
-    Evaluation: resize, crop the centre, (x / 255 - mean) / std. Training: a random crop (`scale`), resized to `size`, normalised.
+    Evaluation: resize, crop the centre, (x / 255 - mean) / std. Training: a random crop (`scale`), resized to `size`,
+    normalised.
     """
 
     size: int = 224
@@ -42,18 +43,29 @@ class Preprocess:
     scale: tuple[float, float] = (0.9, 1.0)
     """share of the area that a training crop keeps, least and most"""
     resize: int | None = None
-    """side that an evaluation picture is resized to before the centre crop; none: not recorded, which is `size` for a CLIP"""
+    """side that an evaluation picture is resized to before the centre crop; none: not recorded, which is `size` for a
+    CLIP
+    """
     mode: Mode = "shortest"
-    """which side becomes `resize`: the shorter one; both, which changes the aspect ratio (squash); or the longer one, padded to a square"""
+    """which side becomes `resize`: the shorter one; both, which changes the aspect ratio (squash); or the longer one,
+    padded to a square
+    """
     corner: Corner = "round"
     """rounding of half pixels of the crop's corner: to even like torchvision, or down like transformers"""
     fill: int = 0
     """grey value of the padding, 0..255, for the mode longest"""
     background: Background = "none"
-    """none drops alpha, like OpenAI's CLIP, open_clip and timm; white composites transparent pixels on white, like transformers"""
+    """none drops alpha, like OpenAI's CLIP, open_clip and timm; white composites transparent pixels on white, like
+    transformers
+    """
 
     def __post_init__(self) -> None:
-        names = {"mode": get_args(Mode), "corner": get_args(Corner), "background": BACKGROUNDS, "interpolation": tuple(FILTERS)}
+        names = {
+            "mode": get_args(Mode),
+            "corner": get_args(Corner),
+            "background": BACKGROUNDS,
+            "interpolation": tuple(FILTERS),
+        }
         for name, choices in names.items():
             if (value := getattr(self, name)) not in choices:
                 hint = nearest(value, choices) if isinstance(value, str) else ""
@@ -62,8 +74,13 @@ class Preprocess:
             value = getattr(self, name)
             if not (_is_integer(value) and value >= 1) and not (name == "resize" and value is None):
                 raise InputError(f"{name} is {value!r}: give pixels, a whole number of 1 or more")
-        if self.resize is not None and (self.resize < self.size or (self.mode == "longest" and self.resize != self.size)):
-            raise InputError(f"resize is {self.resize} and size {self.size}: for a crop of {self.size} pixels it must be as many or more")
+        if self.resize is not None and (
+            self.resize < self.size or (self.mode == "longest" and self.resize != self.size)
+        ):
+            raise InputError(
+                f"resize is {self.resize} and size {self.size}: for a crop of {self.size} pixels it must be as many or"
+                " more"
+            )
         for name, count in (("mean", 3), ("std", 3), ("scale", 2)):
             value = getattr(self, name)
             if not isinstance(value, tuple) or len(value) != count or not all(_is_number(v) for v in value):
@@ -71,7 +88,9 @@ class Preprocess:
         if min(self.std) <= 0:
             raise InputError(f"std is {self.std!r}: pixels are divided by it, so give numbers above 0")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(f"scale is {self.scale!r}: give the least and the most share of the area, above 0 and at most 1")
+            raise InputError(
+                f"scale is {self.scale!r}: give the least and the most share of the area, above 0 and at most 1"
+            )
         if not (_is_integer(self.fill) and 0 <= self.fill <= 255):
             raise InputError(f"fill is {self.fill!r}: give a grey value, a whole number from 0 to 255")
 
@@ -86,9 +105,13 @@ class Preprocess:
         return replace(self, size=size, resize=resize)
 
     def cropped(self, share: float) -> "Preprocess":
-        """Returns the preprocessing with a centre crop that keeps this share of the side (timm's `crop_pct`; 0.875 is 224 of 256)."""
+        """Returns the preprocessing with a centre crop that keeps this share of the side (timm's `crop_pct`; 0.875 is
+        224 of 256).
+        """
         if not (_is_number(share) and 0 < share <= 1):
-            raise InputError(f"crop is {share!r}: give the share of the side that the centre crop keeps, above 0 and at most 1")
+            raise InputError(
+                f"crop is {share!r}: give the share of the side that the centre crop keeps, above 0 and at most 1"
+            )
         return replace(self, resize=self.size if self.mode == "longest" else math.floor(self.size / share))
 
     def save(self, path: str | Path) -> None:
@@ -125,7 +148,8 @@ def _file(path: str | Path) -> Path:
 
 
 def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Draws a training crop (torchvision `RandomResizedCrop.get_params`): area uniform in `scale`, ratio log-uniform in 3/4..4/3.
+    """Draws a training crop (torchvision `RandomResizedCrop.get_params`): area uniform in `scale`, ratio log-uniform in
+    3/4..4/3.
 
     After ten tries it takes the largest central crop with an allowed ratio.
     """
@@ -145,7 +169,9 @@ def random_box(width: int, height: int, scale: tuple[float, float], rng: np.rand
 
 
 def train_image(image: Image.Image, pre: Preprocess, rng: np.random.Generator) -> np.ndarray:
-    """Crops randomly, resizes and normalises: float32 [size, size, 3]. No flip, no colour change, as in CLIP and TinyCLIP §6."""
+    """Crops randomly, resizes and normalises: float32 [size, size, 3]. No flip, no colour change, as in CLIP and
+    TinyCLIP §6.
+    """
     crop = random_box(*image.size, pre.scale, rng).cut(image)
     return normalise(crop.resize((pre.size, pre.size), pre.filter), pre)
 
@@ -156,7 +182,9 @@ def eval_image(image: Image.Image, pre: Preprocess) -> np.ndarray:
 
 
 def centre(image: Image.Image, pre: Preprocess) -> Image.Image:
-    """Resizes a picture and crops its centre: RGB [size, size] (torchvision Resize and CenterCrop; transformers: see `corner`)."""
+    """Resizes a picture and crops its centre: RGB [size, size] (torchvision Resize and CenterCrop; transformers: see
+    `corner`).
+    """
     width, height = image.size
     side = pre.resize or pre.size
     if pre.mode == "longest":
@@ -180,7 +208,9 @@ def _corner(margin: int, rule: Corner) -> int:
 def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
     """Computes `box.cut(image.resize(target))` without the whole resized picture, up to rounding of PIL's two passes."""
     low, high, first, last = [], [], [], []
-    for length, total, start, count in zip(image.size, target, (box.left, box.top), (box.width, box.height), strict=True):
+    for length, total, start, count in zip(
+        image.size, target, (box.left, box.top), (box.width, box.height), strict=True
+    ):
         step = length / total
         reach = _REACH[pre.interpolation] * max(step, 1.0) + 1
         low.append(max(0, math.floor(start * step - reach)))
@@ -192,11 +222,16 @@ def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Pr
 
 
 def _padded(image: Image.Image, pre: Preprocess) -> Image.Image:
-    """Resizes the longer side to `size` and pads to a square (open_clip `ResizeKeepRatio(longest=1)` and `CenterCropOrPad`)."""
+    """Resizes the longer side to `size` and pads to a square (open_clip `ResizeKeepRatio(longest=1)` and
+    `CenterCropOrPad`).
+    """
     ratio = max(image.size) / pre.size
     width, height = (round(length / ratio) for length in image.size)
     if not (width and height):
-        raise InputError(f"a picture of {image.width} x {image.height} pixels is too thin: its shorter side vanishes at {pre.size} pixels")
+        raise InputError(
+            f"a picture of {image.width} x {image.height} pixels is too thin: its shorter side vanishes at {pre.size}"
+            " pixels"
+        )
     out = Image.new("RGB", (pre.size, pre.size), (pre.fill,) * 3)
     out.paste(image.resize((width, height), pre.filter), ((pre.size - width) // 2, (pre.size - height) // 2))
     return out

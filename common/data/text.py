@@ -27,7 +27,9 @@ Merges = list[tuple[str, str]]
 
 
 def clean(text: str, *, lower: bool = True) -> str:
-    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases (OpenAI CLIP, `simple_tokenizer.py`)."""
+    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases (OpenAI CLIP,
+    `simple_tokenizer.py`).
+    """
     cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     return cleaned.lower() if lower else cleaned
 
@@ -40,7 +42,9 @@ class Tokenizer:
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
-        """Takes the start and end token that `bpe` adds to a text, or known ones by name. Raises InputError when there are none."""
+        """Takes the start and end token that `bpe` adds to a text, or known ones by name. Raises InputError when there
+        are none.
+        """
         bpe.no_padding()
         bpe.no_truncation()
         vocab = bpe.get_vocab()
@@ -57,8 +61,14 @@ class Tokenizer:
         if any(token.special != (i in (self.sot, self.eot)) for i, token in added.items()):
             self._encoder = _specials(bpe, {self.sot, self.eot})
         self._encoder.encode_special_tokens = True  # special tokens in a text are tokenised like any other text
-        raw = [re.escape(token.content) for i, token in added.items() if not (token.normalized or i in (self.sot, self.eot))]
-        self._raw = re.compile(f"({'|'.join(raw)})") if raw else None  # tokens that are found before the text is cleaned
+        raw = [
+            re.escape(token.content)
+            for i, token in added.items()
+            if not (token.normalized or i in (self.sot, self.eot))
+        ]
+        self._raw = (
+            re.compile(f"({'|'.join(raw)})") if raw else None
+        )  # tokens that are found before the text is cleaned
         self._lower = bpe.normalizer is not None and bpe.normalizer.normalize_str("A") == "a"
 
     @property
@@ -80,8 +90,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a tokenizer.json, or a folder with one, or with the vocab.json and merges.txt of a Hugging Face CLIP.
 
-        Added tokens and the start and end token come from tokenizer_config.json, special_tokens_map.json and added_tokens.json.
-        Raises InputError when the files are missing, damaged or disagree.
+        Added tokens and the start and end token come from tokenizer_config.json, special_tokens_map.json and
+        added_tokens.json. Raises InputError when the files are missing, damaged or disagree.
         """
         path = Path(path)
         file, folder = (path, path.parent) if path.is_file() else (path / "tokenizer.json", path)
@@ -104,14 +114,14 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Fits CLIP's scheme to `captions`: the 512 byte tokens, the most frequent merges, SOT and EOT.
 
-        The vocabulary is smaller than `vocab_size` when the captions have too few pairs. Raises InputError below 514, the size
-        without merges.
+        The vocabulary is smaller than `vocab_size` when the captions have too few pairs. Raises InputError below 514,
+        the size without merges.
         """
         if vocab_size < 2 * 256 + 2:
             raise InputError(f"vocab_size {vocab_size} is too small: choose 514 or more (bytes, start and end)")
         bpe = _around({}, [])
-        # The bytes that end words are given as special tokens: the trainer would number them in the order of a hash table and break ties
-        # between pairs by number, so two processes would fit different vocabularies.
+        # The bytes that end words are given as special tokens: the trainer would number them in the order of a hash
+        # table and break ties between pairs by number, so two processes would fit different vocabularies.
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
             special_tokens=[c + SUFFIX for c in _bytes()],
@@ -140,7 +150,9 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
         out = np.zeros((len(texts), context), np.int32)
-        for row, encoding in zip(out, self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False), strict=True):
+        for row, encoding in zip(
+            out, self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False), strict=True
+        ):
             ids = [self.sot, *encoding.ids[: context - 2], self.eot]
             row[: len(ids)] = ids
         return out
@@ -191,10 +203,14 @@ def _read_about(folder: Path) -> dict[str, Any]:
         if decoder := theirs.get("added_tokens_decoder"):
             fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             try:
-                known = {int(i): {field: token[field] for field in fields if field in token} for i, token in decoder.items()}
+                known = {
+                    int(i): {field: token[field] for field in fields if field in token} for i, token in decoder.items()
+                }
                 found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{name}: added_tokens_decoder is {str(decoder)[:80]}; it must hold a token by id") from error
+                raise InputError(
+                    f"{name}: added_tokens_decoder is {str(decoder)[:80]}; it must hold a token by id"
+                ) from error
     return found
 
 
@@ -204,11 +220,16 @@ def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizer
         if bpe.token_to_id(token.content) is None:
             (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
         if (actual := bpe.token_to_id(token.content)) != i:
-            raise InputError(f"the added token {token.content!r} has id {i} in one file and would get {actual}; use files of one model")
+            raise InputError(
+                f"the added token {token.content!r} has id {i} in one file and would get {actual}; use files of one"
+                " model"
+            )
     if "bos_token" in about and "eos_token" in about:
         for end in (about["bos_token"], about["eos_token"]):
             if bpe.token_to_id(end) is None:
-                raise InputError(f"the vocabulary has no {end!r}, which the tokenizer's config names as its start or end")
+                raise InputError(
+                    f"the vocabulary has no {end!r}, which the tokenizer's config names as its start or end"
+                )
         _enclose(bpe, about["bos_token"], about["eos_token"])
     return bpe
 

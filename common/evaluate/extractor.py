@@ -28,20 +28,27 @@ class Extractor:
 
 
 def open_extractor(path: Path) -> Extractor:
-    """Opens a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as safetensors).
+    """Opens a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as
+    safetensors).
 
-    Raises InputError for a path that does not exist, a folder of another kind, and missing, unexpected or misshapen tensors.
+    Raises InputError for a path that does not exist, a folder of another kind, and missing, unexpected or misshapen
+    tensors.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; make one with scripts/convert_inception.py")
     if path.is_dir():
         folder = weights.open_folder(path)
         if folder.method != METHOD:
-            raise InputError(f"{path}: weights of the method {folder.method!r}, not an Inception; scripts/convert_inception.py makes one")
+            raise InputError(
+                f"{path}: weights of the method {folder.method!r}, not an Inception; scripts/convert_inception.py"
+                " makes one"
+            )
         try:
             cfg = InceptionConfig(**folder.model)
         except TypeError as error:
-            raise InputError(f"{path / 'config.json'}: not the config of an Inception ({error}); convert it again") from error
+            raise InputError(
+                f"{path / 'config.json'}: not the config of an Inception ({error}); convert it again"
+            ) from error
         model = functional(Inception, cfg)
         views = own_views(folder.tensors, model.spec, str(path / weights.FILE))
         return Extractor(cfg, model, {name: np.asarray(view, np.float32) for name, view in views.items()})
@@ -50,7 +57,9 @@ def open_extractor(path: Path) -> Extractor:
 
 
 def fold(tensors: weights.Tensors, spec: Spec, where: str) -> dict[str, np.ndarray]:
-    """Converts pytorch-fid's tensors to parameters: folds batch norms into the kernels and biases of the convolutions, in f64."""
+    """Converts pytorch-fid's tensors to parameters: folds batch norms into the kernels and biases of the convolutions,
+    in f64.
+    """
     unfolded: dict[str, Leaf] = {}
     rows: list[tuple[str, ...]] = [("fc/kernel", "fc.weight")]
     parts = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}

@@ -32,7 +32,9 @@ class Statistics:
         self.scatter = np.zeros((dim, dim))
 
     def add(self, rows: np.ndarray) -> None:
-        """Adds rows [batch, dim]. Moments are around the batch's mean, then shifted (Chan et al. 1979), which avoids cancellation."""
+        """Adds rows [batch, dim]. Moments are around the batch's mean, then shifted (Chan et al. 1979), which avoids
+        cancellation.
+        """
         if not len(rows):
             return
         rows = np.asarray(rows, np.float64)
@@ -53,8 +55,8 @@ class Statistics:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Computes |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
 
-    Adds 1e-6 to both diagonals only where the root of a singular product is not finite. Raises ValueError when the root has
-    imaginary parts of more than 1e-3 on its diagonal: then the matrices are not covariances.
+    Adds 1e-6 to both diagonals only where the root of a singular product is not finite. Raises ValueError when the root
+    has imaginary parts of more than 1e-3 on its diagonal: then the matrices are not covariances.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", linalg.LinAlgWarning)  # singular matrices: handled in the next lines
@@ -70,10 +72,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(logits: np.ndarray, run: int = RUN) -> float:
-    """Computes exp of the mean KL divergence of p(class | picture) from p(class), averaged over splits of `run` rows (ADM suite).
+    """Computes exp of the mean KL divergence of p(class | picture) from p(class), averaged over splits of `run` rows
+    (ADM suite).
 
-    logits: [pictures, class], in random order. A shorter last split has the same weight as the others; fewer than `run` rows are
-    one split. Raises ValueError for no rows.
+    logits: [pictures, class], in random order. A shorter last split has the same weight as the others; fewer than `run`
+    rows are one split. Raises ValueError for no rows.
     """
     if not len(logits):
         raise ValueError("no rows have no score")
@@ -94,17 +97,22 @@ class PrecisionRecall:
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> PrecisionRecall:
-    """Computes precision and recall; a manifold is the union of balls up to each point's k-th neighbour (Kynkäänniemi et al. 2019).
+    """Computes precision and recall; a manifold is the union of balls up to each point's k-th neighbour (Kynkäänniemi
+    et al. 2019).
 
-    reference: [n, dim], samples: [m, dim]. Raises ValueError for a set of k rows or fewer. Deviation: distances are f32, where
-    the ADM suite tries f16 first.
+    reference: [n, dim], samples: [m, dim]. Raises ValueError for a set of k rows or fewer. Deviation: distances are
+    f32, where the ADM suite tries f16 first.
     """
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"{len(reference)} reference rows and {len(samples)} samples: a {k}-th neighbour needs more than {k} of both")
+        raise ValueError(
+            f"{len(reference)} reference rows and {len(samples)} samples: a {k}-th neighbour needs more than {k} of"
+            " both"
+        )
     sets = [jnp.asarray(rows, jnp.float32) for rows in (reference, samples)]
     real, fake = ((rows, jnp.concatenate([_radii(block, rows, k) for block in _blocks(rows)])) for rows in sets)
     precision, recall = (
-        np.concatenate([_covered(block, *manifold) for block in _blocks(rows)]) for rows, manifold in ((sets[1], real), (sets[0], fake))
+        np.concatenate([_covered(block, *manifold) for block in _blocks(rows)])
+        for rows, manifold in ((sets[1], real), (sets[0], fake))
     )
     return PrecisionRecall(float(precision.mean()), float(recall.mean()))
 
@@ -150,7 +158,9 @@ def kid(reference: np.ndarray, samples: np.ndarray, *, subsets: int = 100, size:
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x, y = (np.asarray(rows[rng.choice(len(rows), size, replace=False)], np.float64) for rows in (reference, samples))
+        x, y = (
+            np.asarray(rows[rng.choice(len(rows), size, replace=False)], np.float64) for rows in (reference, samples)
+        )
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
         values.append(within - 2 * xy.mean())

@@ -28,8 +28,8 @@ _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)  # errors of a dam
 class Reference:
     """A reference to compare with: statistics of the "adm" features of the whole set, pictures, or both.
 
-    where: its name, for messages. pool, spatial: the statistics, None where the file has none. images: number of pictures.
-    read(rows): iterates over the pictures, uint8 [up to rows, height, width, 3].
+    where: its name, for messages. pool, spatial: the statistics, None where the file has none. images: number of
+    pictures. read(rows): iterates over the pictures, uint8 [up to rows, height, width, 3].
     """
 
     where: str
@@ -40,12 +40,16 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference:
-    """Opens a reference batch: a `.npz` with statistics `mu`, `sigma`, `mu_s`, `sigma_s` or pictures `arr_0`, which stay on disk.
+    """Opens a reference batch: a `.npz` with statistics `mu`, `sigma`, `mu_s`, `sigma_s` or pictures `arr_0`, which
+    stay on disk.
 
     Raises InputError when it has neither, or when one has a wrong form.
     """
     if path.suffix == ".npy":
-        raise InputError(f"{path}: a reference is not a .npy but a .npz with pictures `arr_0`: np.savez('reference.npz', arr_0=pictures)")
+        raise InputError(
+            f"{path}: a reference is not a .npy but a .npz with pictures `arr_0`: np.savez('reference.npz',"
+            " arr_0=pictures)"
+        )
     keys = _keys(path)
     if not keys & {"mu", "arr_0"}:
         held = ", ".join(sorted(keys)) or "nothing"
@@ -78,7 +82,9 @@ def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Features of a set of pictures, f32: pooled [pictures, 2048], logits [pictures, class]. pool, spatial: moments of both features."""
+    """Features of a set of pictures, f32: pooled [pictures, 2048], logits [pictures, class]. pool, spatial: moments of
+    both features.
+    """
 
     pooled: np.ndarray
     logits: np.ndarray
@@ -87,7 +93,8 @@ class Measured:
 
 
 def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[Iterable[np.ndarray]], Measured]:
-    """Makes a function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over the mesh.
+    """Makes a function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over
+    the mesh.
 
     The function raises InputError for batches of another type or rank, and for features that are not finite.
     """
@@ -100,11 +107,15 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
         pool, spatial = Statistics(POOL), Statistics(SPATIAL)
         for batch in batches:
             if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-                raise InputError(f"pictures are {batch.dtype} {list(batch.shape)}, and must be uint8 [batch, height, width, 3]")
+                raise InputError(
+                    f"pictures are {batch.dtype} {list(batch.shape)}, and must be uint8 [batch, height, width, 3]"
+                )
             for start in range(0, len(batch), size):
                 features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
                 if not all(np.isfinite(x).all() for x in features):
-                    raise InputError("features of pictures are not finite (NaN or infinity): the Inception weights are damaged")
+                    raise InputError(
+                        "features of pictures are not finite (NaN or infinity): the Inception weights are damaged"
+                    )
                 pool.add(features[0])
                 spatial.add(features[1])
                 pooled.append(features[0])
@@ -122,12 +133,18 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
     protocol = extractor.cfg.protocol
     if protocol != ADM.protocol and not reference.images:
         raise InputError(
-            f"{reference.where}: has only statistics of {ADM.protocol!r}, and the network is {protocol!r}; it needs pictures `arr_0`"
+            f"{reference.where}: has only statistics of {ADM.protocol!r}, and the network is {protocol!r}; it needs"
+            " pictures `arr_0`"
         )
     if 0 < reference.images < LEAST:
-        raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score, which takes {LEAST} at least")
+        raise InputError(
+            f"{reference.where}: {reference.images} pictures are too few for a score, which takes {LEAST} at least"
+        )
     if protocol == ADM.protocol and reference.pool and not reference.spatial:
-        given = f"{reference.where} has `mu` and `sigma`, which FID takes, but not sFID's spatial statistics `mu_s` and `sigma_s`"
+        given = (
+            f"{reference.where} has `mu` and `sigma`, which FID takes, but not sFID's spatial statistics `mu_s` and"
+            " `sigma_s`"
+        )
         whole = "a reference batch of the ADM suite (VIRTUAL_*.npz) has both"
         if reference.images:
             remark(f"{given}: sFID is measured against its {reference.images:,} pictures instead; {whole}")
@@ -140,10 +157,11 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Scores generated pictures, in random order, against a reference; returns rows {metric, value, n, protocol}.
 
-    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. The reference is read and measured before the first
-    batch is taken. Statistics in a file are of "adm" and of the whole set; for another network they are computed from the pictures.
-    Precision, recall and KID always need pictures. Rows that need a missing part of the reference are left out. Raises InputError for a
-    reference that does not fit, or for fewer than ten pictures on a side.
+    batches: uint8 [any, height, width, 3]; 50,000 pictures for published numbers. The reference is read and measured
+    before the first batch is taken. Statistics in a file are of "adm" and of the whole set; for another network they
+    are computed from the pictures. Precision, recall and KID always need pictures. Rows that need a missing part of the
+    reference are left out. Raises InputError for a reference that does not fit, or for fewer than ten pictures on a
+    side.
     """
     check_reference(reference, extractor)
     measure = measurer(extractor, mesh, size)
@@ -163,15 +181,25 @@ def evaluate(
     values["inception_score"] = inception_score(ours.logits)
     if theirs:
         manifolds, distance = precision_recall(theirs.pooled, ours.pooled), kid(theirs.pooled, ours.pooled)
-        values |= {"precision": manifolds.precision, "recall": manifolds.recall, "kid": distance.mean, "kid_std": distance.std}
-    return [{"metric": name, "value": value, "n": ours.pool.count, "protocol": extractor.cfg.protocol} for name, value in values.items()]
+        values |= {
+            "precision": manifolds.precision,
+            "recall": manifolds.recall,
+            "kid": distance.mean,
+            "kid_std": distance.std,
+        }
+    return [
+        {"metric": name, "value": value, "n": ours.pool.count, "protocol": extractor.cfg.protocol}
+        for name, value in values.items()
+    ]
 
 
 def _distance(ours: Gaussian, theirs: Gaussian, reference: Reference) -> float:
     try:
         return frechet_distance(ours, theirs)
     except ValueError as error:
-        raise InputError(f"{reference.where}: its statistics cannot be those of pictures ({error}); fetch it again") from error
+        raise InputError(
+            f"{reference.where}: its statistics cannot be those of pictures ({error}); fetch it again"
+        ) from error
 
 
 def _keys(path: Path) -> set[str]:
@@ -191,10 +219,14 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
             raise InputError(f"{path}: has no `{key}`, though it has other statistics; fetch it again")
         value = arrays[key]
         if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
-            raise InputError(f"{path}: `{key}` is {value.dtype} {list(value.shape)}, and must be {list(shape)} finite numbers")
+            raise InputError(
+                f"{path}: `{key}` is {value.dtype} {list(value.shape)}, and must be {list(shape)} finite numbers"
+            )
         found.append(np.asarray(value, np.float64))
     if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-        raise InputError(f"{path}: `{covariance}` is not a covariance (symmetric, no negative variances); fetch it again")
+        raise InputError(
+            f"{path}: `{covariance}` is not a covariance (symmetric, no negative variances); fetch it again"
+        )
     return Gaussian(*found)
 
 
@@ -209,7 +241,9 @@ def _shape(path: Path) -> tuple[int, ...]:
         raise InputError(f"{path}: `arr_0` is not an array ({error}); fetch it again") from error
     if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
         order = " in Fortran order" if fortran else ""
-        raise InputError(f"{path}: `arr_0` is {dtype} {list(shape)}{order}, and must be uint8 [pictures, height, width, 3]")
+        raise InputError(
+            f"{path}: `arr_0` is {dtype} {list(shape)}{order}, and must be uint8 [pictures, height, width, 3]"
+        )
     return shape
 
 

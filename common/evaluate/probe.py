@@ -1,4 +1,6 @@
-"""Linear probe: logistic regression on frozen features by L-BFGS; regularisation chosen on validation examples (CLIP §3.2)."""
+"""Linear probe: logistic regression on frozen features by L-BFGS; regularisation chosen on validation examples (CLIP
+§3.2).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +37,10 @@ def probe(
 ) -> Probe:
     """Chooses a strength on validation examples, fits again on all training examples, and scores the test examples.
 
-    features: [n, width] f32, labels: [n] int from 0. held_back: share of the training examples for validation. strengths: values of lambda
-    in `mean cross-entropy + lambda / 2 |weights|^2`; biases are not regularised. Raises InputError for features that are NaN or infinite,
-    labels that are not whole numbers from 0, and labels that occur in the test examples only.
+    features: [n, width] f32, labels: [n] int from 0. held_back: share of the training examples for validation.
+    strengths: values of lambda in `mean cross-entropy + lambda / 2 |weights|^2`; biases are not regularised. Raises
+    InputError for features that are NaN or infinite, labels that are not whole numbers from 0, and labels that occur in
+    the test examples only.
     """
     finite(features, "the features of the training examples")
     finite(test_features, "the features of the test examples")
@@ -45,7 +48,9 @@ def probe(
         if values.dtype.kind not in "iu" or values.min() < 0:
             raise InputError(f"labels must be whole numbers from 0, one of the data is {values.min()} ({values.dtype})")
     if test_labels.max() > labels.max():
-        raise InputError(f"a test example has the label {test_labels.max()}, the training examples have 0 to {labels.max()}")
+        raise InputError(
+            f"a test example has the label {test_labels.max()}, the training examples have 0 to {labels.max()}"
+        )
     order = np.random.default_rng(seed).permutation(len(labels))
     held = order[: max(1, round(held_back * len(labels)))]
     rest = order[len(held) :]

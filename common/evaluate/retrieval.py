@@ -29,12 +29,15 @@ class Recall:
         }
 
 
-def retrieval(image: np.ndarray, text: np.ndarray, image_group: np.ndarray, text_group: np.ndarray, ks: Sequence[int] = KS) -> Recall:
+def retrieval(
+    image: np.ndarray, text: np.ndarray, image_group: np.ndarray, text_group: np.ndarray, ks: Sequence[int] = KS
+) -> Recall:
     """Computes recall of captions by pictures and of pictures by captions.
 
     image: [images, joint], text: [captions, joint], unit norm. *_group: [images], [captions], any comparable type: a
-    picture and a caption of the same group match. A tie counts against the query, so a model with equal features for all
-    inputs scores 0. Raises ValueError for a query without right answer, and InputError for features that are NaN or infinite.
+    picture and a caption of the same group match. A tie counts against the query, so a model with equal features for
+    all inputs scores 0. Raises ValueError for a query without right answer, and InputError for features that are NaN or
+    infinite.
     """
     finite(np.asarray(image), "the features of the pictures")
     finite(np.asarray(text), "the features of the captions")

@@ -24,7 +24,10 @@ class Scored:
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row per metric for `heirloom eval`, shares in percent."""
         shown = {name: value if name in NOT_SHARES else 100 * value for name, value in self.metrics.items()}
-        return [{"dataset": self.dataset, "metric": name, "value": value, "published": None, "n": self.n} for name, value in shown.items()]
+        return [
+            {"dataset": self.dataset, "metric": name, "value": value, "published": None, "n": self.n}
+            for name, value in shown.items()
+        ]
 
 
 Score = Callable[[Mapping[str, Any]], Scored]

@@ -30,13 +30,16 @@ def read_templates(file: Path) -> tuple[str, ...]:
     for number, line in enumerate(read_lines(file), 1):
         template = line.replace("{c}", "{}")
         if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
-            raise InputError(f"{file}, line {number}: {line[:80]!r} needs one {{}} for the name of the class, and no other braces")
+            raise InputError(
+                f"{file}, line {number}: {line[:80]!r} needs one {{}} for the name of the class, and no other braces"
+            )
         templates.append(template)
     return tuple(templates)
 
 
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """Returns a unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features, normalised again.
+    """Returns a unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features,
+    normalised again.
 
     encode: captions -> unit-norm features [captions, joint]. Raises InputError for features that are NaN or infinite.
     """
@@ -48,15 +51,18 @@ def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[
 def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accuracy:
     """Computes top-1 and top-5 accuracy. A tie counts against the right class.
 
-    image: [images, joint], classes: [classes, joint], label: [images] int. Raises InputError for labels without class, and for features
-    that are NaN or infinite.
+    image: [images, joint], classes: [classes, joint], label: [images] int. Raises InputError for labels without class,
+    and for features that are NaN or infinite.
     """
     finite(image, "the features of the pictures")
     finite(classes, "the features of the classes")
     if label.dtype.kind not in "iu" or label.min() < 0:
         raise InputError(f"labels must be whole numbers from 0, one of the data is {label.min()} ({label.dtype})")
     if label.max() >= len(classes):
-        raise InputError(f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in order")
+        raise InputError(
+            f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in"
+            " order"
+        )
     similarity = image @ classes.T
     right = np.take_along_axis(similarity, label[:, None], axis=1)
     rank = (similarity >= right).sum(1) - 1

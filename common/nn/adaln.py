@@ -1,4 +1,6 @@
-"""adaLN-Zero: transformer blocks that a condition modulates (DiT §3.2; Peebles & Xie 2023), and the features of a diffusion time."""
+"""adaLN-Zero: transformer blocks that a condition modulates (DiT §3.2; Peebles & Xie 2023), and the features of a
+diffusion time.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,23 +19,28 @@ XAVIER = xavier_uniform()
 
 
 class Modulation(NamedTuple):
-    """Everything the blocks know of the condition: [layer, 6, batch, embed] for the blocks and [2, batch, embed] for the final norm."""
+    """Everything the blocks know of the condition: [layer, 6, batch, embed] for the blocks and [2, batch, embed] for
+    the final norm.
+    """
 
     blocks: jax.Array
     final: jax.Array
 
 
 class AdalnTransformer(nnx.Module):
-    """Blocks whose norms are shifted and scaled, and whose branches are gated, by a condition; then a modulated norm and a linear map.
+    """Blocks whose norms are shifted and scaled, and whose branches are gated, by a condition; then a modulated norm
+    and a linear map.
 
-    A model derives from it, so that the parameters are `blocks`, `modulation`, `final_modulation` and `final` of the model itself.
-    Modulations and the last map start at zero: at first a block is the identity and the output is 0.
+    A model derives from it, so that the parameters are `blocks`, `modulation`, `final_modulation` and `final` of the
+    model itself. Modulations and the last map start at zero: at first a block is the identity and the output is 0.
 
-    sizes: of `embed`, `hidden` and the axes of `written`. attention: makes the module that mixes tokens, called with `rngs`.
-    written: the axes of one token's output, such as "latent".
+    sizes: of `embed`, `hidden` and the axes of `written`. attention: makes the module that mixes tokens, called with
+    `rngs`. written: the axes of one token's output, such as "latent".
     """
 
-    def __init__(self, sizes: Sizes, *, layers: int, attention: Callable[..., nnx.Module], written: str, rngs: nnx.Rngs):
+    def __init__(
+        self, sizes: Sizes, *, layers: int, attention: Callable[..., nnx.Module], written: str, rngs: nnx.Rngs
+    ):
         def block(rngs: nnx.Rngs) -> Block:
             init = dict(up=XAVIER, down=XAVIER, bias=zeros)
             return Block(sizes, attention=attention, activation="gelu_tanh", eps=EPS, **init, affine=False, rngs=rngs)
@@ -50,7 +57,9 @@ class AdalnTransformer(nnx.Module):
     def modulation_of(self, condition: jax.Array) -> Modulation:
         """The modulation of every layer by a condition [batch, embed], before its SiLU."""
         condition = jax.nn.silu(condition)
-        return Modulation(jnp.moveaxis(each(self.modulation, condition), 2, 1), jnp.moveaxis(self.final_modulation(condition), 1, 0))
+        return Modulation(
+            jnp.moveaxis(each(self.modulation, condition), 2, 1), jnp.moveaxis(self.final_modulation(condition), 1, 0)
+        )
 
     def transform(self, x: jax.Array, modulation: Modulation, *, remat: Remat = "none") -> jax.Array:
         """Tokens [batch, token, embed] to [batch, token, *written]."""
@@ -60,9 +69,11 @@ class AdalnTransformer(nnx.Module):
 
 
 def time_features(t: jax.Array, frequencies: int = 256, divisor: int | None = None) -> jax.Array:
-    """[batch] -> [batch, frequencies] f32: cosines, then sines, at frequencies from 1 down to nearly 1/10000 (DiT, ADM; GLIDE's order).
+    """[batch] -> [batch, frequencies] f32: cosines, then sines, at frequencies from 1 down to nearly 1/10000 (DiT, ADM;
+    GLIDE's order).
 
-    t: [batch], fractional allowed. frequencies: an even number, 256 in DiT. divisor: of the exponents, half the frequencies unless given.
+    t: [batch], fractional allowed. frequencies: an even number, 256 in DiT. divisor: of the exponents, half the
+    frequencies unless given.
     """
     half = frequencies // 2
     frequency = jnp.asarray(np.exp(-np.log(10000) * np.arange(half) / (divisor or half)), jnp.float32)

@@ -24,7 +24,14 @@ class Attention(nnx.Module):
     """Self-attention with biases on all four projections. `x` is [batch, token, embed]; returns the same shape."""
 
     def __init__(
-        self, sizes: Sizes, *, attend: Attend, qkv: Init = PACKED, out: Init = uniform_fan_in, bias: Init = zeros, rngs: nnx.Rngs
+        self,
+        sizes: Sizes,
+        *,
+        attend: Attend,
+        qkv: Init = PACKED,
+        out: Init = uniform_fan_in,
+        bias: Init = zeros,
+        rngs: nnx.Rngs,
     ):
         self.query = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
         self.key = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)

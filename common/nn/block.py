@@ -18,8 +18,9 @@ _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
-    attention: called with `rngs`, makes the module that mixes tokens. affine=False: norms without parameters, for calls with a modulation
-    [part, batch, embed]: shift, scale and gate of the attention, then of the MLP (adaLN-Zero; DiT §3.2).
+    attention: called with `rngs`, makes the module that mixes tokens. affine=False: norms without parameters, for calls
+    with a modulation [part, batch, embed]: shift, scale and gate of the attention, then of the MLP (adaLN-Zero; DiT
+    §3.2).
     """
 
     def __init__(

@@ -14,9 +14,11 @@ from heirloom.common.nn.precision import add, product
 from heirloom.common.surgery.axes import Axes
 
 Sizes = Mapping[str, Any]
-"""The size of each axis: an int, or a tuple of ints with the size in each layer of a stack, zero-padded to the largest."""
+"""The size of each axis: an int, or a tuple of ints with the size in each layer of a stack, zero-padded to the largest.
+"""
 Init = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
-"""`init(key, shape, fan_in, fan_out)` returns f32 values. fan_in, fan_out: number of inputs and outputs of the layer."""
+"""`init(key, shape, fan_in, fan_out)` returns f32 values. fan_in, fan_out: number of inputs and outputs of the layer.
+"""
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
@@ -53,7 +55,8 @@ def xavier_uniform(packed: int = 1) -> Init:
 
 
 def param(axes: str, sizes: Sizes, init: Init, rngs: nnx.Rngs, *, fan_in: int | None = None) -> nnx.Param:
-    """Creates a parameter; its shape is the sizes of its axes. fan_in: replaces the one of the axes (for a bias, that of its kernel).
+    """Creates a parameter; its shape is the sizes of its axes. fan_in: replaces the one of the axes (for a bias, that
+    of its kernel).
 
     Raises InputError for a size below 1.
     """
@@ -78,7 +81,9 @@ class Dense(nnx.Module):
     axes: "inputs -> outputs". bias: initialiser of the bias, zeros by default; None for no bias.
     """
 
-    def __init__(self, axes: str, sizes: Sizes, *, rngs: nnx.Rngs, init: Init = uniform_fan_in, bias: Init | None = zeros):
+    def __init__(
+        self, axes: str, sizes: Sizes, *, rngs: nnx.Rngs, init: Init = uniform_fan_in, bias: Init | None = zeros
+    ):
         parsed = Axes.parse(axes)
         inputs = [parsed.names[i] for i in parsed.where("read")]
         outputs = [parsed.names[i] for i in parsed.where("write")]

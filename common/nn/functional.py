@@ -29,8 +29,15 @@ class Functional:
     _graph: Any
     _tree: Any
 
-    def init(self, key: jax.Array, paths: Iterable[str] | None = None, place: Mapping[str, jax.sharding.Sharding] | None = None) -> Params:
-        """Initialises parameters. paths: only these, with the same bits; XLA skips the rest. place: a sharding per path."""
+    def init(
+        self,
+        key: jax.Array,
+        paths: Iterable[str] | None = None,
+        place: Mapping[str, jax.sharding.Sharding] | None = None,
+    ) -> Params:
+        """Initialises parameters. paths: only these, with the same bits; XLA skips the rest. place: a sharding per
+        path.
+        """
         wanted = self.spec.keys() if paths is None else set(paths)
         if unknown := wanted - self.spec.keys():
             raise ValueError(f"unknown parameter {min(unknown)!r}{nearest(min(unknown), self.spec)}")
@@ -38,21 +45,28 @@ class Functional:
         def make(key: jax.Array) -> Params:
             leaves = jax.tree.leaves(nnx.split(self._make(key))[1])
             found = {path: leaf for path, leaf in zip(self.spec, leaves, strict=True) if path in wanted}
-            return {path: jnp.where(self.spec[path].filled(), x, 0) if self.spec[path].ragged else x for path, x in found.items()}
+            return {
+                path: jnp.where(self.spec[path].filled(), x, 0) if self.spec[path].ragged else x
+                for path, x in found.items()
+            }
 
         # Always jitted: eager and compiled initialisers differ in their last bits.
         return jax.jit(make, out_shardings=place and {p: place[p] for p in wanted})(key)
 
     def apply(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Calls a method of the module with these parameters, arrays of JAX or NumPy (converted, since a tracer cannot index NumPy arrays).
+        """Calls a method of the module with these parameters, arrays of JAX or NumPy (converted, since a tracer cannot
+        index NumPy arrays).
 
         Batch norms use their running statistics, as in evaluation.
         Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself accepts any of them.
         """
         return getattr(self._module(params), method)(*args, **kwargs)
 
-    def train(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Params]:
-        """`apply` in training: batch norms use the batch. Returns the output and the new running statistics, {path: array}.
+    def train(
+        self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any
+    ) -> tuple[Any, Params]:
+        """`apply` in training: batch norms use the batch. Returns the output and the new running statistics, {path:
+        array}.
 
         Raises ValueError as `apply` does, and for a statistic that the method does not update.
         """
@@ -69,7 +83,10 @@ class Functional:
         if params.keys() != self.spec.keys():
             missing, unknown = self.spec.keys() - params.keys(), params.keys() - self.spec.keys()
             name = min(missing or unknown)
-            raise ValueError(f"{'missing' if missing else 'unknown'} parameter {name!r}{nearest(name, unknown if missing else self.spec)}")
+            raise ValueError(
+                f"{'missing' if missing else 'unknown'} parameter"
+                f" {name!r}{nearest(name, unknown if missing else self.spec)}"
+            )
         for path, leaf in self.spec.items():
             if tuple(params[path].shape) != leaf.shape:
                 raise ValueError(f"{path}: shape {tuple(params[path].shape)}, the model has {leaf}")
@@ -77,12 +94,16 @@ class Functional:
 
 
 def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:
-    """Describes `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes (`heirloom.common.nn.dense.param`)."""
+    """Describes `module(cfg, rngs=...)` without allocating it. Every parameter must declare its axes
+    (`heirloom.common.nn.dense.param`).
+    """
 
     def make(key: jax.Array) -> nnx.Module:
         return module(cfg, rngs=nnx.Rngs(params=key))
 
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))  # no concrete key: that would start the devices
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: make(jax.random.key(0)))
+    )  # no concrete key: that would start the devices
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     spec = {
         _join(path): _leaf(variable.get_metadata(), leaf)

@@ -1,4 +1,6 @@
-"""Parts of convolutional networks over images [batch, row, col, channel]: residual blocks, pooling, and layers over pixels as tokens."""
+"""Parts of convolutional networks over images [batch, row, col, channel]: residual blocks, pooling, and layers over
+pixels as tokens.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,14 +17,15 @@ Resample = Literal["none", "up", "down"]
 
 
 class ResnetBlock(nnx.Module):
-    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): [batch, row, col, in_channels] -> [batch, row, col, out_channels].
+    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): [batch, row, col, in_channels] -> [batch, row, col,
+    out_channels].
 
-    The block of ADM (arXiv 2105.05233) and of latent diffusion (arXiv 2112.10752). `skip` is the identity, or a 1 x 1 convolution where
-    the channels differ.
+    The block of ADM (arXiv 2105.05233) and of latent diffusion (arXiv 2112.10752). `skip` is the identity, or a 1 x 1
+    convolution where the channels differ.
 
-    out: initialiser of the last convolution's kernel and bias. skip: the name of that 1 x 1 convolution in the paths of parameters.
-    time: width of a time embedding [batch, time], which the call then takes and which scales and shifts the second norm.
-    resample: halve or double both sides, before the first convolution and on the way past it.
+    out: initialiser of the last convolution's kernel and bias. skip: the name of that 1 x 1 convolution in the paths of
+    parameters. time: width of a time embedding [batch, time], which the call then takes and which scales and shifts the
+    second norm. resample: halve or double both sides, before the first convolution and on the way past it.
     """
 
     def __init__(

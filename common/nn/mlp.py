@@ -42,7 +42,9 @@ def check_activation(name: str) -> None:
 class Mlp(nnx.Module):
     """embed -> hidden -> embed. `x` is [..., embed]; returns the same shape."""
 
-    def __init__(self, sizes: Sizes, *, activation: Activation, up: Init, down: Init, bias: Init = uniform_fan_in, rngs: nnx.Rngs):
+    def __init__(
+        self, sizes: Sizes, *, activation: Activation, up: Init, down: Init, bias: Init = uniform_fan_in, rngs: nnx.Rngs
+    ):
         self.up = Dense("embed -> hidden", sizes, init=up, bias=bias, rngs=rngs)
         self.down = Dense("hidden -> embed", sizes, init=down, bias=bias, rngs=rngs)
         self.activation = ACTIVATIONS[activation]

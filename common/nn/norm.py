@@ -26,8 +26,8 @@ def unit(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
 class LayerNorm(nnx.Module):
     """Normalise the last axis, `embed`; statistics in f32 whatever the input's dtype, which the result keeps.
 
-    `affine=False`: no scale and bias of its own, where a modulation brings them. keep: [embed], bool, the channels that learned masks
-    have left; statistics are over these alone and the others come out as 0 (TinyCLIP §3.2).
+    `affine=False`: no scale and bias of its own, where a modulation brings them. keep: [embed], bool, the channels that
+    learned masks have left; statistics are over these alone and the others come out as 0 (TinyCLIP §3.2).
     """
 
     def __init__(self, sizes: Sizes, *, eps: float, affine: bool = True, rngs: nnx.Rngs):
@@ -45,7 +45,9 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalise groups of the last axis, `channel`, over all axes but the first; statistics in f32, the input's dtype out."""
+    """Normalise groups of the last axis, `channel`, over all axes but the first; statistics in f32, the input's dtype
+    out.
+    """
 
     def __init__(self, channels: int, *, groups: int, eps: float, rngs: nnx.Rngs):
         self.groups, self.eps = groups, eps
@@ -62,9 +64,9 @@ class GroupNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Normalise each channel of the last axis over all others; statistics in f32, the input's dtype out.
 
-    `mean` and `variance` are the running statistics, leaves of the parameters without a gradient. In training (`Functional.train`) the
-    batch's own are used, and the running ones move a tenth of the way to them (the variance's unbiased), as torch's do. Sharded rows are
-    one batch: statistics are over all devices.
+    `mean` and `variance` are the running statistics, leaves of the parameters without a gradient. In training
+    (`Functional.train`) the batch's own are used, and the running ones move a tenth of the way to them (the variance's
+    unbiased), as torch's do. Sharded rows are one batch: statistics are over all devices.
     """
 
     def __init__(self, channels: int, *, eps: float, scale: Init = ones, rngs: nnx.Rngs):

@@ -7,7 +7,9 @@ from heirloom.common.nn.dense import Dense, Init, Sizes
 
 
 class PatchEmbed(nnx.Module):
-    """Maps non-overlapping patches linearly to tokens: [batch, height, width, channel] -> [batch, token, embed], row-major."""
+    """Maps non-overlapping patches linearly to tokens: [batch, height, width, channel] -> [batch, token, embed],
+    row-major.
+    """
 
     def __init__(self, sizes: Sizes, *, init: Init, rngs: nnx.Rngs, bias: Init | None = None):
         self.patch = sizes["patch_row"]

@@ -1,8 +1,9 @@
 """Operations with parameters whose gradients are summed in float32, whatever the activations are computed in.
 
-The gradient of a parameter is a sum over rows, and rows are split over devices. The transpose of a bfloat16 product is bfloat16 too:
-each device's part of the sum would be rounded to eight bits, and the devices would add rounded parts. Here the parts are float32, and so
-is the sum over the devices. The gradient of a bfloat16 kernel is rounded once, when the sum is complete.
+The gradient of a parameter is a sum over rows, and rows are split over devices. The transpose of a bfloat16 product is
+bfloat16 too: each device's part of the sum would be rounded to eight bits, and the devices would add rounded parts.
+Here the parts are float32, and so is the sum over the devices. The gradient of a bfloat16 kernel is rounded once, when
+the sum is complete.
 """
 
 from functools import partial
@@ -15,7 +16,8 @@ Saved = tuple[jax.Array, jax.Array]  # both operands, or their gradients
 
 
 def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype; `x` is cast to it. The equation names each axis once a side.
+    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype; `x` is cast to it. The equation names each axis
+    once a side.
 
     With a bfloat16 kernel only reverse-mode differentiation works.
     """
@@ -44,13 +46,17 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
-    """Convolves `x` [batch, row, col, in] with `kernel` [row, col, in, out] in its dtype; stride and padding for both dimensions."""
+    """Convolves `x` [batch, row, col, in] with `kernel` [row, col, in, out] in its dtype; stride and padding for both
+    dimensions.
+    """
     x = x.astype(kernel.dtype)
     return _convolve(stride, padding, x, kernel) if _narrow(kernel) else _conv(x, kernel, stride, padding)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -58,7 +64,9 @@ def _convolve(stride: int, padding: tuple[int, int], x: jax.Array, kernel: jax.A
     return _conv(x, kernel, stride, padding)
 
 
-def _convolve_forward(stride: int, padding: tuple[int, int], x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Saved]:
+def _convolve_forward(
+    stride: int, padding: tuple[int, int], x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, Saved]:
     return _convolve(stride, padding, x, kernel), (x, kernel)
 
 
@@ -68,7 +76,9 @@ def _convolve_backward(stride: int, padding: tuple[int, int], saved: Saved, grad
     # A convolution's operands share a dtype: the float32 result needs float32 operands, which hold bfloat16 values.
     wide = x.astype(jnp.float32)
     kernel_type = jax.ShapeDtypeStruct(kernel.shape, jnp.float32)
-    (by_kernel,) = jax.linear_transpose(lambda kernel: _conv(wide, kernel, stride, padding), kernel_type)(gradient.astype(jnp.float32))
+    (by_kernel,) = jax.linear_transpose(lambda kernel: _conv(wide, kernel, stride, padding), kernel_type)(
+        gradient.astype(jnp.float32)
+    )
     return by_x, rounded(by_kernel, kernel)
 
 
@@ -106,7 +116,8 @@ def add(x: jax.Array, parameter: jax.Array) -> jax.Array:
 def widened(parameter: jax.Array) -> jax.Array:
     """Returns a parameter in float32, or in its own dtype if that is wider.
 
-    For a parameter that is used several times (tiled, or in each step of a scan): the gradients of its uses add up in float32.
+    For a parameter that is used several times (tiled, or in each step of a scan): the gradients of its uses add up in
+    float32.
     """
     return _widened(parameter) if _narrow(parameter) else parameter
 
@@ -116,14 +127,16 @@ def _widened(parameter: jax.Array) -> jax.Array:
     return parameter.astype(jnp.float32)
 
 
-_widened.defvjp(lambda parameter: (_widened(parameter), parameter), lambda parameter, gradient: (rounded(gradient, parameter),))
+_widened.defvjp(
+    lambda parameter: (_widened(parameter), parameter), lambda parameter, gradient: (rounded(gradient, parameter),)
+)
 
 
 def rounded(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
     """Rounds a float32 gradient to the parameter's dtype after the sum over the devices.
 
-    A compiler may compute a float32 sum in bfloat16 if the sum is only used rounded (XLA for TPUs does). The bitcast prevents this: a
-    value that is used as bits must keep its type.
+    A compiler may compute a float32 sum in bfloat16 if the sum is only used rounded (XLA for TPUs does). The bitcast
+    prevents this: a value that is used as bits must keep its type.
     """
     if not _narrow(parameter) or gradient.dtype != jnp.float32:  # float64 is added up as it is
         return gradient.astype(parameter.dtype)

@@ -1,15 +1,15 @@
 """Layouts: foreign checkpoints as views under our names. One table serves reading and writing.
 
-A row has our leaf (or several, joined by ` + `, that share one tensor), the foreign key (`{layer}` is the layer's number), and,
-where it is not torch's order (written axes, then read axes), the foreign order of each part:
+A row has our leaf (or several, joined by ` + `, that share one tensor), the foreign key (`{layer}` is the layer's
+number), and, where it is not torch's order (written axes, then read axes), the foreign order of each part:
 
     ("image/blocks/attn/query/kernel", "vision_model.encoder.layers.{layer}.self_attn.q_proj.weight")
     ("image/cls_position + image/position", "...position_embedding.weight", "1 embed + (grid_row grid_col) embed")
     ("decoder/up/*/resnets/*/conv1/bias", "decoder.up_blocks.*.resnets.*.conv1.bias")
 
-Modules in a list that are not stacked have a `*` for each number: one row covers all of them.
-A `{layer}` in the key of a leaf that is not stacked means that the file repeats the tensor in every layer. Layers with names instead
-of numbers are `{layer:base|slope}`. Leaves that share a tensor are concatenated along the first dimension that is not 1 in all.
+Modules in a list that are not stacked have a `*` for each number: one row covers all of them. A `{layer}` in the key of
+a leaf that is not stacked means that the file repeats the tensor in every layer. Layers with names instead of numbers
+are `{layer:base|slope}`. Leaves that share a tensor are concatenated along the first dimension that is not 1 in all.
 
 Copying from a view reads pages of the file, copying to it writes them: nothing is read before it is needed.
 """
@@ -26,15 +26,17 @@ from heirloom.common.errors import InputError, nearest
 from heirloom.common.surgery.axes import Leaf, Spec, matches
 
 _LAYER = re.compile(r"\{layer(?::([^}]*))?\}")
-CLOSE = 1e-5  # tolerance for constants: other libraries compute them in float32, and files may hold them rounded further
+CLOSE = (
+    1e-5  # tolerance for constants: other libraries compute them in float32, and files may hold them rounded further
+)
 
 
 @dataclass(frozen=True, eq=False)
 class View:
     """One of our leaves as strided views of foreign tensors: a part per layer, or a single part.
 
-    copies: further tensors with the same values; they are written, and not read. Parts of different sizes are a leaf that is zero-padded
-    in memory: reading adds the padding, writing cuts it off.
+    copies: further tensors with the same values; they are written, and not read. Parts of different sizes are a leaf
+    that is zero-padded in memory: reading adds the padding, writing cuts it off.
     """
 
     parts: tuple[np.ndarray, ...]
@@ -56,7 +58,11 @@ class View:
     def layer(self, i: int) -> np.ndarray:
         """Returns one layer; a view of the file unless it is padded."""
         part = self.parts[i]
-        return part if part.shape == self._padded else np.pad(part, [(0, n - m) for n, m in zip(self._padded, part.shape, strict=True)])
+        return (
+            part
+            if part.shape == self._padded
+            else np.pad(part, [(0, n - m) for n, m in zip(self._padded, part.shape, strict=True)])
+        )
 
     def read(self, into: np.ndarray) -> None:
         """Copies to an array or another file's memory map, without an intermediate array."""
@@ -119,7 +125,9 @@ def _fill(text: str, stars: Sequence[str]) -> str:
 
 
 def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
-    """Returns the foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a dimension of size 1."""
+    """Returns the foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a
+    dimension of size 1.
+    """
     names, sides = leaf.axes.names, leaf.axes.sides
     if leaf.layered:
         names, sides = names[1:], sides[1:]
@@ -148,9 +156,10 @@ def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
 class Layout:
     """The table between one model's leaves and one foreign format.
 
-    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are not parameters here and always have
-    these values, such as fixed position tables; a file may leave them out, and they are written in the dtype of the weights.
-    differs: for the error when tensors that a file repeats in every layer are not equal: what it means, and what to do.
+    ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are not parameters here
+    and always have these values, such as fixed position tables; a file may leave them out, and they are written in the
+    dtype of the weights. differs: for the error when tensors that a file repeats in every layer are not equal: what it
+    means, and what to do.
     """
 
     name: str
@@ -167,7 +176,9 @@ class Layout:
             if not leaves:
                 continue  # a part this variant of the model does not have; a missing leaf shows up below
             if len(leaves) != len(row.paths):
-                raise ValueError(f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them")
+                raise ValueError(
+                    f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them"
+                )
             covered.update(row.paths)
             if _LAYER.search(row.key):
                 for i in range(leaves[0].shape[0] if leaves[0].layered else _layers(spec)):
@@ -183,7 +194,10 @@ class Layout:
         out = {}
         for row, key, leaves, layer in self._entries(spec):
             terms = [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
-            shapes, joint = [_foreign_shape(leaf, t, layer) for leaf, t in zip(leaves, terms, strict=True)], _joint(terms)
+            shapes, joint = (
+                [_foreign_shape(leaf, t, layer) for leaf, t in zip(leaves, terms, strict=True)],
+                _joint(terms),
+            )
             first = shapes[0]
             shape = first if len(shapes) == 1 else (*first[:joint], sum(s[joint] for s in shapes), *first[joint + 1 :])
             if prod(shape):  # a layer without heads has no projections
@@ -202,7 +216,9 @@ class Layout:
         Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
         """
         expected = self.foreign(spec)
-        tensors = {key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()}
+        tensors = {
+            key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()
+        }
         _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
         for row, key, leaves, layer in self._entries(spec):
@@ -211,21 +227,30 @@ class Layout:
             for path, leaf, terms in zip(row.paths, leaves, all_terms, strict=True):
                 shape = _foreign_shape(leaf, terms, layer)
                 tensor = tensors[key] if key in expected else np.zeros(shape, leaf.dtype)
-                piece = tensor if len(leaves) == 1 else tensor[(*[slice(None)] * joint, slice(start, start + shape[joint]))]
+                piece = (
+                    tensor if len(leaves) == 1 else tensor[(*[slice(None)] * joint, slice(start, start + shape[joint]))]
+                )
                 start += shape[joint] if len(leaves) > 1 else 0
                 parts[path].append(_as_ours(piece, leaf, terms, layer))
-        return {path: View(tuple(p), True) if spec[path].layered else View((p[0],), False, tuple(p[1:])) for path, p in parts.items()}
+        return {
+            path: View(tuple(p), True) if spec[path].layered else View((p[0],), False, tuple(p[1:]))
+            for path, p in parts.items()
+        }
 
     def check_values(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> None:
         """Raises InputError where a constant has other values, or a repeated tensor is not equal in every layer."""
         for key, value in self.constant.items():
             if key in tensors and not agrees(tensors[key], value):
-                raise InputError(f"{where}: tensor {key!r} is fixed in {self.name} models, but has other values here: is it one?")
+                raise InputError(
+                    f"{where}: tensor {key!r} is fixed in {self.name} models, but has other values here: is it one?"
+                )
         keys = self.keys(spec)
         for path, view in self.view(tensors, spec, where).items():
             if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
                 why = f"; {self.differs}" if self.differs else ""
-                raise InputError(f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all{why}")
+                raise InputError(
+                    f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all{why}"
+                )
 
 
 def _joint(terms: list[list[list[int]]]) -> int:
@@ -247,7 +272,9 @@ def agrees(found: np.ndarray, value: np.ndarray) -> bool:
 
 
 def own_tensors(spec: Spec) -> dict[str, Tensor]:
-    """Returns the tensors of a file of ours by path; a leaf whose layers differ in size has a tensor per layer, `path/{layer}`."""
+    """Returns the tensors of a file of ours by path; a leaf whose layers differ in size has a tensor per layer,
+    `path/{layer}`.
+    """
     out: dict[str, Tensor] = {}
     for path, leaf in spec.items():
         if leaf.ragged:
@@ -269,8 +296,12 @@ def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict
     return {path: View(parts(path, leaf), leaf.layered) for path, leaf in spec.items()}
 
 
-def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str) -> None:
-    """Raises InputError for a missing or unexpected tensor or one of another shape. ignore: globs of keys that are optional."""
+def _check(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str
+) -> None:
+    """Raises InputError for a missing or unexpected tensor or one of another shape. ignore: globs of keys that are
+    optional.
+    """
     optional = {key for key in {*tensors, *expected} if any(matches(p, key) for p in ignore)}
     if missing := expected.keys() - tensors.keys() - optional:
         key = min(missing)
@@ -280,7 +311,10 @@ def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], na
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
     for key, tensor in expected.items():
         if key in tensors and tuple(tensors[key].shape) != tensor.shape:
-            raise InputError(f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs {tensor.shape}")
+            raise InputError(
+                f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs"
+                f" {tensor.shape}"
+            )
 
 
 def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -98,7 +98,9 @@ def first(n: int) -> Pick:
 
 
 def every(source: int, target: int) -> Pick:
-    """Picks `target` rows from the front in steps of `source // target` (TinyCLIP's depth rule: 12 -> 9 is the first nine)."""
+    """Picks `target` rows from the front in steps of `source // target` (TinyCLIP's depth rule: 12 -> 9 is the first
+    nine).
+    """
     if not 0 < target <= source:
         raise ValueError(f"every: {target} of {source} rows cannot be picked")
     return pick(range(0, source // target * target, source // target))

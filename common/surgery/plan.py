@@ -1,4 +1,6 @@
-"""Plans: path patterns and axis maps. A plan resolves to one line per leaf of the student, and a line is built to an array."""
+"""Plans: path patterns and axis maps. A plan resolves to one line per leaf of the student, and a line is built to an
+array.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,9 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and the origin of each, for reports."""
+    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and the origin of each, for
+    reports.
+    """
 
     spec: Spec
     values: Mapping[str, Any]
@@ -29,7 +33,9 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Adjacent axes of one leaf under one map. map: None for the identity on a single axis. target, source: their sizes."""
+    """Adjacent axes of one leaf under one map. map: None for the identity on a single axis. target, source: their
+    sizes.
+    """
 
     names: tuple[str, ...]
     target: tuple[int, ...]
@@ -58,7 +64,9 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """What one leaf of the student inherits and how. source: None for a fresh leaf. rule: the pattern. fraction: share inherited."""
+    """What one leaf of the student inherits and how. source: None for a fresh leaf. rule: the pattern. fraction: share
+    inherited.
+    """
 
     path: str
     target: Leaf
@@ -82,7 +90,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A plan for one donor and one student: a line per leaf of the student, and the leaves of the donor that are not used."""
+    """A plan for one donor and one student: a line per leaf of the student, and the leaves of the donor that are not
+    used.
+    """
 
     lines: tuple[Line, ...]
     unused: tuple[str, ...]
@@ -90,7 +100,9 @@ class Resolution:
     @property
     def fraction(self) -> float:
         """Share of the student's elements that are inherited."""
-        return sum(line.fraction * line.target.count for line in self.lines) / sum(line.target.count for line in self.lines)
+        return sum(line.fraction * line.target.count for line in self.lines) / sum(
+            line.target.count for line in self.lines
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +114,8 @@ class Plan:
     def resolve(self, source: Source, spec: Spec) -> Resolution:
         """Returns one line per leaf of `spec`, the student's.
 
-        Raises InputError, naming the leaf and the nearest candidate, for a leaf without rule or source, a rule that matches
-        nothing or has an axis that none of its leaves has, and sizes that do not agree.
+        Raises InputError, naming the leaf and the nearest candidate, for a leaf without rule or source, a rule that
+        matches nothing or has an axis that none of its leaves has, and sizes that do not agree.
         """
         rule_of = assign([pattern for pattern, _ in self.rules], spec)
         idle = {(i, key) for i, (_, maps) in enumerate(self.rules) if not isinstance(maps, Fresh) for key in maps}
@@ -116,7 +128,9 @@ class Plan:
             donor = source.spec.get(path)
             if donor is None:
                 hint = nearest(path, source.spec)
-                raise InputError(f"{path}: the donor has no such parameter{hint}; give it a rule ({pattern!r} covers it now)")
+                raise InputError(
+                    f"{path}: the donor has no such parameter{hint}; give it a rule ({pattern!r} covers it now)"
+                )
             if donor.axes.names != leaf.axes.names:
                 raise InputError(f"{path}: axes are '{donor.axes}' in the donor and '{leaf.axes}' here")
             runs = tuple(_runs(path, leaf, donor, pattern, maps))
@@ -125,10 +139,14 @@ class Plan:
             padded = prod(leaf.shape) / leaf.count if leaf.count else 1.0
             fraction = min(1.0, padded * prod(run.map.fraction for run in runs if run.map is not None))
             origin, values = source.origin.get(path, path), source.values[path]
-            lines.append(Line(path=path, target=leaf, source=values, rule=pattern, runs=runs, fraction=fraction, origin=origin))
+            lines.append(
+                Line(path=path, target=leaf, source=values, rule=pattern, runs=runs, fraction=fraction, origin=origin)
+            )
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
-            raise InputError(f"rule {self.rules[i][0]!r} maps the axis {key!r}, which none of its parameters has{nearest(key, axes)}")
+            raise InputError(
+                f"rule {self.rules[i][0]!r} maps the axis {key!r}, which none of its parameters has{nearest(key, axes)}"
+            )
         used = {line.path for line in lines if line.source is not None}
         return Resolution(tuple(lines), tuple(p for p in source.spec if p not in used))
 
@@ -142,7 +160,9 @@ def _runs(path: str, leaf: Leaf, donor: Leaf, pattern: str, maps: Maps) -> list[
         for i in range(len(names) - len(axes) + 1 if len(axes) > 1 else 0):
             if names[i : i + len(axes)] == axes:
                 if other := next((joint[j] for j in range(i, i + len(axes)) if j in joint), None):
-                    raise InputError(f"{path}: the rule {pattern!r} maps {other!r} and {key!r}, which share an axis; keep one")
+                    raise InputError(
+                        f"{path}: the rule {pattern!r} maps {other!r} and {key!r}, which share an axis; keep one"
+                    )
                 joint |= dict.fromkeys(range(i, i + len(axes)), key)
     runs, i = [], 0
     while i < len(names):
@@ -167,25 +187,37 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
     if run.map is None:
         if run.source != run.target:
             raise InputError(
-                f"{path}: axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says which. "
+                f"{path}: axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says"
+                " which. "
                 f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}.'
             )
         return
     if isinstance(run.map, PerLayer) and not run.sourced:
         raise InputError(f"{path}: a map per layer leaves rows of axis {name!r} fresh; give them a source and scale 0")
     if isinstance(run.map, PerLayer) and (not leaf.layered or len(run.map.maps) != leaf.shape[0]):
-        raise InputError(f"{path}: the map of axis {name!r} is for {len(run.map.maps)} layers, the parameter is '{leaf}'")
+        raise InputError(
+            f"{path}: the map of axis {name!r} is for {len(run.map.maps)} layers, the parameter is '{leaf}'"
+        )
     for map in run.map.maps if isinstance(run.map, PerLayer) else (run.map,):
         if isinstance(map, Pick):
             if len(map.rows) != target:
-                raise InputError(f"{path}: axis {name!r} is {target} here, but the rule {pattern!r} picks {len(map.rows)} rows")
+                raise InputError(
+                    f"{path}: axis {name!r} is {target} here, but the rule {pattern!r} picks {len(map.rows)} rows"
+                )
             if (outside := map.rows[(map.rows < -1) | (map.rows >= source)]).size:
-                raise InputError(f"{path}: the rule {pattern!r} picks row {outside[0]} of axis {name!r}, the donor has {source}")
+                raise InputError(
+                    f"{path}: the rule {pattern!r} picks row {outside[0]} of axis {name!r}, the donor has {source}"
+                )
             if map.scale is not None and tuple(map.scale.shape) != (target,):
-                raise InputError(f"{path}: the rule {pattern!r} scales axis {name!r} by {tuple(map.scale.shape)} numbers for {target} rows")
+                raise InputError(
+                    f"{path}: the rule {pattern!r} scales axis {name!r} by {tuple(map.scale.shape)} numbers for"
+                    f" {target} rows"
+                )
         elif tuple(map.values.shape) != (target, source):
             shape = tuple(map.values.shape)
-            raise InputError(f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}")
+            raise InputError(
+                f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}"
+            )
 
 
 def build(line: Line, index: Index | None = None) -> Array:
@@ -195,7 +227,10 @@ def build(line: Line, index: Index | None = None) -> Array:
     """
     if line.source is None:
         raise ValueError(f"{line.path} is fresh: it has no source to build it from")
-    index = tuple(slice(*s.indices(n)) for s, n in zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True))
+    index = tuple(
+        slice(*s.indices(n))
+        for s, n in zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True)
+    )
     block = _build(line.source, line.runs, index)
     return block if block.dtype == line.target.dtype else block.astype(line.target.dtype)
 
@@ -288,7 +323,9 @@ def apply(plan: Plan, source: Source, spec: Spec) -> dict[str, Any]:
     lines = plan.resolve(source, spec).lines
     for line in lines:
         if not line.complete:
-            raise InputError(f"{line.path}: the rule {line.rule!r} leaves rows fresh, which needs an initialiser; use graft")
+            raise InputError(
+                f"{line.path}: the rule {line.rule!r} leaves rows fresh, which needs an initialiser; use graft"
+            )
     return {line.path: build(line) for line in lines}
 
 

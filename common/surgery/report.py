@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 def count(spec: Spec, pattern: str) -> int:
-    """Counts parameters (elements without padding) of the leaves that a glob matches. Raises InputError when there are none."""
+    """Counts parameters (elements without padding) of the leaves that a glob matches. Raises InputError when there are
+    none.
+    """
     return sum(spec[path].count for path in select(pattern, spec))
 
 
 def kernel_macs(spec: Spec, uses: Sequence[tuple[str, int]]) -> dict[str, int]:
     """Counts multiply-accumulates of each matmul: elements times the positions it is applied to.
 
-    uses: (path glob, positions); the first match counts, every `kernel` needs one. Lookups (`table`) and position tables cost none.
+    uses: (path glob, positions); the first match counts, every `kernel` needs one. Lookups (`table`) and position
+    tables cost none.
     """
     kernels = [path for path in spec if path.rsplit("/", 1)[-1] == "kernel"]
     rule = assign([pattern for pattern, _ in uses], kernels)
@@ -27,14 +30,23 @@ def kernel_macs(spec: Spec, uses: Sequence[tuple[str, int]]) -> dict[str, int]:
 
 
 def attention_macs(query: Leaf, tokens: int) -> int:
-    """Counts multiply-accumulates of softmax attention's scores and values in all layers; causal attention counts in full."""
+    """Counts multiply-accumulates of softmax attention's scores and values in all layers; causal attention counts in
+    full.
+    """
     return 2 * tokens**2 * query.count // prod(query.shape[i] for i in query.axes.where("read"))
 
 
 def provenance(resolution: Resolution) -> dict[str, Any]:
-    """Returns the content of `provenance.json`: source, maps and inherited fraction of each leaf, and the donor's unused leaves."""
+    """Returns the content of `provenance.json`: source, maps and inherited fraction of each leaf, and the donor's
+    unused leaves.
+    """
     leaves = {
-        line.path: {"source": line.origin or None, "maps": line.maps(), "rule": line.rule, "fraction": round(line.fraction, 6)}
+        line.path: {
+            "source": line.origin or None,
+            "maps": line.maps(),
+            "rule": line.rule,
+            "fraction": round(line.fraction, 6),
+        }
         for line in resolution.lines
     }
     return {"fraction": round(resolution.fraction, 6), "parameters": leaves, "unused": list(resolution.unused)}

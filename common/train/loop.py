@@ -28,7 +28,8 @@ from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
-# Fields that a resume may change: they do not change what is computed. On another mesh the results are equal up to rounding.
+# Fields that a resume may change: they do not change what is computed. On another mesh the results are equal up to
+# rounding.
 FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
 
 
@@ -42,7 +43,9 @@ class Cadence:
 
 
 class Data(Protocol):
-    """An iterator of batches on the devices. state(): the position after the last batch returned, without those prefetched."""
+    """An iterator of batches on the devices. state(): the position after the last batch returned, without those
+    prefetched.
+    """
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -62,7 +65,8 @@ class Run:
     def open(cls, directory: Path | str, config: Mapping[str, Any]) -> "Run":
         """Creates or reopens the folder. Uses no device, so it may be called before `start`.
 
-        Raises InputError when the folder has a run with another config, with the differing fields, and when it cannot be written.
+        Raises InputError when the folder has a run with another config, with the differing fields, and when it cannot
+        be written.
         """
         local(Path(directory))
         directory = Path(directory).absolute()
@@ -74,13 +78,17 @@ class Run:
             lines = [line for line in lines if not FREE.match(line)]
             if lines:
                 changed = "; ".join(map(str.strip, lines))
-                raise InputError(f"{directory} was started with another config; take a new folder, or set it back: {changed}")
+                raise InputError(
+                    f"{directory} was started with another config; take a new folder, or set it back: {changed}"
+                )
             # every process of a job writes the same bytes, so their order does not matter
             part = file.with_name(f"config.json.{os.getpid()}.part")
             part.write_text(text)
             part.replace(file)
         except OSError as error:
-            raise InputError(f"{directory}: cannot write a run here ({error.strerror}); choose another folder") from error
+            raise InputError(
+                f"{directory}: cannot write a run here ({error.strerror}); choose another folder"
+            ) from error
         return cls(directory, json.loads(text))
 
     @cached_property
@@ -97,7 +105,8 @@ class Run:
         return self.model.exists() and self.checkpoints.latest() == total
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
-        """Restores the last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or makes a new one.
+        """Restores the last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or makes a new
+        one.
 
         after: states up to this step belong to an earlier phase of the run and have other shapes.
         """
@@ -124,15 +133,15 @@ class Run:
     ) -> State:
         """Trains up to step `total` and returns the last state; with a state of step `total` it only calls `on_finish`.
 
-        state: from `restore_or`, or new. Every `cadence.log` steps it writes a line with the means since the last line; every
-        `cadence.eval` steps and at the end, the line has `evaluate(state)` as `eval/*`. Metrics are read one step late, so that the
-        devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a job calls both functions;
-        only the first writes lines.
+        state: from `restore_or`, or new. Every `cadence.log` steps it writes a line with the means since the last line;
+        every `cadence.eval` steps and at the end, the line has `evaluate(state)` as `eval/*`. Metrics are read one step
+        late, so that the devices always have the next step queued. on_finish: writes `RUN/model`. Every process of a
+        job calls both functions; only the first writes lines.
 
-        On SIGTERM, Ctrl-C or a preemption notice it finishes the step, saves the state, and raises `Stopped`. The command then exits
-        with 75, so that a scheduler runs it again; 0 means finished.
-        Raises InputError after `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, and when the disk or
-        the data fail. The last good state stays on disk: no state is saved during such steps.
+        On SIGTERM, Ctrl-C or a preemption notice it finishes the step, saves the state, and raises `Stopped`. The
+        command then exits with 75, so that a scheduler runs it again; 0 means finished. Raises InputError after
+        `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, and when the disk or the
+        data fail. The last good state stays on disk: no state is saved during such steps.
         """
         first, start = jax.process_index() == 0, int(state.step)
         resumed, self.resumed = self.resumed, {}  # used once: a run of two phases calls fit twice
@@ -160,7 +169,9 @@ class Run:
                 with clock.waiting():
                     batch = next(data, None)
                 if batch is None:
-                    raise InputError(f"the data ended after {n - 1} of {total} steps; a training needs batches without end")
+                    raise InputError(
+                        f"the data ended after {n - 1} of {total} steps; a training needs batches without end"
+                    )
                 state, metrics = step(state, batch)
                 recorder.push(n, metrics)
 
@@ -201,15 +212,21 @@ class Run:
     def _diverged(self, step: int, skipped: int) -> str:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
-        kept = f"the last good state is {self.checkpoints.directory / str(good)}" if good is not None else "no state was saved before that"
+        kept = (
+            f"the last good state is {self.checkpoints.directory / str(good)}"
+            if good is not None
+            else "no state was saved before that"
+        )
         return (
-            f"step {step}: loss or gradient were not finite for {skipped} steps in a row, since step {step - skipped + 1}; {kept}. "
-            "Lower optim.lr or optim.clip in a new run, or check the data"
+            f"step {step}: loss or gradient were not finite for {skipped} steps in a row, since step"
+            f" {step - skipped + 1}; {kept}. Lower optim.lr or optim.clip in a new run, or check the data"
         )
 
 
 def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
-    """Returns the scores. Raises InputError when one is not finite: skipped steps keep the parameters finite, so it is the data."""
+    """Returns the scores. Raises InputError when one is not finite: skipped steps keep the parameters finite, so it is
+    the data.
+    """
     if name := next((name for name, value in scores.items() if not math.isfinite(value)), None):
         why = "check the held-out data, or lower optim.lr in a new run"
         raise InputError(f"step {step}: eval/{name} is {scores[name]}, though all parameters are finite; {why}")
@@ -250,7 +267,11 @@ def difference(old: object, new: object, name: str = "") -> list[str]:
     """Returns one line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in difference(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))]
+        return [
+            line
+            for key in keys
+            for line in difference(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))
+        ]
     if old == new:
         return []
     show = ["absent" if value is ... else json.dumps(value) for value in (old, new)]

@@ -34,8 +34,8 @@ class MeshConfig:
 def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
     """Joins the other processes, if the environment names any, and builds the mesh `(data, fsdp, tensor)`.
 
-    Call it before anything else uses a device. Raises InputError when the sizes do not multiply to the number of devices,
-    and, naming them, when processes do not report within `patience` seconds.
+    Call it before anything else uses a device. Raises InputError when the sizes do not multiply to the number of
+    devices, and, naming them, when processes do not report within `patience` seconds.
     """
     _join(patience)
     shape = sizes(cfg, jax.device_count())
@@ -51,12 +51,15 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         shape[free[0]] = devices // given
     if min(shape.values()) < 1 or math.prod(shape.values()) != devices:
         asked = " x ".join(f"{name} {size}" for name, size in shape.items())
-        raise InputError(f"mesh {asked} does not make {devices} devices: change the sizes, one of them may be -1 (the rest)")
+        raise InputError(
+            f"mesh {asked} does not make {devices} devices: change the sizes, one of them may be -1 (the rest)"
+        )
     return shape
 
 
 def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the sharding of each parameter: `tensor` by the name of an axis, `fsdp` on the largest remaining axis that divides.
+    """Returns the sharding of each parameter: `tensor` by the name of an axis, `fsdp` on the largest remaining axis
+    that divides.
 
     Stacking axes are never split, since a scan would gather every layer; leaves under `REPLICATE_BELOW` are replicated.
     """
@@ -69,7 +72,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(array: np.ndarray, mesh: Mesh, fill: float = 0) -> jax.Array:
-    """Splits the rows of an array that every process has whole over `data` and `fsdp`; evaluation distributes its batches this way.
+    """Splits the rows of an array that every process has whole over `data` and `fsdp`; evaluation distributes its
+    batches this way.
 
     Rows of `fill` are added at the end until the mesh divides them; the caller masks them or cuts them off.
     """
@@ -90,7 +94,11 @@ def _partition(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
 
     def candidates(axis: str) -> list[int]:
         size = mesh.shape[axis]
-        return [i for i in leaf.axes.where("read", "write", "carry") if size > 1 and placed[i] is None and leaf.shape[i] % size == 0]
+        return [
+            i
+            for i in leaf.axes.where("read", "write", "carry")
+            if size > 1 and placed[i] is None and leaf.shape[i] % size == 0
+        ]
 
     for i in candidates("tensor"):
         if leaf.axes.names[i] in TENSOR_AXES:
@@ -113,22 +121,37 @@ def _join(patience: float) -> None:
     elif _launched_together(os.environ):
         jax.distributed.initialize()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise InputError(f"{jax.process_count()} hosts and no coordinator: set HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)")
+        raise InputError(
+            f"{jax.process_count()} hosts and no coordinator: set HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)"
+        )
 
 
 def _announced(env: Mapping[str, str]) -> Job | None:
-    """Reads a job that the user set by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not set."""
+    """Reads a job that the user set by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not
+    set.
+    """
     if "JAX_COORDINATOR_ADDRESS" not in env:
         return None
     wanted = {"JAX_COORDINATOR_ADDRESS": r"[^:]+:\d+", "JAX_NUM_PROCESSES": r"\d+", "JAX_PROCESS_ID": r"\d+"}
     for name, form in wanted.items():
         if not re.fullmatch(form, env.get(name, "")):
-            raise InputError(f"{name} is {env.get(name)!r}: a job needs {', '.join(wanted)} (host:port and two numbers)")
-    return Job(env["JAX_COORDINATOR_ADDRESS"], processes=int(env["JAX_NUM_PROCESSES"]), process=int(env["JAX_PROCESS_ID"]))
+            raise InputError(
+                f"{name} is {env.get(name)!r}: a job needs {', '.join(wanted)} (host:port and two numbers)"
+            )
+    return Job(
+        env["JAX_COORDINATOR_ADDRESS"], processes=int(env["JAX_NUM_PROCESSES"]), process=int(env["JAX_PROCESS_ID"])
+    )
 
 
 def _launched_together(env: Mapping[str, str]) -> bool:
-    """Returns whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its hosts."""
+    """Returns whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its
+    hosts.
+    """
     hosts = env.get("TPU_WORKER_HOSTNAMES", "") or env.get("TPU_PROCESS_ADDRESSES", "")
     slurm = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
-    return slurm > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env or "," in hosts
+    return (
+        slurm > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "," in hosts
+    )

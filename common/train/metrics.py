@@ -107,7 +107,9 @@ class WeightsAndBiases:
 
     def __init__(self, directory: Path, config: Mapping[str, Any], project: str = "heirloom") -> None:
         name = Path(directory).name
-        self._run = _optional("wandb").init(project=project, id=name, name=name, dir=str(directory), config=dict(config), resume="allow")
+        self._run = _optional("wandb").init(
+            project=project, id=name, name=name, dir=str(directory), config=dict(config), resume="allow"
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -126,7 +128,9 @@ def _optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{name} is not installed: pip install {name}, or leave it out of the run's writers") from error
+        raise InputError(
+            f"{name} is not installed: pip install {name}, or leave it out of the run's writers"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ class Work:
     examples: int
     """Examples in a step, over all devices."""
     flops_per_example: float | None = None
-    """Floating-point operations of one example: forward, backward, and the teacher's forward. From `heirloom inspect`."""
+    """Floating-point operations of one example: forward, backward, and the teacher's forward. From `heirloom inspect`.
+    """
     peak: float | None = None
     """Peak FLOP/s of all devices together; None where unknown."""
 
@@ -164,12 +169,23 @@ class Clock:
         self.opened += time.perf_counter() - before
 
     def close(self) -> dict[str, float | None]:
-        """`timing` of a line: seconds since the start, examples per second, MFU, and the fraction of time spent waiting for data."""
+        """`timing` of a line: seconds since the start, examples per second, MFU, and the fraction of time spent waiting
+        for data.
+        """
         now = time.perf_counter()
         busy = max(now - self.opened, 1e-9)
         rate = self.steps * self.work.examples / busy
-        usage = rate * self.work.flops_per_example / self.work.peak if self.work.flops_per_example and self.work.peak else None
-        timing = {"seconds": now - self.started, "examples_per_second": rate, "mfu": usage, "data_wait": min(self.waited / busy, 1.0)}
+        usage = (
+            rate * self.work.flops_per_example / self.work.peak
+            if self.work.flops_per_example and self.work.peak
+            else None
+        )
+        timing = {
+            "seconds": now - self.started,
+            "examples_per_second": rate,
+            "mfu": usage,
+            "data_wait": min(self.waited / busy, 1.0),
+        }
         self.opened, self.steps, self.waited = now, 0, 0.0
         return timing
 
@@ -210,7 +226,9 @@ class ProgressLine:
         if line["timing"]["data_wait"] > IDLE and not self._told:
             self._told = True
             share = f"{line['timing']['data_wait']:.0%}"
-            self.console.print(f"devices are idle {share} of the time, waiting for data: raise pipeline.workers", soft_wrap=True)
+            self.console.print(
+                f"devices are idle {share} of the time, waiting for data: raise pipeline.workers", soft_wrap=True
+            )
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
@@ -225,7 +243,9 @@ def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
         f"data wait {timing['data_wait']:.0%}",
         f"ETA {left}",
     ]
-    return "  ".join(parts + [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")])
+    return "  ".join(
+        parts + [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")]
+    )
 
 
 def _show(value: float | None, spec: str) -> str:
@@ -274,7 +294,9 @@ class Recorder:
     def write(self, evaluation: Mapping[str, float]) -> None:
         """Close the window and write its line, with the evaluation of the same step."""
         values = self.window.close() | {f"eval/{name}": value for name, value in evaluation.items()}
-        values = {name: float(value) if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        values = {
+            name: float(value) if value is not None and math.isfinite(value) else None for name, value in values.items()
+        }
         line = {"step": self.step, "loss": values.pop("loss"), **values, "timing": self.clock.close()}
         if self.file is None:
             return

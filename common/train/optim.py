@@ -16,7 +16,9 @@ from heirloom.common.surgery.axes import Leaf, Spec, matches, select
 # split into axes of their own and layers are stacked, so a bias may have three.
 DECAYED = frozenset({"kernel", "table", "position", "cls_position"})
 SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
-STATISTICS = frozenset({"mean", "variance"})  # running statistics of batch norms: the step writes them, not the optimizer
+STATISTICS = frozenset(
+    {"mean", "variance"}
+)  # running statistics of batch norms: the step writes them, not the optimizer
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class OptimConfig:
     """AdamW. The defaults are TinyCLIP's (train.py and script/*.sh of the release)."""
 
     algorithm: Literal["adamw", "muon"] = "adamw"
-    """Muon orthogonalises the update of each layer's kernels, at the size of Adam's updates (arXiv:2502.16982); the rest is NAdam's."""
+    """Muon orthogonalises the update of each layer's kernels, at the size of Adam's updates (arXiv:2502.16982); the
+    rest is NAdam's.
+    """
     lr: float = 1e-4
     """Peak learning rate."""
     warmup: int = 2000
@@ -61,7 +65,9 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
     if total < 1:
         raise InputError(f"a run of {total} steps: set steps to 1 or more")
     if cfg.warmup > total:
-        raise InputError(f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: set optim.warmup to {total // 10}, say")
+        raise InputError(
+            f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: set optim.warmup to {total // 10}, say"
+        )
 
     def rate(step: Any) -> jax.Array:
         rising = cfg.lr * (step + 1) / max(cfg.warmup, 1)
@@ -89,7 +95,9 @@ def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTr
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(cfg, total)),
     )
     groups = {path: "frozen" if path in fixed else "followed" if is_statistic(path) else "trained" for path in spec}
-    followed = optax.chain(optax.identity(), optax.set_to_zero())  # two parts: training states on disk have an empty pair here
+    followed = optax.chain(
+        optax.identity(), optax.set_to_zero()
+    )  # two parts: training states on disk have an empty pair here
     return optax.partition({"trained": trained, "followed": followed, "frozen": optax.set_to_zero()}, groups)
 
 
@@ -109,12 +117,19 @@ def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
     matrices = {path: _matrix(path, leaf) for path, leaf in spec.items()}
     # A rate of -1 undoes the sign: rate and decay follow for all parameters alike.
     return optax.contrib.muon(
-        -1.0, adam_b1=cfg.b1, adam_b2=cfg.b2, mu_dtype=jnp.float32, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
+        -1.0,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        mu_dtype=jnp.float32,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
     )
 
 
 def _matrix(path: str, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
-    """A kernel as the matrix that its layer multiplies by, whatever its number of dimensions: from what it reads to what it writes."""
+    """A kernel as the matrix that its layer multiplies by, whatever its number of dimensions: from what it reads to
+    what it writes.
+    """
     read, write = leaf.axes.where("read"), leaf.axes.where("write")
     if not (path.endswith("kernel") and read and write):
         return None
@@ -136,5 +151,7 @@ def _decays(cfg: OptimConfig, path: str) -> bool:
         return True
     if role not in DECAYED | SPARED | STATISTICS:
         hint = nearest(role, DECAYED | SPARED)
-        raise InputError(f"{path}: no weight decay is known for {role!r}{hint}; name it in optim.decay or optim.no_decay")
+        raise InputError(
+            f"{path}: no weight decay is known for {role!r}{hint}; name it in optim.decay or optim.no_decay"
+        )
     return role in DECAYED

@@ -33,15 +33,17 @@ def load_params(donor: Donor, mesh: Mesh) -> dict[str, jax.Array]:
 def finite(donor: Donor, role: str) -> Donor:
     """Returns the donor after reading all of its values. role: "teacher" or "donor", for the message.
 
-    Raises InputError naming the first leaf with NaN or infinity: a run from it, or with it as teacher, would skip every step, and a
-    student that inherits from it would have them too.
+    Raises InputError naming the first leaf with NaN or infinity: a run from it, or with it as teacher, would skip every
+    step, and a student that inherits from it would have them too.
     """
     for path, value in donor.source.values.items():
         for part in value.parts if isinstance(value, View) else (value,):
             if not np.isfinite(part).all():
                 where = donor.source.origin.get(path)
                 name = f"{path} ({where})" if where else path
-                raise InputError(f"{donor.path}: the {role}'s {name} holds NaN or infinity; fetch or train it again, or take another")
+                raise InputError(
+                    f"{donor.path}: the {role}'s {name} holds NaN or infinity; fetch or train it again, or take another"
+                )
     return donor
 
 

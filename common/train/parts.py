@@ -68,14 +68,18 @@ def no_sidecars(opened: Opened, folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a method defines for one training. Nothing is opened or allocated until the runner calls one of these functions."""
+    """What a method defines for one training. Nothing is opened or allocated until the runner calls one of these
+    functions.
+    """
 
     family: Family
     student: Any
     """Config of `model`, saved with the weights."""
     model: Model
     loss: Callable[[Teacher | None], LossFn]
-    """Makes the loss from the teacher, or None. Raises InputError where config, student and teacher contradict each other."""
+    """Makes the loss from the teacher, or None. Raises InputError where config, student and teacher contradict each
+    other.
+    """
     batch: Callable[[], Shapes]
     """Shapes of a batch, for the ahead-of-time compiler."""
     batches: Callable[[Opened], Data]
@@ -113,6 +117,8 @@ class Parts:
     """Writes the sidecar files of weights that were inherited and not trained, where they differ."""
 
     def flops(self, teacher: Teacher | None) -> float:
-        """Counts FLOPs of one example: two per multiply-accumulate forward, four backward; the teacher runs forward only."""
+        """Counts FLOPs of one example: two per multiply-accumulate forward, four backward; the teacher runs forward
+        only.
+        """
         student = 6 * self.family.macs(self.student, self.model.spec)
         return student + (2 * teacher.family.macs(teacher.cfg, teacher.model.spec) if teacher else 0)

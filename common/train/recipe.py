@@ -1,8 +1,8 @@
 """The runner that all methods share: from a recipe's config to a finished run folder.
 
-A run opens the folder, builds the mesh, opens donor and teacher, sets up the data, builds optimizer and step, draws the first batch,
-restores or inherits the state, trains, and saves. A method defines its `Parts`; `run`, `inherit`, `evaluate` and `outline` (for the
-ahead-of-time compiler) use the same ones.
+A run opens the folder, builds the mesh, opens donor and teacher, sets up the data, builds optimizer and step, draws the
+first batch, restores or inherits the state, trains, and saves. A method defines its `Parts`; `run`, `inherit`,
+`evaluate` and `outline` (for the ahead-of-time compiler) use the same ones.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,9 @@ class RunConfig:
         raise NotImplementedError
 
     def check(self, mesh: Mesh) -> None:
-        """Raises InputError where the config contradicts itself or does not fit the mesh. Called before anything is opened."""
+        """Raises InputError where the config contradicts itself or does not fit the mesh. Called before anything is
+        opened.
+        """
 
     def train(self, directory: Path) -> None:
         run(self, directory)
@@ -137,15 +139,21 @@ def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Sessio
 def open_sources(parts: Parts, mesh: Mesh) -> Opened:
     """Opens donor and teacher and reads the method's inputs. Raises InputError where a weight is NaN or infinite."""
     sources = {"donor": parts.donor, "teacher": parts.teacher}
-    found = {role: finite(parts.open(source), role) if source and parts.open else None for role, source in sources.items()}
+    found = {
+        role: finite(parts.open(source), role) if source and parts.open else None for role, source in sources.items()
+    }
     donor, teacher = found["donor"], found["teacher"]
-    return Opened(mesh=mesh, donor=donor, teacher=teacher, inputs=parts.inputs(donor, teacher) if parts.inputs else None)
+    return Opened(
+        mesh=mesh, donor=donor, teacher=teacher, inputs=parts.inputs(donor, teacher) if parts.inputs else None
+    )
 
 
 def train(
     s: Session, parts: Parts, *, first: int = 0, last: int | None = None, finish: Callable[[State], None] | None = None
 ) -> State:
-    """Trains one phase of a run: the steps after `first` up to `last` (None: the last). finish(state): in place of writing `RUN/model`."""
+    """Trains one phase of a run: the steps after `first` up to `last` (None: the last). finish(state): in place of
+    writing `RUN/model`.
+    """
     cfg, opened, spec, folder = s.cfg, s.opened, parts.model.spec, s.run.directory
     mesh, last = opened.mesh, cfg.steps if last is None else last
     optimizer, step = _step(cfg, parts, opened.teacher, s.frozen, mesh, last - first)
@@ -159,7 +167,9 @@ def train(
 
     def write(state: State) -> None:
         sidecars = partial(parts.sidecars, opened)
-        save_params(s.run.model, parts.family.name, parts.student, parts.final(best(state)), sidecars, spec=spec, force=True)
+        save_params(
+            s.run.model, parts.family.name, parts.student, parts.final(best(state)), sidecars, spec=spec, force=True
+        )
 
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
     evaluator = parts.evaluator(opened) if parts.evaluator else None
@@ -183,11 +193,17 @@ def _step(
     spec = parts.model.spec
     optimizer = parts.optimizer(spec, steps) if parts.optimizer else make_optimizer(cfg.optim, spec, steps)
     options: dict[str, Any] = {"frozen": frozen, "project": parts.project, "scheduled": parts.scheduled}
-    return optimizer, make_step(parts.loss(teacher), optimizer, spec, mesh, cfg.step, fixed=frozen_paths(cfg.optim, spec), **options)
+    return optimizer, make_step(
+        parts.loss(teacher), optimizer, spec, mesh, cfg.step, fixed=frozen_paths(cfg.optim, spec), **options
+    )
 
 
-def initial(cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None) -> Params:
-    """Returns the initial student, inherited or from scratch, in its shardings. made: the result of `parts.resolve`, if known."""
+def initial(
+    cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None
+) -> Params:
+    """Returns the initial student, inherited or from scratch, in its shardings. made: the result of `parts.resolve`, if
+    known.
+    """
     if parts.start:
         return parts.start(opened, place)
     init = partial(parts.model.init, jax.random.key(cfg.seed))
@@ -207,8 +223,12 @@ def first_look(s: Session, look: Look) -> None:
     s.data.restore(before)
 
 
-def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | None = None, force: bool = False) -> dict[str, Any]:
-    """Writes the student of a recipe, inherited from its donor, as a weights folder; returns its provenance. donor: one already open."""
+def inherit(
+    cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Writes the student of a recipe, inherited from its donor, as a weights folder; returns its provenance. donor: one
+    already open.
+    """
     donor = donor or (parts.open(parts.donor) if parts.donor and parts.open else None)
     if donor is None or parts.resolve is None:
         raise InputError("this recipe trains from scratch: it has no donor to inherit from")
@@ -231,7 +251,9 @@ def inherit(cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | N
 def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
     """Scores the initial student on the recipe's held-out data. Raises InputError where the recipe has none."""
     mesh = start(cfg.mesh)
-    opened = open_sources(replace(parts, teacher="") if parts.donor else parts, mesh)  # a teacher only where its inputs are needed
+    opened = open_sources(
+        replace(parts, teacher="") if parts.donor else parts, mesh
+    )  # a teacher only where its inputs are needed
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     if evaluator is None or evaluator.score is None:
         how = "give --held-out.path" if isinstance(cfg, BaseConfig) else "train it, then heirloom eval RUN/model"
@@ -240,7 +262,9 @@ def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
 
 
 def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
-    """Builds the step of `train` with shapes in place of arrays. Raises InputError for a batch that the mesh does not divide."""
+    """Builds the step of `train` with shapes in place of arrays. Raises InputError for a batch that the mesh does not
+    divide.
+    """
     cfg.check(mesh)
     teacher = parts.outline(parts.teacher) if parts.teacher and parts.outline else None
     frozen = abstract_params(teacher.model.spec, mesh) if teacher else None

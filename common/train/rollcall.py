@@ -1,7 +1,7 @@
 """Roll call: finds missing processes before JAX joins the processes of a job.
 
-`jax.distributed.initialize` waits for every process and, when one is missing, ends all others without naming it.
-So processes that the user starts (with three environment variables each) first report to process 0, on the port that JAX
+`jax.distributed.initialize` waits for every process and, when one is missing, ends all others without naming it. So
+processes that the user starts (with three environment variables each) first report to process 0, on the port that JAX
 uses next. SLURM, MPI and TPU runtimes start all processes or none, and need no roll call.
 """
 
@@ -20,7 +20,9 @@ REPLY = 5.0  # seconds that an answer may take once connected
 
 @dataclass(frozen=True)
 class Job:
-    """One process of a job. address: "host:port" of process 0. processes: their number. process: the number of this one, from 0."""
+    """One process of a job. address: "host:port" of process 0. processes: their number. process: the number of this
+    one, from 0.
+    """
 
     address: str
     processes: int
@@ -74,7 +76,9 @@ def _call(job: Job, limit: float) -> str:
             except (OSError, ValueError):
                 continue  # another program, or a process that died while it reported
             if process in present or not 0 < process < job.processes:
-                problem = f"a second process calls itself {process} of {job.processes}: give each its own JAX_PROCESS_ID"
+                problem = (
+                    f"a second process calls itself {process} of {job.processes}: give each its own JAX_PROCESS_ID"
+                )
             present.add(process)
         for peer in peers:
             with peer, contextlib.suppress(OSError):  # a process that has ended needs no answer
@@ -93,7 +97,10 @@ def _answer(job: Job, limit: float) -> str:
                 return _receive(peer)
         except OSError:
             if time.monotonic() >= deadline:
-                return f"process {job.process} found no process 0 at {job.address} within {limit:g} s: start it, or correct the address"
+                return (
+                    f"process {job.process} found no process 0 at {job.address} within {limit:g} s: start it, or"
+                    " correct the address"
+                )
             time.sleep(RETRY)
 
 

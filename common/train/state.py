@@ -31,8 +31,8 @@ class State:
 def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None) -> State:
     """Returns the state as `jax.ShapeDtypeStruct`s with shardings, to restore into or to compile for.
 
-    Moments and averages are sharded like their parameter, which is the last dictionary key of their path; everything else
-    is replicated.
+    Moments and averages are sharded like their parameter, which is the last dictionary key of their path; everything
+    else is replicated.
     """
     params = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in spec.items()}
     state = jax.eval_shape(lambda p: _fresh(p, optimizer, ema), params)
@@ -40,7 +40,9 @@ def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Me
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = next((key.key for key in reversed(path) if isinstance(key, DictKey)), None)
-        alike = name in spec and spec[name].shape == leaf.shape  # a factored moment has another shape than its parameter
+        alike = (
+            name in spec and spec[name].shape == leaf.shape
+        )  # a factored moment has another shape than its parameter
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[str(name)] if alike else whole)
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -54,18 +56,23 @@ def state_shardings(optimizer: optax.GradientTransformation, spec: Spec, mesh: M
 def create_state(
     params: dict[str, Any], optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None
 ) -> State:
-    """Makes the state before the first step, each leaf in its sharding. params: {path: array}, on the host or on devices.
+    """Makes the state before the first step, each leaf in its sharding. params: {path: array}, on the host or on
+    devices.
 
-    The state has copies of `params`, because steps donate it. ema: decay of the average, or None for no average; the average
-    starts as a copy. Raises ValueError when paths or shapes differ from `spec`.
+    The state has copies of `params`, because steps donate it. ema: decay of the average, or None for no average; the
+    average starts as a copy. Raises ValueError when paths or shapes differ from `spec`.
     """
     found, wanted = {p: tuple(a.shape) for p, a in params.items()}, {p: leaf.shape for p, leaf in spec.items()}
     if found != wanted:
         wrong, *more = sorted(p for p in found.keys() | wanted.keys() if found.get(p) != wanted.get(p))
-        raise ValueError(f"{wrong}: the parameters have {found.get(wrong)}, the spec {wanted.get(wrong)} (and {len(more)} more)")
+        raise ValueError(
+            f"{wrong}: the parameters have {found.get(wrong)}, the spec {wanted.get(wrong)} (and {len(more)} more)"
+        )
     layout = shardings(spec, mesh)
     placed = {path: _place(params[path], layout[path]) for path in spec}
-    return jax.jit(_fresh, static_argnums=(1, 2), out_shardings=state_shardings(optimizer, spec, mesh, ema))(placed, optimizer, ema)
+    return jax.jit(_fresh, static_argnums=(1, 2), out_shardings=state_shardings(optimizer, spec, mesh, ema))(
+        placed, optimizer, ema
+    )
 
 
 def _fresh(params: dict[str, jax.Array], optimizer: optax.GradientTransformation, ema: float | None) -> State:

@@ -20,8 +20,9 @@ Batch = dict[str, Any]
 Metrics = dict[str, tuple[Any, Any]]
 LossFn = Callable[[Params, Batch, jax.Array, Any], tuple[jax.Array, dict[str, Any]]]
 """`(params, batch, key, frozen) -> loss, {name: (sum, count)}`: the loss is a mean over the batch; `frozen` is any tree
-that is given to the step and gets no gradient, such as the teacher's weights. The loss of a model with batch norms returns the new
-running statistics among its metrics: `{STATISTICS: {path: array}}`, from `Functional.train`."""
+that is given to the step and gets no gradient, such as the teacher's weights. The loss of a model with batch norms
+returns the new running statistics among its metrics: `{STATISTICS: {path: array}}`, from `Functional.train`.
+"""
 
 STATISTICS = "statistics"
 MATMUL_ROLES = ("kernel", "table")  # the parameters that meet activations in a matmul or become activations
@@ -34,9 +35,10 @@ class StepConfig:
     accumulate: int = 1
     """Micro-batches one after the other whose gradients are averaged into one update."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Precision of matmuls and activations. Parameters and optimizer are float32 in any case, and gradients are summed over rows, devices
-    and micro-batches in float32; that of a kernel or table is rounded to this precision once, when its sum over the devices is complete
-    (`heirloom.common.nn.precision`)."""
+    """Precision of matmuls and activations. Parameters and optimizer are float32 in any case, and gradients are summed
+    over rows, devices and micro-batches in float32; that of a kernel or table is rounded to this precision once, when
+    its sum over the devices is complete (`heirloom.common.nn.precision`).
+    """
     ema: float | None = None
     """Decay of the moving average of the parameters, such as 0.9999; None keeps no average."""
     seed: int = 0
@@ -81,15 +83,15 @@ def make_step(
 ) -> Step:
     """Compile loss, gradient, update and average into one step.
 
-    project: applied to the parameters after the update, such as a bound on `logit_scale`. scheduled: values of a step's number that the
-    loss wants; its last argument then is `(frozen, scheduled(step))`. fixed: parameters that the optimizer leaves as they are; their
-    running statistics stay, too.
-    The other running statistics that the loss returns replace the old ones after the update; micro-batches are averaged.
-    A step whose loss or gradient norm is not finite changes nothing but the counters `step` and `skipped`.
-    Metrics, as (sum, count): the loss function's, `loss`, `grad_norm` (of all parameters, before clipping), `lr` if
-    the optimizer's state shows a `learning_rate`, and `skipped`; of a skipped step all but `skipped` are (0, 0).
-    Raises InputError (when first called) if the micro-batches do not divide the batch, ValueError if the loss returns a statistic under
-    the path of another parameter.
+    project: applied to the parameters after the update, such as a bound on `logit_scale`. scheduled: values of a step's
+    number that the loss wants; its last argument then is `(frozen, scheduled(step))`. fixed: parameters that the
+    optimizer leaves as they are; their running statistics stay, too. The other running statistics that the loss returns
+    replace the old ones after the update; micro-batches are averaged. A step whose loss or gradient norm is not finite
+    changes nothing but the counters `step` and `skipped`. Metrics, as (sum, count): the loss function's, `loss`,
+    `grad_norm` (of all parameters, before clipping), `lr` if the optimizer's state shows a `learning_rate`, and
+    `skipped`; of a skipped step all but `skipped` are (0, 0). Raises InputError (when first called) if the
+    micro-batches do not divide the batch, ValueError if the loss returns a statistic under the path of another
+    parameter.
     """
     layout = shardings(spec, mesh)
     gradients = _gradients(loss_fn, cfg, mesh, layout)
@@ -102,7 +104,9 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates) | {path: x for path, x in statistics.items() if path not in fixed}
+        params = optax.apply_updates(state.params, updates) | {
+            path: x for path, x in statistics.items() if path not in fixed
+        }
         if project is not None:
             params = project(params)
         ema = None if state.ema is None or cfg.ema is None else optax.incremental_update(params, state.ema, 1 - cfg.ema)
@@ -111,14 +115,21 @@ def make_step(
         metrics = metrics | {"loss": (loss, one), "grad_norm": (norm, one)}
         if rates := _learning_rates(opt):
             metrics["lr"] = (rates[0], one)
-        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {"skipped": (1 - finite.astype(jnp.float32), one)}
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {
+            "skipped": (1 - finite.astype(jnp.float32), one)
+        }
 
         new, old = (params, opt, ema), (state.params, state.opt, state.ema)
         params, opt, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         return State(state.step + 1, params, opt, ema, jnp.where(finite, 0, state.skipped + 1)), metrics
 
     states = state_shardings(optimizer, spec, mesh, cfg.ema)
-    jitted = jax.jit(step, in_shardings=(states, batch_sharding(mesh), None), out_shardings=(states, replicated(mesh)), donate_argnums=0)
+    jitted = jax.jit(
+        step,
+        in_shardings=(states, batch_sharding(mesh), None),
+        out_shardings=(states, replicated(mesh)),
+        donate_argnums=0,
+    )
     return Step(jitted, mesh, frozen, cfg)
 
 
@@ -128,16 +139,21 @@ def cast(params: Params, compute: str) -> Params:
 
 
 def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`, all in f32, averaged over the micro-batches.
+    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`, all in f32, averaged over the
+    micro-batches.
 
     Metrics are summed.
     """
 
-    def objective(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Params]]:
+    def objective(
+        params: Params, batch: Batch, key: jax.Array, frozen: Any
+    ) -> tuple[jax.Array, tuple[Metrics, Params]]:
         loss, metrics = loss_fn(cast(params, cfg.compute), batch, key, frozen)
         statistics = metrics.get(STATISTICS, {})
         if wrong := [path for path in statistics if path not in layout or not is_statistic(path)]:
-            raise ValueError(f"{wrong[0]}: the loss returns it as a running statistic, and the model has none of this path")
+            raise ValueError(
+                f"{wrong[0]}: the loss returns it as a running statistic, and the model has none of this path"
+            )
         aux = {name: value for name, value in metrics.items() if name != STATISTICS}, statistics
         return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
 
@@ -163,10 +179,15 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
 
 
 def _deal(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
-    """[batch, ...] -> [parts, batch / parts, ...]. Row i goes to part i mod parts: dealt like this no row changes device."""
+    """[batch, ...] -> [parts, batch / parts, ...]. Row i goes to part i mod parts: dealt like this no row changes
+    device.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows.shape[0] % (parts * shards):
-        raise InputError(f"a batch of {len(rows)} does not divide into {parts} micro-batches on {shards} devices: change step.accumulate")
+        raise InputError(
+            f"a batch of {len(rows)} does not divide into {parts} micro-batches on {shards} devices: change"
+            " step.accumulate"
+        )
     dealt = jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
     return jax.lax.with_sharding_constraint(dealt, NamedSharding(mesh, PartitionSpec(None, ROWS)))
 

@@ -3,9 +3,9 @@
     heirloom train learngene/aux_s --run runs/aux_s
     heirloom expand runs/aux_s vit_s_9 --depth 9
 
-Hardware: a v5e-16 with 4 hosts. Estimated, not run: 3.5 hours at 35 % of its peak (72 GFLOP a picture, teacher included; 1.4e19 in all), if
-the hosts decode and augment 192 million views in that time. SWS's teacher is LeViT-384; any classifier over these classes works
-(--teacher). SWS's tables could not be read, so no accuracy is given here.
+Hardware: a v5e-16 with 4 hosts. Estimated, not run: 3.5 hours at 35 % of its peak (72 GFLOP a picture, teacher
+included; 1.4e19 in all), if the hosts decode and augment 192 million views in that time. SWS's teacher is LeViT-384;
+any classifier over these classes works (--teacher). SWS's tables could not be read, so no accuracy is given here.
 """
 
 from learngene.recipes import imagenet

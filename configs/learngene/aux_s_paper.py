@@ -1,4 +1,5 @@
-"""Aux-S with the released code's oddities: 12 heads, eps 1e-5, and a divergence divided by batch times classes (SWS; traps T1, T3, T8).
+"""Aux-S with the released code's oddities: 12 heads, eps 1e-5, and a divergence divided by batch times classes (SWS;
+traps T1, T3, T8).
 
 Deviation: the teacher is DeiT-B distilled, where the release has LeViT-384; batch, schedule and precision are those of
 `learngene.recipes.imagenet`.
@@ -15,4 +16,6 @@ from learngene.zoo import TEACHER, paper_auxiliary
 
 
 def get_config() -> Config:
-    return imagenet(paper_auxiliary("s"), epochs=150, lr=5e-4, warmup=5, teacher=TEACHER, distill=DistillConfig(reduction="numel"))
+    return imagenet(
+        paper_auxiliary("s"), epochs=150, lr=5e-4, warmup=5, teacher=TEACHER, distill=DistillConfig(reduction="numel")
+    )

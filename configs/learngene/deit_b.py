@@ -2,7 +2,8 @@
 
     heirloom train learngene/deit_b --run runs/deit_b
 
-Expect 81.8 % top-1, DeiT's figure (with batches of 1024). Hardware: a v5e-64; estimated, not run: 2.6 hours at 35 % of its peak.
+Expect 81.8 % top-1, DeiT's figure (with batches of 1024). Hardware: a v5e-64; estimated, not run: 2.6 hours at 35 % of
+its peak.
 """
 
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The demo: one gene of three blocks, distilled from a small convnet, against models from scratch, on emoji by group at 32 px.
+"""The demo: one gene of three blocks, distilled from a small convnet, against models from scratch, on emoji by group at
+32 px.
 
     heirloom compare learngene/emoji --run runs/emoji                                   # or heirloom demo learngene
     heirloom compare learngene/emoji --run runs/all --methods sws,shuffled,tleg,kd,scratch --epochs 3
@@ -23,7 +24,9 @@ EPOCH = 61  # steps of 64 pictures
 
 def get_config() -> Comparison:
     gene = Config(
-        student=VitConfig(size=32, patch=8, width=64, layers=3, heads=2, hidden=256, classes=9, gene="sws", layout=(2, 2, 2)),
+        student=VitConfig(
+            size=32, patch=8, width=64, layers=3, heads=2, hidden=256, classes=9, gene="sws", layout=(2, 2, 2)
+        ),
         distill=DistillConfig(),
         data=SourceConfig(path="emoji", split="train"),
         label="group",

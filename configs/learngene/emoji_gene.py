@@ -1,8 +1,8 @@
 """The gene of the demo alone, from the teacher that learngene/emoji_teacher trains; two minutes on two CPU cores.
 
-    heirloom train learngene/emoji_teacher --run runs/emoji_teacher
-    heirloom train learngene/emoji_gene --run runs/emoji_gene
-    heirloom compare learngene/emoji_gene --run runs/compare --depths 4,6,8 --methods sws,tleg
+heirloom train learngene/emoji_teacher --run runs/emoji_teacher
+heirloom train learngene/emoji_gene --run runs/emoji_gene
+heirloom compare learngene/emoji_gene --run runs/compare --depths 4,6,8 --methods sws,tleg
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """The demo's teacher: a small convnet on the embedded emoji, nine groups at 32 px; a minute on two CPU cores.
 
-    heirloom train learngene/emoji_teacher --run runs/emoji_teacher
+heirloom train learngene/emoji_teacher --run runs/emoji_teacher
 """
 
 from heirloom.common import config

@@ -3,7 +3,8 @@
     heirloom train learngene/smoke --run runs/smoke
     heirloom expand runs/smoke runs/smoke-3 --depth 3
 
-Shows that data, training, evaluation, expansion and resume work; expect a held-out accuracy just above 21 % (the largest group).
+Shows that data, training, evaluation, expansion and resume work; expect a held-out accuracy just above 21 % (the
+largest group).
 """
 
 from dataclasses import replace
@@ -18,7 +19,9 @@ from learngene.vit import VitConfig
 
 def get_config() -> Config:
     return Config(
-        student=VitConfig(size=16, patch=4, width=32, layers=2, heads=2, hidden=128, classes=9, gene="sws", layout=(2, 2)),
+        student=VitConfig(
+            size=16, patch=4, width=32, layers=2, heads=2, hidden=128, classes=9, gene="sws", layout=(2, 2)
+        ),
         distill=DistillConfig(alpha=0.0),
         data=SourceConfig(path="emoji", split="train"),
         label="group",

@@ -3,7 +3,8 @@
     heirloom train learngene/vit_b --run runs/vit_b
     heirloom train learngene/vit_b --run runs/vit_b_9 --student.layers 9
 
-Donor: our own gene (learngene/aux_b). Hardware: a v5e-16; estimated, not run: 0.35 hours at 35 % of its peak, if the hosts keep up.
+Donor: our own gene (learngene/aux_b). Hardware: a v5e-16; estimated, not run: 0.35 hours at 35 % of its peak, if the
+hosts keep up.
 """
 
 from learngene.recipes import imagenet

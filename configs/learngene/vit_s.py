@@ -3,7 +3,8 @@
     heirloom train learngene/vit_s --run runs/vit_s
     heirloom train learngene/vit_s --run runs/vit_s_9 --student.layers 9
 
-Donor: our own gene (learngene/aux_s). Hardware: a v5e-16; estimated, not run: 0.1 hours at 35 % of its peak, if the hosts keep up.
+Donor: our own gene (learngene/aux_s). Hardware: a v5e-16; estimated, not run: 0.1 hours at 35 % of its peak, if the
+hosts keep up.
 """
 
 from learngene.recipes import imagenet

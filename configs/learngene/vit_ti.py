@@ -3,7 +3,8 @@
     heirloom train learngene/vit_ti --run runs/vit_ti
     heirloom train learngene/vit_ti --run runs/vit_ti_9 --student.layers 9
 
-Donor: our own gene (learngene/aux_ti). Hardware: a v5e-16; estimated, not run: 0.03 hours at 35 % of its peak, if the hosts keep up.
+Donor: our own gene (learngene/aux_ti). Hardware: a v5e-16; estimated, not run: 0.03 hours at 35 % of its peak, if the
+hosts keep up.
 """
 
 from learngene.recipes import imagenet

@@ -3,11 +3,12 @@
     python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
     heirloom train lit/b_2_256 --run runs/lit_b_2_256
 
-Donor: our own DiT-B/2. The paper has no table for B; its figure shows LiT-B/2 at 100K steps ahead of DiT-B/2 at 400K (FID-50K 43.5, no
-guidance). Three heads are from memory, not checked against its config table. The result has the licence of DiT's weights (CC-BY-NC 4.0).
+Donor: our own DiT-B/2. The paper has no table for B; its figure shows LiT-B/2 at 100K steps ahead of DiT-B/2 at 400K
+(FID-50K 43.5, no guidance). Three heads are from memory, not checked against its config table. The result has the
+licence of DiT's weights (CC-BY-NC 4.0).
 
-Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never does
-(--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
+Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never
+does (--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
 """
 
 from lit_jax.recipes import imagenet

@@ -1,4 +1,5 @@
-"""The demo: a LiT inherits all but the attention of the embedded DiT and is distilled from it, on digits of 8 x 8 pixels.
+"""The demo: a LiT inherits all but the attention of the embedded DiT and is distilled from it, on digits of 8 x 8
+pixels.
 
     heirloom train lit/digits --run runs/lit                                 # with inheritance and distillation
     heirloom train lit/digits --run runs/scratch --donor "" --teacher ""     # the same from scratch
@@ -18,7 +19,9 @@ from lit_jax.train import DIT_OPTIMIZER, Config
 
 def get_config() -> Config:
     return Config(
-        student=DitConfig(size=8, channels=3, patch=2, width=96, layers=4, heads=2, hidden=384, classes=10, attention="linear"),
+        student=DitConfig(
+            size=8, channels=3, patch=2, width=96, layers=4, heads=2, hidden=384, classes=10, attention="linear"
+        ),
         donor="embedded:digits_dit",
         teacher="embedded:digits_dit",
         data=SourceConfig(path="digits", split="train"),

@@ -2,7 +2,8 @@
 
     heirloom train lit/digits_dit --run runs/digits_dit
 
-40 minutes on two CPU cores that also ran other work. lit_jax/digits_dit/README.md says how the embedded weights were made, and their score.
+40 minutes on two CPU cores that also ran other work. lit_jax/digits_dit/README.md says how the embedded weights were
+made, and their score.
 """
 
 from dataclasses import replace

@@ -3,11 +3,12 @@
     python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
     heirloom train lit/l_2_256 --run runs/lit_l_2_256
 
-Donor: our own DiT-L/2. The paper has no table for L; its figure shows LiT-L/2 at 100K steps ahead of DiT-L/2 at 400K (FID-50K 23.3, no
-guidance). Four heads are from memory, not checked against its config table. The result has the licence of DiT's weights (CC-BY-NC 4.0).
+Donor: our own DiT-L/2. The paper has no table for L; its figure shows LiT-L/2 at 100K steps ahead of DiT-L/2 at 400K
+(FID-50K 23.3, no guidance). Four heads are from memory, not checked against its config table. The result has the
+licence of DiT's weights (CC-BY-NC 4.0).
 
-Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never does
-(--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
+Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never
+does (--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
 """
 
 from lit_jax.recipes import imagenet

@@ -17,7 +17,9 @@ from lit_jax.train import DIT_OPTIMIZER, Config
 
 def get_config() -> Config:
     return Config(
-        student=DitConfig(size=16, channels=3, patch=4, width=64, layers=2, heads=2, hidden=256, classes=9, attention="linear"),
+        student=DitConfig(
+            size=16, channels=3, patch=4, width=64, layers=2, heads=2, hidden=256, classes=9, attention="linear"
+        ),
         data=SourceConfig(path="emoji", split="train"),
         held_out=SourceConfig(path="emoji", split="test"),
         label="group",

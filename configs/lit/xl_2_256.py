@@ -3,12 +3,12 @@
     python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
     heirloom train lit/xl_2_256 --run runs/lit_xl_2_256
 
-Donor and teacher: the public DiT-XL/2. Expect an FID-50K of 12.9 and an IS of 95.8 after 100K steps without guidance, and of 2.32
-and 265 after 1.4M with guidance 1.5 on three channels (250 DDPM steps). 0.24 PFLOP a step: 17 hours for 100K at 400 TFLOP/s.
-The result has the licence of DiT's weights (CC-BY-NC 4.0).
+Donor and teacher: the public DiT-XL/2. Expect an FID-50K of 12.9 and an IS of 95.8 after 100K steps without guidance,
+and of 2.32 and 265 after 1.4M with guidance 1.5 on three channels (250 DDPM steps). 0.24 PFLOP a step: 17 hours for
+100K at 400 TFLOP/s. The result has the licence of DiT's weights (CC-BY-NC 4.0).
 
-Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never does
-(--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
+Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never
+does (--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
 """
 
 from lit_jax.recipes import imagenet

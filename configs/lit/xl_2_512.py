@@ -3,12 +3,12 @@
     python scripts/cache_latents.py "imagenet/train" data/imagenet_512 --size 512
     heirloom train lit/xl_2_512 --run runs/lit_xl_2_512
 
-Donor and teacher: the public DiT-XL/2 at 512 px. Expect an FID-50K of 3.69 after 700K steps with guidance 1.5 on three channels (250
-DDPM steps; DiT: 3.04 after 3M). To start from a LiT-XL/2 of 256 px: --donor runs/lit_xl_2_256/model --keep all.
-The result has the licence of DiT's weights (CC-BY-NC 4.0).
+Donor and teacher: the public DiT-XL/2 at 512 px. Expect an FID-50K of 3.69 after 700K steps with guidance 1.5 on three
+channels (250 DDPM steps; DiT: 3.04 after 3M). To start from a LiT-XL/2 of 256 px: --donor runs/lit_xl_2_256/model
+--keep all. The result has the licence of DiT's weights (CC-BY-NC 4.0).
 
-Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never does
-(--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
+Deviation: the teacher sees dropped labels as the student does; in the released code, which gave these numbers, it never
+does (--distill.dropped student). Deviation: bf16 activations (lit_jax/recipes.py).
 """
 
 from lit_jax.recipes import imagenet

@@ -3,8 +3,8 @@
     heirloom train tinyclip/emoji --run runs/emoji                 # inherits
     heirloom train tinyclip/emoji --run runs/scratch --donor ""    # the same from scratch
 
-Two CPU cores, under two minutes. Expected: 5.9 % held-out R@1, and 1.7 % from scratch (docs/results-tinyclip.md). The image tower
-loses channels, the text tower layers (TinyCLIP §3.3).
+Two CPU cores, under two minutes. Expected: 5.9 % held-out R@1, and 1.7 % from scratch (docs/results-tinyclip.md). The
+image tower loses channels, the text tower layers (TinyCLIP §3.3).
 """
 
 from heirloom.common.data.pipeline import PipelineConfig

@@ -2,8 +2,9 @@
 
     heirloom train tinyclip/emoji_auto --run runs/emoji_auto
 
-Two stages of 200 steps, for two CPU cores; tested for a few steps only. Deviation: the masks' learning rate is ten times the release's,
-whose phase has 3,000 steps or more, and without momentum, which would close far too many gates in such a short phase.
+Two stages of 200 steps, for two CPU cores; tested for a few steps only. Deviation: the masks' learning rate is ten
+times the release's, whose phase has 3,000 steps or more, and without momentum, which would close far too many gates in
+such a short phase.
 """
 
 from heirloom.common.data.pipeline import PipelineConfig

@@ -1,11 +1,13 @@
-"""The embedded teacher: a CLIP of 5.5 M parameters (and a table of 4,096 tokens) that mimics two locked pretrained towers.
+"""The embedded teacher: a CLIP of 5.5 M parameters (and a table of 4,096 tokens) that mimics two locked pretrained
+towers.
 
     python scripts/build_icon_pairs.py --cache data/cache --out data/icons.parquet
     python scripts/locked_towers.py --cache data/cache --icons data/icons.parquet --out data/teacher_pairs.parquet
     heirloom train tinyclip/emoji_teacher --run runs/emoji_teacher
 
-The targets are joint embeddings of a frozen EfficientNet-Lite0 and a frozen MiniLM, through two small heads trained on the same
-pairs. No held-out emoji is among them. Two CPU cores, about an hour; measured: tinyclip_jax/emoji_teacher/README.md.
+The targets are joint embeddings of a frozen EfficientNet-Lite0 and a frozen MiniLM, through two small heads trained on
+the same pairs. No held-out emoji is among them. Two CPU cores, about an hour; measured:
+tinyclip_jax/emoji_teacher/README.md.
 """
 
 from heirloom.common.data.pipeline import PipelineConfig

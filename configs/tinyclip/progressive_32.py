@@ -1,10 +1,11 @@
-"""ViT-B/32 -> 61M -> 40M by hand (manual, 100 -> 75 -> 50 %): both published stages in one recipe, with the original as teacher of both.
+"""ViT-B/32 -> 61M -> 40M by hand (manual, 100 -> 75 -> 50 %): both published stages in one recipe, with the original as
+teacher of both.
 
     heirloom train tinyclip/progressive_32 --run runs/progressive --data.path "laion400m/{00000..41407}.tar"
     heirloom train tinyclip/progressive_32 --run runs/progressive --stage 2 ...
 
-The same as tinyclip/vit_61m_32, then tinyclip/vit_40m_32 from its result. Expected: 62.4 %, then 59.8 % ImageNet-1k zero-shot top-1
-(README of the release). Hardware of the release: 32 GPUs.
+The same as tinyclip/vit_61m_32, then tinyclip/vit_40m_32 from its result. Expected: 62.4 %, then 59.8 % ImageNet-1k
+zero-shot top-1 (README of the release). Hardware of the release: 32 GPUs.
 """
 
 from tinyclip_jax.recipes import STEPS_50, STEPS_75, laion

@@ -2,8 +2,9 @@
 
     heirloom train tinyclip/rn_19m --run runs/rn_19m --data.path "laion400m/{00000..41407}.tar"
 
-The hub has no file of the 30M: train tinyclip/rn_30m first, or give its released .pt with --donor. Lineage and teacher are inferred;
-released after 12 epochs. AdamW as for ResNets in the released code. Expected: 56.4 % ImageNet-1k zero-shot top-1 (README of the release).
+The hub has no file of the 30M: train tinyclip/rn_30m first, or give its released .pt with --donor. Lineage and teacher
+are inferred; released after 12 epochs. AdamW as for ResNets in the released code. Expected: 56.4 % ImageNet-1k
+zero-shot top-1 (README of the release).
 """
 
 from tinyclip_jax.recipes import RESNET_OPTIMIZER, STEPS_75, laion

@@ -2,9 +2,9 @@
 
     heirloom train tinyclip/rn_30m --run runs/rn_30m --data.path "laion400m/{00000..41407}.tar"
 
-The author names the donor; the teacher of the release is not documented: this recipe takes the donor. AdamW as for ResNets in
-the released code. Deviation: statistics of batch norms are over all devices. Author: 588 pairs/s on one A100-40G. Expected: 59.1 %
-ImageNet-1k zero-shot top-1 (README of the release).
+The author names the donor; the teacher of the release is not documented: this recipe takes the donor. AdamW as for
+ResNets in the released code. Deviation: statistics of batch norms are over all devices. Author: 588 pairs/s on one
+A100-40G. Expected: 59.1 % ImageNet-1k zero-shot top-1 (README of the release).
 """
 
 from tinyclip_jax.recipes import RESNET_OPTIMIZER, STEPS_75, laion

@@ -2,8 +2,8 @@
 
     heirloom train tinyclip/vit_8m_16 --run runs/vit_8m_16 --data.path "yfcc15m/*.tar"
 
-25 epochs at batch 4096 (samples seen as other papers give them); the lineage 12 -> 10 image and 6 -> 3 text layers is inferred.
-Expected: 41.1 % ImageNet-1k zero-shot top-1 (README of the release).
+25 epochs at batch 4096 (samples seen as other papers give them); the lineage 12 -> 10 image and 6 -> 3 text layers is
+inferred. Expected: 41.1 % ImageNet-1k zero-shot top-1 (README of the release).
 """
 
 from tinyclip_jax.recipes import yfcc

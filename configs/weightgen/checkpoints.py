@@ -1,8 +1,9 @@
-"""A zoo of the checkpoints in a folder, such as low-rank adapters; seconds. Condition its generator by text, label or chunk.
+"""A zoo of the checkpoints in a folder, such as low-rank adapters; seconds. Condition its generator by text, label or
+chunk.
 
-    heirloom train weightgen/checkpoints --run runs/adapters --folder adapters --backend embedded:emoji
-    heirloom train weightgen/generator --run runs/generator --zoo runs/adapters/zoo --condition text --prior none
-    heirloom generate runs/generator/model --task "questions about plants" -n 8
+heirloom train weightgen/checkpoints --run runs/adapters --folder adapters --backend embedded:emoji
+heirloom train weightgen/generator --run runs/generator --zoo runs/adapters/zoo --condition text --prior none
+heirloom generate runs/generator/model --task "questions about plants" -n 8
 """
 
 from weightgen.zoo.recipes import CheckpointsRecipe

@@ -1,6 +1,6 @@
 """A token autoencoder over the zoo of heads, to compare with PCA, which needs no training. Minutes on two CPU cores.
 
-    heirloom train weightgen/codec --run runs/codec
+heirloom train weightgen/codec --run runs/codec
 """
 
 from weightgen.generator.parts import CodecRecipe

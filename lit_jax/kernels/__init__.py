@@ -1,14 +1,14 @@
-"""Implementations of linear attention for one kind of device each. Call them through `lit_jax.linear_attention`, which defines the
-arguments.
+"""Implementations of linear attention for one kind of device each. Call them through `lit_jax.linear_attention`, which
+defines the arguments.
 
 An implementation is a module with the functions
 
-    unsupported_reason(problem, head_dim, tokens, dtype, window) -> the reason why it does not support these shapes, or None
-    forward(q, k, v, weight, bias, problem) -> out, residuals
-    backward(q, k, v, weight, residuals, grad, problem) -> dq, dk, dv, dweight, dbias
+    unsupported_reason(problem, head_dim, tokens, dtype, window) -> the reason why it does not support these shapes, or
+    None forward(q, k, v, weight, bias, problem) -> out, residuals backward(q, k, v, weight, residuals, grad, problem)
+    -> dq, dk, dv, dweight, dbias
 
-q, k, v, out, grad: in `problem.layout`, where mosaic_gpu gets q and k rectified; weight [row, col, head * head_dim] and bias
-[head * head_dim] of the depthwise branch, or None, whose gradients are f32.
+q, k, v, out, grad: in `problem.layout`, where mosaic_gpu gets q and k rectified; weight [row, col, head * head_dim] and
+bias [head * head_dim] of the depthwise branch, or None, whose gradients are f32.
 """
 
 import json
@@ -51,7 +51,9 @@ class Problem(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Sums over the tokens of each head, and each query's normaliser, saved for the backward pass; f32, but `state` has the dtype of q."""
+    """Sums over the tokens of each head, and each query's normaliser, saved for the backward pass; f32, but `state` has
+    the dtype of q.
+    """
 
     state: jax.Array  # [batch, head, head_dim, head_dim], keys and values centred
     key: jax.Array  # [batch, head, head_dim], mean feature

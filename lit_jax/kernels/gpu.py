@@ -1,7 +1,8 @@
-"""Batched matrix products on Hopper GPUs (Mosaic), in bfloat16. Whole rows of a result stay in one block, so that an epilogue that needs
-a row can run in registers.
+"""Batched matrix products on Hopper GPUs (Mosaic), in bfloat16. Whole rows of a result stay in one block, so that an
+epilogue that needs a row can run in registers.
 
-A block computes `rows` rows of one head's product. One warpgroup loads tiles of both operands; the others split the columns.
+A block computes `rows` rows of one head's product. One warpgroup loads tiles of both operands; the others split the
+columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ STAGES = 4  # tiles of the operands in flight
 
 
 class Operand(NamedTuple):
-    """array: bf16 [batch, token, head, column], or [batch, head, row, column] if not by_token. transposed: in the product."""
+    """array: bf16 [batch, token, head, column], or [batch, head, row, column] if not by_token. transposed: in the
+    product.
+    """
 
     array: jax.Array
     by_token: bool = True
@@ -34,10 +37,11 @@ class Operand(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The inputs of a warpgroup's epilogue. rows are vectors [rows], columns are vectors [columns of this warpgroup]; all f32.
+    """The inputs of a warpgroup's epilogue. rows are vectors [rows], columns are vectors [columns of this warpgroup];
+    all f32.
 
-    dots: products of the left operand's rows with the vectors `along`. whole: sums each row's partial values over the warpgroups; call
-    it once.
+    dots: products of the left operand's rows with the vectors `along`. whole: sums each row's partial values over the
+    warpgroups; call it once.
     """
 
     product: jax.Array  # [rows, columns]
@@ -55,7 +59,9 @@ class Tile(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An output: [batch, token, head, column] if by_token, else [batch, head, row, column]; [batch, head, row] f32 if `vector`."""
+    """An output: [batch, token, head, column] if by_token, else [batch, head, row, column]; [batch, head, row] f32 if
+    `vector`.
+    """
 
     dtype: DTypeLike = jnp.bfloat16
     by_token: bool = True
@@ -83,11 +89,13 @@ def product(
 ) -> list[jax.Array]:
     """Compute finish(left @ right) for every head of every image.
 
-    finish: the epilogue. along: f32 [batch, head, contracted], vectors whose dot products with the rows of left + offset are computed
-    (left must not be transposed). rows: f32 [batch, head, row]; columns: f32 [batch, head, column]; elementwise: operands with the
-    product's shape.
+    finish: the epilogue. along: f32 [batch, head, contracted], vectors whose dot products with the rows of left +
+    offset are computed (left must not be transposed). rows: f32 [batch, head, row]; columns: f32 [batch, head, column];
+    elementwise: operands with the product's shape.
     """
-    plan = _plan(left, right, len(elementwise), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector])
+    plan = _plan(
+        left, right, len(elementwise), [jnp.dtype(result.dtype).itemsize for result in results if not result.vector]
+    )
     batch, head = left.array.shape[0], left.array.shape[2 if left.by_token else 1]
     wgs = plan.warpgroups
     vectors = [*along, *rows, *columns]
@@ -100,7 +108,8 @@ def product(
         rows_smem=[plgpu.SMEM((wgs, plan.rows), jnp.float32) for _ in rows],
         columns_smem=[plgpu.SMEM((wgs, plan.columns), jnp.float32) for _ in columns],
         elementwise_smem=[
-            plgpu.SMEM((wgs, plan.rows, plan.columns), jnp.bfloat16, transforms=_transforms(plan.swizzled)) for _ in elementwise
+            plgpu.SMEM((wgs, plan.rows, plan.columns), jnp.bfloat16, transforms=_transforms(plan.swizzled))
+            for _ in elementwise
         ],
         loaded=plgpu.Barrier(num_arrivals=max(given, 1), num_barriers=wgs),
         parts=plgpu.SMEM((wgs, plan.rows), jnp.float32),
@@ -145,7 +154,10 @@ def _body(
         plgpu.wgmma(accumulator, a, w)
         part = pl.ds(index[0] * plan.depth, plan.depth)
         x: Any = left_smem[...].astype(jnp.float32) + offset if dots else None
-        dots = [dot + (x * lax.broadcast_in_dim(v[wg, part], x.shape, [1])).sum(1) for dot, v in zip(dots, along_smem, strict=True)]
+        dots = [
+            dot + (x * lax.broadcast_in_dim(v[wg, part], x.shape, [1])).sum(1)
+            for dot, v in zip(dots, along_smem, strict=True)
+        ]
         plgpu.wgmma_wait(0)
         return accumulator, dots
 
@@ -204,14 +216,18 @@ def _body(
                     stage[wg] = value[r : r + TILE, c : c + piece]
                     plgpu.commit_smem()
                     target = of_head(out, result.by_token)
-                    plgpu.copy_smem_to_gmem(stage.at[wg], target.at[pl.ds(start + r, TILE), pl.ds(wg * plan.columns + c, piece)])
+                    plgpu.copy_smem_to_gmem(
+                        stage.at[wg], target.at[pl.ds(start + r, TILE), pl.ds(wg * plan.columns + c, piece)]
+                    )
         plgpu.wait_smem_to_gmem(0)
 
     def block(operand: Operand, extent: int) -> plgpu.BlockSpec:
         """A block has one step of the contracted axis and all of the other axis."""
         first = operand.transposed != (operand is right)  # whether the contraction runs over the stored rows
         shape = (plan.depth, extent) if first else (extent, plan.depth)
-        return plgpu.BlockSpec(shape, (lambda i: (i, 0)) if first else (lambda i: (0, i)), transforms=_transforms(plan.swizzled))
+        return plgpu.BlockSpec(
+            shape, (lambda i: (i, 0)) if first else (lambda i: (0, i)), transforms=_transforms(plan.swizzled)
+        )
 
     left_rows = of_head(left_ref, left.by_token)
     plgpu.emit_pipeline_warp_specialized(
@@ -227,7 +243,9 @@ def _body(
 
 
 class _Plan(NamedTuple):
-    """height, width: of the product; contracted: its inner extent, in steps of `depth`. swizzled: columns of a swizzled tile."""
+    """height, width: of the product; contracted: its inner extent, in steps of `depth`. swizzled: columns of a swizzled
+    tile.
+    """
 
     height: int
     width: int

@@ -1,7 +1,8 @@
-"""`implementation="mosaic_gpu"`: few-head linear attention with the products of `gpu`, token-major; XLA computes the depthwise branch.
+"""`implementation="mosaic_gpu"`: few-head linear attention with the products of `gpu`, token-major; XLA computes the
+depthwise branch.
 
-q and k are features: ReLU is already applied, only the offset is added here. The formulas are those of `lit_jax.linear_attention`; sums
-and elementwise operations are f32. Feature-major arrays are transposed.
+q and k are features: ReLU is already applied, only the offset is added here. The formulas are those of
+`lit_jax.linear_attention`; sums and elementwise operations are f32. Feature-major arrays are transposed.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ QUADRATIC = 512  # tokens
 BLOCKS = 264  # two for each multiprocessor; with fewer blocks, a state is summed in parts
 
 
-def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(
+    problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None
+) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
     if head_dim not in HEADS:
@@ -42,11 +45,21 @@ def forward(
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array | None,
+    residuals: Residuals | None,
+    grad: jax.Array,
+    problem: Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     call = _Call(v, problem)
     q_, k_, v_, grad_ = (call.pad(call.token_major(x)) for x in (q, k, v, grad))
-    found = _backward_quadratic(call, q_, k_, v_, grad_) if residuals is None else _backward_linear(call, q_, k_, v_, grad_, residuals)
+    found = (
+        _backward_quadratic(call, q_, k_, v_, grad_)
+        if residuals is None
+        else _backward_linear(call, q_, k_, v_, grad_, residuals)
+    )
     dq, dk, dv = map(call.cut, found)
     dweight = dbias = None
     if weight is not None:
@@ -103,7 +116,12 @@ def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tu
     key = mean_feature + offset * call.ones
 
     state = _summed(
-        "linear_attention_state", k, v, lambda total, down, across: total / call.tokens - down * across, mean_feature, value
+        "linear_attention_state",
+        k,
+        v,
+        lambda total, down, across: total / call.tokens - down * across,
+        mean_feature,
+        value,
     )  # the centred state, in bf16 as the products use it
     sums = offset * state.sum(2, dtype=jnp.float32)
 
@@ -119,12 +137,17 @@ def _forward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tu
     )  # fmt: skip
     d = call.head_dim
     residuals = Residuals(
-        state=state[..., :d, :d], key=key[..., :d], value=value[..., :d], normaliser=jnp.moveaxis(normaliser[..., : call.tokens], 1, 2)
+        state=state[..., :d, :d],
+        key=key[..., :d],
+        value=value[..., :d],
+        normaliser=jnp.moveaxis(normaliser[..., : call.tokens], 1, 2),
     )
     return out, residuals
 
 
-def _backward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, residuals: Residuals) -> tuple[jax.Array, ...]:
+def _backward_linear(
+    call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, residuals: Residuals
+) -> tuple[jax.Array, ...]:
     eps, offset = call.problem.eps, call.problem.offset
     tokens, width = call.missing
     state = jnp.pad(residuals.state, ((0, 0), (0, 0), (0, width), (0, width)))
@@ -163,18 +186,23 @@ def _backward_linear(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad
 
 def _forward_quadratic(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
     weights, _ = _weights(call, q, k)
-    (out,) = product("quadratic_attention_out", Operand(weights, by_token=False), Operand(v), [Result()], lambda tile: [tile.product])
+    (out,) = product(
+        "quadratic_attention_out", Operand(weights, by_token=False), Operand(v), [Result()], lambda tile: [tile.product]
+    )
     return out, None
 
 
-def _backward_quadratic(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
+def _backward_quadratic(
+    call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, ...]:
     eps, offset = call.problem.eps, call.problem.offset
     weights, normaliser = _weights(call, q, k)
     valid = _valid(call)
 
     def of_scores(tile: Tile) -> list[jax.Array]:
         (z,), (weights,), (common,) = tile.rows, tile.elementwise, tile.dots
-        # A value common to all tokens reaches the scores through eps alone: it is subtracted here, as in the linear order.
+        # A value common to all tokens reaches the scores through eps alone: it is subtracted here, as in the linear
+        # order.
         dweights = tile.product - tile.down(common)
         along = tile.whole((dweights * weights).sum(1)) - common * eps / z
         dscores = (dweights - tile.down(along)) * tile.down(1 / z)
@@ -205,7 +233,9 @@ def _backward_quadratic(call: _Call, q: jax.Array, k: jax.Array, v: jax.Array, g
 
 
 def _weights(call: _Call, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute weights [batch, head, query, key] bf16, zero for padding tokens, and normalisers [batch, head, query] f32."""
+    """Compute weights [batch, head, query, key] bf16, zero for padding tokens, and normalisers [batch, head, query]
+    f32.
+    """
     eps, offset = call.problem.eps, call.problem.offset
     key, valid = call.mean(k) + offset * call.ones, _valid(call)
 
@@ -233,7 +263,9 @@ def _valid(call: _Call) -> list[jax.Array]:
     return [jnp.pad(one, ((0, 0), (0, 0), (0, call.missing[0])))]
 
 
-def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | None = None, *vectors: jax.Array) -> jax.Array:
+def _summed(
+    name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | None = None, *vectors: jax.Array
+) -> jax.Array:
     """Compute finish(sum over tokens of x y^T, vectors by row and by column), bf16 [batch, head, head_dim, head_dim].
 
     The sum is split into parts if there are too few heads to keep the device busy.
@@ -247,11 +279,23 @@ def _summed(name: str, x: jax.Array, y: jax.Array, finish: Callable[..., Any] | 
             return [finish(tile.product, *map(tile.down, tile.rows), *map(tile.across, tile.columns))]
 
         (state,) = product(
-            name, Operand(x, transposed=True), Operand(y), [Result(by_token=False)], of_tile, rows=vectors[:1], columns=vectors[1:]
+            name,
+            Operand(x, transposed=True),
+            Operand(y),
+            [Result(by_token=False)],
+            of_tile,
+            rows=vectors[:1],
+            columns=vectors[1:],
         )
         return state
     x, y = (a.reshape(batch * parts, tokens // parts, heads, d) for a in (x, y))
-    (partial,) = product(name, Operand(x, transposed=True), Operand(y), [Result(jnp.float32, by_token=False)], lambda tile: [tile.product])
+    (partial,) = product(
+        name,
+        Operand(x, transposed=True),
+        Operand(y),
+        [Result(jnp.float32, by_token=False)],
+        lambda tile: [tile.product],
+    )
     total = partial.reshape(batch, parts, heads, d, d).sum(1)
     spread = (vectors[0][..., None], vectors[1][..., None, :]) if vectors else ()
     return finish(total, *spread).astype(jnp.bfloat16)

@@ -6,10 +6,15 @@ from jax.typing import DTypeLike
 
 from lit_jax.kernels import HEADS, Problem, Residuals, merge, tpu, tpu_depthwise
 
-WINDOW = (5, 5)  # rows and columns of the filters that were compiled; shifted copies for larger ones do not always fit into VMEM
+WINDOW = (
+    5,
+    5,
+)  # rows and columns of the filters that were compiled; shifted copies for larger ones do not always fit into VMEM
 
 
-def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(
+    problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None
+) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, the arrays are {jnp.dtype(dtype)}"
     if head_dim not in HEADS:
@@ -43,14 +48,24 @@ def forward(
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array | None,
+    residuals: Residuals | None,
+    grad: jax.Array,
+    problem: Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     q, k, v, grad = (_head_major(x, problem) for x in (q, k, v, grad))
     if residuals is None:
         found = tpu.backward_quadratic(merge(q), merge(k), merge(v), merge(grad), problem.terms)
     else:
-        state, key, value, normaliser = (merge(x.swapaxes(0, 1)) for x in (*residuals[:3], jnp.moveaxis(residuals.normaliser, 2, 1)))
-        rest = tpu.Forward(out=merge(v), state=state, key=key[:, None], value=value[:, None], normaliser=normaliser[:, None])
+        state, key, value, normaliser = (
+            merge(x.swapaxes(0, 1)) for x in (*residuals[:3], jnp.moveaxis(residuals.normaliser, 2, 1))
+        )
+        rest = tpu.Forward(
+            out=merge(v), state=state, key=key[:, None], value=value[:, None], normaliser=normaliser[:, None]
+        )
         found = tpu.backward(merge(q), merge(k), merge(v), rest, merge(grad), problem.terms)
     dq, dk, dv = (x.reshape(v.shape) for x in found)
     dweight = dbias = None
@@ -60,7 +75,9 @@ def backward(
 
 
 def _head_major(x: jax.Array, problem: Problem) -> jax.Array:
-    """Transpose to [head, batch, head_dim, token], the order in which XLA's matmul writes a feature-major projection: no copy there."""
+    """Transpose to [head, batch, head_dim, token], the order in which XLA's matmul writes a feature-major projection:
+    no copy there.
+    """
     return jnp.transpose(x, (1, 0, 2, 3) if problem.layout == "bhdn" else (2, 0, 3, 1))
 
 

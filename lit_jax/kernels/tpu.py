@@ -1,7 +1,7 @@
 """Few-head linear attention on TPUs (Mosaic), in bfloat16 with tokens along the lanes: [batch * head, head_dim, token].
 
-Means over tokens are rows, f32 [batch * head, 1, ...], because a column of one lane would be padded 128 times in memory.
-The formulas are those of `lit_jax.linear_attention`; sums and elementwise operations are f32.
+Means over tokens are rows, f32 [batch * head, 1, ...], because a column of one lane would be padded 128 times in
+memory. The formulas are those of `lit_jax.linear_attention`; sums and elementwise operations are f32.
 """
 
 from functools import partial
@@ -58,7 +58,11 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
             pl.BlockSpec((None, 1, size), lambda h, phase, i: (h, 0, i * phase)),
         ],
         out_shape=[_like(v), state, *(jax.ShapeDtypeStruct((heads, 1, m), jnp.float32) for m in (d, d, n))],
-        scratch_shapes=[pltpu.VMEM((d, d), jnp.float32), pltpu.VMEM((d, d), q.dtype), *[pltpu.VMEM((d, 1), jnp.float32)] * 2],
+        scratch_shapes=[
+            pltpu.VMEM((d, d), jnp.float32),
+            pltpu.VMEM((d, d), q.dtype),
+            *[pltpu.VMEM((d, 1), jnp.float32)] * 2,
+        ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         name="linear_attention_forward",
     )(q, k, v)
@@ -66,13 +70,19 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) -> Forward:
 
 
 def backward(q: jax.Array, k: jax.Array, v: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms) -> Gradients:
-    """Compute the gradient of the linear order: a kernel over queries also sums the state's gradient, then one over keys and values."""
+    """Compute the gradient of the linear order: a kernel over queries also sums the state's gradient, then one over
+    keys and values.
+    """
     dq, dstate, shift = query_gradient(q, residuals, grad, terms)
     return Gradients(dq, *key_value_gradients(k, v, dstate, shift, terms))
 
 
-def query_gradient(q: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute dq, the state's gradient rounded to bf16, and the shift of every key's gradient, [batch * head, 1, head_dim] f32."""
+def query_gradient(
+    q: jax.Array, residuals: Forward, grad: jax.Array, terms: Terms
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute dq, the state's gradient rounded to bf16, and the shift of every key's gradient, [batch * head, 1,
+    head_dim] f32.
+    """
     n = q.shape[2]
     q, grad, normaliser = _pad(q), _pad(grad), _pad(residuals.normaliser, 1)
     heads, d, padded = q.shape
@@ -93,7 +103,9 @@ def query_gradient(q: jax.Array, residuals: Forward, grad: jax.Array, terms: Ter
     return dq[..., :n], dstate, shift
 
 
-def key_value_gradients(k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
+def key_value_gradients(
+    k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms
+) -> tuple[jax.Array, jax.Array]:
     """Compute dk and dv from the state's gradient, which is a sum over the tokens: it is divided by their number here."""
     n = k.shape[2]
     k, v = _pad(k), _pad(v)
@@ -103,7 +115,12 @@ def key_value_gradients(k: jax.Array, v: jax.Array, dstate: jax.Array, shift: ja
     dk, dv = pl.pallas_call(
         partial(_key_value_gradients, terms, n),
         grid=(heads, padded // size),
-        in_specs=[tokens, tokens, pl.BlockSpec((None, d, d), lambda h, i: (h, 0, 0)), pl.BlockSpec((None, 1, d), lambda h, i: (h, 0, 0))],
+        in_specs=[
+            tokens,
+            tokens,
+            pl.BlockSpec((None, d, d), lambda h, i: (h, 0, 0)),
+            pl.BlockSpec((None, 1, d), lambda h, i: (h, 0, 0)),
+        ],
         out_specs=[tokens, tokens],
         out_shape=[_like(k), _like(v)],
         scratch_shapes=[pltpu.VMEM((d, d), k.dtype), *[pltpu.VMEM((d, 1), jnp.float32)] * 2],
@@ -121,10 +138,14 @@ def forward_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, terms: Terms) ->
 
 def backward_quadratic(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array, terms: Terms) -> Gradients:
     """Compute the gradient of the quadratic order in one kernel, which recomputes the weights."""
-    return Gradients(*_by_head(partial(_backward_quadratic, terms), "quadratic_attention_backward", (q, k, v, grad), (q, k, v)))
+    return Gradients(
+        *_by_head(partial(_backward_quadratic, terms), "quadratic_attention_backward", (q, k, v, grad), (q, k, v))
+    )
 
 
-def _by_head(kernel: Any, name: str, operands: tuple[jax.Array, ...], results: tuple[jax.Array, ...]) -> list[jax.Array]:
+def _by_head(
+    kernel: Any, name: str, operands: tuple[jax.Array, ...], results: tuple[jax.Array, ...]
+) -> list[jax.Array]:
     whole = pl.BlockSpec((None, *operands[0].shape[1:]), lambda h: (h, 0, 0))
     return pl.pallas_call(
         kernel,
@@ -253,7 +274,9 @@ def _scores(q: jax.Array, k: jax.Array, terms: Terms) -> jax.Array:
 def _dot(a: jax.Array, b: jax.Array, over: int, and_over: int) -> jax.Array:
     # The process default may be "highest", which Mosaic does not support for bfloat16, whose products are exact anyway.
     precision = jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (((over,), (and_over,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (((over,), (and_over,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The depthwise branch on TPUs (Mosaic): [head, batch, head_dim, token] with the tokens of an image along the lanes.
 
-A tap is a rotation of the lanes and a mask at the border. Columns are shifted first, then rows, so that a window of 5 x 5 needs
-10 rotations, not 25.
+A tap is a rotation of the lanes and a mask at the border. Columns are shifted first, then rows, so that a window of 5 x
+5 needs 10 rotations, not 25.
 """
 
 from functools import partial
@@ -18,7 +18,9 @@ MOST = 16384  # tokens
 ROOM = 32 * 4096  # elements of an image block; more would not fit into 16 MiB together with its shifted copies
 
 
-def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def depthwise(
+    v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
     """Compute onto + convolution of v, in the dtype of `onto`.
 
     v, onto: [head, batch, head_dim, token]; weight: [row, col, channel]; bias: [channel].
@@ -37,14 +39,19 @@ def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, onto: jax
 def depthwise_gradients(
     v: jax.Array, weight: jax.Array, grad: jax.Array, onto: jax.Array, grid: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute onto + gradient of v, in the dtype of `onto`; and the gradients of weight and bias, summed over the batch, in f32."""
+    """Compute onto + gradient of v, in the dtype of `onto`; and the gradients of weight and bias, summed over the
+    batch, in f32.
+    """
     call = _Call(v, weight, grid)
     rows, cols, channels = weight.shape  # of all heads
     dv, dbank = call(
         partial(_gradients, grid, (rows, cols)),
         "depthwise_gradients",
         [call.pad(v), call.pad(grad), call.pad(onto)],
-        [jax.ShapeDtypeStruct(call.pad(onto).shape, onto.dtype), jax.ShapeDtypeStruct((channels, rows * cols + 1), jnp.float32)],
+        [
+            jax.ShapeDtypeStruct(call.pad(onto).shape, onto.dtype),
+            jax.ShapeDtypeStruct((channels, rows * cols + 1), jnp.float32),
+        ],
         _bank(weight, None),
     )
     return dv[..., : v.shape[-1]], dbank[:, :-1].T.reshape(weight.shape), dbank[:, -1]
@@ -58,7 +65,9 @@ def _bank(weight: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 class _Call:
-    """The grid that both kernels share: channel tiles outside, the batch inside, so that sums over the batch stay in one block."""
+    """The grid that both kernels share: channel tiles outside, the batch inside, so that sums over the batch stay in
+    one block.
+    """
 
     def __init__(self, v: jax.Array, weight: jax.Array, grid: tuple[int, int]):
         self.heads, self.batch, self.channels, tokens = v.shape
@@ -70,7 +79,9 @@ class _Call:
     def pad(self, x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0),) * 3 + ((0, self.tokens - x.shape[-1]),)) if x.shape[-1] < self.tokens else x
 
-    def __call__(self, kernel: Any, name: str, images: list[jax.Array], results: list[jax.ShapeDtypeStruct], bank: jax.Array) -> Any:
+    def __call__(
+        self, kernel: Any, name: str, images: list[jax.Array], results: list[jax.ShapeDtypeStruct], bank: jax.Array
+    ) -> Any:
         parts = self.channels // self.size
         image = pl.BlockSpec((None, None, self.size, self.tokens), lambda h, c, b: (h, b, c, 0))
         taps = pl.BlockSpec((self.size, bank.shape[1]), lambda h, c, b: (h * parts + c, 0))
@@ -86,7 +97,9 @@ class _Call:
         )(*self.places, bank, *images)
 
 
-def _convolve(grid: tuple[int, int], window: tuple[int, int], rows: Any, cols: Any, bank: Any, v: Any, onto: Any, out: Any) -> None:
+def _convolve(
+    grid: tuple[int, int], window: tuple[int, int], rows: Any, cols: Any, bank: Any, v: Any, onto: Any, out: Any
+) -> None:
     x = v[...].astype(jnp.float32)
     shifted = [_shift(x, dx, cols[...], grid[1], 1) for dx in _reach(window[1])]
     total = onto[...].astype(jnp.float32) + bank[:, -1:]
@@ -98,7 +111,16 @@ def _convolve(grid: tuple[int, int], window: tuple[int, int], rows: Any, cols: A
 
 
 def _gradients(
-    grid: tuple[int, int], window: tuple[int, int], rows: Any, cols: Any, bank: Any, v: Any, grad: Any, onto: Any, dv: Any, dbank: Any
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    rows: Any,
+    cols: Any,
+    bank: Any,
+    v: Any,
+    grad: Any,
+    onto: Any,
+    dv: Any,
+    dbank: Any,
 ) -> None:
     x, g = v[...].astype(jnp.float32), grad[...].astype(jnp.float32)
     lines = [_shift(g, -dy, rows[...], grid[0], grid[1]) for dy in _reach(window[0])]

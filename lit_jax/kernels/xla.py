@@ -1,4 +1,6 @@
-"""`implementation="xla"`: the closed forms in jax.numpy, for every platform, shape and dtype; differentiable any number of times."""
+"""`implementation="xla"`: the closed forms in jax.numpy, for every platform, shape and dtype; differentiable any number
+of times.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ from jax.typing import DTypeLike
 from lit_jax.kernels import FeatureMap, Problem, Residuals
 
 
-def unsupported_reason(problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None) -> str | None:
+def unsupported_reason(
+    problem: Problem, head_dim: int, tokens: int, dtype: DTypeLike, window: tuple[int, int] | None
+) -> str | None:
     return None
 
 
@@ -24,11 +28,21 @@ def forward(
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None, residuals: Residuals | None, grad: jax.Array, problem: Problem
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array | None,
+    residuals: Residuals | None,
+    grad: jax.Array,
+    problem: Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     q, k, v, grad = (_token_major(x, problem) for x in (q, k, v, grad))
     how = (problem.eps, problem.offset, problem.feature_map)
-    dq, dk, dv = _backward_quadratic(q, k, v, grad, *how) if residuals is None else _backward_linear(q, k, v, residuals, grad, *how)
+    dq, dk, dv = (
+        _backward_quadratic(q, k, v, grad, *how)
+        if residuals is None
+        else _backward_linear(q, k, v, residuals, grad, *how)
+    )
     dweight = dbias = None
     if weight is not None:
         wide = _accumulator(v)
@@ -76,7 +90,9 @@ def _query(q: jax.Array, residuals: Residuals, offset: float, feature_map: Featu
     return (features / residuals.normaliser[..., None]).astype(q.dtype)
 
 
-def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map: FeatureMap) -> tuple[jax.Array, jax.Array]:
+def _weights(
+    q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map: FeatureMap
+) -> tuple[jax.Array, jax.Array]:
     """Compute weights [batch, head, token, token] and normalisers [batch, head, token]."""
     # The offset is added outside the product, so that features stay exact in low precision.
     wide = _accumulator(q)
@@ -91,9 +107,18 @@ def _weights(q: jax.Array, k: jax.Array, eps: float, offset: float, feature_map:
 
 
 def _backward_linear(
-    q: jax.Array, k: jax.Array, v: jax.Array, residuals: Residuals, grad: jax.Array, eps: float, offset: float, feature_map: FeatureMap
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    residuals: Residuals,
+    grad: jax.Array,
+    eps: float,
+    offset: float,
+    feature_map: FeatureMap,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the gradient: a pass over the queries, then over keys and values. The output is not used: its rounding would dominate dq."""
+    """Compute the gradient: a pass over the queries, then over keys and values. The output is not used: its rounding
+    would dominate dq.
+    """
     wide, tokens = _accumulator(q), q.shape[1]
     query = _query(q, residuals, offset, feature_map)
     back = _product("bnhe,bhde->bnhd", grad, residuals.state)
@@ -138,7 +163,9 @@ def _backward_quadratic(
 
 
 def check_branch(weight: jax.Array, grid: tuple[int, int] | None, tokens: int, channels: int) -> tuple[int, int]:
-    """Return the grid, square if None. Raises ValueError if it does not fit the tokens, or the filters do not fit the channels."""
+    """Return the grid, square if None. Raises ValueError if it does not fit the tokens, or the filters do not fit the
+    channels.
+    """
     height, width = grid or (round(tokens**0.5),) * 2
     if height * width != tokens:
         raise ValueError(f"{tokens} tokens are no grid of {height} x {width}: pass grid=(height, width)")
@@ -148,11 +175,14 @@ def check_branch(weight: jax.Array, grid: tuple[int, int] | None, tokens: int, c
     return height, width
 
 
-def depthwise(v: jax.Array, weight: jax.Array, bias: jax.Array | None, grid: tuple[int, int] | None = None) -> jax.Array:
-    """Convolve [batch, token, head, head_dim] depthwise as images of `grid`, zero padding; accumulated and returned in f32 or wider.
+def depthwise(
+    v: jax.Array, weight: jax.Array, bias: jax.Array | None, grid: tuple[int, int] | None = None
+) -> jax.Array:
+    """Convolve [batch, token, head, head_dim] depthwise as images of `grid`, zero padding; accumulated and returned in
+    f32 or wider.
 
-    Computed as shifted multiply-adds: a depthwise convolution maps badly to matrix units. Raises ValueError if the grid does not fit the
-    tokens.
+    Computed as shifted multiply-adds: a depthwise convolution maps badly to matrix units. Raises ValueError if the grid
+    does not fit the tokens.
     """
     batch, tokens, heads, head_dim = v.shape
     height, width = check_branch(weight, grid, tokens, heads * head_dim)
@@ -218,7 +248,9 @@ def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
     if operands[0].dtype == wide:
         return jnp.einsum(subscripts, *operands)
 
-    def widened(*operands: jax.Array) -> jax.Array:  # XLA's CPU backend lacks mixed products of some shapes; the result is the same
+    def widened(
+        *operands: jax.Array,
+    ) -> jax.Array:  # XLA's CPU backend lacks mixed products of some shapes; the result is the same
         return jnp.einsum(subscripts, *(x.astype(wide) for x in operands))
 
     def mixed(*operands: jax.Array) -> jax.Array:

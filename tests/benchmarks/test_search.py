@@ -32,7 +32,9 @@ def test_greedy_search_keeps_only_what_selection_likes():
     target = {"w": np.full((4, 4), 2.0), "v": np.zeros((4, 4))}
     base = {"w": np.zeros((4, 4)), "v": np.zeros((4, 4))}
     score = lambda p: -sum(float(np.abs(p[k] - target[k]).sum()) for k in p)  # noqa: E731
-    found = search.greedy(base, ["w", "v"], lambda name, tensor, rng: tensor + rng.standard_normal(), score, candidates=8)
+    found = search.greedy(
+        base, ["w", "v"], lambda name, tensor, rng: tensor + rng.standard_normal(), score, candidates=8
+    )
     assert found.score == score(found.params) > score(base) and found.trials == 16
     assert [step.kept for step in found.steps] == [True, False]  # v was right, every change makes it worse
     assert np.array_equal(found.params["v"], base["v"]) and len(found.accepted) == 1

@@ -30,6 +30,8 @@ def test_peak_of_a_device_kind(kind, expected):
 
 
 def test_targets_of_the_compiler():
-    found = {name: (chip.hbm, chip.bandwidth, chip.compiled_flops, chip.link, chip.cores) for name, chip in TARGETS.items()}
+    found = {
+        name: (chip.hbm, chip.bandwidth, chip.compiled_flops, chip.link, chip.cores) for name, chip in TARGETS.items()
+    }
     assert found == TARGETS_EXPECTED
     assert list(found) == list(TARGETS_EXPECTED)  # the order in which an error lists them

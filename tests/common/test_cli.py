@@ -14,9 +14,15 @@ from heirloom.common.errors import InputError
 MISTAKES = {
     "an unknown verb": (["convertt", "a", "b"], "invalid choice: 'convertt'"),
     "a missing argument": (["convert", "a"], "DEST"),
-    "a misspelt flag": (["inspect", "tinyclip/smoke", "--jsn", "x"], "unknown argument '--jsn'; did you mean '--json'?"),
+    "a misspelt flag": (
+        ["inspect", "tinyclip/smoke", "--jsn", "x"],
+        "unknown argument '--jsn'; did you mean '--json'?",
+    ),
     "an unknown recipe": (["inspect", "tinyclip/smok"], "no recipe 'tinyclip/smok'; did you mean 'tinyclip/smoke'?"),
-    "a file that is not there": (["inspect", "nowhere/model.safetensors"], "nowhere/model.safetensors: no such file or folder"),
+    "a file that is not there": (
+        ["inspect", "nowhere/model.safetensors"],
+        "nowhere/model.safetensors: no such file or folder",
+    ),
     "an unknown method": (["demo", "tinyclop"], "no method 'tinyclop'; did you mean 'tinyclip'?"),
     "an embedded model nobody has": (["inspect", "embedded:emoij"], "no embedded model 'emoij'; did you mean 'emoji'?"),
     "no run": (["report", "."], "is not a run"),
@@ -51,7 +57,9 @@ def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path
     monkeypatch.setattr(methods, "methods", lambda: {"mute": mute, "tinyclip": here["tinyclip"]})
     assert main(["demo", "mute", "--out", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "heirloom: mute has no demo; no installed method has" and lines[1].startswith("heirloom: mute has no evaluate")
+    assert lines[0] == "heirloom: mute has no demo; no installed method has" and lines[1].startswith(
+        "heirloom: mute has no evaluate"
+    )
     assert lines[2] == "heirloom: mute has no demo; tinyclip has"
 
 
@@ -69,7 +77,12 @@ def test_help_comes_before_anything_heavy_is_imported():
 def test_inspect_counts_as_published(tmp_path, capsys):
     assert main(["inspect", "tinyclip/vit_61m_32", "--json", str(tmp_path / "i.json")]) == 0
     found = json.loads((tmp_path / "i.json").read_text())
-    assert found["parameters"] == {"image": 61_411_200, "text": 28_674_048, "token_table": 25_296_896, "total": 115_382_145}
+    assert found["parameters"] == {
+        "image": 61_411_200,
+        "text": 28_674_048,
+        "token_table": 25_296_896,
+        "total": 115_382_145,
+    }
     assert round(found["macs"] / 1e9, 1) == 5.3
     out = capsys.readouterr().out
     assert "image 61,411,200" in out.replace("\n", " ")

@@ -57,7 +57,9 @@ def bound64(clean, noisy, t, noise, ratio):
 
     predicted = mean((noisy - sqrt(1 - bar[t]) * noise) / sqrt(bar[t]))
     if t:
-        return np.mean(0.5 * (spread - low - 1 + np.exp(low - spread) + (mean(clean) - predicted) ** 2 * np.exp(-spread))) / log(2)
+        return np.mean(
+            0.5 * (spread - low - 1 + np.exp(low - spread) + (mean(clean) - predicted) ** 2 * np.exp(-spread))
+        ) / log(2)
 
     def cdf(x):
         return 0.5 * (1 + np.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
@@ -72,7 +74,11 @@ def test_the_bound_agrees_with_float64(t):
     rng = np.random.default_rng(t)
     clean = np.round(rng.uniform(-1, 1, (2, 4, 4, 3)) * 127.5) / 127.5
     clean[0, 0], clean[0, 1] = -1, 1  # the open bins
-    noise, predicted, ratio = rng.standard_normal(clean.shape), rng.standard_normal(clean.shape), rng.uniform(-1, 1, clean.shape)
+    noise, predicted, ratio = (
+        rng.standard_normal(clean.shape),
+        rng.standard_normal(clean.shape),
+        rng.uniform(-1, 1, clean.shape),
+    )
     predicted = noise + 0.1 * predicted
     noisy = sqrt(FULL.alpha_bar[t]) * clean + sqrt(1 - FULL.alpha_bar[t]) * noise
     f32 = [jnp.asarray(x, jnp.float32) for x in (clean, noisy, predicted, ratio)]
@@ -91,10 +97,14 @@ def gaussian(sampler, mean=0.7, std=0.5):
     return denoise
 
 
-@pytest.mark.parametrize("make", [diffusion.ddpm, diffusion.ddim, partial(diffusion.ddim, eta=1.0)], ids=["ddpm", "ddim", "ddim, eta 1"])
+@pytest.mark.parametrize(
+    "make", [diffusion.ddpm, diffusion.ddim, partial(diffusion.ddim, eta=1.0)], ids=["ddpm", "ddim", "ddim, eta 1"]
+)
 def test_samplers_reach_the_distribution_of_the_data(make):
     sampler = make(diffusion.respace(FULL, 250))
-    x = jax.jit(lambda x, key: sampler.run(gaussian(sampler), x, key))(jax.random.normal(jax.random.key(0), (20000,)), jax.random.key(1))
+    x = jax.jit(lambda x, key: sampler.run(gaussian(sampler), x, key))(
+        jax.random.normal(jax.random.key(0), (20000,)), jax.random.key(1)
+    )
     assert float(x.mean()) == pytest.approx(0.7, abs=0.015)
     assert float(x.std()) == pytest.approx(0.5, abs=0.02)
 
@@ -113,7 +123,8 @@ def test_the_learned_ratio_chooses_the_variance():
     start, key = jnp.zeros(100_000), jax.random.key(0)
 
     def spread(ratio):
-        # one step with noise, then x = clean: with no noise predicted, the rest is a known multiple of that step's noise
+        # one step with noise, then x = clean: with no noise predicted, the rest is a known multiple of that step's
+        # noise
         x = sampler.run(lambda x, i: Prediction(jnp.zeros_like(x), jnp.full_like(x, ratio)), start, key)
         return float(x.std()) * sampler.alpha[1]
 

@@ -1,4 +1,6 @@
-"""The edge of a command: addresses it cannot serve, a disk that fails, an interruption, what killed processes left behind."""
+"""The edge of a command: addresses it cannot serve, a disk that fails, an interruption, what killed processes left
+behind.
+"""
 
 import subprocess
 import sys
@@ -57,7 +59,9 @@ def test_every_door_of_the_library_refuses_them(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["mine.py"]
 
 
-@pytest.mark.parametrize("path", ["hf:org/name@v1", "embedded:emoji", "tfds:mnist@/data", "cache:/data/x", "emoji:noto", "C:/x", "x=y"])
+@pytest.mark.parametrize(
+    "path", ["hf:org/name@v1", "embedded:emoji", "tfds:mnist@/data", "cache:/data/x", "emoji:noto", "C:/x", "x=y"]
+)
 def test_what_is_no_such_address_is_left_alone(path):
     local(path)
 
@@ -104,8 +108,13 @@ def test_a_mistake_of_ours_stays_a_traceback(monkeypatch):
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly():
-    command = f"{sys.executable} -c 'from heirloom.common.cli import main; import sys; sys.exit(main([\"inspect\", \"tinyclip/smoke\"]))'"
-    done = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    command = (
+        f'{sys.executable} -c \'from heirloom.common.cli import main; import sys; sys.exit(main(["inspect",'
+        ' "tinyclip/smoke"]))\''
+    )
+    done = subprocess.run(
+        f"{command} | true", shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.stderr == ""
 
 

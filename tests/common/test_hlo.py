@@ -10,7 +10,9 @@ def module(main, *others):
 
 
 GATHER = "%ag = f32[32,8]{1,0:T(8,128)} all-gather(%p), channel_id=3, dimensions={0}, metadata={op_name=\"jit(f)/dot\"}"  # fmt: skip
-FUSED = "\n\n".join(f"%fused.{i} (p: f32[4,8]) -> f32[32,8] {{\n  {GATHER}\n  ROOT %c = f32[32,8] copy(%ag)\n}}" for i in range(3))
+FUSED = "\n\n".join(
+    f"%fused.{i} (p: f32[4,8]) -> f32[32,8] {{\n  {GATHER}\n  ROOT %c = f32[32,8] copy(%ag)\n}}" for i in range(3)
+)
 BODY = "%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {{\n  {}\n}}"
 CONDITION = """\
 %cond (p: (f32[4,8], s32[])) -> pred[] {
@@ -30,7 +32,12 @@ FROM_2 = "  %two = s32[] constant(2)\n  %start = s32[] copy(%two)\n  %t = (f32[4
         (module(LOOP, BODY.format(GATHER), CONDITION), 12),
         (module(FROM_2 + LOOP, BODY.format(GATHER), CONDITION), 10),
         (module(LOOP, BODY.format(GATHER), CONDITION.replace("LT", "NE")), 1),
-        (module("\n".join(f"  %f.{i} = f32[32,8] fusion(%a), kind=kCustom, calls=%fused.{i}" for i in range(3)), FUSED), 1),
+        (
+            module(
+                "\n".join(f"  %f.{i} = f32[32,8] fusion(%a), kind=kCustom, calls=%fused.{i}" for i in range(3)), FUSED
+            ),
+            1,
+        ),
         (module(f"  {GATHER}\n{LOOP}", BODY.format(GATHER), CONDITION), 1 + 12),
         (
             module(
@@ -41,7 +48,13 @@ FROM_2 = "  %two = s32[] constant(2)\n  %start = s32[] copy(%two)\n  %t = (f32[4
             ),
             1,
         ),
-        (module("  %c = f32[32,8] conditional(%i, %a, %a), branch_computations={%fused.0, %fused.1}", FUSED.replace("=3", "=4", 1)), 2),
+        (
+            module(
+                "  %c = f32[32,8] conditional(%i, %a, %a), branch_computations={%fused.0, %fused.1}",
+                FUSED.replace("=3", "=4", 1),
+            ),
+            2,
+        ),
     ],
     ids=["known", "condition", "start", "unknown", "fusions", "twice", "async", "branches"],
 )
@@ -57,10 +70,18 @@ OPERANDS = "  %a = f32[128]{0} parameter(0)\n  %b = bf16[8,8]{1,0} parameter(1)\
     [
         ("(f32[128], bf16[8,8]) all-reduce(%a, %b), to_apply=%add", "all-reduce", 640),
         ("(f32[128], bf16[8,8]) all-reduce-start(%a, %b), to_apply=%add", "all-reduce", 640),
-        ("((f32[128], bf16[8,8]), (f32[512], bf16[32,8])) all-gather-start(%a, %b), dimensions={0}", "all-gather", 2560),
+        (
+            "((f32[128], bf16[8,8]), (f32[512], bf16[32,8])) all-gather-start(%a, %b), dimensions={0}",
+            "all-gather",
+            2560,
+        ),
         ("(f32[512]{0}, /*index=1*/bf16[32,8]) all-gather(%a, %b), dimensions={0}", "all-gather", 2560),
         ("f32[32]{0} reduce-scatter(%a), dimensions={0}, to_apply=%add", "reduce-scatter", 512),
-        ("(f32[128], f32[128], u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}", "collective-permute", 512),
+        (
+            "(f32[128], f32[128], u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}",
+            "collective-permute",
+            512,
+        ),
         ("f32[128]{0} all-to-all(%a), dimensions={0}", "all-to-all", 512),
     ],
 )

@@ -33,18 +33,44 @@ def hostile(tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """An environment with the wheel of this tree; what it depends on is seen where this environment has it, but not our own install."""
+    """An environment with the wheel of this tree; what it depends on is seen where this environment has it, but not our
+    own install.
+    """
     folder = tmp_path_factory.mktemp("fresh")
     wheels, env = folder / "wheels", folder / "env"
-    build = [sys.executable, "-m", "pip", "wheel", "-q", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(wheels)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        str(ROOT),
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(wheels),
+    ]
     subprocess.run(build, check=True)
     venv.create(env, with_pip=False)
     python = env / "bin" / "python"
     (wheel,) = wheels.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        str(wheel),
+    ]
     subprocess.run(install, check=True)
     (packages,) = env.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))  # paths named there have their own .pth files ignored
+    (packages / "dependencies.pth").write_text(
+        "\n".join(site.getsitepackages())
+    )  # paths named there have their own .pth files ignored
     return python
 
 

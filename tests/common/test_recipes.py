@@ -1,7 +1,7 @@
 """The resolved config of each recipe as text, so that a change of any value shows as a diff of a few lines.
 
-`golden/configs/defaults.json` has the defaults of each config class, a file per method the fields of each recipe that differ from them.
-Rewrite all with `python tests/common/test_recipes.py` and read the diff.
+`golden/configs/defaults.json` has the defaults of each config class, a file per method the fields of each recipe that
+differ from them. Rewrite all with `python tests/common/test_recipes.py` and read the diff.
 """
 
 import json
@@ -27,7 +27,9 @@ def default(field):
 
 
 def difference(value, usual=MISSING):
-    """The fields of a config that are not the defaults of its class, nested; the class is named where it is not the one of `usual`."""
+    """The fields of a config that are not the defaults of its class, nested; the class is named where it is not the one
+    of `usual`.
+    """
     if isinstance(value, list | tuple):
         return [difference(item) for item in value]
     if not is_dataclass(value):
@@ -39,7 +41,9 @@ def difference(value, usual=MISSING):
 
 
 def defaults(value, found):
-    """Adds to `found` the defaults of the class of `value` and of all classes in it: {class: {field: value}}, without required fields."""
+    """Adds to `found` the defaults of the class of `value` and of all classes in it: {class: {field: value}}, without
+    required fields.
+    """
     if isinstance(value, list | tuple):
         for item in value:
             defaults(item, found)

@@ -73,7 +73,18 @@ def recipe(tmp_path):
 
 def test_a_users_dataclass_is_a_flag_and_works_in_data_workers(recipe, tmp_path, one_device):
     def train(run, *flags):
-        small = ["--pipeline.batch", "8", "--optim.warmup", "0", "--student.width", "16", "--student.hidden", "16", "--student.heads", "2"]
+        small = [
+            "--pipeline.batch",
+            "8",
+            "--optim.warmup",
+            "0",
+            "--student.width",
+            "16",
+            "--student.hidden",
+            "16",
+            "--student.heads",
+            "2",
+        ]
         assert main(["train", str(recipe), "--run", str(tmp_path / run), *small, *flags]) == 0
         return [line["loss"] for line in MetricsFile(tmp_path / run / "metrics.jsonl").lines()]
 
@@ -91,7 +102,7 @@ def test_a_users_dataclass_is_a_flag_and_works_in_data_workers(recipe, tmp_path,
     ],
 )
 def test_an_error_names_the_recipes_line(recipe, wrong, complaint, capsys, tmp_path):
-    text = recipe.read_text().replace('    shared = {', f'    {wrong}\n    shared = {{')
+    text = recipe.read_text().replace("    shared = {", f"    {wrong}\n    shared = {{")
     recipe.write_text(text)
     line = text.splitlines().index(f"    {wrong}") + 1
     assert main(["train", str(recipe), "--run", str(tmp_path / "run")]) == 2
@@ -107,4 +118,6 @@ def test_two_recipes_of_one_file_name_keep_their_own_classes(recipe, tmp_path):
     assert (first.brighter.amount, second.brighter.amount) == (10, 0.5)
     assert config.parse(first, ["--brighter.amount", "7"], "x").brighter.amount == 7
     with pytest.raises(InputError, match="amount"):
-        config.parse(first, ["--brighter.amount", "0.7"], "x")  # a whole number in the first file, whatever was loaded since
+        config.parse(
+            first, ["--brighter.amount", "0.7"], "x"
+        )  # a whole number in the first file, whatever was loaded since

@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items):
 def hopper():
     """One H200, as a sharding."""
     try:
-        topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET)
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET
+        )
     except Exception as error:
         pytest.skip(f"no CUDA plugin of JAX (pip install 'jax[cuda13-local]'): {str(error).splitlines()[0]}")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])

@@ -1,4 +1,6 @@
-"""The kernels of linear attention go through Mosaic's and NVIDIA's compilers for sm_90, forward and backward, branch included."""
+"""The kernels of linear attention go through Mosaic's and NVIDIA's compilers for sm_90, forward and backward, branch
+included.
+"""
 
 import re
 
@@ -14,7 +16,9 @@ from lit_jax.linear_attention import linear_attention
 
 def compiled(sharding, batch, heads, d, grid, order, map_over=0, branch=False):
     """The text of result and gradients, compiled."""
-    tokens = jax.ShapeDtypeStruct((*((map_over,) if map_over else ()), batch, grid[0] * grid[1], heads, d), jnp.bfloat16, sharding=sharding)
+    tokens = jax.ShapeDtypeStruct(
+        (*((map_over,) if map_over else ()), batch, grid[0] * grid[1], heads, d), jnp.bfloat16, sharding=sharding
+    )
     weight = jnp.ones((5, 5, heads * d)) if branch else None
 
     def run(q, k, v):
@@ -35,7 +39,9 @@ def test_every_head_compiles(hopper, order, count, d):
     assert kernels(compiled(hopper, 2, 2, d, (16, 16), order)) == count
 
 
-@pytest.mark.parametrize(("d", "grid", "order"), [(288, (128, 128), "linear"), (64, (25, 40), "linear"), (576, (16, 32), "quadratic")])
+@pytest.mark.parametrize(
+    ("d", "grid", "order"), [(288, (128, 128), "linear"), (64, (25, 40), "linear"), (576, (16, 32), "quadratic")]
+)
 def test_many_odd_and_the_most_tokens(hopper, d, grid, order):
     """A single image of a single head: its state is summed in parts."""
     compiled(hopper, 1, 1, d, grid, order, branch=order == "linear")
@@ -48,8 +54,12 @@ def test_vmap(hopper):
 def test_the_module_of_the_model_transposes_nothing(hopper):
     """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or transposed."""
     sizes = dict(embed=1152, head=4, head_dim=288, filter_row=5, filter_col=5)
-    model = functional(lambda _, rngs: LinearAttention(sizes, filters="none", implementation="mosaic_gpu", rngs=rngs), None)
-    params = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=hopper) for path, leaf in model.spec.items()}
+    model = functional(
+        lambda _, rngs: LinearAttention(sizes, filters="none", implementation="mosaic_gpu", rngs=rngs), None
+    )
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=hopper) for path, leaf in model.spec.items()
+    }
     x = jax.ShapeDtypeStruct((4, 1024, 1152), jnp.bfloat16, sharding=hopper)
 
     def run(params, x):
@@ -57,5 +67,9 @@ def test_the_module_of_the_model_transposes_nothing(hopper):
 
     text = jax.jit(jax.grad(run, (0, 1))).lower(params, x).compile().as_text()
     assert kernels(text) == 6
-    moved = [line.strip()[:120] for line in text.splitlines() if re.search(r"= bf16\[[^=]*1024[^=]* (copy|transpose)\(", line)]
+    moved = [
+        line.strip()[:120]
+        for line in text.splitlines()
+        if re.search(r"= bf16\[[^=]*1024[^=]* (copy|transpose)\(", line)
+    ]
     assert not moved, moved

@@ -56,7 +56,10 @@ def test_round_trip_keeps_every_bit_and_every_key(golden, tmp_path, name):
     if format == "hf":
         assert {key: theirs[key] for key in written} == written
     else:
-        assert written["architecture"] == theirs["architecture"] and written["model_args"].items() >= theirs["model_args"].items()
+        assert (
+            written["architecture"] == theirs["architecture"]
+            and written["model_args"].items() >= theirs["model_args"].items()
+        )
 
 
 @pytest.fixture
@@ -74,11 +77,26 @@ def test_keys_of_genes_are_the_released_ones(released):
     keys = sws(released["sws"]).foreign(functional(Vit, released["sws"]).spec)
     assert keys["blocks.block.attn.qkv.instances.4.weight"].shape == (288, 96) and keys["pos_embed"].shape == (1, 4, 96)
     modules = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    instances = {f"blocks.block.{m}.instances.{s}.{leaf}" for m in modules for s in range(5) for leaf in ("weight", "bias")}
-    stem = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+    instances = {
+        f"blocks.block.{m}.instances.{s}.{leaf}" for m in modules for s in range(5) for leaf in ("weight", "bias")
+    }
+    stem = {
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        "pos_embed",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     assert keys.keys() == instances | stem
     keys = tleg(released["tleg"]).foreign(functional(Vit, released["tleg"]).spec)
-    parts = {f"blocks.block.{m}.instances.0.{leaf}_{p}" for m in modules for leaf in ("weight", "bias") for p in ("base", "ilayer")}
+    parts = {
+        f"blocks.block.{m}.instances.0.{leaf}_{p}"
+        for m in modules
+        for leaf in ("weight", "bias")
+        for p in ("base", "ilayer")
+    }
     assert keys.keys() == parts | stem
 
 
@@ -92,8 +110,15 @@ def test_google_archives_come_back_and_big_visions_names_are_read(released, fold
     assert written.keys() == google(released["google"]).foreign(functional(Vit, released["google"]).spec).keys()
     other = {"Transformer/posembed_input/pos_embedding": "pos_embedding"}
     names = {
-        key: "params/"
-        + other.get(key, key.replace("Norm_2", "Norm_1").replace("MlpBlock_3", "MlpBlock_0").replace("Attention_1", "Attention_0"))
+        key: (
+            "params/"
+            + other.get(
+                key,
+                key.replace("Norm_2", "Norm_1")
+                .replace("MlpBlock_3", "MlpBlock_0")
+                .replace("Attention_1", "Attention_0"),
+            )
+        )
         for key in written
     }
     np.savez(tmp_path / "big_vision.npz", **{names[key]: value for key, value in written.items()})
@@ -117,9 +142,17 @@ def test_google_archives_come_back_and_big_visions_names_are_read(released, fold
         (dict(), "sws", "no gene of sws"),
         (dict(gene="sws", layout=(2, 2)), "sws", "cannot tell layout"),
         (dict(), "google", "has activation gelu_tanh, this model gelu: convert with --set activation=gelu_tanh"),
-        (dict(activation="gelu_tanh", eps=1e-5), "google", "has eps 1e-06, this model 1e-05: convert with --set eps=1e-06"),
+        (
+            dict(activation="gelu_tanh", eps=1e-5),
+            "google",
+            "has eps 1e-06, this model 1e-05: convert with --set eps=1e-06",
+        ),
         (dict(pool="mean_norm"), "google", "this model has tokens 'none' and pool 'mean_norm'"),
-        (dict(tokens="cls+dist", pool="mean_norm", width=192, heads=3), "deit", "are pooled as 'mean_norm'; keep the heirloom format"),
+        (
+            dict(tokens="cls+dist", pool="mean_norm", width=192, heads=3),
+            "deit",
+            "are pooled as 'mean_norm'; keep the heirloom format",
+        ),
     ],
 )
 def test_what_a_format_cannot_say_is_refused_and_nothing_written(folder_of, tmp_path, change, to, complaint):
@@ -131,7 +164,9 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_written(folder_of, tmp_
 
 def test_settings_of_a_folder_of_ours_may_be_set_and_are_never_ignored(folder_of):
     ours = folder_of(replace(SIZES, eps=1e-12))
-    assert open_donor(ours, [FAMILY], eps="1e-6", activation="quick_gelu").cfg == replace(SIZES, eps=1e-6, activation="quick_gelu")
+    assert open_donor(ours, [FAMILY], eps="1e-6", activation="quick_gelu").cfg == replace(
+        SIZES, eps=1e-6, activation="quick_gelu"
+    )
     with pytest.raises(InputError, match="'head' cannot be set for this model; did you mean 'heads'"):
         open_donor(ours, [FAMILY], head=4)
 
@@ -154,7 +189,9 @@ def test_other_models_are_refused_by_name(golden, tmp_path, name, change, compla
 
 def test_preprocessing_travels(golden, tmp_path):
     shutil.copytree(golden[0] / "hf_vit", tmp_path / "hf")
-    write_json(tmp_path / "hf" / "preprocessor_config.json", dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=2))
+    write_json(
+        tmp_path / "hf" / "preprocessor_config.json", dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=2)
+    )
     convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "ours", "heirloom", verify=False)
     pre = preprocess_of(open_donor(tmp_path / "ours", [FAMILY])).pre
     assert (pre.mean, pre.std, pre.interpolation, pre.size) == ((0.5,) * 3, (0.25,) * 3, "bilinear", 8)

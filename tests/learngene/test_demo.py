@@ -34,7 +34,9 @@ def test_the_demo_compares_draws_and_reports(tiny, tmp_path, capsys):
     assert main(["demo", "learngene", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "demo.json")]) == 0
     told = read_json(tmp_path / "demo.json")
     assert set(told) == {"parameters", "scores", "comparison", "steps", "steps_to_scratch", "seconds", "picture"}
-    assert set(told["scores"]) == {"teacher", "inherited", "scratch"} and all(set(s) == {"top1"} for s in told["scores"].values())
+    assert set(told["scores"]) == {"teacher", "inherited", "scratch"} and all(
+        set(s) == {"top1"} for s in told["scores"].values()
+    )
     arms = told["comparison"]["arms"]
     assert set(arms) == {"sws-2", "scratch-2"} and all(len(arm["top1"]) == 2 for arm in arms.values())
     assert arms["sws-2"]["top1"][0] == told["comparison"]["genes"]["sws"]["top1"]

@@ -66,13 +66,18 @@ def test_folders_by_the_models_names_count_as_those(model, pictures, drawn, tmp_
         assert "its class 'apple' is not one of the class names (one, two, three)" in capsys.readouterr().out
         write_labels(model, ("apple", "two"))
         assert main(["eval", str(model), "--data", str(tmp_path / "d")]) == 2
-        said = f"heirloom: {model / 'labels.json'} has 2 class names, and the model 3 classes: give one for each, or none\n"
+        said = (
+            f"heirloom: {model / 'labels.json'} has 2 class names, and the model 3 classes: give one for each, or"
+            " none\n"
+        )
         assert capsys.readouterr().err == said
     finally:
         (model / "labels.json").unlink()
 
 
-@pytest.mark.parametrize(("labels", "message"), [((1, 2, 3), "label is 3"), ((-1, 0, 1), "label is -1"), ((0, 1.5, 2), "label is '0.0'")])
+@pytest.mark.parametrize(
+    ("labels", "message"), [((1, 2, 3), "label is 3"), ((-1, 0, 1), "label is -1"), ((0, 1.5, 2), "label is '0.0'")]
+)
 def test_labels_that_are_no_class_are_refused(model, pictures, tmp_path, capsys, labels, message):
     with open(tmp_path / "a.csv", "w", newline="") as file:
         rows = csv.writer(file)

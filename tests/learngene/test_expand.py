@@ -34,7 +34,9 @@ COUNTS = {
 
 def test_the_published_map():
     assert layer_map(12, 5) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert [layer_map(6, 4).count(s) for s in range(4)] == [2, 2, 1, 1] and layer_map(12, 4) == unrolled_map((3, 3, 3, 3))
+    assert [layer_map(6, 4).count(s) for s in range(4)] == [2, 2, 1, 1] and layer_map(12, 4) == unrolled_map(
+        (3, 3, 3, 3)
+    )
 
 
 @pytest.mark.parametrize("depth", COUNTS)
@@ -108,7 +110,10 @@ def test_a_gene_expands_by_rule_by_layout_and_by_list(cut, gene, draw):
     assert rows(cut("expand", own, gene.of_depth(5))[0], own) == [0, 0, 1, 1, 1]  # the auxiliary net's own layout
     assert rows(cut("expand", own, gene.of_depth(3), (1, 0, 1))[0], own) == [1, 0, 1]
     assert rows(cut("shuffled", own, gene.of_depth(3))[0], own) == [1, 1, 0]
-    for layers, complaint in (((0, 1), "the map has 2 layers, the student 3"), ((0, 1, 2), "names stage 2: choose stages 0 to 1")):
+    for layers, complaint in (
+        ((0, 1), "the map has 2 layers, the student 3"),
+        ((0, 1, 2), "names stage 2: choose stages 0 to 1"),
+    ):
         with pytest.raises(InputError, match=complaint):
             cut("expand", own, gene.of_depth(3), layers)
 
@@ -128,7 +133,9 @@ def test_heads_follow_the_label_set_and_positions_the_resolution(cut, gene, draw
 
 def test_positions_are_resampled_as_torch_does(cut, golden):
     expected = np.load(golden[0].parent / "bicubic.npz")
-    spec = functional(Vit, VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))).spec
+    spec = functional(
+        Vit, VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))
+    ).spec
     cfg = VitConfig(size=28, patch=4, width=3, heads=1, hidden=4, layers=1, classes=2, gene="sws", layout=(1,))
     values = {path: np.zeros(leaf.shape, np.float32) for path, leaf in spec.items()} | {"position": expected["input"]}
     for size, name in ((48, "up"), (20, "down")):
@@ -142,7 +149,9 @@ def test_weight_selection_takes_the_published_rows(cut, donor, gene):
     small = replace(gene.of_depth(2), width=8, hidden=12, heads=2)
     made, fresh = cut("select", donor, small)
     theirs = donor[1].values
-    np.testing.assert_array_equal(made["blocks/mlp/up/kernel"], theirs["blocks/mlp/up/kernel"][:2, ::2][:, :, evenly(32, 12).rows])
+    np.testing.assert_array_equal(
+        made["blocks/mlp/up/kernel"], theirs["blocks/mlp/up/kernel"][:2, ::2][:, :, evenly(32, 12).rows]
+    )
     query = theirs["blocks/attn/query/kernel"].reshape(6, 16, 16)[:2, ::2, ::2].reshape(2, 8, 2, 4)
     np.testing.assert_array_equal(made["blocks/attn/query/kernel"], query)
     np.testing.assert_array_equal(made["head/kernel"], fresh["head/kernel"])
@@ -173,7 +182,9 @@ def test_a_gene_is_no_donor_for_the_relatives(gene):
 def test_mimetic_attention_is_near_the_identity(gene):
     cfg = replace(gene.of_depth(2), width=64, heads=4)
     kernels = mimetic(cfg, jax.random.key(0))
-    query, key, value, out = (kernels[f"blocks/attn/{name}/kernel"].astype(np.float64) for name in ("query", "key", "value", "out"))
+    query, key, value, out = (
+        kernels[f"blocks/attn/{name}/kernel"].astype(np.float64) for name in ("query", "key", "value", "out")
+    )
     product = np.einsum("ldhk,lhke->lde", value, out)
     diagonal = np.eye(64, dtype=bool)
     assert abs(product[:, diagonal].mean() + 0.4) < 0.03 and abs(product[:, ~diagonal].std() - 0.4 / 8) < 0.005
@@ -207,7 +218,9 @@ def test_ligo_keeps_the_function_when_only_the_mlp_grows(donor, images):
     """Without noise, units repeated where they are written and divided where they are read compute the same."""
     cfg, source = donor
     student = replace(cfg, hidden=64)
-    matrices = ligo.first_matrices(cfg, student, seed=0) | {f"layer {group}": np.eye(6, dtype=np.float32) for group in ligo.GROUPS}
+    matrices = ligo.first_matrices(cfg, student, seed=0) | {
+        f"layer {group}": np.eye(6, dtype=np.float32) for group in ligo.GROUPS
+    }
     small, large = functional(Vit, cfg), functional(Vit, student)
     params = graft(ligo.plan(cfg, student, matrices), source, large.spec, None, large.init)
     np.testing.assert_allclose(

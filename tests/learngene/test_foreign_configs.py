@@ -46,12 +46,21 @@ def args(**fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(model_type="vit_msn"), r"model_type is 'vit_msn', a masked siamese network \(ViT-MSN\): of transformers, only classifiers"),
+        (
+            dict(model_type="vit_msn"),
+            r"model_type is 'vit_msn', a masked siamese network \(ViT-MSN\): of transformers, only classifiers",
+        ),
         (dict(model_type="vit_mae"), r"model_type is 'vit_mae', a masked autoencoder \(ViT-MAE\): of transformers"),
         (dict(model_type="yolos"), "model_type is 'yolos', a YOLOS, which detects objects: of"),
-        (dict(model_type="vitt"), "model_type is 'vitt': of transformers, only classifiers of ViT and DeiT can be read$"),
+        (
+            dict(model_type="vitt"),
+            "model_type is 'vitt': of transformers, only classifiers of ViT and DeiT can be read$",
+        ),
         (dict(model_type="deit"), "model_type is 'deit', and the tensors are those of 'vit'"),
-        (dict(architectures=["ViTModel"]), r"architectures is \['ViTModel'\] \(not the classifier that has these tensors\)"),
+        (
+            dict(architectures=["ViTModel"]),
+            r"architectures is \['ViTModel'\] \(not the classifier that has these tensors\)",
+        ),
         (dict(architectures=["ViTForMaskedImageModeling"]), r"architectures is \['ViTForMaskedImageModeling'\]"),
         (dict(architectures=["DeiTForImageClassificationWithTeacher"]), "architectures is .*ViTForImageClassification"),
         (dict(architectures="ViTForImageClassification"), "architectures is 'ViTForImageClassification'"),
@@ -80,8 +89,12 @@ def test_a_hugging_face_config_is_read_or_refused(fields, message, folder):
 
 def test_hugging_face_settings_that_shapes_cannot_tell(read):
     plain = read("hf_vit")
-    assert read("hf_vit", hidden_act="gelu_new", layer_norm_eps=1e-6) == replace(plain, activation="gelu_tanh", eps=1e-6)
-    assert read("hf_vit", num_attention_heads=4, image_size=[8, 8], pooler_act="relu", encoder_stride=32) == replace(plain, heads=4)
+    assert read("hf_vit", hidden_act="gelu_new", layer_norm_eps=1e-6) == replace(
+        plain, activation="gelu_tanh", eps=1e-6
+    )
+    assert read("hf_vit", num_attention_heads=4, image_size=[8, 8], pooler_act="relu", encoder_stride=32) == replace(
+        plain, heads=4
+    )
     assert read("hf_vit", interpolate_pos_encoding=True, architectures=None, num_labels=5) == plain
 
 
@@ -96,18 +109,33 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
         (dict(architecture="vit_base_patch16_siglip_224"), "global_pool is 'map'"),
         (args(reg_tokens=4), r"reg_tokens is 4 \(register tokens\)"),
         (dict(architecture="vit_base_patch32_clip_224"), r"pre_norm is True \(a norm before the blocks\)"),
-        (dict(architecture="vit_small_r26_s32_224"), r"embed_layer is 'HybridEmbed' \(a stem that is not one convolution\)"),
-        (dict(architecture="deit_tiny_distilled_patch16_224"), "5 positions, which are not a square of patches and 2 tokens"),
+        (
+            dict(architecture="vit_small_r26_s32_224"),
+            r"embed_layer is 'HybridEmbed' \(a stem that is not one convolution\)",
+        ),
+        (
+            dict(architecture="deit_tiny_distilled_patch16_224"),
+            "5 positions, which are not a square of patches and 2 tokens",
+        ),
         (args(act_layer="relu"), "act_layer is 'relu'"),
         (args(norm_layer="rmsnorm"), "norm_layer is 'rmsnorm'; only models where it is 'layernorm'"),
-        (args(norm_layer="layernorm eps=1e-3"), "norm_layer is 'layernorm eps=1e-3'; only models where it is 'layernorm'"),
+        (
+            args(norm_layer="layernorm eps=1e-3"),
+            "norm_layer is 'layernorm eps=1e-3'; only models where it is 'layernorm'",
+        ),
         (args(norm_layer="layernorm eps=x"), "norm_layer is 'layernorm eps=x'"),
         (args(norm_layer=1e-3), "norm_layer is 0.001, and must be a string"),
-        (args(**{"class": "VisionTransformerDistilled"}), "class is 'VisionTransformerDistilled', which timm builds no VisionTransformer"),
+        (
+            args(**{"class": "VisionTransformerDistilled"}),
+            "class is 'VisionTransformerDistilled', which timm builds no VisionTransformer",
+        ),
         (args(block_fn="Block"), "block_fn is 'Block', which timm builds no VisionTransformer with; remove it"),
         (args(attn_layer="Attention"), "attn_layer is 'Attention'"),
         (args(drop_rate={"rate": 0}), "'drop_rate' is of type dict; only numbers, texts and lists"),
-        (dict(pretrained_cfg={"label_offset": 1}), r"pretrained_cfg: label_offset is 1 \(logits in front of those of the classes\)"),
+        (
+            dict(pretrained_cfg={"label_offset": 1}),
+            r"pretrained_cfg: label_offset is 1 \(logits in front of those of the classes\)",
+        ),
         (args(img_size=[4, 16]), r"img_size is \[4, 16\]; only squares"),
         (args(img_size=12), "img_size is 12, and the weights have 8"),
         (args(patch_size=[4, 2]), r"patch_size is \[4, 2\]; only squares"),
@@ -128,7 +156,10 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
         (dict(num_classes=4), "num_classes is 4, and the weights have 5"),
         (dict(num_features=17), "num_features is 17, and the weights have 16"),
         (dict(global_pool="avg"), "global_pool is 'avg' .*only models where it is 'token'"),
-        (dict(pretrained_cfg={"input_size": [3, 8, 16], "fixed_input_size": True}, **args(img_size=None)), r"img_size is \[8, 16\]"),
+        (
+            dict(pretrained_cfg={"input_size": [3, 8, 16], "fixed_input_size": True}, **args(img_size=None)),
+            r"img_size is \[8, 16\]",
+        ),
         (dict(pretrained_cfg={"patch": 4}), "pretrained_cfg: the field 'patch'"),
         (dict(model_type="vit"), "model_type is 'vit'"),
         (dict(head_bias=True), "the field 'head_bias'"),
@@ -143,15 +174,21 @@ def test_a_timm_config_is_read_or_refused(fields, message, folder):
 def test_timm_settings_that_shapes_cannot_tell(read):
     plain = read("timm_cls")
     assert (plain.activation, plain.eps, plain.pool) == ("gelu", 1e-6, "cls")
-    assert read("timm_cls", **args(act_layer="gelu_tanh", num_heads=4)) == replace(plain, activation="gelu_tanh", heads=4)
+    assert read("timm_cls", **args(act_layer="gelu_tanh", num_heads=4)) == replace(
+        plain, activation="gelu_tanh", heads=4
+    )
     assert read("timm_cls", **args(global_pool="avg", fc_norm=False)) == replace(plain, pool="norm_mean")
     # This name's function sets an eps of 1e-5; what else it sets is overridden.
     clip = dict(architecture="vit_base_patch16_clip_224", **args(pre_norm=False))
     assert read("timm_cls", **clip) == replace(plain, eps=1e-5)
-    implied = args(num_heads=None, class_token=None, global_pool=None, fc_norm=None)  # timm leaves the name's own in place of None
+    implied = args(
+        num_heads=None, class_token=None, global_pool=None, fc_norm=None
+    )  # timm leaves the name's own in place of None
     gap = read("timm_norm_mean", architecture="vit_base_patch16_gap_224", **implied)
     assert gap == replace(plain, heads=16, tokens="none", pool="norm_mean")
-    harmless = args(drop_path_rate=0.1, proj_drop_rate=0.1, weight_init="jax", dynamic_img_size=True, init_values=None, reg_tokens=0)
+    harmless = args(
+        drop_path_rate=0.1, proj_drop_rate=0.1, weight_init="jax", dynamic_img_size=True, init_values=None, reg_tokens=0
+    )
     assert read("timm_cls", **harmless, model_type="timm_wrapper", do_pooling=True, torch_dtype="float32") == plain
 
 
@@ -170,7 +207,10 @@ def test_a_name_implies_its_arguments():
 def bare(golden, tmp_path):
     """`bare(about)`: the tensors of a golden as a trainer saves them."""
     torch = pytest.importorskip("torch")
-    tensors = {key: torch.tensor(value) for key, value in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
+    tensors = {
+        key: torch.tensor(value)
+        for key, value in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()
+    }
 
     def make(**about):
         torch.save({"model": tensors} | about, tmp_path / "checkpoint.pth")
@@ -181,11 +221,15 @@ def bare(golden, tmp_path):
 
 def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path, capsys):
     shutil.copy(golden[0] / "timm_cls" / "model.safetensors", tmp_path / "vit.safetensors")
-    with pytest.raises(InputError, match=r"vit\.safetensors: the number of heads is unknown.* a width of 16; give --set heads=VALUE"):
+    with pytest.raises(
+        InputError, match=r"vit\.safetensors: the number of heads is unknown.* a width of 16; give --set heads=VALUE"
+    ):
         open_donor(tmp_path / "vit.safetensors", [FAMILY])
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)
-    with pytest.warns(Remark, match=r"eps = 1e-06 is a guess: the weights do not contain it \(--set eps=VALUE overrides it\)"):
+    with pytest.warns(
+        Remark, match=r"eps = 1e-06 is a guess: the weights do not contain it \(--set eps=VALUE overrides it\)"
+    ):
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
     assert [guess.name for guess in donor.guesses] == ["activation", "eps", "size", "pool"]
     with warnings.catch_warnings():
@@ -193,14 +237,25 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         told = dict(heads=4, activation="quick_gelu", eps="1e-5", pool="norm_mean", size=8)
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told)
     assert donor.guesses == ()
-    assert (donor.cfg.heads, donor.cfg.activation, donor.cfg.eps, donor.cfg.pool) == (4, "quick_gelu", 1e-5, "norm_mean")
-    for wrong, message in ((dict(pool="map"), "unknown pool 'map'"), (dict(eps="0"), "eps is 0: write a number between 0 and 1")):
+    assert (donor.cfg.heads, donor.cfg.activation, donor.cfg.eps, donor.cfg.pool) == (
+        4,
+        "quick_gelu",
+        1e-5,
+        "norm_mean",
+    )
+    for wrong, message in (
+        (dict(pool="map"), "unknown pool 'map'"),
+        (dict(eps="0"), "eps is 0: write a number between 0 and 1"),
+    ):
         with pytest.raises(InputError, match=message):
             open_donor(tmp_path / "vit.safetensors", [FAMILY], **wrong)
     flags = ["--set", "heads=2", "--set", "activation=gelu", "--set", "size=8", "--no-verify"]
     assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), *flags]) == 0
     saved = json.loads((tmp_path / "ours" / "verify.json").read_text())["guessed"]
-    assert [text.split()[0] for text in saved] == ["eps", "pool"] and "eps = 1e-06 is a guess" in capsys.readouterr().out
+    assert [text.split()[0] for text in saved] == [
+        "eps",
+        "pool",
+    ] and "eps = 1e-06 is a guess" in capsys.readouterr().out
 
 
 def test_a_trainers_arguments_tell_the_model(bare):
@@ -208,13 +263,27 @@ def test_a_trainers_arguments_tell_the_model(bare):
     sizes = dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2, patch_size=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Remark)
-        args_ = dict(model="vit_base_patch32_siglip_gap_256", input_size=8, nb_classes=5, model_kwargs=sizes | dict(class_token=True))
+        args_ = dict(
+            model="vit_base_patch32_siglip_gap_256",
+            input_size=8,
+            nb_classes=5,
+            model_kwargs=sizes | dict(class_token=True),
+        )
         cfg = open_donor(bare(args=args_), [FAMILY]).cfg
     assert (cfg.activation, cfg.pool, cfg.heads) == ("gelu_tanh", "norm_mean", 2)
     for args_, message in (
-        (dict(model="deit_small_patch16_224"), r"the tensors \(deit_small_patch16_224\): embed_dim is 384, and the weights have 16"),
-        (dict(model="vit_tiny_patch16_224", model_kwargs=sizes, input_size=16), "img_size is 16, and the weights have 8"),
-        (dict(model="vit_tiny_patch16_224", model_kwargs=sizes, nb_classes=4), "num_classes is 4, and the weights have 5"),
+        (
+            dict(model="deit_small_patch16_224"),
+            r"the tensors \(deit_small_patch16_224\): embed_dim is 384, and the weights have 16",
+        ),
+        (
+            dict(model="vit_tiny_patch16_224", model_kwargs=sizes, input_size=16),
+            "img_size is 16, and the weights have 8",
+        ),
+        (
+            dict(model="vit_tiny_patch16_224", model_kwargs=sizes, nb_classes=4),
+            "num_classes is 4, and the weights have 5",
+        ),
         (dict(model="deit3_small_patch16_224", model_kwargs=sizes), "LayerScale"),
     ):
         with pytest.raises(InputError, match=message):
@@ -271,7 +340,10 @@ def test_a_trainers_arguments_are_compared_whatever_the_models_name(bare, told, 
 def test_a_timm_name_and_other_arguments_that_contradict_it(bare):
     kwargs = dict(embed_dim=16, depth=2, num_heads=2, mlp_ratio=2, patch_size=4)
     known = dict(model="vit_tiny_patch16_224", model_kwargs=kwargs, img_size=8, nb_classes=5)
-    with pytest.warns(Remark, match=r"heads = 2 is a guess: timm's vit_tiny_patch16_224 has as many, and num_heads is 4 in the trainer"):
+    with pytest.warns(
+        Remark,
+        match=r"heads = 2 is a guess: timm's vit_tiny_patch16_224 has as many, and num_heads is 4 in the trainer",
+    ):
         assert open_donor(bare(args=known | dict(num_heads=4)), [FAMILY]).cfg.heads == 2
     with pytest.raises(InputError, match="patch_size is 16, and the weights have 4"):
         open_donor(bare(args=known | dict(patch_size=16)), [FAMILY])
@@ -279,9 +351,14 @@ def test_a_timm_name_and_other_arguments_that_contradict_it(bare):
 
 def test_a_norm_of_the_class_token_has_the_tensors_of_a_norm_of_the_mean(golden, tmp_path):
     tensors = {k: v.copy() for k, v in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
-    renamed = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value for key, value in tensors.items()}
+    renamed = {
+        key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value for key, value in tensors.items()
+    }
     save_file(renamed, tmp_path / "vit.safetensors")
-    with pytest.warns(Remark, match=r"pool = mean_norm is a guess: .* the class token with a separate norm \(cls\) has the same tensors"):
+    with pytest.warns(
+        Remark,
+        match=r"pool = mean_norm is a guess: .* the class token with a separate norm \(cls\) has the same tensors",
+    ):
         assert open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2).cfg.pool == "mean_norm"
     told = dict(heads=2, activation="gelu", eps="1e-6", size=8)
     donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], **told, pool="cls")
@@ -309,9 +386,13 @@ def test_a_conversion_says_each_guess_once_and_names_no_folder_that_goes_again(g
     assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "ours"), "--set", "heads=2"]) == 0
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "timm"), "--to", "timm"]) == 0
     said = "".join(capsys.readouterr())
-    assert [said.count(f"{name} = ") for name in ("activation", "eps", "size", "pool")] == [1] * 4 and ".partial" not in said
+    assert [said.count(f"{name} = ") for name in ("activation", "eps", "size", "pool")] == [
+        1
+    ] * 4 and ".partial" not in said
     wide = VitConfig(size=8, patch=4, width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls")
-    assert main(["convert", str(folder_of(wide, "wide")), str(tmp_path / "deit"), "--to", "deit"]) == 0  # read again, everything is a guess
+    assert (
+        main(["convert", str(folder_of(wide, "wide")), str(tmp_path / "deit"), "--to", "deit"]) == 0
+    )  # read again, everything is a guess
     said = "".join(capsys.readouterr())
     assert "is a guess" not in said and ".partial" not in said
 

@@ -47,14 +47,20 @@ def test_what_a_format_assumes_is_said(golden, name, mean, shape, whose):
 
 def test_an_old_folder_does_not_record_its_crop(folder_of, pictures, capsys):
     folder = folder_of(VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=2))
-    write_json(folder / "preprocess.json", dict(size=8, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", scale=[0.08, 1.0]))
+    write_json(
+        folder / "preprocess.json",
+        dict(size=8, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", scale=[0.08, 1.0]),
+    )
     found = preprocess_of(open_donor(folder, [FAMILY]))
     assert found.pre.resize == 9 and "does not record the crop; 0.875 of the side is assumed" in found.note
     command = ["eval", str(folder), "--data", str(pictures)]
     assert main(command) == 0 and capsys.readouterr().out.count("does not record the crop") == 1
     assert main([*command, "--crop", "0.5"]) == 0 and "crop" not in capsys.readouterr().out
     assert main([*command, "--crop", "1.5"]) == 2
-    assert "crop is 1.5: give the share of the side that the centre crop keeps, above 0 and at most 1\n" in capsys.readouterr().err
+    assert (
+        "crop is 1.5: give the share of the side that the centre crop keeps, above 0 and at most 1\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,10 @@ def test_evaluation_shows_what_the_checkpoint_was_trained_with(pre, pictures):
 def test_training_crops_leave_the_margin_out(pictures):
     record = {"key": "a", "image": (pictures / "a" / "a.png").read_bytes(), "label": 0}
     rng = np.random.default_rng(0)
-    seen = [Example(AugmentConfig(crop="shift"), pre)(record, rng)["image"] for pre in (Preprocess(8), Preprocess(8, resize=12))]
+    seen = [
+        Example(AugmentConfig(crop="shift"), pre)(record, rng)["image"]
+        for pre in (Preprocess(8), Preprocess(8, resize=12))
+    ]
     np.testing.assert_array_equal(*seen)
     with pytest.raises(InputError, match=r"^a\.png: this picture does not decode"):
         Example(AugmentConfig(crop="shift"), Preprocess(8))({"key": "a.png", "image": b"x", "label": 0}, rng)
@@ -102,10 +111,15 @@ def test_every_format_keeps_the_preprocessing(golden, tmp_path, to):
     convert(open_donor(golden[0] / source, [FAMILY]), tmp_path / "ours", "heirloom", verify=False)
     if to == "google":
         about = read_json(tmp_path / "ours" / "config.json")
-        write_json(tmp_path / "ours" / "config.json", about | {"model": about["model"] | dict(activation="gelu_tanh", eps=1e-6)})
+        write_json(
+            tmp_path / "ours" / "config.json",
+            about | {"model": about["model"] | dict(activation="gelu_tanh", eps=1e-6)},
+        )
     pre.save(tmp_path / "ours")
     convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "out", to, verify=False)
-    found = preprocess_of(open_donor(tmp_path / "out", [FAMILY], **({"activation": "gelu_tanh"} if to == "google" else {}))).pre
+    found = preprocess_of(
+        open_donor(tmp_path / "out", [FAMILY], **({"activation": "gelu_tanh"} if to == "google" else {}))
+    ).pre
     same = replace(found, corner=pre.corner, background=pre.background)
     assert same == pre and found.corner == ("down" if to == "hf" else "round")
 

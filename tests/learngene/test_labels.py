@@ -35,7 +35,10 @@ def folder(golden, tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("hf_vit", dict(id2label={str(i): name for i, name in reversed(list(enumerate(NAMES)))})),  # label2id has LABEL_0 and so on
+        (
+            "hf_vit",
+            dict(id2label={str(i): name for i, name in reversed(list(enumerate(NAMES)))}),
+        ),  # label2id has LABEL_0 and so on
         ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict(zebra=0, apple=1, moon=2, crane=4))),
         ("timm_cls", dict(label_names=list(NAMES))),
         ("timm_cls", dict(label_names={str(i): name for i, name in enumerate(NAMES)})),
@@ -46,7 +49,11 @@ def test_names_are_read_carried_and_written_back(folder, tmp_path, name, fields)
     donor = open_donor(folder(name, **fields), [FAMILY])
     assert labels_of(donor) == NAMES
     convert(donor, tmp_path / "ours", "heirloom", verify=False)
-    assert json.loads((tmp_path / "ours" / "labels.json").read_text()) == list(NAMES) == list(read_labels(tmp_path / "ours"))
+    assert (
+        json.loads((tmp_path / "ours" / "labels.json").read_text())
+        == list(NAMES)
+        == list(read_labels(tmp_path / "ours"))
+    )
     convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", donor.format, verify=False)
     assert labels_of(open_donor(tmp_path / "back", [FAMILY])) == NAMES
     config = read_json(tmp_path / "back" / "config.json")
@@ -55,7 +62,9 @@ def test_names_are_read_carried_and_written_back(folder, tmp_path, name, fields)
 
 def test_a_file_without_a_place_for_names_has_them_next_to_it(folder_of, tmp_path):
     pytest.importorskip("torch")  # a file of torch is written
-    ours = folder_of(VitConfig(size=8, patch=4, width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls"))
+    ours = folder_of(
+        VitConfig(size=8, patch=4, width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls")
+    )
     write_labels(ours, NAMES)
     convert(open_donor(ours, [FAMILY]), tmp_path / "deit", "deit", verify=False)
     assert labels_of(open_donor(tmp_path / "deit", [FAMILY])) == NAMES
@@ -73,15 +82,35 @@ def test_numbered_labels_are_no_names(golden, tmp_path):
     [
         ("hf_vit", dict(id2label={"0": "ant", "1": "bee"}), "config.json has 2 class names, and the model 5 classes"),
         ("hf_vit", dict(id2label={"0": "ant", "2": "bee"}), "id2label: its numbers are not 0 to 1"),
-        ("hf_vit", dict(id2label={"0": "LABEL_0", "1": "LABEL_1"}), "config.json has 2 class names, and the model 5 classes"),
+        (
+            "hf_vit",
+            dict(id2label={"0": "LABEL_0", "1": "LABEL_1"}),
+            "config.json has 2 class names, and the model 5 classes",
+        ),
         ("hf_vit", dict(id2label=list(NAMES)), "id2label is .*, and must be an object from numbers to names"),
         ("hf_vit", dict(id2label=None), "id2label is None, and must be an object"),
         ("hf_vit", dict(id2label={}), "id2label is {}, and must be an object"),
-        ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict.fromkeys(NAMES, 0)), "id2label and label2id contradict each other about 'apple'"),
-        ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict(zebra=0, apple=1, moon=2)), "contradict each other about 'crane'"),
-        ("hf_vit", dict(label2id=dict(zebra=0, apple=1, moon=2, crane=3, ant=4)), "contradict each other about 'zebra'"),
+        (
+            "hf_vit",
+            dict(id2label=BY_NUMBER, label2id=dict.fromkeys(NAMES, 0)),
+            "id2label and label2id contradict each other about 'apple'",
+        ),
+        (
+            "hf_vit",
+            dict(id2label=BY_NUMBER, label2id=dict(zebra=0, apple=1, moon=2)),
+            "contradict each other about 'crane'",
+        ),
+        (
+            "hf_vit",
+            dict(label2id=dict(zebra=0, apple=1, moon=2, crane=3, ant=4)),
+            "contradict each other about 'zebra'",
+        ),
         ("hf_vit", dict(label2id=list(NAMES)), "label2id must be an object from names to whole numbers"),
-        ("timm_cls", dict(label_names=list(NAMES), pretrained_cfg=TURNED), "and pretrained_cfg: label_names name the classes diff"),
+        (
+            "timm_cls",
+            dict(label_names=list(NAMES), pretrained_cfg=TURNED),
+            "and pretrained_cfg: label_names name the classes diff",
+        ),
         ("timm_cls", dict(label_names=list(NAMES) * 2), "config.json has 10 class names, and the model 5 classes"),
         ("timm_cls", dict(label_names=["ant", 2, "c", "d", "e"]), "label_names: class names are texts"),
     ],

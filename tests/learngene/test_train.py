@@ -73,9 +73,14 @@ def gene_config(data):
 
 @pytest.fixture(scope="module")
 def comparison(gene_config):
-    shared = {name: getattr(gene_config, name) for name in ("data", "storage", "pipeline", "held_out", "crop", "log_every", "eval_every")}
+    shared = {
+        name: getattr(gene_config, name)
+        for name in ("data", "storage", "pipeline", "held_out", "crop", "log_every", "eval_every")
+    }
     conv = ConvConfig(size=8, widths=(16,), blocks=1, classes=3)
-    teacher = TeacherConfig(student=conv, optim=replace(CONVNET_ADAMW, lr=2e-2, warmup=2), steps=72, save_every=72, **shared)
+    teacher = TeacherConfig(
+        student=conv, optim=replace(CONVNET_ADAMW, lr=2e-2, warmup=2), steps=72, save_every=72, **shared
+    )
     rates = {name: replace(ADAMW, lr=1e-3, warmup=0) for name in ("tune", "scratch")}
     return Comparison(gene=gene_config, teacher=teacher, depths=(4,), methods=("sws", "kd"), epochs=1, **rates)
 
@@ -103,7 +108,9 @@ def test_before_its_first_step_a_descendant_of_the_same_layout_is_the_auxiliary_
     assert results["arms"]["sws-4"]["top1"][0] == results["genes"]["sws"]["top1"]
     recipe = descendant(comparison, "shuffled", 4, str(folder / "gene-sws" / "model"), "")
     loss = runner.evaluate(recipe, recipe.parts()).metrics["loss"]
-    assert loss > 1.02 * results["arms"]["sws-4"]["loss"][0]  # these colours survive any order of two stages, but less surely
+    assert (
+        loss > 1.02 * results["arms"]["sws-4"]["loss"][0]
+    )  # these colours survive any order of two stages, but less surely
     assert results["arms"]["kd-4"]["top1"][0] < 0.7
 
 
@@ -159,10 +166,25 @@ def test_ligo_trains_its_maps_once_for_score_run_and_record(comparison, compared
 def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, tmp_path, capsys, monkeypatch):
     folder, _ = compared
     monkeypatch.setattr(config, "load", lambda name, flags=(): comparison)
-    command = ["compare", "mine", "--run", str(folder), "--depths", "4", "--methods", "sws,kd", "--json", str(tmp_path / "c.json")]
+    command = [
+        "compare",
+        "mine",
+        "--run",
+        str(folder),
+        "--depths",
+        "4",
+        "--methods",
+        "sws,kd",
+        "--json",
+        str(tmp_path / "c.json"),
+    ]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if line[:3] in ("tea", "sws", "kd ")] == ["teacher", "sws", "kd"]
+    assert [line.split()[0] for line in out.splitlines() if line[:3] in ("tea", "sws", "kd ")] == [
+        "teacher",
+        "sws",
+        "kd",
+    ]
     assert set(read_json(tmp_path / "c.json")["arms"]) == {"sws-4", "kd-4"}
 
 
@@ -174,12 +196,27 @@ def test_the_command_compares_a_gene_and_prints_one_table(compared, comparison, 
         (["compare", "learngene/emoji", "--cost", "6-15"], "leave CONFIG and its flags out"),
         (["compare", "learngene/smoke", "--run", "x"], "names no teacher, and none to train"),
         (["compare", "--cost", "six"], "write 6-15, or 4,6,8"),
-        (["compare", "learngene/emoji", "--run", "x", "--methods", "sws,tlg"], "unknown method 'tlg'; did you mean 'tleg'?"),
-        (["compare", "learngene/emoji", "--run", "x", "--methods", "interlace", "--depths", "7"], "and interlacing 3 gives at most 6"),
-        (["train", "learngene/smoke", "--run", "x", "--distill.alpha", "1"], "set --distill.alpha 0 to learn from labels alone"),
+        (
+            ["compare", "learngene/emoji", "--run", "x", "--methods", "sws,tlg"],
+            "unknown method 'tlg'; did you mean 'tleg'?",
+        ),
+        (
+            ["compare", "learngene/emoji", "--run", "x", "--methods", "interlace", "--depths", "7"],
+            "and interlacing 3 gives at most 6",
+        ),
+        (
+            ["train", "learngene/smoke", "--run", "x", "--distill.alpha", "1"],
+            "set --distill.alpha 0 to learn from labels alone",
+        ),
         (["train", "learngene/smoke", "--run", "x", "--teacher", "logits"], "belong to unchanged pictures"),
-        (["train", "learngene/smoke", "--run", "x", "--augment.crop", "resized"], "resized crops and RandAugment need 'stream'"),
-        (["train", "learngene/smoke", "--run", "x", "--student.channels", "1"], "student.channels is 1, and pictures have 3"),
+        (
+            ["train", "learngene/smoke", "--run", "x", "--augment.crop", "resized"],
+            "resized crops and RandAugment need 'stream'",
+        ),
+        (
+            ["train", "learngene/smoke", "--run", "x", "--student.channels", "1"],
+            "student.channels is 1, and pictures have 3",
+        ),
         (["inherit", "learngene/smoke", "x"], "has no donor to inherit from"),
     ],
 )
@@ -200,17 +237,32 @@ def test_the_published_ratios_from_the_command_line(tmp_path, capsys):
 
 def test_expand_writes_a_descendant_and_where_it_is_from(compared, tmp_path, capsys):
     gene = str(compared[0] / "gene-sws")
-    command = ["expand", gene, str(tmp_path / "d3"), "--depth", "3", "--map", "0,1,1", "--json", str(tmp_path / "record.json")]
+    command = [
+        "expand",
+        gene,
+        str(tmp_path / "d3"),
+        "--depth",
+        "3",
+        "--map",
+        "0,1,1",
+        "--json",
+        str(tmp_path / "record.json"),
+    ]
     assert main(command) == 0
     record = read_json(tmp_path / "record.json")
     assert record["fraction"] == 1 and record["parameters"]["blocks/mlp/up/kernel"]["maps"] == "layer: rows 0 1 1"
     theirs = open_safetensors(compared[0] / "gene-sws" / "model" / "model.safetensors")["blocks/mlp/up/kernel"]
-    np.testing.assert_array_equal(open_safetensors(tmp_path / "d3" / "model.safetensors")["blocks/mlp/up/kernel"], theirs[[0, 1, 1]])
+    np.testing.assert_array_equal(
+        open_safetensors(tmp_path / "d3" / "model.safetensors")["blocks/mlp/up/kernel"], theirs[[0, 1, 1]]
+    )
     assert main(["expand", gene, str(tmp_path / "d1"), "--depth", "1", "--classes", "7", "--size", "16"]) == 0
     assert "no rule is published for 1 layers from 2 stages" in capsys.readouterr().out
     other = open_classifier(str(tmp_path / "d1")).cfg
     assert (other.layers, other.classes, other.size, other.gene) == (1, 7, 16, "none")
-    for arguments, complaint in ((["--depth", "3", "--map", "0,x"], "separated by commas"), (["--depth", "2", "--map", "0,5"], "stage 5")):
+    for arguments, complaint in (
+        (["--depth", "3", "--map", "0,x"], "separated by commas"),
+        (["--depth", "2", "--map", "0,5"], "stage 5"),
+    ):
         assert main(["expand", gene, str(tmp_path / "no"), *arguments]) == 2
         assert complaint in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert main(["expand", str(compared[0] / "teacher"), str(tmp_path / "no"), "--depth", "3"]) == 2
@@ -219,10 +271,23 @@ def test_expand_writes_a_descendant_and_where_it_is_from(compared, tmp_path, cap
 
 def test_eval_of_a_gene_scores_its_auxiliary_net(compared, data, tmp_path, capsys):
     folder, results = compared
-    command = ["eval", str(folder / "gene-sws"), "--data", str(data / "test"), "--crop", "1", "--json", str(tmp_path / "e.json")]
+    command = [
+        "eval",
+        str(folder / "gene-sws"),
+        "--data",
+        str(data / "test"),
+        "--crop",
+        "1",
+        "--json",
+        str(tmp_path / "e.json"),
+    ]
     assert main(command) == 0
     rows = {row["metric"]: row for row in read_json(tmp_path / "e.json")["rows"]}
-    assert rows["top1"]["value"] == 100 * results["genes"]["sws"]["top1"] and rows["top5"]["value"] == 100 and rows["top1"]["n"] == ROWS
+    assert (
+        rows["top1"]["value"] == 100 * results["genes"]["sws"]["top1"]
+        and rows["top5"]["value"] == 100
+        and rows["top1"]["n"] == ROWS
+    )
     assert read_json(folder / "gene-sws" / "model" / "preprocess.json")["resize"] == 8  # its recipe's crop is 1
     assert main([*command[:4], *command[6:]]) == 0  # without --crop: as trained
     assert read_json(tmp_path / "e.json")["rows"] == list(rows.values())
@@ -232,7 +297,11 @@ def test_eval_of_a_gene_scores_its_auxiliary_net(compared, data, tmp_path, capsy
 
 def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(compared, gene_config, tmp_path, monkeypatch):
     folder = compared[0]
-    recipe, run, scorer = replace(gene_config, teacher=str(folder / "teacher" / "model")), tmp_path / "run", train.scorer
+    recipe, run, scorer = (
+        replace(gene_config, teacher=str(folder / "teacher" / "model")),
+        tmp_path / "run",
+        train.scorer,
+    )
 
     def stops(*args):
         score = scorer(*args)
@@ -265,10 +334,14 @@ def test_the_loss_weighs_labels_and_teacher(gene_config, data):
     pre = gene_config.pre  # a teacher without preprocessing is given ImageNet's, which is the gene's here
     assert (pre.mean, pre.std) == (IMAGENET.mean, IMAGENET.std)
     weights = {"twice": np.float32(2.0)}
-    model = SimpleNamespace(apply=lambda weights, x: weights["twice"] * (x * np.asarray(pre.std) + np.asarray(pre.mean)).mean((1, 2)))
+    model = SimpleNamespace(
+        apply=lambda weights, x: weights["twice"] * (x * np.asarray(pre.std) + np.asarray(pre.mean)).mean((1, 2))
+    )
     teacher = Outline(FAMILY, gene_config.student, model)
     pixels = batch["image"].astype(np.float32) / 255
-    logits = np.asarray(jax.jit(student.apply)(params, (pixels - gene_config.pre.mean) / np.asarray(gene_config.pre.std)), np.float64)
+    logits = np.asarray(
+        jax.jit(student.apply)(params, (pixels - gene_config.pre.mean) / np.asarray(gene_config.pre.std)), np.float64
+    )
     log_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
     def divergence(target):
@@ -276,7 +349,10 @@ def test_the_loss_weighs_labels_and_teacher(gene_config, data):
         return (np.exp(log_p) * (log_p - log_q)).sum() / 6
 
     labels = -log_q[np.arange(6), batch["label"]].mean()
-    taught, cached = divergence(2 * pixels.mean((1, 2)).astype(np.float64)), divergence(batch[LOGITS].astype(np.float64))
+    taught, cached = (
+        divergence(2 * pixels.mean((1, 2)).astype(np.float64)),
+        divergence(batch[LOGITS].astype(np.float64)),
+    )
     for cfg, who, expected in (
         (gene_config, teacher, taught),
         (replace(gene_config, distill=DistillConfig(alpha=0.25)), teacher, 0.75 * labels + 0.25 * taught),
@@ -322,7 +398,10 @@ def test_resident_batches_cover_an_epoch_and_resume():
     arrays = {"label": np.arange(40, dtype=np.int32), "image": np.arange(40, dtype=np.uint8)}
     data = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
     first = np.concatenate([next(data)["label"] for _ in range(5)])
-    assert sorted(first[:40].tolist()) == sorted(first[40:80].tolist()) == list(range(40)) and (first[:40] != first[40:80]).any()
+    assert (
+        sorted(first[:40].tolist()) == sorted(first[40:80].tolist()) == list(range(40))
+        and (first[:40] != first[40:80]).any()
+    )
     state = data.state()
     ahead = np.asarray(next(data)["label"])
     other = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)

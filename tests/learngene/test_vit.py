@@ -32,8 +32,16 @@ def descendant(gene, aux):
 def test_published_sizes_to_the_unit():
     totals = {size: parameters(functional(Vit, auxiliary(size)).spec) for size in ("ti", "s", "b")}
     assert {size: n["total"] for size, n in totals.items()} == {"ti": 2_602_984, "s": 9_628_648, "b": 36_951_016}
-    assert {size: n["blocks"] for size, n in totals.items()} == {"ti": 5 * 444_864, "s": 5 * 1_774_464, "b": 5 * 7_087_872}
-    assert [parameters(functional(Vit, vit(size)).spec)["total"] for size in ("ti", "s", "b")] == [5_717_032, 22_049_896, 86_566_120]
+    assert {size: n["blocks"] for size, n in totals.items()} == {
+        "ti": 5 * 444_864,
+        "s": 5 * 1_774_464,
+        "b": 5 * 7_087_872,
+    }
+    assert [parameters(functional(Vit, vit(size)).spec)["total"] for size in ("ti", "s", "b")] == [
+        5_717_032,
+        22_049_896,
+        86_566_120,
+    ]
 
 
 def test_an_auxiliary_net_costs_what_its_layers_cost():
@@ -49,7 +57,11 @@ def test_cost_ratios_are_the_published_ones():
     s, b = ratios("s", range(6, 16)), ratios("b", range(6, 16))
     assert round(s["storage"], 1) == 20.1 and round(b["storage"], 1) == 20.5
     assert s["pre_training"] == b["pre_training"] == 10
-    assert round(s["total_training"], 2) == 6.67 and s["total_training_released"] == 4.0 and b["total_training_released"] == 5.0
+    assert (
+        round(s["total_training"], 2) == 6.67
+        and s["total_training_released"] == 4.0
+        and b["total_training_released"] == 5.0
+    )
 
 
 def test_the_auxiliary_net_is_its_expansion_to_the_bit(aux, descendant, images):
@@ -73,7 +85,9 @@ def test_tied_gradients_are_sums_of_untied_ones(gene, aux, descendant, images):
 
 def test_gather_and_loop_agree_and_drop_the_same_branches(gene, aux, images):
     dropping = replace(gene, drop_path=0.5)
-    gather, loop = (jax.jit(functional(Vit, cfg).apply) for cfg in (dropping, replace(dropping, tying="loop", remat="full")))
+    gather, loop = (
+        jax.jit(functional(Vit, cfg).apply) for cfg in (dropping, replace(dropping, tying="loop", remat="full"))
+    )
     dropped = gather(aux[1], images, jax.random.key(3))
     np.testing.assert_allclose(loop(aux[1], images, jax.random.key(3)), dropped, rtol=1e-5, atol=1e-5)
     whole = jax.jit(aux[0].apply)(aux[1], images, jax.random.key(3))  # a rate of 0: training is evaluation
@@ -82,7 +96,9 @@ def test_gather_and_loop_agree_and_drop_the_same_branches(gene, aux, images):
 
 
 def test_a_looped_blocks_gradient_is_the_float32_sum_of_its_turns(gene, draw, images):
-    """As gathered blocks have it: 24 rounded gradients of a kernel, added up in bfloat16, would be off by a rounding or more in most."""
+    """As gathered blocks have it: 24 rounded gradients of a kernel, added up in bfloat16, would be off by a rounding or
+    more in most.
+    """
     deep = replace(gene, layout=(1, 24))
 
     def gradient(cfg):
@@ -97,7 +113,9 @@ def test_a_looped_blocks_gradient_is_the_float32_sum_of_its_turns(gene, draw, im
 
 
 def test_stochastic_depth_keeps_the_mean_and_rises_linearly(gene):
-    keep = np.asarray(jax.jit(lambda key: stochastic_depth(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0)))
+    keep = np.asarray(
+        jax.jit(lambda key: stochastic_depth(replace(gene, drop_path=0.4), key, 20_000)[0])(jax.random.key(0))
+    )
     assert keep.shape == (5, 2, 20_000)
     np.testing.assert_allclose(keep.mean(2), 1, atol=0.03)
     np.testing.assert_allclose((keep == 0).mean(2), np.linspace(0, 0.4, 5)[:, None] * np.ones((1, 2)), atol=0.015)
@@ -122,7 +140,9 @@ def test_tleg_starts_with_a_norm_of_scale_one_and_lies_on_a_line(gene, draw, ima
     base, slope = params["blocks/mlp/down/kernel"]
     np.testing.assert_array_equal(expanded["blocks/mlp/down/kernel"][0], base)
     np.testing.assert_allclose(expanded["blocks/mlp/down/kernel"][4], base + 4 / 5 * slope, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(plain.apply)(expanded, images), jax.jit(model.apply)(params, images), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(plain.apply)(expanded, images), jax.jit(model.apply)(params, images), rtol=1e-4, atol=1e-4
+    )
     assert macs(cfg, model.spec) == macs(cfg.of_depth(5), plain.spec)
 
 

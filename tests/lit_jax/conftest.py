@@ -30,7 +30,11 @@ def lit(cfg):
 def batch(cfg):
     """Noisy inputs, times and labels (the last is none)."""
     rng = np.random.default_rng(1)
-    return rng.standard_normal((3, 8, 8, 3)).astype(np.float32), np.array([0, 17, 903], np.int32), np.array([2, 0, 5], np.int32)
+    return (
+        rng.standard_normal((3, 8, 8, 3)).astype(np.float32),
+        np.array([0, 17, 903], np.int32),
+        np.array([2, 0, 5], np.int32),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +62,16 @@ class _Numpy:
 def interpreted_gpu(monkeypatch):
     """Kernels of GPUs run on the CPU; memory that nothing was written to is NaN.
 
-    JAX's interpreter (up to 0.12.0) does not know transposed operands of a wgmma: they are told apart here, and read as stored.
+    JAX's interpreter (up to 0.12.0) does not know transposed operands of a wgmma: they are told apart here, and read as
+    stored.
     """
     numpy, wgmma = _Numpy(), gpu_callbacks.wgmma
 
     def with_transposes(*, a_transforms, b_transforms, **rest):
-        kept = [tuple(t for t in given if type(t).__name__ != "TransposeTransform") for given in (a_transforms, b_transforms)]
+        kept = [
+            tuple(t for t in given if type(t).__name__ != "TransposeTransform")
+            for given in (a_transforms, b_transforms)
+        ]
         numpy.turned.flags = [len(k) < len(given) for k, given in zip(kept, (a_transforms, b_transforms), strict=True)]
         return wgmma(a_transforms=kept[0], b_transforms=kept[1], **rest)
 

@@ -19,7 +19,16 @@ from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import GroupNorm
 from heirloom.common.surgery.layout import Tensor
-from lit_jax.autoencoder import Autoencoder, AutoencoderConfig, Moments, macs, parameters, sample_latents, scale_latents, unscale_latents
+from lit_jax.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    Moments,
+    macs,
+    parameters,
+    sample_latents,
+    scale_latents,
+    unscale_latents,
+)
 from lit_jax.autoencoder_layouts import DIFFUSERS, FAMILY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
@@ -71,7 +80,10 @@ def test_decoded_latents_are_diffusers(decode, expected):
 @pytest.mark.parametrize("change", [dict(groups=4), dict(groups=1)])
 def test_the_golden_tells_wrong_groups(change, donor, params, expected):
     model = functional(Autoencoder, replace(donor.cfg, **change))
-    assert relative(jax.jit(partial(model.apply, method="decode"))(params, expected["latents"]), expected["decoded"]) > 1e-2
+    assert (
+        relative(jax.jit(partial(model.apply, method="decode"))(params, expected["latents"]), expected["decoded"])
+        > 1e-2
+    )
 
 
 def test_parameters_are_the_published_ones():
@@ -83,8 +95,20 @@ def test_parameters_are_the_published_ones():
 def test_macs_are_the_formulas():
     cfg = AutoencoderConfig(channels=(4, 8, 8), resnets=2, groups=2, size=16)
     middle = 16 * (4 * 9 * 8 * 8 + 4 * 8 * 8) + 2 * 16**2 * 8
-    down = 256 * 4 * 9 * 4 * 4 + 64 * 9 * 4 * 4 + 64 * (9 * 4 * 8 + 4 * 8 + 3 * 9 * 8 * 8) + 16 * 9 * 8 * 8 + 16 * 4 * 9 * 8 * 8
-    up = 16 * 6 * 9 * 8 * 8 + 64 * 9 * 8 * 8 + 64 * 6 * 9 * 8 * 8 + 256 * 9 * 8 * 8 + 256 * (9 * 8 * 4 + 8 * 4 + 5 * 9 * 4 * 4)
+    down = (
+        256 * 4 * 9 * 4 * 4
+        + 64 * 9 * 4 * 4
+        + 64 * (9 * 4 * 8 + 4 * 8 + 3 * 9 * 8 * 8)
+        + 16 * 9 * 8 * 8
+        + 16 * 4 * 9 * 8 * 8
+    )
+    up = (
+        16 * 6 * 9 * 8 * 8
+        + 64 * 9 * 8 * 8
+        + 64 * 6 * 9 * 8 * 8
+        + 256 * 9 * 8 * 8
+        + 256 * (9 * 8 * 4 + 8 * 4 + 5 * 9 * 4 * 4)
+    )
     ends = 256 * 9 * 3 * 4 + 16 * (9 * 8 * 8 + 8 * 8) + 16 * (4 * 4 + 9 * 4 * 8) + 256 * 9 * 4 * 3
     assert macs(cfg, functional(Autoencoder, cfg).spec) == 2 * middle + down + up + ends
 
@@ -198,7 +222,10 @@ def rewrite(file, tensors):
     [
         (dict(act_fn="relu"), "act_fn is 'relu'; only models where it is 'silu' or 'swish'"),
         (dict(shift_factor=0.1), "shift_factor is 0.1, and must be None: the autoencoder of Stable Diffusion 3, FLUX"),
-        (dict(use_quant_conv=False), "use_quant_conv is False, and must be True: the autoencoder of Stable Diffusion 3, FLUX"),
+        (
+            dict(use_quant_conv=False),
+            "use_quant_conv is False, and must be True: the autoencoder of Stable Diffusion 3, FLUX",
+        ),
         (dict(latents_mean=[0.1] * 4), r"latents_mean is \[0.1, 0.1, 0.1, 0.1\]"),
         (dict(mid_block_add_attention=False), "mid_block_add_attention is False"),
         (dict(_class_name="AsymmetricAutoencoderKL"), "_class_name is 'AsymmetricAutoencoderKL'"),
@@ -208,7 +235,10 @@ def rewrite(file, tensors):
         (dict(quantization_config={}), "the field 'quantization_config' .{}. is not known here"),
         (dict(down_block_types=["AttnDownEncoderBlock2D"]), r"down_block_types is \['AttnDownEncoderBlock2D'\]"),
         (dict(norm_num_groups=3), "3 groups do not divide 4 channels"),
-        (dict(block_out_channels=[4, 8]), r"down_block_types is .* only models where it is \['DownEncoderBlock2D', 'DownEncoderBlock2D'\]"),
+        (
+            dict(block_out_channels=[4, 8]),
+            r"down_block_types is .* only models where it is \['DownEncoderBlock2D', 'DownEncoderBlock2D'\]",
+        ),
         (dict(layers_per_block=1), r"resnets\..* is not part of this diffusers model"),
     ],
 )

@@ -30,7 +30,9 @@ def predict(module, cfg, params, inputs):
 
 
 def test_with_the_two_deviations_of_diffusers_ours_is_its_prediction(golden, params):
-    """Exponents over 127, and an eps of its own before the MLP: everything else agrees, so these are all the differences."""
+    """Exponents over 127, and an eps of its own before the MLP: everything else agrees, so these are all the
+    differences.
+    """
     folder, inputs = golden
     cfg = open_donor(folder, [FAMILY]).cfg
 
@@ -54,7 +56,9 @@ def test_round_trip_keeps_every_bit(golden, tmp_path):
         assert value.tobytes() == back[key].tobytes(), key
     ours, theirs = read_json(tmp_path / "back" / "config.json"), read_json(folder / "config.json")
     assert {k: v for k, v in theirs.items() if not k.startswith("_diffusers")} == ours
-    assert read_json(tmp_path / "ours" / "provenance.json")["parameters"]["blocks/attn/key/kernel"]["source"].endswith("attn1.to_k.weight")
+    assert read_json(tmp_path / "ours" / "provenance.json")["parameters"]["blocks/attn/key/kernel"]["source"].endswith(
+        "attn1.to_k.weight"
+    )
 
 
 def test_embedders_that_differ_between_blocks_are_refused(golden, tmp_path):
@@ -66,7 +70,9 @@ def test_embedders_that_differ_between_blocks_are_refused(golden, tmp_path):
     with create_safetensors(broken / FILE, {key: Tensor(x.shape, x.dtype) for key, x in tensors.items()}) as out:
         for key, x in tensors.items():
             out[key][...] = x
-    with pytest.raises(InputError, match=r"differs from layer to layer.*only DiTs that were converted to diffusers are read"):
+    with pytest.raises(
+        InputError, match=r"differs from layer to layer.*only DiTs that were converted to diffusers are read"
+    ):
         open_donor(broken, [FAMILY])
 
 
@@ -105,7 +111,9 @@ def test_other_transformers_are_refused_by_name(golden, tmp_path, fields, words)
 
 def test_what_older_configs_say_is_read(golden, tmp_path):
     """The published ones are of the class that had many kinds of transformers; a size may be a list."""
-    unused = dict(num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False)
+    unused = dict(
+        num_vector_embeds=None, cross_attention_dim=None, only_cross_attention=False, use_linear_projection=False
+    )
     old = dict(_class_name="Transformer2DModel", sample_size=[8, 8], norm_eps="left out", **unused)
     assert open_donor(with_config(golden, tmp_path / "old", **old), [FAMILY]).cfg == open_donor(golden[0], [FAMILY]).cfg
 
@@ -117,7 +125,10 @@ def test_what_older_configs_say_is_read(golden, tmp_path):
         (dict(_class_name="DDIMScheduler", prediction_type="v_prediction"), "prediction_type is 'v_prediction'"),
         (dict(_class_name="DDIMScheduler", prediction_type="sample"), "prediction_type is 'sample'"),
         (dict(_class_name="DDPMScheduler", beta_schedule="squaredcos_cap_v2"), "beta_schedule is"),
-        (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler samples models of another kind"),
+        (
+            dict(_class_name="FlowMatchEulerDiscreteScheduler"),
+            "FlowMatchEulerDiscreteScheduler samples models of another kind",
+        ),
     ],
 )
 @pytest.mark.parametrize("place", [".", "../scheduler"])

@@ -47,7 +47,9 @@ def test_the_demo_races_draws_and_reports(tiny, tmp_path, capsys):
     told = read_json(tmp_path / "demo.json")
     assert set(told) == {"parameters", "scores", "curves", "steps", "steps_to_scratch", "seconds", "picture"}
     assert set(told["scores"]) == {"teacher", "inherited", "scratch", "real"}
-    assert all(set(told["scores"][name]) == {"mse", "kid", "recognised"} for name in ("teacher", "inherited", "scratch"))
+    assert all(
+        set(told["scores"][name]) == {"mse", "kid", "recognised"} for name in ("teacher", "inherited", "scratch")
+    )
     assert told["scores"]["real"]["recognised"] > 0.9  # nearest neighbours read what people wrote
     assert told["curves"]["inherited"]["step"] == told["curves"]["scratch"]["step"] == [0, 1, 2]
     assert abs(told["curves"]["scratch"]["mse"][0] - 1) < 0.05  # a fresh model predicts 0 for unit noise

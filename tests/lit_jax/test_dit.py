@@ -51,7 +51,14 @@ def test_counts_of_lit_with_a_shared_bank(size):
 
 @pytest.mark.parametrize(
     ("cfg", "giga"),
-    [(dit("s"), 6.04), (lit("s"), 5.92), (dit("b"), 23.0), (dit("xl", pixels=512), 524), (lit("xl", pixels=512), 477), (lit("xl"), 119.1)],
+    [
+        (dit("s"), 6.04),
+        (lit("s"), 5.92),
+        (dit("b"), 23.0),
+        (dit("xl", pixels=512), 524),
+        (lit("xl", pixels=512), 477),
+        (lit("xl"), 119.1),
+    ],
     ids=["s", "lit-s", "b", "xl-512", "lit-xl-512", "lit-xl"],
 )
 def test_multiply_accumulates(cfg, giga):
@@ -82,7 +89,9 @@ def test_initial_values(lit):
         assert 0.95 * expected < bound(path) <= expected, path
     for path in ("time/up/kernel", "time/down/kernel", "label/table"):
         assert 0.017 < float(params[path].std()) < 0.023, path
-    softmax = functional(Dit, replace(lit, attention="softmax", width=64)).init(jax.random.key(0), paths=["blocks/attn/query/kernel"])
+    softmax = functional(Dit, replace(lit, attention="softmax", width=64)).init(
+        jax.random.key(0), paths=["blocks/attn/query/kernel"]
+    )
     assert 0.95 < float(jnp.abs(softmax["blocks/attn/query/kernel"]).max()) / (6 / (64 + 3 * 64)) ** 0.5 <= 1
 
 
@@ -125,7 +134,9 @@ def test_output_patches_are_row_column_channel(cfg, draw):
 def test_input_pixels_reach_their_own_patch(cfg, draw, batch):
     """Without mixing between tokens, a change of one pixel changes one patch of the output: the right one."""
     model = functional(Dit, cfg)
-    params = draw(model.spec) | {"blocks/attn/out/kernel": np.zeros(model.spec["blocks/attn/out/kernel"].shape, np.float32)}
+    params = draw(model.spec) | {
+        "blocks/attn/out/kernel": np.zeros(model.spec["blocks/attn/out/kernel"].shape, np.float32)
+    }
     x, t, labels = batch
     other = x.copy()
     other[0, 5, 2, 1] += 1
@@ -158,7 +169,10 @@ def test_remat_changes_nothing(lit, batch, draw):
 def test_half_precision_stays_near(lit, batch, draw):
     model = functional(Dit, lit)
     params = draw(model.spec)
-    low = {path: jnp.asarray(value, jnp.bfloat16) if path.endswith(("kernel", "table")) else value for path, value in params.items()}
+    low = {
+        path: jnp.asarray(value, jnp.bfloat16) if path.endswith(("kernel", "table")) else value
+        for path, value in params.items()
+    }
     full, half = (np.asarray(model.apply(p, *batch)) for p in (params, low))
     assert 1e-5 < np.abs(full - half).max() / np.abs(full).max() < 0.06
 
@@ -230,7 +244,9 @@ def test_a_shared_bank_collects_the_gradients_of_all_heads(draw):
 def test_without_filters_tokens_have_no_order(draw):
     model, x = attention(filters="none")
     params, order = draw(model.spec), np.random.default_rng(0).permutation(16)
-    np.testing.assert_allclose(model.apply(params, x[:, order]), np.asarray(model.apply(params, x))[:, order], atol=1e-5)
+    np.testing.assert_allclose(
+        model.apply(params, x[:, order]), np.asarray(model.apply(params, x))[:, order], atol=1e-5
+    )
 
 
 def test_impossible_sizes_are_one_line(cfg):

@@ -45,8 +45,13 @@ def test_pictures_drawn_in_another_way_are_not_mixed(tmp_path):
     first = Drawn(tmp_path / "s.npz", PICTURES.shape, HOW)
     with pytest.raises(KeyboardInterrupt):
         list(first.batches(drawing([], stop=6), 3))
-    for how, words in (({"seed": 1}, "drawn with another seed"), ({"sample": {"steps": 3}}, "drawn with another sample")):
-        with pytest.raises(InputError, match=rf"s.npz.part.npy exists and is {words}: remove it, or give another --save"):
+    for how, words in (
+        ({"seed": 1}, "drawn with another seed"),
+        ({"sample": {"steps": 3}}, "drawn with another sample"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"s.npz.part.npy exists and is {words}: remove it, or give another --save"
+        ):
             Drawn(tmp_path / "s.npz", PICTURES.shape, HOW | how).count()
     list(first.batches(drawing([]), 3))
     with pytest.raises(InputError, match=r"s.npz exists and is drawn with another seed"):

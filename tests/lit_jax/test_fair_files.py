@@ -48,7 +48,9 @@ def test_what_is_guessed_is_said_and_can_be_set(tmp_path):
     donor = opened(tensors_of(), tmp_path, heads=4)
     assert donor.cfg == CFG
     assert said(donor) == {"classes": 5, "prediction": "noise"}
-    assert "the table has 6 rows, and the last is taken for no class (--set classes=VALUE overrides it)" in str(donor.guesses[0])
+    assert "the table has 6 rows, and the last is taken for no class (--set classes=VALUE overrides it)" in str(
+        donor.guesses[0]
+    )
     assert opened(tensors_of(), tmp_path, heads=4, classes=5, prediction="noise").guesses == ()
 
 
@@ -62,9 +64,7 @@ def test_heads_of_published_widths_are_a_guess(width, heads, tmp_path):
     assert other.cfg.heads == 2 * heads and "heads" not in said(other)
 
 
-@pytest.mark.parametrize(
-    ("rows", "classes"), [(6, 5), (11, 10), (1001, 1000), (2, 1), (101, 100)]
-)
+@pytest.mark.parametrize(("rows", "classes"), [(6, 5), (11, 10), (1001, 1000), (2, 1), (101, 100)])
 def test_the_last_row_of_a_table_is_taken_for_no_class(rows, classes, tmp_path):
     donor = opened(tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}, tmp_path, heads=4)
     assert (donor.cfg.classes, donor.cfg.null_class, donor.cfg.rows) == (classes, True, rows)
@@ -74,7 +74,10 @@ def test_the_last_row_of_a_table_is_taken_for_no_class(rows, classes, tmp_path):
 @pytest.mark.parametrize("rows", [10, 100, 1000])
 def test_a_table_that_may_have_no_such_row_asks(rows, tmp_path):
     tensors = tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}
-    words = rf"has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it; give --set classes="
+    words = (
+        rf"has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it; give --set"
+        r" classes="
+    )
     with pytest.raises(InputError, match=words):
         opened(tensors, tmp_path, heads=4)
     for classes in (rows, rows - 1):
@@ -164,7 +167,10 @@ def test_what_arguments_tell_is_no_guess(tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (dict(model="SiT-S/2", path_type="Linear", prediction="velocity"), r"trained as a SiT \(velocity\), which predicts velocity"),
+        (
+            dict(model="SiT-S/2", path_type="Linear", prediction="velocity"),
+            r"trained as a SiT \(velocity\), which predicts velocity",
+        ),
         (dict(model="SiT-XL/2", prediction="v", path_type="linear"), r"trained as a SiT \(v\)"),
         (dict(model="SiT-B/2"), r"trained as a SiT \(SiT-B/2\)"),
         (dict(model="DiT-S/2", prediction="noise", path_type="GVP"), "trained as a SiT"),
@@ -210,7 +216,9 @@ def test_the_kernel_of_linear_attention_is_a_guess(tmp_path):
     donor = opened(tensors_of(lit), tmp_path)
     assert donor.cfg == lit and said(donor) == {"classes": 5, "features": "relu", "prediction": "noise"}
     assert opened(tensors_of(lit), tmp_path, features="gelu").cfg.features == "gelu"
-    with pytest.raises(InputError, match=r"features=gelus: kernel of linear attention; choose relu, gelu, focused, focused_gelu"):
+    with pytest.raises(
+        InputError, match=r"features=gelus: kernel of linear attention; choose relu, gelu, focused, focused_gelu"
+    ):
         opened(tensors_of(lit), tmp_path, features="gelus")
 
 

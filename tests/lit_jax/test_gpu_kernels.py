@@ -17,10 +17,17 @@ BARS = {"out": 2.5e-3, "dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dW": 5e-3, "db
 
 
 def inputs(images, heads, d, tokens, mean):
-    """q, k, v, gradient token-major in bf16; the values have a mean of so many standard deviations. Weight and bias in f32."""
+    """q, k, v, gradient token-major in bf16; the values have a mean of so many standard deviations. Weight and bias in
+    f32.
+    """
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.standard_normal((images, tokens, heads, d)) + mean * (name == "v"), jnp.bfloat16) for name in "qkvg"]
-    weight, bias = (jnp.asarray(rng.standard_normal(shape) / 5, jnp.float32) for shape in ((5, 5, heads * d), (heads * d,)))
+    arrays = [
+        jnp.asarray(rng.standard_normal((images, tokens, heads, d)) + mean * (name == "v"), jnp.bfloat16)
+        for name in "qkvg"
+    ]
+    weight, bias = (
+        jnp.asarray(rng.standard_normal(shape) / 5, jnp.float32) for shape in ((5, 5, heads * d), (heads * d,))
+    )
     return arrays, weight, bias
 
 
@@ -28,7 +35,14 @@ def gradients(arrays, weight, bias, **options):
     """{name: array} of the result and all gradients, as one jitted function."""
 
     def run(q, k, v, weight, bias, g):
-        out, back = jax.vjp(lambda q, k, v, w, b: linear_attention(q, k, v, conv_weight=w, conv_bias=b, **options), q, k, v, weight, bias)
+        out, back = jax.vjp(
+            lambda q, k, v, w, b: linear_attention(q, k, v, conv_weight=w, conv_bias=b, **options),
+            q,
+            k,
+            v,
+            weight,
+            bias,
+        )
         return dict(zip(BARS, (out, *back(g)), strict=True))
 
     q, k, v, g = arrays
@@ -52,7 +66,9 @@ def errors(given, **options):
     ],
 )
 def test_kernels_meet_the_bars(interpreted_gpu, heads, d, grid, options):
-    """Several tiles of channels and three warpgroups; then heads, tokens that do not fill a tile, and offsets that count."""
+    """Several tiles of channels and three warpgroups; then heads, tokens that do not fill a tile, and offsets that
+    count.
+    """
     (q, k, v, g), weight, bias = inputs(1, heads, d, grid[0] * grid[1], mean=3)
     q = q.at[:, ::5].set(-1)  # dead queries
     found = errors(((q, k, v, g), weight, bias), grid=grid, **options)
@@ -60,7 +76,9 @@ def test_kernels_meet_the_bars(interpreted_gpu, heads, d, grid, options):
 
 
 def by_einsum(name, left, right, results, finish, *, along=(), offset=0, rows=(), columns=(), elementwise=()):
-    """`gpu.product` by its definition: what is around the kernels can be tested at sizes that the interpreter takes minutes for."""
+    """`gpu.product` by its definition: what is around the kernels can be tested at sizes that the interpreter takes
+    minutes for.
+    """
 
     def of_heads(operand, transposed=False):
         x = jnp.moveaxis(operand.array, 2, 1) if operand.by_token else operand.array
@@ -72,7 +90,9 @@ def by_einsum(name, left, right, results, finish, *, along=(), offset=0, rows=()
     def tile(*parts):
         return finish(gpu.Tile(*parts, whole=lambda x: x))
 
-    found = jax.vmap(jax.vmap(tile))(x @ y, dots, list(rows), list(columns), [of_heads(operand) for operand in elementwise])
+    found = jax.vmap(jax.vmap(tile))(
+        x @ y, dots, list(rows), list(columns), [of_heads(operand) for operand in elementwise]
+    )
 
     def placed(x, result):
         return x if result.vector else (jnp.moveaxis(x, 1, 2) if result.by_token else x).astype(result.dtype)
@@ -87,16 +107,25 @@ def test_a_product_is_what_its_definition_says(interpreted_gpu):
     def array(*shape, dtype=jnp.bfloat16):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    left, right, other = gpu.Operand(array(1, 2, 128, 64), by_token=False), gpu.Operand(array(1, 64, 2, 256)), array(1, 128, 2, 256)
+    left, right, other = (
+        gpu.Operand(array(1, 2, 128, 64), by_token=False),
+        gpu.Operand(array(1, 64, 2, 256)),
+        array(1, 128, 2, 256),
+    )
     along, rows, columns = (array(1, 2, n, dtype=jnp.float32) for n in (64, 128, 256))
 
     def finish(tile):
         whole = tile.whole(tile.product.sum(1))
-        return [tile.product + tile.down(tile.rows[0]) * tile.across(tile.columns[0]) + tile.elementwise[0], whole + tile.dots[0]]
+        return [
+            tile.product + tile.down(tile.rows[0]) * tile.across(tile.columns[0]) + tile.elementwise[0],
+            whole + tile.dots[0],
+        ]
 
     given = dict(along=[along], offset=0.5, rows=[rows], columns=[columns], elementwise=[gpu.Operand(other)])
     results = [gpu.Result(jnp.float32), gpu.Result(vector=True)]
-    for found, wanted in zip(*(run("x", left, right, results, finish, **given) for run in (gpu.product, by_einsum)), strict=True):
+    for found, wanted in zip(
+        *(run("x", left, right, results, finish, **given) for run in (gpu.product, by_einsum)), strict=True
+    ):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +145,9 @@ def test_devices_add_a_bfloat16_filters_gradient_in_float32():
     x, weight = jnp.zeros((2, 64, 1, 64), jnp.bfloat16), jnp.zeros((5, 5, 64), jnp.bfloat16)
 
     def loss(weight):
-        return linear_attention(x, x, x, conv_weight=weight, shards=PartitionSpec("data"), implementation="mosaic_gpu").sum()
+        return linear_attention(
+            x, x, x, conv_weight=weight, shards=PartitionSpec("data"), implementation="mosaic_gpu"
+        ).sum()
 
     with jax.set_mesh(mesh):
         text = str(jax.make_jaxpr(jax.grad(loss))(weight))
@@ -127,7 +158,9 @@ def test_devices_add_a_bfloat16_filters_gradient_in_float32():
 def lowered(run, *shapes):
     """The text of `run` for one Hopper GPU, which is not there."""
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    ):
         return jax.jit(lambda *x: run(*x)).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -181,7 +214,9 @@ def test_other_gpus_are_refused_by_name_and_never_chosen(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choice() == Choice("xla", "mosaic_gpu is written for Hopper (compute capability 9.0), and this is NVIDIA A100")
+    assert choice() == Choice(
+        "xla", "mosaic_gpu is written for Hopper (compute capability 9.0), and this is NVIDIA A100"
+    )
     x = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
     with pytest.raises(Unsupported, match=r"Hopper \(compute capability 9.0\), and this is NVIDIA A100"):
         linear_attention(x, x, x, implementation="mosaic_gpu")

@@ -22,7 +22,11 @@ def cut(donor_cfg, student_cfg, keep, draw):
     weights = draw(donor.spec)
     plan = graft_attention(donor_cfg, student_cfg, keep)
     source = Source(donor.spec, weights)
-    return weights, graft(plan, source, student.spec, None, partial(student.init, jax.random.key(3))), plan.resolve(source, student.spec)
+    return (
+        weights,
+        graft(plan, source, student.spec, None, partial(student.init, jax.random.key(3))),
+        plan.resolve(source, student.spec),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,9 @@ def test_changed_leaves(cfg, lit, draw, fresh, keep):
     for path, value in student.items():
         inherits = not path.startswith("blocks/attn") or path.split("/")[2] in kept
         expected = weights[path] if inherits else fresh[path]
-        np.testing.assert_array_equal(np.ravel(value), np.ravel(expected), err_msg=path)  # heads regrouped: the same channels in a row
+        np.testing.assert_array_equal(
+            np.ravel(value), np.ravel(expected), err_msg=path
+        )  # heads regrouped: the same channels in a row
     left = {f"blocks/attn/{p}/{leaf}" for p in PROJECTIONS.values() if p not in kept for leaf in ("kernel", "bias")}
     assert set(resolution.unused) == left
     assert {line.path for line in resolution.lines if line.source is None} == left | {

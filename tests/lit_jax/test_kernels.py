@@ -1,4 +1,6 @@
-"""The kernels of linear attention against its definition in float64, in the interpreter, and how they are chosen, split and mapped."""
+"""The kernels of linear attention against its definition in float64, in the interpreter, and how they are chosen, split
+and mapped.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -35,10 +37,17 @@ def interpreted():
 
 
 def inputs(batch, heads, d, tokens, mean=0.0, seed=0):
-    """q, k, v, gradient feature-major in bf16; the values have a mean of so many standard deviations. Weight and bias in f32."""
+    """q, k, v, gradient feature-major in bf16; the values have a mean of so many standard deviations. Weight and bias
+    in f32.
+    """
     rng = np.random.default_rng(seed)
-    arrays = [jnp.asarray(rng.standard_normal((batch, heads, d, tokens)) + mean * (name == "v"), jnp.bfloat16) for name in "qkvg"]
-    weight, bias = (jnp.asarray(rng.standard_normal(shape) / 5, jnp.float32) for shape in ((5, 5, heads * d), (heads * d,)))
+    arrays = [
+        jnp.asarray(rng.standard_normal((batch, heads, d, tokens)) + mean * (name == "v"), jnp.bfloat16)
+        for name in "qkvg"
+    ]
+    weight, bias = (
+        jnp.asarray(rng.standard_normal(shape) / 5, jnp.float32) for shape in ((5, 5, heads * d), (heads * d,))
+    )
     return arrays, weight, bias
 
 
@@ -52,7 +61,14 @@ def gradients(arrays, weight, bias, **options):
     q, k, v, g = arrays
 
     def run(q, k, v, weight, bias, g):
-        out, back = jax.vjp(lambda q, k, v, w, b: linear_attention(q, k, v, conv_weight=w, conv_bias=b, **options), q, k, v, weight, bias)
+        out, back = jax.vjp(
+            lambda q, k, v, w, b: linear_attention(q, k, v, conv_weight=w, conv_bias=b, **options),
+            q,
+            k,
+            v,
+            weight,
+            bias,
+        )
         return dict(zip(BARS, (out, *back(g)), strict=True))
 
     return jax.jit(run)(q, k, v, weight, bias, g)
@@ -93,11 +109,14 @@ def test_dead_queries_and_keys_and_large_offsets(interpreted):
 
 
 def test_token_major_and_vmap_with_one_operand_shared(interpreted, monkeypatch):
-    # JAX's interpreter, unlike its compiler, does not know that vmap adds an axis to the grid whose semantics were named.
+    # JAX's interpreter, unlike its compiler, does not know that vmap adds an axis to the grid whose semantics were
+    # named.
     monkeypatch.setattr(pltpu, "CompilerParams", lambda **_: COMPILER_PARAMS())
     (q, k, v, _), *_ = inputs(2, 1, 32, 128)
     turned = [jnp.moveaxis(x, 3, 1) for x in (q, k, v)]
-    run = jax.jit(jax.vmap(lambda q, k, v: linear_attention(q[None], k[None], v[None], implementation="mosaic_tpu"), (0, None, 0)))
+    run = jax.jit(
+        jax.vmap(lambda q, k, v: linear_attention(q[None], k[None], v[None], implementation="mosaic_tpu"), (0, None, 0))
+    )
     out = run(turned[0], turned[1][0], turned[2])
     for i in range(2):
         one = linear_attention(*(x[j][None] for x, j in zip(turned, (i, 0, i), strict=True)), implementation="xla")
@@ -110,7 +129,9 @@ def test_second_derivatives(interpreted):
 
     def twice(implementation, dtype):
         def loss(q):
-            return linear_attention(q, *(x.astype(dtype) for x in (k, v)), layout="bhdn", implementation=implementation).sum()
+            return linear_attention(
+                q, *(x.astype(dtype) for x in (k, v)), layout="bhdn", implementation=implementation
+            ).sum()
 
         return jax.grad(lambda q: jnp.square(jax.grad(loss)(q)).sum())(q.astype(dtype))
 
@@ -122,7 +143,9 @@ def test_second_derivatives(interpreted):
 @pytest.mark.parametrize("layout", ["bhdn", "bnhd"])
 @pytest.mark.parametrize("order", ["linear", "quadratic"])
 def test_a_batch_and_heads_on_a_mesh_equal_the_whole(monkeypatch, order, layout):
-    """XLA's form in place of the kernel, which the interpreter runs on one device at a time: the same split, and sums over the batch."""
+    """XLA's form in place of the kernel, which the interpreter runs on one device at a time: the same split, and sums
+    over the batch.
+    """
     monkeypatch.setattr(module, "_module", lambda _: xla)
     arrays, weight, bias = inputs(4, 2, 32, 64)
     arrays = [x.astype(jnp.float32) if layout == "bhdn" else jnp.moveaxis(x, 3, 1).astype(jnp.float32) for x in arrays]
@@ -163,7 +186,9 @@ def test_remat_with_state_and_result_saved_runs_the_forward_kernel_once():
             return jnp.square(out.astype(jnp.float32)).sum()
 
         saving = jax.checkpoint_policies.save_only_these_names(*names)
-        return str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=saving)))(q, k, v)).count("name=linear_attention_forward")
+        return str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=saving)))(q, k, v)).count(
+            "name=linear_attention_forward"
+        )
 
     assert kernels("lin_attn_state", "lin_attn_out") == 1
     assert kernels() == 2
@@ -201,7 +226,9 @@ def test_a_named_kernel_says_why_it_cannot(change, reason):
     x = jnp.zeros((1, 1, change.get("d", 32), change.get("tokens", 128)), change.get("dtype", jnp.bfloat16))
     weight = jnp.zeros((change["window"],) * 2 + (32,)) if "window" in change else None
     with pytest.raises(Unsupported, match=reason):
-        linear_attention(x, x, x, layout="bhdn", conv_weight=weight, grid=(8, 16), order=order, implementation="mosaic_tpu")
+        linear_attention(
+            x, x, x, layout="bhdn", conv_weight=weight, grid=(8, 16), order=order, implementation="mosaic_tpu"
+        )
 
 
 @pytest.mark.parametrize("d", [32, 64, 192, 256, 288, 384, 576])
@@ -211,9 +238,16 @@ def test_every_head_lowers_for_a_tpu(d, order):
     weight = jnp.zeros((5, 5, 2 * d))
 
     def run(q, k, v):
-        return linear_attention(q, k, v, layout="bhdn", conv_weight=weight, grid=(16, 32), order=order, implementation="mosaic_tpu").sum()
+        return linear_attention(
+            q, k, v, layout="bhdn", conv_weight=weight, grid=(16, 32), order=order, implementation="mosaic_tpu"
+        ).sum()
 
-    text = jax.jit(jax.value_and_grad(run, (0, 1, 2))).trace(shape, shape, shape).lower(lowering_platforms=("tpu",)).as_text()
+    text = (
+        jax.jit(jax.value_and_grad(run, (0, 1, 2)))
+        .trace(shape, shape, shape)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     assert text.count("tpu_custom_call") == (5 if order == "linear" else 4)
 
 
@@ -223,13 +257,17 @@ def step_of_lit(implementation):
     cfg = DitConfig(size=16, channels=3, patch=2, width=64, layers=1, heads=2, hidden=64, classes=4, attention="linear")
     rng = np.random.default_rng(0)
     batch = {"image": rng.standard_normal((1, 16, 16, 3)).astype(np.float32), "label": np.arange(1, dtype=np.int32)}
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
     model = functional(Dit, replace(cfg, implementation=implementation))
     recipe = Config(student=cfg, step=StepConfig(compute="bfloat16"))
     optimizer = make_optimizer(recipe.optim, model.spec, 1)
     step = make_step(loss_fn(recipe, model, None, None), optimizer, model.spec, mesh, recipe.step)
     # The gates and the last layer start at zero, behind which no gradient reaches attention.
-    params = {path: x + 0.1 * rng.standard_normal(x.shape, np.float32) for path, x in model.init(jax.random.key(0)).items()}
+    params = {
+        path: x + 0.1 * rng.standard_normal(x.shape, np.float32) for path, x in model.init(jax.random.key(0)).items()
+    }
     _, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
     return np.array([float(metrics[name][0]) for name in ("loss", "grad_norm")])
 

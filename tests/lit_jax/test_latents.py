@@ -33,7 +33,13 @@ class Pictures:
 
     def __getitem__(self, index):
         image = np.random.default_rng(index).integers(0, 256, (30, 24, 3)).astype(np.uint8)
-        return {"key": f"picture {index}", "image": image, "label": np.int32(index % 3), "text": "a picture", "name": "x"}
+        return {
+            "key": f"picture {index}",
+            "image": image,
+            "label": np.int32(index % 3),
+            "text": "a picture",
+            "name": "x",
+        }
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +132,12 @@ def test_the_identity_is_of_the_encoder_in_half_precision(donor):
     half = with_values(lambda values: {path: value.astype(np.float16) for path, value in values.items()})
     decoder = with_values(lambda values: values | {"decoder/output/bias": values["decoder/output/bias"] + 1})
     encoder = with_values(lambda values: values | {"encoder/output/bias": values["encoder/output/bias"] + 1})
-    assert autoencoder_origin(half, "here") == autoencoder_origin(decoder, "here") == known != autoencoder_origin(encoder, "here")
+    assert (
+        autoencoder_origin(half, "here")
+        == autoencoder_origin(decoder, "here")
+        == known
+        != autoencoder_origin(encoder, "here")
+    )
 
 
 def test_autoencoders_that_do_not_fit_are_refused_or_said():
@@ -138,8 +149,12 @@ def test_autoencoders_that_do_not_fit_are_refused_or_said():
         compare_latents(ours, Origin(AutoencoderConfig(latent=16), "xl"), "the cache", "the run")
     assert compare_latents(ours, Origin(AutoencoderConfig(), "mse", "1" * 64), "the cache", "the run") == ""
     other = compare_latents(ours, Origin(AutoencoderConfig(), "mine", "2" * 64), "the cache", "the run")
-    assert other.endswith("of mine (scaling_factor 0.18215): their encoders have other weights, and latents may not fit")
-    assert compare_latents(ours, Origin(AutoencoderConfig()), "the cache", "the run").startswith("the run does not say which autoencoder")
+    assert other.endswith(
+        "of mine (scaling_factor 0.18215): their encoders have other weights, and latents may not fit"
+    )
+    assert compare_latents(ours, Origin(AutoencoderConfig()), "the cache", "the run").startswith(
+        "the run does not say which autoencoder"
+    )
 
 
 def test_identities_on_disk(tmp_path):

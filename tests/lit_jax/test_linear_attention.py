@@ -1,4 +1,6 @@
-"""Linear attention against its definition in float64: forward, gradient, both orders, low precision, and the branch of the values."""
+"""Linear attention against its definition in float64: forward, gradient, both orders, low precision, and the branch of
+the values.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,9 @@ def test_both_orders_meet_the_bars_whatever_the_mean_of_the_values(dtype, order,
         assert out <= BARS[dtype][0] and max(gradients) <= BARS[dtype][1], (out, gradients)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(64, 4, 32), (1000, 1, 192), (1024, 2, 288), (64, 1, 576), (4096, 1, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim"), [(64, 4, 32), (1000, 1, 192), (1024, 2, 288), (64, 1, 576), (4096, 1, 64)]
+)
 def test_sizes_in_low_precision(tokens, heads, head_dim):
     with jax.enable_x64(True):
         out, *gradients = errors(inputs((1, tokens, heads, head_dim), "bfloat16", 1))
@@ -95,12 +99,19 @@ def test_means_not_sums():
 def test_feature_major_is_the_same_function():
     q, k, v, _ = inputs((2, 64, 2, 16), "float32")
     weight, bias = jnp.ones((5, 5, 32)) / 25, jnp.arange(32.0)
-    turned = linear_attention(*(x.transpose(0, 2, 3, 1) for x in (q, k, v)), layout="bhdn", conv_weight=weight, conv_bias=bias)
-    np.testing.assert_allclose(turned.transpose(0, 3, 1, 2), linear_attention(q, k, v, conv_weight=weight, conv_bias=bias), atol=1e-6)
+    turned = linear_attention(
+        *(x.transpose(0, 2, 3, 1) for x in (q, k, v)), layout="bhdn", conv_weight=weight, conv_bias=bias
+    )
+    np.testing.assert_allclose(
+        turned.transpose(0, 3, 1, 2), linear_attention(q, k, v, conv_weight=weight, conv_bias=bias), atol=1e-6
+    )
 
 
 def test_vmap_jit_and_remat():
-    arrays = [jnp.stack(x) for x in zip(inputs((2, 49, 2, 8), "float32"), inputs((2, 49, 2, 8), "float32", seed=1), strict=True)]
+    arrays = [
+        jnp.stack(x)
+        for x in zip(inputs((2, 49, 2, 8), "float32"), inputs((2, 49, 2, 8), "float32", seed=1), strict=True)
+    ]
     out, back = jax.vjp(jax.vmap(linear_attention), *arrays[:3])
     for i in range(2):
         one, one_back = jax.vjp(linear_attention, *(x[i] for x in arrays[:3]))
@@ -116,7 +127,11 @@ def test_vmap_jit_and_remat():
     saving = jax.checkpoint_policies.save_only_these_names("lin_attn_state")
     plain = jax.grad(lambda *x: jnp.square(linear_attention(*x)).sum(), (0, 1, 2))(*(x[0] for x in arrays[:3]))
     for policy in (None, saving):
-        for a, b in zip(jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)(policy, *(x[0] for x in arrays[:3])), plain, strict=True):
+        for a, b in zip(
+            jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)(policy, *(x[0] for x in arrays[:3])),
+            plain,
+            strict=True,
+        ):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -24,7 +24,9 @@ SCHEDULE = linear_schedule()
 @pytest.fixture(scope="module")
 def pair():
     rng = np.random.default_rng(0)
-    student, teacher = (Prediction(*(jnp.asarray(rng.standard_normal((4, 2, 2, 3)), jnp.float32) for _ in range(2))) for _ in range(2))
+    student, teacher = (
+        Prediction(*(jnp.asarray(rng.standard_normal((4, 2, 2, 3)), jnp.float32) for _ in range(2))) for _ in range(2)
+    )
     return student, teacher, jnp.array([0, 1, 500, 999])
 
 
@@ -37,12 +39,16 @@ def test_distillation_by_hand(pair):
     student, teacher, step = pair
     apart = distillation(SCHEDULE, student, teacher, step)
     for got, mine, theirs in zip(apart, student, teacher, strict=True):
-        np.testing.assert_allclose(got, np.square(np.asarray(mine) - np.asarray(theirs)).reshape(4, -1).mean(1), rtol=1e-6)
+        np.testing.assert_allclose(
+            got, np.square(np.asarray(mine) - np.asarray(theirs)).reshape(4, -1).mean(1), rtol=1e-6
+        )
     low, high = SCHEDULE.log_variance_range[np.asarray(step)].T[:, :, None]
     ratios = [(np.asarray(p.ratio, np.float64).reshape(4, -1) + 1) / 2 for p in (student, teacher)]
     logs = [r * high + (1 - r) * low for r in ratios]
     log_sigma = distillation(SCHEDULE, student, teacher, step, "log_sigma").variance
-    np.testing.assert_allclose(log_sigma, np.square(logs[0] - logs[1]).mean(1), rtol=1e-4, atol=1e-9)  # f32: the bounds meet at late times
+    np.testing.assert_allclose(
+        log_sigma, np.square(logs[0] - logs[1]).mean(1), rtol=1e-4, atol=1e-9
+    )  # f32: the bounds meet at late times
     sigma = distillation(SCHEDULE, student, teacher, step, "sigma").variance
     np.testing.assert_allclose(sigma, np.square(np.exp(logs[0]) - np.exp(logs[1])).mean(1), rtol=1e-4, atol=1e-9)
 
@@ -56,7 +62,9 @@ def test_the_bound_teaches_the_variance_alone_and_no_gradient_reaches_the_teache
         return diffusion(SCHEDULE, predicted, clean, noisy, step, noise).bound.sum()
 
     grads = jax.grad(bound)(student)
-    assert not np.asarray(grads.noise).any() and np.abs(grads.ratio[1]).min() > 0.1  # at late times the bounds of the variance meet
+    assert (
+        not np.asarray(grads.noise).any() and np.abs(grads.ratio[1]).min() > 0.1
+    )  # at late times the bounds of the variance meet
     mse = jax.grad(lambda p: diffusion(SCHEDULE, p, clean, noisy, step, noise).mse.sum())(student)
     np.testing.assert_allclose(mse.noise, 2 * (student.noise - noise) / 12, rtol=1e-5)
     assert not np.asarray(mse.ratio).any()
@@ -117,7 +125,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(cfg, setup):
 
 
 def test_whose_labels_are_dropped(cfg, setup):
-    """All labels hidden: a student that is its teacher agrees with it when both see none, and not when the teacher sees the label."""
+    """All labels hidden: a student that is its teacher agrees with it when both see none, and not when the teacher sees
+    the label.
+    """
     _, _, teacher, batch = setup
     for dropped, agrees in (("shared", True), ("student", False)):
         both = Config(student=cfg, teacher="x", label_drop=1.0, distill=DistillConfig(dropped=dropped))
@@ -162,7 +172,9 @@ def test_loss_and_gradients_are_the_same_on_any_mesh(lit, setup):
     cfg, key = Config(student=lit, teacher="x"), jax.random.key(5)
 
     def gradients(params, batch, frozen):
-        (loss, _), grads = jax.value_and_grad(loss_fn(cfg, student, teacher, None), has_aux=True)(params, batch, key, frozen)
+        (loss, _), grads = jax.value_and_grad(loss_fn(cfg, student, teacher, None), has_aux=True)(
+            params, batch, key, frozen
+        )
         return loss, grads
 
     def on(**sizes):

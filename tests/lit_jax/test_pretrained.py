@@ -82,7 +82,9 @@ def test_an_autoencoder_comes_through_the_same_door(one_device):
     loaded = lit_jax.load(str(AUTOENCODER))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3)).astype(np.uint8)
     latents = loaded.encode(images)
-    means = jax.jit(partial(loaded.model.apply, method="encode"))(loaded.params, images.astype(np.float32) / 127.5 - 1).mean
+    means = jax.jit(partial(loaded.model.apply, method="encode"))(
+        loaded.params, images.astype(np.float32) / 127.5 - 1
+    ).mean
     np.testing.assert_allclose(latents, means * loaded.cfg.scaling_factor, rtol=1e-6)
     decoded = loaded.decode(latents)
     pixels = jax.jit(partial(loaded.model.apply, method="decode"))(loaded.params, means)

@@ -1,4 +1,6 @@
-"""Sampling: guidance on the channels that are asked for, modulations ahead or step by step, any number of labels on any mesh."""
+"""Sampling: guidance on the channels that are asked for, modulations ahead or step by step, any number of labels on any
+mesh.
+"""
 
 from dataclasses import replace
 
@@ -33,7 +35,9 @@ def model(lit, draw):
 
 
 def test_guidance_is_by_channel():
-    conditional, free = (Prediction(jnp.full((1, 2, 2, 4), value), jnp.full((1, 2, 2, 4), 10 * value)) for value in (3.0, 1.0))
+    conditional, free = (
+        Prediction(jnp.full((1, 2, 2, 4), value), jnp.full((1, 2, 2, 4), 10 * value)) for value in (3.0, 1.0)
+    )
     some = guide(conditional, free, SampleConfig(guidance=1.5, guided="first three"))
     np.testing.assert_array_equal(some.noise[0, 0, 0], [4, 4, 4, 3])
     np.testing.assert_array_equal(some.ratio, conditional.ratio)
@@ -41,7 +45,9 @@ def test_guidance_is_by_channel():
     np.testing.assert_array_equal(every.noise[0, 0, 0], [4, 4, 4, 4])
 
 
-@pytest.mark.parametrize("how", [SampleConfig("ddpm", 6), SampleConfig("ddim", 5, guidance=2.0), SampleConfig("dpm", 5, guidance=2.0)])
+@pytest.mark.parametrize(
+    "how", [SampleConfig("ddpm", 6), SampleConfig("ddim", 5, guidance=2.0), SampleConfig("dpm", 5, guidance=2.0)]
+)
 def test_modulations_ahead_or_step_by_step_draw_the_same(lit, model, mesh, monkeypatch, how):
     module, params = model
     labels, key = [4, 0, 4, 2, 5], jax.random.key(1)
@@ -116,10 +122,14 @@ def test_a_picture_is_the_same_in_any_batch_and_on_any_mesh(lit, model, mesh, ho
     module, params = model
     labels, keys = np.array([4, 0, 4, 2, 3]), picture_keys(jax.random.key(7), np.arange(5))
     together = np.asarray(drawer(module, lit, how, mesh)(params, labels, keys))
-    single = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    single = jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
     alone = drawer(module, lit, how, single)
     for rows in ([3], [4, 1]):
-        np.testing.assert_allclose(alone(params, labels[rows], keys[np.array(rows)]), together[rows], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            alone(params, labels[rows], keys[np.array(rows)]), together[rows], rtol=1e-4, atol=1e-4
+        )
     np.testing.assert_allclose(drawer(module, lit, how, mesh)(params, labels, jax.random.key(7)), together, rtol=1e-6)
     assert np.abs(together[0] - together[2]).max() > 0.1  # the same class, another key
 

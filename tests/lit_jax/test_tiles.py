@@ -75,14 +75,19 @@ def test_one_tile_is_the_whole_decode_to_the_bit(decode, tiled, smooth):
 def test_tiles_approach_the_whole_decode_as_they_grow(decode, tiled, smooth):
     """GroupNorm and attention see a tile only, so a small random model differs; wider tiles and overlaps less and less."""
     whole = np.asarray(decode(smooth))
-    errors = [float(np.abs(tiled(smooth, tile, overlap) - whole).mean()) for tile, overlap in ((8, 0), (16, 8), (24, 12), (36, 32))]
+    errors = [
+        float(np.abs(tiled(smooth, tile, overlap) - whole).mean())
+        for tile, overlap in ((8, 0), (16, 8), (24, 12), (36, 32))
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * np.abs(whole).mean(), errors
 
 
 @pytest.mark.parametrize("kind", ["smooth", "constant"])
 def test_there_is_no_seam(kind, decode, tiled, smooth):
-    """What tiling changes jumps no more where a tile begins or ends than anywhere else; without overlap it does, threefold."""
+    """What tiling changes jumps no more where a tile begins or ends than anywhere else; without overlap it does,
+    threefold.
+    """
     latents = smooth if kind == "smooth" else np.broadcast_to(smooth[:, :1, :1], smooth.shape)
     whole = np.asarray(decode(latents))
 

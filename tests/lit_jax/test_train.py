@@ -35,9 +35,44 @@ from lit_jax.dit import Dit, DitConfig
 from lit_jax.latents import data_origin
 from lit_jax.origin import autoencoder_origin, read_origin, write_origin
 
-SIZES = ["--student.size", "8", "--student.width", "16", "--student.hidden", "32", "--student.layers", "2", "--student.heads", "2"]
-SHORT = ["--pipeline.batch", "8", "--steps", "6", "--log-every", "1", "--eval-every", "3", "--save-every", "2", "--optim.warmup", "2"]
-TINY = [*SIZES, *SHORT, "--samples", "2", "--sample.steps", "2", "--data.path", "emoji:noto", "--held-out.path", "emoji:noto"]
+SIZES = [
+    "--student.size",
+    "8",
+    "--student.width",
+    "16",
+    "--student.hidden",
+    "32",
+    "--student.layers",
+    "2",
+    "--student.heads",
+    "2",
+]
+SHORT = [
+    "--pipeline.batch",
+    "8",
+    "--steps",
+    "6",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "3",
+    "--save-every",
+    "2",
+    "--optim.warmup",
+    "2",
+]
+TINY = [
+    *SIZES,
+    *SHORT,
+    "--samples",
+    "2",
+    "--sample.steps",
+    "2",
+    "--data.path",
+    "emoji:noto",
+    "--held-out.path",
+    "emoji:noto",
+]
 
 
 def weights_of(run):
@@ -93,7 +128,9 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(donor, distilled, tmp
     assert main(arguments) == 0
     for path, value in weights_of(distilled).items():
         np.testing.assert_array_equal(weights_of(run)[path], value, err_msg=path)
-    curves = [[json.loads(line)["loss"] for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (distilled, run)]
+    curves = [
+        [json.loads(line)["loss"] for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (distilled, run)
+    ]
     assert curves[0] == curves[1]
 
 
@@ -116,7 +153,21 @@ def test_inherit_writes_the_student_and_where_it_is_from(donor, tmp_path):
 
 def test_a_trained_run_draws(distilled, tmp_path):
     out = tmp_path / "grid.png"
-    command = ["sample", str(distilled), "--class", "3", "1", "--count", "3", "--steps", "2", "--sampler", "ddim", "--out", str(out)]
+    command = [
+        "sample",
+        str(distilled),
+        "--class",
+        "3",
+        "1",
+        "--count",
+        "3",
+        "--steps",
+        "2",
+        "--sampler",
+        "ddim",
+        "--out",
+        str(out),
+    ]
     assert main([*command, "--json", str(tmp_path / "drawn.json")]) == 0
     assert read_json(tmp_path / "drawn.json")["labels"] == [3, 3, 3, 1, 1, 1]
     assert Image.open(out).size == (240, 160)  # 3 x 2 pictures of 8 px, enlarged ten times
@@ -145,7 +196,17 @@ def other_factor(tmp_path):
 
 def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_path, capsys, remarks):
     data = ["--data.path", str(cache), "--data.image=", "--data.text=", "--data.split=", "--data.columns", "moments"]
-    recipe = ["--held-out.path=", "--label", "label", "--student.channels", "4", "--student.classes", "3", "--samples", "0"]
+    recipe = [
+        "--held-out.path=",
+        "--label",
+        "label",
+        "--student.channels",
+        "4",
+        "--student.classes",
+        "3",
+        "--samples",
+        "0",
+    ]
     run, command = tmp_path / "run", [*SIZES, *SHORT, *data, *recipe]
     wrong = other_factor(tmp_path)
     assert main(["train", "lit/smoke", "--run", str(run), *command, "--autoencoder", wrong]) == 2
@@ -170,7 +231,9 @@ def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_pat
 
 
 def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_path, monkeypatch):
-    """Kernels refuse the f32 weights that are scored, drawn from and kept. No step is taken: the kernel is another device's."""
+    """Kernels refuse the f32 weights that are scored, drawn from and kept. No step is taken: the kernel is another
+    device's.
+    """
 
     def ends_at_once(_, state, *__, evaluate, on_finish, **___):
         assert evaluate(state)["mse"] > 0
@@ -239,12 +302,16 @@ def test_a_trained_run_is_scored(distilled, tmp_path, monkeypatch):
     rows = {row["metric"]: row for row in read_json(scores)["rows"]}
     assert set(rows) == {"fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std"}
     assert all(
-        row["n"] == 22 and row["protocol"] == "colours; ddim 2 steps, guidance 1 on first three, balanced labels" for row in rows.values()
+        row["n"] == 22 and row["protocol"] == "colours; ddim 2 steps, guidance 1 on first three, balanced labels"
+        for row in rows.values()
     )
     drawn = np.load(saved)["arr_0"]
     assert drawn.shape == (22, 8, 8, 3) and drawn.dtype == np.uint8
     # The samples against themselves: no distance.
-    assert main(["eval", str(distilled), "--data", str(saved), "--features", "colours", *how[:-2], "--json", str(scores)]) == 0
+    assert (
+        main(["eval", str(distilled), "--data", str(saved), "--features", "colours", *how[:-2], "--json", str(scores)])
+        == 0
+    )
     rows = {row["metric"]: row["value"] for row in read_json(scores)["rows"]}
     assert abs(rows["fid"]) < 1e-6 and rows["precision"] == rows["recall"] == 1
 
@@ -294,7 +361,9 @@ def test_a_killed_evaluation_continues(distilled, tmp_path, monkeypatch, capsys)
         ("torn", "torn.png"),
     ],
 )
-def test_a_reference_that_cannot_be_used_is_said_before_drawing(distilled, tmp_path, monkeypatch, capsys, reference, words):
+def test_a_reference_that_cannot_be_used_is_said_before_drawing(
+    distilled, tmp_path, monkeypatch, capsys, reference, words
+):
     small_extractor(monkeypatch)
     monkeypatch.setattr(evaluate, "draw_batches", lambda *_: pytest.fail("drawn too early"))
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
@@ -322,7 +391,25 @@ def test_a_sample_that_is_not_finite_stops_command_and_training_grid(distilled, 
     weights.write_params(broken, values)
     (broken / "config.json").write_bytes((distilled / "model" / "config.json").read_bytes())
     out = tmp_path / "x.png"
-    assert main(["sample", str(broken), "--class", "0", "--count", "2", "--steps", "2", "--sampler", "ddim", "--out", str(out)]) == 2
+    assert (
+        main(
+            [
+                "sample",
+                str(broken),
+                "--class",
+                "0",
+                "--count",
+                "2",
+                "--steps",
+                "2",
+                "--sampler",
+                "ddim",
+                "--out",
+                str(out),
+            ]
+        )
+        == 2
+    )
     assert "picture 0: the model's output is not finite" in capsys.readouterr().err and not out.exists()
     cfg = train.Config(student=DitConfig(classes=2), samples=3)
     monkeypatch.setattr(progress, "drawer", lambda *_: lambda *_: np.array([0.0, np.nan, 0.0]).reshape(3, 1, 1, 1))
@@ -340,7 +427,17 @@ def test_scores_need_features_and_a_reference(distilled, capsys):
 def test_names_of_classes_become_numbers_in_alphabetical_order():
     source = open_labelled(SourceConfig("emoji:noto", split="test"), "group", 9)
     groups = sorted(
-        {"activities", "animals-nature", "flags", "food-drink", "objects", "people-body", "smileys-emotion", "symbols", "travel-places"}
+        {
+            "activities",
+            "animals-nature",
+            "flags",
+            "food-drink",
+            "objects",
+            "people-body",
+            "smileys-emotion",
+            "symbols",
+            "travel-places",
+        }
     )
     assert source.classes == tuple(groups) and len(source) == 300 and emoji.STYLES[0] == "noto"
     record = source[7]

@@ -26,7 +26,9 @@ def launch(run, *options, **env):
     command = [sys.executable, str(Path(__file__).with_name("toy_run.py")), str(run), *map(str, options)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     clean |= {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean
+    )
 
 
 def finish(process, code=0):
@@ -76,7 +78,9 @@ def test_a_state_moves_from_eight_devices_to_two_and_back(tmp_path):
     finish(launch(tmp_path / "eight", "--devices", 2, "--mesh", 1, 2, 1, "--copy", tmp_path / "two"))
     mesh = start(MeshConfig(2, 2, 2))
     leaves = spec()
-    like = abstract_state(make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), leaves, 1000), leaves, mesh, 0.9)
+    like = abstract_state(
+        make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), leaves, 1000), leaves, mesh, 0.9
+    )
     written = [Checkpoints(tmp_path / name / "checkpoints").restore(9, like) for name in ("eight", "two")]
     assert written[0].data == written[1].data and written[0].data["data"] == {"next": 9}
     jax.tree.map(np.testing.assert_array_equal, written[0].state, written[1].state)
@@ -111,7 +115,9 @@ def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
 
 
 def test_the_parts_of_a_run_start_no_device():
-    """Or the processes of a job could no longer find each other: jax joins them before its devices are there, or not at all."""
+    """Or the processes of a job could no longer find each other: jax joins them before its devices are there, or not at
+    all.
+    """
     code = """if True:
     import jax
     from heirloom.common import config

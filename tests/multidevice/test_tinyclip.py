@@ -59,7 +59,9 @@ def drawn(spec, seed):
 
 
 def loss_and_gradients(data, fsdp, tensor):
-    """Of one step of the trainer's own wiring, with a live teacher: its metrics, and the gradients where the step leaves them."""
+    """Of one step of the trainer's own wiring, with a live teacher: its metrics, and the gradients where the step
+    leaves them.
+    """
     names, devices = ("data", "fsdp", "tensor"), jax.devices()[: data * fsdp * tensor]
     mesh = jax.make_mesh((data, fsdp, tensor), names, axis_types=(AxisType.Auto,) * 3, devices=devices)
     student, theirs = functional(Clip, CFG.student), functional(Clip, TEACHER)
@@ -92,7 +94,8 @@ def test_loss_and_gradients_are_those_of_one_device(shape, split, alone):
         assert metrics[name] == pytest.approx(alone[0][name], rel=1e-6), name
     assert metrics["affinity"] != pytest.approx(metrics["contrastive"], rel=1e-3)
     for path, expected in alone[1].items():
-        # The keys' biases have no gradient: a constant added to every logit of a row changes no softmax. What is left is rounding.
+        # The keys' biases have no gradient: a constant added to every logit of a row changes no softmax. What is left
+        # is rounding.
         largest = float(np.abs(expected).max())
         assert largest < 1e-6 if path.endswith("key/bias") else largest > 1e-3, path
         np.testing.assert_allclose(gradients[path], expected, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=path)
@@ -119,8 +122,22 @@ def launch(inputs):
     flags = ["--teacher", wider, "--donor", wider, "--held-out.path", pairs]
 
     def launch(run, devices, mesh, **env):
-        sizes = [word for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True) for word in (f"--mesh.{name}", str(size))]
-        command = [sys.executable, "-m", "heirloom.common.cli", "train", str(RECIPE), "--run", str(run), *map(str, flags), *sizes]
+        sizes = [
+            word
+            for name, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
+            for word in (f"--mesh.{name}", str(size))
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "heirloom.common.cli",
+            "train",
+            str(RECIPE),
+            "--run",
+            str(run),
+            *map(str, flags),
+            *sizes,
+        ]
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
         clean |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | CACHE | env
@@ -194,7 +211,8 @@ def test_a_run_moves_from_two_processes_that_are_killed_to_two_devices_and_back(
         process.send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate(timeout=LIMIT)
-    # A save waits for the one before it: after step 5 that of step 2 is complete at least, whatever became of that of step 4.
+    # A save waits for the one before it: after step 5 that of step 2 is complete at least, whatever became of that of
+    # step 4.
     killed = Checkpoints(run / "checkpoints").latest()
     assert 2 <= killed < CFG.steps - 4 and not (run / "model").exists()
 
@@ -222,16 +240,24 @@ def test_masks_are_learned_and_cut_on_a_mesh_as_on_one_device(inputs, tmp_path, 
     masks = MaskConfig(prune_step=4, target=0.3, warmup=2, lr=1.5)
     recipe = replace(CFG, student=TEACHER, teacher=wider, donor=wider, masks=masks, steps=6)
     replace(recipe, mesh=MeshConfig(2, 2, 2)).train(tmp_path / "mesh")
-    split = [not where.is_fully_replicated for where in shardings(functional(Clip, TEACHER).spec, start(MeshConfig(2, 2, 2))).values()]
+    split = [
+        not where.is_fully_replicated
+        for where in shardings(functional(Clip, TEACHER).spec, start(MeshConfig(2, 2, 2))).values()
+    ]
     assert sum(split) == 13
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     recipe.train(tmp_path / "alone")
     found, expected = curve(tmp_path / "mesh"), curve(tmp_path / "alone")
-    assert [line["step"] for line in found] == list(range(1, 7)) and ["sparsity" in line for line in found] == 4 * [True] + 2 * [False]
+    assert [line["step"] for line in found] == list(range(1, 7)) and ["sparsity" in line for line in found] == 4 * [
+        True
+    ] + 2 * [False]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5, err_msg=str(ours["step"]))
     mesh, alone = (open_clip_model(str(tmp_path / name / "model")) for name in ("mesh", "alone"))
-    assert mesh.cfg == alone.cfg and alone.cfg.image.width < TEACHER.image.width  # the same channels, heads and units stay
-    # Less strict, far below a step's 1e-3: the masks' Adam has its own small eps, and makes more of what is only rounding.
+    assert (
+        mesh.cfg == alone.cfg and alone.cfg.image.width < TEACHER.image.width
+    )  # the same channels, heads and units stay
+    # Less strict, far below a step's 1e-3: the masks' Adam has its own small eps, and makes more of what is only
+    # rounding.
     same_weights(tmp_path / "mesh", tmp_path / "alone", atol=1e-4)

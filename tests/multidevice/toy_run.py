@@ -1,4 +1,6 @@
-"""A small regression trained through the whole of common/train: the program that the tests of this folder start, stop and kill."""
+"""A small regression trained through the whole of common/train: the program that the tests of this folder start, stop
+and kill.
+"""
 
 import argparse
 import os
@@ -27,7 +29,9 @@ ROWS = 16
 
 
 class Rows:
-    """Batch n is a function of n. Batch `stall` never comes; while batch `term` is fetched, this process is asked to stop."""
+    """Batch n is a function of n. Batch `stall` never comes; while batch `term` is fetched, this process is asked to
+    stop.
+    """
 
     def __init__(self, mesh, stall, term):
         self.next, self.sharding, self.stall, self.term = 0, batch_sharding(mesh), stall, term
@@ -42,7 +46,10 @@ class Rows:
         self.next += 1
         x = rng.normal(size=(ROWS, 128)).astype("float32")
         batch = {"x": x, "y": x[:, :4] * x[:, 4:8]}
-        return {name: jax.make_array_from_callback(rows.shape, self.sharding, lambda i, rows=rows: rows[i]) for name, rows in batch.items()}
+        return {
+            name: jax.make_array_from_callback(rows.shape, self.sharding, lambda i, rows=rows: rows[i])
+            for name, rows in batch.items()
+        }
 
     def state(self):
         return {"next": self.next}
@@ -91,13 +98,17 @@ def main():
     def write(state: State) -> None:
         run.model.mkdir(exist_ok=True)
         trees = {"params": state.params, "ema": state.ema}
-        np.savez(run.model / "state.npz", **{f"{name}/{path}": x for name, tree in trees.items() for path, x in tree.items()})
+        np.savez(
+            run.model / "state.npz", **{f"{name}/{path}": x for name, tree in trees.items() for path, x in tree.items()}
+        )
 
     step = make_step(loss, optimizer, SPEC, mesh, STEP)
     data = Rows(mesh, args.stall, args.term)
     on_finish = write if jax.process_count() == 1 else None
     try:
-        run.fit(state, step, data, args.total, examples_per_step=ROWS, cadence=Cadence(log=5, save=8), on_finish=on_finish)
+        run.fit(
+            state, step, data, args.total, examples_per_step=ROWS, cadence=Cadence(log=5, save=8), on_finish=on_finish
+        )
     except Stopped as stopped:  # as the command does
         print(stopped)
         sys.exit(75)

@@ -1,8 +1,10 @@
 """Files that are nearly right: seeded mutations of JSON and of bytes, and what reading them may do.
 
-    python tests/mutations/mutate.py 100000      # all targets in turn; prints what is neither right nor refused in one line
+    python tests/mutations/mutate.py 100000      # all targets in turn; prints what is neither right nor refused in one
+    line
 
-A mutated file may be read, or refused with an InputError of one line, within ten seconds of computing and without a gigabyte of memory.
+A mutated file may be read, or refused with an InputError of one line, within ten seconds of computing and without a
+gigabyte of memory.
 """
 
 import argparse
@@ -143,7 +145,11 @@ def _read(target: Target, folder: Path) -> str:
     except TookTooLong:
         raise
     except BaseException as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ROOT) and "site-packages" not in f.filename]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if f.filename.startswith(ROOT) and "site-packages" not in f.filename
+        ]
         return f"{type(error).__name__} in {Path(frames[-1].filename).name}:{frames[-1].lineno}: {str(error)[:100]!r}"
     return "read"
 
@@ -154,7 +160,11 @@ def run(target: Target, seeds: Iterable[int]) -> dict[str, list[int]]:
         import torch  # noqa: F401  # the first import can take seconds, which no file is to blame for
     found: dict[str, list[int]] = {}
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stderr(None),
+            contextlib.redirect_stdout(None),
+        ):
             found.setdefault(attempt(target, seed, Path(folder)), []).append(seed)
     return found
 
@@ -176,7 +186,10 @@ def main() -> None:
         bad = {said: seeds for said, seeds in found.items() if said not in ("read", "refused")}
         faults += sum(map(len, bad.values()))
         wrong, seconds = sum(map(len, bad.values())), time.monotonic() - start
-        print(f"{target.name}: {counts['read']} read, {counts['refused']} refused, {wrong} wrong, {seconds:.0f} s", flush=True)
+        print(
+            f"{target.name}: {counts['read']} read, {counts['refused']} refused, {wrong} wrong, {seconds:.0f} s",
+            flush=True,
+        )
         for said, seeds in sorted(bad.items(), key=lambda item: -len(item[1])):
             print(f"  {len(seeds)} x {said} (seed {seeds[0]})", flush=True)
     sys.exit(bool(faults))

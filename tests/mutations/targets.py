@@ -95,7 +95,11 @@ def records(path: str, **fields: Any) -> Callable[[Path], None]:
 def tar_file(folder: Path) -> Path:
     with tarfile.open(folder / "0.tar", "w") as archive:
         for i in range(3):
-            for ending, data in (("png", picture("PNG", seed=i)), ("txt", b"a caption"), ("json", b'{"caption": "a caption"}')):
+            for ending, data in (
+                ("png", picture("PNG", seed=i)),
+                ("txt", b"a caption"),
+                ("json", b'{"caption": "a caption"}'),
+            ):
                 member = tarfile.TarInfo(f"{i:05d}.{ending}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -193,7 +197,9 @@ TARGETS = [
     Target("safetensors header", golden("clip/hf_gelu", "model.safetensors"), opened, mutate_bytes),
     Target("npz", npz_file, tensors, mutate_bytes),
     Target("CLIP config.json", golden("clip/hf_gelu", "config.json"), opened, mutate_json, weight=1),
-    Target("open_clip_config.json", golden("clip/open_clip_f16", "open_clip_config.json"), opened, mutate_json, weight=1),
+    Target(
+        "open_clip_config.json", golden("clip/open_clip_f16", "open_clip_config.json"), opened, mutate_json, weight=1
+    ),
     Target("ViT config.json", golden("vit/hf_vit", "config.json"), opened, mutate_json, weight=1),
     Target("DeiT config.json", golden("vit/hf_deit_teacher", "config.json"), opened, mutate_json, weight=1),
     Target("timm config.json", golden("vit/timm_cls", "config.json"), opened, mutate_json, weight=1),
@@ -217,7 +223,12 @@ TARGETS = [
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     ),
     Target("preprocessor_config.json", text_file("preprocessor_config.json", PROCESSOR), found("hf"), mutate_json),
-    Target("processor_config.json", text_file("processor_config.json", {"image_processor": PROCESSOR}), found("hf"), mutate_json),
+    Target(
+        "processor_config.json",
+        text_file("processor_config.json", {"image_processor": PROCESSOR}),
+        found("hf"),
+        mutate_json,
+    ),
     Target("preprocess_cfg", text_file("open_clip_config.json", OPEN_CLIP), found("open_clip"), mutate_json),
     Target("pretrained_cfg", text_file("config.json", TIMM), found("timm"), mutate_json),
     Target("preprocess.json", text_file("preprocess.json", OURS), found("heirloom"), mutate_json),

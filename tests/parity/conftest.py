@@ -1,4 +1,6 @@
-"""Live references: models that transformers makes and reads. The tests here skip themselves where torch is not installed."""
+"""Live references: models that transformers makes and reads. The tests here skip themselves where torch is not
+installed.
+"""
 
 import pytest
 
@@ -49,7 +51,9 @@ def drawn():
         rng, spec = np.random.default_rng(0), functional(Vit, cfg).spec
         scale = {p: leaf.extent("read") ** -0.5 if p.endswith("kernel") else 0.2 for p, leaf in spec.items()}
         folder.mkdir()
-        weights.write_params(folder, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()})
+        weights.write_params(
+            folder, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()}
+        )
         weights.write_config(folder, "learngene", cfg)
         return folder
 

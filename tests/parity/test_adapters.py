@@ -1,4 +1,6 @@
-"""Generated adapters in peft: the update it applies is the B A that was generated, whatever the members' alpha and ranks were."""
+"""Generated adapters in peft: the update it applies is the B A that was generated, whatever the members' alpha and
+ranks were.
+"""
 
 import json
 
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.parity
 
 def gpt2():
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -76,7 +80,10 @@ def test_a_convolution_is_generated_for_peft(tmp_path):
     base = Net()
     rng = np.random.default_rng(0)
     shapes = {"lora_A": (2, 3, 3, 3), "lora_B": (4, 2, 1, 1)}
-    tensors = {f"base_model.model.conv.{side}.weight": rng.standard_normal(shape).astype(np.float32) for side, shape in shapes.items()}
+    tensors = {
+        f"base_model.model.conv.{side}.weight": rng.standard_normal(shape).astype(np.float32)
+        for side, shape in shapes.items()
+    }
     (tmp_path / "zoo" / "a").mkdir(parents=True)
     save_file(tensors, tmp_path / "zoo" / "a" / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["conv"]}
@@ -92,7 +99,9 @@ def test_a_convolution_is_generated_for_peft(tmp_path):
 def test_torch_files_and_saved_modules_are_members(tmp_path):
     for i in range(2):
         torch.manual_seed(i)
-        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_proj"], modules_to_save=["ln_f"], fan_in_fan_out=True)
+        config = peft.LoraConfig(
+            r=2, lora_alpha=4, target_modules=["c_proj"], modules_to_save=["ln_f"], fan_in_fan_out=True
+        )
         model = peft.get_peft_model(gpt2(), config)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -109,6 +118,9 @@ def test_torch_files_and_saved_modules_are_members(tmp_path):
     zoo, words = import_folder(tmp_path / "zoo")
     assert words == ("0", "1") and zoo.about["adapters"]["config"]["modules_to_save"] == ["ln_f"]
     write_adapter(tmp_path, zoo.spec.unflatten(zoo.tokens(0), zoo.spec.like), zoo.about["adapters"])
-    first, made = (peft.PeftModel.from_pretrained(gpt2(), folder).merge_and_unload() for folder in (tmp_path / "zoo" / "0", tmp_path))
+    first, made = (
+        peft.PeftModel.from_pretrained(gpt2(), folder).merge_and_unload()
+        for folder in (tmp_path / "zoo" / "0", tmp_path)
+    )
     for (name, a), b in zip(first.named_parameters(), made.parameters(), strict=True):
         np.testing.assert_allclose(b.detach(), a.detach(), atol=1e-5, err_msg=name)

@@ -1,4 +1,6 @@
-"""AutoencoderKL through both libraries, small and at full size: moments, pictures, the way back, and files with older names."""
+"""AutoencoderKL through both libraries, small and at full size: moments, pictures, the way back, and files with older
+names.
+"""
 
 from functools import partial
 
@@ -49,7 +51,10 @@ def agree(model, donor, height, width):
     decoded = jax.jit(partial(donor.model.apply, method="decode"))(params, moments.mean)
     with torch.no_grad():
         posterior = model.encode(nchw(images)).latent_dist
-        theirs = [x.permute(0, 2, 3, 1).numpy() for x in (posterior.mean, posterior.logvar, model.decode(nchw(moments.mean)).sample)]
+        theirs = [
+            x.permute(0, 2, 3, 1).numpy()
+            for x in (posterior.mean, posterior.logvar, model.decode(nchw(moments.mean)).sample)
+        ]
     for mine, reference in zip((*moments, decoded), theirs, strict=True):
         assert mine.shape == reference.shape
         assert np.abs(mine - reference).max() / np.abs(reference).max() < 1e-4
@@ -66,7 +71,9 @@ def test_conversion_is_verified_exact_and_loaded_by_diffusers(small, tmp_path):
     checks = [convert(open_donor(folder, [FAMILY]), tmp_path / "ours", "heirloom")]
     checks += [convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", "diffusers")]
     for check in checks:
-        assert check.passed and check.reference == "diffusers" and 0 < check.max_error < 1e-4 and check.cosine > 0.999999
+        assert (
+            check.passed and check.reference == "diffusers" and 0 < check.max_error < 1e-4 and check.cosine > 0.999999
+        )
     same(diffusers.AutoencoderKL.from_pretrained(tmp_path / "back"), model)
 
 
@@ -86,7 +93,9 @@ def test_a_wrong_weight_is_noticed(small):
 
 @pytest.mark.parametrize("kind", ["old", "bin"])
 def test_files_of_older_releases(kind, small, tmp_path):
-    """The names that sd-vae-ft-* have on the hub, which diffusers renames when it loads; and a pickle under current ones."""
+    """The names that sd-vae-ft-* have on the hub, which diffusers renames when it loads; and a pickle under current
+    ones.
+    """
     model, folder = small
     names = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."} if kind == "old" else {}
     tensors = {}
@@ -98,7 +107,9 @@ def test_files_of_older_releases(kind, small, tmp_path):
     there.mkdir()
     (there / "config.json").write_bytes((folder / "config.json").read_bytes())
     if kind == "old":
-        with create_safetensors(there / FILE, {key: Tensor(value.shape, value.dtype) for key, value in tensors.items()}) as out:
+        with create_safetensors(
+            there / FILE, {key: Tensor(value.shape, value.dtype) for key, value in tensors.items()}
+        ) as out:
             for key, value in tensors.items():
                 out[key][...] = value
         same(diffusers.AutoencoderKL.from_pretrained(there), model)
@@ -113,7 +124,8 @@ def test_macs_are_what_torch_counts(small):
 
     donor = open_donor(small[1], [FAMILY])
     model = diffusers.AutoencoderKL.from_pretrained(small[1])
-    model.set_default_attn_processor()  # two products, which the counter sees: the fused kernel counts as nothing on CPUs
+    # Two products, which the counter sees: the fused kernel counts as nothing on CPUs.
+    model.set_default_attn_processor()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 64, 64))
     assert 2 * macs(donor.cfg, donor.model.spec) == counter.get_total_flops()

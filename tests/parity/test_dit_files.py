@@ -1,4 +1,6 @@
-"""facebookresearch/DiT's files at the size of DiT-S/2 and LiT-S/2: DiT's formulas in torch, the way back, training checkpoints."""
+"""facebookresearch/DiT's files at the size of DiT-S/2 and LiT-S/2: DiT's formulas in torch, the way back, training
+checkpoints.
+"""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -34,7 +36,9 @@ def folder_of(cfg, path, seed=0):
     spec = functional(Dit, cfg).spec
     scale = {p: leaf.extent("read") ** -0.5 if p.endswith("kernel") else 0.2 for p, leaf in spec.items()}
     path.mkdir()
-    weights.write_params(path, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()})
+    weights.write_params(
+        path, {p: (scale[p] * rng.standard_normal(leaf.shape)).astype(np.float32) for p, leaf in spec.items()}
+    )
     weights.write_config(path, "lit", cfg)
     return path
 
@@ -71,10 +75,15 @@ def state(tmp_path):
 
 def test_of_a_training_checkpoint_the_average_is_taken(state, tmp_path):
     raw = {f"module.{key}": value + 1 for key, value in state.items()}
-    torch.save({"model": raw, "ema": state, "opt": {"step": 3}, "args": Namespace(model="DiT-S/2", lr=1e-4)}, tmp_path / "0400000.pt")
+    torch.save(
+        {"model": raw, "ema": state, "opt": {"step": 3}, "args": Namespace(model="DiT-S/2", lr=1e-4)},
+        tmp_path / "0400000.pt",
+    )
     donor = open_donor(tmp_path / "0400000.pt", [FAMILY], heads=2)
     assert donor.cfg == SMALL
-    np.testing.assert_array_equal(donor.source.values["final/bias"], state["final_layer.linear.bias"].numpy().reshape(2, 2, 6))
+    np.testing.assert_array_equal(
+        donor.source.values["final/bias"], state["final_layer.linear.bias"].numpy().reshape(2, 2, 6)
+    )
 
 
 def test_a_bare_file_of_unknown_width_asks_for_its_heads(state, tmp_path):
@@ -100,5 +109,3 @@ def test_diffusers_itself_is_the_reference_of_its_files(tmp_path):
         assert check.passed and check.reference == "diffusers" and 0 < check.max_error < 5e-5
         assert "exponents over 127" in check.note and "its prediction differs by" in check.sentence()
     assert [guess.split(" is a guess")[0] for guess in back.guessed] == ["prediction = noise"]
-
-

@@ -22,7 +22,9 @@ def theirs(request, seeded, tmp_path_factory):
     """A folder as the hub has it: a random ViT-B/32 and CLIP's tokenizer; the GELU one in half precision and shards."""
     act, folder = {"hidden_act": request.param}, tmp_path_factory.mktemp(request.param)
     torch.manual_seed(1)
-    model = seeded(transformers.CLIPModel(transformers.CLIPConfig(text_config=act | {"eos_token_id": 2}, vision_config=act)), 1)
+    model = seeded(
+        transformers.CLIPModel(transformers.CLIPConfig(text_config=act | {"eos_token_id": 2}, vision_config=act)), 1
+    )
     if request.param == "gelu":
         model.half().save_pretrained(folder, max_shard_size="100MB")
         model.float()
@@ -42,7 +44,9 @@ def converted(theirs, tmp_path_factory):
 
 def torch_features(model, images, tokens):
     with torch.no_grad():
-        out = model(pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long())
+        out = model(
+            pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long()
+        )
     return out.image_embeds.numpy(), out.text_embeds.numpy()
 
 

@@ -1,4 +1,6 @@
-"""The network of published FIDs against torch: random weights in pytorch-fid's names, and the graph of 2015 written out in full."""
+"""The network of published FIDs against torch: random weights in pytorch-fid's names, and the graph of 2015 written out
+in full.
+"""
 
 import jax
 import numpy as np
@@ -120,7 +122,8 @@ def test_features_are_those_of_torch(tmp_path):
         want = reference(images)
     # What the released file carries along and the scores do not use.
     torch.save(
-        reference.state | {"fc.bias": torch.ones(1008), "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)}, tmp_path / "fid.pth"
+        reference.state | {"fc.bias": torch.ones(1008), "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)},
+        tmp_path / "fid.pth",
     )
     ours = open_extractor(tmp_path / "fid.pth")
     assert ours.cfg == ADM

@@ -36,7 +36,10 @@ def write(tmp_path):
     """`write(vision, text, **model)`: a folder that a random open_clip model was saved in, with its own config."""
 
     def write(vision=VISION, text=TEXT, **model):
-        config = dict(embed_dim=12, vision_cfg=VISION | vision if vision is not RESNET else RESNET, text_cfg=TEXT | text) | model
+        config = (
+            dict(embed_dim=12, vision_cfg=VISION | vision if vision is not RESNET else RESNET, text_cfg=TEXT | text)
+            | model
+        )
         torch.manual_seed(0)
         clip = CLIP(**json.loads(json.dumps(config))).eval()
         with torch.no_grad():
@@ -90,7 +93,9 @@ def test_without_its_config_only_our_own_formulas_can_serve_and_the_guesses_are_
     with pytest.raises(InputError, match="set the number of heads"):
         open_donor(folder, [FAMILY])
     check = convert(open_donor(folder, [FAMILY], text_heads=2), tmp_path / "ours", "heirloom")
-    assert (check.passed, check.reference) == (True, OWN) and check.sentence().startswith("checked against our own formulas")
+    assert (check.passed, check.reference) == (True, OWN) and check.sentence().startswith(
+        "checked against our own formulas"
+    )
     saved = json.loads((tmp_path / "ours" / "verify.json").read_text())
     assert saved["reference"] == "own formulas"
     assert [text.split()[0] for text in saved["guessed"]] == ["activation", "image_heads"]
@@ -103,8 +108,13 @@ def test_what_we_write_loads_in_open_clip_and_computes_the_same(vision, write, t
     check = convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "back", "open_clip")
     assert (check.passed, check.reference) == (True, "open_clip")
     config = json.loads((tmp_path / "back" / "open_clip_config.json").read_text())["model_cfg"]
-    clip, before = CLIP(**config).eval(), CLIP(**json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]).eval()
-    clip.load_state_dict(load_file(tmp_path / "back" / "open_clip_model.safetensors"), strict=vision is VISION)  # counters of batch norms
+    clip, before = (
+        CLIP(**config).eval(),
+        CLIP(**json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]).eval(),
+    )
+    clip.load_state_dict(
+        load_file(tmp_path / "back" / "open_clip_model.safetensors"), strict=vision is VISION
+    )  # counters of batch norms
     before.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
     pictures, tokens = inputs(open_donor(folder, [FAMILY]).cfg)
     with torch.no_grad():

@@ -51,7 +51,11 @@ def test_pixels_are_those_of_the_processor(processor, tmp_path):
 def test_modes_are_converted_as_by_the_processor(mode, tmp_path):
     rng = np.random.default_rng(0)
     deep = Image.fromarray(rng.integers(0, 65536, (50, 70)).astype(np.uint16))
-    picture = deep if mode == "I;16" else Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8)).convert("RGB").convert(mode)
+    picture = (
+        deep
+        if mode == "I;16"
+        else Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8)).convert("RGB").convert(mode)
+    )
     if mode in ("RGBA", "LA"):
         picture.putalpha(Image.fromarray(rng.integers(0, 256, (50, 70), dtype=np.uint8)))
     processor = CLIP(size={"shortest_edge": 32}, crop_size=SQUARE)

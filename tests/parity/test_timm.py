@@ -40,7 +40,12 @@ def write(tmp_path):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        save_for_hf(model, tmp_path / "theirs", model_config={"label_names": labels} if labels else None, safe_serialization=True)
+        save_for_hf(
+            model,
+            tmp_path / "theirs",
+            model_config={"label_names": labels} if labels else None,
+            safe_serialization=True,
+        )
         return tmp_path / "theirs"
 
     return write
@@ -101,7 +106,9 @@ def test_timms_own_loader_reads_what_is_written(fields, drawn, tmp_path):
     assert (check.passed, check.reference) == (True, "timm")
     assert open_donor(tmp_path / "timm", [FAMILY]).cfg == cfg
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
-    ours = np.asarray(donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, pictures(cfg)))
+    ours = np.asarray(
+        donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, pictures(cfg))
+    )
     np.testing.assert_allclose(logits(model, cfg), ours, rtol=1e-4, atol=1e-4)
 
 
@@ -122,7 +129,9 @@ def test_a_written_deit_file_loads_as_the_release_does(drawn, tmp_path):
     sizes = dict(img_size=16, patch_size=8, depth=2, mlp_ratio=64 / 192, num_classes=5)
     model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(file), **sizes)
     donor = open_donor(file, [FAMILY])
-    ours = np.asarray(donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, pictures(cfg)))
+    ours = np.asarray(
+        donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, pictures(cfg))
+    )
     np.testing.assert_allclose(logits(model, cfg), ours, rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +149,12 @@ def test_the_table_is_that_of_the_installed_timm():
     """What the functions of these names pass on has not changed since the table was written."""
     from make_timm_table import architecture
 
-    others = ("vit_base_patch16_gap_224", "vit_base_patch32_siglip_gap_256", "deit_small_distilled_patch16_224", "deit3_base_patch16_224")
+    others = (
+        "vit_base_patch16_gap_224",
+        "vit_base_patch32_siglip_gap_256",
+        "deit_small_distilled_patch16_224",
+        "deit3_base_patch16_224",
+    )
     for name in (TINY, *others):
         assert architecture(name) == timm_architectures.table()[name]
 
@@ -151,5 +165,7 @@ def test_a_written_archive_loads_in_timms_reader_of_googles(drawn, tmp_path):
     convert(donor, tmp_path / "npz", "google")
     model = timm.create_model(TINY, **SIZES, mlp_ratio=2, act_layer="gelu_tanh")
     model.load_pretrained(str(tmp_path / "npz" / "vit.npz"))
-    ours = np.asarray(donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, pictures(cfg)))
+    ours = np.asarray(
+        donor.model.apply({path: np.asarray(view) for path, view in donor.source.values.items()}, pictures(cfg))
+    )
     np.testing.assert_allclose(logits(model, cfg), ours, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,14 @@ from tinyclip_jax.model import ClipConfig
 
 transformers = pytest.importorskip("transformers")
 CFG = ClipConfig()
-CAPTIONS = ["a photo of <cat-toy>", "A <Dog-Toy>, twice: <dog-toy><cat-toy>", "<SPEC>x <spec>", "it's 10 o'clock", "café  au\tlait", ""]
+CAPTIONS = [
+    "a photo of <cat-toy>",
+    "A <Dog-Toy>, twice: <dog-toy><cat-toy>",
+    "<SPEC>x <spec>",
+    "it's 10 o'clock",
+    "café  au\tlait",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,9 @@ def test_other_names_of_start_and_end_are_written_for_transformers(tmp_path):
 def test_vocabulary_and_merges_with_added_tokens(theirs, decoder, tmp_path):
     model = json.loads(theirs.backend_tokenizer.to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]), encoding="utf-8"
+    )
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 49408, "<Dog-Toy>": 49409}))
     if decoder:
         token = dict(content="<Dog-Toy>", normalized=True, special=False, lstrip=False, rstrip=False, single_word=False)

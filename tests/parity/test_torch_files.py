@@ -30,7 +30,9 @@ def same(opened, state):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {"state_dict": s}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {"state_dict": s}}]
+)
 def test_wrapping_dicts_are_opened(state, wrap, legacy, tmp_path):
     file = tmp_path / "weights.pt"
     torch.save(wrap(state), file, _use_new_zipfile_serialization=not legacy)
@@ -73,12 +75,16 @@ def test_pickled_code_is_refused_and_does_not_run(save, state, tmp_path):
     assert not (tmp_path / "ran").exists()
     assert "\n" not in str(error.value)
     if save is torch.save:
-        assert "holds pickled code, not only tensors (getattr), and was not opened; save its state_dict() alone" in str(error.value)
+        assert "holds pickled code, not only tensors (getattr), and was not opened; save its state_dict() alone" in str(
+            error.value
+        )
 
 
 def test_torchscript_is_refused_with_the_way_out(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=r"TorchScript archive; save its state_dict\(\) with torch.save and convert that$"):
+    with pytest.raises(
+        InputError, match=r"TorchScript archive; save its state_dict\(\) with torch.save and convert that$"
+    ):
         open_torch(tmp_path / "weights.pt")
 
 
@@ -129,7 +135,9 @@ def original(small):
         "_logit_scale.logit_scale": t["logit_scale"],
     }
     norms = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"}
-    norms = {f"_image_encoder.{a}": b for a, b in norms.items()} | {"_text_encoder.ln_final": "text_model.final_layer_norm"}
+    norms = {f"_image_encoder.{a}": b for a, b in norms.items()} | {
+        "_text_encoder.ln_final": "text_model.final_layer_norm"
+    }
     for leaf in ("weight", "bias"):
         out |= {f"{a}.{leaf}": t[f"{b}.{leaf}"] for a, b in norms.items()}
         for tower, source in (("_image_encoder.visual", "vision_model"), ("_text_encoder", "text_model")):
@@ -148,10 +156,14 @@ def distributed(key):
 
 
 def automatic(key):
-    return "module." + key.replace("_image_encoder.", "image_encoder_without_ddp.").replace("_text_encoder.", "text_encoder_without_ddp.")
+    return "module." + key.replace("_image_encoder.", "image_encoder_without_ddp.").replace(
+        "_text_encoder.", "text_encoder_without_ddp."
+    )
 
 
-@pytest.mark.parametrize("wrap", [str, distributed, automatic, lambda key: f"module.{key}", lambda key: f"module.module.{key}"])
+@pytest.mark.parametrize(
+    "wrap", [str, distributed, automatic, lambda key: f"module.{key}", lambda key: f"module.module.{key}"]
+)
 def test_original_files_under_any_wrapper_are_the_same_model(small, wrap, tmp_path):
     file, hf = tmp_path / "tinyclip.pt", tmp_path / "hf"
     small.save_pretrained(hf)

@@ -17,7 +17,11 @@ pytest.importorskip("torch")
 
 TEXT = TextConfig(context=8, vocab=40, width=19, layers=2, heads=(1, 0), hidden=(5, 0), head_dim=64)
 MODELS = {
-    "pruned": ClipConfig(ImageConfig(size=16, patch=8, width=23, layers=3, heads=(2, 0, 1), hidden=(7, 3, 9), head_dim=64), TEXT, joint=12),
+    "pruned": ClipConfig(
+        ImageConfig(size=16, patch=8, width=23, layers=3, heads=(2, 0, 1), hidden=(7, 3, 9), head_dim=64),
+        TEXT,
+        joint=12,
+    ),
     "resnet": ClipConfig(ResNetConfig(size=64, width=4, blocks=(1, 2, 1, 1), heads=2), TEXT, joint=12),
 }
 

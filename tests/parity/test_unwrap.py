@@ -1,4 +1,6 @@
-"""What training scripts wrap around weights: averages first, prefixes off, harmless objects read, and what was done is said."""
+"""What training scripts wrap around weights: averages first, prefixes off, harmless objects read, and what was done is
+said.
+"""
 
 import json
 import shutil
@@ -29,7 +31,9 @@ def total(found):
 KEYS = ["a.bias", "a.weight"]
 
 
-@pytest.mark.parametrize("average", ["ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "params_ema", "averaged_model"])
+@pytest.mark.parametrize(
+    "average", ["ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "params_ema", "averaged_model"]
+)
 @pytest.mark.parametrize("raw", ["model", "state_dict", "params"])
 def test_an_average_is_taken_before_the_raw_weights_and_that_is_said(raw, average, tmp_path):
     found = opened(tmp_path, {raw: RAW, average: MEAN, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}})
@@ -53,7 +57,17 @@ def test_two_sets_of_tensors_without_a_known_name_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module.", "net.", "model._orig_mod."]
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.module.",
+        "net.",
+        "model._orig_mod.",
+    ],
 )
 def test_prefixes_of_wrappers_are_taken_off_in_any_combination(prefix, tmp_path):
     found = opened(tmp_path, {"state_dict": {prefix + key: value for key, value in MEAN.items()}})
@@ -61,11 +75,15 @@ def test_prefixes_of_wrappers_are_taken_off_in_any_combination(prefix, tmp_path)
 
 
 def test_wrappers_inside_a_name_are_taken_off(tmp_path):
-    assert list(opened(tmp_path, {"blocks.0._orig_mod.attn.weight": torch.zeros(1)}).tensors) == ["blocks.0.attn.weight"]
+    assert list(opened(tmp_path, {"blocks.0._orig_mod.attn.weight": torch.zeros(1)}).tensors) == [
+        "blocks.0.attn.weight"
+    ]
 
 
 def test_an_average_under_a_prefix_is_taken_and_its_twin_left(tmp_path):
-    both = {f"model.{key}": value for key, value in RAW.items()} | {f"ema_model.module.{key}": value for key, value in MEAN.items()}
+    both = {f"model.{key}": value for key, value in RAW.items()} | {
+        f"ema_model.module.{key}": value for key, value in MEAN.items()
+    }
     found = opened(tmp_path, both | {"n_averaged": torch.tensor(7)})
     assert total(found) == (6, KEYS)
     assert "'ema_model.*' taken, and not 'model.*'" in found.notes
@@ -77,9 +95,18 @@ def test_two_names_that_become_one_are_refused(tmp_path):
 
 
 def test_harmless_objects_next_to_the_weights_are_read(tmp_path):
-    extra = {"best": np.float64(0.5), "seen": np.int64(3), "curve": np.arange(3.0), "args": Namespace(prediction="velocity", lr=0.1)}
+    extra = {
+        "best": np.float64(0.5),
+        "seen": np.int64(3),
+        "curve": np.arange(3.0),
+        "args": Namespace(prediction="velocity", lr=0.1),
+    }
     found = opened(tmp_path, {"model": OrderedDict(MEAN), **extra})
-    assert total(found)[0] == 6 and found.about["args"] == {"prediction": "velocity", "lr": 0.1} and found.about["best"] == 0.5
+    assert (
+        total(found)[0] == 6
+        and found.about["args"] == {"prediction": "velocity", "lr": 0.1}
+        and found.about["best"] == 0.5
+    )
 
 
 def test_configs_of_trainers_are_opened_without_their_classes(tmp_path):
@@ -140,7 +167,9 @@ def test_a_pipeline_and_an_adapter_are_named_with_what_to_do(tmp_path):
         (tmp_path / "pipe" / part).mkdir(parents=True)
         (tmp_path / "pipe" / part / "config.json").write_text("{}")
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
-    with pytest.raises(InputError, match=r"a pipeline of several models; name one of them: .*pipe/transformer, .*pipe/vae"):
+    with pytest.raises(
+        InputError, match=r"a pipeline of several models; name one of them: .*pipe/transformer, .*pipe/vae"
+    ):
         weights_files(tmp_path / "pipe")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
@@ -148,7 +177,9 @@ def test_a_pipeline_and_an_adapter_are_named_with_what_to_do(tmp_path):
         weights_files(tmp_path / "lora")
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "model.safetensors.index.json", "sub/x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "model.safetensors.index.json", "sub/x.safetensors"]
+)
 def test_an_index_names_files_of_its_own_folder_only(name, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))

@@ -30,7 +30,9 @@ CASES = {
     ),
     "sws": VitConfig(**SMALL, width=96, heads=12, hidden=64, layers=5, eps=1e-5, gene="sws", layout=(3, 3, 4, 3, 3)),
     "tleg": VitConfig(**SMALL, width=192, heads=3, hidden=64, layers=2, eps=1e-5, gene="tleg", layout=(12,)),
-    "google": VitConfig(**SMALL, width=32, heads=2, hidden=64, layers=2, tokens="cls", pool="cls", activation="gelu_tanh"),
+    "google": VitConfig(
+        **SMALL, width=32, heads=2, hidden=64, layers=2, tokens="cls", pool="cls", activation="gelu_tanh"
+    ),
 }
 
 
@@ -50,21 +52,31 @@ def test_a_training_checkpoint_is_read_by_its_model(drawn, tmp_path):
     """The releases save the model next to optimizer and average; the average is taken, and said."""
     convert(open_donor(drawn(CASES["sws"], tmp_path / "ours"), [FAMILY]), tmp_path / "sws", "sws", verify=False)
     state = torch.load(tmp_path / "sws" / "sws.pth", weights_only=True)["model"]
-    torch.save({"model": state, "model_ema": {k: v + 1 for k, v in state.items()}, "epoch": 3}, tmp_path / "checkpoint.pth")
+    torch.save(
+        {"model": state, "model_ema": {k: v + 1 for k, v in state.items()}, "epoch": 3}, tmp_path / "checkpoint.pth"
+    )
     with pytest.warns(Remark, match="the tensors under 'model_ema' taken"):
         donor = open_donor(tmp_path / "checkpoint.pth", [FAMILY], layout="2,2,2,2,2")
     assert donor.format == "sws" and donor.cfg.layout == (2, 2, 2, 2, 2)
     np.testing.assert_array_equal(donor.source.values["norm/scale"], state["norm.weight"] + 1)
 
 
-@pytest.mark.parametrize("kind", ["ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+@pytest.mark.parametrize(
+    "kind", ["ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"]
+)
 def test_transformers_reads_its_own_config_and_what_we_write(kind, seeded, tmp_path, capsys):
     import transformers
 
     names = {0: "zebra", 1: "apple", 2: "moon"}
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
     config = (transformers.ViTConfig if kind.startswith("ViT") else transformers.DeiTConfig)(
-        **sizes, hidden_act="quick_gelu", layer_norm_eps=1e-3, id2label=names, label2id={name: i for i, name in names.items()}
+        **sizes,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-3,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
     )
     torch.manual_seed(0)
     model = seeded(getattr(transformers, kind)(config), 0)
@@ -86,8 +98,12 @@ def test_the_named_file_is_the_one_that_is_verified(seeded, tmp_path):
     import transformers
     from safetensors.torch import load_file, save_file
 
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
-    seeded(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=3)), 0).save_pretrained(tmp_path / "hf")
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
+    seeded(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=3)), 0).save_pretrained(
+        tmp_path / "hf"
+    )
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     other = {key: value * 1.5 for key, value in tensors.items()}
     save_file(other, tmp_path / "hf" / "model.other.safetensors", metadata={"format": "pt"})
@@ -99,14 +115,22 @@ def test_the_named_file_is_the_one_that_is_verified(seeded, tmp_path):
 def test_other_models_of_transformers_are_refused_by_name(tmp_path):
     import transformers
 
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
+    decoder = dict(
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16
+    )
     for kind, config, message in (
         ("ViTMAEForPreTraining", transformers.ViTMAEConfig(**sizes, **decoder), "model_type is 'vit_mae'"),
         ("ViTMSNForImageClassification", transformers.ViTMSNConfig(**sizes), "model_type is 'vit_msn'"),
         ("Dinov2ForImageClassification", transformers.Dinov2Config(**sizes), "a DINOv2 of transformers"),
         ("BeitForImageClassification", transformers.BeitConfig(**sizes), "model_type is 'beit', a BEiT"),
-        ("IJepaForImageClassification", transformers.IJepaConfig(**sizes), "model_type is 'ijepa', an I-JEPA, which has no class token"),
+        (
+            "IJepaForImageClassification",
+            transformers.IJepaConfig(**sizes),
+            "model_type is 'ijepa', an I-JEPA, which has no class token",
+        ),
         ("IJepaModel", transformers.IJepaConfig(**sizes), "model_type is 'ijepa', an I-JEPA"),
         ("YolosModel", transformers.YolosConfig(**sizes | dict(image_size=[16, 16])), "model_type is 'yolos', a YOLOS"),
         ("ViTModel", transformers.ViTConfig(**sizes), "a ViT without its classifier"),
@@ -120,5 +144,8 @@ def test_a_config_that_does_not_say_how_many_classes_there_are(drawn, tmp_path):
     """transformers takes 2 where a config has neither id2label nor num_labels; the weights have 5."""
     convert(open_donor(drawn(CASES["hf"], tmp_path / "ours"), [FAMILY]), tmp_path / "hf", "hf", verify=False)
     config = read_json(tmp_path / "hf" / "config.json")
-    write_json(tmp_path / "hf" / "config.json", {key: value for key, value in config.items() if key not in ("id2label", "label2id")})
+    write_json(
+        tmp_path / "hf" / "config.json",
+        {key: value for key, value in config.items() if key not in ("id2label", "label2id")},
+    )
     assert convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "back", "heirloom").reference == "transformers"

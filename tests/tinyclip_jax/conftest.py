@@ -28,7 +28,11 @@ def families():
 def cfg():
     """Heads of 8, unlike towers: 3 and 2 layers, widths 32 and 24."""
     image = ImageConfig(size=16, patch=8, width=32, layers=3, heads=4, hidden=48, activation="quick_gelu")
-    return ClipConfig(image, TextConfig(context=10, vocab=40, width=24, layers=2, heads=3, hidden=40, activation="quick_gelu"), joint=12)
+    return ClipConfig(
+        image,
+        TextConfig(context=10, vocab=40, width=24, layers=2, heads=3, hidden=40, activation="quick_gelu"),
+        joint=12,
+    )
 
 
 @pytest.fixture(scope="session")

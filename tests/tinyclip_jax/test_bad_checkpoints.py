@@ -28,7 +28,9 @@ def hf(goldens, tmp_path):
 def rewrite(folder, change, name="model.safetensors"):
     tensors = {key: np.array(value) for key, value in open_safetensors(folder / name).items()}
     change(tensors)
-    with create_safetensors(folder / name, {key: Tensor(value.shape, value.dtype) for key, value in tensors.items()}) as out:
+    with create_safetensors(
+        folder / name, {key: Tensor(value.shape, value.dtype) for key, value in tensors.items()}
+    ) as out:
         for key, value in tensors.items():
             out[key][...] = value
 
@@ -52,9 +54,18 @@ KEY = "text_model.encoder.layers.1.self_attn.q_proj.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(KEY), rf"hf/model\.safetensors: tensor '{KEY}' is missing"),
-        (lambda t: t.update(logit_scales=t.pop("logit_scale")), "tensor 'logit_scale' is missing; did you mean 'logit_scales'"),
-        (lambda t: t.update({KEY + "s": t[KEY]}), f"tensor '{KEY}s' is not part of this hf model; did you mean '{KEY}'"),
-        (lambda t: t.update({KEY: t[KEY][:8]}), rf"tensor '{KEY}' has shape \(8, 16\), this configuration needs \(16, 16\)"),
+        (
+            lambda t: t.update(logit_scales=t.pop("logit_scale")),
+            "tensor 'logit_scale' is missing; did you mean 'logit_scales'",
+        ),
+        (
+            lambda t: t.update({KEY + "s": t[KEY]}),
+            f"tensor '{KEY}s' is not part of this hf model; did you mean '{KEY}'",
+        ),
+        (
+            lambda t: t.update({KEY: t[KEY][:8]}),
+            rf"tensor '{KEY}' has shape \(8, 16\), this configuration needs \(16, 16\)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, hf, families):
@@ -72,11 +83,19 @@ def test_truncated_weights(keep, hf, families):
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("text_config", dict(hidden_act="relu"), r"config\.json: text_config: hidden_act is 'relu'; did you mean 'gelu'"),
+        (
+            "text_config",
+            dict(hidden_act="relu"),
+            r"config\.json: text_config: hidden_act is 'relu'; did you mean 'gelu'",
+        ),
         ("vision_config", dict(num_hidden_layers=4), r"tensor 'vision_model\.encoder\.layers\.3\..*' is missing"),
         ("vision_config", dict(patch_size=16), r"tensor 'vision_model\.embeddings\..*' has shape"),
         ("vision_config", dict(num_attention_heads=5), "5 heads do not divide a width of 32"),
-        ("text_config", dict(vocab_size=63), r"token_embedding\.weight' has shape \(64, 16\), this configuration needs \(63, 16\)"),
+        (
+            "text_config",
+            dict(vocab_size=63),
+            r"token_embedding\.weight' has shape \(64, 16\), this configuration needs \(63, 16\)",
+        ),
         (None, dict(projection_dim=16), r"projection\.weight' has shape"),
     ],
 )
@@ -97,7 +116,11 @@ def test_a_config_that_does_not_parse(hf, families):
 
 def test_two_weights_files_in_a_folder(hf, families):
     shutil.copy(hf / "model.safetensors", hf / "model.fp16.safetensors")
-    refused(hf, families, r"hf holds model\.fp16\.safetensors and model\.safetensors, both tinyclip models; name the file you mean")
+    refused(
+        hf,
+        families,
+        r"hf holds model\.fp16\.safetensors and model\.safetensors, both tinyclip models; name the file you mean",
+    )
     assert open_donor(hf / "model.safetensors", families).file == hf / "model.safetensors"
 
 
@@ -109,7 +132,9 @@ def test_a_folder_without_weights(hf, families):
 
 
 def test_tensors_of_no_known_model(tmp_path, families):
-    with create_safetensors(tmp_path / "x.safetensors", {"bert.pooler.weight": Tensor((2,), np.dtype("float32"))}) as out:
+    with create_safetensors(
+        tmp_path / "x.safetensors", {"bert.pooler.weight": Tensor((2,), np.dtype("float32"))}
+    ) as out:
         out["bert.pooler.weight"][...] = 0
     known = r"known are tinyclip \(hf, open_clip, original\)"
     refused(tmp_path, families, rf"its tensors \(bert\.pooler\.weight.*\) match no known model; {known}")
@@ -208,7 +233,9 @@ except InputError as error:
 def program(source, destination, what):
     """Convert in a process of its own, whose disk fills up or which is killed after the tensors are written."""
     command = [sys.executable, "-c", PROGRAM, source, destination, what]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
 
 
 def test_a_full_disk_leaves_nothing_and_says_so_in_a_line(hf, tmp_path):
@@ -216,7 +243,10 @@ def test_a_full_disk_leaves_nothing_and_says_so_in_a_line(hf, tmp_path):
     out.mkdir()
     done = program(hf, out / "student", "fill")
     assert done.returncode == 2, done.stderr
-    assert done.stdout == f"{out / 'student'}: could not be written (File too large); free some space or choose another place\n"
+    assert (
+        done.stdout
+        == f"{out / 'student'}: could not be written (File too large); free some space or choose another place\n"
+    )
     assert list(out.iterdir()) == []
 
 

@@ -29,7 +29,9 @@ def recipe(one_device):
         optim=replace(cfg.optim, warmup=1),
     )
     return replace(
-        small, student=replace(cfg.student, image=replace(cfg.student.image, layers=1)), pipeline=replace(cfg.pipeline, batch=16)
+        small,
+        student=replace(cfg.student, image=replace(cfg.student.image, layers=1)),
+        pipeline=replace(cfg.pipeline, batch=16),
     )
 
 
@@ -46,7 +48,10 @@ def losses(cfg, folder):
 
 
 def test_the_loss_is_that_of_the_live_teacher(recipe, stored, tmp_path):
-    live, cached = losses(recipe, tmp_path / "live"), losses(replace(recipe, teacher=f"cache:{stored}"), tmp_path / "cached")
+    live, cached = (
+        losses(recipe, tmp_path / "live"),
+        losses(replace(recipe, teacher=f"cache:{stored}"), tmp_path / "cached"),
+    )
     np.testing.assert_allclose(cached, live, rtol=1e-5)
     assert len(set(live)) == 3
 
@@ -59,7 +64,9 @@ def test_a_recipe_without_donor_finds_the_inputs_beside_the_cache(recipe, stored
 
 def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
     cached = replace(recipe, teacher=f"cache:{stored}")
-    with pytest.raises(InputError, match=r"was made with path 'emoji:noto', here it is 'emoji:fluent': make another cache"):
+    with pytest.raises(
+        InputError, match=r"was made with path 'emoji:noto', here it is 'emoji:fluent': make another cache"
+    ):
         replace(cached, data=SourceConfig("emoji:fluent", split="test")).train(tmp_path / "fluent")
     with pytest.raises(InputError, match=r"was made with text 'caption', here it is 'tags'"):
         replace(cached, data=replace(recipe.data, text="tags")).train(tmp_path / "column")
@@ -67,7 +74,9 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
         other = Tokenizer.train(["words of another kind"] * 3, 540)
         other.save(tmp_path)
         replace(cached, tokenizer=str(tmp_path)).train(tmp_path / "tokenizer")
-    with pytest.raises(InputError, match='augment is "random", and stored embeddings belong to centre crops: set augment to "none"'):
+    with pytest.raises(
+        InputError, match='augment is "random", and stored embeddings belong to centre crops: set augment to "none"'
+    ):
         replace(cached, augment="random").train(tmp_path / "random")
     with pytest.raises(InputError, match="is not a cache of embeddings"):
         inputs = train.read_inputs(recipe, open_clip_model(recipe.donor), None)

@@ -59,7 +59,11 @@ def reference(params, cfg, images, tokens):
 
     def blocks(x, tower, c, causal):
         for i in range(c.layers):
-            at = {path.removeprefix(f"{tower}/blocks/"): v[i] for path, v in p.items() if path.startswith(f"{tower}/blocks/")}
+            at = {
+                path.removeprefix(f"{tower}/blocks/"): v[i]
+                for path, v in p.items()
+                if path.startswith(f"{tower}/blocks/")
+            }
             p.update({f"{tower}/now/{path}": v for path, v in at.items()})
             y = norm(x, f"{tower}/now/attn_norm", c.eps)
             heads = [np.einsum("te,ehd->htd", y, at[f"attn/{n}/kernel"]) for n in ("query", "key", "value")]
@@ -166,7 +170,10 @@ def test_recomputing_changes_no_gradient(cfg, params, images):
 
 
 def test_bfloat16_kernels_are_finite_and_near(model, params, images, tokens, features):
-    half = {path: jnp.asarray(value, jnp.bfloat16 if path.endswith("kernel") else jnp.float32) for path, value in params.items()}
+    half = {
+        path: jnp.asarray(value, jnp.bfloat16 if path.endswith("kernel") else jnp.float32)
+        for path, value in params.items()
+    }
     out = jax.jit(model.apply)(half, images, tokens)
     for got, exact in ((out.image, features.image), (out.text, features.text)):
         assert got.dtype == jnp.float32

@@ -1,4 +1,6 @@
-"""Checkpoints that transformers and open_clip wrote: what those libraries compute from them, and the way back bit for bit."""
+"""Checkpoints that transformers and open_clip wrote: what those libraries compute from them, and the way back bit for
+bit.
+"""
 
 import json
 import shutil
@@ -34,7 +36,12 @@ def opened(goldens, families):
     @cache
     def open_golden(name):
         arrays = dict(np.load(goldens / name / "expected.npz"))
-        return open_donor(goldens / name, families), arrays.pop("images").astype(np.float32) / 64, arrays.pop("tokens"), arrays
+        return (
+            open_donor(goldens / name, families),
+            arrays.pop("images").astype(np.float32) / 64,
+            arrays.pop("tokens"),
+            arrays,
+        )
 
     return open_golden
 
@@ -115,7 +122,13 @@ def test_our_folder_is_plain_safetensors_and_json(opened, tmp_path):
     donor, *_ = opened("hf_gelu")
     check = convert(donor, tmp_path / "ours", "heirloom")
     written = {file.name for file in (tmp_path / "ours").iterdir()}
-    assert check.passed and written >= {"model.safetensors", "config.json", "provenance.json", "verify.json", "preprocess.json"}
+    assert check.passed and written >= {
+        "model.safetensors",
+        "config.json",
+        "provenance.json",
+        "verify.json",
+        "preprocess.json",
+    }
     loaded = load_file(tmp_path / "ours" / "model.safetensors")
     assert loaded.keys() == donor.source.spec.keys()
     for path, view in donor.source.values.items():
@@ -147,9 +160,13 @@ def test_heads_that_shapes_cannot_tell_are_refused_by_the_original_format(opened
 
 def test_a_bare_open_clip_file_says_that_its_heads_are_unknown(goldens, families, tmp_path):
     shutil.copy(goldens / "open_clip_f16" / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
-    with pytest.raises(InputError, match=r"0 heads do not divide a width of 32: set the number of heads \(image_heads, text_heads\)"):
+    with pytest.raises(
+        InputError, match=r"0 heads do not divide a width of 32: set the number of heads \(image_heads, text_heads\)"
+    ):
         open_donor(tmp_path / "bare.safetensors", families)
-    with pytest.raises(InputError, match=r"0 heads do not divide a width of 32: set the number of heads \(image_heads, text_heads\)"):
+    with pytest.raises(
+        InputError, match=r"0 heads do not divide a width of 32: set the number of heads \(image_heads, text_heads\)"
+    ):
         open_donor(tmp_path / "bare.safetensors", families, activation="quick_gelu")
     donor = open_donor(tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2)
     assert donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg
@@ -159,10 +176,15 @@ def test_what_fails_verification_gets_no_name(opened, tmp_path):
     from heirloom.common.checkpoint.convert import Check
 
     donor, *_ = opened("hf_gelu")
-    broken = replace(donor.family, verify=lambda *_: Check(passed=False, reference="transformers.CLIPModel", max_error=0.25))
+    broken = replace(
+        donor.family, verify=lambda *_: Check(passed=False, reference="transformers.CLIPModel", max_error=0.25)
+    )
     with pytest.raises(VerificationError) as error:
         convert(replace(donor, family=broken), tmp_path / "out", "heirloom")
-    assert str(error.value) == f"{tmp_path / 'out'} was not written: features differ from those of transformers.CLIPModel by 2.5e-01"
+    assert (
+        str(error.value)
+        == f"{tmp_path / 'out'} was not written: features differ from those of transformers.CLIPModel by 2.5e-01"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,7 +231,9 @@ def test_older_releases_saved_position_ids_too(goldens, families, tmp_path):
 
 def test_shards_are_one_checkpoint(goldens, families, tmp_path):
     """transformers' index names the shard of each tensor."""
-    tensors = {key: np.array(value) for key, value in open_safetensors(goldens / "hf_quick_gelu" / "model.safetensors").items()}
+    tensors = {
+        key: np.array(value) for key, value in open_safetensors(goldens / "hf_quick_gelu" / "model.safetensors").items()
+    }
     shutil.copy(goldens / "hf_quick_gelu" / "config.json", tmp_path)
     names = {key: f"model-{1 + i % 3:05}-of-00003.safetensors" for i, key in enumerate(tensors)}
     for shard in set(names.values()):
@@ -242,7 +266,11 @@ configs = st.builds(
 
 
 @settings(max_examples=12)
-@given(configs, st.sampled_from([layouts.HF, layouts.OPEN_CLIP, layouts.ORIGINAL]), st.sampled_from(["float32", "float16", "bfloat16"]))
+@given(
+    configs,
+    st.sampled_from([layouts.HF, layouts.OPEN_CLIP, layouts.ORIGINAL]),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+)
 def test_layouts_round_trip_bit_for_bit_in_both_directions(cfg, layout, dtype):
     import ml_dtypes  # noqa: F401  (names bfloat16)
 
@@ -251,22 +279,32 @@ def test_layouts_round_trip_bit_for_bit_in_both_directions(cfg, layout, dtype):
     # Any bits at all, not-a-numbers included, as integers of the same width.
     file = {key: random_bits(rng, t) for key, t in layout.foreign(spec).items()}
     ours = {path: np.asarray(view) for path, view in layout.view(file, spec).items()}
-    assert {path: (x.shape, x.dtype) for path, x in ours.items()} == {path: (leaf.shape, leaf.dtype) for path, leaf in spec.items()}
+    assert {path: (x.shape, x.dtype) for path, x in ours.items()} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in spec.items()
+    }
     back = {key: np.zeros_like(value) for key, value in file.items()}
     for path, view in layout.view(back, spec).items():
         view.write(ours[path])
-    assert {key: value.tobytes() for key, value in back.items()} == {key: value.tobytes() for key, value in file.items()}
+    assert {key: value.tobytes() for key, value in back.items()} == {
+        key: value.tobytes() for key, value in file.items()
+    }
     again = layout.view(back, spec)
     assert {path: np.asarray(again[path]).tobytes() for path in ours} == {path: x.tobytes() for path, x in ours.items()}
 
 
 def random_bits(rng, tensor):
-    return np.frombuffer(rng.bytes(int(np.prod(tensor.shape)) * tensor.dtype.itemsize), tensor.dtype).reshape(tensor.shape).copy()
+    return (
+        np.frombuffer(rng.bytes(int(np.prod(tensor.shape)) * tensor.dtype.itemsize), tensor.dtype)
+        .reshape(tensor.shape)
+        .copy()
+    )
 
 
 @pytest.mark.parametrize("layout", [layouts.HF, layouts.OPEN_CLIP, layouts.ORIGINAL], ids=lambda layout: layout.name)
 def test_number_of_tensors_in_each_format(layout):
-    """61M/32: 12 and 9 layers. transformers keeps q, k and v apart: 16 tensors a layer, the others 12; 14 outside the layers."""
+    """61M/32: 12 and 9 layers. transformers keeps q, k and v apart: 16 tensors a layer, the others 12; 14 outside the
+    layers.
+    """
     from tinyclip_jax.zoo import STUDENTS
 
     spec = functional(Clip, STUDENTS["vit_61m_32"]).spec
@@ -274,6 +312,12 @@ def test_number_of_tensors_in_each_format(layout):
 
 
 def test_every_format_has_a_name_that_family_knows():
-    assert [FAMILY.format(f.name).file for f in FORMATS] == ["model.safetensors", "open_clip_model.safetensors", "tinyclip.pt"]
-    with pytest.raises(InputError, match="no format 'onnx' for tinyclip models; there are heirloom, hf, open_clip, original"):
+    assert [FAMILY.format(f.name).file for f in FORMATS] == [
+        "model.safetensors",
+        "open_clip_model.safetensors",
+        "tinyclip.pt",
+    ]
+    with pytest.raises(
+        InputError, match="no format 'onnx' for tinyclip models; there are heirloom, hf, open_clip, original"
+    ):
         FAMILY.format("onnx")

@@ -56,12 +56,16 @@ def test_every_published_model_has_each_layout_and_is_known_by_it(name, format, 
             format.write_config(cfg, tmp_path)
         return
     format.write_config(cfg, tmp_path)
-    tensors = {key: np.broadcast_to(np.zeros((), t.dtype), t.shape) for key, t in format.layout.foreign(specs[name]).items()}
+    tensors = {
+        key: np.broadcast_to(np.zeros((), t.dtype), t.shape) for key, t in format.layout.foreign(specs[name]).items()
+    }
     statistics = sum(leaf.count for path, leaf in specs[name].items() if path.endswith(("/mean", "/variance")))
     assert sum(t.size for t in tensors.values()) == total + statistics
     assert format.read_config(Found(tensors, tmp_path)).cfg == cfg
     views = format.layout.view(tensors, specs[name])
-    assert {path: view.shape for path, view in views.items()} == {path: leaf.shape for path, leaf in specs[name].items()}
+    assert {path: view.shape for path, view in views.items()} == {
+        path: leaf.shape for path, leaf in specs[name].items()
+    }
 
 
 def block_macs(width, hidden, tokens):
@@ -74,7 +78,11 @@ def image_macs(cfg):
     if isinstance(c, ResNetConfig):
         return resnet_macs(c, cfg.joint)
     tokens = (c.size // c.patch) ** 2
-    return tokens * 3 * c.patch**2 * c.width + c.layers * block_macs(c.width, 4 * c.width, tokens + 1) + c.width * cfg.joint
+    return (
+        tokens * 3 * c.patch**2 * c.width
+        + c.layers * block_macs(c.width, 4 * c.width, tokens + 1)
+        + c.width * cfg.joint
+    )
 
 
 def resnet_macs(c, joint):
@@ -86,7 +94,9 @@ def resnet_macs(c, joint):
         planes = w * 2**stage
         for i in range(blocks):
             after = side // 2 if stage and not i else side
-            total += side**2 * (read * planes + 9 * planes**2) + after**2 * 4 * planes * (planes + (read if not i else 0))
+            total += side**2 * (read * planes + 9 * planes**2) + after**2 * 4 * planes * (
+                planes + (read if not i else 0)
+            )
             side, read = after, 4 * planes
     tokens = side**2 + 1
     return total + tokens * read * (3 * read + joint) + 2 * tokens**2 * read

@@ -64,7 +64,13 @@ def test_the_demo_races_draws_and_reports(tmp_path, monkeypatch, capsys):
 
 def test_the_teacher_is_small_enough_to_clone():
     files = list(EMBEDDED["emoji"].iterdir())
-    assert {file.name for file in files} == {"README.md", "config.json", "model.safetensors", "preprocess.json", "tokenizer.json"}
+    assert {file.name for file in files} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocess.json",
+        "tokenizer.json",
+    }
     assert sum(file.stat().st_size for file in files) <= 14e6
 
 
@@ -114,7 +120,11 @@ def test_inherit_writes_where_everything_came_from(tmp_path):
 def test_eval_prints_rows_and_writes_them(tmp_path, capsys):
     assert main(["eval", "embedded:emoji", "--json", str(tmp_path / "e.json")]) == 0
     rows = {row["metric"]: row for row in json.loads((tmp_path / "e.json").read_text())["rows"]}
-    assert rows["r1"]["value"] == pytest.approx(7.67, abs=0.3) and rows["r1"]["n"] == 900 and rows["r1"]["dataset"] == "emoji/test"
+    assert (
+        rows["r1"]["value"] == pytest.approx(7.67, abs=0.3)
+        and rows["r1"]["n"] == 900
+        and rows["r1"]["dataset"] == "emoji/test"
+    )
     assert "image_to_text_r1" in capsys.readouterr().out
 
 

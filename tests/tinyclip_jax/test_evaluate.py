@@ -53,7 +53,10 @@ def test_too_few_class_names_are_refused_in_one_line(weights, pictures, tmp_path
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\n\n")
     assert zeroshot(weights, pictures, "--classes", names) == 2
-    said = f"heirloom: {pictures}: its class 'cat' does not match exactly one of the 2 known (ant, bee); did you mean 'ant'?\n"
+    said = (
+        f"heirloom: {pictures}: its class 'cat' does not match exactly one of the 2 known (ant, bee); did you mean"
+        " 'ant'?\n"
+    )
     assert capsys.readouterr().err == said
     names.write_text("ant\nbee\ncat\n")
     assert zeroshot(weights, pictures, "--classes", names) == 0
@@ -98,7 +101,10 @@ def recall(image, text, owner):
     """Any caption of a picture counts; a caption that a picture has twice is asked for twice (CLIP_benchmark)."""
     right = np.asarray(owner) == np.arange(len(image))[:, None]
     found = {}
-    for name, similarity, positive in (("image_to_text", image @ text.T, right), ("text_to_image", text @ image.T, right.T)):
+    for name, similarity, positive in (
+        ("image_to_text", image @ text.T, right),
+        ("text_to_image", text @ image.T, right.T),
+    ):
         order = np.argsort(-similarity, axis=1)
         found |= {f"{name}_r{k}": 100 * np.take_along_axis(positive, order[:, :k], 1).any(1).mean() for k in (1, 5, 10)}
     return found
@@ -113,12 +119,18 @@ def test_several_captions_of_a_picture_in_every_form(weights, tmp_path, form):
         data = tmp_path / "a.csv"
         data.write_text("image,caption\n" + "".join(f"{i}.png,{text}\n" for i, text in rows))
     elif form == "webdataset":
-        members = ((f"s{i}.{e}", d) for i, c in enumerate(CAPTIONS) for e, d in (("png", picture(i)), ("txt", "\n".join(c).encode())))
+        members = (
+            (f"s{i}.{e}", d)
+            for i, c in enumerate(CAPTIONS)
+            for e, d in (("png", picture(i)), ("txt", "\n".join(c).encode()))
+        )
         data = shard(tmp_path / "0.tar", members)
     else:
         data = tmp_path / "a.parquet"
         cells = [picture(i) if form == "parquet bytes" else f"{i}.png" for i, _ in rows]
-        parquet.write_table(pyarrow.table({"image": cells, "caption": [text for _, text in rows]}), data, row_group_size=7)
+        parquet.write_table(
+            pyarrow.table({"image": cells, "caption": [text for _, text in rows]}), data, row_group_size=7
+        )
     clip = tinyclip_jax.load(str(weights))
     want = recall(
         np.asarray(clip.encode_image([picture(i) for i in range(12)])),
@@ -130,9 +142,13 @@ def test_several_captions_of_a_picture_in_every_form(weights, tmp_path, form):
 
 
 def test_zeroshot_on_clip_benchmarks_shards(weights, tmp_path, capsys):
-    """No caption; names and templates from the files next to the splits, or from the command line, where their order is free."""
+    """No caption; names and templates from the files next to the splits, or from the command line, where their order is
+    free.
+    """
     (tmp_path / "test").mkdir()
-    members = [(f"s{i:07d}.{e}", d) for i in range(6) for e, d in (("webp", picture(i, "WEBP")), ("cls", str(i % 3).encode()))]
+    members = [
+        (f"s{i:07d}.{e}", d) for i in range(6) for e, d in (("webp", picture(i, "WEBP")), ("cls", str(i % 3).encode()))
+    ]
     shard(tmp_path / "test" / "0.tar", members)
     assert zeroshot(weights, tmp_path, "--split", "test") == 2
     assert "names no classes: give --classes" in capsys.readouterr().err
@@ -151,13 +167,25 @@ def test_labels_by_name_or_number_score_the_same(weights, tmp_path, capsys):
     names.write_text("dog\ncat\nbee\n")
 
     def top1(values):
-        parquet.write_table(pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet")
-        return scored(weights, tmp_path, "--task", "zeroshot", "--data", tmp_path / "a.parquet", "--classes", names)[0]["top1"]
+        parquet.write_table(
+            pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet"
+        )
+        return scored(weights, tmp_path, "--task", "zeroshot", "--data", tmp_path / "a.parquet", "--classes", names)[0][
+            "top1"
+        ]
 
     assert top1(labels) == top1([("dog", "cat", "bee")[i] for i in labels])
-    unknown, far = (["dog"] * 5 + ["dgo"], "'dgo' does not match"), ([0] * 5 + [3], "row 5: its label is 3, the classes are 0 to 2")
+    unknown, far = (
+        (["dog"] * 5 + ["dgo"], "'dgo' does not match"),
+        (
+            [0] * 5 + [3],
+            "row 5: its label is 3, the classes are 0 to 2",
+        ),
+    )
     for values, message in (unknown, far):
-        parquet.write_table(pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet")
+        parquet.write_table(
+            pyarrow.table({"image": [picture(i) for i in range(6)], "label": values}), tmp_path / "a.parquet"
+        )
         assert zeroshot(weights, tmp_path / "a.parquet", "--classes", names) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
@@ -174,7 +202,10 @@ def test_folders_by_wordnet_identifier_find_their_class(weights, pictures, tmp_p
 
 def test_weights_of_nan_have_no_score(weights, pictures, tmp_path, capsys):
     donor = tinyclip_jax.load(str(weights))
-    params = {path: np.full_like(value, np.nan) if path.endswith("norm/scale") else value for path, value in donor.params.items()}
+    params = {
+        path: np.full_like(value, np.nan) if path.endswith("norm/scale") else value
+        for path, value in donor.params.items()
+    }
     replace(donor, params=params).save(tmp_path / "nan")
     for options in (("--data", "emoji:noto"), ("--task", "zeroshot", "--data", str(pictures))):
         assert main(["eval", str(tmp_path / "nan"), *options]) == 2

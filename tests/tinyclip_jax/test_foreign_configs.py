@@ -51,7 +51,14 @@ def top(**fields):
 
 def partial_dict(config):
     """As in old repositories: sizes alone, under another name."""
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
     config["text_config_dict"] = {name: config["text_config"][name] for name in sizes}
 
 
@@ -167,12 +174,16 @@ def test_an_open_clip_config_is_read_or_refused(edit, message, folder, families)
 
 def test_what_bare_weights_do_not_tell_is_a_guess_that_is_said(goldens, families, tmp_path):
     shutil.copy(goldens / "open_clip_f16" / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
-    with pytest.warns(Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(--set activation=VALUE overrides it\)"):
+    with pytest.warns(
+        Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(--set activation=VALUE overrides it\)"
+    ):
         donor = open_donor(tmp_path / "bare.safetensors", families, image_heads=4, text_heads=2)
     assert [guess.name for guess in donor.guesses] == ["activation"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Remark)
-        donor = open_donor(tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2)
+        donor = open_donor(
+            tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2
+        )
     assert donor.guesses == () and donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg
 
 

@@ -156,10 +156,19 @@ def test_a_student_larger_than_its_donor_is_refused(image, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: replace(c, joint=8), r"image/projection/kernel: axis 'joint' is 16 in the donor and 8 here, .*\"joint\": first\(8\)"),
+        (
+            lambda c: replace(c, joint=8),
+            r"image/projection/kernel: axis 'joint' is 16 in the donor and 8 here, .*\"joint\": first\(8\)",
+        ),
         (lambda c: replace(c, image=replace(c.image, patch=4)), "axis 'patch_row' is 8 in the donor and 4 here"),
-        (lambda c: replace(c, text=replace(c.text, context=5)), "text/position: axis 'position' is 6 in the donor and 5 here"),
-        (lambda c: replace(c, text=replace(c.text, vocab=9)), "text/token/table: axis 'vocab' is 11 in the donor and 9 here"),
+        (
+            lambda c: replace(c, text=replace(c.text, context=5)),
+            "text/position: axis 'position' is 6 in the donor and 5 here",
+        ),
+        (
+            lambda c: replace(c, text=replace(c.text, vocab=9)),
+            "text/token/table: axis 'vocab' is 11 in the donor and 9 here",
+        ),
         (lambda c: replace(c, image=replace(c.image, heads=1)), "axis 'head_dim' is 8 in the donor and 16 here"),
     ],
 )

@@ -62,7 +62,13 @@ def test_pictures_come_in_any_form(clip, files):
     ]
     for form in forms:
         np.testing.assert_array_equal(clip.encode_image(form), expected)
-    for one in (files[1], str(files[1]), files[1].read_bytes(), Image.open(files[1]), np.asarray(Image.open(files[1]).convert("RGB"))):
+    for one in (
+        files[1],
+        str(files[1]),
+        files[1].read_bytes(),
+        Image.open(files[1]),
+        np.asarray(Image.open(files[1]).convert("RGB")),
+    ):
         np.testing.assert_allclose(clip.encode_image(one), expected[1:2], atol=1e-6)
 
 
@@ -81,7 +87,13 @@ def test_the_background_is_the_checkpoints(clip, files):
         ("cut.png", r"cut\.png does not decode"),
         (["nowhere.png"], r"nowhere\.png: no such file"),
         ([b"no picture"], "picture number 0, counted from 0: this picture does not decode"),
-        ([None], "picture number 0, counted from 0: a picture must be a file name, bytes, a PIL image or a uint8 array, not NoneType"),
+        (
+            [None],
+            (
+                "picture number 0, counted from 0: a picture must be a file name, bytes, a PIL image or a uint8 array,"
+                " not NoneType"
+            ),
+        ),
         (7, "images is of type int"),
         ([], "list of pictures is empty"),
     ],
@@ -98,7 +110,11 @@ def test_captions_come_one_or_several(clip):
     for form in (("a cat", "a dog"), iter(["a cat", "a dog"])):
         np.testing.assert_array_equal(clip.encode_text(form), expected)
     np.testing.assert_allclose(clip.encode_text("a dog"), expected[1:], atol=1e-6)
-    wrong = ([], "list of captions is empty"), (7, "captions must be strings, not int"), (["a", 7], "caption 1, counted from 0, is int")
+    wrong = (
+        ([], "list of captions is empty"),
+        (7, "captions must be strings, not int"),
+        (["a", 7], "caption 1, counted from 0, is int"),
+    )
     for form, complaint in wrong:
         with pytest.raises(InputError, match=complaint):
             clip.encode_text(form)
@@ -153,7 +169,9 @@ def test_the_end_token_is_where_the_tower_pools(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     early = Tokenizer.load(tmp_path)
     check_tokenizer(early, replace(CFG.text, eot=1), "here")
-    with pytest.raises(InputError, match=r"ids of words go up to 2; this text tower pools at the largest id: set text\.eot to 1"):
+    with pytest.raises(
+        InputError, match=r"ids of words go up to 2; this text tower pools at the largest id: set text\.eot to 1"
+    ):
         check_tokenizer(early, CFG.text, "here")
 
 
@@ -162,7 +180,9 @@ def test_a_tokenizer_that_does_not_fit_is_not_replaced(tmp_path, remarks):
     folder = tmp_path / "clip"
     folder.mkdir()
     model = functional(Clip, big)
-    weights.write_params(folder, {path: np.zeros(leaf.shape, np.float32) for path, leaf in model.spec.items()}, spec=model.spec)
+    weights.write_params(
+        folder, {path: np.zeros(leaf.shape, np.float32) for path, leaf in model.spec.items()}, spec=model.spec
+    )
     weights.write_config(folder, "tinyclip", big)
     assert tokenizer_of(open_clip_model(str(folder))).vocab_size == 49408
     assert remarks() == [f"tokenizer: {folder} has none; CLIP's is assumed, because the vocabulary has its size"]
@@ -187,5 +207,12 @@ def test_a_stored_teacher_is_known_by_its_whole_preprocessing():
 
     from heirloom.common.data.sources import SourceConfig
 
-    about = _fingerprint(Two(), SourceConfig("x"), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER)
-    assert (about["mode"], about["resize"], about["background"], about["mean"]) == ("squash", 20, "white", list(Preprocess().mean))
+    about = _fingerprint(
+        Two(), SourceConfig("x"), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER
+    )
+    assert (about["mode"], about["resize"], about["background"], about["mean"]) == (
+        "squash",
+        20,
+        "white",
+        list(Preprocess().mean),
+    )

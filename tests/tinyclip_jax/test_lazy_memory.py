@@ -1,4 +1,6 @@
-"""A checkpoint of 206 MB through every job in a process of its own: memory stays near the largest leaf, never the whole file."""
+"""A checkpoint of 206 MB through every job in a process of its own: memory stays near the largest leaf, never the whole
+file.
+"""
 
 import json
 import os
@@ -128,4 +130,9 @@ def test_conversion_goes_from_file_to_file(job, bytes_of):
 
 def test_a_student_on_a_mesh_costs_itself_and_one_leaf(bytes_of):
     # Leaves under 64 Ki elements are held once per device, which is part of the slack.
-    assert 0.9 * bytes_of["student"] < bytes_of["inherit"] < bytes_of["student"] + bytes_of["leaf"] + SLACK < bytes_of["file"]
+    assert (
+        0.9 * bytes_of["student"]
+        < bytes_of["inherit"]
+        < bytes_of["student"] + bytes_of["leaf"] + SLACK
+        < bytes_of["file"]
+    )

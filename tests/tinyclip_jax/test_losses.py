@@ -128,7 +128,9 @@ def mimicry(model, params, images, tokens):
         rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
         # Compiled without the optimiser's passes, which take most of the time and change nothing here.
         quick = {"xla_backend_optimization_level": 0}
-        step = jax.jit(jax.value_and_grad(loss), in_shardings=(whole, rows), out_shardings=whole, compiler_options=quick)
+        step = jax.jit(
+            jax.value_and_grad(loss), in_shardings=(whole, rows), out_shardings=whole, compiler_options=quick
+        )
         return jax.device_get(step(params, batch))
 
     return on
@@ -170,7 +172,9 @@ def test_groups_that_span_chunks_and_devices(few_rows):
     rng = np.random.default_rng(4)
     image, text, group = unit(rng, 48, 8), unit(rng, 48, 8), jnp.asarray(rng.integers(0, 20, 48))
     target = jnp.where(group[:, None] == group[None], 0, -jnp.inf)
-    expected, by_hand = jax.value_and_grad(lambda x: (_rows(9 * x @ text.T, target) + _rows(9 * text @ x.T, target)) / 2)(image)
+    expected, by_hand = jax.value_and_grad(
+        lambda x: (_rows(9 * x @ text.T, target) + _rows(9 * text @ x.T, target)) / 2
+    )(image)
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         value, gradient = jax.jit(jax.value_and_grad(lambda x: contrastive(x, text, 9.0, group)))(image)
@@ -180,7 +184,9 @@ def test_groups_that_span_chunks_and_devices(few_rows):
 
 @pytest.mark.parametrize(("n", "devices"), [(47, 1), (56, 8), (12, 1)])
 def test_a_last_chunk_that_is_short_is_padded_and_the_padding_counts_for_nothing(few_rows, n, devices):
-    """47 rows are a prime number, 8 devices have 7 each; in each case the fewest chunks of up to 5 rows, whatever divides them."""
+    """47 rows are a prime number, 8 devices have 7 each; in each case the fewest chunks of up to 5 rows, whatever
+    divides them.
+    """
     rng = np.random.default_rng(6)
     features = [unit(rng, n, 8), unit(rng, n, 8), unit(rng, n, 5), unit(rng, n, 5)]
     expected, by_hand = jax.value_and_grad(whole, argnums=(0, 1, 4))(*features, 20.0, 7.0)
@@ -217,4 +223,6 @@ def test_no_device_ever_holds_all_pairs(few_rows):
     with jax.set_mesh(mesh):
         mimic = jax.jit(jax.value_and_grad(affinity_mimicking, argnums=(0, 1)), in_shardings=(rows,) * 4 + (None, None))
         text = mimic.lower(x, x, x, x, 50.0, 50.0).compile().as_text()
-    assert "f32[3,48]" in text and "f32[48,48]" not in text and "f32[6,48]" not in text  # of its six rows three at a time
+    assert (
+        "f32[3,48]" in text and "f32[48,48]" not in text and "f32[6,48]" not in text
+    )  # of its six rows three at a time

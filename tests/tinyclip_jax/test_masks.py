@@ -16,7 +16,16 @@ from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax import masks
 from tinyclip_jax.automatic import mask_optimizer
 from tinyclip_jax.inherit import expand, prune
-from tinyclip_jax.masks import MaskConfig, Masked, constraint, deterministic_gate, open_probability, prunable, sample_gate, sparsity
+from tinyclip_jax.masks import (
+    MaskConfig,
+    Masked,
+    constraint,
+    deterministic_gate,
+    open_probability,
+    prunable,
+    sample_gate,
+    sparsity,
+)
 from tinyclip_jax.model import Clip, parameters
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import VIT_B_32
@@ -52,7 +61,12 @@ def test_gates_of_evaluation_keep_soft_values_and_drop_the_smallest():
     found = deterministic_gate(np.array([3.0, 2, 1, 0, -1, -2, -3, 4], np.float32))
     np.testing.assert_allclose(found[[2, 3]], [0.768525, 0.5], atol=1e-6)
     assert np.flatnonzero(found == 0).tolist() == [5, 6]
-    assert np.flatnonzero(deterministic_gate(np.array([3.0, 2, 1, 0, -1, -2, -3, 4], np.float32), round_to=4) == 0).tolist() == []
+    assert (
+        np.flatnonzero(
+            deterministic_gate(np.array([3.0, 2, 1, 0, -1, -2, -3, 4], np.float32), round_to=4) == 0
+        ).tolist()
+        == []
+    )
     assert np.count_nonzero(deterministic_gate(np.full((2, 100), -4.60517))) == 2 * 5  # 4.7 of 100 expected, per row
 
 
@@ -104,14 +118,17 @@ def test_masked_and_pruned_compute_the_same(small, pruned, params, images, token
     cfg, leaves = small
     gates = masks.deterministic_gates(leaves)
     masked = outputs(Masked(functional(Clip, cfg), cfg), params | gates, images, tokens)
-    assert pruned.cfg.image.heads[1] == 0 and pruned.cfg.text.hidden[0] == 0 and pruned.cfg.image.width < cfg.image.width
+    assert (
+        pruned.cfg.image.heads[1] == 0 and pruned.cfg.text.hidden[0] == 0 and pruned.cfg.image.width < cfg.image.width
+    )
     np.testing.assert_allclose(outputs(functional(Clip, pruned.cfg), pruned.params, images, tokens), masked, atol=1e-5)
     assert np.abs(masked - outputs(functional(Clip, cfg), params, images, tokens)).max() > 0.1
 
 
 def test_where_gates_act_is_as_written_out(small, params, images, tokens):
-    """The forward pass of the release in plain sums: gates behind positions, heads, hidden units and both outputs of a block, never on
-    what a norm or a projection gives."""
+    """The forward pass of the release in plain sums: gates behind positions, heads, hidden units and both outputs of a
+    block, never on what a norm or a projection gives.
+    """
     cfg, leaves = small
     gates = masks.deterministic_gates(leaves)
 
@@ -128,9 +145,14 @@ def test_where_gates_act_is_as_written_out(small, params, images, tokens):
         x = x * width
         x = norm(x, "image/pre_norm", open_) if name == "image" else x
         for i in range(len(gates[f"masks/{name}/head"])):
-            leaf = {path.removeprefix(f"{blocks}/"): value[i] for path, value in params.items() if path.startswith(blocks)}
+            leaf = {
+                path.removeprefix(f"{blocks}/"): value[i] for path, value in params.items() if path.startswith(blocks)
+            }
             y = norm(x, f"{blocks}/attn_norm", open_, i)
-            q, k, v = (np.einsum("bte,ehd->bthd", y, leaf[f"attn/{n}/kernel"]) + leaf[f"attn/{n}/bias"] for n in ("query", "key", "value"))
+            q, k, v = (
+                np.einsum("bte,ehd->bthd", y, leaf[f"attn/{n}/kernel"]) + leaf[f"attn/{n}/bias"]
+                for n in ("query", "key", "value")
+            )
             scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
             scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf) if causal else scores
             weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -138,7 +160,10 @@ def test_where_gates_act_is_as_written_out(small, params, images, tokens):
             heads = np.einsum("bhts,bshd->bthd", weights, v) * gates[f"masks/{name}/head"][i][:, None]
             x = x + (np.einsum("bthd,hde->bte", heads, leaf["attn/out/kernel"]) + leaf["attn/out/bias"]) * width
             y = norm(x, f"{blocks}/mlp_norm", open_, i)
-            units = jax.nn.gelu(y @ leaf["mlp/up/kernel"] + leaf["mlp/up/bias"], approximate=False) * gates[f"masks/{name}/hidden"][i]
+            units = (
+                jax.nn.gelu(y @ leaf["mlp/up/kernel"] + leaf["mlp/up/bias"], approximate=False)
+                * gates[f"masks/{name}/hidden"][i]
+            )
             x = x + (units @ leaf["mlp/down/kernel"] + leaf["mlp/down/bias"]) * width
         return norm(x, f"{name}/post_norm", open_)
 
@@ -148,7 +173,10 @@ def test_where_gates_act_is_as_written_out(small, params, images, tokens):
     patches = np.einsum("biyjxc,yxce->bije", cut, params["image/patch/project/kernel"]).reshape(len(images), n * n, -1)
     position = params["image/position"].reshape(n * n, -1)
     first = np.broadcast_to(params["image/cls"] + params["image/cls_position"], (len(images), 1, cfg.image.width))
-    image = tower("image", np.concatenate([first, patches + position], axis=1), causal=False)[:, 0] @ params["image/projection/kernel"]
+    image = (
+        tower("image", np.concatenate([first, patches + position], axis=1), causal=False)[:, 0]
+        @ params["image/projection/kernel"]
+    )
     words = params["text/token/table"][tokens] + params["text/position"]
     last = np.asarray(tokens).argmax(1)
     text = tower("text", words, causal=True)[np.arange(len(tokens)), last] @ params["text/projection/kernel"]
@@ -163,16 +191,27 @@ def test_the_legacy_flags_are_the_defects_of_the_release(small, params, images, 
     legacy = prune(cfg, params, gates, MaskConfig(legacy_proj_scale=True, legacy_drop_bias=True))
     exact = prune(cfg, params, gates)
     kept = gates["masks/text/embed"][gates["masks/text/embed"] > 0]
-    np.testing.assert_allclose(legacy.params["text/projection/kernel"], kept[:, None] * exact.params["text/projection/kernel"], rtol=1e-6)
-    assert not legacy.params["image/blocks/attn/out/bias"][1].any() and exact.params["image/blocks/attn/out/bias"][1].any()
-    np.testing.assert_array_equal(legacy.params["image/blocks/attn/out/bias"][0], exact.params["image/blocks/attn/out/bias"][0])
+    np.testing.assert_allclose(
+        legacy.params["text/projection/kernel"], kept[:, None] * exact.params["text/projection/kernel"], rtol=1e-6
+    )
+    assert (
+        not legacy.params["image/blocks/attn/out/bias"][1].any() and exact.params["image/blocks/attn/out/bias"][1].any()
+    )
+    np.testing.assert_array_equal(
+        legacy.params["image/blocks/attn/out/bias"][0], exact.params["image/blocks/attn/out/bias"][0]
+    )
     model = functional(Clip, exact.cfg)
-    assert np.abs(outputs(model, legacy.params, images, tokens) - outputs(model, exact.params, images, tokens)).max() > 1e-3
+    assert (
+        np.abs(outputs(model, legacy.params, images, tokens) - outputs(model, exact.params, images, tokens)).max()
+        > 1e-3
+    )
 
 
 def test_padding_counts_for_nothing_and_gets_no_gradient(pruned, images, tokens):
     model = functional(Clip, pruned.cfg)
-    expected = sum(np.prod([*leaf.in_layer(i)]) for leaf in model.spec.values() if leaf.layered for i in range(leaf.shape[0]))
+    expected = sum(
+        np.prod([*leaf.in_layer(i)]) for leaf in model.spec.values() if leaf.layered for i in range(leaf.shape[0])
+    )
     expected += sum(np.prod(leaf.shape) for leaf in model.spec.values() if not leaf.layered)
     assert parameters(model.spec)["total"] == expected < sum(x.size for x in pruned.params.values())
 
@@ -182,12 +221,17 @@ def test_padding_counts_for_nothing_and_gets_no_gradient(pruned, images, tokens)
 
     gradients = jax.jit(jax.grad(loss))(pruned.params)
     lossy = ("image/blocks/attn/", "text/blocks/mlp/")  # of each a layer has lost everything
-    fresh = model.init(jax.random.key(0), [path for path, leaf in model.spec.items() if leaf.ragged and path.startswith(lossy)])
+    fresh = model.init(
+        jax.random.key(0), [path for path, leaf in model.spec.items() if leaf.ragged and path.startswith(lossy)]
+    )
     assert len(fresh) == 10
     for path, leaf in model.spec.items():
         if leaf.ragged:
             for values in (pruned.params, gradients, fresh):
-                assert path not in values or not np.asarray(values[path])[np.broadcast_to(~leaf.filled(), leaf.shape)].any(), path
+                assert (
+                    path not in values
+                    or not np.asarray(values[path])[np.broadcast_to(~leaf.filled(), leaf.shape)].any()
+                ), path
             assert np.asarray(gradients[path]).any() or leaf.count == 0, path
 
 
@@ -220,7 +264,9 @@ def test_a_tower_without_channels_is_refused(small):
 
 
 def test_the_constraint_reaches_its_target(small):
-    """Masks and multipliers as they are trained, against a task that would rather keep everything: to within a hundredth."""
+    """Masks and multipliers as they are trained, against a task that would rather keep everything: to within a
+    hundredth.
+    """
     cfg, _ = small
     how = MaskConfig(prune_step=1500, target=0.4, warmup=500)
     spec = masks.mask_spec(cfg)
@@ -237,6 +283,8 @@ def test_the_constraint_reaches_its_target(small):
         return (masks.clip_log_alphas(optax.apply_updates(leaves, updates)), state), removed
 
     leaves = {path: jnp.asarray(value) for path, value in masks.initial_masks(cfg, cfg).items()}
-    (leaves, _), removed = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))((leaves, optimizer.init(leaves)))
+    (leaves, _), removed = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1500)))(
+        (leaves, optimizer.init(leaves))
+    )
     assert float(removed[-1]) == pytest.approx(0.4, abs=0.01) and float(removed[100]) < 0.1
     assert float(leaves["masks/image/linear"]) > masks.MULTIPLIER

@@ -42,13 +42,17 @@ def test_files_are_ragged_and_come_back_padded(folder, families):
     donor = open_donor(folder, families)
     assert donor.cfg == CFG
     kernel = np.asarray(donor.source.values["image/blocks/attn/query/kernel"])
-    assert kernel.shape == (3, 23, 2, 64) and not kernel[1].any() and not kernel[2, :, 1].any() and kernel[2, :, 0].all()
+    assert (
+        kernel.shape == (3, 23, 2, 64) and not kernel[1].any() and not kernel[2, :, 1].any() and kernel[2, :, 0].all()
+    )
     assert parameters(donor.source.spec)["total"] == sum(t.size for t in tensors.values())
 
 
 def test_macs_are_of_what_is_left(folder, families):
     donor = open_donor(folder, families)
-    blocks = sum(5 * (4 * 23 * 64 * h + 2 * 23 * f) + 2 * 5**2 * 64 * h for h, f in zip((2, 0, 1), (7, 3, 0), strict=True))
+    blocks = sum(
+        5 * (4 * 23 * 64 * h + 2 * 23 * f) + 2 * 5**2 * 64 * h for h, f in zip((2, 0, 1), (7, 3, 0), strict=True)
+    )
     text = sum(8 * (4 * 19 * 64 + 2 * 19 * f) + 2 * 8**2 * 64 for f in (5, 9))
     assert total_macs(CFG, donor.source.spec) == 4 * 3 * 64 * 23 + blocks + 23 * 12 + text + 19 * 12
 
@@ -75,7 +79,8 @@ def test_a_file_as_the_release_prunes_it_is_read(folder, families, tmp_path):
     tensors = open_safetensors(tmp_path / "open" / "open_clip_model.safetensors")
     gone = ("resblocks.1.attn", "resblocks.1.ln_1")
     names = {
-        ("image_encoder_without_ddp.module." if key.startswith("visual") else "text_encoder_without_ddp.module.") + key: key
+        ("image_encoder_without_ddp.module." if key.startswith("visual") else "text_encoder_without_ddp.module.")
+        + key: key
         for key in tensors
         if key != "logit_scale" and not (key.startswith("visual") and any(part in key for part in gone))
     } | {"_logit_scale.logit_scale": "logit_scale"}

@@ -1,4 +1,6 @@
-"""ResNet towers: batch-norm statistics as leaves of the tree, inheritance of leading filters, and the layout of open_clip."""
+"""ResNet towers: batch-norm statistics as leaves of the tree, inheritance of leading filters, and the layout of
+open_clip.
+"""
 
 import json
 from dataclasses import replace
@@ -47,12 +49,18 @@ def teacher():
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(1)
-    return {"image": rng.normal(size=(8, 32, 32, 3)).astype(np.float32), "text": rng.integers(0, 40, (8, 8)).astype(np.int32)}
+    return {
+        "image": rng.normal(size=(8, 32, 32, 3)).astype(np.float32),
+        "text": rng.integers(0, 40, (8, 8)).astype(np.int32),
+    }
 
 
 def test_running_statistics_follow_the_batch_and_are_used_in_evaluation_only(batch):
     model = functional(Clip, SHORT)
-    params = {path: np.random.default_rng(0).uniform(0.1, 0.9, leaf.shape).astype(np.float32) for path, leaf in model.spec.items()}
+    params = {
+        path: np.random.default_rng(0).uniform(0.1, 0.9, leaf.shape).astype(np.float32)
+        for path, leaf in model.spec.items()
+    }
     # Without moments for the rest the step compiles faster; gradients and their norm are of all.
     held = ("text/**", "image/layer*/**", "image/pool/**")
     optimizer = make_optimizer(OptimConfig(lr=0.0, warmup=0, schedule="constant", frozen=held), model.spec, 10)
@@ -66,15 +74,23 @@ def test_running_statistics_follow_the_batch_and_are_used_in_evaluation_only(bat
     step = make_step(loss, optimizer, model.spec, mesh, StepConfig())
     state, metrics = step(create_state(params, optimizer, model.spec, mesh), batch)
     conv = jax.lax.conv_general_dilated(
-        batch["image"], params["image/conv1/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        batch["image"],
+        params["image/conv1/kernel"],
+        (2, 2),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     seen = np.asarray(conv, np.float64).reshape(-1, conv.shape[-1])  # of the whole batch, which two devices share
-    np.testing.assert_allclose(state.params["image/bn1/mean"], 0.9 * params["image/bn1/mean"] + 0.1 * seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(
+        state.params["image/bn1/mean"], 0.9 * params["image/bn1/mean"] + 0.1 * seen.mean(0), rtol=1e-4
+    )
     expected = 0.9 * params["image/bn1/variance"] + 0.1 * seen.var(0, ddof=1)
     np.testing.assert_allclose(state.params["image/bn1/variance"], expected, rtol=1e-4)
     np.testing.assert_array_equal(state.params["image/conv1/kernel"], params["image/conv1/kernel"])
     assert float(metrics["grad_norm"][0]) < 1  # the distances of statistics, of hundreds here, are no gradient
-    small = {path: value * 0.05 if path.endswith("kernel") else value for path, value in params.items()}  # nothing overflows
+    small = {
+        path: value * 0.05 if path.endswith("kernel") else value for path, value in params.items()
+    }  # nothing overflows
     moved = small | {path: value for path, value in state.params.items() if path.endswith(("mean", "variance"))}
     evaluated = [jax.jit(partial(model.apply, method="encode_image"))(p, batch["image"]) for p in (small, moved)]
     assert np.isfinite(evaluated).all()
@@ -98,7 +114,9 @@ def test_towers_of_two_kinds_inherit_nothing():
     vit = replace(TEACHER, image=ClipConfig().image)
     with pytest.raises(InputError, match="one image tower is a ResNet, the other a ViT"):
         manual(vit, TEACHER)
-    with pytest.raises(InputError, match=r"have \(1, 1, 1, 1\) blocks, the donor's \(1, 2, 1, 1\): set student.image.blocks"):
+    with pytest.raises(
+        InputError, match=r"have \(1, 1, 1, 1\) blocks, the donor's \(1, 2, 1, 1\): set student.image.blocks"
+    ):
         manual(TEACHER, replace(TEACHER, image=replace(TEACHER.image, blocks=(1, 1, 1, 1))))
     for change, message in (
         ({"size": 48}, "48 px is no multiple of 32"),
@@ -122,7 +140,9 @@ def test_to_open_clips_names_and_back_bit_for_bit(teacher, families, tmp_path):
     np.testing.assert_array_equal(tensors["visual.conv1.weight"], params["image/conv1/kernel"].transpose(3, 2, 0, 1))
     # Torch's batch norm counts batches, and its files hold the number.
     file = tmp_path / "open" / "open_clip_model.safetensors"
-    save_file({name: np.array(t) for name, t in tensors.items()} | {"visual.bn1.num_batches_tracked": np.int64([7])}, file)
+    save_file(
+        {name: np.array(t) for name, t in tensors.items()} | {"visual.bn1.num_batches_tracked": np.int64([7])}, file
+    )
     again = open_donor(tmp_path / "open", families)
     assert again.cfg == cfg
     for path, value in params.items():
@@ -166,13 +186,24 @@ def test_a_published_recipe_trains_at_a_small_size(one_device, tmp_path):
     Pretrained(donor, model, params, Preprocess(32), Tokenizer.train(["a cat", "a dog"], 540)).save(tmp_path / "donor")
     published = config.load("tinyclip/rn_30m")
     cfg = replace(
-        published, student=replace(student, remat=published.student.remat), teacher=str(tmp_path / "donor"), donor=str(tmp_path / "donor")
+        published,
+        student=replace(student, remat=published.student.remat),
+        teacher=str(tmp_path / "donor"),
+        donor=str(tmp_path / "donor"),
     )
     replace(
-        cfg, data=data, pipeline=PipelineConfig(batch=8), mesh=MeshConfig(), optim=replace(cfg.optim, warmup=1), steps=2, log_every=1
+        cfg,
+        data=data,
+        pipeline=PipelineConfig(batch=8),
+        mesh=MeshConfig(),
+        optim=replace(cfg.optim, warmup=1),
+        steps=2,
+        log_every=1,
     ).train(tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 1e-4]) and all(line["affinity"] > 1 for line in lines)
     trained = open_safetensors(tmp_path / "run" / "model" / "model.safetensors")
     np.testing.assert_allclose(trained["image/conv1/kernel"], params["image/conv1/kernel"][..., :1], atol=3e-4)
-    assert np.abs(trained["image/bn1/mean"]).max() > 1e-3  # the statistics follow the pictures, a tenth of the way each step
+    assert (
+        np.abs(trained["image/bn1/mean"]).max() > 1e-3
+    )  # the statistics follow the pictures, a tenth of the way each step

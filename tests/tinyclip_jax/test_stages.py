@@ -1,4 +1,6 @@
-"""Automatic inheritance and progressive distillation as a person runs them: one recipe, several stages, a stop, the same command."""
+"""Automatic inheritance and progressive distillation as a person runs them: one recipe, several stages, a stop, the
+same command.
+"""
 
 import json
 import shutil
@@ -62,7 +64,10 @@ def recipe(one_device, draw, tmp_path_factory):
 
 
 def lines(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "timing"}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,9 @@ def test_masks_are_learned_then_cut_then_the_small_model_learns(whole):
     assert first[0]["sparsity"] < 0.02 < 0.1 < first[5]["sparsity"]
     # Linear over the whole phase whatever the warm-up; then from the full rate down, without a second one.
     np.testing.assert_allclose([line["lr"] for line in first[:6]], [1e-3 * n / 6 for n in range(1, 7)], rtol=1e-5)
-    np.testing.assert_allclose([line["lr"] for line in first[6:]], [5e-4 * (1 + np.cos(np.pi * n / 4)) for n in range(4)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [line["lr"] for line in first[6:]], [5e-4 * (1 + np.cos(np.pi * n / 4)) for n in range(4)], rtol=1e-5
+    )
     assert "sparsity" in first[5] and "sparsity" not in first[6]
 
 
@@ -101,7 +108,9 @@ def test_killed_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_pat
     shutil.copytree(whole / "stage_1", left, ignore=shutil.ignore_patterns("model", "10"))
     metrics = (left / "metrics.jsonl").read_text().splitlines(keepends=True)
     (left / "metrics.jsonl").write_text("".join(metrics[:9]))
-    assert Checkpoints(left / "checkpoints").latest() == 8 and (left / "pruned").exists() and not (left / "model").exists()
+    assert (
+        Checkpoints(left / "checkpoints").latest() == 8 and (left / "pruned").exists() and not (left / "model").exists()
+    )
     replace(recipe, stages=recipe.stages[:1]).train(tmp_path)
     assert lines(tmp_path / "stage_1") == lines(whole / "stage_1")
     ours, theirs = (open_safetensors(f / "stage_1" / "model" / "model.safetensors") for f in (tmp_path, whole))
@@ -111,7 +120,9 @@ def test_killed_after_the_cut_it_goes_on_to_the_same_bits(recipe, whole, tmp_pat
 
 
 def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_path):
-    with pytest.raises(InputError, match=r"stage 2 starts from .*stage_1/model, which does not exist: run stage 1 first"):
+    with pytest.raises(
+        InputError, match=r"stage 2 starts from .*stage_1/model, which does not exist: run stage 1 first"
+    ):
         replace(recipe, stage=2).train(tmp_path)
     with pytest.raises(InputError, match="stage is 3: choose 1 to 2"):
         replace(recipe, stage=3).train(tmp_path)
@@ -120,7 +131,9 @@ def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_
 
 @pytest.mark.parametrize("flag", ["--steps=1000", "--student.remat", "--masks.round_to", "--optim.warmup"])
 def test_a_flag_that_every_stage_has_for_itself_is_refused(flag):
-    with pytest.raises(InputError, match=rf"{flag} does nothing in this recipe, each stage has its own: set --stages\.0\.[a-z]+$"):
+    with pytest.raises(
+        InputError, match=rf"{flag} does nothing in this recipe, each stage has its own: set --stages\.0\.[a-z]+$"
+    ):
         config.load("tinyclip/auto_63m_32", [flag, "none"])
     assert config.load("tinyclip/auto_63m_32", ["--stages.0.steps", "7"]).in_stage(1, "").steps == 7
 
@@ -135,8 +148,11 @@ def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
     assert float(updates["masks/image/linear"]) == pytest.approx(1.5, rel=1e-3)  # Adam's first step: the rate, up
     np.testing.assert_allclose(updates["masks/text/head"], -1.5, rtol=1e-3)
     np.testing.assert_allclose(updates["image/cls"], -1e-3 / 6, rtol=1e-2)
-    # Adam's first step is blind to the size of gradients, its moments are not: a tenth of what is clipped to one over all leaves.
-    moments = [moment for _, moments in optax.tree.get_all_with_path(state, "mu") for moment in jax.tree.leaves(moments)]
+    # Adam's first step is blind to the size of gradients, its moments are not: a tenth of what is clipped to one over
+    # all leaves.
+    moments = [
+        moment for _, moments in optax.tree.get_all_with_path(state, "mu") for moment in jax.tree.leaves(moments)
+    ]
     assert sum(m.size for m in moments) == sum(p.size for p in params.values())
     assert np.sqrt(sum(float((m**2).sum()) for m in moments)) == pytest.approx(0.1, rel=1e-4)
 

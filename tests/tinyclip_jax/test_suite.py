@@ -57,7 +57,9 @@ def test_the_probe_separates_what_can_be_and_chooses_its_strength():
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "model"
     clip = functional(Clip, CFG)
-    Pretrained(CFG, clip, clip.init(jax.random.key(0)), Preprocess(8), Tokenizer.train(["a photo of a tench"], 540)).save(folder)
+    Pretrained(
+        CFG, clip, clip.init(jax.random.key(0)), Preprocess(8), Tokenizer.train(["a photo of a tench"], 540)
+    ).save(folder)
     return folder
 
 
@@ -75,7 +77,11 @@ def data(tmp_path_factory):
     for number in (0, 2, 10):
         picture(root / "imagenet-v2" / str(number) / "0.png", 20 * number)
     images = [
-        {"filename": f"{i}.png", "split": "test" if i else "train", "sentences": [{"raw": f"no {i} {j}"} for j in range(6)]}
+        {
+            "filename": f"{i}.png",
+            "split": "test" if i else "train",
+            "sentences": [{"raw": f"no {i} {j}"} for j in range(6)],
+        }
         for i in range(3)
     ]
     for i in range(3):
@@ -118,7 +124,9 @@ def test_one_command_scores_what_is_there_and_names_what_is_not(model, data, tmp
 
 def test_published_numbers_are_of_a_named_model_and_whole_sets(model, data, monkeypatch):
     donor = open_donor(model, [family()])
-    known = Published("another", {"imagenet-a/top1": 7.0, "flickr30k/image_to_text_r1": 8.0, "coco/image_to_text_r1": 9.0})
+    known = Published(
+        "another", {"imagenet-a/top1": 7.0, "flickr30k/image_to_text_r1": 8.0, "coco/image_to_text_r1": 9.0}
+    )
     monkeypatch.setattr(suite, "published_for", lambda donor: known)
     monkeypatch.setattr(suite, "_score_all", lambda *a: {key: suite.Measured(1.0, 3, classes=3) for key in (A, F)})
     A, F = ("imagenet-a", "top1"), ("flickr30k", "image_to_text_r1")
@@ -159,8 +167,12 @@ def test_objectnet_is_over_the_classes_imagenet_has(model, tmp_path):
     for i, name in enumerate(("chair", "drill", "spoon")):
         picture(root / "images" / name / "0.png", 50 * i)
     (root / "mappings").mkdir()
-    (root / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps({"chair": "Chair", "drill": "Drill", "spoon": "Spoon"}))
-    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps({"Chair": "folding chair", "Spoon": "wooden spoon"}))
+    (root / "mappings" / "folder_to_objectnet_label.json").write_text(
+        json.dumps({"chair": "Chair", "drill": "Drill", "spoon": "Spoon"})
+    )
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(
+        json.dumps({"Chair": "folding chair", "Spoon": "wooden spoon"})
+    )
     donor = open_donor(model, [family()])
     setup = setup_of(donor, start(MeshConfig()))
     scored = suite.SUITE["objectnet"](setup, load_params(donor, setup.mesh), root)
@@ -193,7 +205,9 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
 
 
 def test_data_sets_in_other_forms_score_the_same(model, data, tmp_path):
-    """flickr30k as one table, imagenet-a as CLIP_benchmark's shards, cifar10 as parquet with splits in the names of its files."""
+    """flickr30k as one table, imagenet-a as CLIP_benchmark's shards, cifar10 as parquet with splits in the names of its
+    files.
+    """
     donor = open_donor(model, [family()])
     setup = setup_of(donor, start(MeshConfig()))
     params = load_params(donor, setup.mesh)
@@ -217,7 +231,9 @@ def test_data_sets_in_other_forms_score_the_same(model, data, tmp_path):
                 info = tarfile.TarInfo(f"s{i}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(InputError, match=r"does not name the 200 classes of its labels: put classnames\.txt next to the shards"):
+    with pytest.raises(
+        InputError, match=r"does not name the 200 classes of its labels: put classnames\.txt next to the shards"
+    ):
         scored("imagenet-a", tmp_path)
     (shards.parent / "classnames.txt").write_text("".join(f"{names[folder.name]}\n" for folder in folders))
     assert scored("imagenet-a", tmp_path) == scored("imagenet-a", data) and scored("imagenet-a", data)[2] == 3

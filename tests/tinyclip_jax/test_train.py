@@ -47,7 +47,10 @@ def run(folder):
 
 
 def curve(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "timing"}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,13 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_leaves_what_its_folder_promises(uninterrupted):
-    assert {p.name for p in uninterrupted.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "model", "first_batch.png"}
+    assert {p.name for p in uninterrupted.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "first_batch.png",
+    }
     lines = curve(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -114,7 +123,9 @@ def test_the_students_start_is_the_plans_graft(emoji, inherited):
     donor, params = open_clip_model(emoji.donor), inherited
     theirs = whole(donor)
     # Manual inheritance, by hand: leading channels, heads of 64, every second text layer.
-    np.testing.assert_array_equal(params["image/blocks/attn/query/kernel"], theirs["image/blocks/attn/query/kernel"][:, :128, :2])
+    np.testing.assert_array_equal(
+        params["image/blocks/attn/query/kernel"], theirs["image/blocks/attn/query/kernel"][:, :128, :2]
+    )
     np.testing.assert_array_equal(params["text/blocks/mlp/up/kernel"], theirs["text/blocks/mlp/up/kernel"][[0, 2]])
     np.testing.assert_array_equal(params["image/projection/kernel"], theirs["image/projection/kernel"][:128])
     assert float(params["logit_scale"]) == pytest.approx(log(50), abs=1e-6)
@@ -168,11 +179,16 @@ def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji, inherited):
     donor = open_clip_model(emoji.teacher)
     student, teacher = functional(Clip, emoji.student), whole(donor)
     rng = np.random.default_rng(0)
-    batch = {"image": rng.standard_normal((8, 60, 60, 3)).astype(np.float32), "text": rng.integers(1, 4000, (8, 16)).astype(np.int32)}
+    batch = {
+        "image": rng.standard_normal((8, 60, 60, 3)).astype(np.float32),
+        "text": rng.integers(1, 4000, (8, 16)).astype(np.int32),
+    }
     features = jax.jit(donor.model.apply)(teacher, batch["image"], batch["text"])
     live, _ = jax.jit(loss_fn(emoji, student, donor))(inherited, batch, jax.random.key(0), teacher)
     stored = batch | {"teacher_image": features.image, "teacher_text": features.text}
-    cached, _ = jax.jit(loss_fn(replace(emoji, teacher="embeddings"), student, None))(inherited, stored, jax.random.key(0), None)
+    cached, _ = jax.jit(loss_fn(replace(emoji, teacher="embeddings"), student, None))(
+        inherited, stored, jax.random.key(0), None
+    )
     assert float(live) == pytest.approx(float(cached), rel=1e-6)
 
 
@@ -180,7 +196,9 @@ def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji, inherited):
 def tiny_step(cfg, model, draw, one_device):
     """One step of the trainer's own wiring on a tiny CLIP: parameters before, batch, state after, metrics."""
     mesh, loss = start(MeshConfig()), LossConfig(alpha=0.3, teacher_scale=20.0)
-    cfg = Config(student=cfg, teacher=EMBEDDINGS, loss=loss, step=StepConfig(ema=0.75), optim=OptimConfig(warmup=0, lr=1e-2))
+    cfg = Config(
+        student=cfg, teacher=EMBEDDINGS, loss=loss, step=StepConfig(ema=0.75), optim=OptimConfig(warmup=0, lr=1e-2)
+    )
     rng = np.random.default_rng(0)
     embeddings = {name: rng.standard_normal((8, 5)).astype(np.float32) for name in TARGETS}
     batch = {
@@ -190,14 +208,18 @@ def tiny_step(cfg, model, draw, one_device):
     }
     params = draw(model.spec)
     optimizer = make_optimizer(cfg.optim, model.spec, 10)
-    step = make_step(loss_fn(cfg, model, None), optimizer, model.spec, mesh, cfg.step, project=partial(constrain_scale, cfg.loss))
+    step = make_step(
+        loss_fn(cfg, model, None), optimizer, model.spec, mesh, cfg.step, project=partial(constrain_scale, cfg.loss)
+    )
     state, metrics = step(create_state(params, optimizer, model.spec, mesh, cfg.step.ema), batch)
     return params, batch, state, {name: float(total / count) for name, (total, count) in metrics.items()}
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts_at_the_configured_scales(model, tiny_step):
     params, batch, state, metrics = tiny_step
-    image, text, scale = (np.asarray(x, np.float64) for x in jax.jit(model.apply)(params, batch["image"], batch["text"]))
+    image, text, scale = (
+        np.asarray(x, np.float64) for x in jax.jit(model.apply)(params, batch["image"], batch["text"])
+    )
 
     def log_softmax(x):
         x = x - x.max(1, keepdims=True)
@@ -205,7 +227,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_at_the_configured_scales(mode
 
     logits = scale * image @ text.T
     teacher = 20.0 * np.asarray(batch["teacher_image"], np.float64) @ np.asarray(batch["teacher_text"], np.float64).T
-    soft = [-(np.exp(log_softmax(t)) * log_softmax(s)).sum(1).mean() for s, t in ((logits, teacher), (logits.T, teacher.T))]
+    soft = [
+        -(np.exp(log_softmax(t)) * log_softmax(s)).sum(1).mean() for s, t in ((logits, teacher), (logits.T, teacher.T))
+    ]
     hard = [-np.diag(log_softmax(s)).mean() for s in (logits, logits.T)]
     assert metrics["affinity"] == pytest.approx(np.mean(soft), rel=1e-4)
     assert metrics["contrastive"] == pytest.approx(np.mean(hard), rel=1e-4)
@@ -217,7 +241,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_at_the_configured_scales(mode
 def test_the_average_is_what_is_scored_and_saved(tiny_step):
     params, _, state, _ = tiny_step
     path = "image/blocks/mlp/up/kernel"
-    np.testing.assert_allclose(best(state)[path], 0.75 * params[path] + 0.25 * np.asarray(state.params[path]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        best(state)[path], 0.75 * params[path] + 0.25 * np.asarray(state.params[path]), rtol=1e-5, atol=1e-6
+    )
     assert not np.allclose(best(state)[path], state.params[path], atol=1e-4)
 
 

@@ -18,7 +18,16 @@ from heirloom.common.train.mesh import MeshConfig
 
 
 def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path):
-    flags = ["--student.implementation", "mosaic_tpu", "--step.compute", "bfloat16", "--student.width", "64", "--student.heads", "2"]
+    flags = [
+        "--student.implementation",
+        "mosaic_tpu",
+        "--step.compute",
+        "bfloat16",
+        "--student.width",
+        "64",
+        "--student.heads",
+        "2",
+    ]
     result = compile_for(config.load("lit/smoke", flags), Topology.parse("v5e:2x2"))
     assert result["fits"] and result["devices"] == 4
     assert 0 < result["bytes_per_device"] < result["hbm"] == 15.75 * 2**30
@@ -28,7 +37,9 @@ def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path
 
 
 def test_collectives_of_scanned_layers_are_counted_once_a_layer():
-    """Each layer's weights are gathered forward and backward, their gradients summed once; the compiler makes one of them asynchronous."""
+    """Each layer's weights are gathered forward and backward, their gradients summed once; the compiler makes one of
+    them asynchronous.
+    """
     layers, size = 5, 512
     mesh = Mesh(np.array(describe(Topology.parse("v5e:2x2")).devices), ("fsdp",), axis_types=(AxisType.Auto,))
     weights = jax.ShapeDtypeStruct((layers, size, size), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp")))

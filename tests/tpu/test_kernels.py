@@ -1,4 +1,6 @@
-"""The kernels of linear attention go through Mosaic's compiler for every head and chip, forward and backward, branch included."""
+"""The kernels of linear attention go through Mosaic's compiler for every head and chip, forward and backward, branch
+included.
+"""
 
 import re
 
@@ -48,7 +50,9 @@ def test_the_module_of_the_model_transposes_nothing(chip):
     """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or transposed."""
     sizes = dict(embed=1152, head=4, head_dim=288, filter_row=5, filter_col=5)
     model = functional(lambda _, rngs: LinearAttention(sizes, implementation="mosaic_tpu", rngs=rngs), None)
-    params = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=chip("v5e")) for path, leaf in model.spec.items()}
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=chip("v5e")) for path, leaf in model.spec.items()
+    }
     x = jax.ShapeDtypeStruct((4, 1024, 1152), jnp.bfloat16, sharding=chip("v5e"))
 
     def run(params, x):
@@ -57,5 +61,9 @@ def test_the_module_of_the_model_transposes_nothing(chip):
     text = jax.jit(jax.grad(run, (0, 1))).lower(params, x).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 5
     # XLA also copies an array as it is, between memories: only another order or shape is work.
-    moved = [line.strip()[:120] for line in text.splitlines() if re.search(r"= bf16\[[^=]*1024[^=]* (copy|transpose)\(", line)]
+    moved = [
+        line.strip()[:120]
+        for line in text.splitlines()
+        if re.search(r"= bf16\[[^=]*1024[^=]* (copy|transpose)\(", line)
+    ]
     assert not moved, moved

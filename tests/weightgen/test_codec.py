@@ -35,7 +35,10 @@ def test_pca_and_the_gate():
     bad.check(force=True)
     # A codec that codes nothing loses no accuracy where a prior has it all, or where there is none to lose.
     nothing = np.broadcast_to(rows.mean(0), rows.shape)
-    for before, limit, wrong in ((0.9, 0.5, "relative error 1.000, at most 0.5"), (0.21, 2, "at chance: 21.0 % right, 20.0 %")):
+    for before, limit, wrong in (
+        (0.9, 0.5, "relative error 1.000, at most 0.5"),
+        (0.21, 2, "at chance: 21.0 % right, 20.0 %"),
+    ):
         with pytest.raises(InputError, match=wrong):
             gate([before], [before], back=nothing, chance=0.2, limit=limit).check()
     assert not gate(np.nan, np.nan, back=rows, limit=0.5).fault and gate(np.nan, np.nan, back=nothing, limit=0.5).fault
@@ -71,7 +74,9 @@ def test_autoencoders_learn_eight_vectors_by_heart(kind, steps, draw):
         back, posterior = model.apply(params, x, jax.random.fold_in(jax.random.key(1), i))
         return vae_loss(x, back, posterior, beta=1e-6)
 
-    begin = {path: x if path.endswith("kernel") else 0 * x + path.endswith("scale") for path, x in draw(model.spec).items()}
+    begin = {
+        path: x if path.endswith("kernel") else 0 * x + path.endswith("scale") for path, x in draw(model.spec).items()
+    }
     params = overfit(begin, loss, steps, 1e-2)
     back = run(model, "decode")(params, run(model, "encode")(params, x).mean)
     assert float(jnp.sum((back - x) ** 2) / jnp.sum(x**2)) < 1e-3
@@ -80,7 +85,9 @@ def test_autoencoders_learn_eight_vectors_by_heart(kind, steps, draw):
 def test_weights_are_standardised_tensor_by_tensor():
     rng = np.random.default_rng(0)
     spec = chunks({"w": np.zeros((2, 5), np.float32), "b": np.zeros(3, np.float32)}, 4)
-    weights = np.concatenate([3 + 2 * rng.standard_normal((50, 10)), 7 * rng.standard_normal((50, 3))], 1).astype(np.float32)
+    weights = np.concatenate([3 + 2 * rng.standard_normal((50, 10)), 7 * rng.standard_normal((50, 3))], 1).astype(
+        np.float32
+    )
     mean, std = tensor_scale(spec, spec.padded(weights))
     for tensor, own in ((0, weights[:, :10]), (1, weights[:, 10:])):
         np.testing.assert_allclose(mean[spec.tensor == tensor], own.mean(), rtol=1e-5)

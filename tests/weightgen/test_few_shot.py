@@ -20,7 +20,10 @@ def world(classes, seed, features=8):
     centre = 1.2 * rng.standard_normal((classes, features))
     names = [str(i) for i in range(classes)]
     labels = np.repeat(np.arange(classes), 12)
-    return {p: Bank.of((centre[labels] + rng.standard_normal((len(labels), features))).astype(np.float32), labels, names) for p in SHARES}
+    return {
+        p: Bank.of((centre[labels] + rng.standard_normal((len(labels), features))).astype(np.float32), labels, names)
+        for p in SHARES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,9 @@ def result(tmp_path_factory, one_device):
         few=FitConfig(steps=30, lr=0.1, weight_decay=0.3),
         latent=9,
         denoiser=SMALL,
-        loop=LoopConfig(steps=30, batch=32, optim=OptimConfig(lr=2e-3, warmup=3, clip=1.0), log_every=10, save_every=10**6),
+        loop=LoopConfig(
+            steps=30, batch=32, optim=OptimConfig(lr=2e-3, warmup=3, clip=1.0), log_every=10, save_every=10**6
+        ),
         tasks=40,
         samples=4,
         sample=SampleConfig(steps=8),
@@ -56,7 +61,9 @@ def test_the_comparison_in_a_world_of_gaussians(result):
 
 
 def test_criteria_say_what_was_measured(result):
-    assert len(result.criteria) == 7 and all({"measured", "bar", "met"} == found.keys() for found in result.criteria.values())
+    assert len(result.criteria) == 7 and all(
+        {"measured", "bar", "met"} == found.keys() for found in result.criteria.values()
+    )
     gap = result.criteria["5 pictures: averaged - nearest row"]
     rows = result.rows["unseen, 5"]
     measured = rows["generated, weights averaged"].mean - rows["nearest zoo row per class"].mean

@@ -58,7 +58,19 @@ TINY = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", 
 def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path, heirloom):
     zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "generator" / "model"
     net = ["--net.kind", "mlp", "--net.features", "6", "--net.hidden", "4", "--net.classes", "6", "--fit.lr", "0.05"]
-    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    heirloom(
+        "train",
+        "weightgen/smoke",
+        "--run",
+        tmp_path / "zoo",
+        "--data",
+        pictures,
+        *net,
+        "--members",
+        "20",
+        "--chunk",
+        "20",
+    )
     codec = ["--latent", "7", "--width", "16", "--layers", "1"]
     heirloom("train", "weightgen/codec", "--run", tmp_path / "codec", "--zoo", zoo, *codec, *LOOP)
     by = ["--codec", tmp_path / "codec" / "model", "--prior", "none", "--gate.force"]
@@ -79,7 +91,20 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
     assert all(x.shape == spec[path].shape for path, x in fitted.items())
     taken = {path.removeprefix("condition/") for path in fitted if path.startswith("condition/")}
     assert taken == {path for path in aligned if path.startswith(("intra/", "inter/"))} and len(taken) > 40
-    heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made", "--steps", "2", "--reduce", "mean")
+    heirloom(
+        "generate",
+        model,
+        "--dataset",
+        pictures,
+        "-n",
+        "2",
+        "--out",
+        tmp_path / "made",
+        "--steps",
+        "2",
+        "--reduce",
+        "mean",
+    )
     report = json.loads((tmp_path / "made" / "report.json").read_text())
     assert report["parameters"] == 7 * 4 + 5 * 6 and 0 < report["accuracy"]["gradient descent on the pictures"] <= 1
     assert report["disagreement"] is not None and (tmp_path / "made" / "mean" / "model.safetensors").is_file()
@@ -88,10 +113,33 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
 def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom):
     zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
     net = ["--net.features", "6", "--net.classes", "6"]
-    heirloom("train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20", "--chunk", "20")
+    heirloom(
+        "train",
+        "weightgen/smoke",
+        "--run",
+        tmp_path / "zoo",
+        "--data",
+        pictures,
+        *net,
+        "--members",
+        "20",
+        "--chunk",
+        "20",
+    )
     sizes = dict(fdim=64, resolution=8, channels=8, multiples=1, blocks=1, latent=1)
     vae = [word for name, size in sizes.items() for word in (f"--vae.{name}", str(size))]
-    unet = ["--unet.size", "8", "--unet.channels", "8", "--unet.multiples", "1", "--unet.attention", "8", "--unet.groups", "4"]
+    unet = [
+        "--unet.size",
+        "8",
+        "--unet.channels",
+        "8",
+        "--unet.multiples",
+        "1",
+        "--unet.attention",
+        "8",
+        "--unet.groups",
+        "4",
+    ]
     loops = [f"--{stage}{name}" for stage in ("stage1.", "") for name in ("steps 3", "batch 4", "optim.warmup 1")]
     flags = [*vae, *unet, "--chain", "3", "--gate.force", *" ".join(loops).split()]
     heirloom("train", "weightgen/d2nwg", "--run", tmp_path / "d2nwg", "--zoo", zoo, *flags)
@@ -105,11 +153,28 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
 
 
 def test_cnns_are_trained_on_pictures_and_told_by_features(pictures, tmp_path, heirloom):
-    cnn = ["--net.kind", "cnn", "--net.features", "3", "--net.classes", "3", "--told", "6", "--fit.at_once", "1", "--fit.lr", "0.02"]
+    cnn = [
+        "--net.kind",
+        "cnn",
+        "--net.features",
+        "3",
+        "--net.classes",
+        "3",
+        "--told",
+        "6",
+        "--fit.at_once",
+        "1",
+        "--fit.lr",
+        "0.02",
+    ]
     size = ["--members", "2", "--chunk", "2", "--fit.steps", "8"]
     heirloom("train", "weightgen/smoke", "--run", tmp_path, "--data", pictures, *cnn, *size)
     zoo = open_zoo(tmp_path / "zoo")
-    assert zoo.net == NetConfig("cnn", 3, classes=3) and zoo.weights.shape == (2, 2864 - 7 * 21) and zoo.quality.min() > 1 / 3
+    assert (
+        zoo.net == NetConfig("cnn", 3, classes=3)
+        and zoo.weights.shape == (2, 2864 - 7 * 21)
+        and zoo.quality.min() > 1 / 3
+    )
     seen, told = Bank.load(tmp_path / "zoo", "pictures"), Bank.load(tmp_path / "zoo")
     assert seen.features.shape == (len(told.features), 28 * 28 * 3) and told.features.shape[1] == 6
 
@@ -145,10 +210,16 @@ def test_what_does_not_fit_is_said_in_one_line(recipe, flags, wrong, unfit, tmp_
 def unfit(tmp_path_factory):
     """A zoo of heads, a codec and an encoder of others, and a checkpoint whose quality is a word."""
     folder, rng, cfg = tmp_path_factory.mktemp("unfit"), np.random.default_rng(0), NetConfig(features=4, classes=2)
-    bank, spec = Bank.of(rng.standard_normal((12, 4)).astype(np.float32), np.repeat(np.arange(3), 4), list("abc")), head_tokens(cfg)
+    bank, spec = (
+        Bank.of(rng.standard_normal((12, 4)).astype(np.float32), np.repeat(np.arange(3), 4), list("abc")),
+        head_tokens(cfg),
+    )
     weights = rng.standard_normal((10, spec.count)).astype(np.float32)
     Zoo(weights, np.ones(10, np.float32), draw_tasks(3, 10, 2, rng), cfg, spec).save(folder / "zoo", sidecars=bank.save)
-    parts = {"OTHER": (CODEC, TokenCodec, TokenVaeConfig(5, 7, latent=2, width=8, layers=1)), "SETS": (ENCODER, SetOfSets, SETS)}
+    parts = {
+        "OTHER": (CODEC, TokenCodec, TokenVaeConfig(5, 7, latent=2, width=8, layers=1)),
+        "SETS": (ENCODER, SetOfSets, SETS),
+    }
     for name, (family, module, part) in parts.items():
         zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in functional(module, part).spec.items()}
         save_params(folder / name, family.name, part, zeros, lambda folder: None)
@@ -160,8 +231,30 @@ def unfit(tmp_path_factory):
 
 
 def test_an_encoder_is_trained_and_saved_without_its_temperature(unfit, tmp_path, heirloom):
-    sizes = ["--encoder.hidden", "4", "--encoder.heads", "1", "--encoder.inducing", "1", "--encoder.out", "4", "--latent", "3"]
-    heirloom("train", "weightgen/encoder", "--run", tmp_path / "run", "--zoo", unfit / "zoo", "--loss", "siglip", *sizes, *LOOP)
+    sizes = [
+        "--encoder.hidden",
+        "4",
+        "--encoder.heads",
+        "1",
+        "--encoder.inducing",
+        "1",
+        "--encoder.out",
+        "4",
+        "--latent",
+        "3",
+    ]
+    heirloom(
+        "train",
+        "weightgen/encoder",
+        "--run",
+        tmp_path / "run",
+        "--zoo",
+        unfit / "zoo",
+        "--loss",
+        "siglip",
+        *sizes,
+        *LOOP,
+    )
     model = functional(SetOfSets, SetConfig(4, hidden=4, heads=1, inducing=1, out=4, latent=3))
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {path: x.shape for path, x in trained.items()} == {path: leaf.shape for path, leaf in model.spec.items()}
@@ -213,8 +306,23 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
         said = capsys.readouterr().err
         assert wrong in said and said.count("\n") == 1 and not (tmp_path / "x").exists()
     zoo = ["--zoo", str(tmp_path / "label-zoo" / "zoo")]
-    lossy = [*zoo, "--run", str(tmp_path / "lossy"), "--condition", "label", "--prior", "none", "--latent", "1", "--gate.error", "0.3"]
-    assert main(["train", "weightgen/generator", *lossy, *LOOP, *TINY]) == 2 and "loses the weights" in capsys.readouterr().err
+    lossy = [
+        *zoo,
+        "--run",
+        str(tmp_path / "lossy"),
+        "--condition",
+        "label",
+        "--prior",
+        "none",
+        "--latent",
+        "1",
+        "--gate.error",
+        "0.3",
+    ]
+    assert (
+        main(["train", "weightgen/generator", *lossy, *LOOP, *TINY]) == 2
+        and "loses the weights" in capsys.readouterr().err
+    )
     assert main(["train", "weightgen/d2nwg", *zoo, "--run", str(tmp_path / "d2nwg")]) == 2
     assert "without pictures" in capsys.readouterr().err
     report = generate("text", "--task", "a sad face", condition="text")
@@ -229,7 +337,19 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
 
 def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, capsys):
     net = ["--net.features", "6", "--net.classes", "3"]
-    zoo = ["train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "40", "--chunk", "20"]
+    zoo = [
+        "train",
+        "weightgen/smoke",
+        "--run",
+        tmp_path / "zoo",
+        "--data",
+        pictures,
+        *net,
+        "--members",
+        "40",
+        "--chunk",
+        "20",
+    ]
     heirloom(*zoo)
     stored = open_zoo(tmp_path / "zoo" / "zoo")
     assert len(stored) == 40 and stored.weights.shape == (40, 21) and stored.quality.mean() > 0.8
@@ -248,14 +368,31 @@ def test_from_pictures_to_weights_by_commands(pictures, tmp_path, heirloom, caps
     for c in range(3):
         (three / f"class{c}").symlink_to(pictures / f"class{c}")
     model, made = tmp_path / "generator" / "model", tmp_path / "made"
-    heirloom("generate", model, "--dataset", three, "-n", "3", "--out", made, "--steps", "4", "--json", tmp_path / "g.json")
-    assert sorted(p.name for p in made.iterdir()) == ["features.safetensors", "report.json", "sample-000", "sample-001", "sample-002"]
+    heirloom(
+        "generate", model, "--dataset", three, "-n", "3", "--out", made, "--steps", "4", "--json", tmp_path / "g.json"
+    )
+    assert sorted(p.name for p in made.iterdir()) == [
+        "features.safetensors",
+        "report.json",
+        "sample-000",
+        "sample-001",
+        "sample-002",
+    ]
     report = json.loads((made / "report.json").read_text())
     assert report["classes"] == ["class0", "class1", "class2"] and report["condition"] == "5-shot, 0 gradient steps"
-    assert {"single sample", "best by test (oracle)", "prototype", "pictures of the wrong classes", "ridge"} < report["accuracy"].keys()
-    zoo = {name: report["accuracy"][name] for name in ("nearest zoo network", "zoo mean", "zoo networks + 0.04 noise", "ridge")}
+    assert {"single sample", "best by test (oracle)", "prototype", "pictures of the wrong classes", "ridge"} < report[
+        "accuracy"
+    ].keys()
+    zoo = {
+        name: report["accuracy"][name]
+        for name in ("nearest zoo network", "zoo mean", "zoo networks + 0.04 noise", "ridge")
+    }
     assert zoo["nearest zoo network"] > 0.6 > zoo["zoo networks + 0.04 noise"] and zoo["ridge"] > 0.4
-    assert report["novelty"]["of"] == 40 and report["novelty"]["noise"] < report["novelty"]["zoo"] and 0 <= report["error IoU"] <= 1
+    assert (
+        report["novelty"]["of"] == 40
+        and report["novelty"]["noise"] < report["novelty"]["zoo"]
+        and 0 <= report["error IoU"] <= 1
+    )
     assert report["accuracy"]["prototype"] > 0.8 and json.loads((tmp_path / "g.json").read_text())["weights"] == [
         "sample-000",
         "sample-001",

@@ -87,14 +87,21 @@ def test_experts_are_ranked_one_by_one_and_the_rest_is_said():
     assert {found[name].kind for name in one_by_one} == {"layers.mlp.experts.gate_up_proj"}
     assert found["layers.0.mlp.experts.gate_up_proj@1"].snr == snr(experts[1])
     text = str(said[0].message)
-    for part in ("embeddings: model.embed_tokens.weight", "16: router.weight", "3 axes: conv.weight", "buffers: position_ids"):
+    for part in (
+        "embeddings: model.embed_tokens.weight",
+        "16: router.weight",
+        "3 axes: conv.weight",
+        "buffers: position_ids",
+    ):
         assert part in text
     assert "gate_up_proj_bias, layers.0.norm.weight" in text
 
 
 def test_shards_that_are_missing_or_double_are_named(tmp_path):
     save_file({"a.weight": weights(16, 16)}, tmp_path / "model-00002-of-00003.safetensors")
-    with pytest.raises(InputError, match=r"2 of 3 shards are missing \(model-00001-of-00003\.safetensors, model-00003-of"):
+    with pytest.raises(
+        InputError, match=r"2 of 3 shards are missing \(model-00001-of-00003\.safetensors, model-00003-of"
+    ):
         rank_checkpoint(str(tmp_path))
     for i in (1, 3):
         save_file({f"{i}.weight": weights(16, 16)}, tmp_path / f"model-0000{i}-of-00003.safetensors")
@@ -136,7 +143,10 @@ def test_spectrum_of_known_singular_values(rng):
 
 def test_ranking_a_checkpoint_reads_files_and_refuses_quantised_ones(tmp_path, rng):
     tensors = {f"h.{i}.w": rng.standard_normal((32, 32)).astype(np.float32) for i in range(4)}
-    save_file(tensors | {"norm": np.ones(32, np.float32), "position_ids": np.arange(512)[None]}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"norm": np.ones(32, np.float32), "position_ids": np.arange(512)[None]},
+        tmp_path / "model.safetensors",
+    )
     with pytest.warns(UserWarning, match="buffers: position_ids; norms, biases and other vectors: norm"):
         ranked = rank_checkpoint(str(tmp_path))
     assert [r.kind for r in ranked] == ["h.w"] * 4

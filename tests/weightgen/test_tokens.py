@@ -33,7 +33,9 @@ def test_the_way_back_is_exact(length):
     tokens[~spec.mask] = np.nan  # padding must not leak
     after = spec.unflatten(tokens, other)
     assert spec.count == spec.mask.sum() == 12 + 5 + 8 + 1 + 6
-    for kept, a, b, c in zip(("conv", "conv", "double", "double", "half", "", ""), *map(leaves, (before, after, other)), strict=True):
+    for kept, a, b, c in zip(
+        ("conv", "conv", "double", "double", "half", "", ""), *map(leaves, (before, after, other)), strict=True
+    ):
         assert b.dtype == a.dtype and b.tobytes() == (a if kept else c).tobytes()  # statistics stay the template's
     assert isinstance(after["conv"], tuple) and isinstance(after["double"], list)
 
@@ -57,7 +59,8 @@ def test_a_neuron_is_what_it_reads_and_its_bias():
     model = net(cfg)
     spec = neurons(model.spec)
     params = {
-        path: np.random.default_rng(i).standard_normal(leaf.shape).astype(np.float32) for i, (path, leaf) in enumerate(model.spec.items())
+        path: np.random.default_rng(i).standard_normal(leaf.shape).astype(np.float32)
+        for i, (path, leaf) in enumerate(model.spec.items())
     }
     tokens = spec.flatten(params)
     assert tokens.shape == (6, 5) and spec.count == 4 * 4 + 2 * 5
@@ -68,7 +71,9 @@ def test_a_neuron_is_what_it_reads_and_its_bias():
     assert all(np.array_equal(back[path], params[path]) for path in params)
 
 
-@pytest.mark.parametrize(("kind", "features", "count"), [("cnn", 1, 2464), ("cnn", 3, 2864), ("mlp", 64, 1125), ("head", 64, 325)])
+@pytest.mark.parametrize(
+    ("kind", "features", "count"), [("cnn", 1, 2464), ("cnn", 3, 2864), ("mlp", 64, 1125), ("head", 64, 325)]
+)
 def test_networks_of_published_zoos(kind, features, count):
     cfg = NetConfig(kind, features, classes=10 if kind == "cnn" else 5)
     assert neurons(net(cfg).spec).count == count

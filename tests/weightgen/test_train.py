@@ -1,4 +1,6 @@
-"""Trainings on several devices and in several processes: what must divide, what is written once, and going on elsewhere."""
+"""Trainings on several devices and in several processes: what must divide, what is written once, and going on
+elsewhere.
+"""
 
 import jax
 import numpy as np
@@ -28,14 +30,19 @@ def test_a_batch_that_devices_do_not_divide_is_refused_before_anything_is_read(r
     assert main(["train", f"weightgen/{recipe}", *flags]) == 2
     said = capsys.readouterr().err
     name = f"{flag}batch".removeprefix("--")
-    assert f"a batch of 20 cannot be divided among 8 devices (mesh data x fsdp): set {name} to a multiple of 8, such as 16" in said
+    assert (
+        f"a batch of 20 cannot be divided among 8 devices (mesh data x fsdp): set {name} to a multiple of 8, such as 16"
+        in said
+    )
     assert said.count("\n") == 1
 
 
 def test_micro_batches_must_divide_too():
     mesh = start(MeshConfig())
     LoopConfig(batch=16, step=StepConfig(accumulate=2)).check(mesh)
-    with pytest.raises(InputError, match=r"a batch of 24 .* 8 devices .* x 2 micro-batches: set batch to a multiple of 16, such as 16"):
+    with pytest.raises(
+        InputError, match=r"a batch of 24 .* 8 devices .* x 2 micro-batches: set batch to a multiple of 16, such as 16"
+    ):
         LoopConfig(batch=24, step=StepConfig(accumulate=2)).check(mesh)
 
 
@@ -45,7 +52,18 @@ def flags(tmp_path_factory):
     zoo = tmp_path_factory.mktemp("zoo")
     net = ["--net.features", "6", "--net.classes", "3", "--backend", "pixels"]
     assert main(["train", "weightgen/smoke", "--run", str(zoo), *net, "--members", "16", "--chunk", "16"]) == 0
-    size = ["--denoiser.width", "16", "--denoiser.layers", "1", "--denoiser.heads", "2", "--denoiser.hidden", "16", "--latent", "3"]
+    size = [
+        "--denoiser.width",
+        "16",
+        "--denoiser.layers",
+        "1",
+        "--denoiser.heads",
+        "2",
+        "--denoiser.hidden",
+        "16",
+        "--latent",
+        "3",
+    ]
     return ["--zoo", str(zoo / "zoo"), *size, "--steps", "4", "--batch", "8", "--optim.warmup", "1", "--gate.force"]
 
 
@@ -88,7 +106,10 @@ def test_a_training_on_a_mesh_goes_on_on_one_device(flags, tmp_path, monkeypatch
     parts, whole = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in ("parts", "whole"))
     for path, leaf in whole.items():
         np.testing.assert_allclose(parts[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
-    losses = [[line["loss"] for line in MetricsFile(tmp_path / folder / "metrics.jsonl").lines()] for folder in ("parts", "whole")]
+    losses = [
+        [line["loss"] for line in MetricsFile(tmp_path / folder / "metrics.jsonl").lines()]
+        for folder in ("parts", "whole")
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -128,6 +149,8 @@ def test_the_released_adamw_decays_every_parameter_it_trains():
     vae = VaeConfig(length=10, fdim=64, resolution=8, channels=8, multiples=(1,), blocks=1, latent=1)
     unet = UnetConfig(size=8, channels=8, multiples=(1,), attention=(8,), groups=4)
     cfg = D2nwgConfig(vae, unet, "set", SetConfig(6, hidden=8, inducing=4, out=8))
-    spec = {path: leaf for path, leaf in functional(D2nwg, cfg).spec.items() if path.startswith(("unet/", "condition/"))}
+    spec = {
+        path: leaf for path, leaf in functional(D2nwg, cfg).spec.items() if path.startswith(("unet/", "condition/"))
+    }
     found = decayed(ADAMW, spec)
     assert all(found.values()) and any(path.endswith("bias") for path in found)

@@ -1,7 +1,9 @@
-"""D2NWG as released: vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024 steps.
+"""D2NWG as released: vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024
+steps.
 
-A baseline for comparison; `GeneratorConfig` is what this package recommends. The choices of the release are kept: weights are
-divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not know the order of classes.
+A baseline for comparison; `GeneratorConfig` is what this package recommends. The choices of the release are kept:
+weights are divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not
+know the order of classes.
 """
 
 from dataclasses import dataclass, field, replace
@@ -54,11 +56,16 @@ class D2nwgConfig:
         positive(self, "steps", "shots")
         row, col, latent = self.vae.latent_shape
         if row * col * latent != self.unet.size**2:
-            raise InputError(f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change unet.size")
+            raise InputError(
+                f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change"
+                " unet.size"
+            )
 
 
 class D2nwg(nnx.Module):
-    """Autoencoder, condition and UNet. weights: [batch, rows * length]; support: [batch, class, picture, feature]; images NHWC."""
+    """Autoencoder, condition and UNet. weights: [batch, rows * length]; support: [batch, class, picture, feature];
+    images NHWC.
+    """
 
     def __init__(self, cfg: D2nwgConfig, *, rngs: nnx.Rngs):
         cells = cfg.unet.size**2
@@ -79,7 +86,9 @@ class D2nwg(nnx.Module):
         return self.vae.decode(self.vae.encode(weights / self.cfg.scale).mean) * self.cfg.scale
 
     def latents(self, weights: jax.Array, key: jax.Array) -> jax.Array:
-        """Draw from the posterior, as an image of one channel: in memory order, channels first, without a spatial meaning."""
+        """Draw from the posterior, as an image of one channel: in memory order, channels first, without a spatial
+        meaning.
+        """
         z = self.vae.encode(weights / self.cfg.scale).sample(key)
         return jnp.moveaxis(z, -1, 1).reshape(len(z), self.cfg.unet.size, self.cfg.unet.size, 1)
 
@@ -94,7 +103,9 @@ class D2nwg(nnx.Module):
         return self.unet(noisy, t, condition)
 
 
-def stage1_loss(model: Functional, cfg: D2nwgConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6) -> jax.Array:
+def stage1_loss(
+    model: Functional, cfg: D2nwgConfig, params: Params, weights: jax.Array, key: jax.Array, beta: float = 1e-6
+) -> jax.Array:
     """Compute the autoencoder's loss on weights [batch, count]."""
     back, posterior = model.apply(params, weights, key, method="reconstruct")
     return vae_loss(weights / cfg.scale, back, posterior, beta=beta)
@@ -106,22 +117,35 @@ def latent_scale(model: Functional, params: Params, weights: jax.Array, key: jax
 
 
 def stage2_loss(
-    model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, weights: jax.Array, support: jax.Array, key: jax.Array
+    model: Functional,
+    cfg: D2nwgConfig,
+    k: jax.Array,
+    params: Params,
+    weights: jax.Array,
+    support: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
-    """Compute the mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition encoder does."""
+    """Compute the mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition
+    encoder does.
+    """
     posterior, times, noises = jax.random.split(key, 3)
     schedule = scaled_linear_schedule(cfg.steps)
     clean = k * jax.lax.stop_gradient(model.apply(params, weights, posterior, method="latents"))
     step = jax.random.randint(times, (len(clean),), 0, len(schedule))
     noise = jax.random.normal(noises, clean.shape)
     condition = model.apply(params, support, method="embed")
-    found = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], condition, method="predict")
+    found = model.apply(
+        params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], condition, method="predict"
+    )
     return jnp.mean(jnp.square(found - noise))
 
 
-def sample(model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array) -> jax.Array:
-    """Draw weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the condition is encoded
-    once."""
+def sample(
+    model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Draw weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the
+    condition is encoded once.
+    """
     sampler = ddpm(scaled_linear_schedule(cfg.steps))
     condition = model.apply(params, support, method="embed")
     time = jnp.asarray(sampler.time, jnp.float32)

@@ -26,8 +26,8 @@ from weightgen.train import LoopConfig, check_batch, generator_rows, optimizer, 
 from weightgen.zoo.data import Bank, Projection
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
 
-# Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which decays biases and norms
-# as well. Samples are not drawn from an average.
+# Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which
+# decays biases and norms as well. Samples are not drawn from an average.
 ADAM = OptimConfig(lr=1.115e-3, warmup=1, schedule="constant", b1=0.5, b2=0.9, eps=1e-8, weight_decay=0.0, clip=None)
 ADAMW = OptimConfig(
     lr=1.133e-4,
@@ -58,9 +58,10 @@ class Stage1Config:
 class D2nwgRecipe(LoopConfig):
     """D2NWG as released, on a zoo trained from pictures; `RUN/model` is what `heirloom generate` takes.
 
-    Deviation: both stages take a number of steps and keep the last state; the release takes epochs (3,000 and 1,000 at most) and keeps the
-    state with the lowest loss. The warm-up begins at 1 / 10,000 of the rate, where the release begins at a millionth. Pictures of a
-    condition are drawn from all of a class, where the release draws from its first 20.
+    Deviation: both stages take a number of steps and keep the last state; the release takes epochs (3,000 and 1,000 at
+    most) and keeps the state with the lowest loss. The warm-up begins at 1 / 10,000 of the rate, where the release
+    begins at a millionth. Pictures of a condition are drawn from all of a class, where the release draws from its first
+    20.
     """
 
     zoo: str = "runs/zoo/zoo"
@@ -99,7 +100,10 @@ class D2nwgRecipe(LoopConfig):
 
     def config(self, zoo: Zoo, bank: Bank) -> D2nwgConfig:
         if zoo.net is None:
-            raise InputError(f"{self.zoo} is of imported checkpoints, without pictures: heirloom train weightgen/generator takes them")
+            raise InputError(
+                f"{self.zoo} is of imported checkpoints, without pictures: heirloom train weightgen/generator takes"
+                " them"
+            )
         features = replace(self.features, features=bank.features.shape[1])
         vae = replace(self.vae, length=-(-zoo.spec.count // self.vae.rows))
         slots = self.shots * zoo.classes.shape[1]
@@ -126,7 +130,10 @@ class D2nwgRecipe(LoopConfig):
             tokens = batch["tokens"][:, zoo.spec.mask]
             vector = jnp.pad(tokens, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - tokens.shape[1])))
             # All pictures count: the released encoders are always given as many.
-            return stage2_loss(model, cfg, params["k"], params=params, weights=vector, support=batch["support"], key=key), {}
+            return (
+                stage2_loss(model, cfg, params["k"], params=params, weights=vector, support=batch["support"], key=key),
+                {},
+            )
 
         def sidecars(opened: Opened, out: Path) -> None:
             save_neighbours(out, zoo, self.seed, bank=bank)
@@ -149,8 +156,12 @@ class D2nwgRecipe(LoopConfig):
         return LEARNED_POINTS if self.encoder == "set" else ()
 
     def _after_stage1(self, model: Functional, cfg: D2nwgConfig, zoo: Zoo, directory: Path) -> dict[str, jax.Array]:
-        """Train the autoencoder, in a run of its own; returns all parameters. Raises InputError when it does not pass the gate."""
-        first = replace(self, steps=self.stage1.steps, batch=self.stage1.batch, optim=self.stage1.optim, step=self.stage1.step)
+        """Train the autoencoder, in a run of its own; returns all parameters. Raises InputError when it does not pass
+        the gate.
+        """
+        first = replace(
+            self, steps=self.stage1.steps, batch=self.stage1.batch, optim=self.stage1.optim, step=self.stage1.step
+        )
         shown_to = len(zoo) - left_out(self.gate, zoo)
 
         def vectors(tokens: np.ndarray) -> np.ndarray:
@@ -171,7 +182,9 @@ class D2nwgRecipe(LoopConfig):
             student=cfg,
             model=model,
             prepare=lambda params: params | {"k": jnp.float32(1)},
-            optimizer=lambda spec, steps: optimizer(first, spec, steps, frozen=("k", "unet/**", "condition/**"), no_decay=self._points),
+            optimizer=lambda spec, steps: optimizer(
+                first, spec, steps, frozen=("k", "unet/**", "condition/**"), no_decay=self._points
+            ),
         )
         session = recipe.begin(first, directory / "stage_1", parts)
         assert session is not None  # without a model folder a run is not finished
@@ -183,5 +196,7 @@ class D2nwgRecipe(LoopConfig):
             return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
 
         measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.seed)
-        some = jnp.asarray(vectors(zoo.tokens(np.sort(np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch)))))
+        some = jnp.asarray(
+            vectors(zoo.tokens(np.sort(np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch))))
+        )
         return autoencoder | {"k": latent_scale(model, autoencoder, some, key=jax.random.key(self.seed))}

@@ -40,11 +40,14 @@ class VaeConfig:
     def __post_init__(self) -> None:
         if self.rows * self.fdim != self.channels_in * self.resolution**2:
             raise InputError(
-                f"rows x fdim must fill the image: {self.rows} x {self.fdim} = {self.rows * self.fdim}, "
-                f"channels_in x resolution^2 = {self.channels_in} x {self.resolution}^2 = {self.channels_in * self.resolution**2}"
+                f"rows x fdim must fill the image: {self.rows} x {self.fdim} = {self.rows * self.fdim}, channels_in x"
+                f" resolution^2 = {self.channels_in} x {self.resolution}^2 = {self.channels_in * self.resolution**2}"
             )
         if self.resolution % 2 ** (len(self.multiples) - 1):
-            raise InputError(f"a resolution of {self.resolution} cannot be halved {len(self.multiples) - 1} times: change it or multiples")
+            raise InputError(
+                f"a resolution of {self.resolution} cannot be halved {len(self.multiples) - 1} times: change it or"
+                " multiples"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -69,7 +72,9 @@ def block(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> ResnetBlock:
 
 
 class ConvVae(nnx.Module):
-    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back. GroupNorm of 2 groups, as released."""
+    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back. GroupNorm of 2 groups, as
+    released.
+    """
 
     def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs):
         widths = [cfg.channels * m for m in cfg.multiples]

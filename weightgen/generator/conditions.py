@@ -16,7 +16,9 @@ LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers:
 
 
 class Condition(NamedTuple):
-    """For the denoiser. tokens: [batch, token, embed], or None where only the whole network has one; whole: [batch, embed]."""
+    """For the denoiser. tokens: [batch, token, embed], or None where only the whole network has one; whole: [batch,
+    embed].
+    """
 
     tokens: jax.Array | None
     whole: jax.Array
@@ -25,7 +27,8 @@ class Condition(NamedTuple):
 class PerClass(nnx.Module):
     """A token for each class from its pictures, and their mean for the task: equivariant to the order of classes.
 
-    x: [batch, class, picture, feature]; mask: [batch, class, picture] bool, which pictures count. Invariant to their order.
+    x: [batch, class, picture, feature]; mask: [batch, class, picture] bool, which pictures count. Invariant to their
+    order.
     """
 
     def __init__(self, features: int, embed: int, *, rngs: nnx.Rngs):
@@ -61,17 +64,27 @@ class SetConfig:
     def __post_init__(self) -> None:
         positive(self, "features", "hidden", "heads", "inducing", "out", "latent")
         if self.hidden % self.heads:
-            raise InputError(f"{self.heads} heads do not divide a hidden width of {self.hidden}: change heads or hidden")
+            raise InputError(
+                f"{self.heads} heads do not divide a hidden width of {self.hidden}: change heads or hidden"
+            )
 
 
 class Mab(nnx.Module):
-    """Multihead attention block of the Set Transformer. query: [batch, q, query_in]; key: [batch, k, key_in]; returns [batch, q, hidden].
+    """Multihead attention block of the Set Transformer. query: [batch, q, query_in]; key: [batch, k, key_in]; returns
+    [batch, q, hidden].
 
-    The residual is the projected query, and scores are divided by the root of the whole width, as the released code does.
+    The residual is the projected query, and scores are divided by the root of the whole width, as the released code
+    does.
     """
 
     def __init__(self, query_in: int, key_in: int, hidden: int, heads: int, *, rngs: nnx.Rngs):
-        sizes: Sizes = {"query_in": query_in, "key_in": key_in, "embed": hidden, "head": heads, "head_dim": hidden // heads}
+        sizes: Sizes = {
+            "query_in": query_in,
+            "key_in": key_in,
+            "embed": hidden,
+            "head": heads,
+            "head_dim": hidden // heads,
+        }
         self.query = Dense("query_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
         self.key = Dense("key_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
         self.value = Dense("key_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
@@ -87,7 +100,9 @@ class Mab(nnx.Module):
 
 
 class SetTransformer(nnx.Module):
-    """ISAB, ISAB, pooling by one seed, SAB, SAB, linear: a set [batch, element, feature] to [batch, out], whatever its order."""
+    """ISAB, ISAB, pooling by one seed, SAB, SAB, linear: a set [batch, element, feature] to [batch, out], whatever its
+    order.
+    """
 
     def __init__(self, cfg: SetConfig, *, rngs: nnx.Rngs):
         h, heads = cfg.hidden, cfg.heads
@@ -116,7 +131,8 @@ class SetTransformer(nnx.Module):
 
 
 class SetOfSets(nnx.Module):
-    """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer to the latent.
+    """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer
+    to the latent.
 
     x: [batch, class, picture, feature]; returns [batch, latent]. Invariant to the order of classes: unlike
     `PerClass` it does not tell which row of a head belongs to which class.
@@ -136,7 +152,8 @@ class SetOfSets(nnx.Module):
 class MlpSet(nnx.Module):
     """The released default: a dense layer over (picture, class) slots, then over features. Order-sensitive.
 
-    x: [batch, class, picture, feature]; slots are picture-major; tasks with fewer classes use the first slots, as released.
+    x: [batch, class, picture, feature]; slots are picture-major; tasks with fewer classes use the first slots, as
+    released.
     """
 
     def __init__(self, features: int = 512, slots: int = 50, latent: int = 1024, *, rngs: nnx.Rngs):

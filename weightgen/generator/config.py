@@ -27,9 +27,10 @@ class GeneratorConfig:
     latent: int = 48
     """Numbers a token is coded in by PCA."""
     condition: ConditionKind = "per_class"
-    """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not know the order;
-    mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the tasks of the zoo;
-    chunk: the number of the chunk, each drawn by itself."""
+    """per_class: a token for each class, equivariant to their order; set: the released Set Transformers, which do not
+    know the order; mlp: the released dense layers over slots, which do; text: an embedding of words; label: one of the
+    tasks of the zoo; chunk: the number of the chunk, each drawn by itself.
+    """
     shots: int = 5
     """Pictures of each class in a condition, at most."""
     prior: Literal["none", "linear"] = "linear"
@@ -53,11 +54,15 @@ class GeneratorConfig:
         if self.prior == "linear" and self.condition in ("label", "chunk"):
             raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
         if self.prior == "linear" and self.codec is not None:
-            raise InputError('a learned codec codes weights, not what a linear prior leaves of them: set prior to "none"')
+            raise InputError(
+                'a learned codec codes weights, not what a linear prior leaves of them: set prior to "none"'
+            )
         if (self.net is None) == (self.cut is None):
             raise InputError("a generator is of a network (net) or of imported checkpoints (cut): give one of both")
         if self.condition in ("label", "chunk") and self.labels < 1:
-            raise InputError(f"labels is {self.labels}: the condition {self.condition} needs the number of tasks or chunks")
+            raise InputError(
+                f"labels is {self.labels}: the condition {self.condition} needs the number of tasks or chunks"
+            )
 
     @property
     def tokens(self) -> TokenSpec:
@@ -91,7 +96,9 @@ class GeneratorConfig:
 
     @property
     def by_row(self) -> bool:
-        """Whether tokens are exchangeable rows of a head, each with the condition of its class; other tokens are known by their place."""
+        """Whether tokens are exchangeable rows of a head, each with the condition of its class; other tokens are known
+        by their place.
+        """
         placed = self.codec is not None and self.codec.order == "ordered"
         return self.net is not None and self.net.kind == "head" and self.condition == "per_class" and not placed
 

@@ -1,4 +1,6 @@
-"""Alignment of data-set embeddings with latents of weights. weights, data: [batch, latent] f32; each returns a mean (nats)."""
+"""Alignment of data-set embeddings with latents of weights. weights, data: [batch, latent] f32; each returns a mean
+(nats).
+"""
 
 from math import log
 from typing import Any, Literal
@@ -16,8 +18,9 @@ MOST = log(100)  # of the learned scale's logarithm, as in CLIP
 
 
 class Aligned(nnx.Module):
-    """A data-set encoder with the scalars its loss learns: a temperature from 0.07 down to 0.01 (info_nce), a scale from 10 up to 100
-    and a bias from -10 (siglip), nothing (soft_target, as released)."""
+    """A data-set encoder with the scalars its loss learns: a temperature from 0.07 down to 0.01 (info_nce), a scale
+    from 10 up to 100 and a bias from -10 (siglip), nothing (soft_target, as released).
+    """
 
     def __init__(self, cfg: SetConfig, loss: Loss, *, rngs: nnx.Rngs):
         self.encoder = SetOfSets(cfg, rngs=rngs)
@@ -31,12 +34,17 @@ class Aligned(nnx.Module):
 
     def nats(self, weights: jax.Array, data: jax.Array) -> jax.Array:
         scale = jnp.exp(jnp.minimum(self.logit_scale[...], MOST))
-        learned: dict[str, Any] = {"info_nce": {"temperature": 1 / scale}, "siglip": {"scale": scale, "bias": self.logit_bias[...]}}
+        learned: dict[str, Any] = {
+            "info_nce": {"temperature": 1 / scale},
+            "siglip": {"scale": scale, "bias": self.logit_bias[...]},
+        }
         return LOSSES[self.loss](weights, data, **learned.get(self.loss, {}))
 
 
 def soft_target(weights: jax.Array, data: jax.Array) -> jax.Array:
-    """As released: targets are the softmax of the mean of both similarities, nothing is normalised, and gradients flow into them."""
+    """As released: targets are the softmax of the mean of both similarities, nothing is normalised, and gradients flow
+    into them.
+    """
     scores = weights @ data.T
     targets = jax.nn.softmax((weights @ weights.T + data @ data.T) / 2, axis=1)
     ways = [-(t * jax.nn.log_softmax(s, axis=1)).sum(1) for s, t in ((scores, targets), (scores.T, targets.T))]
@@ -50,7 +58,9 @@ def info_nce(weights: jax.Array, data: jax.Array, temperature: jax.Array | float
     return (ways[0] + ways[1]) / 2
 
 
-def siglip(weights: jax.Array, data: jax.Array, scale: jax.Array | float = 10.0, bias: jax.Array | float = -10.0) -> jax.Array:
+def siglip(
+    weights: jax.Array, data: jax.Array, scale: jax.Array | float = 10.0, bias: jax.Array | float = -10.0
+) -> jax.Array:
     """Each pair by itself: softplus(-y (scale cos + bias)), y 1 on the diagonal and -1 elsewhere, summed over a row."""
     scores = scale * unit(weights) @ unit(data).T + bias
     signs = 2 * jnp.eye(len(scores)) - 1

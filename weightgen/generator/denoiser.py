@@ -36,12 +36,15 @@ class DenoiserConfig:
 class TokenDit(AdalnTransformer):
     """Predicts from noisy latents [batch, token, latent], times [batch] and a condition; returns the same shape.
 
-    Tokens that are `exchangeable` (the rows of a head) get no position, and with a condition for each token the model is equivariant to
-    their order; `ordered` ones (the neurons of a network, chunks) have a learned position each. adaLN-Zero as in DiT: 0 at first.
+    Tokens that are `exchangeable` (the rows of a head) get no position, and with a condition for each token the model
+    is equivariant to their order; `ordered` ones (the neurons of a network, chunks) have a learned position each.
+    adaLN-Zero as in DiT: 0 at first.
     """
 
     def __init__(self, cfg: DenoiserConfig, latent: int, tokens: int, order: Order, *, rngs: nnx.Rngs):
-        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden, latent=latent, token=tokens)
+        sizes = dict(
+            embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden, latent=latent, token=tokens
+        )
         sizes |= dict(frequency=FREQUENCIES)
         attention: Any = partial(Attention, sizes, attend=softmax(), out=XAVIER)
         self.enter = Dense("latent -> embed", sizes, init=XAVIER, rngs=rngs)

@@ -44,8 +44,12 @@ class Trained:
         return self.model.apply(self.params, *args, method=method)
 
 
-def train_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, *, loop: LoopConfig, directory: Path, dropout: float = 0.1) -> Trained:
-    """Train a generator of a zoo's networks and keep it in memory; `directory` holds the run, which is continued if it was stopped."""
+def train_generator(
+    cfg: GeneratorConfig, zoo: Zoo, bank: Bank, *, loop: LoopConfig, directory: Path, dropout: float = 0.1
+) -> Trained:
+    """Train a generator of a zoo's networks and keep it in memory; `directory` holds the run, which is continued if it
+    was stopped.
+    """
     parts = generator_parts(cfg, zoo, bank, loop=loop, dropout=dropout)
     session = recipe.begin(loop, directory, parts)
     assert session is not None  # without RUN/model a run is not finished

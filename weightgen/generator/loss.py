@@ -14,23 +14,29 @@ from weightgen.generator.config import GeneratorConfig
 def loss(
     model: Functional, cfg: GeneratorConfig, dropout: float
 ) -> Callable[[dict[str, Any], dict[str, Any], jax.Array, Any], tuple[jax.Array, dict[str, Any]]]:
-    """Build the loss: mean squared error of v = alpha noise - sigma clean, times uniform; the condition is dropped with probability
-    `dropout`.
+    """Build the loss: mean squared error of v = alpha noise - sigma clean, times uniform; the condition is dropped with
+    probability `dropout`.
 
     batch: tokens [b, token, length] f32, support [b, class, shots, feature] f32, shots [b] int32.
     Deviation: the released model predicts the noise; v keeps the conditional mean well scaled at all times.
     """
     schedule = cfg.chain()
 
-    def value(params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def value(
+        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
         times, noises, drops = jax.random.split(key, 3)
-        seen = jnp.broadcast_to(jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None], batch["support"].shape[:3])
+        seen = jnp.broadcast_to(
+            jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None], batch["support"].shape[:3]
+        )
         clean = jax.lax.stop_gradient(model.apply(params, batch["tokens"], batch["support"], seen, method="encode"))
         step = jax.random.randint(times, (len(clean),), 0, len(schedule))
         noise = jax.random.normal(noises, clean.shape)
         kept = jax.random.uniform(drops, (len(clean), 1, 1)) >= dropout
         mask = seen & kept
-        predicted = model.apply(params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], mask)
+        predicted = model.apply(
+            params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], mask
+        )
         alpha, sigma = _alpha_sigma(schedule, step)
         error = jnp.mean(jnp.square(predicted - (alpha * noise - sigma * clean)))
         return error, {}

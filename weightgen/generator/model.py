@@ -22,7 +22,9 @@ from weightgen.zoo.zoo import Zoo, flat
 
 
 class RowPrior(nnx.Module):
-    """Rows of a head by a linear map of `row_condition`, one map for each number of pictures. mean: [batch, class, feature]."""
+    """Rows of a head by a linear map of `row_condition`, one map for each number of pictures. mean: [batch, class,
+    feature].
+    """
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         sizes = {"shots": cfg.shots, "condition": 4 * cfg.features + 3, "weight": cfg.tokens.length}
@@ -35,7 +37,9 @@ class RowPrior(nnx.Module):
 
 
 class WholePrior(nnx.Module):
-    """All weights of a network by a linear map of its classes' means, end to end in their order. mean: [batch, class, feature]."""
+    """All weights of a network by a linear map of its classes' means, end to end in their order. mean: [batch, class,
+    feature].
+    """
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         self.spec = cfg.tokens
@@ -52,13 +56,16 @@ class WholePrior(nnx.Module):
 class Generator(nnx.Module):
     """Latents, noise and pictures to a prediction. Tokens are the network's neurons, [batch, token, length].
 
-    support: [batch, class, shots, feature]; mask: [batch, class, shots] bool, which pictures count; all False: unconditional.
+    support: [batch, class, shots, feature]; mask: [batch, class, shots] bool, which pictures count; all False:
+    unconditional.
     """
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         spec, width = cfg.tokens, cfg.denoiser.width
         rows = 1 if cfg.by_row else spec.rows
-        self.codec: Any = TokenCodec(cfg.codec, rngs=rngs) if cfg.codec else Pca(rows, spec.length, cfg.latent, rngs=rngs)
+        self.codec: Any = (
+            TokenCodec(cfg.codec, rngs=rngs) if cfg.codec else Pca(rows, spec.length, cfg.latent, rngs=rngs)
+        )
         self.condition = CONDITIONS[cfg.condition](cfg, width, rngs)
         prior = RowPrior if cfg.by_row else WholePrior
         self.prior: Any = prior(cfg, rngs=rngs) if cfg.prior == "linear" else None
@@ -110,7 +117,9 @@ class Generator(nnx.Module):
 
 CONDITIONS: dict[str, Callable[[GeneratorConfig, int, nnx.Rngs], Any]] = {
     "per_class": lambda cfg, width, rngs: PerClass(cfg.features, width, rngs=rngs),
-    "set": lambda cfg, width, rngs: SetOfSets(replace(cfg.encoder or SetConfig(features=cfg.features), latent=width), rngs=rngs),
+    "set": lambda cfg, width, rngs: SetOfSets(
+        replace(cfg.encoder or SetConfig(features=cfg.features), latent=width), rngs=rngs
+    ),
     "mlp": lambda cfg, width, rngs: MlpSet(cfg.features, cfg.ways * cfg.shots, width, rngs=rngs),
     "text": lambda cfg, width, rngs: Text(cfg.features, width, rngs=rngs),
     "label": lambda cfg, width, rngs: Label(cfg.labels, width, rngs=rngs),
@@ -131,7 +140,11 @@ def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: 
             mean = support[:, :, :shots].mean(2)
             if cfg.by_row:
                 condition = row_condition(mean)
-                ridge = Ridge.fit(condition.reshape(-1, condition.shape[-1]), tokens.reshape(-1, tokens.shape[-1]), classes.reshape(-1))
+                ridge = Ridge.fit(
+                    condition.reshape(-1, condition.shape[-1]),
+                    tokens.reshape(-1, tokens.shape[-1]),
+                    classes.reshape(-1),
+                )
                 expected = ridge(condition)
             else:
                 condition = mean.reshape(len(mean), -1)

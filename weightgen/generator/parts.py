@@ -1,4 +1,6 @@
-"""Recipes of a generator's parts: a codec in the place of PCA, and an encoder of data sets. Each writes a folder that it names."""
+"""Recipes of a generator's parts: a codec in the place of PCA, and an encoder of data sets. Each writes a folder that
+it names.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +17,17 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
 from heirloom.common.train.parameters import gathered
 from heirloom.common.train.parts import Parts
-from weightgen.codec import GateConfig, TokenCodec, TokenVaeConfig, check_codec, fit_pca, left_out, measure, tensor_scale, vae_loss
+from weightgen.codec import (
+    GateConfig,
+    TokenCodec,
+    TokenVaeConfig,
+    check_codec,
+    fit_pca,
+    left_out,
+    measure,
+    tensor_scale,
+    vae_loss,
+)
 from weightgen.formats import CODEC, ENCODER, open_part
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.generator.contrast import Aligned, Loss
@@ -45,7 +57,11 @@ class CodecRecipe(LoopConfig):
         model, mask = functional(TokenCodec, cfg), jnp.asarray(zoo.spec.mask)
         shown_to = len(zoo) - left_out(self.gate, zoo)
         some = zoo.tokens(slice(0, min(4000, shown_to)))
-        fitted = {"mean": np.zeros(some.shape[1:], np.float32), "std": np.ones(some.shape[1:], np.float32), "scale": np.float32(1)}
+        fitted = {
+            "mean": np.zeros(some.shape[1:], np.float32),
+            "std": np.ones(some.shape[1:], np.float32),
+            "scale": np.float32(1),
+        }
         if self.normalise == "tensor":
             fitted["mean"], fitted["std"] = tensor_scale(zoo.spec, some)
 
@@ -119,7 +135,10 @@ class EncoderRecipe(LoopConfig):
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             rows = np.sort(rng.integers(len(zoo), size=self.batch))
-            return {"w": latents(zoo.tokens(rows)), "support": bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng)}
+            return {
+                "w": latents(zoo.tokens(rows)),
+                "support": bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng),
+            }
 
         def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             data = model.apply(params, batch["support"])
@@ -135,7 +154,9 @@ class EncoderRecipe(LoopConfig):
             model=model,
             optimizer=lambda spec, steps: optimizer(self, spec, steps, no_decay=LEARNED_POINTS),
             # The temperature of the contrastive loss is not part of the encoder.
-            final=lambda params: {path.removeprefix("encoder/"): x for path, x in params.items() if path.startswith("encoder/")},
+            final=lambda params: {
+                path.removeprefix("encoder/"): x for path, x in params.items() if path.startswith("encoder/")
+            },
         )
 
     def _latents(self, zoo: Zoo) -> Callable[[np.ndarray], np.ndarray]:

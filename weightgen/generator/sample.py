@@ -26,7 +26,9 @@ class SampleConfig:
     """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
 
     def __post_init__(self) -> None:
-        if self.steps < 2:  # the first is at the noisiest time and the last at the cleanest: one alone would be the latter
+        if (
+            self.steps < 2
+        ):  # the first is at the noisiest time and the last at the cleanest: one alone would be the latter
             raise InputError(f"{self.steps} steps: take 2 or more")
         if not 0 < self.strength <= 1:
             raise InputError(f"a strength of {self.strength:g}: choose above 0 and up to 1")
@@ -36,11 +38,13 @@ Draw = Callable[..., jax.Array]
 
 
 def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
-    """`draw(params, support, mask, key, index, start=None)`: tokens [batch, token, length] f32, compiled once per shape.
+    """`draw(params, support, mask, key, index, start=None)`: tokens [batch, token, length] f32, compiled once per
+    shape.
 
-    support, mask: the condition, as `Generator` takes it. index: [batch] int32, which sample of the seed a row is: (key, index) fixes its
-    noise, that of ddpm's steps too, on any number of devices. start: tokens to refine, with a `strength` below 1. ddpm has the
-    posterior's variance. Raises InputError for a strength below 1 and nothing to start from.
+    support, mask: the condition, as `Generator` takes it. index: [batch] int32, which sample of the seed a row is:
+    (key, index) fixes its noise, that of ddpm's steps too, on any number of devices. start: tokens to refine, with a
+    `strength` below 1. ddpm has the posterior's variance. Raises InputError for a strength below 1 and nothing to start
+    from.
     """
     full = cfg.chain()
     chain = respace(full, min(how.steps, len(full)))
@@ -49,7 +53,9 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
     sampler = type(sampler)(*(getattr(sampler, name)[first:] for name in sampler.__dataclass_fields__))
 
     @jax.jit
-    def draw(params: Any, support: jax.Array, mask: jax.Array, key: jax.Array, index: jax.Array, start: Any = None) -> jax.Array:
+    def draw(
+        params: Any, support: jax.Array, mask: jax.Array, key: jax.Array, index: jax.Array, start: Any = None
+    ) -> jax.Array:
         if start is None and how.strength < 1:
             raise InputError(f"a strength of {how.strength:g} refines given weights, and none are given: leave it at 1")
         keys = jax.vmap(partial(jax.random.fold_in, key))(index)
@@ -58,7 +64,9 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
             clean = model.apply(params, start, support, mask, method="encode")
             x = float(sampler.alpha[0]) * clean + float(sampler.sigma[0]) * x
         condition = model.apply(params, support, mask, method="embed")
-        unconditional = model.apply(params, support, jnp.zeros_like(mask), method="embed") if how.guidance != 1 else None
+        unconditional = (
+            model.apply(params, support, jnp.zeros_like(mask), method="embed") if how.guidance != 1 else None
+        )
 
         def denoise(x: jax.Array, i: jax.Array) -> Prediction:
             t = jnp.full(len(x), jnp.asarray(sampler.time, jnp.float32)[i])
@@ -67,7 +75,9 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
             if unconditional is not None:
                 away = model.apply(params, x, t, unconditional, method="predict")
                 v = away + how.guidance * (v - away)
-            return Prediction(sigma * x + alpha * v, -jnp.ones_like(x))  # -1: the smaller of both variances, the posterior's
+            return Prediction(
+                sigma * x + alpha * v, -jnp.ones_like(x)
+            )  # -1: the smaller of both variances, the posterior's
 
         return model.apply(params, sampler.run(denoise, x, keys), support, mask, method="decode")
 

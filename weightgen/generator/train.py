@@ -41,8 +41,9 @@ def generator_parts(
 ) -> Parts:
     """Diffusion of a zoo's networks.
 
-    dropout: probability with which the condition is left out, for guidance. initial: the parameters to begin with; by default fresh ones
-    with prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted ones.
+    dropout: probability with which the condition is left out, for guidance. initial: the parameters to begin with; by
+    default fresh ones with prior and PCA fitted. frozen: path patterns that are not updated, in addition to the fitted
+    ones.
     """
     model, make = functional(Generator, cfg), generator_rows(zoo, bank, cfg.shots, loop.batch)
     first = initial or (lambda: initial_params(model, fit_stage1(cfg, zoo, bank, seed=loop.seed), loop.seed))
@@ -90,9 +91,16 @@ class GeneratorRecipe(LoopConfig):
     """Optimizer steps of the whole run."""
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
-        """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made for."""
+        """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made
+        for.
+        """
         by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
-        fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label"), "label": ("label",), "chunk": ("chunk",)}
+        fits = {
+            "pictures": ("per_class", "set", "mlp"),
+            "text": ("text", "label"),
+            "label": ("label",),
+            "chunk": ("chunk",),
+        }
         if self.condition not in fits[by]:
             raise InputError(f"{self.zoo} is a zoo conditioned by {by}: set condition to {' or '.join(fits[by])}")
         codec = open_part(self.codec, CODEC, "weightgen/codec")[0] if self.codec else None
@@ -103,7 +111,8 @@ class GeneratorRecipe(LoopConfig):
             raise InputError(f"an encoder is for the condition set, not {self.condition}")
         if encoder and encoder.features != bank.features.shape[1]:
             raise InputError(
-                f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train an encoder on it"
+                f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train"
+                " an encoder on it"
             )
         return GeneratorConfig(
             net=zoo.net,

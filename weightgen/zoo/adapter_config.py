@@ -27,7 +27,9 @@ HARMLESS = ("task_type", "base_model_name_or_path", "revision", "inference_mode"
             "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
             "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "merge_weights", "velora_config")  # fmt: skip
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base model as it is. Others (pissa, olora, loftq, corda) change it, so B A is not all of the update."""
+"""Initialisations that leave the base model as it is. Others (pissa, olora, loftq, corda) change it, so B A is not all
+of the update.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,15 @@ def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
 def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
     """Read the fields of an adapter_config.json. label: the name in errors.
 
-    Raises InputError for another kind of adapter, and for a field that is set, changes the function and is not understood.
+    Raises InputError for another kind of adapter, and for a field that is set, changes the function and is not
+    understood.
     """
     if (kind := about.get("peft_type")) != "LORA":
         raise InputError(f"{label}: peft_type is {kind!r}; only LORA can be generated")
     if (bias := about.get("bias", "none")) != "none":
-        raise InputError(f"{label}: bias is {bias!r}, so biases of the base model were trained too; only none can be generated")
+        raise InputError(
+            f"{label}: bias is {bias!r}, so biases of the base model were trained too; only none can be generated"
+        )
     if (begin := about.get("init_lora_weights")) not in PLAIN_STARTS:
         raise InputError(
             f"{label}: init_lora_weights is {begin!r}, which changes the base model: save the adapter with "
@@ -76,7 +81,10 @@ def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
         )
     for name, value in about.items():
         if name not in READ + HARMLESS and value:
-            raise InputError(f"{label}: {name} is {_short(value)}, which is not read here and may change the update; only plain LoRA is")
+            raise InputError(
+                f"{label}: {name} is {_short(value)}, which is not read here and may change the update; only plain"
+                " LoRA is"
+            )
     numbers = {"r": about.get("r", 8), "lora_alpha": about.get("lora_alpha", 8)}
     patterns = {name: about.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
@@ -123,8 +131,9 @@ def read_settings(file: Path) -> LoraSettings:
 
 
 def in_metadata(file: Path) -> dict[str, LoraSettings]:
-    """Read the settings that diffusers keeps in the metadata of a safetensors file, by the first part of the modules' names; none:
-    empty."""
+    """Read the settings that diffusers keeps in the metadata of a safetensors file, by the first part of the modules'
+    names; none: empty.
+    """
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, framework="numpy") as opened:
@@ -169,7 +178,9 @@ def generated(tensors: Mapping[str, Any], known: LoraSettings | None) -> dict[st
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write a generated adapter in the layout of the zoo's members (`adapter.json`): for peft its config and the names it accepts."""
+    """Write a generated adapter in the layout of the zoo's members (`adapter.json`): for peft its config and the names
+    it accepts.
+    """
     layout = about.get("layout")
     found = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     if layout == "peft":
@@ -178,5 +189,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], about: Mappin
         write_json(folder / CONFIG, about["config"])
         return
     if layout == "alpha":
-        found |= {f"{module}.alpha": np.array(len(pair.adapter.down), np.float32) for module, pair in pairs(tensors).items()}
+        found |= {
+            f"{module}.alpha": np.array(len(pair.adapter.down), np.float32) for module, pair in pairs(tensors).items()
+        }
     save_file(found, folder / "model.safetensors", {"format": "pt"})

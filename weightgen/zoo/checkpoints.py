@@ -18,12 +18,13 @@ from weightgen.zoo.zoo import Zoo, flat
 
 
 def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -> tuple[Zoo, tuple[str, ...]]:
-    """Import the checkpoints in a folder (safetensors, torch or numpy, one architecture), one at a time: a zoo, and its tasks in words.
+    """Import the checkpoints in a folder (safetensors, torch or numpy, one architecture), one at a time: a zoo, and its
+    tasks in words.
 
-    `quality.json` in the folder gives accuracies by file name, `tasks.json` what each file is for; a file it does not name is a task of
-    that name. Pairs of low-rank adapters are made canonical, their scale inside. `zoo.about` has the members, what was done to
-    them, and `notes` for the user.
-    Raises InputError for a folder without checkpoints, for members of other shapes or modules, with NaN or infinity, or quantised.
+    `quality.json` in the folder gives accuracies by file name, `tasks.json` what each file is for; a file it does not
+    name is a task of that name. Pairs of low-rank adapters are made canonical, their scale inside. `zoo.about` has the
+    members, what was done to them, and `notes` for the user. Raises InputError for a folder without checkpoints, for
+    members of other shapes or modules, with NaN or infinity, or quantised.
     """
     members, left = find_members(folder)
     names = [member.path.name for member in members]
@@ -42,23 +43,40 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
         loaded.append(replace(own, tensors={}))
     if faults:
         named = listed(f"{name} ({why})" for name, why in faults.items())
-        raise InputError(f"{folder}: {len(faults)} of {len(members)} members have NaN or infinity: {named}; take them out of the folder")
+        raise InputError(
+            f"{folder}: {len(faults)} of {len(members)} members have NaN or infinity: {named}; take them out of the"
+            " folder"
+        )
     notes = [f"left alone: {len(left)} without weights ({listed(left)})"] if left else []
     notes += agree(members, loaded) + _twins(names, rows)
     if tasks and len(tasks) < len(names):
-        notes.append(f"tasks.json does not name {listed(name for name in names if name not in tasks)}: their tasks are their names")
+        notes.append(
+            f"tasks.json does not name {listed(name for name in names if name not in tasks)}: their tasks are their"
+            " names"
+        )
     scores = np.array([quality.get(name, np.nan) for name in names], np.float32)
-    words_of = [tasks.get(member.path.name, member.path.stem if member.path.is_file() else member.path.name) for member in members]
+    words_of = [
+        tasks.get(member.path.name, member.path.stem if member.path.is_file() else member.path.name)
+        for member in members
+    ]
     words = tuple(dict.fromkeys(words_of))
-    about = {"members": names, "left alone": left, "notes": notes, "adapters": adapter_record(members, loaded, first.tensors)}
-    return Zoo(
-        weights=rows,
-        quality=scores,
-        classes=np.array([[words.index(task)] for task in words_of], np.int32),
-        net=None,
-        spec=spec,
-        about=about,
-    ), words
+    about = {
+        "members": names,
+        "left alone": left,
+        "notes": notes,
+        "adapters": adapter_record(members, loaded, first.tensors),
+    }
+    return (
+        Zoo(
+            weights=rows,
+            quality=scores,
+            classes=np.array([[words.index(task)] for task in words_of], np.int32),
+            net=None,
+            spec=spec,
+            about=about,
+        ),
+        words,
+    )
 
 
 def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, Any]:
@@ -70,7 +88,10 @@ def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, An
     if not isinstance(values, Mapping) or not all(isinstance(value, kind) and value != "" for value in values.values()):
         raise InputError(f"{file} must give {said} for each file: {{file name: {said}}}")
     if unknown := [key for key in values if key not in members]:
-        raise InputError(f"{file} names {listed(unknown)}, not in the folder{nearest(unknown[0], members)}; the keys are names of files")
+        raise InputError(
+            f"{file} names {listed(unknown)}, not in the folder{nearest(unknown[0], members)}; the keys are names of"
+            " files"
+        )
     return values
 
 
@@ -80,11 +101,16 @@ def _cut(member: Member, first: Loaded, chunk: int | None, select: str) -> Token
         chosen = {piece.path for piece in spec.pieces}
         for pair in pairs(first.tensors).values() if first.layout else ():
             if len({pair.down, pair.up} & chosen) == 1:
-                raise InputError(f"select takes one half of the adapter of {pair.module}: both belong together, or none")
+                raise InputError(
+                    f"select takes one half of the adapter of {pair.module}: both belong together, or none"
+                )
     except InputError as error:
         raise InputError(f"{member.path}: {error}") from error
     if empty := [piece.path for piece in spec.pieces if not piece.size]:
-        raise InputError(f"{member.path}: {listed(empty)} has no numbers; gather the weights (ZeRO-3) and save, or leave it out by select")
+        raise InputError(
+            f"{member.path}: {listed(empty)} has no numbers; gather the weights (ZeRO-3) and save, or leave it out by"
+            " select"
+        )
     return spec
 
 
@@ -113,4 +139,6 @@ def _twins(names: Sequence[str], rows: np.ndarray) -> list[str]:
         if other != name:
             same.append(f"{other} = {name}")
     zero = [name for name, row in zip(names, rows, strict=True) if not row.any()]
-    return ([f"the same weights twice: {listed(same)}"] if same else []) + ([f"all zero: {listed(zero)}"] if zero else [])
+    return ([f"the same weights twice: {listed(same)}"] if same else []) + (
+        [f"all zero: {listed(zero)}"] if zero else []
+    )

@@ -33,7 +33,9 @@ class FitConfig:
         positive(self, "steps")
 
 
-def fit_population(model: Functional, params: Params, x: jax.Array, y: jax.Array, cfg: FitConfig, key: jax.Array) -> Params:
+def fit_population(
+    model: Functional, params: Params, x: jax.Array, y: jax.Array, cfg: FitConfig, key: jax.Array
+) -> Params:
     """Train every network on its own data under `vmap` and `scan`.
 
     params: leaves [member, ...]; x: [member, example, ...]; y: [member, example] int32, -1 in the padding.
@@ -82,9 +84,11 @@ def build(
     seed: int = 0,
     first: int = 0,
 ) -> Iterator[Params]:
-    """Train a zoo chunk by chunk, so that it never has to be in memory; yields populations of `chunk` networks and a rest.
+    """Train a zoo chunk by chunk, so that it never has to be in memory; yields populations of `chunk` networks and a
+    rest.
 
-    first: where to begin, a multiple of `chunk`. data(first, last): x [member, example, ...] and y [member, example] of these members.
+    first: where to begin, a multiple of `chunk`. data(first, last): x [member, example, ...] and y [member, example] of
+    these members.
     """
     model = net(cfg)
     run = jax.jit(lambda params, x, y, key: fit_population(model, params, x, y=y, cfg=fit, key=key))

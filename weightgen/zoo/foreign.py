@@ -13,10 +13,14 @@ from heirloom.common.errors import InputError
 
 SHARD = re.compile(r"^(?P<name>.+?)[-_](?P<number>\d+)-of-(?P<count>\d+)\.")
 SCHEMES = {
-    "4 or 8 bits by bitsandbytes": r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)$",
+    "4 or 8 bits by bitsandbytes": (
+        r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)$"
+    ),
     "mxfp4": r"_blocks$",
     "4 bits by GPTQ or AWQ": r"\.(qweight|qzeros|g_idx)$",
-    "8 or 4 bits with scales": r"(weight_scale(_inv|_2)?|weight_scales|_scale_inv|\.input_scale|weight_packed|weight_zero_point)$",
+    "8 or 4 bits with scales": (
+        r"(weight_scale(_inv|_2)?|weight_scales|_scale_inv|\.input_scale|weight_packed|weight_zero_point)$"
+    ),
     "HQQ": r"\.W_q$",
     "QuIP#": r"\.Qidxs$",
 }
@@ -24,8 +28,9 @@ EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Read all tensors of a checkpoint's files, memory-mapped. Raises InputError where a shard is missing, for a tensor that is in two
-    files, and for 8-bit floats."""
+    """Read all tensors of a checkpoint's files, memory-mapped. Raises InputError where a shard is missing, for a tensor
+    that is in two files, and for 8-bit floats.
+    """
     _all_shards(files)
     tensors: dict[str, np.ndarray] = {}
     for file in files:
@@ -33,11 +38,15 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
             found = open_tensors(file)
         except InputError as error:
             if EIGHT_BIT_FLOATS.search(str(error)):
-                raise InputError(f"{error}: its weights are quantised; take the original in bfloat16 or float32") from error
+                raise InputError(
+                    f"{error}: its weights are quantised; take the original in bfloat16 or float32"
+                ) from error
             raise
         if twice := found.keys() & tensors.keys():
             others = ", ".join(other.name for other in files if other != file)
-            raise InputError(f"{file}: {min(twice)} is in this file and in another ({others}); name one file, or move the others")
+            raise InputError(
+                f"{file}: {min(twice)} is in this file and in another ({others}); name one file, or move the others"
+            )
         tensors |= found
     return tensors
 
@@ -51,13 +60,17 @@ def _all_shards(files: Sequence[Path]) -> None:
             at, end = hit.span("number")
             wanted = [f"{file.name[:at]}{i:0{digits}d}{file.name[end:]}" for i in range(1, count + 1)]
             if missing := [name for name in wanted if name not in given and not (file.parent / name).is_file()]:
-                raise InputError(f"{file.parent}: {len(missing)} of {count} shards are missing ({listed(missing)}); fetch them")
+                raise InputError(
+                    f"{file.parent}: {len(missing)} of {count} shards are missing ({listed(missing)}); fetch them"
+                )
             if missing := [name for name in wanted if name not in given]:
                 raise InputError(f"{file} is one of {count} shards; name the folder that holds them, {file.parent}")
 
 
 def quantisation(tensors: Mapping[str, np.ndarray], config: Path | None = None) -> str:
-    """Tell how a checkpoint is quantised and which tensor shows it, or an empty string. config: its `config.json`, if there is one."""
+    """Tell how a checkpoint is quantised and which tensor shows it, or an empty string. config: its `config.json`, if
+    there is one.
+    """
     for name, tensor in tensors.items():
         if scheme := next((scheme for scheme, mark in SCHEMES.items() if re.search(mark, name)), ""):
             return f"{name} is of weights in {scheme}"
@@ -83,7 +96,11 @@ def refuse_quantised(tensors: Mapping[str, np.ndarray], config: Path | None = No
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     """List the names of floating tensors with NaN or infinity in them, in their order."""
-    return [name for name, tensor in tensors.items() if np.dtype(tensor.dtype).kind in "fV" and not np.isfinite(tensor).all()]
+    return [
+        name
+        for name, tensor in tensors.items()
+        if np.dtype(tensor.dtype).kind in "fV" and not np.isfinite(tensor).all()
+    ]
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

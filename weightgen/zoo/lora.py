@@ -1,7 +1,9 @@
-"""Low-rank adapters in a checkpoint: which tensors are pairs, under the names of several libraries, and their canonical form.
+"""Low-rank adapters in a checkpoint: which tensors are pairs, under the names of several libraries, and their canonical
+form.
 
-An adapter is a product B A; (B R, R^-1 A) is the same adapter for every invertible R. A generator would see an arbitrary basis, so
-adapters are brought to one form first, with their scale (alpha / rank) inside: rows of a zoo are the updates that are really made.
+An adapter is a product B A; (B R, R^-1 A) is the same adapter for every invertible R. A generator would see an
+arbitrary basis, so adapters are brought to one form first, with their scale (alpha / rank) inside: rows of a zoo are
+the updates that are really made.
 """
 
 import re
@@ -14,8 +16,8 @@ import numpy as np
 from heirloom.common.errors import InputError
 from weightgen.zoo.foreign import listed
 
-# peft: m.lora_A.weight, m.lora_A.NAME.weight, m.lora_embedding_A; kohya: m.lora_down.weight; diffusers: m.lora.down.weight,
-# m_lora.down.weight; loralib: m.lora_A
+# peft: m.lora_A.weight, m.lora_A.NAME.weight, m.lora_embedding_A; kohya: m.lora_down.weight; diffusers:
+# m.lora.down.weight, m_lora.down.weight; loralib: m.lora_A
 NAME = re.compile(
     r"^(?P<module>.+?)(?P<mark>\.lora_embedding_|\.lora_|\.lora\.|_lora\.)(?P<side>[AB]|down|up)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?P<end>\.weight)?$"
@@ -48,7 +50,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two tensors of a module, and their names without that of the adapter. They may have axes of a convolution at their end."""
+    """The two tensors of a module, and their names without that of the adapter. They may have axes of a convolution at
+    their end.
+    """
 
     module: str
     down: str
@@ -57,9 +61,10 @@ class Pair:
 
 
 def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
-    """Compute the canonical form, the singular value decomposition of scale B A: roots of the singular values on both sides, in falling
-    order; of each direction the largest entry of its left vector is positive. Without forming the [out, in] product. A rank above `out` or
-    `in` is kept, its surplus zeros. In f32, or f64 where `up` is."""
+    """Compute the canonical form, the singular value decomposition of scale B A: roots of the singular values on both
+    sides, in falling order; of each direction the largest entry of its left vector is positive. Without forming the
+    [out, in] product. A rank above `out` or `in` is kept, its surplus zeros. In f32, or f64 where `up` is.
+    """
     out_basis, out_mix = np.linalg.qr(scale * adapter.up.astype(np.float64))
     in_basis, in_mix = np.linalg.qr(adapter.down.astype(np.float64).T)
     left, values, right = np.linalg.svd(out_mix @ in_mix.T, full_matrices=False)
@@ -68,7 +73,10 @@ def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
     root = np.sqrt(values)
     surplus = len(adapter.down) - len(values)
     dtype = np.float64 if adapter.up.dtype == np.float64 else np.float32
-    down, up = np.pad((sign * root)[:, None] * right, ((0, surplus), (0, 0))), np.pad(left * sign * root, ((0, 0), (0, surplus)))
+    down, up = (
+        np.pad((sign * root)[:, None] * right, ((0, surplus), (0, 0))),
+        np.pad(left * sign * root, ((0, 0), (0, surplus))),
+    )
     return Adapter(down.astype(dtype), up.astype(dtype))
 
 
@@ -80,8 +88,8 @@ def has_adapters(tensors: Mapping[str, np.ndarray]) -> bool:
 def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
     """Find the pairs of a checkpoint by module.
 
-    Raises InputError when there are none, a half is missing, two adapters are in one file, the halves do not fit together, or there are
-    tensors of another kind of adapter.
+    Raises InputError when there are none, a half is missing, two adapters are in one file, the halves do not fit
+    together, or there are tensors of another kind of adapter.
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     names: set[str] = set()
@@ -96,9 +104,14 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
         elif key.removesuffix(".alpha") in with_pair:
             continue
         elif kind := next((kind for kind, mark in OTHERS.items() if re.search(mark, key)), None):
-            raise InputError(f"{key} is of {kind} and no plain LoRA: only pairs B A can be generated; merge it into its base model")
+            raise InputError(
+                f"{key} is of {kind} and no plain LoRA: only pairs B A can be generated; merge it into its base model"
+            )
     if not found:
-        raise InputError("no adapters here: names must end in .lora_A.weight and .lora_B.weight, or .lora_down.weight and .lora_up.weight")
+        raise InputError(
+            "no adapters here: names must end in .lora_A.weight and .lora_B.weight, or .lora_down.weight and"
+            " .lora_up.weight"
+        )
     if len(names) > 1:
         raise InputError(f"there are several adapters, {listed(sorted(names))}: keep one in a file")
     out: dict[str, Pair] = {}
@@ -110,7 +123,9 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
             raise InputError(f"{module} has pairs under two kinds of names: keep one")
         down, up = (np.asarray(tensors[halves[side]]) for side in ("down", "up"))
         _check(module, down, up)
-        out[module] = Pair(module=module, down=_plain(halves["down"]), up=_plain(halves["up"]), adapter=Adapter(down, up))
+        out[module] = Pair(
+            module=module, down=_plain(halves["down"]), up=_plain(halves["up"]), adapter=Adapter(down, up)
+        )
     return out
 
 
@@ -122,13 +137,16 @@ def _plain(key: str) -> str:
 
 def _check(module: str, down: np.ndarray, up: np.ndarray) -> None:
     if not down.size or not up.size:
-        raise InputError(f"{module}: its adapter has no numbers (shapes {down.shape} and {up.shape}); gather it (ZeRO-3) before saving")
+        raise InputError(
+            f"{module}: its adapter has no numbers (shapes {down.shape} and {up.shape}); gather it (ZeRO-3) before"
+            " saving"
+        )
     if down.dtype.kind in "iub" or up.dtype.kind in "iub":
         raise InputError(f"{module}: its adapter is {down.dtype}: it is quantised; take the original")
     if down.ndim < 2 or up.ndim != down.ndim or set(up.shape[2:]) > {1} or len(down) != up.shape[1]:
         raise InputError(
-            f"{module}: A {down.shape} and B {up.shape} are no pair [rank, in] and [out, rank] (of a convolution [rank, in, k, k] and "
-            "[out, rank, 1, 1]): merged or grouped adapters cannot be generated"
+            f"{module}: A {down.shape} and B {up.shape} are no pair [rank, in] and [out, rank] (of a convolution [rank,"
+            " in, k, k] and [out, rank, 1, 1]): merged or grouped adapters cannot be generated"
         )
 
 
@@ -143,8 +161,12 @@ def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> di
     return found
 
 
-def canonical_tensors(tensors: Mapping[str, np.ndarray], scale: Scale = lambda module, rank: 1.0) -> dict[str, np.ndarray]:
-    """Bring every pair of a checkpoint into canonical form, its scale inside; alphas are left out, other tensors as they are."""
+def canonical_tensors(
+    tensors: Mapping[str, np.ndarray], scale: Scale = lambda module, rank: 1.0
+) -> dict[str, np.ndarray]:
+    """Bring every pair of a checkpoint into canonical form, its scale inside; alphas are left out, other tensors as
+    they are.
+    """
     modules = pairs(tensors)
     gone = {f"{module}.alpha" for module in modules}
     fixed: dict[str, np.ndarray] = {}
@@ -157,8 +179,9 @@ def canonical_tensors(tensors: Mapping[str, np.ndarray], scale: Scale = lambda m
 
 
 Layout = Literal["peft", "named", "alpha"]
-"""How generated adapters are written. peft: adapter_config.json and adapter_model.safetensors; named: the members' own names, scale 1;
-alpha: these with an `.alpha` equal to the rank for every module, which is scale 1 too."""
+"""How generated adapters are written. peft: adapter_config.json and adapter_model.safetensors; named: the members' own
+names, scale 1; alpha: these with an `.alpha` equal to the rank for every module, which is scale 1 too.
+"""
 
 
 def layout_of(tensors: Mapping[str, np.ndarray], configured: bool) -> Layout:

@@ -16,7 +16,9 @@ from weightgen.zoo.foreign import SHARD, listed, not_finite, read_tensors, refus
 from weightgen.zoo.lora import Layout, alphas, canonical_tensors, has_adapters, layout_of, pairs
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
-STATE = re.compile(r"^(training_args|optim|optimizer|scheduler|scaler|rng_state|random_states)")  # of a training, no weights
+STATE = re.compile(
+    r"^(training_args|optim|optimizer|scheduler|scaler|rng_state|random_states)"
+)  # of a training, no weights
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SIDECARS = ("quality.json", "tasks.json")
 ASSUMED = "none given, 1 is assumed"
@@ -32,8 +34,9 @@ class Member:
 
 
 def find_members(folder: Path) -> tuple[list[Member], list[str]]:
-    """Find the members of a folder in the order of their names, and the names of what is left alone: hidden files, states of trainings,
-    folders and files without weights. Raises InputError when there are no members."""
+    """Find the members of a folder in the order of their names, and the names of what is left alone: hidden files,
+    states of trainings, folders and files without weights. Raises InputError when there are no members.
+    """
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     shards = {name for path in paths if ".index" in path.name and path.suffix == ".json" for name in _shards(path)}
     found: list[Member] = []
@@ -62,7 +65,11 @@ def _member(path: Path) -> Member | None:
         return Member(path, (path,), config if path.name in ADAPTER and config.is_file() else None)
     if not path.is_dir():
         return None
-    weights = [p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES and not p.name.startswith(".") and not STATE.match(p.name)]
+    weights = [
+        p
+        for p in path.iterdir()
+        if p.is_file() and p.suffix in SUFFIXES and not p.name.startswith(".") and not STATE.match(p.name)
+    ]
     config = path / CONFIG
     for name in ADAPTER:
         if path / name in weights:
@@ -70,10 +77,15 @@ def _member(path: Path) -> Member | None:
     if not weights:
         return None
     if config.is_file():
-        raise InputError(f"{path} has an {CONFIG}, and its weights are {listed(p.name for p in weights)}: name them {ADAPTER[0]}")
+        raise InputError(
+            f"{path} has an {CONFIG}, and its weights are {listed(p.name for p in weights)}: name them {ADAPTER[0]}"
+        )
     files = [file for file in weights_files(path) if not STATE.match(file.name)]
     if len(files) > 1 and not all(SHARD.match(file.name) for file in files):
-        raise InputError(f"{path} holds several files of weights ({listed(file.name for file in files)}): keep one checkpoint in a folder")
+        raise InputError(
+            f"{path} holds several files of weights ({listed(file.name for file in files)}): keep one checkpoint in a"
+            " folder"
+        )
     return Member(path, tuple(files))
 
 
@@ -108,7 +120,9 @@ def read_member(member: Member) -> Loaded:
         modules = pairs(tensors)
         stored = in_metadata(member.files[0])
         numbers = {} if settings else alphas(tensors, modules)
-        scale_from = CONFIG if settings else "the file's metadata" if stored else "alpha tensors" if numbers else ASSUMED
+        scale_from = (
+            CONFIG if settings else "the file's metadata" if stored else "alpha tensors" if numbers else ASSUMED
+        )
 
         def scale(module: str, rank: int) -> float:
             part, _, rest = module.partition(".")
@@ -146,8 +160,12 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
     for what, of in kinds:
         for member, own in zip(members, loaded, strict=True):
             if of(own) != of(first):
-                how = f"{of(own)!r} and {of(first)!r}" if what != "scale" else f"{own.scale_from} and {first.scale_from}"
-                raise InputError(f"{member.path} and {members[0].path} differ in {what} ({how}): keep one kind of adapters in a zoo")
+                how = (
+                    f"{of(own)!r} and {of(first)!r}" if what != "scale" else f"{own.scale_from} and {first.scale_from}"
+                )
+                raise InputError(
+                    f"{member.path} and {members[0].path} differ in {what} ({how}): keep one kind of adapters in a zoo"
+                )
     if first.layout is None:
         return notes
     scales = sorted({scale for own in loaded for scale in own.scales.values()})
@@ -155,13 +173,19 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
     origins = ", ".join(sorted({own.scale_from for own in loaded}))
     notes.append(f"adapters: in one form, with their scale inside (alpha: {origins}; scale {span})")
     if len(bases := sorted({str(own.settings.base) for own in loaded if own.settings and own.settings.base})) > 1:
-        notes.append(f"the adapters are of different base models ({listed(bases)}): the same numbers are other updates on another base")
+        notes.append(
+            f"the adapters are of different base models ({listed(bases)}): the same numbers are other updates on"
+            " another base"
+        )
     return notes
 
 
-def adapter_record(members: Sequence[Member], loaded: Sequence[Loaded], tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Record what a generator needs to write an adapter: the layout, its adapter_config.json, and what was done to the members; None where
-    these are no adapters."""
+def adapter_record(
+    members: Sequence[Member], loaded: Sequence[Loaded], tensors: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Record what a generator needs to write an adapter: the layout, its adapter_config.json, and what was done to the
+    members; None where these are no adapters.
+    """
     first = loaded[0]
     if first.layout is None:
         return None

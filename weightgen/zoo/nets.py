@@ -24,7 +24,9 @@ class NetConfig:
     """A network of a zoo."""
 
     kind: Kind = "head"
-    """head: one linear layer on features; mlp: one hidden layer on features; cnn: the small CNN of the public model zoos."""
+    """head: one linear layer on features; mlp: one hidden layer on features; cnn: the small CNN of the public model
+    zoos.
+    """
     features: int = 64
     """Inputs of a head or an mlp; channels of the pictures of a cnn."""
     hidden: int = 16
@@ -60,18 +62,22 @@ class SmallMlp(nnx.Module):
 class SmallConv(nnx.Module):
     """A valid convolution. x: [batch, row, col, in_channels].
 
-    It multiplies patches by a matrix: under `vmap` over networks that is a batched matmul, where XLA's own would be a grouped
-    convolution, many times slower on a CPU.
+    It multiplies patches by a matrix: under `vmap` over networks that is a batched matmul, where XLA's own would be a
+    grouped convolution, many times slower on a CPU.
     """
 
     def __init__(self, in_channels: str, out_channels: str, sizes: Mapping[str, int], size: int, *, rngs: nnx.Rngs):
-        self.kernel = param(f"row col {in_channels} -> {out_channels}", {**sizes, "row": size, "col": size}, uniform_fan_in, rngs)
+        self.kernel = param(
+            f"row col {in_channels} -> {out_channels}", {**sizes, "row": size, "col": size}, uniform_fan_in, rngs
+        )
         self.bias = param(f"-> {out_channels}", sizes, uniform_fan_in, rngs, fan_in=size**2 * sizes[in_channels])
         self.size = size
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows, cols = (n - self.size + 1 for n in x.shape[1:3])
-        patches = jnp.stack([x[:, i : i + rows, j : j + cols] for i in range(self.size) for j in range(self.size)], axis=3)
+        patches = jnp.stack(
+            [x[:, i : i + rows, j : j + cols] for i in range(self.size) for j in range(self.size)], axis=3
+        )
         kernel = self.kernel[...].reshape(self.size**2, *self.kernel.shape[2:])
         return add(product("brcti,tio->brco", patches, kernel), self.bias[...])
 
@@ -83,7 +89,15 @@ class SmallCnn(nnx.Module):
     """
 
     def __init__(self, cfg: NetConfig, *, rngs: nnx.Rngs):
-        sizes = {"channel": cfg.features, "first": 8, "second": 6, "third": 4, "cell": 9, "hidden": 20, "class": cfg.classes}
+        sizes = {
+            "channel": cfg.features,
+            "first": 8,
+            "second": 6,
+            "third": 4,
+            "cell": 9,
+            "hidden": 20,
+            "class": cfg.classes,
+        }
         self.conv1 = SmallConv("channel", "first", sizes, size=5, rngs=rngs)
         self.conv2 = SmallConv("first", "second", sizes, size=5, rngs=rngs)
         self.conv3 = SmallConv("second", "third", sizes, size=2, rngs=rngs)
@@ -116,7 +130,9 @@ def net(cfg: NetConfig) -> Functional:
 @cache
 def _predictor(cfg: NetConfig, at_once: int) -> Any:
     apply = net(cfg).apply
-    return jax.jit(lambda params, x: jax.lax.map(lambda m: apply(*m).argmax(-1), (params, x), batch_size=at_once or len(x)))
+    return jax.jit(
+        lambda params, x: jax.lax.map(lambda m: apply(*m).argmax(-1), (params, x), batch_size=at_once or len(x))
+    )
 
 
 def predict(cfg: NetConfig, params: Mapping[str, Any], x: ArrayLike, at_once: int = 0) -> np.ndarray:

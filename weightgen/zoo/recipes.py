@@ -38,8 +38,9 @@ from weightgen.zoo.zoo import Zoo, by_chunk, flat, head_tokens
 
 @dataclass(frozen=True)
 class ZooData:
-    """Pictures as a zoo's networks take them: to train on, and held out to score on. condition: features of the former, for a generator;
-    projection: how pictures became features."""
+    """Pictures as a zoo's networks take them: to train on, and held out to score on. condition: features of the former,
+    for a generator; projection: how pictures became features.
+    """
 
     train: Bank
     held: Bank
@@ -56,7 +57,9 @@ class ZooRecipe:
     backend: str = "embedded:emoji"
     """Encoder of pictures: a SOURCE with an image tower, or pixels."""
     net: NetConfig = field(default_factory=NetConfig)
-    """features: how many components of the backend's features are kept (of a cnn: 1 for grey, 3 for colour); classes: of a task."""
+    """features: how many components of the backend's features are kept (of a cnn: 1 for grey, 3 for colour); classes:
+    of a task.
+    """
     told: int = 64
     """Of a cnn: components of the backend's features that are the condition of its generator."""
     start: Literal["shared", "random"] = "shared"
@@ -72,7 +75,8 @@ class ZooRecipe:
         positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
-        """Write `RUN/zoo`, in the first process of a job. A run that was stopped continues after its last finished chunk.
+        """Write `RUN/zoo`, in the first process of a job. A run that was stopped continues after its last finished
+        chunk.
 
         Raises InputError when networks diverge.
         """
@@ -106,11 +110,16 @@ class ZooRecipe:
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
             x, y = shown(self.net, *held.all(rows, min(int(held.counts.max()), 100)))
-            quality = accuracy(predict(self.net, params, x, at_once=self.fit.at_once), y, self.net.classes).astype(np.float32)
+            quality = accuracy(predict(self.net, params, x, at_once=self.fit.at_once), y, self.net.classes).astype(
+                np.float32
+            )
             trained = flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()}))
             if len(bad := np.flatnonzero(~np.isfinite(trained).all(1))):
                 numbers = listed(str(i * self.chunk + row) for row in bad)
-                raise InputError(f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers}): lower fit.lr, now {self.fit.lr:g}")
+                raise InputError(
+                    f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers}): lower fit.lr, now"
+                    f" {self.fit.lr:g}"
+                )
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=trained, quality=quality)
             trained_now = min((i + 1) * self.chunk, self.members)
@@ -138,17 +147,23 @@ class ZooRecipe:
     def _data(self) -> "ZooData":
         if self.data == "emoji":
             if self.net.kind == "cnn":
-                raise InputError("there are too few emoji for CNNs: set data to a folder with a sub-folder for each class")
+                raise InputError(
+                    "there are too few emoji for CNNs: set data to a folder with a sub-folder for each class"
+                )
             tasks = emoji_tasks(self.backend, self.net.features, seed=0)
             bank = tasks.seen["support"]
             return ZooData(train=bank, held=tasks.seen["test"], condition=bank, projection=tasks.projection)
         source = open_source(SourceConfig(path=self.data))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
-            raise InputError(f"{self.data} has {len(names)} classes in sub-folders, tasks of {self.net.classes} need as many")
+            raise InputError(
+                f"{self.data} has {len(names)} classes in sub-folders, tasks of {self.net.classes} need as many"
+            )
         records, labels = labelled(source, self.data)
         raw = encoder(self.backend)([r["image"] for r in records])
-        place = np.concatenate([np.random.default_rng([self.seed, c]).permutation((labels == c).sum()) for c in range(len(names))])
+        place = np.concatenate(
+            [np.random.default_rng([self.seed, c]).permutation((labels == c).sum()) for c in range(len(names))]
+        )
         order = np.argsort(labels, kind="stable")
         held = np.zeros(len(labels), bool)
         held[order] = place < np.maximum(np.rint(SHARES["select"] * np.bincount(labels)[labels[order]]), 1)
@@ -158,15 +173,19 @@ class ZooRecipe:
         x = features if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
         train = Bank.of(x[~held], labels[~held], names)
         condition = train if x is features else Bank.of(features[~held], labels[~held], names)
-        return ZooData(train=train, held=Bank.of(x[held], labels[held], names), condition=condition, projection=projection)
+        return ZooData(
+            train=train, held=Bank.of(x[held], labels[held], names), condition=condition, projection=projection
+        )
 
 
 @dataclass(frozen=True)
 class CheckpointsRecipe:
-    """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes safetensors or torch files.
+    """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes
+    safetensors or torch files.
 
-    `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank adapters (peft,
-    kohya, diffusers) are brought into canonical form first, their scale (alpha / rank) inside; `zoo.json` records it.
+    `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank
+    adapters (peft, kohya, diffusers) are brought into canonical form first, their scale (alpha / rank) inside;
+    `zoo.json` records it.
     """
 
     folder: str = "checkpoints"
@@ -177,7 +196,9 @@ class CheckpointsRecipe:
     members: Literal["checkpoints", "chunks"] = "checkpoints"
     """chunks: each chunk is a member by itself, known by its number, as was done for language models."""
     backend: str = ""
-    """Encoder of the words: a SOURCE with a text tower (embedded:emoji); none: tasks are numbers, and only these can be generated for."""
+    """Encoder of the words: a SOURCE with a text tower (embedded:emoji); none: tasks are numbers, and only these can be
+    generated for.
+    """
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""
@@ -213,4 +234,7 @@ class CheckpointsRecipe:
         zoo.save(directory / "zoo", sidecars=sidecars)
         for note in zoo.about["notes"]:
             print(f"note: {note}")
-        print(f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks, condition: {condition}")
+        print(
+            f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks, condition:"
+            f" {condition}"
+        )

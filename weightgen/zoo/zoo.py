@@ -22,8 +22,9 @@ ARRAYS = ("weights", "quality", "classes")  # of a zoo, a file each
 class Zoo:
     """Trained networks on disk, memory-mapped: millions of them are read row by row.
 
-    weights: [member, count] f32, each network's tokens without padding; quality: [member] f32, accuracy on data it was not trained
-    on, or NaN; classes: [member, ways] int32, indices into the bank of pictures it was trained on, or empty.
+    weights: [member, count] f32, each network's tokens without padding; quality: [member] f32, accuracy on data it was
+    not trained on, or NaN; classes: [member, ways] int32, indices into the bank of pictures it was trained on, or
+    empty.
     """
 
     weights: np.ndarray
@@ -53,7 +54,10 @@ class Zoo:
             out.mkdir()
             for name in ARRAYS:
                 np.save(out / f"{name}.npy", getattr(self, name))
-            pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in (("pieces", self.spec), ("whole", self.whole))}
+            pieces = {
+                name: spec and [asdict(p) for p in spec.pieces]
+                for name, spec in (("pieces", self.spec), ("whole", self.whole))
+            }
             about = {"about": dict(self.about)} if self.about else {}
             write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces | about)
             if sidecars:
@@ -66,9 +70,13 @@ def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
 
 
 def open_zoo(folder: Path) -> Zoo:
-    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or its files do not fit together."""
+    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or its files do not fit
+    together.
+    """
     if not (folder / "zoo.json").is_file():
-        raise InputError(f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)")
+        raise InputError(
+            f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)"
+        )
     about = read_json(folder / "zoo.json")
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
@@ -79,29 +87,43 @@ def open_zoo(folder: Path) -> Zoo:
         raise InputError(f"{folder} is a damaged zoo ({str(error).splitlines()[0]}); make it again") from error
     shape, sizes = zoo.weights.shape, {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1 or shape[1:] != (zoo.spec.count,) or zoo.classes.ndim != 2:
-        raise InputError(f"{folder} is a damaged zoo ({sizes}, rows of {shape[1:]} for {zoo.spec.count} weights); make it again")
+        raise InputError(
+            f"{folder} is a damaged zoo ({sizes}, rows of {shape[1:]} for {zoo.spec.count} weights); make it again"
+        )
     return zoo
 
 
 def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
     """Open a zoo and the bank its networks were trained on, and check both before a training.
 
-    Raises InputError for networks with NaN or infinity, and for networks without a class or with one that is not in the bank.
+    Raises InputError for networks with NaN or infinity, and for networks without a class or with one that is not in the
+    bank.
     """
     zoo, bank = open_zoo(folder), Bank.load(folder)
     if not len(zoo) or not zoo.classes.shape[1]:
         raise InputError(
-            f"{folder} has {len(zoo)} networks of {zoo.classes.shape[1]} classes: a training needs their classes; make it again"
+            f"{folder} has {len(zoo)} networks of {zoo.classes.shape[1]} classes: a training needs their classes; make"
+            " it again"
         )
     step = max(2**24 // max(zoo.spec.count, 1), 1)
-    bad = [at + int(i) for at in range(0, len(zoo), step) for i in np.flatnonzero(~np.isfinite(zoo.weights[at : at + step]).all(1))]
+    bad = [
+        at + int(i)
+        for at in range(0, len(zoo), step)
+        for i in np.flatnonzero(~np.isfinite(zoo.weights[at : at + step]).all(1))
+    ]
     if bad:
         known = zoo.about.get("members", [])
         named = listed(known[i] if len(known) == len(zoo) else str(i) for i in bad)
-        raise InputError(f"{folder}: {len(bad)} of {len(zoo)} networks have NaN or infinity ({named}); make the zoo again without them")
+        raise InputError(
+            f"{folder}: {len(bad)} of {len(zoo)} networks have NaN or infinity ({named}); make the zoo again without"
+            " them"
+        )
     low, high = int(zoo.classes.min()), int(zoo.classes.max())
     if low < 0 or high >= len(bank.names):
-        raise InputError(f"{folder}: its networks are of classes {low} to {high}, its bank knows {len(bank.names)}; make the zoo again")
+        raise InputError(
+            f"{folder}: its networks are of classes {low} to {high}, its bank knows {len(bank.names)}; make the zoo"
+            " again"
+        )
     if not np.isfinite(bank.features).all():
         raise InputError(f"{folder}: its bank of features has NaN or infinity; make the zoo again")
     return zoo, bank
@@ -129,7 +151,9 @@ def head_tokens(cfg: NetConfig) -> TokenSpec:
 
 def pictures_of(zoo: str) -> Bank:
     """Open the inputs of a zoo's networks, pictures or features: held-out ones where they are stored."""
-    return Bank.load(Path(zoo), next((name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file()), "bank"))
+    return Bank.load(
+        Path(zoo), next((name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file()), "bank")
+    )
 
 
 def zoo_condition(folder: Path) -> str:

@@ -12,9 +12,9 @@ One parquet file per style, `noto`, `fluent` and `twemoji`, one row per picture,
     split     string        train | test
 
 The split is by concept and the same in every style: 300 concepts are `test`, and no picture of them, in any hand, is
-`train`. Variants of one motif (man, woman and person running; thumbs up and down) stay on one side; families of more than
-eight, such as the clock faces, are always `train`. Colour is not counted as a variant, so the green heart may be held
-out while the red one is seen. `scripts/build_emoji.py` makes the files; LICENSES.md says whose pictures these are.
+`train`. Variants of one motif (man, woman and person running; thumbs up and down) stay on one side; families of more
+than eight, such as the clock faces, are always `train`. Colour is not counted as a variant, so the green heart may be
+held out while the red one is seen. `scripts/build_emoji.py` makes the files; LICENSES.md says whose pictures these are.
 """
 
 from pathlib import Path

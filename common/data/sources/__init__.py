@@ -3,7 +3,8 @@
 A *source* is a random-access sequence of records. A record is a dict with `key` (file and name, for messages), `image`
 (encoded bytes, or uint8 [h, w, 3]) and/or `text` (a string, or a list of strings when a picture has several captions),
 `label` (int) where the format has classes, and the further columns of the config. Records that share a `concept` are
-positives of each other. Sources are pickled to worker processes, so they keep positions, not data, and open files lazily.
+positives of each other. Sources are pickled to worker processes, so they keep positions, not data, and open files
+lazily.
 """
 
 from heirloom.common.data.sources.arrays import ArraySource

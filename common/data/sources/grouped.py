@@ -7,10 +7,12 @@ from heirloom.common.errors import remark
 
 
 def per_picture(source: Source, name: str) -> Source:
-    """Returns a source with one record per picture, whose `text` has the captions of all its rows; `source` itself if it is so already.
+    """Returns a source with one record per picture, whose `text` has the captions of all its rows; `source` itself if
+    it is so already.
 
-    Only tables (.csv, .tsv, .parquet) have several rows of one picture: rows with the same path, or the same bytes. CLIP_benchmark reads
-    Flickr8k's table this way, where the name of a picture occurs five times. name: of the data, for the remark.
+    Only tables (.csv, .tsv, .parquet) have several rows of one picture: rows with the same path, or the same bytes.
+    CLIP_benchmark reads Flickr8k's table this way, where the name of a picture occurs five times. name: of the data,
+    for the remark.
     """
     if not hasattr(source, "pictures"):
         return source
@@ -19,7 +21,10 @@ def per_picture(source: Source, name: str) -> Source:
         rows.setdefault(picture, []).append(row)
     if len(rows) == len(source):
         return source
-    remark(f"{name}: its {len(source):,} rows are captions of {len(rows):,} pictures; a picture counts once, any of its captions is right")
+    remark(
+        f"{name}: its {len(source):,} rows are captions of {len(rows):,} pictures; a picture counts once, any of its"
+        " captions is right"
+    )
     return Grouped(source, list(rows.values()))
 
 

@@ -21,10 +21,12 @@ ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded row groups that a process kee
 
 
 class ParquetSource:
-    """Parquet files, memory-mapped. They are read by row group: write groups of a few hundred rows, or shuffling is slow.
+    """Parquet files, memory-mapped. They are read by row group: write groups of a few hundred rows, or shuffling is
+    slow.
 
-    A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that Hugging Face
-    datasets write (path where bytes is null). A split is a column `split`, or the first part of the names of the files.
+    A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that
+    Hugging Face datasets write (path where bytes is null). A split is a column `split`, or the first part of the names
+    of the files.
     """
 
     def __init__(self, files: Sequence[Path], cfg: SourceConfig):
@@ -44,13 +46,17 @@ class ParquetSource:
                 raise InputError(f"{file} is not readable as parquet: {error}") from error
             if not sum(counts):
                 raise InputError(f"{file} is empty: it has no row")
-            groups += [RowGroup(file=file, number=g, first=sum(counts[:g]), rows=count) for g, count in enumerate(counts)]
+            groups += [
+                RowGroup(file=file, number=g, first=sum(counts[:g]), rows=count) for g, count in enumerate(counts)
+            ]
         self._starts = starts([group.rows for group in groups])
         self._rows: range | np.ndarray = range(sum(group.rows for group in groups))
         if cfg.split and by_column:
             if cfg.split not in splits:
                 known = sorted({str(split) for split in splits})
-                raise InputError(f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known)})")
+                raise InputError(
+                    f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known)})"
+                )
             self._rows = np.flatnonzero(np.array(splits) == cfg.split)
         self.class_names = _class_names(files)
         self._groups, self._decoded, self._cfg = groups, DecodedGroups(names), cfg
@@ -74,7 +80,9 @@ class ParquetSource:
             record["text"] = captions(values[cfg.text], key)
         if cfg.image:
             picture = _picture(values[cfg.image], group.file, key)
-            record |= {"image": picture} if isinstance(picture, bytes) else {"key": str(picture), "image": read(picture)}
+            record |= (
+                {"image": picture} if isinstance(picture, bytes) else {"key": str(picture), "image": read(picture)}
+            )
         return record
 
     def pictures(self) -> list[object]:
@@ -102,7 +110,9 @@ def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
         return cell
     if isinstance(cell, str) and cell:
         return file.parent / cell
-    raise InputError(f"{key}: its picture is {str(cell)[:60]}; a picture must be bytes, a path, or a struct of bytes and path")
+    raise InputError(
+        f"{key}: its picture is {str(cell)[:60]}; a picture must be bytes, a path, or a struct of bytes and path"
+    )
 
 
 def _schema(file: Path) -> pyarrow.Schema:
@@ -122,12 +132,16 @@ def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
     if split and split not in known:
         if known:
             raise InputError(f"{where} has no split {split!r}{nearest(split, known)} (it has {', '.join(known)})")
-        raise InputError(f"{where} has no splits: no column 'split', and no file named like {split}-00000-of-00001.parquet")
+        raise InputError(
+            f"{where} has no splits: no column 'split', and no file named like {split}-00000-of-00001.parquet"
+        )
     return [file for file in files if _split_of(file) == split] if split else files
 
 
 def _split_of(file: Path) -> str | None:
-    """Returns the split in the name of a file: test-00000-of-00001.parquet (Hugging Face datasets), test.parquet, test_0.parquet."""
+    """Returns the split in the name of a file: test-00000-of-00001.parquet (Hugging Face datasets), test.parquet,
+    test_0.parquet.
+    """
     if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
         return numbered[1]
     word = re.split(r"[-_.]", file.stem)[0]
@@ -135,7 +149,9 @@ def _split_of(file: Path) -> str | None:
 
 
 def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """Returns the class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files disagree."""
+    """Returns the class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files
+    disagree.
+    """
     found = [_features(file) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
@@ -147,9 +163,15 @@ def _features(file: Path) -> dict[str, tuple[str, ...]]:
     about = (_schema(file).metadata or {}).get(b"huggingface")
     try:
         features = json.loads(about)["info"]["features"] if about else {}
-        return {name: tuple(f["names"]) for name, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+        return {
+            name: tuple(f["names"])
+            for name, f in features.items()
+            if isinstance(f, dict) and f.get("_type") == "ClassLabel"
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: the description by Hugging Face datasets in its schema is damaged: {error!r}") from error
+        raise InputError(
+            f"{file}: the description by Hugging Face datasets in its schema is damaged: {error!r}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,24 @@ class SourceConfig:
     """Which data to read."""
 
     path: str = ""
-    """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits (embedded), a folder of pictures, a .csv or .tsv, .tar or .parquet files
-    (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays, or tfds:name[:version][@data_dir]"""
+    """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits (embedded), a folder of pictures, a .csv or .tsv, .tar
+    or .parquet files (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays,
+    or tfds:name[:version][@data_dir]
+    """
     split: str = ""
-    """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/, test-00000-of-00001.parquet"""
+    """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/,
+    test-00000-of-00001.parquet
+    """
     image: str = "image"
     """column of the picture; in a .csv its path, relative to the file; empty: leave pictures out"""
     text: str = "caption"
-    """column of the caption; in tar shards a key of the .json, where caption means the .txt member if there is one (a caption a line);
-    empty: leave it out"""
+    """column of the caption; in tar shards a key of the .json, where caption means the .txt member if there is one (a
+    caption a line); empty: leave it out
+    """
     columns: tuple[str, ...] = ()
-    """further columns of the records, such as tags, concept, label, or embeddings (numbers become float32 and int32 arrays)"""
+    """further columns of the records, such as tags, concept, label, or embeddings (numbers become float32 and int32
+    arrays)
+    """
 
 
 class Source(Protocol):
@@ -48,7 +55,8 @@ def require(names: Iterable[str], available: Sequence[str], where: object) -> No
 
 
 def value(cell: object, key: str, column: str) -> object:
-    """Converts a cell of a further column for the pipeline: numbers to float32 and int32 arrays, bytes to text; text is unchanged.
+    """Converts a cell of a further column for the pipeline: numbers to float32 and int32 arrays, bytes to text; text is
+    unchanged.
 
     Raises InputError for a whole number that does not fit int32, and for bytes that are not text.
     """
@@ -63,13 +71,17 @@ def value(cell: object, key: str, column: str) -> object:
     if array.dtype.kind in "iub":
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
-            raise InputError(f"{key}: {column!r} is {str(cell)[:40]}, which does not fit 32 bits; store it as text or as a smaller number")
+            raise InputError(
+                f"{key}: {column!r} is {str(cell)[:40]}, which does not fit 32 bits; store it as text or as a smaller"
+                " number"
+            )
         return whole
     return array.astype(np.float32) if array.dtype.kind == "f" else cell
 
 
 def captions(text: object, key: str) -> str | list[str]:
-    """Returns `text` unchanged if it is a string or a list of strings. An empty string is a caption, as in CLIP_benchmark.
+    """Returns `text` unchanged if it is a string or a list of strings. An empty string is a caption, as in
+    CLIP_benchmark.
 
     Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
     """
@@ -77,13 +89,16 @@ def captions(text: object, key: str) -> str | list[str]:
         return text
     if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
         return text
-    raise InputError(f"{key}: its caption is {str(text)[:60]}; a caption must be a string, or a list of strings that is not empty")
+    raise InputError(
+        f"{key}: its caption is {str(text)[:60]}; a caption must be a string, or a list of strings that is not empty"
+    )
 
 
 def caption_lines(data: bytes) -> str | list[str]:
     """Reads the captions of a .txt, one a line without blank lines; one line, or none, is a single caption.
 
-    CLIP_benchmark writes captions this way. An empty file is the empty caption. Raises UnicodeDecodeError for text that is not UTF-8.
+    CLIP_benchmark writes captions this way. An empty file is the empty caption. Raises UnicodeDecodeError for text that
+    is not UTF-8.
     """
     lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     return lines if len(lines) > 1 else "".join(lines)

@@ -35,13 +35,17 @@ def _open(cfg: SourceConfig) -> Source:
         if rest and rest not in emoji.STYLES:
             raise InputError(f"no emoji style {rest!r}{nearest(rest, emoji.STYLES)} ({', '.join(emoji.STYLES)})")
         columns = tuple(dict.fromkeys(("concept", "tags", *cfg.columns)))
-        return ParquetSource([emoji.path(style) for style in ([rest] if rest else emoji.STYLES)], replace(cfg, columns=columns))
+        return ParquetSource(
+            [emoji.path(style) for style in ([rest] if rest else emoji.STYLES)], replace(cfg, columns=columns)
+        )
     if cfg.path == "digits":
         return ParquetSource([digits.PATH], cfg)
     if scheme == "tfds":
         return TfdsSource(rest, cfg)
     if not cfg.path:
-        raise InputError("no data given: set path to emoji or digits, a folder, a .csv, .tar or .parquet files, or tfds:NAME")
+        raise InputError(
+            "no data given: set path to emoji or digits, a folder, a .csv, .tar or .parquet files, or tfds:NAME"
+        )
     files = _files(cfg.path)
     if len(files) == 1 and files[0].is_dir():
         return _folder(files[0], cfg)
@@ -51,11 +55,15 @@ def _open(cfg: SourceConfig) -> Source:
         return kind(files, cfg)
     if len(files) == 1 and files[0].suffix in (".csv", ".tsv"):
         return CsvSource(files[0], cfg)
-    raise InputError(f"{cfg.path}: {', '.join(sorted(suffixes))} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet")
+    raise InputError(
+        f"{cfg.path}: {', '.join(sorted(suffixes))} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet"
+    )
 
 
 def _folder(folder: Path, cfg: SourceConfig) -> Source:
-    """Opens a folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures, or of splits."""
+    """Opens a folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures,
+    or of splits.
+    """
     if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
         return ParquetSource(files, cfg)
     if files := _visible(folder, "*.tar"):
@@ -72,11 +80,17 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def _files(pattern: str) -> list[Path]:
-    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for one that does not exist."""
+    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for one that does not
+    exist.
+    """
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
         numbers = range(int(first), int(last) + 1)
-        return [f for n in numbers for f in _files(pattern[: numbered.start()] + str(n).zfill(len(first)) + pattern[numbered.end() :])]
+        return [
+            f
+            for n in numbers
+            for f in _files(pattern[: numbered.start()] + str(n).zfill(len(first)) + pattern[numbered.end() :])
+        ]
     path = Path(pattern).expanduser()
     files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     if not files:

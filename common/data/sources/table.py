@@ -24,12 +24,18 @@ class CsvSource:
                 data.seek(0)
                 rows, starts, numbers = self._rows(data), [], []
                 self._header = next(rows, [])
-                require([c for c in (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "") if c], self._header, file)
+                require(
+                    [c for c in (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "") if c],
+                    self._header,
+                    file,
+                )
                 self._kinds: dict[str, type] = dict.fromkeys(cfg.columns, int)
                 start, number = data.tell(), 0
                 for row in rows:
                     if row and len(row) != len(self._header):
-                        raise InputError(f"{file}: the row at byte {start} has {len(row)} cells, the header {len(self._header)}")
+                        raise InputError(
+                            f"{file}: the row at byte {start} has {len(row)} cells, the header {len(self._header)}"
+                        )
                     number += bool(row)
                     cells = dict(zip(self._header, row, strict=False))
                     splits.add(cells.get("split", ""))
@@ -42,12 +48,16 @@ class CsvSource:
             raise InputError(f"{file} is not readable as a table: {error}") from error
         if cfg.split and not starts:
             known = sorted(splits - {""})
-            raise InputError(f"{file} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})")
+            raise InputError(
+                f"{file} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})"
+            )
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
 
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
         # readline, because iteration makes `tell` inexact; a quoted cell may span lines.
-        return csv.reader((line.decode("utf-8-sig") for line in iter(data.readline, b"")), delimiter="\t" if self._tab else ",")
+        return csv.reader(
+            (line.decode("utf-8-sig") for line in iter(data.readline, b"")), delimiter="\t" if self._tab else ","
+        )
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -77,7 +87,9 @@ class CsvSource:
 
 
 def _narrowest(cell: str, kind: type) -> type:
-    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column has numbers when every cell is a number."""
+    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column has numbers when every cell is a
+    number.
+    """
     for wider in (int, float):
         if kind in (int, wider):
             try:

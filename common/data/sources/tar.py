@@ -9,21 +9,36 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.data.lines import read_lines
-from heirloom.common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, captions, require, starts, value
+from heirloom.common.data.sources.record import (
+    PICTURES,
+    SPLITS,
+    Record,
+    SourceConfig,
+    caption_lines,
+    captions,
+    require,
+    starts,
+    value,
+)
 from heirloom.common.data.tar_index import STEM, index_shard, read_span
 from heirloom.common.errors import InputError
 
 
 class TarSource:
-    """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt, 000012.json).
+    """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt,
+    000012.json).
 
-    A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class names and zero-shot
-    templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if the folder is named test or train.
+    A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class
+    names and zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if
+    the folder is named test or train.
     """
 
     def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
         if cfg.split:
-            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; give the path of the shards, and leave split empty")
+            raise InputError(
+                f"{shards[0]}: tar shards have no split {cfg.split!r}; give the path of the shards, and leave split"
+                " empty"
+            )
         self._shards, self._cfg = [Shard(shard, index_shard(shard)) for shard in shards], cfg
         counts = []
         for shard in self._shards:

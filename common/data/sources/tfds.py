@@ -11,35 +11,46 @@ from heirloom.common.errors import InputError, nearest
 class TfdsSource:
     """A data set that TensorFlow Datasets prepared in a random-access format. Reading it does not need TensorFlow.
 
-    When `text` is a class feature, the caption is the name of the class. A class feature `label` is always in the record, as a number.
+    When `text` is a class feature, the caption is the name of the class. A class feature `label` is always in the
+    record, as a number.
     """
 
     def __init__(self, name: str, cfg: SourceConfig):
         try:
             import tensorflow_datasets as tfds  # an optional and heavy package
         except ImportError as error:
-            raise InputError("reading tfds: data needs tensorflow-datasets; pip install tensorflow-datasets array-record") from error
+            raise InputError(
+                "reading tfds: data needs tensorflow-datasets; pip install tensorflow-datasets array-record"
+            ) from error
         self._name, self._cfg = name, cfg
         name, _, folder = name.partition("@")
         prepare = f"prepare it with: tfds build {name.partition(':')[0]} --file_format=array_record"
         try:
             builder = tfds.builder(name, data_dir=folder or None)
         except (ValueError, AttributeError) as error:
-            raise InputError(f"tfds:{name}: {str(error).splitlines()[0]} Give its folder with @DIR, or {prepare}") from error
+            raise InputError(
+                f"tfds:{name}: {str(error).splitlines()[0]} Give its folder with @DIR, or {prepare}"
+            ) from error
         splits = list(builder.info.splits)
         if not splits:
             raise InputError(f"tfds:{name} is not prepared{f' in {folder}' if folder else ''}; {prepare}")
         if cfg.split.partition("[")[0] not in splits:
-            raise InputError(f"tfds:{name} has no split {cfg.split!r}{nearest(cfg.split, splits)} (it has {', '.join(splits)})")
+            raise InputError(
+                f"tfds:{name} has no split {cfg.split!r}{nearest(cfg.split, splits)} (it has {', '.join(splits)})"
+            )
         features = builder.info.features
         require([cfg.image, cfg.text, *cfg.columns], list(features), f"tfds:{name}")
-        self.class_names = {n: tuple(f.names) for n, f in features.items() if isinstance(f, tfds.features.ClassLabel) and f.names}
+        self.class_names = {
+            n: tuple(f.names) for n, f in features.items() if isinstance(f, tfds.features.ClassLabel) and f.names
+        }
         self.classes = self.class_names.get("label", ())
         try:
             decoders = {cfg.image: tfds.decode.SkipDecoding()} if cfg.image else None
             self._records = builder.as_data_source(split=cfg.split, decoders=decoders)
         except NotImplementedError as error:
-            raise InputError(f"tfds:{name} is stored as {builder.info.file_format.value}, without random access; {prepare}") from error
+            raise InputError(
+                f"tfds:{name} is stored as {builder.info.file_format.value}, without random access; {prepare}"
+            ) from error
 
     def __reduce__(self) -> Any:
         return TfdsSource, (self._name, self._cfg)  # opens it again: its readers hold file handles

@@ -4,7 +4,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 CLASSES: tuple[tuple[str, str], ...] = tuple(
-    (identifier, name) for identifier, name in (line.split("\t") for line in (_HERE / "classes.tsv").read_text().splitlines())
+    (identifier, name)
+    for identifier, name in (line.split("\t") for line in (_HERE / "classes.tsv").read_text().splitlines())
 )
 """(WordNet identifier, name) of the 1,000 classes, in the order of their labels."""
 

@@ -1,4 +1,6 @@
-"""Foreign JSON at the door: right types are read, wrong ones and unknown fields are refused in one line that names file and field."""
+"""Foreign JSON at the door: right types are read, wrong ones and unknown fields are refused in one line that names file
+and field.
+"""
 
 import json
 
@@ -15,7 +17,11 @@ def fields(**values):
 def test_fields_are_read_with_their_types_and_defaults():
     read = fields(width=64, eps=1, act="gelu", bias=False, size=[32, 32], layers=[3, 4], none=None)
     assert (read.integer("width"), read.number("eps"), read.boolean("bias")) == (64, 1.0, False)
-    assert read.choice("act", {"gelu": "ours"}) == "ours" and read.square("size") == 32 and read.integers("layers") == (3, 4)
+    assert (
+        read.choice("act", {"gelu": "ours"}) == "ours"
+        and read.square("size") == 32
+        and read.integers("layers") == (3, 4)
+    )
     assert (read.integer("heads", 12), read.number("none", None), read.integers("absent", None)) == (12, None, None)
     read.done()
 
@@ -58,13 +64,22 @@ def test_a_square_is_read_from_its_height_and_width():
 def test_numbers_have_bounds_and_one_may_stand_for_all():
     read = fields(share=1.2, zero=0, mean=[0.5, 1, 2], std=[2], one=3, bad=[1, True, 1], two=[1, 2])
     assert read.numbers("mean", length=3) == (0.5, 1.0, 2.0) and read.numbers("std", length=3) == (2.0,) * 3
-    assert read.numbers("one", length=3, above=0) == (3.0,) * 3 and read.numbers("none", (1.0, 2.0), length=2) == (1.0, 2.0)
+    assert read.numbers("one", length=3, above=0) == (3.0,) * 3 and read.numbers("none", (1.0, 2.0), length=2) == (
+        1.0,
+        2.0,
+    )
     for take, message in (
-        (lambda: read.number("share", above=0, most=1), "share is 1.2, and must be a finite number above 0 and at most 1"),
+        (
+            lambda: read.number("share", above=0, most=1),
+            "share is 1.2, and must be a finite number above 0 and at most 1",
+        ),
         (lambda: read.number("zero", above=0), "zero is 0, and must be a finite number above 0"),
         (lambda: read.numbers("bad", length=3), r"bad is \[1, True, 1\], and must be 1 or 3 finite numbers"),
         (lambda: read.numbers("two", length=3), r"two is \[1, 2\], and must be 1 or 3 finite numbers"),
-        (lambda: read.numbers("mean", length=3, above=0.5), r"mean is \[0.5, 1, 2\], and must be 1 or 3 finite numbers above 0.5"),
+        (
+            lambda: read.numbers("mean", length=3, above=0.5),
+            r"mean is \[0.5, 1, 2\], and must be 1 or 3 finite numbers above 0.5",
+        ),
     ):
         with pytest.raises(InputError, match=rf"^config\.json: {message}$"):
             take()
@@ -80,7 +95,9 @@ def test_defaults_take_the_place_of_null():
 def test_an_unknown_field_is_compared_with_the_absent_ones():
     read = fields(witdh=64)
     read.integer("width", 32)
-    with pytest.raises(InputError, match=r"may change what the model sees; remove it if it does not; did you mean 'width'\?$"):
+    with pytest.raises(
+        InputError, match=r"may change what the model sees; remove it if it does not; did you mean 'width'\?$"
+    ):
         read.done("what the model sees")
 
 
@@ -93,7 +110,9 @@ def test_a_field_that_nobody_named_is_refused():
     read = fields(width=1, rope_theta=10_000.0, dropout=0.1)
     read.integer("width")
     read.skip("*dropout")
-    with pytest.raises(InputError, match=r"the field 'rope_theta' \(10000.0\) is not known here and may change what the model computes"):
+    with pytest.raises(
+        InputError, match=r"the field 'rope_theta' \(10000.0\) is not known here and may change what the model computes"
+    ):
         read.done()
 
 
@@ -106,7 +125,9 @@ def test_a_field_with_one_value_is_refused_with_any_other():
 
 
 def test_fields_of_every_transformers_config_change_nothing_but_those_that_do():
-    read = fields(_name_or_path="x", torch_dtype="float16", top_k=50, id2label={"0": "a"}, pruned_heads={}, is_decoder=False)
+    read = fields(
+        _name_or_path="x", torch_dtype="float16", top_k=50, id2label={"0": "a"}, pruned_heads={}, is_decoder=False
+    )
     read.transformers()
     read.done()
     with pytest.raises(InputError, match="pruned_heads"):
@@ -119,5 +140,7 @@ def test_fields_of_every_transformers_config_change_nothing_but_those_that_do():
 
 def test_a_choice_names_what_there_is(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"act": "gelo"}))
-    with pytest.raises(InputError, match=r"config\.json: act is 'gelo'; did you mean 'gelu'\?; only 'gelu', 'relu' can be read"):
+    with pytest.raises(
+        InputError, match=r"config\.json: act is 'gelo'; did you mean 'gelu'\?; only 'gelu', 'relu' can be read"
+    ):
         Fields.load(tmp_path / "config.json").choice("act", {"gelu": 1, "relu": 2})

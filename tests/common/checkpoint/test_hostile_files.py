@@ -46,8 +46,14 @@ def test_the_good_file_is_good(tmp_path):
         ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [-24, 0]}}, "cut short, or not"),
         ({"a": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 24]}}, "cut short, or not"),
         ({"a": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}}, "cut short, or not"),
-        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}, "cut short, or not"),  # 12 bytes belong to nobody
-        ({"a": {"dtype": "F8_E4M3", "shape": [24], "data_offsets": [0, 24]}}, "tensor 'a' has dtype F8_E4M3, which is not one of F64"),
+        (
+            {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}},
+            "cut short, or not",
+        ),  # 12 bytes belong to nobody
+        (
+            {"a": {"dtype": "F8_E4M3", "shape": [24], "data_offsets": [0, 24]}},
+            "tensor 'a' has dtype F8_E4M3, which is not one of F64",
+        ),
         (b"\xff\xfe", "cut short, or not"),
         (b"{", "cut short, or not"),
     ],
@@ -59,7 +65,10 @@ def test_headers_that_lie(header, message, tmp_path):
 
 
 @settings(max_examples=150)
-@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, len(GOOD)))
+@given(
+    st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(0, len(GOOD)),
+)
 def test_random_damage_is_an_input_error_or_harmless(tmp_path_factory, changes, length):
     content = bytearray(GOOD)
     for position, byte in changes:
@@ -109,7 +118,9 @@ def test_a_folder_that_is_not_ours(tmp_path):
 
 
 def test_a_folder_of_ours_without_its_weights(tmp_path):
-    weights.write_json(tmp_path / "config.json", {"format": "heirloom", "version": 1, "method": "tinyclip", "model": {}})
+    weights.write_json(
+        tmp_path / "config.json", {"format": "heirloom", "version": 1, "method": "tinyclip", "model": {}}
+    )
     with pytest.raises(InputError, match=r"model\.safetensors"):
         open_folder(tmp_path)
 

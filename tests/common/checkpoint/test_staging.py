@@ -41,7 +41,10 @@ def test_a_file_is_replaced_and_a_folder_never_by_a_file(out, tmp_path):
     with staged(tmp_path / "file", force=True) as temporary:
         temporary.write_text("new")
     assert (tmp_path / "file").read_text() == "new"
-    with pytest.raises(InputError, match="out is a folder; give the name of a file"), staged(out, force=True) as temporary:
+    with (
+        pytest.raises(InputError, match="out is a folder; give the name of a file"),
+        staged(out, force=True) as temporary,
+    ):
         temporary.write_text("new")
     assert names(out) == ["old"] and names(tmp_path) == ["file", "out"]
 
@@ -73,10 +76,16 @@ def test_what_killed_processes_left_is_removed_and_said(tmp_path):
     stale = tmp_path / f".out.partial-{socket.gethostname()}-{dead()}"
     stale.mkdir()
     (stale / "half").write_text("x")
-    others = [tmp_path / f".out.partial-another-host-{dead()}", tmp_path / f".out.partial-{socket.gethostname()}-{os.getppid()}"]
+    others = [
+        tmp_path / f".out.partial-another-host-{dead()}",
+        tmp_path / f".out.partial-{socket.gethostname()}-{os.getppid()}",
+    ]
     for other in others:
         other.mkdir()
-    with pytest.warns(Remark, match=r"\.out\.partial-.*: removed; an interrupted command left it"), staged(tmp_path / "out") as part:
+    with (
+        pytest.warns(Remark, match=r"\.out\.partial-.*: removed; an interrupted command left it"),
+        staged(tmp_path / "out") as part,
+    ):
         part.write_text("new")
     assert (tmp_path / "out").read_text() == "new" and not stale.exists() and all(other.exists() for other in others)
 

@@ -68,7 +68,11 @@ def test_noise_is_not_a_safetensors_file(tmp_path):
 def test_a_numpy_archive_is_read_and_one_with_objects_is_not(tmp_path):
     np.savez(tmp_path / "a.npz", **{"x/y": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "scalar": np.float32(2)})
     found = open_npz(tmp_path / "a.npz")
-    assert found["x/y"].flags.c_contiguous and found["x/y"].tolist() == [[0, 1, 2], [3, 4, 5]] and found["scalar"].shape == ()
+    assert (
+        found["x/y"].flags.c_contiguous
+        and found["x/y"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        and found["scalar"].shape == ()
+    )
     np.savez(tmp_path / "b.npz", x=np.array([{"a": 1}], object))
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
     for name in ("b", "c"):
@@ -129,7 +133,9 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
+    ).stdout
     assert out.startswith("InputError") and "could not be written" in out and out.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

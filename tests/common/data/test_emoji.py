@@ -14,13 +14,21 @@ from heirloom.common.data.sources import SourceConfig, open_source
 def rows():
     """`rows[style, split]`: the rows as they lie in the file."""
     tables = {style: parquet.read_table(emoji.path(style)).to_pylist() for style in emoji.STYLES}
-    return {(style, split): [r for r in tables[style] if r["split"] == split] for style, split in product(emoji.STYLES, ("train", "test"))}
+    return {
+        (style, split): [r for r in tables[style] if r["split"] == split]
+        for style, split in product(emoji.STYLES, ("train", "test"))
+    }
 
 
-# Concepts and captions are shared by the three hands; of 3,921 pictures to learn from, 22 repeat another: families, and a cat.
-@pytest.mark.parametrize(("column", "counts"), [("concept", (1307, 300)), ("caption", (1307, 300)), ("image", (3921 - 22, 900))])
+# Concepts and captions are shared by the three hands; of 3,921 pictures to learn from, 22 repeat another: families, and
+# a cat.
+@pytest.mark.parametrize(
+    ("column", "counts"), [("concept", (1307, 300)), ("caption", (1307, 300)), ("image", (3921 - 22, 900))]
+)
 def test_nothing_held_out_is_seen_in_any_hand(rows, column, counts):
-    seen, held_out = ({row[column] for style in emoji.STYLES for row in rows[style, split]} for split in ("train", "test"))
+    seen, held_out = (
+        {row[column] for style in emoji.STYLES for row in rows[style, split]} for split in ("train", "test")
+    )
     assert (len(seen), len(held_out)) == counts
     assert not seen & held_out
 

@@ -22,7 +22,18 @@ def test_netpbm_pictures_are_read(tmp_path, picture, grey):
 
 
 def test_what_is_left_out_is_counted_and_said_once(tmp_path, picture, remarks):
-    write(tmp_path, picture, "a/1.png", "a/2.avif", "b/3.png", "b/deep/4.avif", "b/.DS_Store", "b/.cache/5.png", "README.md", ".git/6.png")
+    write(
+        tmp_path,
+        picture,
+        "a/1.png",
+        "a/2.avif",
+        "b/3.png",
+        "b/deep/4.avif",
+        "b/.DS_Store",
+        "b/.cache/5.png",
+        "README.md",
+        ".git/6.png",
+    )
     for _ in range(2):
         assert len(open_source(SourceConfig(str(tmp_path)))) == 2
     (said,) = remarks()
@@ -45,7 +56,9 @@ def test_captions_are_not_left_out(tmp_path, picture, remarks):
 
 def test_a_folder_without_pictures_says_what_is_there(tmp_path, picture):
     write(tmp_path, picture, "a/1.avif", "b/2.avif", "b/3.heic")
-    with pytest.raises(InputError, match=r"has no picture, only 2 \.avif, 1 \.heic: put pictures \(jpg, .*\) there, or into a sub"):
+    with pytest.raises(
+        InputError, match=r"has no picture, only 2 \.avif, 1 \.heic: put pictures \(jpg, .*\) there, or into a sub"
+    ):
         open_source(SourceConfig(str(tmp_path)))
     with pytest.raises(InputError, match="its pictures need a sub-folder for each class"):
         write(tmp_path / "flat", picture, "1.png")
@@ -62,7 +75,13 @@ def test_symlinks_are_followed_but_not_in_circles(tmp_path, picture, grey):
     (tmp_path / "d" / "a" / "self").symlink_to("self")
     source = pickle.loads(pickle.dumps(open_source(SourceConfig(str(tmp_path / "d")))))
     assert source.classes == ("a", "b", "c")
-    assert [(source.classes[r["label"]], grey(r["image"])) for r in source] == [("a", 0), ("b", 1), ("b", 0), ("b", 1), ("c", 2)]
+    assert [(source.classes[r["label"]], grey(r["image"])) for r in source] == [
+        ("a", 0),
+        ("b", 1),
+        ("b", 0),
+        ("b", 1),
+        ("c", 2),
+    ]
 
 
 def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_not_read(tmp_path, picture, remarks):

@@ -20,7 +20,9 @@ def labelled(tmp_path, picture):
     """`labelled(labels, ...)`: open a parquet of as many pictures as labels."""
 
     def write(labels, *args, column="label", **named):
-        parquet.write_table(pyarrow.table({"image": [picture(0)] * len(labels), column: labels}), tmp_path / "a.parquet")
+        parquet.write_table(
+            pyarrow.table({"image": [picture(0)] * len(labels), column: labels}), tmp_path / "a.parquet"
+        )
         return open_labelled(SourceConfig(str(tmp_path / "a.parquet")), column, *args, **named)
 
     return write
@@ -72,7 +74,9 @@ def test_names_of_a_column_are_in_alphabetical_order_or_the_models(labelled):
     assert source.classes == ("cat", "dog") and labels(source) == [1, 0, 1]
     source = labelled(["dog", "cat", "dog"], 2, names=("dog", "cat"))
     assert source.classes == ("dog", "cat") and labels(source) == [0, 1, 0]
-    with pytest.raises(InputError, match=r"its class 'dgo' does not match exactly one of the 2 known \(dog, cat\); did you mean 'dog'"):
+    with pytest.raises(
+        InputError, match=r"its class 'dgo' does not match exactly one of the 2 known \(dog, cat\); did you mean 'dog'"
+    ):
         labelled(["dgo", "cat", "dog"], 2, names=("dog", "cat"))
     for blank in ("", " ", None):
         with pytest.raises(InputError, match=r"row 1: .*label"):
@@ -82,7 +86,11 @@ def test_names_of_a_column_are_in_alphabetical_order_or_the_models(labelled):
 def test_folders_are_matched_to_the_models_names(folders, remarks):
     data = folders("apple", "moon", "zebra")
     assert labels(open_labelled(data, "label", 3, ("zebra", "apple", "moon"))) == [1, 2, 0]
-    assert labels(open_labelled(data, "label", 4, ("zebra", None, "apple", "moon"))) == [2, 3, 0]  # of a model with more classes
+    assert labels(open_labelled(data, "label", 4, ("zebra", None, "apple", "moon"))) == [
+        2,
+        3,
+        0,
+    ]  # of a model with more classes
     for generic in (None, ("LABEL_0", "LABEL_1", "LABEL_2"), ("class 0", "class 1", "class 2"), (None, None, None)):
         assert labels(open_labelled(data, "label", 3, generic)) == [0, 1, 2]
     assert remarks() == []
@@ -93,14 +101,21 @@ def test_an_order_that_is_assumed_is_said(folders, remarks):
     assert labels(open_labelled(data, "label", 3, ("eins", "zwei", "drei"))) == [0, 1, 2]
     said = "its class 'a' is not one of the class names (eins, zwei, drei), but there are 3 of each"
     assert remarks() == [f"{data.path}: {said}: its classes are numbered in their order (a, b, c)"]
-    assert labels(open_labelled(data, "label", 3, ("a", "bb", "c"))) == [0, 1, 2]  # the names that match agree with the order
+    assert labels(open_labelled(data, "label", 3, ("a", "bb", "c"))) == [
+        0,
+        1,
+        2,
+    ]  # the names that match agree with the order
     with pytest.raises(InputError, match="its class 'c' does not match exactly one of the 3 known"):
         open_labelled(data, "label", 3, ("b", "a", "cc"))
 
 
 def test_neither_names_nor_numbers_agree(folders):
     data = folders("a", "b", "c")
-    with pytest.raises(InputError, match=r"has 3 classes \(a, b, c\), the model 2: give data with the model's classes, or a model with 3"):
+    with pytest.raises(
+        InputError,
+        match=r"has 3 classes \(a, b, c\), the model 2: give data with the model's classes, or a model with 3",
+    ):
         open_labelled(data, "label", 2)
     with pytest.raises(InputError, match="its class 'a' does not match exactly one of the 2 known"):
         open_labelled(data, "label", 2, ("x", "y"))
@@ -121,7 +136,17 @@ def test_two_folders_of_one_class(folders):
 def test_match():
     names = ("tench, Tinca tinca", "great white shark, white shark", "Golden-Retriever", "crane", "crane")
     names += ("missile", "projectile, missile", "Café")
-    wanted = ("tench", "Tinca_tinca", "white shark", "golden retriever", "crane", "missile", "projectile", "cafe\u0301", "tin")
+    wanted = (
+        "tench",
+        "Tinca_tinca",
+        "white shark",
+        "golden retriever",
+        "crane",
+        "missile",
+        "projectile",
+        "cafe\u0301",
+        "tin",
+    )
     assert match(wanted, names) == [0, 0, 1, 2, None, 5, 6, 7, None]
     assert match(("tench, Tinca tinca", "Projectile, missile"), ("tench", "projectile", None)) == [0, 1]
 
@@ -146,16 +171,23 @@ def test_names_next_to_shards(tmp_path, picture):
     assert labels(open_labelled(shard("ant", "zebra"), "label")) == [1, 0]
     with pytest.raises(InputError, match=r"0\.tar:s1: its label is 2, which is not one of the classes \(0, 1\)"):
         labels(open_labelled(shard("1", "2"), "label"))
-    with pytest.raises(InputError, match=r"0\.tar:s1: its label is 'bee', which is not one of the classes \(zebra, ant\)"):
+    with pytest.raises(
+        InputError, match=r"0\.tar:s1: its label is 'bee', which is not one of the classes \(zebra, ant\)"
+    ):
         labels(open_labelled(shard("ant", "bee"), "label"))
 
 
 def test_class_names_of_hugging_face_keep_their_order(tmp_path, picture):
     about = {"info": {"features": {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}}}}
-    rows = pyarrow.table({"image": [picture(0)] * 2, "label": [1, 0]}).replace_schema_metadata({"huggingface": json.dumps(about)})
+    rows = pyarrow.table({"image": [picture(0)] * 2, "label": [1, 0]}).replace_schema_metadata(
+        {"huggingface": json.dumps(about)}
+    )
     parquet.write_table(rows, tmp_path / "a.parquet")
     data = SourceConfig(str(tmp_path / "a.parquet"))
-    assert open_labelled(data, "label").classes == ("zebra", "ant") and labels(open_labelled(data, "label", 2)) == [1, 0]
+    assert open_labelled(data, "label").classes == ("zebra", "ant") and labels(open_labelled(data, "label", 2)) == [
+        1,
+        0,
+    ]
     assert labels(open_labelled(data, "label", 2, ("ant", "zebra"))) == [0, 1]
 
 
@@ -171,7 +203,10 @@ def test_arrays_of_labels(tmp_path):
 def test_labels_of_a_weights_folder(tmp_path):
     assert read_labels(tmp_path) is None
     write_labels(tmp_path, ("zèbre", "ant"))
-    assert read_labels(tmp_path) == ("zèbre", "ant") and json.loads((tmp_path / "labels.json").read_text()) == ["zèbre", "ant"]
+    assert read_labels(tmp_path) == ("zèbre", "ant") and json.loads((tmp_path / "labels.json").read_text()) == [
+        "zèbre",
+        "ant",
+    ]
     for names in (["a", ""], [], ["a", 3], {"a": 0}):
         (tmp_path / "labels.json").write_text(json.dumps(names))
         with pytest.raises(InputError, match=r"labels\.json"):
@@ -180,4 +215,6 @@ def test_labels_of_a_weights_folder(tmp_path):
     with pytest.raises(InputError, match=r"labels\.json: cannot be read as JSON"):
         read_labels(tmp_path)
     write_labels(tmp_path, ("crane", "ant", "crane"))  # of ImageNet's classes, a bird and a machine
-    assert read_labels(tmp_path) == ("crane", "ant", "crane") and match(["crane", "ant"], ("crane", "ant", "crane")) == [None, 1]
+    assert read_labels(tmp_path) == ("crane", "ant", "crane") and match(
+        ["crane", "ant"], ("crane", "ant", "crane")
+    ) == [None, 1]

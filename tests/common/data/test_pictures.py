@@ -71,7 +71,9 @@ def test_palettes_and_cmyk():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "I;16", "1", "CMYK"])
 def test_a_file_its_bytes_and_the_picture_are_the_same(mode, background, tmp_path):
     deep = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16))
-    picture = deep if mode == "I;16" else noise(5, 7, 4).convert("RGB" if mode in ("P", "CMYK") else "RGBA").convert(mode)
+    picture = (
+        deep if mode == "I;16" else noise(5, 7, 4).convert("RGB" if mode in ("P", "CMYK") else "RGBA").convert(mode)
+    )
     file = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
     picture.save(file)
     ways = [file, str(file), file.read_bytes(), bytearray(file.read_bytes()), Image.open(file)]
@@ -114,7 +116,10 @@ def test_a_broken_picture_is_named(tmp_path):
         decode(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"does not decode: .*directory"):
         decode(tmp_path)
-    with pytest.raises(InputError, match=r"^shard\.tar:17: this picture does not decode: .*; replace the file or take it out of the set$"):
+    with pytest.raises(
+        InputError,
+        match=r"^shard\.tar:17: this picture does not decode: .*; replace the file or take it out of the set$",
+    ):
         decode_record({"key": "shard.tar:17", "image": b"no picture"})
 
 

@@ -8,7 +8,14 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from heirloom.common.data.pipeline import Augment, PipelineConfig, check_first_batch, evaluation_batches, host_rows, training_batches
+from heirloom.common.data.pipeline import (
+    Augment,
+    PipelineConfig,
+    check_first_batch,
+    evaluation_batches,
+    host_rows,
+    training_batches,
+)
 from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
@@ -74,7 +81,9 @@ def test_batches_are_what_they_say(tokenizer):
 
 
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(tokenizer):
-    seen = np.concatenate(numbers(take(stream(tokenizer), 20))).reshape(6, 20)  # 120 examples are six epochs; batches straddle them
+    seen = np.concatenate(numbers(take(stream(tokenizer), 20))).reshape(
+        6, 20
+    )  # 120 examples are six epochs; batches straddle them
     np.testing.assert_array_equal(np.sort(seen, axis=1), np.tile(np.arange(20), (6, 1)))
     assert len({tuple(epoch) for epoch in seen}) == 6
     other = np.concatenate(numbers(take(stream(tokenizer, seed=1), 20))).reshape(6, 20)
@@ -98,7 +107,9 @@ def test_a_picture_is_cropped_anew_in_every_epoch(tokenizer):
     assert captions == {"one", "two"}
 
 
-@pytest.mark.parametrize("stop", [2, 5])  # 12 of 20 examples: inside the first epoch; 30: inside the second, across a border
+@pytest.mark.parametrize(
+    "stop", [2, 5]
+)  # 12 of 20 examples: inside the first epoch; 30: inside the second, across a border
 def test_resuming_is_exact(tokenizer, stop):
     whole = take(stream(tokenizer), stop + 4)
     halted = stream(tokenizer)
@@ -149,14 +160,18 @@ def test_two_hosts_make_one_batch(tokenizer, monkeypatch):
 
 
 def one_device_mesh():
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
 
 
 def test_on_a_mesh_batches_are_global_arrays(tokenizer):
     whole = take(stream(tokenizer), 5)
     placed = stream(tokenizer, mesh=one_device_mesh())
     batch = next(placed)
-    assert isinstance(batch["image"], jax.Array) and batch["image"].sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
+    assert isinstance(batch["image"], jax.Array) and batch["image"].sharding.spec == jax.sharding.PartitionSpec(
+        ("data", "fsdp")
+    )
     same([batch, *take(placed, 2)], whole[:3])
     assert placed.state()["batches"] == 3  # what was copied ahead does not count
     placed.restore({**placed.state(), "batches": 4})
@@ -167,7 +182,9 @@ def test_on_a_mesh_batches_are_global_arrays(tokenizer):
 def test_on_several_devices_rows_are_split(tokenizer):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(
+        np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
     placed = stream(tokenizer, mesh=mesh, batch=8)
     batch = next(placed)
     assert {s.data.shape for s in batch["text"].addressable_shards} == {(2, 16)}

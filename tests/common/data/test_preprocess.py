@@ -6,7 +6,16 @@ from PIL import Image
 
 from heirloom.common.data import preprocess
 from heirloom.common.data.pictures import Box
-from heirloom.common.data.preprocess import FILTERS, Preprocess, centre, denormalise, eval_image, normalise, random_box, train_image
+from heirloom.common.data.preprocess import (
+    FILTERS,
+    Preprocess,
+    centre,
+    denormalise,
+    eval_image,
+    normalise,
+    random_box,
+    train_image,
+)
 from heirloom.common.errors import InputError
 
 
@@ -66,7 +75,8 @@ def test_without_a_fitting_crop_the_centre_is_taken(size, box):
 
 
 def test_training_crop_is_torchvisions():
-    # 120 x 100: area 10,800, ratio 1.2: 113.84 x 94.87. The draw before it, ratio 4/3 of the whole, is too wide and is thrown away.
+    # 120 x 100: area 10,800, ratio 1.2: 113.84 x 94.87. The draw before it, ratio 4/3 of the whole, is too wide and is
+    # thrown away.
     ratio = np.log(1.2 / 0.75) / np.log(16 / 9)
     rng = Scripted([1.0, 1.0, 0.0, ratio], integers=[5, 3])
     assert random_box(120, 100, (0.9, 1.0), rng) == Box(left=3, top=5, width=114, height=95)
@@ -87,14 +97,18 @@ def test_training_crops_are_spread_as_they_should_be():
 def test_training_image_is_the_resized_crop():
     picture, pre = noise(120, 100), Preprocess(size=64)
     box = random_box(120, 100, pre.scale, np.random.default_rng(7))
-    expected = picture.crop((box.left, box.top, box.left + box.width, box.top + box.height)).resize((64, 64), Image.Resampling.BICUBIC)
+    expected = picture.crop((box.left, box.top, box.left + box.width, box.top + box.height)).resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
     pixels = train_image(picture, pre, np.random.default_rng(7))
     assert (pixels.dtype, pixels.shape) == (np.float32, (64, 64, 3))
     np.testing.assert_array_equal(denormalise(pixels, pre), np.asarray(expected))
 
 
 def test_preprocess_is_saved_and_read_back(tmp_path):
-    pre = Preprocess(size=64, interpolation="bilinear", scale=(0.5, 1.0), resize=70, mode="squash", corner="down", background="white")
+    pre = Preprocess(
+        size=64, interpolation="bilinear", scale=(0.5, 1.0), resize=70, mode="squash", corner="down", background="white"
+    )
     pre.save(tmp_path)
     assert Preprocess.load(tmp_path) == Preprocess.load(tmp_path / "preprocess.json") == pre
     (tmp_path / "preprocess.json").write_text('{"sise": 64}')
@@ -107,7 +121,10 @@ def test_preprocess_is_saved_and_read_back(tmp_path):
 
 
 def test_an_old_file_means_what_it_meant(tmp_path):
-    old = '{"size": 60, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "scale": [0.9, 1.0]}'
+    old = (
+        '{"size": 60, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "scale": [0.9,'
+        " 1.0]}"
+    )
     (tmp_path / "preprocess.json").write_text(old)
     pre = Preprocess.load(tmp_path)
     assert pre == Preprocess(60, (0.5,) * 3, (0.25,) * 3)
@@ -158,7 +175,9 @@ def test_a_picture_may_be_resized_wider_than_its_crop():
 
 def test_a_picture_may_be_squashed():
     picture = noise(90, 70)
-    np.testing.assert_array_equal(centre(picture, Preprocess(32, mode="squash")), picture.resize((32, 32), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(
+        centre(picture, Preprocess(32, mode="squash")), picture.resize((32, 32), Image.Resampling.BICUBIC)
+    )
     wider = picture.resize((40, 40), Image.Resampling.BICUBIC).crop((4, 4, 36, 36))
     np.testing.assert_array_equal(centre(picture, Preprocess(32, mode="squash", resize=40)), wider)
 
@@ -189,5 +208,7 @@ def test_a_thin_picture_takes_little_memory():
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
     middle = np.asarray(picture)[0, 4998:5002].astype(int)
-    shown = np.asarray(pixels)[100, [0, 112, 223]].astype(int)  # 224 of 2,240,000 columns: one pixel of the source and its neighbours
+    shown = np.asarray(pixels)[100, [0, 112, 223]].astype(
+        int
+    )  # 224 of 2,240,000 columns: one pixel of the source and its neighbours
     assert pixels.size == (224, 224) and middle.min() - 60 <= shown.min() and shown.max() <= 255

@@ -31,8 +31,20 @@ def read(folder, format="hf", size=32, **files):
     ("theirs", "expected"),
     [
         (CLIP, {}),
-        (CLIP | {"size": 32, "crop_size": 32, "image_processor_type": None, "feature_extractor_type": "CLIPFeatureExtractor"}, {}),
-        (CLIP | {"image_processor_type": "CLIPImageProcessorFast", "crop_size": [32, 32], "resample": 1}, {"interpolation": "lanczos"}),
+        (
+            CLIP
+            | {
+                "size": 32,
+                "crop_size": 32,
+                "image_processor_type": None,
+                "feature_extractor_type": "CLIPFeatureExtractor",
+            },
+            {},
+        ),
+        (
+            CLIP | {"image_processor_type": "CLIPImageProcessorFast", "crop_size": [32, 32], "resample": 1},
+            {"interpolation": "lanczos"},
+        ),
         (CLIP | {"size": {"shortest_edge": 40, "longest_edge": None}}, {"resize": 40}),
         (CLIP | {"size": {"height": 40, "width": 40}}, {"resize": 40, "mode": "squash"}),
         (CLIP | {"do_convert_rgb": False}, {"background": "none"}),
@@ -49,9 +61,21 @@ def read(folder, format="hf", size=32, **files):
         (VIT | {"image_processor_type": "SiglipImageProcessor"}, {"mode": "squash"}),
         (CLIP | {"image_mean": 0.5, "image_std": [0.25]}, {"mean": HALF, "std": (0.25,) * 3}),
         (CLIP | {"do_normalize": False}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
-        (CLIP | {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}, {"mean": HALF, "std": HALF}),
+        (
+            CLIP | {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},
+            {"mean": HALF, "std": HALF},
+        ),
         (CLIP | {"do_rescale": False, "image_mean": 127.5, "image_std": 255.0}, {"mean": HALF, "std": (1.0,) * 3}),
-        (CLIP | {"do_pad": False, "pad_size": {"height": 99, "width": 99}, "processor_class": "CLIPProcessor", "_valid": []}, {}),
+        (
+            CLIP
+            | {
+                "do_pad": False,
+                "pad_size": {"height": 99, "width": 99},
+                "processor_class": "CLIPProcessor",
+                "_valid": [],
+            },
+            {},
+        ),
     ],
 )
 def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
@@ -72,7 +96,10 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
         ({"resample": 9}, "resample is 9, and must be from 0 to 5"),
         ({"resample": "best"}, "resample is 'best', and must be a whole number"),
         ({"size": {"longest_edge": 32}}, "size is {'longest_edge': 32}"),
-        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "size is .*it must be a number of pixels, shortest_edge, or"),
+        (
+            {"size": {"shortest_edge": 32, "longest_edge": 64}},
+            "size is .*it must be a number of pixels, shortest_edge, or",
+        ),
         ({"size": {"height": 32, "width": 40}}, "only squares"),
         ({"size": {"shortest_edge": -32}}, "size: shortest_edge is -32, and must be from 1"),
         ({"size": [32]}, r"size is \[32\]"),
@@ -88,8 +115,14 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
         ({"crop_pct": 0.9}, "crop_pct is 0.9; this processing is not supported"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True"),
         ({"rescale_factor": 0}, "rescale_factor is 0, and must be a finite number above 0"),
-        ({"image_processor_type": "BlipImageProcessor"}, "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Siglip can be read"),
-        ({"image_processor_type": None}, "'resample' is missing; add it, or the image_processor_type that it depends on"),
+        (
+            {"image_processor_type": "BlipImageProcessor"},
+            "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Siglip can be read",
+        ),
+        (
+            {"image_processor_type": None},
+            "'resample' is missing; add it, or the image_processor_type that it depends on",
+        ),
     ],
 )
 def test_what_transformers_file_asks_for_and_is_not_honoured_is_refused(change, complaint, tmp_path):
@@ -116,7 +149,10 @@ def test_the_model_says_which_processor_it_is_where_its_file_does_not(tmp_path):
 
 def test_a_size_that_is_not_said_is_the_models_and_that_is_said(tmp_path, remarks):
     found = read(tmp_path, preprocessor_config={name: value for name, value in CLIP.items() if "size" not in name})
-    assert (found.pre.size, found.pre.resize) == (32, 32) and "has no size; the size of the model, 32, is assumed" in found.note
+    assert (found.pre.size, found.pre.resize) == (
+        32,
+        32,
+    ) and "has no size; the size of the model, 32, is assumed" in found.note
     assert found.announced() == found.pre and remarks() == [found.note]
 
 
@@ -124,8 +160,14 @@ def test_a_size_that_is_not_said_is_the_models_and_that_is_said(tmp_path, remark
     ("theirs", "expected"),
     [
         ({}, {}),
-        ({"size": 32, "mode": "RGB", "mean": HALF, "std": HALF, "resize_mode": "shortest"}, {"mean": HALF, "std": HALF}),
-        ({"size": [32, 32], "interpolation": "bilinear", "resize_mode": "squash"}, {"interpolation": "bilinear", "mode": "squash"}),
+        (
+            {"size": 32, "mode": "RGB", "mean": HALF, "std": HALF, "resize_mode": "shortest"},
+            {"mean": HALF, "std": HALF},
+        ),
+        (
+            {"size": [32, 32], "interpolation": "bilinear", "resize_mode": "squash"},
+            {"interpolation": "bilinear", "mode": "squash"},
+        ),
         ({"interpolation": "random", "resize_mode": "longest", "fill_color": 7}, {"mode": "longest", "fill": 7}),
     ],
 )
@@ -159,8 +201,14 @@ IMAGENET = Preprocess(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=3
     ("theirs", "expected"),
     [
         ({"crop_pct": 0.875}, {}),
-        ({"mean": HALF, "std": HALF}, {"mean": HALF, "std": HALF}),  # what is left out is timm's: 0.875, bicubic, center
-        ({"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center"}, {"resize": 32, "interpolation": "bilinear"}),
+        (
+            {"mean": HALF, "std": HALF},
+            {"mean": HALF, "std": HALF},
+        ),  # what is left out is timm's: 0.875, bicubic, center
+        (
+            {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center"},
+            {"resize": 32, "interpolation": "bilinear"},
+        ),
         ({"crop_pct": 0.9, "crop_mode": "squash", "input_size": [3, 32, 32]}, {"resize": 35, "mode": "squash"}),
         ({"crop_pct": 0.875, "test_input_size": [3, 64, 64], "test_crop_pct": 1.0, "fixed_input_size": True}, {}),
     ],
@@ -190,12 +238,19 @@ def test_what_timms_file_asks_for_and_is_not_honoured_is_refused(theirs, complai
 
 
 def test_timms_other_input_size_is_said(tmp_path):
-    found = read(tmp_path, "timm", config={"architecture": "vit", "pretrained_cfg": {"mean": HALF, "input_size": [3, 224, 224]}})
-    assert (found.pre.size, found.pre.resize) == (32, 36) and "is for pictures of 224 x 224; the size of the model, 32" in found.note
+    found = read(
+        tmp_path, "timm", config={"architecture": "vit", "pretrained_cfg": {"mean": HALF, "input_size": [3, 224, 224]}}
+    )
+    assert (found.pre.size, found.pre.resize) == (
+        32,
+        36,
+    ) and "is for pictures of 224 x 224; the size of the model, 32" in found.note
 
 
 def test_a_checkpoint_without_preprocessing_says_whose_is_assumed(tmp_path, remarks):
-    found = read(tmp_path, "timm", config={"architecture": "vit", "pretrained_cfg": {"num_classes": 5}}, open_clip_config={})
+    found = read(
+        tmp_path, "timm", config={"architecture": "vit", "pretrained_cfg": {"num_classes": 5}}, open_clip_config={}
+    )
     assert (found.pre, found.origin) == (OWN, "")
     found.announced()
     (said,) = remarks()
@@ -254,6 +309,8 @@ def test_what_a_format_cannot_express_is_not_written(format, change, complaint, 
 def test_a_white_background_is_said_where_it_is_lost(tmp_path, remarks):
     (tmp_path / "open_clip_config.json").write_text("{}")
     write(replace(OTHER, background="white"), tmp_path, "open_clip")
-    assert remarks() == ["open_clip has no setting for background 'white': composite transparent pictures yourself there"]
+    assert remarks() == [
+        "open_clip has no setting for background 'white': composite transparent pictures yourself there"
+    ]
     write(replace(OTHER, background="white"), tmp_path, "heirloom")
     assert remarks() == [] and Preprocess.load(tmp_path).background == "white"

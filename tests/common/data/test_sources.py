@@ -23,12 +23,18 @@ def both(source):
 
 
 def test_a_folder_of_classes(tmp_path, picture, grey):
-    for value, name in enumerate(["train/dog/a.png", "train/cat/b.PNG", "train/cat/deep/c.jpeg", "test/cat/d.png", "train/cat/notes.md"]):
+    for value, name in enumerate(
+        ["train/dog/a.png", "train/cat/b.PNG", "train/cat/deep/c.jpeg", "test/cat/d.png", "train/cat/notes.md"]
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture(value))
     for source in both(open_source(SourceConfig(str(tmp_path), split="train"))):
         assert len(source) == 3 and source.classes == ("cat", "dog")
-        assert [(r["text"], int(r["label"]), grey(r["image"])) for r in source] == [("cat", 0, 1), ("cat", 0, 2), ("dog", 1, 0)]
+        assert [(r["text"], int(r["label"]), grey(r["image"])) for r in source] == [
+            ("cat", 0, 1),
+            ("cat", 0, 2),
+            ("dog", 1, 0),
+        ]
         assert source[2]["key"].endswith("train/dog/a.png")
     with pytest.raises(InputError, match="say which one with split"):
         open_source(SourceConfig(str(tmp_path)))
@@ -49,7 +55,9 @@ def test_a_flat_folder_with_captions(tmp_path, picture, grey):
 
 
 def test_an_empty_folder_and_a_missing_one(tmp_path):
-    with pytest.raises(InputError, match=r"has no picture, it is empty: put pictures .* there, or into a sub-folder per class"):
+    with pytest.raises(
+        InputError, match=r"has no picture, it is empty: put pictures .* there, or into a sub-folder per class"
+    ):
         open_source(SourceConfig(str(tmp_path)))
     (tmp_path / "pictures").mkdir()
     with pytest.raises(InputError, match="did you mean 'pictures'"):
@@ -76,7 +84,12 @@ def test_tables(tmp_path, picture, grey, name, tab):
         assert len(source) == 4
         record = source[2]
         assert (record["text"], grey(record["image"]), record["note"]) == ("caption 2,\nsecond line é", 2, "x")
-        assert (record["score"].dtype, float(record["score"]), record["size"].dtype, int(record["size"])) == (np.float32, 2.5, np.int32, 2)
+        assert (record["score"].dtype, float(record["score"]), record["size"].dtype, int(record["size"])) == (
+            np.float32,
+            2.5,
+            np.int32,
+            2,
+        )
     (tmp_path / "p1.png").unlink()
     with pytest.raises(InputError, match=r"p1\.png is not readable: No such file"):
         source[1]
@@ -101,7 +114,9 @@ def test_numbered_shards_are_one_source(tmp_path, write_tar, grey):
         write_tar(tmp_path / f"{number:05d}.tar", first, count)
     for path in ("{00000..00002}.tar", "*.tar", ""):
         for source in both(open_source(SourceConfig(str(tmp_path / path), columns=("score",)))):
-            assert [(grey(r["image"]), r["text"], float(r["score"])) for r in source] == [(i, f"caption {i}", i / 2) for i in range(8)]
+            assert [(grey(r["image"]), r["text"], float(r["score"])) for r in source] == [
+                (i, f"caption {i}", i / 2) for i in range(8)
+            ]
             assert source[4]["key"].endswith("00001.tar:000004")
     assert len(open_source(SourceConfig(str(tmp_path / "{00000..00001}.tar")))) == 5
     with pytest.raises(InputError, match=r"00003\.tar does not exist"):
@@ -181,7 +196,9 @@ def test_parquet(tmp_path, picture, grey, struct):
     parquet.write_table(table(5, 4, picture, struct), tmp_path / "1.parquet", row_group_size=3)
     cfg = SourceConfig(str(tmp_path), columns=("tags", "concept", "embedding"))
     for source in both(open_source(cfg)):
-        assert [(grey(r["image"]), r["text"], r["concept"]) for r in source] == [(i, f"caption {i}", f"c{i // 2}") for i in range(9)]
+        assert [(grey(r["image"]), r["text"], r["concept"]) for r in source] == [
+            (i, f"caption {i}", f"c{i // 2}") for i in range(9)
+        ]
         assert [source[6]["tags"], source[7]["tags"]] == [["x", "t6"], []]
         assert source[7]["embedding"].dtype == np.float32 and source[7]["embedding"].tolist() == [3.5, 1.0]
         assert source[7]["key"].endswith("1.parquet row 2")
@@ -194,14 +211,22 @@ def test_parquet_keeps_only_the_row_groups_it_may(tmp_path, picture, monkeypatch
     source = open_source(SourceConfig(str(tmp_path / "0.parquet")))
     reads = []
     read = parquet.ParquetFile.read_row_group
-    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, n, **kw: reads.append(n) or read(self, n, **kw))
+    monkeypatch.setattr(
+        parquet.ParquetFile, "read_row_group", lambda self, n, **kw: reads.append(n) or read(self, n, **kw)
+    )
     for _ in range(2):
         assert [r["text"] for r in source] == [f"caption {i}" for i in range(8)]
     assert reads == [0, 1, 2, 3]
     reads.clear()
     monkeypatch.setattr(sources.parquet, "ROW_GROUP_MEMORY", 1)
     source = open_source(SourceConfig(str(tmp_path / "0.parquet")))
-    assert [source[i]["text"] for i in (1, 0, 7, 6, 0)] == ["caption 1", "caption 0", "caption 7", "caption 6", "caption 0"]
+    assert [source[i]["text"] for i in (1, 0, 7, 6, 0)] == [
+        "caption 1",
+        "caption 0",
+        "caption 7",
+        "caption 6",
+        "caption 0",
+    ]
     assert reads == [0, 3, 0]
 
 
@@ -287,7 +312,9 @@ def prepared(tmp_path_factory):
 def test_tfds_reads_what_tfds_prepared(prepared, grey):
     cfg = SourceConfig(f"tfds:heirloom_toy:1.0.0@{prepared}", split="train", text="captions", columns=("score",))
     for source in both(open_source(cfg)):
-        records = sorted((grey(r["image"]), r["text"], int(r["label"]), float(r["score"])) for r in map(source.__getitem__, range(6)))
+        records = sorted(
+            (grey(r["image"]), r["text"], int(r["label"]), float(r["score"])) for r in map(source.__getitem__, range(6))
+        )
         assert records == [(i, [f"one {i}", f"two {i}"], i % 2, i / 2) for i in range(6)]
     named = open_source(SourceConfig(f"tfds:heirloom_toy@{prepared}", split="test", text="label"))
     assert named.classes == ("cat", "dog") and sorted(named[i]["text"] for i in range(2)) == ["cat", "dog"]

@@ -1,4 +1,6 @@
-"""Tables and parquet of other hands: paths instead of bytes, splits in file names, a row per caption, captions that are none."""
+"""Tables and parquet of other hands: paths instead of bytes, splits in file names, a row per caption, captions that are
+none.
+"""
 
 import io
 import json
@@ -34,7 +36,9 @@ def images(pictures, form):
 @pytest.mark.parametrize("form", ["struct", "absolute", "string"])
 def test_pictures_by_path(pictures, grey, form, monkeypatch):
     monkeypatch.chdir("/")
-    parquet.write_table(pyarrow.table({"image": images(pictures, form), "caption": list("abcd")}), pictures / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"image": images(pictures, form), "caption": list("abcd")}), pictures / "a.parquet"
+    )
     source = open_source(SourceConfig(str(pictures / "a.parquet")))
     assert [grey(r["image"]) for r in source] == [0, 1, 2, 3] and source[2]["key"] == str(pictures / "2.png")
     (pictures / "2.png").unlink()
@@ -44,16 +48,26 @@ def test_pictures_by_path(pictures, grey, form, monkeypatch):
 
 @pytest.mark.parametrize("cell", [{"bytes": None, "path": None}, {"bytes": b"", "path": ""}])
 def test_a_picture_that_is_nowhere(tmp_path, cell):
-    parquet.write_table(pyarrow.table({"image": pyarrow.array([cell], STRUCT), "caption": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a\.parquet row 0: its picture is .*; a picture must be bytes, a path, or a struct"):
+    parquet.write_table(
+        pyarrow.table({"image": pyarrow.array([cell], STRUCT), "caption": ["a"]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(
+        InputError, match=r"a\.parquet row 0: its picture is .*; a picture must be bytes, a path, or a struct"
+    ):
         open_source(SourceConfig(str(tmp_path / "a.parquet")))[0]
 
 
 @pytest.mark.parametrize("where", ["", "data"])
 def test_splits_in_the_names_of_files(tmp_path, picture, where):
     (tmp_path / where).mkdir(exist_ok=True)
-    for name, rows in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test-00000-of-00001-a09b74b3ef9c3b56", 1)):
-        parquet.write_table(pyarrow.table({"image": [picture(0)] * rows, "caption": ["a"] * rows}), tmp_path / where / f"{name}.parquet")
+    for name, rows in (
+        ("train-00000-of-00002", 3),
+        ("train-00001-of-00002", 2),
+        ("test-00000-of-00001-a09b74b3ef9c3b56", 1),
+    ):
+        parquet.write_table(
+            pyarrow.table({"image": [picture(0)] * rows, "caption": ["a"] * rows}), tmp_path / where / f"{name}.parquet"
+        )
     assert [len(open_source(SourceConfig(str(tmp_path), split=split))) for split in ("train", "test")] == [5, 1]
     with pytest.raises(InputError, match="has the splits test, train: say which one with split"):
         open_source(SourceConfig(str(tmp_path)))
@@ -68,7 +82,9 @@ def test_splits_in_the_names_of_files(tmp_path, picture, where):
 def test_files_without_splits_have_none(tmp_path, picture):
     parquet.write_table(pyarrow.table({"image": [picture(0)], "caption": ["a"]}), tmp_path / "0000.parquet")
     assert len(open_source(SourceConfig(str(tmp_path)))) == 1
-    with pytest.raises(InputError, match="has no splits: no column 'split', and no file named like test-00000-of-00001"):
+    with pytest.raises(
+        InputError, match="has no splits: no column 'split', and no file named like test-00000-of-00001"
+    ):
         open_source(SourceConfig(str(tmp_path), split="test"))
 
 
@@ -88,7 +104,9 @@ def table(pictures, form, picture):
     """Three rows of picture 0 and one of picture 1, in mixed order."""
     paths, texts = ["0.png", "1.png", "./0.png", "0.png"], ["a", "b", "c", "a"]
     if form == "csv":
-        (pictures / "a.csv").write_text("image,caption\n" + "".join(f"{p},{t}\n" for p, t in zip(paths, texts, strict=True)))
+        (pictures / "a.csv").write_text(
+            "image,caption\n" + "".join(f"{p},{t}\n" for p, t in zip(paths, texts, strict=True))
+        )
         return pictures / "a.csv"
     cells = [picture(int(p[-5])) for p in paths] if form == "bytes" else paths
     parquet.write_table(pyarrow.table({"image": cells, "caption": texts}), pictures / "a.parquet", row_group_size=3)
@@ -157,7 +175,9 @@ def test_a_number_that_int32_cannot_hold_is_no_column(tmp_path, picture):
 
 
 def test_class_names_of_hugging_face(tmp_path, picture):
-    about = {"info": {"features": {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
+    about = {
+        "info": {"features": {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}}
+    }
     rows = pyarrow.table({"image": [picture(0)], "label": [1]})
     for i, names in enumerate((["zebra", "ant"], ["ant", "zebra"])):
         about["info"]["features"]["label"]["names"] = names

@@ -64,7 +64,11 @@ def test_a_truncated_shard_is_named(tmp_path, write_tar, cut):
     shard = write_tar(tmp_path / "a.tar", 0, 5)
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[-3]
-    size = {"inside a picture": last.offset_data + 20, "between members": last.offset, "inside a header": last.offset + 100}[cut]
+    size = {
+        "inside a picture": last.offset_data + 20,
+        "between members": last.offset,
+        "inside a header": last.offset + 100,
+    }[cut]
     os.truncate(shard, size)
     with pytest.raises(InputError, match=r"a\.tar"):
         index_shard(shard)
@@ -118,7 +122,9 @@ def special(name, kind, target=""):
 
 def test_names_are_only_names(tmp_path):
     """Nothing is unpacked, so that absolute names and `..` lead nowhere."""
-    shard = pack(tmp_path / "a.tar", ("/etc/1.txt", b"one"), ("../../2.txt", b"two"), ("..", b""), ("a/../3.txt", b"three"))
+    shard = pack(
+        tmp_path / "a.tar", ("/etc/1.txt", b"one"), ("../../2.txt", b"two"), ("..", b""), ("a/../3.txt", b"three")
+    )
     table = np.load(index_shard(shard))
     assert table[STEM].tolist() == [b"/etc/1", b"../../2", b"a/../3"]
     assert [read_span(shard, row["txt"]) for row in table] == [b"one", b"two", b"three"]
@@ -132,11 +138,15 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_a_hard_link_has_the_bytes_it_links_to(tmp_path):
-    shard = pack(tmp_path / "a.tar", ("1.txt", b"one"), (special("2.txt", tarfile.LNKTYPE, "1.txt"), b""), ("3.txt", b"three"))
+    shard = pack(
+        tmp_path / "a.tar", ("1.txt", b"one"), (special("2.txt", tarfile.LNKTYPE, "1.txt"), b""), ("3.txt", b"three")
+    )
     table = np.load(index_shard(shard))
     assert [read_span(shard, row["txt"]) for row in table] == [b"one", b"one", b"three"]
     lost = pack(tmp_path / "b.tar", (special("2.txt", tarfile.LNKTYPE, "1.txt"), b""))
-    with pytest.raises(InputError, match=r"b\.tar: its member '2\.txt' is a hard link to a file that is not in the shard"):
+    with pytest.raises(
+        InputError, match=r"b\.tar: its member '2\.txt' is a hard link to a file that is not in the shard"
+    ):
         index_shard(lost)
 
 
@@ -169,7 +179,12 @@ def test_a_damaged_index_is_built_again(tmp_path, write_tar, damage):
     if damage == "another array":
         np.save(index, np.arange(5))
     else:
-        damaged = {"cut in the header": whole[:40], "cut in the table": whole[:-20], "empty": b"", "no array": b"PK\x03\x04" * 9}
+        damaged = {
+            "cut in the header": whole[:40],
+            "cut in the table": whole[:-20],
+            "empty": b"",
+            "no array": b"PK\x03\x04" * 9,
+        }
         index.write_bytes(damaged[damage])
     assert index_shard(shard) == index and index.read_bytes() == whole
     assert sorted(tmp_path.iterdir()) == [shard, index]
@@ -199,7 +214,10 @@ def test_no_place_for_the_index_is_said(tmp_path, write_tar, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tar_index.np, "save", full)
-        with pytest.raises(InputError, match=r"cannot be written to .* \(No space left on device\) or .*; set XDG_CACHE_HOME to a folder"):
+        with pytest.raises(
+            InputError,
+            match=r"cannot be written to .* \(No space left on device\) or .*; set XDG_CACHE_HOME to a folder",
+        ):
             index_shard(shard)
     assert sorted(tmp_path.iterdir()) == [shard, tmp_path / "cache"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))

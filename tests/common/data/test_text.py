@@ -56,7 +56,12 @@ def test_decoding_gives_the_words_back(clip):
 def test_a_fitted_vocabulary(tmp_path):
     small = Tokenizer.train(CAPTIONS, 540)
     assert (small.vocab_size, small.sot, small.eot) == (540, 538, 539)
-    assert small("a", 4)[0].tolist() == [538, 256 + ord("a") - ord("!"), 539, 0]  # byte tokens are numbered as CLIP's are
+    assert small("a", 4)[0].tolist() == [
+        538,
+        256 + ord("a") - ord("!"),
+        539,
+        0,
+    ]  # byte tokens are numbered as CLIP's are
     frequent, rare = (int((small(text, 20)[0] > 0).sum()) for text in ("photo", "xylem"))
     assert (frequent, rare) == (3, 7)  # one merged token against five letters, and SOT and EOT
     assert small.decode(small("Ünseen 日本 bytes", 40)[0]) == "ünseen 日本 bytes"
@@ -98,7 +103,10 @@ def test_what_is_no_clip_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(InputError, match="too small for the start and end tokens"):
         Tokenizer.clip()("a", 1)
-    for texts, complaint in ((7, "captions must be strings, not int"), (["a", None], "caption 1, counted from 0, is NoneType")):
+    for texts, complaint in (
+        (7, "captions must be strings, not int"),
+        (["a", None], "caption 1, counted from 0, is NoneType"),
+    ):
         with pytest.raises(InputError, match=complaint):
             Tokenizer.clip()(texts, 8)
 
@@ -122,7 +130,11 @@ def with_added(clip, folder, *tokens):
 def test_tokens_added_behind_the_end(clip, tmp_path):
     added = tokenizers.AddedToken
     more = with_added(
-        clip, tmp_path, added("<cat-toy>", normalized=True), added("<Raw>", normalized=False), added("<S>", special=True, normalized=False)
+        clip,
+        tmp_path,
+        added("<cat-toy>", normalized=True),
+        added("<Raw>", normalized=False),
+        added("<S>", special=True, normalized=False),
     )
     assert (more.vocab_size, more.sot, more.eot, more.largest_word) == (49411, 49406, 49407, 49405)
     assert more("a <cat-toy>", 6).tolist() == [[49406, 320, 49408, 49407, 0, 0]]
@@ -141,7 +153,9 @@ def tables(clip, folder, **files):
     model = json.loads(clip.save(folder).read_text())["model"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]), encoding="utf-8"
+    )
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -164,7 +178,9 @@ def test_start_and_end_have_the_names_their_config_gives_them(clip, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(InputError, match="no start and end token"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"})
+    )
     named = Tokenizer.load(tmp_path)
     assert (named.sot, named.eot, named.largest_word) == (0, 1, 5)
     assert named("A b", 5).tolist() == [[0, 2, 3, 1, 0]]
@@ -175,7 +191,9 @@ def test_start_and_end_have_the_names_their_config_gives_them(clip, tmp_path):
 
 
 def test_a_tokenizer_that_keeps_capitals_gets_them(clip, tmp_path):
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"A</w>": 0, "a</w>": 1, SOT: 2, EOT: 3}, [], end_of_word_suffix="</w>"))
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"A</w>": 0, "a</w>": 1, SOT: 2, EOT: 3}, [], end_of_word_suffix="</w>")
+    )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     bpe.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.load(tmp_path)("A a", 4).tolist() == [[2, 0, 1, 3]]

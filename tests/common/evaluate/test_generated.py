@@ -14,7 +14,14 @@ from heirloom.common.errors import InputError, Remark
 from heirloom.common.evaluate import generated
 from heirloom.common.evaluate.extractor import Extractor
 from heirloom.common.evaluate.fid import Gaussian, frechet_distance, inception_score
-from heirloom.common.evaluate.generated import Reference, check_reference, evaluate, measurer, read_images, read_reference
+from heirloom.common.evaluate.generated import (
+    Reference,
+    check_reference,
+    evaluate,
+    measurer,
+    read_images,
+    read_reference,
+)
 from heirloom.common.evaluate.inception import ADM, Q8, Features, InceptionConfig
 from heirloom.common.nn.dense import Dense
 from heirloom.common.nn.functional import functional
@@ -42,7 +49,9 @@ def sizes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2])
+    return jax.make_mesh(
+        (2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2]
+    )
 
 
 def extractor(cfg):
@@ -64,7 +73,11 @@ def test_every_picture_counts_once_however_they_come(mesh):
     whole, parts = measure([images]), measure(cut(images, 5))
     colours = images.mean((1, 2), dtype=np.float64) / 255
     for found in (whole, parts):
-        assert found.pooled.shape == (23, 3) and found.logits.shape == (23, 1001) and found.pool.count == found.spatial.count == 23
+        assert (
+            found.pooled.shape == (23, 3)
+            and found.logits.shape == (23, 1001)
+            and found.pool.count == found.spatial.count == 23
+        )
         np.testing.assert_allclose(found.pooled, colours, rtol=1e-6)
         np.testing.assert_allclose(found.pool.gaussian().covariance, np.cov(colours, rowvar=False), rtol=1e-4)
         np.testing.assert_allclose(found.spatial.gaussian().mean, images[:, 0, 0, :2].mean(0) / 255, rtol=1e-6)
@@ -74,7 +87,12 @@ def test_every_picture_counts_once_however_they_come(mesh):
 def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     images, reference = pictures(40, 0), pictures(30, 1, low=40)
     stored = Gaussian(np.full(3, 0.5), 0.01 * np.eye(3)), Gaussian(np.full(2, 0.4), 0.1 * np.eye(2))
-    arrays = {"mu": stored[0].mean, "sigma": stored[0].covariance, "mu_s": stored[1].mean, "sigma_s": stored[1].covariance}
+    arrays = {
+        "mu": stored[0].mean,
+        "sigma": stored[0].covariance,
+        "mu_s": stored[1].mean,
+        "sigma_s": stored[1].covariance,
+    }
     np.savez_compressed(tmp_path / "ref.npz", arr_0=reference, **arrays)
     rows = evaluate(cut(images, 7), read_reference(tmp_path / "ref.npz"), extractor(ADM), mesh, size=8)
     assert {(row["n"], row["protocol"]) for row in rows} == {(40, "adm")}
@@ -92,7 +110,10 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
     assert rows[0]["value"] == pytest.approx(frechet_distance(ours.pool.gaussian(), theirs.pool.gaussian()))
 
     np.savez(tmp_path / "whole.npz", **{key: arrays[key] for key in ("mu", "sigma")})
-    left_out = r"whole.npz has `mu` .* not sFID's .* `mu_s` and `sigma_s`: sFID is left out; .* ADM suite \(VIRTUAL_\*.npz\) has both"
+    left_out = (
+        r"whole.npz has `mu` .* not sFID's .* `mu_s` and `sigma_s`: sFID is left out; .* ADM suite \(VIRTUAL_\*.npz\)"
+        r" has both"
+    )
     with pytest.warns(Remark, match=left_out) as said:
         rows = evaluate([images], read_reference(tmp_path / "whole.npz"), extractor(ADM), mesh)
     assert len(said) == 1 and [row["metric"] for row in rows] == ["fid", "inception_score"]
@@ -101,7 +122,9 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
 
 
 def test_statistics_without_spatial_ones_are_remarked_where_they_are_used():
-    """sFID is then of the pictures; a network that takes everything from the pictures has nothing to remark, nor has a whole reference."""
+    """sFID is then of the pictures; a network that takes everything from the pictures has nothing to remark, nor has a
+    whole reference.
+    """
     pool, spatial = Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(2), np.eye(2))
     mixed = Reference("mixed.npz", pool, None, 1200, lambda rows: iter(()))
     with pytest.warns(Remark, match=r"mixed.npz has .*: sFID is measured against its 1,200 pictures instead"):
@@ -116,7 +139,10 @@ def test_statistics_without_spatial_ones_are_remarked_where_they_are_used():
 def test_the_same_pictures_score_perfectly(mesh, tmp_path):
     images = pictures(30, 0)
     np.savez(tmp_path / "same.npz", images)
-    values = {row["metric"]: row["value"] for row in evaluate([images], read_reference(tmp_path / "same.npz"), extractor(Q8), mesh)}
+    values = {
+        row["metric"]: row["value"]
+        for row in evaluate([images], read_reference(tmp_path / "same.npz"), extractor(Q8), mesh)
+    }
     assert values["fid"] == pytest.approx(0, abs=1e-7) and values["sfid"] == pytest.approx(0, abs=1e-7)
     assert values["precision"] == values["recall"] == 1
 

@@ -93,7 +93,10 @@ def test_batch_norms_are_folded(foreign):
     key = "Mixed_6b.branch7x7_2"
     patch = np.random.default_rng(1).standard_normal((7, 128))  # what a 1 x 7 kernel sees
     before = np.einsum("kc,fck->f", patch, foreign[f"{key}.conv.weight"][:, :, 0].astype(np.float64))
-    norm = {name: foreign[f"{key}.bn.{name}"].astype(np.float64) for name in ("weight", "bias", "running_mean", "running_var")}
+    norm = {
+        name: foreign[f"{key}.bn.{name}"].astype(np.float64)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
     want = (before - norm["running_mean"]) / np.sqrt(norm["running_var"] + 0.001) * norm["weight"] + norm["bias"]
     got = np.einsum("kc,kcf->f", patch, params["Mixed_6b/branch7x7_2/kernel"][0]) + params["Mixed_6b/branch7x7_2/bias"]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -102,7 +105,10 @@ def test_batch_norms_are_folded(foreign):
 def test_a_wrong_file_is_one_line(foreign):
     spec = functional(Inception, ADM).spec
     for broken, why in (
-        ({k: v for k, v in foreign.items() if k != f"{STEM}.bn.running_var"}, r"'Conv2d_1a_3x3.bn.running_var' is missing"),
+        (
+            {k: v for k, v in foreign.items() if k != f"{STEM}.bn.running_var"},
+            r"'Conv2d_1a_3x3.bn.running_var' is missing",
+        ),
         (foreign | {"fc.weight": np.zeros((1000, 2048), np.float32)}, r"'fc.weight' has shape \(1000, 2048\)"),
         (foreign | {"Mixed_8.conv.weight": np.zeros(1)}, "'Mixed_8.conv.weight' is not part"),
     ):
@@ -112,7 +118,9 @@ def test_a_wrong_file_is_one_line(foreign):
 
 
 def test_the_same_weights_from_a_file_and_from_a_folder(foreign, tmp_path):
-    with weights.create_safetensors(tmp_path / "fid.safetensors", {k: Tensor(v.shape, v.dtype) for k, v in foreign.items()}) as out:
+    with weights.create_safetensors(
+        tmp_path / "fid.safetensors", {k: Tensor(v.shape, v.dtype) for k, v in foreign.items()}
+    ) as out:
         for key, value in foreign.items():
             out[key][...] = value
     found = open_extractor(tmp_path / "fid.safetensors")

@@ -57,7 +57,9 @@ def test_distinct_captions_are_asked_for_once():
 
 @given(st.integers(1, 23), st.integers(2, 9))
 def test_no_example_counts_more_for_standing_in_a_short_batch(count, size):
-    mesh = jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2]
+    )
     rows = np.arange(count * 3, dtype=np.float32).reshape(count, 3)
     embed = embedder(lambda params, x: 2 * x + params["bias"], mesh, size)
     got = np.concatenate([embed({"bias": np.float32(1)}, rows[i : i + size]) for i in range(0, count, size)])
@@ -66,7 +68,9 @@ def test_no_example_counts_more_for_standing_in_a_short_batch(count, size):
 
 def test_classifier_is_the_mean_on_the_sphere():
     vectors = {"a cat": [1.0, 0.0], "one cat": [0.0, 1.0], "a dog": [0.6, -0.8], "one dog": [0.6, -0.8]}
-    got = classifier(("cat", "dog"), ("a {}", "one {}"), lambda texts: np.array([vectors[t] for t in texts], np.float32))
+    got = classifier(
+        ("cat", "dog"), ("a {}", "one {}"), lambda texts: np.array([vectors[t] for t in texts], np.float32)
+    )
     np.testing.assert_allclose(got, [[0.5**0.5, 0.5**0.5], [0.6, -0.8]], rtol=1e-6)
 
 
@@ -118,7 +122,9 @@ def test_templates_of_a_file(tmp_path):
     assert vectors.tolist() == [[1.0]]  # a name is text, whatever braces it has
 
 
-@pytest.mark.parametrize("line", ["a cat", "a {} of {}", "a {c} of {c}", "a {} of {c}", "a %s", "a {0}", "a {name}", "a {}}", "{{}}"])
+@pytest.mark.parametrize(
+    "line", ["a cat", "a {} of {}", "a {c} of {c}", "a {} of {c}", "a %s", "a {0}", "a {name}", "a {}}", "{{}}"]
+)
 def test_other_templates_are_refused(tmp_path, line):
     file = tmp_path / "templates.txt"
     file.write_text(f"a photo of a {{}}\n{line}\n")

@@ -67,7 +67,9 @@ def test_accuracy_on_eight_devices_is_that_of_one_for_an_eighth_of_the_work(draw
     assert one["top1"] * 27 == pytest.approx(round(one["top1"] * 27)) and 0 < one["top1"] < one["top5"] == 1
     assert eight == pytest.approx(one, rel=1e-6)
     rows = image[:16], label[:16]
-    work = [flops(counter(FAMILY.module, VIT, PRE, mesh), mesh, placed(spec, draw, mesh), *rows) for mesh in (ONE, EIGHT)]
+    work = [
+        flops(counter(FAMILY.module, VIT, PRE, mesh), mesh, placed(spec, draw, mesh), *rows) for mesh in (ONE, EIGHT)
+    ]
     assert work[1] < 0.15 * work[0]
 
 

@@ -22,7 +22,9 @@ ATTENTION = partial(Attention, SIZES, attend=softmax())
 
 class Tower(nnx.Module):
     def __init__(self, cfg, *, rngs):
-        self.blocks = stack(lambda rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-5, rngs=rngs), cfg["layers"], rngs)
+        self.blocks = stack(
+            lambda rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-5, rngs=rngs), cfg["layers"], rngs
+        )
         self.norm = LayerNorm(SIZES, eps=1e-5, rngs=rngs)
         self.remat = cfg.get("remat", "none")
 
@@ -52,7 +54,9 @@ def test_scan_equals_the_blocks_one_by_one():
     # Eleven layers: unrolled blocks with string keys would be permuted ("10" < "2").
     model = functional(Tower, {"layers": 11})
     params = drawn(model)
-    single = functional(lambda cfg, rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-5, rngs=rngs), None)
+    single = functional(
+        lambda cfg, rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-5, rngs=rngs), None
+    )
     x, apply = inputs(), jax.jit(single.apply)
     for i in range(11):
         x = apply({p.removeprefix("blocks/"): v[i] for p, v in params.items() if p.startswith("blocks/")}, x)
@@ -66,13 +70,18 @@ def test_remat_changes_memory_and_not_gradients():
     def gradient(remat):
         model = functional(Tower, {"layers": 3, "remat": remat})
         # Compiled without the optimiser's passes, which take most of the time and change nothing here.
-        step = jax.jit(jax.grad(lambda p: jnp.sin(model.apply(p, inputs())).sum()), compiler_options={"xla_backend_optimization_level": 0})
+        step = jax.jit(
+            jax.grad(lambda p: jnp.sin(model.apply(p, inputs())).sum()),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
         return step(drawn(model))
 
     plain = gradient("none")
     for remat in ("full", "dots"):
         for path, value in gradient(remat).items():
-            np.testing.assert_allclose(value, plain[path], atol=1e-5 * max(1, float(jnp.abs(plain[path]).max())), err_msg=path)
+            np.testing.assert_allclose(
+                value, plain[path], atol=1e-5 * max(1, float(jnp.abs(plain[path]).max())), err_msg=path
+            )
 
 
 def test_trap_merge_would_take_any_tree():
@@ -96,11 +105,15 @@ def test_trap_a_part_of_the_tree_has_the_bits_of_the_whole():
     assert set(part) == {"blocks/attn/out/kernel", "norm/scale", "blocks/mlp/up/bias"}
     for path, value in part.items():
         np.testing.assert_array_equal(value, whole[path])
-    assert not np.array_equal(whole["blocks/attn/out/kernel"][0], whole["blocks/attn/out/kernel"][1])  # each layer its own draw
+    assert not np.array_equal(
+        whole["blocks/attn/out/kernel"][0], whole["blocks/attn/out/kernel"][1]
+    )  # each layer its own draw
 
 
 def test_trap_parts_in_any_sharding_have_the_bits_of_the_whole():
-    """Normal numbers made eagerly differ in the last bits, with some releases of jax; what init makes is always compiled."""
+    """Normal numbers made eagerly differ in the last bits, with some releases of jax; what init makes is always
+    compiled.
+    """
 
     class Tables(nnx.Module):
         def __init__(self, cfg, *, rngs):
@@ -123,7 +136,9 @@ def test_trap_parts_in_any_sharding_have_the_bits_of_the_whole():
 def test_a_population_runs_under_vmap():
     model = functional(Tower, {"layers": 2})
     params, apply = [drawn(model, seed) for seed in range(3)], jax.jit(model.apply)
-    together = jax.jit(jax.vmap(model.apply, in_axes=(0, None)))(jax.tree.map(lambda *x: jnp.stack(x), *params), inputs())
+    together = jax.jit(jax.vmap(model.apply, in_axes=(0, None)))(
+        jax.tree.map(lambda *x: jnp.stack(x), *params), inputs()
+    )
     for i, p in enumerate(params):
         np.testing.assert_allclose(together[i], apply(p, inputs()), atol=1e-5)
 
@@ -155,7 +170,9 @@ def test_dense_over_several_axes():
     np.testing.assert_allclose(layer(x), np.einsum("nhd,hde->ne", x, layer.kernel[...]), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "at_one", "at_minus_two"), [("gelu", 0.8413447, -0.0455003), ("quick_gelu", 0.8457957, -0.0643419)])
+@pytest.mark.parametrize(
+    ("name", "at_one", "at_minus_two"), [("gelu", 0.8413447, -0.0455003), ("quick_gelu", 0.8457957, -0.0643419)]
+)
 def test_both_gelus(name, at_one, at_minus_two):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.array([1.0, -2.0])), [at_one, at_minus_two], atol=1e-6)
 
@@ -188,7 +205,9 @@ def test_a_modulated_block_shifts_scales_and_gates_each_branch():
     def normal(x):
         return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
 
-    plain = functional(lambda cfg, rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-6, affine=False, rngs=rngs), None)
+    plain = functional(
+        lambda cfg, rngs: Block(SIZES, attention=ATTENTION, activation="gelu", eps=1e-6, affine=False, rngs=rngs), None
+    )
     attn, mlp = (functional(make, None) for make in (
         lambda cfg, rngs: ATTENTION(rngs=rngs),
         lambda cfg, rngs: Mlp(SIZES, activation="gelu", up=uniform_fan_in, down=uniform_fan_in, rngs=rngs),

@@ -29,7 +29,10 @@ class Net(nnx.Module):
 @pytest.fixture
 def params():
     rng = np.random.default_rng(0)
-    return {path: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) for path, leaf in functional(Net, "none").spec.items()}
+    return {
+        path: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        for path, leaf in functional(Net, "none").spec.items()
+    }
 
 
 @pytest.fixture
@@ -41,7 +44,9 @@ def by_hand(params, x, train):
     """Output and new running statistics, in float64."""
     y, moved = x.astype(np.float64).reshape(-1, 3), {}
     for path, layer in (("first", ...), ("blocks", 0), ("blocks", 1)):
-        scale, bias, mean, variance = (params[f"{path}/{name}"][layer] for name in ("scale", "bias", "mean", "variance"))
+        scale, bias, mean, variance = (
+            params[f"{path}/{name}"][layer] for name in ("scale", "bias", "mean", "variance")
+        )
         if train:
             moved.setdefault(f"{path}/mean", []).append(0.9 * mean + 0.1 * y.mean(0))
             moved.setdefault(f"{path}/variance", []).append(0.9 * variance + 0.1 * y.var(0, ddof=1))

@@ -1,4 +1,6 @@
-"""Gradients of bfloat16 models are summed in float32: operations against float32, and whole steps after XLA has split them over devices."""
+"""Gradients of bfloat16 models are summed in float32: operations against float32, and whole steps after XLA has split
+them over devices.
+"""
 
 import re
 from contextlib import contextmanager
@@ -51,7 +53,9 @@ def test_a_kernels_gradient_is_the_float32_sum_rounded_once(function, x, paramet
     differ = np.asarray(by_parameter != wanted)
     assert differ.mean() < 0.02
     np.testing.assert_allclose(by_parameter.astype("float32"), wanted.astype("float32"), rtol=2**-7)
-    plain = jax.vjp(lambda x: function(x.astype(jnp.float32), parameter.astype(jnp.float32)), x)[1](above.astype(jnp.float32))[0]
+    plain = jax.vjp(lambda x: function(x.astype(jnp.float32), parameter.astype(jnp.float32)), x)[1](
+        above.astype(jnp.float32)
+    )[0]
     np.testing.assert_allclose(by_x.astype("float32"), plain.astype("float32"), rtol=2**-6, atol=2**-6)
 
 
@@ -89,10 +93,15 @@ def test_float32_is_left_to_jax(way):
     """The same operations as without this module, so that nothing of float32 runs has changed."""
     table = jnp.ones((4, 3))
     if way is product:
-        ours, plain = (lambda w: product("ab,bc->ac", jnp.ones((5, 4)), w)), (lambda w: jnp.tensordot(jnp.ones((5, 4)), w, axes=1))
+        ours, plain = (
+            (lambda w: product("ab,bc->ac", jnp.ones((5, 4)), w)),
+            (lambda w: jnp.tensordot(jnp.ones((5, 4)), w, axes=1)),
+        )
     else:
         ours, plain = (lambda t: lookup(t, jnp.arange(2))), (lambda t: t[jnp.arange(2)])
-    assert str(jax.make_jaxpr(ours)(table)).count("dot_general") == str(jax.make_jaxpr(plain)(table)).count("dot_general")
+    assert str(jax.make_jaxpr(ours)(table)).count("dot_general") == str(jax.make_jaxpr(plain)(table)).count(
+        "dot_general"
+    )
     assert "custom_vjp" not in str(jax.make_jaxpr(ours)(table))
 
 
@@ -110,7 +119,9 @@ def test_devices_add_what_they_have_not_rounded():
 
 @contextmanager
 def uncached():
-    """What is found in the cache is not compiled, and so not written down. JAX remembers whether it has one until it is reset."""
+    """What is found in the cache is not compiled, and so not written down. JAX remembers whether it has one until it is
+    reset.
+    """
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
@@ -158,7 +169,9 @@ def test_every_gradient_of_a_bfloat16_step_is_reduced_in_float32(recipe, flags, 
     assert len([shape for dtype, shape in found if dtype == "f32" and len(shape) > 1]) > 10
     # With fsdp, XLA may split a product's inner axis: what it then sums are activations, [row, token, ...].
     rows = 16 // (mesh.shape["data"] * mesh.shape["fsdp"] * cfg.step.accumulate)
-    assert [shape for dtype, shape in found if dtype == "bf16" and not (cfg.mesh.fsdp > 1 and shape[0] % rows == 0)] == []
+    assert [
+        shape for dtype, shape in found if dtype == "bf16" and not (cfg.mesh.fsdp > 1 and shape[0] % rows == 0)
+    ] == []
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def test_trap_eleven_blocks_stand_in_the_order_of_their_numbers(alike):
     """As strings "10" comes before "2": equal shapes would be permuted without a word, others mixed up."""
     model = functional(Chain, dict(n=11, alike=alike))
     assert [path for path in model.spec if path.endswith("kernel")] == [f"steps/{i}/kernel" for i in range(11)]
-    params = {path: np.random.default_rng(i).normal(size=leaf.shape) for i, (path, leaf) in enumerate(model.spec.items())}
+    params = {
+        path: np.random.default_rng(i).normal(size=leaf.shape) for i, (path, leaf) in enumerate(model.spec.items())
+    }
     x = np.ones((3, 4 if alike else 2))
     expected = x
     for i in range(11):

@@ -6,7 +6,13 @@ import pytest
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Axes, Leaf, assign, matches, select
 
-PATHS = ["image/blocks/attn/query/kernel", "image/blocks/attn/query/bias", "image/cls", "text/token/table", "logit_scale"]
+PATHS = [
+    "image/blocks/attn/query/kernel",
+    "image/blocks/attn/query/bias",
+    "image/cls",
+    "text/token/table",
+    "logit_scale",
+]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,11 @@ def test_globs(pattern, path, expected):
 
 
 def test_select_keeps_order_and_refuses_a_pattern_without_effect():
-    assert select("image/**", reversed(PATHS)) == ["image/cls", "image/blocks/attn/query/bias", "image/blocks/attn/query/kernel"]
+    assert select("image/**", reversed(PATHS)) == [
+        "image/cls",
+        "image/blocks/attn/query/bias",
+        "image/blocks/attn/query/kernel",
+    ]
     with pytest.raises(InputError) as error:
         select("image/clss", PATHS)
     assert str(error.value) == "pattern 'image/clss' matches no parameter; did you mean 'image/cls'?"
@@ -123,11 +133,16 @@ def test_assign_is_total_and_names_the_uncovered_leaf():
 
 
 def test_assign_refuses_an_idle_pattern():
-    with pytest.raises(InputError, match="pattern 'text/tokens/table' matches no parameter; did you mean 'text/token/table'"):
+    with pytest.raises(
+        InputError, match="pattern 'text/tokens/table' matches no parameter; did you mean 'text/token/table'"
+    ):
         assign(["text/tokens/table", "**"], PATHS)
 
 
 def test_assign_refuses_a_pattern_that_stands_behind_a_wider_one():
     with pytest.raises(InputError) as error:
         assign(["image/**", "image/cls", "**"], PATHS)
-    assert str(error.value) == "pattern 'image/cls' has no effect: 'image/**' comes first and covers image/cls; put 'image/**' after it"
+    assert (
+        str(error.value)
+        == "pattern 'image/cls' has no effect: 'image/**' comes first and covers image/cls; put 'image/**' after it"
+    )

@@ -52,7 +52,10 @@ def init(paths, place, key=0):
 
 def mesh(data, fsdp, tensor):
     return jax.make_mesh(
-        (data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: data * fsdp * tensor]
+        (data, fsdp, tensor),
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[: data * fsdp * tensor],
     )
 
 
@@ -69,7 +72,9 @@ def test_sharded_equals_unsharded_bit_for_bit(shape):
     assert float(np.abs(plain["w"][:, 256:]).min()) > 0  # fresh rows come from the initialiser
 
 
-SPLITS = st.tuples(*[st.none() | st.integers(0, 2)] * 3)  # for each axis of the mesh the axis of the parameter it splits
+SPLITS = st.tuples(
+    *[st.none() | st.integers(0, 2)] * 3
+)  # for each axis of the mesh the axis of the parameter it splits
 HALVES = st.sampled_from([0.0, -1.5, 2.0])
 
 
@@ -77,9 +82,13 @@ HALVES = st.sampled_from([0.0, -1.5, 2.0])
 def maps(draw, source):
     """To eight rows from `source`: some fresh, some scaled, or mixed by a matrix."""
     if draw(st.booleans()):
-        return matrix(np.array(draw(st.lists(HALVES, min_size=8 * source, max_size=8 * source)), np.float32).reshape(8, source))
+        return matrix(
+            np.array(draw(st.lists(HALVES, min_size=8 * source, max_size=8 * source)), np.float32).reshape(8, source)
+        )
     rows = draw(st.lists(st.integers(-1, source - 1), min_size=8, max_size=8))
-    return pick(rows, np.array(draw(st.lists(HALVES, min_size=8, max_size=8)), np.float32) if draw(st.booleans()) else None)
+    return pick(
+        rows, np.array(draw(st.lists(HALVES, min_size=8, max_size=8)), np.float32) if draw(st.booleans()) else None
+    )
 
 
 @settings(max_examples=15)
@@ -97,7 +106,10 @@ def test_a_random_plan_gives_the_same_bits_in_any_sharding(chosen, splits):
     def init(paths, place):
         return {"w": jax.device_put(fresh, place["w"])}
 
-    plain, spread = graft(plan, donor, {"w": target}, None, init)["w"], graft(plan, donor, {"w": target}, place, init)["w"]
+    plain, spread = (
+        graft(plan, donor, {"w": target}, None, init)["w"],
+        graft(plan, donor, {"w": target}, place, init)["w"],
+    )
     np.testing.assert_array_equal(spread, plain)
     assert spread.sharding == place["w"]
     assert spread.sharding.shard_shape((8, 8, 8)) == tuple(8 >> sum(axis == i for axis in splits) for i in range(3))
@@ -158,10 +170,13 @@ def test_trap_a_memory_map_is_not_aliased(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_trap_scattered_rows_of_a_safetensors_file(tmp_path, dtype):
-    # Slices of the safetensors library take no index arrays; from maps any axis gives any rows, through a transposing layout too.
+    # Slices of the safetensors library take no index arrays; from maps any axis gives any rows, through a transposing
+    # layout too.
     rows, keys = [0, 3, 4, 9], [f"layers.{i}.fc.weight" for i in range(10)]
     file = {key: np.random.default_rng(i).standard_normal((10, 8)).astype(dtype) for i, key in enumerate(keys)}
-    with create_safetensors(tmp_path / "m.safetensors", {key: Tensor(value.shape, value.dtype) for key, value in file.items()}) as out:
+    with create_safetensors(
+        tmp_path / "m.safetensors", {key: Tensor(value.shape, value.dtype) for key, value in file.items()}
+    ) as out:
         for key, value in file.items():
             out[key][...] = value
     layout = Layout("toy", (("w", "layers.{layer}.fc.weight"),))  # torch's order: written, then read
@@ -191,12 +206,16 @@ def test_trap_statistics_of_a_batch_norm_are_picked_and_never_scaled():
     values["norm/variance"] = rng.uniform(0.2, 3, 10).astype(np.float32)
 
     def net(p, x, mask=1.0):
-        x = (x @ p["up/kernel"] - p["norm/mean"]) / np.sqrt(p["norm/variance"] + 1e-5) * p["norm/scale"] + p["norm/bias"]
+        x = (x @ p["up/kernel"] - p["norm/mean"]) / np.sqrt(p["norm/variance"] + 1e-5) * p["norm/scale"] + p[
+            "norm/bias"
+        ]
         return np.maximum(x, 0) * mask @ p["down/kernel"]
 
     rows, kept = [0, 3, 4, 9], np.array([0.5, 2.0, 1.5, 0.25], np.float32)
     plan = Plan((("**", {"hidden": sided(pick(rows), read=pick(rows, kept))}),))
-    student = {path: np.asarray(value) for path, value in graft(plan, Source(spec(10), values), spec(4), None, init).items()}
+    student = {
+        path: np.asarray(value) for path, value in graft(plan, Source(spec(10), values), spec(4), None, init).items()
+    }
     for path in norm:
         np.testing.assert_array_equal(student[path], values[path][rows])
     mask, x = np.zeros(10, np.float32), rng.standard_normal((5, 6)).astype(np.float32)

@@ -65,7 +65,9 @@ def test_round_trips_bit_for_bit_in_both_directions(layers, embed, head, head_di
     model = spec(layers, embed, head, head_dim, grid, dtype)
     file = foreign(model)
     ours = {path: np.asarray(view) for path, view in LAYOUT.view(file, model).items()}
-    assert {p: (x.shape, x.dtype) for p, x in ours.items()} == {p: (leaf.shape, leaf.dtype) for p, leaf in model.items()}
+    assert {p: (x.shape, x.dtype) for p, x in ours.items()} == {
+        p: (leaf.shape, leaf.dtype) for p, leaf in model.items()
+    }
     back = {key: np.zeros_like(value) for key, value in file.items()}
     for path, view in LAYOUT.view(back, model).items():
         view.write(ours[path])
@@ -106,8 +108,14 @@ def test_trap_layered_is_a_property_and_scalars_have_no_first_axis():
     [
         (lambda f: f.pop("table"), r"file: tensor 'table' is missing"),
         (lambda f: f.update({"tabel": f.pop("table")}), r"tensor 'table' is missing; did you mean 'tabel'"),
-        (lambda f: f.update({"scales": f["scale"]}), r"tensor 'scales' is not part of this toy model; did you mean 'scale'"),
-        (lambda f: f.update({"table": f["table"][:3]}), r"tensor 'table' has shape \(3, 4\), this configuration needs \(5, 4\)"),
+        (
+            lambda f: f.update({"scales": f["scale"]}),
+            r"tensor 'scales' is not part of this toy model; did you mean 'scale'",
+        ),
+        (
+            lambda f: f.update({"table": f["table"][:3]}),
+            r"tensor 'table' has shape \(3, 4\), this configuration needs \(5, 4\)",
+        ),
     ],
 )
 def test_every_tensor_there_no_other_and_of_the_right_shape(change, message):
@@ -143,13 +151,21 @@ def test_our_own_files_are_views_too():
 
 
 def test_stars_stand_for_the_numbers_of_listed_modules():
-    kernel, bias = (Leaf(Axes.parse(axes), shape, np.dtype(np.float32)) for axes, shape in (("in -> out", (3, 2)), ("-> out", (2,))))
+    kernel, bias = (
+        Leaf(Axes.parse(axes), shape, np.dtype(np.float32)) for axes, shape in (("in -> out", (3, 2)), ("-> out", (2,)))
+    )
     paths = ("up/0/resnets/0", "up/0/resnets/1", "up/11/resnets/0")
-    model = {f"{path}/{leaf}": kernel for path in paths for leaf in ("q", "k")} | {f"{path}/bias": bias for path in paths[1:]}
-    layout = Layout("lists", (("up/*/resnets/*/q + up/*/resnets/*/k", "up_*.*.qk.weight"), ("up/*/resnets/*/bias", "*_of_*.bias")))
+    model = {f"{path}/{leaf}": kernel for path in paths for leaf in ("q", "k")} | {
+        f"{path}/bias": bias for path in paths[1:]
+    }
+    layout = Layout(
+        "lists", (("up/*/resnets/*/q + up/*/resnets/*/k", "up_*.*.qk.weight"), ("up/*/resnets/*/bias", "*_of_*.bias"))
+    )
     keys = {"up_0.0.qk.weight", "up_0.1.qk.weight", "up_11.0.qk.weight", "0_of_1.bias", "11_of_0.bias"}
     assert layout.foreign(model).keys() == keys
-    file = {key: np.arange(12, dtype=np.float32).reshape(4, 3) if "qk" in key else np.ones(2, np.float32) for key in keys}
+    file = {
+        key: np.arange(12, dtype=np.float32).reshape(4, 3) if "qk" in key else np.ones(2, np.float32) for key in keys
+    }
     np.testing.assert_array_equal(layout.view(file, model)["up/11/resnets/0/k"], [[6, 9], [7, 10], [8, 11]])
     assert layout.keys(model)["up/0/resnets/1/k"] == "up_0.1.qk.weight"
     with pytest.raises(ValueError, match="no row for 'up/0/mid'"):
@@ -172,7 +188,11 @@ def test_ones_at_the_end_of_a_shape_make_no_difference_and_others_do():
         own_views({"kernel": np.zeros((3, 2, 1), np.float32)}, {"kernel": leaf}, "file")
 
 
-SHARED = Layout("shared", (("w", "layers.{layer}.w"), ("embedder", "layers.{layer}.time")), constant={"position": np.linspace(0, 1, 4)})
+SHARED = Layout(
+    "shared",
+    (("w", "layers.{layer}.w"), ("embedder", "layers.{layer}.time")),
+    constant={"position": np.linspace(0, 1, 4)},
+)
 SHARED_SPEC = {
     "w": Leaf(Axes.parse("layer embed -> hidden"), (3, 2, 4), np.dtype(np.float32)),
     "embedder": Leaf(Axes.parse("time -> embed"), (5, 2), np.dtype(np.float32)),
@@ -206,7 +226,10 @@ def test_a_constant_may_be_absent_but_not_another():
 
 
 def test_leaves_follow_one_another_behind_dimensions_of_one_and_layers_may_have_names():
-    named = Layout("named", (("cls + grid", "pos", "1 1 embed + 1 (grid_row grid_col) embed"), ("line", "block.{layer:base|slope}.weight")))
+    named = Layout(
+        "named",
+        (("cls + grid", "pos", "1 1 embed + 1 (grid_row grid_col) embed"), ("line", "block.{layer:base|slope}.weight")),
+    )
     spec = {
         "cls": Leaf(Axes.parse("-> embed"), (3,), np.dtype("float32")),
         "grid": Leaf(Axes.parse("grid_row grid_col -> embed"), (2, 2, 3), np.dtype("float32")),
@@ -218,7 +241,9 @@ def test_leaves_follow_one_another_behind_dimensions_of_one_and_layers_may_have_
     views = named.view(tensors, spec)
     np.testing.assert_array_equal(np.asarray(views["cls"]), tensors["pos"][0, 0])
     np.testing.assert_array_equal(np.asarray(views["grid"]), tensors["pos"][0, 1:].reshape(2, 2, 3))
-    np.testing.assert_array_equal(np.asarray(views["line"]), np.stack([tensors[f"block.{n}.weight"].T for n in ("base", "slope")]))
+    np.testing.assert_array_equal(
+        np.asarray(views["line"]), np.stack([tensors[f"block.{n}.weight"].T for n in ("base", "slope")])
+    )
     empty = {key: np.zeros_like(value) for key, value in tensors.items()}
     for path, view in named.view(empty, spec).items():
         view.write(views[path])

@@ -63,7 +63,18 @@ def test_pick_is_its_one_hot_matrix(data):
 @given(st.data())
 def test_a_block_is_the_slice_of_the_whole(data):
     source, target = spec(w="layer embed -> head head_dim|3 5 4 3"), spec(w="layer embed -> head head_dim|4 6 2 6")
-    plan = Plan((("w", {"layer": data.draw(picks(3, 4)), "embed": data.draw(picks(5, 6)), "head head_dim": data.draw(picks(12, 12))}),))
+    plan = Plan(
+        (
+            (
+                "w",
+                {
+                    "layer": data.draw(picks(3, 4)),
+                    "embed": data.draw(picks(5, 6)),
+                    "head head_dim": data.draw(picks(12, 12)),
+                },
+            ),
+        )
+    )
     index = tuple(slice(*sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in (4, 6, 2, 6))
     line = one(plan, source, target)
     np.testing.assert_array_equal(build(line, index), build(line)[index])
@@ -72,7 +83,9 @@ def test_a_block_is_the_slice_of_the_whole(data):
 @given(st.data())
 def test_views_arrays_and_tracers_give_the_same(data):
     source, target = spec(w="layer embed -> hidden|3 5 4"), spec(w="layer embed -> hidden|2 6 3")
-    plan = Plan((("w", {"layer": data.draw(picks(3, 2)), "embed": data.draw(picks(5, 6)), "hidden": data.draw(picks(4, 3))}),))
+    plan = Plan(
+        (("w", {"layer": data.draw(picks(3, 2)), "embed": data.draw(picks(5, 6)), "hidden": data.draw(picks(4, 3))}),)
+    )
     value = filled(source)["w"]
     array = build(one(plan, source, target))
     view = build(plan.resolve(Source(source, {"w": View(tuple(value), True)}), target).lines[0])
@@ -126,7 +139,9 @@ def test_gradients_flow_into_the_matrix_and_equal_finite_differences():
         atol=1e-6,
     )
     step = 1e-2
-    numeric = [[(loss(m + step * _unit(i, j)) - loss(m - step * _unit(i, j))) / (2 * step) for j in range(2)] for i in range(5)]
+    numeric = [
+        [(loss(m + step * _unit(i, j)) - loss(m - step * _unit(i, j))) / (2 * step) for j in range(2)] for i in range(5)
+    ]
     np.testing.assert_allclose(jax.grad(loss)(m), numeric, rtol=2e-3, atol=2e-3)
 
 
@@ -207,16 +222,31 @@ W = "layer embed -> head head_dim|2 8 4 2"
         ((), dict(a=W), r"a: no rule covers this parameter"),
         ((("b/**", {}), ("**", {})), dict(a=W), r"pattern 'b/\*\*' matches no parameter"),
         ((("**", {}),), dict(b=W), r"b: the donor has no such parameter.*give it a rule"),
-        ((("**", {"heads": first(3)}),), dict(a=W), r"maps the axis 'heads', which none of its parameters has; did you mean 'head'"),
+        (
+            (("**", {"heads": first(3)}),),
+            dict(a=W),
+            r"maps the axis 'heads', which none of its parameters has; did you mean 'head'",
+        ),
         (
             (("**", {}),),
             dict(a="layer embed -> head head_dim|2 8 3 2"),
-            r"a: axis 'head' is 4 in the donor and 3 here.*Add \"head\": first\(3\) to the rule '\*\*', or let the student have 4",
+            (
+                r"a: axis 'head' is 4 in the donor and 3 here.*Add \"head\": first\(3\) to the rule '\*\*', or let the"
+                r" student have 4"
+            ),
         ),
         ((("**", {"head": first(3)}),), dict(a=W), r"a: axis 'head' is 4 here, but the rule '\*\*' picks 3 rows"),
         ((("**", {"head": pick([0, 1, 2, 9])}),), dict(a=W), r"picks row 9 of axis 'head', the donor has 4"),
-        ((("**", {"head": matrix(np.ones((4, 5)))}),), dict(a=W), r"axis 'head' goes from 4 to 4, the matrix of rule '\*\*' is \(4, 5\)"),
-        ((("**", {}),), dict(a="layer embed -> hidden|2 8 4"), r"a: axes are 'layer embed -> head head_dim' in the donor"),
+        (
+            (("**", {"head": matrix(np.ones((4, 5)))}),),
+            dict(a=W),
+            r"axis 'head' goes from 4 to 4, the matrix of rule '\*\*' is \(4, 5\)",
+        ),
+        (
+            (("**", {}),),
+            dict(a="layer embed -> hidden|2 8 4"),
+            r"a: axes are 'layer embed -> head head_dim' in the donor",
+        ),
         (
             (("**", {"head head_dim": first(8), "embed head": first(32)}),),
             dict(a=W),

@@ -29,7 +29,10 @@ def test_count_by_pattern(spec):
 
 def test_trap_lookups_and_position_tables_cost_no_macs(spec):
     """They have arrows like kernels, and would add 840 multiplications a position."""
-    assert kernel_macs(spec, (("blocks/**", 5), ("projection/**", 1))) == {"blocks/query/kernel": 5 * 192, "projection/kernel": 48}
+    assert kernel_macs(spec, (("blocks/**", 5), ("projection/**", 1))) == {
+        "blocks/query/kernel": 5 * 192,
+        "projection/kernel": 48,
+    }
 
 
 def test_every_kernel_must_be_told_its_positions(spec):
@@ -50,7 +53,9 @@ def test_ragged_heads_count_what_is_there(leaf):
 
 def test_provenance_holds_source_maps_and_fraction(leaf, donor):
     source = donor({"a": ("embed", (8,)), "b": ("embed", (8,)), "c": ("", ())})
-    resolution = Plan((("a", {"embed": first(6)}), ("b", FRESH))).resolve(source, {"a": leaf("embed", 6), "b": leaf("embed", 2)})
+    resolution = Plan((("a", {"embed": first(6)}), ("b", FRESH))).resolve(
+        source, {"a": leaf("embed", 6), "b": leaf("embed", 2)}
+    )
     assert provenance(resolution) == {
         "fraction": 0.75,
         "parameters": {

@@ -36,7 +36,9 @@ def host(tree):
     return jax.tree.map(np.array, tree)
 
 
-def test_what_is_restored_is_what_was_saved_whatever_is_donated_meanwhile(tmp_path, loss, state, like, optimizer, spec, batch, mesh):
+def test_what_is_restored_is_what_was_saved_whatever_is_donated_meanwhile(
+    tmp_path, loss, state, like, optimizer, spec, batch, mesh
+):
     step = make_step(loss, optimizer, spec, mesh, StepConfig(ema=0.9))
     state, _ = step(state, batch)
     saved = host(state)
@@ -48,12 +50,16 @@ def test_what_is_restored_is_what_was_saved_whatever_is_donated_meanwhile(tmp_pa
     restored = Checkpoints(tmp_path).restore(1, like)
     assert jax.tree.structure(restored.state) == jax.tree.structure(saved)
     assert jax.tree.all(jax.tree.map(np.array_equal, host(restored.state), saved))
-    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, restored.state, like))
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, restored.state, like)
+    )
     assert restored.data == {"data": {"next": 17}, "window": {"loss": [0.1 + 0.2, 3.0]}}
 
 
 def test_a_state_that_an_earlier_release_wrote_is_restored(tmp_path, spec, params, mesh):
-    """Its optimizer moved running statistics by plain gradient descent; a storage tree without that empty part would be refused."""
+    """Its optimizer moved running statistics by plain gradient descent; a storage tree without that empty part would be
+    refused.
+    """
     cfg = OptimConfig(lr=1e-2, warmup=0, frozen=("up/bias",))
     optimizer = make_optimizer(cfg, spec, 100)
     written = create_state(params, optimizer, spec, mesh)

@@ -50,7 +50,10 @@ def train(tmp_path, loss, spec, params, mesh):
         run = Run.open(tmp_path / name, {"lr": 1e-2})
         like = abstract_state(optimizer, spec, mesh, ema=0.9)
         state = run.restore_or(lambda: create_state(params, optimizer, spec, mesh, ema=0.9), like)
-        defaults = {"examples_per_step": 16, "cadence": Cadence(**{"log": 5, "save": 7, "eval": 1000} | cadence)} | options
+        defaults = {
+            "examples_per_step": 16,
+            "cadence": Cadence(**{"log": 5, "save": 7, "eval": 1000} | cadence),
+        } | options
         return run, run.fit(state, step, data, TOTAL, **defaults)
 
     return train
@@ -58,7 +61,8 @@ def train(tmp_path, loss, spec, params, mesh):
 
 def curve(run):
     return [
-        {name: value for name, value in line.items() if name != "timing"} for line in MetricsFile(run.directory / "metrics.jsonl").lines()
+        {name: value for name, value in line.items() if name != "timing"}
+        for line in MetricsFile(run.directory / "metrics.jsonl").lines()
     ]
 
 
@@ -96,12 +100,19 @@ def test_a_line_holds_the_mean_of_its_steps(train):
         [line["loss"] for line in curve(coarse)], [np.mean(losses[:10]), np.mean(losses[10:20]), np.mean(losses[20:])]
     )
     assert losses[-1] < 0.7 * losses[0]
-    assert json.loads((fine.directory / "metrics.jsonl").read_text().splitlines()[0]).keys() >= {"step", "loss", "timing"}
+    assert json.loads((fine.directory / "metrics.jsonl").read_text().splitlines()[0]).keys() >= {
+        "step",
+        "loss",
+        "timing",
+    }
 
 
 def test_non_finite_steps_are_counted_and_the_good_state_is_kept(train):
     bad = range(12, 100)  # steps 13, 14, ... fail; 14 would have been saved
-    message = r"step 16: loss or gradient were not finite for 4 steps in a row, since step 13; the last good state is .*checkpoints/7\."
+    message = (
+        r"step 16: loss or gradient were not finite for 4 steps in a row, since step 13; the last good state is"
+        r" .*checkpoints/7\."
+    )
     with pytest.raises(InputError, match=message):
         train("bad", Rows(bad=bad))
     run, state = train("bad", Rows())  # with the data mended it goes on from there
@@ -187,7 +198,7 @@ def test_a_run_needs_a_folder(tmp_path):
 
 def test_batches_are_asked_for_in_order_and_once(train):
     asked = []
-    data = Rows({n: (lambda n=n: asked.append(n)) for n in itertools.islice(itertools.count(), 50)})
+    data = Rows({n: lambda n=n: asked.append(n) for n in itertools.islice(itertools.count(), 50)})
     train("order", data)
     assert asked == list(range(TOTAL))
 
@@ -200,12 +211,14 @@ def test_a_second_phase_goes_on_where_the_first_ended(train):
     ended = []
     with pytest.raises(Stopped) as stopped:
         on = {TOTAL - 1: lambda: os.kill(os.getpid(), signal.SIGTERM)}
-        train("phases", Rows({n: (lambda n=n: asked.append(n)) for n in range(TOTAL - 1)} | on), on_finish=ended.append)
+        train("phases", Rows({n: lambda n=n: asked.append(n) for n in range(TOTAL - 1)} | on), on_finish=ended.append)
     assert len(ended) == 1 and "stopped after the last step, 23" in str(stopped.value)
     asked.append(TOTAL - 1)
-    data = Rows({n: (lambda n=n: asked.append(n)) for n in range(50)})
+    data = Rows({n: lambda n=n: asked.append(n) for n in range(50)})
     run, state = train("phases", data)
-    step = make_step(lambda p, b, k, f: (p["logit_scale"] ** 2, {}), optax.sgd(0.1), SCALE, start(MeshConfig()), StepConfig())
+    step = make_step(
+        lambda p, b, k, f: (p["logit_scale"] ** 2, {}), optax.sgd(0.1), SCALE, start(MeshConfig()), StepConfig()
+    )
     fresh = create_state({"logit_scale": np.float32(1)}, optax.sgd(0.1), SCALE, step.mesh)
     fresh = dataclasses.replace(fresh, step=state.step)
     run.fit(fresh, step, data, TOTAL + 5, examples_per_step=16, cadence=Cadence(log=5))

@@ -59,7 +59,9 @@ def test_bytes_per_device(mesh):
 
 
 def bytes_on(device, tree):
-    return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == device)
+    return sum(
+        shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == device
+    )
 
 
 def test_rows_are_split_over_data_and_fsdp(mesh):
@@ -97,7 +99,8 @@ def test_roll_call_names_who_is_missing_to_everybody():
     errors = call_all(address, 4, [0, 2], limit=0.5)
     assert [type(error) for error in errors] == [InputError] * 2
     assert {str(error) for error in errors} == {
-        f"after 0.5 s process 1, 3 of 4 has not reported to {address}: start it, or check its log, then start all of them again"
+        f"after 0.5 s process 1, 3 of 4 has not reported to {address}: start it, or check its log, then start all of"
+        " them again"
     }
 
 

@@ -5,7 +5,15 @@ import pytest
 from rich.console import Console
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.metrics import MetricsFile, ProgressLine, TensorBoard, WeightsAndBiases, Window, Work, describe
+from heirloom.common.train.metrics import (
+    MetricsFile,
+    ProgressLine,
+    TensorBoard,
+    WeightsAndBiases,
+    Window,
+    Work,
+    describe,
+)
 
 
 def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):
@@ -61,7 +69,9 @@ def test_the_progress_line():
     assert describe(unknown, 600, Work(examples=60)) == "loss -  2,000 examples/s  MFU -  data wait 2%  ETA 0:00:00"
 
 
-@pytest.mark.parametrize("writer, package", [(lambda d: TensorBoard(d), "tensorboardX"), (lambda d: WeightsAndBiases(d, {}), "wandb")])
+@pytest.mark.parametrize(
+    "writer, package", [(lambda d: TensorBoard(d), "tensorboardX"), (lambda d: WeightsAndBiases(d, {}), "wandb")]
+)
 def test_a_missing_package_says_what_to_install(writer, package, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(InputError, match=f"pip install {package}"):

@@ -10,7 +10,8 @@ from heirloom.common.train.optim import OptimConfig, decayed, learning_rate, mak
 
 
 @pytest.mark.parametrize(
-    "step, expected", [(0, 5.0e-8), (999, 5.0e-5), (1999, 1.0e-4), (2000, 1.0e-4), (147_484, 5.0e-5), (292_967, 2.914401e-15)]
+    "step, expected",
+    [(0, 5.0e-8), (999, 5.0e-5), (1999, 1.0e-4), (2000, 1.0e-4), (147_484, 5.0e-5), (292_967, 2.914401e-15)],
 )
 def test_learning_rate_is_tinyclips(step, expected):
     rate = jax.jit(learning_rate(OptimConfig(lr=1e-4, warmup=2000), 292_968))
@@ -38,19 +39,29 @@ def roles(*paths):
 
 def test_decay_goes_by_role():
     spared = ["image/norm/scale", "image/blocks/attn/query/bias", "image/cls", "logit_scale"]
-    shrunk = ["image/blocks/attn/query/kernel", "text/table", "image/position", "image/cls_position", "image/projection/kernel"]
+    shrunk = [
+        "image/blocks/attn/query/kernel",
+        "text/table",
+        "image/position",
+        "image/cls_position",
+        "image/projection/kernel",
+    ]
     found = decayed(OptimConfig(), roles(*spared, *shrunk))
     assert [path for path, decays in found.items() if decays] == shrunk
     assert [path for path, decays in found.items() if not decays] == spared
 
 
 def test_patterns_overrule_roles():
-    found = decayed(OptimConfig(no_decay=("**/position",), decay=("**/gain", "**/position")), roles("image/position", "image/gain"))
+    found = decayed(
+        OptimConfig(no_decay=("**/position",), decay=("**/gain", "**/position")), roles("image/position", "image/gain")
+    )
     assert found == {"image/position": False, "image/gain": True}
 
 
 def test_an_unknown_role_is_an_error_that_names_the_nearest():
-    with pytest.raises(InputError, match=r"image/kernle: .* did you mean 'kernel'\?; name it in optim.decay or optim.no_decay"):
+    with pytest.raises(
+        InputError, match=r"image/kernle: .* did you mean 'kernel'\?; name it in optim.decay or optim.no_decay"
+    ):
         make_optimizer(OptimConfig(warmup=0), roles("image/kernle"), 10)
 
 
@@ -61,7 +72,9 @@ def test_a_pattern_without_effect_is_an_error(field):
 
 
 def updates(cfg, params, grads):
-    optimizer = make_optimizer(cfg, {path: Leaf(Axes.parse("embed"), x.shape, x.dtype) for path, x in params.items()}, 10)
+    optimizer = make_optimizer(
+        cfg, {path: Leaf(Axes.parse("embed"), x.shape, x.dtype) for path, x in params.items()}, 10
+    )
     return optimizer.update(grads, optimizer.init(params), params)
 
 
@@ -75,7 +88,8 @@ def test_first_step_by_hand():
 
 
 def test_clip_is_of_all_trained_parameters_together():
-    # the norm of (3, 4) is 5, clipped to 1: moments hold 0.1 x (0.6, 0.8); the frozen gradient of 100 counts for nothing
+    # the norm of (3, 4) is 5, clipped to 1: moments hold 0.1 x (0.6, 0.8); the frozen gradient of 100 counts for
+    # nothing
     params = {"a/kernel": jnp.array([1.0]), "a/bias": jnp.array([1.0]), "b/kernel": jnp.array([1.0])}
     grads = {"a/kernel": jnp.array([3.0]), "a/bias": jnp.array([4.0]), "b/kernel": jnp.array([100.0])}
     found, state = updates(OptimConfig(warmup=0, clip=1.0, frozen=("b/**",)), params, grads)
@@ -92,7 +106,11 @@ def test_moments_are_float32():
 
 
 def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
-    axes = {"query/kernel": "layer embed -> head head_dim", "query/bias": "layer -> head head_dim", "filter/kernel": "row col embed"}
+    axes = {
+        "query/kernel": "layer embed -> head head_dim",
+        "query/bias": "layer -> head head_dim",
+        "filter/kernel": "row col embed",
+    }
     shapes = {"query/kernel": (3, 8, 2, 3), "query/bias": (3, 2, 3), "filter/kernel": (5, 5, 8)}
     spec = {path: Leaf(Axes.parse(axes[path]), shapes[path], np.dtype("float32")) for path in axes}
     cfg = OptimConfig(algorithm="muon", lr=0.1, warmup=0, schedule="constant", weight_decay=0.0, clip=None)
@@ -100,7 +118,9 @@ def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
     grads = {path: jax.random.normal(jax.random.key(i), shape) for i, (path, shape) in enumerate(shapes.items())}
     updates, _ = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(grads), grads))(grads)
     # A layer's update is a multiple of U V^T of its gradient, 8 x 6; its size that of Adam's: RMS 0.2 times the rate.
-    for update, grad in zip(updates["query/kernel"].reshape(3, 8, 6), grads["query/kernel"].reshape(3, 8, 6), strict=True):
+    for update, grad in zip(
+        updates["query/kernel"].reshape(3, 8, 6), grads["query/kernel"].reshape(3, 8, 6), strict=True
+    ):
         u, _, v = np.linalg.svd(grad, full_matrices=False)
         singular = np.diag(u.T @ update @ v.T) / (-0.1 * 0.2 * 8**0.5)
         np.testing.assert_allclose(singular, 1, atol=0.4)  # five Newton-Schulz steps leave them between 0.7 and 1.2

@@ -35,7 +35,11 @@ def written(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "leaf", "value"),
-    [("tinyclip", "text/token/table", np.nan), ("learngene", "blocks/mlp/up/kernel", np.inf), ("lit", "blocks/attn/out/kernel", -np.inf)],
+    [
+        ("tinyclip", "text/token/table", np.nan),
+        ("learngene", "blocks/mlp/up/kernel", np.inf),
+        ("lit", "blocks/attn/out/kernel", -np.inf),
+    ],
 )
 def test_the_leaf_that_is_not_finite_is_named(method, leaf, value, written):
     opened = OPEN[method]
@@ -48,7 +52,8 @@ def test_the_leaf_that_is_not_finite_is_named(method, leaf, value, written):
 
 
 @pytest.mark.parametrize(
-    ("method", "leaf"), [("tinyclip", "image/patch/project/kernel"), ("learngene", "blocks/mlp/up/kernel"), ("lit", "final/kernel")]
+    ("method", "leaf"),
+    [("tinyclip", "image/patch/project/kernel"), ("learngene", "blocks/mlp/up/kernel"), ("lit", "final/kernel")],
 )
 def test_no_student_is_cut_from_a_broken_donor(method, leaf, written, tmp_path):
     donor, made = written(method, leaf), tmp_path / "made"

@@ -154,7 +154,9 @@ def test_parameters_of_another_shape_are_refused(optimizer, spec, params, mesh):
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_running_statistics_are_those_of_the_loss(mesh, parts):
-    spec = {path: Leaf(Axes.parse("embed"), (1,), np.dtype("float32")) for path in ("kernel", "norm/mean", "other/mean")}
+    spec = {
+        path: Leaf(Axes.parse("embed"), (1,), np.dtype("float32")) for path in ("kernel", "norm/mean", "other/mean")
+    }
     params = {"kernel": np.float32([3.0]), "norm/mean": np.float32([1.0]), "other/mean": np.float32([1.0])}
     cfg = OptimConfig(lr=1e-2, warmup=0, schedule="constant", weight_decay=1.0, decay=("**",), clip=1.0)
     optimizer = make_optimizer(cfg, spec, 10)
@@ -165,7 +167,8 @@ def test_running_statistics_are_those_of_the_loss(mesh, parts):
 
     step = make_step(loss, optimizer, spec, mesh, StepConfig(accumulate=parts, ema=0.75), fixed={"other/mean"})
     state, metrics = step(create_state(params, optimizer, spec, mesh, ema=0.75), {"x": np.arange(32, dtype="float32")})
-    # 0.5 + 15.5 / 2: neither decayed nor scaled by a rate, and averaged over micro-batches, the average of which is the batch's.
+    # 0.5 + 15.5 / 2: neither decayed nor scaled by a rate, and averaged over micro-batches, the average of which is the
+    # batch's.
     np.testing.assert_allclose(state.params["norm/mean"], [8.25], rtol=1e-6)
     np.testing.assert_allclose(state.ema["norm/mean"], [0.75 + 0.25 * 8.25], rtol=1e-6)
     np.testing.assert_array_equal(state.params["other/mean"], [1.0])

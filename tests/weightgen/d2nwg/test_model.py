@@ -57,7 +57,9 @@ def test_the_unet_is_zero_at_first_and_uses_its_condition(draw):
     cfg = UnetConfig(size=4, channels=8, multiples=(1, 2), blocks=1, attention=(2,), groups=4)
     model = functional(Unet, cfg)
     params = draw(model.spec)
-    leave = model.init(jax.random.key(0), [path for path in params if path.startswith("leave/")])  # decides alone: it is the last layer
+    leave = model.init(
+        jax.random.key(0), [path for path in params if path.startswith("leave/")]
+    )  # decides alone: it is the last layer
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
     apply = run(model)
     assert len(leave) == 2 and not np.asarray(apply(params | leave, x, np.ones(2), x)).any()
@@ -106,7 +108,8 @@ def test_the_released_pipeline_fits_together(draw):
     np.testing.assert_allclose(run(model, "decode")(params, image), 0.5 * back, atol=1e-5)
     k = latent_scale(model, params, weights, key)
     assert float((k * image).std()) == pytest.approx(1, rel=1e-5)
-    # A UNet that says 0 has the error of unit noise; the autoencoder is not trained by it, and drawing gives finite weights.
+    # A UNet that says 0 has the error of unit noise; the autoencoder is not trained by it, and drawing gives finite
+    # weights.
     value, grads = jax.jit(jax.value_and_grad(lambda p: stage2_loss(model, cfg, k, p, weights, support, key)))(params)
     assert float(value) == pytest.approx(1, abs=0.25)
     assert not any(np.asarray(g).any() for path, g in grads.items() if path.startswith("vae/"))

@@ -42,5 +42,7 @@ def test_tokens_per_class_follow_the_order_of_classes(pictures):
     # A picture that is not there might be anything.
     fewer = there.at[:, :, 2].set(False)
     np.testing.assert_allclose(
-        model.apply(params, pictures.at[:, :, 2].set(9.0), fewer).tokens, model.apply(params, pictures, fewer).tokens, atol=1e-6
+        model.apply(params, pictures.at[:, :, 2].set(9.0), fewer).tokens,
+        model.apply(params, pictures, fewer).tokens,
+        atol=1e-6,
     )

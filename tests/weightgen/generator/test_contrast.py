@@ -40,7 +40,9 @@ def test_other_alignment_losses():
     [("info_nce", 1 / 0.07, {"logit_scale"}), ("siglip", 10, {"logit_scale", "logit_bias"}), ("soft_target", 1, set())],
 )
 def test_temperatures_are_learned(loss, begin, learned):
-    model = functional(lambda cfg, rngs: Aligned(cfg, loss, rngs=rngs), SetConfig(4, hidden=4, inducing=1, out=4, latent=8))
+    model = functional(
+        lambda cfg, rngs: Aligned(cfg, loss, rngs=rngs), SetConfig(4, hidden=4, inducing=1, out=4, latent=8)
+    )
     params = {path: jnp.zeros(leaf.shape) for path, leaf in model.spec.items()}
     w, data = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 8)), jnp.float32)
 
@@ -48,6 +50,8 @@ def test_temperatures_are_learned(loss, begin, learned):
         return model.apply(params | own, w, data, method="nats")
 
     own = {"logit_scale": jnp.log(float(begin)), "logit_bias": jnp.float32(-10)}
-    assert float(value(own)) == pytest.approx(float(LOSSES[loss](w, data)), rel=1e-5), "these are the constants of the functions"
+    assert float(value(own)) == pytest.approx(float(LOSSES[loss](w, data)), rel=1e-5), (
+        "these are the constants of the functions"
+    )
     assert {path for path, g in jax.grad(value)(own).items() if g} == learned
     assert value({"logit_scale": jnp.float32(9)}) == value({"logit_scale": jnp.float32(5)}), "a scale of 100 at most"

@@ -34,7 +34,9 @@ def generator():
     cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=2, denoiser=SMALL)
     model = functional(Generator, cfg)
     rng = np.random.default_rng(0)
-    params = {path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in model.spec.items()}
+    params = {
+        path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in model.spec.items()
+    }
     params |= {"codec/components": jnp.eye(5), "codec/scale": jnp.ones(()), "codec/mean": jnp.zeros((1, 5))}
     support = jnp.asarray(rng.standard_normal((8, 3, 2, 4)), jnp.float32)
     return cfg, model, params, support, jnp.ones((8, 3, 2), bool)
@@ -54,7 +56,10 @@ def test_heads_follow_the_order_of_classes(generator):
         apply = jax.jit(partial(coded.apply, method=method))
         found, back = (apply(learned, r) for r in (rows, rows[:, ::-1]))
         np.testing.assert_allclose(back[:, ::-1], found, atol=1e-5)
-    by = [GeneratorConfig(NetConfig(features=4, classes=3), prior="none", codec=TokenVaeConfig(3, 5, order=o)) for o in ORDERS]
+    by = [
+        GeneratorConfig(NetConfig(features=4, classes=3), prior="none", codec=TokenVaeConfig(3, 5, order=o))
+        for o in ORDERS
+    ]
     assert [cfg.by_row for cfg in by] == [False, True], "a codec that knows places needs a denoiser that does"
     # Whoever is told other pictures says something else.
     assert np.abs(np.asarray(model.apply(params, x, t, support[::-1], there) - out)).max() > 1e-2
@@ -71,7 +76,9 @@ def test_samples_are_the_same_on_one_device_and_on_eight(sampler, generator):
     many = draw(params, *(jax.device_put(a, rows) for a in (support, there)), key, jax.device_put(index, rows))
     assert len(many.sharding.device_set) == 8
     np.testing.assert_allclose(np.asarray(many), one, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(draw(params, support[5:6], there[5:6], key, jnp.array([5]))[0], one[5], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        draw(params, support[5:6], there[5:6], key, jnp.array([5]))[0], one[5], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_steps_of_ddpm_have_the_variance_of_the_posterior(generator):
@@ -100,7 +107,9 @@ def test_given_weights_are_refined(generator):
 def test_diffusion_returns_the_latent_of_each_condition():
     import optax
 
-    cfg = GeneratorConfig(NetConfig(features=4, classes=3), latent=5, shots=1, prior="none", denoiser=DenoiserConfig(32, 1, 2, 32))
+    cfg = GeneratorConfig(
+        NetConfig(features=4, classes=3), latent=5, shots=1, prior="none", denoiser=DenoiserConfig(32, 1, 2, 32)
+    )
     model = functional(Generator, cfg)
     heads = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
     told = np.random.default_rng(1).standard_normal((2, 3, 1, 4)).astype(np.float32)
@@ -120,13 +129,17 @@ def test_diffusion_returns_the_latent_of_each_condition():
         return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(600))[0][0]
 
     there = np.ones((4, 3, 1), bool)
-    drawn = drawer(model, cfg, SampleConfig(steps=50))(run(params), np.repeat(told, 2, 0), there, jax.random.key(2), np.arange(4))
+    drawn = drawer(model, cfg, SampleConfig(steps=50))(
+        run(params), np.repeat(told, 2, 0), there, jax.random.key(2), np.arange(4)
+    )
     assert np.abs(np.asarray(drawn) - np.repeat(heads, 2, 0)).max() < 0.2 < np.abs(heads[0] - heads[1]).max()
 
 
 def test_guidance_leads_away_from_what_is_drawn_without_a_condition(generator):
     cfg, model, params, support, there = generator
-    params = params | {"prior/table": jnp.zeros_like(params["prior/table"])}  # what is drawn then depends on the condition by v alone
+    params = params | {
+        "prior/table": jnp.zeros_like(params["prior/table"])
+    }  # what is drawn then depends on the condition by v alone
 
     def drawn(guidance, support):  # the first of two steps goes nearly all the way, and is linear in v
         draw = drawer(model, cfg, SampleConfig(steps=2, guidance=guidance))
@@ -142,7 +155,9 @@ def test_a_linear_prior_of_whole_networks_is_a_ridge_map():
     model, spec, rng = functional(Generator, cfg), cfg.tokens, np.random.default_rng(0)
     bank = Bank.of(rng.standard_normal((24, 4)).astype(np.float32), np.repeat(np.arange(6), 4), list("abcdef"))
     classes = draw_tasks(6, 30, 2, rng)
-    zoo = Zoo(rng.standard_normal((30, spec.count)).astype(np.float32), np.zeros(30, np.float32), classes, cfg.net, spec)
+    zoo = Zoo(
+        rng.standard_normal((30, spec.count)).astype(np.float32), np.zeros(30, np.float32), classes, cfg.net, spec
+    )
     fitted = fit_stage1(cfg, zoo, bank)
     params = model.init(jax.random.key(0)) | fitted
     support, there = bank.draw(classes, 2, rng), np.ones((30, 2, 2), bool)

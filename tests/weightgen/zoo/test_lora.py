@@ -22,10 +22,15 @@ def test_an_adapter_has_one_form(read, written, rng):
 
 
 def test_adapters_of_a_checkpoint(rng):
-    tensors = {"m.q.lora_A.weight": rng.standard_normal((2, 6)), "m.q.lora_B.weight": rng.standard_normal((5, 2)), "m.scale": np.ones(1)}
+    tensors = {
+        "m.q.lora_A.weight": rng.standard_normal((2, 6)),
+        "m.q.lora_B.weight": rng.standard_normal((5, 2)),
+        "m.scale": np.ones(1),
+    }
     fixed = canonical_tensors(tensors)
     np.testing.assert_allclose(
-        fixed["m.q.lora_B.weight"] @ fixed["m.q.lora_A.weight"], tensors["m.q.lora_B.weight"] @ tensors["m.q.lora_A.weight"]
+        fixed["m.q.lora_B.weight"] @ fixed["m.q.lora_A.weight"],
+        tensors["m.q.lora_B.weight"] @ tensors["m.q.lora_A.weight"],
     )
     assert fixed["m.scale"] is tensors["m.scale"]
     with pytest.raises(InputError, match="only lora_A"):

@@ -16,7 +16,15 @@ from weightgen.zoo.data import Bank
 from weightgen.zoo.lora import canonical_tensors, layout_of, pairs
 from weightgen.zoo.zoo import Zoo, open_with_bank, open_zoo
 
-PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "use_dora": False, "bias": "none", "target_modules": ["q"]}
+PEFT = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "use_rslora": False,
+    "use_dora": False,
+    "bias": "none",
+    "target_modules": ["q"],
+}
 
 
 KEY = "base_model.model.q"
@@ -24,7 +32,10 @@ KEY = "base_model.model.q"
 
 def pair(seed=0, key=KEY, sides=("lora_A.weight", "lora_B.weight"), down=(2, 8), up=(6, 2)):
     rng = np.random.default_rng(seed)
-    return {f"{key}.{side}": rng.standard_normal(shape).astype(np.float32) for side, shape in zip(sides, (down, up), strict=True)}
+    return {
+        f"{key}.{side}": rng.standard_normal(shape).astype(np.float32)
+        for side, shape in zip(sides, (down, up), strict=True)
+    }
 
 
 def adapter(folder, tensors, **config):
@@ -81,14 +92,22 @@ def test_rows_are_the_updates_that_are_made(config, scale, tmp_path):
 )
 def test_a_config_that_changes_the_function_is_read_or_refused(config, wrong, tmp_path, capsys):
     adapter(tmp_path / "zoo" / "a", pair(), **config)
-    assert main(["train", "weightgen/checkpoints", "--run", str(tmp_path / "run"), "--folder", str(tmp_path / "zoo")]) == 2
+    assert (
+        main(["train", "weightgen/checkpoints", "--run", str(tmp_path / "run"), "--folder", str(tmp_path / "zoo")]) == 2
+    )
     said = capsys.readouterr().err
     assert wrong in said and said.count("\n") == 1 and str(tmp_path / "zoo" / "a") in said
     assert not (tmp_path / "run" / "zoo").exists()
 
 
 def test_harmless_and_absent_fields_change_nothing():
-    harmless = {"lora_dropout": 0.1, "loftq_config": {"loftq_bits": 4}, "peft_version": "1", "unknown": None, "init_lora_weights": "eva"}
+    harmless = {
+        "lora_dropout": 0.1,
+        "loftq_config": {"loftq_bits": 4},
+        "peft_version": "1",
+        "unknown": None,
+        "init_lora_weights": "eva",
+    }
     assert settings(PEFT | harmless, "x").scale("m.q", 2) == 2.0
     assert settings({"peft_type": "LORA"}, "x") == LoraSettings(ranks={}, alphas={})
 
@@ -112,7 +131,9 @@ def test_every_naming_has_one_gauge(sides, down, up, tmp_path):
     turned = (np.linalg.inv(mix) @ a.reshape(2, -1)).reshape(a.shape), (b.reshape(6, 2) @ mix).reshape(b.shape)
     (tmp_path / "zoo").mkdir()
     save_file(one, tmp_path / "zoo" / "a.safetensors")
-    save_file({key: x.astype(np.float32) for key, x in zip(one, turned, strict=True)}, tmp_path / "zoo" / "b.safetensors")
+    save_file(
+        {key: x.astype(np.float32) for key, x in zip(one, turned, strict=True)}, tmp_path / "zoo" / "b.safetensors"
+    )
     zoo, _ = import_folder(tmp_path / "zoo")
     np.testing.assert_allclose(zoo.weights[0], zoo.weights[1], atol=1e-4)
     assert not any("sft" in name for name in zoo.spec.like)
@@ -142,7 +163,10 @@ def test_alphas_in_the_file_and_in_its_metadata_are_scales(tmp_path):
     sides, key = ("lora_down.weight", "lora_up.weight"), "lora_unet_q"
     (tmp_path / "kohya").mkdir()
     for name, alpha in (("a", 2.0), ("b", 1.0)):
-        save_file(pair(0, key, sides) | {f"{key}.alpha": np.array(alpha, np.float32)}, tmp_path / "kohya" / f"{name}.safetensors")
+        save_file(
+            pair(0, key, sides) | {f"{key}.alpha": np.array(alpha, np.float32)},
+            tmp_path / "kohya" / f"{name}.safetensors",
+        )
     zoo, _ = import_folder(tmp_path / "kohya")
     np.testing.assert_allclose(update(zoo, 0, key), 2 * update(zoo, 1, key), atol=1e-5)
     assert zoo.about["adapters"] | {"form": ""} == {
@@ -163,7 +187,9 @@ def test_alphas_in_the_file_and_in_its_metadata_are_scales(tmp_path):
 def test_members_that_differ_are_named(tmp_path):
     adapter(tmp_path / "1" / "a", pair())
     adapter(tmp_path / "1" / "b", pair() | pair(1, "base_model.model.v"))
-    with pytest.raises(InputError, match=r"/b is of another architecture .*only it has base_model\.model\.v\.lora_A\.weight"):
+    with pytest.raises(
+        InputError, match=r"/b is of another architecture .*only it has base_model\.model\.v\.lora_A\.weight"
+    ):
         import_folder(tmp_path / "1")
     adapter(tmp_path / "2" / "a", pair())
     adapter(tmp_path / "2" / "b", pair(), fan_in_fan_out=True)
@@ -171,7 +197,10 @@ def test_members_that_differ_are_named(tmp_path):
         import_folder(tmp_path / "2")
     adapter(tmp_path / "3" / "a", pair())
     save_file(pair(1), tmp_path / "3" / "b.safetensors")
-    with pytest.raises(InputError, match=r"b\.safetensors and .*/a differ in scale \(none given, 1 is assumed and adapter_config\.json\)"):
+    with pytest.raises(
+        InputError,
+        match=r"b\.safetensors and .*/a differ in scale \(none given, 1 is assumed and adapter_config\.json\)",
+    ):
         import_folder(tmp_path / "3")
     with pytest.raises(InputError, match=r"select takes one half of the adapter of base_model\.model\.q"):
         import_folder(tmp_path / "1", select="lora_A")
@@ -180,7 +209,9 @@ def test_members_that_differ_are_named(tmp_path):
 def nets(folder, count=3):
     folder.mkdir()
     for i in range(count):
-        save_file({"w": np.full((3, 2), i + 1, np.float32), "b": np.arange(3, dtype=np.float32)}, folder / f"{i}.safetensors")
+        save_file(
+            {"w": np.full((3, 2), i + 1, np.float32), "b": np.arange(3, dtype=np.float32)}, folder / f"{i}.safetensors"
+        )
     return folder
 
 
@@ -192,7 +223,10 @@ def test_members_that_diverged_are_named_in_one_line(value, tmp_path, capsys):
     broken[f"{KEY}.lora_A.weight"][0, 0] = value
     adapter(tmp_path / "adapters" / "a", broken)  # the first one, too
     adapter(tmp_path / "adapters" / "b", pair())
-    said_of = {folder: "1 of 3 members have NaN or infinity: 1.safetensors (w)", tmp_path / "adapters": "a (base_model.model.q"}
+    said_of = {
+        folder: "1 of 3 members have NaN or infinity: 1.safetensors (w)",
+        tmp_path / "adapters": "a (base_model.model.q",
+    }
     for zoo, named in said_of.items():
         assert main(["train", "weightgen/checkpoints", "--run", str(tmp_path / "run"), "--folder", str(zoo)]) == 2
         said = capsys.readouterr().err
@@ -232,11 +266,17 @@ def test_twins_empties_and_zeros_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("write", "wrong"),
     [
-        (lambda f: (f / "tasks.json").write_text('{"7.safetensors": "cats"}'), r"names 7\.safetensors, not in the folder; did you mean"),
+        (
+            lambda f: (f / "tasks.json").write_text('{"7.safetensors": "cats"}'),
+            r"names 7\.safetensors, not in the folder; did you mean",
+        ),
         (lambda f: (f / "quality.json").write_text('{"0": 1}'), "names 0, not in the folder"),
         (lambda f: (f / "tasks.json").write_text('{"0.safetensors": ""}'), "must give words"),
         (lambda f: save_file({"w": np.zeros((3, 2), np.int8)}, f / "00.safetensors"), "quantised"),
-        (lambda f: save_file({"w": np.zeros(2, np.float32)}, f / "model-00001-of-00002.safetensors"), "1 of 2 shards are missing"),
+        (
+            lambda f: save_file({"w": np.zeros(2, np.float32)}, f / "model-00001-of-00002.safetensors"),
+            "1 of 2 shards are missing",
+        ),
         (lambda f: (f / "00.safetensors").write_bytes(b""), "cut short"),
     ],
 )
@@ -261,7 +301,11 @@ def test_a_generated_adapter_has_a_scale_of_one(tmp_path):
     about = generated(tensors, LoraSettings(fan_in_fan_out=True, base="b"))
     read = settings(about, "made")
     assert {read.scale(module, len(p.adapter.down)) for module, p in pairs(tensors).items()} == {1.0}
-    assert (about["r"], about["rank_pattern"], about["target_modules"]) == (2, {r"^layers\.0\.v": 4}, ["k", "layers.0.v", "q"])
+    assert (about["r"], about["rank_pattern"], about["target_modules"]) == (
+        2,
+        {r"^layers\.0\.v": 4},
+        ["k", "layers.0.v", "q"],
+    )
     assert read.fan_in_fan_out and read.base == "b"
     bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     assert layout_of(tensors, False) == layout_of(bare, True) == "peft" and layout_of(bare, False) == "named"
@@ -295,7 +339,10 @@ def test_a_zoo_is_looked_through_before_a_training(change, wrong, tmp_path):
 
 def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
     rng = np.random.default_rng(0)
-    trees = [{"w": rng.standard_normal((3, 2)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)} for _ in range(3)]
+    trees = [
+        {"w": rng.standard_normal((3, 2)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
+        for _ in range(3)
+    ]
     for i, tree in enumerate(trees):
         save_file(tree, tmp_path / f"{i}.safetensors")
     (tmp_path / "quality.json").write_text('{"1.safetensors": 0.5}')
