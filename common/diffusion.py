@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Spacing = Literal["even", "integer"]
+Times = Literal["fractional", "integer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,31 +196,40 @@ class Sampler:
         return len(self.time)
 
     def run(self, denoise: Denoise, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Denoises x, N(0, 1) noise of any shape, through all steps. Step i draws from fold_in(key, i).
+        """Denoises x, N(0, 1) noise of any shape, through all steps, in one compiled loop.
 
         key: one for all of x, or [batch], one for each row; then a row does not depend on the batch it is in.
         """
-        names = ("alpha", "sigma", "keep", "clean", "before", "log_variance", "stochastic")
-        table = {name: jnp.asarray(getattr(self, name), x.dtype) for name in names}
-
-        def drawn(key: jax.Array, i: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            if key.ndim:
-                return jax.vmap(lambda own: drawn(own, i, shape[1:]))(key)
-            return jax.random.normal(jax.random.fold_in(key, i), shape, x.dtype)
 
         def step(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            x, previous = carry
-            row = {name: column[i] for name, column in table.items()}
-            noise, ratio = denoise(x, i)
-            clean = (x - row["sigma"] * noise) / row["alpha"]
-            new = row["keep"] * x + row["clean"] * clean + row["before"] * previous
-            if self.stochastic.any():
-                low, high = row["log_variance"]
-                spread = high if ratio is None else (ratio + 1) / 2 * (high - low) + low
-                new = new + row["stochastic"] * jnp.exp(spread / 2) * drawn(key, i, x.shape)
-            return (new, clean), None
+            return self.step(denoise, *carry, i, key), None
 
         return jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(len(self)))[0][0]
+
+    def step(
+        self, denoise: Denoise, x: jax.Array, previous: jax.Array, i: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Takes step i: returns the new x, and x0 as predicted, which is `previous` of the next step (at first zeros).
+
+        key: as in `run`; step i draws from fold_in(key, i).
+        """
+        names = ("alpha", "sigma", "keep", "clean", "before", "log_variance", "stochastic")
+        row = {name: jnp.asarray(getattr(self, name), x.dtype)[i] for name in names}
+        noise, ratio = denoise(x, i)
+        clean = (x - row["sigma"] * noise) / row["alpha"]
+        new = row["keep"] * x + row["clean"] * clean + row["before"] * previous
+        if self.stochastic.any():
+            low, high = row["log_variance"]
+            spread = high if ratio is None else (ratio + 1) / 2 * (high - low) + low
+            new = new + row["stochastic"] * jnp.exp(spread / 2) * _drawn(jnp.asarray(key), i, x)
+        return new, clean
+
+
+def _drawn(key: jax.Array, i: jax.Array, like: jax.Array) -> jax.Array:
+    """Draws the noise of step i. key: one, or one for each row of `like`."""
+    if key.ndim:
+        return jax.vmap(lambda own, row: _drawn(own, i, row))(key, like)
+    return jax.random.normal(jax.random.fold_in(key, i), like.shape, like.dtype)
 
 
 def ddpm(schedule: Schedule) -> Sampler:
@@ -264,23 +274,30 @@ def _backwards(**columns: np.ndarray) -> Sampler:
     return Sampler(**{name: column[::-1] for name, column in columns.items()})
 
 
-def dpm_solver(schedule: Schedule, steps: int) -> Sampler:
-    """DPM-Solver++(2M) (Lu et al. 2022), uniform in time, first and last step of order 1, as PixArt samples.
+def dpm_solver(schedule: Schedule, steps: int, times: Times = "fractional") -> Sampler:
+    """DPM-Solver++(2M) (Lu et al. 2022), uniform in time, first and last step of order 1.
 
-    log alpha is piecewise linear in time between the steps of the full chain; times are fractional.
+    times: "fractional" as PixArt samples: from 1 to 1/1000, log alpha piecewise linear between the steps of the full
+    chain. "integer" as diffusers' DPMSolverMultistepScheduler: steps of the full chain, and a last step to no noise.
     """
-    total = len(schedule)
-    time = np.linspace(1, 1 / total, steps + 1)
-    log_alpha = np.interp(time, (np.arange(total) + 1) / total, 0.5 * np.log(schedule.alpha_bar))
+    total, log_alpha_bar = len(schedule), np.log(schedule.alpha_bar)
+    if times == "fractional":
+        time = np.linspace(1, 1 / total, steps + 1)
+        log_alpha = np.interp(time, (np.arange(total) + 1) / total, 0.5 * log_alpha_bar)
+        inputs = (time[:-1] - 1 / total) * total
+    else:
+        inputs = np.linspace(0, total - 1, steps + 1).round()[:0:-1]
+        log_alpha = np.append(0.5 * log_alpha_bar[inputs.astype(int)], 0.0)
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-    half_snr = log_alpha - np.log(sigma)
+    with np.errstate(divide="ignore"):  # infinite without noise
+        half_snr = log_alpha - np.log(sigma)
     h = np.diff(half_snr)
     toward = -alpha[1:] * np.expm1(-h)
     lead = np.zeros(steps)
     lead[1:-1] = h[1:-1] / (2 * h[:-2])
     zero = np.zeros(steps)
     return Sampler(
-        time=(time[:-1] - 1 / total) * total,
+        time=inputs,
         alpha=alpha[:-1],
         sigma=sigma[:-1],
         keep=sigma[1:] / sigma[:-1],

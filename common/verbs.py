@@ -1,6 +1,7 @@
 """The verbs of the `heirloom` command. Heavy imports are inside the functions."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,12 @@ def eval(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it then
     donor = open_any(args.what)
     drawn = ability(method_of(donor), "sample")(donor, args)
     _write_json(args, drawn)
-    print(f"{drawn['picture']}: {len(drawn['labels'])} pictures in {drawn['seconds']:.1f} s, compilation included")
+    print(f"{drawn['picture']}: {drawn['count']} pictures in {drawn['seconds']:.1f} s, compilation included")
 
 
 def expand(args: argparse.Namespace) -> None:

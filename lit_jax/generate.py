@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.decode import PictureDecoder, open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
+from lit_jax.pixart import PixArtConfig
+from lit_jax.prompted import sample_prompts
 from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
 
 BATCH = 64  # pictures drawn at a time
@@ -25,35 +28,40 @@ SEEDS = 2**32
 
 
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.count` pictures of each class in `args.classes` (all, or the first eight, unless given) and write
-    `args.out`.
+    """Draw pictures of each class in `args.classes` (all, or the first eight, unless given) and write `args.out`.
 
-    The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents
+    A text-to-image model draws prompts. The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents
     without an autoencoder.
     """
+    if isinstance(donor.cfg, PixArtConfig):
+        return sample_prompts(donor, args)
+    if args.prompt is not None or args.prompts is not None:
+        raise InputError(f"{donor.path} draws classes, not prompts: give --class N")
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(
             f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
             " --autoencoder"
         )
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
-    if args.count < 1:
-        raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")
-    if args.out.suffix not in ("", ".png"):
-        raise InputError(f"--out {args.out}: the grid is a PNG; name it {args.out.with_suffix('.png')}")
+    count, out = 4 if args.count is None else args.count, args.out or Path("samples.png")
+    if count < 1:
+        raise InputError(f"--count {count}: draw 1 picture of each class, or more")
+    if out.suffix not in ("", ".png"):
+        raise InputError(f"--out {out}: the grid is a PNG; name it {out.with_suffix('.png')}")
     mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
-    draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, args.count)
+    draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, count)
     draw.check(classes)
-    pictures = open_pictures(donor.cfg, args.autoencoder or "", mesh, read_origin(donor.folder))
+    pictures = open_pictures(donor.cfg, args.autoencoder, mesh, read_origin(donor.folder))
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, such as hf:stabilityai/sd-vae-ft-ema")
-    labels, params = np.repeat(classes, args.count), load_params(donor, mesh)
+    labels, params = np.repeat(classes, count), load_params(donor, mesh)
     begun = time.perf_counter()
     drawn = np.concatenate(list(draw_batches(draw, params, pictures, labels, keys, BATCH)))
     seconds = time.perf_counter() - begun
-    save_grid(drawn, args.out, columns=args.count if len(classes) > 1 else None)
+    save_grid(drawn, out, columns=count if len(classes) > 1 else None)
     return {
-        "picture": str(args.out),
+        "picture": str(out),
+        "count": len(labels),
         "labels": labels.tolist(),
         "seconds": round(seconds, 2),
         "seed": args.seed,

@@ -24,6 +24,14 @@ Guided = Literal["all", "first three"]
 PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
 
 
+def check_choices(cfg: object, **choices: Any) -> None:
+    """Checks that fields have one of their values. choices: the `Literal` of each. Raises InputError."""
+    for name, literal in choices.items():
+        known, value = get_args(literal), getattr(cfg, name)
+        if value not in known:
+            raise InputError(f"no {name} {value!r}{nearest(str(value), known)}; choose {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Settings of the sampler."""
@@ -37,11 +45,7 @@ class SampleConfig:
     """Channels of the noise that are guided; DiT's published numbers guide three of four latent channels."""
 
     def __post_init__(self) -> None:
-        for name, known in (("sampler", Name), ("guided", Guided)):
-            if (value := getattr(self, name)) not in get_args(known):
-                raise InputError(
-                    f"no {name} {value!r}{nearest(str(value), get_args(known))}; choose {', '.join(get_args(known))}"
-                )
+        check_choices(self, sampler=Name, guided=Guided)
         if not isfinite(self.guidance):
             raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
 

@@ -10,14 +10,13 @@ from heirloom.common.checkpoint.staging import staged
 
 
 def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:
-    """Arranges pictures uint8 [n, side, side, 3] as one picture, row by row; empty cells are white."""
-    n, side = len(pictures), pictures.shape[1]
+    """Arranges pictures uint8 [n, height, width, 3] as one picture, row by row; empty cells are white."""
+    n, height, width = pictures.shape[:3]
     columns = columns or isqrt(n - 1) + 1
     rows = ceil(n / columns)
     padded = np.concatenate([pictures, np.full((rows * columns - n, *pictures.shape[1:]), 255, np.uint8)])
-    return Image.fromarray(
-        padded.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
-    )
+    cells = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return Image.fromarray(cells.reshape(rows * height, columns * width, 3))
 
 
 def save_grid(pictures: np.ndarray, path: Path, columns: int | None = None, least: int = 256) -> None:

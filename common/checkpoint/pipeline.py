@@ -1,0 +1,83 @@
+"""Pipeline folders: one sub-folder for each part of a system, and a `model_index.json` that names the classes of all.
+
+diffusers writes them (`PixArtSigmaPipeline.save_pretrained`). Ours are the same, with weights folders of ours as parts.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heirloom.common.checkpoint.convert import Donor, convert
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.verify import Check
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError
+
+INDEX = "model_index.json"
+MAIN = ("transformer", "unet")  # the part that an inspection or an inheritance means
+_PLAIN = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # parts without weights
+
+
+def is_pipeline(path: Path) -> bool:
+    """Returns whether `path` is a pipeline folder."""
+    return (path / INDEX).is_file()
+
+
+def class_of(path: Path) -> str:
+    """Returns the class of a pipeline folder, such as "PixArtSigmaPipeline"; empty where its index does not say."""
+    return str(read_json(path / INDEX).get("_class_name", ""))
+
+
+def parts_of(path: Path) -> list[str]:
+    """Returns the names of the parts that the index lists; a part that is null there does not count."""
+    index = read_json(path / INDEX)
+    return [name for name, what in index.items() if isinstance(what, list) and len(what) == 2 and all(what)]
+
+
+def part(path: Path, name: str) -> Path:
+    """Returns the folder of a part. Raises InputError when the pipeline lacks it."""
+    if not (path / name).is_dir():
+        raise InputError(f"{path}: the sub-folder {name}/ is missing; fetch the whole pipeline again")
+    return path / name
+
+
+def main_part(path: Path) -> Path:
+    """Returns the folder of the denoiser. Raises InputError for a pipeline without one."""
+    listed = parts_of(path)
+    name = next((name for name in MAIN if name in listed or (path / name).is_dir()), None)
+    if name is None:
+        raise InputError(f"{path / INDEX}: lists no {' or '.join(MAIN)}; its parts are {', '.join(listed) or 'none'}")
+    return part(path, name)
+
+
+def convert_pipeline(
+    path: Path, destination: Path, to: str, open_part: Callable[[Path], Donor], *, force: bool = False, **options: Any
+) -> dict[str, Check]:
+    """Converts every part that has weights and copies the others; returns the check of each converted part.
+
+    to: "heirloom", or a format that at least one part has; a part that has only one foreign format is written in it.
+    options: of `convert`. Raises InputError for a missing part, VerificationError; `destination` is then not written.
+    """
+    names = parts_of(path)
+    donors = {name: open_part(part(path, name)) for name in names if name not in _PLAIN}
+    checks: dict[str, Check] = {}
+    with staged(destination, force=force) as folder:
+        folder.mkdir()
+        write_json(folder / INDEX, read_json(path / INDEX))
+        for name in names:
+            if name in _PLAIN:
+                shutil.copytree(part(path, name), folder / name)
+            else:
+                checks[name] = _convert_part(donors[name], folder / name, to, **options)
+    return checks
+
+
+def _convert_part(donor: Donor, destination: Path, to: str, **options: Any) -> Check:
+    formats = [format.name for format in donor.family.formats]
+    if to != "heirloom" and to not in formats and len(formats) == 1:
+        (to,) = formats
+    if to == donor.format:
+        shutil.copytree(donor.folder, destination)
+        return Check(passed=True, reference=None, note=f"in the {to} format already, and copied")
+    return convert(donor, destination, to, **options)

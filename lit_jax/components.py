@@ -1,0 +1,115 @@
+"""Finds the parts of a text-to-image model: its own pipeline folder has them, or flags name them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.pipeline import class_of, is_pipeline, part
+from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.errors import InputError
+
+PIPELINE = "PixArtSigmaPipeline"
+SIDECAR = "pipeline.json"
+_OTHERS = {
+    "PixArtAlphaPipeline": "a PixArt-α, which has other text lengths and further embedders",
+    "SanaPipeline": "a Sana, which is another architecture",
+}
+
+
+@dataclass(frozen=True)
+class Components:
+    """Folders of the parts next to the transformer.
+
+    text: a T5 encoder. tokenizer: its tokenizer files. autoencoder: the decoder of the latents.
+    """
+
+    text: Path
+    tokenizer: Path
+    autoencoder: Path
+
+
+def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoencoder: str = "") -> Components:
+    """Finds the parts for a transformer.
+
+    pipeline, text, autoencoder: SOURCEs that the caller names; else the pipeline folder that the transformer lies in,
+    else the one that its sidecar names. Raises InputError for a part that nothing names, or that does not exist.
+    """
+    root = locate(pipeline) if pipeline else _own_pipeline(donor)
+    if root is not None:
+        check_pipeline(root)
+    elif not (text and autoencoder):
+        raise InputError(
+            f"{donor.path}: holds no text encoder and no autoencoder; give --pipeline DIR (a PixArt-Σ pipeline folder,"
+            " or hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS), or --text-encoder and --autoencoder"
+        )
+    encoder = locate(text) if text else part(root, "text_encoder")  # type: ignore[arg-type]
+    return Components(
+        text=encoder,
+        tokenizer=_tokenizer(encoder, root),
+        autoencoder=locate(autoencoder) if autoencoder else part(root, "vae"),  # type: ignore[arg-type]
+    )
+
+
+def check_pipeline(root: Path) -> None:
+    """Checks that a folder is a PixArt-Σ pipeline, with a scheduler that samples it as we do.
+
+    Raises InputError for another pipeline, and for settings of the scheduler that would change the pictures.
+    """
+    if not is_pipeline(root):
+        raise InputError(f"{root} is no pipeline folder: it has no model_index.json")
+    if (name := class_of(root)) != PIPELINE:
+        raise InputError(f"{root} is {_OTHERS.get(name, f'a {name}')}: only {PIPELINE} is read")
+    if (root / "scheduler" / "scheduler_config.json").is_file():
+        check_scheduler(Fields.load(root / "scheduler" / "scheduler_config.json"))
+
+
+def check_scheduler(fields: Fields) -> None:
+    """Refuses a scheduler whose pictures differ from those of DPM-Solver++(2M) on DiT's chain, naming the setting."""
+    fields.fixed("_class_name", "DPMSolverMultistepScheduler")
+    usual = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, solver_order=2)
+    usual |= dict(prediction_type="epsilon", algorithm_type="dpmsolver++", solver_type="midpoint", thresholding=False)
+    usual |= dict(timestep_spacing="linspace", final_sigmas_type="zero", rescale_betas_zero_snr=False)
+    usual |= dict.fromkeys(("use_flow_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+    usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False, trained_betas=None)
+    for name, value in usual.items():
+        fields.fixed(name, value)
+    if (least := fields.value("lambda_min_clipped")) not in (None, float("-inf"), "-inf", "-Infinity"):
+        if not isinstance(least, int | float) or least > -5.1:  # the chain's own least value is -5.06
+            raise fields.refusal("lambda_min_clipped", "only values up to -5.1, which clip nothing, can be sampled")
+    # Without effect here: of other predictions, of shorter chains than this one, and of the learned variance.
+    fields.skip("lower_order_final", "euler_at_final", "variance_type", "dynamic_thresholding_ratio", "sample_max_value")
+    fields.skip("flow_shift", "steps_offset", "time_shift_type", "_*", "clip_sample", "skip_prk_steps", "set_alpha_to_one")
+    fields.done("how pictures are drawn")
+
+
+def write_pipeline_of(folder: Path, root: Path | None) -> None:
+    """Writes which pipeline a transformer belongs to, so that it can be sampled from a folder of its own."""
+    if root is not None:
+        write_json(folder / SIDECAR, {"pipeline": str(root.resolve())})
+
+
+def pipeline_of(donor: Donor) -> Path | None:
+    """Returns the pipeline folder that a transformer lies in, or that its sidecar names; None without either."""
+    if is_pipeline(donor.folder.parent):
+        return donor.folder.parent
+    file = donor.folder / SIDECAR
+    return Path(str(read_json(file).get("pipeline", ""))) if file.is_file() else None
+
+
+def _own_pipeline(donor: Donor) -> Path | None:
+    root = pipeline_of(donor)
+    if root is not None and not root.is_dir():
+        raise InputError(f"{donor.folder / SIDECAR}: its pipeline {root} does not exist any more; give --pipeline DIR")
+    return root
+
+
+def _tokenizer(encoder: Path, root: Path | None) -> Path:
+    """Returns the folder of the tokenizer that belongs to a text encoder."""
+    places = [encoder.parent / "tokenizer", encoder, *([root / "tokenizer"] if root else [])]
+    names = ("tokenizer.json", "spiece.model")
+    for place in places:
+        if any((place / name).is_file() for name in names):
+            return place
+    raise InputError(f"{places[0]}: no tokenizer ({' or '.join(names)}); fetch the tokenizer/ folder of the pipeline")
