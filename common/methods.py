@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from heirloom.common.errors import InputError, nearest
 
 if TYPE_CHECKING:  # imports jax, which most commands never need
+    from pathlib import Path
+
     from heirloom.common.checkpoint.convert import Donor, Family
 
 
@@ -53,10 +55,21 @@ def method_of(donor: "Donor") -> str:
 
 
 def open_any(source: str, **overrides: Any) -> "Donor":
-    """Opens a checkpoint by SOURCE; of a run folder, its `model`. overrides: see `open_donor`."""
+    """Opens a checkpoint by SOURCE; of a run folder, its `model`, and of a pipeline folder, its denoiser.
+
+    overrides: see `open_donor`.
+    """
     from heirloom.common.checkpoint.convert import open_donor
+    from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
+
+    path = locate_any(source)
+    if is_pipeline(path):
+        path = main_part(path)
+    return open_donor(path / "model" if (path / "metrics.jsonl").is_file() else path, families(), **overrides)
+
+
+def locate_any(source: str) -> "Path":
+    """Returns the local file or folder of a SOURCE, which may be embedded in any method."""
     from heirloom.common.checkpoint.hub import locate
 
-    known = families()
-    path = locate(source, {name: path for family in known for name, path in family.embedded.items()})
-    return open_donor(path / "model" if (path / "metrics.jsonl").is_file() else path, known, **overrides)
+    return locate(source, {name: path for family in families() for name, path in family.embedded.items()})

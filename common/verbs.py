@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.errors import InputError
-from heirloom.common.methods import ability, able, method_of, open_any
+from heirloom.common.methods import ability, able, locate_any, method_of, open_any
 
 RECIPE_VERBS = {
     "train": "train",
@@ -39,11 +39,30 @@ def convert(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from heirloom.common.checkpoint.convert import convert
+    from heirloom.common.checkpoint.pipeline import is_pipeline
 
+    if is_pipeline(locate_any(args.source)):
+        _convert_pipeline(args)
+        return
     donor = open_any(args.source, **_settings(args.set))
     check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
     _write_json(args, asdict(check))
     print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {check.sentence()}")
+
+
+def _convert_pipeline(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from heirloom.common.checkpoint.pipeline import convert_pipeline
+
+    if args.set:
+        raise InputError(f"--set {args.set[0]}: a pipeline folder says it all; convert one of its sub-folders instead")
+    checks = convert_pipeline(
+        locate_any(args.source), args.destination, args.to, lambda part: open_any(str(part)), force=args.force, verify=args.verify
+    )
+    _write_json(args, {name: asdict(check) for name, check in checks.items()})
+    for name, check in checks.items():
+        print(f"{args.destination}/{name}: {check.sentence()}")
 
 
 def inspect(args: argparse.Namespace) -> None:

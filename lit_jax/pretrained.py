@@ -10,21 +10,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
+from PIL import Image
 
 from heirloom.common.checkpoint.convert import Donor, open_donor
 from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params, save_params
-from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
+from lit_jax.components import find_components
 from lit_jax.decode import PictureDecoder, open_pictures, picture_decoder
 from lit_jax.dit import DitConfig
 from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
 from lit_jax.origin import Origin, read_origin, write_origin
+from lit_jax.pixart import PixArtConfig
 from lit_jax.sample import Draw, SampleConfig, drawer
-from lit_jax.zoo import EMBEDDED, FAMILY
+from lit_jax.text_to_image import TextToImage, open_text_to_image
+from lit_jax.zoo import EMBEDDED, FAMILIES, FAMILY
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Pretrained:
         draw.check(repeated)
         return np.concatenate(list(draw_batches(draw, self.params, self.pictures, repeated, keys, batch)))
 
+    def draw(self, classes: int | Sequence[int], **options: Any) -> list[Image.Image]:
+        """Draw pictures of classes as PIL images; the options are those of `sample`."""
+        return [Image.fromarray(picture) for picture in self.sample(classes, **options)]
+
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which `load` and every command read."""
         sidecars = partial(write_origin, origin=self.origin)
@@ -108,22 +116,39 @@ class PretrainedAutoencoder:
         return jax.jit(partial(self.model.apply, method="encode"))
 
 
-def load(source: str, autoencoder: str = "", **overrides: Any) -> Pretrained | PretrainedAutoencoder:
-    """Load a DiT or LiT as a `Pretrained`, or an autoencoder as a `PretrainedAutoencoder`; f32 on the default devices.
+def load(
+    source: str,
+    autoencoder: str = "",
+    *,
+    pipeline: str = "",
+    text_encoder: str = "",
+    resident: bool = False,
+    cache: str | Path | None = None,
+    **overrides: Any,
+) -> Pretrained | PretrainedAutoencoder | TextToImage:
+    """Load a DiT or LiT as a `Pretrained`, a text-to-image model as a `TextToImage`, an autoencoder as its own class.
 
-    source: `hf:org/name/folder`, a folder, a run or a file of any format, `embedded:digits_dit`. autoencoder: SOURCE of
-    the decoder of a latent model. overrides: settings that a bare weights file lacks (`heads=6`); guesses are printed
-    as notes. Raises InputError.
+    source: `hf:org/name/folder`, a folder, a run, a pipeline folder or a file of any format, `embedded:digits_dit`.
+    autoencoder: SOURCE of the decoder of a latent model. pipeline: the pipeline folder with text encoder and decoder of
+    a transformer alone; text_encoder: another T5. resident: keep the text encoder in memory, instead of reading it layer
+    by layer. cache: a folder of encoded prompts. overrides: settings that a bare weights file lacks (`heads=6`); guesses
+    are printed as notes. Raises InputError. Parameters are f32 on the default devices.
     """
     path = locate(str(source), EMBEDDED)
+    path = main_part(path) if is_pipeline(path) else path
     path = path / "model" if (path / "metrics.jsonl").is_file() else path
-    donor: Donor = open_donor(path, [FAMILY, autoencoder_layouts.FAMILY], **overrides)
-    mesh = start(MeshConfig())
+    donor: Donor = open_donor(path, FAMILIES, **overrides)
+    mesh, origin = start(MeshConfig()), read_origin(donor.folder)
+    if isinstance(donor.cfg, PixArtConfig):
+        components = find_components(donor, pipeline=pipeline, text=text_encoder, autoencoder=autoencoder)
+        folder = None if cache is None else Path(cache)
+        return open_text_to_image(donor, components, mesh, resident=resident, cache=folder, origin=origin)
     if isinstance(donor.cfg, AutoencoderConfig):
         params = load_params(donor, mesh)
         decoder = picture_decoder(donor.cfg, donor.model, params)
         return PretrainedAutoencoder(cfg=donor.cfg, model=donor.model, params=params, pictures=decoder)
-    origin = read_origin(donor.folder)
+    if not isinstance(donor.cfg, DitConfig):
+        raise InputError(f"{path} is a text encoder, which draws nothing: load the transformer or the pipeline folder")
     pictures = open_pictures(donor.cfg, autoencoder, mesh, origin)
     params = load_params(donor, mesh)
     return Pretrained(cfg=donor.cfg, model=donor.model, params=params, mesh=mesh, pictures=pictures, origin=origin)
