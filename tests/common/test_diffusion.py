@@ -159,3 +159,22 @@ def test_dpm_solver_is_of_second_order():
 
     ratios = [error(n) / error(2 * n) for n in (20, 40, 80)]
     assert all(3.4 < ratio < 4.6 for ratio in ratios), ratios
+
+
+def test_integer_times_are_those_of_diffusers():
+    """Values of DPMSolverMultistepScheduler of diffusers 0.42 with 5 steps: times, and sigma / alpha before each step."""
+    sampler = diffusion.dpm_solver(FULL, 5, "integer")
+    np.testing.assert_array_equal(sampler.time, [999, 799, 599, 400, 200])
+    expected = [157.4073, 25.5285, 6.1352, 2.0411, 0.7236]
+    np.testing.assert_allclose(sampler.sigma / sampler.alpha, expected, rtol=1e-4)
+    assert sampler.keep[-1] == 0 and sampler.clean[-1] == 1 and sampler.before[-1] == 0  # the last step returns x0
+
+
+def test_a_loop_over_single_steps_is_the_scan():
+    sampler, x = diffusion.dpm_solver(FULL, 6), jax.random.normal(jax.random.key(1), (3, 4))
+    key = jax.random.split(jax.random.key(0), 3)
+    by_scan = sampler.run(gaussian(sampler), x, key)
+    previous = jnp.zeros_like(x)
+    for i in range(6):
+        x, previous = sampler.step(gaussian(sampler), x, previous, i, key)
+    np.testing.assert_allclose(x, by_scan, rtol=1e-5, atol=1e-6)

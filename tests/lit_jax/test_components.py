@@ -1,0 +1,81 @@
+"""Pipeline folders: which are read, and which settings of a scheduler change the pictures."""
+
+import json
+
+import pytest
+
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.pipeline import is_pipeline, main_part, parts_of
+from heirloom.common.errors import InputError
+from lit_jax.components import check_pipeline, check_scheduler
+
+SIGMA = {"_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.42.0", "transformer": ["diffusers", "X"],
+         "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None]}  # fmt: skip
+# As diffusers 0.42 saves the scheduler of the public pipelines.
+SCHEDULER = dict(
+    _class_name="DPMSolverMultistepScheduler", _diffusers_version="0.42.0", algorithm_type="dpmsolver++",
+    beta_end=0.02, beta_schedule="linear", beta_start=0.0001, dynamic_thresholding_ratio=0.995, euler_at_final=False,
+    final_sigmas_type="zero", flow_shift=1.0, lambda_min_clipped=float("-inf"), lower_order_final=True,
+    num_train_timesteps=1000, prediction_type="epsilon", rescale_betas_zero_snr=False, sample_max_value=1.0,
+    solver_order=2, solver_type="midpoint", steps_offset=0, thresholding=False, time_shift_type="exponential",
+    timestep_spacing="linspace", trained_betas=None, use_beta_sigmas=False, use_dynamic_shifting=False,
+    use_exponential_sigmas=False, use_flow_sigmas=False, use_karras_sigmas=False, use_lu_lambdas=False,
+    variance_type=None,
+)  # fmt: skip
+
+
+def write(folder, index, scheduler=None):
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if scheduler is not None:
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+def test_the_scheduler_of_the_public_pipelines_is_ours(tmp_path):
+    root = write(tmp_path / "p", SIGMA, SCHEDULER)
+    check_pipeline(root)
+    assert is_pipeline(root) and parts_of(root) == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_class_name", "EulerDiscreteScheduler"),
+        ("use_karras_sigmas", True),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("prediction_type", "v_prediction"),
+        ("timestep_spacing", "trailing"),
+        ("final_sigmas_type", "sigma_min"),
+        ("solver_order", 3),
+        ("beta_schedule", "scaled_linear"),
+        ("thresholding", True),
+        ("rescale_betas_zero_snr", True),
+        ("lambda_min_clipped", -3.0),
+        ("use_flow_sigmas", True),
+        ("some_new_option", 1),
+    ],
+)
+def test_a_setting_that_changes_pictures_is_refused_by_name(name, value):
+    with pytest.raises(InputError, match=name) as error:
+        check_scheduler(Fields(SCHEDULER | {name: value}, "scheduler_config.json"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("PixArtAlphaPipeline", "a PixArt-α"),
+        ("SanaPipeline", "a Sana"),
+        ("StableDiffusionPipeline", "a StableDiffusionPipeline"),
+    ],
+)
+def test_other_pipelines_are_refused_by_name(tmp_path, kind, says):
+    with pytest.raises(InputError, match=f"is {says}.*only PixArtSigmaPipeline is read"):
+        check_pipeline(write(tmp_path / "p", SIGMA | {"_class_name": kind}))
+
+
+def test_a_missing_part_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="sub-folder transformer/ is missing"):
+        main_part(write(tmp_path / "p", SIGMA))

@@ -1,0 +1,107 @@
+"""Sizes, prompt files and folders of pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heirloom.common.errors import InputError
+from lit_jax.aspect import nearest_size, parse_size, trained_sizes
+from lit_jax.prompts import Album, Prompt, read_prompts, read_settings
+
+
+def test_there_are_forty_sizes_of_about_one_area():
+    for latent, side in ((32, 256), (64, 512), (128, 1024), (256, 2048)):
+        sizes = trained_sizes(latent)
+        assert len(sizes) == len(set(sizes)) == 40 and (side, side) in sizes
+        assert all(h % (side // 16) == 0 and w % (side // 16) == 0 for h, w in sizes)
+        assert all(0.8 < h * w / side**2 < 1.02 for h, w in sizes)
+    assert trained_sizes(48) == []
+
+
+@pytest.mark.parametrize(
+    ("latent", "asked", "drawn"),
+    [
+        (64, (512, 512), (512, 512)),
+        (64, (1000, 1000), (512, 512)),
+        (64, (512, 768), (416, 608)),
+        (128, (768, 512), (1216, 832)),
+        (128, (100, 4000), (512, 2048)),
+        (256, (3000, 3000), (2048, 2048)),
+        (48, (100, 200), (100, 200)),
+    ],
+)
+def test_a_size_becomes_the_nearest_ratio(latent, asked, drawn):
+    assert nearest_size(latent, *asked) == drawn
+
+
+def test_sizes_are_read_as_height_and_width():
+    assert parse_size("512x768") == (512, 768) and parse_size("256") == (256, 256)
+    for wrong in ("", "x", "512x", "512x512x3", "-5", "1e3", "0x512", "9999999"):
+        with pytest.raises(InputError, match="HEIGHTxWIDTH"):
+            parse_size(wrong)
+
+
+def test_prompts_are_read_from_all_three_kinds_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("a red apple\n\n  two dogs \n")
+    assert [p.text for p in read_prompts(tmp_path / "a.txt", "plain")] == ["a red apple", "two dogs"]
+    lines = [{"tag": "counting", "prompt": "four cats"}, {"tag": "colors", "prompt": "a blue cow"}]
+    (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_prompts(tmp_path / "g.jsonl", "geneval")
+    assert [p.text for p in found] == ["four cats", "a blue cow"] and found[1].about["tag"] == "colors"
+    (tmp_path / "dpg").mkdir()
+    for name in ("10", "2"):
+        (tmp_path / "dpg" / f"{name}.txt").write_text(f"prompt {name}\n")
+    assert [(p.name, p.text) for p in read_prompts(tmp_path / "dpg", "dpg")] == [("10", "prompt 10"), ("2", "prompt 2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "layout", "says"),
+    [
+        ("none.txt", None, "plain", "cannot be read"),
+        ("empty.txt", "\n \n", "plain", "holds no prompts"),
+        ("bad.jsonl", '{"prompt": "a"}\nnot', "plain", "line 2: not JSON"),
+        ("field.jsonl", '{"text": "a"}', "geneval", 'line 1: has no text field "prompt"'),
+        ("a.txt", "a", "geneval", "evaluation_metadata.jsonl"),
+        ("a.txt", "a", "dpg", "folder of .txt"),
+    ],
+)
+def test_a_wrong_prompt_file_is_one_line(tmp_path, name, content, layout, says):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=says) as error:
+        read_prompts(tmp_path / name, layout)
+    assert "\n" not in str(error.value)
+
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (4, 8, 12, 3)).astype(np.uint8)
+SETTINGS = [{"prompt": "ein Äpfelchen", "seed": 3, "number": i, "guided_steps": (0.0, 1.0)} for i in range(4)]
+
+
+def test_a_picture_says_how_it_was_drawn(tmp_path):
+    album = Album(tmp_path, "plain", 4, seed=3)
+    prompt = Prompt("ein Äpfelchen")
+    files = album.write(7, prompt, PICTURES, SETTINGS)
+    assert files[2].name == "00007_ein_pfelchen_seed3_2.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(files[2])), PICTURES[2])
+    assert read_settings(files[2]) == json.loads(json.dumps(SETTINGS[2]))
+    assert album.has(7, prompt, SETTINGS)
+    assert not album.has(7, prompt, [{**s, "seed": 4} for s in SETTINGS]) and not album.has(6, prompt, SETTINGS)
+
+
+def test_the_layouts_of_the_benchmarks(tmp_path):
+    Album(tmp_path / "g", "geneval", 4).write(2, Prompt("a cow", about={"prompt": "a cow", "tag": "x"}), PICTURES, SETTINGS)
+    assert json.loads((tmp_path / "g" / "00002" / "metadata.jsonl").read_text()) == {"prompt": "a cow", "tag": "x"}
+    assert sorted(p.name for p in (tmp_path / "g/00002/samples").iterdir()) == [f"{i:05d}.png" for i in range(4)]
+    album = Album(tmp_path / "d", "dpg", 4)
+    album.write(0, Prompt("a cow", name="COCOval2014_3"), PICTURES, SETTINGS)
+    whole = np.asarray(Image.open(tmp_path / "d" / "COCOval2014_3.png"))
+    assert whole.shape == (16, 24, 3)
+    np.testing.assert_array_equal(whole[8:, 12:], PICTURES[3])
+    assert album.has(0, Prompt("a cow", name="COCOval2014_3"), SETTINGS)
+
+
+def test_a_layout_without_a_name_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--layout t2i: choose plain, geneval, dpg"):
+        Album(tmp_path, "t2i", 1)
