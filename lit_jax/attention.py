@@ -24,9 +24,7 @@ FOCUS = 3  # the power of the focused map
 
 
 class LinearAttention(nnx.Module):
-    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed], a square grid in
-    raster order.
-    """
+    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed] in raster order."""
 
     def __init__(
         self,
@@ -48,7 +46,8 @@ class LinearAttention(nnx.Module):
         self.heads = sizes["head"]
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
+        """grid: rows and columns of the tokens; None: a square."""
         # Projections write the layout that the kernel reads, so that no transpose is needed between them.
         feature_major = self.features == "relu" and (self.implementation or choice().implementation) == "mosaic_tpu"
         project = _feature_major if feature_major else Dense.__call__
@@ -56,7 +55,7 @@ class LinearAttention(nnx.Module):
         weight = bias = None
         if self.depthwise is not None:
             weight, bias = self.depthwise.banks(self.heads)
-        options: dict[str, Any] = dict(eps=OFFSET, feature_offset=OFFSET, conv_weight=weight, conv_bias=bias)
+        options: dict[str, Any] = dict(eps=OFFSET, feature_offset=OFFSET, conv_weight=weight, conv_bias=bias, grid=grid)
         options |= dict(implementation=self.implementation, shards=_shards(len(x), self.heads))
         if feature_major:
             mixed = linear_attention(query, key, value, layout="bhdn", **options)

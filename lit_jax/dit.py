@@ -15,7 +15,7 @@ from heirloom.common.nn.adaln import XAVIER, AdalnTransformer, Modulation, time_
 from heirloom.common.nn.attention import Attention, Kernel, softmax
 from heirloom.common.nn.block import Remat
 from heirloom.common.nn.dense import Dense, Sizes, normal, param, zeros
-from heirloom.common.nn.patch import PatchEmbed
+from heirloom.common.nn.patch import PatchEmbed, unpatch
 from heirloom.common.nn.position import sincos
 from heirloom.common.nn.precision import lookup
 from heirloom.common.surgery.axes import Spec
@@ -178,8 +178,7 @@ class Dit(AdalnTransformer):
         x = self.patch(x)
         x = x + sincos(cfg.grid, cfg.grid, cfg.width).reshape(cfg.tokens, cfg.width).astype(x.dtype)
         patches = self.transform(x, modulation, remat=cfg.remat).astype(jnp.float32)
-        images = patches.reshape(-1, cfg.grid, cfg.grid, *patches.shape[2:]).swapaxes(2, 3)
-        return images.reshape(-1, cfg.size, cfg.size, 2 * cfg.channels)
+        return unpatch(patches, cfg.grid, cfg.grid)
 
 
 class TimeEmbed(nnx.Module):

@@ -3,7 +3,7 @@ diffusion time.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,23 @@ class Modulation(NamedTuple):
     final: jax.Array
 
 
-class AdalnTransformer(nnx.Module):
+class Modulated(nnx.Module):
+    """A stack of modulated blocks, a modulated norm, and a linear map: `blocks`, `final_norm` and `final` of a model."""
+
+    blocks: nnx.Module
+    final_norm: LayerNorm
+    final: Dense
+
+    def transform(
+        self, x: jax.Array, modulation: Modulation, *inputs: Any, remat: Remat = "none", **shared: Any
+    ) -> jax.Array:
+        """Tokens [batch, token, embed] to [batch, token, *written]. inputs, shared: further arguments of the blocks."""
+        x = scan(self.blocks, x, modulation.blocks, *inputs, remat=remat, **shared)
+        shift, scale = modulation.final[:, :, None].astype(x.dtype)
+        return self.final(modulate(self.final_norm(x), shift, scale))
+
+
+class AdalnTransformer(Modulated):
     """Blocks whose norms are shifted and scaled, and whose branches are gated, by a condition; then a modulated norm
     and a linear map.
 
@@ -60,12 +76,6 @@ class AdalnTransformer(nnx.Module):
         return Modulation(
             jnp.moveaxis(each(self.modulation, condition), 2, 1), jnp.moveaxis(self.final_modulation(condition), 1, 0)
         )
-
-    def transform(self, x: jax.Array, modulation: Modulation, *, remat: Remat = "none") -> jax.Array:
-        """Tokens [batch, token, embed] to [batch, token, *written]."""
-        x = scan(self.blocks, x, modulation.blocks, remat=remat)
-        shift, scale = modulation.final[:, :, None].astype(x.dtype)
-        return self.final(modulate(self.final_norm(x), shift, scale))
 
 
 def time_features(t: jax.Array, frequencies: int = 256, divisor: int | None = None) -> jax.Array:

@@ -1,7 +1,6 @@
 """Multi-head attention; the function that mixes tokens is an argument."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import jax
@@ -9,15 +8,25 @@ from flax import nnx
 
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""`attend(query, key, value)`: all three and the result are [batch, token, head, head_dim]."""
+Attend = Callable[..., jax.Array]
+"""`attend(query, key, value, mask)`: the first three and the result are [batch, token, head, head_dim].
+
+mask: [batch, token of keys] bool, True for the keys that count; None: all of them.
+"""
 Kernel = Literal["xla", "cudnn"]
 PACKED = xavier_uniform(packed=3)
 
 
 def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
     """Returns scaled dot-product attention. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16)."""
-    return partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        over_keys = None if mask is None else mask[:, None, None]
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=over_keys, is_causal=causal, implementation=kernel
+        )
+
+    return attend
 
 
 class Attention(nnx.Module):
@@ -41,3 +50,21 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(self.attend(self.query(x), self.key(x), self.value(x)))
+
+
+class CrossAttention(nnx.Module):
+    """Attention from tokens [batch, token, embed] to a text whose keys and values are computed once by `read`."""
+
+    def __init__(self, sizes: Sizes, *, attend: Attend, init: Init, out: Init, rngs: nnx.Rngs):
+        self.query = Dense("embed -> head head_dim", sizes, init=init, rngs=rngs)
+        self.key = Dense("embed -> head head_dim", sizes, init=init, rngs=rngs)
+        self.value = Dense("embed -> head head_dim", sizes, init=init, rngs=rngs)
+        self.out = Dense("head head_dim -> embed", sizes, init=out, rngs=rngs)
+        self.attend = attend
+
+    def read(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values, [batch, token, head, head_dim], of a text [batch, token, embed]."""
+        return self.key(text), self.value(text)
+
+    def __call__(self, x: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.out(self.attend(self.query(x), key, value, mask))

@@ -42,12 +42,21 @@ class Block(nnx.Module):
         self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
+        return self.feed(self.mix(x, modulation), modulation)
+
+    def mix(self, x: jax.Array, modulation: jax.Array | None = None, **options: Any) -> jax.Array:
+        """Returns x plus its attention. options: of the attention module."""
         if modulation is None:
-            x = x + self.attn(self.attn_norm(x))
+            return x + self.attn(self.attn_norm(x), **options)
+        shift, scale, gate = modulation[:3, :, None].astype(x.dtype)
+        return x + gate * self.attn(modulate(self.attn_norm(x), shift, scale), **options)
+
+    def feed(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
+        """Returns x plus its MLP."""
+        if modulation is None:
             return x + self.mlp(self.mlp_norm(x))
-        parts = modulation[:, :, None].astype(x.dtype)
-        x = x + parts[2] * self.attn(modulate(self.attn_norm(x), parts[0], parts[1]))
-        return x + parts[5] * self.mlp(modulate(self.mlp_norm(x), parts[3], parts[4]))
+        shift, scale, gate = modulation[3:, :, None].astype(x.dtype)
+        return x + gate * self.mlp(modulate(self.mlp_norm(x), shift, scale))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -64,8 +73,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.merge(graph, state)
 
 
-def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
-    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer.
+def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none", **shared: Any) -> jax.Array:
+    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer. shared: the same for all.
 
     remat: recompute whole blocks in the backward pass ("full"), or all but their matmuls ("dots").
     """
@@ -74,7 +83,7 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         state, *inputs = layer
         block = nnx.merge(graph, state)
-        return block(x, *inputs), nnx.state(block, nnx.BatchStat)
+        return block(x, *inputs, **shared), nnx.state(block, nnx.BatchStat)
 
     x, statistics = jax.lax.scan(rematerialised(body, remat), x, (state, *inputs))
     nnx.update(blocks, statistics)
