@@ -48,14 +48,12 @@ LOOKALIKES = (
     ),
     Lookalike("temp_embed", "a Latte, which draws videos: only DiTs are read"),
     Lookalike("temporal_transformer_blocks.*", "a Latte, which draws videos: only DiTs are read"),
-    Lookalike("t_block.*", "a PixArt, which draws from text: only class-conditional DiTs are read"),
-    Lookalike("adaln_single.*", "a PixArt, which draws from text: only class-conditional DiTs are read"),
-    Lookalike("caption_norm.weight", "a Sana, which draws from text: only class-conditional DiTs are read"),
-    Lookalike("attention_y_norm.weight", "a Sana, which draws from text: only class-conditional DiTs are read"),
-    Lookalike("*joint_blocks.*", "a Stable Diffusion 3: only class-conditional DiTs are read"),
-    Lookalike("*double_blocks.*", "a FLUX: only class-conditional DiTs are read"),
-    Lookalike("*diffusion_model.input_blocks.*", "a U-Net of latent diffusion: only class-conditional DiTs are read"),
-    Lookalike("down_blocks.*.attentions.*", "a U-Net of diffusers: only class-conditional DiTs are read"),
+    Lookalike("caption_norm.weight", "a Sana, which draws from text: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("attention_y_norm.weight", "a Sana, which draws from text: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("*joint_blocks.*", "a Stable Diffusion 3: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("*double_blocks.*", "a FLUX: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("*diffusion_model.input_blocks.*", "a U-Net of latent diffusion: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("down_blocks.*.attentions.*", "a U-Net of diffusers: only DiT, LiT and PixArt-Σ are read"),
 )
 
 
@@ -69,7 +67,7 @@ def _read_fair(found: Found) -> Read | None:
     if any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES):
         return None
     known, guesses = _arguments(found) | _sidecar(found), list[Guess]()
-    sizes = _sizes(tensors)
+    sizes = sizes_of(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
     sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
     if not sizes["size"]:
@@ -80,7 +78,7 @@ def _read_fair(found: Found) -> Read | None:
         )
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
-    attention = dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else _linear(tensors, width)
+    attention = dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else linear_settings(tensors, width)
     if "heads" in known:
         attention["heads"] = known["heads"]
     elif attention["attention"] == "softmax" and width in SOFTMAX_HEADS:
@@ -113,7 +111,7 @@ def _read_fair(found: Found) -> Read | None:
     return Read(DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention), tuple(guesses))
 
 
-def _sizes(tensors: Tensors) -> dict[str, Any]:
+def sizes_of(tensors: Tensors) -> dict[str, Any]:
     """Read the sizes of any DiT from its tensor shapes. Raises InputError for an unsupported architecture."""
     try:
         width, channels, patch, patch_col = tensors["x_embedder.proj.weight"].shape
@@ -181,7 +179,7 @@ def _classes(rows: int, known: int | None) -> tuple[int, list[Guess]]:
     return rows - 1, [Guess("classes", rows - 1, f"the table has {rows} rows, and the last is taken for no class")]
 
 
-def _linear(tensors: Tensors, width: int) -> dict[str, Any]:
+def linear_settings(tensors: Tensors, width: int) -> dict[str, Any]:
     """Read LiT's attention settings; the number of heads follows from a shared bank of filters."""
     features = "focused" if "blocks.0.attn.scale" in tensors else "relu"
     bank = tensors.get("blocks.0.attn.dwc.weight")

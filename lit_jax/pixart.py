@@ -26,6 +26,7 @@ from lit_jax.attention import Features, Filters, LinearAttention
 from lit_jax.dit import FREQUENCIES, TimeEmbed
 from lit_jax.linear_attention import Implementation
 
+INTERPOLATION = {32: 0.5, 64: 1.0, 128: 2.0, 256: 4.0}  # by the side of the latents
 UNTRAINED = "null_text"  # a leaf that is saved with some checkpoints and counts as no parameter
 
 
@@ -70,7 +71,9 @@ class PixArtConfig:
 
     def __post_init__(self) -> None:
         positive(self, "size", "channels", "patch", "width", "layers", "heads", "cross_heads", "hidden")
-        positive(self, "text_width", "text_tokens", "interpolation", "window")
+        positive(self, "text_width", "text_tokens", "window")
+        if not 0 < self.interpolation < 1000:  # false for NaN
+            raise InputError(f"interpolation is {self.interpolation}: it is 0.5, 1, 2 or 4 in PixArt-Σ")
         if self.size % self.patch:
             raise InputError(f"patches of {self.patch} do not fill latents of {self.size}: change size or patch")
         for name in ("heads", "cross_heads"):
@@ -98,10 +101,17 @@ class PixArtConfig:
         return replace(self, implementation=None)
 
     def override(
-        self, size: int | None = None, interpolation: float | None = None, heads: int | None = None
+        self,
+        size: int | None = None,
+        interpolation: float | None = None,
+        heads: int | None = None,
+        cross_heads: int | None = None,
+        features: Features | None = None,
     ) -> "PixArtConfig":
         """The same model with what its weights cannot tell. Raises InputError for a value that cannot be."""
-        given = dict(size=size, interpolation=interpolation, heads=heads)
+        if size is not None and interpolation is None:
+            interpolation = INTERPOLATION.get(size)
+        given = dict(size=size, interpolation=interpolation, heads=heads, cross_heads=cross_heads, features=features)
         return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

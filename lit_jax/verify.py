@@ -91,7 +91,7 @@ def formulas(
     def norm(x: Any, shift: Any, scale: Any) -> Any:
         return F.layer_norm(x, (cfg.width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
-    mix = _softmax if cfg.attention == "softmax" else _linear_attention
+    mix = _softmax if cfg.attention == "softmax" else partial(linear_attention_in_torch, grid=(cfg.grid, cfg.grid))
     with torch.no_grad():
         frequency = torch.exp(-np.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
         angle = torch.from_numpy(t).float()[:, None] * frequency
@@ -126,14 +126,16 @@ def _softmax(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Ca
     return linear(out, f"{name}.proj")
 
 
-def _linear_attention(
-    cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any]
+def linear_attention_in_torch(
+    cfg: Any, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any], grid: tuple[int, int]
 ) -> Any:
-    """LiT's attention as its release writes it: sums, not our centred means."""
+    """LiT's attention as its release writes it: sums, not our centred means. grid: rows and columns of the tokens."""
     import torch.nn.functional as F
 
+    tokens = grid[0] * grid[1]
+
     def heads(x: Any) -> Any:
-        return x.reshape(len(x), cfg.tokens, cfg.heads, cfg.head_dim).transpose(1, 2)
+        return x.reshape(len(x), tokens, cfg.heads, cfg.head_dim).transpose(1, 2)
 
     q = linear(x, f"{name}.q")
     k, v = linear(x, f"{name}.kv").chunk(2, 2)
@@ -143,13 +145,13 @@ def _linear_attention(
         q, k = (z**3 / ((z**3).norm(dim=2, keepdim=True) + 1e-6) * z.norm(dim=2, keepdim=True) for z in (q, k))
     q, k, v = heads(q), heads(k), heads(v)
     z = 1 / (q @ k.mean(2, keepdim=True).transpose(2, 3) + 1e-6)
-    out = q @ (k.transpose(2, 3) * cfg.tokens**-0.5 @ (v * cfg.tokens**-0.5)) * z
-    out = out.transpose(1, 2).reshape(len(x), cfg.tokens, cfg.width)
+    out = q @ (k.transpose(2, 3) * tokens**-0.5 @ (v * tokens**-0.5)) * z
+    out = out.transpose(1, 2).reshape(len(x), tokens, cfg.width)
     if cfg.filters != "none":
         weight, bias = w[f"{name}.dwc.weight"], w[f"{name}.dwc.bias"]
-        images = v.transpose(2, 3).reshape(-1, len(weight), cfg.grid, cfg.grid)  # a shared bank sees heads as a batch
+        images = v.transpose(2, 3).reshape(-1, len(weight), *grid)  # a shared bank sees heads as a batch
         conv = F.conv2d(images, weight, bias, padding=cfg.window // 2, groups=len(weight))
-        out = out + conv.reshape(len(x), cfg.width, cfg.tokens).transpose(1, 2)
+        out = out + conv.reshape(len(x), cfg.width, tokens).transpose(1, 2)
     return linear(out, f"{name}.proj")
 
 

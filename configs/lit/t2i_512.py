@@ -1,0 +1,13 @@
+"""The text-to-image LiT-0.6B at 512 px, inherited from PixArt-Σ (LiT §4.2): all but q, k and v of self-attention.
+
+    heirloom inherit lit/t2i_512 lit_t2i_512
+    heirloom sample lit_t2i_512 --prompt "a red apple"
+
+It draws noise until it is trained. The donor's licence (CreativeML Open RAIL++-M) passes on to the student.
+"""
+
+from lit_jax.text_recipe import TextStudentConfig, lit_from_sigma
+
+
+def get_config() -> TextStudentConfig:
+    return TextStudentConfig(student=lit_from_sigma(512), donor="hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS")
