@@ -100,6 +100,7 @@ VERBS = (
             argument("destination", metavar="DEST", type=Path),
             argument("--force", action="store_true", help="replace DEST"),
         ),
+        flags=True,
         json=True,
     ),
     Verb(
