@@ -12,6 +12,7 @@ from heirloom.common.typed import from_json
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
+from lit_jax.text.layouts import FAMILY as T5
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
@@ -28,7 +29,7 @@ FAMILY = Family(
     embedded=EMBEDDED,
     lookalikes=LOOKALIKES,
 )
-FAMILIES = (FAMILY, AUTOENCODERS)
+FAMILIES = (FAMILY, AUTOENCODERS, T5)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}

@@ -64,8 +64,11 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.merge(graph, state)
 
 
-def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
-    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer.
+def scan(
+    blocks: nnx.Module, x: jax.Array, *inputs: Any, shared: tuple[Any, ...] = (), remat: Remat = "none"
+) -> jax.Array:
+    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer. shared: arguments after
+    these, the same for every block.
 
     remat: recompute whole blocks in the backward pass ("full"), or all but their matmuls ("dots").
     """
@@ -74,7 +77,7 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         state, *inputs = layer
         block = nnx.merge(graph, state)
-        return block(x, *inputs), nnx.state(block, nnx.BatchStat)
+        return block(x, *inputs, *shared), nnx.state(block, nnx.BatchStat)
 
     x, statistics = jax.lax.scan(rematerialised(body, remat), x, (state, *inputs))
     nnx.update(blocks, statistics)
