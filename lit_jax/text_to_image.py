@@ -203,16 +203,16 @@ class TextToImage:
         guided = sampling.guidance != 1
         negatives = [request.negative for request in requests if request.negative and guided]
         texts = list(dict.fromkeys([*(request.prompt for request in requests), *negatives]))
-        with self.stages("text encoder", self.text.steps * (1 + guided)) as advance:
-            found = self.text.encode(texts, progress=advance)
-            empty = self.text.encode([""], progress=advance, padding=True) if guided else None
-        encoded = {text: Condition(found.features[i, None], found.mask[i, None]) for i, text in enumerate(texts)}
+        empty = [""] if guided else []
+        with self.stages("text encoder", self.text.cfg.layers) as advance:
+            found = self.text.encode([*texts, *empty], lambda done, total: advance(), padding=empty)
+        rows = [Condition(found.features[i, None], found.mask[i, None]) for i in range(len(found.mask))]
+        encoded = dict(zip(texts, rows, strict=False))
         conditions = [encoded[request.prompt] for request in requests]
-        if empty is None:
+        if not guided:
             return conditions, None
-        null = Condition(empty.features, empty.mask)
         return conditions, [
-            encoded[request.negative] if request.negative else unconditional(condition, null, sampling.null)
+            encoded[request.negative] if request.negative else unconditional(condition, rows[-1], sampling.null)
             for request, condition in zip(requests, conditions, strict=True)
         ]
 
@@ -283,9 +283,9 @@ def open_text_to_image(
     text = open_text(
         components.text, tokens=cfg.text_tokens, resident=resident, cache=cache, tokenizer=components.tokenizer
     )
-    if text.width != cfg.text_width:
+    if text.cfg.width != cfg.text_width:
         raise InputError(
-            f"{components.text} has features {text.width} wide, the transformer reads {cfg.text_width}: name the text"
+            f"{components.text} has features {text.cfg.width} wide, the transformer reads {cfg.text_width}: name the text"
             " encoder of this model (PixArt-Σ: t5-v1_1-xxl, 4096)"
         )
     return TextToImage(

@@ -14,6 +14,7 @@ from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
 from lit_jax.pixart import PixArt, PixArtConfig
+from lit_jax.text.layouts import FAMILY as T5
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
@@ -41,7 +42,7 @@ PIXART = Family(
     macs=pixart.macs,
     lookalikes=pixart_formats.LOOKALIKES,
 )
-FAMILIES = (FAMILY, PIXART, AUTOENCODERS)
+FAMILIES = (FAMILY, PIXART, AUTOENCODERS, T5)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}

@@ -87,7 +87,8 @@ class Format:
     write_config(cfg, folder): writes the format's own JSON files next to the weights.
     clean: changes the keys of published files to those of the layout, after the usual wrappers are removed.
     wrapper: key of the tensors in a torch file; None: the file is the dictionary of tensors.
-    complete(cfg, tensors): adds tensors that published files leave out because they have no effect.
+    complete(cfg, tensors): adds tensors that published files leave out, and removes those that belong to no part of the
+    model; may raise InputError.
     """
 
     name: str
@@ -219,7 +220,10 @@ def _opened(
     guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
     for unknown in (guess for guess in guesses if guess.value is None):
         raise InputError(f"{file}: {unknown.why}; give --set {unknown.name}=VALUE")
-    tensors = format.complete(cfg, raw.tensors)
+    try:
+        tensors = format.complete(cfg, raw.tensors)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     model = _model(family, cfg, file)
     layout = format.layout_of(cfg)
     views = layout.view(tensors, model.spec, str(file))

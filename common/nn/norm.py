@@ -44,6 +44,21 @@ class LayerNorm(nnx.Module):
         return (y if keep is None else jnp.where(keep, y, 0)).astype(x.dtype)
 
 
+class RmsNorm(nnx.Module):
+    """Divides by the root mean square of the last axis, `embed`, and scales; no mean, no bias (Zhang & Sennrich 2019).
+
+    The result is f32, whatever the input's dtype.
+    """
+
+    def __init__(self, sizes: Sizes, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = param("embed", sizes, ones, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        return y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * self.scale[...]
+
+
 class GroupNorm(nnx.Module):
     """Normalise groups of the last axis, `channel`, over all axes but the first; statistics in f32, the input's dtype
     out.

@@ -1,0 +1,236 @@
+"""Encodes prompts with a T5 whose weights stay in their files: in memory is one layer, and the next one.
+
+    encoder = open_text(Path("PixArt-Sigma"), tokens=300)
+    features, mask = encoder.encode(["a red fox in the snow", ""])
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.checkpoint.weights import is_folder, release
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.nn.norm import RmsNorm
+from lit_jax.text.cache import FeatureCache
+from lit_jax.text.layouts import FAMILY
+from lit_jax.text.t5 import T5Block, T5Config, attention_bias
+from lit_jax.text.tokenizer import T5Tokenizer, find_tokenizer
+
+TOKENS = 300  # of a prompt in PixArt-Sigma
+MULTIPLE = 32  # lengths are rounded up to a multiple, so that few are compiled
+AT_ONCE = 1024  # tokens of the prompts that go through a layer together
+BLOCKS = "blocks/"
+
+Progress = Callable[[int, int], object]
+"""`progress(done, total)` is called after each layer, with the numbers of layers."""
+Layer = dict[str, jax.Array]
+
+
+class TextFeatures(NamedTuple):
+    """features: [n, tokens, width] f32, zeros at padding. mask: [n, tokens] bool, false for padding."""
+
+    features: np.ndarray
+    mask: np.ndarray
+
+
+def open_text(
+    source: str | Path,
+    *,
+    tokens: int = TOKENS,
+    resident: bool = False,
+    cache: Path | None = None,
+    tokenizer: Path | None = None,
+) -> "TextEncoder":
+    """Opens a text encoder and its tokenizer; the weights are opened by the first prompt that is not in the cache.
+
+    source: a T5 of ours or of transformers, folder or file, or the folder of a pipeline with `text_encoder/` and
+    `tokenizer/`. tokens: length of the features. resident: keep the weights in memory, in the dtype of the file, for
+    many calls. cache: a folder that keeps features, made when needed. tokenizer: its folder, if it is not that of the
+    pipeline or of the encoder. Raises InputError for a source or tokenizer that does not exist or cannot be read.
+    """
+    path = Path(source)
+    if (path / "text_encoder").is_dir() and not is_folder(path):
+        path = path / "text_encoder"
+    if not path.exists():
+        raise InputError(f"{source} does not exist; give the folder of a text encoder, or of a pipeline with one")
+    folder = path if path.is_dir() else path.parent
+    words = tokenizer or find_tokenizer(folder)
+    if words is None:
+        raise InputError(
+            f"{folder} has no tokenizer (tokenizer.json or spiece.model), nor has a folder 'tokenizer' next to it:"
+            " name the folder that has"
+        )
+    features = None if cache is None else FeatureCache(Path(cache), path)
+    return TextEncoder(path, T5Tokenizer.load(words), tokens, resident=resident, cache=features)
+
+
+class Row(NamedTuple):
+    """Ids of one prompt; the first `real` of them count, the others are padding."""
+
+    ids: tuple[int, ...]
+    real: int
+
+
+class TextEncoder:
+    """A T5 encoder with its tokenizer. tokens: length of the features of a prompt."""
+
+    def __init__(
+        self, path: Path, tokenizer: T5Tokenizer, tokens: int, *, resident: bool, cache: FeatureCache | None
+    ):
+        self.path, self.tokenizer, self.tokens = path, tokenizer, tokens
+        self._resident, self._cache = resident, cache
+        self._kept: list[Layer] = []
+
+    def encode(
+        self, prompts: Sequence[str], progress: Progress | None = None, *, padding: Sequence[str] = ()
+    ) -> TextFeatures:
+        """Returns the features of prompts; one that is too long is cut, and a remark says so.
+
+        Only as many tokens as a prompt has are computed, rounded up to a multiple of 32; the features of padding, which
+        a mask hides, are zeros but for the prompts of `padding`. Deviation: transformers always computes them. Raises
+        InputError for features that are not finite.
+        """
+        ids, mask = self.tokenizer(prompts, self.tokens)
+        keys = [
+            Row(tuple((row if prompt in padding else row[real]).tolist()), int(real.sum()))
+            for prompt, row, real in zip(prompts, ids, mask, strict=True)
+        ]
+        rows = dict.fromkeys(keys)  # each prompt once
+        found: dict[Row, np.ndarray] = {}
+        if self._cache is not None:
+            found = {row: hit for row in rows if (hit := self._cache.get(row.ids)) is not None}
+        if missing := [row for row in rows if row not in found]:
+            for row, features in zip(missing, self._compute(missing, progress), strict=True):
+                if not np.isfinite(features).all():
+                    raise InputError(
+                        f"text encoder: the features of {self.tokenizer.decode(row.ids)[:60]!r} are not finite; its weights"
+                        f" ({self.path}) are damaged or in a dtype that overflows: take a bfloat16 or float32 file"
+                    )
+                found[row] = features
+                if self._cache is not None:
+                    self._cache.put(row.ids, features)
+        width = next(iter(found.values())).shape[-1] if found else self.cfg.width
+        out = np.zeros((*mask.shape, width), np.float32)
+        for features, row in zip(out, keys, strict=True):
+            features[: len(row.ids)] = found[row]
+        return TextFeatures(out, mask)
+
+    @property
+    def cfg(self) -> T5Config:
+        """The config of the encoder; opens its weights."""
+        return self._donor.cfg
+
+    @cached_property
+    def _donor(self) -> Donor:
+        donor = open_donor(self.path, [FAMILY])
+        if self.tokenizer.vocabulary > donor.cfg.vocabulary:
+            raise InputError(
+                f"{self.path} has {donor.cfg.vocabulary} tokens, and its tokenizer {self.tokenizer.vocabulary}: they do"
+                " not belong together; name the folder of its tokenizer"
+            )
+        return donor
+
+    def _compute(self, rows: Sequence[Row], progress: Progress | None) -> list[np.ndarray]:
+        """Returns the features of rows, [len(row.ids), width] each."""
+        groups = list(_groups(rows, self.tokens))
+        states = [self._embed([rows[i] for i in group], length) for group, length in groups]
+        layers = self.cfg.layers
+        for done, layer in enumerate(self._layers(), 1):
+            states = [(self._block(layer, self._positions, x, mask), mask) for x, mask in states]
+            jax.block_until_ready(states)
+            if progress is not None:
+                progress(done, layers)
+        out: list[Any] = [None] * len(rows)
+        for (group, _), (x, _) in zip(groups, states, strict=True):
+            for i, features in zip(group, np.asarray(self._norm(x)), strict=True):
+                out[i] = features[: len(rows[i].ids)]
+        return out
+
+    def _embed(self, rows: Sequence[Row], length: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the input of the first layer and its mask; only the rows of these tokens are read from the table."""
+        ids = np.zeros((len(rows), length), np.int32)
+        for out, row in zip(ids, rows, strict=True):
+            out[: len(row.ids)] = row.ids
+        (table,) = self._donor.source.values["embed/table"].parts
+        embedded = np.asarray(table[ids], np.float32)
+        release(table)
+        lengths = np.array([row.real for row in rows])
+        return jnp.asarray(embedded), jnp.asarray(np.arange(length) < lengths[:, None])
+
+    def _layers(self) -> Iterator[Layer]:
+        """Yields the parameters of each block; while one is used, the next is read."""
+        if self._resident:
+            self._kept = self._kept or [self._read(i) for i in range(self.cfg.layers)]
+            yield from self._kept
+            return
+        with ThreadPoolExecutor(1) as reader:
+            following = reader.submit(self._read, 0)
+            for i in range(1, self.cfg.layers + 1):
+                layer = following.result()
+                if i < self.cfg.layers:
+                    following = reader.submit(self._read, i)
+                yield layer
+
+    def _read(self, i: int) -> Layer:
+        """Reads one block from the file, in the dtype and the order of the file."""
+        return {path: _stored(view.parts[i]) for path, view in self._views.items()}
+
+    @cached_property
+    def _views(self) -> dict[str, Any]:
+        values = self._donor.source.values
+        return {path.removeprefix(BLOCKS): view for path, view in values.items() if path.startswith(BLOCKS)}
+
+    @cached_property
+    def _positions(self) -> jax.Array:
+        return jnp.asarray(np.asarray(self._donor.source.values["position/table"], np.float32))
+
+    @cached_property
+    def _block(self) -> Callable[[Layer, jax.Array, jax.Array, jax.Array], jax.Array]:
+        """One block, compiled once for each shape of `x`."""
+        cfg, model = self.cfg, functional(T5Block, self.cfg)
+        # Where each of our axes is in the file: the compiler multiplies by the matrix as it lies there.
+        order = {path: np.argsort(_file_order(view.parts[0])) for path, view in self._views.items()}
+
+        def block(layer: Layer, positions: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
+            params = {path: value.transpose(*order[path]) for path, value in layer.items()}
+            return model.apply(params, x, attention_bias(cfg, positions, mask))
+
+        return jax.jit(block)
+
+    @cached_property
+    def _norm(self) -> Callable[[jax.Array], jax.Array]:
+        def norm(cfg: T5Config, rngs: Any) -> RmsNorm:
+            return RmsNorm({"embed": cfg.width}, eps=cfg.eps, rngs=rngs)
+
+        scale = np.asarray(self._donor.source.values["norm/scale"], np.float32)
+        return jax.jit(partial(functional(norm, self.cfg).apply, {"scale": scale}))
+
+
+def _stored(part: np.ndarray) -> jax.Array:
+    """Copies a part of a file to the device as it lies in the file, and gives its pages back."""
+    array = jnp.array(part.transpose(_file_order(part)), copy=True).block_until_ready()
+    release(part)
+    return array
+
+
+def _file_order(part: np.ndarray) -> list[int]:
+    """Returns the axes of a strided view in the order of the file, the slowest first."""
+    return sorted(range(part.ndim), key=lambda axis: -part.strides[axis])
+
+
+def _groups(rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[int], int]]:
+    """Yields the numbers of the rows that are computed together, and their length with padding."""
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(min(tokens, -(-len(row.ids) // MULTIPLE) * MULTIPLE), []).append(i)
+    for length, members in sorted(by_length.items()):
+        size = max(1, AT_ONCE // length)
+        yield from ((members[i : i + size], length) for i in range(0, len(members), size))
