@@ -1,4 +1,7 @@
-"""Samples a text-to-image transformer step by step, so that a caller sees the progress and memory stays small."""
+"""Samples a text-to-image transformer step by step, so that a caller sees the progress and memory stays small.
+
+As diffusers' PixArtSigmaPipeline: `PromptConfig(times="integer", null="own mask", letters="lower")`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from lit_jax.pixart import PixArtConfig, Text
 from lit_jax.sample import Guided, Name, SampleConfig, check_choices, guide
 
 Null = Literal["prompt mask", "own mask"]
+Letters = Literal["as given", "lower"]
 TEXT_STEP = 32  # texts are cut to a multiple of so many tokens: few lengths, few compilations
 
 
@@ -42,10 +46,12 @@ class PromptConfig(SampleConfig):
     """What a step without the prompt reads: all tokens of the empty text that the prompt's mask leaves (PixArt), or the
     tokens of the empty text alone (diffusers). A negative prompt is always read with its own mask.
     """
+    letters: Letters = "as given"
+    """Prompts as given, as PixArt reads them, or in lower case, as diffusers does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, times=Times, null=Null)
+        check_choices(self, times=Times, null=Null, letters=Letters)
         first, last = self.guided_steps
         if not 0 <= first <= last <= 1:
             raise InputError(f"guided_steps are {first:g} to {last:g}: give two shares of the steps, such as 0.1 0.8")
@@ -57,6 +63,10 @@ class PromptConfig(SampleConfig):
         if self.sampler == "dpm" and 1 <= self.steps <= 1000:
             return dpm_solver(linear_schedule(), self.steps, self.times)
         return super().make()
+
+    def text(self, prompt: str) -> str:
+        """Returns a prompt as the text encoder reads it."""
+        return prompt.strip() if self.letters == "as given" else prompt.strip().lower()
 
     def guides(self, step: int) -> bool:
         """Returns whether a step is guided."""

@@ -201,19 +201,20 @@ class TextToImage:
     ) -> tuple[list[Condition], list[Condition] | None]:
         """Encode all different texts of the requests once: what the guided and the unguided halves read."""
         guided = sampling.guidance != 1
-        negatives = [request.negative for request in requests if request.negative and guided]
-        texts = list(dict.fromkeys([*(request.prompt for request in requests), *negatives]))
+        prompts = [sampling.text(request.prompt) for request in requests]
+        negatives = [sampling.text(request.negative) if guided else "" for request in requests]
+        texts = list(dict.fromkeys([*prompts, *filter(None, negatives)]))
         empty = [""] if guided else []
         with self.stages("text encoder", self.text.cfg.layers) as advance:
             found = self.text.encode([*texts, *empty], lambda done, total: advance(), padding=empty)
         rows = [Condition(found.features[i, None], found.mask[i, None]) for i in range(len(found.mask))]
         encoded = dict(zip(texts, rows, strict=False))
-        conditions = [encoded[request.prompt] for request in requests]
+        conditions = [encoded[prompt] for prompt in prompts]
         if not guided:
             return conditions, None
         return conditions, [
-            encoded[request.negative] if request.negative else unconditional(condition, rows[-1], sampling.null)
-            for request, condition in zip(requests, conditions, strict=True)
+            encoded[negative] if negative else unconditional(condition, rows[-1], sampling.null)
+            for negative, condition in zip(negatives, conditions, strict=True)
         ]
 
     @cached_property
