@@ -167,9 +167,9 @@ def test_a_student_finds_the_parts_of_its_donors_pipeline(folder, tmp_path, caps
     student = tmp_path / "lit"
     assert main(["inherit", str(recipe), str(student), "--donor", str(folder)]) == 0
     record = json.loads((student / "provenance.json").read_text())
-    fresh = {leaf["path"] for leaf in record["leaves"] if leaf.get("fraction", 1) == 0}
+    fresh = {path for path, leaf in record["parameters"].items() if leaf["fraction"] == 0}
     projections = {f"blocks/attn/{name}/{leaf}" for name in ("query", "key", "value") for leaf in ("kernel", "bias")}
-    assert fresh == projections | {"blocks/attn/depthwise/kernel", "blocks/attn/depthwise/bias"}, record["leaves"][:3]
+    assert fresh == projections | {"blocks/attn/depthwise/kernel", "blocks/attn/depthwise/bias"}
     assert 0.8 < record["fraction"] < 1
     out = tmp_path / "out"
     assert main(["sample", str(student), "--prompt", "a cat", "--steps", "1", "--size", "192x320", "--exact", "--out", str(out)]) == 0
