@@ -198,7 +198,8 @@ def _forward(
 
 
 def _query_gradient(
-    terms: Terms, q: Any, grad: Any, state: Any, key: Any, value: Any, normaliser: Any, dq: Any, dstate: Any, shift: Any,
+    terms: Terms, q: Any, grad: Any, state: Any, key: Any, value: Any, normaliser: Any, dq: Any, dstate: Any,
+    shift: Any,
     products: Any, keys: Any, values: Any, along_queries: Any,
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
