@@ -68,7 +68,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def summed(text: str) -> dict[str, int]:
-    """Counts the elements of a device's all-reduces and reduce-scatters by dtype, the precision of sums over devices."""
+    """Counts the elements of a device's all-reduces and reduce-scatters by dtype, the precision of sums over
+    devices.
+    """
     found: Counter[str] = Counter()
     for kind, operation, _, times in _runs(text):
         if kind in ("all-reduce", "reduce-scatter"):
@@ -144,7 +146,9 @@ def _arrays(shape: str) -> list[tuple[str, int]]:
 
 
 def _trips(loop: Operation, block: Block, condition: Block) -> int | None:
-    """Returns the trip count of a loop: the compiler's, or N of `counter < N` minus the initial value of the counter."""
+    """Returns the trip count of a loop: the compiler's, or N of `counter < N` minus the initial value of the
+    counter.
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     compared = next((o for o in condition.values() if o.kind == "compare" and "direction=LT" in o.attributes), None)

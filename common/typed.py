@@ -78,7 +78,9 @@ def _build(hint: Any, value: Any, where: str) -> Any:
 
 
 def _first(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Builds the first of several types that fits; of several dataclasses, the one with the most of the given fields."""
+    """Builds the first of several types that fits; of several dataclasses, the one with the most of the given
+    fields.
+    """
     if value is None and NoneType in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not NoneType)

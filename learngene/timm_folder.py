@@ -16,9 +16,11 @@ from learngene.vit import VitConfig
 # Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are
 # called.
 _PRETRAINED = (
-    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load", "test_input_size",
+    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
+    "test_input_size",
     "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names",
-    "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description", "origin_url",
+    "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license",
+    "description", "origin_url",
     "paper_name", "paper_ids", "notes",
 )  # fmt: skip
 # The architectures that are written, by eps: model_args state everything else.

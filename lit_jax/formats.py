@@ -291,7 +291,9 @@ def _read_diffusers(found: Found) -> Read | None:
 
 
 def _scheduler(found: Found) -> tuple[Guess, ...]:
-    """Check that the pipeline's scheduler config says that the model predicts noise; returns a guess if there is none."""
+    """Check that the pipeline's scheduler config says that the model predicts noise; returns a guess if there is
+    none.
+    """
     for fields in filter(None, map(found.json, ("scheduler_config.json", "../scheduler/scheduler_config.json"))):
         kind = fields.text("_class_name", "")
         if any(word in kind for word in ("Flow", "EDM", "Consistency")):

@@ -79,7 +79,9 @@ def cache_latents(
 
 
 def cache_origin(path: Path) -> Origin:
-    """Read which autoencoder a cache was made with, and its scaling factor. Raises InputError if the file is missing."""
+    """Read which autoencoder a cache was made with, and its scaling factor. Raises InputError if the file is
+    missing.
+    """
     origin = read_origin(path)
     if origin is None:
         raise InputError(

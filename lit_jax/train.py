@@ -111,7 +111,9 @@ def parts(cfg: Config) -> Parts:
 
 
 def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
-    """Find the autoencoder of the latent cache, or the default one if the cache does not exist yet; None for pictures."""
+    """Find the autoencoder of the latent cache, or the default one if the cache does not exist yet; None for
+    pictures.
+    """
     if is_latent(cfg.data):
         return cache_origin(Path(cfg.data.path)).cfg
     return AutoencoderConfig() if cfg.autoencoder else None

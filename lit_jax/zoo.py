@@ -54,7 +54,9 @@ AUTOENCODER = "hf:stabilityai/sd-vae-ft-ema"
 
 
 def dit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
-    """Return the config of a published DiT: `size` is s, b, l or xl; its latents are 8 times smaller than the pictures."""
+    """Return the config of a published DiT: `size` is s, b, l or xl; its latents are 8 times smaller than the
+    pictures.
+    """
     width, layers = _SIZES[size]
     heads, hidden = SOFTMAX_HEADS[width], 4 * width
     return DitConfig(size=pixels // 8, channels=4, patch=patch, width=width, layers=layers, heads=heads, hidden=hidden)

@@ -120,7 +120,9 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> IO[bytes]:
 
 
 def names(cache: Path) -> dict[str, dict]:
-    """concept -> caption, tags, group, subgroup, for everything emojibase names, skin tones (its nested rows) left out."""
+    """concept -> caption, tags, group, subgroup, for everything emojibase names, skin tones (its nested rows) left
+    out.
+    """
     with fetch(*CAPTIONS, cache) as tar:
         entries = json.load(contents(tar, "package/en/data.json"))
         cldr = json.load(contents(tar, "package/meta/groups.json"))

@@ -1,4 +1,5 @@
-"""Builds a wider picture-name set around the embedded emoji: `python scripts/build_icon_pairs.py --cache DIR --out FILE`.
+"""Builds a wider picture-name set around the embedded emoji: `python scripts/build_icon_pairs.py --cache DIR --out
+FILE`.
 
 Three kinds of pictures: other hands' emoji and the colour icon sets of npm's `@iconify/json`, single-colour sets of the
 same package drawn in one dark colour each, and Debian's Open Clip Art. The licence of every set is read from its own
@@ -6,8 +7,8 @@ record and has to be permissive; nothing non-commercial, ShareAlike or GPL gets 
 
 The file has the schema of `common/data/emoji`, with `concept` the normalised caption, `style` the set, empty groups and
 `split` "train" throughout. It is made for training beside that set, so whatever names one of its held-out concepts is
-left out, and counted. Needs `npm` and `apt-get`/`dpkg-deb` on the path for packages that DIR does not hold yet (260 MB).
-Takes a minute or two on two cores.
+left out, and counted. Needs `npm` and `apt-get`/`dpkg-deb` on the path for packages that DIR does not hold yet (260
+MB). Takes a minute or two on two cores.
 """
 
 import argparse
@@ -38,7 +39,8 @@ ICONIFY = ("@iconify/json", "2.2.535")
 CLIPART = {"openclipart-svg": "1:0.18+dfsg-19", "openclipart-png": "1:0.18+dfsg-19"}
 PERMISSIVE = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ISC", "BSD-3-Clause", "OFL-1.1"}
 
-# Twemoji and Noto are missing because the embedded set has those very drawings; openmoji and emojione-v1 are ShareAlike.
+# Twemoji and Noto are missing because the embedded set has those very drawings; openmoji and emojione-v1 are
+# ShareAlike.
 EMOJI = ["emojione", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto-v1", "streamline-emojis"]
 # The other colour sets are logos, flags and file types of programs: trademarks, or signs without a describable content.
 COLOUR = [
@@ -52,8 +54,8 @@ INK = ["game-icons", "healthicons", "maki", "mdi", "ph", "tabler", "temaki", "wi
 INKS = ["#1f2933", "#7b1e3a", "#0b5394", "#1e6b3a", "#b45f06", "#5b2a86", "#0f766e", "#a61c1c"]
 PER_CAPTION = {"emoji": 1, "colour": 4, "ink": 1, "clipart": 4}
 
-# Last words that tell a drawing from its siblings; those of the second kind only where the name without them exists too,
-# as a traffic light is not a kind of traffic.
+# Last words that tell a drawing from its siblings; those of the second kind only where the name without them exists
+# too, as a traffic light is not a kind of traffic.
 VARIANT = {"one", "two", "three", "four", "five", "duo", "outline", "outlined", "filled", "duotone", "alt", "variant"}
 SOMETIMES = {"flat", "fill", "bold", "thin", "light", "solid"}
 LETTERS = {
@@ -82,7 +84,8 @@ BRANDS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Folders of Open Clip Art whose pictures say nothing about their names, or are flags, logos and themes of unknown origin.
+# Folders of Open Clip Art whose pictures say nothing about their names, or are flags, logos and themes of unknown
+# origin.
 CLIPART_OUT = (
     "shapes/stars/", "shapes/jigsaw/", "shapes/flowchart/", "recreation/games/cards/", "special/", "logos/",
     "unsorted/duplicates/", "signs_and_symbols/flags/", "signs_and_symbols/led/", "computer/icons/",
@@ -95,7 +98,9 @@ PUBLIC_DOMAIN = re.compile(rb'<(?:\w+:)?license\s+rdf:resource="[^"]*/publicdoma
 
 
 class Job(NamedTuple):
-    """One picture to draw. source: SVG text, or the path of a PNG. kind: a key of PER_CAPTION. alias: its other name."""
+    """One picture to draw. source: SVG text, or the path of a PNG. kind: a key of PER_CAPTION. alias: its other
+    name.
+    """
 
     kind: str
     style: str
@@ -134,8 +139,9 @@ class HeldOut:
     """Knows whether a caption names a held-out concept.
 
     A caption does if it contains the concept's name, or is two or more words of it, or equals or contains one of its
-    nicknames (chat shortcodes: "car" for "automobile"). A one-word nickname that is also part of a training name (police
-    car) only counts when it is all of the caption. Words are compared by stem, and with their spaces removed too.
+    nicknames (chat shortcodes: "car" for "automobile"). A one-word nickname that is also part of a training name
+    (police car) only counts when it is all of the caption. Words are compared by stem, and with their spaces removed
+    too.
     """
 
     def __init__(self, nicknames: dict[str, set[str]]):
@@ -220,7 +226,9 @@ def size_rank(name: str) -> int:
 
 
 def speaks(name: str, icons: dict) -> bool:
-    """Whether an emoji that no list of names knows is worth its own words: no skin tone, no flag, no words run together."""
+    """Whether an emoji that no list of names knows is worth its own words: no skin tone, no flag, no words run
+    together.
+    """
     tone = re.search(r"^(.*?)(-(medium-)?(light|medium|dark))+(-skin-tone.*)?$", name)
     return (
         "-" in name and "tone" not in words(name) and not name.startswith("flag-") and not (tone and tone[1] in icons)

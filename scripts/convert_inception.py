@@ -93,7 +93,9 @@ def convolutions() -> dict[tuple[str, str], list[str]]:
 
 
 def kernels(graph: Path) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]:
-    """Kernels [feature, row, col, channel] and biases [feature] of the graph's convolutions, f32, by block and branch."""
+    """Kernels [feature, row, col, channel] and biases [feature] of the graph's convolutions, f32, by block and
+    branch.
+    """
     try:
         import tflite
     except ImportError as error:

@@ -136,7 +136,9 @@ def image_features(rows: list[dict], root: Path, kept: Path, batch: int = 64) ->
 
 @torch.no_grad()
 def text_features(texts: list[str], root: Path, batch: int = 256) -> torch.Tensor:
-    """MiniLM's mean over tokens, [texts, 384] f32 of unit norm. Sorted by length on the way, so that little is padding."""
+    """MiniLM's mean over tokens, [texts, 384] f32 of unit norm. Sorted by length on the way, so that little is
+    padding.
+    """
     folder = root / MINILM[0].rpartition("/")[0]
     tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

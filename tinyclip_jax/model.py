@@ -247,7 +247,9 @@ def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
 
 
 class Keep(NamedTuple):
-    """Masks of the open channels of both residual streams; None: all channels, as in every model without learned masks."""
+    """Masks of the open channels of both residual streams; None: all channels, as in every model without learned
+    masks.
+    """
 
     image: Bool[Array, " embed"] | None = None
     text: Bool[Array, " embed"] | None = None

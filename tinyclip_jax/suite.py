@@ -168,7 +168,9 @@ def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> 
 
 
 def _of_test(folder: Path) -> SourceConfig:
-    """The test split, where sub-folders or files have names of splits; the table, where the folder holds exactly one."""
+    """The test split, where sub-folders or files have names of splits; the table, where the folder holds exactly
+    one.
+    """
     tables = [*folder.glob("*.csv"), *folder.glob("*.tsv")]
     for split in ("test", "val", "validation"):
         if (folder / split).is_dir() or any(any(folder.glob(f"{parent}{split}-*.parquet")) for parent in ("", "data/")):

@@ -36,7 +36,9 @@ class PcaFit:
 
 
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
-    """Fit PCA to rows [n, length]. One scale for all latents: directions that matter little to the weights stay small."""
+    """Fit PCA to rows [n, length]. One scale for all latents: directions that matter little to the weights stay
+    small.
+    """
     if latent > min(rows.shape):
         raise InputError(
             f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most"
@@ -267,7 +269,9 @@ def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The codec must keep the weights it codes and the accuracy of their networks, or training stops before it starts."""
+    """The codec must keep the weights it codes and the accuracy of their networks, or training stops before it
+    starts.
+    """
 
     tolerance: float = 0.02
     """Accuracy that may be lost, on pictures no network of the zoo was trained on; they must have more than that above

@@ -33,7 +33,9 @@ Propose = Callable[[str, np.ndarray, np.random.Generator], np.ndarray]
 
 
 def noise_proposal(relative: float) -> Propose:
-    """Gaussian noise whose norm is `relative` times the tensor's: the control every other proposal is measured against."""
+    """Gaussian noise whose norm is `relative` times the tensor's: the control every other proposal is measured
+    against.
+    """
 
     def propose(name: str, tensor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         noise = rng.standard_normal(tensor.shape)

@@ -71,7 +71,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Lookalike:
-    """Checkpoints that cannot be read. keys: glob of tensor names that recognises them. advice: what to do with them."""
+    """Checkpoints that cannot be read. keys: glob of tensor names that recognises them. advice: what to do with
+    them.
+    """
 
     keys: str
     advice: str

@@ -27,14 +27,22 @@ _REQUIRED: Any = object()
 # Fields that any config of transformers may have: text generation, training, names. None of them changes a forward
 # pass.
 TRANSFORMERS = (
-    "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "transformers_version", "architectures",
-    "torch_dtype", "dtype", "return_dict", "return_dict_in_generate", "output_*", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "xla_device", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "tie_encoder_decoder", "tie_word_embeddings",
-    "cross_attention_hidden_size", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
-    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "finetuning_task",
-    "id2label", "label2id", "num_labels", "problem_type", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id", "sep_token_id",
+    "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "transformers_version",
+    "architectures",
+    "torch_dtype", "dtype", "return_dict", "return_dict_in_generate", "output_*", "torchscript", "use_bfloat16",
+    "tf_legacy_loss",
+    "xla_device", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "tie_encoder_decoder",
+    "tie_word_embeddings",
+    "cross_attention_hidden_size", "max_length", "min_length", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "finetuning_task",
+    "id2label", "label2id", "num_labels", "problem_type", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id",
+    "sep_token_id",
     "decoder_start_token_id", "task_specific_params", "initializer_*", "*dropout*", "layerdrop", "loss_type", "_*",
 )  # fmt: skip
 LARGEST = 2**24  # of any size in a config; a larger one is a mistake and would fill the memory

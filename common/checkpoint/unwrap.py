@@ -54,7 +54,8 @@ _CONFIGS = (
     "datetime.",
 )
 _PATTERNS = (
-    "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar", "*.th", "*.npz",
+    "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar",
+    "*.th", "*.npz",
 )  # fmt: skip
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model)")
 _OTHERS = {

@@ -212,7 +212,9 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
 
 
 def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
-    """Reads examples one by one, so that all threads work on a batch (decoding and tokenising release Python's lock)."""
+    """Reads examples one by one, so that all threads work on a batch (decoding and tokenising release Python's
+    lock).
+    """
     threads = min(16, os.cpu_count() or 1)
     return rows.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch * count))).batch(count)
 

@@ -206,7 +206,9 @@ def _corner(margin: int, rule: Corner) -> int:
 
 
 def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
-    """Computes `box.cut(image.resize(target))` without the whole resized picture, up to rounding of PIL's two passes."""
+    """Computes `box.cut(image.resize(target))` without the whole resized picture, up to rounding of PIL's two
+    passes.
+    """
     low, high, first, last = [], [], [], []
     for length, total, start, count in zip(
         image.size, target, (box.left, box.top), (box.width, box.height), strict=True

@@ -140,7 +140,9 @@ class Tokenizer:
         return file
 
     def __call__(self, texts: str | Iterable[str], context: int) -> np.ndarray:
-        """Returns ids, int32 [n, context] (n = 1 for a single string): cut to `context` with EOT last, padded with 0."""
+        """Returns ids, int32 [n, context] (n = 1 for a single string): cut to `context` with EOT last, padded with
+        0.
+        """
         if context < 2:
             raise InputError(f"context {context} is too small for the start and end tokens: choose 2 or more")
         if not isinstance(texts, str | Iterable):

@@ -81,5 +81,7 @@ def average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def over_pixels(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Apply a layer of tokens [batch, token, channel], such as self-attention, to the pixels of an image, row by row."""
+    """Apply a layer of tokens [batch, token, channel], such as self-attention, to the pixels of an image, row by
+    row.
+    """
     return layer(x.reshape(len(x), -1, x.shape[-1])).reshape(x.shape)

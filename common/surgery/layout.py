@@ -109,7 +109,9 @@ class _Row:
         return cls(paths, row[1], orders)
 
     def numbered(self, spec: Spec) -> "Iterator[_Row]":
-        """Yields the row itself, or one row for each match of its stars; a star matches the same text in every column."""
+        """Yields the row itself, or one row for each match of its stars; a star matches the same text in every
+        column.
+        """
         if "*" not in self.paths[0]:
             yield self
             return

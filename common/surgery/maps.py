@@ -134,7 +134,9 @@ def scaled(map: Pick, scale: Array) -> Pick:
 
 
 def resize(source: int, target: int) -> Matrix:
-    """Resamples one grid axis bicubically like torch (a = -0.75, half-pixel centres, edges clamped, no antialiasing)."""
+    """Resamples one grid axis bicubically like torch (a = -0.75, half-pixel centres, edges clamped, no
+    antialiasing).
+    """
     a = -0.75
     values = np.zeros((target, source), np.float32)
     for i in range(target):

@@ -43,7 +43,9 @@ def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
-    """Returns the axes of the mesh with sizes. Raises InputError when these do not multiply to the number of devices."""
+    """Returns the axes of the mesh with sizes. Raises InputError when these do not multiply to the number of
+    devices.
+    """
     shape = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     free = [name for name, size in shape.items() if size == -1]
     given = math.prod(size for size in shape.values() if size != -1)

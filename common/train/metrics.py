@@ -232,7 +232,9 @@ class ProgressLine:
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
-    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if the line has one."""
+    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if the line has
+    one.
+    """
     timing = line["timing"]
     rate = timing["examples_per_second"]
     left = timedelta(seconds=round((total - line["step"]) * work.examples / rate)) if rate else "-"
@@ -274,7 +276,9 @@ class Recorder:
     _late: tuple[int, Mapping[str, Any]] | None = None
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a step just dispatched; read those of the step before and write its line if one is due."""
+        """Take the metrics of a step just dispatched; read those of the step before and write its line if one is
+        due.
+        """
         if self._late is not None:
             self.read()
             if self.step % self.log_every == 0:

@@ -133,9 +133,11 @@ def product(
 
 
 def _body(
-    plan: Any, left: Operand, right: Operand, elementwise: Any, results: Any, finish: Any, offset: float, left_ref: Any, right_ref: Any,
+    plan: Any, left: Operand, right: Operand, elementwise: Any, results: Any, finish: Any, offset: float,
+    left_ref: Any, right_ref: Any,
     refs: Any, *,
-    stages: Any, shelf: Any, along_smem: Any, rows_smem: Any, columns_smem: Any, elementwise_smem: Any, loaded: Any, parts: Any, met: Any,
+    stages: Any, shelf: Any, along_smem: Any, rows_smem: Any, columns_smem: Any, elementwise_smem: Any, loaded: Any,
+    parts: Any, met: Any,
 ) -> None:  # fmt: skip
     b, h, tile, wg = (lax.axis_index(axis) for axis in ("batch", "head", "tile", "wg"))
     # The last tile may overlap the previous one; it computes the shared rows again, with the same bits.

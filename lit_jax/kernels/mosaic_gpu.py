@@ -163,7 +163,8 @@ def _backward_linear(
 
     results = [Result(), Result(), Result(vector=True)]
     dq, query, along = product(
-        "linear_attention_query_gradient", Operand(grad), Operand(state, by_token=False, transposed=True), results, of_query,
+        "linear_attention_query_gradient", Operand(grad), Operand(state, by_token=False, transposed=True), results,
+        of_query,
         along=[value], rows=[normaliser], columns=[key], elementwise=[Operand(q)],
     )  # fmt: skip
 
@@ -209,7 +210,8 @@ def _backward_quadratic(
         return [dscores * tile.across(tile.columns[0]) if valid else dscores]
 
     (dscores,) = product(
-        "quadratic_attention_score_gradient", Operand(grad), Operand(v, transposed=True), [Result(by_token=False)], of_scores,
+        "quadratic_attention_score_gradient", Operand(grad), Operand(v, transposed=True), [Result(by_token=False)],
+        of_scores,
         along=[call.mean(v)], rows=[normaliser], columns=valid, elementwise=[Operand(weights, by_token=False)],
     )  # fmt: skip
 
@@ -222,11 +224,13 @@ def _backward_quadratic(
         rows=[query_sums], elementwise=[Operand(q)],
     )  # fmt: skip
     (dk,) = product(
-        "quadratic_attention_key_gradient", Operand(dscores, by_token=False, transposed=True), Operand(q), [Result()], of_features,
+        "quadratic_attention_key_gradient", Operand(dscores, by_token=False, transposed=True), Operand(q), [Result()],
+        of_features,
         rows=[key_sums], elementwise=[Operand(k)],
     )  # fmt: skip
     (dv,) = product(
-        "quadratic_attention_value_gradient", Operand(weights, by_token=False, transposed=True), Operand(grad), [Result()],
+        "quadratic_attention_value_gradient", Operand(weights, by_token=False, transposed=True), Operand(grad),
+        [Result()],
         lambda tile: [tile.product],
     )  # fmt: skip
     return dq, dk, dv
@@ -249,7 +253,8 @@ def _weights(call: _Call, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Ar
 
     of_key = offset * jnp.moveaxis(k.sum(3, dtype=jnp.float32), 2, 1)
     weights, normaliser = product(
-        "quadratic_attention_weights", Operand(q), Operand(k, transposed=True), [Result(by_token=False), Result(vector=True)], finish,
+        "quadratic_attention_weights", Operand(q), Operand(k, transposed=True), [Result(by_token=False),
+        Result(vector=True)], finish,
         along=[key, offset * call.ones], offset=offset, columns=[of_key, *valid],
     )  # fmt: skip
     return weights, normaliser

@@ -106,7 +106,9 @@ def query_gradient(
 def key_value_gradients(
     k: jax.Array, v: jax.Array, dstate: jax.Array, shift: jax.Array, terms: Terms
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute dk and dv from the state's gradient, which is a sum over the tokens: it is divided by their number here."""
+    """Compute dk and dv from the state's gradient, which is a sum over the tokens: it is divided by their number
+    here.
+    """
     n = k.shape[2]
     k, v = _pad(k), _pad(v)
     heads, d, padded = k.shape
@@ -196,7 +198,8 @@ def _forward(
 
 
 def _query_gradient(
-    terms: Terms, q: Any, grad: Any, state: Any, key: Any, value: Any, normaliser: Any, dq: Any, dstate: Any, shift: Any,
+    terms: Terms, q: Any, grad: Any, state: Any, key: Any, value: Any, normaliser: Any, dq: Any, dstate: Any,
+    shift: Any,
     products: Any, keys: Any, values: Any, along_queries: Any,
 ) -> None:  # fmt: skip
     i = pl.program_id(1)

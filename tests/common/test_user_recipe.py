@@ -52,14 +52,16 @@ RECIPE = '''
         def parts(self):
             def batches(opened):
                 source = open_labelled(self.data, self.label, self.student.classes)
-                return training_batches(source, self.pipeline, Both(Example(self.augment, self.pre), self.brighter), mesh=opened.mesh)
+                both = Both(Example(self.augment, self.pre), self.brighter)
+                return training_batches(source, self.pipeline, both, mesh=opened.mesh)
 
             return replace(super().parts(), batches=batches)
 
 
     def get_config() -> Mine:
         smoke = config.load("learngene/smoke")
-        shared = {name: getattr(smoke, name) for name in ("student", "data", "label", "held_out", "pipeline", "optim", "distill")}
+        names = ("student", "data", "label", "held_out", "pipeline", "optim", "distill")
+        shared = {name: getattr(smoke, name) for name in names}
         return Mine(**shared, steps=2, log_every=1, eval_every=2, save_every=2)
 '''
 

@@ -52,7 +52,9 @@ def test_vmap(hopper):
 
 
 def test_the_module_of_the_model_transposes_nothing(hopper):
-    """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or transposed."""
+    """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or
+    transposed.
+    """
     sizes = dict(embed=1152, head=4, head_dim=288, filter_row=5, filter_col=5)
     model = functional(
         lambda _, rngs: LinearAttention(sizes, filters="none", implementation="mosaic_gpu", rngs=rngs), None

@@ -22,7 +22,9 @@ from learngene.zoo import FAMILY
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    """`folder(name, **fields)`: a copy of a golden whose config.json has these fields; those of model_args are merged."""
+    """`folder(name, **fields)`: a copy of a golden whose config.json has these fields; those of model_args are
+    merged.
+    """
 
     def make(name, **fields):
         copy = Path(shutil.copytree(golden[0] / name, tmp_path / f"{len(list(tmp_path.iterdir()))}" / name))
@@ -297,9 +299,11 @@ def test_a_trainers_arguments_tell_the_model(bare):
     [
         (dict(model="my_vit", num_heads=4), ["activation", "eps", "size", "pool"], dict(heads=4)),
         (dict(num_heads=np.int64(4), input_size=[3, 8, 8]), ["activation", "eps", "pool"], dict(heads=4)),
-        (dict(model="my_vit", model_kwargs=dict(num_heads=8, act_layer="quick_gelu", global_pool="avg"), img_size=8, patch_size=4),
+        (dict(model="my_vit", model_kwargs=dict(num_heads=8, act_layer="quick_gelu", global_pool="avg"), img_size=8,
+        patch_size=4),
          ["eps"], dict(heads=8, activation="quick_gelu", pool="norm_mean")),
-        (dict(model="vit_base_patch16", num_heads=2, global_pool=False, nb_classes=5), ["activation", "eps", "size"], dict(heads=2)),
+        (dict(model="vit_base_patch16", num_heads=2, global_pool=False, nb_classes=5), ["activation", "eps", "size"],
+        dict(heads=2)),
     ],
 )  # fmt: skip
 def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, arguments_, guessed, changed):

@@ -1,4 +1,6 @@
-"""The kernels for Hopper GPUs against the definition in float64, in JAX's interpreter, and lowered for CUDA on a CPU."""
+"""The kernels for Hopper GPUs against the definition in float64, in JAX's interpreter, and lowered for CUDA on a
+CPU.
+"""
 
 import re
 

@@ -90,7 +90,9 @@ def exact(arrays, weight, bias, **options):
     ],
 )
 def test_tpu_kernels_meet_the_bars(interpreted, images, heads, d, grid, order, mean):
-    """Five blocks of tokens, the model's own head, images and heads of tokens that are padded, and the quadratic order."""
+    """Five blocks of tokens, the model's own head, images and heads of tokens that are padded, and the quadratic
+    order.
+    """
     assert tpu._block(20 * 32) == 128
     given = inputs(images, heads, d, grid[0] * grid[1], mean)
     options = dict(layout="bhdn", grid=grid, order=order)

@@ -121,7 +121,9 @@ def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_pat
 
 
 def test_the_identity_is_of_the_encoder_in_half_precision(donor):
-    """Two decoders of one encoder share their latents, as sd-vae-ft-ema and -mse do; so does a copy in half precision."""
+    """Two decoders of one encoder share their latents, as sd-vae-ft-ema and -mse do; so does a copy in half
+    precision.
+    """
     known = autoencoder_origin(donor, "here")
     assert known.cfg == donor.cfg and known.source == "here" and len(known.encoder) == 64
 

@@ -142,7 +142,8 @@ def test_the_value_branch_is_a_depthwise_convolution_with_shared_filters():
     def per_head(bank, bias):
         images = jnp.moveaxis(v, 2, 1).reshape(6, 6, 7, 8)
         out = jax.lax.conv_general_dilated(
-            images, bank[:, :, None], (1, 1), ((2, 2), (2, 2)), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=8,
+            images, bank[:, :, None], (1, 1), ((2, 2), (2, 2)), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=8,
             precision="highest",
         )  # fmt: skip
         return jnp.moveaxis((out + bias).reshape(2, 3, 42, 8), 1, 2)

@@ -73,7 +73,9 @@ def test_one_tile_is_the_whole_decode_to_the_bit(decode, tiled, smooth):
 
 
 def test_tiles_approach_the_whole_decode_as_they_grow(decode, tiled, smooth):
-    """GroupNorm and attention see a tile only, so a small random model differs; wider tiles and overlaps less and less."""
+    """GroupNorm and attention see a tile only, so a small random model differs; wider tiles and overlaps less and
+    less.
+    """
     whole = np.asarray(decode(smooth))
     errors = [
         float(np.abs(tiled(smooth, tile, overlap) - whole).mean())
@@ -106,7 +108,9 @@ def test_tiles_that_do_not_advance_are_refused(donor, params, smooth):
 
 
 def test_memory_is_that_of_one_tile(donor, params):
-    """48 x 48 latents in 9 tiles of 20: what the compiler sets aside, the picture itself left out, falls with the area."""
+    """48 x 48 latents in 9 tiles of 20: what the compiler sets aside, the picture itself left out, falls with the
+    area.
+    """
     latents = jax.ShapeDtypeStruct((1, 48, 48, 4), np.float32)
     functions = (partial(donor.model.apply, method="decode"), partial(decode_tiled, donor.model, tile=20, overlap=6))
     whole, tiled = (jax.jit(f).lower(params, latents).compile().memory_analysis().temp_size_in_bytes for f in functions)

@@ -45,7 +45,8 @@ shapes, names = hf.layout.foreign(spec), ("a.safetensors", "b.safetensors", "c.s
 for i, name in enumerate(names):
     with create_safetensors(folder / "shards" / name, {key: shapes[key] for key in list(shapes)[i::3]}):
         pass
-write_json(folder / "shards" / "model.safetensors.index.json", {"weight_map": {key: names[i % 3] for i, key in enumerate(shapes)}})
+weight_map = {key: names[i % 3] for i, key in enumerate(shapes)}
+write_json(folder / "shards" / "model.safetensors.index.json", {"weight_map": weight_map})
 hf.write_config(big, folder / "shards")
 if find_spec("torch"):
     import torch

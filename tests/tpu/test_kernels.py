@@ -47,7 +47,9 @@ def test_vmap(chip):
 
 
 def test_the_module_of_the_model_transposes_nothing(chip):
-    """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or transposed."""
+    """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or
+    transposed.
+    """
     sizes = dict(embed=1152, head=4, head_dim=288, filter_row=5, filter_col=5)
     model = functional(lambda _, rngs: LinearAttention(sizes, implementation="mosaic_tpu", rngs=rngs), None)
     params = {

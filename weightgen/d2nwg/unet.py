@@ -1,4 +1,6 @@
-"""The released denoiser: an ADM-type UNet with the condition as a further channel, 102,684,929 parameters as released."""
+"""The released denoiser: an ADM-type UNet with the condition as a further channel, 102,684,929 parameters as
+released.
+"""
 
 from dataclasses import dataclass
 from typing import Any

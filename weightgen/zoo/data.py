@@ -161,7 +161,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class Bank:
-    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: of the classes."""
+    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: of the
+    classes.
+    """
 
     features: np.ndarray
     starts: np.ndarray

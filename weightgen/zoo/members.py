@@ -1,4 +1,6 @@
-"""A folder of foreign checkpoints: which of its files and folders are members of a zoo, and their tensors in one form."""
+"""A folder of foreign checkpoints: which of its files and folders are members of a zoo, and their tensors in one
+form.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

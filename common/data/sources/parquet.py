@@ -185,7 +185,9 @@ class RowGroup:
 
 
 class DecodedGroups:
-    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one). Pickling drops its content."""
+    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one). Pickling drops its
+    content.
+    """
 
     def __init__(self, columns: Sequence[str]):
         self._columns, self._lock = list(columns), threading.Lock()

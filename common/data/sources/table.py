@@ -13,7 +13,9 @@ from heirloom.common.errors import InputError, nearest
 
 
 class CsvSource:
-    """A table of paths and captions with a header line, separated by commas or tabs. It keeps the byte offsets of rows."""
+    """A table of paths and captions with a header line, separated by commas or tabs. It keeps the byte offsets of
+    rows.
+    """
 
     def __init__(self, file: Path, cfg: SourceConfig):
         self._file, self._cfg = file, cfg

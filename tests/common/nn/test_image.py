@@ -1,4 +1,6 @@
-"""Parts of image models by their formulas: pooling, a layer over pixels, the posterior, unit norm, activations by name."""
+"""Parts of image models by their formulas: pooling, a layer over pixels, the posterior, unit norm, activations by
+name.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -106,7 +106,9 @@ def test_float32_is_left_to_jax(way):
 
 
 def test_devices_add_what_they_have_not_rounded():
-    """Seven parts of 256.96 and one of 274: 2072.7, in bfloat16 2080. Parts rounded first make 2066, in bfloat16 2064."""
+    """Seven parts of 256.96 and one of 274: 2072.7, in bfloat16 2080. Parts rounded first make 2066, in bfloat16
+    2064.
+    """
     mesh = start(MeshConfig())
     rows = NamedSharding(mesh, PartitionSpec("data"))
     x = np.ones((16, 1), np.float32)

@@ -23,7 +23,9 @@ SCALE = {"logit_scale": Leaf(Axes.parse(""), (), np.dtype("float32"))}
 
 
 class Rows:
-    """Batch n is a function of n; `on[n]` is called when batch n is asked for, `bad` names batches with a NaN in them."""
+    """Batch n is a function of n; `on[n]` is called when batch n is asked for, `bad` names batches with a NaN in
+    them.
+    """
 
     def __init__(self, on=None, bad=()):
         self.next, self.on, self.bad = 0, on or {}, bad
