@@ -4,8 +4,7 @@
     features, mask = encoder.encode(["a red fox in the snow", ""])
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import RmsNorm
 from lit_jax.text.cache import FeatureCache
+from lit_jax.text.layers import Layer, Layers
 from lit_jax.text.layouts import FAMILY
 from lit_jax.text.t5 import T5Block, T5Config, attention_bias
 from lit_jax.text.tokenizer import T5Tokenizer, find_tokenizer
@@ -27,11 +27,9 @@ from lit_jax.text.tokenizer import T5Tokenizer, find_tokenizer
 TOKENS = 300  # of a prompt in PixArt-Sigma
 MULTIPLE = 32  # lengths are rounded up to a multiple, so that few are compiled
 AT_ONCE = 1024  # tokens of the prompts that go through a layer together
-BLOCKS = "blocks/"
 
 Progress = Callable[[int, int], object]
 """`progress(done, total)` is called after each layer, with the numbers of layers."""
-Layer = dict[str, jax.Array]
 
 
 class TextFeatures(NamedTuple):
@@ -142,12 +140,11 @@ class TextEncoder:
         """Returns the features of rows, [len(row.ids), width] each."""
         groups = list(_groups(rows, self.tokens))
         states = [self._embed([rows[i] for i in group], length) for group, length in groups]
-        layers = self.cfg.layers
-        for done, layer in enumerate(self._layers(), 1):
+        for done, layer in enumerate(self._parameters(), 1):
             states = [(self._block(layer, self._positions, x, mask), mask) for x, mask in states]
-            jax.block_until_ready(states)
+            jax.block_until_ready(states)  # before the next layer takes the place of this one
             if progress is not None:
-                progress(done, layers)
+                progress(done, self.cfg.layers)
         out: list[Any] = [None] * len(rows)
         for (group, _), (x, _) in zip(groups, states, strict=True):
             for i, features in zip(group, np.asarray(self._norm(x)), strict=True):
@@ -165,28 +162,15 @@ class TextEncoder:
         lengths = np.array([row.real for row in rows])
         return jnp.asarray(embedded), jnp.asarray(np.arange(length) < lengths[:, None])
 
-    def _layers(self) -> Iterator[Layer]:
-        """Yields the parameters of each block; while one is used, the next is read."""
-        if self._resident:
-            self._kept = self._kept or [self._read(i) for i in range(self.cfg.layers)]
-            yield from self._kept
-            return
-        with ThreadPoolExecutor(1) as reader:
-            following = reader.submit(self._read, 0)
-            for i in range(1, self.cfg.layers + 1):
-                layer = following.result()
-                if i < self.cfg.layers:
-                    following = reader.submit(self._read, i)
-                yield layer
-
-    def _read(self, i: int) -> Layer:
-        """Reads one block from the file, in the dtype and the order of the file."""
-        return {path: _stored(view.parts[i]) for path, view in self._views.items()}
+    def _parameters(self) -> Iterable[Layer]:
+        if not self._resident:
+            return self._layers.stream()
+        self._kept = self._kept or self._layers.read_all()
+        return self._kept
 
     @cached_property
-    def _views(self) -> dict[str, Any]:
-        values = self._donor.source.values
-        return {path.removeprefix(BLOCKS): view for path, view in values.items() if path.startswith(BLOCKS)}
+    def _layers(self) -> Layers:
+        return Layers(self._donor, functional(T5Block, self.cfg))
 
     @cached_property
     def _positions(self) -> jax.Array:
@@ -195,13 +179,10 @@ class TextEncoder:
     @cached_property
     def _block(self) -> Callable[[Layer, jax.Array, jax.Array, jax.Array], jax.Array]:
         """One block, compiled once for each shape of `x`."""
-        cfg, model = self.cfg, functional(T5Block, self.cfg)
-        # Where each of our axes is in the file: the compiler multiplies by the matrix as it lies there.
-        order = {path: np.argsort(_file_order(view.parts[0])) for path, view in self._views.items()}
+        cfg, layers, model = self.cfg, self._layers, functional(T5Block, self.cfg)
 
         def block(layer: Layer, positions: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
-            params = {path: value.transpose(*order[path]) for path, value in layer.items()}
-            return model.apply(params, x, attention_bias(cfg, positions, mask))
+            return model.apply(layers.restored(layer), x, attention_bias(cfg, positions, mask))
 
         return jax.jit(block)
 
@@ -212,18 +193,6 @@ class TextEncoder:
 
         scale = np.asarray(self._donor.source.values["norm/scale"], np.float32)
         return jax.jit(partial(functional(norm, self.cfg).apply, {"scale": scale}))
-
-
-def _stored(part: np.ndarray) -> jax.Array:
-    """Copies a part of a file to the device as it lies in the file, and gives its pages back."""
-    array = jnp.array(part.transpose(_file_order(part)), copy=True).block_until_ready()
-    release(part)
-    return array
-
-
-def _file_order(part: np.ndarray) -> list[int]:
-    """Returns the axes of a strided view in the order of the file, the slowest first."""
-    return sorted(range(part.ndim), key=lambda axis: -part.strides[axis])
 
 
 def _groups(rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[int], int]]:

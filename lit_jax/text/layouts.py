@@ -69,7 +69,7 @@ def _sizes(tensors: Tensors) -> dict[str, int]:
     buckets, heads = _matrix(tensors, POSITIONS)
     inner, hidden = _matrix(tensors, f"{FIRST}.q.weight")[0], _matrix(tensors, GATE)[0]
     if not heads or inner % heads:
-        raise InputError(f"{heads} heads in {POSITIONS!r} do not divide the {inner} rows of the queries; fetch it again")
+        raise InputError(f"{heads} heads in {POSITIONS!r} do not divide the queries' {inner} rows; fetch it again")
     layers = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"encoder\.block\.(\d{1,6})\.", key)))
     sizes = dict(vocabulary=vocabulary, width=width, layers=layers, heads=heads, head_dim=inner // heads)
     return sizes | dict(hidden=hidden, buckets=buckets)
@@ -109,7 +109,7 @@ def _read_config(fields: Fields, sizes: dict[str, int]) -> T5Config:
     return cfg
 
 
-def _write(cfg: T5Config, folder: Path) -> None:
+def write_config(cfg: T5Config, folder: Path) -> None:
     sizes = dict(vocab_size=cfg.vocabulary, d_model=cfg.width, d_kv=cfg.head_dim, d_ff=cfg.hidden)
     sizes |= dict(num_layers=cfg.layers, num_decoder_layers=cfg.layers, num_heads=cfg.heads)
     positions = dict(relative_attention_num_buckets=cfg.buckets, relative_attention_max_distance=cfg.max_distance)
@@ -165,7 +165,7 @@ LOOKALIKES = (
     Lookalike("enc.blk.0.attn_q.weight", "a T5 from a GGUF file: take the safetensors file it was made from"),
 )
 FORMATS = (
-    Format(name="hf", layout=HF, file=FILE, read_config=_read, write_config=_write, complete=encoder_alone),
+    Format(name="hf", layout=HF, file=FILE, read_config=_read, write_config=write_config, complete=encoder_alone),
 )
 FAMILY = Family(
     name="t5",

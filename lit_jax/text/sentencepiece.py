@@ -14,7 +14,11 @@ _FIELD = descriptor_pb2.FieldDescriptorProto
 # The fields that are read of sentencepiece_model.proto: {message: {name: (number, type, default)}}. The others are kept
 # unread, as protocol buffers do with unknown fields.
 _SCHEMA: dict[str, dict[str, tuple[int, int, str]]] = {
-    "Piece": {"piece": (1, _FIELD.TYPE_STRING, ""), "score": (2, _FIELD.TYPE_FLOAT, "0"), "type": (3, _FIELD.TYPE_INT32, "1")},
+    "Piece": {
+        "piece": (1, _FIELD.TYPE_STRING, ""),
+        "score": (2, _FIELD.TYPE_FLOAT, "0"),
+        "type": (3, _FIELD.TYPE_INT32, "1"),
+    },
     "Trainer": {"model_type": (3, _FIELD.TYPE_INT32, "1"), "byte_fallback": (35, _FIELD.TYPE_BOOL, "false")},
     "Normalizer": {
         "charsmap": (2, _FIELD.TYPE_BYTES, ""),
@@ -22,7 +26,7 @@ _SCHEMA: dict[str, dict[str, tuple[int, int, str]]] = {
         "remove_extra_whitespaces": (4, _FIELD.TYPE_BOOL, "true"),
         "escape_whitespaces": (5, _FIELD.TYPE_BOOL, "true"),
     },
-}  # fmt: skip
+}
 UNIGRAM = 1  # `model_type`
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # `type` of a piece
 
@@ -42,7 +46,8 @@ def read_sentencepiece(file: Path) -> SentencePiece:
     try:
         model.ParseFromString(file.read_bytes())
     except (DecodeError, OSError) as error:
-        raise InputError(f"{file}: not a SentencePiece file ({' '.join(str(error).split())}); fetch it again") from error
+        why = " ".join(str(error).split())
+        raise InputError(f"{file}: not a SentencePiece file ({why}); fetch it again") from error
     if not model.pieces:
         raise InputError(f"{file}: a SentencePiece file without a vocabulary; fetch it again")
     trainer, normalizer = model.trainer, model.normalizer
@@ -61,9 +66,8 @@ def _model_type() -> Any:
     for name, fields in _SCHEMA.items():
         message = file.message_type.add(name=name)
         for field, (number, kind, default) in fields.items():
-            message.field.add(
-                name=field, number=number, type=kind, label=_FIELD.LABEL_OPTIONAL, default_value=default  # type: ignore[arg-type]
-            )
+            added = message.field.add(name=field, number=number, label=_FIELD.LABEL_OPTIONAL, default_value=default)
+            added.type = kind  # type: ignore[assignment]
     model = file.message_type.add(name="Model")
     repeated, optional = _FIELD.LABEL_REPEATED, _FIELD.LABEL_OPTIONAL
     for number, (field, name, label) in enumerate(

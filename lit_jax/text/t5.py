@@ -1,7 +1,7 @@
 """The encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020): the text encoder of PixArt-Sigma and its students."""
 
 from dataclasses import dataclass, replace
-from string import ascii_letters
+from math import prod
 from typing import Any
 
 import jax
@@ -11,11 +11,11 @@ from flax import nnx
 
 from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.block import scan, stack
-from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param
+from heirloom.common.nn.dense import Init, Sizes, normal, param
 from heirloom.common.nn.mlp import ACTIVATIONS
 from heirloom.common.nn.norm import RmsNorm
-from heirloom.common.nn.precision import lookup, wide_product
-from heirloom.common.surgery.axes import Spec
+from heirloom.common.nn.precision import lookup, wide_matmul
+from heirloom.common.surgery.axes import Axes, Spec
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 
 MASKED = -1e9  # added to the attention to padding, which is 0 after the softmax
@@ -51,7 +51,7 @@ class T5Config:
             )
 
     def override(self, max_distance: int | None = None, eps: float | None = None) -> "T5Config":
-        """Returns the same encoder with settings that its weights do not contain. Raises InputError for a bad value."""
+        """Returns the same encoder with settings that its weights do not contain. Raises InputError for a bad one."""
         return replace(
             self,
             max_distance=self.max_distance if max_distance is None else max_distance,
@@ -59,17 +59,20 @@ class T5Config:
         )
 
 
-class Projection(Dense):
-    """A linear map without a bias whose result is f32, for a kernel of any dtype (`wide_product`)."""
+class Projection(nnx.Module):
+    """A linear map without a bias, [..., *inputs] -> [..., *outputs] f32, for a kernel of any dtype (`wide_matmul`).
+
+    axes: "inputs -> outputs".
+    """
 
     def __init__(self, axes: str, sizes: Sizes, *, init: Init, rngs: nnx.Rngs):
-        super().__init__(axes, sizes, init=init, bias=None, rngs=rngs)
+        self.inputs = len(Axes.parse(axes).where("read"))
+        self.kernel = param(axes, sizes, init, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        names = ascii_letters[: x.ndim - self.rank + kernel.ndim]  # of x's leading axes, then of the kernel's
-        lead = x.ndim - self.rank
-        return wide_product(f"{names[: x.ndim]},{names[lead:]}->{names[:lead]}{names[x.ndim :]}", x, kernel)
+        kernel, lead = self.kernel[...], x.shape[: x.ndim - self.inputs]
+        flat = kernel.reshape(prod(kernel.shape[: self.inputs]), -1)
+        return wide_matmul(x.reshape(*lead, -1), flat).reshape(*lead, *kernel.shape[self.inputs :])
 
 
 class T5Attention(nnx.Module):

@@ -137,7 +137,9 @@ def _read_json(folder: Path) -> tuple[Pieces, bytes, dict[int, AddedToken]]:
 
 
 def _is_piece(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    return isinstance(entry[0], str) and isinstance(entry[1], int | float)
 
 
 def _steps(part: Any) -> list[Mapping[str, Any]]:
