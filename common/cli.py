@@ -188,7 +188,9 @@ VERBS = (
             argument("--out", type=Path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
             argument("--layout", default="plain", metavar="NAME", help="of the folder: plain, geneval, dpg"),
             argument("--autoencoder", default="", metavar="SOURCE", help="the decoder of a latent model"),
-            argument("--pipeline", default="", metavar="SOURCE", help="text encoder and decoder of a transformer alone"),
+            argument(
+                "--pipeline", default="", metavar="SOURCE", help="text encoder and decoder of a transformer alone"
+            ),
             argument("--text-encoder", default="", metavar="SOURCE", help="a T5 encoder, instead of the pipeline's"),
             argument(
                 "--text",

@@ -58,7 +58,12 @@ def _convert_pipeline(args: argparse.Namespace) -> None:
     if args.set:
         raise InputError(f"--set {args.set[0]}: a pipeline folder says it all; convert one of its sub-folders instead")
     checks = convert_pipeline(
-        locate_any(args.source), args.destination, args.to, lambda part: open_any(str(part)), force=args.force, verify=args.verify
+        locate_any(args.source),
+        args.destination,
+        args.to,
+        lambda part: open_any(str(part)),
+        force=args.force,
+        verify=args.verify,
     )
     _write_json(args, {name: asdict(check) for name, check in checks.items()})
     for name, check in checks.items():

@@ -21,7 +21,9 @@ def trained_sizes(size: int) -> list[tuple[int, int]]:
 
 
 def nearest_size(size: int, height: int, width: int) -> tuple[int, int]:
-    """Returns the trained (height, width) whose ratio is nearest to a request; the request itself for an unknown size."""
+    """Returns the trained (height, width) whose ratio is nearest to a request; the request itself for an unknown
+    size.
+    """
     sizes = trained_sizes(size)
     return min(sizes, key=lambda hw: abs(hw[0] / hw[1] - height / width)) if sizes else (height, width)
 

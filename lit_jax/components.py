@@ -75,12 +75,16 @@ def check_scheduler(fields: Fields) -> None:
     usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False, trained_betas=None)
     for name, value in usual.items():
         fields.fixed(name, value)
-    if (least := fields.value("lambda_min_clipped")) not in (None, float("-inf"), "-inf", "-Infinity"):
-        if not isinstance(least, int | float) or least > -5.1:  # the chain's own least value is -5.06
-            raise fields.refusal("lambda_min_clipped", "only values up to -5.1, which clip nothing, can be sampled")
+    least = fields.value("lambda_min_clipped", float("-inf"))
+    if not isinstance(least, int | float) or least > -5.1:  # the chain's own least value is -5.06
+        raise fields.refusal("lambda_min_clipped", "only values up to -5.1, which clip nothing, can be sampled")
     # Without effect here: of other predictions, of shorter chains than this one, and of the learned variance.
-    fields.skip("lower_order_final", "euler_at_final", "variance_type", "dynamic_thresholding_ratio", "sample_max_value")
-    fields.skip("flow_shift", "steps_offset", "time_shift_type", "_*", "clip_sample", "skip_prk_steps", "set_alpha_to_one")
+    fields.skip(
+        "lower_order_final", "euler_at_final", "variance_type", "dynamic_thresholding_ratio", "sample_max_value"
+    )
+    fields.skip(
+        "flow_shift", "steps_offset", "time_shift_type", "_*", "clip_sample", "skip_prk_steps", "set_alpha_to_one"
+    )
     fields.done("how pictures are drawn")
 
 

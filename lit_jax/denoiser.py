@@ -182,7 +182,7 @@ def _longest(*conditions: Condition | None) -> int:
 
 
 def _joined(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Puts two batches one after the other: the keys and values of all layers are [layer, batch, ...], masks [batch, ...]."""
+    """Puts two batches one after the other: the keys and values of all layers are [layer, batch, ...], masks [batch,
+    ...].
+    """
     return jnp.concatenate([one, other], axis=1 if one.ndim == 5 else 0)
-
-

@@ -78,7 +78,9 @@ def _read_fair(found: Found) -> Read | None:
         )
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
-    attention = dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else linear_settings(tensors, width)
+    attention = (
+        dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else linear_settings(tensors, width)
+    )
     if "heads" in known:
         attention["heads"] = known["heads"]
     elif attention["attention"] == "softmax" and width in SOFTMAX_HEADS:

@@ -30,8 +30,8 @@ SEEDS = 2**32
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """Draw pictures of each class in `args.classes` (all, or the first eight, unless given) and write `args.out`.
 
-    A text-to-image model draws prompts. The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents
-    without an autoencoder.
+    A text-to-image model draws prompts. The remaining flags are fields of `SampleConfig`. Raises InputError for an
+    unknown class or flag, and for latents without an autoencoder.
     """
     if isinstance(donor.cfg, PixArtConfig):
         return sample_prompts(donor, args)

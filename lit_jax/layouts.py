@@ -16,7 +16,9 @@ def linear_rows(ours: str, theirs: str) -> Rows:
 def packed(module: str, ours: tuple[str, ...], theirs: str) -> Rows:
     """Rows for several projections of a module, packed into one matrix in this order."""
     leaves = {"kernel": "weight", "bias": "bias"}
-    return tuple((" + ".join(f"{module}/{p}/{leaf}" for p in ours), f"{theirs}.{name}") for leaf, name in leaves.items())
+    return tuple(
+        (" + ".join(f"{module}/{p}/{leaf}" for p in ours), f"{theirs}.{name}") for leaf, name in leaves.items()
+    )
 
 
 def mixing(attention: str, filters: str) -> Rows:

@@ -124,13 +124,13 @@ class Text(NamedTuple):
 
 
 class PixArtBlock(Block):
-    """x + gate attn(norm(x)), then x + cross(x, text), then x + gate mlp(norm(x)); modulated by the sum with a table."""
+    """x + gate attn(norm(x)), then x + cross(x, text), then x + gate mlp(norm(x)); modulated by the sum with a
+    table.
+    """
 
     def __init__(self, sizes: Sizes, *, attention: Any, cross: Any, rngs: nnx.Rngs):
         init = dict(up=XAVIER, down=XAVIER, bias=zeros)
-        super().__init__(
-            sizes, attention=attention, activation="gelu_tanh", eps=EPS, **init, affine=False, rngs=rngs
-        )
+        super().__init__(sizes, attention=attention, activation="gelu_tanh", eps=EPS, **init, affine=False, rngs=rngs)
         self.cross: CrossAttention = cross(rngs=rngs)
         self.table = param("part embed", {**sizes, "part": 6}, normal(sizes["embed"] ** -0.5), rngs)
 
@@ -188,7 +188,8 @@ class PixArt(Modulated):
         """What a text says to every layer: keys and values depend on it alone, so a sampler computes them once."""
         read = self.caption_down(jax.nn.gelu(self.caption_up(text), approximate=True))
         graph, state = nnx.split(self.blocks.cross)  # type: ignore[attr-defined]
-        return Text(*jax.vmap(lambda layer: nnx.merge(graph, layer).read(read))(state), mask)
+        keys, values = jax.vmap(lambda layer: nnx.merge(graph, layer).read(read))(state)
+        return Text(keys, values, mask)
 
     def denoise(self, x: jax.Array, modulation: Modulation, text: Text) -> jax.Array:
         """The output for latents [batch, row, col, channels] of any size."""
@@ -198,8 +199,8 @@ class PixArt(Modulated):
             raise InputError(f"latents of {x.shape[1]} x {x.shape[2]} are no multiple of patches of {cfg.patch}")
         x = self.patch(x)
         # Positions span the same range whatever the size: they are those of the grid of 512 pixels, stretched.
-        scale = tuple(n / cfg.grid * cfg.interpolation for n in (rows, cols))
-        x = x + sincos(rows, cols, cfg.width, scale).reshape(rows * cols, cfg.width).astype(x.dtype)  # type: ignore[arg-type]
+        scale = rows / cfg.grid * cfg.interpolation, cols / cfg.grid * cfg.interpolation
+        x = x + sincos(rows, cols, cfg.width, scale).reshape(rows * cols, cfg.width).astype(x.dtype)
         shared: dict[str, Any] = dict(mask=text.mask) | (dict(grid=(rows, cols)) if cfg.attention == "linear" else {})
         patches = self.transform(x, modulation, text.keys, text.values, remat=cfg.remat, **shared)
         return unpatch(patches.astype(jnp.float32), rows, cols)

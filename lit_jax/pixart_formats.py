@@ -21,7 +21,9 @@ SIDECAR = "pixart.json"
 FILE = "diffusion_pytorch_model.safetensors"
 SIGMA_TOKENS, ALPHA_TOKENS = 300, 120
 _ALPHA = "a PixArt-α, whose embedders of size and aspect ratio PixArt-Σ lacks: only PixArt-Σ and LiT are read"
-_COMPRESSED = "a PixArt-Σ with compressed keys and values (kvcompress): only those without, such as 512-MS and 1024-MS, are read"
+_COMPRESSED = (
+    "a PixArt-Σ with compressed keys and values (kvcompress): only those without, such as 512-MS and 1024-MS, are read"
+)
 LOOKALIKES = (
     Lookalike("csize_embedder.*", _ALPHA),
     Lookalike("ar_embedder.*", _ALPHA),
@@ -39,7 +41,7 @@ def _looks_alike(tensors: Tensors) -> bool:
 
 def _read_pixart(found: Found) -> Read | None:
     tensors = found.tensors
-    if not _MEANT <= tensors.keys() or _looks_alike(tensors):
+    if not tensors.keys() >= _MEANT or _looks_alike(tensors):
         return None
     null = tensors.get("y_embedder.y_embedding")
     if null is not None and len(null) == ALPHA_TOKENS:
@@ -52,7 +54,9 @@ def _read_pixart(found: Found) -> Read | None:
         guesses.append(Guess("size", None, why))
     if "interpolation" not in known:
         known["interpolation"] = INTERPOLATION.get(known.get("size", 0), 1.0)
-        guesses.append(Guess("interpolation", known["interpolation"], "the file does not say, and it follows from size"))
+        guesses.append(
+            Guess("interpolation", known["interpolation"], "the file does not say, and it follows from size")
+        )
     attention: dict[str, Any] = dict(attention="softmax", heads=16)
     if "blocks.0.attn.qkv.weight" not in tensors:
         attention = linear_settings(tensors, sizes["width"])
@@ -81,7 +85,9 @@ def _placed(tensors: Tensors, patch: int, width: int) -> dict[str, Any]:
         expected = sincos(side, side, width, interpolation).reshape(-1, width)
         if expected.size == table.size and agrees(table.reshape(-1, width), expected):
             return dict(size=side * patch, interpolation=interpolation)
-    raise InputError(f"its position table, of {table.size // width} places, is none of PixArt-Σ's: other tables are not read")
+    raise InputError(
+        f"its position table, of {table.size // width} places, is none of PixArt-Σ's: other tables are not read"
+    )
 
 
 def _sidecar(found: Found) -> dict[str, Any]:

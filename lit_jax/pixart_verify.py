@@ -1,4 +1,6 @@
-"""Converted PixArts against torch: diffusers' class on its own folders; on PixArt's and LiT's files with our reading."""
+"""Converted PixArts against torch: diffusers' class on its own folders; on PixArt's and LiT's files with our
+reading.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +44,8 @@ def inputs(cfg: PixArtConfig, rows: int, cols: int) -> tuple[np.ndarray, ...]:
 def verify(cfg: PixArtConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
     """Compare predictions for a square and a wide picture, f32 at highest precision; tolerance 1e-4 relative.
 
-    A folder of diffusers is read by diffusers. Of PixArt's and LiT's files no library reads the config: diffusers' class
-    serves with the config that we read, LiT's attention as a formula in torch, and the check says so.
+    A folder of diffusers is read by diffusers. Of PixArt's and LiT's files no library reads the config: diffusers'
+    class serves with the config that we read, LiT's attention as a formula in torch, and the check says so.
     """
     sizes = [(8 * cfg.patch, 8 * cfg.patch), (4 * cfg.patch, 10 * cfg.patch)]
     given = [inputs(cfg, *size) for size in sizes]
@@ -94,7 +96,8 @@ def built_by_us(cfg: PixArtConfig, file: Path) -> Any:
     tensors = {key: value.float() for key, value in reference_tensors(file).items()}
     settings = {k: v for k, v in diffusers_config(cfg).items() if not k.startswith("_")}
     settings |= dict(num_attention_heads=cfg.cross_heads, attention_head_dim=cfg.width // cfg.cross_heads)
-    model = PixArtTransformer2DModel(**settings).eval()
+    model: Any = PixArtTransformer2DModel(**settings)
+    model.eval()
     state: dict[str, Any] = {}
     for theirs, name in _RENAMED.items():
         state |= {f"{name}.{leaf}": tensors[f"{theirs}.{leaf}"] for leaf in ("weight", "bias")}
@@ -135,5 +138,3 @@ def _linear_attention(cfg: PixArtConfig, tensors: Mapping[str, Any], layer: int)
             return linear_attention_in_torch(cfg, x, tensors, f"blocks.{layer}.attn", linear, self.grid)
 
     return Mixing()
-
-

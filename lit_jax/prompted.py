@@ -23,7 +23,8 @@ AT_A_TIME = 16  # prompts of a file that are encoded, drawn and decoded before t
 
 
 def sample_prompts(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.count` pictures of each prompt into the folder `args.out`; the same command again draws what is missing.
+    """Draw `args.count` pictures of each prompt into the folder `args.out`; the same command again draws what is
+    missing.
 
     The remaining flags are fields of `PromptConfig`. Raises InputError before anything is drawn for prompts, sizes,
     settings and parts that do not fit, and for a stage whose result is not finite.
@@ -53,7 +54,12 @@ def sample_prompts(donor: Donor, args: Namespace) -> dict[str, Any]:
 
 
 def _draw(
-    pipe: TextToImage, prompts: Sequence[Prompt], album: Album, how: PromptConfig, size: tuple[int, int], args: Namespace
+    pipe: TextToImage,
+    prompts: Sequence[Prompt],
+    album: Album,
+    how: PromptConfig,
+    size: tuple[int, int],
+    args: Namespace,
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     requests = [Request(prompt.text, args.negative, size, album.count, args.seed) for prompt in prompts]
@@ -108,4 +114,3 @@ def _folder(out: Path | None) -> Path:
     except OSError as error:
         raise InputError(f"--out {folder}: cannot write pictures here ({error.strerror})") from error
     return folder
-

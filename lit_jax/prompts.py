@@ -101,7 +101,9 @@ class Album:
     def write(
         self, number: int, prompt: Prompt, pictures: np.ndarray, settings: Sequence[Mapping[str, Any]]
     ) -> list[Path]:
-        """Writes the pictures of a prompt, uint8 [count, height, width, 3], with the settings of each in its metadata."""
+        """Writes the pictures of a prompt, uint8 [count, height, width, 3], with the settings of each in its
+        metadata.
+        """
         files = self.files(number, prompt)
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Text to image: PixArt-Σ or LiT with its text encoder and its decoder, one stage after the other.
 
-    pipe = lit_jax.load("PixArt-Sigma-XL-2-512-MS")
-    pictures = pipe.draw("a red apple", size=(512, 512), steps=20, seed=0)
+pipe = lit_jax.load("PixArt-Sigma-XL-2-512-MS")
+pictures = pipe.draw("a red apple", size=(512, 512), steps=20, seed=0)
 """
 
 from collections.abc import Callable, Sequence
@@ -118,10 +118,14 @@ class TextToImage:
         """
         if unknown := settings.keys() - vars(PromptConfig()).keys():
             known = vars(PromptConfig())
-            raise InputError(f"no setting {min(unknown)!r}{nearest(min(unknown), known)} (there are {', '.join(known)})")
+            raise InputError(
+                f"no setting {min(unknown)!r}{nearest(min(unknown), known)} (there are {', '.join(known)})"
+            )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         size = self.fitting(size or self.default_size, exact)
-        given = None if latents is None else np.asarray(latents, np.float32).reshape(len(texts), count, *self.grid(size))
+        given = (
+            None if latents is None else np.asarray(latents, np.float32).reshape(len(texts), count, *self.grid(size))
+        )
         requests = [
             Request(text, negative, size, count, seed, None if given is None else given[i])
             for i, text in enumerate(texts)
@@ -139,7 +143,11 @@ class TextToImage:
         if not exact:
             found = nearest_size(self.cfg.size, *size) if trained_sizes(self.cfg.size) else self._rounded(size)
             if found != tuple(size):
-                why = "the nearest that this model was trained on" if trained_sizes(self.cfg.size) else "which it can draw"
+                why = (
+                    "the nearest that this model was trained on"
+                    if trained_sizes(self.cfg.size)
+                    else "which it can draw"
+                )
                 remark(f"{size[0]} x {size[1]} pixels become {found[0]} x {found[1]}, {why} (--exact keeps the size)")
             return found
         if wrong := [side for side in size if side % self.step]:
@@ -149,7 +157,7 @@ class TextToImage:
             )
         if tuple(size) not in trained_sizes(self.cfg.size):
             remark(f"{size[0]} x {size[1]} pixels are no size that this model was trained on")
-        return tuple(size)
+        return size
 
     def _rounded(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = (max(self.step, round(side / self.step) * self.step) for side in size)
@@ -270,8 +278,8 @@ def open_text_to_image(
     autoencoder = open_donor(components.autoencoder, [autoencoder_layouts.FAMILY])
     if autoencoder.cfg.latent != cfg.channels:
         raise InputError(
-            f"{components.autoencoder} has latents of {autoencoder.cfg.latent} channels, the transformer {cfg.channels}:"
-            " name the model's autoencoder"
+            f"{components.autoencoder} has latents of {autoencoder.cfg.latent} channels, the transformer"
+            f" {cfg.channels}: name the model's autoencoder"
         )
     if origin is not None:
         found = autoencoder_origin(autoencoder, str(components.autoencoder))
@@ -286,8 +294,8 @@ def open_text_to_image(
     )
     if text.cfg.width != cfg.text_width:
         raise InputError(
-            f"{components.text} has features {text.cfg.width} wide, the transformer reads {cfg.text_width}: name the text"
-            " encoder of this model (PixArt-Σ: t5-v1_1-xxl, 4096)"
+            f"{components.text} has features {text.cfg.width} wide, the transformer reads {cfg.text_width}: name the"
+            " text encoder of this model (PixArt-Σ: t5-v1_1-xxl, 4096)"
         )
     return TextToImage(
         donor=donor,

@@ -28,7 +28,9 @@ class Modulation(NamedTuple):
 
 
 class Modulated(nnx.Module):
-    """A stack of modulated blocks, a modulated norm, and a linear map: `blocks`, `final_norm` and `final` of a model."""
+    """A stack of modulated blocks, a modulated norm, and a linear map: `blocks`, `final_norm` and `final` of a
+    model.
+    """
 
     blocks: nnx.Module
     final_norm: LayerNorm

@@ -7,8 +7,8 @@ def sincos(rows: int, cols: int, width: int, scale: float | tuple[float, float] 
     """Returns the two-dimensional sine-cosine table of MAE and DiT: [rows, cols, width] float32, computed in float64.
 
     The first half of the channels encodes the column, the second half the row. Each half is the sines, then the
-    cosines, of the index divided by `scale` (of rows and columns), at width / 4 frequencies from 1 down to 1/10000. Raises ValueError when
-    width is not a multiple of 4.
+    cosines, of the index divided by `scale` (of rows and columns), at width / 4 frequencies from 1 down to 1/10000.
+    Raises ValueError when width is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"a sine-cosine table needs a width that is a multiple of 4, not {width}")

@@ -1,7 +1,7 @@
 """Encodes prompts with a T5 whose weights stay in their files: in memory is one layer, and the next one.
 
-    encoder = open_text(Path("PixArt-Sigma"), tokens=300)
-    features, mask = encoder.encode(["a red fox in the snow", ""])
+encoder = open_text(Path("PixArt-Sigma"), tokens=300)
+features, mask = encoder.encode(["a red fox in the snow", ""])
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,9 +80,7 @@ class Row(NamedTuple):
 class TextEncoder:
     """A T5 encoder with its tokenizer. tokens: length of the features of a prompt."""
 
-    def __init__(
-        self, path: Path, tokenizer: T5Tokenizer, tokens: int, *, resident: bool, cache: FeatureCache | None
-    ):
+    def __init__(self, path: Path, tokenizer: T5Tokenizer, tokens: int, *, resident: bool, cache: FeatureCache | None):
         self.path, self.tokenizer, self.tokens = path, tokenizer, tokens
         self._resident, self._cache = resident, cache
         self._kept: list[Layer] = []
@@ -109,8 +107,8 @@ class TextEncoder:
             for row, features in zip(missing, self._compute(missing, progress), strict=True):
                 if not np.isfinite(features).all():
                     raise InputError(
-                        f"text encoder: the features of {self.tokenizer.decode(row.ids)[:60]!r} are not finite; its weights"
-                        f" ({self.path}) are damaged or in a dtype that overflows: take a bfloat16 or float32 file"
+                        f"text encoder: the features of {self.tokenizer.decode(row.ids)[:60]!r} are not finite;"
+                        f" {self.path} is damaged or in a dtype that overflows: take a bfloat16 or float32 file"
                     )
                 found[row] = features
                 if self._cache is not None:

@@ -162,7 +162,9 @@ def test_dpm_solver_is_of_second_order():
 
 
 def test_integer_times_are_those_of_diffusers():
-    """Values of DPMSolverMultistepScheduler of diffusers 0.42 with 5 steps: times, and sigma / alpha before each step."""
+    """Values of DPMSolverMultistepScheduler of diffusers 0.42 with 5 steps: times, and sigma / alpha before each
+    step.
+    """
     sampler = diffusion.dpm_solver(FULL, 5, "integer")
     np.testing.assert_array_equal(sampler.time, [999, 799, 599, 400, 200])
     expected = [157.4073, 25.5285, 6.1352, 2.0411, 0.7236]

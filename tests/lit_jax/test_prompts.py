@@ -91,7 +91,9 @@ def test_a_picture_says_how_it_was_drawn(tmp_path):
 
 
 def test_the_layouts_of_the_benchmarks(tmp_path):
-    Album(tmp_path / "g", "geneval", 4).write(2, Prompt("a cow", about={"prompt": "a cow", "tag": "x"}), PICTURES, SETTINGS)
+    Album(tmp_path / "g", "geneval", 4).write(
+        2, Prompt("a cow", about={"prompt": "a cow", "tag": "x"}), PICTURES, SETTINGS
+    )
     assert json.loads((tmp_path / "g" / "00002" / "metadata.jsonl").read_text()) == {"prompt": "a cow", "tag": "x"}
     assert sorted(p.name for p in (tmp_path / "g/00002/samples").iterdir()) == [f"{i:05d}.png" for i in range(4)]
     album = Album(tmp_path / "d", "dpg", 4)

@@ -16,8 +16,8 @@ from lit_jax.pixart import PixArtConfig  # noqa: E402
 from lit_jax.pixart_verify import inputs, predictions, read_by_diffusers  # noqa: E402
 
 SMALL = dict(
-    num_attention_heads=4, attention_head_dim=24, num_layers=3, cross_attention_dim=96, sample_size=16, caption_channels=40,
-    use_additional_conditions=False, interpolation_scale=2,
+    num_attention_heads=4, attention_head_dim=24, num_layers=3, cross_attention_dim=96, sample_size=16,
+    caption_channels=40, use_additional_conditions=False, interpolation_scale=2,
 )  # fmt: skip
 
 
@@ -58,7 +58,9 @@ def test_masked_tokens_change_nothing(folder):
     params = {path: np.asarray(view) for path, view in donor.source.values.items()}
     x, t, text, mask = inputs(donor.cfg, 8, 8)
     other = np.where(mask[..., None], text, 100.0).astype(np.float32)
-    np.testing.assert_array_equal(donor.model.apply(params, x, t, text, mask), donor.model.apply(params, x, t, other, mask))
+    np.testing.assert_array_equal(
+        donor.model.apply(params, x, t, text, mask), donor.model.apply(params, x, t, other, mask)
+    )
 
 
 def same(one, other):
@@ -129,7 +131,12 @@ def lit(tensors):
 def test_the_release_of_lit_is_read_and_written(tensors, tmp_path):
     torch.save(published(lit(tensors)), tmp_path / "lit.pth")
     donor = open_any(str(tmp_path / "lit.pth"))
-    assert (donor.cfg.attention, donor.cfg.heads, donor.cfg.filters, donor.cfg.cross_heads) == ("linear", 2, "shared", 16)
+    assert (donor.cfg.attention, donor.cfg.heads, donor.cfg.filters, donor.cfg.cross_heads) == (
+        "linear",
+        2,
+        "shared",
+        16,
+    )
     donor = open_any(str(tmp_path / "lit.pth"), cross_heads=4)
     check = convert(donor, tmp_path / "ours", "heirloom")
     assert check.passed and check.reference == "own formulas" and check.max_error < 1e-4

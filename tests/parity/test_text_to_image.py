@@ -10,13 +10,14 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from small_pipeline import write_pipeline  # noqa: E402
+
 import lit_jax  # noqa: E402
 from heirloom.common.cli import main  # noqa: E402
 from heirloom.common.errors import InputError, Remark  # noqa: E402
 from lit_jax.denoiser import PromptConfig  # noqa: E402
 from lit_jax.prompts import read_settings  # noqa: E402
 from lit_jax.text_to_image import Request  # noqa: E402
-from small_pipeline import write_pipeline  # noqa: E402
 
 AS_DIFFUSERS = dict(times="integer", null="own mask", letters="lower")
 PROMPT = "Two red dogs on the table"
@@ -172,7 +173,24 @@ def test_a_student_finds_the_parts_of_its_donors_pipeline(folder, tmp_path, caps
     assert fresh == projections | {"blocks/attn/depthwise/kernel", "blocks/attn/depthwise/bias"}
     assert 0.8 < record["fraction"] < 1
     out = tmp_path / "out"
-    assert main(["sample", str(student), "--prompt", "a cat", "--steps", "1", "--size", "192x320", "--exact", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(student),
+                "--prompt",
+                "a cat",
+                "--steps",
+                "1",
+                "--size",
+                "192x320",
+                "--exact",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     (file,) = out.iterdir()
     assert Image.open(file).size == (320, 192)
     assert main(["train", str(recipe), "--run", str(tmp_path / "run")]) == 2
@@ -235,7 +253,11 @@ def test_a_value_that_is_not_finite_names_the_stage(folder, tmp_path, capsys):
     ):
         copy = broken(folder, tmp_path / part, lambda f: None)
         tensors = load_file(copy / part / name)
-        key = next(k for k in reversed(tensors) if k.endswith("weight") and "encoder.conv" not in k and "decoder" in k or part != "vae")
+        key = next(
+            k
+            for k in reversed(tensors)
+            if (k.endswith("weight") and "encoder.conv" not in k and "decoder" in k) or part != "vae"
+        )
         tensors[key] = torch.full_like(tensors[key], float("nan"))
         save_file(tensors, copy / part / name, {"format": "pt"})
         out = tmp_path / f"{part}_out"
