@@ -12,7 +12,7 @@ from heirloom.common.typed import from_json
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
-from lit_jax.verify import verify
+from lit_jax.verify import predictions, verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
@@ -25,6 +25,7 @@ FAMILY = Family(
     verify=verify,
     parameters=parameters,
     macs=macs,
+    outputs=predictions,
     embedded=EMBEDDED,
     lookalikes=LOOKALIKES,
 )
