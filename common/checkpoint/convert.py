@@ -283,7 +283,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
     if to == donor.format:
         raise InputError(f"the source is in the {to} format already")
     if donor.quantized:
-        raise InputError(f"{donor.path} is quantised ({donor.quantized}), so give the weights it was made from")
+        raise InputError(f"{donor.path} is quantised ({donor.quantized}); convert the weights it was made from")
     format = None if to == "heirloom" else family.format(to)
     with staged(destination, force=force) as folder:
         folder.mkdir()

@@ -1,11 +1,12 @@
-"""Weights folders with quantised kernels: `path` is int8, `path.scale` its float32 scales; the weights are their product.
+"""Weights folders with quantised kernels: `path` has int8, `path.scale` float32; the weights are their product.
 
 `config.json` has `"quantized": "int8"`. Scales have the rank of the kernel and size 1 along its input axes, so any
 safetensors reader computes the weights as `path * path.scale`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,27 +17,41 @@ from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor, View, own_tensors, own_views
 
 
+@dataclass(frozen=True)
+class Dequantized(Sequence[np.ndarray]):
+    """The parts of a quantised kernel: each is computed, float32, when it is asked for. values, scales: [part, ...]."""
+
+    values: np.ndarray
+    scales: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i] * self.scales[i]
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedView(View):
-    """A quantised kernel in a file. Who reads it as a `View` gets float32, dequantised one layer at a time.
+    """A quantised kernel in a file. Who reads it as a `View` gets float32, dequantised one layer at a time."""
 
-    values, scales: the whole tensors of the file; `parts` are the int8 values of each layer.
-    """
+    parts: Dequantized
 
-    values: np.ndarray = field(kw_only=True)
-    scales: np.ndarray = field(kw_only=True)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored().shape
 
     @property
     def dtype(self) -> np.dtype:
-        return self.scales.dtype
+        return self.parts.scales.dtype
 
-    def part(self, i: int) -> np.ndarray:
-        return self.parts[i] * (self.scales[i] if self.layered else self.scales)
+    def layer(self, i: int) -> np.ndarray:
+        return self.parts[i]
 
     def stored(self, layer: int | None = None) -> QArray:
         """Returns the kernel, or one layer of it, as it is stored: views of the file, int8 and float32."""
-        index = ... if layer is None else layer
-        return QArray(self.values[index], self.scales[index])
+        index = (... if self.layered else 0) if layer is None else layer
+        return QArray(self.parts.values[index], self.parts.scales[index])
 
 
 def stored_layer(value: View | np.ndarray, i: int) -> np.ndarray | QArray:
@@ -50,11 +65,14 @@ def stored_layer(value: View | np.ndarray, i: int) -> np.ndarray | QArray:
 
 def quantized_tensors(spec: Spec) -> dict[str, Tensor]:
     """Returns the tensors of a quantised file of ours. Raises InputError when the model has no kernel to quantise."""
-    out = own_tensors(spec)
-    for path in (kernels := [path for path, leaf in spec.items() if quantizable(path, leaf)]):
-        out[path] = Tensor(spec[path].shape, np.dtype(np.int8))
-        out[path + SCALE] = Tensor(scale_shape(spec[path]), np.dtype(np.float32))
-    if not kernels:
+    out: dict[str, Tensor] = {}
+    for path, leaf in spec.items():
+        if quantizable(path, leaf):
+            out[path] = Tensor(leaf.shape, np.dtype(np.int8))
+            out[path + SCALE] = Tensor(scale_shape(leaf), np.dtype(np.float32))
+        else:
+            out |= own_tensors({path: leaf})
+    if len(out) == len(own_tensors(spec)):
         raise InputError(
             "this model has no kernel that int8 would help: its kernels are small, convolutions, or differ from layer"
             " to layer; leave out --quantize"
@@ -68,7 +86,7 @@ def quantized_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -
     rest = {key: value for key, value in tensors.items() if key.removesuffix(SCALE) not in scales or key in scales}
     views = own_views(rest, spec, where)
     for path, view in views.items():
-        integers = any(part.dtype.kind in "iub" for part in view.parts)
+        integers = view.dtype.kind in "iub"
         if path not in scales:
             if integers:
                 raise InputError(f"{where}: tensor {path + SCALE!r} is missing: {path!r} has integers")
@@ -83,7 +101,8 @@ def quantized_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -
             )
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise InputError(f"{where}: tensor {path + SCALE!r} has scales that are not positive numbers")
-        views[path] = QuantizedView(view.parts, view.layered, values=tensors[path], scales=scale)
+        whole = (x if view.layered else x[None] for x in (tensors[path], scale))
+        views[path] = QuantizedView(Dequantized(*whole), view.layered)
     return views
 
 
@@ -94,13 +113,14 @@ def write_quantized(out: Mapping[str, np.ndarray], values: Mapping[str, View], s
     """
     kernels = {path for path in spec if path + SCALE in out}
     rest = {key: value for key, value in out.items() if key.removesuffix(SCALE) not in kernels}
-    for path, view in own_views(rest, {path: leaf for path, leaf in spec.items() if path not in kernels}, where).items():
+    plain = {path: leaf for path, leaf in spec.items() if path not in kernels}
+    for path, view in own_views(rest, plain, where).items():
         view.write(values[path])
     for path in kernels:
         view, target, scales = values[path], out[path], out[path + SCALE]
         for i in range(len(view.parts)):
             index = i if view.layered else ...
-            kernel = (view.layer(i) if view.layered else view.part(0)).astype(np.float32)
+            kernel = (view.layer(i) if view.layered else view.parts[0]).astype(np.float32)
             if not np.isfinite(kernel).all():
                 raise InputError(
                     f"{where}: {path} holds NaN or infinity, which int8 cannot express; fetch or train it again"

@@ -60,7 +60,7 @@ def quantize(kernel: np.ndarray, scales: tuple[int, ...]) -> QArray:
 
 
 def einsum(equation: str, x: jax.Array, kernel: QArray) -> jax.Array:
-    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype with a kernel that is widened for this product."""
+    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype; the kernel is widened for this product."""
     return qwix.einsum(equation, x.astype(kernel.dtype), kernel)
 
 

@@ -15,7 +15,7 @@ Copying from a view reads pages of the file, copying to it writes them: nothing 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -39,7 +39,7 @@ class View:
     that is zero-padded in memory: reading adds the padding, writing cuts it off.
     """
 
-    parts: tuple[np.ndarray, ...]
+    parts: Sequence[np.ndarray]
     layered: bool
     copies: tuple[np.ndarray, ...] = ()
 
@@ -55,13 +55,9 @@ class View:
     def dtype(self) -> np.dtype:
         return self.parts[0].dtype
 
-    def part(self, i: int) -> np.ndarray:
-        """Returns the values of one part."""
-        return self.parts[i]
-
     def layer(self, i: int) -> np.ndarray:
         """Returns one layer; a view of the file unless it is padded."""
-        part = self.part(i)
+        part = self.parts[i]
         return (
             part
             if part.shape == self._padded
@@ -71,18 +67,18 @@ class View:
     def read(self, into: np.ndarray) -> None:
         """Copies to an array or another file's memory map, without an intermediate array."""
         for i, target in enumerate(into if self.layered else [into]):
-            np.copyto(target, self.layer(i) if self.layered else self.part(0), casting="same_kind")
+            np.copyto(target, self.layer(i) if self.layered else self.parts[0], casting="same_kind")
 
     def write(self, value: "View | np.ndarray") -> None:
         """Copies from an array or a view; from a view part by part, without an intermediate array."""
         if isinstance(value, View):
-            sources: Iterable[np.ndarray] = map(value.part, range(len(value.parts)))
+            sources: Sequence[np.ndarray] = value.parts
         else:
-            sources = value if self.layered else [np.asarray(value)]
+            sources = list(value) if self.layered else [np.asarray(value)]
         for part, source in zip(self.parts, sources, strict=True):
             np.copyto(part, source[tuple(slice(n) for n in part.shape)], casting="same_kind")
         for copy in self.copies:
-            np.copyto(copy, self.parts[0], casting="same_kind")
+            np.copyto(copy, sources[0], casting="same_kind")
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         out = np.empty(self.shape, dtype or self.dtype)

@@ -295,7 +295,7 @@ def _gather(source: Any, shape: Sequence[int], selectors: Sequence[slice | np.nd
     """Selects along every (merged) axis. Of a view it reads only the layers and pages it needs, into new memory."""
     if isinstance(source, View):
         if not source.layered:
-            return np.array(_gather(source.part(0), shape, selectors))
+            return np.array(_gather(source.parts[0], shape, selectors))
         layers = np.arange(len(source.parts))[selectors[0]]
         sizes = [len(np.arange(n)[s]) for n, s in zip(shape, selectors, strict=True)]
         out = np.empty(sizes, source.dtype)

@@ -39,7 +39,7 @@ def load_params(donor: Donor, mesh: Mesh) -> dict[str, Any]:
 
 def _quantized(view: QuantizedView, sharding: NamedSharding) -> QArray:
     """Copies a quantised kernel to devices. Its scales are split as the output axes of the kernel are."""
-    shape = view.scales.shape
+    kernel, shape = view.stored(), view.stored().scale.shape
     split = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     scales = PartitionSpec(*(axis if size > 1 else None for axis, size in zip(split, shape, strict=True)))
 
@@ -47,7 +47,7 @@ def _quantized(view: QuantizedView, sharding: NamedSharding) -> QArray:
         # A copy: an array on a CPU would alias the memory map.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
 
-    return QArray(put(view.values, sharding), put(view.scales, NamedSharding(sharding.mesh, scales)))
+    return QArray(put(kernel.qvalue, sharding), put(kernel.scale, NamedSharding(sharding.mesh, scales)))
 
 
 def finite(donor: Donor, role: str) -> Donor:
@@ -57,8 +57,8 @@ def finite(donor: Donor, role: str) -> Donor:
     step, and a student that inherits from it would have them too. Remarks that a model is quantised.
     """
     if donor.quantized:
-        use = "computes from its int8 kernels" if role == "teacher" else "is dequantised"
-        remark(f"{donor.path}: the {role} is quantised ({donor.quantized}); it {use}, which is not exactly the original")
+        use = "computes with its rounded kernels" if role == "teacher" else "gives its rounded kernels as float32"
+        remark(f"{donor.path}: the {role} is quantised ({donor.quantized}), and {use}")
     for path, value in donor.source.values.items():
         for part in value.parts if isinstance(value, View) else (value,):
             if not np.isfinite(part).all():
