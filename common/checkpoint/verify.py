@@ -23,6 +23,7 @@ from heirloom.common.checkpoint.quantized import QuantizedView
 from heirloom.common.checkpoint.unwrap import clean_names, open_weights
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import VerificationError
+from heirloom.common.nn.quantized import QArray
 
 TOLERANCE = 1e-4
 TINY = 1e-30  # instead of a reference that is all zeros
@@ -69,12 +70,14 @@ def outputs(apply: Callable[..., Any], params: Mapping[str, Any], *inputs: np.nd
     """The arrays that our model returns, parameters in f32 (quantised kernels as they are) and matmuls at highest
     precision. apply(params, *inputs): the model.
     """
-    full = {
-        name: value.stored() if isinstance(value, QuantizedView) else jnp.asarray(np.asarray(value), jnp.float32)
-        for name, value in params.items()
-    }
+
+    def full(value: Any) -> jax.Array | QArray:
+        value = value.stored() if isinstance(value, QuantizedView) else value
+        return value if isinstance(value, QArray) else jnp.asarray(np.asarray(value), jnp.float32)
+
+    given = {name: full(value) for name, value in params.items()}
     with jax.default_matmul_precision("highest"):
-        return [np.array(x) for x in jax.tree.leaves(jax.jit(apply)(full, *inputs))]
+        return [np.array(x) for x in jax.tree.leaves(jax.jit(apply)(given, *inputs))]
 
 
 def against(
