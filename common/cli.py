@@ -81,6 +81,7 @@ VERBS = (
                 metavar="NAME=VALUE",
                 help="what bare weights lack: heads, activation",
             ),
+            argument("--quantize", choices=("int8",), help="matmul kernels as int8 with a scale per output channel"),
             argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the reference"),
             argument("--force", action="store_true", help="replace DEST"),
         ),

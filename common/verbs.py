@@ -40,14 +40,21 @@ def convert(args: argparse.Namespace) -> None:
 
     from heirloom.common.checkpoint.convert import convert
     from heirloom.common.checkpoint.pipeline import is_pipeline
+    from heirloom.common.checkpoint.quantization import quantize_folder
 
+    if args.quantize and args.to != "heirloom":
+        raise InputError(f"--quantize {args.quantize} writes a folder of heirloom; leave out --to {args.to}")
     if is_pipeline(locate_any(args.source)):
         _convert_pipeline(args)
         return
-    donor = open_any(args.source, **_settings(args.set))
-    check = convert(donor, args.destination, args.to, force=args.force, verify=args.verify)
+    donor, how = open_any(args.source, **_settings(args.set)), {"force": args.force, "verify": args.verify}
+    if args.quantize:
+        check = quantize_folder(donor, args.destination, **how)
+    else:
+        check = convert(donor, args.destination, args.to, **how)
     _write_json(args, asdict(check))
-    print(f"{args.destination}: {donor.family.name} from {donor.format} to {args.to}; {check.sentence()}")
+    to = args.quantize or args.to
+    print(f"{args.destination}: {donor.family.name} from {donor.format} to {to}; {check.sentence()}")
 
 
 def _convert_pipeline(args: argparse.Namespace) -> None:
@@ -63,6 +70,7 @@ def _convert_pipeline(args: argparse.Namespace) -> None:
         args.to,
         lambda part: open_any(str(part)),
         force=args.force,
+        quantize=args.quantize,
         verify=args.verify,
     )
     _write_json(args, {name: asdict(check) for name, check in checks.items()})
@@ -77,16 +85,18 @@ def inspect(args: argparse.Namespace) -> None:
 
     from heirloom.common import config
     from heirloom.common.checkpoint.convert import describe
+    from heirloom.common.checkpoint.quantization import sentence, sizes
     from heirloom.common.nn.functional import functional
     from heirloom.common.surgery.report import table
 
-    record = None
+    record = size = None
     if config.is_recipe(args.what):
         family, cfg = _recipe(args.what, "describe").describe()
         spec = functional(family.module, cfg).spec
     else:
         donor = open_any(args.what)
         family, cfg, spec, record = donor.family, donor.cfg, donor.source.spec, describe(donor.folder)
+        size = sizes(donor)
     counts, macs = family.parameters(spec), family.macs(cfg, spec)
     console = Console()
     console.print(table(spec, record))
@@ -96,9 +106,10 @@ def inspect(args: argparse.Namespace) -> None:
     )
     if record:
         console.print(f"inherited {record['fraction']:.1%} from {record['source']}", soft_wrap=True)
-    _write_json(
-        args, {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record}
-    )
+    if size:
+        console.print(sentence(size), soft_wrap=True)
+    about = {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record}
+    _write_json(args, about | {"file": size})
 
 
 def inherit(args: argparse.Namespace) -> None:

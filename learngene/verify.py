@@ -36,6 +36,11 @@ def pictures(cfg: VitConfig) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((EXAMPLES, cfg.size, cfg.size, cfg.channels)).astype(np.float32)
 
 
+def logits(cfg: VitConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
+    """The model's logits for these inputs, [2, classes] f32."""
+    return outputs(functional(Vit, cfg).apply, params, pictures(cfg))
+
+
 def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
     """Compare logits, f32 at highest precision, with the library that reads `file` and its config; tolerance 1e-4
     relative.
@@ -44,7 +49,7 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
     the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
     """
     x = pictures(cfg)
-    mine = outputs(functional(Vit, cfg).apply, params, x)
+    mine = logits(cfg, params)
 
     def reference() -> Check:
         if format == "hf" and importable("transformers"):

@@ -11,11 +11,20 @@ from heirloom.common.typed import from_json
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES
 from learngene.inputs import sidecars
-from learngene.verify import verify
+from learngene.verify import logits, verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
 FAMILY = Family(
-    "learngene", Vit, partial(from_json, VitConfig), FORMATS, sidecars, verify, parameters, macs, lookalikes=LOOKALIKES
+    "learngene",
+    Vit,
+    partial(from_json, VitConfig),
+    FORMATS,
+    sidecars,
+    verify,
+    parameters,
+    macs,
+    lookalikes=LOOKALIKES,
+    outputs=logits,
 )
 FAMILIES = (FAMILY, convnet.FAMILY)
 

@@ -139,10 +139,7 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
 
     Without torch and diffusers only finiteness can be checked: `reference` is None, and the note says so.
     """
-    images = inputs(cfg)
-    model = functional(Autoencoder, cfg)
-    moments = outputs(partial(model.apply, method="encode"), params, images)
-    mine = [*moments, *outputs(partial(model.apply, method="decode"), params, moments[0])]
+    images, mine = inputs(cfg), latents_and_pictures(cfg, params)
 
     libraries = ("torch", "diffusers")
 
@@ -151,6 +148,13 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
 
     missing = "torch and diffusers are not installed"
     return against(reference, mine, format, what="latents or pictures", needs=libraries, missing=missing)
+
+
+def latents_and_pictures(cfg: AutoencoderConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
+    """Mean and logvar of the inputs' latents, and the pictures decoded from the means."""
+    model = functional(Autoencoder, cfg)
+    moments = outputs(partial(model.apply, method="encode"), params, inputs(cfg))
+    return [*moments, *outputs(partial(model.apply, method="decode"), params, moments[0])]
 
 
 def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:
@@ -202,5 +206,6 @@ FAMILY = Family(
     verify=verify,
     parameters=parameters,
     macs=macs,
+    outputs=latents_and_pictures,
     lookalikes=LOOKALIKES,
 )

@@ -47,10 +47,7 @@ def verify(cfg: PixArtConfig, params: Mapping[str, Any], file: Path, format: str
     A folder of diffusers is read by diffusers. Of PixArt's and LiT's files no library reads the config: diffusers'
     class serves with the config that we read, LiT's attention as a formula in torch, and the check says so.
     """
-    sizes = [(8 * cfg.patch, 8 * cfg.patch), (4 * cfg.patch, 10 * cfg.patch)]
-    given = [inputs(cfg, *size) for size in sizes]
-    apply = functional(PixArt, cfg).apply
-    ours = [outputs(apply, params, *arguments)[0] for arguments in given]
+    given, ours = examples(cfg), predicted(cfg, params)
 
     def reference() -> Check:
         if format == "diffusers":
@@ -61,6 +58,17 @@ def verify(cfg: PixArtConfig, params: Mapping[str, Any], file: Path, format: str
 
     missing = "torch and diffusers are not installed"
     return against(reference, ours, format, what="predictions", needs=LIBRARIES, missing=missing)
+
+
+def examples(cfg: PixArtConfig) -> list[tuple[np.ndarray, ...]]:
+    """The inputs of a square and of a wide picture."""
+    return [inputs(cfg, 8 * cfg.patch, 8 * cfg.patch), inputs(cfg, 4 * cfg.patch, 10 * cfg.patch)]
+
+
+def predicted(cfg: PixArtConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
+    """Our model's predictions for the examples, [2, row, col, 2 channels] f32 each."""
+    apply = functional(PixArt, cfg).apply
+    return [outputs(apply, params, *given)[0] for given in examples(cfg)]
 
 
 def predictions(model: Any, given: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:

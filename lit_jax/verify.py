@@ -40,6 +40,11 @@ def inputs(cfg: DitConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, np.array([17, 903], np.int32), np.array([rng.integers(cfg.classes), cfg.rows - 1], np.int32)
 
 
+def predictions(cfg: DitConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
+    """The model's prediction for these inputs, [2, size, size, 2 channels] f32."""
+    return outputs(functional(Dit, cfg).apply, params, *inputs(cfg))
+
+
 class AsDiffusers(Dit):
     """The same network with the two deviations of diffusers' class: timestep exponents over 127, and an eps of its own
     before the MLP.
@@ -60,7 +65,7 @@ def verify(cfg: DitConfig, params: Mapping[str, Any], file: Path, format: str) -
     so. Without torch only finiteness can be checked.
     """
     given = inputs(cfg)
-    (ours,) = outputs(functional(Dit, cfg).apply, params, *given)
+    (ours,) = predictions(cfg, params)
 
     def reference() -> Check:
         if format == "diffusers" and importable("diffusers"):

@@ -15,7 +15,7 @@ from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
 from lit_jax.pixart import PixArt, PixArtConfig
 from lit_jax.text.layouts import FAMILY as T5
-from lit_jax.verify import verify
+from lit_jax.verify import predictions, verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
 
@@ -28,6 +28,7 @@ FAMILY = Family(
     verify=verify,
     parameters=parameters,
     macs=macs,
+    outputs=predictions,
     embedded=EMBEDDED,
     lookalikes=LOOKALIKES,
 )
@@ -40,6 +41,7 @@ PIXART = Family(
     verify=pixart_verify.verify,
     parameters=pixart.parameters,
     macs=pixart.macs,
+    outputs=pixart_verify.predicted,
     lookalikes=pixart_formats.LOOKALIKES,
 )
 FAMILIES = (FAMILY, PIXART, AUTOENCODERS, T5)

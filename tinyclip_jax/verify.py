@@ -41,6 +41,11 @@ def inputs(cfg: ClipConfig) -> tuple[np.ndarray, np.ndarray]:
     return images, tokens
 
 
+def features(cfg: ClipConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
+    """Unit-norm features of these pictures and captions, [4, joint] f32 each."""
+    return outputs(functional(Clip, cfg).apply, params, *inputs(cfg))[:2]  # without the scale
+
+
 def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
     """Compare unit-norm features, f32 at highest precision, with the library that reads `file` and its config;
     tolerance 1e-4 relative.
@@ -49,7 +54,7 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) 
     our reading of the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
     """
     images, tokens = inputs(cfg)
-    mine = outputs(functional(Clip, cfg).apply, params, images, tokens)[:2]  # without the scale
+    mine = features(cfg, params)
 
     def reference() -> Check:
         if format == "hf":

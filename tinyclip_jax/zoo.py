@@ -11,7 +11,7 @@ from heirloom.common.typed import from_json
 from tinyclip_jax.formats import FORMATS, LOOKALIKES
 from tinyclip_jax.inputs import sidecars
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
-from tinyclip_jax.verify import verify
+from tinyclip_jax.verify import features, verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
 
@@ -26,6 +26,7 @@ FAMILY = Family(
     total_macs,
     EMBEDDED,
     LOOKALIKES,
+    outputs=features,
 )
 FAMILIES = (FAMILY,)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.quantized import quantized_views
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
 from heirloom.common.checkpoint.verify import Check, guarded
@@ -116,6 +117,8 @@ class Family:
     parameters(spec): counts by part and in total. macs(cfg, spec): multiply-accumulates of one example.
     embedded: the weights folders that come with the package, by name.
     lookalikes: similar checkpoints that cannot be read, with advice.
+    outputs(cfg, params): our model's outputs on the inputs of `verify`, for the error of quantised weights; None: the
+    models are not quantised.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Family:
     macs: Callable[[Any, Spec], int]
     embedded: Mapping[str, Path] = field(default_factory=dict)
     lookalikes: tuple[Lookalike, ...] = ()
+    outputs: Callable[[Any, Mapping[str, Any]], Sequence[np.ndarray]] | None = None
 
     def format(self, name: str) -> Format:
         """Returns a format by name. Raises InputError for an unknown one."""
@@ -144,7 +148,7 @@ class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
     format: "heirloom" for a folder of ours. path: the path that was given. file: the weights in it. guesses: settings
-    of `cfg` that the checkpoint does not contain.
+    of `cfg` that the checkpoint does not contain. quantized: "int8" where kernels are, else empty.
     """
 
     family: Family
@@ -155,6 +159,7 @@ class Donor:
     path: Path
     file: Path
     guesses: tuple[Guess, ...] = ()
+    quantized: str = ""
 
     @property
     def folder(self) -> Path:
@@ -283,6 +288,8 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
     family = donor.family
     if to == donor.format:
         raise InputError(f"the source is in the {to} format already")
+    if donor.quantized:
+        raise InputError(f"{donor.path} is quantised ({donor.quantized}); convert the weights it was made from")
     format = None if to == "heirloom" else family.format(to)
     with staged(destination, force=force) as folder:
         folder.mkdir()
@@ -342,9 +349,10 @@ def _open_ours(path: Path, families: Sequence[Family], overrides: Mapping[str, A
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     model = _model(family, cfg, path)
-    views = own_views(opened.tensors, model.spec, str(path / FILE))
+    views = (quantized_views if opened.quantized else own_views)(opened.tensors, model.spec, str(path / FILE))
     source = Source(_as_stored(model.spec, views), views)
-    return Donor(family=family, cfg=cfg, model=model, source=source, format="heirloom", path=path, file=path / FILE)
+    place: dict[str, Any] = {"format": "heirloom", "path": path, "file": path / FILE}
+    return Donor(family=family, cfg=cfg, model=model, source=source, **place, quantized=opened.quantized)
 
 
 def _as_stored(spec: Spec, views: Mapping[str, View]) -> Spec:

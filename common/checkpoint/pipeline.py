@@ -6,9 +6,9 @@ diffusers writes them (`PixArtSigmaPipeline.save_pretrained`). Ours are the same
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, convert
+from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import Check
 from heirloom.common.checkpoint.weights import read_json, write_json
@@ -52,12 +52,19 @@ def main_part(path: Path) -> Path:
 
 
 def convert_pipeline(
-    path: Path, destination: Path, to: str, open_part: Callable[[Path], Donor], *, force: bool = False, **options: Any
+    path: Path,
+    destination: Path,
+    to: str,
+    open_part: Callable[[Path], Donor],
+    *,
+    quantize: str = "",
+    force: bool = False,
+    verify: bool = True,
 ) -> dict[str, Check]:
     """Converts every part that has weights and copies the others; returns the check of each converted part.
 
     to: "heirloom", or a format that at least one part has; a part that has only one foreign format is written in it.
-    options: of `convert`. Raises InputError for a missing part, VerificationError; `destination` is then not written.
+    quantize: "int8" for the kernels of all parts but the autoencoder, which is convolutions. Raises InputError for a missing part, VerificationError; `destination` is then not written.
     """
     names = parts_of(path)
     donors = {name: open_part(part(path, name)) for name in names if name not in _PLAIN}
@@ -68,16 +75,18 @@ def convert_pipeline(
         for name in names:
             if name in _PLAIN:
                 shutil.copytree(part(path, name), folder / name)
+            elif quantize and name != "vae":
+                checks[name] = quantize_folder(donors[name], folder / name, verify=verify)
             else:
-                checks[name] = _convert_part(donors[name], folder / name, to, **options)
+                checks[name] = _convert_part(donors[name], folder / name, to, verify=verify)
     return checks
 
 
-def _convert_part(donor: Donor, destination: Path, to: str, **options: Any) -> Check:
+def _convert_part(donor: Donor, destination: Path, to: str, verify: bool) -> Check:
     formats = [format.name for format in donor.family.formats]
     if to != "heirloom" and to not in formats and len(formats) == 1:
         (to,) = formats
     if to == donor.format:
         shutil.copytree(donor.folder, destination)
         return Check(passed=True, reference=None, note=f"in the {to} format already, and copied")
-    return convert(donor, destination, to, **options)
+    return convert(donor, destination, to, verify=verify)

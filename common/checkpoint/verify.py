@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from heirloom.common.checkpoint.quantized import QuantizedView
 from heirloom.common.checkpoint.unwrap import clean_names, open_weights
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import VerificationError
+from heirloom.common.nn.quantized import QArray
 
 TOLERANCE = 1e-4
 TINY = 1e-30  # instead of a reference that is all zeros
 OWN = "own formulas"
+UNQUANTIZED = "the unquantised weights"
 NO_TORCH = "the extra 'torch' is not installed"
 
 
@@ -34,8 +37,8 @@ class Check:
     """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest
     value.
 
-    reference: the library that read the file and its config; OWN where only formulas of ours could serve; None where
-    nothing was compared. guessed: settings that the file does not tell, with what was taken for them.
+    reference: the library that read the file and its config; OWN where only formulas of ours could serve; UNQUANTIZED
+    of quantised weights; None where nothing was compared. guessed: settings that the file does not tell, with what was taken for them.
     """
 
     passed: bool
@@ -58,16 +61,23 @@ class Check:
         )
         if self.reference == OWN:
             return f"checked against our own formulas, not by another library: {found}"
+        if self.reference == UNQUANTIZED:
+            return f"compared with {UNQUANTIZED}: {found}"
         return f"verified against {self.reference}: {found}"
 
 
 def outputs(apply: Callable[..., Any], params: Mapping[str, Any], *inputs: np.ndarray) -> list[np.ndarray]:
-    """The arrays that our model returns, parameters in f32 and matmuls at highest precision. apply(params, *inputs):
-    the model.
+    """The arrays that our model returns, parameters in f32 (quantised kernels as they are) and matmuls at highest
+    precision. apply(params, *inputs): the model.
     """
-    full = {name: jnp.asarray(np.asarray(value), jnp.float32) for name, value in params.items()}
+
+    def full(value: Any) -> jax.Array | QArray:
+        value = value.stored() if isinstance(value, QuantizedView) else value
+        return value if isinstance(value, QArray) else jnp.asarray(np.asarray(value), jnp.float32)
+
+    given = {name: full(value) for name, value in params.items()}
     with jax.default_matmul_precision("highest"):
-        return [np.array(x) for x in jax.tree.leaves(jax.jit(apply)(full, *inputs))]
+        return [np.array(x) for x in jax.tree.leaves(jax.jit(apply)(given, *inputs))]
 
 
 def against(

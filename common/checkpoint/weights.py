@@ -21,12 +21,14 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from heirloom.common.errors import InputError
+from heirloom.common.nn.quantized import INT8, QArray
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
 from heirloom.common.typed import Config
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"
+SCALE = ".scale"  # after the path of a quantised kernel: its scales
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -153,12 +155,13 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
 
 @dataclass(frozen=True)
 class Folder:
-    """An open weights folder of ours. model: config of the model. tensors: memory-mapped."""
+    """An open weights folder of ours. model: config of the model. tensors: memory-mapped. quantized: "int8", or empty."""
 
     path: Path
     method: str
     model: dict[str, Any]
     tensors: Tensors
+    quantized: str = ""
 
 
 def is_folder(path: Path) -> bool:
@@ -177,19 +180,28 @@ def open_folder(path: Path) -> Folder:
     config = read_json(path / "config.json")
     if missing := {"method", "model"} - config.keys():
         raise InputError(f"{path / 'config.json'}: {min(missing)!r} is missing; convert the checkpoint again")
-    return Folder(path=path, method=config["method"], model=config["model"], tensors=open_safetensors(path / FILE))
+    if (quantized := config.get("quantized", "")) not in ("", INT8):
+        raise InputError(
+            f"{path / 'config.json'}: quantized is {quantized!r}, known is {INT8!r}; convert the checkpoint again"
+        )
+    tensors = open_safetensors(path / FILE)
+    return Folder(path, method=config["method"], model=config["model"], tensors=tensors, quantized=quantized)
 
 
-def write_config(folder: Path, method: str, model: Config) -> None:
-    """Writes the `config.json` of a weights folder. model: the method's config of the model."""
-    write_json(folder / "config.json", {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)})
+def write_config(folder: Path, method: str, model: Config, quantized: str = "") -> None:
+    """Writes the `config.json` of a weights folder. model: the method's config of the model. quantized: "int8" where
+    kernels are.
+    """
+    how = {"quantized": quantized} if quantized else {}
+    about = {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)}
+    write_json(folder / "config.json", about | how)
 
 
 def write_params(
     folder: Path, params: Mapping[str, Any], dtype: DTypeLike | None = None, spec: Spec | None = None
 ) -> None:
     """Writes parameters (jax or numpy) as `model.safetensors`, one leaf at a time. dtype: None keeps the dtype of each
-    leaf.
+    leaf. A quantised kernel is two tensors, `path` and `path.scale`.
 
     spec: needed for leaves that are zero-padded; they are written layer by layer, without the padding.
     """
@@ -202,7 +214,10 @@ def write_params(
 
 def _unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]]:
     for path, value in params.items():
-        if path in spec and (leaf := spec[path]).ragged:
+        if isinstance(value, QArray):
+            yield path, value.qvalue
+            yield path + SCALE, value.scale
+        elif path in spec and (leaf := spec[path]).ragged:
             for i in range(leaf.shape[0]):
                 yield f"{path}/{i}", value[(i, *(slice(n) for n in leaf.in_layer(i)))]
         else:

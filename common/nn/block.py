@@ -9,6 +9,7 @@ from flax import nnx
 from heirloom.common.nn.dense import Init, Sizes, uniform_fan_in
 from heirloom.common.nn.mlp import Activation, Mlp
 from heirloom.common.nn.norm import LayerNorm
+from heirloom.common.nn.quantized import quantized
 from heirloom.common.surgery.axes import Axes
 
 Remat = Literal["none", "full", "dots"]
@@ -111,6 +112,13 @@ def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") ->
 
 
 def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:
-    """Returns the outputs of all modules of a stack for the same `x`: [layer, ...]."""
+    """Returns the outputs of all modules of a stack for the same `x`: [layer, ...].
+
+    Quantised kernels are widened one layer at a time.
+    """
     graph, state = nnx.split(blocks)
-    return jax.vmap(lambda layer: nnx.merge(graph, layer)(x))(state)
+
+    def one(layer: nnx.State) -> jax.Array:
+        return nnx.merge(graph, layer)(x)
+
+    return jax.lax.map(one, state) if quantized(state) else jax.vmap(one)(state)

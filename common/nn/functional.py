@@ -55,7 +55,7 @@ class Functional:
 
     def apply(self, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Calls a method of the module with these parameters, arrays of JAX or NumPy (converted, since a tracer cannot
-        index NumPy arrays).
+        index NumPy arrays), or quantised kernels (`heirloom.common.nn.quantized`).
 
         Batch norms use their running statistics, as in evaluation.
         Raises ValueError for a missing, unknown or misshapen parameter: `nnx.merge` itself accepts any of them.
@@ -90,7 +90,8 @@ class Functional:
         for path, leaf in self.spec.items():
             if tuple(params[path].shape) != leaf.shape:
                 raise ValueError(f"{path}: shape {tuple(params[path].shape)}, the model has {leaf}")
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, [jnp.asarray(params[path]) for path in self.spec]))
+        leaves = [jax.tree.map(jnp.asarray, params[path]) for path in self.spec]
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
 
 def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:

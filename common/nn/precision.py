@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from heirloom.common.nn.quantized import QArray, einsum
+
 Saved = tuple[jax.Array, jax.Array]  # both operands, or their gradients
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(equation: str, x: jax.Array, kernel: jax.Array | QArray) -> jax.Array:
     """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype; `x` is cast to it. The equation names each axis
     once a side.
 
-    With a bfloat16 kernel only reverse-mode differentiation works.
+    With a bfloat16 kernel only reverse-mode differentiation works. A quantised kernel has no gradient.
     """
+    if isinstance(kernel, QArray):
+        return einsum(equation, x, kernel)
     x = x.astype(kernel.dtype)
     return _product(equation, x, kernel) if _narrow(kernel) else jnp.einsum(equation, x, kernel)
 

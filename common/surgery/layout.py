@@ -39,7 +39,7 @@ class View:
     that is zero-padded in memory: reading adds the padding, writing cuts it off.
     """
 
-    parts: tuple[np.ndarray, ...]
+    parts: Sequence[np.ndarray]
     layered: bool
     copies: tuple[np.ndarray, ...] = ()
 

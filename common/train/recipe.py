@@ -267,6 +267,8 @@ def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
     """
     cfg.check(mesh)
     teacher = parts.outline(parts.teacher) if parts.teacher and parts.outline else None
+    if isinstance(teacher, Donor) and teacher.quantized:
+        raise InputError(f"{teacher.path} is quantised: name the weights it was made from to compile with a teacher")
     frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
     optimizer, step = _step(cfg, parts, teacher, frozen, mesh, cfg.steps)
     state = abstract_state(optimizer, parts.model.spec, mesh, cfg.step.ema)
