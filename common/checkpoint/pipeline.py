@@ -64,7 +64,8 @@ def convert_pipeline(
     """Converts every part that has weights and copies the others; returns the check of each converted part.
 
     to: "heirloom", or a format that at least one part has; a part that has only one foreign format is written in it.
-    quantize: "int8" for the kernels of all parts but the autoencoder, which is convolutions. Raises InputError for a missing part, VerificationError; `destination` is then not written.
+    quantize: "int8" for the kernels of all parts but the autoencoder, which is convolutions. Raises InputError for a
+    missing part, and VerificationError; `destination` is then not written.
     """
     names = parts_of(path)
     donors = {name: open_part(part(path, name)) for name in names if name not in _PLAIN}

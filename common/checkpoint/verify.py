@@ -38,7 +38,8 @@ class Check:
     value.
 
     reference: the library that read the file and its config; OWN where only formulas of ours could serve; UNQUANTIZED
-    of quantised weights; None where nothing was compared. guessed: settings that the file does not tell, with what was taken for them.
+    of quantised weights; None where nothing was compared. guessed: settings that the file does not tell, with what was
+    taken for them.
     """
 
     passed: bool

@@ -155,7 +155,9 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
 
 @dataclass(frozen=True)
 class Folder:
-    """An open weights folder of ours. model: config of the model. tensors: memory-mapped. quantized: "int8", or empty."""
+    """An open weights folder of ours. model: config of the model. tensors: memory-mapped. quantized: "int8", or
+    empty.
+    """
 
     path: Path
     method: str
