@@ -11,9 +11,7 @@ _COLLAPSED = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns :// in
 
 
 def local(path: str | Path) -> None:
-    """Raises InputError when `path` is an address with a scheme (gs://, s3://, https://, file://), instead of a path on
-    this machine.
-    """
+    """Raises InputError when `path` is an address (gs://, s3://, https://, file://), not a path on this machine."""
     found = (_COLLAPSED if isinstance(path, Path) else _ADDRESS).search(str(path))
     if not found:
         return

@@ -19,8 +19,7 @@ class Config(Protocol):
 
 
 def from_json(kind: type[T], values: object, where: str = "config.json") -> T:
-    """Returns `kind(**values)`; nested dataclasses, tuples and options are built from the plain values that `asdict`
-    and JSON made of them.
+    """Returns `kind(**values)`, with nested dataclasses, tuples and options, from the plain values of JSON.
 
     A field with a default may be left out. Raises InputError naming `where` and the field for an unknown field, a
     missing one, a value of another type, and anything that the dataclass itself refuses.
@@ -78,9 +77,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
 
 
 def _first(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Builds the first of several types that fits; of several dataclasses, the one with the most of the given
-    fields.
-    """
+    """Builds the first type that fits; of several dataclasses, the one with most of the given fields."""
     if value is None and NoneType in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not NoneType)

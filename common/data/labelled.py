@@ -205,8 +205,7 @@ def _shown(names: Iterable[Any]) -> str:
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """Reads the class names of a weights folder from labels.json, in the order of its logits; None where there is no
-    file.
+    """Reads the class names of a weights folder from labels.json, in the order of its logits; None without the file.
 
     Raises InputError when the file is not a JSON list of names.
     """
@@ -220,8 +219,7 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Writes the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are
-    names.
+    """Writes class names, in the order of the logits, as labels.json. Raises InputError unless they are names.
 
     Two classes may have the same name: ImageNet has two classes "crane", a bird and a machine.
     """

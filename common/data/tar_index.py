@@ -1,5 +1,4 @@
-"""Random access to tar shards (webdataset, img2dataset): an index of the members of each sample, built from the
-headers.
+"""Random access to tar shards (webdataset, img2dataset): an index of each sample's members, from the headers.
 
 The index of a shard is a small .npy table next to it, `NAME.tar.index-SIZE-MTIME.npy`, or under
 $XDG_CACHE_HOME/heirloom (~/.cache by default) where the shard's folder is read-only. The name has size and time of
@@ -28,8 +27,7 @@ EXTENSIONS = 256
 
 
 def index_shard(shard: Path) -> Path:
-    """Returns the index of a shard, a .npy file with one row per sample in the order of the tar; builds a missing or
-    damaged one.
+    """Returns a shard's index, a .npy with a row per sample in tar order; builds a missing or damaged one.
 
     Its fields are STEM (bytes, the name up to the first dot after the folder) and one SPAN per extension, such as `jpg`
     and `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed, has a member twice, or is
@@ -59,9 +57,7 @@ def index_shard(shard: Path) -> Path:
 
 
 def _belongs(file: Path, shard: Path, mark: str) -> bool:
-    """Returns whether a file is a complete index of this shard: by its mark, and by the headers of the first and last
-    sample.
-    """
+    """Returns whether a file is a complete index of this shard, by its mark and the first and last sample's headers."""
     try:
         table = np.lib.format.open_memmap(file, mode="r")
     except Exception:  # numpy raises many types for a damaged file, which a new index replaces
@@ -90,9 +86,7 @@ def _header_size(data: BinaryIO, offset: int) -> int:
 
 
 def read_span(shard: Path, span: np.void) -> bytes:
-    """Reads the bytes of one member. Opens the file each time: safe in any thread or process, and cheap compared with
-    decoding.
-    """
+    """Reads the bytes of one member. Opens the file each time: thread-safe, and cheap compared with decoding."""
     try:
         with open(shard, "rb") as file:
             file.seek(int(span["offset"]))
@@ -112,9 +106,7 @@ def _cache_folder(shard: Path) -> Path:
 
 
 def _write(file: Path, table: np.ndarray, shard: Path) -> Path:
-    """Writes to a temporary name and renames, since several processes may build the same index; deletes old indexes of
-    the shard.
-    """
+    """Writes under a temporary name and renames, since several processes may build it; deletes the shard's old ones."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -178,9 +170,7 @@ def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, i
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
-    """Reads all headers. Raises InputError unless the tar ends with a block of zeros: then it is cut short or a header
-    is damaged.
-    """
+    """Reads all headers. Raises InputError unless the tar ends with a block of zeros (else it is cut or damaged)."""
     try:
         with tarfile.open(shard, "r:") as tar:
             members = tar.getmembers()

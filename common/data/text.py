@@ -27,9 +27,7 @@ Merges = list[tuple[str, str]]
 
 
 def clean(text: str, *, lower: bool = True) -> str:
-    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases (OpenAI CLIP,
-    `simple_tokenizer.py`).
-    """
+    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases, like OpenAI's CLIP."""
     cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     return cleaned.lower() if lower else cleaned
 
@@ -42,9 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
-        """Takes the start and end token that `bpe` adds to a text, or known ones by name. Raises InputError when there
-        are none.
-        """
+        """Takes the start and end token that `bpe` adds, or known ones by name. Raises InputError if it has none."""
         bpe.no_padding()
         bpe.no_truncation()
         vocab = bpe.get_vocab()
@@ -140,9 +136,7 @@ class Tokenizer:
         return file
 
     def __call__(self, texts: str | Iterable[str], context: int) -> np.ndarray:
-        """Returns ids, int32 [n, context] (n = 1 for a single string): cut to `context` with EOT last, padded with
-        0.
-        """
+        """Returns ids, int32 [n, context] (n = 1 for a string): cut to `context` with EOT last, padded with 0."""
         if context < 2:
             raise InputError(f"context {context} is too small for the start and end tokens: choose 2 or more")
         if not isinstance(texts, str | Iterable):

@@ -28,8 +28,7 @@ class Extractor:
 
 
 def open_extractor(path: Path) -> Extractor:
-    """Opens a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as
-    safetensors).
+    """Opens our weights folder, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or as safetensors).
 
     Raises InputError for a path that does not exist, a folder of another kind, and missing, unexpected or misshapen
     tensors.
@@ -57,9 +56,7 @@ def open_extractor(path: Path) -> Extractor:
 
 
 def fold(tensors: weights.Tensors, spec: Spec, where: str) -> dict[str, np.ndarray]:
-    """Converts pytorch-fid's tensors to parameters: folds batch norms into the kernels and biases of the convolutions,
-    in f64.
-    """
+    """Converts pytorch-fid's tensors to parameters: folds batch norms into kernels and biases, in f64."""
     unfolded: dict[str, Leaf] = {}
     rows: list[tuple[str, ...]] = [("fc/kernel", "fc.weight")]
     parts = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}

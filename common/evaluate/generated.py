@@ -40,8 +40,7 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference:
-    """Opens a reference batch: a `.npz` with statistics `mu`, `sigma`, `mu_s`, `sigma_s` or pictures `arr_0`, which
-    stay on disk.
+    """Opens a reference `.npz`: statistics `mu`, `sigma`, `mu_s`, `sigma_s`, or pictures `arr_0`, left on disk.
 
     Raises InputError when it has neither, or when one has a wrong form.
     """
@@ -82,9 +81,7 @@ def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Features of a set of pictures, f32: pooled [pictures, 2048], logits [pictures, class]. pool, spatial: moments of
-    both features.
-    """
+    """Features of pictures, f32: pooled [pictures, 2048], logits [pictures, class]; pool, spatial: their moments."""
 
     pooled: np.ndarray
     logits: np.ndarray
@@ -93,8 +90,7 @@ class Measured:
 
 
 def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[Iterable[np.ndarray]], Measured]:
-    """Makes a function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over
-    the mesh.
+    """Makes a function of batches uint8 [any, height, width, 3]: compiled per size, `size` rows over the mesh.
 
     The function raises InputError for batches of another type or rank, and for features that are not finite.
     """

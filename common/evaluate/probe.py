@@ -1,6 +1,4 @@
-"""Linear probe: logistic regression on frozen features by L-BFGS; regularisation chosen on validation examples (CLIP
-§3.2).
-"""
+"""Linear probe: logistic regression on frozen features by L-BFGS, regularisation by validation (CLIP §3.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

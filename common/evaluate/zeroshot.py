@@ -38,8 +38,7 @@ def read_templates(file: Path) -> tuple[str, ...]:
 
 
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """Returns a unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features,
-    normalised again.
+    """Returns a unit vector per class, [classes, joint] f32: the renormalised mean over templates of text features.
 
     encode: captions -> unit-norm features [captions, joint]. Raises InputError for features that are NaN or infinite.
     """

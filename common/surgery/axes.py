@@ -29,9 +29,7 @@ class Axes:
     @classmethod
     @cache
     def parse(cls, text: str) -> "Axes":
-        """Parses the notation. Raises ValueError for a name used twice on one side, or a stacking axis that is not
-        first.
-        """
+        """Parses the notation. Raises ValueError for a name twice on one side, or a stacking axis that is not first."""
         left, arrow, right = text.partition("->")
         names = left.split() + right.split()
         default: Side = "read" if arrow else "carry"
@@ -136,9 +134,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def select(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Returns the paths that a glob matches. Raises InputError when there is none: a pattern without effect is a
-    mistake.
-    """
+    """Returns the paths that a glob matches. Raises InputError when there is none: such a pattern is a mistake."""
     paths = list(paths)
     found = [p for p in paths if matches(pattern, p)]
     if not found:
@@ -147,8 +143,7 @@ def select(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
-    """Returns for each path the index of the first pattern that matches it. Every path is covered and every pattern
-    used.
+    """Returns for each path its first matching pattern's index; every path is covered and every pattern used.
 
     Raises InputError naming a path without pattern, or a pattern that is not used.
     """

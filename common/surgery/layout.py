@@ -109,9 +109,7 @@ class _Row:
         return cls(paths, row[1], orders)
 
     def numbered(self, spec: Spec) -> "Iterator[_Row]":
-        """Yields the row itself, or one row for each match of its stars; a star matches the same text in every
-        column.
-        """
+        """Yields the row, or one row per match of its stars; a star matches the same text in every column."""
         if "*" not in self.paths[0]:
             yield self
             return
@@ -127,9 +125,7 @@ def _fill(text: str, stars: Sequence[str]) -> str:
 
 
 def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
-    """Returns the foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a
-    dimension of size 1.
-    """
+    """Returns a leaf's foreign dimensions, each as positions in our unstacked shape; an empty one has size 1."""
     names, sides = leaf.axes.names, leaf.axes.sides
     if leaf.layered:
         names, sides = names[1:], sides[1:]
@@ -274,9 +270,7 @@ def agrees(found: np.ndarray, value: np.ndarray) -> bool:
 
 
 def own_tensors(spec: Spec) -> dict[str, Tensor]:
-    """Returns the tensors of a file of ours by path; a leaf whose layers differ in size has a tensor per layer,
-    `path/{layer}`.
-    """
+    """Returns the tensors of our file by path; leaves whose layers differ in size have a tensor per `path/{layer}`."""
     out: dict[str, Tensor] = {}
     for path, leaf in spec.items():
         if leaf.ragged:
@@ -301,9 +295,7 @@ def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict
 def _check(
     tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str
 ) -> None:
-    """Raises InputError for a missing or unexpected tensor or one of another shape. ignore: globs of keys that are
-    optional.
-    """
+    """Raises InputError for a missing, unexpected or misshapen tensor. ignore: globs of keys that are optional."""
     optional = {key for key in {*tensors, *expected} if any(matches(p, key) for p in ignore)}
     if missing := expected.keys() - tensors.keys() - optional:
         key = min(missing)

@@ -1,6 +1,4 @@
-"""Plans: path patterns and axis maps. A plan resolves to one line per leaf of the student, and a line is built to an
-array.
-"""
+"""Plans: path patterns and axis maps. A plan resolves to a line per student leaf; lines are built to arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +20,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and the origin of each, for
-    reports.
-    """
+    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and origins for reports."""
 
     spec: Spec
     values: Mapping[str, Any]
@@ -33,9 +29,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Adjacent axes of one leaf under one map. map: None for the identity on a single axis. target, source: their
-    sizes.
-    """
+    """Adjacent axes of a leaf under one map. map: None for the identity on one axis. target, source: sizes."""
 
     names: tuple[str, ...]
     target: tuple[int, ...]
@@ -64,9 +58,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """What one leaf of the student inherits and how. source: None for a fresh leaf. rule: the pattern. fraction: share
-    inherited.
-    """
+    """What a leaf of the student inherits. source: None for fresh. rule: the pattern. fraction: share inherited."""
 
     path: str
     target: Leaf
@@ -90,9 +82,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A plan for one donor and one student: a line per leaf of the student, and the leaves of the donor that are not
-    used.
-    """
+    """A plan for one donor and student: a line per leaf of the student, and the donor's unused leaves."""
 
     lines: tuple[Line, ...]
     unused: tuple[str, ...]

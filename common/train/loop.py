@@ -28,8 +28,7 @@ from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
-# Fields that a resume may change: they do not change what is computed. On another mesh the results are equal up to
-# rounding.
+# Fields that a resume may change: results stay the same, on another mesh up to rounding.
 FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
 
 
@@ -43,9 +42,7 @@ class Cadence:
 
 
 class Data(Protocol):
-    """An iterator of batches on the devices. state(): the position after the last batch returned, without those
-    prefetched.
-    """
+    """An iterator of batches on devices. state(): the position after the last batch returned, not prefetched."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -105,8 +102,7 @@ class Run:
         return self.model.exists() and self.checkpoints.latest() == total
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
-        """Restores the last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or makes a new
-        one.
+        """Restores the last state on disk, in shapes and shardings of `like` (`abstract_state`), or makes a new one.
 
         after: states up to this step belong to an earlier phase of the run and have other shapes.
         """
@@ -224,9 +220,7 @@ class Run:
 
 
 def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
-    """Returns the scores. Raises InputError when one is not finite: skipped steps keep the parameters finite, so it is
-    the data.
-    """
+    """Returns the scores. Raises InputError when one is not finite: as parameters always are, the data is at fault."""
     if name := next((name for name, value in scores.items() if not math.isfinite(value)), None):
         why = "check the held-out data, or lower optim.lr in a new run"
         raise InputError(f"step {step}: eval/{name} is {scores[name]}, though all parameters are finite; {why}")

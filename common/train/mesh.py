@@ -43,9 +43,7 @@ def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
-    """Returns the axes of the mesh with sizes. Raises InputError when these do not multiply to the number of
-    devices.
-    """
+    """Returns the mesh's axes with sizes. Raises InputError unless these multiply to the number of devices."""
     shape = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     free = [name for name, size in shape.items() if size == -1]
     given = math.prod(size for size in shape.values() if size != -1)
@@ -60,8 +58,7 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the sharding of each parameter: `tensor` by the name of an axis, `fsdp` on the largest remaining axis
-    that divides.
+    """Returns the shardings of parameters: `tensor` by axis name, `fsdp` on the largest other axis that divides.
 
     Stacking axes are never split, since a scan would gather every layer; leaves under `REPLICATE_BELOW` are replicated.
     """
@@ -74,8 +71,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(array: np.ndarray, mesh: Mesh, fill: float = 0) -> jax.Array:
-    """Splits the rows of an array that every process has whole over `data` and `fsdp`; evaluation distributes its
-    batches this way.
+    """Splits the rows of an array that every process has whole over `data` and `fsdp`, as evaluation does.
 
     Rows of `fill` are added at the end until the mesh divides them; the caller masks them or cuts them off.
     """
@@ -129,9 +125,7 @@ def _join(patience: float) -> None:
 
 
 def _announced(env: Mapping[str, str]) -> Job | None:
-    """Reads a job that the user set by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not
-    set.
-    """
+    """Reads a job from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not set."""
     if "JAX_COORDINATOR_ADDRESS" not in env:
         return None
     wanted = {"JAX_COORDINATOR_ADDRESS": r"[^:]+:\d+", "JAX_NUM_PROCESSES": r"\d+", "JAX_PROCESS_ID": r"\d+"}
@@ -146,9 +140,7 @@ def _announced(env: Mapping[str, str]) -> Job | None:
 
 
 def _launched_together(env: Mapping[str, str]) -> bool:
-    """Returns whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its
-    hosts.
-    """
+    """Returns whether SLURM, MPI, or a TPU pod that lists its hosts started several processes."""
     hosts = env.get("TPU_WORKER_HOSTNAMES", "") or env.get("TPU_PROCESS_ADDRESSES", "")
     slurm = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
     return (

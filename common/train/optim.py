@@ -127,9 +127,7 @@ def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
 
 
 def _matrix(path: str, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
-    """A kernel as the matrix that its layer multiplies by, whatever its number of dimensions: from what it reads to
-    what it writes.
-    """
+    """A kernel as the matrix its layer multiplies by, from what it reads to what it writes, in any dimensions."""
     read, write = leaf.axes.where("read"), leaf.axes.where("write")
     if not (path.endswith("kernel") and read and write):
         return None

@@ -56,8 +56,7 @@ def state_shardings(optimizer: optax.GradientTransformation, spec: Spec, mesh: M
 def create_state(
     params: dict[str, Any], optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None
 ) -> State:
-    """Makes the state before the first step, each leaf in its sharding. params: {path: array}, on the host or on
-    devices.
+    """Makes the state before the first step, in its shardings. params: {path: array}, on the host or on devices.
 
     The state has copies of `params`, because steps donate it. ema: decay of the average, or None for no average; the
     average starts as a copy. Raises ValueError when paths or shapes differ from `spec`.

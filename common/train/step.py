@@ -139,8 +139,9 @@ def cast(params: Params, compute: str) -> Params:
 
 
 def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`, all in f32, averaged over the
-    micro-batches.
+    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`: f32, means over micro-batches.
+
+    Metrics are summed.
 
     Metrics are summed.
     """
@@ -179,9 +180,7 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
 
 
 def _deal(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
-    """[batch, ...] -> [parts, batch / parts, ...]. Row i goes to part i mod parts: dealt like this no row changes
-    device.
-    """
+    """Reshapes [batch, ...] to [parts, batch / parts, ...]. Row i goes to part i mod parts: no row changes device."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows.shape[0] % (parts * shards):
         raise InputError(

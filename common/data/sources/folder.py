@@ -13,8 +13,7 @@ from heirloom.common.errors import InputError, remark
 
 
 class FolderSource:
-    """Pictures in a folder: a sub-folder per class, or all in one folder, each with a .txt of captions of the same
-    name, or none.
+    """Pictures in a folder: a sub-folder per class, or one folder, with .txt captions of the same names or none.
 
     With classes, `text` is the class name, `label` its number in alphabetical order, and `classes` the names. Symlinks
     are followed, hidden files and folders are not read, and a remark counts the files that were left out.
@@ -109,9 +108,7 @@ def _identity(folder: Path | str) -> tuple[int, int]:
 
 
 def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:
-    """Yields all files below a folder, and hidden folders as entries. A symlink to one of the folders `above` is not
-    followed.
-    """
+    """Yields all files below a folder, and hidden folders as entries; follows no symlink to a folder of `above`."""
     identity = _identity(folder)
     if identity in above:
         return
@@ -123,9 +120,7 @@ def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os
 
 
 def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter[str]) -> list[str]:
-    """Returns the pictures among `entries`, relative to `root`, in alphabetical order; counts other files in
-    `left_out`.
-    """
+    """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`."""
     found = []
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()

@@ -21,8 +21,7 @@ ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded row groups that a process kee
 
 
 class ParquetSource:
-    """Parquet files, memory-mapped. They are read by row group: write groups of a few hundred rows, or shuffling is
-    slow.
+    """Parquet files, memory-mapped and read by row group: write groups of a few hundred rows, or shuffling is slow.
 
     A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that
     Hugging Face datasets write (path where bytes is null). A split is a column `split`, or the first part of the names
@@ -139,9 +138,7 @@ def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """Returns the split in the name of a file: test-00000-of-00001.parquet (Hugging Face datasets), test.parquet,
-    test_0.parquet.
-    """
+    """Returns the split in a file's name: test-00000-of-00001.parquet (Hugging Face), test.parquet, test_0.parquet."""
     if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
         return numbered[1]
     word = re.split(r"[-_.]", file.stem)[0]
@@ -149,9 +146,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """Returns the class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files
-    disagree.
-    """
+    """Returns Hugging Face's class names in the schema, by column. Raises InputError when files disagree."""
     found = [_features(file) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
@@ -185,9 +180,7 @@ class RowGroup:
 
 
 class DecodedGroups:
-    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one). Pickling drops its
-    content.
-    """
+    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one); never pickled."""
 
     def __init__(self, columns: Sequence[str]):
         self._columns, self._lock = list(columns), threading.Lock()

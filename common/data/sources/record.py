@@ -55,8 +55,7 @@ def require(names: Iterable[str], available: Sequence[str], where: object) -> No
 
 
 def value(cell: object, key: str, column: str) -> object:
-    """Converts a cell of a further column for the pipeline: numbers to float32 and int32 arrays, bytes to text; text is
-    unchanged.
+    """Converts a cell of a further column: numbers to float32 and int32 arrays, bytes to text; text is unchanged.
 
     Raises InputError for a whole number that does not fit int32, and for bytes that are not text.
     """
@@ -80,8 +79,7 @@ def value(cell: object, key: str, column: str) -> object:
 
 
 def captions(text: object, key: str) -> str | list[str]:
-    """Returns `text` unchanged if it is a string or a list of strings. An empty string is a caption, as in
-    CLIP_benchmark.
+    """Returns `text` if it is a string or a list of strings. An empty string is a caption, as in CLIP_benchmark.
 
     Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
     """

@@ -61,9 +61,7 @@ def _open(cfg: SourceConfig) -> Source:
 
 
 def _folder(folder: Path, cfg: SourceConfig) -> Source:
-    """Opens a folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures,
-    or of splits.
-    """
+    """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits."""
     if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
         return ParquetSource(files, cfg)
     if files := _visible(folder, "*.tar"):
@@ -80,9 +78,7 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def _files(pattern: str) -> list[Path]:
-    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for one that does not
-    exist.
-    """
+    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for a missing one."""
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
         numbers = range(int(first), int(last) + 1)

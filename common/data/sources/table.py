@@ -13,9 +13,7 @@ from heirloom.common.errors import InputError, nearest
 
 
 class CsvSource:
-    """A table of paths and captions with a header line, separated by commas or tabs. It keeps the byte offsets of
-    rows.
-    """
+    """A table of paths and captions with a header, separated by commas or tabs; keeps the byte offsets of rows."""
 
     def __init__(self, file: Path, cfg: SourceConfig):
         self._file, self._cfg = file, cfg
@@ -89,9 +87,7 @@ class CsvSource:
 
 
 def _narrowest(cell: str, kind: type) -> type:
-    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column has numbers when every cell is a
-    number.
-    """
+    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column of numbers has nothing else."""
     for wider in (int, float):
         if kind in (int, wider):
             try:

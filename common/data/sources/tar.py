@@ -25,8 +25,7 @@ from heirloom.common.errors import InputError
 
 
 class TarSource:
-    """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt,
-    000012.json).
+    """Tar shards in webdataset's form: members of a sample share the name up to the first dot (12.jpg, 12.txt).
 
     A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class
     names and zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if
