@@ -1,6 +1,4 @@
-"""Read ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. Settings that shapes do not give
-become guesses.
-"""
+"""Read ViTs in files without a config (DeiT, timm, SWS, TLEG); what shapes do not give becomes a guess."""
 
 import re
 from dataclasses import replace
@@ -51,9 +49,7 @@ def refuse_other_parts(tensors: Tensors) -> None:
 
 
 def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
-    """Infer the config from the shapes of tensors in timm's names. block: pattern of the first block's keys, with {}
-    for the module.
-    """
+    """Infer the config from shapes in timm's names. block: pattern of the first block's keys, {} for the module."""
     try:
         width, channels, patch, across = tensors["patch_embed.proj.weight"].shape
         hidden = len(tensors[block.format("mlp.fc1")])
@@ -100,9 +96,7 @@ def depth(tensors: Tensors, pattern: str) -> int:
 
 
 def read_deit(found: Found) -> Read | None:
-    """Read a file in timm's names. A trainer's arguments next to the tensors are used or compared; without them
-    settings are guessed.
-    """
+    """Read a file in timm's names; settings come from a trainer's arguments in the file, or are guessed."""
     if (
         not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys()
         or (found.folder / "config.json").is_file()

@@ -23,8 +23,7 @@ from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 CACHED = "logits"
-# DeiT's AdamW. Deviation: the cosine runs per step and ends at 0; the release steps per epoch, a step late, and ends at
-# a minimum.
+# DeiT's AdamW. Deviation: the cosine runs per step to 0; the release's per epoch, a step late, to a minimum.
 ADAMW = OptimConfig(lr=5e-4, warmup=0, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("**position",), clip=None)
 CONVNET_ADAMW = replace(ADAMW, no_decay=())  # it has no positions
 

@@ -27,9 +27,7 @@ LOGITS = "teacher_logits"  # the column of a teacher's cached logits
 
 @dataclass(frozen=True)
 class Example:
-    """Turns a record into an example: `image` uint8 [size, size, 3] or [views, size, size, 3], `label` int32, teacher's
-    logits if any.
-    """
+    """Turns a record into `image` uint8 [(views,) size, size, 3], `label` int32, and teacher's logits if any."""
 
     cfg: AugmentConfig
     pre: Preprocess
@@ -62,9 +60,7 @@ class Resident:
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
-        """arrays: columns of one length. Raises InputError when there are fewer examples than a batch, or several
-        processes.
-        """
+        """arrays: columns of one length. Raises InputError for fewer examples than a batch, or several processes."""
         self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
         if self.examples < cfg.batch:
             raise InputError(

@@ -76,9 +76,7 @@ def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pr
 def counter(
     module: Callable[..., Any], cfg: VitConfig | ConvConfig, pre: Preprocess, mesh: Mesh
 ) -> Callable[..., jax.Array]:
-    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over the pictures with a label of 0 or
-    more.
-    """
+    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over pictures with labels >= 0."""
     model = functional(module, cfg)
 
     @partial(jax.jit, out_shardings=replicated(mesh))

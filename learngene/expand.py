@@ -1,6 +1,4 @@
-"""Expand a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`; everything else is copied, resized or
-fresh.
-"""
+"""Expand a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`, the rest copied, resized or fresh."""
 
 from collections.abc import Sequence
 from typing import Literal

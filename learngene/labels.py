@@ -14,8 +14,7 @@ CONFIG = "config.json"
 
 
 def labels_of(donor: Donor) -> tuple[str, ...] | None:
-    """Read the class names of a checkpoint of any format, in the order of its logits; None if it has none, or LABEL_0,
-    LABEL_1, ...
+    """Read a checkpoint's class names, in the order of its logits; None for none, or for LABEL_0, LABEL_1, ...
 
     Raises InputError when their number is not that of the classes, and when two fields of the checkpoint contradict
     each other.
@@ -100,9 +99,7 @@ def _listed(names: Any, where: str) -> tuple[str, ...] | None:
 
 
 def carry_labels(donor: Donor, destination: Path, format: str) -> None:
-    """Write the class names of a checkpoint, if any, into a folder of another format, which already has its
-    config.json.
-    """
+    """Write a checkpoint's class names, if any, into a folder of another format that has its config.json."""
     if (names := labels_of(donor)) is not None:
         write_labels_as(names, destination, format)
 

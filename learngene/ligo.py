@@ -1,6 +1,4 @@
-"""LiGO (Wang et al., ICLR 2023): learn the maps from a small ViT to a larger one for a hundred steps, before the larger
-one trains.
-"""
+"""LiGO (Wang et al., ICLR 2023): learn maps from a small ViT to a larger one in a hundred steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,9 +25,7 @@ Loss = Callable[[Mapping[str, Any], Any, jax.Array], jax.Array]
 
 
 def first_matrices(donor: VitConfig, student: VitConfig, seed: int) -> dict[str, np.ndarray]:
-    """Initial matrices: noisy stacking of layers; larger widths repeat units, and divide by the number of copies where
-    units are read.
-    """
+    """Initial matrices: noisy stacking of layers; larger widths repeat units, divided by the copies where read."""
     rng = np.random.default_rng(seed)
     stacked = np.eye(donor.layers)[np.arange(student.layers) % donor.layers]
     noisy = {group: stacked + rng.uniform(0, NOISE, stacked.shape) for group in GROUPS}

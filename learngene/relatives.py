@@ -55,9 +55,7 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 
 
 def evenly(source: int, target: int) -> Pick:
-    """Rows of weight selection: multiples of source / target if that is a whole number, else rounded steps, half to
-    even.
-    """
+    """Rows of weight selection: multiples of source / target if it is whole, else rounded, half to even."""
     return pick(range(0, source, source // target)) if source % target == 0 else even(source, target)
 
 

@@ -1,6 +1,4 @@
-"""The model that timm builds for the name of a ViT and its arguments, from the table that scripts/make_timm_table.py
-writes.
-"""
+"""The model timm builds for a ViT's name and arguments, from the table of scripts/make_timm_table.py."""
 
 import math
 from collections.abc import Mapping
@@ -56,8 +54,7 @@ def table() -> Mapping[str, Mapping[str, Any]]:
 
 
 def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> Fields:
-    """The arguments with which timm builds a model, for `settings`. Raises InputError that names a part our ViT does
-    not have.
+    """Arguments with which timm builds a model for `settings`. Raises InputError for parts our ViT does not have.
 
     given: arguments that override those of timm's function of this name. defaults: values for arguments that neither
     sets.

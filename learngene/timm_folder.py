@@ -1,6 +1,4 @@
-"""Read and write timm's config.json. It names an architecture, whose arguments are in a table, and the arguments that
-differ.
-"""
+"""Read and write timm's config.json: an architecture, whose arguments are in a table, and those that differ."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from learngene.bare_files import check_square, depth, ordinary, refuse_other_par
 from learngene.timm_architectures import arguments, settings, sizes
 from learngene.vit import VitConfig
 
-# Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are
-# called.
+# Fields of timm's pretrained_cfg: where weights come from, preprocessing, and names.
 _PRETRAINED = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
     "test_input_size",
@@ -74,9 +71,7 @@ def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
-    """Write timm's config.json. Raises InputError, before it writes anything, for a model that timm's config cannot
-    express.
-    """
+    """Write timm's config.json. Raises InputError, with nothing written, for a model it cannot express."""
     ordinary(cfg, "timm")
     distilled = cfg.tokens == "cls+dist"
     if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):

@@ -14,9 +14,7 @@ _PLAIN = (bool, int, float, str, list, tuple)
 
 @dataclass(frozen=True)
 class Trained:
-    """Saved arguments. name: of the model, or empty. passed: arguments of timm's create_model. sizes: further sizes of
-    the model.
-    """
+    """Saved arguments. name: of the model, or empty. passed: to timm's create_model. sizes: further sizes."""
 
     name: str
     passed: Mapping[str, Any]

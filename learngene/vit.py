@@ -1,6 +1,4 @@
-"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies
-repeatedly.
-"""
+"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks, applied repeatedly."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -184,9 +182,7 @@ def _number(text: str) -> float:
 
 
 class DroppedBlock(Block):
-    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate), the factor of attention and MLP branch for
-    each sample.
-    """
+    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate): factors of attention and MLP branch."""
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         if keep is None:
