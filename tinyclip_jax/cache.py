@@ -1,5 +1,4 @@
-"""Store a teacher's embeddings of a data set, and read them with it: `heirloom cache RECIPE DIR`, then `--teacher
-cache:DIR`.
+"""Store a teacher's embeddings of data: `heirloom cache RECIPE DIR`, then train with `--teacher cache:DIR`.
 
 The student then sees every picture as the teacher did: centre crop, first caption, no tags (`augment` is "none").
 """
@@ -32,8 +31,7 @@ SAMPLES, CONTEXT = 64, 77  # captions, and tokens of each, whose hash identifies
 def write(
     folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre: Preprocess, tokenizer: Tokenizer, mesh: Mesh
 ) -> dict[str, Any]:
-    """Store the teacher's unit-norm features of every record, two arrays [records, joint] f32, and `cache.json`, their
-    description.
+    """Store the teacher's unit-norm features of all records, two arrays [records, joint] f32, and `cache.json`.
 
     Returns the content of `cache.json`. Raises InputError when `folder` exists, and in a job of several processes.
     """

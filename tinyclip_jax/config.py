@@ -142,9 +142,7 @@ class Config(BaseConfig):
         return self.in_stage(1, self.donor) if self.stages else self
 
     def _stages_to_run(self, directory: Path) -> Iterator[tuple["Config", Path]]:
-        """Yield the config and folder of each stage to run. Raises InputError for an unknown stage, or one without its
-        donor.
-        """
+        """Yield config and folder of each stage to run. Raises InputError for an unknown stage or a missing donor."""
         if not self.stages:
             yield self, directory
             return

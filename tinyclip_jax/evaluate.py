@@ -122,8 +122,7 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
 def zeroshot_over(
     name: str, source: Source, setup: Setup, classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES
 ) -> Score:
-    """Returns `params -> Scored`: zero-shot top-1 and top-5 on labelled pictures. classes: a name for each label, in
-    order.
+    """Returns `params -> Scored`: zero-shot top-1, top-5 on labelled pictures. classes: a name per label, in order.
 
     Raises InputError when the data has no labels.
     """
@@ -155,9 +154,7 @@ def zeroshot(
 
 
 def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, joint] f32 of labelled pictures, and their labels [n]. Raises InputError when the data has no
-    labels.
-    """
+    """Features [n, joint] f32 of labelled pictures, and labels [n]. Raises InputError for data without labels."""
     image = setup.embed("image")
     features, labels = [], []
     for batch in evaluation_batches(source, BATCH, setup.pre):

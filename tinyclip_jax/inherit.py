@@ -1,6 +1,4 @@
-"""Weight inheritance as plans: manual, by rule (TinyCLIP §3.3; weight_inherit.py), and automatic, by learned masks
-(§3.2; l0module.py).
-"""
+"""Weight inheritance as plans: manual (TinyCLIP §3.3; weight_inherit.py), by learned masks (§3.2; l0module.py)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,8 +19,7 @@ _DEPTH = {"interval": every, "even": even}
 
 
 def pick_layers(source: int, target: int, rule: DepthRule = "interval") -> list[int]:
-    """Indices of the donor's layers that a student of `target` layers inherits: for 12 -> 9 the first nine, by the
-    released rule.
+    """Indices of the donor's layers for a student of `target` layers: 12 -> 9 is the first nine, as released.
 
     Raises InputError when the donor has fewer layers than `target`.
     """
@@ -99,8 +96,7 @@ def _layers(source: int, target: int, rule: DepthRule) -> Pick:
 
 
 def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
-    """Plan from a model, pruned or not, to the full-size model for learned masks: rows that pruning removed become
-    zeros.
+    """Plan from a model, pruned or not, to the full-size one for learned masks; removed rows become zeros.
 
     The pruned model fills the leading part of each axis (load_pruned_model of the release). Raises InputError when the
     donor is larger.
@@ -131,9 +127,7 @@ def _zero_padded(axis: str, n: int, to: int) -> Pick:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model. Its layers differ in heads and hidden units, and are zero-padded in memory. resolution: source of
-    each tensor.
-    """
+    """A pruned model, its layers zero-padded in memory where sizes differ. resolution: source of each tensor."""
 
     cfg: ClipConfig
     params: dict[str, np.ndarray]
@@ -143,8 +137,7 @@ class Pruned:
 def prune(
     cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT
 ) -> Pruned:
-    """Remove the rows of a masked model whose gates are 0 and multiply the other gates into the weights: the outputs
-    stay the same.
+    """Remove a masked model's rows with gate 0, multiply other gates into the weights: outputs stay the same.
 
     cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: only its two `legacy_*`
     fields are used.
@@ -156,9 +149,7 @@ def prune(
 
 
 def pruning_plan(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
-    """Plan of `prune`: rows with a gate above 0, in order, scaled where they are written (embed) or read (head,
-    hidden).
-    """
+    """Plan of `prune`: rows with a gate above 0, in order, scaled where written (embed) or read (head, hidden)."""
     rules: list[tuple[str, Any]] = [("logit_scale", {})]
     for tower in TOWERS:
         embed, head, hidden = (gates[f"masks/{tower}/{name}"] for name in ("embed", "head", "hidden"))

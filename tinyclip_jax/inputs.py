@@ -28,8 +28,7 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def tokenizer_of(donor: Donor) -> Tokenizer | None:
-    """Read the tokenizer of a CLIP's folder; without one, CLIP's tokenizer with a remark if the vocabulary has its
-    size, else None.
+    """Read a CLIP folder's tokenizer; else CLIP's own, with a remark, if the vocabulary has its size, else None.
 
     Also None for a folder with a tokenizer of another kind. Raises InputError for a tokenizer that is damaged or does
     not fit the model.

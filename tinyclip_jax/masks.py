@@ -1,5 +1,4 @@
-"""Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py of the release; hard-concrete gates of arXiv
-1712.01312).
+"""Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py; hard-concrete gates, arXiv 1712.01312).
 
 Every channel of a tower's residual stream, every head and every hidden unit has a gate between 0 and 1 with a trained
 log-alpha. A masked model is the same model with its kernels scaled by the gates (`apply_gates`); its norms use the open
@@ -103,8 +102,7 @@ def sample_gates(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
 def deterministic_gate(
     log_alpha: Float[ArrayLike, "*rows units"], round_to: int = 1
 ) -> Float[np.ndarray, "*rows units"]:
-    """Gates for evaluation and pruning, float32: in each row the smallest gates are 0, as many as are expected to be
-    closed.
+    """Gates for evaluation and pruning, float32: each row's smallest are 0, as many as are expected closed.
 
     The other gates keep their soft value, sigmoid(1.2 log_alpha); they are not set to 1.
     """
@@ -153,9 +151,7 @@ def mask_spec(cfg: ClipConfig) -> Spec:
 
 
 def initial_masks(donor: ClipConfig, cfg: ClipConfig) -> dict[str, np.ndarray]:
-    """Log-alphas before the first step: all open, but closed for rows that the donor lost in an earlier stage
-    (load_pruned_model).
-    """
+    """Log-alphas before the first step: open, or closed for rows the donor lost earlier (load_pruned_model)."""
     masks = {
         path: np.full(leaf.shape, OPEN if _is_gate(path) else MULTIPLIER, np.float32)
         for path, leaf in mask_spec(cfg).items()
@@ -175,9 +171,7 @@ def clip_log_alphas(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prunable(cfg: ClipConfig, tower: str) -> int:
-    """Number of parameters that masks can remove: projections and MLPs, without embeddings, norms and the joint
-    projection.
-    """
+    """Number of parameters masks can remove: projections and MLPs, not embeddings, norms, joint projection."""
     c, heads, hidden = tower_of(cfg, tower), *_full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     return c.layers * (per_head * heads + 2 * c.width * hidden + c.width + hidden)
@@ -200,8 +194,7 @@ def sparsity(cfg: ClipConfig, masks: Mapping[str, Any]) -> Float[Array, ""]:
 def constraint(
     removed: Float[ArrayLike, ""], target: Float[ArrayLike, ""], masks: Mapping[str, Any]
 ) -> Float[Array, ""]:
-    """Penalty l1 d + l2 d^2 while the sparsity is below its target, d = max(target - removed, 0); the multipliers
-    ascend on it.
+    """Penalty l1 d + l2 d^2 below the target sparsity, d = max(target - removed, 0); multipliers ascend on it.
 
     removed: `sparsity`. target: `MaskConfig.target_at`.
 

@@ -118,9 +118,7 @@ class ClipConfig:
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
-    """Config of a published ViT CLIP: heads of 64 channels, hidden 4 x width, 77 tokens of 49,408 (model_configs of the
-    release).
-    """
+    """Config of a published ViT CLIP: heads of 64, hidden 4 x width, 77 tokens of 49,408 (release's model_configs)."""
     image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
     text = TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width)
     return ClipConfig(image=image, text=text)
@@ -134,9 +132,7 @@ def resnet(width: int, text_layers: int) -> ClipConfig:
 
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
-    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file does not
-    contain their number.
-    """
+    """Channels of one head. Raises InputError when the heads (guessed for a bare file) do not divide the width."""
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
             raise InputError(
@@ -247,9 +243,7 @@ def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
 
 
 class Keep(NamedTuple):
-    """Masks of the open channels of both residual streams; None: all channels, as in every model without learned
-    masks.
-    """
+    """Masks of the open channels of both residual streams; None: all, as without learned masks."""
 
     image: Bool[Array, " embed"] | None = None
     text: Bool[Array, " embed"] | None = None
@@ -296,8 +290,7 @@ class Clip(nnx.Module):
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Count parameters as the published figures do: image, text without the token table, the token table, and the
-    total.
+    """Count parameters as published figures do: image, text without the token table, the token table, total.
 
     Running statistics are not counted.
     """

@@ -36,8 +36,7 @@ class Pretrained:
     tokenizer: Tokenizer | None
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> jax.Array:
-        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm [n,
-        joint] f32.
+        """Encode pictures (files, bytes, PIL images, uint8 [height, width, 3]; one or several) to unit-norm [n, joint].
 
         Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """
@@ -94,8 +93,7 @@ class Pretrained:
 
 
 def load(source: str, **overrides: Any) -> Pretrained:
-    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32 on the default
-    devices.
+    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32, default devices.
 
     overrides: settings that a bare weights file does not contain (`activation="quick_gelu"`). Raises InputError when it
     is no CLIP.

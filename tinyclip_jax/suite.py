@@ -1,18 +1,18 @@
-"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers, and list the missing
-ones.
+"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers.
 
 A folder DIR holds some of these:
 
     DIR/imagenet/ imagenet-a/ imagenet-r/ imagenet-sketch/   a folder per class, named by WordNet identifier (n01440764)
     DIR/imagenet-v2/                                         a folder per class, named by number (0 to 999)
-    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it DIR/flickr30k/ coco/
-    Karpathy's dataset_*.json, and its pictures under images/ DIR/cifar10/ fashion-mnist/
-    train/ and test/ with image.npy and label.npy (scripts/make_suite.py) DIR/openclipart/
-    parquet with image and caption (scripts/make_suite.py)
+    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it
+    DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and its pictures under images/
+    DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy
+    DIR/openclipart/                                         parquet with image and caption
 
-Each of them except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of
-CLIP_benchmark, parquet files of Hugging Face, one table of paths and captions. If there are several splits, `test` is
-used, else `val` or `validation`.
+scripts/make_suite.py makes cifar10, fashion-mnist and openclipart; data sets that are missing are listed. Each of them
+except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark,
+parquet files of Hugging Face, one table of paths and captions. If there are several splits, `test` is used, else `val`
+or `validation`.
 """
 
 import time
@@ -73,9 +73,7 @@ Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Zero-shot over the classes that have folders; only with all `CLASSES_OF` them is the score comparable to
-    published numbers.
-    """
+    """Zero-shot over the classes that have folders; published numbers compare only if all `CLASSES_OF` do."""
     source = open_labelled(_of_test(folder), "label")
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
@@ -168,9 +166,7 @@ def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> 
 
 
 def _of_test(folder: Path) -> SourceConfig:
-    """The test split, where sub-folders or files have names of splits; the table, where the folder holds exactly
-    one.
-    """
+    """The test split, where sub-folders or files are named as splits; the table, where there is exactly one."""
     tables = [*folder.glob("*.csv"), *folder.glob("*.tsv")]
     for split in ("test", "val", "validation"):
         if (folder / split).is_dir() or any(any(folder.glob(f"{parent}{split}-*.parquet")) for parent in ("", "data/")):
@@ -208,8 +204,9 @@ def evaluate_suite(donor: Donor, baseline: Donor | None, args: Namespace) -> lis
 
 
 def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[str, Any]]:
-    """Score every data set in `folder`: rows {dataset, metric, value, beside, published, published_of, n}; a missing
-    one has value None.
+    """Score every data set in `folder`, a row each, with value None for a missing one.
+
+    Rows are {dataset, metric, value, beside, published, published_of, n}.
 
     baseline: another model, such as the teacher, scored on the same data; its score is the column `beside`. published:
     score of the published model of this size, which `published_of` names; left out for a data set that lacks classes.
@@ -249,9 +246,7 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of a report, percent or examples per second. n: examples. classes: different labels among them, 0
-    without labels.
-    """
+    """One number of a report, percent or examples per second. n: examples. classes: distinct labels, 0 for none."""
 
     value: float
     n: int
@@ -273,8 +268,7 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
-    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed one by one, in
-    bfloat16.
+    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, bfloat16.
 
     Deviation: on a CPU, where half precision is slower, in float32.
     """
