@@ -26,8 +26,9 @@ from weightgen.zoo.nets import predict
 
 
 def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.n` networks for the classes of `args.dataset`, or for `args.task` in words, and write them as weights
-    folders, with `report.json`, into `args.out`.
+    """Draw `args.n` networks for `args.dataset`, or `args.task` in words, as weights folders in `args.out`.
+
+    `report.json` is written next to them.
 
     The flags left over are fields of `SampleConfig`. Raises InputError for data that does not fit and for an existing
     folder.
@@ -80,9 +81,7 @@ def check_finite(samples: np.ndarray, donor: Donor) -> None:
 
 
 def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
-    """Write a network of ours as a weights folder, a foreign checkpoint under its own names, an adapter with its
-    config.
-    """
+    """Write a network as a weights folder, a foreign checkpoint in its own names, or an adapter with config."""
     cfg: Any = donor.cfg
     if cfg.net is None:
         tensors = cfg.whole.unflatten(tokens, cfg.whole.like)
@@ -100,9 +99,10 @@ def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Compute the rows of `heirloom eval PATH --data DIR`: of a generator the accuracies of eight samples for these
-    classes; of a generated network its accuracy on all pictures, those it was made from included where the folder has
-    them.
+    """Compute the rows of `heirloom eval PATH --data DIR`, for a generator or a generated network.
+
+    Of a generator: the accuracies of eight samples for these classes. Of a network: its accuracy on all pictures, those
+    it was made from included where the folder has them.
     """
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")

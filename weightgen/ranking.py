@@ -137,9 +137,7 @@ def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
 
 
 def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, np.ndarray]:
-    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads and their channels as
-    one axis.
-    """
+    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads merged."""
     out = {}
     for path, leaf in params.items():
         if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:

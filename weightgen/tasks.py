@@ -33,8 +33,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Task:
-    """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk
-    of a checkpoint.
+    """What to make: a condition [item, class, shots, feature] and pictures.
+
+    `shots` of the condition count; there is one item, or one for each chunk of a checkpoint.
 
     support, select, test: different pictures for the condition, to choose by and to test on; None for a task in words,
     the latter two also where a class has no pictures left over.
@@ -129,9 +130,7 @@ def read_words(donor: Donor, task: str) -> Task:
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> np.ndarray:
-    """Draw `n` networks, tokens [sample, token, length]; sample i of a seed does not depend on n, except with the
-    released system.
-    """
+    """Draw `n` networks, tokens [sample, token, length]; n changes no sample, except in the released system."""
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)

@@ -55,9 +55,7 @@ class LoopConfig(RunConfig):
 
 
 def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -> None:
-    """Raises InputError when a batch, or a micro-batch of it, cannot be divided among the devices that hold its
-    rows.
-    """
+    """Raises InputError unless devices divide a batch, and its micro-batches, into equal rows."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (parts := devices * step.accumulate):
         of = f"{devices} devices (mesh data x fsdp)" + (

@@ -72,9 +72,7 @@ def block(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> ResnetBlock:
 
 
 class ConvVae(nnx.Module):
-    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back. GroupNorm of 2 groups, as
-    released.
-    """
+    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back; GroupNorm of 2 groups."""
 
     def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs):
         widths = [cfg.channels * m for m in cfg.multiples]

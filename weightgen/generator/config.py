@@ -96,9 +96,7 @@ class GeneratorConfig:
 
     @property
     def by_row(self) -> bool:
-        """Whether tokens are exchangeable rows of a head, each with the condition of its class; other tokens are known
-        by their place.
-        """
+        """Whether tokens are exchangeable rows of a head, each with its class's condition; others have places."""
         placed = self.codec is not None and self.codec.order == "ordered"
         return self.net is not None and self.net.kind == "head" and self.condition == "per_class" and not placed
 

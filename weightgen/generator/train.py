@@ -91,9 +91,7 @@ class GeneratorRecipe(LoopConfig):
     """Optimizer steps of the whole run."""
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
-        """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made
-        for.
-        """
+        """What the recipe makes of a zoo. Raises InputError when its networks were made for another condition."""
         by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
         fits = {
             "pictures": ("per_class", "set", "mlp"),

@@ -135,9 +135,7 @@ def read_settings(file: Path) -> LoraSettings:
 
 
 def in_metadata(file: Path) -> dict[str, LoraSettings]:
-    """Read the settings that diffusers keeps in the metadata of a safetensors file, by the first part of the modules'
-    names; none: empty.
-    """
+    """Read diffusers' settings in the metadata of a safetensors file, by module prefix; none: empty."""
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, framework="numpy") as opened:
@@ -182,9 +180,7 @@ def generated(tensors: Mapping[str, Any], known: LoraSettings | None) -> dict[st
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write a generated adapter in the layout of the zoo's members (`adapter.json`): for peft its config and the names
-    it accepts.
-    """
+    """Write a generated adapter in its members' layout (`adapter.json`): for peft, its config and names."""
     layout = about.get("layout")
     found = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     if layout == "peft":

@@ -18,8 +18,9 @@ from weightgen.zoo.zoo import Zoo, flat
 
 
 def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -> tuple[Zoo, tuple[str, ...]]:
-    """Import the checkpoints in a folder (safetensors, torch or numpy, one architecture), one at a time: a zoo, and its
-    tasks in words.
+    """Import a folder of checkpoints (safetensors, torch or numpy, one architecture): a zoo, and tasks in words.
+
+    They are read one at a time.
 
     `quality.json` in the folder gives accuracies by file name, `tasks.json` what each file is for; a file it does not
     name is a task of that name. Pairs of low-rank adapters are made canonical, their scale inside. `zoo.about` has the

@@ -29,8 +29,7 @@ SHARES = {"support": 0.5, "select": 0.2, "test": 0.3}  # of a class's concepts
 
 
 def encoder(backend: str) -> Encode:
-    """Open an encoder of pictures. `pixels`: thumbnails of 16 x 16; anything else: the image tower of the model at that
-    SOURCE (`embedded:emoji`, `hf:...`).
+    """Open an encoder of pictures: `pixels` for 16 x 16 thumbnails, else the image tower of the model at a SOURCE.
 
     Any function of that shape serves as well; this one is for configs. Raises InputError when the model has no image
     tower.
@@ -62,9 +61,7 @@ def encoder(backend: str) -> Encode:
 
 
 def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """Open an encoder of words to unit vectors [text, feature] f32, by the text tower of the model at that SOURCE.
-    Raises InputError when it has none.
-    """
+    """Open an encoder of words to unit vectors [text, feature] f32: the text tower at a SOURCE, or InputError."""
     donor = open_any(backend)
     if not hasattr(donor.family.module, "encode_text"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no text: name a CLIP")
@@ -80,9 +77,7 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
 
 
 def labelled(source: Source, path: str) -> tuple[list[Any], np.ndarray]:
-    """Read all records of a source with classes, and their labels [record] int. Raises InputError for a record without
-    one of its classes.
-    """
+    """Read all records of a source with classes, labels [record] int. Raises InputError for one without."""
     records, count = [source[i] for i in range(len(source))], len(getattr(source, "classes", ()))
     labels = np.array([-1 if r.get("label") is None else int(r["label"]) for r in records])
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
@@ -161,9 +156,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Bank:
-    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: of the
-    classes.
-    """
+    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: classes."""
 
     features: np.ndarray
     starts: np.ndarray
@@ -204,9 +197,7 @@ class Bank:
         return np.stack([self.features[a:b].mean(0) for a, b in zip(self.starts, self.starts[1:], strict=False)])
 
     def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw [..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class
-        has fewer.
-        """
+        """Draw [..., shots, feature]: distinct pictures of each of `classes` [...], repeated if it has fewer."""
         counts = self.counts[classes]
         picks = np.zeros((*classes.shape, shots), np.int64)
         for k in range(shots):
@@ -243,9 +234,7 @@ class EmojiTasks:
 
 
 def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int = 6, seed: int = 0) -> EmojiTasks:
-    """Read the embedded emoji. held_out: subgroups that no zoo network is trained on; least: concepts a subgroup must
-    have to be a class.
-    """
+    """Read the embedded emoji. held_out: subgroups no zoo trains on; least: concepts of a subgroup to be a class."""
     source = open_source(SourceConfig(path="emoji", columns=("subgroup", "concept")))
     records = [source[i] for i in range(len(source))]
     concepts: dict[str, list[str]] = {}

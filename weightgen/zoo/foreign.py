@@ -28,8 +28,9 @@ EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Read all tensors of a checkpoint's files, memory-mapped. Raises InputError where a shard is missing, for a tensor
-    that is in two files, and for 8-bit floats.
+    """Read all tensors of a checkpoint's files, memory-mapped.
+
+    Raises InputError where a shard is missing, for a tensor that is in two files, and for 8-bit floats.
     """
     _all_shards(files)
     tensors: dict[str, np.ndarray] = {}
@@ -68,9 +69,7 @@ def _all_shards(files: Sequence[Path]) -> None:
 
 
 def quantisation(tensors: Mapping[str, np.ndarray], config: Path | None = None) -> str:
-    """Tell how a checkpoint is quantised and which tensor shows it, or an empty string. config: its `config.json`, if
-    there is one.
-    """
+    """Tell how a checkpoint is quantised and which tensor shows it; "" if not. config: its `config.json`, if any."""
     for name, tensor in tensors.items():
         if scheme := next((scheme for scheme, mark in SCHEMES.items() if re.search(mark, name)), ""):
             return f"{name} is of weights in {scheme}"

@@ -1,5 +1,4 @@
-"""Low-rank adapters in a checkpoint: which tensors are pairs, under the names of several libraries, and their canonical
-form.
+"""Low-rank adapters in a checkpoint: pairs of tensors, in several libraries' names, and their canonical form.
 
 An adapter is a product B A; (B R, R^-1 A) is the same adapter for every invertible R. A generator would see an
 arbitrary basis, so adapters are brought to one form first, with their scale (alpha / rank) inside: rows of a zoo are
@@ -50,9 +49,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two tensors of a module, and their names without that of the adapter. They may have axes of a convolution at
-    their end.
-    """
+    """A module's two tensors, and their names without the adapter's. Convolution axes may be at their end."""
 
     module: str
     down: str
@@ -61,9 +58,10 @@ class Pair:
 
 
 def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
-    """Compute the canonical form, the singular value decomposition of scale B A: roots of the singular values on both
-    sides, in falling order; of each direction the largest entry of its left vector is positive. Without forming the
-    [out, in] product. A rank above `out` or `in` is kept, its surplus zeros. In f32, or f64 where `up` is.
+    """Compute the canonical form, the singular value decomposition of scale B A, without the product [out, in].
+
+    Both sides get the roots of the singular values, in falling order; of each direction the largest entry of its left
+    vector is positive. A rank above `out` or `in` is kept, its surplus zeros. In f32, or f64 where `up` is.
     """
     out_basis, out_mix = np.linalg.qr(scale * adapter.up.astype(np.float64))
     in_basis, in_mix = np.linalg.qr(adapter.down.astype(np.float64).T)
@@ -164,9 +162,7 @@ def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> di
 def canonical_tensors(
     tensors: Mapping[str, np.ndarray], scale: Scale = lambda module, rank: 1.0
 ) -> dict[str, np.ndarray]:
-    """Bring every pair of a checkpoint into canonical form, its scale inside; alphas are left out, other tensors as
-    they are.
-    """
+    """Bring a checkpoint's pairs into canonical form, scale inside; alphas are left out, other tensors unchanged."""
     modules = pairs(tensors)
     gone = {f"{module}.alpha" for module in modules}
     fixed: dict[str, np.ndarray] = {}

@@ -38,8 +38,9 @@ from weightgen.zoo.zoo import Zoo, by_chunk, flat, head_tokens
 
 @dataclass(frozen=True)
 class ZooData:
-    """Pictures as a zoo's networks take them: to train on, and held out to score on. condition: features of the former,
-    for a generator; projection: how pictures became features.
+    """Pictures as a zoo's networks take them: to train on, and held out to score on.
+
+    condition: features of the former, for a generator; projection: how pictures became features.
     """
 
     train: Bank
@@ -75,8 +76,7 @@ class ZooRecipe:
         positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
-        """Write `RUN/zoo`, in the first process of a job. A run that was stopped continues after its last finished
-        chunk.
+        """Write `RUN/zoo`, in a job's first process. A stopped run continues after its last finished chunk.
 
         Raises InputError when networks diverge.
         """
@@ -180,8 +180,7 @@ class ZooRecipe:
 
 @dataclass(frozen=True)
 class CheckpointsRecipe:
-    """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes
-    safetensors or torch files.
+    """Import a zoo of existing checkpoints: one architecture, a safetensors or torch file or folder each.
 
     `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank
     adapters (peft, kohya, diffusers) are brought into canonical form first, their scale (alpha / rank) inside;

@@ -70,9 +70,7 @@ def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
 
 
 def open_zoo(folder: Path) -> Zoo:
-    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or its files do not fit
-    together.
-    """
+    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or files do not fit."""
     if not (folder / "zoo.json").is_file():
         raise InputError(
             f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)"
