@@ -31,9 +31,8 @@ class Topology:
         if not re.fullmatch(r"\d+(x\d+){1,2}", arranged):
             raise InputError(f"--topology {text}: write the chip and its arrangement, such as v5e:16x16 or v5p:4x4x4")
         if name not in TARGETS:
-            raise InputError(
-                f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {', '.join(TARGETS)})"
-            )
+            known = ", ".join(TARGETS)
+            raise InputError(f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {known})")
         return cls(name, tuple(map(int, arranged.split("x"))))
 
     @property

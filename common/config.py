@@ -57,9 +57,8 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
-        raise InputError(
-            f"no recipe {name!r}{nearest(name, recipes())} (there are {', '.join(recipes())}; or give a .py file)"
-        )
+        known = ", ".join(recipes())
+        raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {known}; or give a .py file)")
     unique = (  # two recipes may have one file name
         f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"
     )

@@ -135,10 +135,8 @@ class Batches:
         """Continues after the batch at which `state` was taken. Raises InputError when it belongs to another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
-                raise InputError(
-                    f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now; set it back, or"
-                    " start a new run"
-                )
+                was = state.get(name)
+                raise InputError(f"the data cannot be resumed: {name} was {was}, is {value}; set it back or start anew")
         self.close()
         self._done = state["batches"]
 
@@ -164,9 +162,7 @@ def training_batches(
     and, while iterating, what `example` raises.
     """
     if len(source) < cfg.batch:
-        raise InputError(
-            f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; make the batch smaller"
-        )
+        raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; lower the batch")
     rows = host_rows(cfg.batch, mesh)
     # grain shuffles by (seed, epoch) and seeds `random_map` by (seed, position): only the position matters.
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(example)

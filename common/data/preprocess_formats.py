@@ -81,9 +81,7 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
     if (file := folder / FILE).is_file():
         pre = Preprocess.load(file)
         if pre.size != size:
-            raise InputError(
-                f"{file}: size is {pre.size}, and the model takes {size} x {size} pixels; use the file of this model"
-            )
+            raise InputError(f"{file}: size is {pre.size}, the model takes {size} x {size} pixels; use its own file")
         return Found(pre, FILE)
     for name in sorted(_READERS, key=lambda name: name != format):
         if found := _READERS[name](folder, size):
@@ -254,10 +252,7 @@ def _read_timm(folder: Path, size: int) -> Found | None:
 
 def _write_hf(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
-        raise InputError(
-            "transformers' image processors of CLIP and ViT do not pad; this model's preprocessing pads (mode"
-            " 'longest')"
-        )
+        raise InputError("transformers' processors of CLIP and ViT do not pad; this preprocessing has mode 'longest'")
     side, crop = pre.resize or pre.size, {"height": pre.size, "width": pre.size}
     flags = dict(do_resize=True, do_rescale=True, rescale_factor=1 / _BYTE, do_normalize=True, do_convert_rgb=True)
     about: dict[str, Any] = flags | dict(resample=int(pre.filter), image_mean=list(pre.mean), image_std=list(pre.std))
@@ -275,13 +270,9 @@ def _write_hf(pre: Preprocess, folder: Path) -> None:
 
 def _write_open_clip(pre: Preprocess, folder: Path) -> None:
     if pre.resize not in (None, pre.size):
-        raise InputError(
-            f"open_clip resizes to the size of the crop; this model's resizes to {pre.resize} and crops {pre.size}"
-        )
+        raise InputError(f"open_clip resizes to the crop's size; this model to {pre.resize}, and crops {pre.size}")
     if pre.interpolation not in ("bicubic", "bilinear"):
-        raise InputError(
-            f"open_clip resizes by bicubic or bilinear interpolation, this model's preprocessing by {pre.interpolation}"
-        )
+        raise InputError(f"open_clip interpolates bicubic or bilinear, this model's preprocessing {pre.interpolation}")
     about: dict[str, Any] = dict(
         mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, resize_mode=pre.mode
     )

@@ -51,9 +51,8 @@ def index_shard(shard: Path) -> Path:
             return _write(folder / name, table, shard)
         except OSError as error:
             failed.append(f"{folder} ({error.strerror})")
-    raise InputError(
-        f"{shard}: its index cannot be written to {' or '.join(failed)}; set XDG_CACHE_HOME to a folder with free space"
-    )
+    where = " or ".join(failed)
+    raise InputError(f"{shard}: cannot write its index to {where}; set XDG_CACHE_HOME to a folder with free space")
 
 
 def _belongs(file: Path, shard: Path, mark: str) -> bool:
@@ -94,9 +93,7 @@ def read_span(shard: Path, span: np.void) -> bytes:
     except OSError as error:
         raise InputError(f"{shard} is not readable: {error}") from error
     if len(data) != span["size"]:
-        raise InputError(
-            f"{shard} is shorter than when it was indexed: it is truncated or being written; fetch it again"
-        )
+        raise InputError(f"{shard} is shorter than when indexed: truncated, or being written; fetch it again")
     return data
 
 
@@ -139,10 +136,8 @@ def _table(shard: Path, mark: str) -> np.ndarray:
         spans[extension] = span
         extensions.add(extension)
         if len(extensions) > EXTENSIONS:
-            raise InputError(
-                f"{shard} has over {EXTENSIONS} extensions, such as {extension!r}: a name ends at its first dot"
-                " (000012.jpg)"
-            )
+            what = f"over {EXTENSIONS} extensions, such as {extension!r}"
+            raise InputError(f"{shard} has {what}: a name ends at its first dot (000012.jpg)")
     stems = [stem.encode("utf-8", "surrogateescape") for stem in samples]
     stem_field = ((mark, STEM), f"S{max(map(len, stems), default=1)}")  # its title is the mark of the shard
     table = np.zeros(len(samples), [stem_field, *((e, SPAN) for e in sorted(extensions))])
@@ -162,10 +157,7 @@ def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, i
             if member.islnk()
             else "a link, a device, a pipe or a sparse file"
         )
-        raise InputError(
-            f"{shard}: its member {member.name!r} is {kind}; pack it again with the files themselves (tar"
-            " --dereference)"
-        )
+        raise InputError(f"{shard}: its member {member.name!r} is {kind}; pack files themselves (tar --dereference)")
     return member.offset_data, member.size
 
 

@@ -204,9 +204,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
                 }
                 found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"{name}: added_tokens_decoder is {str(decoder)[:80]}; it must hold a token by id"
-                ) from error
+                shown = str(decoder)[:80]
+                raise InputError(f"{name}: added_tokens_decoder is {shown}; it must hold a token by id") from error
     return found
 
 
@@ -216,16 +215,12 @@ def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizer
         if bpe.token_to_id(token.content) is None:
             (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
         if (actual := bpe.token_to_id(token.content)) != i:
-            raise InputError(
-                f"the added token {token.content!r} has id {i} in one file and would get {actual}; use files of one"
-                " model"
-            )
+            what = f"id {i} in one file and would get {actual}"
+            raise InputError(f"the added token {token.content!r} has {what}; use files of one model")
     if "bos_token" in about and "eos_token" in about:
         for end in (about["bos_token"], about["eos_token"]):
             if bpe.token_to_id(end) is None:
-                raise InputError(
-                    f"the vocabulary has no {end!r}, which the tokenizer's config names as its start or end"
-                )
+                raise InputError(f"the vocabulary has no {end!r}, the start or end in the tokenizer's config")
         _enclose(bpe, about["bos_token"], about["eos_token"])
     return bpe
 

@@ -38,16 +38,12 @@ def open_extractor(path: Path) -> Extractor:
     if path.is_dir():
         folder = weights.open_folder(path)
         if folder.method != METHOD:
-            raise InputError(
-                f"{path}: weights of the method {folder.method!r}, not an Inception; scripts/convert_inception.py"
-                " makes one"
-            )
+            needed = "not an Inception; scripts/convert_inception.py makes one"
+            raise InputError(f"{path}: weights of the method {folder.method!r}, {needed}")
         try:
             cfg = InceptionConfig(**folder.model)
         except TypeError as error:
-            raise InputError(
-                f"{path / 'config.json'}: not the config of an Inception ({error}); convert it again"
-            ) from error
+            raise InputError(f"{path / 'config.json'}: no Inception's config ({error}); convert it again") from error
         model = functional(Inception, cfg)
         views = own_views(folder.tensors, model.spec, str(path / weights.FILE))
         return Extractor(cfg, model, {name: np.asarray(view, np.float32) for name, view in views.items()})

@@ -100,10 +100,8 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHB
     f32, where the ADM suite tries f16 first.
     """
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(
-            f"{len(reference)} reference rows and {len(samples)} samples: a {k}-th neighbour needs more than {k} of"
-            " both"
-        )
+        given = f"{len(reference)} reference rows and {len(samples)} samples"
+        raise ValueError(f"{given}: a {k}-th neighbour needs more than {k} of both")
     sets = [jnp.asarray(rows, jnp.float32) for rows in (reference, samples)]
     real, fake = ((rows, jnp.concatenate([_radii(block, rows, k) for block in _blocks(rows)])) for rows in sets)
     precision, recall = (

@@ -71,10 +71,8 @@ class Leaf:
 
     def __post_init__(self) -> None:
         if len(self.axes.names) != len(self.shape):
-            raise ValueError(
-                f"axes '{self.axes}' name {len(self.axes.names)} dimensions, the shape {self.shape} has"
-                f" {len(self.shape)}"
-            )
+            named = f"axes '{self.axes}' name {len(self.axes.names)} dimensions"
+            raise ValueError(f"{named}, the shape {self.shape} has {len(self.shape)}")
 
     @property
     def layered(self) -> bool:
@@ -153,15 +151,12 @@ def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
     for path in paths:
         index = next((i for i, matched in enumerate(matching) if path in matched), None)
         if index is None:
-            raise InputError(
-                f"{path}: no rule covers this parameter{nearest(path, patterns)} (rules: {', '.join(patterns)})"
-            )
+            hint = f"{nearest(path, patterns)} (rules: {', '.join(patterns)})"
+            raise InputError(f"{path}: no rule covers this parameter{hint}")
         found[path] = index
     for i, (pattern, matched) in enumerate(zip(patterns, matching, strict=True)):
         if i not in found.values():
             first = patterns[found[min(matched)]]
-            raise InputError(
-                f"pattern {pattern!r} has no effect: {first!r} comes first and covers {min(matched)}; put {first!r}"
-                " after it"
-            )
+            why = f"{first!r} comes first and covers {min(matched)}; put {first!r} after it"
+            raise InputError(f"pattern {pattern!r} has no effect: {why}")
     return found

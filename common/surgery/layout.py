@@ -174,9 +174,7 @@ class Layout:
             if not leaves:
                 continue  # a part this variant of the model does not have; a missing leaf shows up below
             if len(leaves) != len(row.paths):
-                raise ValueError(
-                    f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them"
-                )
+                raise ValueError(f"layout {self.name!r}: {row.paths} share a tensor, the model has only some")
             covered.update(row.paths)
             if _LAYER.search(row.key):
                 for i in range(leaves[0].shape[0] if leaves[0].layered else _layers(spec)):
@@ -239,16 +237,14 @@ class Layout:
         """Raises InputError where a constant has other values, or a repeated tensor is not equal in every layer."""
         for key, value in self.constant.items():
             if key in tensors and not agrees(tensors[key], value):
-                raise InputError(
-                    f"{where}: tensor {key!r} is fixed in {self.name} models, but has other values here: is it one?"
-                )
+                what = f"is fixed in {self.name} models, but has other values here"
+                raise InputError(f"{where}: tensor {key!r} {what}: is it one?")
         keys = self.keys(spec)
         for path, view in self.view(tensors, spec, where).items():
             if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
                 why = f"; {self.differs}" if self.differs else ""
-                raise InputError(
-                    f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all{why}"
-                )
+                what = f"differs from layer to layer, but this model has one {path!r} for all{why}"
+                raise InputError(f"{where}: {keys[path]!r} {what}")
 
 
 def _joint(terms: list[list[list[int]]]) -> int:
@@ -305,10 +301,8 @@ def _check(
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
     for key, tensor in expected.items():
         if key in tensors and tuple(tensors[key].shape) != tensor.shape:
-            raise InputError(
-                f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs"
-                f" {tensor.shape}"
-            )
+            shape = tuple(tensors[key].shape)
+            raise InputError(f"{where}: tensor {key!r} has shape {shape}, this configuration needs {tensor.shape}")
 
 
 def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

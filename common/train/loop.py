@@ -75,17 +75,14 @@ class Run:
             lines = [line for line in lines if not FREE.match(line)]
             if lines:
                 changed = "; ".join(map(str.strip, lines))
-                raise InputError(
-                    f"{directory} was started with another config; take a new folder, or set it back: {changed}"
-                )
+                set_back = f"take a new folder, or set it back: {changed}"
+                raise InputError(f"{directory} was started with another config; {set_back}")
             # every process of a job writes the same bytes, so their order does not matter
             part = file.with_name(f"config.json.{os.getpid()}.part")
             part.write_text(text)
             part.replace(file)
         except OSError as error:
-            raise InputError(
-                f"{directory}: cannot write a run here ({error.strerror}); choose another folder"
-            ) from error
+            raise InputError(f"{directory}: cannot write here ({error.strerror}); choose another folder") from error
         return cls(directory, json.loads(text))
 
     @cached_property
@@ -165,9 +162,8 @@ class Run:
                 with clock.waiting():
                     batch = next(data, None)
                 if batch is None:
-                    raise InputError(
-                        f"the data ended after {n - 1} of {total} steps; a training needs batches without end"
-                    )
+                    ended = f"the data ended after {n - 1} of {total} steps"
+                    raise InputError(f"{ended}; a training needs batches without end")
                 state, metrics = step(state, batch)
                 recorder.push(n, metrics)
 

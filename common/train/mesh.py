@@ -51,9 +51,7 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         shape[free[0]] = devices // given
     if min(shape.values()) < 1 or math.prod(shape.values()) != devices:
         asked = " x ".join(f"{name} {size}" for name, size in shape.items())
-        raise InputError(
-            f"mesh {asked} does not make {devices} devices: change the sizes, one of them may be -1 (the rest)"
-        )
+        raise InputError(f"mesh {asked} does not make {devices} devices: change sizes, one may be -1 (the rest)")
     return shape
 
 
@@ -119,9 +117,8 @@ def _join(patience: float) -> None:
     elif _launched_together(os.environ):
         jax.distributed.initialize()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise InputError(
-            f"{jax.process_count()} hosts and no coordinator: set HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)"
-        )
+        known = "HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)"
+        raise InputError(f"{jax.process_count()} hosts and no coordinator: set {known}")
 
 
 def _announced(env: Mapping[str, str]) -> Job | None:
@@ -131,9 +128,8 @@ def _announced(env: Mapping[str, str]) -> Job | None:
     wanted = {"JAX_COORDINATOR_ADDRESS": r"[^:]+:\d+", "JAX_NUM_PROCESSES": r"\d+", "JAX_PROCESS_ID": r"\d+"}
     for name, form in wanted.items():
         if not re.fullmatch(form, env.get(name, "")):
-            raise InputError(
-                f"{name} is {env.get(name)!r}: a job needs {', '.join(wanted)} (host:port and two numbers)"
-            )
+            needed = f"{', '.join(wanted)} (host:port and two numbers)"
+            raise InputError(f"{name} is {env.get(name)!r}: a job needs {needed}")
     return Job(
         env["JAX_COORDINATOR_ADDRESS"], processes=int(env["JAX_NUM_PROCESSES"]), process=int(env["JAX_PROCESS_ID"])
     )

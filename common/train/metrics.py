@@ -128,9 +128,7 @@ def _optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"{name} is not installed: pip install {name}, or leave it out of the run's writers"
-        ) from error
+        raise InputError(f"{name} is not installed: pip install {name}, or leave it out of writers") from error
 
 
 @dataclass(frozen=True)

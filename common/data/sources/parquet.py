@@ -53,9 +53,8 @@ class ParquetSource:
         if cfg.split and by_column:
             if cfg.split not in splits:
                 known = sorted({str(split) for split in splits})
-                raise InputError(
-                    f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known)})"
-                )
+                near = f"{nearest(cfg.split, known)} (it has {', '.join(known)})"
+                raise InputError(f"{files[0]} has no split {cfg.split!r}{near}")
             self._rows = np.flatnonzero(np.array(splits) == cfg.split)
         self.class_names = _class_names(files)
         self._groups, self._decoded, self._cfg = groups, DecodedGroups(names), cfg
@@ -109,9 +108,7 @@ def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
         return cell
     if isinstance(cell, str) and cell:
         return file.parent / cell
-    raise InputError(
-        f"{key}: its picture is {str(cell)[:60]}; a picture must be bytes, a path, or a struct of bytes and path"
-    )
+    raise InputError(f"{key}: its picture is {str(cell)[:60]}; it must be bytes, a path, or a struct of both")
 
 
 def _schema(file: Path) -> pyarrow.Schema:
@@ -131,9 +128,8 @@ def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
     if split and split not in known:
         if known:
             raise InputError(f"{where} has no split {split!r}{nearest(split, known)} (it has {', '.join(known)})")
-        raise InputError(
-            f"{where} has no splits: no column 'split', and no file named like {split}-00000-of-00001.parquet"
-        )
+        needed = f"no column 'split', and no file named like {split}-00000-of-00001.parquet"
+        raise InputError(f"{where} has no splits: {needed}")
     return [file for file in files if _split_of(file) == split] if split else files
 
 
@@ -164,9 +160,7 @@ def _features(file: Path) -> dict[str, tuple[str, ...]]:
             if isinstance(f, dict) and f.get("_type") == "ClassLabel"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file}: the description by Hugging Face datasets in its schema is damaged: {error!r}"
-        ) from error
+        raise InputError(f"{file}: the schema's description by Hugging Face is damaged: {error!r}") from error
 
 
 @dataclass(frozen=True)

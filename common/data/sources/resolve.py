@@ -43,9 +43,7 @@ def _open(cfg: SourceConfig) -> Source:
     if scheme == "tfds":
         return TfdsSource(rest, cfg)
     if not cfg.path:
-        raise InputError(
-            "no data given: set path to emoji or digits, a folder, a .csv, .tar or .parquet files, or tfds:NAME"
-        )
+        raise InputError("no data given: set path to emoji, digits, a folder, .csv, .tar or .parquet, or tfds:NAME")
     files = _files(cfg.path)
     if len(files) == 1 and files[0].is_dir():
         return _folder(files[0], cfg)
@@ -55,9 +53,8 @@ def _open(cfg: SourceConfig) -> Source:
         return kind(files, cfg)
     if len(files) == 1 and files[0].suffix in (".csv", ".tsv"):
         return CsvSource(files[0], cfg)
-    raise InputError(
-        f"{cfg.path}: {', '.join(sorted(suffixes))} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet"
-    )
+    found = ", ".join(sorted(suffixes))
+    raise InputError(f"{cfg.path}: {found} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet")
 
 
 def _folder(folder: Path, cfg: SourceConfig) -> Source:

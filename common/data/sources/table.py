@@ -33,9 +33,8 @@ class CsvSource:
                 start, number = data.tell(), 0
                 for row in rows:
                     if row and len(row) != len(self._header):
-                        raise InputError(
-                            f"{file}: the row at byte {start} has {len(row)} cells, the header {len(self._header)}"
-                        )
+                        has = f"has {len(row)} cells, the header {len(self._header)}"
+                        raise InputError(f"{file}: the row at byte {start} {has}")
                     number += bool(row)
                     cells = dict(zip(self._header, row, strict=False))
                     splits.add(cells.get("split", ""))
@@ -48,9 +47,8 @@ class CsvSource:
             raise InputError(f"{file} is not readable as a table: {error}") from error
         if cfg.split and not starts:
             known = sorted(splits - {""})
-            raise InputError(
-                f"{file} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})"
-            )
+            near = f"{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})"
+            raise InputError(f"{file} has no split {cfg.split!r}{near}")
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
 
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:

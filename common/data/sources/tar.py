@@ -34,10 +34,7 @@ class TarSource:
 
     def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
         if cfg.split:
-            raise InputError(
-                f"{shards[0]}: tar shards have no split {cfg.split!r}; give the path of the shards, and leave split"
-                " empty"
-            )
+            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; leave split empty")
         self._shards, self._cfg = [Shard(shard, index_shard(shard)) for shard in shards], cfg
         counts = []
         for shard in self._shards:
