@@ -125,15 +125,11 @@ def check(cfg: Comparison) -> None:
     """Check a comparison. Raises InputError for an unknown method, and for a depth that a method does not support."""
     student = cfg.gene.student
     if student.gene != "sws":
-        raise InputError(
-            f"gene.student.gene is {student.gene!r}: set it to 'sws', the recipe of TLEG is derived from it"
-        )
+        raise InputError(f"gene.student.gene is {student.gene!r}: set it to 'sws', which TLEG's recipe is derived from")
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
     if not cfg.gene.teacher and not cfg.teacher.data.path:
-        raise InputError(
-            "the recipe names no teacher, and none to train: give --gene.teacher SOURCE, with the same classes and size"
-        )
+        raise InputError("no teacher is named, nor one to train: give --gene.teacher SOURCE, of these classes and size")
     for name in cfg.methods:
         if name not in ARMS:
             raise InputError(f"unknown method {name!r}{nearest(name, ARMS)}: choose from {', '.join(ARMS)}")

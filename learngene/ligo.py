@@ -48,14 +48,10 @@ def plan(donor: VitConfig, student: VitConfig, matrices: Matrices) -> Plan:
     """
     for name in ("classes", "channels", "patch"):
         if getattr(donor, name) != getattr(student, name):
-            raise InputError(
-                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: LiGO needs the"
-                f" same {name}"
-            )
+            sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
+            raise InputError(f"the student's {name} is {sizes}: LiGO needs the same {name}")
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
-        raise InputError(
-            "the student is smaller than its donor: LiGO needs at least the donor's layers, width and hidden"
-        )
+        raise InputError("the student is smaller than its donor: LiGO needs at least its layers, width and hidden")
     widths: dict[str, AxisMap] = {
         axis: sided(matrix(matrices[f"{name} write"]), read=matrix(matrices[f"{name} read"]))
         for axis, name in (("embed", "embed"), ("head head_dim", "inner"), ("hidden", "hidden"))

@@ -75,10 +75,8 @@ def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "timm")
     distilled = cfg.tokens == "cls+dist"
     if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):
-        raise InputError(
-            f"timm's configs have an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}: "
-            "convert with --set eps=1e-6 if its outputs may differ a little"
-        )
+        theirs = f"an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}"
+        raise InputError(f"timm's configs have {theirs}: convert with --set eps=1e-6 if its outputs may differ")
     if distilled and cfg.pool != "cls+dist":
         raise InputError("timm's distilled ViT has two heads, this model one; keep the heirloom format")
     args = sizes(cfg)

@@ -69,10 +69,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     classes = cfg.student.classes
     if teacher and (teacher.cfg.size, teacher.cfg.classes) != (cfg.student.size, classes):
         inputs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
-        raise InputError(
-            f"the teacher has {inputs}, the student {cfg.student.size} px and {classes}: set student.size and"
-            " student.classes"
-        )
+        given = f"{inputs}, the student {cfg.student.size} px and {classes}"
+        raise InputError(f"the teacher has {given}: set student.size and student.classes")
     teacher_pre = preprocess_of(teacher).pre if isinstance(teacher, Donor) else IMAGENET
 
     def target(batch: Batch, frozen: Any, pixels: jax.Array) -> jax.Array:

@@ -61,9 +61,8 @@ def _one(args: Mapping[str, Any], *names: str) -> Any:
     args = _set({name: args.get(name) for name in names})
     for name, value in args.items():
         if not isinstance(value, _PLAIN):
-            raise InputError(
-                f"the trainer's arguments: {name} is of type {type(value).__name__}, not a number, text or list"
-            )
+            kind = type(value).__name__
+            raise InputError(f"the trainer's arguments: {name} is of type {kind}, not a number, text or list")
     found = {name: args[name] for name in names if args.get(name) or args.get(name) is False}
     first = next(iter(found.values()), None)
     for name, value in found.items():
