@@ -44,14 +44,10 @@ from tinyclip_jax.zoo import FAMILY, open_clip_model
 def train(cfg: Config, directory: Path) -> None:
     """Run both phases of a recipe with masks, from the last checkpoint if there is one."""
     if cfg.masks.round_to < 1:
-        raise InputError(
-            f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, widths are rounded up to a multiple of it"
-        )
+        raise InputError(f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, what widths are a multiple of")
     if cfg.masks.prune_step >= cfg.steps:
-        raise InputError(
-            f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is"
-            " trained after it"
-        )
+        given = f"{cfg.masks.prune_step} of {cfg.steps} steps"
+        raise InputError(f"masks.prune_step is {given}: set it lower, the pruned model is trained after it")
     if session := recipe.begin(cfg, directory, parts(cfg)):
         pruned = learn_masks(session, cfg)
         recipe.train(session, after_pruning(cfg, pruned), first=cfg.masks.prune_step)

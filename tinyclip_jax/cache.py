@@ -36,9 +36,7 @@ def write(
     Returns the content of `cache.json`. Raises InputError when `folder` exists, and in a job of several processes.
     """
     if jax.process_count() > 1:
-        raise InputError(
-            f"this job has {jax.process_count()} processes, and one writes a cache: run this command on one host"
-        )
+        raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
     setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
     about = _fingerprint(source, data, pre, tokenizer) | {"teacher": str(teacher.path), "hashes": hashes(teacher.file)}
@@ -83,17 +81,13 @@ class Cached:
 
     def __init__(self, source: Source, folder: Path, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer):
         if not (folder / ABOUT).is_file():
-            raise InputError(
-                f"{folder} is not a cache of embeddings, it has no {ABOUT}: make one with heirloom cache RECIPE"
-                f" {folder}"
-            )
+            make = f"make one with heirloom cache RECIPE {folder}"
+            raise InputError(f"{folder} is not a cache of embeddings, it has no {ABOUT}: {make}")
         stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches have fewer fields
         for name, value in _fingerprint(source, data, pre, tokenizer).items():
             if stored.get(name) != value:
-                raise InputError(
-                    f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache with"
-                    " heirloom cache"
-                )
+                made = f"was made with {name} {stored.get(name)!r}, here it is {value!r}"
+                raise InputError(f"{folder} {made}: make another cache with heirloom cache")
         self._source, self._folder = source, folder
         self._columns: dict[str, np.ndarray] | None = None
 

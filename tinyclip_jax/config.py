@@ -96,10 +96,8 @@ class Config(BaseConfig):
 
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
         if self._first_stage().masks.prune_step:
-            raise InputError(
-                "this recipe prunes with learned masks, which need training: run heirloom train, the pruned model is"
-                " RUN/pruned"
-            )
+            run = "run heirloom train, the pruned model is RUN/pruned"
+            raise InputError(f"this recipe prunes with learned masks, which need training: {run}")
         return super().inherit(destination, force=force)
 
     def cache(self, destination: Path) -> dict[str, Any]:

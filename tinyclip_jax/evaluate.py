@@ -66,10 +66,8 @@ def setup_of(donor: Donor, mesh: Mesh) -> Setup:
     """Set up a checkpoint for evaluation. Raises InputError when it has no tokenizer for its vocabulary."""
     tokenizer = tokenizer_of(donor)
     if tokenizer is None:
-        raise InputError(
-            f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens: put tokenizer.json next to the"
-            " weights"
-        )
+        tokens = donor.cfg.text.vocab
+        raise InputError(f"{donor.path} has no tokenizer for {tokens} tokens: put tokenizer.json next to the weights")
     pre = preprocess_of(donor).announced()
     return Setup(model=donor.model, pre=pre, tokenizer=tokenizer, cfg=donor.cfg, mesh=mesh)
 
@@ -159,9 +157,7 @@ def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, An
     features, labels = [], []
     for batch in evaluation_batches(source, BATCH, setup.pre):
         if "label" not in batch:
-            raise InputError(
-                f"{name} has no labels: zero-shot evaluation needs a folder for each class, or a column `label`"
-            )
+            raise InputError(f"{name} has no labels: zero-shot needs a folder for each class, or a column `label`")
         features.append(image(params, batch["image"]))
         labels.append(batch["label"])
     return np.concatenate(features), np.concatenate(labels)
@@ -174,9 +170,8 @@ def _name(data: SourceConfig) -> str:
 def refuse_flags(args: Namespace) -> None:
     """Raises InputError for a recipe flag: `heirloom eval` of weights has no recipe whose fields it could set."""
     if args.flags:
-        raise InputError(
-            f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help"
-        )
+        unknown = args.flags[0]
+        raise InputError(f"unknown argument {unknown!r}{nearest(unknown, OPTIONS)}; see heirloom eval --help")
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:

@@ -51,25 +51,19 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
     if not (isinstance(teacher.image, ResNetConfig) and isinstance(student.image, ResNetConfig)):
         raise InputError("one image tower is a ResNet, the other a ViT: choose a donor and a student of the same kind")
     if teacher.image.blocks != student.image.blocks:
-        raise InputError(
-            f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: set "
-            "student.image.blocks to these"
-        )
+        stages = f"{student.image.blocks} blocks, the donor's {teacher.image.blocks}"
+        raise InputError(f"the student's stages have {stages}: set student.image.blocks to these")
     if student.image.width > teacher.image.width:
-        raise InputError(
-            f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set"
-            " student.image.width to at most this"
-        )
+        widths = f"width {student.image.width} exceeds the donor's {teacher.image.width}"
+        raise InputError(f"the student's {widths}: set student.image.width to at most this")
     return leading(functional(Clip, student).spec, "image/**")
 
 
 def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
-            raise InputError(
-                f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with"
-                " masks (masks.prune_step)"
-            )
+            inherit = "inherit from a pruned model with masks (masks.prune_step)"
+            raise InputError(f"layers differ in {name}, and manual inheritance needs equal ones: {inherit}")
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
             raise InputError(f"the student's {name} {sizes}: set it to at most this")
@@ -118,10 +112,8 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
 
 def _zero_padded(axis: str, n: int, to: int) -> Pick:
     if n > to:
-        raise InputError(
-            f"the donor's {axis!r} is {n}, the student's {to}: masks need the original model, set the student to its"
-            " sizes"
-        )
+        needed = "masks need the original model, set the student to its sizes"
+        raise InputError(f"the donor's {axis!r} is {n}, the student's {to}: {needed}")
     return first(n) if n == to else pick([*range(n), *[0] * (to - n)], np.array([1] * n + [0] * (to - n), np.float32))
 
 

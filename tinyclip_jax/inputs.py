@@ -48,15 +48,11 @@ def tokenizer_of(donor: Donor) -> Tokenizer | None:
 def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
     """Check that the text tower has every id of the tokenizer and pools at its end token. Raises InputError."""
     if tokenizer.vocab_size > text.vocab:
-        raise InputError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}: give the tokenizer of"
-            " this model"
-        )
+        ids = f"{tokenizer.vocab_size} ids, text.vocab is {text.vocab}"
+        raise InputError(f"{name}: the tokenizer has {ids}: give the tokenizer of this model")
     if text.eot is not None and text.eot != tokenizer.eot:
-        raise InputError(
-            f"{name}: the tokenizer ends captions with id {tokenizer.eot}, text.eot is {text.eot}: give the tokenizer"
-            " of this model"
-        )
+        ends = f"ends captions with id {tokenizer.eot}, text.eot is {text.eot}"
+        raise InputError(f"{name}: the tokenizer {ends}: give the tokenizer of this model")
     if text.eot is None and tokenizer.largest_word > tokenizer.eot:
         raise InputError(
             f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word};"

@@ -128,10 +128,8 @@ def deterministic_gates(masks: Mapping[str, Any], round_to: int = 1) -> dict[str
     }
     for path, value in gates.items():
         if path.endswith("/embed") and not value.any():
-            raise InputError(
-                f"{path}: every channel is closed, a tower needs one or more: lower masks.target, or raise"
-                " masks.prune_step"
-            )
+            needed = "a tower needs one or more: lower masks.target, or raise masks.prune_step"
+            raise InputError(f"{path}: every channel is closed, {needed}")
     return gates
 
 
@@ -277,10 +275,7 @@ def _is_gate(path: str) -> bool:
 def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
     """Config of the tower "image" or "text". Raises InputError for a ResNet."""
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError(
-            "the image tower is a ResNet, and learned masks need a ViT: set masks.prune_step to 0 for manual"
-            " inheritance"
-        )
+        raise InputError("learned masks need a ViT, this is a ResNet: set masks.prune_step to 0 for manual inheritance")
     return cfg.image if tower == "image" else cfg.text
 
 
@@ -288,10 +283,8 @@ def _full(cfg: ClipConfig, tower: str) -> tuple[int, int]:
     """Heads and hidden units of every layer. Raises InputError when layers differ: masks need an unpruned model."""
     c = tower_of(cfg, tower)
     if isinstance(c.heads, tuple) or isinstance(c.hidden, tuple):
-        raise InputError(
-            f"student.{tower} has layers of different sizes, and masks need the original model: set"
-            f" student.{tower}.heads and student.{tower}.hidden to one number each"
-        )
+        what = f"set student.{tower}.heads and student.{tower}.hidden to one number each"
+        raise InputError(f"student.{tower} has unequal layers, and masks need the original model: {what}")
     return c.heads, c.hidden
 
 

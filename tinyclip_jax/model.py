@@ -55,9 +55,8 @@ class ImageConfig:
     def grid(self) -> int:
         """Number of patches along a side. Raises InputError when the patch size does not divide the image size."""
         if self.patch < 1 or self.size % self.patch:
-            raise InputError(
-                f"patches of {self.patch} px do not fill pictures of {self.size} px: change image.size or image.patch"
-            )
+            given = f"patches of {self.patch} px do not fill pictures of {self.size} px"
+            raise InputError(f"{given}: change image.size or image.patch")
         return self.size // self.patch
 
     @property
@@ -135,17 +134,13 @@ def head_dim(c: ImageConfig | TextConfig) -> int:
     """Channels of one head. Raises InputError when the heads (guessed for a bare file) do not divide the width."""
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
-            raise InputError(
-                f"{name} has {len(sizes)} numbers and the tower {c.layers} layers: give one number for each layer"
-            )
+            raise InputError(f"{name} has {len(sizes)} numbers, the tower {c.layers} layers: give one number per layer")
     if c.head_dim is not None and c.heads != 0:
         return c.head_dim
     if isinstance(c.heads, tuple):
         raise InputError("heads differ between layers, which needs a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
-        raise InputError(
-            f"{c.heads} heads do not divide a width of {c.width}: set the number of heads (image_heads, text_heads)"
-        )
+        raise InputError(f"{c.heads} heads do not divide a width of {c.width}: set image_heads or text_heads")
     return c.width // c.heads
 
 

@@ -44,10 +44,8 @@ class Pretrained:
             isinstance(images, np.ndarray) and images.ndim <= 3
         )
         if not one and not isinstance(images, Iterable):
-            raise InputError(
-                f"images is of type {type(images).__name__}: give one or several files, bytes, PIL images or uint8"
-                " arrays"
-            )
+            kind = type(images).__name__
+            raise InputError(f"images is of type {kind}: give files, bytes, PIL images or uint8 arrays")
         several: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
         pixels = [self._pixels(image, None if one else i) for i, image in enumerate(several)]
         if not pixels:

@@ -80,18 +80,14 @@ def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) 
     names = by_number if name == "imagenet-v2" else by_identifier
     if not isinstance(source.source, FolderSource):
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
-            raise InputError(
-                f"{folder} does not name the {CLASSES_OF[name]} classes of its labels: put classnames.txt next to the"
-                " shards"
-            )
+            needed = f"the {CLASSES_OF[name]} classes of its labels"
+            raise InputError(f"{folder} does not name {needed}: put classnames.txt next to the shards")
         return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(
             params
         )
     if unknown := [c for c in source.classes if c not in names]:
-        raise InputError(
-            f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0"
-            " to 999"
-        )
+        named = "name it like n01440764 or, in imagenet-v2, 0 to 999"
+        raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: {named}")
     return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
 
 
@@ -102,10 +98,8 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     source = FolderSource(folder / "images", LABELLED)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
-        raise InputError(
-            f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of"
-            " objectnet.dev"
-        )
+        needed = "no folder is a class that the mappings share with ImageNet"
+        raise InputError(f"{folder / 'images'}: {needed}; give the folders of objectnet.dev")
     names = tuple(label[source.classes[i]].lower() for i in kept)
     return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
 
@@ -217,10 +211,8 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
     if unknown := sorted(
         p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")
     ):
-        raise InputError(
-            f"{folder / unknown[0]}: no data set of the suite has this name: rename or move it (names are"
-            f" {', '.join(SUITE)})"
-        )
+        move = f"rename or move it (names are {', '.join(SUITE)})"
+        raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name: {move}")
     present = [name for name in SUITE if (folder / name).is_dir()]
     if not present:
         raise InputError(f"{folder} holds no data set of the suite: name its folders {', '.join(SUITE)}")
