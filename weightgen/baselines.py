@@ -75,10 +75,7 @@ class Ridge:
         InputError for rows of one group alone: none could be left out.
         """
         if len(np.unique(groups)) < 2:
-            raise InputError(
-                "a linear map needs networks of two classes or tasks, to leave one out; here is one: set prior to"
-                ' "none"'
-            )
+            raise InputError('a linear map needs networks of two classes or tasks, here is one: set prior to "none"')
         x, y = condition.astype(np.float64), weights.astype(np.float64)
         held = groups >= np.quantile(np.unique(groups), 0.8)
 

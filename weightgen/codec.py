@@ -34,9 +34,8 @@ class PcaFit:
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
     """Fit PCA to rows [n, length], with one scale, so that directions of little weight stay small."""
     if latent > min(rows.shape):
-        raise InputError(
-            f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most"
-        )
+        rows_of = f"{rows.shape[0]} rows of {rows.shape[1]} weights"
+        raise InputError(f"{latent} components of {rows_of}: ask for {min(rows.shape)} at most")
     mean = rows.mean(0, dtype=np.float64)
     centred = rows - mean
     # Of the smaller Gram matrix: rows are many and short, or few and long.
@@ -46,9 +45,7 @@ def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
         components = np.linalg.svd(centred, full_matrices=False)[2][:latent].T
     scale = (centred @ components).std()
     if not scale > 0:
-        raise InputError(
-            f"all {rows.shape[0]} rows of weights are the same: there is nothing to generate from; add other networks"
-        )
+        raise InputError(f"all {rows.shape[0]} rows of weights are the same, nothing to learn from: add other networks")
     return PcaFit(*(np.asarray(x, np.float32) for x in (mean, components, scale)))
 
 

@@ -38,9 +38,8 @@ def config(model: Mapping[str, Any]) -> GeneratorConfig:
     if not cfg.cut.pieces:
         raise InputError("config.json: model.cut.pieces is empty: there is nothing to generate")
     if (cut := TokenSpec.of([asdict(piece) for piece in cfg.cut.pieces])) != cfg.cut:
-        raise InputError(
-            f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {cut.rows} x {cut.length}"
-        )
+        own = f"{cut.rows} x {cut.length}"
+        raise InputError(f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {own}")
     return cfg
 
 

@@ -56,9 +56,8 @@ def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[
     if not names:
         raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
     if len(names) != cfg.classes:
-        raise InputError(
-            f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders"
-        )
+        way = f"these are {cfg.classes}-way networks"
+        raise InputError(f"{dataset} has {len(names)} classes, {way}; keep as many sub-folders")
     records, labels = labelled(source, dataset)
     features = projection(encoder(projection.backend)([r["image"] for r in records]))
     inputs = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else features
@@ -107,14 +106,10 @@ def read_words(donor: Donor, task: str) -> Task:
     """
     cfg: Any = donor.cfg
     if isinstance(cfg, D2nwgConfig) or cfg.condition not in WORDS:
-        raise InputError(
-            f"{donor.path} takes pictures, not words: give --dataset, a folder with a sub-folder for each class"
-        )
+        raise InputError(f"{donor.path} takes pictures, not words: give --dataset, a folder with one for each class")
     if cfg.condition == "chunk":
         if task:
-            raise InputError(
-                f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out"
-            )
+            raise InputError(f"{donor.path} makes all chunks and has no tasks: leave --task {task!r} out")
         chunks = np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1)
         return Task(names=("all chunks",), condition=chunks, shots=1)
     known = read_json(donor.folder / "tasks.json")["tasks"]

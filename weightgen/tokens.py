@@ -105,9 +105,8 @@ class TokenSpec:
         for piece in self.pieces:
             leaf = np.asarray(leaves[piece.path])
             if leaf.shape[len(lead) :] != piece.shape:
-                raise InputError(
-                    f"{piece.path}: shape {leaf.shape[len(lead) :]}, the tokens were cut for {piece.shape}"
-                )
+                shape = leaf.shape[len(lead) :]
+                raise InputError(f"{piece.path}: shape {shape}, the tokens were cut for {piece.shape}")
             moved = leaf.astype(dtype).transpose((*range(len(lead)), *(len(lead) + i for i in piece.order)))
             self._block(out, piece)[...] = self._pad(moved.reshape((*lead, piece.size)), piece)
         return out
@@ -178,16 +177,13 @@ def selected(tree: PyTree, select: str = "") -> list[tuple[str, Any]]:
         kind = np.dtype(leaf.dtype)
         if kind.kind in "iub":
             if select and re.fullmatch(select, name):
-                raise InputError(
-                    f"{name} is {kind}: counters and quantised weights cannot be generated; dequantise it or leave"
-                    " it out"
-                )
+                what = "counters and quantised weights cannot be generated"
+                raise InputError(f"{name} is {kind}: {what}; dequantise it or leave it out")
             continue
         found.append((name, leaf))
     if not found:
-        raise InputError(
-            f"no floating tensor matches {select!r}; the tree has {', '.join(n for n, _ in named_leaves(tree))[:200]}"
-        )
+        has = ", ".join(n for n, _ in named_leaves(tree))[:200]
+        raise InputError(f"no floating tensor matches {select!r}; the tree has {has}")
     return found
 
 

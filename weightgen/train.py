@@ -62,9 +62,8 @@ def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -
             f" x {step.accumulate} micro-batches" if step.accumulate > 1 else ""
         )
         nearby = max(batch // parts, 1) * parts
-        raise InputError(
-            f"a batch of {batch} cannot be divided among {of}: set {name} to a multiple of {parts}, such as {nearby}"
-        )
+        multiple = f"a multiple of {parts}, such as {nearby}"
+        raise InputError(f"a batch of {batch} cannot be divided among {of}: set {name} to {multiple}")
 
 
 def on_first(work: Callable[[], None]) -> None:

@@ -55,10 +55,8 @@ class D2nwgConfig:
         positive(self, "steps", "shots")
         row, col, latent = self.vae.latent_shape
         if row * col * latent != self.unet.size**2:
-            raise InputError(
-                f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change"
-                " unet.size"
-            )
+            size = self.unet.size
+            raise InputError(f"a latent of {row} x {col} x {latent} does not fill {size} x {size}: change unet.size")
 
 
 class D2nwg(nnx.Module):

@@ -100,10 +100,7 @@ class D2nwgRecipe(LoopConfig):
 
     def config(self, zoo: Zoo, bank: Bank) -> D2nwgConfig:
         if zoo.net is None:
-            raise InputError(
-                f"{self.zoo} is of imported checkpoints, without pictures: heirloom train weightgen/generator takes"
-                " them"
-            )
+            raise InputError(f"{self.zoo} is of checkpoints, without pictures: use heirloom train weightgen/generator")
         features = replace(self.features, features=bank.features.shape[1])
         vae = replace(self.vae, length=-(-zoo.spec.count // self.vae.rows))
         slots = self.shots * zoo.classes.shape[1]

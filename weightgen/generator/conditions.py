@@ -62,9 +62,7 @@ class SetConfig:
     def __post_init__(self) -> None:
         positive(self, "features", "hidden", "heads", "inducing", "out", "latent")
         if self.hidden % self.heads:
-            raise InputError(
-                f"{self.heads} heads do not divide a hidden width of {self.hidden}: change heads or hidden"
-            )
+            raise InputError(f"{self.heads} heads do not divide hidden {self.hidden}: change heads or hidden")
 
 
 class Mab(nnx.Module):

@@ -108,10 +108,8 @@ class GeneratorRecipe(LoopConfig):
         if encoder and self.condition != "set":
             raise InputError(f"an encoder is for the condition set, not {self.condition}")
         if encoder and encoder.features != bank.features.shape[1]:
-            raise InputError(
-                f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train"
-                " an encoder on it"
-            )
+            features = f"{encoder.features} features, {self.zoo} has {bank.features.shape[1]}"
+            raise InputError(f"{self.encoder} looks at {features}: train an encoder on it")
         return GeneratorConfig(
             net=zoo.net,
             latent=self.latent,

@@ -40,10 +40,8 @@ def encoder(backend: str) -> Encode:
     if not hasattr(donor.family.module, "encode_image"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no images: name a CLIP, or pixels")
     if not (donor.folder / "preprocess.json").is_file():
-        raise InputError(
-            f"{backend}: no preprocess.json next to the weights; heirloom convert {backend} DEST makes a folder that"
-            " has one"
-        )
+        make = f"heirloom convert {backend} DEST makes a folder that has one"
+        raise InputError(f"{backend}: no preprocess.json next to the weights; {make}")
     pre = Preprocess.load(donor.folder)
     params = {path: np.asarray(view, np.float32) for path, view in donor.source.values.items()}
     forward = jax.jit(lambda x: donor.model.apply(params, x, method="encode_image"))
@@ -82,9 +80,8 @@ def labelled(source: Source, path: str) -> tuple[list[Any], np.ndarray]:
     labels = np.array([-1 if r.get("label") is None else int(r["label"]) for r in records])
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
         key = records[wrong[0]].get("key", wrong[0])
-        raise InputError(
-            f"{path}: {len(wrong)} of {len(records)} pictures have none of its {count} classes ({key}); leave them out"
-        )
+        bad = f"{len(wrong)} of {len(records)} pictures"
+        raise InputError(f"{path}: {bad} have none of its {count} classes ({key}); leave them out")
     return records, labels
 
 
@@ -117,9 +114,8 @@ class Projection:
     @classmethod
     def fit(cls, backend: str, raw: np.ndarray, features: int) -> "Projection":
         if features > min(raw.shape):
-            raise InputError(
-                f"{features} features of {raw.shape[0]} pictures with {raw.shape[1]} raw features: ask for fewer"
-            )
+            given = f"{raw.shape[0]} pictures with {raw.shape[1]} raw features"
+            raise InputError(f"{features} features of {given}: ask for fewer")
         mean = raw.mean(0)
         _, values, rows = np.linalg.svd(raw - mean, full_matrices=False)
         scale = np.sqrt(len(raw) * features / np.sum(values[:features] ** 2))

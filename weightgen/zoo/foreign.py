@@ -39,15 +39,13 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
             found = open_tensors(file)
         except InputError as error:
             if EIGHT_BIT_FLOATS.search(str(error)):
-                raise InputError(
-                    f"{error}: its weights are quantised; take the original in bfloat16 or float32"
-                ) from error
+                take = "take the original in bfloat16 or float32"
+                raise InputError(f"{error}: its weights are quantised; {take}") from error
             raise
         if twice := found.keys() & tensors.keys():
             others = ", ".join(other.name for other in files if other != file)
-            raise InputError(
-                f"{file}: {min(twice)} is in this file and in another ({others}); name one file, or move the others"
-            )
+            also = f"is in this file and in another ({others})"
+            raise InputError(f"{file}: {min(twice)} {also}; name one file, or move the others")
         tensors |= found
     return tensors
 
@@ -61,9 +59,8 @@ def _all_shards(files: Sequence[Path]) -> None:
             at, end = hit.span("number")
             wanted = [f"{file.name[:at]}{i:0{digits}d}{file.name[end:]}" for i in range(1, count + 1)]
             if missing := [name for name in wanted if name not in given and not (file.parent / name).is_file()]:
-                raise InputError(
-                    f"{file.parent}: {len(missing)} of {count} shards are missing ({listed(missing)}); fetch them"
-                )
+                which = f"{len(missing)} of {count} shards are missing ({listed(missing)})"
+                raise InputError(f"{file.parent}: {which}; fetch them")
             if missing := [name for name in wanted if name not in given]:
                 raise InputError(f"{file} is one of {count} shards; name the folder that holds them, {file.parent}")
 

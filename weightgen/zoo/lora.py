@@ -102,14 +102,11 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
         elif key.removesuffix(".alpha") in with_pair:
             continue
         elif kind := next((kind for kind, mark in OTHERS.items() if re.search(mark, key)), None):
-            raise InputError(
-                f"{key} is of {kind} and no plain LoRA: only pairs B A can be generated; merge it into its base model"
-            )
+            plain = "only pairs B A can be generated; merge it into its base model"
+            raise InputError(f"{key} is of {kind} and no plain LoRA: {plain}")
     if not found:
-        raise InputError(
-            "no adapters here: names must end in .lora_A.weight and .lora_B.weight, or .lora_down.weight and"
-            " .lora_up.weight"
-        )
+        pairs = ".lora_A.weight and .lora_B.weight, or .lora_down.weight and .lora_up.weight"
+        raise InputError(f"no adapters here: names must end in {pairs}")
     if len(names) > 1:
         raise InputError(f"there are several adapters, {listed(sorted(names))}: keep one in a file")
     out: dict[str, Pair] = {}
@@ -135,10 +132,8 @@ def _plain(key: str) -> str:
 
 def _check(module: str, down: np.ndarray, up: np.ndarray) -> None:
     if not down.size or not up.size:
-        raise InputError(
-            f"{module}: its adapter has no numbers (shapes {down.shape} and {up.shape}); gather it (ZeRO-3) before"
-            " saving"
-        )
+        shapes = f"shapes {down.shape} and {up.shape}"
+        raise InputError(f"{module}: its adapter has no numbers ({shapes}); gather it (ZeRO-3) before saving")
     if down.dtype.kind in "iub" or up.dtype.kind in "iub":
         raise InputError(f"{module}: its adapter is {down.dtype}: it is quantised; take the original")
     if down.ndim < 2 or up.ndim != down.ndim or set(up.shape[2:]) > {1} or len(down) != up.shape[1]:

@@ -78,15 +78,12 @@ def _member(path: Path) -> Member | None:
     if not weights:
         return None
     if config.is_file():
-        raise InputError(
-            f"{path} has an {CONFIG}, and its weights are {listed(p.name for p in weights)}: name them {ADAPTER[0]}"
-        )
+        names = listed(p.name for p in weights)
+        raise InputError(f"{path} has an {CONFIG}, and its weights are {names}: name them {ADAPTER[0]}")
     files = [file for file in weights_files(path) if not STATE.match(file.name)]
     if len(files) > 1 and not all(SHARD.match(file.name) for file in files):
-        raise InputError(
-            f"{path} holds several files of weights ({listed(file.name for file in files)}): keep one checkpoint in a"
-            " folder"
-        )
+        names = listed(file.name for file in files)
+        raise InputError(f"{path} holds several files of weights ({names}): keep one checkpoint in a folder")
     return Member(path, tuple(files))
 
 
@@ -164,9 +161,8 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
                 how = (
                     f"{of(own)!r} and {of(first)!r}" if what != "scale" else f"{own.scale_from} and {first.scale_from}"
                 )
-                raise InputError(
-                    f"{member.path} and {members[0].path} differ in {what} ({how}): keep one kind of adapters in a zoo"
-                )
+                paths = f"{member.path} and {members[0].path}"
+                raise InputError(f"{paths} differ in {what} ({how}): keep one kind of adapters in a zoo")
     if first.layout is None:
         return notes
     scales = sorted({scale for own in loaded for scale in own.scales.values()})

@@ -116,10 +116,8 @@ class ZooRecipe:
             trained = flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()}))
             if len(bad := np.flatnonzero(~np.isfinite(trained).all(1))):
                 numbers = listed(str(i * self.chunk + row) for row in bad)
-                raise InputError(
-                    f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers}): lower fit.lr, now"
-                    f" {self.fit.lr:g}"
-                )
+                which = f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers})"
+                raise InputError(f"{which}: lower fit.lr, now {self.fit.lr:g}")
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=trained, quality=quality)
             trained_now = min((i + 1) * self.chunk, self.members)
@@ -147,18 +145,15 @@ class ZooRecipe:
     def _data(self) -> "ZooData":
         if self.data == "emoji":
             if self.net.kind == "cnn":
-                raise InputError(
-                    "there are too few emoji for CNNs: set data to a folder with a sub-folder for each class"
-                )
+                raise InputError("too few emoji for CNNs: set data to a folder with one for each class")
             tasks = emoji_tasks(self.backend, self.net.features, seed=0)
             bank = tasks.seen["support"]
             return ZooData(train=bank, held=tasks.seen["test"], condition=bank, projection=tasks.projection)
         source = open_source(SourceConfig(path=self.data))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
-            raise InputError(
-                f"{self.data} has {len(names)} classes in sub-folders, tasks of {self.net.classes} need as many"
-            )
+            needed = f"tasks of {self.net.classes} need as many"
+            raise InputError(f"{self.data} has {len(names)} classes in sub-folders, {needed}")
         records, labels = labelled(source, self.data)
         raw = encoder(self.backend)([r["image"] for r in records])
         place = np.concatenate(
