@@ -27,9 +27,7 @@ def parser(description: str | None, *, seeds: bool = False) -> argparse.Argument
 
 
 def header(packages: Sequence[str] = ("jax", "flax", "optax"), **where: str) -> dict[str, Any]:
-    """The head of a result file: date, `where` it ran (default: the device), and the versions of those packages that
-    are installed.
-    """
+    """Returns the head of a result file: date, place (default: the device) and versions of installed `packages`."""
     found: dict[str, Any] = {"date": date.today().isoformat()} | (where or {"device": device()})
     return found | ({"versions": versions(packages)} if packages else {})
 

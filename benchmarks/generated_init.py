@@ -1,8 +1,8 @@
 """Generated networks as initialisation, where weights are no convex affair.
 
-    python benchmarks/generated_init.py --data data/fashion_mnist --runs runs/cpu --json
-    benchmarks/results/generated_init_cpu.json python benchmarks/generated_init.py --size gpu --data data/fashion_mnist
-    --runs runs/gpu --json generated_init_gpu.json
+    results=benchmarks/results/generated_init_cpu.json
+    python benchmarks/generated_init.py --data data/fashion_mnist --runs runs/cpu --json $results
+    python benchmarks/generated_init.py --data data/fashion_mnist --runs runs/gpu --size gpu --json gpu.json
 
 --data: the folder of scripts/make_fashion_mnist.py or make_cifar10.py. Zoos of MLPs (64-16-5, on PCA features) and of
 the small CNN (2,464 parameters on ten grey classes) are trained on random 5-class subsets, from one shared
@@ -185,9 +185,7 @@ def pictures(
 
 
 def subsets(size: Size, kind: str, seed: int, names: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of the zoo's networks, [member, 5], and of the targets, which hold both of the last two classes, as no
-    zoo network does.
-    """
+    """Classes of the zoo's networks, [member, 5], and of the targets: only these have both of the last two classes."""
     rng = np.random.default_rng(seed)
     every = np.array(list(itertools.permutations(range(names), 5)), np.int32)
     both = np.isin(every, (names - 2, names - 1)).sum(1) == 2
@@ -264,8 +262,7 @@ def arm(
     tokens = zoo.tokens(slice(None))
     lap("zoo")
 
-    # The condition is PCA features for either kind of network; no latent is left out, for random networks have no low
-    # rank.
+    # The condition is PCA features for both kinds; no latent is left out, as random networks have no low rank.
     features = world.told.features.shape[1]
     generator_cfg = GeneratorConfig(
         net=cfg,
@@ -391,9 +388,7 @@ def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds as Markdown, a table for each kind of network: accuracy in % after steps of fine-tuning, by how
-    the zoo began.
-    """
+    """Means over seeds as Markdown, a table per kind of network: accuracy in % by fine-tuning steps and start."""
     parts = []
     for kind, ours in bench.groups(rows, "kind").items():
         found = bench.groups(ours, "begin")

@@ -1,5 +1,4 @@
-"""Six claims about genes on small data: SWS, TLEG and weight selection against training from scratch, with controls,
-over several seeds.
+"""Six claims about genes on small data: SWS, TLEG, weight selection and from scratch, with controls, over seeds.
 
     python scripts/make_fashion_mnist.py ...                                                  # once: data/fashion_mnist
     python benchmarks/genes.py --runs runs/genes --json benchmarks/results/genes_cpu.json
@@ -147,9 +146,7 @@ def main() -> None:
 
 
 def split(source: Path, size: Size, destination: Path) -> dict[str, str]:
-    """Train and validation out of the training pictures, in a fixed random order, and the test pictures; as folders of
-    arrays.
-    """
+    """Splits the training pictures at random into train and validation; returns these and test as folders of arrays."""
     order = np.random.default_rng(0).permutation(len(np.load(source / "train" / "label.npy")))
     parts = {
         "train": ("train", order[: size.train]),

@@ -172,9 +172,7 @@ def small_generator(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, steps: int, seed
 
 
 def diffused(tensors: dict[str, np.ndarray], size: Size, seed: int) -> search.Propose:
-    """Layer-wise generation: a diffusion generator of all rows of these tensors, told which tensor a row is of, given
-    the tensor's own.
-    """
+    """Layer-wise generation: a diffusion generator of all rows of these tensors, conditioned on the tensor."""
     whole = chunks(tensors, size.model.width)
     rows, cut, names = whole.flatten(tensors), one_chunk(whole), [piece.path for piece in whole.pieces]
     classes = np.repeat(np.arange(len(names), dtype=np.int32), [piece.rows for piece in whole.pieces])[:, None]

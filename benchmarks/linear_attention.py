@@ -1,9 +1,8 @@
-"""Linear attention: our implementations, the same formula differentiated by JAX, softmax, and PyTorch where it is
-installed.
+"""Linear attention: our implementations, the formula differentiated by JAX, softmax, and PyTorch if installed.
 
-    results=benchmarks/results/linear_attention_cpu.json python benchmarks/linear_attention.py --tokens 2048 --widths
-    384 --images 256 1024 4096 --json $results  # two idle CPU cores, 30 s python benchmarks/linear_attention.py
-    --tokens 65536 --repeats 50 --json out.json                # the protocol, on a GPU
+    results=benchmarks/results/linear_attention_cpu.json                                     # two idle CPU cores, 30 s
+    python benchmarks/linear_attention.py --tokens 2048 --widths 384 --images 256 1024 4096 --json $results
+    python benchmarks/linear_attention.py --tokens 65536 --repeats 50 --json out.json        # the protocol, on a GPU
 
 A row is the median time of a call (calls are queued, and waited for together), with the spread of three rounds, its
 ratio to the plain formula differentiated by JAX, the share of the ideal time at the ceilings measured in this run (a
@@ -91,9 +90,7 @@ def ours(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, weight: 
 
 
 def laid_out(implementation: str, x: Any) -> Any:
-    """[image, token, head, head_dim] as LiT has it before attention: for TPUs [head, image, head_dim, token], else as
-    it is.
-    """
+    """Lays out [image, token, head, head_dim] as LiT has it: for TPUs [head, image, head_dim, token], else the same."""
     return x.transpose(2, 0, 3, 1) if implementation == "mosaic_tpu" else x
 
 
@@ -146,9 +143,7 @@ def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: 
 
 
 def error(found: Any, s: dict[str, Any], order: tuple[str, ...], implementation: str) -> float:
-    """The largest relative error of result and gradients of q, k and v, on the first image, against float64 of the same
-    rounded inputs.
-    """
+    """Largest relative error of result and q, k, v gradients, first image, against float64 of the rounded inputs."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         one = {n: np.asarray(x[:1].astype(DTYPE) if n in "qkvg" else x, np.float64) for n, x in s.items()}
         attend = partial(ours, "reference")

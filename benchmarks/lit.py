@@ -232,9 +232,7 @@ def extractors(network: Path | None) -> dict[str, Features]:
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:
-    """Pictures shrunk to 8 x 8 by averaging, [n, 192] in [-1, 1]: coarse features, but honest ones for 32 pixels and no
-    network.
-    """
+    """Shrinks pictures to 8 x 8 by averaging, [n, 192] in [-1, 1]: coarse features for 32 pixels and no network."""
     n, side = pictures.shape[:2]
     cell = side // THUMBNAIL
     return pictures.reshape(n, THUMBNAIL, cell, THUMBNAIL, cell, 3).mean((2, 4)).reshape(n, -1) / 127.5 - 1

@@ -1,5 +1,4 @@
-"""What a zoo can know that one picture of each class does not say: linear maps from zoos, on seen classes that are left
-out.
+"""What a zoo knows that one picture per class does not say: linear maps from zoos, on classes left out.
 
     python benchmarks/one_picture.py --json benchmarks/results/one_picture.json       # seven minutes of one CPU core
 
@@ -62,9 +61,7 @@ def some(bank: Bank, classes: list[int]) -> Bank:
 
 
 def least_squares(support: np.ndarray, penalty: float = 1.0) -> np.ndarray:
-    """Regularised least squares on the pictures, in closed form. support: [task, class, picture, feature]; returns
-    heads.
-    """
+    """Regularised least squares on the pictures. support: [task, class, picture, feature]; returns heads."""
     tasks, classes, shots, features = support.shape
     x = with_bias(support.reshape(tasks, classes * shots, features))
     y = np.repeat(np.eye(classes), shots, axis=0) - 1 / classes

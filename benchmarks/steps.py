@@ -1,5 +1,4 @@
-"""One training step and one sampling run of the published models, with random weights and data: time, examples/s, MFU,
-memory.
+"""A training step and a sampling run of the published models, random weights and data: time, MFU, memory.
 
     python benchmarks/steps.py --json benchmarks/results/steps_gpu.json          # one large GPU, five minutes
     python benchmarks/steps.py --smoke                                           # toy sizes, to see that it runs

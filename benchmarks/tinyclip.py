@@ -1,5 +1,4 @@
-"""What of TinyCLIP helps, on the embedded emoji: losses, inheritance by rule and by masks, one stage and two, at 50 and
-25 % of the blocks.
+"""What helps in TinyCLIP, on emoji: losses, inheritance by rule or masks, one or two stages, 50 or 25 % of blocks.
 
     python benchmarks/tinyclip.py --out runs/benchmark --json benchmarks/results/tinyclip_cpu.json
     python benchmarks/tinyclip.py --setting gpu --out runs/benchmark_gpu --json ...
@@ -89,8 +88,10 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
 
 
 def masks(steps: int, start: float, target: float) -> MaskConfig:
-    """Half of the steps with masks. Deviation: phases are short here, the release has 3,000 steps and more at a rate of
-    0.02. The rate is such that gates have time to close, and there is no momentum, with which they would go on closing.
+    """Half of the steps with masks.
+
+    Deviation: phases are short here, the release has 3,000 steps and more at a rate of 0.02. The rate is such that
+    gates have time to close, and there is no momentum, with which they would go on closing.
     """
     return MaskConfig(
         prune_step=steps // 2, start=start, target=target, warmup=steps // 4, lr=12 / (steps // 2), momentum=0.0

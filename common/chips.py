@@ -8,8 +8,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them: a chip, or half of one (TPU v2, v3 and 7x). Peak FLOP/s are dense bf16, from the
-    makers' data sheets.
+    """One device as JAX counts them: a chip, or half of one (TPU v2, v3 and 7x).
+
+    Peak FLOP/s are dense bf16, from the makers' data sheets.
 
     A chip without a `name` is no target of `heirloom compile`; its other fields are then 0.
     """

@@ -1,5 +1,4 @@
-"""`heirloom compile`: the train step of a recipe, compiled for a TPU pod on any machine (extra `tpu` for the compiler,
-libtpu).
+"""`heirloom compile`: compiles a recipe's train step for a TPU pod on any machine (extra `tpu`: the compiler).
 
 Nothing runs. What the compiler says of memory is its own; FLOPs are our count from the axes, for it counts a scanned
 layer once.
@@ -32,9 +31,8 @@ class Topology:
         if not re.fullmatch(r"\d+(x\d+){1,2}", arranged):
             raise InputError(f"--topology {text}: write the chip and its arrangement, such as v5e:16x16 or v5p:4x4x4")
         if name not in TARGETS:
-            raise InputError(
-                f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {', '.join(TARGETS)})"
-            )
+            known = ", ".join(TARGETS)
+            raise InputError(f"--topology {text}: no chip {name!r}{nearest(name, TARGETS)} (there are {known})")
         return cls(name, tuple(map(int, arranged.split("x"))))
 
     @property
@@ -79,8 +77,7 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
     devices = describe(topology).devices
     shape = sizes(cfg, len(devices))
     if topology.name == "v4":
-        # JAX arranges a v4's chips as one device each, as they are where they run; here the compiler lists both halves
-        # of each.
+        # JAX arranges a v4's chips as one device each, as where they run; the compiler lists both halves of each.
         placed = np.array(devices).reshape(tuple(shape.values()))
     else:
         placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices, allow_split_physical_axes=True)
@@ -95,8 +92,7 @@ REFUSALS = (
 
 
 def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
-    """Compile the train step of a recipe for a slice. Raises InputError for a recipe or a slice that does not go
-    together.
+    """Compile the train step of a recipe for a slice. Raises InputError when recipe and slice do not go together.
 
     Returns fits, devices, bytes_per_device and hbm (bytes), flops (of a step, all devices), collectives {kind: {count,
     bytes}} (a device's, in a step), summed {dtype: elements} (what devices add up, gradients above all), step_seconds

@@ -57,17 +57,15 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
-        raise InputError(
-            f"no recipe {name!r}{nearest(name, recipes())} (there are {', '.join(recipes())}; or give a .py file)"
-        )
+        known = ", ".join(recipes())
+        raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {known}; or give a .py file)")
     unique = (  # two recipes may have one file name
         f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"
     )
     spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look up annotations in sys.modules. Pickling is by value: data workers cannot import the file by this
-    # name.
+    # Dataclasses look up annotations in sys.modules. Pickling is by value: workers cannot import this name.
     sys.modules[spec.name] = module
     cloudpickle.register_pickle_by_value(module)
     try:
@@ -106,9 +104,7 @@ def _renamed(cfg: Recipe, flag: str) -> str:
 
 
 def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = None) -> T:
-    """Returns the config with its fields set by flags. Raises InputError with tyro's message, a framed paragraph, as
-    one line.
-    """
+    """Returns the config with its fields set by flags. Raises InputError with tyro's framed message as one line."""
     if not flags:
         return cfg
     import tyro

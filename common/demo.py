@@ -20,9 +20,7 @@ class Race:
 
     @classmethod
     def of(cls, run: Path, metric: str, before: float) -> "Race":
-        """Reads a finished run. before: the score of the student before the first step, the first point of the
-        curve.
-        """
+        """Reads a finished run. before: the student's score before the first step, where the curve starts."""
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         scored = [line for line in lines if f"eval/{metric}" in line]
         final = {name.removeprefix("eval/"): value for name, value in scored[-1].items() if name.startswith("eval/")}

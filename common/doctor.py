@@ -27,8 +27,9 @@ SIZE = 2048
 
 
 def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
-    """Print versions, backend and devices, multiply two matrices; return it all as data. more: the lines that methods
-    add.
+    """Print versions, backend and devices, multiply two matrices; return it as data. more: lines that methods add.
+
+    Raises InputError, saying what to type, for versions that do not go together or a device that does not compute.
 
     Raises InputError, saying what to type, for a pair of versions that do not go together or a device that does not
     compute.
@@ -43,9 +44,7 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        raise InputError(
-            f"no device can be used ({error}); set JAX_PLATFORMS=cpu, or install the extra cuda or tpu"
-        ) from error
+        raise InputError(f"no device can be used ({error}); set JAX_PLATFORMS=cpu, or install cuda or tpu") from error
     kinds = sorted({d.device_kind for d in devices})
     print(f"backend {jax.default_backend()}: {len(devices)} x {', '.join(kinds)}, {jax.process_count()} process(es)")
 
@@ -56,9 +55,7 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     multiply(x).block_until_ready()
     rate = 2 * SIZE**3 / (time.perf_counter() - started) / 1e9
     if deviation > 1e-6:
-        raise InputError(
-            f"a {SIZE} x {SIZE} matmul is off by {deviation:.1e} on {kinds[0]}: reinstall jax for this device"
-        )
+        raise InputError(f"a {SIZE} x {SIZE} matmul is off by {deviation:.1e} on {kinds[0]}: reinstall jax for it")
     print(f"matmul {SIZE} x {SIZE} in f32: {rate:,.0f} GFLOP/s")
     if jax.default_backend() == "cpu":
         hint = _accelerator_hint()

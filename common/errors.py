@@ -25,9 +25,7 @@ class Stopped(Exception):
 
 
 class Remark(UserWarning):
-    """Something the user should know: what was guessed, assumed or left out. The command line prints it as one line
-    `note: ...`.
-    """
+    """Something the user should know (guessed, assumed, left out); the command line prints it as `note: ...`."""
 
 
 def remark(text: str) -> None:
@@ -37,8 +35,7 @@ def remark(text: str) -> None:
 
 
 def positive(cfg: object, *fields: str, most: int = 2**30) -> None:
-    """Raises InputError for the first of these fields of a config that is below 1 or above `most`. For use in
-    `__post_init__`.
+    """Raises InputError for the first of these fields that is below 1 or above `most`; for `__post_init__`.
 
     Of a field that is a tuple each number is checked.
     """
@@ -52,9 +49,7 @@ def positive(cfg: object, *fields: str, most: int = 2**30) -> None:
 
 
 def between(cfg: object, *fields: str, least: float = 0.0, below: float = inf) -> None:
-    """Raises InputError for the first of these fields of a config that is not a number in [least, below). None is not
-    checked.
-    """
+    """Raises InputError for the first of these fields that is not a number in [least, below); None is not checked."""
     for name in fields:
         value = getattr(cfg, name)
         if value is not None and not least <= value < below:  # true for NaN too

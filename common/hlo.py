@@ -25,9 +25,7 @@ WIDTHS = {
 
 
 class Operation(NamedTuple):
-    """A line `name = shape kind(arguments), attributes`. arguments: operands, the number of a parameter, or the value
-    of a constant.
-    """
+    """A line `name = shape kind(arguments), attributes`. arguments: operands, parameter number, or constant."""
 
     name: str
     shape: str
@@ -56,8 +54,7 @@ BRANCHES = ("to_apply", "calls", "called_computations", "branch_computations", "
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Counts the collectives of one device: {kind: {count, bytes}}, bytes of the whole arrays that are gathered,
-    reduced or moved.
+    """Counts a device's collectives: {kind: {count, bytes}}, bytes of the whole arrays gathered, reduced or moved.
 
     Each collective counts as often as it runs (`_runs`).
     """
@@ -68,9 +65,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def summed(text: str) -> dict[str, int]:
-    """Counts the elements of a device's all-reduces and reduce-scatters by dtype, the precision of sums over
-    devices.
-    """
+    """Counts the elements of a device's all-reduces and reduce-scatters by dtype: the precision of its sums."""
     found: Counter[str] = Counter()
     for kind, operation, _, times in _runs(text):
         if kind in ("all-reduce", "reduce-scatter"):
@@ -146,9 +141,7 @@ def _arrays(shape: str) -> list[tuple[str, int]]:
 
 
 def _trips(loop: Operation, block: Block, condition: Block) -> int | None:
-    """Returns the trip count of a loop: the compiler's, or N of `counter < N` minus the initial value of the
-    counter.
-    """
+    """Returns the trip count of a loop: the compiler's, or N of `counter < N` minus the counter's start."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     compared = next((o for o in condition.values() if o.kind == "compare" and "direction=LT" in o.attributes), None)

@@ -1,6 +1,4 @@
-"""The installed methods: the table `VERBS` of each package maps verbs to functions, which are imported when a verb
-runs.
-"""
+"""The installed methods. Each package's table `VERBS` maps verbs to functions, imported when a verb runs."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -11,23 +11,17 @@ _COLLAPSED = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns :// in
 
 
 def local(path: str | Path) -> None:
-    """Raises InputError when `path` is an address with a scheme (gs://, s3://, https://, file://), instead of a path on
-    this machine.
-    """
+    """Raises InputError when `path` is an address (gs://, s3://, https://, file://), not a path on this machine."""
     found = (_COLLAPSED if isinstance(path, Path) else _ADDRESS).search(str(path))
     if not found:
         return
     text = str(path)
     if found[1] in ("http", "https"):
-        raise InputError(
-            f"{text}: web addresses are not read; write hf:org/name for a Hugging Face model, and download other files"
-            " first"
-        )
+        needed = "write hf:org/name for a Hugging Face model, and download other files first"
+        raise InputError(f"{text}: web addresses are not read; {needed}")
     if found[1] == "file":
         raise InputError(f"{text}: write the path alone, without file:")
-    raise InputError(
-        f"{text}: buckets ({found[1]}:) are neither read nor written; give a local path, and copy to or from it"
-    )
+    raise InputError(f"{text}: buckets ({found[1]}:) are not read or written; give a local path, copy to or from it")
 
 
 def all_local(cfg: object) -> None:

@@ -17,9 +17,7 @@ SAMPLES = 8  # grids of samples shown
 
 
 def write(run: Path) -> Path:
-    """Writes `RUN/report.html` from config and metrics and returns its path. Raises InputError when RUN is not a
-    run.
-    """
+    """Writes `RUN/report.html` from config and metrics, returns its path. Raises InputError unless RUN is a run."""
     if not (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} is not a run: it has no metrics.jsonl (heirloom train CONFIG --run {run} makes one)")
     lines = MetricsFile(run / "metrics.jsonl").lines()

@@ -19,8 +19,7 @@ class Config(Protocol):
 
 
 def from_json(kind: type[T], values: object, where: str = "config.json") -> T:
-    """Returns `kind(**values)`; nested dataclasses, tuples and options are built from the plain values that `asdict`
-    and JSON made of them.
+    """Returns `kind(**values)`, with nested dataclasses, tuples and options, from the plain values of JSON.
 
     A field with a default may be left out. Raises InputError naming `where` and the field for an unknown field, a
     missing one, a value of another type, and anything that the dataclass itself refuses.
@@ -29,9 +28,8 @@ def from_json(kind: type[T], values: object, where: str = "config.json") -> T:
         raise InputError(f"{where} is {_shown(values)}, not an object")
     hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(map(str, values.keys() - known.keys())):
-        raise InputError(
-            f"{where}: there is no field {unknown[0]!r}{nearest(unknown[0], known)}; was it written by another version?"
-        )
+        near = nearest(unknown[0], known)
+        raise InputError(f"{where}: there is no field {unknown[0]!r}{near}; was it written by another version?")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise InputError(f"{where}: the field {name!r} is missing; was it written by another version?")
@@ -58,9 +56,8 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         return from_json(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:
         if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise InputError(
-                f"{where} is {_shown(value)}, and must be a list" + ("" if args[-1] is Ellipsis else f" of {len(args)}")
-            )
+            length = "" if args[-1] is Ellipsis else f" of {len(args)}"
+            raise InputError(f"{where} is {_shown(value)}, and must be a list{length}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_build(kind, item, where) for kind, item in zip(inner, value, strict=True))
     if origin in (dict, Mapping):
@@ -78,9 +75,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
 
 
 def _first(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Builds the first of several types that fits; of several dataclasses, the one with the most of the given
-    fields.
-    """
+    """Builds the first type that fits; of several dataclasses, the one with most of the given fields."""
     if value is None and NoneType in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not NoneType)

@@ -79,9 +79,7 @@ class Augmented:
 
 
 def shifted(images: jax.Array, most: int, key: jax.Array) -> jax.Array:
-    """Shift each picture by up to `most` pixels in both directions, and fill with black (torchvision RandomCrop with
-    padding).
-    """
+    """Shift each picture by up to `most` pixels both ways, and fill with black (torchvision RandomCrop, padded)."""
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
     starts = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
     cut = jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (start[0], start[1], 0), images.shape[1:]))
@@ -89,9 +87,7 @@ def shifted(images: jax.Array, most: int, key: jax.Array) -> jax.Array:
 
 
 def erased(pixels: jax.Array, probability: float, pre: Preprocess, key: jax.Array) -> jax.Array:
-    """Replace a box by noise in some pictures (timm RandomErasing, mode pixel, one box): standard normal after
-    normalisation.
-    """
+    """Replace a box by normal noise in some normalised pictures (timm RandomErasing, mode pixel, one box)."""
     batch, height, width, _ = pixels.shape
     chosen, area_key, ratio_key, row_key, col_key, noise_key = jax.random.split(key, 6)
     area = jax.random.uniform(area_key, (batch, TRIES), minval=ERASED[0], maxval=ERASED[1]) * height * width

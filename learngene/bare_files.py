@@ -1,6 +1,4 @@
-"""Read ViTs in files without a config: DeiT's and timm's, genes of SWS and TLEG. Settings that shapes do not give
-become guesses.
-"""
+"""Read ViTs in files without a config (DeiT, timm, SWS, TLEG); what shapes do not give becomes a guess."""
 
 import re
 from dataclasses import replace
@@ -51,9 +49,7 @@ def refuse_other_parts(tensors: Tensors) -> None:
 
 
 def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
-    """Infer the config from the shapes of tensors in timm's names. block: pattern of the first block's keys, with {}
-    for the module.
-    """
+    """Infer the config from shapes in timm's names. block: pattern of the first block's keys, {} for the module."""
     try:
         width, channels, patch, across = tensors["patch_embed.proj.weight"].shape
         hidden = len(tensors[block.format("mlp.fc1")])
@@ -61,9 +57,8 @@ def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
         classes = len(tensors["head.weight"])
     except (KeyError, ValueError, IndexError) as error:
         refuse_other_parts(tensors)
-        raise InputError(
-            f"looks like a ViT, but its tensors do not give the sizes ({error}): a ViT with a classifier is needed"
-        ) from error
+        needed = "a ViT with a classifier is needed"
+        raise InputError(f"looks like a ViT, but its tensors do not give the sizes ({error}): {needed}") from error
     if patch != across:
         raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
     tokens = "cls+dist" if "dist_token" in tensors else "cls" if "cls_token" in tensors else "none"
@@ -88,10 +83,8 @@ def check_square(cfg: VitConfig, tensors: Tensors) -> None:
     """Check that there is a position for each patch of a square and each token before. Raises InputError."""
     positions = tensors["pos_embed"].shape[1]
     if positions != cfg.grid**2 + cfg.prefix:
-        raise InputError(
-            f"has {positions} positions, which are not a square of patches and {cfg.prefix} tokens in front: only"
-            " square pictures are read, and only tokens with a position"
-        )
+        what = f"{positions} positions, which are not a square of patches and {cfg.prefix} tokens in front"
+        raise InputError(f"has {what}: only square pictures are read, and only tokens with a position")
 
 
 def depth(tensors: Tensors, pattern: str) -> int:
@@ -100,9 +93,7 @@ def depth(tensors: Tensors, pattern: str) -> int:
 
 
 def read_deit(found: Found) -> Read | None:
-    """Read a file in timm's names. A trainer's arguments next to the tensors are used or compared; without them
-    settings are guessed.
-    """
+    """Read a file in timm's names; settings come from a trainer's arguments in the file, or are guessed."""
     if (
         not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys()
         or (found.folder / "config.json").is_file()
@@ -179,15 +170,11 @@ def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
 def write_deit(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "DeiT")
     if cfg.activation != "gelu":
-        raise InputError(
-            f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm, or keep the heirloom format"
-        )
+        raise InputError(f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm or --to heirloom")
     _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
     if cfg.eps != 1e-6:
-        raise InputError(
-            f"DeiT's files have an eps of 1e-6, this model {cfg.eps:g}: convert with --set eps=1e-6 if its outputs may"
-            " differ"
-        )
+        eps = f"an eps of 1e-6, this model {cfg.eps:g}"
+        raise InputError(f"DeiT's files have {eps}: convert with --set eps=1e-6 if its outputs may differ")
     if (cfg.tokens, cfg.pool) == ("cls", "norm_mean") or (cfg.tokens == "cls+dist" and cfg.pool != "cls+dist"):
         instead = (
             "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"
@@ -197,10 +184,8 @@ def write_deit(cfg: VitConfig, folder: Path) -> None:
 
 def _published_heads(cfg: VitConfig, known: bool) -> None:
     if not known:
-        raise InputError(
-            f"a bare file cannot tell {cfg.heads} heads at a width of {cfg.width}; write --to timm, or keep the"
-            " heirloom format"
-        )
+        heads = f"{cfg.heads} heads at a width of {cfg.width}"
+        raise InputError(f"a bare file cannot tell {heads}; write --to timm, or keep the heirloom format")
 
 
 def ordinary(cfg: VitConfig, format: str) -> None:
@@ -262,7 +247,5 @@ def _gene(cfg: VitConfig, kind: str, released: bool) -> None:
     if cfg.gene != kind:
         raise InputError(f"this is no gene of {kind}, and its file can hold nothing else")
     if not released or cfg.eps != _SWS_EPS or cfg.activation != "gelu":
-        raise InputError(
-            f"a file of {kind} cannot tell layout {cfg.layout} and eps {cfg.eps:g}: it holds released ones; keep the"
-            " heirloom format"
-        )
+        other = f"layout {cfg.layout} and eps {cfg.eps:g}"
+        raise InputError(f"a file of {kind} cannot tell {other}: it holds released ones; keep the heirloom format")

@@ -1,6 +1,4 @@
-"""`heirloom compare`: compare initialisation methods at several depths, by accuracy after 0, 1 and n epochs and by
-cost.
-"""
+"""`heirloom compare`: initialisation methods at several depths, by accuracy after 0, 1 and n epochs, and cost."""
 
 import json
 from argparse import Namespace
@@ -39,9 +37,7 @@ from learngene.zoo import FAMILY, open_classifier
 
 @dataclass(frozen=True)
 class Arm:
-    """One initialisation method. gene: the trained gene it starts from. distilled: the teacher is used in this training
-    too.
-    """
+    """One initialisation method. gene: the trained gene it starts from. distilled: whether the teacher is used too."""
 
     gene: str = ""
     method: Method = "expand"
@@ -97,9 +93,7 @@ class Comparison:
 
 
 def compare_command(args: Namespace) -> dict[str, Any]:
-    """Run `heirloom compare` on a comparison or the recipe of a gene, with every field as a flag; with --cost only
-    compute the costs.
-    """
+    """Run `heirloom compare` on a comparison or a gene's recipe, every field a flag; --cost computes costs only."""
     if args.cost:
         if args.what or args.flags:
             raise InputError("--cost computes the published ratios without a CONFIG: leave CONFIG and its flags out")
@@ -131,15 +125,11 @@ def check(cfg: Comparison) -> None:
     """Check a comparison. Raises InputError for an unknown method, and for a depth that a method does not support."""
     student = cfg.gene.student
     if student.gene != "sws":
-        raise InputError(
-            f"gene.student.gene is {student.gene!r}: set it to 'sws', the recipe of TLEG is derived from it"
-        )
+        raise InputError(f"gene.student.gene is {student.gene!r}: set it to 'sws', which TLEG's recipe is derived from")
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
     if not cfg.gene.teacher and not cfg.teacher.data.path:
-        raise InputError(
-            "the recipe names no teacher, and none to train: give --gene.teacher SOURCE, with the same classes and size"
-        )
+        raise InputError("no teacher is named, nor one to train: give --gene.teacher SOURCE, of these classes and size")
     for name in cfg.methods:
         if name not in ARMS:
             raise InputError(f"unknown method {name!r}{nearest(name, ARMS)}: choose from {', '.join(ARMS)}")
@@ -149,9 +139,7 @@ def check(cfg: Comparison) -> None:
 
 
 def gene_config(student: VitConfig, kind: str) -> VitConfig:
-    """Config of the donor of a kind: SWS's gene, TLEG's gene, the untied auxiliary net, or a ViT with one layer per
-    stage.
-    """
+    """Config of a kind's donor: SWS's or TLEG's gene, the untied auxiliary net, or a ViT with a layer per stage."""
     if kind == "tleg":
         return replace(student, gene="tleg", layers=2, layout=(student.depth,))
     return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[
@@ -212,9 +200,7 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
 
 
 def curve(arm: Config, folder: Path) -> dict[str, Any]:
-    """Train one arm and return its accuracy by epoch, from before the first step, and its cost; stored as `result.json`
-    in `folder`.
-    """
+    """Train one arm; return accuracy by epoch, from before the first step, and cost (`result.json` in `folder`)."""
     file, about = folder / "result.json", json.loads(json.dumps(to_json(arm)))
     if file.is_file():
         saved = read_json(file)
@@ -257,9 +243,7 @@ def resolve_once(parts: Parts) -> Parts:
 
 
 def training_flops(recipe: Config) -> float:
-    """FLOPs of a training: pictures x MACs x 2, times three for the student's forward and backward pass, once for a
-    teacher.
-    """
+    """FLOPs of a training: pictures x MACs x 2, three times for the student's two passes, once for a teacher."""
     spec = functional(recipe.family.module, recipe.student).spec
     passes = 6 * recipe.family.macs(recipe.student, spec)
     if recipe.teacher:
@@ -285,9 +269,7 @@ def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict
 
 
 def report(cfg: Comparison, results: dict[str, Any]) -> None:
-    """Print a table: accuracy after 0, 1 and n epochs, TFLOP of tuning and of training the gene, parameters stored for
-    all depths.
-    """
+    """Print a table: accuracy after 0, 1 and n epochs, TFLOP of tuning and of the gene, parameters stored."""
     table = Table(box=None, pad_edge=False)
     after = sorted({0, 1, cfg.epochs} & set(range(cfg.epochs + 1)))
     headers = ["", "depth", *(f"after {n}" for n in after), "TFLOP", "once before", "stored for all depths"]

@@ -23,8 +23,7 @@ from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 CACHED = "logits"
-# DeiT's AdamW. Deviation: the cosine runs per step and ends at 0; the release steps per epoch, a step late, and ends at
-# a minimum.
+# DeiT's AdamW. Deviation: the cosine runs per step to 0; the release's per epoch, a step late, to a minimum.
 ADAMW = OptimConfig(lr=5e-4, warmup=0, b2=0.999, eps=1e-8, weight_decay=0.05, no_decay=("**position",), clip=None)
 CONVNET_ADAMW = replace(ADAMW, no_decay=())  # it has no positions
 
@@ -89,29 +88,21 @@ class Config(BaseConfig):
         if getattr(self.student, "channels", 3) != 3:
             raise InputError(f"student.channels is {self.student.channels}, and pictures have 3: set it to 3")
         if self.init != "random" and (self.donor or self.family is not FAMILY):
-            raise InputError(
-                "init is 'mimetic', which needs a ViT without donor: leave donor empty, or set init to 'random'"
-            )
+            raise InputError("init is 'mimetic', for a ViT without donor: leave donor empty, or set init to 'random'")
         if getattr(self.student, "gene", "none") != "none" and not self.teacher and self.distill.alpha == 1:
             raise InputError(
                 "teacher is empty, and distill.alpha 1 uses no labels: name a teacher, or set --distill.alpha 0 to"
                 " learn from labels alone"
             )
         if self.teacher == CACHED and self.augment.changes:
-            raise InputError(
-                "augment is on, and a teacher's cached logits belong to unchanged pictures: turn it off, or set teacher"
-                " to a SOURCE"
-            )
+            what = "a teacher's cached logits belong to unchanged pictures"
+            raise InputError(f"augment is on, and {what}: turn it off, or set teacher to a SOURCE")
         if self.augment.views > 1 and self.storage == "device":
-            raise InputError(
-                f"augment.views is {self.augment.views}, and storage 'device' has one view of each picture: set it to"
-                " 1, or storage to 'stream'"
-            )
+            views = f"augment.views is {self.augment.views}, and storage 'device' has one of each picture"
+            raise InputError(f"{views}: set it to 1, or storage to 'stream'")
         if self.storage == "device" and (self.augment.crop == "resized" or self.augment.randaugment):
-            raise InputError(
-                "storage is 'device', and resized crops and RandAugment need 'stream': set storage to it, or"
-                " augment.crop to 'shift'"
-            )
+            what = "resized crops and RandAugment need 'stream'"
+            raise InputError(f"storage is 'device', and {what}: set storage to it, or augment.crop to 'shift'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,9 +47,7 @@ class ConvConfig:
 
 
 class Residual(nnx.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), with a 1 x 1 convolution on the skip connection where the shape
-    changes.
-    """
+    """x + conv(relu(norm(conv(relu(norm(x)))))), with a 1 x 1 convolution on the skip where shapes differ."""
 
     def __init__(self, in_channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels, groups=GROUPS, eps=EPS, rngs=rngs)

@@ -1,6 +1,4 @@
-"""Compute the savings of a gene by formula: stored parameters, pre-training, total training; and the assumptions of
-each ratio.
-"""
+"""Compute the savings of a gene by formula: stored parameters, pre-training, total; and each one's assumptions."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -27,9 +27,7 @@ LOGITS = "teacher_logits"  # the column of a teacher's cached logits
 
 @dataclass(frozen=True)
 class Example:
-    """Turns a record into an example: `image` uint8 [size, size, 3] or [views, size, size, 3], `label` int32, teacher's
-    logits if any.
-    """
+    """Turns a record into `image` uint8 [(views,) size, size, 3], `label` int32, and teacher's logits if any."""
 
     cfg: AugmentConfig
     pre: Preprocess
@@ -62,19 +60,14 @@ class Resident:
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
-        """arrays: columns of one length. Raises InputError when there are fewer examples than a batch, or several
-        processes.
-        """
+        """arrays: columns of one length. Raises InputError for fewer examples than a batch, or several processes."""
         self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
         if self.examples < cfg.batch:
-            raise InputError(
-                f"the data has {self.examples} examples, fewer than a batch of {cfg.batch}: set pipeline.batch to at"
-                f" most {self.examples}"
-            )
+            fewer = f"{self.examples} examples, fewer than a batch of {cfg.batch}"
+            raise InputError(f"the data has {fewer}: set pipeline.batch to at most {self.examples}")
         if jax.process_count() > 1:
-            raise InputError(
-                f"storage 'device' needs one process, this job has {jax.process_count()}: set storage to 'stream'"
-            )
+            this = f"this job has {jax.process_count()}"
+            raise InputError(f"storage 'device' needs one process, {this}: set storage to 'stream'")
         self._arrays = jax.device_put(arrays, replicated(mesh))
         self._take = jax.jit(
             lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()},
@@ -103,9 +96,8 @@ class Resident:
         """Continue after the batch at which `state` was taken. Raises InputError when it belongs to other data."""
         for name, value in self.state().items():
             if name != "batches" and state.get(name) != value:
-                raise InputError(
-                    f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now: set it back"
-                )
+                was = state.get(name)
+                raise InputError(f"the data cannot resume: {name} was {was} and is {value} now: set it back")
         self.done = state["batches"]
 
 

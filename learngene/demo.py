@@ -19,9 +19,7 @@ LABELS = {"sws": "from the gene", "scratch": "from scratch"}
 
 
 def run(seed: int, out: Path) -> dict[str, Any]:
-    """Train teacher, gene and descendants, print the table, write `out/demo.png` and `out/gene`; returns what `--json`
-    writes.
-    """
+    """Train teacher, gene, descendants; print the table, write `out/demo.png`, `out/gene`; return `--json`'s data."""
     started = time.perf_counter()
     loaded = config.load(RECIPE)
     assert isinstance(loaded, Comparison)

@@ -76,9 +76,7 @@ def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pr
 def counter(
     module: Callable[..., Any], cfg: VitConfig | ConvConfig, pre: Preprocess, mesh: Mesh
 ) -> Callable[..., jax.Array]:
-    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over the pictures with a label of 0 or
-    more.
-    """
+    """Returns `(params, image, label) -> [top1, top5, loss, not finite]`, sums over pictures with labels >= 0."""
     model = functional(module, cfg)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -98,9 +96,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH`; for a gene, of its auxiliary net. Raises InputError without data."""
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not args.data:
-        raise InputError(
-            "no data is named: give --data, labelled pictures, such as a folder with a sub-folder for each class"
-        )
+        raise InputError("no data is named: give --data, labelled pictures, such as a folder with one for each class")
     found, mesh = preprocess_of(donor), start(MeshConfig())
     pre = found.announced() if cfg.crop is None else found.pre.cropped(cfg.crop)
     data = SourceConfig(path=args.data, split=args.split, image=args.image, text="")

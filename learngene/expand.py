@@ -1,6 +1,4 @@
-"""Expand a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`; everything else is copied, resized or
-fresh.
-"""
+"""Expand a gene to a ViT of any depth (SWS §4, TLEG): one map along `layer`, the rest copied, resized or fresh."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -25,15 +23,11 @@ def expansion(gene: VitConfig, student: VitConfig, layers: Sequence[int] = (), h
     if gene.gene == student.gene and gene.layers == student.layers and not layers:
         return resized(gene, student, first(gene.layers), head)  # the same gene, for further training
     if student.gene != "none":
-        raise InputError(
-            f"the student is a gene ({student.gene}) of {student.layers} blocks: its donor must be one of the same kind"
-            " and number of blocks"
-        )
+        kind = f"a gene ({student.gene}) of {student.layers} blocks"
+        raise InputError(f"the student is {kind}: its donor must be one of the same kind and number of blocks")
     if gene.gene == "none":
-        raise InputError(
-            f"the donor is an ordinary ViT of {gene.layers} layers, not a gene: choose another method: select, stack,"
-            " interlace, ..."
-        )
+        plain = f"an ordinary ViT of {gene.layers} layers, not a gene"
+        raise InputError(f"the donor is {plain}: choose another method: select, stack, interlace, ...")
     if gene.gene == "tleg":
         if layers:
             raise InputError("the layers of a TLEG gene are linear in depth: leave the map of layers empty")
@@ -56,10 +50,8 @@ def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) ->
     for name in ("channels", "patch", "width", "hidden"):
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
-            raise InputError(
-                f"the student's {name} is {sizes}: only depth, size and classes may differ; set the same {name}, or use"
-                " the method select"
-            )
+            may = "only depth, size and classes may differ"
+            raise InputError(f"the student's {name} is {sizes}: {may}; set the same {name}, or use the method select")
     heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
     return Plan(
         (

@@ -44,17 +44,14 @@ def read(found: Found) -> Read | None:
         hidden = len(tensors["Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias"])
         positions, classes = tensors["Transformer/posembed_input/pos_embedding"].shape[1], len(tensors["head/bias"])
     except (KeyError, ValueError, IndexError) as error:
-        raise InputError(
-            f"looks like a ViT of google-research, but {error} is missing: a classifier with learned positions is"
-            " needed"
-        ) from error
+        needed = "a classifier with learned positions is needed"
+        raise InputError(f"looks like a ViT of google-research, but {error} is missing: {needed}") from error
     cls, grid = "cls" in tensors, isqrt(positions)
     if patch != across:
         raise InputError(f"its patches are {patch} x {across} px: only square ones are read")
     if positions != grid**2 + cls:
-        raise InputError(
-            f"has {positions} positions, not those of a square of patches{' and of its class token' if cls else ''}"
-        )
+        token = " and of its class token" if cls else ""
+        raise InputError(f"has {positions} positions, not those of a square of patches{token}")
     sizes: dict[str, Any] = dict(
         size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden
     )
@@ -78,7 +75,5 @@ def write(cfg: VitConfig, folder: Path) -> None:
         )
     for name, theirs, ours in (("activation", "gelu_tanh", cfg.activation), ("eps", "1e-06", f"{cfg.eps:g}")):
         if ours != theirs:
-            raise InputError(
-                f"google-research's ViT has {name} {theirs}, this model {ours}: convert with --set {name}={theirs} if"
-                " its outputs may differ a little"
-            )
+            other = f"{name} {theirs}, this model {ours}"
+            raise InputError(f"google-research's ViT has {other}: convert --set {name}={theirs} if outputs may differ")

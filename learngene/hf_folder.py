@@ -41,10 +41,8 @@ def read(found: Found) -> Read | None:
     if fields is None:
         raise InputError("a Hugging Face ViT needs its config.json next to the weights; there is none")
     if kind != model:
-        raise InputError(
-            f"{fields.where}: model_type is {kind!r}, and the tensors are those of {model!r}: take the file of these"
-            " weights"
-        )
+        given = f"model_type is {kind!r}, and the tensors are those of {model!r}"
+        raise InputError(f"{fields.where}: {given}: take the file of these weights")
     two = "distillation_classifier.weight" in found.tensors
     fields.fixed("architectures", [_class(model, two)], [], None, feature="not the classifier that has these tensors")
     fields.transformers()
@@ -80,10 +78,8 @@ def _model_type(fields: Fields) -> str:
     kind = fields.text("model_type")
     if kind not in ("vit", "deit"):
         what = f", {_OTHERS[kind]}" if kind in _OTHERS else ""
-        raise InputError(
-            f"{fields.where}: model_type is {kind!r}{what}: of transformers, only classifiers of ViT and DeiT can be"
-            " read"
-        )
+        only = "of transformers, only classifiers of ViT and DeiT can be read"
+        raise InputError(f"{fields.where}: model_type is {kind!r}{what}: {only}")
     return kind
 
 

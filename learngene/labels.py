@@ -14,8 +14,7 @@ CONFIG = "config.json"
 
 
 def labels_of(donor: Donor) -> tuple[str, ...] | None:
-    """Read the class names of a checkpoint of any format, in the order of its logits; None if it has none, or LABEL_0,
-    LABEL_1, ...
+    """Read a checkpoint's class names, in the order of its logits; None for none, or for LABEL_0, LABEL_1, ...
 
     Raises InputError when their number is not that of the classes, and when two fields of the checkpoint contradict
     each other.
@@ -30,10 +29,8 @@ def labels_of(donor: Donor) -> tuple[str, ...] | None:
     if names is None or (_numbered(enumerate(names)) and len(names) == donor.cfg.classes):
         return None
     if len(names) != donor.cfg.classes:
-        raise InputError(
-            f"{file} has {len(names)} class names, and the model {donor.cfg.classes} classes: give one for each, or"
-            " none"
-        )
+        given = f"{len(names)} class names, and the model {donor.cfg.classes} classes"
+        raise InputError(f"{file} has {given}: give one for each, or none")
     return names
 
 
@@ -46,25 +43,19 @@ def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | 
     """Read `id2label`, of which `label2id` must be the inverse; a name of two classes has the number of one of them."""
     given, numbers = about.get("id2label"), about.get("label2id")
     if "id2label" in about and not (isinstance(given, Mapping) and given):
-        raise InputError(
-            f"{file}: id2label is {given!r}, and must be an object from numbers to names; remove it if there are no"
-            " names"
-        )
+        needed = "must be an object from numbers to names; remove it if there are no names"
+        raise InputError(f"{file}: id2label is {given!r}, and {needed}")
     names = _listed(given, f"{file}: id2label")
     if numbers is None or numbers == {}:
         return names
     if not isinstance(numbers, Mapping) or not all(type(i) is int for i in numbers.values()):
-        raise InputError(
-            f"{file}: label2id must be an object from names to whole numbers; remove it, for id2label says the same"
-        )
+        raise InputError(f"{file}: label2id must be an object from names to whole numbers; else remove it")
     known = set(enumerate(names or ()))
     odd = next((name for name, i in numbers.items() if (i, name) not in known), None) or next(
         iter(set(names or ()) - set(numbers)), None
     )
     if odd is not None and not _numbered((i, name) for name, i in numbers.items()):
-        raise InputError(
-            f"{file}: id2label and label2id contradict each other about {odd!r}; correct one, or remove label2id"
-        )
+        raise InputError(f"{file}: id2label and label2id contradict each other about {odd!r}; correct or remove one")
     return names
 
 
@@ -80,9 +71,7 @@ def _of_timm(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
     found = [(where, _listed(value, f"{file}: {where}")) for where, value in entries]
     for where, names in found:
         if names != found[0][1]:
-            raise InputError(
-                f"{file}: {found[0][0]} and {where} name the classes differently; remove the one that is wrong"
-            )
+            raise InputError(f"{file}: {found[0][0]} and {where} name the classes differently; remove the wrong one")
     return found[0][1] if found else None
 
 
@@ -100,9 +89,7 @@ def _listed(names: Any, where: str) -> tuple[str, ...] | None:
 
 
 def carry_labels(donor: Donor, destination: Path, format: str) -> None:
-    """Write the class names of a checkpoint, if any, into a folder of another format, which already has its
-    config.json.
-    """
+    """Write a checkpoint's class names, if any, into a folder of another format that has its config.json."""
     if (names := labels_of(donor)) is not None:
         write_labels_as(names, destination, format)
 

@@ -112,9 +112,7 @@ def hf(cfg: VitConfig) -> Layout:
 
 
 def google(cfg: VitConfig) -> Layout:
-    """Layout of the archives of google-research/vision_transformer; kernels are not transposed, and have an axis for
-    the heads.
-    """
+    """Layout of the archives of google-research/vision_transformer: kernels untransposed, with an axis of heads."""
     block = "Transformer/encoderblock_{layer}"
     attention, mlp = f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3"
     axes = {

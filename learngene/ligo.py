@@ -1,6 +1,4 @@
-"""LiGO (Wang et al., ICLR 2023): learn the maps from a small ViT to a larger one for a hundred steps, before the larger
-one trains.
-"""
+"""LiGO (Wang et al., ICLR 2023): learn maps from a small ViT to a larger one in a hundred steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,9 +25,7 @@ Loss = Callable[[Mapping[str, Any], Any, jax.Array], jax.Array]
 
 
 def first_matrices(donor: VitConfig, student: VitConfig, seed: int) -> dict[str, np.ndarray]:
-    """Initial matrices: noisy stacking of layers; larger widths repeat units, and divide by the number of copies where
-    units are read.
-    """
+    """Initial matrices: noisy stacking of layers; larger widths repeat units, divided by the copies where read."""
     rng = np.random.default_rng(seed)
     stacked = np.eye(donor.layers)[np.arange(student.layers) % donor.layers]
     noisy = {group: stacked + rng.uniform(0, NOISE, stacked.shape) for group in GROUPS}
@@ -52,14 +48,10 @@ def plan(donor: VitConfig, student: VitConfig, matrices: Matrices) -> Plan:
     """
     for name in ("classes", "channels", "patch"):
         if getattr(donor, name) != getattr(student, name):
-            raise InputError(
-                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: LiGO needs the"
-                f" same {name}"
-            )
+            sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
+            raise InputError(f"the student's {name} is {sizes}: LiGO needs the same {name}")
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
-        raise InputError(
-            "the student is smaller than its donor: LiGO needs at least the donor's layers, width and hidden"
-        )
+        raise InputError("the student is smaller than its donor: LiGO needs at least its layers, width and hidden")
     widths: dict[str, AxisMap] = {
         axis: sided(matrix(matrices[f"{name} write"]), read=matrix(matrices[f"{name} read"]))
         for axis, name in (("embed", "embed"), ("head head_dim", "inner"), ("hidden", "hidden"))

@@ -30,10 +30,8 @@ class DistillConfig:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"distill.alpha is {self.alpha}: choose a weight between 0 and 1")
         if self.reduction == "numel" and self.kind == "soft" and self.alpha < 1:
-            raise InputError(
-                "distill.reduction 'numel' next to labels would drown the teacher by a factor of the classes: use"
-                " 'batchmean'"
-            )
+            what = "drowns the teacher by a factor of the classes"
+            raise InputError(f"distill.reduction 'numel' next to labels {what}: use 'batchmean'")
 
 
 def cross_entropy(
@@ -48,8 +46,9 @@ def distillation(
     teacher: Float[Array | np.ndarray, "batch classes"],
     cfg: DistillConfig,
 ) -> Float[Array, ""]:
-    """Distillation loss before its weight, nats: T^2 KL(teacher || student), or cross-entropy with the teacher's most
-    probable class.
+    """Distillation loss before its weight, nats: T^2 KL(teacher
+
+    student), or CE with the teacher's top class.
 
     student, teacher: f32 logits; the caller stops the teacher's gradient. Labels and teacher use the logits of the same
     head.

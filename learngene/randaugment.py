@@ -22,9 +22,7 @@ Operation = Callable[[Image.Image, float, np.random.Generator, tuple[int, ...]],
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Draw `operations` of fifteen operations with replacement; apply each with probability 0.5 at about
-    `magnitude`.
-    """
+    """Draw `operations` of fifteen with replacement; apply each with probability 0.5 at about `magnitude`."""
 
     magnitude: float
     spread: float
@@ -35,9 +33,7 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str, fill: tuple[int, ...] = fill) -> "RandAugment":
-        """Parse timm's notation: m magnitude, mstd its spread, n operations, inc1. Raises InputError for anything
-        else.
-        """
+        """Parse timm's notation: m magnitude, mstd spread, n operations, inc1. Raises InputError for anything else."""
         found = re.fullmatch(r"rand-m(\d+)(?:-n(\d+))?-mstd([\d.]+)-inc1", text)
         if not found:
             raise InputError(f"randaugment {text!r} is not understood: write rand-m9-mstd0.5-inc1, or leave it empty")

@@ -26,8 +26,7 @@ DEIT = AugmentConfig(
 
 
 def imagenet(student: VitConfig, *, epochs: int, lr: float, warmup: int = 0, **fields: Any) -> Config:
-    """Config of a training on ImageNet-1K in folders `imagenet/train` and `imagenet/val`. An epoch is 1.28 million
-    views.
+    """Config of a training on ImageNet-1K in `imagenet/train` and `imagenet/val`; epochs of 1.28 million views.
 
     Deviation: 528 pictures a step, three views of 176, where the release has 512; a cosine per step that ends at 0;
     bfloat16, where it has float16 with a loss scaler; one draw of mixup or cutmix for the 528 pictures of a step, where

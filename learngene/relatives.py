@@ -38,10 +38,8 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
     """
     for name in ("layers", "width", "hidden"):
         if getattr(student, name) > getattr(donor, name):
-            raise InputError(
-                f"the student's {name} is {getattr(student, name)}, the donor's {getattr(donor, name)}: set it to at"
-                " most the donor's"
-            )
+            sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
+            raise InputError(f"the student's {name} is {sizes}: set it to at most the donor's")
     width = evenly(donor.width, student.width)
     inner = {"head head_dim": width, "hidden": evenly(donor.hidden, student.hidden)}
     return Plan(
@@ -55,9 +53,7 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 
 
 def evenly(source: int, target: int) -> Pick:
-    """Rows of weight selection: multiples of source / target if that is a whole number, else rounded steps, half to
-    even.
-    """
+    """Rows of weight selection: multiples of source / target if it is whole, else rounded, half to even."""
     return pick(range(0, source, source // target)) if source % target == 0 else even(source, target)
 
 
@@ -90,10 +86,8 @@ def stack(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 def interlace(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
     """Each layer of the donor twice in a row. Raises InputError for more than twice its depth."""
     if student.layers > 2 * donor.layers:
-        raise InputError(
-            f"the student has {student.layers} layers, and interlacing {donor.layers} gives at most {2 * donor.layers}:"
-            " set student.layers to it"
-        )
+        most = f"interlacing {donor.layers} gives at most {2 * donor.layers}"
+        raise InputError(f"the student has {student.layers} layers, and {most}: set student.layers to it")
     return resized(donor, student, pick([layer // 2 for layer in range(student.layers)]), head)
 
 

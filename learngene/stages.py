@@ -9,8 +9,7 @@ from heirloom.common.surgery.maps import even
 
 
 def layer_map(depth: int, stages: int) -> list[int]:
-    """Stage of each layer: depth // stages copies of every stage, one more for each of the first depth % stages; 12 of
-    5 is SWS's list.
+    """Stage of each layer: depth // stages copies of each, one more for the first depth % stages; 12 of 5: SWS's.
 
     No rule is published for fewer layers than stages: then the stages are evenly spaced from the first to the last.
     Raises InputError for a depth below 1.
@@ -29,7 +28,5 @@ def unrolled_map(layout: Sequence[int]) -> list[int]:
 
 
 def linear_coefficients(depth: int) -> np.ndarray:
-    """Coefficients of TLEG, [depth, 2] f32: layer l is block 0 plus l / depth times block 1, so the last coefficient is
-    below 1.
-    """
+    """Coefficients of TLEG, [depth, 2] f32: layer l is block 0 plus l / depth (always below 1) times block 1."""
     return np.stack([np.ones(depth), np.arange(depth) / depth], axis=1).astype(np.float32)

@@ -1,6 +1,4 @@
-"""The model that timm builds for the name of a ViT and its arguments, from the table that scripts/make_timm_table.py
-writes.
-"""
+"""The model timm builds for a ViT's name and arguments, from the table of scripts/make_timm_table.py."""
 
 import math
 from collections.abc import Mapping
@@ -56,8 +54,7 @@ def table() -> Mapping[str, Mapping[str, Any]]:
 
 
 def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> Fields:
-    """The arguments with which timm builds a model, for `settings`. Raises InputError that names a part our ViT does
-    not have.
+    """Arguments with which timm builds a model for `settings`. Raises InputError for parts our ViT does not have.
 
     given: arguments that override those of timm's function of this name. defaults: values for arguments that neither
     sets.
@@ -69,9 +66,7 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
         )
     built = table()[name]
     if built["class"] not in CLASSES:
-        raise InputError(
-            f"{where}: timm builds {name!r} as its class {built['class']}; only its VisionTransformer can be read"
-        )
+        raise InputError(f"{where}: timm builds {name!r} as {built['class']}; only its VisionTransformer can be read")
     return _fields({**(defaults or {}), **built}, given, where)
 
 
@@ -104,9 +99,8 @@ def _fields(built: Mapping[str, Any], given: Mapping[Any, Any], where: str) -> F
     given = {key: value for key, value in given.items() if value is not None}  # timm drops None
     for key, value in given.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float | list | tuple):
-            raise InputError(
-                f"{where}: {key!r} is of type {type(value).__name__}; only numbers, texts and lists can be read"
-            )
+            kind = type(value).__name__
+            raise InputError(f"{where}: {key!r} is of type {kind}; only numbers, texts and lists can be read")
         if key in _OF_THE_TABLE:
             raise InputError(f"{where}: {key} is {value!r}, which timm builds no VisionTransformer with; remove it")
     if "norm_layer" in given:
@@ -158,9 +152,8 @@ def _pooling(args: Fields) -> dict[str, Any]:
         args.fixed("fc_norm", None, False, feature="a norm of the class token alone")
     if (average and distilled) or not (token or (average and not distilled)):
         pool = "avg" if average else "token"
-        raise InputError(
-            f"{args.where}: timm builds no {args.text('class')} with class_token {token} and global_pool {pool!r}"
-        )
+        what = f"class_token {token} and global_pool {pool!r}"
+        raise InputError(f"{args.where}: timm builds no {args.text('class')} with {what}")
     if distilled:
         return dict(tokens="cls+dist", pool="cls+dist")
     mean = "mean_norm" if args.boolean("fc_norm", True) else "norm_mean"

@@ -1,6 +1,4 @@
-"""Read and write timm's config.json. It names an architecture, whose arguments are in a table, and the arguments that
-differ.
-"""
+"""Read and write timm's config.json: an architecture, whose arguments are in a table, and those that differ."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from learngene.bare_files import check_square, depth, ordinary, refuse_other_par
 from learngene.timm_architectures import arguments, settings, sizes
 from learngene.vit import VitConfig
 
-# Fields of timm's pretrained_cfg that say where weights come from, how pictures are prepared, and what things are
-# called.
+# Fields of timm's pretrained_cfg: where weights come from, preprocessing, and names.
 _PRETRAINED = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
     "test_input_size",
@@ -74,16 +71,12 @@ def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
-    """Write timm's config.json. Raises InputError, before it writes anything, for a model that timm's config cannot
-    express.
-    """
+    """Write timm's config.json. Raises InputError, with nothing written, for a model it cannot express."""
     ordinary(cfg, "timm")
     distilled = cfg.tokens == "cls+dist"
     if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):
-        raise InputError(
-            f"timm's configs have an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}: "
-            "convert with --set eps=1e-6 if its outputs may differ a little"
-        )
+        theirs = f"an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}"
+        raise InputError(f"timm's configs have {theirs}: convert with --set eps=1e-6 if its outputs may differ")
     if distilled and cfg.pool != "cls+dist":
         raise InputError("timm's distilled ViT has two heads, this model one; keep the heirloom format")
     args = sizes(cfg)

@@ -1,6 +1,4 @@
-"""Training of a teacher, a gene or a descendant: the parts of its recipe for the runner
-(`heirloom.common.train.recipe`), and its loss.
-"""
+"""Training of a teacher, gene or descendant: its recipe's parts (`heirloom.common.train.recipe`) and loss."""
 
 from dataclasses import replace
 from functools import partial
@@ -66,17 +64,13 @@ def parts(cfg: Config) -> Parts:
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
-    """The loss: (1 - alpha) cross-entropy with the labels + alpha distillation; without a teacher only the
-    cross-entropy.
-    """
+    """The loss: (1 - alpha) cross-entropy with labels + alpha distillation; without teacher the cross-entropy."""
     alpha = cfg.distill.alpha if teacher or cfg.teacher == CACHED else 0.0
     classes = cfg.student.classes
     if teacher and (teacher.cfg.size, teacher.cfg.classes) != (cfg.student.size, classes):
         inputs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
-        raise InputError(
-            f"the teacher has {inputs}, the student {cfg.student.size} px and {classes}: set student.size and"
-            " student.classes"
-        )
+        given = f"{inputs}, the student {cfg.student.size} px and {classes}"
+        raise InputError(f"the teacher has {given}: set student.size and student.classes")
     teacher_pre = preprocess_of(teacher).pre if isinstance(teacher, Donor) else IMAGENET
 
     def target(batch: Batch, frozen: Any, pixels: jax.Array) -> jax.Array:
@@ -109,8 +103,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
 
 
 def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
-    """Resolve the source of each tensor of the student. LiGO trains its maps here, so call it once and reuse the
-    result.
+    """Resolve the source of each tensor of the student. LiGO trains its maps here: call once, reuse the result.
 
     Raises InputError when donor, method and student do not fit together.
     """

@@ -14,9 +14,7 @@ _PLAIN = (bool, int, float, str, list, tuple)
 
 @dataclass(frozen=True)
 class Trained:
-    """Saved arguments. name: of the model, or empty. passed: arguments of timm's create_model. sizes: further sizes of
-    the model.
-    """
+    """Saved arguments. name: of the model, or empty. passed: to timm's create_model. sizes: further sizes."""
 
     name: str
     passed: Mapping[str, Any]
@@ -63,9 +61,8 @@ def _one(args: Mapping[str, Any], *names: str) -> Any:
     args = _set({name: args.get(name) for name in names})
     for name, value in args.items():
         if not isinstance(value, _PLAIN):
-            raise InputError(
-                f"the trainer's arguments: {name} is of type {type(value).__name__}, not a number, text or list"
-            )
+            kind = type(value).__name__
+            raise InputError(f"the trainer's arguments: {name} is of type {kind}, not a number, text or list")
     found = {name: args[name] for name in names if args.get(name) or args.get(name) is False}
     first = next(iter(found.values()), None)
     for name, value in found.items():

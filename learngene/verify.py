@@ -1,6 +1,4 @@
-"""Converted ViTs against torch: the same pictures through our model and through the library that reads the foreign
-file, or formulas.
-"""
+"""Converted ViTs against the library that reads the foreign file, or formulas in torch, on the same pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +40,7 @@ def logits(cfg: VitConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare logits, f32 at highest precision, with the library that reads `file` and its config; tolerance 1e-4
-    relative.
+    """Compare logits, f32 at highest precision, with the library that reads `file` and config; tolerance 1e-4.
 
     Where timm is not installed, or the file has no config, a ViT's formulas in torch serve: they share our reading of
     the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.
@@ -64,8 +61,7 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
 
 
 def transformers_logits(file: Path, x: np.ndarray, classes: int) -> np.ndarray:
-    """Logits of the class that transformers has for the config's `architectures`, or else its `model_type`; `x` as in
-    `pictures`.
+    """Logits of transformers' class for the config's `architectures`, else `model_type`; `x` as in `pictures`.
 
     classes: of the weights, for a config that does not say how many; transformers would take 2.
     """

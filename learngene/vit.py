@@ -1,6 +1,4 @@
-"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks that an auxiliary net applies
-repeatedly.
-"""
+"""The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks, applied repeatedly."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,22 +85,16 @@ class VitConfig:
         positive(self, "layout", most=1000)
         allowed = {"cls": ("cls", "cls+dist"), "cls+dist": ("cls+dist",)}.get(self.pool)
         if allowed and self.tokens not in allowed:
-            raise InputError(
-                f"tokens is {self.tokens!r}: pool {self.pool!r} needs its token, set tokens to {allowed[0]!r}"
-            )
+            needed = f"pool {self.pool!r} needs its token"
+            raise InputError(f"tokens is {self.tokens!r}: {needed}, set tokens to {allowed[0]!r}")
         if self.gene == "none" and self.layout:
-            raise InputError(
-                f"layout is {self.layout}, and only a gene has one: set gene to 'sws' or 'tleg', or leave layout empty"
-            )
+            raise InputError(f"layout is {self.layout}, for genes only: set gene to 'sws' or 'tleg', or empty layout")
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
-            raise InputError(
-                f"layout is {self.layout}: a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more"
-            )
+            needed = f"a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more"
+            raise InputError(f"layout is {self.layout}: {needed}")
         if self.gene == "tleg" and (self.layers != 2 or len(self.layout) != 1):
-            raise InputError(
-                f"layers is {self.layers} and layout {self.layout}: a TLEG gene needs layers 2 and a layout of one"
-                " number, the depth"
-            )
+            needed = "a TLEG gene needs layers 2 and a layout of one number, the depth"
+            raise InputError(f"layers is {self.layers} and layout {self.layout}: {needed}")
 
     @property
     def depth(self) -> int:
@@ -125,10 +117,8 @@ class VitConfig:
     def head_dim(self) -> int:
         """Channels of one head. Raises InputError when the heads do not divide the width."""
         if self.heads < 1 or self.width % self.heads:
-            raise InputError(
-                f"{self.heads} heads do not divide a width of {self.width}: set the number of heads (convert --set"
-                " heads=N)"
-            )
+            given = f"{self.heads} heads do not divide a width of {self.width}"
+            raise InputError(f"{given}: set the number of heads (convert --set heads=N)")
         return self.width // self.heads
 
     def of_depth(self, depth: int) -> "VitConfig":
@@ -148,9 +138,8 @@ class VitConfig:
         if activation:
             check_activation(activation)
         if pool and pool not in get_args(Pool):
-            raise InputError(
-                f"unknown pool {pool!r}{nearest(pool, get_args(Pool))}: choose one of {', '.join(get_args(Pool))}"
-            )
+            known = f"{nearest(pool, get_args(Pool))}: choose one of {', '.join(get_args(Pool))}"
+            raise InputError(f"unknown pool {pool!r}{known}")
         for name, value in (("heads", heads), ("size", size)):
             if value is not None and not str(value).isdecimal():
                 raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
@@ -184,9 +173,7 @@ def _number(text: str) -> float:
 
 
 class DroppedBlock(Block):
-    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate), the factor of attention and MLP branch for
-    each sample.
-    """
+    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate): factors of attention and MLP branch."""
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         if keep is None:

@@ -55,9 +55,7 @@ def paper_auxiliary(size: str) -> VitConfig:
 
 
 def paper_vit(size: str, depth: int = 12) -> VitConfig:
-    """Config of the released descendant: it normalises the mean, not the tokens (trap T2), with timm's heads and
-    eps.
-    """
+    """Config of the released descendant: it normalises the mean, not the tokens (T2); timm's heads and eps."""
     return replace(vit(size, depth), pool="mean_norm")
 
 
@@ -68,7 +66,5 @@ def outline(source: str) -> Donor | Outline:
 
 
 def open_classifier(source: str, **overrides: Any) -> Donor:
-    """Open a ViT, a gene or a convnet by SOURCE, lazily. Raises InputError when it does not exist or is none of
-    them.
-    """
+    """Open a ViT, a gene or a convnet by SOURCE, lazily. Raises InputError when it is missing or none of them."""
     return open_donor(locate(source), FAMILIES, **overrides)

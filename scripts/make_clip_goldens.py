@@ -1,5 +1,4 @@
-"""Write tests/golden/clip: small checkpoints as transformers and open_clip save them, with what those libraries compute
-from them.
+"""Write tests/golden/clip: small checkpoints of transformers and open_clip, and what those compute from them.
 
     pip install torch transformers && pip install --no-deps open-clip-torch==3.3.0 timm==1.0.31 torchvision==0.28.0
     python scripts/make_clip_goldens.py
@@ -14,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# torchvision, which open_clip imports, is a CUDA build: on a CPU machine the operators it looks for must be declared
-# first.
+# torchvision, which open_clip imports, is a CUDA build: on a CPU, its operators must be declared first.
 torchvision = torch.library.Library("torchvision", "DEF")
 for operator in ("nms", "qnms"):
     torchvision.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -93,9 +91,7 @@ def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def inputs(eot: int) -> tuple[np.ndarray, np.ndarray]:
-    """Four pictures [4, 32, 32, 3] int8 (64ths) and captions [4, 12] int32; after the end stand zeros, or the end
-    again.
-    """
+    """Four pictures [4, 32, 32, 3] int8 (64ths), captions [4, 12] int32 with zeros, or the end again, at the end."""
     rng = np.random.default_rng(0)
     images = rng.integers(-128, 128, (4, SIZE, SIZE, 3)).astype(np.int8)
     tokens = np.zeros((4, CONTEXT), np.int32)

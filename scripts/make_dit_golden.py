@@ -1,5 +1,4 @@
-"""Write tests/golden/dit: a small DiT as diffusers saves it, and what its own class predicts (needs torch and
-diffusers).
+"""Write tests/golden/dit: a small DiT of diffusers, and what its own class predicts (needs torch, diffusers).
 
     python scripts/make_dit_golden.py
 

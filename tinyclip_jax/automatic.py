@@ -1,6 +1,4 @@
-"""Automatic weight inheritance (TinyCLIP §3.2): a phase with learned masks, pruning, then distillation of the pruned
-model.
-"""
+"""Automatic weight inheritance (TinyCLIP §3.2): learned masks, pruning, then distillation of the pruned model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -46,14 +44,10 @@ from tinyclip_jax.zoo import FAMILY, open_clip_model
 def train(cfg: Config, directory: Path) -> None:
     """Run both phases of a recipe with masks, from the last checkpoint if there is one."""
     if cfg.masks.round_to < 1:
-        raise InputError(
-            f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, widths are rounded up to a multiple of it"
-        )
+        raise InputError(f"masks.round_to is {cfg.masks.round_to}: set it to 1 or more, what widths are a multiple of")
     if cfg.masks.prune_step >= cfg.steps:
-        raise InputError(
-            f"masks.prune_step is {cfg.masks.prune_step} of {cfg.steps} steps: set it lower, the pruned model is"
-            " trained after it"
-        )
+        given = f"{cfg.masks.prune_step} of {cfg.steps} steps"
+        raise InputError(f"masks.prune_step is {given}: set it lower, the pruned model is trained after it")
     if session := recipe.begin(cfg, directory, parts(cfg)):
         pruned = learn_masks(session, cfg)
         recipe.train(session, after_pruning(cfg, pruned), first=cfg.masks.prune_step)
@@ -130,9 +124,7 @@ class PrunedModel:
 
 
 def learn_masks(s: Session, cfg: Config) -> PrunedModel:
-    """Run the mask phase up to `prune_step`, then prune. The pruned model is saved in RUN/pruned, so that a resume
-    knows its shape.
-    """
+    """Run the mask phase up to `prune_step`, then prune; RUN/pruned tells a resume the shape of the model."""
     folder = s.run.directory / "pruned"
     if (s.run.checkpoints.latest() or 0) > cfg.masks.prune_step:
         found = open_clip_model(str(folder))
@@ -154,9 +146,7 @@ def learn_masks(s: Session, cfg: Config) -> PrunedModel:
 
 
 def after_pruning(cfg: Config, pruned: PrunedModel) -> Parts:
-    """Parts of the distillation of the pruned model, with a new optimizer. The cosine starts at the full rate, without
-    warm-up.
-    """
+    """Parts of the pruned model's distillation: a new optimizer, a cosine from the full rate, no warm-up."""
     optim = replace(cfg.optim, warmup=0)
     return replace(
         manual.parts(replace(cfg, student=pruned.cfg)),
@@ -166,8 +156,7 @@ def after_pruning(cfg: Config, pruned: PrunedModel) -> Parts:
 
 
 def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
-    """AdamW for the weights, warmed up over the whole phase; Adam for the masks; gradient ascent with Adam for the
-    multipliers.
+    """AdamW for weights, warmed up over the whole phase; Adam for masks; Adam's ascent for the multipliers.
 
     The gradient is clipped over all of them together.
     """

@@ -1,5 +1,4 @@
-"""Store a teacher's embeddings of a data set, and read them with it: `heirloom cache RECIPE DIR`, then `--teacher
-cache:DIR`.
+"""Store a teacher's embeddings of data: `heirloom cache RECIPE DIR`, then train with `--teacher cache:DIR`.
 
 The student then sees every picture as the teacher did: centre crop, first caption, no tags (`augment` is "none").
 """
@@ -32,15 +31,12 @@ SAMPLES, CONTEXT = 64, 77  # captions, and tokens of each, whose hash identifies
 def write(
     folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre: Preprocess, tokenizer: Tokenizer, mesh: Mesh
 ) -> dict[str, Any]:
-    """Store the teacher's unit-norm features of every record, two arrays [records, joint] f32, and `cache.json`, their
-    description.
+    """Store the teacher's unit-norm features of all records, two arrays [records, joint] f32, and `cache.json`.
 
     Returns the content of `cache.json`. Raises InputError when `folder` exists, and in a job of several processes.
     """
     if jax.process_count() > 1:
-        raise InputError(
-            f"this job has {jax.process_count()} processes, and one writes a cache: run this command on one host"
-        )
+        raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
     setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
     about = _fingerprint(source, data, pre, tokenizer) | {"teacher": str(teacher.path), "hashes": hashes(teacher.file)}
@@ -85,17 +81,13 @@ class Cached:
 
     def __init__(self, source: Source, folder: Path, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer):
         if not (folder / ABOUT).is_file():
-            raise InputError(
-                f"{folder} is not a cache of embeddings, it has no {ABOUT}: make one with heirloom cache RECIPE"
-                f" {folder}"
-            )
+            make = f"make one with heirloom cache RECIPE {folder}"
+            raise InputError(f"{folder} is not a cache of embeddings, it has no {ABOUT}: {make}")
         stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches have fewer fields
         for name, value in _fingerprint(source, data, pre, tokenizer).items():
             if stored.get(name) != value:
-                raise InputError(
-                    f"{folder} was made with {name} {stored.get(name)!r}, here it is {value!r}: make another cache with"
-                    " heirloom cache"
-                )
+                made = f"was made with {name} {stored.get(name)!r}, here it is {value!r}"
+                raise InputError(f"{folder} {made}: make another cache with heirloom cache")
         self._source, self._folder = source, folder
         self._columns: dict[str, np.ndarray] | None = None
 

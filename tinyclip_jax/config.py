@@ -96,10 +96,8 @@ class Config(BaseConfig):
 
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
         if self._first_stage().masks.prune_step:
-            raise InputError(
-                "this recipe prunes with learned masks, which need training: run heirloom train, the pruned model is"
-                " RUN/pruned"
-            )
+            run = "run heirloom train, the pruned model is RUN/pruned"
+            raise InputError(f"this recipe prunes with learned masks, which need training: {run}")
         return super().inherit(destination, force=force)
 
     def cache(self, destination: Path) -> dict[str, Any]:
@@ -142,9 +140,7 @@ class Config(BaseConfig):
         return self.in_stage(1, self.donor) if self.stages else self
 
     def _stages_to_run(self, directory: Path) -> Iterator[tuple["Config", Path]]:
-        """Yield the config and folder of each stage to run. Raises InputError for an unknown stage, or one without its
-        donor.
-        """
+        """Yield config and folder of each stage to run. Raises InputError for an unknown stage or a missing donor."""
         if not self.stages:
             yield self, directory
             return

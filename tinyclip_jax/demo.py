@@ -1,6 +1,4 @@
-"""`heirloom demo`: a student inherits from the embedded teacher and races the same student from scratch, on held-out
-emoji.
-"""
+"""`heirloom demo`: a student inherits from the embedded teacher and races one from scratch, on held-out emoji."""
 
 import tempfile
 import time
@@ -108,9 +106,7 @@ def _table(counts: dict[str, dict[str, int]], scores: dict[str, dict[str, float]
 
 
 def draw(cfg: Config, races: dict[str, Race], teacher: float, weights: dict[str, Path], out: Path) -> Path:
-    """Draw both curves, and the results of each student for a few captions that the teacher gets right; returns the
-    PNG.
-    """
+    """Draw both curves, and each student's results for captions that the teacher gets right; returns the PNG."""
     from matplotlib.figure import Figure
 
     found = {name: _search(cfg, str(path)) for name, path in {"teacher": cfg.teacher, **weights}.items()}

@@ -66,10 +66,8 @@ def setup_of(donor: Donor, mesh: Mesh) -> Setup:
     """Set up a checkpoint for evaluation. Raises InputError when it has no tokenizer for its vocabulary."""
     tokenizer = tokenizer_of(donor)
     if tokenizer is None:
-        raise InputError(
-            f"{donor.path} has no tokenizer for its {donor.cfg.text.vocab} tokens: put tokenizer.json next to the"
-            " weights"
-        )
+        tokens = donor.cfg.text.vocab
+        raise InputError(f"{donor.path} has no tokenizer for {tokens} tokens: put tokenizer.json next to the weights")
     pre = preprocess_of(donor).announced()
     return Setup(model=donor.model, pre=pre, tokenizer=tokenizer, cfg=donor.cfg, mesh=mesh)
 
@@ -122,8 +120,7 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
 def zeroshot_over(
     name: str, source: Source, setup: Setup, classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES
 ) -> Score:
-    """Returns `params -> Scored`: zero-shot top-1 and top-5 on labelled pictures. classes: a name for each label, in
-    order.
+    """Returns `params -> Scored`: zero-shot top-1, top-5 on labelled pictures. classes: a name per label, in order.
 
     Raises InputError when the data has no labels.
     """
@@ -155,16 +152,12 @@ def zeroshot(
 
 
 def features_of(name: str, source: Source, setup: Setup, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, joint] f32 of labelled pictures, and their labels [n]. Raises InputError when the data has no
-    labels.
-    """
+    """Features [n, joint] f32 of labelled pictures, and labels [n]. Raises InputError for data without labels."""
     image = setup.embed("image")
     features, labels = [], []
     for batch in evaluation_batches(source, BATCH, setup.pre):
         if "label" not in batch:
-            raise InputError(
-                f"{name} has no labels: zero-shot evaluation needs a folder for each class, or a column `label`"
-            )
+            raise InputError(f"{name} has no labels: zero-shot needs a folder for each class, or a column `label`")
         features.append(image(params, batch["image"]))
         labels.append(batch["label"])
     return np.concatenate(features), np.concatenate(labels)
@@ -177,9 +170,8 @@ def _name(data: SourceConfig) -> str:
 def refuse_flags(args: Namespace) -> None:
     """Raises InputError for a recipe flag: `heirloom eval` of weights has no recipe whose fields it could set."""
     if args.flags:
-        raise InputError(
-            f"unknown argument {args.flags[0]!r}{nearest(args.flags[0], OPTIONS)}; see heirloom eval --help"
-        )
+        unknown = args.flags[0]
+        raise InputError(f"unknown argument {unknown!r}{nearest(unknown, OPTIONS)}; see heirloom eval --help")
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:

@@ -1,6 +1,4 @@
-"""Read and write the configs of foreign CLIPs: Hugging Face, open_clip, and bare files, whose config follows from
-shapes.
-"""
+"""Read and write the configs of foreign CLIPs: Hugging Face, open_clip, and bare files (read from their shapes)."""
 
 import re
 from collections.abc import Mapping
@@ -24,17 +22,11 @@ from tinyclip_jax.resnet import STAGES, ResNetConfig
 Tower = TypeVar("Tower", ImageConfig, TextConfig)
 
 # transformers' defaults, which its configs leave out.
-_HF_TEXT: dict[str, Any] = dict(
-    hidden_size=512,
-    intermediate_size=2048,
-    num_hidden_layers=12,
-    num_attention_heads=8,
-    vocab_size=49408,
-    max_position_embeddings=77,
-) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
-_HF_IMAGE: dict[str, Any] = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
-) | dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
+_HF_BLOCKS: dict[str, Any] = dict(num_hidden_layers=12, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+_HF_TEXT = _HF_BLOCKS | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+_HF_TEXT |= dict(vocab_size=49408, max_position_embeddings=77, eos_token_id=49407)
+_HF_IMAGE = _HF_BLOCKS | dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+_HF_IMAGE |= dict(image_size=224, patch_size=32)
 HEAD = 64  # channels of a head in every published model
 _LEGACY_EOS = 2  # old configs carry this id, and transformers then pools at the largest one
 # open_clip's switches of other blocks and poolings; `block_type` names them all.
@@ -42,10 +34,8 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 
 
 def _read_hf(found: Found) -> Read | None:
-    if (
-        not {"vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"}
-        <= found.tensors.keys()
-    ):
+    needed = {"vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"}
+    if not needed <= found.tensors.keys():
         return None
     fields = found.json("config.json")
     if fields is None:
@@ -55,14 +45,10 @@ def _read_hf(found: Found) -> Read | None:
     fields.transformers()
     text, image = (_hf_tower(fields, name, defaults) for name, defaults in (("text", _HF_TEXT), ("vision", _HF_IMAGE)))
     vocab, eos = text.integer("vocab_size"), text.integer("eos_token_id", least=0)
+    eot, context = None if eos in (_LEGACY_EOS, vocab - 1) else eos, text.integer("max_position_embeddings")
     cfg = ClipConfig(
         ImageConfig(size=image.square("image_size"), patch=image.square("patch_size"), **_hf_sizes(image)),
-        TextConfig(
-            context=text.integer("max_position_embeddings"),
-            vocab=vocab,
-            eot=None if eos in (_LEGACY_EOS, vocab - 1) else eos,
-            **_hf_sizes(text),
-        ),
+        TextConfig(context=context, vocab=vocab, eot=eot, **_hf_sizes(text)),
         joint=fields.integer("projection_dim", 512),
     )
     image.fixed("num_channels", 3)
@@ -72,9 +58,7 @@ def _read_hf(found: Found) -> Read | None:
 
 
 def _hf_tower(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
-    """The config of one tower. A `*_config_dict`, with the defaults of what it leaves out, wins over `*_config`, as in
-    transformers.
-    """
+    """Return the config of one tower: as in transformers, `*_config_dict` with its defaults wins over `*_config`."""
     tower, old = fields.value(f"{name}_config"), fields.value(f"{name}_config_dict")
     where = f"{fields.where}: {name}_config"
     for part in (tower, old):
@@ -88,11 +72,10 @@ def _hf_tower(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
 
 
 def _hf_sizes(tower: Fields) -> dict[str, Any]:
-    width, heads = tower.integer("hidden_size"), tower.integer("num_attention_heads")
     return dict(
-        width=width,
+        width=tower.integer("hidden_size"),
         layers=tower.integer("num_hidden_layers"),
-        heads=heads,
+        heads=tower.integer("num_attention_heads"),
         hidden=tower.integer("intermediate_size"),
         activation=tower.choice("hidden_act", HF_ACTIVATIONS),
         eps=tower.number("layer_norm_eps"),
@@ -101,32 +84,23 @@ def _hf_sizes(tower: Fields) -> dict[str, Any]:
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError(
-            "the image tower is a ResNet, which Hugging Face's CLIP does not have: write this model as open_clip or"
-            " original"
-        )
+        raise InputError("Hugging Face's CLIP has no ResNet as image tower: write this model as open_clip or original")
     if not (_plain(cfg.image) and _plain(cfg.text)):
-        raise InputError(
-            "this model is pruned, and Hugging Face's CLIP has equal layers whose heads fill the width: write it as"
-            " original"
-        )
+        needed = "Hugging Face's CLIP has equal layers whose heads fill the width"
+        raise InputError(f"this model is pruned, and {needed}: write it as original")
 
-    def tower(c: ImageConfig | TextConfig) -> dict[str, Any]:
-        sizes = dict(
-            hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads
-        )
-        return sizes | dict(
-            hidden_act=HF_NAMES[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0, projection_dim=cfg.joint
-        )
+    def tower(c: ImageConfig | TextConfig, model_type: str) -> dict[str, Any]:
+        sizes = dict(hidden_size=c.width, intermediate_size=c.hidden)
+        sizes |= dict(num_hidden_layers=c.layers, num_attention_heads=c.heads)
+        rest = dict(hidden_act=HF_NAMES[c.activation], layer_norm_eps=c.eps, attention_dropout=0.0)
+        return sizes | rest | dict(projection_dim=cfg.joint, model_type=model_type)
 
     eos = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
-    text = tower(cfg.text) | dict(
-        model_type="clip_text_model", vocab_size=cfg.text.vocab, max_position_embeddings=cfg.text.context
-    )
+    text = tower(cfg.text, "clip_text_model")
+    text |= dict(vocab_size=cfg.text.vocab, max_position_embeddings=cfg.text.context)
     text |= dict(bos_token_id=cfg.text.vocab - 2, eos_token_id=eos, pad_token_id=eos)
-    image = tower(cfg.image) | dict(
-        model_type="clip_vision_model", image_size=cfg.image.size, patch_size=cfg.image.patch, num_channels=3
-    )
+    image = tower(cfg.image, "clip_vision_model")
+    image |= dict(image_size=cfg.image.size, patch_size=cfg.image.patch, num_channels=3)
     head = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=cfg.joint, logit_scale_init_value=2.6592)
     write_json(folder / "config.json", head | dict(text_config=text, vision_config=image))
 
@@ -146,14 +120,11 @@ def _read_open_clip(found: Found) -> Read | None:
 
 
 def _bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
-    """The settings of a CLIP that its weights do not contain."""
+    """Return the settings of a CLIP that its weights do not contain."""
     guesses = [Guess("activation", cfg.text.activation, f"the weights do not contain it, and {otherwise}")]
-    towers = (("image_heads", cfg.image), ("text_heads", cfg.text))
-    guesses += [
-        Guess(name, c.heads, f"heads of {HEAD}, as in published models")
-        for name, c in towers
-        if isinstance(c.heads, int)
-    ]
+    for name, c in (("image_heads", cfg.image), ("text_heads", cfg.text)):
+        if isinstance(c.heads, int):
+            guesses.append(Guess(name, c.heads, f"heads of {HEAD}, as in published models"))
     return tuple(guesses)
 
 
@@ -161,19 +132,12 @@ def _open_clip_config(cfg: ClipConfig, model: Fields) -> ClipConfig:
     """Complete `cfg`, inferred from shapes, with open_clip's `model_cfg`; every field of it is read or refused."""
     image, text = model.object("vision_cfg"), model.object("text_cfg")
     activation: Activation = "quick_gelu" if model.boolean("quick_gelu", False) else "gelu"
-    model.skip(
-        "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype", "output_dict", "custom_text"
-    )
+    model.skip("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
+    model.skip("cast_dtype", "output_dict", "custom_text")
     model.agree("embed_dim", model.integer("embed_dim", cfg.joint), cfg.joint)
     for tower in (image, text):
-        tower.skip(
-            "output_tokens",
-            "patch_dropout",
-            "hf_tokenizer_name",
-            "tokenizer_*",
-            "pad_id",
-            "timm_*" if tower is image else "hf_*",
-        )
+        tower.skip("output_tokens", "patch_dropout", "hf_tokenizer_name", "tokenizer_*", "pad_id")
+        tower.skip("timm_*" if tower is image else "hf_*")
         tower.fixed("ls_init_value", None)
         tower.fixed("block_type", None, "default")
         for name in _CUSTOM:
@@ -210,11 +174,8 @@ def _open_clip_tower(c: Tower, fields: Fields, activation: Activation, heads: in
         fields.agree("layers", fields.integer("layers", 12), c.layers)
         ratio = fields.number("mlp_ratio", 4.0)
         if int(ratio * c.width) != c.hidden:
-            sizes = f"{c.hidden} hidden units at a width of {c.width}"
-            raise InputError(
-                f"{fields.where}: mlp_ratio is {ratio:g}, and the weights have {sizes}: take the config of these"
-                " weights"
-            )
+            sizes = f"{c.hidden} hidden units at width {c.width}: take the config of these weights"
+            raise InputError(f"{fields.where}: mlp_ratio is {ratio:g}, and the weights have {sizes}")
         return replace(c, heads=heads)
     fields.skip("layers", "heads", "hidden", "head_width", "mlp_ratio")  # sizes of pruned layers, which the shapes give
     return c
@@ -247,16 +208,10 @@ def _open_clip_text(c: TextConfig, text: Fields) -> TextConfig:
 def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
     image, text = cfg.image, cfg.text
     activation = text.activation
-    if (
-        image.eps != 1e-5
-        or text.eps != 1e-5
-        or activation == "gelu_tanh"
-        or getattr(image, "activation", activation) != activation
-    ):
-        raise InputError(
-            "open_clip's layout has one activation (gelu or quick_gelu) for both towers and eps 1e-5; this model"
-            " differs"
-        )
+    one_activation = activation != "gelu_tanh" and getattr(image, "activation", activation) == activation
+    if not one_activation or {image.eps, text.eps} != {1e-5}:
+        needed = "one activation (gelu or quick_gelu) for both towers and eps 1e-5"
+        raise InputError(f"open_clip's layout has {needed}; this model differs")
     if text.eot not in (None, text.vocab - 1):
         raise InputError("open_clip's classic layout pools at the largest token; this model pools at another")
     vision_cfg: dict[str, Any] = dict(image_size=image.size, width=image.width)
@@ -264,14 +219,12 @@ def _write_open_clip(cfg: ClipConfig, folder: Path) -> None:
         vision_cfg |= dict(layers=list(image.blocks), head_width=image.embed // image.heads)
     else:
         vision_cfg |= dict(layers=image.layers, patch_size=image.patch)
-    text_cfg: dict[str, Any] = dict(
-        context_length=text.context, vocab_size=text.vocab, width=text.width, heads=text.heads, layers=text.layers
-    )
+    text_cfg: dict[str, Any] = dict(context_length=text.context, vocab_size=text.vocab)
+    text_cfg |= dict(width=text.width, heads=text.heads, layers=text.layers)
     for theirs, c in ((vision_cfg, image), (text_cfg, text)):
         if isinstance(c, ResNetConfig):
             continue
-        # open_clip builds equal layers only; for pruned ones the sizes are written too, and the tensors have
-        # open_clip's names.
+        # open_clip builds equal layers only; pruned ones get their sizes too, and the tensors have open_clip's names.
         ratio = dict(mlp_ratio=c.hidden / c.width) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
         theirs |= ratio | (dict(head_width=head_dim(c)) if theirs is vision_cfg or not _plain(c) else {})
         theirs |= {} if _plain(c) else dict(heads=c.heads)
@@ -295,17 +248,15 @@ def infer(tensors: Tensors, image: str, text: str) -> ClipConfig:
     try:
         vocab, text_width = tensors[f"{text}token_embedding.weight"].shape
         context, joint = len(tensors[f"{text}positional_embedding"]), tensors[f"{text}text_projection"].shape[1]
-        text_tower = TextConfig(
-            context=context, vocab=vocab, **_blocks(tensors, f"{text}transformer.resblocks.", text_width)
-        )
+        blocks = _blocks(tensors, f"{text}transformer.resblocks.", text_width)
+        text_tower = TextConfig(context=context, vocab=vocab, **blocks)
         if f"{image}layer1.0.conv1.weight" in tensors:
             return ClipConfig(_infer_resnet(tensors, image), text_tower, joint=joint)
         width, _, patch, _ = tensors[f"{image}conv1.weight"].shape
         joint = tensors[f"{image}proj"].shape[1]
         grid = isqrt(len(tensors[f"{image}positional_embedding"]) - 1)
-        image_tower = ImageConfig(
-            size=grid * patch, patch=patch, **_blocks(tensors, f"{image}transformer.resblocks.", width)
-        )
+        blocks = _blocks(tensors, f"{image}transformer.resblocks.", width)
+        image_tower = ImageConfig(size=grid * patch, patch=patch, **blocks)
     except KeyError as error:
         raise InputError(f"tensor {error} is missing: this is not a whole CLIP with ViT and text towers") from error
     except (ValueError, IndexError) as error:  # names without a layer number, tensors with other axes
@@ -323,9 +274,8 @@ def _infer_resnet(tensors: Tensors, prefix: str) -> ResNetConfig:
 
 def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
     """Infer width, layers, heads and hidden units of one tower."""
-    layers = 1 + max(
-        (int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1
-    )
+    numbers = (int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))
+    layers = 1 + max(numbers, default=-1)
     if not layers:
         raise InputError(f"tensor '{prefix}0.*' is missing: this is not a whole CLIP with ViT and text towers")
 
@@ -340,9 +290,7 @@ def _blocks(tensors: Tensors, prefix: str, width: int) -> dict[str, Any]:
 
 
 def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tensors:
-    """Add zeros for the tensors that released files leave out of layers without heads: the unused norm and the output
-    bias.
-    """
+    """Add zeros for the norm and output bias that released files leave out of layers without heads."""
     tensors = {key: value for key, value in tensors.items() if value.size}
     for prefix, c in ((image, cfg.image), (text, cfg.text)):
         if isinstance(c, ResNetConfig):
@@ -357,11 +305,9 @@ def _complete(cfg: ClipConfig, tensors: Tensors, image: str, text: str) -> Tenso
 
 def _plain(c: ImageConfig | TextConfig) -> bool:
     """Whether all layers have the same sizes and their heads fill the width."""
-    return (
-        isinstance(c.heads, int)
-        and isinstance(c.hidden, int)
-        and (c.head_dim is None or c.heads * c.head_dim == c.width)
-    )
+    if not (isinstance(c.heads, int) and isinstance(c.hidden, int)):
+        return False
+    return c.head_dim is None or c.heads * c.head_dim == c.width
 
 
 def _clean_original(key: str) -> str:
@@ -370,15 +316,11 @@ def _clean_original(key: str) -> str:
 
 
 def _write_nothing(cfg: ClipConfig, folder: Path) -> None:
-    """Write no config: the original files have none, it follows from shapes. Raises InputError for heads not of 64
-    channels.
-    """
+    """Write no config: shapes give that of an original file. Raises InputError for heads not of 64 channels."""
     image_head = cfg.image.embed // cfg.image.heads if isinstance(cfg.image, ResNetConfig) else head_dim(cfg.image)
     if image_head != HEAD or head_dim(cfg.text) != HEAD:
-        raise InputError(
-            f"heads have {image_head} and {head_dim(cfg.text)} channels, the original layout needs {HEAD}: write this"
-            " model as open_clip or heirloom"
-        )
+        needed = f"the original layout needs {HEAD}: write this model as open_clip or heirloom"
+        raise InputError(f"heads have {image_head} and {head_dim(cfg.text)} channels, {needed}")
 
 
 FORMATS = (
@@ -402,22 +344,14 @@ FORMATS = (
     ),
 )
 
+_WHOLE = "take the whole model, CLIPModel"
+_MERGE = "an adapter, not a model: merge it into its base"
 LOOKALIKES = (
-    Lookalike(
-        "text_model.embeddings.token_embedding.weight",
-        "a text tower alone (CLIPTextModel): take the whole model, CLIPModel",
-    ),
-    Lookalike(
-        "vision_model.embeddings.class_embedding",
-        "an image tower alone (CLIPVisionModel): take the whole model, CLIPModel",
-    ),
-    Lookalike(
-        "visual.trunk.*", "an open_clip model around an image tower of timm: only its own ViTs and ResNets are read"
-    ),
+    Lookalike("text_model.embeddings.token_embedding.weight", f"a text tower alone (CLIPTextModel): {_WHOLE}"),
+    Lookalike("vision_model.embeddings.class_embedding", f"an image tower alone (CLIPVisionModel): {_WHOLE}"),
+    Lookalike("visual.trunk.*", "an open_clip model around a tower of timm: only its own ViTs and ResNets are read"),
     Lookalike("text.transformer.*", "an open_clip model with a custom text tower: only its classic CLIPs are read"),
     Lookalike("clip.vision_model.*", "a model built around a CLIP (CLIPSeg, say): take the CLIP it was built from"),
-    Lookalike(
-        "*.lora_A*", "an adapter, not a model: merge it into its base (peft's merge_and_unload), save and convert that"
-    ),
-    Lookalike("*lora_down*", "an adapter, not a model: merge it into its base, save and convert that"),
+    Lookalike("*.lora_A*", f"{_MERGE} (peft's merge_and_unload), save and convert that"),
+    Lookalike("*lora_down*", f"{_MERGE}, save and convert that"),
 )

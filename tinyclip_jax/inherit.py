@@ -1,6 +1,4 @@
-"""Weight inheritance as plans: manual, by rule (TinyCLIP §3.3; weight_inherit.py), and automatic, by learned masks
-(§3.2; l0module.py).
-"""
+"""Weight inheritance as plans: manual (TinyCLIP §3.3; weight_inherit.py), by learned masks (§3.2; l0module.py)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,8 +19,7 @@ _DEPTH = {"interval": every, "even": even}
 
 
 def pick_layers(source: int, target: int, rule: DepthRule = "interval") -> list[int]:
-    """Indices of the donor's layers that a student of `target` layers inherits: for 12 -> 9 the first nine, by the
-    released rule.
+    """Indices of the donor's layers for a student of `target` layers: 12 -> 9 is the first nine, as released.
 
     Raises InputError when the donor has fewer layers than `target`.
     """
@@ -54,25 +51,19 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
     if not (isinstance(teacher.image, ResNetConfig) and isinstance(student.image, ResNetConfig)):
         raise InputError("one image tower is a ResNet, the other a ViT: choose a donor and a student of the same kind")
     if teacher.image.blocks != student.image.blocks:
-        raise InputError(
-            f"the student's stages have {student.image.blocks} blocks, the donor's {teacher.image.blocks}: set "
-            "student.image.blocks to these"
-        )
+        stages = f"{student.image.blocks} blocks, the donor's {teacher.image.blocks}"
+        raise InputError(f"the student's stages have {stages}: set student.image.blocks to these")
     if student.image.width > teacher.image.width:
-        raise InputError(
-            f"the student's width {student.image.width} exceeds the donor's {teacher.image.width}: set"
-            " student.image.width to at most this"
-        )
+        widths = f"width {student.image.width} exceeds the donor's {teacher.image.width}"
+        raise InputError(f"the student's {widths}: set student.image.width to at most this")
     return leading(functional(Clip, student).spec, "image/**")
 
 
 def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
-            raise InputError(
-                f"layers differ in {name}, and manual inheritance needs equal ones: inherit from a pruned model with"
-                " masks (masks.prune_step)"
-            )
+            inherit = "inherit from a pruned model with masks (masks.prune_step)"
+            raise InputError(f"layers differ in {name}, and manual inheritance needs equal ones: {inherit}")
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
             raise InputError(f"the student's {name} {sizes}: set it to at most this")
@@ -99,8 +90,7 @@ def _layers(source: int, target: int, rule: DepthRule) -> Pick:
 
 
 def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
-    """Plan from a model, pruned or not, to the full-size model for learned masks: rows that pruning removed become
-    zeros.
+    """Plan from a model, pruned or not, to the full-size one for learned masks; removed rows become zeros.
 
     The pruned model fills the leading part of each axis (load_pruned_model of the release). Raises InputError when the
     donor is larger.
@@ -122,18 +112,14 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
 
 def _zero_padded(axis: str, n: int, to: int) -> Pick:
     if n > to:
-        raise InputError(
-            f"the donor's {axis!r} is {n}, the student's {to}: masks need the original model, set the student to its"
-            " sizes"
-        )
+        needed = "masks need the original model, set the student to its sizes"
+        raise InputError(f"the donor's {axis!r} is {n}, the student's {to}: {needed}")
     return first(n) if n == to else pick([*range(n), *[0] * (to - n)], np.array([1] * n + [0] * (to - n), np.float32))
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model. Its layers differ in heads and hidden units, and are zero-padded in memory. resolution: source of
-    each tensor.
-    """
+    """A pruned model, its layers zero-padded in memory where sizes differ. resolution: source of each tensor."""
 
     cfg: ClipConfig
     params: dict[str, np.ndarray]
@@ -143,8 +129,7 @@ class Pruned:
 def prune(
     cfg: ClipConfig, params: Mapping[str, np.ndarray], gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT
 ) -> Pruned:
-    """Remove the rows of a masked model whose gates are 0 and multiply the other gates into the weights: the outputs
-    stay the same.
+    """Remove a masked model's rows with gate 0, multiply other gates into the weights: outputs stay the same.
 
     cfg, params: the full-size model, on the host. gates: `masks.deterministic_gates`. how: only its two `legacy_*`
     fields are used.
@@ -156,9 +141,7 @@ def prune(
 
 
 def pruning_plan(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
-    """Plan of `prune`: rows with a gate above 0, in order, scaled where they are written (embed) or read (head,
-    hidden).
-    """
+    """Plan of `prune`: rows with a gate above 0, in order, scaled where written (embed) or read (head, hidden)."""
     rules: list[tuple[str, Any]] = [("logit_scale", {})]
     for tower in TOWERS:
         embed, head, hidden = (gates[f"masks/{tower}/{name}"] for name in ("embed", "head", "hidden"))

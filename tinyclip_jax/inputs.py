@@ -28,8 +28,7 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def tokenizer_of(donor: Donor) -> Tokenizer | None:
-    """Read the tokenizer of a CLIP's folder; without one, CLIP's tokenizer with a remark if the vocabulary has its
-    size, else None.
+    """Read a CLIP folder's tokenizer; else CLIP's own, with a remark, if the vocabulary has its size, else None.
 
     Also None for a folder with a tokenizer of another kind. Raises InputError for a tokenizer that is damaged or does
     not fit the model.
@@ -49,15 +48,11 @@ def tokenizer_of(donor: Donor) -> Tokenizer | None:
 def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
     """Check that the text tower has every id of the tokenizer and pools at its end token. Raises InputError."""
     if tokenizer.vocab_size > text.vocab:
-        raise InputError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} ids, text.vocab is {text.vocab}: give the tokenizer of"
-            " this model"
-        )
+        ids = f"{tokenizer.vocab_size} ids, text.vocab is {text.vocab}"
+        raise InputError(f"{name}: the tokenizer has {ids}: give the tokenizer of this model")
     if text.eot is not None and text.eot != tokenizer.eot:
-        raise InputError(
-            f"{name}: the tokenizer ends captions with id {tokenizer.eot}, text.eot is {text.eot}: give the tokenizer"
-            " of this model"
-        )
+        ends = f"ends captions with id {tokenizer.eot}, text.eot is {text.eot}"
+        raise InputError(f"{name}: the tokenizer {ends}: give the tokenizer of this model")
     if text.eot is None and tokenizer.largest_word > tokenizer.eot:
         raise InputError(
             f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word};"

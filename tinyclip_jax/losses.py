@@ -196,9 +196,7 @@ def _backward_local(
     columns: Any,
     n: _Normalisers,
 ) -> Any:
-    """Gradients of image, text and scale: the similarities are computed again; the gradient of a logit is softmax minus
-    target.
-    """
+    """Gradients of image, text and scale: similarities are recomputed; a logit's is softmax minus target."""
     all_text, columns = _gathered(text, axes), _gathered(columns, axes)
     highest = jax.lax.Precision.HIGHEST
 

@@ -1,5 +1,4 @@
-"""Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py of the release; hard-concrete gates of arXiv
-1712.01312).
+"""Learned masks: automatic weight inheritance (TinyCLIP §3.2; l0module.py; hard-concrete gates, arXiv 1712.01312).
 
 Every channel of a tower's residual stream, every head and every hidden unit has a gate between 0 and 1 with a trained
 log-alpha. A masked model is the same model with its kernels scaled by the gates (`apply_gates`); its norms use the open
@@ -103,8 +102,7 @@ def sample_gates(key: Array, masks: Mapping[str, Array]) -> dict[str, Array]:
 def deterministic_gate(
     log_alpha: Float[ArrayLike, "*rows units"], round_to: int = 1
 ) -> Float[np.ndarray, "*rows units"]:
-    """Gates for evaluation and pruning, float32: in each row the smallest gates are 0, as many as are expected to be
-    closed.
+    """Gates for evaluation and pruning, float32: each row's smallest are 0, as many as are expected closed.
 
     The other gates keep their soft value, sigmoid(1.2 log_alpha); they are not set to 1.
     """
@@ -130,10 +128,8 @@ def deterministic_gates(masks: Mapping[str, Any], round_to: int = 1) -> dict[str
     }
     for path, value in gates.items():
         if path.endswith("/embed") and not value.any():
-            raise InputError(
-                f"{path}: every channel is closed, a tower needs one or more: lower masks.target, or raise"
-                " masks.prune_step"
-            )
+            needed = "a tower needs one or more: lower masks.target, or raise masks.prune_step"
+            raise InputError(f"{path}: every channel is closed, {needed}")
     return gates
 
 
@@ -153,9 +149,7 @@ def mask_spec(cfg: ClipConfig) -> Spec:
 
 
 def initial_masks(donor: ClipConfig, cfg: ClipConfig) -> dict[str, np.ndarray]:
-    """Log-alphas before the first step: all open, but closed for rows that the donor lost in an earlier stage
-    (load_pruned_model).
-    """
+    """Log-alphas before the first step: open, or closed for rows the donor lost earlier (load_pruned_model)."""
     masks = {
         path: np.full(leaf.shape, OPEN if _is_gate(path) else MULTIPLIER, np.float32)
         for path, leaf in mask_spec(cfg).items()
@@ -175,9 +169,7 @@ def clip_log_alphas(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prunable(cfg: ClipConfig, tower: str) -> int:
-    """Number of parameters that masks can remove: projections and MLPs, without embeddings, norms and the joint
-    projection.
-    """
+    """Number of parameters masks can remove: projections and MLPs, not embeddings, norms, joint projection."""
     c, heads, hidden = tower_of(cfg, tower), *_full(cfg, tower)
     per_head = (4 * c.width**2 + 4 * c.width) // heads
     return c.layers * (per_head * heads + 2 * c.width * hidden + c.width + hidden)
@@ -200,8 +192,7 @@ def sparsity(cfg: ClipConfig, masks: Mapping[str, Any]) -> Float[Array, ""]:
 def constraint(
     removed: Float[ArrayLike, ""], target: Float[ArrayLike, ""], masks: Mapping[str, Any]
 ) -> Float[Array, ""]:
-    """Penalty l1 d + l2 d^2 while the sparsity is below its target, d = max(target - removed, 0); the multipliers
-    ascend on it.
+    """Penalty l1 d + l2 d^2 below the target sparsity, d = max(target - removed, 0); multipliers ascend on it.
 
     removed: `sparsity`. target: `MaskConfig.target_at`.
 
@@ -284,10 +275,7 @@ def _is_gate(path: str) -> bool:
 def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
     """Config of the tower "image" or "text". Raises InputError for a ResNet."""
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError(
-            "the image tower is a ResNet, and learned masks need a ViT: set masks.prune_step to 0 for manual"
-            " inheritance"
-        )
+        raise InputError("learned masks need a ViT, this is a ResNet: set masks.prune_step to 0 for manual inheritance")
     return cfg.image if tower == "image" else cfg.text
 
 
@@ -295,10 +283,8 @@ def _full(cfg: ClipConfig, tower: str) -> tuple[int, int]:
     """Heads and hidden units of every layer. Raises InputError when layers differ: masks need an unpruned model."""
     c = tower_of(cfg, tower)
     if isinstance(c.heads, tuple) or isinstance(c.hidden, tuple):
-        raise InputError(
-            f"student.{tower} has layers of different sizes, and masks need the original model: set"
-            f" student.{tower}.heads and student.{tower}.hidden to one number each"
-        )
+        what = f"set student.{tower}.heads and student.{tower}.hidden to one number each"
+        raise InputError(f"student.{tower} has unequal layers, and masks need the original model: {what}")
     return c.heads, c.hidden
 
 

@@ -55,9 +55,8 @@ class ImageConfig:
     def grid(self) -> int:
         """Number of patches along a side. Raises InputError when the patch size does not divide the image size."""
         if self.patch < 1 or self.size % self.patch:
-            raise InputError(
-                f"patches of {self.patch} px do not fill pictures of {self.size} px: change image.size or image.patch"
-            )
+            given = f"patches of {self.patch} px do not fill pictures of {self.size} px"
+            raise InputError(f"{given}: change image.size or image.patch")
         return self.size // self.patch
 
     @property
@@ -118,9 +117,7 @@ class ClipConfig:
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
-    """Config of a published ViT CLIP: heads of 64 channels, hidden 4 x width, 77 tokens of 49,408 (model_configs of the
-    release).
-    """
+    """Config of a published ViT CLIP: heads of 64, hidden 4 x width, 77 tokens of 49,408 (release's model_configs)."""
     image = ImageConfig(size=size, patch=patch, width=width, layers=layers, heads=width // 64, hidden=4 * width)
     text = TextConfig(width=text_width, layers=text_layers, heads=text_width // 64, hidden=4 * text_width)
     return ClipConfig(image=image, text=text)
@@ -134,22 +131,16 @@ def resnet(width: int, text_layers: int) -> ClipConfig:
 
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
-    """Channels of one head. Raises InputError when the heads do not divide the width: a bare weights file does not
-    contain their number.
-    """
+    """Channels of one head. Raises InputError when the heads (guessed for a bare file) do not divide the width."""
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
-            raise InputError(
-                f"{name} has {len(sizes)} numbers and the tower {c.layers} layers: give one number for each layer"
-            )
+            raise InputError(f"{name} has {len(sizes)} numbers, the tower {c.layers} layers: give one number per layer")
     if c.head_dim is not None and c.heads != 0:
         return c.head_dim
     if isinstance(c.heads, tuple):
         raise InputError("heads differ between layers, which needs a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
-        raise InputError(
-            f"{c.heads} heads do not divide a width of {c.width}: set the number of heads (image_heads, text_heads)"
-        )
+        raise InputError(f"{c.heads} heads do not divide a width of {c.width}: set image_heads or text_heads")
     return c.width // c.heads
 
 
@@ -247,9 +238,7 @@ def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
 
 
 class Keep(NamedTuple):
-    """Masks of the open channels of both residual streams; None: all channels, as in every model without learned
-    masks.
-    """
+    """Masks of the open channels of both residual streams; None: all, as without learned masks."""
 
     image: Bool[Array, " embed"] | None = None
     text: Bool[Array, " embed"] | None = None
@@ -296,8 +285,7 @@ class Clip(nnx.Module):
 
 
 def parameters(spec: Spec) -> dict[str, int]:
-    """Count parameters as the published figures do: image, text without the token table, the token table, and the
-    total.
+    """Count parameters as published figures do: image, text without the token table, the token table, total.
 
     Running statistics are not counted.
     """

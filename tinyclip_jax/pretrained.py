@@ -36,8 +36,7 @@ class Pretrained:
     tokenizer: Tokenizer | None
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> jax.Array:
-        """Encode one or several pictures (files, bytes, PIL images or uint8 arrays [height, width, 3]) to unit-norm [n,
-        joint] f32.
+        """Encode pictures (files, bytes, PIL images, uint8 [height, width, 3]; one or several) to unit-norm [n, joint].
 
         Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """
@@ -45,10 +44,8 @@ class Pretrained:
             isinstance(images, np.ndarray) and images.ndim <= 3
         )
         if not one and not isinstance(images, Iterable):
-            raise InputError(
-                f"images is of type {type(images).__name__}: give one or several files, bytes, PIL images or uint8"
-                " arrays"
-            )
+            kind = type(images).__name__
+            raise InputError(f"images is of type {kind}: give files, bytes, PIL images or uint8 arrays")
         several: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
         pixels = [self._pixels(image, None if one else i) for i, image in enumerate(several)]
         if not pixels:
@@ -94,8 +91,7 @@ class Pretrained:
 
 
 def load(source: str, **overrides: Any) -> Pretrained:
-    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32 on the default
-    devices.
+    """Load a CLIP by SOURCE: `hf:org/name`, a folder or file of any format, `embedded:emoji`; f32, default devices.
 
     overrides: settings that a bare weights file does not contain (`activation="quick_gelu"`). Raises InputError when it
     is no CLIP.

@@ -1,5 +1,4 @@
-"""Published numbers, by the model's size: millions of parameters of the image tower and of the text tower without its
-token table.
+"""Published numbers by millions of parameters of the image tower, and of the text tower without token table.
 
 A model of the same size may have been trained on other data, so each entry names its model. Sources: for the students
 the README of the release, with throughput in half precision on a GPU that it does not name; for the teachers

@@ -51,9 +51,7 @@ class ResNetConfig:
     def grid(self) -> int:
         """Positions along a side at the end. Raises InputError when strides do not divide the picture."""
         if self.size % 32:
-            raise InputError(
-                f"a ResNet halves its input five times: {self.size} px is no multiple of 32, change image.size"
-            )
+            raise InputError(f"a ResNet halves its input five times: {self.size} is no multiple of 32; set image.size")
         return self.size // 32
 
 
@@ -64,10 +62,8 @@ class ResNet(nnx.Module):
         if len(c.blocks) != len(STAGES) or min(c.blocks) < 1:
             raise InputError(f"image.blocks is {c.blocks}: a ResNet has four stages of one block or more")
         if c.heads < 1 or c.embed % c.heads:
-            raise InputError(
-                f"{c.heads} heads do not divide the {c.embed} channels that are pooled: change image.heads or"
-                " image.width"
-            )
+            given = f"{c.heads} heads do not divide the {c.embed} channels that are pooled"
+            raise InputError(f"{given}: change image.heads or image.width")
         half, eps, self.remat = c.width // 2, c.eps, remat
         self.conv1, self.bn1 = Conv(3, half, stride=2, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)
         self.conv2, self.bn2 = Conv(half, half, bias=None, rngs=rngs), BatchNorm(half, eps=eps, rngs=rngs)

@@ -1,18 +1,18 @@
-"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers, and list the missing
-ones.
+"""Evaluation suite: score every data set of a folder by its protocol, next to published numbers.
 
 A folder DIR holds some of these:
 
     DIR/imagenet/ imagenet-a/ imagenet-r/ imagenet-sketch/   a folder per class, named by WordNet identifier (n01440764)
     DIR/imagenet-v2/                                         a folder per class, named by number (0 to 999)
-    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it DIR/flickr30k/ coco/
-    Karpathy's dataset_*.json, and its pictures under images/ DIR/cifar10/ fashion-mnist/
-    train/ and test/ with image.npy and label.npy (scripts/make_suite.py) DIR/openclipart/
-    parquet with image and caption (scripts/make_suite.py)
+    DIR/objectnet/images/ and mappings/                      as objectnet.dev distributes it
+    DIR/flickr30k/ coco/                                     Karpathy's dataset_*.json, and its pictures under images/
+    DIR/cifar10/ fashion-mnist/                              train/ and test/ with image.npy and label.npy
+    DIR/openclipart/                                         parquet with image and caption
 
-Each of them except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of
-CLIP_benchmark, parquet files of Hugging Face, one table of paths and captions. If there are several splits, `test` is
-used, else `val` or `validation`.
+scripts/make_suite.py makes cifar10, fashion-mnist and openclipart; data sets that are missing are listed. Each of them
+except ObjectNet may also have another form that `heirloom eval --data` reads: webdataset shards of CLIP_benchmark,
+parquet files of Hugging Face, one table of paths and captions. If there are several splits, `test` is used, else `val`
+or `validation`.
 """
 
 import time
@@ -73,27 +73,21 @@ Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
 
 def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
-    """Zero-shot over the classes that have folders; only with all `CLASSES_OF` them is the score comparable to
-    published numbers.
-    """
+    """Zero-shot over the classes that have folders; published numbers compare only if all `CLASSES_OF` do."""
     source = open_labelled(_of_test(folder), "label")
     by_identifier = dict(CLASSES)
     by_number = {str(i): label for i, (_, label) in enumerate(CLASSES)}
     names = by_number if name == "imagenet-v2" else by_identifier
     if not isinstance(source.source, FolderSource):
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
-            raise InputError(
-                f"{folder} does not name the {CLASSES_OF[name]} classes of its labels: put classnames.txt next to the"
-                " shards"
-            )
+            needed = f"the {CLASSES_OF[name]} classes of its labels"
+            raise InputError(f"{folder} does not name {needed}: put classnames.txt next to the shards")
         return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(
             params
         )
     if unknown := [c for c in source.classes if c not in names]:
-        raise InputError(
-            f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: name it like n01440764 or, in imagenet-v2, 0"
-            " to 999"
-        )
+        named = "name it like n01440764 or, in imagenet-v2, 0 to 999"
+        raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: {named}")
     return zeroshot_over(name, source, setup, tuple(names[c] for c in source.classes), TEMPLATES)(params)
 
 
@@ -104,10 +98,8 @@ def _objectnet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path)
     source = FolderSource(folder / "images", LABELLED)
     kept = [i for i, c in enumerate(source.classes) if label.get(c) in shared]
     if not kept:
-        raise InputError(
-            f"{folder / 'images'}: no folder is a class that the mappings share with ImageNet; give the folders of"
-            " objectnet.dev"
-        )
+        needed = "no folder is a class that the mappings share with ImageNet"
+        raise InputError(f"{folder / 'images'}: {needed}; give the folders of objectnet.dev")
     names = tuple(label[source.classes[i]].lower() for i in kept)
     return zeroshot_over(name, Classes(source, kept), setup, names, TEMPLATES)(params)
 
@@ -168,9 +160,7 @@ def _pairs(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> 
 
 
 def _of_test(folder: Path) -> SourceConfig:
-    """The test split, where sub-folders or files have names of splits; the table, where the folder holds exactly
-    one.
-    """
+    """The test split, where sub-folders or files are named as splits; the table, where there is exactly one."""
     tables = [*folder.glob("*.csv"), *folder.glob("*.tsv")]
     for split in ("test", "val", "validation"):
         if (folder / split).is_dir() or any(any(folder.glob(f"{parent}{split}-*.parquet")) for parent in ("", "data/")):
@@ -208,8 +198,9 @@ def evaluate_suite(donor: Donor, baseline: Donor | None, args: Namespace) -> lis
 
 
 def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[str, Any]]:
-    """Score every data set in `folder`: rows {dataset, metric, value, beside, published, published_of, n}; a missing
-    one has value None.
+    """Score every data set in `folder`, a row each, with value None for a missing one.
+
+    Rows are {dataset, metric, value, beside, published, published_of, n}.
 
     baseline: another model, such as the teacher, scored on the same data; its score is the column `beside`. published:
     score of the published model of this size, which `published_of` names; left out for a data set that lacks classes.
@@ -220,10 +211,8 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
     if unknown := sorted(
         p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")
     ):
-        raise InputError(
-            f"{folder / unknown[0]}: no data set of the suite has this name: rename or move it (names are"
-            f" {', '.join(SUITE)})"
-        )
+        move = f"rename or move it (names are {', '.join(SUITE)})"
+        raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name: {move}")
     present = [name for name in SUITE if (folder / name).is_dir()]
     if not present:
         raise InputError(f"{folder} holds no data set of the suite: name its folders {', '.join(SUITE)}")
@@ -249,9 +238,7 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of a report, percent or examples per second. n: examples. classes: different labels among them, 0
-    without labels.
-    """
+    """One number of a report, percent or examples per second. n: examples. classes: distinct labels, 0 for none."""
 
     value: float
     n: int
@@ -273,8 +260,7 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
-    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed one by one, in
-    bfloat16.
+    """Measure images, captions and pairs per second: batches of 32, ten calls to warm up, fifty timed, bfloat16.
 
     Deviation: on a CPU, where half precision is slower, in float32.
     """

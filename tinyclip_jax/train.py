@@ -103,29 +103,22 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         return jnp.asarray(total), metrics | {STATISTICS: statistics}
 
     if cfg.step.accumulate > 1:
-        raise InputError(
-            f"step.accumulate is {cfg.step.accumulate}, and TinyCLIP's loss compares all pairs of a batch: set it to 1"
-        )
+        given = f"step.accumulate is {cfg.step.accumulate}"
+        raise InputError(f"{given}, and TinyCLIP's loss compares all pairs of a batch: set it to 1")
     if not 0 <= cfg.loss.alpha <= 1:
         raise InputError(f"loss.alpha is {cfg.loss.alpha}: choose a weight of affinity mimicking between 0 and 1")
     if cfg.loss.teacher_scale is not None and cfg.loss.teacher_scale <= 0:
-        raise InputError(
-            f"loss.teacher_scale is {cfg.loss.teacher_scale}: choose a number above 0 (the release has 50)"
-        )
+        raise InputError(f"loss.teacher_scale is {cfg.loss.teacher_scale}: set it above 0 (the release has 50)")
     if cfg.loss.alpha > 0 and not cfg.teacher:
-        raise InputError(
-            f'loss.alpha is {cfg.loss.alpha} and teacher is empty: set teacher to a SOURCE or "embeddings", or'
-            " loss.alpha to 0"
-        )
+        setting = 'set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
+        raise InputError(f"loss.alpha is {cfg.loss.alpha} and teacher is empty: {setting}")
     if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (
         cfg.student.image.size,
         cfg.student.text.context,
     ):
         inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
-        raise InputError(
-            f"the teacher takes {inputs}, the student other inputs: set student.image.size and student.text.context to"
-            " these"
-        )
+        setting = "set student.image.size and student.text.context to these"
+        raise InputError(f"the teacher takes {inputs}, the student other inputs: {setting}")
     if cfg.loss.teacher_scale is None and teacher is None and cfg.loss.alpha > 0:
         raise InputError("loss.teacher_scale is None, and stored embeddings have no scale: set it to a number")
     if cfg.loss.scale == "fixed" and cfg.loss.teacher_scale is None:
@@ -146,15 +139,12 @@ def batches(cfg: Config, opened: Opened) -> Data:
     source, inputs = open_source(cfg.data), opened.inputs
     if cfg.teacher.startswith(CACHE):
         if cfg.augment != "none":
-            raise InputError(
-                f'augment is "{cfg.augment}", and stored embeddings belong to centre crops: set augment to "none", or'
-                " teacher to a SOURCE"
-            )
+            what = 'stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
+            raise InputError(f"augment is {cfg.augment!r}, and {what}")
         source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
-        raise InputError(
-            f"{cfg.data.path} has no {min(missing)}: add this column of teacher embeddings, and name it in data.columns"
-        )
+        add = "add this column of teacher embeddings, and name it in data.columns"
+        raise InputError(f"{cfg.data.path} has no {min(missing)}: {add}")
     context = cfg.student.text.context
     augment = Augment(
         pre=inputs.pre, tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags, augment=cfg.augment
@@ -191,10 +181,8 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
     for name, what in (("image", "pictures"), ("text", "captions")):
         rows = np.asarray(batch[name].addressable_data(0))
         if len(rows) > 1 and (rows == rows[0]).all():
-            raise InputError(
-                f"all {what} of the first batch are the same, and training needs different ones: check data.path,"
-                f" {cfg.data.path}"
-            )
+            needed = f"training needs different ones: check data.path, {cfg.data.path}"
+            raise InputError(f"all {what} of the first batch are the same, and {needed}")
     return f'first caption: "{check_first_batch(batch, opened.inputs.tokenizer, picture, opened.inputs.pre)}"'
 
 
@@ -202,9 +190,7 @@ def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
     """Store the embeddings of the recipe's teacher on its data; returns the content of `cache.json`."""
     known, mesh = parts(cfg), start(cfg.mesh)
     if not known.teacher:
-        raise InputError(
-            "this recipe has no live teacher, whose embeddings `heirloom cache` would store: give --teacher SOURCE"
-        )
+        raise InputError("no live teacher, whose embeddings `heirloom cache` would store: give --teacher SOURCE")
     opened = recipe.open_sources(known, mesh)
     assert opened.teacher is not None
     inputs: Inputs = opened.inputs

@@ -47,8 +47,7 @@ def features(cfg: ClipConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) -> Check:
-    """Compare unit-norm features, f32 at highest precision, with the library that reads `file` and its config;
-    tolerance 1e-4 relative.
+    """Compare unit-norm features, f32 at highest precision, with the library that reads `file`; tolerance 1e-4.
 
     Where open_clip is not installed, or the file has no config of its, open_clip's formulas in torch serve: they share
     our reading of the config, and the check says so. Without torch only finiteness can be checked: `reference` is None.

@@ -22,16 +22,13 @@ def with_bias(x: np.ndarray) -> np.ndarray:
 
 
 def prototype(support: np.ndarray) -> Heads:
-    """Build nearest-mean heads: class means, bias minus half their square norm. support: [task, class, picture,
-    feature].
-    """
+    """Build nearest-mean heads, bias minus half the squared norm. support: [task, class, picture, feature]."""
     mean = support.mean(2)
     return np.concatenate([mean, -0.5 * np.sum(mean**2, -1, keepdims=True)], axis=-1)
 
 
 def discriminant(support: np.ndarray, spread: np.ndarray, shrink: float = 0.5) -> Heads:
-    """Build linear-discriminant heads with the within-class covariance of the zoo's classes, shrunk towards a multiple
-    of one.
+    """Build linear-discriminant heads with the zoo's within-class covariance, shrunk to a multiple of one.
 
     spread: [feature, feature], that covariance.
     """
@@ -50,8 +47,9 @@ def nearest_model(condition: np.ndarray, zoo_condition: np.ndarray, heads: Heads
 
 
 def nearest_row(prototypes: np.ndarray, zoo_prototypes: np.ndarray, rows: np.ndarray) -> Heads:
-    """Pick for each class the row of the zoo's most similar class (cosine). prototypes: [task, class, feature]; rows:
-    [n, feature + 1].
+    """Pick for each class the row of the zoo's most similar class (cosine).
+
+    prototypes: [task, class, feature]; rows: [n, feature + 1].
     """
     return rows[np.argmax(unit(prototypes) @ unit(zoo_prototypes).T, axis=-1)]
 
@@ -67,19 +65,17 @@ class Ridge:
     def fit(
         cls, condition: np.ndarray, weights: np.ndarray, groups: np.ndarray, penalties: Sequence[float] = PENALTIES
     ) -> "Ridge":
-        """Fit the map. condition: [n, in]; weights: [n, out]; groups: [n], what a row must not share with the rows it
-        is tested on (its class). Whole networks are grouped by their first class alone: their other classes may be
-        among those that were fitted.
+        """Fit the map. condition: [n, in]; weights: [n, out]; groups: [n].
+
+        groups: what a row must not share with the rows it is tested on (its class). Whole networks are grouped by their
+        first class alone: their other classes may be among those that were fitted.
 
         The last fifth of the groups chooses, then all rows are used. Rows of one class are alike: held-out rows would
         choose too little. The constant is not penalised: without a use for the condition the map gives the mean. Raises
         InputError for rows of one group alone: none could be left out.
         """
         if len(np.unique(groups)) < 2:
-            raise InputError(
-                "a linear map needs networks of two classes or tasks, to leave one out; here is one: set prior to"
-                ' "none"'
-            )
+            raise InputError('a linear map needs networks of two classes or tasks, here is one: set prior to "none"')
         x, y = condition.astype(np.float64), weights.astype(np.float64)
         held = groups >= np.quantile(np.unique(groups), 0.8)
 
@@ -100,9 +96,7 @@ class Ridge:
 def hypernetwork(
     condition: np.ndarray, weights: np.ndarray, seed: int = 0, *, hidden: int = 256, steps: int = 1000
 ) -> Callable[[Any], np.ndarray]:
-    """Train a network of one hidden layer from condition to weights, [n, in] -> [n, out]: squared error of standardised
-    weights, Adam.
-    """
+    """Train a network of one hidden layer, [n, in] -> [n, out], from conditions to standardised weights: L2, Adam."""
     mean, std = weights.mean(0), weights.std(0) + 1e-6
     centre, spread = condition.mean(0), condition.std(0) + 1e-6
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -130,9 +124,10 @@ def hypernetwork(
 
 
 def row_condition(mean: ArrayT) -> ArrayT:
-    """Build the features from which a linear map predicts a row: the class's mean feature, its direction, the task's
-    mean and the offset from it, and both squared lengths, which is where a nearest-mean bias comes from. [..., class,
-    f] -> [..., class, 4 f + 2], numpy or traced.
+    """Build the features from which a linear map predicts a row: [..., class, f] -> [..., class, 4 f + 2].
+
+    They are the class's mean feature, its direction, the task's mean, the offset from it, and both squared lengths,
+    from which a nearest-mean bias is made. numpy or traced.
     """
     xp: Any = jnp if isinstance(mean, jax.Array) else np
     size = xp.mean(mean**2, -1, keepdims=True)
@@ -157,8 +152,7 @@ def gaussian(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarra
 
 
 def kde(latents: np.ndarray, n: int, rng: np.random.Generator, bandwidth: float = 0.002) -> np.ndarray:
-    """Sample from a kernel density, dimension by dimension (S_KDE; give it the best 30 % for S_KDE30). latents:
-    [member, latent].
+    """Sample from a kernel density by dimension (S_KDE; S_KDE30: of the best 30 %). latents: [member, latent].
 
     Deviation: the released code draws every dimension from the same seed, so that all pick the same member and share
     the noise.

@@ -1,6 +1,4 @@
-"""Weights to latents and back: PCA, which needs no training and is the default; a token autoencoder; and the gate both
-must pass.
-"""
+"""Weights to latents and back: PCA (default, needs no training), a token autoencoder, and the gate for both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +24,7 @@ from weightgen.zoo.zoo import Zoo, flat
 
 @dataclass(frozen=True)
 class PcaFit:
-    """A fitted PCA. mean: [length]; components: [length, latent] orthonormal; scale: one number, the spread of all
-    latents.
-    """
+    """A fitted PCA. mean: [length]; components: [length, latent] orthonormal; scale: one number for all latents."""
 
     mean: np.ndarray
     components: np.ndarray
@@ -36,13 +32,10 @@ class PcaFit:
 
 
 def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
-    """Fit PCA to rows [n, length]. One scale for all latents: directions that matter little to the weights stay
-    small.
-    """
+    """Fit PCA to rows [n, length], with one scale, so that directions of little weight stay small."""
     if latent > min(rows.shape):
-        raise InputError(
-            f"{latent} components of {rows.shape[0]} rows of {rows.shape[1]} weights: ask for {min(rows.shape)} at most"
-        )
+        rows_of = f"{rows.shape[0]} rows of {rows.shape[1]} weights"
+        raise InputError(f"{latent} components of {rows_of}: ask for {min(rows.shape)} at most")
     mean = rows.mean(0, dtype=np.float64)
     centred = rows - mean
     # Of the smaller Gram matrix: rows are many and short, or few and long.
@@ -52,15 +45,12 @@ def fit_pca(rows: np.ndarray, latent: int) -> PcaFit:
         components = np.linalg.svd(centred, full_matrices=False)[2][:latent].T
     scale = (centred @ components).std()
     if not scale > 0:
-        raise InputError(
-            f"all {rows.shape[0]} rows of weights are the same: there is nothing to generate from; add other networks"
-        )
+        raise InputError(f"all {rows.shape[0]} rows of weights are the same, nothing to learn from: add other networks")
     return PcaFit(*(np.asarray(x, np.float32) for x in (mean, components, scale)))
 
 
 class Pca(nnx.Module):
-    """Encode tokens [..., token, length] to latents [..., token, latent] with spread 1, and decode. Fitted, never
-    trained.
+    """Encode tokens [..., token, length] to latents [..., token, latent] of spread 1, and decode; fitted.
 
     tokens: 1 where all share a mean, as the rows of a head do; else each token has its own, that of the zoo's mean
     network.
@@ -84,8 +74,7 @@ XAVIER = xavier_uniform()
 
 
 def tensor_scale(spec: TokenSpec, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Measure mean and standard deviation of each tensor over a zoo, at the places of its weights. tokens: [member,
-    rows, length].
+    """Measure mean and standard deviation of each tensor over a zoo. tokens: [member, rows, length].
 
     Returns two arrays [rows, length] f32; in the padding they are 0 and 1.
     """
@@ -121,9 +110,7 @@ class TokenVaeConfig:
 
 
 class TokenVae(nnx.Module):
-    """Tokens [batch, token, length] to a latent for each, [batch, token, latent], and back; tokens attend to one
-    another in both directions.
-    """
+    """Tokens [batch, token, length] to latents [batch, token, latent], and back; tokens attend both ways."""
 
     def __init__(self, cfg: TokenVaeConfig, *, rngs: nnx.Rngs):
         if cfg.width % cfg.heads:
@@ -206,9 +193,10 @@ Code = Callable[[np.ndarray, np.ndarray], tuple[ArrayLike, ArrayLike]]
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a codec may be used: the accuracy of networks before and after a round trip, NaN where it is not known,
-    and the relative squared error of what is coded. A codec that codes nothing must not pass: hence the limit of the
-    error, and hence networks at chance, which have nothing to lose, do not count.
+    """Whether a codec may be used: accuracies before and after a round trip (NaN: unknown), and relative error.
+
+    The error is squared, of what is coded. A codec that codes nothing must not pass, hence its limit; networks at
+    chance have nothing to lose and do not count.
     """
 
     before: float
@@ -229,9 +217,7 @@ class Gate:
         tolerance: float,
         **limits: float,
     ) -> "Gate":
-        """Build it from the accuracies [n] of the same networks before and after, and what the codec was given and gave
-        back.
-        """
+        """Build it from accuracies [n] of networks before and after, and the codec's input and output."""
         means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
         return cls(**means, error=relative_error(given, back), tolerance=tolerance, **limits)
 
@@ -269,9 +255,7 @@ def relative_error(weights: np.ndarray, back: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """The codec must keep the weights it codes and the accuracy of their networks, or training stops before it
-    starts.
-    """
+    """The codec must keep the weights and the accuracy of their networks, or training stops before it starts."""
 
     tolerance: float = 0.02
     """Accuracy that may be lost, on pictures no network of the zoo was trained on; they must have more than that above

@@ -1,6 +1,4 @@
-"""`heirloom demo weightgen`: heads for classes of emoji that the zoo never saw, on two backbones, next to every
-baseline.
-"""
+"""`heirloom demo weightgen`: heads for emoji classes the zoo never saw, on two backbones, with all baselines."""
 
 import tempfile
 import time

@@ -1,5 +1,4 @@
-"""Few-shot heads for classes the zoo never saw, from 5 pictures of each or 1, next to every baseline. The demo prints
-it.
+"""Few-shot heads for classes the zoo never saw, from 5 pictures of each or 1, next to every baseline.
 
 build the zoo  ->  prior and codec, no training  ->  gate  ->  a small diffusion transformer  ->  400 tasks of unseen
 classes
@@ -99,8 +98,9 @@ def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Few-shot tasks of seen or of unseen classes: support [task, way, 5, feature]; select and test as (x, y) of
-    different concepts.
+    """Few-shot tasks of seen or unseen classes.
+
+    support: [task, way, 5, feature]; select and test: (x, y) of different concepts.
     """
 
     classes: np.ndarray
@@ -184,8 +184,10 @@ def compare(
 
 @dataclass(frozen=True)
 class ZooStatistics:
-    """What the baselines know of the zoo: heads, mean feature of each task's and each row's class, maps from the
-    condition of a row to it by shots, spread within classes.
+    """What the baselines know of the zoo.
+
+    Heads, mean features of each task's and each row's class, maps from the condition of a row to it by shots, spread
+    within classes.
     """
 
     heads: np.ndarray
@@ -291,9 +293,7 @@ def evaluate(
 
 
 def kde_heads(generator: Trained, zoo: Zoo, known: ZooStatistics, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample heads [n, way, feature + 1] by S_KDE30: the best 30 % of the zoo in the codec's latents, without the
-    prior.
-    """
+    """Sample heads [n, way, feature + 1] by S_KDE30: the zoo's best 30 % in the codec's latents, no prior."""
     cfg = generator.cfg
     no_prior = {"prior/table": jnp.zeros_like(generator.params["prior/table"])}
     codec = replace(generator, params=generator.params | no_prior)

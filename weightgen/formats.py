@@ -38,9 +38,8 @@ def config(model: Mapping[str, Any]) -> GeneratorConfig:
     if not cfg.cut.pieces:
         raise InputError("config.json: model.cut.pieces is empty: there is nothing to generate")
     if (cut := TokenSpec.of([asdict(piece) for piece in cfg.cut.pieces])) != cfg.cut:
-        raise InputError(
-            f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {cut.rows} x {cut.length}"
-        )
+        own = f"{cut.rows} x {cut.length}"
+        raise InputError(f"config.json: model.cut is {cfg.cut.rows} x {cfg.cut.length}, its pieces make {own}")
     return cfg
 
 
@@ -116,9 +115,7 @@ def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, n
 
 
 def save_neighbours(folder: Path, zoo: Zoo, seed: int, bank: Bank) -> None:
-    """Write `neighbours.safetensors`: zoo networks to compare generated ones with, up to 1,000 of them or 16 MB, and
-    the mean features of the classes of each.
-    """
+    """Write `neighbours.safetensors`: up to 1,000 zoo networks (16 MB) to compare with, and their class means."""
     most = min(len(zoo), 1000, max(2**24 // (4 * zoo.spec.count), 2))
     rows = np.sort(np.random.default_rng(seed).choice(len(zoo), most, replace=False))
     classes = np.asarray(zoo.classes[rows])

@@ -26,8 +26,9 @@ from weightgen.zoo.nets import predict
 
 
 def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
-    """Draw `args.n` networks for the classes of `args.dataset`, or for `args.task` in words, and write them as weights
-    folders, with `report.json`, into `args.out`.
+    """Draw `args.n` networks for `args.dataset`, or `args.task` in words, as weights folders in `args.out`.
+
+    `report.json` is written next to them.
 
     The flags left over are fields of `SampleConfig`. Raises InputError for data that does not fit and for an existing
     folder.
@@ -73,16 +74,12 @@ def check_finite(samples: np.ndarray, donor: Donor) -> None:
     """Raise InputError for samples with NaN or infinity."""
     if len(bad := np.flatnonzero(~np.isfinite(samples).all((1, 2)))):
         numbers = listed(str(i) for i in bad)
-        raise InputError(
-            f"{len(bad)} of {len(samples)} samples of {donor.path} have NaN or infinity (numbers {numbers}): lower"
-            " --guidance, or train the generator for longer"
-        )
+        which = f"{len(bad)} of {len(samples)} samples of {donor.path} have NaN or infinity (numbers {numbers})"
+        raise InputError(f"{which}: lower --guidance, or train the generator for longer")
 
 
 def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
-    """Write a network of ours as a weights folder, a foreign checkpoint under its own names, an adapter with its
-    config.
-    """
+    """Write a network as a weights folder, a foreign checkpoint in its own names, or an adapter with config."""
     cfg: Any = donor.cfg
     if cfg.net is None:
         tensors = cfg.whole.unflatten(tokens, cfg.whole.like)
@@ -100,9 +97,10 @@ def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
-    """Compute the rows of `heirloom eval PATH --data DIR`: of a generator the accuracies of eight samples for these
-    classes; of a generated network its accuracy on all pictures, those it was made from included where the folder has
-    them.
+    """Compute the rows of `heirloom eval PATH --data DIR`, for a generator or a generated network.
+
+    Of a generator: the accuracies of eight samples for these classes. Of a network: its accuracy on all pictures, those
+    it was made from included where the folder has them.
     """
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
@@ -112,9 +110,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     how = config.parse(SampleConfig(), args.flags, f"heirloom eval {donor.path}")
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
-        raise InputError(
-            f"{args.data}: every class needs at least {task.shots + 2} pictures, to condition on, select by and test"
-        )
+        raise InputError(f"{args.data}: a class needs {task.shots + 2} pictures: for the condition, selection and test")
     samples = draw_weights(donor, task, how, n=8, seed=0)
     check_finite(samples, donor)
     about = report(donor, task, samples, how=how, seed=0)
@@ -129,10 +125,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
 def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
     cfg: Any = donor.cfg
     if not (donor.folder / "classes.json").is_file():
-        raise InputError(
-            f"{donor.path} has no classes.json: only networks that heirloom generate wrote have the names of their"
-            " outputs"
-        )
+        only = "only networks that heirloom generate wrote have the names of their outputs"
+        raise InputError(f"{donor.path} has no classes.json: {only}")
     names, found = read_dataset(data, Projection.load(donor.folder.parent), cfg)
     if (own := read_json(donor.folder / "classes.json")["classes"]) != list(names):
         raise InputError(f"{data} has the classes {', '.join(names)}; this network knows {', '.join(own)}")
@@ -150,6 +144,5 @@ def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
 
 def _check(donor: Donor) -> None:
     if donor.family.name not in (GENERATOR.name, D2NWG.name):
-        raise InputError(
-            f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe"
-        )
+        needed = "name RUN/model of a generator recipe"
+        raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: {needed}")

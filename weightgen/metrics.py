@@ -31,9 +31,7 @@ class Estimate:
 
 
 def accuracy(predicted: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
-    """Share right of [..., example] predictions, every class counting the same; y: labels, -1 where there is no
-    example.
-    """
+    """Share right of [..., example] predictions, the mean over classes; y: labels, -1 where there is none."""
     right = predicted == y
     by_class = [(right & (y == c)).sum(-1) / np.maximum((y == c).sum(-1), 1) for c in range(classes)]
     return np.mean(by_class, axis=0)
@@ -91,9 +89,7 @@ class Scores:
 
 
 def nearest_distance(weights: np.ndarray, zoo: np.ndarray, *, skip_self: bool = False) -> np.ndarray:
-    """[n] L2 distance of weights [n, count] to the nearest row of `zoo`; `skip_self`: row i of the zoo is not its own
-    neighbour.
-    """
+    """[n] L2 distances of weights [n, count] to the nearest row of `zoo`; `skip_self`: row i ignores row i."""
     squared = np.sum(weights**2, 1)[:, None] + np.sum(zoo**2, 1) - 2 * weights @ zoo.T
     if skip_self:
         squared[np.arange(len(weights)), np.arange(len(weights))] = np.inf
@@ -112,9 +108,7 @@ def error_overlap(generated: np.ndarray, zoo: np.ndarray) -> np.ndarray:
 
 
 def disagreement(predictions: np.ndarray) -> float:
-    """Mean share of examples on which two of the networks differ: diversity. predictions: [n, ..., example] labels, n
-    of at least 2.
-    """
+    """Mean share of examples on which two networks differ. predictions: [n, ..., example] labels, n >= 2."""
     n = len(predictions)
     return float(np.mean([np.mean(predictions[i] != predictions[j]) for i in range(n) for j in range(i)]))
 

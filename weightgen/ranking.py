@@ -67,9 +67,8 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     if adapter := next((name for name in tensors if ADAPTER.search(name)), None):
         raise InputError(f"{adapter} is half of an adapter: merge it into its base model and rank that")
     if broken := not_finite({name: tensor for name, tensor in tensors.items() if not BUFFER.search(name)}):
-        raise InputError(
-            f"NaN or infinity in {len(broken)} of {len(tensors)} tensors ({listed(broken)}): take another checkpoint"
-        )
+        which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken)})"
+        raise InputError(f"NaN or infinity in {which}: take another checkpoint")
     matrices: dict[str, np.ndarray] = {}
     left: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -80,10 +79,8 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
         else:
             matrices[name] = tensor
     if not matrices:
-        raise InputError(
-            f"no matrix to rank among {listed(tensors) or 'no tensors'}: embeddings, vectors and small matrices are"
-            " left out"
-        )
+        out = "embeddings, vectors and small matrices are left out"
+        raise InputError(f"no matrix to rank among {listed(tensors) or 'no tensors'}: {out}")
     if left:
         said = "; ".join(f"{why}: {listed(names, 2)}" for why, names in left.items())
         remark(f"left out of the ranking: {said}")
@@ -137,9 +134,7 @@ def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
 
 
 def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, np.ndarray]:
-    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads and their channels as
-    one axis.
-    """
+    """List the matrices of a model of ours with layers stacked: "path@layer" -> [in, out], heads merged."""
     out = {}
     for path, leaf in params.items():
         if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:

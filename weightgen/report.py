@@ -30,8 +30,9 @@ FEW = {
 
 
 def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, seed: int) -> dict[str, Any]:
-    """Measure accuracies on the pictures that are left over, next to baselines with a zoo and without; novelty,
-    diversity, and whether the condition is used: None where the condition does not know the order of classes.
+    """Measure accuracy on the pictures left over, next to baselines, novelty, diversity, and use of the condition.
+
+    That use is None where the condition does not know the order of classes.
     """
     cfg: Any = donor.cfg
     about: dict[str, Any] = {
@@ -119,8 +120,9 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> dict[str, jax.A
 
 
 def knows_order(cfg: GeneratorConfig | D2nwgConfig) -> bool:
-    """Tell whether the condition says which class is which. Set Transformers do not: the same classes in another order
-    give the same condition. A linear prior in addition does.
+    """Tell whether the condition says which class is which.
+
+    Set Transformers do not: the same classes in another order give the same condition. A linear prior in addition does.
     """
     if isinstance(cfg, D2nwgConfig):
         return cfg.encoder != "set"
@@ -147,9 +149,7 @@ def _zoo_baselines(
 
 
 def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Measure medians of the L2 distance to the nearest stored zoo network: of samples, of these networks, and of noisy
-    ones.
-    """
+    """Measure medians of the L2 distance to the nearest stored network: of samples, zoo, noisy zoo."""
     found = {
         "generated": nearest_distance(weights, zoo),
         "zoo": nearest_distance(zoo, zoo, skip_self=True),
@@ -161,9 +161,7 @@ def _novelty(weights: np.ndarray, zoo: np.ndarray, rng: np.random.Generator) -> 
 def _task_distances(
     donor: Donor, task: Task, samples: np.ndarray, zoo: dict[str, np.ndarray], how: SampleConfig, seed: int
 ) -> Any:
-    """Measure the mean L2 distance to the mean of the task's networks, of its samples and of another task's; None for a
-    task not in the zoo.
-    """
+    """Measure mean L2 distances to the task's mean, of its networks, samples, another task's; None if unseen."""
     known = read_json(donor.folder / "tasks.json")["tasks"]
     own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
     if not own.any() or len(known) < 2:

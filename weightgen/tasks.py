@@ -33,8 +33,9 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Task:
-    """What to make: a condition [item, class, shots, feature], of which `shots` count; one item, or one for each chunk
-    of a checkpoint.
+    """What to make: a condition [item, class, shots, feature] and pictures.
+
+    `shots` of the condition count; there is one item, or one for each chunk of a checkpoint.
 
     support, select, test: different pictures for the condition, to choose by and to test on; None for a task in words,
     the latter two also where a class has no pictures left over.
@@ -55,9 +56,8 @@ def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[
     if not names:
         raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
     if len(names) != cfg.classes:
-        raise InputError(
-            f"{dataset} has {len(names)} classes, these are {cfg.classes}-way networks; keep as many sub-folders"
-        )
+        way = f"these are {cfg.classes}-way networks"
+        raise InputError(f"{dataset} has {len(names)} classes, {way}; keep as many sub-folders")
     records, labels = labelled(source, dataset)
     features = projection(encoder(projection.backend)([r["image"] for r in records]))
     inputs = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else features
@@ -106,14 +106,10 @@ def read_words(donor: Donor, task: str) -> Task:
     """
     cfg: Any = donor.cfg
     if isinstance(cfg, D2nwgConfig) or cfg.condition not in WORDS:
-        raise InputError(
-            f"{donor.path} takes pictures, not words: give --dataset, a folder with a sub-folder for each class"
-        )
+        raise InputError(f"{donor.path} takes pictures, not words: give --dataset, a folder with one for each class")
     if cfg.condition == "chunk":
         if task:
-            raise InputError(
-                f"{donor.path} makes all chunks of a checkpoint and has no tasks: leave --task {task!r} out"
-            )
+            raise InputError(f"{donor.path} makes all chunks and has no tasks: leave --task {task!r} out")
         chunks = np.arange(cfg.labels, dtype=np.float32).reshape(-1, 1, 1, 1)
         return Task(names=("all chunks",), condition=chunks, shots=1)
     known = read_json(donor.folder / "tasks.json")["tasks"]
@@ -129,9 +125,7 @@ def read_words(donor: Donor, task: str) -> Task:
 
 
 def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int) -> np.ndarray:
-    """Draw `n` networks, tokens [sample, token, length]; sample i of a seed does not depend on n, except with the
-    released system.
-    """
+    """Draw `n` networks, tokens [sample, token, length]; n changes no sample, except in the released system."""
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)

@@ -27,9 +27,7 @@ STATISTICS = r"(^|[./])(running_mean|running_var|num_batches_tracked|mean|var)$"
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor's share of the tokens: rows `first` to `first + rows`, from column `column` on, `width` numbers a row
-    at most.
-    """
+    """One tensor's share of the tokens: rows `first` to `first + rows`, columns from `column`, up to `width`."""
 
     path: str
     shape: tuple[int, ...]
@@ -99,9 +97,7 @@ class TokenSpec:
         return found
 
     def flatten(self, tree: PyTree) -> np.ndarray:
-        """Cut a tree into tokens [..., rows, length]; leaves may share leading axes, as in a population. The dtype
-        holds all leaves exactly.
-        """
+        """Cut a tree into tokens [..., rows, length]; leaves may share leading axes. The dtype holds all exactly."""
         leaves = dict(named_leaves(tree))
         lead = np.shape(leaves[self.pieces[0].path])[: np.ndim(leaves[self.pieces[0].path]) - len(self.pieces[0].shape)]
         dtype = np.result_type(np.float32, *(_exact(leaves[piece.path].dtype) for piece in self.pieces))
@@ -109,9 +105,8 @@ class TokenSpec:
         for piece in self.pieces:
             leaf = np.asarray(leaves[piece.path])
             if leaf.shape[len(lead) :] != piece.shape:
-                raise InputError(
-                    f"{piece.path}: shape {leaf.shape[len(lead) :]}, the tokens were cut for {piece.shape}"
-                )
+                shape = leaf.shape[len(lead) :]
+                raise InputError(f"{piece.path}: shape {shape}, the tokens were cut for {piece.shape}")
             moved = leaf.astype(dtype).transpose((*range(len(lead)), *(len(lead) + i for i in piece.order)))
             self._block(out, piece)[...] = self._pad(moved.reshape((*lead, piece.size)), piece)
         return out
@@ -149,9 +144,7 @@ def _exact(dtype: Any) -> Any:
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """List leaves in the tree's own order under names joined by "/"; a flat dict keeps its keys and its order (a state
-    dict's).
-    """
+    """List leaves in the tree's own order, names joined by "/"; a flat dict keeps its keys and order."""
     if isinstance(tree, Mapping) and all(not isinstance(v, Mapping | list | tuple) for v in tree.values()):
         return list(tree.items())
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
@@ -184,16 +177,13 @@ def selected(tree: PyTree, select: str = "") -> list[tuple[str, Any]]:
         kind = np.dtype(leaf.dtype)
         if kind.kind in "iub":
             if select and re.fullmatch(select, name):
-                raise InputError(
-                    f"{name} is {kind}: counters and quantised weights cannot be generated; dequantise it or leave"
-                    " it out"
-                )
+                what = "counters and quantised weights cannot be generated"
+                raise InputError(f"{name} is {kind}: {what}; dequantise it or leave it out")
             continue
         found.append((name, leaf))
     if not found:
-        raise InputError(
-            f"no floating tensor matches {select!r}; the tree has {', '.join(n for n, _ in named_leaves(tree))[:200]}"
-        )
+        has = ", ".join(n for n, _ in named_leaves(tree))[:200]
+        raise InputError(f"no floating tensor matches {select!r}; the tree has {has}")
     return found
 
 

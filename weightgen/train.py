@@ -55,18 +55,15 @@ class LoopConfig(RunConfig):
 
 
 def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -> None:
-    """Raises InputError when a batch, or a micro-batch of it, cannot be divided among the devices that hold its
-    rows.
-    """
+    """Raises InputError unless devices divide a batch, and its micro-batches, into equal rows."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (parts := devices * step.accumulate):
         of = f"{devices} devices (mesh data x fsdp)" + (
             f" x {step.accumulate} micro-batches" if step.accumulate > 1 else ""
         )
         nearby = max(batch // parts, 1) * parts
-        raise InputError(
-            f"a batch of {batch} cannot be divided among {of}: set {name} to a multiple of {parts}, such as {nearby}"
-        )
+        multiple = f"a multiple of {parts}, such as {nearby}"
+        raise InputError(f"a batch of {batch} cannot be divided among {of}: set {name} to {multiple}")
 
 
 def on_first(work: Callable[[], None]) -> None:

@@ -27,8 +27,7 @@ class Symmetry:
 
 
 def symmetries(spec: Spec, axes: Sequence[str]) -> tuple[Symmetry, ...]:
-    """The groups of the named axes: units, channels, heads. Axes in stacked leaves are refused: each layer has a
-    permutation of its own.
+    """The groups of the named axes: units, channels, heads. Axes in stacked leaves are refused, as layers differ.
 
     Raises InputError for an axis that no leaf has, or that inputs or outputs of the network use (one that is only read
     or written).
@@ -59,9 +58,7 @@ def permute(tree: Tree, groups: Sequence[Symmetry], orders: Mapping[str, np.ndar
 
 
 def match(reference: Tree, tree: Tree, groups: Sequence[Symmetry], seed: int = 0) -> dict[str, np.ndarray]:
-    """The orders under which `tree` lies closest to `reference` (sum of products of all weights), group by group until
-    nothing moves.
-    """
+    """Orders that bring `tree` closest to `reference` (sum of products of weights), by group until nothing moves."""
     orders = {group.name: np.arange(group.size) for group in groups}
     rng = np.random.default_rng(seed)
     for _ in range(SWEEPS):

@@ -85,18 +85,14 @@ class Text:
 
 @cache
 def reference_text(vocab: int = 2048) -> Text:
-    """The language reference in byte-pair tokens fitted to its first 80 %; the last tenths are for selecting and
-    testing.
-    """
+    """The language reference in byte-pair tokens fitted to its first 80 %; the last tenths select and test."""
     tokenizer, parts = _reference(vocab)
     train, select, test = (np.array(tokenizer.encode(part).ids, np.int32) for part in parts)
     return Text(train=train, select=select, test=test, vocab=tokenizer.get_vocab_size())
 
 
 def module_texts(vocab: int = 2048, least: int = 4000) -> dict[str, Text]:
-    """The modules of the standard library as texts of their own, those of at least `least` tokens: half to train, then
-    quarters.
-    """
+    """Modules of the standard library of at least `least` tokens, one text each: half to train, then quarters."""
     tokenizer, _ = _reference(vocab)
     found = {}
     for file in sorted(Path(os.__file__).parent.glob("*.py")):
@@ -207,8 +203,9 @@ def windows_of(text: np.ndarray, time: int, shape: tuple[int, ...], rng: np.rand
 
 @dataclass(frozen=True)
 class Choices:
-    """Questions with one right answer. tokens: [question, option, time], options equal but for their last token;
-    answer: [question].
+    """Questions with one right answer.
+
+    tokens: [question, option, time], options equal but for their last token; answer: [question].
     """
 
     tokens: np.ndarray

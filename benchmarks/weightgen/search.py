@@ -33,9 +33,7 @@ Propose = Callable[[str, np.ndarray, np.random.Generator], np.ndarray]
 
 
 def noise_proposal(relative: float) -> Propose:
-    """Gaussian noise whose norm is `relative` times the tensor's: the control every other proposal is measured
-    against.
-    """
+    """Gaussian noise whose norm is `relative` times the tensor's: the control for every other proposal."""
 
     def propose(name: str, tensor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         noise = rng.standard_normal(tensor.shape)
@@ -56,9 +54,10 @@ def matched(propose: Propose, relative: float) -> Propose:
 
 
 def row_proposal(tensors: Mapping[str, np.ndarray], latent: int, spread: float = 1.0) -> Propose:
-    """Layer-wise generation without a network: rows of all selected tensors of one width are coded by PCA, and a
-    tensor's latents are drawn around its own with the spread of the rows (the released scripts draw around the encoded
-    base model, too).
+    """Layer-wise generation without a network, by PCA of the rows of all selected tensors of one width.
+
+    A tensor's latents are drawn around its own with the spread of the rows; the released scripts, too, draw around the
+    encoded base model.
     """
     widths: dict[int, list[np.ndarray]] = {}
     for tensor in tensors.values():
@@ -89,9 +88,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Found:
-    """The model a search ends with, its score on the selection set, its steps, and the models on the way that were
-    kept.
-    """
+    """The final model of a search, its score on the selection set, its steps, and the models kept on the way."""
 
     params: Params
     score: float
@@ -103,8 +100,7 @@ class Found:
 def greedy(
     params: Params, names: Sequence[str], propose: Propose, select: Score, candidates: int, seed: int = 0
 ) -> Found:
-    """Tensor by tensor in this order: draw candidates, keep the best if it beats the score so far, and go on from
-    there.
+    """Draw candidates tensor by tensor in this order, and go on from the best if it beats the score so far.
 
     `select` must not be the score that is reported.
     """

@@ -87,9 +87,7 @@ def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, nam
             return Labelled(source=source, column=label, classes=(), numbers=numbers, count=classes)
         known = known or used
         if doubled := [name for name, n in Counter(known).items() if n > 1]:
-            raise InputError(
-                f"{cfg.path} has two classes called {doubled[0]!r}, so a label of this name is ambiguous; use numbers"
-            )
+            raise InputError(f"{cfg.path} has two classes called {doubled[0]!r}, an ambiguous label; use numbers")
     if not known:
         return Labelled(source=source, column=label, classes=(), numbers=None, count=classes)
     called = tuple(known) if names is None else tuple(name or "" for name in names)
@@ -115,10 +113,8 @@ def _real_names(names: Names | None, classes: int | None) -> Names | None:
     ):
         return None
     if classes is not None and len(names) != classes:
-        raise InputError(
-            f"there are {len(names)} class names ({_shown(names)}) for the {classes} classes of the model; give one for"
-            " each"
-        )
+        given = f"{len(names)} class names ({_shown(names)})"
+        raise InputError(f"there are {given} for the {classes} classes of the model; give one for each")
     return names
 
 
@@ -144,18 +140,15 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     numbers = [number for number in found if number is not None]
     if twice := [number for number, n in Counter(numbers).items() if n > 1]:
         both = [name for name, number in zip(known, found, strict=True) if number == twice[0]]
-        raise InputError(
-            f"{path}: its classes {both[0]!r} and {both[1]!r} both match {names[twice[0]]!r}; join them, or rename one"
-        )
+        twins = f"{both[0]!r} and {both[1]!r} both match {names[twice[0]]!r}"
+        raise InputError(f"{path}: its classes {twins}; join them, or rename one")
     if len(numbers) == len(known):
         return numbers
     unknown = known[found.index(None)]
     if len(known) != len(names) or any(number not in (None, i) for i, number in enumerate(found)):
         near = nearest(unknown, [name for name in names if name])
-        raise InputError(
-            f"{path}: its class {unknown!r} does not match exactly one of the {len(names)} known"
-            f" ({_shown(names)}){near}"
-        )
+        matched = f"exactly one of the {len(names)} known ({_shown(names)}){near}"
+        raise InputError(f"{path}: its class {unknown!r} does not match {matched}")
     remark(
         f"{path}: its class {unknown!r} is not one of the class names ({_shown(names)}), but there are {len(names)} of"
         f" each: its classes are numbered in their order ({_shown(known)})"
@@ -205,8 +198,7 @@ def _shown(names: Iterable[Any]) -> str:
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """Reads the class names of a weights folder from labels.json, in the order of its logits; None where there is no
-    file.
+    """Reads the class names of a weights folder from labels.json, in the order of its logits; None without the file.
 
     Raises InputError when the file is not a JSON list of names.
     """
@@ -220,8 +212,7 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Writes the class names of a model, in the order of its logits, as labels.json. Raises InputError unless they are
-    names.
+    """Writes class names, in the order of the logits, as labels.json. Raises InputError unless they are names.
 
     Two classes may have the same name: ImageNet has two classes "crane", a bird and a machine.
     """

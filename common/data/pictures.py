@@ -27,9 +27,7 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(
-                f"a picture given as an array must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}"
-            )
+            raise InputError(f"a picture array must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
         image = Image.fromarray(image)
     name = "this picture"
     try:
@@ -57,9 +55,7 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
     if not (picture.width and picture.height):
         raise InputError(f"{name} is empty: {picture.width} x {picture.height} pixels")
     if picture.mode == "F":
-        raise InputError(
-            f"{name} does not decode: the range of its floating-point samples is unknown; store it with 8 bits"
-        )
+        raise InputError(f"{name} does not decode: the range of its float samples is unknown; store it with 8 bits")
     if background == "white" and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -128,19 +128,15 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, int]:
-        """Returns the position in the stream: plain numbers for JSON, the same on every host and for any number of
-        workers.
-        """
+        """Returns the position in the stream for JSON: the same on every host and for any number of workers."""
         return {"batches": self._done, **self._stream}
 
     def restore(self, state: dict[str, int]) -> None:
         """Continues after the batch at which `state` was taken. Raises InputError when it belongs to another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
-                raise InputError(
-                    f"the data cannot be resumed: {name} was {state.get(name)} and is {value} now; set it back, or"
-                    " start a new run"
-                )
+                was = state.get(name)
+                raise InputError(f"the data cannot be resumed: {name} was {was}, is {value}; set it back or start anew")
         self.close()
         self._done = state["batches"]
 
@@ -166,12 +162,9 @@ def training_batches(
     and, while iterating, what `example` raises.
     """
     if len(source) < cfg.batch:
-        raise InputError(
-            f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; make the batch smaller"
-        )
+        raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; lower the batch")
     rows = host_rows(cfg.batch, mesh)
-    # grain shuffles by (seed, epoch) and gives `random_map` a generator for (seed, position): both depend on the
-    # position alone.
+    # grain shuffles by (seed, epoch) and seeds `random_map` by (seed, position): only the position matters.
     stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(example)
 
     def start(first: int) -> Iterator[Batch]:
@@ -192,8 +185,9 @@ def _check_record(record: Record, tokenizer: Tokenizer | None, tags: float) -> N
 
 
 def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
-    """Returns the rows of a global batch that this process builds: int [rows], ascending. Raises InputError when they
-    do not divide.
+    """Returns the rows of a global batch that this process builds: int [rows], ascending.
+
+    Raises InputError when processes do not divide the batch.
     """
     if mesh is None:
         hosts = jax.process_count()
@@ -212,9 +206,7 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
 
 
 def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
-    """Reads examples one by one, so that all threads work on a batch (decoding and tokenising release Python's
-    lock).
-    """
+    """Reads examples one by one, so that all threads share a batch (decoding and tokenising release Python's lock)."""
     threads = min(16, os.cpu_count() or 1)
     return rows.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch * count))).batch(count)
 
@@ -294,8 +286,7 @@ def _column(values: list[Any]) -> np.ndarray:
 def check_first_batch(
     batch: Batch, tokenizer: Tokenizer, path: str | Path | None = None, pre: Preprocess | None = None
 ) -> str:
-    """Returns the first caption decoded, and draws the pictures as a square grid to the PNG `path`: a check before a
-    long run.
+    """Draws the first pictures as a grid to the PNG `path` and returns the first caption: a check before a long run.
 
     batch: of either iterator; of a global array, this host's first shard is used. pre: whose normalisation to invert
     (default: CLIP's).

@@ -1,6 +1,4 @@
-"""Reads and writes preprocessing in the files of transformers, open_clip and timm. Refuses fields that are not
-supported.
-"""
+"""Reads and writes preprocessing in the files of transformers, open_clip and timm; refuses unsupported fields."""
 
 import re
 from collections.abc import Callable
@@ -18,8 +16,7 @@ OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BYTE = 255  # largest pixel value; our pixels are divided by it
 
-# Defaults of transformers' image processors for fields that a file leaves out. With `default_to_square` an integer size
-# squashes.
+# Defaults of transformers' image processors. With `default_to_square` an integer size squashes.
 _CROPPED, _SQUASHED = dict(do_center_crop=True, crop_size=224), dict(do_center_crop=False, crop_size=None)
 _SQUARE = {"height": 224, "width": 224}
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -75,8 +72,7 @@ class Found:
 
 
 def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) -> Found:
-    """Reads the preprocessing next to a checkpoint: our file, else that of the checkpoint's format, else of another
-    format.
+    """Reads the preprocessing next to a checkpoint: our file, else that of its format, else of another format.
 
     folder: folder of the weights. format: of the weights. size: side of the model's input, in pixels.
     assumed: default of that size, for a folder without such files. whose: name of the default ("CLIP's own").
@@ -85,9 +81,7 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
     if (file := folder / FILE).is_file():
         pre = Preprocess.load(file)
         if pre.size != size:
-            raise InputError(
-                f"{file}: size is {pre.size}, and the model takes {size} x {size} pixels; use the file of this model"
-            )
+            raise InputError(f"{file}: size is {pre.size}, the model takes {size} x {size} pixels; use its own file")
         return Found(pre, FILE)
     for name in sorted(_READERS, key=lambda name: name != format):
         if found := _READERS[name](folder, size):
@@ -158,8 +152,7 @@ def _read_hf(folder: Path, size: int) -> Found | None:
     if cropped != size:
         name = "crop_size" if fields.boolean("do_center_crop") else "size"
         raise fields.refusal(name, f"the model takes {size} x {size} pixels")
-    # transformers composites on white to convert to RGB; without it a transparent picture has four channels, which no
-    # model takes.
+    # transformers composites on white to convert to RGB; else a transparent picture keeps four channels.
     background = "white" if fields.boolean("do_convert_rgb", False) else "none"
     shape = dict(
         size=size, resize=side, mode=mode, corner="down", interpolation=filters[resample], background=background
@@ -168,9 +161,7 @@ def _read_hf(folder: Path, size: int) -> Found | None:
 
 
 def _processor(folder: Path, fields: Fields) -> str | None:
-    """Returns the kind of transformers' processor of a file: CLIP, ViT, ...; None when neither the file nor config.json
-    has it.
-    """
+    """Returns the kind of transformers' processor (CLIP, ViT, ...); None when no file has it."""
     for name in ("image_processor_type", "feature_extractor_type"):
         if name in fields:
             kind = re.fullmatch(
@@ -261,10 +252,7 @@ def _read_timm(folder: Path, size: int) -> Found | None:
 
 def _write_hf(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
-        raise InputError(
-            "transformers' image processors of CLIP and ViT do not pad; this model's preprocessing pads (mode"
-            " 'longest')"
-        )
+        raise InputError("transformers' processors of CLIP and ViT do not pad; this preprocessing has mode 'longest'")
     side, crop = pre.resize or pre.size, {"height": pre.size, "width": pre.size}
     flags = dict(do_resize=True, do_rescale=True, rescale_factor=1 / _BYTE, do_normalize=True, do_convert_rgb=True)
     about: dict[str, Any] = flags | dict(resample=int(pre.filter), image_mean=list(pre.mean), image_std=list(pre.std))
@@ -282,13 +270,9 @@ def _write_hf(pre: Preprocess, folder: Path) -> None:
 
 def _write_open_clip(pre: Preprocess, folder: Path) -> None:
     if pre.resize not in (None, pre.size):
-        raise InputError(
-            f"open_clip resizes to the size of the crop; this model's resizes to {pre.resize} and crops {pre.size}"
-        )
+        raise InputError(f"open_clip resizes to the crop's size; this model to {pre.resize}, and crops {pre.size}")
     if pre.interpolation not in ("bicubic", "bilinear"):
-        raise InputError(
-            f"open_clip resizes by bicubic or bilinear interpolation, this model's preprocessing by {pre.interpolation}"
-        )
+        raise InputError(f"open_clip interpolates bicubic or bilinear, this model's preprocessing {pre.interpolation}")
     about: dict[str, Any] = dict(
         mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, resize_mode=pre.mode
     )

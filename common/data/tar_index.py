@@ -1,5 +1,4 @@
-"""Random access to tar shards (webdataset, img2dataset): an index of the members of each sample, built from the
-headers.
+"""Random access to tar shards (webdataset, img2dataset): an index of each sample's members, from the headers.
 
 The index of a shard is a small .npy table next to it, `NAME.tar.index-SIZE-MTIME.npy`, or under
 $XDG_CACHE_HOME/heirloom (~/.cache by default) where the shard's folder is read-only. The name has size and time of
@@ -28,8 +27,7 @@ EXTENSIONS = 256
 
 
 def index_shard(shard: Path) -> Path:
-    """Returns the index of a shard, a .npy file with one row per sample in the order of the tar; builds a missing or
-    damaged one.
+    """Returns a shard's index, a .npy with a row per sample in tar order; builds a missing or damaged one.
 
     Its fields are STEM (bytes, the name up to the first dot after the folder) and one SPAN per extension, such as `jpg`
     and `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed, has a member twice, or is
@@ -53,15 +51,12 @@ def index_shard(shard: Path) -> Path:
             return _write(folder / name, table, shard)
         except OSError as error:
             failed.append(f"{folder} ({error.strerror})")
-    raise InputError(
-        f"{shard}: its index cannot be written to {' or '.join(failed)}; set XDG_CACHE_HOME to a folder with free space"
-    )
+    where = " or ".join(failed)
+    raise InputError(f"{shard}: cannot write its index to {where}; set XDG_CACHE_HOME to a folder with free space")
 
 
 def _belongs(file: Path, shard: Path, mark: str) -> bool:
-    """Returns whether a file is a complete index of this shard: by its mark, and by the headers of the first and last
-    sample.
-    """
+    """Returns whether a file is a complete index of this shard, by its mark and the first and last sample's headers."""
     try:
         table = np.lib.format.open_memmap(file, mode="r")
     except Exception:  # numpy raises many types for a damaged file, which a new index replaces
@@ -90,9 +85,7 @@ def _header_size(data: BinaryIO, offset: int) -> int:
 
 
 def read_span(shard: Path, span: np.void) -> bytes:
-    """Reads the bytes of one member. Opens the file each time: safe in any thread or process, and cheap compared with
-    decoding.
-    """
+    """Reads the bytes of one member. Opens the file each time: thread-safe, and cheap compared with decoding."""
     try:
         with open(shard, "rb") as file:
             file.seek(int(span["offset"]))
@@ -100,9 +93,7 @@ def read_span(shard: Path, span: np.void) -> bytes:
     except OSError as error:
         raise InputError(f"{shard} is not readable: {error}") from error
     if len(data) != span["size"]:
-        raise InputError(
-            f"{shard} is shorter than when it was indexed: it is truncated or being written; fetch it again"
-        )
+        raise InputError(f"{shard} is shorter than when indexed: truncated, or being written; fetch it again")
     return data
 
 
@@ -112,9 +103,7 @@ def _cache_folder(shard: Path) -> Path:
 
 
 def _write(file: Path, table: np.ndarray, shard: Path) -> Path:
-    """Writes to a temporary name and renames, since several processes may build the same index; deletes old indexes of
-    the shard.
-    """
+    """Writes under a temporary name and renames, since several processes may build it; deletes the shard's old ones."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -147,10 +136,8 @@ def _table(shard: Path, mark: str) -> np.ndarray:
         spans[extension] = span
         extensions.add(extension)
         if len(extensions) > EXTENSIONS:
-            raise InputError(
-                f"{shard} has over {EXTENSIONS} extensions, such as {extension!r}: a name ends at its first dot"
-                " (000012.jpg)"
-            )
+            what = f"over {EXTENSIONS} extensions, such as {extension!r}"
+            raise InputError(f"{shard} has {what}: a name ends at its first dot (000012.jpg)")
     stems = [stem.encode("utf-8", "surrogateescape") for stem in samples]
     stem_field = ((mark, STEM), f"S{max(map(len, stems), default=1)}")  # its title is the mark of the shard
     table = np.zeros(len(samples), [stem_field, *((e, SPAN) for e in sorted(extensions))])
@@ -170,17 +157,12 @@ def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, i
             if member.islnk()
             else "a link, a device, a pipe or a sparse file"
         )
-        raise InputError(
-            f"{shard}: its member {member.name!r} is {kind}; pack it again with the files themselves (tar"
-            " --dereference)"
-        )
+        raise InputError(f"{shard}: its member {member.name!r} is {kind}; pack files themselves (tar --dereference)")
     return member.offset_data, member.size
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
-    """Reads all headers. Raises InputError unless the tar ends with a block of zeros: then it is cut short or a header
-    is damaged.
-    """
+    """Reads all headers. Raises InputError unless the tar ends with a block of zeros (else it is cut or damaged)."""
     try:
         with tarfile.open(shard, "r:") as tar:
             members = tar.getmembers()

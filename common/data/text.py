@@ -27,9 +27,7 @@ Merges = list[tuple[str, str]]
 
 
 def clean(text: str, *, lower: bool = True) -> str:
-    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases (OpenAI CLIP,
-    `simple_tokenizer.py`).
-    """
+    """Fixes mojibake, resolves HTML entities twice, collapses white space, lower-cases, like OpenAI's CLIP."""
     cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
     return cleaned.lower() if lower else cleaned
 
@@ -42,9 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
-        """Takes the start and end token that `bpe` adds to a text, or known ones by name. Raises InputError when there
-        are none.
-        """
+        """Takes the start and end token that `bpe` adds, or known ones by name. Raises InputError if it has none."""
         bpe.no_padding()
         bpe.no_truncation()
         vocab = bpe.get_vocab()
@@ -140,9 +136,7 @@ class Tokenizer:
         return file
 
     def __call__(self, texts: str | Iterable[str], context: int) -> np.ndarray:
-        """Returns ids, int32 [n, context] (n = 1 for a single string): cut to `context` with EOT last, padded with
-        0.
-        """
+        """Returns ids, int32 [n, context] (n = 1 for a string): cut to `context` with EOT last, padded with 0."""
         if context < 2:
             raise InputError(f"context {context} is too small for the start and end tokens: choose 2 or more")
         if not isinstance(texts, str | Iterable):
@@ -210,9 +204,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
                 }
                 found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"{name}: added_tokens_decoder is {str(decoder)[:80]}; it must hold a token by id"
-                ) from error
+                shown = str(decoder)[:80]
+                raise InputError(f"{name}: added_tokens_decoder is {shown}; it must hold a token by id") from error
     return found
 
 
@@ -222,16 +215,12 @@ def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizer
         if bpe.token_to_id(token.content) is None:
             (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
         if (actual := bpe.token_to_id(token.content)) != i:
-            raise InputError(
-                f"the added token {token.content!r} has id {i} in one file and would get {actual}; use files of one"
-                " model"
-            )
+            what = f"id {i} in one file and would get {actual}"
+            raise InputError(f"the added token {token.content!r} has {what}; use files of one model")
     if "bos_token" in about and "eos_token" in about:
         for end in (about["bos_token"], about["eos_token"]):
             if bpe.token_to_id(end) is None:
-                raise InputError(
-                    f"the vocabulary has no {end!r}, which the tokenizer's config names as its start or end"
-                )
+                raise InputError(f"the vocabulary has no {end!r}, the start or end in the tokenizer's config")
         _enclose(bpe, about["bos_token"], about["eos_token"])
     return bpe
 

@@ -28,8 +28,7 @@ class Extractor:
 
 
 def open_extractor(path: Path) -> Extractor:
-    """Opens a weights folder of ours, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or the same as
-    safetensors).
+    """Opens our weights folder, or pytorch-fid's weights (`pt_inception-2015-12-05-*.pth`, or as safetensors).
 
     Raises InputError for a path that does not exist, a folder of another kind, and missing, unexpected or misshapen
     tensors.
@@ -39,16 +38,12 @@ def open_extractor(path: Path) -> Extractor:
     if path.is_dir():
         folder = weights.open_folder(path)
         if folder.method != METHOD:
-            raise InputError(
-                f"{path}: weights of the method {folder.method!r}, not an Inception; scripts/convert_inception.py"
-                " makes one"
-            )
+            needed = "not an Inception; scripts/convert_inception.py makes one"
+            raise InputError(f"{path}: weights of the method {folder.method!r}, {needed}")
         try:
             cfg = InceptionConfig(**folder.model)
         except TypeError as error:
-            raise InputError(
-                f"{path / 'config.json'}: not the config of an Inception ({error}); convert it again"
-            ) from error
+            raise InputError(f"{path / 'config.json'}: no Inception's config ({error}); convert it again") from error
         model = functional(Inception, cfg)
         views = own_views(folder.tensors, model.spec, str(path / weights.FILE))
         return Extractor(cfg, model, {name: np.asarray(view, np.float32) for name, view in views.items()})
@@ -57,9 +52,7 @@ def open_extractor(path: Path) -> Extractor:
 
 
 def fold(tensors: weights.Tensors, spec: Spec, where: str) -> dict[str, np.ndarray]:
-    """Converts pytorch-fid's tensors to parameters: folds batch norms into the kernels and biases of the convolutions,
-    in f64.
-    """
+    """Converts pytorch-fid's tensors to parameters: folds batch norms into kernels and biases, in f64."""
     unfolded: dict[str, Leaf] = {}
     rows: list[tuple[str, ...]] = [("fc/kernel", "fc.weight")]
     parts = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}

@@ -14,9 +14,7 @@ Embed = Callable[[Mapping[str, Any], Any], jax.Array]
 
 
 def finite(values: np.ndarray, what: str) -> np.ndarray:
-    """Returns values [rows, ...]. Raises InputError when one is NaN or infinite: comparisons with NaN are false, so
-    ranks ignore it.
-    """
+    """Returns values [rows, ...]. Raises InputError for NaN or infinity, as ranks would ignore NaN."""
     bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
     if bad.any():
         raise InputError(

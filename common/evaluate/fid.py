@@ -32,9 +32,7 @@ class Statistics:
         self.scatter = np.zeros((dim, dim))
 
     def add(self, rows: np.ndarray) -> None:
-        """Adds rows [batch, dim]. Moments are around the batch's mean, then shifted (Chan et al. 1979), which avoids
-        cancellation.
-        """
+        """Adds rows [batch, dim]: moments around the batch's mean, then shifted, without cancellation (Chan 1979)."""
         if not len(rows):
             return
         rows = np.asarray(rows, np.float64)
@@ -72,8 +70,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(logits: np.ndarray, run: int = RUN) -> float:
-    """Computes exp of the mean KL divergence of p(class | picture) from p(class), averaged over splits of `run` rows
-    (ADM suite).
+    """Computes exp of the mean KL divergence of p(class | picture) from p(class), over splits of `run` rows (ADM).
 
     logits: [pictures, class], in random order. A shorter last split has the same weight as the others; fewer than `run`
     rows are one split. Raises ValueError for no rows.
@@ -97,17 +94,14 @@ class PrecisionRecall:
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> PrecisionRecall:
-    """Computes precision and recall; a manifold is the union of balls up to each point's k-th neighbour (Kynkäänniemi
-    et al. 2019).
+    """Computes precision and recall; a manifold is the union of balls to the k-th neighbours (Kynkäänniemi 2019).
 
     reference: [n, dim], samples: [m, dim]. Raises ValueError for a set of k rows or fewer. Deviation: distances are
     f32, where the ADM suite tries f16 first.
     """
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(
-            f"{len(reference)} reference rows and {len(samples)} samples: a {k}-th neighbour needs more than {k} of"
-            " both"
-        )
+        given = f"{len(reference)} reference rows and {len(samples)} samples"
+        raise ValueError(f"{given}: a {k}-th neighbour needs more than {k} of both")
     sets = [jnp.asarray(rows, jnp.float32) for rows in (reference, samples)]
     real, fake = ((rows, jnp.concatenate([_radii(block, rows, k) for block in _blocks(rows)])) for rows in sets)
     precision, recall = (

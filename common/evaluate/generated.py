@@ -40,16 +40,13 @@ class Reference:
 
 
 def read_reference(path: Path) -> Reference:
-    """Opens a reference batch: a `.npz` with statistics `mu`, `sigma`, `mu_s`, `sigma_s` or pictures `arr_0`, which
-    stay on disk.
+    """Opens a reference `.npz`: statistics `mu`, `sigma`, `mu_s`, `sigma_s`, or pictures `arr_0`, left on disk.
 
     Raises InputError when it has neither, or when one has a wrong form.
     """
     if path.suffix == ".npy":
-        raise InputError(
-            f"{path}: a reference is not a .npy but a .npz with pictures `arr_0`: np.savez('reference.npz',"
-            " arr_0=pictures)"
-        )
+        needed = "a .npz with pictures `arr_0`: np.savez('reference.npz', arr_0=pictures)"
+        raise InputError(f"{path}: a reference is not a .npy but {needed}")
     keys = _keys(path)
     if not keys & {"mu", "arr_0"}:
         held = ", ".join(sorted(keys)) or "nothing"
@@ -82,9 +79,7 @@ def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Features of a set of pictures, f32: pooled [pictures, 2048], logits [pictures, class]. pool, spatial: moments of
-    both features.
-    """
+    """Features of pictures, f32: pooled [pictures, 2048], logits [pictures, class]; pool, spatial: their moments."""
 
     pooled: np.ndarray
     logits: np.ndarray
@@ -93,8 +88,7 @@ class Measured:
 
 
 def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[Iterable[np.ndarray]], Measured]:
-    """Makes a function of batches uint8 [any, height, width, 3], compiled once per picture size for `size` rows over
-    the mesh.
+    """Makes a function of batches uint8 [any, height, width, 3]: compiled per size, `size` rows over the mesh.
 
     The function raises InputError for batches of another type or rank, and for features that are not finite.
     """
@@ -107,15 +101,12 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
         pool, spatial = Statistics(POOL), Statistics(SPATIAL)
         for batch in batches:
             if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-                raise InputError(
-                    f"pictures are {batch.dtype} {list(batch.shape)}, and must be uint8 [batch, height, width, 3]"
-                )
+                found = f"{batch.dtype} {list(batch.shape)}"
+                raise InputError(f"pictures are {found}, and must be uint8 [batch, height, width, 3]")
             for start in range(0, len(batch), size):
                 features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
                 if not all(np.isfinite(x).all() for x in features):
-                    raise InputError(
-                        "features of pictures are not finite (NaN or infinity): the Inception weights are damaged"
-                    )
+                    raise InputError("features are not finite (NaN or infinity): the Inception weights are damaged")
                 pool.add(features[0])
                 spatial.add(features[1])
                 pooled.append(features[0])
@@ -132,14 +123,10 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
     """
     protocol = extractor.cfg.protocol
     if protocol != ADM.protocol and not reference.images:
-        raise InputError(
-            f"{reference.where}: has only statistics of {ADM.protocol!r}, and the network is {protocol!r}; it needs"
-            " pictures `arr_0`"
-        )
+        only = f"only statistics of {ADM.protocol!r}, and the network is {protocol!r}"
+        raise InputError(f"{reference.where}: has {only}; it needs pictures `arr_0`")
     if 0 < reference.images < LEAST:
-        raise InputError(
-            f"{reference.where}: {reference.images} pictures are too few for a score, which takes {LEAST} at least"
-        )
+        raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score: {LEAST} at least")
     if protocol == ADM.protocol and reference.pool and not reference.spatial:
         given = (
             f"{reference.where} has `mu` and `sigma`, which FID takes, but not sFID's spatial statistics `mu_s` and"
@@ -197,9 +184,7 @@ def _distance(ours: Gaussian, theirs: Gaussian, reference: Reference) -> float:
     try:
         return frechet_distance(ours, theirs)
     except ValueError as error:
-        raise InputError(
-            f"{reference.where}: its statistics cannot be those of pictures ({error}); fetch it again"
-        ) from error
+        raise InputError(f"{reference.where}: its statistics are not of pictures ({error}); fetch it again") from error
 
 
 def _keys(path: Path) -> set[str]:
@@ -219,14 +204,11 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
             raise InputError(f"{path}: has no `{key}`, though it has other statistics; fetch it again")
         value = arrays[key]
         if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
-            raise InputError(
-                f"{path}: `{key}` is {value.dtype} {list(value.shape)}, and must be {list(shape)} finite numbers"
-            )
+            given = f"{value.dtype} {list(value.shape)}"
+            raise InputError(f"{path}: `{key}` is {given}, and must be {list(shape)} finite numbers")
         found.append(np.asarray(value, np.float64))
     if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-        raise InputError(
-            f"{path}: `{covariance}` is not a covariance (symmetric, no negative variances); fetch it again"
-        )
+        raise InputError(f"{path}: `{covariance}` is no covariance (symmetric, variances >= 0); fetch it again")
     return Gaussian(*found)
 
 
@@ -241,9 +223,7 @@ def _shape(path: Path) -> tuple[int, ...]:
         raise InputError(f"{path}: `arr_0` is not an array ({error}); fetch it again") from error
     if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
         order = " in Fortran order" if fortran else ""
-        raise InputError(
-            f"{path}: `arr_0` is {dtype} {list(shape)}{order}, and must be uint8 [pictures, height, width, 3]"
-        )
+        raise InputError(f"{path}: `arr_0` is {dtype} {list(shape)}{order}, not uint8 [pictures, height, width, 3]")
     return shape
 
 

@@ -240,8 +240,7 @@ def pool(x: jax.Array, step: Pool) -> jax.Array:
 
 
 def legacy_bilinear(images: jax.Array, side: int) -> jax.Array:
-    """Resizes to [batch, side, side, channel] f32 like TensorFlow 1: no antialiasing, corners at the origin, edges
-    clamped.
+    """Resizes to [batch, side, side, channel] f32 like TensorFlow 1: no antialiasing, corner origin, edges clamped.
 
     The source of row i is i * (height / side), in f32; like TensorFlow it interpolates along columns, then along rows.
     """

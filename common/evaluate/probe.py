@@ -1,6 +1,4 @@
-"""Linear probe: logistic regression on frozen features by L-BFGS; regularisation chosen on validation examples (CLIP
-§3.2).
-"""
+"""Linear probe: logistic regression on frozen features by L-BFGS, regularisation by validation (CLIP §3.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +46,7 @@ def probe(
         if values.dtype.kind not in "iu" or values.min() < 0:
             raise InputError(f"labels must be whole numbers from 0, one of the data is {values.min()} ({values.dtype})")
     if test_labels.max() > labels.max():
-        raise InputError(
-            f"a test example has the label {test_labels.max()}, the training examples have 0 to {labels.max()}"
-        )
+        raise InputError(f"a test example has label {test_labels.max()}, the training examples 0 to {labels.max()}")
     order = np.random.default_rng(seed).permutation(len(labels))
     held = order[: max(1, round(held_back * len(labels)))]
     rest = order[len(held) :]

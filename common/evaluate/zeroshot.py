@@ -30,16 +30,14 @@ def read_templates(file: Path) -> tuple[str, ...]:
     for number, line in enumerate(read_lines(file), 1):
         template = line.replace("{c}", "{}")
         if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
-            raise InputError(
-                f"{file}, line {number}: {line[:80]!r} needs one {{}} for the name of the class, and no other braces"
-            )
+            what = "needs one {} for the name of the class, and no other braces"
+            raise InputError(f"{file}, line {number}: {line[:80]!r} {what}")
         templates.append(template)
     return tuple(templates)
 
 
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """Returns a unit vector per class, [classes, joint] f32: the mean over templates of unit-norm text features,
-    normalised again.
+    """Returns a unit vector per class, [classes, joint] f32: the renormalised mean over templates of text features.
 
     encode: captions -> unit-norm features [captions, joint]. Raises InputError for features that are NaN or infinite.
     """
@@ -59,10 +57,7 @@ def accuracy(image: np.ndarray, classes: np.ndarray, label: np.ndarray) -> Accur
     if label.dtype.kind not in "iu" or label.min() < 0:
         raise InputError(f"labels must be whole numbers from 0, one of the data is {label.min()} ({label.dtype})")
     if label.max() >= len(classes):
-        raise InputError(
-            f"the data has a label {label.max()} and there are {len(classes)} class names: give one for every label, in"
-            " order"
-        )
+        raise InputError(f"the data has a label {label.max()}, and {len(classes)} class names: give one per label")
     similarity = image @ classes.T
     right = np.take_along_axis(similarity, label[:, None], axis=1)
     rank = (similarity >= right).sum(1) - 1

@@ -1,3 +1,1 @@
-"""Inheritance of weights: axes name dimensions, plans map rows of a donor to rows of a student, grafts apply the
-plans.
-"""
+"""Inheritance of weights: axes name dimensions, plans map donor rows to student rows, grafts apply plans."""

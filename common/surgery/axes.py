@@ -29,9 +29,7 @@ class Axes:
     @classmethod
     @cache
     def parse(cls, text: str) -> "Axes":
-        """Parses the notation. Raises ValueError for a name used twice on one side, or a stacking axis that is not
-        first.
-        """
+        """Parses the notation. Raises ValueError for a name twice on one side, or a stacking axis that is not first."""
         left, arrow, right = text.partition("->")
         names = left.split() + right.split()
         default: Side = "read" if arrow else "carry"
@@ -73,10 +71,8 @@ class Leaf:
 
     def __post_init__(self) -> None:
         if len(self.axes.names) != len(self.shape):
-            raise ValueError(
-                f"axes '{self.axes}' name {len(self.axes.names)} dimensions, the shape {self.shape} has"
-                f" {len(self.shape)}"
-            )
+            named = f"axes '{self.axes}' name {len(self.axes.names)} dimensions"
+            raise ValueError(f"{named}, the shape {self.shape} has {len(self.shape)}")
 
     @property
     def layered(self) -> bool:
@@ -136,9 +132,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def select(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Returns the paths that a glob matches. Raises InputError when there is none: a pattern without effect is a
-    mistake.
-    """
+    """Returns the paths that a glob matches. Raises InputError when there is none: such a pattern is a mistake."""
     paths = list(paths)
     found = [p for p in paths if matches(pattern, p)]
     if not found:
@@ -147,8 +141,7 @@ def select(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
-    """Returns for each path the index of the first pattern that matches it. Every path is covered and every pattern
-    used.
+    """Returns for each path its first matching pattern's index; every path is covered and every pattern used.
 
     Raises InputError naming a path without pattern, or a pattern that is not used.
     """
@@ -158,15 +151,12 @@ def assign(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, int]:
     for path in paths:
         index = next((i for i, matched in enumerate(matching) if path in matched), None)
         if index is None:
-            raise InputError(
-                f"{path}: no rule covers this parameter{nearest(path, patterns)} (rules: {', '.join(patterns)})"
-            )
+            hint = f"{nearest(path, patterns)} (rules: {', '.join(patterns)})"
+            raise InputError(f"{path}: no rule covers this parameter{hint}")
         found[path] = index
     for i, (pattern, matched) in enumerate(zip(patterns, matching, strict=True)):
         if i not in found.values():
             first = patterns[found[min(matched)]]
-            raise InputError(
-                f"pattern {pattern!r} has no effect: {first!r} comes first and covers {min(matched)}; put {first!r}"
-                " after it"
-            )
+            why = f"{first!r} comes first and covers {min(matched)}; put {first!r} after it"
+            raise InputError(f"pattern {pattern!r} has no effect: {why}")
     return found

@@ -43,8 +43,7 @@ def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
         # JAX calls this once per device, not once per slice: replicas share a block.
         key = tuple(s.indices(n) for s, n in zip(index, line.target.shape, strict=True))
         if key not in blocks:
-            # A CPU array would alias an aligned memory map and change with the file, so copy. Building from a view
-            # copies already.
+            # A CPU array would alias a memory map and change with the file, so copy, unless building did.
             copied = isinstance(line.source, View)
             blocks[key] = np.array(build(line, index), order="C", copy=None if copied else True)
         return blocks[key]

@@ -109,9 +109,7 @@ class _Row:
         return cls(paths, row[1], orders)
 
     def numbered(self, spec: Spec) -> "Iterator[_Row]":
-        """Yields the row itself, or one row for each match of its stars; a star matches the same text in every
-        column.
-        """
+        """Yields the row, or one row per match of its stars; a star matches the same text in every column."""
         if "*" not in self.paths[0]:
             yield self
             return
@@ -127,9 +125,7 @@ def _fill(text: str, stars: Sequence[str]) -> str:
 
 
 def _terms(order: str | None, leaf: Leaf) -> list[list[int]]:
-    """Returns the foreign dimensions of a leaf, each as positions in our (unstacked) shape; an empty list is a
-    dimension of size 1.
-    """
+    """Returns a leaf's foreign dimensions, each as positions in our unstacked shape; an empty one has size 1."""
     names, sides = leaf.axes.names, leaf.axes.sides
     if leaf.layered:
         names, sides = names[1:], sides[1:]
@@ -178,9 +174,7 @@ class Layout:
             if not leaves:
                 continue  # a part this variant of the model does not have; a missing leaf shows up below
             if len(leaves) != len(row.paths):
-                raise ValueError(
-                    f"layout {self.name!r}: {row.paths} share a tensor, but the model has only some of them"
-                )
+                raise ValueError(f"layout {self.name!r}: {row.paths} share a tensor, the model has only some")
             covered.update(row.paths)
             if _LAYER.search(row.key):
                 for i in range(leaves[0].shape[0] if leaves[0].layered else _layers(spec)):
@@ -243,16 +237,14 @@ class Layout:
         """Raises InputError where a constant has other values, or a repeated tensor is not equal in every layer."""
         for key, value in self.constant.items():
             if key in tensors and not agrees(tensors[key], value):
-                raise InputError(
-                    f"{where}: tensor {key!r} is fixed in {self.name} models, but has other values here: is it one?"
-                )
+                what = f"is fixed in {self.name} models, but has other values here"
+                raise InputError(f"{where}: tensor {key!r} {what}: is it one?")
         keys = self.keys(spec)
         for path, view in self.view(tensors, spec, where).items():
             if not all(np.array_equal(view.parts[0], copy) for copy in view.copies):
                 why = f"; {self.differs}" if self.differs else ""
-                raise InputError(
-                    f"{where}: {keys[path]!r} differs from layer to layer, but this model has one {path!r} for all{why}"
-                )
+                what = f"differs from layer to layer, but this model has one {path!r} for all{why}"
+                raise InputError(f"{where}: {keys[path]!r} {what}")
 
 
 def _joint(terms: list[list[list[int]]]) -> int:
@@ -274,9 +266,7 @@ def agrees(found: np.ndarray, value: np.ndarray) -> bool:
 
 
 def own_tensors(spec: Spec) -> dict[str, Tensor]:
-    """Returns the tensors of a file of ours by path; a leaf whose layers differ in size has a tensor per layer,
-    `path/{layer}`.
-    """
+    """Returns the tensors of our file by path; leaves whose layers differ in size have a tensor per `path/{layer}`."""
     out: dict[str, Tensor] = {}
     for path, leaf in spec.items():
         if leaf.ragged:
@@ -301,9 +291,7 @@ def own_views(tensors: Mapping[str, np.ndarray], spec: Spec, where: str) -> dict
 def _check(
     tensors: Mapping[str, np.ndarray], expected: Mapping[str, Tensor], name: str, ignore: Sequence[str], where: str
 ) -> None:
-    """Raises InputError for a missing or unexpected tensor or one of another shape. ignore: globs of keys that are
-    optional.
-    """
+    """Raises InputError for a missing, unexpected or misshapen tensor. ignore: globs of keys that are optional."""
     optional = {key for key in {*tensors, *expected} if any(matches(p, key) for p in ignore)}
     if missing := expected.keys() - tensors.keys() - optional:
         key = min(missing)
@@ -313,10 +301,8 @@ def _check(
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
     for key, tensor in expected.items():
         if key in tensors and tuple(tensors[key].shape) != tensor.shape:
-            raise InputError(
-                f"{where}: tensor {key!r} has shape {tuple(tensors[key].shape)}, this configuration needs"
-                f" {tensor.shape}"
-            )
+            shape = tuple(tensors[key].shape)
+            raise InputError(f"{where}: tensor {key!r} has shape {shape}, this configuration needs {tensor.shape}")
 
 
 def _squeezed(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

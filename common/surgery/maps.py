@@ -98,9 +98,7 @@ def first(n: int) -> Pick:
 
 
 def every(source: int, target: int) -> Pick:
-    """Picks `target` rows from the front in steps of `source // target` (TinyCLIP's depth rule: 12 -> 9 is the first
-    nine).
-    """
+    """Picks `target` rows from the front in steps of `source // target` (TinyCLIP: 12 -> 9 is the first nine)."""
     if not 0 < target <= source:
         raise ValueError(f"every: {target} of {source} rows cannot be picked")
     return pick(range(0, source // target * target, source // target))
@@ -134,9 +132,7 @@ def scaled(map: Pick, scale: Array) -> Pick:
 
 
 def resize(source: int, target: int) -> Matrix:
-    """Resamples one grid axis bicubically like torch (a = -0.75, half-pixel centres, edges clamped, no
-    antialiasing).
-    """
+    """Resamples a grid axis bicubically like torch (a = -0.75, half-pixel centres, clamped, no antialiasing)."""
     a = -0.75
     values = np.zeros((target, source), np.float32)
     for i in range(target):

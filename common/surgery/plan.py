@@ -1,6 +1,4 @@
-"""Plans: path patterns and axis maps. A plan resolves to one line per leaf of the student, and a line is built to an
-array.
-"""
+"""Plans: path patterns and axis maps. A plan resolves to a line per student leaf; lines are built to arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +20,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and the origin of each, for
-    reports.
-    """
+    """A donor: parameters by path (arrays, views of a file, or tracers), their spec, and origins for reports."""
 
     spec: Spec
     values: Mapping[str, Any]
@@ -33,9 +29,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Adjacent axes of one leaf under one map. map: None for the identity on a single axis. target, source: their
-    sizes.
-    """
+    """Adjacent axes of a leaf under one map. map: None for the identity on one axis. target, source: sizes."""
 
     names: tuple[str, ...]
     target: tuple[int, ...]
@@ -64,9 +58,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """What one leaf of the student inherits and how. source: None for a fresh leaf. rule: the pattern. fraction: share
-    inherited.
-    """
+    """What a leaf of the student inherits. source: None for fresh. rule: the pattern. fraction: share inherited."""
 
     path: str
     target: Leaf
@@ -90,9 +82,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A plan for one donor and one student: a line per leaf of the student, and the leaves of the donor that are not
-    used.
-    """
+    """A plan for one donor and student: a line per leaf of the student, and the donor's unused leaves."""
 
     lines: tuple[Line, ...]
     unused: tuple[str, ...]
@@ -128,9 +118,8 @@ class Plan:
             donor = source.spec.get(path)
             if donor is None:
                 hint = nearest(path, source.spec)
-                raise InputError(
-                    f"{path}: the donor has no such parameter{hint}; give it a rule ({pattern!r} covers it now)"
-                )
+                give = f"give it a rule ({pattern!r} covers it now)"
+                raise InputError(f"{path}: the donor has no such parameter{hint}; {give}")
             if donor.axes.names != leaf.axes.names:
                 raise InputError(f"{path}: axes are '{donor.axes}' in the donor and '{leaf.axes}' here")
             runs = tuple(_runs(path, leaf, donor, pattern, maps))
@@ -144,9 +133,8 @@ class Plan:
             )
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
-            raise InputError(
-                f"rule {self.rules[i][0]!r} maps the axis {key!r}, which none of its parameters has{nearest(key, axes)}"
-            )
+            near = nearest(key, axes)
+            raise InputError(f"rule {self.rules[i][0]!r} maps the axis {key!r}, which no parameter of it has{near}")
         used = {line.path for line in lines if line.source is not None}
         return Resolution(tuple(lines), tuple(p for p in source.spec if p not in used))
 
@@ -160,9 +148,8 @@ def _runs(path: str, leaf: Leaf, donor: Leaf, pattern: str, maps: Maps) -> list[
         for i in range(len(names) - len(axes) + 1 if len(axes) > 1 else 0):
             if names[i : i + len(axes)] == axes:
                 if other := next((joint[j] for j in range(i, i + len(axes)) if j in joint), None):
-                    raise InputError(
-                        f"{path}: the rule {pattern!r} maps {other!r} and {key!r}, which share an axis; keep one"
-                    )
+                    what = f"maps {other!r} and {key!r}, which share an axis"
+                    raise InputError(f"{path}: the rule {pattern!r} {what}; keep one")
                 joint |= dict.fromkeys(range(i, i + len(axes)), key)
     runs, i = [], 0
     while i < len(names):
@@ -195,29 +182,23 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
     if isinstance(run.map, PerLayer) and not run.sourced:
         raise InputError(f"{path}: a map per layer leaves rows of axis {name!r} fresh; give them a source and scale 0")
     if isinstance(run.map, PerLayer) and (not leaf.layered or len(run.map.maps) != leaf.shape[0]):
-        raise InputError(
-            f"{path}: the map of axis {name!r} is for {len(run.map.maps)} layers, the parameter is '{leaf}'"
-        )
+        layers = len(run.map.maps)
+        raise InputError(f"{path}: the map of axis {name!r} is for {layers} layers, the parameter is '{leaf}'")
     for map in run.map.maps if isinstance(run.map, PerLayer) else (run.map,):
         if isinstance(map, Pick):
             if len(map.rows) != target:
-                raise InputError(
-                    f"{path}: axis {name!r} is {target} here, but the rule {pattern!r} picks {len(map.rows)} rows"
-                )
+                picks = f"the rule {pattern!r} picks {len(map.rows)} rows"
+                raise InputError(f"{path}: axis {name!r} is {target} here, but {picks}")
             if (outside := map.rows[(map.rows < -1) | (map.rows >= source)]).size:
-                raise InputError(
-                    f"{path}: the rule {pattern!r} picks row {outside[0]} of axis {name!r}, the donor has {source}"
-                )
+                row = f"row {outside[0]} of axis {name!r}, the donor has {source}"
+                raise InputError(f"{path}: the rule {pattern!r} picks {row}")
             if map.scale is not None and tuple(map.scale.shape) != (target,):
-                raise InputError(
-                    f"{path}: the rule {pattern!r} scales axis {name!r} by {tuple(map.scale.shape)} numbers for"
-                    f" {target} rows"
-                )
+                by = f"{tuple(map.scale.shape)} numbers for {target} rows"
+                raise InputError(f"{path}: the rule {pattern!r} scales axis {name!r} by {by}")
         elif tuple(map.values.shape) != (target, source):
             shape = tuple(map.values.shape)
-            raise InputError(
-                f"{path}: axis {name!r} goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}"
-            )
+            sizes = f"goes from {source} to {target}, the matrix of rule {pattern!r} is {shape}"
+            raise InputError(f"{path}: axis {name!r} {sizes}")
 
 
 def build(line: Line, index: Index | None = None) -> Array:
@@ -323,9 +304,7 @@ def apply(plan: Plan, source: Source, spec: Spec) -> dict[str, Any]:
     lines = plan.resolve(source, spec).lines
     for line in lines:
         if not line.complete:
-            raise InputError(
-                f"{line.path}: the rule {line.rule!r} leaves rows fresh, which needs an initialiser; use graft"
-            )
+            raise InputError(f"{line.path}: rule {line.rule!r} leaves rows fresh and needs an initialiser; use graft")
     return {line.path: build(line) for line in lines}
 
 

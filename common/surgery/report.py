@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 
 def count(spec: Spec, pattern: str) -> int:
-    """Counts parameters (elements without padding) of the leaves that a glob matches. Raises InputError when there are
-    none.
-    """
+    """Counts parameters (without padding) of the leaves that a glob matches. Raises InputError for none."""
     return sum(spec[path].count for path in select(pattern, spec))
 
 
@@ -30,16 +28,12 @@ def kernel_macs(spec: Spec, uses: Sequence[tuple[str, int]]) -> dict[str, int]:
 
 
 def attention_macs(query: Leaf, tokens: int) -> int:
-    """Counts multiply-accumulates of softmax attention's scores and values in all layers; causal attention counts in
-    full.
-    """
+    """Counts multiply-accumulates of attention's scores and values in all layers; causal attention in full."""
     return 2 * tokens**2 * query.count // prod(query.shape[i] for i in query.axes.where("read"))
 
 
 def provenance(resolution: Resolution) -> dict[str, Any]:
-    """Returns the content of `provenance.json`: source, maps and inherited fraction of each leaf, and the donor's
-    unused leaves.
-    """
+    """Returns the content of `provenance.json`: each leaf's source, maps and fraction; the donor's unused leaves."""
     leaves = {
         line.path: {
             "source": line.origin or None,

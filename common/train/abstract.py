@@ -18,9 +18,7 @@ from heirloom.common.train.step import Params, Step
 
 @dataclass(frozen=True)
 class Abstract:
-    """A train step and its arguments as `jax.ShapeDtypeStruct`s with shardings. flops: of one step on all devices
-    together.
-    """
+    """A train step and its arguments as `jax.ShapeDtypeStruct`s with shardings. flops: of one step, all devices."""
 
     step: Step
     state: State
@@ -35,14 +33,11 @@ def abstract_params(spec: Spec, mesh: Mesh) -> Params:
 
 
 def abstract_batch(mesh: Mesh, shapes: Shapes) -> dict[str, Any]:
-    """Returns the columns of a batch as shapes with split rows. Raises InputError where the mesh does not divide the
-    rows.
-    """
+    """Returns a batch's columns as shapes with split rows. Raises InputError where the mesh does not divide them."""
     shards = prod(mesh.shape[axis] for axis in ROWS)
     if uneven := next((shape[0] for shape, _ in shapes.values() if shape[0] % shards), None):
-        raise InputError(
-            f"a batch of {uneven} cannot be divided into {shards} parts (mesh data x fsdp): change --pipeline.batch"
-        )
+        parts = f"{shards} parts (mesh data x fsdp)"
+        raise InputError(f"a batch of {uneven} cannot be divided into {parts}: change --pipeline.batch")
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()

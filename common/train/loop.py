@@ -28,8 +28,7 @@ from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
-# Fields that a resume may change: they do not change what is computed. On another mesh the results are equal up to
-# rounding.
+# Fields that a resume may change: results stay the same, on another mesh up to rounding.
 FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
 
 
@@ -43,9 +42,7 @@ class Cadence:
 
 
 class Data(Protocol):
-    """An iterator of batches on the devices. state(): the position after the last batch returned, without those
-    prefetched.
-    """
+    """An iterator of batches on devices. state(): the position after the last batch returned, not prefetched."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -78,17 +75,14 @@ class Run:
             lines = [line for line in lines if not FREE.match(line)]
             if lines:
                 changed = "; ".join(map(str.strip, lines))
-                raise InputError(
-                    f"{directory} was started with another config; take a new folder, or set it back: {changed}"
-                )
+                set_back = f"take a new folder, or set it back: {changed}"
+                raise InputError(f"{directory} was started with another config; {set_back}")
             # every process of a job writes the same bytes, so their order does not matter
             part = file.with_name(f"config.json.{os.getpid()}.part")
             part.write_text(text)
             part.replace(file)
         except OSError as error:
-            raise InputError(
-                f"{directory}: cannot write a run here ({error.strerror}); choose another folder"
-            ) from error
+            raise InputError(f"{directory}: cannot write here ({error.strerror}); choose another folder") from error
         return cls(directory, json.loads(text))
 
     @cached_property
@@ -105,8 +99,7 @@ class Run:
         return self.model.exists() and self.checkpoints.latest() == total
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
-        """Restores the last state on disk, in the shapes and shardings of `like` (see `abstract_state`), or makes a new
-        one.
+        """Restores the last state on disk, in shapes and shardings of `like` (`abstract_state`), or makes a new one.
 
         after: states up to this step belong to an earlier phase of the run and have other shapes.
         """
@@ -169,9 +162,8 @@ class Run:
                 with clock.waiting():
                     batch = next(data, None)
                 if batch is None:
-                    raise InputError(
-                        f"the data ended after {n - 1} of {total} steps; a training needs batches without end"
-                    )
+                    ended = f"the data ended after {n - 1} of {total} steps"
+                    raise InputError(f"{ended}; a training needs batches without end")
                 state, metrics = step(state, batch)
                 recorder.push(n, metrics)
 
@@ -224,9 +216,7 @@ class Run:
 
 
 def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
-    """Returns the scores. Raises InputError when one is not finite: skipped steps keep the parameters finite, so it is
-    the data.
-    """
+    """Returns the scores. Raises InputError when one is not finite: as parameters always are, the data is at fault."""
     if name := next((name for name, value in scores.items() if not math.isfinite(value)), None):
         why = "check the held-out data, or lower optim.lr in a new run"
         raise InputError(f"step {step}: eval/{name} is {scores[name]}, though all parameters are finite; {why}")

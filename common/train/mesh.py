@@ -43,9 +43,7 @@ def start(cfg: MeshConfig, patience: float = 300.0) -> Mesh:
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
-    """Returns the axes of the mesh with sizes. Raises InputError when these do not multiply to the number of
-    devices.
-    """
+    """Returns the mesh's axes with sizes. Raises InputError unless these multiply to the number of devices."""
     shape = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     free = [name for name, size in shape.items() if size == -1]
     given = math.prod(size for size in shape.values() if size != -1)
@@ -53,15 +51,12 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         shape[free[0]] = devices // given
     if min(shape.values()) < 1 or math.prod(shape.values()) != devices:
         asked = " x ".join(f"{name} {size}" for name, size in shape.items())
-        raise InputError(
-            f"mesh {asked} does not make {devices} devices: change the sizes, one of them may be -1 (the rest)"
-        )
+        raise InputError(f"mesh {asked} does not make {devices} devices: change sizes, one may be -1 (the rest)")
     return shape
 
 
 def shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the sharding of each parameter: `tensor` by the name of an axis, `fsdp` on the largest remaining axis
-    that divides.
+    """Returns the shardings of parameters: `tensor` by axis name, `fsdp` on the largest other axis that divides.
 
     Stacking axes are never split, since a scan would gather every layer; leaves under `REPLICATE_BELOW` are replicated.
     """
@@ -74,8 +69,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(array: np.ndarray, mesh: Mesh, fill: float = 0) -> jax.Array:
-    """Splits the rows of an array that every process has whole over `data` and `fsdp`; evaluation distributes its
-    batches this way.
+    """Splits the rows of an array that every process has whole over `data` and `fsdp`, as evaluation does.
 
     Rows of `fill` are added at the end until the mesh divides them; the caller masks them or cuts them off.
     """
@@ -123,32 +117,26 @@ def _join(patience: float) -> None:
     elif _launched_together(os.environ):
         jax.distributed.initialize()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise InputError(
-            f"{jax.process_count()} hosts and no coordinator: set HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)"
-        )
+        known = "HEIRLOOM_CLUSTER=gcetpu (or gketpu, slurm, ompi, k8s)"
+        raise InputError(f"{jax.process_count()} hosts and no coordinator: set {known}")
 
 
 def _announced(env: Mapping[str, str]) -> Job | None:
-    """Reads a job that the user set by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not
-    set.
-    """
+    """Reads a job from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None when not set."""
     if "JAX_COORDINATOR_ADDRESS" not in env:
         return None
     wanted = {"JAX_COORDINATOR_ADDRESS": r"[^:]+:\d+", "JAX_NUM_PROCESSES": r"\d+", "JAX_PROCESS_ID": r"\d+"}
     for name, form in wanted.items():
         if not re.fullmatch(form, env.get(name, "")):
-            raise InputError(
-                f"{name} is {env.get(name)!r}: a job needs {', '.join(wanted)} (host:port and two numbers)"
-            )
+            needed = f"{', '.join(wanted)} (host:port and two numbers)"
+            raise InputError(f"{name} is {env.get(name)!r}: a job needs {needed}")
     return Job(
         env["JAX_COORDINATOR_ADDRESS"], processes=int(env["JAX_NUM_PROCESSES"]), process=int(env["JAX_PROCESS_ID"])
     )
 
 
 def _launched_together(env: Mapping[str, str]) -> bool:
-    """Returns whether a runtime that JAX knows started several processes: SLURM, MPI, or a TPU pod that lists its
-    hosts.
-    """
+    """Returns whether SLURM, MPI, or a TPU pod that lists its hosts started several processes."""
     hosts = env.get("TPU_WORKER_HOSTNAMES", "") or env.get("TPU_PROCESS_ADDRESSES", "")
     slurm = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
     return (

@@ -128,9 +128,7 @@ def _optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"{name} is not installed: pip install {name}, or leave it out of the run's writers"
-        ) from error
+        raise InputError(f"{name} is not installed: pip install {name}, or leave it out of writers") from error
 
 
 @dataclass(frozen=True)
@@ -169,9 +167,7 @@ class Clock:
         self.opened += time.perf_counter() - before
 
     def close(self) -> dict[str, float | None]:
-        """`timing` of a line: seconds since the start, examples per second, MFU, and the fraction of time spent waiting
-        for data.
-        """
+        """`timing` of a line: seconds since the start, examples per second, MFU, share of time waiting for data."""
         now = time.perf_counter()
         busy = max(now - self.opened, 1e-9)
         rate = self.steps * self.work.examples / busy
@@ -232,9 +228,7 @@ class ProgressLine:
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
-    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if the line has
-    one.
-    """
+    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if any."""
     timing = line["timing"]
     rate = timing["examples_per_second"]
     left = timedelta(seconds=round((total - line["step"]) * work.examples / rate)) if rate else "-"
@@ -276,9 +270,7 @@ class Recorder:
     _late: tuple[int, Mapping[str, Any]] | None = None
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a step just dispatched; read those of the step before and write its line if one is
-        due.
-        """
+        """Takes the metrics of a step just dispatched; reads the step before and writes its line if one is due."""
         if self._late is not None:
             self.read()
             if self.step % self.log_every == 0:

@@ -65,9 +65,7 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
     if total < 1:
         raise InputError(f"a run of {total} steps: set steps to 1 or more")
     if cfg.warmup > total:
-        raise InputError(
-            f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: set optim.warmup to {total // 10}, say"
-        )
+        raise InputError(f"a warm-up of {cfg.warmup} of {total} steps is too long: set optim.warmup to {total // 10}")
 
     def rate(step: Any) -> jax.Array:
         rising = cfg.lr * (step + 1) / max(cfg.warmup, 1)
@@ -127,9 +125,7 @@ def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
 
 
 def _matrix(path: str, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
-    """A kernel as the matrix that its layer multiplies by, whatever its number of dimensions: from what it reads to
-    what it writes.
-    """
+    """A kernel as the matrix its layer multiplies by, from what it reads to what it writes, in any dimensions."""
     read, write = leaf.axes.where("read"), leaf.axes.where("write")
     if not (path.endswith("kernel") and read and write):
         return None
@@ -151,7 +147,5 @@ def _decays(cfg: OptimConfig, path: str) -> bool:
         return True
     if role not in DECAYED | SPARED | STATISTICS:
         hint = nearest(role, DECAYED | SPARED)
-        raise InputError(
-            f"{path}: no weight decay is known for {role!r}{hint}; name it in optim.decay or optim.no_decay"
-        )
+        raise InputError(f"{path}: no weight decay for {role!r}{hint}; name it in optim.decay or optim.no_decay")
     return role in DECAYED

@@ -64,9 +64,8 @@ def finite(donor: Donor, role: str) -> Donor:
             if not np.isfinite(part).all():
                 where = donor.source.origin.get(path)
                 name = f"{path} ({where})" if where else path
-                raise InputError(
-                    f"{donor.path}: the {role}'s {name} holds NaN or infinity; fetch or train it again, or take another"
-                )
+                what = f"the {role}'s {name} holds NaN or infinity"
+                raise InputError(f"{donor.path}: {what}; fetch or train it again, or take another")
     return donor
 
 

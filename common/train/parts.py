@@ -68,9 +68,7 @@ def no_sidecars(opened: Opened, folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a method defines for one training. Nothing is opened or allocated until the runner calls one of these
-    functions.
-    """
+    """What a method defines for one training. Nothing is opened or allocated until the runner calls a function."""
 
     family: Family
     student: Any
@@ -117,8 +115,6 @@ class Parts:
     """Writes the sidecar files of weights that were inherited and not trained, where they differ."""
 
     def flops(self, teacher: Teacher | None) -> float:
-        """Counts FLOPs of one example: two per multiply-accumulate forward, four backward; the teacher runs forward
-        only.
-        """
+        """Counts FLOPs of one example: two per multiply-accumulate forward, four backward; teachers forward only."""
         student = 6 * self.family.macs(self.student, self.model.spec)
         return student + (2 * teacher.family.macs(teacher.cfg, teacher.model.spec) if teacher else 0)

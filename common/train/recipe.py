@@ -62,9 +62,7 @@ class RunConfig:
         raise NotImplementedError
 
     def check(self, mesh: Mesh) -> None:
-        """Raises InputError where the config contradicts itself or does not fit the mesh. Called before anything is
-        opened.
-        """
+        """Raises InputError where the config contradicts itself or does not fit the mesh; called first of all."""
 
     def train(self, directory: Path) -> None:
         run(self, directory)
@@ -151,9 +149,7 @@ def open_sources(parts: Parts, mesh: Mesh) -> Opened:
 def train(
     s: Session, parts: Parts, *, first: int = 0, last: int | None = None, finish: Callable[[State], None] | None = None
 ) -> State:
-    """Trains one phase of a run: the steps after `first` up to `last` (None: the last). finish(state): in place of
-    writing `RUN/model`.
-    """
+    """Trains one phase: the steps after `first` up to `last` (None: all). finish(state): instead of `RUN/model`."""
     cfg, opened, spec, folder = s.cfg, s.opened, parts.model.spec, s.run.directory
     mesh, last = opened.mesh, cfg.steps if last is None else last
     optimizer, step = _step(cfg, parts, opened.teacher, s.frozen, mesh, last - first)
@@ -201,9 +197,7 @@ def _step(
 def initial(
     cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None
 ) -> Params:
-    """Returns the initial student, inherited or from scratch, in its shardings. made: the result of `parts.resolve`, if
-    known.
-    """
+    """Returns the initial student, inherited or from scratch, in its shardings. made: of `parts.resolve`, if known."""
     if parts.start:
         return parts.start(opened, place)
     init = partial(parts.model.init, jax.random.key(cfg.seed))
@@ -226,8 +220,9 @@ def first_look(s: Session, look: Look) -> None:
 def inherit(
     cfg: RunConfig, parts: Parts, destination: Path, *, donor: Donor | None = None, force: bool = False
 ) -> dict[str, Any]:
-    """Writes the student of a recipe, inherited from its donor, as a weights folder; returns its provenance. donor: one
-    already open.
+    """Writes a recipe's student, inherited from its donor, as a weights folder; returns its provenance.
+
+    donor: one already open.
     """
     donor = donor or (parts.open(parts.donor) if parts.donor and parts.open else None)
     if donor is None or parts.resolve is None:
@@ -262,9 +257,7 @@ def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
 
 
 def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
-    """Builds the step of `train` with shapes in place of arrays. Raises InputError for a batch that the mesh does not
-    divide.
-    """
+    """Builds the step of `train` from shapes. Raises InputError for a batch that the mesh does not divide."""
     cfg.check(mesh)
     teacher = parts.outline(parts.teacher) if parts.teacher and parts.outline else None
     if isinstance(teacher, Donor) and teacher.quantized:

@@ -20,9 +20,7 @@ REPLY = 5.0  # seconds that an answer may take once connected
 
 @dataclass(frozen=True)
 class Job:
-    """One process of a job. address: "host:port" of process 0. processes: their number. process: the number of this
-    one, from 0.
-    """
+    """One process of a job. address: "host:port" of process 0. processes: their number. process: from 0."""
 
     address: str
     processes: int

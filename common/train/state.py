@@ -56,8 +56,7 @@ def state_shardings(optimizer: optax.GradientTransformation, spec: Spec, mesh: M
 def create_state(
     params: dict[str, Any], optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh, ema: float | None = None
 ) -> State:
-    """Makes the state before the first step, each leaf in its sharding. params: {path: array}, on the host or on
-    devices.
+    """Makes the state before the first step, in its shardings. params: {path: array}, on the host or on devices.
 
     The state has copies of `params`, because steps donate it. ema: decay of the average, or None for no average; the
     average starts as a copy. Raises ValueError when paths or shapes differ from `spec`.
@@ -65,9 +64,8 @@ def create_state(
     found, wanted = {p: tuple(a.shape) for p, a in params.items()}, {p: leaf.shape for p, leaf in spec.items()}
     if found != wanted:
         wrong, *more = sorted(p for p in found.keys() | wanted.keys() if found.get(p) != wanted.get(p))
-        raise ValueError(
-            f"{wrong}: the parameters have {found.get(wrong)}, the spec {wanted.get(wrong)} (and {len(more)} more)"
-        )
+        there = f"the parameters have {found.get(wrong)}, the spec {wanted.get(wrong)}"
+        raise ValueError(f"{wrong}: {there} (and {len(more)} more)")
     layout = shardings(spec, mesh)
     placed = {path: _place(params[path], layout[path]) for path in spec}
     return jax.jit(_fresh, static_argnums=(1, 2), out_shardings=state_shardings(optimizer, spec, mesh, ema))(

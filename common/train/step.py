@@ -139,8 +139,9 @@ def cast(params: Params, compute: str) -> Params:
 
 
 def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`, all in f32, averaged over the
-    micro-batches.
+    """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`: f32, means over micro-batches.
+
+    Metrics are summed.
 
     Metrics are summed.
     """
@@ -151,9 +152,7 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
         loss, metrics = loss_fn(cast(params, cfg.compute), batch, key, frozen)
         statistics = metrics.get(STATISTICS, {})
         if wrong := [path for path in statistics if path not in layout or not is_statistic(path)]:
-            raise ValueError(
-                f"{wrong[0]}: the loss returns it as a running statistic, and the model has none of this path"
-            )
+            raise ValueError(f"{wrong[0]}: the loss returns this running statistic, the model has no such path")
         aux = {name: value for name, value in metrics.items() if name != STATISTICS}, statistics
         return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
 
@@ -179,15 +178,11 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
 
 
 def _deal(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
-    """[batch, ...] -> [parts, batch / parts, ...]. Row i goes to part i mod parts: dealt like this no row changes
-    device.
-    """
+    """Reshapes [batch, ...] to [parts, batch / parts, ...]. Row i goes to part i mod parts: no row changes device."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows.shape[0] % (parts * shards):
-        raise InputError(
-            f"a batch of {len(rows)} does not divide into {parts} micro-batches on {shards} devices: change"
-            " step.accumulate"
-        )
+        parts_of = f"{parts} micro-batches on {shards} devices"
+        raise InputError(f"a batch of {len(rows)} does not divide into {parts_of}: change step.accumulate")
     dealt = jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
     return jax.lax.with_sharding_constraint(dealt, NamedSharding(mesh, PartitionSpec(None, ROWS)))
 

@@ -1,5 +1,4 @@
-"""Aux-S with the released code's oddities: 12 heads, eps 1e-5, and a divergence divided by batch times classes (SWS;
-traps T1, T3, T8).
+"""Aux-S with the released code's oddities: 12 heads, eps 1e-5, divergence / (batch x classes) (SWS; T1, T3, T8).
 
 Deviation: the teacher is DeiT-B distilled, where the release has LeViT-384; batch, schedule and precision are those of
 `learngene.recipes.imagenet`.

@@ -1,5 +1,6 @@
-"""A gene of ViT-Ti (not released): five shared blocks in 16 layers (3, 3, 4, 3, 3), distilled on ImageNet-1K from
-DeiT-B (SWS; 150 epochs).
+"""A gene of ViT-Ti (not released): five shared blocks in 16 layers, distilled from DeiT-B (SWS; 150 epochs).
+
+The layers are (3, 3, 4, 3, 3); the data is ImageNet-1K.
 
     heirloom train learngene/aux_ti --run runs/aux_ti
     heirloom expand runs/aux_ti vit_ti_9 --depth 9

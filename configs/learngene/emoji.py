@@ -1,5 +1,6 @@
-"""The demo: one gene of three blocks, distilled from a small convnet, against models from scratch, on emoji by group at
-32 px.
+"""The demo: a gene of three blocks, distilled from a convnet, against models from scratch, on emoji at 32 px.
+
+Classes are groups of emoji.
 
     heirloom compare learngene/emoji --run runs/emoji                                   # or heirloom demo learngene
     heirloom compare learngene/emoji --run runs/all --methods sws,shuffled,tleg,kd,scratch --epochs 3

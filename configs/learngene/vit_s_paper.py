@@ -1,5 +1,4 @@
-"""The released 12-layer descendant of Aux-S: 6 heads where the gene has 12, eps 1e-6, and the norm behind the mean
-(SWS; T1, T2, T3).
+"""The released 12-layer descendant of Aux-S: 6 heads of its 12, eps 1e-6, norm behind the mean (SWS; T1, T2, T3).
 
     heirloom train learngene/vit_s_paper --run runs/vit_s_paper
 

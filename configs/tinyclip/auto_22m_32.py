@@ -1,5 +1,4 @@
-"""TinyCLIP-auto-ViT-22M-32-Text-10M (automatic, 100 -> 25 %, in three stages): ViT-B/32 laion2b_e16, pruned by learned
-masks.
+"""TinyCLIP-auto-ViT-22M-32-Text-10M (automatic, 100 -> 25 %, in three stages): ViT-B/32 laion2b_e16, by masks.
 
     heirloom train tinyclip/auto_22m_32 --run runs/auto_22m_32 --data.path "laion400m/{00000..41407}.tar"
     heirloom train tinyclip/auto_22m_32 --run runs/auto_22m_32 --stage 2 ...                # one stage alone

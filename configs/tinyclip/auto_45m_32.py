@@ -1,5 +1,4 @@
-"""TinyCLIP-auto-ViT-45M-32-Text-18M (automatic, 100 -> 50 %, in two stages): ViT-B/32 laion2b_e16, pruned by learned
-masks.
+"""TinyCLIP-auto-ViT-45M-32-Text-18M (automatic, 100 -> 50 %, in two stages): ViT-B/32 laion2b_e16, by masks.
 
     heirloom train tinyclip/auto_45m_32 --run runs/auto_45m_32 --data.path "laion400m/{00000..41407}.tar"
     heirloom train tinyclip/auto_45m_32 --run runs/auto_45m_32 --stage 2 ...                # one stage alone

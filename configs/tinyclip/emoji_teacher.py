@@ -1,5 +1,4 @@
-"""The embedded teacher: a CLIP of 5.5 M parameters (and a table of 4,096 tokens) that mimics two locked pretrained
-towers.
+"""The embedded teacher: a CLIP of 5.5 M parameters (and 4,096 tokens) that mimics two locked pretrained towers.
 
     python scripts/build_icon_pairs.py --cache data/cache --out data/icons.parquet
     python scripts/locked_towers.py --cache data/cache --icons data/icons.parquet --out data/teacher_pairs.parquet

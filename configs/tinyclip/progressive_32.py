@@ -1,5 +1,4 @@
-"""ViT-B/32 -> 61M -> 40M by hand (manual, 100 -> 75 -> 50 %): both published stages in one recipe, with the original as
-teacher of both.
+"""ViT-B/32 -> 61M -> 40M by hand (100 -> 75 -> 50 %): both published stages, with the original as teacher of both.
 
     heirloom train tinyclip/progressive_32 --run runs/progressive --data.path "laion400m/{00000..41407}.tar"
     heirloom train tinyclip/progressive_32 --run runs/progressive --stage 2 ...

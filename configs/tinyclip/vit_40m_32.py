@@ -1,5 +1,4 @@
-"""TinyCLIP-ViT-40M-32-Text-19M (manual, 75 -> 50 %): from the trained 61M/32, taught by the original ViT-B/32
-laion2b_e16.
+"""TinyCLIP-ViT-40M-32-Text-19M (manual, 75 -> 50 %): from the trained 61M/32, taught by ViT-B/32 laion2b_e16.
 
     heirloom train tinyclip/vit_40m_32 --run runs/vit_40m_32 --data.path "laion400m/{00000..41407}.tar"
 

@@ -1,5 +1,4 @@
-"""4,000 five-way heads on emoji: the zoo of the demo. Not timed by itself; 65 % right on pictures the heads were not
-trained on.
+"""4,000 five-way heads on emoji: the zoo of the demo; 65 % right on pictures not trained on. Not timed by itself.
 
 heirloom train weightgen/zoo --run runs/zoo
 """

@@ -123,8 +123,7 @@ def test_the_learned_ratio_chooses_the_variance():
     start, key = jnp.zeros(100_000), jax.random.key(0)
 
     def spread(ratio):
-        # one step with noise, then x = clean: with no noise predicted, the rest is a known multiple of that step's
-        # noise
+        # one step with noise, then x = clean: predicting no noise leaves a known multiple of that step's noise
         x = sampler.run(lambda x, i: Prediction(jnp.zeros_like(x), jnp.full_like(x, ratio)), start, key)
         return float(x.std()) * sampler.alpha[1]
 

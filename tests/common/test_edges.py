@@ -1,6 +1,4 @@
-"""The edge of a command: addresses it cannot serve, a disk that fails, an interruption, what killed processes left
-behind.
-"""
+"""The edge of a command: unservable addresses, a disk that fails, an interruption, leftovers of killed processes."""
 
 import subprocess
 import sys

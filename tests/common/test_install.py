@@ -33,9 +33,7 @@ def hostile(tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """An environment with the wheel of this tree; what it depends on is seen where this environment has it, but not our
-    own install.
-    """
+    """An environment with this tree's wheel; dependencies are those of this environment, without our install."""
     folder = tmp_path_factory.mktemp("fresh")
     wheels, env = folder / "wheels", folder / "env"
     build = [

@@ -27,9 +27,7 @@ def default(field):
 
 
 def difference(value, usual=MISSING):
-    """The fields of a config that are not the defaults of its class, nested; the class is named where it is not the one
-    of `usual`.
-    """
+    """The fields of a config that are not its class's defaults, nested; the class is named unless as in `usual`."""
     if isinstance(value, list | tuple):
         return [difference(item) for item in value]
     if not is_dataclass(value):
@@ -41,9 +39,7 @@ def difference(value, usual=MISSING):
 
 
 def defaults(value, found):
-    """Adds to `found` the defaults of the class of `value` and of all classes in it: {class: {field: value}}, without
-    required fields.
-    """
+    """Adds the defaults of the classes of and in `value`: {class: {field: value}}, without required fields."""
     if isinstance(value, list | tuple):
         for item in value:
             defaults(item, found)

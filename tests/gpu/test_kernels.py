@@ -1,6 +1,4 @@
-"""The kernels of linear attention go through Mosaic's and NVIDIA's compilers for sm_90, forward and backward, branch
-included.
-"""
+"""Linear attention's kernels go through Mosaic's and NVIDIA's compilers for sm_90, with gradients and branch."""
 
 import re
 
@@ -52,9 +50,7 @@ def test_vmap(hopper):
 
 
 def test_the_module_of_the_model_transposes_nothing(hopper):
-    """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or
-    transposed.
-    """
+    """Projections write what the kernels read: no array of tokens is copied or transposed between them."""
     sizes = dict(embed=1152, head=4, head_dim=288, filter_row=5, filter_col=5)
     model = functional(
         lambda _, rngs: LinearAttention(sizes, filters="none", implementation="mosaic_gpu", rngs=rngs), None

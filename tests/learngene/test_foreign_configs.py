@@ -22,9 +22,7 @@ from learngene.zoo import FAMILY
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    """`folder(name, **fields)`: a copy of a golden whose config.json has these fields; those of model_args are
-    merged.
-    """
+    """`folder(name, **fields)`: a golden's copy with these fields in config.json; those of model_args are merged."""
 
     def make(name, **fields):
         copy = Path(shutil.copytree(golden[0] / name, tmp_path / f"{len(list(tmp_path.iterdir()))}" / name))

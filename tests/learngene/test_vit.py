@@ -96,9 +96,7 @@ def test_gather_and_loop_agree_and_drop_the_same_branches(gene, aux, images):
 
 
 def test_a_looped_blocks_gradient_is_the_float32_sum_of_its_turns(gene, draw, images):
-    """As gathered blocks have it: 24 rounded gradients of a kernel, added up in bfloat16, would be off by a rounding or
-    more in most.
-    """
+    """As gathered blocks have it: 24 rounded gradients, added in bfloat16, would mostly be off by a rounding."""
     deep = replace(gene, layout=(1, 24))
 
     def gradient(cfg):

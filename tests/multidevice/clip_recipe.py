@@ -1,6 +1,4 @@
-"""The recipe of the runs that the tests of this folder stop, spread and move; flags name teacher, donor and held-out
-pairs.
-"""
+"""The recipe of the runs that these tests stop, spread and move; flags name teacher, donor, held-out pairs."""
 
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig

@@ -115,9 +115,7 @@ def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
 
 
 def test_the_parts_of_a_run_start_no_device():
-    """Or the processes of a job could no longer find each other: jax joins them before its devices are there, or not at
-    all.
-    """
+    """Else the processes of a job could not find each other: jax joins them before devices exist, or never."""
     code = """if True:
     import jax
     from heirloom.common import config

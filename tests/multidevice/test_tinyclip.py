@@ -59,9 +59,7 @@ def drawn(spec, seed):
 
 
 def loss_and_gradients(data, fsdp, tensor):
-    """Of one step of the trainer's own wiring, with a live teacher: its metrics, and the gradients where the step
-    leaves them.
-    """
+    """One step of the trainer's own wiring, with a live teacher: its metrics, and gradients as the step has them."""
     names, devices = ("data", "fsdp", "tensor"), jax.devices()[: data * fsdp * tensor]
     mesh = jax.make_mesh((data, fsdp, tensor), names, axis_types=(AxisType.Auto,) * 3, devices=devices)
     student, theirs = functional(Clip, CFG.student), functional(Clip, TEACHER)
@@ -94,8 +92,7 @@ def test_loss_and_gradients_are_those_of_one_device(shape, split, alone):
         assert metrics[name] == pytest.approx(alone[0][name], rel=1e-6), name
     assert metrics["affinity"] != pytest.approx(metrics["contrastive"], rel=1e-3)
     for path, expected in alone[1].items():
-        # The keys' biases have no gradient: a constant added to every logit of a row changes no softmax. What is left
-        # is rounding.
+        # The keys' biases have no gradient: a constant added to all logits changes no softmax. Rounding is left.
         largest = float(np.abs(expected).max())
         assert largest < 1e-6 if path.endswith("key/bias") else largest > 1e-3, path
         np.testing.assert_allclose(gradients[path], expected, rtol=0, atol=1e-5 * largest + 1e-7, err_msg=path)
@@ -211,8 +208,7 @@ def test_a_run_moves_from_two_processes_that_are_killed_to_two_devices_and_back(
         process.send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate(timeout=LIMIT)
-    # A save waits for the one before it: after step 5 that of step 2 is complete at least, whatever became of that of
-    # step 4.
+    # A save waits for the one before: after step 5 that of step 2 is complete, whatever became of step 4's.
     killed = Checkpoints(run / "checkpoints").latest()
     assert 2 <= killed < CFG.steps - 4 and not (run / "model").exists()
 
@@ -258,6 +254,5 @@ def test_masks_are_learned_and_cut_on_a_mesh_as_on_one_device(inputs, tmp_path, 
     assert (
         mesh.cfg == alone.cfg and alone.cfg.image.width < TEACHER.image.width
     )  # the same channels, heads and units stay
-    # Less strict, far below a step's 1e-3: the masks' Adam has its own small eps, and makes more of what is only
-    # rounding.
+    # Less strict, far below a step's 1e-3: the masks' Adam has a small eps, and enlarges rounding.
     same_weights(tmp_path / "mesh", tmp_path / "alone", atol=1e-4)

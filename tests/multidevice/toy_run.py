@@ -1,6 +1,4 @@
-"""A small regression trained through the whole of common/train: the program that the tests of this folder start, stop
-and kill.
-"""
+"""A small regression trained through all of common/train: the tests of this folder start, stop and kill it."""
 
 import argparse
 import os
@@ -29,9 +27,7 @@ ROWS = 16
 
 
 class Rows:
-    """Batch n is a function of n. Batch `stall` never comes; while batch `term` is fetched, this process is asked to
-    stop.
-    """
+    """Batch n is a function of n. Batch `stall` never comes; batch `term` asks this process to stop."""
 
     def __init__(self, mesh, stall, term):
         self.next, self.sharding, self.stall, self.term = 0, batch_sharding(mesh), stall, term

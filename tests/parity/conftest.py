@@ -1,6 +1,4 @@
-"""Live references: models that transformers makes and reads. The tests here skip themselves where torch is not
-installed.
-"""
+"""Live references: models that transformers makes and reads; skipped where torch is not installed."""
 
 import pytest
 

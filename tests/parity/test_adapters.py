@@ -1,6 +1,4 @@
-"""Generated adapters in peft: the update it applies is the B A that was generated, whatever the members' alpha and
-ranks were.
-"""
+"""Generated adapters in peft: the update applied is the generated B A, whatever the members' alpha and ranks."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""AutoencoderKL through both libraries, small and at full size: moments, pictures, the way back, and files with older
-names.
-"""
+"""AutoencoderKL through both libraries, small and full size: moments, pictures, the way back, older names."""
 
 from functools import partial
 
@@ -93,9 +91,7 @@ def test_a_wrong_weight_is_noticed(small):
 
 @pytest.mark.parametrize("kind", ["old", "bin"])
 def test_files_of_older_releases(kind, small, tmp_path):
-    """The names that sd-vae-ft-* have on the hub, which diffusers renames when it loads; and a pickle under current
-    ones.
-    """
+    """The names of sd-vae-ft-* on the hub, which diffusers renames; and a pickle under current ones."""
     model, folder = small
     names = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."} if kind == "old" else {}
     tensors = {}

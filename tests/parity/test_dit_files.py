@@ -1,6 +1,4 @@
-"""facebookresearch/DiT's files at the size of DiT-S/2 and LiT-S/2: DiT's formulas in torch, the way back, training
-checkpoints.
-"""
+"""facebookresearch/DiT's files at S/2: DiT's formulas in torch, the way back, training checkpoints."""
 
 from argparse import Namespace
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""The network of published FIDs against torch: random weights in pytorch-fid's names, and the graph of 2015 written out
-in full.
-"""
+"""The network of published FIDs against torch: random weights, and the graph of 2015 written out in full."""
 
 import jax
 import numpy as np

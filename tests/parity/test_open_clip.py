@@ -73,9 +73,7 @@ def test_open_clip_reads_its_own_config_and_agrees(vision, text, model, write, t
 
 
 def test_a_setting_that_our_reader_overlooks_fails_the_verification(write, tmp_path, monkeypatch):
-    """The reference does not share our reading: were `pool_type` overlooked, it would still pool at the token it
-    names.
-    """
+    """The reference does not share our reading: were `pool_type` overlooked, it still pools at the named token."""
 
     def overlooks(c, text):
         for name in ("pool_type", "eos_id", "width", "context_length", "vocab_size"):

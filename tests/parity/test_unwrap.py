@@ -1,6 +1,4 @@
-"""What training scripts wrap around weights: averages first, prefixes off, harmless objects read, and what was done is
-said.
-"""
+"""Wrapped weights: averages first, prefixes off, harmless objects read, and what was done is said."""
 
 import json
 import shutil

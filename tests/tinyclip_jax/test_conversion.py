@@ -1,6 +1,4 @@
-"""Checkpoints that transformers and open_clip wrote: what those libraries compute from them, and the way back bit for
-bit.
-"""
+"""Checkpoints of transformers and open_clip: what those libraries compute, and the way back bit for bit."""
 
 import json
 import shutil
@@ -302,9 +300,7 @@ def random_bits(rng, tensor):
 
 @pytest.mark.parametrize("layout", [layouts.HF, layouts.OPEN_CLIP, layouts.ORIGINAL], ids=lambda layout: layout.name)
 def test_number_of_tensors_in_each_format(layout):
-    """61M/32: 12 and 9 layers. transformers keeps q, k and v apart: 16 tensors a layer, the others 12; 14 outside the
-    layers.
-    """
+    """61M/32: 12 and 9 layers. transformers keeps q, k, v apart: 16 tensors a layer, others 12; 14 outside."""
     from tinyclip_jax.zoo import STUDENTS
 
     spec = functional(Clip, STUDENTS["vit_61m_32"]).spec

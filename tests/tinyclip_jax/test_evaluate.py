@@ -142,9 +142,7 @@ def test_several_captions_of_a_picture_in_every_form(weights, tmp_path, form):
 
 
 def test_zeroshot_on_clip_benchmarks_shards(weights, tmp_path, capsys):
-    """No caption; names and templates from the files next to the splits, or from the command line, where their order is
-    free.
-    """
+    """No caption; names and templates from files next to the splits, or from flags, in any order."""
     (tmp_path / "test").mkdir()
     members = [
         (f"s{i:07d}.{e}", d) for i in range(6) for e, d in (("webp", picture(i, "WEBP")), ("cls", str(i % 3).encode()))

@@ -1,6 +1,4 @@
-"""A checkpoint of 206 MB through every job in a process of its own: memory stays near the largest leaf, never the whole
-file.
-"""
+"""A checkpoint of 206 MB through every job in its own process: memory stays near the largest leaf."""
 
 import json
 import os

@@ -184,9 +184,7 @@ def test_groups_that_span_chunks_and_devices(few_rows):
 
 @pytest.mark.parametrize(("n", "devices"), [(47, 1), (56, 8), (12, 1)])
 def test_a_last_chunk_that_is_short_is_padded_and_the_padding_counts_for_nothing(few_rows, n, devices):
-    """47 rows are a prime number, 8 devices have 7 each; in each case the fewest chunks of up to 5 rows, whatever
-    divides them.
-    """
+    """47 rows are prime, 8 devices have 7 each: the fewest chunks of up to 5 rows, whatever divides them."""
     rng = np.random.default_rng(6)
     features = [unit(rng, n, 8), unit(rng, n, 8), unit(rng, n, 5), unit(rng, n, 5)]
     expected, by_hand = jax.value_and_grad(whole, argnums=(0, 1, 4))(*features, 20.0, 7.0)

@@ -126,8 +126,10 @@ def test_masked_and_pruned_compute_the_same(small, pruned, params, images, token
 
 
 def test_where_gates_act_is_as_written_out(small, params, images, tokens):
-    """The forward pass of the release in plain sums: gates behind positions, heads, hidden units and both outputs of a
-    block, never on what a norm or a projection gives.
+    """The forward pass of the release in plain sums, with gates only where it has them.
+
+    Gates come behind positions, heads, hidden units and both outputs of a block, never on what a norm or a projection
+    gives.
     """
     cfg, leaves = small
     gates = masks.deterministic_gates(leaves)
@@ -264,9 +266,7 @@ def test_a_tower_without_channels_is_refused(small):
 
 
 def test_the_constraint_reaches_its_target(small):
-    """Masks and multipliers as they are trained, against a task that would rather keep everything: to within a
-    hundredth.
-    """
+    """Masks and multipliers as trained, against a task that would rather keep everything: within a hundredth."""
     cfg, _ = small
     how = MaskConfig(prune_step=1500, target=0.4, warmup=500)
     spec = masks.mask_spec(cfg)

@@ -1,6 +1,4 @@
-"""ResNet towers: batch-norm statistics as leaves of the tree, inheritance of leading filters, and the layout of
-open_clip.
-"""
+"""ResNet towers: batch-norm statistics in the tree, inherited leading filters, and open_clip's layout."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""Automatic inheritance and progressive distillation as a person runs them: one recipe, several stages, a stop, the
-same command.
-"""
+"""Automatic inheritance and progressive distillation as a user runs them: one recipe, several stages, a stop."""
 
 import json
 import shutil
@@ -148,8 +146,7 @@ def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
     assert float(updates["masks/image/linear"]) == pytest.approx(1.5, rel=1e-3)  # Adam's first step: the rate, up
     np.testing.assert_allclose(updates["masks/text/head"], -1.5, rtol=1e-3)
     np.testing.assert_allclose(updates["image/cls"], -1e-3 / 6, rtol=1e-2)
-    # Adam's first step is blind to the size of gradients, its moments are not: a tenth of what is clipped to one over
-    # all leaves.
+    # Adam's first step ignores the size of gradients, its moments do not: a tenth of the clipped ones.
     moments = [
         moment for _, moments in optax.tree.get_all_with_path(state, "mu") for moment in jax.tree.leaves(moments)
     ]

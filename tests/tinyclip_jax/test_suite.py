@@ -205,9 +205,7 @@ def test_a_folder_that_is_no_suite_is_refused(model, data, tmp_path):
 
 
 def test_data_sets_in_other_forms_score_the_same(model, data, tmp_path):
-    """flickr30k as one table, imagenet-a as CLIP_benchmark's shards, cifar10 as parquet with splits in the names of its
-    files.
-    """
+    """flickr30k as one table, imagenet-a as CLIP_benchmark's shards, cifar10 as parquet with splits in file names."""
     donor = open_donor(model, [family()])
     setup = setup_of(donor, start(MeshConfig()))
     params = load_params(donor, setup.mesh)

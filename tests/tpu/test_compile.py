@@ -37,9 +37,7 @@ def test_a_step_of_lit_on_a_pod_uses_the_kernels_and_says_what_it_takes(tmp_path
 
 
 def test_collectives_of_scanned_layers_are_counted_once_a_layer():
-    """Each layer's weights are gathered forward and backward, their gradients summed once; the compiler makes one of
-    them asynchronous.
-    """
+    """A layer's weights are gathered forward and backward, gradients summed once; one of them is asynchronous."""
     layers, size = 5, 512
     mesh = Mesh(np.array(describe(Topology.parse("v5e:2x2")).devices), ("fsdp",), axis_types=(AxisType.Auto,))
     weights = jax.ShapeDtypeStruct((layers, size, size), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp")))

@@ -1,6 +1,4 @@
-"""The kernels of linear attention go through Mosaic's compiler for every head and chip, forward and backward, branch
-included.
-"""
+"""Linear attention's kernels go through Mosaic's compiler for all heads and chips, with gradients and branch."""
 
 import re
 
@@ -47,9 +45,7 @@ def test_vmap(chip):
 
 
 def test_the_module_of_the_model_transposes_nothing(chip):
-    """Projections write what the kernels read: between matmuls and kernels no array of tokens is copied or
-    transposed.
-    """
+    """Projections write what the kernels read: no array of tokens is copied or transposed between them."""
     sizes = dict(embed=1152, head=4, head_dim=288, filter_row=5, filter_col=5)
     model = functional(lambda _, rngs: LinearAttention(sizes, implementation="mosaic_tpu", rngs=rngs), None)
     params = {

@@ -1,6 +1,4 @@
-"""Trainings on several devices and in several processes: what must divide, what is written once, and going on
-elsewhere.
-"""
+"""Trainings on several devices and processes: what must divide, is written once, and goes on elsewhere."""
 
 import jax
 import numpy as np

@@ -1,5 +1,4 @@
-"""D2NWG as released: vectors, convolutional autoencoder, condition as a channel of a UNet, noise prediction, all 1,024
-steps.
+"""D2NWG as released: weight vectors, a VAE, the condition as a UNet's channel, noise prediction, 1,024 steps.
 
 A baseline for comparison; `GeneratorConfig` is what this package recommends. The choices of the release are kept:
 weights are divided by a constant and nothing else, latents are drawn from the posterior, and the set encoder does not
@@ -56,15 +55,14 @@ class D2nwgConfig:
         positive(self, "steps", "shots")
         row, col, latent = self.vae.latent_shape
         if row * col * latent != self.unet.size**2:
-            raise InputError(
-                f"a latent of {row} x {col} x {latent} does not fill {self.unet.size} x {self.unet.size}: change"
-                " unet.size"
-            )
+            size = self.unet.size
+            raise InputError(f"a latent of {row} x {col} x {latent} does not fill {size} x {size}: change unet.size")
 
 
 class D2nwg(nnx.Module):
-    """Autoencoder, condition and UNet. weights: [batch, rows * length]; support: [batch, class, picture, feature];
-    images NHWC.
+    """Autoencoder, condition and UNet.
+
+    weights: [batch, rows * length]; support: [batch, class, picture, feature]; images NHWC.
     """
 
     def __init__(self, cfg: D2nwgConfig, *, rngs: nnx.Rngs):
@@ -86,9 +84,7 @@ class D2nwg(nnx.Module):
         return self.vae.decode(self.vae.encode(weights / self.cfg.scale).mean) * self.cfg.scale
 
     def latents(self, weights: jax.Array, key: jax.Array) -> jax.Array:
-        """Draw from the posterior, as an image of one channel: in memory order, channels first, without a spatial
-        meaning.
-        """
+        """Draw from the posterior, as a one-channel image in memory order, channels first, not spatial."""
         z = self.vae.encode(weights / self.cfg.scale).sample(key)
         return jnp.moveaxis(z, -1, 1).reshape(len(z), self.cfg.unet.size, self.cfg.unet.size, 1)
 
@@ -125,9 +121,7 @@ def stage2_loss(
     support: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """Compute the mean squared error of the noise at uniform times; the autoencoder gets no gradient, the condition
-    encoder does.
-    """
+    """Compute the mean squared error of the noise at uniform times; the autoencoder alone gets no gradient."""
     posterior, times, noises = jax.random.split(key, 3)
     schedule = scaled_linear_schedule(cfg.steps)
     clean = k * jax.lax.stop_gradient(model.apply(params, weights, posterior, method="latents"))
@@ -143,9 +137,7 @@ def stage2_loss(
 def sample(
     model: Functional, cfg: D2nwgConfig, k: jax.Array, params: Params, support: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Draw weights [batch, count] by ancestral sampling over all steps, posterior variance, nothing clipped; the
-    condition is encoded once.
-    """
+    """Draw weights [batch, count] by ancestral sampling over all steps: posterior variance, nothing clipped."""
     sampler = ddpm(scaled_linear_schedule(cfg.steps))
     condition = model.apply(params, support, method="embed")
     time = jnp.asarray(sampler.time, jnp.float32)

@@ -100,10 +100,7 @@ class D2nwgRecipe(LoopConfig):
 
     def config(self, zoo: Zoo, bank: Bank) -> D2nwgConfig:
         if zoo.net is None:
-            raise InputError(
-                f"{self.zoo} is of imported checkpoints, without pictures: heirloom train weightgen/generator takes"
-                " them"
-            )
+            raise InputError(f"{self.zoo} is of checkpoints, without pictures: use heirloom train weightgen/generator")
         features = replace(self.features, features=bank.features.shape[1])
         vae = replace(self.vae, length=-(-zoo.spec.count // self.vae.rows))
         slots = self.shots * zoo.classes.shape[1]
@@ -156,9 +153,7 @@ class D2nwgRecipe(LoopConfig):
         return LEARNED_POINTS if self.encoder == "set" else ()
 
     def _after_stage1(self, model: Functional, cfg: D2nwgConfig, zoo: Zoo, directory: Path) -> dict[str, jax.Array]:
-        """Train the autoencoder, in a run of its own; returns all parameters. Raises InputError when it does not pass
-        the gate.
-        """
+        """Train the autoencoder in its own run; returns all parameters. Raises InputError if the gate fails."""
         first = replace(
             self, steps=self.stage1.steps, batch=self.stage1.batch, optim=self.stage1.optim, step=self.stage1.step
         )

@@ -1,6 +1,4 @@
-"""The released denoiser: an ADM-type UNet with the condition as a further channel, 102,684,929 parameters as
-released.
-"""
+"""The released denoiser: an ADM-type UNet, the condition as a channel, 102,684,929 parameters as released."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -44,10 +44,8 @@ class VaeConfig:
                 f" resolution^2 = {self.channels_in} x {self.resolution}^2 = {self.channels_in * self.resolution**2}"
             )
         if self.resolution % 2 ** (len(self.multiples) - 1):
-            raise InputError(
-                f"a resolution of {self.resolution} cannot be halved {len(self.multiples) - 1} times: change it or"
-                " multiples"
-            )
+            halved = f"{self.resolution} cannot be halved {len(self.multiples) - 1} times"
+            raise InputError(f"a resolution of {halved}: change it or multiples")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -72,9 +70,7 @@ def block(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> ResnetBlock:
 
 
 class ConvVae(nnx.Module):
-    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back. GroupNorm of 2 groups, as
-    released.
-    """
+    """Vectors [batch, rows * length] to a latent image [batch, side, side, latent], and back; GroupNorm of 2 groups."""
 
     def __init__(self, cfg: VaeConfig, *, rngs: nnx.Rngs):
         widths = [cfg.channels * m for m in cfg.multiples]

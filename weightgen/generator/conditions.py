@@ -16,9 +16,7 @@ LEARNED_POINTS = ("**/points1", "**/points2", "**/seed")  # of Set Transformers:
 
 
 class Condition(NamedTuple):
-    """For the denoiser. tokens: [batch, token, embed], or None where only the whole network has one; whole: [batch,
-    embed].
-    """
+    """For the denoiser. tokens: [batch, token, embed], None where only the network has one; whole: [batch, embed]."""
 
     tokens: jax.Array | None
     whole: jax.Array
@@ -64,14 +62,11 @@ class SetConfig:
     def __post_init__(self) -> None:
         positive(self, "features", "hidden", "heads", "inducing", "out", "latent")
         if self.hidden % self.heads:
-            raise InputError(
-                f"{self.heads} heads do not divide a hidden width of {self.hidden}: change heads or hidden"
-            )
+            raise InputError(f"{self.heads} heads do not divide hidden {self.hidden}: change heads or hidden")
 
 
 class Mab(nnx.Module):
-    """Multihead attention block of the Set Transformer. query: [batch, q, query_in]; key: [batch, k, key_in]; returns
-    [batch, q, hidden].
+    """Multihead attention block of the Set Transformer: [batch, q, query_in], [batch, k, key_in] -> [batch, q, hidden].
 
     The residual is the projected query, and scores are divided by the root of the whole width, as the released code
     does.
@@ -100,9 +95,7 @@ class Mab(nnx.Module):
 
 
 class SetTransformer(nnx.Module):
-    """ISAB, ISAB, pooling by one seed, SAB, SAB, linear: a set [batch, element, feature] to [batch, out], whatever its
-    order.
-    """
+    """ISAB, ISAB, pooling by one seed, SAB, SAB, linear: a set [batch, element, feature] to [batch, out]."""
 
     def __init__(self, cfg: SetConfig, *, rngs: nnx.Rngs):
         h, heads = cfg.hidden, cfg.heads
@@ -131,8 +124,7 @@ class SetTransformer(nnx.Module):
 
 
 class SetOfSets(nnx.Module):
-    """The released data-set encoder: one Set Transformer over the pictures of a class, one over classes, a linear layer
-    to the latent.
+    """The released data-set encoder: a Set Transformer over a class's pictures, one over classes, a linear layer.
 
     x: [batch, class, picture, feature]; returns [batch, latent]. Invariant to the order of classes: unlike
     `PerClass` it does not tell which row of a head belongs to which class.

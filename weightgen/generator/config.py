@@ -54,15 +54,11 @@ class GeneratorConfig:
         if self.prior == "linear" and self.condition in ("label", "chunk"):
             raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
         if self.prior == "linear" and self.codec is not None:
-            raise InputError(
-                'a learned codec codes weights, not what a linear prior leaves of them: set prior to "none"'
-            )
+            raise InputError('a learned codec codes weights, not a linear prior\'s rest: set prior to "none"')
         if (self.net is None) == (self.cut is None):
             raise InputError("a generator is of a network (net) or of imported checkpoints (cut): give one of both")
         if self.condition in ("label", "chunk") and self.labels < 1:
-            raise InputError(
-                f"labels is {self.labels}: the condition {self.condition} needs the number of tasks or chunks"
-            )
+            raise InputError(f"labels is {self.labels}: {self.condition} needs the number of tasks or chunks")
 
     @property
     def tokens(self) -> TokenSpec:
@@ -96,9 +92,7 @@ class GeneratorConfig:
 
     @property
     def by_row(self) -> bool:
-        """Whether tokens are exchangeable rows of a head, each with the condition of its class; other tokens are known
-        by their place.
-        """
+        """Whether tokens are exchangeable rows of a head, each with its class's condition; others have places."""
         placed = self.codec is not None and self.codec.order == "ordered"
         return self.net is not None and self.net.kind == "head" and self.condition == "per_class" and not placed
 

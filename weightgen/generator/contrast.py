@@ -1,6 +1,4 @@
-"""Alignment of data-set embeddings with latents of weights. weights, data: [batch, latent] f32; each returns a mean
-(nats).
-"""
+"""Alignment of data-set embeddings with latents. weights, data: [batch, latent] f32; each gives a mean (nats)."""
 
 from math import log
 from typing import Any, Literal
@@ -18,8 +16,10 @@ MOST = log(100)  # of the learned scale's logarithm, as in CLIP
 
 
 class Aligned(nnx.Module):
-    """A data-set encoder with the scalars its loss learns: a temperature from 0.07 down to 0.01 (info_nce), a scale
-    from 10 up to 100 and a bias from -10 (siglip), nothing (soft_target, as released).
+    """A data-set encoder with the scalars that its loss learns.
+
+    info_nce: a temperature from 0.07 down to 0.01; siglip: a scale from 10 up to 100 and a bias from -10; soft_target:
+    none, as released.
     """
 
     def __init__(self, cfg: SetConfig, loss: Loss, *, rngs: nnx.Rngs):
@@ -42,9 +42,7 @@ class Aligned(nnx.Module):
 
 
 def soft_target(weights: jax.Array, data: jax.Array) -> jax.Array:
-    """As released: targets are the softmax of the mean of both similarities, nothing is normalised, and gradients flow
-    into them.
-    """
+    """As released: targets are the softmax of both mean similarities, unnormalised, and get gradients."""
     scores = weights @ data.T
     targets = jax.nn.softmax((weights @ weights.T + data @ data.T) / 2, axis=1)
     ways = [-(t * jax.nn.log_softmax(s, axis=1)).sum(1) for s, t in ((scores, targets), (scores.T, targets.T))]

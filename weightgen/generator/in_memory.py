@@ -47,9 +47,7 @@ class Trained:
 def train_generator(
     cfg: GeneratorConfig, zoo: Zoo, bank: Bank, *, loop: LoopConfig, directory: Path, dropout: float = 0.1
 ) -> Trained:
-    """Train a generator of a zoo's networks and keep it in memory; `directory` holds the run, which is continued if it
-    was stopped.
-    """
+    """Train a generator of a zoo's networks, kept in memory; `directory` holds the run and continues it."""
     parts = generator_parts(cfg, zoo, bank, loop=loop, dropout=dropout)
     session = recipe.begin(loop, directory, parts)
     assert session is not None  # without RUN/model a run is not finished

@@ -14,8 +14,9 @@ from weightgen.generator.config import GeneratorConfig
 def loss(
     model: Functional, cfg: GeneratorConfig, dropout: float
 ) -> Callable[[dict[str, Any], dict[str, Any], jax.Array, Any], tuple[jax.Array, dict[str, Any]]]:
-    """Build the loss: mean squared error of v = alpha noise - sigma clean, times uniform; the condition is dropped with
-    probability `dropout`.
+    """Build the loss: mean squared error of v = alpha noise - sigma clean at uniform times.
+
+    The condition is dropped with probability `dropout`.
 
     batch: tokens [b, token, length] f32, support [b, class, shots, feature] f32, shots [b] int32.
     Deviation: the released model predicts the noise; v keeps the conditional mean well scaled at all times.

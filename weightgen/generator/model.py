@@ -22,9 +22,7 @@ from weightgen.zoo.zoo import Zoo, flat
 
 
 class RowPrior(nnx.Module):
-    """Rows of a head by a linear map of `row_condition`, one map for each number of pictures. mean: [batch, class,
-    feature].
-    """
+    """Rows of a head by a linear map of `row_condition`, one per number of pictures. mean: [batch, class, feature]."""
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         sizes = {"shots": cfg.shots, "condition": 4 * cfg.features + 3, "weight": cfg.tokens.length}
@@ -37,9 +35,7 @@ class RowPrior(nnx.Module):
 
 
 class WholePrior(nnx.Module):
-    """All weights of a network by a linear map of its classes' means, end to end in their order. mean: [batch, class,
-    feature].
-    """
+    """A network's weights, in order, by a linear map of its classes' means. mean: [batch, class, feature]."""
 
     def __init__(self, cfg: GeneratorConfig, *, rngs: nnx.Rngs):
         self.spec = cfg.tokens

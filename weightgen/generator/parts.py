@@ -1,6 +1,4 @@
-"""Recipes of a generator's parts: a codec in the place of PCA, and an encoder of data sets. Each writes a folder that
-it names.
-"""
+"""Recipes of a generator's parts: a codec instead of PCA, and an encoder of data sets; each writes a folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

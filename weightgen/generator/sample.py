@@ -38,8 +38,7 @@ Draw = Callable[..., jax.Array]
 
 
 def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
-    """`draw(params, support, mask, key, index, start=None)`: tokens [batch, token, length] f32, compiled once per
-    shape.
+    """`draw(params, support, mask, key, index, start=None)`: tokens [batch, token, length] f32, jitted per shape.
 
     support, mask: the condition, as `Generator` takes it. index: [batch] int32, which sample of the seed a row is:
     (key, index) fixes its noise, that of ddpm's steps too, on any number of devices. start: tokens to refine, with a

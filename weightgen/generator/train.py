@@ -91,9 +91,7 @@ class GeneratorRecipe(LoopConfig):
     """Optimizer steps of the whole run."""
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
-        """What the recipe makes of a zoo. Raises InputError when its condition is not what the zoo's networks were made
-        for.
-        """
+        """What the recipe makes of a zoo. Raises InputError when its networks were made for another condition."""
         by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
         fits = {
             "pictures": ("per_class", "set", "mlp"),
@@ -110,10 +108,8 @@ class GeneratorRecipe(LoopConfig):
         if encoder and self.condition != "set":
             raise InputError(f"an encoder is for the condition set, not {self.condition}")
         if encoder and encoder.features != bank.features.shape[1]:
-            raise InputError(
-                f"{self.encoder} looks at {encoder.features} features, {self.zoo} has {bank.features.shape[1]}: train"
-                " an encoder on it"
-            )
+            features = f"{encoder.features} features, {self.zoo} has {bank.features.shape[1]}"
+            raise InputError(f"{self.encoder} looks at {features}: train an encoder on it")
         return GeneratorConfig(
             net=zoo.net,
             latent=self.latent,

@@ -75,20 +75,14 @@ def settings(about: Mapping[str, Any], label: str) -> LoraSettings:
     if (kind := about.get("peft_type")) != "LORA":
         raise InputError(f"{label}: peft_type is {kind!r}; only LORA can be generated")
     if (bias := about.get("bias", "none")) != "none":
-        raise InputError(
-            f"{label}: bias is {bias!r}, so biases of the base model were trained too; only none can be generated"
-        )
+        raise InputError(f"{label}: bias is {bias!r}, so the base's biases were trained; only none can be generated")
     if (begin := about.get("init_lora_weights")) not in PLAIN_STARTS:
-        raise InputError(
-            f"{label}: init_lora_weights is {begin!r}, which changes the base model: save the adapter with "
-            "path_initial_model_for_weight_conversion, then it is a plain one"
-        )
+        save = "save the adapter with path_initial_model_for_weight_conversion, then it is a plain one"
+        raise InputError(f"{label}: init_lora_weights is {begin!r}, which changes the base model: {save}")
     for name, value in about.items():
         if name not in READ + HARMLESS and value:
-            raise InputError(
-                f"{label}: {name} is {_short(value)}, which is not read here and may change the update; only plain"
-                " LoRA is"
-            )
+            only = "not read here and may change the update; only plain LoRA is"
+            raise InputError(f"{label}: {name} is {_short(value)}, which is {only}")
     numbers = {"r": about.get("r", 8), "lora_alpha": about.get("lora_alpha", 8)}
     patterns = {name: about.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
@@ -135,9 +129,7 @@ def read_settings(file: Path) -> LoraSettings:
 
 
 def in_metadata(file: Path) -> dict[str, LoraSettings]:
-    """Read the settings that diffusers keeps in the metadata of a safetensors file, by the first part of the modules'
-    names; none: empty.
-    """
+    """Read diffusers' settings in the metadata of a safetensors file, by module prefix; none: empty."""
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, framework="numpy") as opened:
@@ -182,9 +174,7 @@ def generated(tensors: Mapping[str, Any], known: LoraSettings | None) -> dict[st
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write a generated adapter in the layout of the zoo's members (`adapter.json`): for peft its config and the names
-    it accepts.
-    """
+    """Write a generated adapter in its members' layout (`adapter.json`): for peft, its config and names."""
     layout = about.get("layout")
     found = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     if layout == "peft":

@@ -18,8 +18,9 @@ from weightgen.zoo.zoo import Zoo, flat
 
 
 def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -> tuple[Zoo, tuple[str, ...]]:
-    """Import the checkpoints in a folder (safetensors, torch or numpy, one architecture), one at a time: a zoo, and its
-    tasks in words.
+    """Import a folder of checkpoints (safetensors, torch or numpy, one architecture): a zoo, and tasks in words.
+
+    They are read one at a time.
 
     `quality.json` in the folder gives accuracies by file name, `tasks.json` what each file is for; a file it does not
     name is a task of that name. Pairs of low-rank adapters are made canonical, their scale inside. `zoo.about` has the
@@ -43,10 +44,8 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
         loaded.append(replace(own, tensors={}))
     if faults:
         named = listed(f"{name} ({why})" for name, why in faults.items())
-        raise InputError(
-            f"{folder}: {len(faults)} of {len(members)} members have NaN or infinity: {named}; take them out of the"
-            " folder"
-        )
+        which = f"{len(faults)} of {len(members)} members have NaN or infinity: {named}"
+        raise InputError(f"{folder}: {which}; take them out of the folder")
     notes = [f"left alone: {len(left)} without weights ({listed(left)})"] if left else []
     notes += agree(members, loaded) + _twins(names, rows)
     if tasks and len(tasks) < len(names):
@@ -88,10 +87,8 @@ def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, An
     if not isinstance(values, Mapping) or not all(isinstance(value, kind) and value != "" for value in values.values()):
         raise InputError(f"{file} must give {said} for each file: {{file name: {said}}}")
     if unknown := [key for key in values if key not in members]:
-        raise InputError(
-            f"{file} names {listed(unknown)}, not in the folder{nearest(unknown[0], members)}; the keys are names of"
-            " files"
-        )
+        near = nearest(unknown[0], members)
+        raise InputError(f"{file} names {listed(unknown)}, not in the folder{near}; the keys are names of files")
     return values
 
 
@@ -101,16 +98,12 @@ def _cut(member: Member, first: Loaded, chunk: int | None, select: str) -> Token
         chosen = {piece.path for piece in spec.pieces}
         for pair in pairs(first.tensors).values() if first.layout else ():
             if len({pair.down, pair.up} & chosen) == 1:
-                raise InputError(
-                    f"select takes one half of the adapter of {pair.module}: both belong together, or none"
-                )
+                raise InputError(f"select takes half of the adapter of {pair.module}: take both halves, or none")
     except InputError as error:
         raise InputError(f"{member.path}: {error}") from error
     if empty := [piece.path for piece in spec.pieces if not piece.size]:
-        raise InputError(
-            f"{member.path}: {listed(empty)} has no numbers; gather the weights (ZeRO-3) and save, or leave it out by"
-            " select"
-        )
+        gather = "gather the weights (ZeRO-3) and save, or leave it out by select"
+        raise InputError(f"{member.path}: {listed(empty)} has no numbers; {gather}")
     return spec
 
 

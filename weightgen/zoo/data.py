@@ -29,8 +29,7 @@ SHARES = {"support": 0.5, "select": 0.2, "test": 0.3}  # of a class's concepts
 
 
 def encoder(backend: str) -> Encode:
-    """Open an encoder of pictures. `pixels`: thumbnails of 16 x 16; anything else: the image tower of the model at that
-    SOURCE (`embedded:emoji`, `hf:...`).
+    """Open an encoder of pictures: `pixels` for 16 x 16 thumbnails, else the image tower of the model at a SOURCE.
 
     Any function of that shape serves as well; this one is for configs. Raises InputError when the model has no image
     tower.
@@ -41,10 +40,8 @@ def encoder(backend: str) -> Encode:
     if not hasattr(donor.family.module, "encode_image"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no images: name a CLIP, or pixels")
     if not (donor.folder / "preprocess.json").is_file():
-        raise InputError(
-            f"{backend}: no preprocess.json next to the weights; heirloom convert {backend} DEST makes a folder that"
-            " has one"
-        )
+        make = f"heirloom convert {backend} DEST makes a folder that has one"
+        raise InputError(f"{backend}: no preprocess.json next to the weights; {make}")
     pre = Preprocess.load(donor.folder)
     params = {path: np.asarray(view, np.float32) for path, view in donor.source.values.items()}
     forward = jax.jit(lambda x: donor.model.apply(params, x, method="encode_image"))
@@ -62,9 +59,7 @@ def encoder(backend: str) -> Encode:
 
 
 def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """Open an encoder of words to unit vectors [text, feature] f32, by the text tower of the model at that SOURCE.
-    Raises InputError when it has none.
-    """
+    """Open an encoder of words to unit vectors [text, feature] f32: the text tower at a SOURCE, or InputError."""
     donor = open_any(backend)
     if not hasattr(donor.family.module, "encode_text"):
         raise InputError(f"{backend} is a {donor.family.name} model, which encodes no text: name a CLIP")
@@ -80,16 +75,13 @@ def text_encoder(backend: str) -> Callable[[Sequence[str]], np.ndarray]:
 
 
 def labelled(source: Source, path: str) -> tuple[list[Any], np.ndarray]:
-    """Read all records of a source with classes, and their labels [record] int. Raises InputError for a record without
-    one of its classes.
-    """
+    """Read all records of a source with classes, labels [record] int. Raises InputError for one without."""
     records, count = [source[i] for i in range(len(source))], len(getattr(source, "classes", ()))
     labels = np.array([-1 if r.get("label") is None else int(r["label"]) for r in records])
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
         key = records[wrong[0]].get("key", wrong[0])
-        raise InputError(
-            f"{path}: {len(wrong)} of {len(records)} pictures have none of its {count} classes ({key}); leave them out"
-        )
+        bad = f"{len(wrong)} of {len(records)} pictures"
+        raise InputError(f"{path}: {bad} have none of its {count} classes ({key}); leave them out")
     return records, labels
 
 
@@ -122,9 +114,8 @@ class Projection:
     @classmethod
     def fit(cls, backend: str, raw: np.ndarray, features: int) -> "Projection":
         if features > min(raw.shape):
-            raise InputError(
-                f"{features} features of {raw.shape[0]} pictures with {raw.shape[1]} raw features: ask for fewer"
-            )
+            given = f"{raw.shape[0]} pictures with {raw.shape[1]} raw features"
+            raise InputError(f"{features} features of {given}: ask for fewer")
         mean = raw.mean(0)
         _, values, rows = np.linalg.svd(raw - mean, full_matrices=False)
         scale = np.sqrt(len(raw) * features / np.sum(values[:features] ** 2))
@@ -161,9 +152,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Bank:
-    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: of the
-    classes.
-    """
+    """Features by class. features: [picture, feature] f32, sorted by class; starts: [class + 1]; names: classes."""
 
     features: np.ndarray
     starts: np.ndarray
@@ -204,9 +193,7 @@ class Bank:
         return np.stack([self.features[a:b].mean(0) for a, b in zip(self.starts, self.starts[1:], strict=False)])
 
     def draw(self, classes: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw [..., shots, feature]: distinct pictures of each class of `classes` [...], repeated only where a class
-        has fewer.
-        """
+        """Draw [..., shots, feature]: distinct pictures of each of `classes` [...], repeated if it has fewer."""
         counts = self.counts[classes]
         picks = np.zeros((*classes.shape, shots), np.int64)
         for k in range(shots):
@@ -243,9 +230,7 @@ class EmojiTasks:
 
 
 def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int = 6, seed: int = 0) -> EmojiTasks:
-    """Read the embedded emoji. held_out: subgroups that no zoo network is trained on; least: concepts a subgroup must
-    have to be a class.
-    """
+    """Read the embedded emoji. held_out: subgroups no zoo trains on; least: concepts of a subgroup to be a class."""
     source = open_source(SourceConfig(path="emoji", columns=("subgroup", "concept")))
     records = [source[i] for i in range(len(source))]
     concepts: dict[str, list[str]] = {}

@@ -84,8 +84,7 @@ def build(
     seed: int = 0,
     first: int = 0,
 ) -> Iterator[Params]:
-    """Train a zoo chunk by chunk, so that it never has to be in memory; yields populations of `chunk` networks and a
-    rest.
+    """Train a zoo in chunks, so that it never fills the memory; yields populations of `chunk` networks and a rest.
 
     first: where to begin, a multiple of `chunk`. data(first, last): x [member, example, ...] and y [member, example] of
     these members.

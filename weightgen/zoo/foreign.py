@@ -28,8 +28,9 @@ EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Read all tensors of a checkpoint's files, memory-mapped. Raises InputError where a shard is missing, for a tensor
-    that is in two files, and for 8-bit floats.
+    """Read all tensors of a checkpoint's files, memory-mapped.
+
+    Raises InputError where a shard is missing, for a tensor that is in two files, and for 8-bit floats.
     """
     _all_shards(files)
     tensors: dict[str, np.ndarray] = {}
@@ -38,15 +39,13 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
             found = open_tensors(file)
         except InputError as error:
             if EIGHT_BIT_FLOATS.search(str(error)):
-                raise InputError(
-                    f"{error}: its weights are quantised; take the original in bfloat16 or float32"
-                ) from error
+                take = "take the original in bfloat16 or float32"
+                raise InputError(f"{error}: its weights are quantised; {take}") from error
             raise
         if twice := found.keys() & tensors.keys():
             others = ", ".join(other.name for other in files if other != file)
-            raise InputError(
-                f"{file}: {min(twice)} is in this file and in another ({others}); name one file, or move the others"
-            )
+            also = f"is in this file and in another ({others})"
+            raise InputError(f"{file}: {min(twice)} {also}; name one file, or move the others")
         tensors |= found
     return tensors
 
@@ -60,17 +59,14 @@ def _all_shards(files: Sequence[Path]) -> None:
             at, end = hit.span("number")
             wanted = [f"{file.name[:at]}{i:0{digits}d}{file.name[end:]}" for i in range(1, count + 1)]
             if missing := [name for name in wanted if name not in given and not (file.parent / name).is_file()]:
-                raise InputError(
-                    f"{file.parent}: {len(missing)} of {count} shards are missing ({listed(missing)}); fetch them"
-                )
+                which = f"{len(missing)} of {count} shards are missing ({listed(missing)})"
+                raise InputError(f"{file.parent}: {which}; fetch them")
             if missing := [name for name in wanted if name not in given]:
                 raise InputError(f"{file} is one of {count} shards; name the folder that holds them, {file.parent}")
 
 
 def quantisation(tensors: Mapping[str, np.ndarray], config: Path | None = None) -> str:
-    """Tell how a checkpoint is quantised and which tensor shows it, or an empty string. config: its `config.json`, if
-    there is one.
-    """
+    """Tell how a checkpoint is quantised and which tensor shows it; "" if not. config: its `config.json`, if any."""
     for name, tensor in tensors.items():
         if scheme := next((scheme for scheme, mark in SCHEMES.items() if re.search(mark, name)), ""):
             return f"{name} is of weights in {scheme}"

@@ -1,5 +1,4 @@
-"""Low-rank adapters in a checkpoint: which tensors are pairs, under the names of several libraries, and their canonical
-form.
+"""Low-rank adapters in a checkpoint: pairs of tensors, in several libraries' names, and their canonical form.
 
 An adapter is a product B A; (B R, R^-1 A) is the same adapter for every invertible R. A generator would see an
 arbitrary basis, so adapters are brought to one form first, with their scale (alpha / rank) inside: rows of a zoo are
@@ -50,9 +49,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two tensors of a module, and their names without that of the adapter. They may have axes of a convolution at
-    their end.
-    """
+    """A module's two tensors, and their names without the adapter's. Convolution axes may be at their end."""
 
     module: str
     down: str
@@ -61,9 +58,10 @@ class Pair:
 
 
 def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
-    """Compute the canonical form, the singular value decomposition of scale B A: roots of the singular values on both
-    sides, in falling order; of each direction the largest entry of its left vector is positive. Without forming the
-    [out, in] product. A rank above `out` or `in` is kept, its surplus zeros. In f32, or f64 where `up` is.
+    """Compute the canonical form, the singular value decomposition of scale B A, without the product [out, in].
+
+    Both sides get the roots of the singular values, in falling order; of each direction the largest entry of its left
+    vector is positive. A rank above `out` or `in` is kept, its surplus zeros. In f32, or f64 where `up` is.
     """
     out_basis, out_mix = np.linalg.qr(scale * adapter.up.astype(np.float64))
     in_basis, in_mix = np.linalg.qr(adapter.down.astype(np.float64).T)
@@ -104,14 +102,11 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
         elif key.removesuffix(".alpha") in with_pair:
             continue
         elif kind := next((kind for kind, mark in OTHERS.items() if re.search(mark, key)), None):
-            raise InputError(
-                f"{key} is of {kind} and no plain LoRA: only pairs B A can be generated; merge it into its base model"
-            )
+            plain = "only pairs B A can be generated; merge it into its base model"
+            raise InputError(f"{key} is of {kind} and no plain LoRA: {plain}")
     if not found:
-        raise InputError(
-            "no adapters here: names must end in .lora_A.weight and .lora_B.weight, or .lora_down.weight and"
-            " .lora_up.weight"
-        )
+        pairs = ".lora_A.weight and .lora_B.weight, or .lora_down.weight and .lora_up.weight"
+        raise InputError(f"no adapters here: names must end in {pairs}")
     if len(names) > 1:
         raise InputError(f"there are several adapters, {listed(sorted(names))}: keep one in a file")
     out: dict[str, Pair] = {}
@@ -137,10 +132,8 @@ def _plain(key: str) -> str:
 
 def _check(module: str, down: np.ndarray, up: np.ndarray) -> None:
     if not down.size or not up.size:
-        raise InputError(
-            f"{module}: its adapter has no numbers (shapes {down.shape} and {up.shape}); gather it (ZeRO-3) before"
-            " saving"
-        )
+        shapes = f"shapes {down.shape} and {up.shape}"
+        raise InputError(f"{module}: its adapter has no numbers ({shapes}); gather it (ZeRO-3) before saving")
     if down.dtype.kind in "iub" or up.dtype.kind in "iub":
         raise InputError(f"{module}: its adapter is {down.dtype}: it is quantised; take the original")
     if down.ndim < 2 or up.ndim != down.ndim or set(up.shape[2:]) > {1} or len(down) != up.shape[1]:
@@ -164,9 +157,7 @@ def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> di
 def canonical_tensors(
     tensors: Mapping[str, np.ndarray], scale: Scale = lambda module, rank: 1.0
 ) -> dict[str, np.ndarray]:
-    """Bring every pair of a checkpoint into canonical form, its scale inside; alphas are left out, other tensors as
-    they are.
-    """
+    """Bring a checkpoint's pairs into canonical form, scale inside; alphas are left out, other tensors unchanged."""
     modules = pairs(tensors)
     gone = {f"{module}.alpha" for module in modules}
     fixed: dict[str, np.ndarray] = {}

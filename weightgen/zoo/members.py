@@ -1,6 +1,4 @@
-"""A folder of foreign checkpoints: which of its files and folders are members of a zoo, and their tensors in one
-form.
-"""
+"""A folder of foreign checkpoints: which files and folders are members of a zoo, and their tensors, as one form."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +34,9 @@ class Member:
 
 
 def find_members(folder: Path) -> tuple[list[Member], list[str]]:
-    """Find the members of a folder in the order of their names, and the names of what is left alone: hidden files,
-    states of trainings, folders and files without weights. Raises InputError when there are no members.
+    """Find the members of a folder, sorted, and the names of what is left alone. Raises InputError for no members.
+
+    Left alone are hidden files, states of trainings, folders and files without weights.
     """
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     shards = {name for path in paths if ".index" in path.name and path.suffix == ".json" for name in _shards(path)}
@@ -79,15 +78,12 @@ def _member(path: Path) -> Member | None:
     if not weights:
         return None
     if config.is_file():
-        raise InputError(
-            f"{path} has an {CONFIG}, and its weights are {listed(p.name for p in weights)}: name them {ADAPTER[0]}"
-        )
+        names = listed(p.name for p in weights)
+        raise InputError(f"{path} has an {CONFIG}, and its weights are {names}: name them {ADAPTER[0]}")
     files = [file for file in weights_files(path) if not STATE.match(file.name)]
     if len(files) > 1 and not all(SHARD.match(file.name) for file in files):
-        raise InputError(
-            f"{path} holds several files of weights ({listed(file.name for file in files)}): keep one checkpoint in a"
-            " folder"
-        )
+        names = listed(file.name for file in files)
+        raise InputError(f"{path} holds several files of weights ({names}): keep one checkpoint in a folder")
     return Member(path, tuple(files))
 
 
@@ -165,9 +161,8 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
                 how = (
                     f"{of(own)!r} and {of(first)!r}" if what != "scale" else f"{own.scale_from} and {first.scale_from}"
                 )
-                raise InputError(
-                    f"{member.path} and {members[0].path} differ in {what} ({how}): keep one kind of adapters in a zoo"
-                )
+                paths = f"{member.path} and {members[0].path}"
+                raise InputError(f"{paths} differ in {what} ({how}): keep one kind of adapters in a zoo")
     if first.layout is None:
         return notes
     scales = sorted({scale for own in loaded for scale in own.scales.values()})
@@ -185,8 +180,9 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
 def adapter_record(
     members: Sequence[Member], loaded: Sequence[Loaded], tensors: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Record what a generator needs to write an adapter: the layout, its adapter_config.json, and what was done to the
-    members; None where these are no adapters.
+    """Record what a generator needs to write an adapter; None where the members are none.
+
+    The layout, its adapter_config.json, and what was done to the members.
     """
     first = loaded[0]
     if first.layout is None:

@@ -38,8 +38,9 @@ from weightgen.zoo.zoo import Zoo, by_chunk, flat, head_tokens
 
 @dataclass(frozen=True)
 class ZooData:
-    """Pictures as a zoo's networks take them: to train on, and held out to score on. condition: features of the former,
-    for a generator; projection: how pictures became features.
+    """Pictures as a zoo's networks take them: to train on, and held out to score on.
+
+    condition: features of the former, for a generator; projection: how pictures became features.
     """
 
     train: Bank
@@ -75,8 +76,7 @@ class ZooRecipe:
         positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
-        """Write `RUN/zoo`, in the first process of a job. A run that was stopped continues after its last finished
-        chunk.
+        """Write `RUN/zoo`, in a job's first process. A stopped run continues after its last finished chunk.
 
         Raises InputError when networks diverge.
         """
@@ -116,10 +116,8 @@ class ZooRecipe:
             trained = flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()}))
             if len(bad := np.flatnonzero(~np.isfinite(trained).all(1))):
                 numbers = listed(str(i * self.chunk + row) for row in bad)
-                raise InputError(
-                    f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers}): lower fit.lr, now"
-                    f" {self.fit.lr:g}"
-                )
+                which = f"{len(bad)} of {len(trained)} networks diverged (numbers {numbers})"
+                raise InputError(f"{which}: lower fit.lr, now {self.fit.lr:g}")
             with staged(parts / f"{i:06d}.npz", force=True) as file, file.open("wb") as out:
                 np.savez(out, weights=trained, quality=quality)
             trained_now = min((i + 1) * self.chunk, self.members)
@@ -147,18 +145,15 @@ class ZooRecipe:
     def _data(self) -> "ZooData":
         if self.data == "emoji":
             if self.net.kind == "cnn":
-                raise InputError(
-                    "there are too few emoji for CNNs: set data to a folder with a sub-folder for each class"
-                )
+                raise InputError("too few emoji for CNNs: set data to a folder with one for each class")
             tasks = emoji_tasks(self.backend, self.net.features, seed=0)
             bank = tasks.seen["support"]
             return ZooData(train=bank, held=tasks.seen["test"], condition=bank, projection=tasks.projection)
         source = open_source(SourceConfig(path=self.data))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
-            raise InputError(
-                f"{self.data} has {len(names)} classes in sub-folders, tasks of {self.net.classes} need as many"
-            )
+            needed = f"tasks of {self.net.classes} need as many"
+            raise InputError(f"{self.data} has {len(names)} classes in sub-folders, {needed}")
         records, labels = labelled(source, self.data)
         raw = encoder(self.backend)([r["image"] for r in records])
         place = np.concatenate(
@@ -180,8 +175,7 @@ class ZooRecipe:
 
 @dataclass(frozen=True)
 class CheckpointsRecipe:
-    """Import a zoo of existing checkpoints: one architecture, a file or folder each, of any library that writes
-    safetensors or torch files.
+    """Import a zoo of existing checkpoints: one architecture, a safetensors or torch file or folder each.
 
     `tasks.json` in the folder describes each in words, {file: words}; without it, each is its own task. Low-rank
     adapters (peft, kohya, diffusers) are brought into canonical form first, their scale (alpha / rank) inside;

@@ -70,13 +70,10 @@ def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
 
 
 def open_zoo(folder: Path) -> Zoo:
-    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or its files do not fit
-    together.
-    """
+    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or files do not fit."""
     if not (folder / "zoo.json").is_file():
-        raise InputError(
-            f"{folder} is no zoo: it has no zoo.json (heirloom train weightgen/zoo --run {folder.parent} makes one)"
-        )
+        make = f"(heirloom train weightgen/zoo --run {folder.parent} makes one)"
+        raise InputError(f"{folder} is no zoo: it has no zoo.json {make}")
     about = read_json(folder / "zoo.json")
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
@@ -87,9 +84,8 @@ def open_zoo(folder: Path) -> Zoo:
         raise InputError(f"{folder} is a damaged zoo ({str(error).splitlines()[0]}); make it again") from error
     shape, sizes = zoo.weights.shape, {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1 or shape[1:] != (zoo.spec.count,) or zoo.classes.ndim != 2:
-        raise InputError(
-            f"{folder} is a damaged zoo ({sizes}, rows of {shape[1:]} for {zoo.spec.count} weights); make it again"
-        )
+        needed = f"rows of {shape[1:]} for {zoo.spec.count} weights"
+        raise InputError(f"{folder} is a damaged zoo ({sizes}, {needed}); make it again")
     return zoo
 
 
@@ -101,10 +97,8 @@ def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
     """
     zoo, bank = open_zoo(folder), Bank.load(folder)
     if not len(zoo) or not zoo.classes.shape[1]:
-        raise InputError(
-            f"{folder} has {len(zoo)} networks of {zoo.classes.shape[1]} classes: a training needs their classes; make"
-            " it again"
-        )
+        has = f"{len(zoo)} networks of {zoo.classes.shape[1]} classes"
+        raise InputError(f"{folder} has {has}: a training needs their classes; make it again")
     step = max(2**24 // max(zoo.spec.count, 1), 1)
     bad = [
         at + int(i)
@@ -114,16 +108,12 @@ def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
     if bad:
         known = zoo.about.get("members", [])
         named = listed(known[i] if len(known) == len(zoo) else str(i) for i in bad)
-        raise InputError(
-            f"{folder}: {len(bad)} of {len(zoo)} networks have NaN or infinity ({named}); make the zoo again without"
-            " them"
-        )
+        which = f"{len(bad)} of {len(zoo)} networks have NaN or infinity ({named})"
+        raise InputError(f"{folder}: {which}; make the zoo again without them")
     low, high = int(zoo.classes.min()), int(zoo.classes.max())
     if low < 0 or high >= len(bank.names):
-        raise InputError(
-            f"{folder}: its networks are of classes {low} to {high}, its bank knows {len(bank.names)}; make the zoo"
-            " again"
-        )
+        of = f"{low} to {high}, its bank knows {len(bank.names)}"
+        raise InputError(f"{folder}: its networks are of classes {of}; make the zoo again")
     if not np.isfinite(bank.features).all():
         raise InputError(f"{folder}: its bank of features has NaN or infinity; make the zoo again")
     return zoo, bank

@@ -22,10 +22,8 @@ class ArraySource:
         if scalar := [name for name, array in arrays.items() if not array.ndim]:
             raise InputError(f"{folder / scalar[0]}.npy has one number, not a row for each example")
         if len({len(array) for array in arrays.values()}) > 1:
-            raise InputError(
-                f"{folder}: its arrays have different lengths"
-                f" ({', '.join(f'{n} {len(a):,}' for n, a in arrays.items())})"
-            )
+            lengths = ", ".join(f"{n} {len(a):,}" for n, a in arrays.items())
+            raise InputError(f"{folder}: its arrays have different lengths ({lengths})")
         if cfg.text and (arrays[cfg.text].dtype.kind != "U" or arrays[cfg.text].ndim != 1):
             shape = f"{arrays[cfg.text].dtype} {list(arrays[cfg.text].shape)}"
             raise InputError(f"{folder / cfg.text}.npy is {shape}; captions must be strings, one for each example")

@@ -13,8 +13,7 @@ from heirloom.common.errors import InputError, remark
 
 
 class FolderSource:
-    """Pictures in a folder: a sub-folder per class, or all in one folder, each with a .txt of captions of the same
-    name, or none.
+    """Pictures in a folder: a sub-folder per class, or one folder, with .txt captions of the same names or none.
 
     With classes, `text` is the class name, `label` its number in alphabetical order, and `classes` the names. Symlinks
     are followed, hidden files and folders are not read, and a remark counts the files that were left out.
@@ -30,9 +29,7 @@ class FolderSource:
         left_out: Counter[str] = Counter()
         flat = _pictures((entry for entry in _entries(root) if not _is_open_folder(entry)), root, left_out)
         if flat and folders:
-            raise InputError(
-                f"{root} has pictures and sub-folders: keep one sub-folder per class, or all pictures in one folder"
-            )
+            raise InputError(f"{root} has pictures and sub-folders: keep one sub-folder per class, or one folder")
         by_class = {name: _pictures(_walk(root / name, (_identity(root),)), root, left_out) for name in folders}
         names = flat or [picture for pictures in by_class.values() for picture in pictures]
         captioned = [name for name in flat if (root / name).with_suffix(".txt").exists()]
@@ -41,18 +38,15 @@ class FolderSource:
         seen = _counts(left_out)
         if not names:
             found = f"only {seen}" if seen else "it is empty"
-            raise InputError(
-                f"{root} has no picture, {found}: put pictures ({', '.join(PICTURES)}) there, or into a sub-folder per"
-                " class"
-            )
+            needed = f"put pictures ({', '.join(PICTURES)}) there, or into a sub-folder per class"
+            raise InputError(f"{root} has no picture, {found}: {needed}")
         if "label" in cfg.columns and not folders:
             raise InputError(f"{root} has no column 'label': its pictures need a sub-folder for each class")
         require(cfg.columns, ["label"] if folders else [], root)
         if captioned and cfg.text and len(captioned) < len(flat):
             bare = min(set(flat) - set(captioned))
-            raise InputError(
-                f"{root / bare} has no caption, though others have: {Path(bare).with_suffix('.txt')} is missing"
-            )
+            missing = Path(bare).with_suffix(".txt")
+            raise InputError(f"{root / bare} has no caption, though others have: {missing} is missing")
         if seen:
             remark(f"{root}: left out {seen}; pictures end in {', '.join(PICTURES)}")
         if empty := [name for name, pictures in by_class.items() if not pictures]:
@@ -109,9 +103,7 @@ def _identity(folder: Path | str) -> tuple[int, int]:
 
 
 def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:
-    """Yields all files below a folder, and hidden folders as entries. A symlink to one of the folders `above` is not
-    followed.
-    """
+    """Yields all files below a folder, and hidden folders as entries; follows no symlink to a folder of `above`."""
     identity = _identity(folder)
     if identity in above:
         return
@@ -123,9 +115,7 @@ def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os
 
 
 def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter[str]) -> list[str]:
-    """Returns the pictures among `entries`, relative to `root`, in alphabetical order; counts other files in
-    `left_out`.
-    """
+    """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`."""
     found = []
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()

@@ -7,8 +7,7 @@ from heirloom.common.errors import remark
 
 
 def per_picture(source: Source, name: str) -> Source:
-    """Returns a source with one record per picture, whose `text` has the captions of all its rows; `source` itself if
-    it is so already.
+    """Returns a source with one record per picture, whose `text` has all its captions; `source` if it is one already.
 
     Only tables (.csv, .tsv, .parquet) have several rows of one picture: rows with the same path, or the same bytes.
     CLIP_benchmark reads Flickr8k's table this way, where the name of a picture occurs five times. name: of the data,

@@ -21,8 +21,7 @@ ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded row groups that a process kee
 
 
 class ParquetSource:
-    """Parquet files, memory-mapped. They are read by row group: write groups of a few hundred rows, or shuffling is
-    slow.
+    """Parquet files, memory-mapped and read by row group: write groups of a few hundred rows, or shuffling is slow.
 
     A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that
     Hugging Face datasets write (path where bytes is null). A split is a column `split`, or the first part of the names
@@ -54,9 +53,8 @@ class ParquetSource:
         if cfg.split and by_column:
             if cfg.split not in splits:
                 known = sorted({str(split) for split in splits})
-                raise InputError(
-                    f"{files[0]} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known)})"
-                )
+                near = f"{nearest(cfg.split, known)} (it has {', '.join(known)})"
+                raise InputError(f"{files[0]} has no split {cfg.split!r}{near}")
             self._rows = np.flatnonzero(np.array(splits) == cfg.split)
         self.class_names = _class_names(files)
         self._groups, self._decoded, self._cfg = groups, DecodedGroups(names), cfg
@@ -110,9 +108,7 @@ def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
         return cell
     if isinstance(cell, str) and cell:
         return file.parent / cell
-    raise InputError(
-        f"{key}: its picture is {str(cell)[:60]}; a picture must be bytes, a path, or a struct of bytes and path"
-    )
+    raise InputError(f"{key}: its picture is {str(cell)[:60]}; it must be bytes, a path, or a struct of both")
 
 
 def _schema(file: Path) -> pyarrow.Schema:
@@ -132,16 +128,13 @@ def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
     if split and split not in known:
         if known:
             raise InputError(f"{where} has no split {split!r}{nearest(split, known)} (it has {', '.join(known)})")
-        raise InputError(
-            f"{where} has no splits: no column 'split', and no file named like {split}-00000-of-00001.parquet"
-        )
+        needed = f"no column 'split', and no file named like {split}-00000-of-00001.parquet"
+        raise InputError(f"{where} has no splits: {needed}")
     return [file for file in files if _split_of(file) == split] if split else files
 
 
 def _split_of(file: Path) -> str | None:
-    """Returns the split in the name of a file: test-00000-of-00001.parquet (Hugging Face datasets), test.parquet,
-    test_0.parquet.
-    """
+    """Returns the split in a file's name: test-00000-of-00001.parquet (Hugging Face), test.parquet, test_0.parquet."""
     if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
         return numbered[1]
     word = re.split(r"[-_.]", file.stem)[0]
@@ -149,9 +142,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """Returns the class names that Hugging Face datasets keep in the schema, by column. Raises InputError when files
-    disagree.
-    """
+    """Returns Hugging Face's class names in the schema, by column. Raises InputError when files disagree."""
     found = [_features(file) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
@@ -169,9 +160,7 @@ def _features(file: Path) -> dict[str, tuple[str, ...]]:
             if isinstance(f, dict) and f.get("_type") == "ClassLabel"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file}: the description by Hugging Face datasets in its schema is damaged: {error!r}"
-        ) from error
+        raise InputError(f"{file}: the schema's description by Hugging Face is damaged: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -185,9 +174,7 @@ class RowGroup:
 
 
 class DecodedGroups:
-    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one). Pickling drops its
-    content.
-    """
+    """A cache of the last decoded row groups, up to ROW_GROUP_MEMORY bytes (at least one); never pickled."""
 
     def __init__(self, columns: Sequence[str]):
         self._columns, self._lock = list(columns), threading.Lock()

@@ -55,8 +55,7 @@ def require(names: Iterable[str], available: Sequence[str], where: object) -> No
 
 
 def value(cell: object, key: str, column: str) -> object:
-    """Converts a cell of a further column for the pipeline: numbers to float32 and int32 arrays, bytes to text; text is
-    unchanged.
+    """Converts a cell of a further column: numbers to float32 and int32 arrays, bytes to text; text is unchanged.
 
     Raises InputError for a whole number that does not fit int32, and for bytes that are not text.
     """
@@ -71,17 +70,14 @@ def value(cell: object, key: str, column: str) -> object:
     if array.dtype.kind in "iub":
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
-            raise InputError(
-                f"{key}: {column!r} is {str(cell)[:40]}, which does not fit 32 bits; store it as text or as a smaller"
-                " number"
-            )
+            value = str(cell)[:40]
+            raise InputError(f"{key}: {column!r} is {value}, over 32 bits; store it as text or as a smaller number")
         return whole
     return array.astype(np.float32) if array.dtype.kind == "f" else cell
 
 
 def captions(text: object, key: str) -> str | list[str]:
-    """Returns `text` unchanged if it is a string or a list of strings. An empty string is a caption, as in
-    CLIP_benchmark.
+    """Returns `text` if it is a string or a list of strings. An empty string is a caption, as in CLIP_benchmark.
 
     Raises InputError naming the record for anything else: null, a number, an empty list, a list with null.
     """
@@ -89,9 +85,7 @@ def captions(text: object, key: str) -> str | list[str]:
         return text
     if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
         return text
-    raise InputError(
-        f"{key}: its caption is {str(text)[:60]}; a caption must be a string, or a list of strings that is not empty"
-    )
+    raise InputError(f"{key}: its caption is {str(text)[:60]}; it must be a string, or a list of one or more")
 
 
 def caption_lines(data: bytes) -> str | list[str]:

@@ -43,9 +43,7 @@ def _open(cfg: SourceConfig) -> Source:
     if scheme == "tfds":
         return TfdsSource(rest, cfg)
     if not cfg.path:
-        raise InputError(
-            "no data given: set path to emoji or digits, a folder, a .csv, .tar or .parquet files, or tfds:NAME"
-        )
+        raise InputError("no data given: set path to emoji, digits, a folder, .csv, .tar or .parquet, or tfds:NAME")
     files = _files(cfg.path)
     if len(files) == 1 and files[0].is_dir():
         return _folder(files[0], cfg)
@@ -55,15 +53,12 @@ def _open(cfg: SourceConfig) -> Source:
         return kind(files, cfg)
     if len(files) == 1 and files[0].suffix in (".csv", ".tsv"):
         return CsvSource(files[0], cfg)
-    raise InputError(
-        f"{cfg.path}: {', '.join(sorted(suffixes))} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet"
-    )
+    found = ", ".join(sorted(suffixes))
+    raise InputError(f"{cfg.path}: {found} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet")
 
 
 def _folder(folder: Path, cfg: SourceConfig) -> Source:
-    """Opens a folder of parquet files (in it, or in data/ as in Hugging Face datasets), tar shards, arrays or pictures,
-    or of splits.
-    """
+    """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits."""
     if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
         return ParquetSource(files, cfg)
     if files := _visible(folder, "*.tar"):
@@ -80,9 +75,7 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def _files(pattern: str) -> list[Path]:
-    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for one that does not
-    exist.
-    """
+    """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for a missing one."""
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
         numbers = range(int(first), int(last) + 1)

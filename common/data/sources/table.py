@@ -13,9 +13,7 @@ from heirloom.common.errors import InputError, nearest
 
 
 class CsvSource:
-    """A table of paths and captions with a header line, separated by commas or tabs. It keeps the byte offsets of
-    rows.
-    """
+    """A table of paths and captions with a header, separated by commas or tabs; keeps the byte offsets of rows."""
 
     def __init__(self, file: Path, cfg: SourceConfig):
         self._file, self._cfg = file, cfg
@@ -35,9 +33,8 @@ class CsvSource:
                 start, number = data.tell(), 0
                 for row in rows:
                     if row and len(row) != len(self._header):
-                        raise InputError(
-                            f"{file}: the row at byte {start} has {len(row)} cells, the header {len(self._header)}"
-                        )
+                        has = f"has {len(row)} cells, the header {len(self._header)}"
+                        raise InputError(f"{file}: the row at byte {start} {has}")
                     number += bool(row)
                     cells = dict(zip(self._header, row, strict=False))
                     splits.add(cells.get("split", ""))
@@ -50,9 +47,8 @@ class CsvSource:
             raise InputError(f"{file} is not readable as a table: {error}") from error
         if cfg.split and not starts:
             known = sorted(splits - {""})
-            raise InputError(
-                f"{file} has no split {cfg.split!r}{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})"
-            )
+            near = f"{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})"
+            raise InputError(f"{file} has no split {cfg.split!r}{near}")
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
 
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
@@ -89,9 +85,7 @@ class CsvSource:
 
 
 def _narrowest(cell: str, kind: type) -> type:
-    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column has numbers when every cell is a
-    number.
-    """
+    """Returns `kind`, or the next of int, float, str that fits `cell` too: a column of numbers has nothing else."""
     for wider in (int, float):
         if kind in (int, wider):
             try:

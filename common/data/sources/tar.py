@@ -25,8 +25,7 @@ from heirloom.common.errors import InputError
 
 
 class TarSource:
-    """Tar shards in webdataset's form: members of one sample share a name up to the first dot (000012.jpg, 000012.txt,
-    000012.json).
+    """Tar shards in webdataset's form: members of a sample share the name up to the first dot (12.jpg, 12.txt).
 
     A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class
     names and zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if
@@ -35,10 +34,7 @@ class TarSource:
 
     def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
         if cfg.split:
-            raise InputError(
-                f"{shards[0]}: tar shards have no split {cfg.split!r}; give the path of the shards, and leave split"
-                " empty"
-            )
+            raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; leave split empty")
         self._shards, self._cfg = [Shard(shard, index_shard(shard)) for shard in shards], cfg
         counts = []
         for shard in self._shards:

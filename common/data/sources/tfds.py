@@ -19,25 +19,22 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds  # an optional and heavy package
         except ImportError as error:
-            raise InputError(
-                "reading tfds: data needs tensorflow-datasets; pip install tensorflow-datasets array-record"
-            ) from error
+            needed = "needs tensorflow-datasets; pip install tensorflow-datasets array-record"
+            raise InputError(f"reading tfds: data {needed}") from error
         self._name, self._cfg = name, cfg
         name, _, folder = name.partition("@")
         prepare = f"prepare it with: tfds build {name.partition(':')[0]} --file_format=array_record"
         try:
             builder = tfds.builder(name, data_dir=folder or None)
         except (ValueError, AttributeError) as error:
-            raise InputError(
-                f"tfds:{name}: {str(error).splitlines()[0]} Give its folder with @DIR, or {prepare}"
-            ) from error
+            what = f"{str(error).splitlines()[0]} Give its folder with @DIR, or {prepare}"
+            raise InputError(f"tfds:{name}: {what}") from error
         splits = list(builder.info.splits)
         if not splits:
             raise InputError(f"tfds:{name} is not prepared{f' in {folder}' if folder else ''}; {prepare}")
         if cfg.split.partition("[")[0] not in splits:
-            raise InputError(
-                f"tfds:{name} has no split {cfg.split!r}{nearest(cfg.split, splits)} (it has {', '.join(splits)})"
-            )
+            near = f"{nearest(cfg.split, splits)} (it has {', '.join(splits)})"
+            raise InputError(f"tfds:{name} has no split {cfg.split!r}{near}")
         features = builder.info.features
         require([cfg.image, cfg.text, *cfg.columns], list(features), f"tfds:{name}")
         self.class_names = {
@@ -48,9 +45,8 @@ class TfdsSource:
             decoders = {cfg.image: tfds.decode.SkipDecoding()} if cfg.image else None
             self._records = builder.as_data_source(split=cfg.split, decoders=decoders)
         except NotImplementedError as error:
-            raise InputError(
-                f"tfds:{name} is stored as {builder.info.file_format.value}, without random access; {prepare}"
-            ) from error
+            stored = builder.info.file_format.value
+            raise InputError(f"tfds:{name} is stored as {stored}, without random access; {prepare}") from error
 
     def __reduce__(self) -> Any:
         return TfdsSource, (self._name, self._cfg)  # opens it again: its readers hold file handles

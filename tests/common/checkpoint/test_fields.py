@@ -1,6 +1,4 @@
-"""Foreign JSON at the door: right types are read, wrong ones and unknown fields are refused in one line that names file
-and field.
-"""
+"""Foreign JSON: right types are read, wrong ones and unknown fields are refused, with file and field named."""
 
 import json
 

@@ -20,8 +20,7 @@ def rows():
     }
 
 
-# Concepts and captions are shared by the three hands; of 3,921 pictures to learn from, 22 repeat another: families, and
-# a cat.
+# The three hands share concepts and captions; of 3,921 to learn from, 22 repeat another: families, a cat.
 @pytest.mark.parametrize(
     ("column", "counts"), [("concept", (1307, 300)), ("caption", (1307, 300)), ("image", (3921 - 22, 900))]
 )

@@ -75,8 +75,7 @@ def test_without_a_fitting_crop_the_centre_is_taken(size, box):
 
 
 def test_training_crop_is_torchvisions():
-    # 120 x 100: area 10,800, ratio 1.2: 113.84 x 94.87. The draw before it, ratio 4/3 of the whole, is too wide and is
-    # thrown away.
+    # 120 x 100: area 10,800, ratio 1.2: 113.84 x 94.87. The draw before it, ratio 4/3 of all, is too wide.
     ratio = np.log(1.2 / 0.75) / np.log(16 / 9)
     rng = Scripted([1.0, 1.0, 0.0, ratio], integers=[5, 3])
     assert random_box(120, 100, (0.9, 1.0), rng) == Box(left=3, top=5, width=114, height=95)

@@ -1,6 +1,4 @@
-"""Tables and parquet of other hands: paths instead of bytes, splits in file names, a row per caption, captions that are
-none.
-"""
+"""Foreign tables and parquet: paths for bytes, splits in file names, a row per caption, captions that are none."""
 
 import io
 import json

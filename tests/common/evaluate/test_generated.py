@@ -122,9 +122,7 @@ def test_rows_against_stored_statistics_and_pictures(mesh, tmp_path):
 
 
 def test_statistics_without_spatial_ones_are_remarked_where_they_are_used():
-    """sFID is then of the pictures; a network that takes everything from the pictures has nothing to remark, nor has a
-    whole reference.
-    """
+    """sFID is then of the pictures; without a need for the statistics, or with all of them, there is no remark."""
     pool, spatial = Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(2), np.eye(2))
     mixed = Reference("mixed.npz", pool, None, 1200, lambda rows: iter(()))
     with pytest.warns(Remark, match=r"mixed.npz has .*: sFID is measured against its 1,200 pictures instead"):

@@ -111,9 +111,7 @@ def test_trap_a_part_of_the_tree_has_the_bits_of_the_whole():
 
 
 def test_trap_parts_in_any_sharding_have_the_bits_of_the_whole():
-    """Normal numbers made eagerly differ in the last bits, with some releases of jax; what init makes is always
-    compiled.
-    """
+    """Normal numbers made eagerly differ in the last bits in some releases of jax; init always compiles."""
 
     class Tables(nnx.Module):
         def __init__(self, cfg, *, rngs):

@@ -1,6 +1,4 @@
-"""Parts of image models by their formulas: pooling, a layer over pixels, the posterior, unit norm, activations by
-name.
-"""
+"""Parts of image models by their formulas: pooling, a layer over pixels, the posterior, unit norm, activations."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""Gradients of bfloat16 models are summed in float32: operations against float32, and whole steps after XLA has split
-them over devices.
-"""
+"""Gradients of bfloat16 models are summed in float32: operations, and whole steps split over devices."""
 
 import re
 from contextlib import contextmanager
@@ -106,9 +104,7 @@ def test_float32_is_left_to_jax(way):
 
 
 def test_devices_add_what_they_have_not_rounded():
-    """Seven parts of 256.96 and one of 274: 2072.7, in bfloat16 2080. Parts rounded first make 2066, in bfloat16
-    2064.
-    """
+    """Seven parts of 256.96 and one of 274: 2072.7, in bfloat16 2080; rounded first 2066, in bfloat16 2064."""
     mesh = start(MeshConfig())
     rows = NamedSharding(mesh, PartitionSpec("data"))
     x = np.ones((16, 1), np.float32)
@@ -121,9 +117,7 @@ def test_devices_add_what_they_have_not_rounded():
 
 @contextmanager
 def uncached():
-    """What is found in the cache is not compiled, and so not written down. JAX remembers whether it has one until it is
-    reset.
-    """
+    """What the cache has is not compiled, and so not written down. JAX remembers that it has one until reset."""
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:

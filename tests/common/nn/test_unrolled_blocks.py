@@ -57,9 +57,7 @@ class Two(nnx.Module):
 
 
 def test_trap_eager_values_are_not_handed_out():
-    """Whatever XLA fuses, `init` gives what its compiled form gives: twice the same bits, and per key different
-    ones.
-    """
+    """Whatever XLA fuses, `init` gives what its compiled form gives: the same bits twice, others per key."""
     model = functional(Two, dict(embed=1000))
     one, again, other = (model.init(jax.random.key(k)) for k in (0, 0, 1))
     np.testing.assert_array_equal(one["a"], again["a"])

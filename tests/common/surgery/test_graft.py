@@ -170,8 +170,7 @@ def test_trap_a_memory_map_is_not_aliased(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_trap_scattered_rows_of_a_safetensors_file(tmp_path, dtype):
-    # Slices of the safetensors library take no index arrays; from maps any axis gives any rows, through a transposing
-    # layout too.
+    # Slices of safetensors take no index arrays; maps give any rows of any axis, through a transposing layout too.
     rows, keys = [0, 3, 4, 9], [f"layers.{i}.fc.weight" for i in range(10)]
     file = {key: np.random.default_rng(i).standard_normal((10, 8)).astype(dtype) for i, key in enumerate(keys)}
     with create_safetensors(

@@ -57,9 +57,7 @@ def test_what_is_restored_is_what_was_saved_whatever_is_donated_meanwhile(
 
 
 def test_a_state_that_an_earlier_release_wrote_is_restored(tmp_path, spec, params, mesh):
-    """Its optimizer moved running statistics by plain gradient descent; a storage tree without that empty part would be
-    refused.
-    """
+    """Its optimizer moved running statistics by plain gradient descent: a tree without that empty part is refused."""
     cfg = OptimConfig(lr=1e-2, warmup=0, frozen=("up/bias",))
     optimizer = make_optimizer(cfg, spec, 100)
     written = create_state(params, optimizer, spec, mesh)

@@ -23,9 +23,7 @@ SCALE = {"logit_scale": Leaf(Axes.parse(""), (), np.dtype("float32"))}
 
 
 class Rows:
-    """Batch n is a function of n; `on[n]` is called when batch n is asked for, `bad` names batches with a NaN in
-    them.
-    """
+    """Batch n is a function of n; `on[n]` is called when batch n is asked for, `bad` names batches with a NaN."""
 
     def __init__(self, on=None, bad=()):
         self.next, self.on, self.bad = 0, on or {}, bad
@@ -78,8 +76,7 @@ def test_a_stopped_run_continues_to_the_last_bit(train, tmp_path):
     assert [line["step"] for line in curve(whole)] == [5, 9, 10, 15, 18, 20, 23]
     assert [line.get("eval/step") for line in curve(whole)] == [None, 9.0, None, None, 18.0, None, 23.0]
 
-    # a crash before any state is saved; then SIGTERM while batch 11 is fetched: step 12 is finished and saved, in the
-    # middle of a window of the log
+    # a crash before any save; then SIGTERM while batch 11 is fetched: step 12 is finished, amid a log's window
     with pytest.raises(ZeroDivisionError):
         train("parts", Rows({6: lambda: 1 // 0}), **scores)
     with pytest.raises(Stopped) as stopped:

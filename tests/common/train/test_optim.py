@@ -88,8 +88,7 @@ def test_first_step_by_hand():
 
 
 def test_clip_is_of_all_trained_parameters_together():
-    # the norm of (3, 4) is 5, clipped to 1: moments hold 0.1 x (0.6, 0.8); the frozen gradient of 100 counts for
-    # nothing
+    # (3, 4) has norm 5, clipped to 1: moments hold 0.1 x (0.6, 0.8); a frozen gradient of 100 does not count
     params = {"a/kernel": jnp.array([1.0]), "a/bias": jnp.array([1.0]), "b/kernel": jnp.array([1.0])}
     grads = {"a/kernel": jnp.array([3.0]), "a/bias": jnp.array([4.0]), "b/kernel": jnp.array([100.0])}
     found, state = updates(OptimConfig(warmup=0, clip=1.0, frozen=("b/**",)), params, grads)

@@ -167,8 +167,7 @@ def test_running_statistics_are_those_of_the_loss(mesh, parts):
 
     step = make_step(loss, optimizer, spec, mesh, StepConfig(accumulate=parts, ema=0.75), fixed={"other/mean"})
     state, metrics = step(create_state(params, optimizer, spec, mesh, ema=0.75), {"x": np.arange(32, dtype="float32")})
-    # 0.5 + 15.5 / 2: neither decayed nor scaled by a rate, and averaged over micro-batches, the average of which is the
-    # batch's.
+    # 0.5 + 15.5 / 2: no decay, no rate; the average over micro-batches is the batch's.
     np.testing.assert_allclose(state.params["norm/mean"], [8.25], rtol=1e-6)
     np.testing.assert_allclose(state.ema["norm/mean"], [0.75 + 0.25 * 8.25], rtol=1e-6)
     np.testing.assert_array_equal(state.params["other/mean"], [1.0])

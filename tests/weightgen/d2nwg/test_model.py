@@ -108,8 +108,7 @@ def test_the_released_pipeline_fits_together(draw):
     np.testing.assert_allclose(run(model, "decode")(params, image), 0.5 * back, atol=1e-5)
     k = latent_scale(model, params, weights, key)
     assert float((k * image).std()) == pytest.approx(1, rel=1e-5)
-    # A UNet that says 0 has the error of unit noise; the autoencoder is not trained by it, and drawing gives finite
-    # weights.
+    # A UNet that says 0 has the error of unit noise; the autoencoder is not trained; draws are finite.
     value, grads = jax.jit(jax.value_and_grad(lambda p: stage2_loss(model, cfg, k, p, weights, support, key)))(params)
     assert float(value) == pytest.approx(1, abs=0.25)
     assert not any(np.asarray(g).any() for path, g in grads.items() if path.startswith("vae/"))
