@@ -95,5 +95,7 @@ def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[s
 
 def tile_side(length: int) -> int:
     """Returns the side of the tiles for latents of this longest side: the smallest for the fewest tiles up to MOST."""
-    count = 1 if length <= MOST else -(-(length - OVERLAP) // (MOST - OVERLAP))
+    if length <= MOST:
+        return MOST
+    count = -(-(length - OVERLAP) // (MOST - OVERLAP))
     return -(-(length + (count - 1) * OVERLAP) // count)

@@ -13,6 +13,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.functional import functional
 from lit_jax.autoencoder_layouts import FAMILY
+from lit_jax.decode import tile_side
 from lit_jax.tiles import decode_tiled
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
@@ -115,3 +116,8 @@ def test_memory_is_that_of_one_tile(donor, params):
     functions = (partial(donor.model.apply, method="decode"), partial(decode_tiled, donor.model, tile=20, overlap=6))
     whole, tiled = (jax.jit(f).lower(params, latents).compile().memory_analysis().temp_size_in_bytes for f in functions)
     assert tiled - 4 * 3 * (4 * 48) ** 2 < 0.3 * whole, (tiled, whole)
+
+
+def test_the_fewest_tiles_that_are_not_too_large():
+    """Latents of 640 px are decoded whole; 1024 px take 2 x 2 tiles of 72, 2048 px 4 x 4 of 76."""
+    assert [tile_side(n) for n in (3, 64, 80, 81, 128, 256, 512)] == [80, 80, 80, 49, 72, 76, 78]
