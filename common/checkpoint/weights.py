@@ -79,8 +79,10 @@ def release(array: np.ndarray) -> None:
     owner: Any = array
     while owner is not None and not isinstance(owner, np.memmap):
         owner = getattr(owner, "base", None)
-    mapped = None if owner is None else owner._mmap  # type: ignore[attr-defined]
-    if mapped is None or owner.mode == "c" or not hasattr(mapped, "madvise"):  # "c": its changes are only in memory
+    if owner is None or owner.mode == "c":  # "c": its changes are only in memory
+        return
+    mapped = owner._mmap
+    if mapped is None or not hasattr(mapped, "madvise"):
         return
     origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
     first, last = (int(bound) - origin for bound in np.lib.array_utils.byte_bounds(array))
