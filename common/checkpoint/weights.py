@@ -81,7 +81,7 @@ def release(array: np.ndarray) -> None:
         owner = getattr(owner, "base", None)
     if owner is None or owner.mode == "c":  # "c": its changes are only in memory
         return
-    mapped = owner._mmap
+    mapped = owner._mmap  # type: ignore[attr-defined]
     if mapped is None or not hasattr(mapped, "madvise"):
         return
     origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]

@@ -46,8 +46,8 @@ class T5Config:
         between(self, "eps", below=1.0)
         if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 4:
             raise InputError(
-                f"{self.buckets} buckets up to a distance of {self.max_distance}: choose a multiple of 4, and a distance"
-                " above a quarter of it"
+                f"{self.buckets} buckets up to a distance of {self.max_distance}: choose a multiple of 4, and a"
+                " distance above a quarter of it"
             )
 
     def override(self, max_distance: int | None = None, eps: float | None = None) -> "T5Config":

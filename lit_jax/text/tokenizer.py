@@ -208,7 +208,7 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
         for name, usual in (("pad_token", PAD), ("eos_token", END), ("unk_token", UNKNOWN)):
             token = values.get(name, usual)
             if (token.get("content") if isinstance(token, dict) else token) not in (usual, None):
-                raise InputError(f"{file}: {name} is {token!r}, and T5's is {usual!r}: take the text encoder's tokenizer")
+                raise InputError(f"{file}: {name} is {token!r}, and T5's is {usual!r}: take the encoder's tokenizer")
 
 
 def _added(entries: Any) -> dict[int, AddedToken]:

@@ -208,7 +208,7 @@ def t5_tokenizer(name: str) -> Callable[[Path], Path]:
         "added_tokens.json": {"<extra_id_1>": 150, "<extra_id_0>": 151, "<cat>": 152},
         "tokenizer_config.json": {
             "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "eos_token": "</s>", "unk_token": "<unk>",
-            "added_tokens_decoder": {"152": {"content": "<cat>", "special": False, "lstrip": False, "normalized": True}},
+            "added_tokens_decoder": {"152": {"content": "<cat>", "special": False, "normalized": True}},
         },
     }  # fmt: skip
 
