@@ -14,7 +14,7 @@ from heirloom.common.checkpoint.weights import SCALE
 from heirloom.common.errors import InputError
 from heirloom.common.nn.quantized import QArray, multiplied, quantizable, quantize, scale_shape
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.surgery.layout import Tensor, View, own_tensors, own_views
+from heirloom.common.surgery.layout import Tensor, View, own_tensors, own_views, release
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class QuantizedView(View):
 
     def layer(self, i: int) -> np.ndarray:
         return self.parts[i]
+
+    def release(self) -> None:
+        release(self.parts.values)
 
     def stored(self, layer: int | None = None) -> QArray:
         """Returns the kernel, or one layer of it, as it is stored: views of the file, int8 and float32."""

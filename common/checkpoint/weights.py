@@ -5,7 +5,6 @@ A weights folder is `model.safetensors` (keys are our paths) with `config.json`;
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,24 +70,6 @@ def open_safetensors(path: Path) -> Tensors:
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         tensors[key] = np.asarray(buffer[start:stop]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
-
-
-def release(array: np.ndarray) -> None:
-    """Gives the pages of a memory-mapped array back to the system: they are read from the file again when needed.
-
-    Does nothing for an array in memory, for one that torch mapped, and where the system has no madvise (Windows).
-    """
-    owner: Any = array
-    while owner is not None and not isinstance(owner, np.memmap):
-        owner = getattr(owner, "base", None)
-    mapped: Any = getattr(owner, "_mmap", None)
-    if owner is None or mapped is None or owner.mode == "c" or not hasattr(mapped, "madvise"):
-        return  # of a copy-on-write map ("c") the changes are only in memory
-    origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
-    first, last = (int(bound) - origin for bound in np.lib.array_utils.byte_bounds(array))
-    start = first - first % mmap.PAGESIZE
-    if last > start:
-        mapped.madvise(mmap.MADV_DONTNEED, start, last - start)
 
 
 def open_npz(path: Path) -> Tensors:

@@ -49,6 +49,8 @@ def _leaf(line: Line, sharding: Sharding, fresh: jax.Array | None) -> jax.Array:
         return blocks[key]
 
     inherited = jax.make_array_from_callback(line.target.shape, sharding, block)
+    if isinstance(line.source, View):
+        line.source.release()  # or host memory would hold the donor's pages next to the student
     if fresh is None:
         return inherited
     return jax.jit(partial(_merge, kept=_kept(line)), out_shardings=sharding)(inherited, fresh)

@@ -14,10 +14,12 @@ are `{layer:base|slope}`. Leaves that share a tensor are concatenated along the 
 Copying from a view reads pages of the file, copying to it writes them: nothing is read before it is needed.
 """
 
+import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -79,6 +81,11 @@ class View:
             np.copyto(part, source[tuple(slice(n) for n in part.shape)], casting="same_kind")
         for copy in self.copies:
             np.copyto(copy, sources[0], casting="same_kind")
+
+    def release(self) -> None:
+        """Gives the memory of the pages that were read back to the system."""
+        for part in self.parts:
+            release(part)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         out = np.empty(self.shape, dtype or self.dtype)
@@ -327,3 +334,21 @@ def _as_ours(tensor: np.ndarray, leaf: Leaf, terms: list[list[int]], layer: int)
     if tensor.size and not np.may_share_memory(split, tensor):
         raise ValueError("a foreign tensor must be contiguous to be seen as a view")
     return split.transpose(np.argsort(order)) if order else split
+
+
+def release(array: np.ndarray) -> None:
+    """Gives the pages of a memory-mapped array back to the system: they are read from the file again when needed.
+
+    Does nothing for an array in memory, for one that torch mapped, and where the system has no madvise (Windows).
+    """
+    owner: Any = array
+    while owner is not None and not isinstance(owner, np.memmap):
+        owner = getattr(owner, "base", None)
+    mapped: Any = getattr(owner, "_mmap", None)
+    if owner is None or mapped is None or owner.mode == "c" or not hasattr(mapped, "madvise"):
+        return  # of a copy-on-write map ("c") the changes are only in memory
+    origin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    first, last = (int(bound) - origin for bound in np.lib.array_utils.byte_bounds(array))
+    start = first - first % mmap.PAGESIZE
+    if last > start:
+        mapped.madvise(mmap.MADV_DONTNEED, start, last - start)

@@ -47,7 +47,9 @@ def _quantized(view: QuantizedView, sharding: NamedSharding) -> QArray:
         # A copy: an array on a CPU would alias the memory map.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
 
-    return QArray(put(kernel.qvalue, sharding), put(kernel.scale, NamedSharding(sharding.mesh, scales)))
+    array = QArray(put(kernel.qvalue, sharding), put(kernel.scale, NamedSharding(sharding.mesh, scales)))
+    view.release()
+    return array
 
 
 def finite(donor: Donor, role: str) -> Donor:

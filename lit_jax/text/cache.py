@@ -56,7 +56,8 @@ class FeatureCache:
                 out["features"][...] = features
             temporary.replace(file)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            if self.folder.is_dir():
+                temporary.unlink(missing_ok=True)
             raise InputError(f"{self.folder}: features cannot be kept here ({error.strerror})") from error
 
     def _file(self, ids: Sequence[int]) -> Path:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.convert import Donor, open_donor
-from heirloom.common.checkpoint.weights import is_folder, release
+from heirloom.common.checkpoint.weights import is_folder
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import RmsNorm
+from heirloom.common.surgery.layout import release
 from lit_jax.text.cache import FeatureCache
 from lit_jax.text.layers import Layer, Layers
 from lit_jax.text.layouts import FAMILY

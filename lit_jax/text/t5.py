@@ -51,7 +51,7 @@ class T5Config:
             )
 
     def override(self, max_distance: int | None = None, eps: float | None = None) -> "T5Config":
-        """Returns the same encoder with settings that its weights do not contain. Raises InputError for a bad one."""
+        """Returns the encoder with settings that its weights do not contain. Raises InputError."""
         return replace(
             self,
             max_distance=self.max_distance if max_distance is None else max_distance,

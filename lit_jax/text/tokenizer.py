@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
+from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, remark
 from lit_jax.text.sentencepiece import BYTE, CONTROL, USER_DEFINED, read_sentencepiece
@@ -85,6 +86,12 @@ class T5Tokenizer:
             out.ids[i, : len(ids)] = ids
             out.mask[i, : len(ids)] = True
         return out
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `folder`/tokenizer.json, which `load` and transformers read. Returns the file."""
+        file = Path(folder) / FILES[0]
+        self._unigram.save(str(file))
+        return file
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of one row up to `</s>`."""
@@ -172,6 +179,7 @@ def _read_spiece(folder: Path, about: Mapping[str, Any]) -> tuple[Pieces, bytes,
 def _read_about(folder: Path) -> dict[str, Any]:
     """Reads transformers' files next to a tokenizer: `extra_ids`, and `added`, the AddedToken of each id."""
     config = read_json(folder / FILES[3]) if (folder / FILES[3]).is_file() else {}
+    _check_settings(folder, config)
     kind = config.get("tokenizer_class") or "T5Tokenizer"
     if kind == "ByT5Tokenizer":
         raise InputError(f"{folder}: the tokenizer of a ByT5, which reads bytes; only T5's and mT5's can be read")
@@ -185,6 +193,22 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise InputError(f"{FILES[3]}: added_tokens_decoder is no object; fetch it again")
     pairs = ((int(i) if str(i).isdecimal() else i, token) for i, token in decoder.items())
     return {"extra_ids": extra_ids, "added": added | _added(pairs)}
+
+
+def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses settings with which transformers would make other ids."""
+    fields = Fields(config, FILES[3])
+    for name in ("add_bos_token", "split_special_tokens"):
+        fields.fixed(name, False, None)
+    fields.fixed("add_eos_token", True, None)
+    for side in ("padding_side", "truncation_side"):
+        fields.fixed(side, "right", None)
+    named = read_json(folder / FILES[4]) if (folder / FILES[4]).is_file() else {}
+    for file, values in ((FILES[3], config), (FILES[4], named)):
+        for name, usual in (("pad_token", PAD), ("eos_token", END), ("unk_token", UNKNOWN)):
+            token = values.get(name, usual)
+            if (token.get("content") if isinstance(token, dict) else token) not in (usual, None):
+                raise InputError(f"{file}: {name} is {token!r}, and T5's is {usual!r}: take the encoder's tokenizer")
 
 
 def _added(entries: Any) -> dict[int, AddedToken]:

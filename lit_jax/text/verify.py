@@ -55,12 +55,16 @@ def _first(value: Any, layers: int) -> Any:
 def _transformers(file: Path, tokens: np.ndarray, mask: np.ndarray, layers: int) -> np.ndarray:
     """Computes features with transformers, which reads the file and its config itself."""
     import torch
-    from transformers import AutoConfig, T5EncoderModel
+    import transformers
 
+    shown = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # no table of the layers or the decoder that it leaves out
     with as_folder(file, FILE) as folder, quiet():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         config.num_layers = layers
-        model = T5EncoderModel.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True).eval()
+        kind = transformers.T5EncoderModel
+        model = kind.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True).eval()
+    transformers.logging.set_verbosity(shown)
     with torch.no_grad():
         out = model(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask).long())
     return out.last_hidden_state.numpy()

@@ -22,11 +22,16 @@ import lit_jax.zoo
 import tinyclip_jax.zoo
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.unwrap import open_weights
+from heirloom.common.checkpoint.weights import create_safetensors
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.preprocess import Preprocess, eval_image
 from heirloom.common.data.preprocess_formats import find
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import EOT, SOT, Tokenizer
+from heirloom.common.nn.functional import functional
+from lit_jax.text.layouts import FAMILY as T5
+from lit_jax.text.t5 import T5Config, T5Encoder
+from lit_jax.text.tokenizer import T5Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "golden"
 FAMILIES = [*tinyclip_jax.zoo.FAMILIES, *learngene.zoo.FAMILIES, *lit_jax.zoo.FAMILIES]
@@ -191,6 +196,41 @@ def tokenized(folder: Path) -> None:
     Tokenizer.load(folder)(["a caption", ""], 16)
 
 
+def t5_encoder(folder: Path) -> Path:
+    """A text encoder in the format of transformers; the file is its config.json."""
+    cfg = T5Config(vocabulary=160, width=8, layers=2, heads=2, head_dim=4, hidden=12, buckets=8, max_distance=20)
+    hf = T5.format("hf")
+    with create_safetensors(folder / hf.file, hf.layout_of(cfg).foreign(functional(T5Encoder, cfg).spec)):
+        pass
+    hf.write_config(cfg, folder)
+    return folder / "config.json"
+
+
+def t5_tokenizer(name: str) -> Callable[[Path], Path]:
+    """T5's tokenizer as spiece.model with its companions, or as tokenizer.json."""
+    about: dict[str, Any] = {
+        "added_tokens.json": {"<extra_id_1>": 150, "<extra_id_0>": 151, "<cat>": 152},
+        "tokenizer_config.json": {
+            "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "eos_token": "</s>", "unk_token": "<unk>",
+            "added_tokens_decoder": {"152": {"content": "<cat>", "special": False, "normalized": True}},
+        },
+    }  # fmt: skip
+
+    def write(folder: Path) -> Path:
+        shutil.copy(GOLDENS / "t5_tokenizer" / "spiece.model", folder)
+        if name in about:
+            (folder / name).write_text(json.dumps(about[name]))
+        if name == "tokenizer.json":
+            T5Tokenizer.load(folder).save(folder)
+        return folder / name
+
+    return write
+
+
+def t5_tokenized(folder: Path) -> None:
+    T5Tokenizer.load(folder)(["a caption of a <cat>", ""], 30)
+
+
 def tensors(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         for value in open_weights(file).tensors.values():
@@ -209,6 +249,12 @@ TARGETS = [
     Target("timm config.json", golden("vit/timm_cls", "config.json"), opened, mutate_json, weight=1),
     Target("DiT config.json", golden("dit", "config.json"), opened, mutate_json, weight=1),
     Target("autoencoder config.json", golden("autoencoder", "config.json"), opened, mutate_json, weight=1),
+    Target("T5 config.json", t5_encoder, opened, mutate_json, weight=1),
+    Target("spiece.model", t5_tokenizer("spiece.model"), t5_tokenized, mutate_bytes),
+    *(
+        Target(f"T5 {name}", t5_tokenizer(name), t5_tokenized, mutate_json)
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    ),
     *(
         Target(f"our {name} config.json", own(name), opened, mutate_json, weight=1)
         for name in ("clip/hf_gelu", "vit/timm_cls", "dit", "autoencoder")

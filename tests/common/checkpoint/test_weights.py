@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import create_safetensors, open_npz, open_safetensors, open_sharded
 from heirloom.common.errors import InputError
-from heirloom.common.surgery.layout import Tensor
+from heirloom.common.surgery.layout import Tensor, release
 
 TENSORS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -63,6 +63,27 @@ def test_noise_is_not_a_safetensors_file(tmp_path):
     file.write_bytes((20).to_bytes(8, "little") + b"x" * 64)
     with pytest.raises(InputError, match="not a safetensors file"):
         open_safetensors(file)
+
+
+def test_released_pages_leave_memory_and_are_read_again(tmp_path):
+    save_file({name: np.arange(2**22, dtype=np.float32) for name in "abc"}, tmp_path / "a.safetensors")
+    tensors = open_safetensors(tmp_path / "a.safetensors")
+    tensor = tensors["b"].reshape(2048, 2048).T
+
+    def resident():
+        ranges = Path("/proc/self/smaps").read_text().split("a.safetensors\n")[1:]
+        return sum(int(text.split("Rss:")[1].split()[0]) * 1024 for text in ranges)
+
+    if not Path("/proc/self/smaps").is_file():
+        pytest.skip("needs Linux, which says what is resident")
+    total = sum(float(value.sum(dtype=np.float64)) for value in tensors.values())
+    assert resident() > 48e6
+    release(tensor)
+    assert 30e6 < resident() < 34e6
+    assert float(tensors["b"].sum(dtype=np.float64)) == total / 3 and resident() > 48e6
+    release(tensors["b"][:0])
+    release(np.ones(3))  # not mapped: nothing to do
+    assert resident() > 48e6
 
 
 def test_a_numpy_archive_is_read_and_one_with_objects_is_not(tmp_path):
