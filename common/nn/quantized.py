@@ -60,8 +60,20 @@ def quantize(kernel: np.ndarray, scales: tuple[int, ...]) -> QArray:
 
 
 def einsum(equation: str, x: jax.Array, kernel: QArray) -> jax.Array:
-    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype; the kernel is widened for this product."""
-    return qwix.einsum(equation, x.astype(kernel.dtype), kernel)
+    """Computes `jnp.einsum(equation, x, kernel)` in the kernel's dtype: of the integers, then times the scales.
+
+    bfloat16 holds the integers exactly; `qwix.einsum` would round the dequantised kernel to it once more. A gradient
+    flows to `x` alone.
+    """
+    inputs, outputs = equation.split("->")
+    names = inputs.split(",")[1]
+    written = "".join(name for name in outputs if name in names)
+    if any(size > 1 for name, size in zip(names, kernel.scale.shape, strict=True) if name not in written):
+        raise ValueError(f"{equation}: scales {kernel.scale.shape} differ along an axis that is summed over")
+    y = jnp.einsum(equation, x.astype(kernel.dtype), kernel.qvalue.astype(kernel.dtype))
+    scale = jnp.einsum(f"{names}->{written}", kernel.scale)  # drops the input axes, whose size is 1
+    sizes = iter(scale.shape)
+    return y * scale.reshape([next(sizes) if name in written else 1 for name in outputs])
 
 
 def quantized(tree: Any) -> bool:

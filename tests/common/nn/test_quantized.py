@@ -68,6 +68,12 @@ def test_a_product_is_that_with_the_dequantised_kernel(equation, kernel, axes):
     np.testing.assert_allclose(np.asarray(half, np.float64), expected, atol=0.02 * np.abs(expected).max())
 
 
+def test_scales_that_differ_along_a_summed_axis_are_refused():
+    small = quantize(normal(6, 4), (6, 4))
+    with pytest.raises(ValueError, match=r"be,eh->bh: scales \(6, 4\) differ along an axis that is summed over"):
+        product("be,eh->bh", normal(3, 6), small)
+
+
 class Tower(nnx.Module):
     """Two layers of a stack, and what each says of the input."""
 
