@@ -15,7 +15,7 @@ from flax import nnx
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.adaln import EPS, XAVIER, Modulated, Modulation
 from heirloom.common.nn.attention import Attention, CrossAttention, Kernel, softmax
-from heirloom.common.nn.block import Block, Remat, stack
+from heirloom.common.nn.block import Block, Remat, each, stack
 from heirloom.common.nn.dense import Dense, Sizes, normal, param, zeros
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.nn.patch import PatchEmbed, unpatch
@@ -187,8 +187,7 @@ class PixArt(Modulated):
     def condition(self, text: jax.Array, mask: jax.Array) -> Text:
         """What a text says to every layer: keys and values depend on it alone, so a sampler computes them once."""
         read = self.caption_down(jax.nn.gelu(self.caption_up(text), approximate=True))
-        graph, state = nnx.split(self.blocks.cross)  # type: ignore[attr-defined]
-        keys, values = jax.vmap(lambda layer: nnx.merge(graph, layer).read(read))(state)
+        keys, values = each(self.blocks.cross, read, method="read")  # type: ignore[attr-defined]
         return Text(keys, values, mask)
 
     def denoise(self, x: jax.Array, modulation: Modulation, text: Text) -> jax.Array:

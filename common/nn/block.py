@@ -111,14 +111,14 @@ def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") ->
     return x
 
 
-def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:
+def each(blocks: nnx.Module, x: jax.Array, method: str = "__call__") -> Any:
     """Returns the outputs of all modules of a stack for the same `x`: [layer, ...].
 
     Quantised kernels are widened one layer at a time.
     """
     graph, state = nnx.split(blocks)
 
-    def one(layer: nnx.State) -> jax.Array:
-        return nnx.merge(graph, layer)(x)
+    def one(layer: nnx.State) -> Any:
+        return getattr(nnx.merge(graph, layer), method)(x)
 
     return jax.lax.map(one, state) if quantized(state) else jax.vmap(one)(state)

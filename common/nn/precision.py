@@ -49,13 +49,16 @@ def _product_backward(equation: str, saved: Saved, gradient: jax.Array) -> Saved
 _product.defvjp(_product_forward, _product_backward)
 
 
-def wide_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def wide_matmul(x: jax.Array, kernel: jax.Array | QArray) -> jax.Array:
     """Computes x [..., n] @ kernel [n, m] in float32 for inference, without a float32 copy of a bfloat16 kernel.
 
     `x` is split into two bfloat16 parts, which together keep 16 of its 24 bits. Their products with the kernel are
     exact and are summed in float32: the result is that of `x` with a relative error of 2^-17, and a CPU that multiplies
-    bfloat16 takes a third of the time. A kernel of another dtype is widened.
+    bfloat16 takes a third of the time. The integers of a quantised kernel are bfloat16 exactly, and its scales are
+    applied to the result. A kernel of another dtype is widened.
     """
+    if isinstance(kernel, QArray):
+        return wide_matmul(x, kernel.qvalue.astype(jnp.bfloat16)) * kernel.scale
     x = x.astype(jnp.float32)
     if kernel.dtype != jnp.bfloat16:
         return x @ kernel.astype(jnp.float32)

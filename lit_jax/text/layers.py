@@ -9,12 +9,15 @@ import jax
 import numpy as np
 
 from heirloom.common.checkpoint.convert import Donor
-from heirloom.common.checkpoint.weights import release
+from heirloom.common.checkpoint.quantized import QuantizedView, stored_layer
+from heirloom.common.checkpoint.weights import SCALE
 from heirloom.common.nn.functional import Functional
+from heirloom.common.nn.quantized import QArray
+from heirloom.common.surgery.layout import release
 
 BLOCKS = "blocks/"
 ALIGNMENT = 64  # bytes: a CPU then uses an array of ours as it is, where it would copy it
-Layer = dict[str, jax.Array]
+Layer = dict[str, jax.Array | QArray]
 
 
 class Layers:
@@ -30,7 +33,8 @@ class Layers:
         self._spec = model.spec
         self._views: dict[str, Any] = {path: donor.source.values[f"{BLOCKS}{path}"] for path in model.spec}
         self._inputs = {path: len(leaf.axes.where("read")) for path, leaf in model.spec.items()}
-        self._turned = {path for path, view in self._views.items() if _turned(view.parts[0], self._inputs[path])}
+        plain = {path: view for path, view in self._views.items() if not isinstance(view, QuantizedView)}
+        self._turned = {path for path, view in plain.items() if _turned(view.parts[0], self._inputs[path])}
         self._buffers: dict[tuple[int, str], np.ndarray] = {}
 
     def stream(self) -> Iterator[Layer]:
@@ -62,11 +66,16 @@ class Layers:
         }
 
     def _read(self, i: int, slot: int) -> Layer:
-        return {path: self._matrix(path, view.parts[i], slot) for path, view in self._views.items()}
+        return {path: self._part(path, stored_layer(view, i), slot) for path, view in self._views.items()}
+
+    def _part(self, path: str, part: np.ndarray | QArray, slot: int) -> jax.Array | QArray:
+        if isinstance(part, QArray):
+            return QArray(self._matrix(path, part.qvalue, slot), self._matrix(path + SCALE, part.scale, slot))
+        return self._matrix(path, part, slot)
 
     def _matrix(self, path: str, part: np.ndarray, slot: int) -> jax.Array:
         """Copies a part of the file and gives its pages back."""
-        inputs = self._inputs[path]
+        inputs = self._inputs[path.removesuffix(SCALE)]
         if path in self._turned:
             part = part.transpose(*range(inputs, part.ndim), *range(inputs))
             inputs = part.ndim - inputs

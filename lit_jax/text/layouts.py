@@ -17,7 +17,7 @@ from heirloom.common.typed import from_json
 from lit_jax.text.t5 import T5Config, T5Encoder, macs, parameters
 from lit_jax.text.tokenizer import FILES as TOKENIZER_FILES
 from lit_jax.text.tokenizer import find_tokenizer
-from lit_jax.text.verify import verify
+from lit_jax.text.verify import features, verify
 
 FILE = "model.safetensors"
 TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"  # two names of the table of tokens
@@ -177,4 +177,5 @@ FAMILY = Family(
     parameters=parameters,
     macs=macs,
     lookalikes=LOOKALIKES,
+    outputs=features,
 )

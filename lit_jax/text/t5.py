@@ -71,7 +71,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, lead = self.kernel[...], x.shape[: x.ndim - self.inputs]
-        flat = kernel.reshape(prod(kernel.shape[: self.inputs]), -1)
+        flat = kernel.reshape(prod(kernel.shape[: self.inputs]), prod(kernel.shape[self.inputs :]))
         return wide_matmul(x.reshape(*lead, -1), flat).reshape(*lead, *kernel.shape[self.inputs :])
 
 

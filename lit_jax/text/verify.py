@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from heirloom.common.checkpoint.quantized import stored_layer
 from heirloom.common.checkpoint.verify import Check, against, as_folder, compare, outputs, quiet
 from heirloom.common.nn.functional import functional
-from lit_jax.text.t5 import T5Config, T5Encoder
+from lit_jax.text.t5 import T5Block, T5Config, T5Encoder, attention_bias
 
 LARGE = 1e9  # parameters; of a larger encoder the first layers are compared, as it is in memory twice in f32
 FIRST_LAYERS = 2
@@ -45,6 +47,19 @@ def verify(cfg: T5Config, params: Mapping[str, Any], file: Path, format: str) ->
 
     missing = "torch and transformers are not installed"
     return against(reference, mine, format, what="features", needs=libraries, missing=missing)
+
+
+def features(cfg: T5Config, params: Mapping[str, Any]) -> list[np.ndarray]:
+    """Computes the features of the inputs, [35, width] f32, one layer at a time: no other is in memory in f32."""
+    tokens, mask = inputs(cfg)
+    x = np.asarray(params["embed/table"], np.float32)[tokens]
+    bias = attention_bias(cfg, jnp.asarray(np.asarray(params["position/table"], np.float32)), jnp.asarray(mask))
+    blocks = {path.removeprefix("blocks/"): value for path, value in params.items() if path.startswith("blocks/")}
+    block = functional(T5Block, cfg).apply
+    for i in range(cfg.layers):
+        (x,) = outputs(block, {path: stored_layer(value, i) for path, value in blocks.items()}, x, np.asarray(bias))
+    scale = np.asarray(params["norm/scale"], np.float32)
+    return [(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + cfg.eps) * scale)[mask]]
 
 
 def _first(value: Any, layers: int) -> Any:
