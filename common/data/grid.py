@@ -15,9 +15,8 @@ def grid(pictures: np.ndarray, columns: int | None = None) -> Image.Image:
     columns = columns or isqrt(n - 1) + 1
     rows = ceil(n / columns)
     padded = np.concatenate([pictures, np.full((rows * columns - n, *pictures.shape[1:]), 255, np.uint8)])
-    return Image.fromarray(
-        padded.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
-    )
+    tiles = padded.reshape(rows, columns, side, side, 3).swapaxes(1, 2)
+    return Image.fromarray(tiles.reshape(rows * side, columns * side, 3))
 
 
 def save_grid(pictures: np.ndarray, path: Path, columns: int | None = None, least: int = 256) -> None:

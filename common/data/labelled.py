@@ -128,9 +128,8 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
                 f" classes, or a model with {len(known)} (heirloom expand --classes; in a recipe the field classes of"
                 " its student)"
             )
-        numerical = (
-            sorted(in_order, key=lambda i: int(known[i])) if all(name.isdecimal() for name in known) else in_order
-        )
+        numbered = all(name.isdecimal() for name in known)
+        numerical = sorted(in_order, key=lambda i: int(known[i])) if numbered else in_order
         if moved := [i for i, j in enumerate(numerical) if i != j]:
             remark(
                 f"{path}: its classes are numbered in alphabetical order, so {known[moved[0]]!r} is class {moved[0]}"

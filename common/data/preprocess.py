@@ -60,12 +60,8 @@ class Preprocess:
     """
 
     def __post_init__(self) -> None:
-        names = {
-            "mode": get_args(Mode),
-            "corner": get_args(Corner),
-            "background": BACKGROUNDS,
-            "interpolation": tuple(FILTERS),
-        }
+        names = {"mode": get_args(Mode), "corner": get_args(Corner)}
+        names |= {"background": BACKGROUNDS, "interpolation": tuple(FILTERS)}
         for name, choices in names.items():
             if (value := getattr(self, name)) not in choices:
                 hint = nearest(value, choices) if isinstance(value, str) else ""

@@ -128,10 +128,8 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
     if 0 < reference.images < LEAST:
         raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score: {LEAST} at least")
     if protocol == ADM.protocol and reference.pool and not reference.spatial:
-        given = (
-            f"{reference.where} has `mu` and `sigma`, which FID takes, but not sFID's spatial statistics `mu_s` and"
-            " `sigma_s`"
-        )
+        absent = "but not sFID's spatial statistics `mu_s` and `sigma_s`"
+        given = f"{reference.where} has `mu` and `sigma`, which FID takes, {absent}"
         whole = "a reference batch of the ADM suite (VIRTUAL_*.npz) has both"
         if reference.images:
             remark(f"{given}: sFID is measured against its {reference.images:,} pictures instead; {whole}")
@@ -168,16 +166,10 @@ def evaluate(
     values["inception_score"] = inception_score(ours.logits)
     if theirs:
         manifolds, distance = precision_recall(theirs.pooled, ours.pooled), kid(theirs.pooled, ours.pooled)
-        values |= {
-            "precision": manifolds.precision,
-            "recall": manifolds.recall,
-            "kid": distance.mean,
-            "kid_std": distance.std,
-        }
-    return [
-        {"metric": name, "value": value, "n": ours.pool.count, "protocol": extractor.cfg.protocol}
-        for name, value in values.items()
-    ]
+        values |= {"precision": manifolds.precision, "recall": manifolds.recall}
+        values |= {"kid": distance.mean, "kid_std": distance.std}
+    shared = {"n": ours.pool.count, "protocol": extractor.cfg.protocol}
+    return [{"metric": name, "value": value} | shared for name, value in values.items()]
 
 
 def _distance(ours: Gaussian, theirs: Gaussian, reference: Reference) -> float:

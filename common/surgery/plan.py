@@ -90,9 +90,8 @@ class Resolution:
     @property
     def fraction(self) -> float:
         """Share of the student's elements that are inherited."""
-        return sum(line.fraction * line.target.count for line in self.lines) / sum(
-            line.target.count for line in self.lines
-        )
+        total = sum(line.target.count for line in self.lines)
+        return sum(line.fraction * line.target.count for line in self.lines) / total
 
 
 @dataclass(frozen=True)
@@ -208,10 +207,8 @@ def build(line: Line, index: Index | None = None) -> Array:
     """
     if line.source is None:
         raise ValueError(f"{line.path} is fresh: it has no source to build it from")
-    index = tuple(
-        slice(*s.indices(n))
-        for s, n in zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True)
-    )
+    slices = zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True)
+    index = tuple(slice(*s.indices(n)) for s, n in slices)
     block = _build(line.source, line.runs, index)
     return block if block.dtype == line.target.dtype else block.astype(line.target.dtype)
 
