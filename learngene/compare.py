@@ -142,9 +142,8 @@ def gene_config(student: VitConfig, kind: str) -> VitConfig:
     """Config of a kind's donor: SWS's or TLEG's gene, the untied auxiliary net, or a ViT with a layer per stage."""
     if kind == "tleg":
         return replace(student, gene="tleg", layers=2, layout=(student.depth,))
-    return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[
-        kind
-    ]
+    plain = {"untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}
+    return ({"sws": student} | plain)[kind]
 
 
 def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
@@ -277,9 +276,8 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
         table.add_column(header, justify="right" if header else "left")
     teacher = results["teacher"]
     known = "unknown" if teacher["flops"] is None else _tera(teacher["flops"])
-    table.add_row(
-        "teacher", "", *[""] * (len(after) - 1), _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}"
-    )
+    empty = [""] * (len(after) - 1)
+    table.add_row("teacher", "", *empty, _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}")
     for name in cfg.methods:
         rows = [results["arms"][f"{name}-{depth}"] for depth in cfg.depths]
         gene = results["genes"].get(ARMS[name].gene)
@@ -288,17 +286,14 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
             first = row is rows[0]
             gene_cost = _tera(gene["flops"]) if gene and first else ""
             accuracy = [_percent(row["top1"][n]) for n in after]
-            table.add_row(
-                name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, f"{stored:,}" if first else ""
-            )
+            size = f"{stored:,}" if first else ""
+            table.add_row(name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, size)
     console = Console()
     console.print("\naccuracy on held-out pictures, by epochs of training", soft_wrap=True)
     console.print(table)
-    console.print(
-        "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's"
-        " forward passes; the training of the teacher is in the row of the teacher.",
-        soft_wrap=True,
-    )
+    genes = "A gene is trained once for all depths, and its column includes the teacher's forward passes"
+    teacher_row = "the training of the teacher is in the row of the teacher"
+    console.print(f"TFLOP: pictures times operations. {genes}; {teacher_row}.", soft_wrap=True)
 
 
 def _percent(share: float) -> str:

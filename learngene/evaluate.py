@@ -56,9 +56,8 @@ def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pr
 
     def score(params: Mapping[str, Any]) -> Scored:
         with jax.set_mesh(mesh):
-            counts = (
-                count(params, split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out
-            )
+            split = ((split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out)
+            counts = (count(params, image, label) for image, label in split)
             total = np.sum([np.asarray(part, np.float64) for part in counts], axis=0)
         *sums, damaged = total.tolist()
         if damaged:

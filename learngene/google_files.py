@@ -52,17 +52,14 @@ def read(found: Found) -> Read | None:
     if positions != grid**2 + cls:
         token = " and of its class token" if cls else ""
         raise InputError(f"has {positions} positions, not those of a square of patches{token}")
-    sizes: dict[str, Any] = dict(
-        size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden
-    )
+    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch)
+    sizes |= dict(width=width, heads=heads, hidden=hidden)
     sizes |= dict(layers=depth(tensors, r"Transformer/encoderblock_(\d+)/"), classes=classes)
     cfg = VitConfig(
         **sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh"
     )
-    why = (
-        "the archive does not contain it; flax, which wrote it, has the tanh form, and timm, which reads it too, the"
-        " exact one (gelu)"
-    )
+    forms = "flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
+    why = f"the archive does not contain it; {forms}"
     return Read(cfg, (Guess("activation", cfg.activation, why), *square(cfg, "the archive does not contain it")))
 
 

@@ -74,18 +74,15 @@ def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
     """As `arguments`, for a model whose name is not timm's: `given` overrides the config inferred from shapes."""
     average = cfg.tokens != "cls+dist" and not cfg.pool.startswith("cls")
     pooling = dict(class_token=cfg.tokens != "none", global_pool="avg" if average else "token")
-    pooling |= {
-        "class": CLASSES[cfg.tokens == "cls+dist"],
-        "fc_norm": cfg.tokens != "cls+dist" and cfg.pool == "mean_norm",
-    }
+    mean = cfg.tokens != "cls+dist" and cfg.pool == "mean_norm"
+    pooling |= {"class": CLASSES[cfg.tokens == "cls+dist"], "fc_norm": mean}
     return _fields(sizes(cfg) | dict(num_heads=cfg.heads or 1, act_layer=cfg.activation) | pooling, given, where)
 
 
 def sizes(cfg: VitConfig) -> dict[str, Any]:
     """Sizes of a model as timm's arguments."""
-    args: dict[str, Any] = dict(
-        img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers
-    )
+    args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch)
+    args |= dict(embed_dim=cfg.width, depth=cfg.layers)
     return args | dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
 
 

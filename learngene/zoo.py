@@ -14,9 +14,8 @@ from learngene.inputs import sidecars
 from learngene.verify import verify
 from learngene.vit import Vit, VitConfig, macs, parameters
 
-FAMILY = Family(
-    "learngene", Vit, partial(from_json, VitConfig), FORMATS, sidecars, verify, parameters, macs, lookalikes=LOOKALIKES
-)
+_CONFIG = partial(from_json, VitConfig)
+FAMILY = Family("learngene", Vit, _CONFIG, FORMATS, sidecars, verify, parameters, macs, lookalikes=LOOKALIKES)
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout
