@@ -91,9 +91,8 @@ class TokenSpec:
         """[rows, length] int32: the index of the tensor a weight belongs to, -1 in the padding."""
         found = np.full((self.rows, self.length), -1, np.int32)
         for i, piece in enumerate(self.pieces):
-            self._block(found, piece)[...] = np.where(
-                self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece)
-            )
+            here = self._pad(np.ones(piece.size, bool), piece)
+            self._block(found, piece)[...] = np.where(here, i, self._block(found, piece))
         return found
 
     def flatten(self, tree: PyTree) -> np.ndarray:
@@ -221,23 +220,10 @@ def chunks(tree: PyTree, length: int | None = None, *, select: str = "") -> Toke
 
 def one_chunk(spec: TokenSpec) -> TokenSpec:
     """Describe a single row of a cut as a network by itself."""
-    return TokenSpec(
-        (
-            Piece(
-                path="chunk",
-                shape=(spec.length,),
-                order=(0,),
-                first=0,
-                rows=1,
-                column=0,
-                width=spec.length,
-                fan_in=spec.length,
-                fan_out=1,
-            ),
-        ),
-        1,
-        spec.length,
-    )
+    n = spec.length
+    place = dict(first=0, rows=1, column=0, width=n)
+    piece = Piece(path="chunk", shape=(n,), order=(0,), **place, fan_in=n, fan_out=1)
+    return TokenSpec((piece,), 1, n)
 
 
 def neurons(spec: Spec) -> TokenSpec:
