@@ -78,11 +78,8 @@ def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, nam
     known = getattr(source, "class_names", {}).get(label, ())
     if isinstance(first, str):
         used = sorted(set(_column(cfg, label)))
-        if (
-            not known
-            and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used)
-            and (names is None or set(match(used, names)) == {None})
-        ):
+        numerals = not known and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used)
+        if numerals and (names is None or set(match(used, names)) == {None}):
             numbers = {name: int(name) for name in used}  # numbers, stored as text
             return Labelled(source=source, column=label, classes=(), numbers=numbers, count=classes)
         known = known or used
@@ -108,9 +105,8 @@ def _column(cfg: SourceConfig, label: str) -> Iterator[str]:
 
 def _real_names(names: Names | None, classes: int | None) -> Names | None:
     """Returns the names unless they are placeholders like LABEL_0, LABEL_1, ..."""
-    if names is None or all(
-        name is None or re.fullmatch(rf"(?i)(label|class)[ _-]?{i}", name) for i, name in enumerate(names)
-    ):
+    anonymous = r"(?i)(label|class)[ _-]?{}"
+    if names is None or all(name is None or re.fullmatch(anonymous.format(i), name) for i, name in enumerate(names)):
         return None
     if classes is not None and len(names) != classes:
         given = f"{len(names)} class names ({_shown(names)})"

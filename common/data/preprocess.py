@@ -192,9 +192,8 @@ def _corner(margin: int, rule: Corner) -> int:
 def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
     """Computes `box.cut(image.resize(target))` without the whole resized picture, up to PIL's rounding."""
     low, high, first, last = [], [], [], []
-    for length, total, start, count in zip(
-        image.size, target, (box.left, box.top), (box.width, box.height), strict=True
-    ):
+    corner, part = (box.left, box.top), (box.width, box.height)
+    for length, total, start, count in zip(image.size, target, corner, part, strict=True):
         step = length / total
         reach = _REACH[pre.interpolation] * max(step, 1.0) + 1
         low.append(max(0, math.floor(start * step - reach)))

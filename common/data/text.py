@@ -138,9 +138,8 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
         out = np.zeros((len(texts), context), np.int32)
-        for row, encoding in zip(
-            out, self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False), strict=True
-        ):
+        found = self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False)
+        for row, encoding in zip(out, found, strict=True):
             ids = [self.sot, *encoding.ids[: context - 2], self.eot]
             row[: len(ids)] = ids
         return out
