@@ -87,10 +87,8 @@ def depth(tensors: Tensors, pattern: str) -> int:
 
 def read_deit(found: Found) -> Read | None:
     """Read a file in timm's names; settings come from a trainer's arguments in the file, or are guessed."""
-    if (
-        not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys()
-        or (found.folder / "config.json").is_file()
-    ):
+    needed = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
+    if not needed <= found.tensors.keys() or (found.folder / "config.json").is_file():
         return None
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     refuse_other_parts(found.tensors)

@@ -42,8 +42,7 @@ _OF_THE_TABLE = ("class", "embed_layer", "block_fn", "mlp_layer")
 # Arguments of training, initialisation, variable input sizes and loading, which do not change the function.
 HARMLESS = (
     "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "dynamic_img_size",
-    "dynamic_img_pad",
-    "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
+    "dynamic_img_pad", "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
 )  # fmt: skip
 
 

@@ -14,11 +14,9 @@ from learngene.vit import VitConfig
 # Fields of timm's pretrained_cfg: where weights come from, preprocessing, and names.
 _PRETRAINED = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
-    "test_input_size",
-    "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names",
-    "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license",
-    "description", "origin_url",
-    "paper_name", "paper_ids", "notes",
+    "test_input_size", "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std",
+    "label_names", "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license",
+    "description", "origin_url", "paper_name", "paper_ids", "notes",
 )  # fmt: skip
 # The architectures that are written, by eps: model_args state everything else.
 _CLIP = ("vit_base_patch16_clip_224", dict(pre_norm=False))
