@@ -197,9 +197,8 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one that holds data sets named {', '.join(SUITE)}")
-    if unknown := sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")
-    ):
+    folders = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if unknown := sorted(name for name in folders if name not in SUITE):
         move = f"rename or move it (names are {', '.join(SUITE)})"
         raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name: {move}")
     present = [name for name in SUITE if (folder / name).is_dir()]

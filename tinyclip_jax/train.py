@@ -106,10 +106,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     if cfg.loss.alpha > 0 and not cfg.teacher:
         setting = 'set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
         raise InputError(f"loss.alpha is {cfg.loss.alpha} and teacher is empty: {setting}")
-    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (
-        cfg.student.image.size,
-        cfg.student.text.context,
-    ):
+    image, text = cfg.student.image, cfg.student.text
+    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (image.size, text.context):
         inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
         setting = "set student.image.size and student.text.context to these"
         raise InputError(f"the teacher takes {inputs}, the student other inputs: {setting}")
