@@ -26,9 +26,8 @@ class SampleConfig:
     """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
 
     def __post_init__(self) -> None:
-        if (
-            self.steps < 2
-        ):  # the first is at the noisiest time and the last at the cleanest: one alone would be the latter
+        # The first is at the noisiest time and the last at the cleanest: one alone would be the latter.
+        if self.steps < 2:
             raise InputError(f"{self.steps} steps: take 2 or more")
         if not 0 < self.strength <= 1:
             raise InputError(f"a strength of {self.strength:g}: choose above 0 and up to 1")
