@@ -135,7 +135,8 @@ class Batches:
         for name, value in self._stream.items():
             if state.get(name) != value:
                 was = state.get(name)
-                raise InputError(f"the data cannot be resumed: {name} was {was}, is {value}; set it back or start anew")
+                now = f"was {was} and is {value} now; set it back, or start a new run"
+                raise InputError(f"the data cannot be resumed: {name} {now}")
         self.close()
         self._done = state["batches"]
 

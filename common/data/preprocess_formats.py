@@ -66,7 +66,8 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
     if (file := folder / FILE).is_file():
         pre = Preprocess.load(file)
         if pre.size != size:
-            raise InputError(f"{file}: size is {pre.size}, the model takes {size} x {size} pixels; use its own file")
+            takes = f"the model takes {size} x {size} pixels"
+            raise InputError(f"{file}: size is {pre.size}, and {takes}; use the file of this model")
         return Found(pre, FILE)
     for name in sorted(_READERS, key=lambda name: name != format):
         if found := _READERS[name](folder, size):
@@ -228,7 +229,8 @@ def _read_timm(folder: Path, size: int) -> Found | None:
 
 def _write_hf(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
-        raise InputError("transformers' processors of CLIP and ViT do not pad; this preprocessing has mode 'longest'")
+        pads = "this model's preprocessing pads (mode 'longest')"
+        raise InputError(f"transformers' image processors of CLIP and ViT do not pad; {pads}")
     side, crop = pre.resize or pre.size, {"height": pre.size, "width": pre.size}
     flags = dict(do_resize=True, do_rescale=True, rescale_factor=1 / _BYTE, do_normalize=True, do_convert_rgb=True)
     about: dict[str, Any] = flags | dict(resample=int(pre.filter), image_mean=list(pre.mean), image_std=list(pre.std))
@@ -245,9 +247,11 @@ def _write_hf(pre: Preprocess, folder: Path) -> None:
 
 def _write_open_clip(pre: Preprocess, folder: Path) -> None:
     if pre.resize not in (None, pre.size):
-        raise InputError(f"open_clip resizes to the crop's size; this model to {pre.resize}, and crops {pre.size}")
+        ours = f"this model's resizes to {pre.resize} and crops {pre.size}"
+        raise InputError(f"open_clip resizes to the size of the crop; {ours}")
     if pre.interpolation not in ("bicubic", "bilinear"):
-        raise InputError(f"open_clip interpolates bicubic or bilinear, this model's preprocessing {pre.interpolation}")
+        theirs = "bicubic or bilinear interpolation"
+        raise InputError(f"open_clip resizes by {theirs}, this model's preprocessing by {pre.interpolation}")
     about: dict[str, Any] = dict(mean=list(pre.mean), std=list(pre.std))
     about |= dict(interpolation=pre.interpolation, resize_mode=pre.mode)
     about |= dict(fill_color=pre.fill) if pre.mode == "longest" else {}

@@ -52,7 +52,8 @@ def index_shard(shard: Path) -> Path:
         except OSError as error:
             failed.append(f"{folder} ({error.strerror})")
     where = " or ".join(failed)
-    raise InputError(f"{shard}: cannot write its index to {where}; set XDG_CACHE_HOME to a folder with free space")
+    needed = "set XDG_CACHE_HOME to a folder with free space"
+    raise InputError(f"{shard}: its index cannot be written to {where}; {needed}")
 
 
 def _belongs(file: Path, shard: Path, mark: str) -> bool:

@@ -106,7 +106,8 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
             for start in range(0, len(batch), size):
                 features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
                 if not all(np.isfinite(x).all() for x in features):
-                    raise InputError("features are not finite (NaN or infinity): the Inception weights are damaged")
+                    damaged = "the Inception weights are damaged"
+                    raise InputError(f"features of pictures are not finite (NaN or infinity): {damaged}")
                 pool.add(features[0])
                 spatial.add(features[1])
                 pooled.append(features[0])
@@ -200,7 +201,8 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
             raise InputError(f"{path}: `{key}` is {given}, and must be {list(shape)} finite numbers")
         found.append(np.asarray(value, np.float64))
     if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-        raise InputError(f"{path}: `{covariance}` is no covariance (symmetric, variances >= 0); fetch it again")
+        needed = "a covariance (symmetric, no negative variances)"
+        raise InputError(f"{path}: `{covariance}` is not {needed}; fetch it again")
     return Gaussian(*found)
 
 

@@ -133,7 +133,8 @@ class Plan:
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
             near = nearest(key, axes)
-            raise InputError(f"rule {self.rules[i][0]!r} maps the axis {key!r}, which no parameter of it has{near}")
+            rule = f"rule {self.rules[i][0]!r} maps the axis {key!r}"
+            raise InputError(f"{rule}, which none of its parameters has{near}")
         used = {line.path for line in lines if line.source is not None}
         return Resolution(tuple(lines), tuple(p for p in source.spec if p not in used))
 

@@ -82,7 +82,8 @@ class Run:
             part.write_text(text)
             part.replace(file)
         except OSError as error:
-            raise InputError(f"{directory}: cannot write here ({error.strerror}); choose another folder") from error
+            failed = f"cannot write a run here ({error.strerror})"
+            raise InputError(f"{directory}: {failed}; choose another folder") from error
         return cls(directory, json.loads(text))
 
     @cached_property

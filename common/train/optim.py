@@ -63,7 +63,8 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
     if total < 1:
         raise InputError(f"a run of {total} steps: set steps to 1 or more")
     if cfg.warmup > total:
-        raise InputError(f"a warm-up of {cfg.warmup} of {total} steps is too long: set optim.warmup to {total // 10}")
+        set_to = f"set optim.warmup to {total // 10}, say"
+        raise InputError(f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: {set_to}")
 
     def rate(step: Any) -> jax.Array:
         rising = cfg.lr * (step + 1) / max(cfg.warmup, 1)

@@ -146,7 +146,7 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
         loss, metrics = loss_fn(cast(params, cfg.compute), batch, key, frozen)
         statistics = metrics.get(STATISTICS, {})
         if wrong := [path for path in statistics if path not in layout or not is_statistic(path)]:
-            raise ValueError(f"{wrong[0]}: the loss returns this running statistic, the model has no such path")
+            raise ValueError(f"{wrong[0]}: the loss returns it as a running statistic, the model has none")
         aux = {name: value for name, value in metrics.items() if name != STATISTICS}, statistics
         return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
 

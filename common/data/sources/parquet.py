@@ -107,7 +107,8 @@ def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
         return cell
     if isinstance(cell, str) and cell:
         return file.parent / cell
-    raise InputError(f"{key}: its picture is {str(cell)[:60]}; it must be bytes, a path, or a struct of both")
+    needed = "a picture must be bytes, a path, or a struct of bytes and path"
+    raise InputError(f"{key}: its picture is {str(cell)[:60]}; {needed}")
 
 
 def _schema(file: Path) -> pyarrow.Schema:
