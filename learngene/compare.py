@@ -129,7 +129,8 @@ def check(cfg: Comparison) -> None:
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
     if not cfg.gene.teacher and not cfg.teacher.data.path:
-        raise InputError("no teacher is named, nor one to train: give --gene.teacher SOURCE, of these classes and size")
+        needed = "give --gene.teacher SOURCE, with the same classes and size"
+        raise InputError(f"the recipe names no teacher, and none to train: {needed}")
     for name in cfg.methods:
         if name not in ARMS:
             raise InputError(f"unknown method {name!r}{nearest(name, ARMS)}: choose from {', '.join(ARMS)}")

@@ -96,7 +96,7 @@ class Resident:
         for name, value in self.state().items():
             if name != "batches" and state.get(name) != value:
                 was = state.get(name)
-                raise InputError(f"the data cannot resume: {name} was {was} and is {value} now: set it back")
+                raise InputError(f"the data cannot be resumed: {name} was {was} and is {value} now: set it back")
         self.done = state["batches"]
 
 

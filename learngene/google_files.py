@@ -73,4 +73,5 @@ def write(cfg: VitConfig, folder: Path) -> None:
     for name, theirs, ours in (("activation", "gelu_tanh", cfg.activation), ("eps", "1e-06", f"{cfg.eps:g}")):
         if ours != theirs:
             other = f"{name} {theirs}, this model {ours}"
-            raise InputError(f"google-research's ViT has {other}: convert --set {name}={theirs} if outputs may differ")
+            may = f"convert with --set {name}={theirs} if its outputs may differ a little"
+            raise InputError(f"google-research's ViT has {other}: {may}")

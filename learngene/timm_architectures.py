@@ -65,7 +65,8 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
         )
     built = table()[name]
     if built["class"] not in CLASSES:
-        raise InputError(f"{where}: timm builds {name!r} as {built['class']}; only its VisionTransformer can be read")
+        kind = built["class"]
+        raise InputError(f"{where}: timm builds {name!r} as its class {kind}; only its VisionTransformer can be read")
     return _fields({**(defaults or {}), **built}, given, where)
 
 

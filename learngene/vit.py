@@ -86,7 +86,8 @@ class VitConfig:
             needed = f"pool {self.pool!r} needs its token"
             raise InputError(f"tokens is {self.tokens!r}: {needed}, set tokens to {allowed[0]!r}")
         if self.gene == "none" and self.layout:
-            raise InputError(f"layout is {self.layout}, for genes only: set gene to 'sws' or 'tleg', or empty layout")
+            needed = "set gene to 'sws' or 'tleg', or leave layout empty"
+            raise InputError(f"layout is {self.layout}, and only a gene has one: {needed}")
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
             needed = f"a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more"
             raise InputError(f"layout is {self.layout}: {needed}")
