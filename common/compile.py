@@ -85,10 +85,7 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
 
 
 # How the compiler says that a step does not fit; the second knows its temporaries alone.
-REFUSALS = (
-    r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
-    r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM",
-)
+REFUSALS = (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM")
 
 
 def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
