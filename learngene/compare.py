@@ -205,11 +205,8 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
     if file.is_file():
         saved = read_json(file)
         if lines := difference(saved["config"], about):
-            raise InputError(
-                "\n".join(
-                    [f"{folder} was run with another config: give a new --run, or set these fields back:", *lines]
-                )
-            )
+            set_back = "give a new --run, or set these fields back:"
+            raise InputError("\n".join([f"{folder} was run with another config: {set_back}", *lines]))
         return saved["result"]
     parts = resolve_once(arm.parts())
     before = recipe.evaluate(arm, parts).metrics

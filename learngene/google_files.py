@@ -66,10 +66,9 @@ def read(found: Found) -> Read | None:
 def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "google")
     if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")):
-        raise InputError(
-            "google-research's ViT classifies one class token, or without one the mean of normalised patches; this"
-            f" model has tokens {cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
-        )
+        classified = "one class token, or without one the mean of normalised patches"
+        this = f"this model has tokens {cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
+        raise InputError(f"google-research's ViT classifies {classified}; {this}")
     for name, theirs, ours in (("activation", "gelu_tanh", cfg.activation), ("eps", "1e-06", f"{cfg.eps:g}")):
         if ours != theirs:
             other = f"{name} {theirs}, this model {ours}"

@@ -51,9 +51,8 @@ def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | 
     if not isinstance(numbers, Mapping) or not all(type(i) is int for i in numbers.values()):
         raise InputError(f"{file}: label2id must be an object from names to whole numbers; else remove it")
     known = set(enumerate(names or ()))
-    odd = next((name for name, i in numbers.items() if (i, name) not in known), None) or next(
-        iter(set(names or ()) - set(numbers)), None
-    )
+    odd = next((name for name, i in numbers.items() if (i, name) not in known), None)
+    odd = odd or next(iter(set(names or ()) - set(numbers)), None)
     if odd is not None and not _numbered((i, name) for name, i in numbers.items()):
         raise InputError(f"{file}: id2label and label2id contradict each other about {odd!r}; correct or remove one")
     return names

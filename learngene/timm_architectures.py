@@ -59,10 +59,9 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
     sets.
     """
     if name not in table():
-        raise InputError(
-            f"{where}: timm's ViTs have no architecture {name!r}{nearest(name, table())}; if it is a plain ViT, name"
-            " one of them, such as 'vit_tiny_patch16_224', and write the differences into model_args"
-        )
+        near = f"{name!r}{nearest(name, table())}; if it is a plain ViT, name one of them"
+        write = "such as 'vit_tiny_patch16_224', and write the differences into model_args"
+        raise InputError(f"{where}: timm's ViTs have no architecture {near}, {write}")
     built = table()[name]
     if built["class"] not in CLASSES:
         kind = built["class"]

@@ -298,8 +298,5 @@ def check_codec(cfg: TokenVaeConfig, zoo: Zoo, path: str) -> None:
     """Raise InputError for a codec of other networks than the zoo's."""
     own, ours = (cfg.tokens, cfg.length), (zoo.spec.rows, zoo.spec.length)
     if own != ours:
-        raise InputError(
-            "{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(
-                path, *own, *ours
-            )
-        )
+        sizes = "codes {} tokens of {} weights, the zoo's networks have {} of {}".format(*own, *ours)
+        raise InputError(f"{path} {sizes}: train another")

@@ -133,11 +133,11 @@ def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: TokenSpec,
 def _trainer(cfg: FitConfig, head: NetConfig) -> Callable[[np.ndarray, np.ndarray], Any]:
     """Compiled once for each shape of tasks."""
     model, key = net(head), jax.random.key(0)
-    return jax.jit(
-        lambda x, y: fit_population(
-            model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key
-        )
-    )
+
+    def fit(x: Any, y: Any) -> Any:
+        return fit_population(model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key)
+
+    return jax.jit(fit)
 
 
 def compare(

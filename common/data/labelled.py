@@ -119,17 +119,15 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     in_order = list(range(len(known)))
     if names is None:
         if classes is not None and len(known) != classes:
-            raise InputError(
-                f"{path} has {len(known)} classes ({_shown(known)}), the model {classes}: give data with the model's"
-                f" classes, or a model with {len(known)} (heirloom expand --classes; in a recipe the field classes of"
-                " its student)"
-            )
+            given = f"{len(known)} classes ({_shown(known)}), the model {classes}"
+            expand = "heirloom expand --classes; in a recipe the field classes of its student"
+            needed = f"give data with the model's classes, or a model with {len(known)} ({expand})"
+            raise InputError(f"{path} has {given}: {needed}")
         numbered = all(name.isdecimal() for name in known)
         numerical = sorted(in_order, key=lambda i: int(known[i])) if numbered else in_order
         if moved := [i for i, j in enumerate(numerical) if i != j]:
-            remark(
-                f"{path}: its classes are numbered in alphabetical order, so {known[moved[0]]!r} is class {moved[0]}"
-            )
+            first = f"{known[moved[0]]!r} is class {moved[0]}"
+            remark(f"{path}: its classes are numbered in alphabetical order, so {first}")
         return in_order
     found = match(known, names)
     numbers = [number for number in found if number is not None]
@@ -144,10 +142,9 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
         near = nearest(unknown, [name for name in names if name])
         matched = f"exactly one of the {len(names)} known ({_shown(names)}){near}"
         raise InputError(f"{path}: its class {unknown!r} does not match {matched}")
-    remark(
-        f"{path}: its class {unknown!r} is not one of the class names ({_shown(names)}), but there are {len(names)} of"
-        f" each: its classes are numbered in their order ({_shown(known)})"
-    )
+    unlike = f"its class {unknown!r} is not one of the class names ({_shown(names)})"
+    order = f"its classes are numbered in their order ({_shown(known)})"
+    remark(f"{path}: {unlike}, but there are {len(names)} of each: {order}")
     return in_order
 
 

@@ -190,9 +190,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         if decoder := theirs.get("added_tokens_decoder"):
             fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             try:
-                known = {
-                    int(i): {field: token[field] for field in fields if field in token} for i, token in decoder.items()
-                }
+                known = {int(i): {f: token[f] for f in fields if f in token} for i, token in decoder.items()}
                 found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 shown = str(decoder)[:80]

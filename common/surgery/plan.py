@@ -127,9 +127,8 @@ class Plan:
             padded = prod(leaf.shape) / leaf.count if leaf.count else 1.0
             fraction = min(1.0, padded * prod(run.map.fraction for run in runs if run.map is not None))
             origin, values = source.origin.get(path, path), source.values[path]
-            lines.append(
-                Line(path=path, target=leaf, source=values, rule=pattern, runs=runs, fraction=fraction, origin=origin)
-            )
+            inherited: dict[str, Any] = dict(runs=runs, fraction=fraction, origin=origin)
+            lines.append(Line(path=path, target=leaf, source=values, rule=pattern, **inherited))
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
             near = nearest(key, axes)
@@ -173,11 +172,9 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
     name, target, source = " ".join(run.names), prod(run.target), prod(run.source)
     if run.map is None:
         if run.source != run.target:
-            raise InputError(
-                f"{path}: axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says"
-                " which. "
-                f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}.'
-            )
+            unmapped = f"axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says which"
+            add = f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}'
+            raise InputError(f"{path}: {unmapped}. {add}.")
         return
     if isinstance(run.map, PerLayer) and not run.sourced:
         raise InputError(f"{path}: a map per layer leaves rows of axis {name!r} fresh; give them a source and scale 0")

@@ -90,11 +90,8 @@ def _partition(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
 
     def candidates(axis: str) -> list[int]:
         size = mesh.shape[axis]
-        return [
-            i
-            for i in leaf.axes.where("read", "write", "carry")
-            if size > 1 and placed[i] is None and leaf.shape[i] % size == 0
-        ]
+        named = (i for i in leaf.axes.where("read", "write", "carry") if placed[i] is None)
+        return [i for i in named if size > 1 and leaf.shape[i] % size == 0]
 
     for i in candidates("tensor"):
         if leaf.axes.names[i] in TENSOR_AXES:

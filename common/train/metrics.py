@@ -214,9 +214,8 @@ class ProgressLine:
         if line["timing"]["data_wait"] > IDLE and not self._told:
             self._told = True
             share = f"{line['timing']['data_wait']:.0%}"
-            self.console.print(
-                f"devices are idle {share} of the time, waiting for data: raise pipeline.workers", soft_wrap=True
-            )
+            idle = f"devices are idle {share} of the time, waiting for data"
+            self.console.print(f"{idle}: raise pipeline.workers", soft_wrap=True)
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:

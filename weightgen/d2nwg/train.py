@@ -188,7 +188,6 @@ class D2nwgRecipe(LoopConfig):
             return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
 
         measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.seed)
-        some = jnp.asarray(
-            vectors(zoo.tokens(np.sort(np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch))))
-        )
+        shown = np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch)
+        some = jnp.asarray(vectors(zoo.tokens(np.sort(shown))))
         return autoencoder | {"k": latent_scale(model, autoencoder, some, key=jax.random.key(self.seed))}

@@ -134,10 +134,9 @@ def _check(module: str, down: np.ndarray, up: np.ndarray) -> None:
     if down.dtype.kind in "iub" or up.dtype.kind in "iub":
         raise InputError(f"{module}: its adapter is {down.dtype}: it is quantised; take the original")
     if down.ndim < 2 or up.ndim != down.ndim or set(up.shape[2:]) > {1} or len(down) != up.shape[1]:
-        raise InputError(
-            f"{module}: A {down.shape} and B {up.shape} are no pair [rank, in] and [out, rank] (of a convolution [rank,"
-            " in, k, k] and [out, rank, 1, 1]): merged or grouped adapters cannot be generated"
-        )
+        pair = "[rank, in] and [out, rank] (of a convolution [rank, in, k, k] and [out, rank, 1, 1])"
+        merged = "merged or grouped adapters cannot be generated"
+        raise InputError(f"{module}: A {down.shape} and B {up.shape} are no pair {pair}: {merged}")
 
 
 def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> dict[str, float]:
