@@ -202,18 +202,8 @@ def chunks(tree: PyTree, length: int | None = None, *, select: str = "") -> Toke
         fan_out = leaf.shape[0] if leaf.shape else 1
         where = {"first": 0, "column": at} if length is None else {"first": at, "column": 0}
         order = tuple(range(len(leaf.shape)))
-        pieces.append(
-            Piece(
-                path=name,
-                shape=tuple(leaf.shape),
-                order=order,
-                rows=rows,
-                width=width,
-                fan_in=size // max(fan_out, 1),
-                fan_out=fan_out,
-                **where,
-            )
-        )
+        where |= dict(rows=rows, width=width, fan_in=size // max(fan_out, 1), fan_out=fan_out)
+        pieces.append(Piece(path=name, shape=tuple(leaf.shape), order=order, **where))
         at += size if length is None else rows
     return TokenSpec(tuple(pieces), 1 if length is None else at, at if length is None else length)
 
@@ -242,19 +232,9 @@ def neurons(spec: Spec) -> TokenSpec:
             if rows is not None and units != rows:
                 first, column = first + rows, 0
             rows, width = units, prod(leaf.shape[i] for i in read)
-            pieces.append(
-                Piece(
-                    path=path,
-                    shape=leaf.shape,
-                    order=(*out, *read),
-                    first=first,
-                    rows=rows,
-                    column=column,
-                    width=width,
-                    fan_in=leaf.extent("read"),
-                    fan_out=leaf.extent("write"),
-                )
-            )
+            place = dict(first=first, rows=rows, column=column, width=width)
+            fan = dict(fan_in=leaf.extent("read"), fan_out=leaf.extent("write"))
+            pieces.append(Piece(path=path, shape=leaf.shape, order=(*out, *read), **place, **fan))
             column += width
         first += rows or 0
     return TokenSpec(tuple(pieces), first, max(piece.column + piece.width for piece in pieces))
