@@ -365,13 +365,13 @@ def arm(
         "zoo network + 0.06 noise": nearest_distance(noisy(zoo.weights[:50], 0.06, rng), zoo.weights),
     }
     lap("report")
+    overlaps = [error_overlap(predicted[0][i : i + 1] != yt[i], theirs[:, i])[0] for i in range(len(theirs[0]))]
     return {
         "kind": kind, "begin": begin, "prior": prior, "seed": seed, "accuracy": table,
         "at 0 steps": {"single": float(by_test.mean()), ORACLE: float(by_test.max(0).mean())},
         "zoo": codec.before, "zoo after codec": codec.after, "codec error": codec.error,
         "distance": {name: float(np.median(found)) for name, found in distances.items()},
-        "error IoU": float(np.mean([error_overlap(predicted[0][i : i + 1] != yt[i], theirs[:, i])[0]
-                                    for i in range(len(theirs[0]))])),
+        "error IoU": float(np.mean(overlaps)),
         "disagreement": disagreement(predicted),
         "seconds of CPU": seconds,
     }  # fmt: skip

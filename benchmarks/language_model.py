@@ -79,16 +79,8 @@ SIZES = {
     "cpu": Size(GptConfig(vocab=1024, context=32), 600, 1000, 8, 200, 500, 110, 20, 400),
 }
 RANK, RATE, SHOTS, SAMPLES = 4, 2e-2, 5, 8  # of adapters; of their training; windows told; draws
-STOPS, STOPPED_ON = (
-    (
-        10,
-        25,
-        50,
-        100,
-        200,
-    ),
-    15,
-)  # steps on the told windows to choose from, on so many modules of the zoo
+# steps on the told windows to choose from, on so many modules of the zoo
+STOPS, STOPPED_ON = (10, 25, 50, 100, 200), 15
 DENOISER = DenoiserConfig(width=64, layers=2, heads=4, hidden=128)
 ROW_DENOISER = DenoiserConfig(width=128, layers=2, heads=4, hidden=256)
 STEP = 0.2  # norm of a proposal over the tensor's, for all of them

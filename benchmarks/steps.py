@@ -90,8 +90,7 @@ def sample(name: str, cfg: Any, count: int, steps: int) -> dict[str, Any]:
     jax.block_until_ready(draw(params, labels, jax.random.key(1)))
     seconds = time.perf_counter() - begun
     return {"what": f"sample {name}, {steps} steps", "batch": count, "seconds": seconds,
-            "examples_per_second": count / seconds,
-            "first": begun - first}  # fmt: skip
+            "examples_per_second": count / seconds, "first": begun - first}  # fmt: skip
 
 
 def main() -> None:

@@ -152,10 +152,7 @@ def main() -> None:
                 write_json(
                     file,
                     run(name, recipes[name], args.out / "runs" / stem)
-                    | {
-                        "setting": args.setting,
-                        "steps": setting.steps,
-                    },
+                    | {"setting": args.setting, "steps": setting.steps},
                 )
             row = read_json(file)
             if row["setting"] != args.setting:

@@ -85,10 +85,7 @@ def mesh_on(topology: Topology, cfg: Any) -> Any:
 
 
 # How the compiler says that a step does not fit; the second knows its temporaries alone.
-REFUSALS = (
-    r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
-    r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM",
-)
+REFUSALS = (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM")
 
 
 def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
@@ -114,12 +111,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
         if used is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-        result |= {
-            "fits": False,
-            "bytes_per_device": float(used[1]) * unit[used[2]],
-            "collectives": {},
-            "advice": advice(cfg),
-        }
+        result |= {"fits": False, "bytes_per_device": float(used[1]) * unit[used[2]]}
+        result |= {"collectives": {}, "advice": advice(cfg)}
         return result | {"seconds": time.perf_counter() - started}
 
     memory = compiled.memory_analysis()
@@ -141,11 +134,8 @@ def compile_for(cfg: Any, topology: Topology) -> dict[str, Any]:
 
 def advice(cfg: Any) -> str:
     """What to change when a step does not fit, in the words of the recipe's flags."""
-    found = [
-        f"--{name} full"
-        for name, value in _fields(asdict(cfg), "")
-        if name.endswith("remat") and value in ("none", "dots")
-    ]
+    remat = (name for name, value in _fields(asdict(cfg), "") if name.endswith("remat") and value in ("none", "dots"))
+    found = [f"--{name} full" for name in remat]
     if cfg.mesh.fsdp == 1:
         found.append("--mesh.fsdp 8")
     if not found:
@@ -167,15 +157,11 @@ def lines(name: str, result: Mapping[str, Any]) -> list[str]:
     if not result["fits"]:
         return [*out, f"does not fit: {needed:.2f} GiB a device of {hbm:.2f}; try {result['advice']}"]
     out.append(f"fits: {needed:.2f} GiB a device of {hbm:.2f}")
-    out += [
-        f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step"
-        for kind, c in result["collectives"].items()
-    ]
+    for kind, c in result["collectives"].items():
+        out.append(f"  {kind}: {c['count']:,}, {c['bytes'] / 2**20:,.1f} MiB a device and step")
     if result["summed"]:
-        out.append(
-            "  devices add up "
-            + ", ".join(f"{n:,} numbers in {dtype}" for dtype, n in sorted(result["summed"].items()))
-        )
+        sums = ", ".join(f"{n:,} numbers in {dtype}" for dtype, n in sorted(result["summed"].items()))
+        out.append(f"  devices add up {sums}")
     parts = ", ".join(f"{part} {1e3 * seconds:.1f} ms" for part, seconds in result["parts"].items())
     out.append(f"{result['flops'] / 1e12:,.3g} TFLOP a step; at the chip's limits: {parts}")
     return [*out, f"so a step is estimated at {1e3 * result['step_seconds']:.1f} ms or more"]

@@ -37,16 +37,15 @@ class Recipe(Protocol):
 
 def recipes() -> list[str]:
     """Returns the names of the shipped recipes, such as `tinyclip/smoke`."""
-    return sorted(
-        p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.glob("*/*.py") if p.stem != "__init__"
-    )
+    paths = (path for path in SHIPPED.glob("*/*.py") if path.stem != "__init__")
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in paths)
 
 
 def is_recipe(name: str) -> bool:
     """Returns whether `name` is a recipe: a Python file, or `method/...` if there is no such path."""
-    return name.endswith(".py") or (
-        not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()}
-    )
+    if name.endswith(".py"):
+        return True
+    return not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()}
 
 
 def load(name: str, flags: Sequence[str] = ()) -> Recipe:
@@ -59,9 +58,8 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         known = ", ".join(recipes())
         raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {known}; or give a .py file)")
-    unique = (  # two recipes may have one file name
-        f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"
-    )
+    # Two recipes may have one file name.
+    unique = f"heirloom_config_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}"
     spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -29,6 +29,5 @@ class Race:
 
     def reaches(self, score: float, better: Better) -> int | None:
         """Returns the first measured step with a score at least as good as `score`, or None."""
-        return next(
-            (step for step, reached in zip(self.steps, self.scores, strict=True) if better(reached, score)), None
-        )
+        scored = zip(self.steps, self.scores, strict=True)
+        return next((step for step, reached in scored if better(reached, score)), None)

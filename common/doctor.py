@@ -10,17 +10,8 @@ from packaging.version import Version
 
 from heirloom.common.errors import InputError
 
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "tensorflow-datasets",
-    "torch",
-    "transformers",
-)
+PACKAGES: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+PACKAGES += ("tensorflow-datasets", "torch", "transformers")
 # Flax follows JAX closely. The oldest flax that was tested with each minor version of jax:
 PAIRS: dict[tuple[int, ...], str] = {(0, 12): "0.12.12", (0, 11): "0.12.9", (0, 10): "0.12.8"}
 SIZE = 2048
@@ -59,25 +50,16 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     print(f"matmul {SIZE} x {SIZE} in f32: {rate:,.0f} GFLOP/s")
     if jax.default_backend() == "cpu":
         hint = _accelerator_hint()
-        print(
-            hint
-            or "no accelerator here; for one, pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine"
-        )
+        extras = "pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine"
+        print(hint or f"no accelerator here; for one, {extras}")
     if "torch" not in found:
-        print(
-            "no torch: .pt files cannot be read, conversions are checked by structure only (pip install"
-            " 'heirloom-jax[torch]')"
-        )
+        what = ".pt files cannot be read, conversions are checked by structure only"
+        print(f"no torch: {what} (pip install 'heirloom-jax[torch]')")
     for line in more:
         print(line())
     print("ready")
-    return {
-        "versions": found,
-        "backend": jax.default_backend(),
-        "devices": len(devices),
-        "kinds": kinds,
-        "gflops": rate,
-    }
+    about = {"versions": found, "backend": jax.default_backend(), "devices": len(devices)}
+    return about | {"kinds": kinds, "gflops": rate}
 
 
 def check_pair(jax: str, flax: str) -> None:

@@ -53,9 +53,8 @@ def between(cfg: object, *fields: str, least: float = 0.0, below: float = inf) -
     for name in fields:
         value = getattr(cfg, name)
         if value is not None and not least <= value < below:  # true for NaN too
-            wanted = (
-                f"a finite number, {least:g} or more" if below == inf else f"a number from {least:g} to below {below:g}"
-            )
+            whole = f"a finite number, {least:g} or more"
+            wanted = whole if below == inf else f"a number from {least:g} to below {below:g}"
             raise InputError(f"{name} is {value}: choose {wanted}")
 
 

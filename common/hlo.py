@@ -7,21 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-WIDTHS = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
+WIDTHS = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f32=4, s32=4, u32=4, f64=8, s64=8, u64=8)
 
 
 class Operation(NamedTuple):
@@ -94,9 +80,8 @@ def _runs(text: str) -> Iterator[tuple[str, Operation, Block, int]]:
                 yield kind, operation, block, times
             elif kind == "while":
                 (body,), (condition,) = operation.called("body"), operation.called("condition")
-                yield from visit(
-                    blocks[body], times * (_trips(operation, block, blocks.get(condition, {})) or 1), set()
-                )
+                trips = _trips(operation, block, blocks.get(condition, {})) or 1
+                yield from visit(blocks[body], times * trips, set())
             elif kind not in ("async-update", "async-done"):  # these repeat the computation that async-start calls
                 for name in operation.called(*BRANCHES):
                     yield from visit(blocks.get(name, {}), times, seen)
@@ -134,10 +119,8 @@ def _bytes(shape: str) -> int:
 
 def _arrays(shape: str) -> list[tuple[str, int]]:
     """Returns (dtype, elements) of each array of a shape."""
-    return [
-        (dtype, prod(map(int, filter(None, dims.split(",")))))
-        for dtype, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-    ]
+    found = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
+    return [(dtype, prod(map(int, filter(None, dims.split(","))))) for dtype, dims in found]
 
 
 def _trips(loop: Operation, block: Block, condition: Block) -> int | None:

@@ -21,7 +21,8 @@ def local(path: str | Path) -> None:
         raise InputError(f"{text}: web addresses are not read; {needed}")
     if found[1] == "file":
         raise InputError(f"{text}: write the path alone, without file:")
-    raise InputError(f"{text}: buckets ({found[1]}:) are not read or written; give a local path, copy to or from it")
+    copy = "give a local path, and copy to or from it"
+    raise InputError(f"{text}: buckets ({found[1]}:) are neither read nor written; {copy}")
 
 
 def all_local(cfg: object) -> None:

@@ -24,9 +24,8 @@ def write(run: Path) -> Path:
     if not lines:
         raise InputError(f"{run}: metrics.jsonl is empty so far; wait for the first line")
     config = read_json(run / "config.json")
-    pictures = [
-        p for p in (*(run / name for name in PICTURES), *_spread(sorted(run.glob("samples/*.png")))) if p.is_file()
-    ]
+    samples = _spread(sorted(run.glob("samples/*.png")))
+    pictures = [p for p in (*(run / name for name in PICTURES), *samples) if p.is_file()]
     parts = [
         f"<h1>{html.escape(run.name)}</h1><p>step {lines[-1]['step']:,}, loss {_number(lines[-1]['loss'])}</p>",
         *(_figure(name, *curve) for name, curve in _curves(lines).items()),

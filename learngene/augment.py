@@ -8,11 +8,8 @@ import jax.numpy as jnp
 
 from heirloom.common.data.preprocess import Preprocess
 
-ERASED, ERASED_RATIO, TRIES = (
-    (0.02, 1 / 3),
-    0.3,
-    10,
-)  # area and narrowest aspect ratio of an erased box; draws before giving up
+ERASED, ERASED_RATIO = (0.02, 1 / 3), 0.3  # area and narrowest aspect ratio of an erased box
+TRIES = 10  # draws before giving up
 
 
 @dataclass(frozen=True)

@@ -63,19 +63,12 @@ def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
         raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
     tokens = "cls+dist" if "dist_token" in tensors else "cls" if "cls_token" in tensors else "none"
     mean = "fc_norm.weight" in tensors
-    pool = (
-        "mean_norm"
-        if mean
-        else "cls+dist"
-        if "head_dist.weight" in tensors
-        else "norm_mean"
-        if tokens == "none"
-        else "cls"
-    )
+    pool = "norm_mean" if tokens == "none" else "cls"
+    if mean or "head_dist.weight" in tensors:
+        pool = "mean_norm" if mean else "cls+dist"
     grid = isqrt(positions)  # one or two more tokens do not change the root
-    sizes: dict[str, Any] = dict(
-        size=grid * patch, channels=channels, patch=patch, width=width, layers=layers, hidden=hidden
-    )
+    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch)
+    sizes |= dict(width=width, layers=layers, hidden=hidden)
     return VitConfig(**sizes, classes=classes, heads=HEADS.get(width, 0), tokens=tokens, pool=pool)  # type: ignore[arg-type]
 
 
@@ -94,10 +87,8 @@ def depth(tensors: Tensors, pattern: str) -> int:
 
 def read_deit(found: Found) -> Read | None:
     """Read a file in timm's names; settings come from a trainer's arguments in the file, or are guessed."""
-    if (
-        not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= found.tensors.keys()
-        or (found.folder / "config.json").is_file()
-    ):
+    needed = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
+    if not needed <= found.tensors.keys() or (found.folder / "config.json").is_file():
         return None
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     refuse_other_parts(found.tensors)
@@ -122,11 +113,8 @@ def _of_another(cfg: VitConfig, trained: Trained) -> Read:
     described = timm_architectures.settings(timm_architectures.described(cfg, given, trained.where), cfg)
     if not given.keys() & {"class_token", "global_pool", "fc_norm"}:
         described = replace(described, tokens=cfg.tokens, pool=cfg.pool)
-    why = (
-        f"{_NOT_STORED}, and the name it was trained under, {trained.name!r}, is not timm's"
-        if trained.name
-        else _NOT_STORED
-    )
+    foreign = f"{_NOT_STORED}, and the name it was trained under, {trained.name!r}, is not timm's"
+    why = foreign if trained.name else _NOT_STORED
     guesses = [] if "act_layer" in given else [Guess("activation", cfg.activation, why)]
     guesses.append(Guess("eps", f"{described.eps:g}", why))
     guesses += [] if "num_heads" in given else _heads(cfg, why)
@@ -138,11 +126,8 @@ def _of_another(cfg: VitConfig, trained: Trained) -> Read:
 
 def _heads(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     if not cfg.heads:
-        return (
-            Guess(
-                "heads", None, f"the number of heads is unknown, because no published ViT has a width of {cfg.width}"
-            ),
-        )
+        why = f"the number of heads is unknown, because no published ViT has a width of {cfg.width}"
+        return (Guess("heads", None, why),)
     return (Guess("heads", cfg.heads, f"{why}, and published ViTs of this width have as many"),)
 
 
@@ -152,11 +137,8 @@ def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     for rows in range(cfg.grid - 1, 0, -1):
         if count % rows == 0 and rows * rows * _LONGEST >= count:
             other = f"{rows * cfg.patch} x {count // rows * cfg.patch}"
-            return (
-                Guess(
-                    "size", cfg.size, f"{why}: pictures of {other} px have as many patches, and only squares are read"
-                ),
-            )
+            also = f"{why}: pictures of {other} px have as many patches, and only squares are read"
+            return (Guess("size", cfg.size, also),)
     return ()
 
 
@@ -176,9 +158,8 @@ def write_deit(cfg: VitConfig, folder: Path) -> None:
         eps = f"an eps of 1e-6, this model {cfg.eps:g}"
         raise InputError(f"DeiT's files have {eps}: convert with --set eps=1e-6 if its outputs may differ")
     if (cfg.tokens, cfg.pool) == ("cls", "norm_mean") or (cfg.tokens == "cls+dist" and cfg.pool != "cls+dist"):
-        instead = (
-            "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"
-        )  # timm's distilled ViT has two heads
+        # timm's distilled ViT has two heads.
+        instead = "write --to timm" if cfg.tokens == "cls" else "keep the heirloom format"
         raise InputError(f"a bare file cannot tell that tokens {cfg.tokens!r} are pooled as {cfg.pool!r}; {instead}")
 
 
@@ -199,11 +180,9 @@ def read_sws(found: Found) -> Read | None:
         return None
     stages = depth(found.tensors, r"blocks\.block\.attn\.qkv\.instances\.(\d+)\.")
     layout = _SWS_LAYOUTS.get(stages, (1,) * stages)
-    why = (
-        "the release's for as many stages"
-        if stages in _SWS_LAYOUTS
-        else "nothing is released for as many stages, so one layer for each"
-    )
+    why = "nothing is released for as many stages, so one layer for each"
+    if stages in _SWS_LAYOUTS:
+        why = "the release's for as many stages"
     cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight", stages)
     cfg = replace(cfg, heads=_SWS_HEADS, eps=_SWS_EPS, gene="sws", layout=layout)
     return _gene_read(cfg, found, f"{_NOT_STORED}; {why}", f"{_NOT_STORED}, and both released nets have as many")
@@ -214,12 +193,8 @@ def read_tleg(found: Found) -> Read | None:
         return None
     cfg = shapes(found.tensors, "blocks.block.{}.instances.0.weight_base", 2)
     cfg = replace(cfg, eps=_SWS_EPS, gene="tleg", layout=(_TLEG_DEPTH,))
-    return _gene_read(
-        cfg,
-        found,
-        f"{_NOT_STORED}; the release's depth",
-        f"{_NOT_STORED}, and published ViTs of this width have as many",
-    )
+    depth = f"{_NOT_STORED}; the release's depth"
+    return _gene_read(cfg, found, depth, f"{_NOT_STORED}, and published ViTs of this width have as many")
 
 
 def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:

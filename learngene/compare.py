@@ -129,7 +129,8 @@ def check(cfg: Comparison) -> None:
     if not cfg.gene.held_out.path:
         raise InputError("the recipe names no held-out data to compare on: give --gene.held-out.path")
     if not cfg.gene.teacher and not cfg.teacher.data.path:
-        raise InputError("no teacher is named, nor one to train: give --gene.teacher SOURCE, of these classes and size")
+        needed = "give --gene.teacher SOURCE, with the same classes and size"
+        raise InputError(f"the recipe names no teacher, and none to train: {needed}")
     for name in cfg.methods:
         if name not in ARMS:
             raise InputError(f"unknown method {name!r}{nearest(name, ARMS)}: choose from {', '.join(ARMS)}")
@@ -142,9 +143,8 @@ def gene_config(student: VitConfig, kind: str) -> VitConfig:
     """Config of a kind's donor: SWS's or TLEG's gene, the untied auxiliary net, or a ViT with a layer per stage."""
     if kind == "tleg":
         return replace(student, gene="tleg", layers=2, layout=(student.depth,))
-    return {"sws": student, "untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}[
-        kind
-    ]
+    plain = {"untied": student.of_depth(student.depth), "shallow": student.of_depth(student.layers)}
+    return ({"sws": student} | plain)[kind]
 
 
 def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
@@ -205,11 +205,8 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
     if file.is_file():
         saved = read_json(file)
         if lines := difference(saved["config"], about):
-            raise InputError(
-                "\n".join(
-                    [f"{folder} was run with another config: give a new --run, or set these fields back:", *lines]
-                )
-            )
+            set_back = "give a new --run, or set these fields back:"
+            raise InputError("\n".join([f"{folder} was run with another config: {set_back}", *lines]))
         return saved["result"]
     parts = resolve_once(arm.parts())
     before = recipe.evaluate(arm, parts).metrics
@@ -277,9 +274,8 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
         table.add_column(header, justify="right" if header else "left")
     teacher = results["teacher"]
     known = "unknown" if teacher["flops"] is None else _tera(teacher["flops"])
-    table.add_row(
-        "teacher", "", *[""] * (len(after) - 1), _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}"
-    )
+    empty = [""] * (len(after) - 1)
+    table.add_row("teacher", "", *empty, _percent(teacher["top1"]), "", known, f"{teacher['parameters']:,}")
     for name in cfg.methods:
         rows = [results["arms"][f"{name}-{depth}"] for depth in cfg.depths]
         gene = results["genes"].get(ARMS[name].gene)
@@ -288,17 +284,14 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
             first = row is rows[0]
             gene_cost = _tera(gene["flops"]) if gene and first else ""
             accuracy = [_percent(row["top1"][n]) for n in after]
-            table.add_row(
-                name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, f"{stored:,}" if first else ""
-            )
+            size = f"{stored:,}" if first else ""
+            table.add_row(name, str(row["depth"]), *accuracy, _tera(row["flops"]), gene_cost, size)
     console = Console()
     console.print("\naccuracy on held-out pictures, by epochs of training", soft_wrap=True)
     console.print(table)
-    console.print(
-        "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's"
-        " forward passes; the training of the teacher is in the row of the teacher.",
-        soft_wrap=True,
-    )
+    genes = "A gene is trained once for all depths, and its column includes the teacher's forward passes"
+    teacher_row = "the training of the teacher is in the row of the teacher"
+    console.print(f"TFLOP: pictures times operations. {genes}; {teacher_row}.", soft_wrap=True)
 
 
 def _percent(share: float) -> str:

@@ -90,10 +90,8 @@ class Config(BaseConfig):
         if self.init != "random" and (self.donor or self.family is not FAMILY):
             raise InputError("init is 'mimetic', for a ViT without donor: leave donor empty, or set init to 'random'")
         if getattr(self.student, "gene", "none") != "none" and not self.teacher and self.distill.alpha == 1:
-            raise InputError(
-                "teacher is empty, and distill.alpha 1 uses no labels: name a teacher, or set --distill.alpha 0 to"
-                " learn from labels alone"
-            )
+            needed = "name a teacher, or set --distill.alpha 0 to learn from labels alone"
+            raise InputError(f"teacher is empty, and distill.alpha 1 uses no labels: {needed}")
         if self.teacher == CACHED and self.augment.changes:
             what = "a teacher's cached logits belong to unchanged pictures"
             raise InputError(f"augment is on, and {what}: turn it off, or set teacher to a SOURCE")

@@ -54,11 +54,8 @@ class Residual(nnx.Module):
         self.conv1 = Conv(in_channels, width, stride=stride, init=he, rngs=rngs)
         self.norm2 = GroupNorm(width, groups=GROUPS, eps=EPS, rngs=rngs)
         self.conv2 = Conv(width, width, init=he, rngs=rngs)
-        self.past = (
-            Conv(in_channels, width, size=1, stride=stride, init=he, rngs=rngs)
-            if (in_channels, stride) != (width, 1)
-            else None
-        )
+        changes = (in_channels, stride) != (width, 1)
+        self.past = Conv(in_channels, width, size=1, stride=stride, init=he, rngs=rngs) if changes else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(self.norm1(x))

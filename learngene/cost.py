@@ -87,12 +87,10 @@ def report(depths: Sequence[int]) -> dict[str, Any]:
         "total_training_macs": "100 and 5 epochs, weighted by the MACs of an epoch: the auxiliary net has 16 layers",
     }
     for name, why in assumptions.items():
-        table.add_row(
-            name.replace("_", " "), *(f"{found[size][name]:.{1 if name == 'storage' else 2}f}x" for size in found), why
-        )
+        cells = (f"{found[size][name]:.{1 if name == 'storage' else 2}f}x" for size in found)
+        table.add_row(name.replace("_", " "), *cells, why)
     console = Console()
     console.print(table)
-    console.print(
-        "no ratio is specific to SWS: any method with a gene of this size and these epochs has the same", soft_wrap=True
-    )
+    shared = "any method with a gene of this size and these epochs has the same"
+    console.print(f"no ratio is specific to SWS: {shared}", soft_wrap=True)
     return {"depths": list(depths), **found}

@@ -80,9 +80,8 @@ class Resident:
     def __next__(self) -> dict[str, Any]:
         positions = np.arange(self.done * self.cfg.batch, (self.done + 1) * self.cfg.batch)
         epochs = positions // self.examples
-        rows = np.concatenate(
-            [self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs)]
-        )
+        parts = (self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs))
+        rows = np.concatenate(list(parts))
         self.done += 1
         return self._take(self._arrays, rows)
 
@@ -97,19 +96,15 @@ class Resident:
         for name, value in self.state().items():
             if name != "batches" and state.get(name) != value:
                 was = state.get(name)
-                raise InputError(f"the data cannot resume: {name} was {was} and is {value} now: set it back")
+                raise InputError(f"the data cannot be resumed: {name} was {was} and is {value} now: set it back")
         self.done = state["batches"]
 
 
 @lru_cache(maxsize=2)  # several models learn from the same pictures
 def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> dict[str, np.ndarray]:
     """Decode all examples in threads, to arrays [n, ...]. Raises the errors of `open_labelled`."""
-    stream = (
-        grain.MapDataset.source(open_labelled(data, label, classes))
-        .seed(0)
-        .random_map(example)
-        .to_iter_dataset(grain.ReadOptions(8, 64))
-    )
+    mapped = grain.MapDataset.source(open_labelled(data, label, classes)).seed(0).random_map(example)
+    stream = mapped.to_iter_dataset(grain.ReadOptions(8, 64))
     examples = list(stream)
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
@@ -150,17 +145,12 @@ class Evaluation:
         return list(self._read())
 
     def _read(self) -> Iterator[dict[str, np.ndarray]]:
-        stream = (
-            grain.MapDataset.source(self.source)
-            .map(self._example)
-            .to_iter_dataset(grain.ReadOptions(8, 2 * self.batch))
-        )
+        mapped = grain.MapDataset.source(self.source).map(self._example)
+        stream = mapped.to_iter_dataset(grain.ReadOptions(8, 2 * self.batch))
         for part in stream.batch(self.batch):
             missing = self.batch - len(part["label"])
-            yield {
-                "image": np.concatenate([part["image"], np.zeros((missing, *part["image"].shape[1:]), np.uint8)]),
-                "label": np.concatenate([part["label"], np.full(missing, -1, np.int32)]),
-            }
+            image = np.concatenate([part["image"], np.zeros((missing, *part["image"].shape[1:]), np.uint8)])
+            yield {"image": image, "label": np.concatenate([part["label"], np.full(missing, -1, np.int32)])}
 
     def _example(self, record: Record) -> dict[str, Any]:
         picture = centre(decode_record(record, self.pre.background), self.pre)

@@ -26,10 +26,8 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     cfg = seeded(loaded, seed)
     console = Console()
     depths = ", ".join(map(str, cfg.depths))
-    console.print(
-        f"a teacher, one gene of {cfg.gene.student.layers} blocks, and models of {depths} layers, from the gene and"
-        " from scratch"
-    )
+    one = f"one gene of {cfg.gene.student.layers} blocks"
+    console.print(f"a teacher, {one}, and models of {depths} layers, from the gene and from scratch")
     with tempfile.TemporaryDirectory(dir=out) as folder:  # in `out`, so that the result can be renamed into place
         results = compare(cfg, Path(folder))
         with staged(out / "gene", force=True) as gene:
@@ -39,27 +37,18 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     arms = results["arms"]
     ahead = [depth for depth in cfg.depths if arms[f"sws-{depth}"]["top1"][0] > arms[f"scratch-{depth}"]["top1"][-1]]
-    summary = (
-        f"for {len(ahead)} of {len(cfg.depths)} depths the gene, untrained at that depth, is ahead of {cfg.epochs}"
-        " epoch from scratch"
-    )
+    lead = f"the gene, untrained at that depth, is ahead of {cfg.epochs} epoch from scratch"
+    summary = f"for {len(ahead)} of {len(cfg.depths)} depths {lead}"
     console.print(f"{summary}; took {seconds:.0f} s", soft_wrap=True)
-    console.print(
-        f"picture: {picture}   gene: {out / 'gene'}   another depth: heirloom expand {out / 'gene'} DEST --depth 5",
-        soft_wrap=True,
-    )
+    more = f"heirloom expand {out / 'gene'} DEST --depth 5"
+    console.print(f"picture: {picture}   gene: {out / 'gene'}   another depth: {more}", soft_wrap=True)
     deepest = cfg.depths[-1]
     scores: dict[str, Any] = {"teacher": {"top1": results["teacher"]["top1"]}}
-    scores |= {
-        "inherited": {"top1": arms[f"sws-{deepest}"]["top1"][-1]},
-        "scratch": {"top1": arms[f"scratch-{deepest}"]["top1"][-1]},
-    }
+    arm = {"inherited": arms[f"sws-{deepest}"], "scratch": arms[f"scratch-{deepest}"]}
+    scores |= {name: {"top1": found["top1"][-1]} for name, found in arm.items()}
     inherited = arms[f"sws-{deepest}"]
-    reached = (
-        step
-        for step, top1 in zip(inherited["steps"], inherited["top1"], strict=True)
-        if top1 >= scores["scratch"]["top1"]
-    )
+    curve = zip(inherited["steps"], inherited["top1"], strict=True)
+    reached = (step for step, top1 in curve if top1 >= scores["scratch"]["top1"])
     return {
         "parameters": {"teacher": results["teacher"]["parameters"], "student": inherited["parameters"]},
         "scores": scores,
@@ -93,17 +82,11 @@ def draw(cfg: Comparison, results: dict[str, Any], out: Path) -> Path:
         arms = [results["arms"][f"{name}-{depth}"] for depth in cfg.depths]
         at = np.arange(len(arms)) + (i - (len(cfg.methods) - 1) / 2) * width
         colour, label = COLOURS.get(name, f"C{i}"), LABELS.get(name, name)
-        left.bar(
-            at,
-            [100 * arm["top1"][-1] for arm in arms],
-            width * 0.92,
-            color=colour,
-            label=f"{label}, {cfg.epochs} epoch",
-        )
+        final = [100 * arm["top1"][-1] for arm in arms]
+        left.bar(at, final, width * 0.92, color=colour, label=f"{label}, {cfg.epochs} epoch")
         start = [100 * arm["top1"][0] for arm in arms]
-        left.scatter(
-            at, start, color="white", edgecolor="black", zorder=3, label=None if i else "before its first step"
-        )
+        legend = None if i else "before its first step"
+        left.scatter(at, start, color="white", edgecolor="black", zorder=3, label=legend)
         gene = results["genes"].get("sws" if name == "sws" else "", {"flops": 0.0})
         tuning = sum(arm["flops"] for arm in arms)
         spent = [gene["flops"] / 1e12, (gene["flops"] + tuning) / 1e12]

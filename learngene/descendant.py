@@ -24,15 +24,12 @@ def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
             raise InputError(f"{name} is {value}: choose 1 or more")
     if donor.family is not FAMILY:
         raise InputError(f"{donor.path} is a {donor.family.name}: give a gene or a ViT")
-    student = replace(
-        donor.cfg.of_depth(args.depth), size=args.size or donor.cfg.size, classes=args.classes or donor.cfg.classes
-    )
+    size, classes = args.size or donor.cfg.size, args.classes or donor.cfg.classes
+    student = replace(donor.cfg.of_depth(args.depth), size=size, classes=classes)
     layers = counts(args.map, "--map") if args.map else ()
     if donor.cfg.gene == "sws" and args.depth < donor.cfg.layers and not layers:
         kept = layer_map(args.depth, donor.cfg.layers)
-        print(
-            f"note: no rule is published for {args.depth} layers from {donor.cfg.layers} stages; using"
-            f" {', '.join(map(str, kept))}"
-        )
+        rule = f"no rule is published for {args.depth} layers from {donor.cfg.layers} stages"
+        print(f"note: {rule}; using {', '.join(map(str, kept))}")
     cfg = Config(student=student, layers=layers, preprocess=preprocess_of(donor).announced(), seed=args.seed)
     return recipe.inherit(cfg, cfg.parts(), args.destination, donor=donor, force=args.force)

@@ -56,16 +56,14 @@ def scorer(family: Family, cfg: VitConfig | ConvConfig, held_out: Evaluation, pr
 
     def score(params: Mapping[str, Any]) -> Scored:
         with jax.set_mesh(mesh):
-            counts = (
-                count(params, split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out
-            )
+            split = ((split_rows(b["image"], mesh), split_rows(b["label"], mesh, fill=-1)) for b in held_out)
+            counts = (count(params, image, label) for image, label in split)
             total = np.sum([np.asarray(part, np.float64) for part in counts], axis=0)
         *sums, damaged = total.tolist()
         if damaged:
-            raise InputError(
-                f"{held_out.name}: this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)}"
-                " pictures, and scores need finite ones: its weights are damaged, or its activations overflow"
-            )
+            given = f"this model's logits are NaN or infinite for {damaged:.0f} of {len(held_out)} pictures"
+            why = "its weights are damaged, or its activations overflow"
+            raise InputError(f"{held_out.name}: {given}, and scores need finite ones: {why}")
         means = {name: value / len(held_out) for name, value in zip(("top1", "top5", "loss"), sums, strict=True)}
         return Scored(held_out.name, len(held_out), means)
 

@@ -53,13 +53,8 @@ def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) ->
             may = "only depth, size and classes may differ"
             raise InputError(f"the student's {name} is {sizes}: {may}; set the same {name}, or use the method select")
     heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
-    return Plan(
-        (
-            ("position", grid_maps(donor, student)),
-            ("blocks/**", {"layer": layer, **heads}),
-            *other_rules(donor, student, head),
-        )
-    )
+    blocks = ("blocks/**", {"layer": layer, **heads})
+    return Plan((("position", grid_maps(donor, student)), blocks, *other_rules(donor, student, head)))
 
 
 def other_rules(donor: VitConfig, student: VitConfig, head: Head) -> tuple[tuple[str, Maps], ...]:

@@ -1,6 +1,7 @@
 """The foreign formats of ViTs."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +11,15 @@ from heirloom.common.checkpoint.convert import Format, Lookalike
 from heirloom.common.checkpoint.verify import Check
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
 
+_bare = partial(Format, wrapper="model")
+_deit = partial(_bare, complete=bare_files.timm_names)
 FORMATS = (
-    Format(
-        name="timm",
-        layout=layouts.timm,
-        file="model.safetensors",
-        read_config=timm_folder.read,
-        write_config=timm_folder.write,
-    ),
-    Format(
-        name="deit",
-        layout=layouts.timm,
-        file="deit.pth",
-        read_config=bare_files.read_deit,
-        write_config=bare_files.write_deit,
-        wrapper="model",
-        complete=bare_files.timm_names,
-    ),
-    Format(
-        name="hf", layout=layouts.hf, file="model.safetensors", read_config=hf_folder.read, write_config=hf_folder.write
-    ),
-    Format(
-        name="sws",
-        layout=layouts.sws,
-        file="sws.pth",
-        read_config=bare_files.read_sws,
-        write_config=bare_files.write_sws,
-        wrapper="model",
-    ),
-    Format(
-        name="tleg",
-        layout=layouts.tleg,
-        file="tleg.pth",
-        read_config=bare_files.read_tleg,
-        write_config=bare_files.write_tleg,
-        wrapper="model",
-    ),
-    Format(
-        name="google",
-        layout=layouts.google,
-        file="vit.npz",
-        read_config=google_files.read,
-        write_config=google_files.write,
-        clean=google_files.clean,
-    ),
+    Format("timm", layouts.timm, "model.safetensors", timm_folder.read, timm_folder.write),
+    _deit("deit", layouts.timm, "deit.pth", bare_files.read_deit, bare_files.write_deit),
+    Format("hf", layouts.hf, "model.safetensors", hf_folder.read, hf_folder.write),
+    _bare("sws", layouts.sws, "sws.pth", bare_files.read_sws, bare_files.write_sws),
+    _bare("tleg", layouts.tleg, "tleg.pth", bare_files.read_tleg, bare_files.write_tleg),
+    Format("google", layouts.google, "vit.npz", google_files.read, google_files.write, google_files.clean),
 )
 
 _CLASSIFIER = "a ViT that classifies is needed: ViTForImageClassification or DeiTForImageClassification"
@@ -70,9 +36,7 @@ LOOKALIKES = (
     Lookalike("decoder.decoder_layers.*", f"a masked autoencoder (ViTMAE); {_CLASSIFIER}"),
     Lookalike("embeddings.distillation_token", f"a DeiT without its classifier (DeiTModel); {_CLASSIFIER}"),
     Lookalike("encoder.layer.*.layernorm_before.weight", f"a ViT without its classifier (ViTModel); {_CLASSIFIER}"),
-    Lookalike(
-        "encoder.layers.encoder_layer_*", "a ViT of torchvision, which is not read; take one of timm or transformers"
-    ),
+    Lookalike("encoder.layers.encoder_layer_*", "a ViT of torchvision, not read; take one of timm or transformers"),
 )
 
 

@@ -52,28 +52,25 @@ def read(found: Found) -> Read | None:
     if positions != grid**2 + cls:
         token = " and of its class token" if cls else ""
         raise InputError(f"has {positions} positions, not those of a square of patches{token}")
-    sizes: dict[str, Any] = dict(
-        size=grid * patch, channels=channels, patch=patch, width=width, heads=heads, hidden=hidden
-    )
+    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch)
+    sizes |= dict(width=width, heads=heads, hidden=hidden)
     sizes |= dict(layers=depth(tensors, r"Transformer/encoderblock_(\d+)/"), classes=classes)
     cfg = VitConfig(
         **sizes, tokens="cls" if cls else "none", pool="cls" if cls else "norm_mean", activation="gelu_tanh"
     )
-    why = (
-        "the archive does not contain it; flax, which wrote it, has the tanh form, and timm, which reads it too, the"
-        " exact one (gelu)"
-    )
+    forms = "flax, which wrote it, has the tanh form, and timm, which reads it too, the exact one (gelu)"
+    why = f"the archive does not contain it; {forms}"
     return Read(cfg, (Guess("activation", cfg.activation, why), *square(cfg, "the archive does not contain it")))
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "google")
     if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")):
-        raise InputError(
-            "google-research's ViT classifies one class token, or without one the mean of normalised patches; this"
-            f" model has tokens {cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
-        )
+        classified = "one class token, or without one the mean of normalised patches"
+        this = f"this model has tokens {cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"
+        raise InputError(f"google-research's ViT classifies {classified}; {this}")
     for name, theirs, ours in (("activation", "gelu_tanh", cfg.activation), ("eps", "1e-06", f"{cfg.eps:g}")):
         if ours != theirs:
             other = f"{name} {theirs}, this model {ours}"
-            raise InputError(f"google-research's ViT has {other}: convert --set {name}={theirs} if outputs may differ")
+            may = f"convert with --set {name}={theirs} if its outputs may differ a little"
+            raise InputError(f"google-research's ViT has {other}: {may}")

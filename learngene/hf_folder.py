@@ -47,9 +47,8 @@ def read(found: Found) -> Read | None:
     fields.fixed("architectures", [_class(model, two)], [], None, feature="not the classifier that has these tensors")
     fields.transformers()
     fields.skip("interpolate_pos_encoding")  # for pictures of other sizes
-    fields.skip(
-        "encoder_stride", "pooler_output_size", "pooler_act"
-    )  # of masked modelling, and of a pooler that no classifier uses
+    # Of masked modelling, and of a pooler that no classifier uses.
+    fields.skip("encoder_stride", "pooler_output_size", "pooler_act")
     fields.fixed("qkv_bias", True, feature="queries, keys and values without biases")
     cfg: dict[str, Any] = dict(
         size=fields.square("image_size", 224),
@@ -85,9 +84,8 @@ def _model_type(fields: Fields) -> str:
 
 def _class(model: str, two_heads: bool) -> str:
     """Name of the classifier's class in transformers."""
-    return {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model] + (
-        "WithTeacher" if two_heads else ""
-    )
+    name = {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[model]
+    return name + ("WithTeacher" if two_heads else "")
 
 
 def write(cfg: VitConfig, folder: Path) -> None:
@@ -99,21 +97,12 @@ def write(cfg: VitConfig, folder: Path) -> None:
             " tokens 'cls' and pool 'cls'"
         )
     model = "deit" if cfg.tokens == "cls+dist" else "vit"
-    sizes: dict[str, Any] = dict(
-        image_size=cfg.size, num_channels=cfg.channels, patch_size=cfg.patch, hidden_size=cfg.width
-    )
-    sizes |= dict(
-        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, intermediate_size=cfg.hidden, qkv_bias=True
-    )
-    sizes |= dict(
-        hidden_act=HF_NAMES[cfg.activation],
-        layer_norm_eps=cfg.eps,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes: dict[str, Any] = dict(image_size=cfg.size, num_channels=cfg.channels, patch_size=cfg.patch)
+    sizes |= dict(hidden_size=cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads)
+    sizes |= dict(intermediate_size=cfg.hidden, qkv_bias=True)
+    sizes |= dict(hidden_act=HF_NAMES[cfg.activation], layer_norm_eps=cfg.eps)
+    sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     labels = {str(i): f"LABEL_{i}" for i in range(cfg.classes)}
     labelled = dict(id2label=labels, label2id={name: int(i) for i, name in labels.items()})
-    write_json(
-        folder / "config.json",
-        dict(architectures=[_class(model, cfg.pool == "cls+dist")], model_type=model) | sizes | labelled,
-    )
+    about = dict(architectures=[_class(model, cfg.pool == "cls+dist")], model_type=model)
+    write_json(folder / "config.json", about | sizes | labelled)

@@ -21,18 +21,14 @@ def preprocess_of(donor: Donor) -> Found:
     """Read the preprocessing of a classifier's folder; without one, that of the published models of its format."""
     minus_one_to_one = donor.format == "google" or (donor.format == "hf" and donor.cfg.tokens == "cls")
     size = donor.cfg.size
-    assumed, whose = (
-        (INCEPTION.at(size), "that of Google's ViTs")
-        if minus_one_to_one
-        else (IMAGENET.at(size).cropped(CROP), "ImageNet's")
-    )
+    assumed, whose = IMAGENET.at(size).cropped(CROP), "ImageNet's"
+    if minus_one_to_one:
+        assumed, whose = INCEPTION.at(size), "that of Google's ViTs"
     found = find(donor.folder, donor.format, size, assumed, whose)
     if found.pre.resize is not None:
         return found
-    note = (
-        f"preprocessing: {donor.folder / found.origin} does not record the crop; {CROP} of the side is assumed (set"
-        " resize in it)"
-    )
+    file = donor.folder / found.origin
+    note = f"preprocessing: {file} does not record the crop; {CROP} of the side is assumed (set resize in it)"
     return replace(found, pre=found.pre.cropped(CROP), note=note)
 
 

@@ -51,9 +51,8 @@ def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | 
     if not isinstance(numbers, Mapping) or not all(type(i) is int for i in numbers.values()):
         raise InputError(f"{file}: label2id must be an object from names to whole numbers; else remove it")
     known = set(enumerate(names or ()))
-    odd = next((name for name, i in numbers.items() if (i, name) not in known), None) or next(
-        iter(set(names or ()) - set(numbers)), None
-    )
+    odd = next((name for name, i in numbers.items() if (i, name) not in known), None)
+    odd = odd or next(iter(set(names or ()) - set(numbers)), None)
     if odd is not None and not _numbered((i, name) for name, i in numbers.items()):
         raise InputError(f"{file}: id2label and label2id contradict each other about {odd!r}; correct or remove one")
     return names
@@ -62,12 +61,8 @@ def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | 
 def _of_timm(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
     """Read `label_names`, or `labels`, of the config or its pretrained_cfg."""
     levels = {"": about, "pretrained_cfg: ": about.get("pretrained_cfg") or {}}
-    entries = [
-        (where + name, level[name])
-        for where, level in levels.items()
-        for name in ("label_names", "labels")
-        if level.get(name)
-    ]
+    places = ((where, level, name) for where, level in levels.items() for name in ("label_names", "labels"))
+    entries = [(where + name, level[name]) for where, level, name in places if level.get(name)]
     found = [(where, _listed(value, f"{file}: {where}")) for where, value in entries]
     for where, names in found:
         if names != found[0][1]:
@@ -98,9 +93,8 @@ def write_labels_as(names: Sequence[str], folder: Path, format: str) -> None:
     """Write class names in the form of a format; as our labels.json if the format has no field for them."""
     if format == "hf":
         numbers = {name: i for i, name in enumerate(names)}
-        write_json(
-            folder / CONFIG, read_json(folder / CONFIG) | dict(id2label=dict(enumerate(names)), label2id=numbers)
-        )
+        about = dict(id2label=dict(enumerate(names)), label2id=numbers)
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | about)
     elif format == "timm":
         write_json(folder / CONFIG, read_json(folder / CONFIG) | dict(label_names=list(names)))
     else:

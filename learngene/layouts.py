@@ -16,13 +16,8 @@ def _module(ours: str, theirs: str, weight: str = "weight", bias: str = "bias") 
 def _positions(cfg: VitConfig, key: str) -> Rows:
     """Positions of the learned tokens, then of the patches, in one table [1, token, embed]."""
     front = ("class_token/cls_position", "distillation_token/cls_position")[: cfg.prefix]
-    return (
-        (
-            " + ".join((*front, "position")),
-            key,
-            " + ".join((*("1 1 embed",) * len(front), "1 (grid_row grid_col) embed")),
-        ),
-    )
+    axes = " + ".join((*("1 1 embed",) * len(front), "1 (grid_row grid_col) embed"))
+    return ((" + ".join((*front, "position")), key, axes),)
 
 
 def _stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Rows:
@@ -37,13 +32,8 @@ def _stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Row
 
 def _timm_blocks(prefix: str, suffix: str = "", weight: str = "weight", bias: str = "bias") -> Rows:
     """The blocks in timm's names; q, k and v are packed, rows in this order."""
-    names = {
-        "attn_norm": "norm1",
-        "attn/out": "attn.proj",
-        "mlp_norm": "norm2",
-        "mlp/up": "mlp.fc1",
-        "mlp/down": "mlp.fc2",
-    }
+    names = {"attn_norm": "norm1", "attn/out": "attn.proj", "mlp_norm": "norm2"}
+    names |= {"mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
     packed = [" + ".join(f"blocks/attn/{p}/{leaf}" for p in ("query", "key", "value")) for leaf in ("kernel", "bias")]
     rows = tuple(row for a, b in names.items() for row in _module(f"blocks/{a}", f"{prefix}.{b}{suffix}", weight, bias))
     return (*rows, (packed[0], f"{prefix}.attn.qkv{suffix}.{weight}"), (packed[1], f"{prefix}.attn.qkv{suffix}.{bias}"))
@@ -52,15 +42,8 @@ def _timm_blocks(prefix: str, suffix: str = "", weight: str = "weight", bias: st
 def _timm(name: str, cfg: VitConfig, blocks: Rows) -> Layout:
     norm = "fc_norm" if cfg.pool == "mean_norm" else "norm"
     heads = (*_module("head", "head"), *_module("distillation_head", "head_dist"))
-    return Layout(
-        name,
-        (
-            *_stem(cfg, "patch_embed.proj", "cls_token", "dist_token", "pos_embed"),
-            *blocks,
-            *_module("norm", norm),
-            *heads,
-        ),
-    )
+    stem = _stem(cfg, "patch_embed.proj", "cls_token", "dist_token", "pos_embed")
+    return Layout(name, (*stem, *blocks, *_module("norm", norm), *heads))
 
 
 def timm(cfg: VitConfig) -> Layout:
@@ -75,11 +58,8 @@ def sws(cfg: VitConfig) -> Layout:
 
 def tleg(cfg: VitConfig) -> Layout:
     """Layout of the auxiliary net of AlphaXia/TLEG: a base and a slope of each tensor."""
-    return _timm(
-        "tleg",
-        cfg,
-        _timm_blocks("blocks.block", ".instances.0", *(f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias"))),
-    )
+    leaves = (f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias"))
+    return _timm("tleg", cfg, _timm_blocks("blocks.block", ".instances.0", *leaves))
 
 
 def hf(cfg: VitConfig) -> Layout:
@@ -115,21 +95,12 @@ def google(cfg: VitConfig) -> Layout:
     """Layout of the archives of google-research/vision_transformer: kernels untransposed, with an axis of heads."""
     block = "Transformer/encoderblock_{layer}"
     attention, mlp = f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3"
-    axes = {
-        "query": "embed head head_dim",
-        "key": "embed head head_dim",
-        "value": "embed head head_dim",
-        "out": "head head_dim embed",
-    }
+    axes = dict.fromkeys(("query", "key", "value"), "embed head head_dim") | {"out": "head head_dim embed"}
     projections = [(f"blocks/attn/{p}/kernel", f"{attention}/{p}/kernel", order) for p, order in axes.items()]
-    biases = [
-        (f"blocks/attn/{p}/bias", f"{attention}/{p}/bias", "embed" if p == "out" else "head head_dim") for p in axes
-    ]
-    norms = {
-        "blocks/attn_norm": f"{block}/LayerNorm_0",
-        "blocks/mlp_norm": f"{block}/LayerNorm_2",
-        "norm": "Transformer/encoder_norm",
-    }
+    bias = dict.fromkeys(("query", "key", "value"), "head head_dim") | {"out": "embed"}
+    biases = [(f"blocks/attn/{p}/bias", f"{attention}/{p}/bias", bias[p]) for p in axes]
+    norms = {"blocks/attn_norm": f"{block}/LayerNorm_0", "blocks/mlp_norm": f"{block}/LayerNorm_2"}
+    norms |= {"norm": "Transformer/encoder_norm"}
     return Layout(
         "google",
         (

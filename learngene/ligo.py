@@ -51,7 +51,8 @@ def plan(donor: VitConfig, student: VitConfig, matrices: Matrices) -> Plan:
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(f"the student's {name} is {sizes}: LiGO needs the same {name}")
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
-        raise InputError("the student is smaller than its donor: LiGO needs at least its layers, width and hidden")
+        needed = "LiGO needs at least the donor's layers, width and hidden"
+        raise InputError(f"the student is smaller than its donor: {needed}")
     widths: dict[str, AxisMap] = {
         axis: sided(matrix(matrices[f"{name} write"]), read=matrix(matrices[f"{name} read"]))
         for axis, name in (("embed", "embed"), ("head head_dim", "inner"), ("hidden", "hidden"))

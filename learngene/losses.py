@@ -30,7 +30,7 @@ class DistillConfig:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"distill.alpha is {self.alpha}: choose a weight between 0 and 1")
         if self.reduction == "numel" and self.kind == "soft" and self.alpha < 1:
-            what = "drowns the teacher by a factor of the classes"
+            what = "would drown the teacher by a factor of the classes"
             raise InputError(f"distill.reduction 'numel' next to labels {what}: use 'batchmean'")
 
 

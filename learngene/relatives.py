@@ -130,10 +130,8 @@ def mimetic(cfg: VitConfig, key: jax.Array) -> dict[str, np.ndarray]:
     for layer in range(cfg.layers):
         for head in range(heads):
             u, v = _factors(rng, width, *ALPHA_QK, sign=1)
-            out["blocks/attn/query/kernel"][layer, :, head], out["blocks/attn/key/kernel"][layer, :, head] = (
-                u[:, :dim],
-                v[:, :dim],
-            )
+            out["blocks/attn/query/kernel"][layer, :, head] = u[:, :dim]
+            out["blocks/attn/key/kernel"][layer, :, head] = v[:, :dim]
         u, v = _factors(rng, width, *ALPHA_VO, sign=-1)
         out["blocks/attn/value/kernel"][layer] = u.reshape(width, heads, dim)
         out["blocks/attn/out/kernel"][layer] = v.T.reshape(heads, dim, width)

@@ -42,8 +42,7 @@ _OF_THE_TABLE = ("class", "embed_layer", "block_fn", "mlp_layer")
 # Arguments of training, initialisation, variable input sizes and loading, which do not change the function.
 HARMLESS = (
     "drop_rate", "*_drop_rate", "drop_path_rate", "drop_block_rate", "weight_init", "fix_init", "dynamic_img_size",
-    "dynamic_img_pad",
-    "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
+    "dynamic_img_pad", "device", "dtype", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit",
 )  # fmt: skip
 
 
@@ -60,13 +59,13 @@ def arguments(name: str, given: Mapping[str, Any], where: str, defaults: Mapping
     sets.
     """
     if name not in table():
-        raise InputError(
-            f"{where}: timm's ViTs have no architecture {name!r}{nearest(name, table())}; if it is a plain ViT, name"
-            " one of them, such as 'vit_tiny_patch16_224', and write the differences into model_args"
-        )
+        near = f"{name!r}{nearest(name, table())}; if it is a plain ViT, name one of them"
+        write = "such as 'vit_tiny_patch16_224', and write the differences into model_args"
+        raise InputError(f"{where}: timm's ViTs have no architecture {near}, {write}")
     built = table()[name]
     if built["class"] not in CLASSES:
-        raise InputError(f"{where}: timm builds {name!r} as {built['class']}; only its VisionTransformer can be read")
+        kind = built["class"]
+        raise InputError(f"{where}: timm builds {name!r} as its class {kind}; only its VisionTransformer can be read")
     return _fields({**(defaults or {}), **built}, given, where)
 
 
@@ -74,18 +73,15 @@ def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
     """As `arguments`, for a model whose name is not timm's: `given` overrides the config inferred from shapes."""
     average = cfg.tokens != "cls+dist" and not cfg.pool.startswith("cls")
     pooling = dict(class_token=cfg.tokens != "none", global_pool="avg" if average else "token")
-    pooling |= {
-        "class": CLASSES[cfg.tokens == "cls+dist"],
-        "fc_norm": cfg.tokens != "cls+dist" and cfg.pool == "mean_norm",
-    }
+    mean = cfg.tokens != "cls+dist" and cfg.pool == "mean_norm"
+    pooling |= {"class": CLASSES[cfg.tokens == "cls+dist"], "fc_norm": mean}
     return _fields(sizes(cfg) | dict(num_heads=cfg.heads or 1, act_layer=cfg.activation) | pooling, given, where)
 
 
 def sizes(cfg: VitConfig) -> dict[str, Any]:
     """Sizes of a model as timm's arguments."""
-    args: dict[str, Any] = dict(
-        img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch, embed_dim=cfg.width, depth=cfg.layers
-    )
+    args: dict[str, Any] = dict(img_size=cfg.size, in_chans=cfg.channels, patch_size=cfg.patch)
+    args |= dict(embed_dim=cfg.width, depth=cfg.layers)
     return args | dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden, cfg.width))
 
 

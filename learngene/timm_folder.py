@@ -14,17 +14,13 @@ from learngene.vit import VitConfig
 # Fields of timm's pretrained_cfg: where weights come from, preprocessing, and names.
 _PRETRAINED = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
-    "test_input_size",
-    "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "label_names",
-    "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license",
-    "description", "origin_url",
-    "paper_name", "paper_ids", "notes",
+    "test_input_size", "min_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std",
+    "label_names", "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license",
+    "description", "origin_url", "paper_name", "paper_ids", "notes",
 )  # fmt: skip
 # The architectures that are written, by eps: model_args state everything else.
-_WRITTEN: dict[float, tuple[str, dict[str, Any]]] = {
-    1e-6: ("vit_tiny_patch16_224", {}),
-    1e-5: ("vit_base_patch16_clip_224", dict(pre_norm=False)),
-}
+_CLIP = ("vit_base_patch16_clip_224", dict(pre_norm=False))
+_WRITTEN: dict[float, tuple[str, dict[str, Any]]] = {1e-6: ("vit_tiny_patch16_224", {}), 1e-5: _CLIP}
 
 
 def read(found: Found) -> Read | None:
@@ -37,18 +33,16 @@ def read(found: Found) -> Read | None:
     config.fixed("model_type", "timm_wrapper")  # as transformers wraps it
     config.transformers()
     config.skip("do_pooling", "label_names", "label_descriptions", "labels", "license")
-    pretrained = (
-        config.object("pretrained_cfg") if "pretrained_cfg" in config else config
-    )  # timm's old configs have one level
+    # timm's old configs have one level.
+    pretrained = config.object("pretrained_cfg") if "pretrained_cfg" in config else config
     pretrained.skip(*_PRETRAINED)
     pretrained.fixed("label_offset", 0, None, feature="logits in front of those of the classes")
     args = arguments(name, given or {}, f"{config.where}: {name} with its model_args", _defaults(config, pretrained))
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     cfg = settings(args, cfg)
     # timm writes these fields, but builds from architecture and model_args only.
-    config.fixed(
-        "global_pool", "token" if cfg.pool.startswith("cls") else "avg", None, feature="and not what model_args imply"
-    )
+    implied = "token" if cfg.pool.startswith("cls") else "avg"
+    config.fixed("global_pool", implied, None, feature="and not what model_args imply")
     config.agree("num_features", config.integer("num_features", cfg.width), cfg.width)
     for fields in (pretrained, config):
         fields.done()
@@ -91,7 +85,6 @@ def write(cfg: VitConfig, folder: Path) -> None:
         args |= dict(act_layer=cfg.activation)
     pretrained = dict(num_classes=cfg.classes, input_size=[cfg.channels, cfg.size, cfg.size], fixed_input_size=True)
     pretrained |= dict(first_conv="patch_embed.proj", classifier=["head", "head_dist"] if distilled else "head")
-    about = dict(
-        architecture=name, num_classes=cfg.classes, num_features=cfg.width, model_args=args, pretrained_cfg=pretrained
-    )
+    about = dict(architecture=name, num_classes=cfg.classes, num_features=cfg.width)
+    about |= dict(model_args=args, pretrained_cfg=pretrained)
     write_json(folder / "config.json", about)

@@ -95,9 +95,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
             parts["teacher"] = (alpha, distillation(logits, targets, cfg.distill))
         total = sum(weight * value for weight, value in parts.values())
         right = (logits.argmax(-1) == seen.targets.argmax(-1)).mean()
-        return jnp.asarray(total), {name: (value, 1.0) for name, (_, value) in parts.items()} | {
-            "accuracy": (right, 1.0)
-        }
+        metrics = {name: (value, 1.0) for name, (_, value) in parts.items()}
+        return jnp.asarray(total), metrics | {"accuracy": (right, 1.0)}
 
     return loss
 
@@ -124,15 +123,11 @@ def ligo_plan(cfg: Config, student: Model, donor: Donor) -> Plan:
     mesh = start(cfg.mesh)
     loss = loss_fn(replace(cfg, teacher=""), student, None)
     data = batches(replace(cfg, teacher=""), Opened(mesh=mesh, donor=None, teacher=None))
-    return ligo.fit(
-        donor.cfg,
-        donor.source,
-        cfg.student,
-        student.spec,
-        lambda params, batch, key: loss(dict(params), batch, key, None)[0],
-        data,
-        cfg.seed,
-    )
+
+    def student_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return loss(dict(params), batch, key, None)[0]
+
+    return ligo.fit(donor.cfg, donor.source, cfg.student, student.spec, student_loss, data, cfg.seed)
 
 
 def batches(cfg: Config, opened: Opened) -> Data:
@@ -140,9 +135,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
         return Resident(decoded(data, cfg.label, cfg.student.classes, example), cfg.pipeline, opened.mesh)
-    return training_batches(
-        open_labelled(data, cfg.label, cfg.student.classes), cfg.pipeline, example, mesh=opened.mesh
-    )
+    source = open_labelled(data, cfg.label, cfg.student.classes)
+    return training_batches(source, cfg.pipeline, example, mesh=opened.mesh)
 
 
 def batch_shapes(cfg: Config) -> Shapes:
@@ -159,11 +153,9 @@ def held_out(cfg: Config, pre: Preprocess | None = None) -> Evaluation:
 
 def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     """Accuracy on the held-out pictures; None without held-out data."""
-    return (
-        Evaluator(score=scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, opened.mesh))
-        if cfg.held_out.path
-        else None
-    )
+    if not cfg.held_out.path:
+        return None
+    return Evaluator(score=scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, opened.mesh))
 
 
 def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
@@ -171,18 +163,15 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
     images, labels = (np.asarray(batch[name].addressable_data(0)) for name in ("image", "label"))
     if picture:
         save_grid(images.reshape(-1, *images.shape[-3:])[:64], picture, least=0)
-    return (
-        f"{cfg.pictures} pictures a step at a peak learning rate of {cfg.optim.lr:.2e}; first labels"
-        f" {', '.join(map(str, labels[:8]))}"
-    )
+    shown = ", ".join(map(str, labels[:8]))
+    return f"{cfg.pictures} pictures a step at a peak learning rate of {cfg.optim.lr:.2e}; first labels {shown}"
 
 
 def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
     """Write the preprocessing, and the donor's class names if its head is inherited."""
     assert opened.donor is not None
-    labels = (
-        labels_of(opened.donor) if cfg.head == "inherit" and cfg.student.classes == opened.donor.cfg.classes else None
-    )
+    same = cfg.head == "inherit" and cfg.student.classes == opened.donor.cfg.classes
+    labels = labels_of(opened.donor) if same else None
     if labels is not None:
         write_labels(folder, labels)
     cfg.pre.save(folder)

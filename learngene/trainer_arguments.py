@@ -40,20 +40,16 @@ def trained_as(about: Mapping[str, Any]) -> Trained:
     pool = _one(args, "gp", "global_pool")
     if isinstance(pool, bool):  # as MAE's trainer has it
         pool = "avg" if pool else "token"
-    passed = dict(
-        img_size=size, in_chans=channels, num_classes=_one(args, "nb_classes", "num_classes"), global_pool=pool
-    )
+    classes = _one(args, "nb_classes", "num_classes")
+    passed = dict(img_size=size, in_chans=channels, num_classes=classes, global_pool=pool)
     sizes = {name: _one(args, name) for name in _SIZES}
     return Trained(name.partition(".")[0], _set(passed) | _set(kwargs), _set(sizes))
 
 
 def _set(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are not None, numpy scalars as Python numbers."""
-    return {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in args.items()
-        if value is not None
-    }
+    given = ((name, value) for name, value in args.items() if value is not None)
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in given}
 
 
 def _one(args: Mapping[str, Any], *names: str) -> Any:

@@ -71,11 +71,9 @@ def transformers_logits(file: Path, x: np.ndarray, classes: int) -> np.ndarray:
     with quiet(), as_folder(file, "model.safetensors") as folder:
         count = {} if {"id2label", "num_labels"} & read_json(folder / "config.json").keys() else {"num_labels": classes}
         cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **count)
-        kind = (
-            getattr(transformers, cfg.architectures[0])
-            if cfg.architectures
-            else transformers.AutoModelForImageClassification
-        )
+        kind = transformers.AutoModelForImageClassification
+        if cfg.architectures:
+            kind = getattr(transformers, cfg.architectures[0])
         model = kind.from_pretrained(folder, config=cfg, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         return model(torch.from_numpy(x).permute(0, 3, 1, 2)).logits.numpy()
@@ -91,9 +89,8 @@ def timm_logits(file: Path, x: np.ndarray) -> np.ndarray:
     pretrained = dict(about.get("pretrained_cfg") or {key: value for key, value in about.items() if key not in outer})
     if "num_classes" in about:
         pretrained["num_classes"] = about["num_classes"]
-    model = timm.create_model(
-        about["architecture"], pretrained_cfg=pretrained, **(about.get("model_args") or {})
-    ).eval()
+    args = about.get("model_args") or {}
+    model = timm.create_model(about["architecture"], pretrained_cfg=pretrained, **args).eval()
     model.load_state_dict(reference_tensors(file))
     with torch.no_grad():
         return model(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
@@ -115,11 +112,8 @@ def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -
 
     with torch.no_grad():
         images = torch.from_numpy(x).permute(0, 3, 1, 2)
-        y = (
-            F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=cfg.patch)
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        kernel, bias = w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]
+        y = F.conv2d(images, kernel, bias, stride=cfg.patch).flatten(2).transpose(1, 2)
         front = [w[key].expand(len(y), -1, -1) for key in ("cls_token", "dist_token") if key in w]
         y = torch.cat([*front, y], 1) + w["pos_embed"]
         for i in range(cfg.depth):
@@ -164,13 +158,10 @@ def _unrolled(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) ->
 
 def _from_google(cfg: VitConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     w = {google_files.clean(key): value for key, value in tensors.items()}
-    out = {
-        "patch_embed.proj.weight": w["embedding/kernel"].transpose(3, 2, 0, 1),
-        "patch_embed.proj.bias": w["embedding/bias"],
-    }
-    out |= {"pos_embed": w["Transformer/posembed_input/pos_embedding"]} | (
-        {"cls_token": w["cls"]} if "cls" in w else {}
-    )
+    patches, bias = w["embedding/kernel"].transpose(3, 2, 0, 1), w["embedding/bias"]
+    out = {"patch_embed.proj.weight": patches, "patch_embed.proj.bias": bias}
+    cls = {"cls_token": w["cls"]} if "cls" in w else {}
+    out |= {"pos_embed": w["Transformer/posembed_input/pos_embedding"]} | cls
     out |= {"norm.weight": w["Transformer/encoder_norm/scale"], "norm.bias": w["Transformer/encoder_norm/bias"]}
     out |= {"head.weight": w["head/kernel"].T, "head.bias": w["head/bias"]}
     for i in range(cfg.layers):
@@ -178,17 +169,14 @@ def _from_google(cfg: VitConfig, tensors: Mapping[str, np.ndarray]) -> dict[str,
         attention = f"{theirs}/MultiHeadDotProductAttention_1"
         kernels = [w[f"{attention}/{p}/kernel"].reshape(cfg.width, cfg.width) for p in ("query", "key", "value")]
         out[f"{ours}.attn.qkv.weight"] = np.concatenate([kernel.T for kernel in kernels])
-        out[f"{ours}.attn.qkv.bias"] = np.concatenate(
-            [w[f"{attention}/{p}/bias"].reshape(-1) for p in ("query", "key", "value")]
-        )
+        biases = [w[f"{attention}/{p}/bias"].reshape(-1) for p in ("query", "key", "value")]
+        out[f"{ours}.attn.qkv.bias"] = np.concatenate(biases)
         out[f"{ours}.attn.proj.weight"] = w[f"{attention}/out/kernel"].reshape(cfg.width, cfg.width).T
         out[f"{ours}.attn.proj.bias"] = w[f"{attention}/out/bias"]
         for number, layer in enumerate(("fc1", "fc2")):
             out[f"{ours}.mlp.{layer}.weight"] = w[f"{theirs}/MlpBlock_3/Dense_{number}/kernel"].T
             out[f"{ours}.mlp.{layer}.bias"] = w[f"{theirs}/MlpBlock_3/Dense_{number}/bias"]
         for norm, layer in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
-            out[f"{ours}.{norm}.weight"], out[f"{ours}.{norm}.bias"] = (
-                w[f"{theirs}/{layer}/scale"],
-                w[f"{theirs}/{layer}/bias"],
-            )
+            out[f"{ours}.{norm}.weight"] = w[f"{theirs}/{layer}/scale"]
+            out[f"{ours}.{norm}.bias"] = w[f"{theirs}/{layer}/bias"]
     return out

@@ -27,9 +27,7 @@ Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
 Gene = Literal["none", "sws", "tleg"]
 SMALL: Init = normal(0.02)
 Images = Float[Array | np.ndarray, "batch size size channels"]
-LARGEST_SIDE = (
-    2**14
-)  # pixels of a picture; a larger size is a mistake, and resizing the positions for it would not finish
+LARGEST_SIDE = 2**14  # pixels; a larger size is a mistake, and resizing the positions for it would not finish
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ class VitConfig:
             needed = f"pool {self.pool!r} needs its token"
             raise InputError(f"tokens is {self.tokens!r}: {needed}, set tokens to {allowed[0]!r}")
         if self.gene == "none" and self.layout:
-            raise InputError(f"layout is {self.layout}, for genes only: set gene to 'sws' or 'tleg', or empty layout")
+            needed = "set gene to 'sws' or 'tleg', or leave layout empty"
+            raise InputError(f"layout is {self.layout}, and only a gene has one: {needed}")
         if self.gene == "sws" and (len(self.layout) != self.layers or min(self.layout, default=0) < 1):
             needed = f"a gene of {self.layers} blocks needs {self.layers} counts, each 1 or more"
             raise InputError(f"layout is {self.layout}: {needed}")
@@ -202,20 +201,13 @@ class Vit(nnx.Module):
     """
 
     def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
-        sizes = dict(
-            embed=cfg.width,
-            head=cfg.heads,
-            head_dim=cfg.head_dim,
-            hidden=cfg.hidden,
-            grid_row=cfg.grid,
-            grid_col=cfg.grid,
-        )
+        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden)
+        sizes |= dict(grid_row=cfg.grid, grid_col=cfg.grid)
         sizes |= dict(patch_row=cfg.patch, patch_col=cfg.patch, channel=cfg.channels)
         sizes["class"] = cfg.classes
         attention = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), qkv=SMALL, out=SMALL)
-        block: dict[str, Any] = dict(
-            attention=attention, activation=cfg.activation, eps=cfg.eps, up=SMALL, down=SMALL, bias=zeros
-        )
+        block: dict[str, Any] = dict(attention=attention, activation=cfg.activation, eps=cfg.eps)
+        block |= dict(up=SMALL, down=SMALL, bias=zeros)
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, bias=uniform_fan_in, rngs=rngs)
         self.class_token = Token(sizes, rngs=rngs) if cfg.prefix > 0 else None
         self.distillation_token = Token(sizes, rngs=rngs) if cfg.prefix > 1 else None
@@ -227,9 +219,8 @@ class Vit(nnx.Module):
         self.blocks = blocks
         self.norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs)
         self.head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs)
-        self.distillation_head = (
-            Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.pool == "cls+dist" else None
-        )
+        two = cfg.pool == "cls+dist"
+        self.distillation_head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if two else None
         self.cfg = cfg
 
     def __call__(self, images: Images, key: Array | None = None) -> Float[Array, "batch classes"]:
@@ -287,9 +278,8 @@ def loop(blocks: nnx.Module, cfg: VitConfig, x: jax.Array, keep: tuple[jax.Array
     first = 0
     for stage, times in enumerate(cfg.layout):
         one = jax.tree.map(lambda leaf, stage=stage: leaf[stage], state)
-        wide = jax.tree.map(
-            widened, one
-        )  # a scan adds up the gradient of a shared array in the array's dtype: make it f32
+        # A scan adds up the gradient of a shared array in the array's dtype: make it f32.
+        wide = jax.tree.map(widened, one)
 
         def turn(x: jax.Array, keep: tuple[jax.Array, ...], one: Any = one, wide: Any = wide) -> tuple[jax.Array, None]:
             block = nnx.merge(graph, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, one))
@@ -311,8 +301,7 @@ def macs(cfg: VitConfig, spec: Spec) -> int:
     tokens = cfg.grid**2 + cfg.prefix
     heads = (("head/**", 1), ("distillation_head/**", 1)) if cfg.pool == "cls+dist" else (("head/**", 1),)
     counted = kernel_macs(spec, (*heads, ("patch/**", cfg.grid**2), ("blocks/**", tokens)))
-    inside = sum(n for path, n in counted.items() if path.startswith("blocks/")) + attention_macs(
-        spec["blocks/attn/query/kernel"], tokens
-    )
+    attention = attention_macs(spec["blocks/attn/query/kernel"], tokens)
+    inside = attention + sum(n for path, n in counted.items() if path.startswith("blocks/"))
     outside = sum(n for path, n in counted.items() if not path.startswith("blocks/"))
     return outside + inside * cfg.depth // cfg.layers

@@ -177,12 +177,7 @@ def build(cache: Path, out: Path) -> None:
     for style, of in drawn.items():
         table = [
             rows[code]
-            | {
-                "image": of[code],
-                "concept": code,
-                "style": style,
-                "split": "test" if code in test else "train",
-            }
+            | {"image": of[code], "concept": code, "style": style, "split": "test" if code in test else "train"}
             for code in shared
         ]
         file = out / f"{style}.parquet"

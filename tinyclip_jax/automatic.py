@@ -73,9 +73,9 @@ def parts(cfg: Config) -> Parts:
     def evaluator(opened: Opened) -> Evaluator | None:
         unmasked = manual.evaluator(cfg, model, opened)
         score = unmasked and unmasked.score
-        return (
-            Evaluator(score=lambda params: score(split(params)[0] | evaluation_gates(cfg, params))) if score else None
-        )
+        if not score:
+            return None
+        return Evaluator(score=lambda params: score(split(params)[0] | evaluation_gates(cfg, params)))
 
     return replace(
         manual_parts,
@@ -101,11 +101,8 @@ def masked_loss(cfg: Config, plain: LossFn) -> LossFn:
         total, metrics = plain(weights | sample_gates(key, masks), batch, key, frozen)
         removed = sparsity(cfg.student, masks)
         penalty = constraint(removed, target, masks)
-        return total + penalty, metrics | {
-            "sparsity": (removed, 1.0),
-            "wanted": (target, 1.0),
-            "constraint": (penalty, 1.0),
-        }
+        masks = {"sparsity": (removed, 1.0), "wanted": (target, 1.0), "constraint": (penalty, 1.0)}
+        return total + penalty, metrics | masks
 
     return loss
 
@@ -132,9 +129,8 @@ def learn_masks(s: Session, cfg: Config) -> PrunedModel:
     state = recipe.train(s, parts(cfg), last=cfg.masks.prune_step, finish=lambda state: None)
     weights = {path: gathered(x) for path, x in split(best(state))[0].items()}
     pruned = prune(cfg.student, weights, evaluation_gates(cfg, best(state)), cfg.masks)
-    record = {"source": f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"} | provenance(
-        pruned.resolution
-    )
+    masks = f"the masks of {s.run.directory.name} at step {cfg.masks.prune_step}"
+    record = {"source": masks} | provenance(pruned.resolution)
 
     def sidecars(folder: Path) -> None:
         s.opened.inputs.save(folder)
@@ -167,10 +163,7 @@ def mask_optimizer(cfg: Config, spec: Spec) -> optax.GradientTransformation:
         "masks": optax.adam(cfg.masks.lr, b1=cfg.masks.momentum),
         "multipliers": optax.adam(-cfg.masks.lr, b1=cfg.masks.momentum),
     }
-    kind = {
-        path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks"
-        for path in spec
-        if matches(PATTERN, path)
-    }
+    masks = (path for path in spec if matches(PATTERN, path))
+    kind = {path: "multipliers" if path.rpartition("/")[2] in MULTIPLIERS else "masks" for path in masks}
     clip = optax.identity() if optim.clip is None else optax.clip_by_global_norm(optim.clip)
     return optax.chain(clip, optax.partition(groups, {path: kind.get(path, "weights") for path in spec}))

@@ -65,11 +65,8 @@ def _fingerprint(source: Source, data: SourceConfig, pre: Preprocess, tokenizer:
     captions = [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in samples]
     same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
     same |= {"records": len(source), "first": samples[0]["key"], "last": samples[-1]["key"]}
-    seen = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(pre).items()
-        if name != "scale"
-    }
+    fields = ((name, value) for name, value in asdict(pre).items() if name != "scale")
+    seen = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
     return same | seen | {"tokens": sha256(tokenizer(captions, CONTEXT).tobytes()).hexdigest()[:16]}
 
 

@@ -117,23 +117,16 @@ class Config(BaseConfig):
     def idle(self) -> dict[str, str]:
         """Fields that have no effect in a recipe with stages, and the field to set instead."""
         per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
-        return (
-            {field: f"each stage has its own: set --stages.0.{name}" for field, name in per_stage.items()}
-            if self.stages
-            else {}
-        )
+        if not self.stages:
+            return {}
+        return {field: f"each stage has its own: set --stages.0.{name}" for field, name in per_stage.items()}
 
     def in_stage(self, n: int, donor: str) -> "Config":
         """Config of stage n = 1, 2, ... alone."""
         stage = self.stages[n - 1]
         single = replace(self, donor=donor, stages=(), stage=0)
-        return replace(
-            single,
-            student=stage.student,
-            steps=stage.steps,
-            masks=stage.masks,
-            optim=replace(self.optim, warmup=stage.warmup),
-        )
+        optim = replace(self.optim, warmup=stage.warmup)
+        return replace(single, student=stage.student, steps=stage.steps, masks=stage.masks, optim=optim)
 
     def _first_stage(self) -> "Config":
         """The recipe, or its first stage, for commands that do not train."""

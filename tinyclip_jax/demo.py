@@ -43,32 +43,25 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     console = Console()
     teacher, spec = open_clip_model(cfg.teacher), functional(Clip, cfg.student).spec
     counts = {"teacher": parameters(teacher.model.spec), "student": parameters(spec)}
-    console.print(
-        f"teacher: {counts['teacher']['total']:,} parameters, student: {counts['student']['total']:,}. "
-        f"{cfg.steps} steps of {cfg.pipeline.batch} emoji each, first inheriting, then from scratch."
-    )
+    sizes = f"teacher: {counts['teacher']['total']:,} parameters, student: {counts['student']['total']:,}"
+    steps = f"{cfg.steps} steps of {cfg.pipeline.batch} emoji each, first inheriting, then from scratch"
+    console.print(f"{sizes}. {steps}.")
     with tempfile.TemporaryDirectory(dir=out) as folder:  # in `out`, so that the result can be renamed into place
         donors = {"inherited": cfg.donor, "scratch": ""}
         races = {name: race(replace(cfg, donor=donor), Path(folder) / name) for name, donor in donors.items()}
         scores = {"teacher": _score(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
         with staged(out / "student", force=True) as student:
             races["inherited"].weights.rename(student)
-        picture = draw(
-            cfg,
-            races,
-            scores["teacher"][METRIC],
-            {"inherited": out / "student", "scratch": races["scratch"].weights},
-            out,
-        )
+        students = {"inherited": out / "student", "scratch": races["scratch"].weights}
+        picture = draw(cfg, races, scores["teacher"][METRIC], students, out)
 
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], ge)
     seconds = time.perf_counter() - started
     console.print("\nretrieval on 300 concepts that no model was trained on", soft_wrap=True)
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
-    console.print(
-        f"the inherited student reached scratch's final score {reached}; took {seconds:.0f} s", soft_wrap=True
-    )
+    last = f"{reached}; took {seconds:.0f} s"
+    console.print(f"the inherited student reached scratch's final score {last}", soft_wrap=True)
     console.print(f"picture: {picture}   student: {out / 'student'}", soft_wrap=True)
     return {
         "parameters": {name: count["total"] for name, count in counts.items()},

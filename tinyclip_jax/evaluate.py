@@ -29,18 +29,8 @@ from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
-OPTIONS = (
-    "--data",
-    "--split",
-    "--image",
-    "--text",
-    "--task",
-    "--classes",
-    "--templates",
-    "--suite",
-    "--beside",
-    "--json",
-)
+OPTIONS: tuple[str, ...] = ("--data", "--split", "--image", "--text", "--task")
+OPTIONS += ("--classes", "--templates", "--suite", "--beside", "--json")
 
 
 @dataclass(frozen=True)
@@ -204,9 +194,9 @@ def _class_names(file: Path | None) -> tuple[str, ...]:
 
 def _synonyms(file: Path | None, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the classes in data; for ImageNet, with their WordNet identifiers."""
-    return (
-        tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES) if str(file) == "imagenet" else classes
-    )
+    if str(file) != "imagenet":
+        return classes
+    return tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES)
 
 
 def _templates(file: Path | None, source: Labelled) -> tuple[str, ...]:

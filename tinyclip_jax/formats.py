@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar
@@ -323,25 +324,12 @@ def _write_nothing(cfg: ClipConfig, folder: Path) -> None:
         raise InputError(f"heads have {image_head} and {head_dim(cfg.text)} channels, {needed}")
 
 
+_with_visual = partial(Format, complete=partial(_complete, image="visual.", text=""))
+_with_towers = partial(Format, complete=partial(_complete, image="_image_encoder.visual.", text="_text_encoder."))
 FORMATS = (
-    Format(name="hf", layout=layouts.HF, file="model.safetensors", read_config=_read_hf, write_config=_write_hf),
-    Format(
-        name="open_clip",
-        layout=layouts.OPEN_CLIP,
-        file="open_clip_model.safetensors",
-        read_config=_read_open_clip,
-        write_config=_write_open_clip,
-        complete=lambda cfg, tensors: _complete(cfg, tensors, "visual.", ""),
-    ),
-    Format(
-        name="original",
-        layout=layouts.ORIGINAL,
-        file="tinyclip.pt",
-        read_config=_read_original,
-        write_config=_write_nothing,
-        clean=_clean_original,
-        complete=lambda cfg, tensors: _complete(cfg, tensors, "_image_encoder.visual.", "_text_encoder."),
-    ),
+    Format("hf", layouts.HF, "model.safetensors", _read_hf, _write_hf),
+    _with_visual("open_clip", layouts.OPEN_CLIP, "open_clip_model.safetensors", _read_open_clip, _write_open_clip),
+    _with_towers("original", layouts.ORIGINAL, "tinyclip.pt", _read_original, _write_nothing, _clean_original),
 )
 
 _WHOLE = "take the whole model, CLIPModel"

@@ -36,14 +36,9 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
     text = ("text/**", _tower(teacher.text, student.text, depth_rule))
     if isinstance(teacher.image, ResNetConfig) or isinstance(student.image, ResNetConfig):
         return Plan((("logit_scale", FRESH), *_resnet(teacher, student), text))
-    return Plan(
-        (
-            ("logit_scale", FRESH),
-            ("image/position", _grid(teacher.image, student.image)),
-            ("image/**", _tower(teacher.image, student.image, depth_rule)),
-            text,
-        )
-    )
+    position = ("image/position", _grid(teacher.image, student.image))
+    image = ("image/**", _tower(teacher.image, student.image, depth_rule))
+    return Plan((("logit_scale", FRESH), position, image, text))
 
 
 def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
@@ -97,14 +92,10 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
     """
 
     def tower(source: ImageConfig | TextConfig, target: ImageConfig | TextConfig) -> Maps:
-        sizes = {
-            "embed": (source.width, target.width),
-            "head": (source.heads, target.heads),
-            "hidden": (source.hidden, target.hidden),
-        }
-        return {
-            axis: _zero_padded(axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items()
-        }
+        sizes = {"embed": (source.width, target.width), "head": (source.heads, target.heads)}
+        sizes |= {"hidden": (source.hidden, target.hidden)}
+        axes = ((axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items())
+        return {axis: _zero_padded(axis, n, to) for axis, n, to in axes}
 
     towers = {name: tower(tower_of(donor, name), tower_of(student, name)) for name in TOWERS}
     return Plan((("logit_scale", {}), *((f"{name}/**", maps) for name, maps in towers.items())))
@@ -172,8 +163,7 @@ def _kept(gates: np.ndarray) -> Any:
 
 def _smaller(cfg: ClipConfig, tower: str, gates: Mapping[str, np.ndarray]) -> Any:
     c = tower_of(cfg, tower)
-    sizes = {
-        name: tuple(np.count_nonzero(gates[f"masks/{tower}/{name}"], axis=1).tolist()) for name in ("head", "hidden")
-    }
+    masks = {name: gates[f"masks/{tower}/{name}"] for name in ("head", "hidden")}
+    sizes = {name: tuple(np.count_nonzero(gate, axis=1).tolist()) for name, gate in masks.items()}
     width = int(np.count_nonzero(gates[f"masks/{tower}/embed"]))
     return replace(c, width=width, heads=uniform(sizes["head"]), hidden=uniform(sizes["hidden"]), head_dim=head_dim(c))

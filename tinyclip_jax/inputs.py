@@ -54,11 +54,9 @@ def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, name: str) -> None:
         ends = f"ends captions with id {tokenizer.eot}, text.eot is {text.eot}"
         raise InputError(f"{name}: the tokenizer {ends}: give the tokenizer of this model")
     if text.eot is None and tokenizer.largest_word > tokenizer.eot:
-        raise InputError(
-            f"{name}: the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word};"
-            f" this text tower pools at the largest id: set text.eot to {tokenizer.eot}, or give a tokenizer whose end"
-            " token has the largest id"
-        )
+        end = f"the tokenizer's end token is {tokenizer.eot}, and ids of words go up to {tokenizer.largest_word}"
+        needed = f"set text.eot to {tokenizer.eot}, or give a tokenizer whose end token has the largest id"
+        raise InputError(f"{name}: {end}; this text tower pools at the largest id: {needed}")
 
 
 def sidecars(donor: Donor, destination: Path, format: str) -> None:
@@ -71,10 +69,8 @@ def sidecars(donor: Donor, destination: Path, format: str) -> None:
     if format == "hf":
         about = dict(tokenizer_class="CLIPTokenizer", model_max_length=donor.cfg.text.context, do_lower_case=True)
         sot, eot = tokenizer.names  # without them transformers adds its default tokens to the vocabulary
-        write_json(
-            destination / "tokenizer_config.json",
-            about | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot),
-        )
+        ends = dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=eot)
+        write_json(destination / "tokenizer_config.json", about | ends)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,8 @@ def _hf_blocks(ours: str, theirs: str) -> Rows:
         "mlp/up": "mlp.fc1",
         "mlp/down": "mlp.fc2",
     }
-    return tuple(
-        row
-        for a, b in modules.items()
-        for row in _module(f"{ours}/blocks/{a}", f"{theirs}.encoder.layers.{{layer}}.{b}")
-    )
+    blocks = f"{theirs}.encoder.layers.{{layer}}"
+    return tuple(row for a, b in modules.items() for row in _module(f"{ours}/blocks/{a}", f"{blocks}.{b}"))
 
 
 def _open_clip_blocks(ours: str, theirs: str) -> Rows:

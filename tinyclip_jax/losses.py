@@ -93,9 +93,8 @@ class _Sums(NamedTuple):
 
     def rescaled(self, largest: jax.Array, target_largest: jax.Array) -> "_Sums":
         shift, target_shift = jnp.exp(self.largest - largest), jnp.exp(self.target_largest - target_largest)
-        return _Sums(
-            largest, self.total * shift, target_largest, self.target_total * target_shift, self.cross * target_shift
-        )
+        total, cross = self.target_total * target_shift, self.cross * target_shift
+        return _Sums(largest, self.total * shift, target_largest, total, cross)
 
     def merged(self, more: "_Sums") -> "_Sums":
         """The sums over two parts of an axis."""
@@ -108,9 +107,8 @@ class _Sums(NamedTuple):
         if not axes:
             return self
         part = self.rescaled(jax.lax.pmax(self.largest, axes), jax.lax.pmax(self.target_largest, axes))
-        return part._replace(
-            **{name: jax.lax.psum(getattr(part, name), axes) for name in ("total", "target_total", "cross")}
-        )
+        sums = {name: jax.lax.psum(getattr(part, name), axes) for name in ("total", "target_total", "cross")}
+        return part._replace(**sums)
 
     @property
     def normaliser(self) -> jax.Array:
@@ -172,18 +170,16 @@ def _forward_local(
 
     def chunk(sums: _Sums, part: Any) -> tuple[_Sums, _Sums]:
         (image, rows), real = part
-        logits, targets = (
-            jnp.where(real, x, NO_TARGET) for x in (scale * similarity(image, text), target(rows, columns))
-        )
+        both = (scale * similarity(image, text), target(rows, columns))
+        logits, targets = (jnp.where(real, x, NO_TARGET) for x in both)
         return sums.merged(_Sums.of(logits, targets, 0)), _Sums.of(logits, targets, 1)
 
     by_column, by_row = jax.lax.scan(chunk, start, _chunked((image, rows)))
     by_row = jax.tree.map(lambda x: x.reshape(-1)[: len(image)], by_row)
     by_column = by_column.all_reduced(axes)
     loss = (_sum(by_row.cross_entropy.sum(), axes) + by_column.cross_entropy.sum()) / (2 * len(text))
-    return loss, _Normalisers(
-        by_row.normaliser, by_row.target_normaliser, by_column.normaliser, by_column.target_normaliser
-    )
+    rows, columns = (by_row.normaliser, by_row.target_normaliser), (by_column.normaliser, by_column.target_normaliser)
+    return loss, _Normalisers(*rows, *columns)
 
 
 def _backward_local(

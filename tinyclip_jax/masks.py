@@ -121,11 +121,8 @@ def deterministic_gates(masks: Mapping[str, Any], round_to: int = 1) -> dict[str
 
     Raises InputError when a tower has no open channel.
     """
-    gates = {
-        path: deterministic_gate(value, 1 if path.endswith("/head") else round_to)
-        for path, value in masks.items()
-        if _is_gate(path)
-    }
+    open_gates = {path: value for path, value in masks.items() if _is_gate(path)}
+    gates = {p: deterministic_gate(x, 1 if p.endswith("/head") else round_to) for p, x in open_gates.items()}
     for path, value in gates.items():
         if path.endswith("/embed") and not value.any():
             needed = "a tower needs one or more: lower masks.target, or raise masks.prune_step"
@@ -141,9 +138,8 @@ def mask_spec(cfg: ClipConfig) -> Spec:
         sizes = dict(embed=c.width, layer=c.layers, head=heads, hidden=hidden)
         for name, axes in GATES.items():
             parsed = Axes.parse(axes)
-            spec[f"masks/{tower}/{name}"] = Leaf(
-                parsed, tuple(sizes[axis] for axis in parsed.names), np.dtype(np.float32)
-            )
+            shape = tuple(sizes[axis] for axis in parsed.names)
+            spec[f"masks/{tower}/{name}"] = Leaf(parsed, shape, np.dtype(np.float32))
         spec |= {f"masks/{tower}/{name}": Leaf(Axes.parse(""), (), np.dtype(np.float32)) for name in MULTIPLIERS}
     return spec
 

@@ -109,11 +109,8 @@ class ClipConfig:
         image = self.image
         if isinstance(image, ImageConfig):
             image = replace(image, activation=activation or image.activation, heads=image_heads or image.heads)
-        return replace(
-            self,
-            image=image,
-            text=replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads),
-        )
+        text = replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads)
+        return replace(self, image=image, text=text)
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:
@@ -125,9 +122,8 @@ def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_la
 
 def resnet(width: int, text_layers: int) -> ClipConfig:
     """Config of a published ResNet CLIP: joint size 1024, text width 512."""
-    return replace(
-        vit(224, 32, 768, 12, 512, text_layers), image=ResNetConfig(width=width, heads=width // 2), joint=1024
-    )
+    image = ResNetConfig(width=width, heads=width // 2)
+    return replace(vit(224, 32, 768, 12, 512, text_layers), image=image, joint=1024)
 
 
 def head_dim(c: ImageConfig | TextConfig) -> int:
@@ -173,9 +169,8 @@ class ImageTower(nnx.Module):
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         assert isinstance(cfg.image, ImageConfig)
         c, std = cfg.image, cfg.image.width**-0.5
-        sizes: dict[str, Any] = dict(
-            embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint
-        )
+        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c))
+        sizes |= dict(hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(patch_row=c.patch, patch_col=c.patch, channel=3, grid_row=c.grid, grid_col=c.grid)
         attention = partial(Attention, sizes, attend=softmax(kernel=cfg.attention))
         self.patch = PatchEmbed(sizes, init=uniform_fan_in, rngs=rngs)
@@ -183,11 +178,8 @@ class ImageTower(nnx.Module):
         self.cls_position = param("-> embed", sizes, normal(std), rngs)
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
         self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
-        self.blocks = stack(
-            lambda rngs: MaskedBlock(sizes, attention=attention, activation=c.activation, eps=c.eps, rngs=rngs),
-            c.layers,
-            rngs,
-        )
+        block: dict[str, Any] = dict(attention=attention, activation=c.activation, eps=c.eps)
+        self.blocks = stack(lambda rngs: MaskedBlock(sizes, **block, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.layers, self.remat = c.layers, cfg.remat
@@ -206,18 +198,16 @@ class TextTower(nnx.Module):
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
-        sizes: dict[str, Any] = dict(
-            embed=c.width, head=c.heads, head_dim=head_dim(c), hidden=c.hidden, joint=cfg.joint
-        )
+        sizes: dict[str, Any] = dict(embed=c.width, head=c.heads, head_dim=head_dim(c))
+        sizes |= dict(hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
         attention = partial(Attention, sizes, attend=softmax(causal=True), qkv=normal(std), out=normal(residual))
         mlp: dict[str, Any] = dict(activation=c.activation, up=normal((2 * c.width) ** -0.5), down=normal(residual))
         self.token = TokenTable(sizes, rngs=rngs)
         self.position = param("position -> embed", sizes, normal(0.01), rngs)
-        self.blocks = stack(
-            lambda rngs: MaskedBlock(sizes, attention=attention, **mlp, eps=c.eps, rngs=rngs), c.layers, rngs
-        )
+        block = dict(attention=attention, **mlp, eps=c.eps)
+        self.blocks = stack(lambda rngs: MaskedBlock(sizes, **block, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
         self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
@@ -291,12 +281,8 @@ def parameters(spec: Spec) -> dict[str, int]:
     """
     spec = {path: leaf for path, leaf in spec.items() if not is_statistic(path)}
     table = count(spec, "text/token/table")
-    return {
-        "image": count(spec, "image/**"),
-        "text": count(spec, "text/**") - table,
-        "token_table": table,
-        "total": count(spec, "**"),
-    }
+    image, text, total = (count(spec, pattern) for pattern in ("image/**", "text/**", "**"))
+    return {"image": image, "text": text - table, "token_table": table, "total": total}
 
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:

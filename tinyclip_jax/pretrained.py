@@ -40,9 +40,8 @@ class Pretrained:
 
         Raises InputError with the file, or the index in the list, for a picture that cannot be read.
         """
-        one = isinstance(images, str | Path | bytes | bytearray | Image.Image) or (
-            isinstance(images, np.ndarray) and images.ndim <= 3
-        )
+        one = isinstance(images, str | Path | bytes | bytearray | Image.Image)
+        one = one or (isinstance(images, np.ndarray) and images.ndim <= 3)
         if not one and not isinstance(images, Iterable):
             kind = type(images).__name__
             raise InputError(f"images is of type {kind}: give files, bytes, PIL images or uint8 arrays")
@@ -109,7 +108,6 @@ def inherit_from(clip: Pretrained, cfg: ClipConfig, depth_rule: DepthRule = "int
     """
     student = functional(Clip, cfg)
     source = Source(clip.model.spec, clip.params)
-    params = graft(
-        manual(clip.cfg, cfg, depth_rule), source, student.spec, None, partial(student.init, jax.random.key(seed))
-    )
+    init = partial(student.init, jax.random.key(seed))
+    params = graft(manual(clip.cfg, cfg, depth_rule), source, student.spec, None, init)
     return Pretrained(cfg=cfg, model=student, params=params, pre=clip.pre.at(cfg.image.size), tokenizer=clip.tokenizer)

@@ -15,35 +15,21 @@ class Published(NamedTuple):
     numbers: dict[str, float]
 
 
+def _student(name: str, top1: float, pairs_per_second: int) -> Published:
+    return Published(name, {"imagenet/top1": top1, "throughput/pairs_per_second": pairs_per_second})
+
+
 PUBLISHED: dict[tuple[int, int], Published] = {
-    (39, 19): Published(
-        "TinyCLIP-ViT-39M-16-Text-19M, YFCC-15M", {"imagenet/top1": 63.5, "throughput/pairs_per_second": 1469}
-    ),
-    (8, 3): Published(
-        "TinyCLIP-ViT-8M-16-Text-3M, YFCC-15M", {"imagenet/top1": 41.1, "throughput/pairs_per_second": 4150}
-    ),
-    (30, 29): Published(
-        "TinyCLIP-ResNet-30M-Text-29M, LAION-400M", {"imagenet/top1": 59.1, "throughput/pairs_per_second": 1811}
-    ),
-    (19, 19): Published(
-        "TinyCLIP-ResNet-19M-Text-19M, LAION-400M", {"imagenet/top1": 56.4, "throughput/pairs_per_second": 3024}
-    ),
-    (61, 29): Published(
-        "TinyCLIP-ViT-61M-32-Text-29M, LAION-400M", {"imagenet/top1": 62.4, "throughput/pairs_per_second": 3191}
-    ),
-    (40, 19): Published(
-        "TinyCLIP-ViT-40M-32-Text-19M, LAION-400M", {"imagenet/top1": 59.8, "throughput/pairs_per_second": 4641}
-    ),
+    (39, 19): _student("TinyCLIP-ViT-39M-16-Text-19M, YFCC-15M", 63.5, 1469),
+    (8, 3): _student("TinyCLIP-ViT-8M-16-Text-3M, YFCC-15M", 41.1, 4150),
+    (30, 29): _student("TinyCLIP-ResNet-30M-Text-29M, LAION-400M", 59.1, 1811),
+    (19, 19): _student("TinyCLIP-ResNet-19M-Text-19M, LAION-400M", 56.4, 3024),
+    (61, 29): _student("TinyCLIP-ViT-61M-32-Text-29M, LAION-400M", 62.4, 3191),
+    (40, 19): _student("TinyCLIP-ViT-40M-32-Text-19M, LAION-400M", 59.8, 4641),
     # On LAION+YFCC-400M 64.5 and 62.7.
-    (63, 31): Published(
-        "TinyCLIP-auto-ViT-63M-32-Text-31M, LAION-400M", {"imagenet/top1": 63.9, "throughput/pairs_per_second": 2905}
-    ),
-    (45, 18): Published(
-        "TinyCLIP-auto-ViT-45M-32-Text-18M, LAION-400M", {"imagenet/top1": 61.4, "throughput/pairs_per_second": 3682}
-    ),
-    (22, 10): Published(
-        "TinyCLIP-auto-ViT-22M-32-Text-10M, LAION-400M", {"imagenet/top1": 53.7, "throughput/pairs_per_second": 5504}
-    ),
+    (63, 31): _student("TinyCLIP-auto-ViT-63M-32-Text-31M, LAION-400M", 63.9, 2905),
+    (45, 18): _student("TinyCLIP-auto-ViT-45M-32-Text-18M, LAION-400M", 61.4, 3682),
+    (22, 10): _student("TinyCLIP-auto-ViT-22M-32-Text-10M, LAION-400M", 53.7, 5504),
     (88, 38): Published(
         "ViT-B/32, laion2b_e16",
         {

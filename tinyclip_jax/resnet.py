@@ -115,9 +115,8 @@ class AttentionPool(nnx.Module):
     """One attention of the mean over all positions: [batch, row, col, embed] to [batch, joint]."""
 
     def __init__(self, c: ResNetConfig, joint: int, *, kernel: Kernel, rngs: nnx.Rngs):
-        sizes = dict(
-            embed=c.embed, head=c.heads, head_dim=c.embed // c.heads, joint=joint, grid_row=c.grid, grid_col=c.grid
-        )
+        sizes = dict(embed=c.embed, head=c.heads, head_dim=c.embed // c.heads)
+        sizes |= dict(joint=joint, grid_row=c.grid, grid_col=c.grid)
         init = normal(c.embed**-0.5)
         self.cls_position = param("-> embed", sizes, init, rngs)
         self.position = param("grid_row grid_col -> embed", sizes, init, rngs)

@@ -55,19 +55,10 @@ PLAIN = ("a photo of a {}.",)
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LABELLED = SourceConfig(text="", columns=("label",))
-CLASSES_OF = {
-    "imagenet": 1000,
-    "imagenet-v2": 1000,
-    "imagenet-a": 200,
-    "imagenet-r": 200,
-    "imagenet-sketch": 1000,
-    "objectnet": 313,
-}
-WARM_UP, TIMED, THROUGHPUT_BATCH = (
-    10,
-    50,
-    32,
-)  # calls before and during the measurement of throughput, and examples in each
+CLASSES_OF = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200}
+CLASSES_OF |= {"imagenet-sketch": 1000, "objectnet": 313}
+WARM_UP, TIMED = 10, 50  # calls before and during the measurement of throughput
+THROUGHPUT_BATCH = 32  # examples in each
 
 Scores = Callable[[Setup, Mapping[str, Any], Path], Scored]
 
@@ -82,9 +73,8 @@ def _imagenet(name: str, setup: Setup, params: Mapping[str, Any], folder: Path) 
         if not source.classes and CLASSES_OF[name] < len(CLASSES):
             needed = f"the {CLASSES_OF[name]} classes of its labels"
             raise InputError(f"{folder} does not name {needed}: put classnames.txt next to the shards")
-        return zeroshot_over(name, source, setup, source.classes or tuple(label for _, label in CLASSES), TEMPLATES)(
-            params
-        )
+        classes = source.classes or tuple(label for _, label in CLASSES)
+        return zeroshot_over(name, source, setup, classes, TEMPLATES)(params)
     if unknown := [c for c in source.classes if c not in names]:
         named = "name it like n01440764 or, in imagenet-v2, 0 to 999"
         raise InputError(f"{folder}: the folder {unknown[0]!r} is no class of ImageNet: {named}")
@@ -170,9 +160,8 @@ def _of_test(folder: Path) -> SourceConfig:
 
 def _small(classes: tuple[str, ...], name: str, setup: Setup, params: Mapping[str, Any], folder: Path) -> Scored:
     """Zero-shot on the test pictures, and a linear probe that is trained on the training pictures."""
-    sources = (
-        open_labelled(SourceConfig(str(folder), split), "label", len(classes), classes) for split in ("train", "test")
-    )
+    splits = (SourceConfig(str(folder), split) for split in ("train", "test"))
+    sources = (open_labelled(split, "label", len(classes), classes) for split in splits)
     (x, y), (test_x, test_y) = (features_of(name, source, setup, params) for source in sources)
     scored = zeroshot(name, test_x, test_y, setup, params, classes, PLAIN)
     return replace(scored, metrics={**scored.metrics, "linear_probe": probe(x, y, test_x, test_y).top1})
@@ -208,9 +197,8 @@ def run_suite(donor: Donor, baseline: Donor | None, folder: Path) -> list[dict[s
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one that holds data sets named {', '.join(SUITE)}")
-    if unknown := sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and p.name not in SUITE and not p.name.startswith(".")
-    ):
+    folders = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if unknown := sorted(name for name in folders if name not in SUITE):
         move = f"rename or move it (names are {', '.join(SUITE)})"
         raise InputError(f"{folder / unknown[0]}: no data set of the suite has this name: {move}")
     present = [name for name in SUITE if (folder / name).is_dir()]
@@ -250,13 +238,10 @@ def _score_all(donor: Donor, names: Sequence[str], folder: Path, mesh: Mesh) -> 
     out: dict[tuple[str, str], Measured] = {}
     for name in names:
         scored = SUITE[name](setup, params, folder / name)
-        out |= {
-            (name, metric): Measured(100 * value, scored.n, scored.classes) for metric, value in scored.metrics.items()
-        }
-    return out | {
-        ("throughput", name): Measured(rate, TIMED * THROUGHPUT_BATCH)
-        for name, rate in throughput(setup, params).items()
-    }
+        for metric, value in scored.metrics.items():
+            out[name, metric] = Measured(100 * value, scored.n, scored.classes)
+    rates, n = throughput(setup, params), TIMED * THROUGHPUT_BATCH
+    return out | {("throughput", name): Measured(rate, n) for name, rate in rates.items()}
 
 
 def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
@@ -266,10 +251,8 @@ def throughput(setup: Setup, params: Mapping[str, Any]) -> dict[str, float]:
     """
     c = setup.cfg
     params = cast(dict(params), "float32" if jax.default_backend() == "cpu" else "bfloat16")
-    inputs = {
-        "image": np.zeros((THROUGHPUT_BATCH, c.image.size, c.image.size, 3), np.float32),
-        "text": np.ones((THROUGHPUT_BATCH, c.text.context), np.int32),
-    }
+    image = np.zeros((THROUGHPUT_BATCH, c.image.size, c.image.size, 3), np.float32)
+    inputs = {"image": image, "text": np.ones((THROUGHPUT_BATCH, c.text.context), np.int32)}
     rates = {}
     for tower, batch in inputs.items():
         encode = jax.jit(partial(setup.model.apply, method=f"encode_{tower}"))

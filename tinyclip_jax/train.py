@@ -44,11 +44,8 @@ def parts(cfg: Config) -> Parts:
         return manual(donor.cfg, cfg.student, cfg.depth_rule).resolve(donor.source, model.spec)
 
     def prepare(params: dict[str, Any]) -> dict[str, Any]:
-        return (
-            constrain_scale(cfg.loss, params)
-            if cfg.loss.scale == "fixed" and cfg.loss.first_scale == "fixed"
-            else params
-        )
+        fixed = cfg.loss.scale == "fixed" and cfg.loss.first_scale == "fixed"
+        return constrain_scale(cfg.loss, params) if fixed else params
 
     return Parts(
         family=FAMILY,
@@ -85,17 +82,14 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         parts = {}
         if cfg.loss.alpha > 0:
             if teacher:
-                targets = jax.lax.stop_gradient(
-                    teacher.model.apply(cast(frozen, cfg.step.compute), batch["image"], batch["text"])
-                )
+                cast_teacher = cast(frozen, cfg.step.compute)
+                targets = jax.lax.stop_gradient(teacher.model.apply(cast_teacher, batch["image"], batch["text"]))
                 target_image, target_text, stored_scale = targets
             else:
                 (target_image, target_text), stored_scale = (batch[name] for name in TARGETS), None
             target_scale = stored_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
-            parts["affinity"] = (
-                cfg.loss.alpha,
-                affinity_mimicking(image, text, target_image, target_text, scale, target_scale),
-            )
+            affinity = affinity_mimicking(image, text, target_image, target_text, scale, target_scale)
+            parts["affinity"] = (cfg.loss.alpha, affinity)
         if cfg.loss.alpha < 1:
             parts["contrastive"] = (1 - cfg.loss.alpha, contrastive(image, text, scale, batch.get("group")))
         total = sum(weight * value for weight, value in parts.values())
@@ -112,10 +106,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     if cfg.loss.alpha > 0 and not cfg.teacher:
         setting = 'set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
         raise InputError(f"loss.alpha is {cfg.loss.alpha} and teacher is empty: {setting}")
-    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (
-        cfg.student.image.size,
-        cfg.student.text.context,
-    ):
+    image, text = cfg.student.image, cfg.student.text
+    if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (image.size, text.context):
         inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"
         setting = "set student.image.size and student.text.context to these"
         raise InputError(f"the teacher takes {inputs}, the student other inputs: {setting}")
@@ -146,9 +138,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
         add = "add this column of teacher embeddings, and name it in data.columns"
         raise InputError(f"{cfg.data.path} has no {min(missing)}: {add}")
     context = cfg.student.text.context
-    augment = Augment(
-        pre=inputs.pre, tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags, augment=cfg.augment
-    )
+    text = dict(tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags)
+    augment = Augment(pre=inputs.pre, **text, augment=cfg.augment)
     augment.check(source[0])
     return training_batches(source, cfg.pipeline, augment, mesh=opened.mesh)
 
@@ -156,10 +147,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
 def batch_shapes(cfg: Config) -> Shapes:
     """Shapes and dtypes of a batch, for `heirloom compile`."""
     n, size = cfg.pipeline.batch, cfg.student.image.size
-    shapes: dict[str, Any] = {
-        "image": ((n, size, size, 3), jnp.float32),
-        "text": ((n, cfg.student.text.context), jnp.int32),
-    }
+    shapes: dict[str, Any] = {"image": ((n, size, size, 3), jnp.float32)}
+    shapes |= {"text": ((n, cfg.student.text.context), jnp.int32)}
     stored = {name: ((n, cfg.student.joint), jnp.float32) for name in TARGETS} if _stored(cfg.teacher) else {}
     return shapes | stored
 

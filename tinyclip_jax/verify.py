@@ -57,18 +57,15 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) 
 
     def reference() -> Check:
         if format == "hf":
-            return compare(
-                mine, _transformers(file, images, tokens), reference="transformers", libraries=("torch", "transformers")
-            )
+            theirs = _transformers(file, images, tokens)
+            return compare(mine, theirs, reference="transformers", libraries=("torch", "transformers"))
         if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
-            return compare(
-                mine, _open_clip(file, images, tokens), reference="open_clip", libraries=("torch", "open_clip_torch")
-            )
+            theirs = _open_clip(file, images, tokens)
+            return compare(mine, theirs, reference="open_clip", libraries=("torch", "open_clip_torch"))
         return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
 
-    return against(
-        reference, mine, format, what="features", needs=("torch", "transformers") if format == "hf" else ("torch",)
-    )
+    needs = ("torch", "transformers") if format == "hf" else ("torch",)
+    return against(reference, mine, format, what="features", needs=needs)
 
 
 def _builds(cfg: ClipConfig) -> bool:
@@ -87,9 +84,8 @@ def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np
     with as_folder(file, "model.safetensors") as folder, quiet():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
-        out = model(
-            pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2), input_ids=torch.from_numpy(tokens).long()
-        )
+        pixels, ids = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(tokens).long()
+        out = model(pixel_values=pixels, input_ids=ids)
     return [out.image_embeds.numpy(), out.text_embeds.numpy()]
 
 
@@ -103,9 +99,8 @@ def _open_clip(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.nd
     model = kind(**config).eval()
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     tensors = {key: value for key, value in reference_tensors(file).items() if key not in BUFFERS}
-    model.load_state_dict(
-        {key: value.reshape(shapes[key]) if value.numel() == 1 else value for key, value in tensors.items()}
-    )
+    shaped = {key: value.reshape(shapes[key]) if value.numel() == 1 else value for key, value in tensors.items()}
+    model.load_state_dict(shaped)
     with torch.no_grad():
         image = model.encode_image(torch.from_numpy(images).permute(0, 3, 1, 2), normalize=True)
         return [image.numpy(), model.encode_text(torch.from_numpy(tokens).long(), normalize=True).numpy()]
@@ -120,10 +115,8 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
 
     clean = next(f.clean for f in FORMATS if f.name == format)
     # The original files are open_clip's under a prefix per tower.
-    t = {
-        clean(k).replace("_image_encoder.", "").replace("_text_encoder.", ""): v
-        for k, v in reference_tensors(file).items()
-    }
+    found = ((clean(k), v) for k, v in reference_tensors(file).items())
+    t = {k.replace("_image_encoder.", "").replace("_text_encoder.", ""): v for k, v in found}
 
     def norm(x: Any, name: str, eps: float) -> Any:
         return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
@@ -137,9 +130,8 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
                 q, k, v = packed.reshape(*y.shape[:2], 3, -1, head_dim(c)).permute(2, 0, 3, 1, 4)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
                 x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"])
-            x = x + t.get(
-                f"{p}.attn.out_proj.bias", 0
-            )  # of a layer without heads the files of the release keep nothing, ours this
+            # Of a layer without heads the files of the release keep nothing, ours this.
+            x = x + t.get(f"{p}.attn.out_proj.bias", 0)
             if f"{p}.mlp.c_fc.weight" in t:
                 y = F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"])
                 x = x + F.linear(torch_activation(c.activation)(y), t[f"{p}.mlp.c_proj.weight"])
@@ -156,9 +148,8 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
         return F.relu(x + y)
 
     def batch_norm(x: Any, p: str) -> Any:
-        return F.batch_norm(
-            x, t[f"{p}.running_mean"], t[f"{p}.running_var"], t[f"{p}.weight"], t[f"{p}.bias"], eps=1e-5
-        )
+        mean, variance, scale, bias = (t[f"{p}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, variance, scale, bias, eps=1e-5)
 
     def resnet(c: ResNetConfig, x: Any) -> Any:
         for i, stride in ((1, 2), (2, 1), (3, 1)):

@@ -48,13 +48,8 @@ OPENAI_B_16 = "hf:openai/clip-vit-base-patch16"
 TINYCLIP_61M = "hf:wkcn/TinyCLIP-ViT-61M-32-Text-29M-LAION400M"
 TINYCLIP_39M = "hf:wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M"
 
-PUBLISHED = {
-    LAION_B_32: VIT_B_32,
-    OPENAI_B_16: VIT_B_16,
-    OPENAI_RN50: RN50,
-    TINYCLIP_61M: STUDENTS["vit_61m_32"],
-    TINYCLIP_39M: STUDENTS["vit_39m_16"],
-}
+PUBLISHED = {LAION_B_32: VIT_B_32, OPENAI_B_16: VIT_B_16, OPENAI_RN50: RN50}
+PUBLISHED |= {TINYCLIP_61M: STUDENTS["vit_61m_32"], TINYCLIP_39M: STUDENTS["vit_39m_16"]}
 
 
 def outline(source: str) -> Donor | Outline:

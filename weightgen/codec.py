@@ -126,10 +126,8 @@ class TokenVae(nnx.Module):
             return stack(lambda rngs: Block(sizes, attention=attention, **block, rngs=rngs), cfg.layers, rngs)
 
         self.enter, self.leave = Dense("weight -> embed", sizes, rngs=rngs), Dense("embed -> weight", sizes, rngs=rngs)
-        self.shrink, self.grow = (
-            Dense("embed -> part latent", sizes, rngs=rngs),
-            Dense("latent -> embed", sizes, rngs=rngs),
-        )
+        self.shrink = Dense("embed -> part latent", sizes, rngs=rngs)
+        self.grow = Dense("latent -> embed", sizes, rngs=rngs)
         self.position = param("token -> embed", sizes, normal(0.02), rngs) if cfg.order == "ordered" else None
         self.encoder, self.decoder = blocks(), blocks()
 
@@ -225,21 +223,16 @@ class Gate:
     def fault(self) -> str:
         """The reason not to use the codec, and what to do; empty when it may be used."""
         if self.before - self.chance <= self.tolerance:
-            return (
-                f"the zoo's networks are at chance: {100 * self.before:.1f} % right, {100 * self.chance:.1f} % by"
-                " guessing, so the codec cannot be judged. Train the zoo for longer, or --gate.force"
-            )
+            chance = f"{100 * self.before:.1f} % right, {100 * self.chance:.1f} % by guessing"
+            advice = "so the codec cannot be judged. Train the zoo for longer, or --gate.force"
+            return f"the zoo's networks are at chance: {chance}, {advice}"
         if self.before - self.after > self.tolerance:
-            return (
-                f"the codec loses accuracy: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round"
-                f" trip (relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go). Use more"
-                " latents, or --gate.force"
-            )
+            lost = f"{100 * self.before:.1f} % before, {100 * self.after:.1f} % after a round trip"
+            limit = f"relative error {self.error:.3f}, at most {100 * self.tolerance:g} points may go"
+            return f"the codec loses accuracy: {lost} ({limit}). Use more latents, or --gate.force"
         if not self.error <= self.limit:  # NaN is a fault, too
-            return (
-                f"the codec loses the weights it is to code: relative error {self.error:.3f}, at most {self.limit:g}"
-                " (gate.error). Use more latents, or --gate.force"
-            )
+            lost = f"relative error {self.error:.3f}, at most {self.limit:g} (gate.error)"
+            return f"the codec loses the weights it is to code: {lost}. Use more latents, or --gate.force"
         return ""
 
     def check(self, force: bool = False) -> None:
@@ -288,28 +281,16 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Code, seed: int) -> Non
     if zoo.net:
         x, y = shown(zoo.net, *bank.all(np.asarray(zoo.classes[rows]), 20))
         nets = [zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like) for t in (tokens, tokens - given + back)]
-        before, after = (
-            accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes).mean() for params in nets
-        )
+        scored = (accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes) for params in nets)
+        before, after = (right.mean() for right in scored)
         chance = 1 / zoo.net.classes
-    found = Gate.of(
-        before,
-        after,
-        given=flat(zoo.spec, given),
-        back=flat(zoo.spec, back),
-        tolerance=cfg.tolerance,
-        chance=chance,
-        limit=cfg.error,
-    )
-    known = (
-        f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip"
-        if zoo.net
-        else "accuracy is not known"
-    )
-    print(
-        f"codec: {known}, relative error {found.error:.4f}, of {len(rows)}"
-        f" networks{' it was not fitted on' if held else ''}"
-    )
+    coded: dict[str, Any] = dict(given=flat(zoo.spec, given), back=flat(zoo.spec, back))
+    found = Gate.of(before, after, **coded, tolerance=cfg.tolerance, chance=chance, limit=cfg.error)
+    known = "accuracy is not known"
+    if zoo.net:
+        known = f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip"
+    networks = f"{len(rows)} networks{' it was not fitted on' if held else ''}"
+    print(f"codec: {known}, relative error {found.error:.4f}, of {networks}")
     found.check(cfg.force)
 
 
@@ -317,8 +298,5 @@ def check_codec(cfg: TokenVaeConfig, zoo: Zoo, path: str) -> None:
     """Raise InputError for a codec of other networks than the zoo's."""
     own, ours = (cfg.tokens, cfg.length), (zoo.spec.rows, zoo.spec.length)
     if own != ours:
-        raise InputError(
-            "{} codes {} tokens of {} weights, the zoo's networks have {} of {}: train another".format(
-                path, *own, *ours
-            )
-        )
+        sizes = "codes {} tokens of {} weights, the zoo's networks have {} of {}".format(*own, *ours)
+        raise InputError(f"{path} {sizes}: train another")

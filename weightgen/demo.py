@@ -35,11 +35,9 @@ def run(seed: int, out: Path, cfg: FewShotConfig | None = None) -> dict[str, Any
         for name, backend in BACKBONES.items():
             tasks = emoji_tasks(backend)
             unseen, seen = (len(group["support"].names) for group in (tasks.unseen, tasks.seen))
-            console.print(
-                f"\n{name}: {cfg.ways}-way heads from 5 pictures of each class, or 1; {seen} CLDR subgroups for the"
-                f" zoo, {unseen} unseen",
-                soft_wrap=True,
-            )
+            zoo = f"{seen} CLDR subgroups for the zoo, {unseen} unseen"
+            heads = f"{cfg.ways}-way heads from 5 pictures of each class, or 1"
+            console.print(f"\n{name}: {heads}; {zoo}", soft_wrap=True)
             results[name] = compare(
                 cfg,
                 tasks,

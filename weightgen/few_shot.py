@@ -84,9 +84,8 @@ def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     held = tasks.seen["test"]
     x, y = held.all(classes, int(held.counts.max()))
     heads = Zoo(weights=weights, quality=np.zeros(0), classes=classes, net=head, spec=spec).tokens(slice(None))
-    return Zoo(
-        weights=weights, quality=head_accuracy(heads, x, y).astype(np.float32), classes=classes, net=head, spec=spec
-    )
+    quality = head_accuracy(heads, x, y).astype(np.float32)
+    return Zoo(weights=weights, quality=quality, classes=classes, net=head, spec=spec)
 
 
 def train(cfg: FewShotConfig, zoo: Zoo, bank: Bank, folder: Path, seed: int) -> Trained:
@@ -114,13 +113,8 @@ class Episodes:
         rng = np.random.default_rng([seed, 1])
         classes = draw_tasks(len(banks["support"].names), tasks, ways, rng=rng)
         parts = {name: bank.all(classes, int(bank.counts.max())) for name, bank in banks.items() if name != "support"}
-        return cls(
-            classes=classes,
-            support=banks["support"].draw(classes, max(SHOTS), rng),
-            whole=banks["support"].all(classes, MOST),
-            select=parts["select"],
-            test=parts["test"],
-        )
+        support, whole = banks["support"].draw(classes, max(SHOTS), rng), banks["support"].all(classes, MOST)
+        return cls(classes=classes, support=support, whole=whole, select=parts["select"], test=parts["test"])
 
 
 def few_shot_heads(support: np.ndarray, cfg: FitConfig, spec: TokenSpec, head: NetConfig) -> np.ndarray:
@@ -139,11 +133,11 @@ def trained_heads(x: np.ndarray, y: np.ndarray, cfg: FitConfig, spec: TokenSpec,
 def _trainer(cfg: FitConfig, head: NetConfig) -> Callable[[np.ndarray, np.ndarray], Any]:
     """Compiled once for each shape of tasks."""
     model, key = net(head), jax.random.key(0)
-    return jax.jit(
-        lambda x, y: fit_population(
-            model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key
-        )
-    )
+
+    def fit(x: Any, y: Any) -> Any:
+        return fit_population(model, initial_population(model, len(x), "shared", key=key), x, y=y, cfg=cfg, key=key)
+
+    return jax.jit(fit)
 
 
 def compare(
@@ -151,21 +145,15 @@ def compare(
 ) -> Result:
     """Run the whole comparison on one backbone; `folder` holds the training run."""
     zoo = build_zoo(cfg, tasks, seed)
-    say(
-        f"zoo: {len(zoo):,} heads of {zoo.spec.count} weights, {100 * zoo.quality.mean():.1f} % right on unseen"
-        " pictures of their classes"
-    )
+    quality = f"{100 * zoo.quality.mean():.1f} % right on unseen pictures of their classes"
+    say(f"zoo: {len(zoo):,} heads of {zoo.spec.count} weights, {quality}")
     bank = tasks.seen["support"]
     generator = train(cfg, zoo, bank, folder=folder, seed=seed)
-    sets = {
-        kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed=seed)
-        for kind, banks in (("unseen", tasks.unseen), ("seen", tasks.seen))
-    }
+    banks_of = {"unseen": tasks.unseen, "seen": tasks.seen}
+    sets = {kind: Episodes.of(banks, cfg.tasks, cfg.ways, seed=seed) for kind, banks in banks_of.items()}
     found = codec_gate(cfg, generator, sets["unseen"], zoo=zoo)
-    say(
-        f"codec: {100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip of unseen heads, error"
-        f" {found.error:.3f}"
-    )
+    trip = f"{100 * found.before:.1f} % before, {100 * found.after:.1f} % after a round trip of unseen heads"
+    say(f"codec: {trip}, error {found.error:.3f}")
     found.check()
     known = ZooStatistics.of(zoo, bank, seed)
     rows: dict[str, dict[str, Estimate]] = {}
@@ -207,14 +195,8 @@ class ZooStatistics:
             ridge[shots] = baselines.Ridge.fit(x, y, classes.reshape(-1))
             network[shots] = baselines.hypernetwork(x, y, seed)
         inner = bank.features - np.repeat(bank.means, bank.counts, axis=0)
-        return cls(
-            heads=heads,
-            tasks=rows.mean(1),
-            rows=rows,
-            ridge=ridge,
-            network=network,
-            spread=inner.T @ inner / len(inner),
-        )
+        about: dict[str, Any] = dict(heads=heads, tasks=rows.mean(1), rows=rows, ridge=ridge, network=network)
+        return cls(**about, spread=inner.T @ inner / len(inner))
 
 
 @dataclass(frozen=True)
@@ -263,16 +245,14 @@ def evaluate(
     samples = sample(cfg, generator, episodes.support, shots=shots, seed=seed)
     scores = Scores.of(samples, episodes.select, episodes.test)
     # Task i gets the pictures of task i + 1: what remains above chance ignores the condition.
-    shuffled = sample(replace(cfg, samples=1), generator, np.roll(episodes.support, 1, axis=0), shots=shots, seed=seed)[
-        0
-    ]
+    other = np.roll(episodes.support, 1, axis=0)
+    shuffled = sample(replace(cfg, samples=1), generator, other, shots=shots, seed=seed)[0]
     by_task |= {
         "generated, averaged": scores.mean,
         "generated from another task's pictures": head_accuracy(shuffled, *episodes.test),
     }
-    rows = {
-        name: Estimate.of(values) for name, values in by_task.items() if name != "generated, averaged"
-    } | scores.rows("generated")
+    shown = {name: values for name, values in by_task.items() if name != "generated, averaged"}
+    rows = {name: Estimate.of(values) for name, values in shown.items()} | scores.rows("generated")
     everything = flat(zoo.spec, samples[0])
     mask, labels = episodes.test[1] >= 0, head_labels(samples, episodes.test[0])
     overlaps = []
@@ -336,25 +316,18 @@ def criteria(cfg: FewShotConfig, by_task: dict[str, np.ndarray], extra: dict[str
 
     out = {}
     for shots in SHOTS:
-        out[f"{shots} pictures: averaged - nearest row"] = above(
-            f"generated, averaged, {shots}", f"nearest zoo row per class, {shots}", 0.05
-        )
-    out["1 picture: averaged - gradient descent"] = above(
-        "generated, averaged, 1", "gradient descent on the pictures, 1", 0.0
-    )
+        averaged, nearest = f"generated, averaged, {shots}", f"nearest zoo row per class, {shots}"
+        out[f"{shots} pictures: averaged - nearest row"] = above(averaged, nearest, 0.05)
+    descent = "gradient descent on the pictures, 1"
+    out["1 picture: averaged - gradient descent"] = above("generated, averaged, 1", descent, 0.0)
     for shots in SHOTS:
         gap = Estimate.of(by_task[f"generated from another task's pictures, {shots}"] - 1 / cfg.ways)
-        out[f"{shots} pictures: shuffled condition - chance"] = {
-            "measured": str(gap),
-            "bar": "within 3",
-            "met": abs(gap.mean) + gap.half < 0.03,
-        }
+        small = abs(gap.mean) + gap.half < 0.03
+        row = {"measured": str(gap), "bar": "within 3", "met": small}
+        out[f"{shots} pictures: shuffled condition - chance"] = row
     for shots in SHOTS:
         found = extra[f"novelty, {shots}"]
         met = found["generated"] >= found["zoo"]
-        out[f"{shots} pictures: distance to the zoo / within it"] = {
-            "measured": f"{found['generated'] / found['zoo']:.2f}",
-            "bar": ">= 1",
-            "met": met,
-        }
+        measured = f"{found['generated'] / found['zoo']:.2f}"
+        out[f"{shots} pictures: distance to the zoo / within it"] = {"measured": measured, "bar": ">= 1", "met": met}
     return out

@@ -66,9 +66,8 @@ def macs(cfg: GeneratorConfig, spec: Spec) -> int:
     """Count multiply-accumulates of one denoising step of one network, attention's own products left out."""
     tokens = cfg.tokens.rows
     own = {path: leaf for path, leaf in spec.items() if path.startswith("denoiser/")}
-    once = [
-        (pattern, 1) for pattern in ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")
-    ]
+    patterns = ("denoiser/time_*/**", "denoiser/modulation/**", "denoiser/final_modulation/**")
+    once = [(pattern, 1) for pattern in patterns]
     return sum(kernel_macs(own, [*once, ("**", tokens)]).values())
 
 
@@ -81,16 +80,8 @@ def _family(
     name: str, module: Any, config: Callable[[Mapping[str, Any]], Any], macs: Callable[[Any, Spec], int] = _once
 ) -> Family:
     """Build a family without foreign formats."""
-    return Family(
-        name=name,
-        module=module,
-        config=config,
-        formats=(),
-        sidecars=sidecars,
-        verify=verify,
-        parameters=parameters,
-        macs=macs,
-    )
+    functions: dict[str, Any] = dict(sidecars=sidecars, verify=verify, parameters=parameters, macs=macs)
+    return Family(name=name, module=module, config=config, formats=(), **functions)
 
 
 def network(cfg: NetConfig, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -43,11 +43,9 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     samples = draw_weights(donor, task, how, n=args.n, seed=args.seed)
     check_finite(samples, donor)
     about = report(donor, task, samples, how=how, seed=args.seed)
-    chosen = (
-        {"mean": samples.mean(0)}
-        if args.reduce == "mean"
-        else {f"sample-{i:03d}": tokens for i, tokens in enumerate(samples)}
-    )
+    chosen = {f"sample-{i:03d}": tokens for i, tokens in enumerate(samples)}
+    if args.reduce == "mean":
+        chosen = {"mean": samples.mean(0)}
     with staged(args.out, force=args.force) as folder:
         folder.mkdir()
         for name, tokens in chosen.items():
@@ -91,9 +89,8 @@ def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:
         return
     write_params(folder, cfg.whole.unflatten(jnp.asarray(tokens), cfg.whole.like))
     write_config(folder, NETWORK.name, cfg.net)
-    write_json(
-        folder / "classes.json", {"classes": list(task.names), "features": "features.safetensors beside report.json"}
-    )
+    about = {"classes": list(task.names), "features": "features.safetensors beside report.json"}
+    write_json(folder / "classes.json", about)
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
@@ -115,11 +112,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     check_finite(samples, donor)
     about = report(donor, task, samples, how=how, seed=0)
     shared = {"dataset": args.data, "published": None, "n": about["test pictures"], "protocol": about["condition"]}
-    return [
-        shared | {"metric": name, "value": 100 * value}
-        for name, value in about["accuracy"].items()
-        if value is not None
-    ]
+    known = {name: value for name, value in about["accuracy"].items() if value is not None}
+    return [shared | {"metric": name, "value": 100 * value} for name, value in known.items()]
 
 
 def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
@@ -132,14 +126,8 @@ def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
         raise InputError(f"{data} has the classes {', '.join(names)}; this network knows {', '.join(own)}")
     params = {path: jnp.asarray(np.asarray(view, np.float32))[None] for path, view in donor.source.values.items()}
     value = 100 * float(accuracy(predict(cfg, params, found.x[None]), found.y, cfg.classes)[0])
-    return {
-        "dataset": data,
-        "published": None,
-        "n": len(found.y),
-        "protocol": "all pictures",
-        "metric": "accuracy",
-        "value": value,
-    }
+    about = {"dataset": data, "published": None, "n": len(found.y), "protocol": "all pictures"}
+    return about | {"metric": "accuracy", "value": value}
 
 
 def _check(donor: Donor) -> None:

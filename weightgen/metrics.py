@@ -20,11 +20,8 @@ class Estimate:
     def of(cls, values: np.ndarray) -> "Estimate":
         """values: [task], one number each."""
         values = np.asarray(values, np.float64)
-        return cls(
-            float(values.mean()),
-            float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0,
-            len(values),
-        )
+        half = float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+        return cls(float(values.mean()), half, len(values))
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.half:.1f}"
@@ -72,12 +69,9 @@ class Scores:
             raise ValueError("select and test are the same pictures: best-of-N on them is an oracle and no score")
         chosen, found = head_accuracy(samples, *select), head_accuracy(samples, *test)
         best = chosen.argmax(0)
-        return cls(
-            single=found.mean(0),
-            mean=head_accuracy(samples.mean(0), *test),
-            selected=np.take_along_axis(found, best[None], 0)[0],
-            oracle=found.max(0),
-        )
+        selected = np.take_along_axis(found, best[None], 0)[0]
+        mean = head_accuracy(samples.mean(0), *test)
+        return cls(single=found.mean(0), mean=mean, selected=selected, oracle=found.max(0))
 
     def rows(self, name: str) -> dict[str, Estimate]:
         return {

@@ -20,9 +20,8 @@ EMBEDDING = re.compile(
     r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$"
 )
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
-BUFFER = re.compile(
-    r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$"
-)  # may hold -inf, and no weights
+# May hold -inf, and no weights.
+BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")
 ADAPTER = re.compile(r"\.lora_(embedding_)?[AB](\.|$)|\.lora_(down|up)\.|[._]lora\.(down|up)\.")
 
 

@@ -51,24 +51,13 @@ def report(donor: Donor, task: Task, samples: np.ndarray, how: SampleConfig, see
     about["novelty"] = _novelty(mine, zoo["weights"], rng)
     if cfg.net is None:
         known = read_json(donor.folder / "tasks.json")["tasks"]
-        note = (
-            {}
-            if task.names[0] in known
-            else {"note": "the zoo has no task of these words: the generator goes by their embedding"}
-        )
-        return (
-            about
-            | note
-            | {
-                "distance to the task's own networks": _task_distances(
-                    donor, task, samples, zoo=zoo, how=how, seed=seed
-                )
-            }
-        )
+        by_words = "the zoo has no task of these words: the generator goes by their embedding"
+        note = {} if task.names[0] in known else {"note": by_words}
+        distances = _task_distances(donor, task, samples, zoo=zoo, how=how, seed=seed)
+        return about | note | {"distance to the task's own networks": distances}
     if task.support is None or task.select is None or task.test is None:
-        return about | {
-            "note": "no class has pictures left over, so these weights are not evaluated; add more pictures"
-        }
+        left_out = "no class has pictures left over, so these weights are not evaluated; add more pictures"
+        return about | {"note": left_out}
     ways, y = len(task.names), task.test.y
     found = labels_of(cfg, samples, task.test.x)
     scores = accuracy(found, y, ways)
@@ -109,14 +98,8 @@ def trained_on(cfg: NetConfig, pictures: Pictures, seed: int) -> dict[str, jax.A
     """Train a network on these pictures alone, from scratch: a population of one."""
     model = net(cfg)
     begin = initial_population(model, 1, "random", key=jax.random.key(seed))
-    return fit_population(
-        model,
-        begin,
-        jnp.asarray(pictures.x[None]),
-        y=jnp.asarray(pictures.y[None], jnp.int32),
-        cfg=FEW[cfg.kind],
-        key=jax.random.key(seed),
-    )
+    x, y = jnp.asarray(pictures.x[None]), jnp.asarray(pictures.y[None], jnp.int32)
+    return fit_population(model, begin, x, y=y, cfg=FEW[cfg.kind], key=jax.random.key(seed))
 
 
 def knows_order(cfg: GeneratorConfig | D2nwgConfig) -> bool:
@@ -137,9 +120,8 @@ def _zoo_baselines(
     made = {"zoo mean": weights.mean(0)[None], "zoo networks + 0.04 noise": noisy(weights, 0.04, rng)[:50]}
     if "told" in zoo:  # class by class: a network for the same classes in another order does not fit
         wanted = task.condition[:, :, : task.shots].mean(2)
-        made["nearest zoo network"] = nearest_model(
-            wanted.reshape(1, -1), zoo["told"].reshape(len(weights), -1), weights
-        )
+        told = zoo["told"].reshape(len(weights), -1)
+        made["nearest zoo network"] = nearest_model(wanted.reshape(1, -1), told, weights)
     found = {name: cfg.whole.padded(rows) for name, rows in made.items()}
     if isinstance(cfg, GeneratorConfig) and cfg.prior == "linear":
         mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, task.condition.shape[:3])
@@ -166,12 +148,9 @@ def _task_distances(
     own = zoo["classes"][:, 0] == (known.index(task.names[0]) if task.names[0] in known else -1)
     if not own.any() or len(known) < 2:
         return None
-    other = draw_weights(
-        donor, read_words(donor, known[known.index(task.names[0]) - 1]), how, n=len(samples), seed=seed
-    )
+    words = read_words(donor, known[known.index(task.names[0]) - 1])
+    other = draw_weights(donor, words, how, n=len(samples), seed=seed)
     centre = zoo["weights"][own].mean(0)
     sets = {"told it": samples, "told another": other}
-    return {
-        name: float(np.linalg.norm(flat(donor.cfg.whole, tokens) - centre, axis=1).mean())
-        for name, tokens in sets.items()
-    }
+    whole = donor.cfg.whole
+    return {name: float(np.linalg.norm(flat(whole, x) - centre, axis=1).mean()) for name, x in sets.items()}

@@ -83,20 +83,12 @@ def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
     for c, own in enumerate(order):
         condition[0, c, :shots] = features[own[:shots]]
     rest = [own[shots:] for own in order]
-    deal = [
-        np.concatenate([own[:shots] for own in order]),
-        *(np.concatenate([own[i::2] for own in rest]) for i in (0, 1)),
-    ]
+    halves = (np.concatenate([own[i::2] for own in rest]) for i in (0, 1))
+    deal = [np.concatenate([own[:shots] for own in order]), *halves]
     support, select, test = (Pictures(features[rows], x[rows], labels[rows]) for rows in deal)
     enough = min(len(own) for own in rest) >= 2
-    return Task(
-        names=names,
-        condition=condition,
-        shots=shots,
-        support=support,
-        select=select if enough else None,
-        test=test if enough else None,
-    )
+    left = dict(select=select if enough else None, test=test if enough else None)
+    return Task(names=names, condition=condition, shots=shots, support=support, **left)
 
 
 def read_words(donor: Donor, task: str) -> Task:
@@ -135,9 +127,8 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     key = jax.random.key(seed)
     if isinstance(cfg, D2nwgConfig):
         # It has its own sampler: all steps, no guidance, and noise that depends on n.
-        weights = sample_d2nwg(
-            donor.model, cfg, params["k"], params=params, support=jnp.asarray(condition[:, :, : task.shots]), key=key
-        )
+        support = jnp.asarray(condition[:, :, : task.shots])
+        weights = sample_d2nwg(donor.model, cfg, params["k"], params=params, support=support, key=key)
         return cfg.whole.padded(np.asarray(weights)[:, : cfg.whole.count])
     rows = np.asarray(drawer(donor.model, cfg, how)(params, condition, mask, key, np.arange(n * items)))
     return rows.reshape(n, items * rows.shape[1], -1)

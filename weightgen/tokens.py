@@ -91,9 +91,8 @@ class TokenSpec:
         """[rows, length] int32: the index of the tensor a weight belongs to, -1 in the padding."""
         found = np.full((self.rows, self.length), -1, np.int32)
         for i, piece in enumerate(self.pieces):
-            self._block(found, piece)[...] = np.where(
-                self._pad(np.ones(piece.size, bool), piece), i, self._block(found, piece)
-            )
+            here = self._pad(np.ones(piece.size, bool), piece)
+            self._block(found, piece)[...] = np.where(here, i, self._block(found, piece))
         return found
 
     def flatten(self, tree: PyTree) -> np.ndarray:
@@ -203,41 +202,18 @@ def chunks(tree: PyTree, length: int | None = None, *, select: str = "") -> Toke
         fan_out = leaf.shape[0] if leaf.shape else 1
         where = {"first": 0, "column": at} if length is None else {"first": at, "column": 0}
         order = tuple(range(len(leaf.shape)))
-        pieces.append(
-            Piece(
-                path=name,
-                shape=tuple(leaf.shape),
-                order=order,
-                rows=rows,
-                width=width,
-                fan_in=size // max(fan_out, 1),
-                fan_out=fan_out,
-                **where,
-            )
-        )
+        where |= dict(rows=rows, width=width, fan_in=size // max(fan_out, 1), fan_out=fan_out)
+        pieces.append(Piece(path=name, shape=tuple(leaf.shape), order=order, **where))
         at += size if length is None else rows
     return TokenSpec(tuple(pieces), 1 if length is None else at, at if length is None else length)
 
 
 def one_chunk(spec: TokenSpec) -> TokenSpec:
     """Describe a single row of a cut as a network by itself."""
-    return TokenSpec(
-        (
-            Piece(
-                path="chunk",
-                shape=(spec.length,),
-                order=(0,),
-                first=0,
-                rows=1,
-                column=0,
-                width=spec.length,
-                fan_in=spec.length,
-                fan_out=1,
-            ),
-        ),
-        1,
-        spec.length,
-    )
+    n = spec.length
+    place = dict(first=0, rows=1, column=0, width=n)
+    piece = Piece(path="chunk", shape=(n,), order=(0,), **place, fan_in=n, fan_out=1)
+    return TokenSpec((piece,), 1, n)
 
 
 def neurons(spec: Spec) -> TokenSpec:
@@ -256,19 +232,9 @@ def neurons(spec: Spec) -> TokenSpec:
             if rows is not None and units != rows:
                 first, column = first + rows, 0
             rows, width = units, prod(leaf.shape[i] for i in read)
-            pieces.append(
-                Piece(
-                    path=path,
-                    shape=leaf.shape,
-                    order=(*out, *read),
-                    first=first,
-                    rows=rows,
-                    column=column,
-                    width=width,
-                    fan_in=leaf.extent("read"),
-                    fan_out=leaf.extent("write"),
-                )
-            )
+            place = dict(first=first, rows=rows, column=column, width=width)
+            fan = dict(fan_in=leaf.extent("read"), fan_out=leaf.extent("write"))
+            pieces.append(Piece(path=path, shape=leaf.shape, order=(*out, *read), **place, **fan))
             column += width
         first += rows or 0
     return TokenSpec(tuple(pieces), first, max(piece.column + piece.width for piece in pieces))

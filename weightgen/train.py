@@ -58,9 +58,8 @@ def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -
     """Raises InputError unless devices divide a batch, and its micro-batches, into equal rows."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (parts := devices * step.accumulate):
-        of = f"{devices} devices (mesh data x fsdp)" + (
-            f" x {step.accumulate} micro-batches" if step.accumulate > 1 else ""
-        )
+        micro = f" x {step.accumulate} micro-batches" if step.accumulate > 1 else ""
+        of = f"{devices} devices (mesh data x fsdp){micro}"
         nearby = max(batch // parts, 1) * parts
         multiple = f"a multiple of {parts}, such as {nearby}"
         raise InputError(f"a batch of {batch} cannot be divided among {of}: set {name} to {multiple}")
@@ -138,10 +137,8 @@ def generator_rows(zoo: Zoo, bank: Bank, shots: int, batch: int) -> Make:
 
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
         rows = np.sort(rng.integers(len(zoo), size=batch))
-        return {
-            "tokens": zoo.tokens(rows),
-            "support": bank.draw(np.asarray(zoo.classes[rows]), shots, rng),
-            "shots": rng.integers(1, shots + 1, size=batch).astype(np.int32),
-        }
+        support = bank.draw(np.asarray(zoo.classes[rows]), shots, rng)
+        numbers = rng.integers(1, shots + 1, size=batch).astype(np.int32)
+        return {"tokens": zoo.tokens(rows), "support": support, "shots": numbers}
 
     return make

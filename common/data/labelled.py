@@ -78,11 +78,8 @@ def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, nam
     known = getattr(source, "class_names", {}).get(label, ())
     if isinstance(first, str):
         used = sorted(set(_column(cfg, label)))
-        if (
-            not known
-            and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used)
-            and (names is None or set(match(used, names)) == {None})
-        ):
+        numerals = not known and all(re.fullmatch(r"0|[1-9]\d*", name) for name in used)
+        if numerals and (names is None or set(match(used, names)) == {None}):
             numbers = {name: int(name) for name in used}  # numbers, stored as text
             return Labelled(source=source, column=label, classes=(), numbers=numbers, count=classes)
         known = known or used
@@ -108,9 +105,8 @@ def _column(cfg: SourceConfig, label: str) -> Iterator[str]:
 
 def _real_names(names: Names | None, classes: int | None) -> Names | None:
     """Returns the names unless they are placeholders like LABEL_0, LABEL_1, ..."""
-    if names is None or all(
-        name is None or re.fullmatch(rf"(?i)(label|class)[ _-]?{i}", name) for i, name in enumerate(names)
-    ):
+    anonymous = r"(?i)(label|class)[ _-]?{}"
+    if names is None or all(name is None or re.fullmatch(anonymous.format(i), name) for i, name in enumerate(names)):
         return None
     if classes is not None and len(names) != classes:
         given = f"{len(names)} class names ({_shown(names)})"
@@ -123,18 +119,15 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
     in_order = list(range(len(known)))
     if names is None:
         if classes is not None and len(known) != classes:
-            raise InputError(
-                f"{path} has {len(known)} classes ({_shown(known)}), the model {classes}: give data with the model's"
-                f" classes, or a model with {len(known)} (heirloom expand --classes; in a recipe the field classes of"
-                " its student)"
-            )
-        numerical = (
-            sorted(in_order, key=lambda i: int(known[i])) if all(name.isdecimal() for name in known) else in_order
-        )
+            given = f"{len(known)} classes ({_shown(known)}), the model {classes}"
+            expand = "heirloom expand --classes; in a recipe the field classes of its student"
+            needed = f"give data with the model's classes, or a model with {len(known)} ({expand})"
+            raise InputError(f"{path} has {given}: {needed}")
+        numbered = all(name.isdecimal() for name in known)
+        numerical = sorted(in_order, key=lambda i: int(known[i])) if numbered else in_order
         if moved := [i for i, j in enumerate(numerical) if i != j]:
-            remark(
-                f"{path}: its classes are numbered in alphabetical order, so {known[moved[0]]!r} is class {moved[0]}"
-            )
+            first = f"{known[moved[0]]!r} is class {moved[0]}"
+            remark(f"{path}: its classes are numbered in alphabetical order, so {first}")
         return in_order
     found = match(known, names)
     numbers = [number for number in found if number is not None]
@@ -149,10 +142,9 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
         near = nearest(unknown, [name for name in names if name])
         matched = f"exactly one of the {len(names)} known ({_shown(names)}){near}"
         raise InputError(f"{path}: its class {unknown!r} does not match {matched}")
-    remark(
-        f"{path}: its class {unknown!r} is not one of the class names ({_shown(names)}), but there are {len(names)} of"
-        f" each: its classes are numbered in their order ({_shown(known)})"
-    )
+    unlike = f"its class {unknown!r} is not one of the class names ({_shown(names)})"
+    order = f"its classes are numbered in their order ({_shown(known)})"
+    remark(f"{path}: {unlike}, but there are {len(names)} of each: {order}")
     return in_order
 
 

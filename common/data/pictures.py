@@ -40,9 +40,8 @@ def decode(image: Picture, background: Background = "none") -> Image.Image:
         elif isinstance(image, bytes | bytearray | memoryview):
             picture = Image.open(io.BytesIO(image))
         else:
-            raise InputError(
-                f"a picture must be a file name, bytes, a PIL image or a uint8 array, not {type(image).__name__}"
-            )
+            kind = type(image).__name__
+            raise InputError(f"a picture must be a file name, bytes, a PIL image or a uint8 array, not {kind}")
         picture.load()
     except InputError:
         raise

@@ -68,9 +68,8 @@ class Augment:
         _check_record(record, self.tokenizer, self.tags)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
-        example = {
-            k: v for k, v in record.items() if isinstance(v, np.ndarray | np.generic) and k not in ("image", "text")
-        }
+        columns = ((k, v) for k, v in record.items() if k not in ("image", "text"))
+        example = {k: v for k, v in columns if isinstance(v, np.ndarray | np.generic)}
         if self.tokenizer is not None:
             text = record["text"]
             caption = (
@@ -136,7 +135,8 @@ class Batches:
         for name, value in self._stream.items():
             if state.get(name) != value:
                 was = state.get(name)
-                raise InputError(f"the data cannot be resumed: {name} was {was}, is {value}; set it back or start anew")
+                now = f"was {was} and is {value} now; set it back, or start a new run"
+                raise InputError(f"the data cannot be resumed: {name} {now}")
         self.close()
         self._done = state["batches"]
 
@@ -198,11 +198,8 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
     if batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise InputError(f"a batch of {batch} cannot be divided into {parts} parts (mesh data x fsdp)")
     # From the sharding, not the process number: a host may have any rows, and share them with another.
-    return np.unique(
-        np.concatenate(
-            [np.arange(batch)[where] for where in sharding.addressable_devices_indices_map((batch,)).values()]
-        )
-    )
+    parts = sharding.addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[where] for where in parts]))
 
 
 def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
@@ -216,9 +213,8 @@ def _in_processes(rows: grain.MapDataset, count: int, cfg: PipelineConfig) -> gr
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl programs parse them
     whole = rows.batch(count).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return whole.mp_prefetch(
-        grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=-(-cfg.prefetch // cfg.workers))
-    )
+    options = grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=-(-cfg.prefetch // cfg.workers))
+    return whole.mp_prefetch(options)
 
 
 @dataclass(frozen=True)
@@ -241,9 +237,9 @@ class Prepare:
 
     def __call__(self, index: int, record: Record) -> Record:
         example = {k: v for k, v in record.items() if k not in ("key", "image")} | {"index": index}
-        return example | (
-            {"image": eval_image(decode_record(record, self.pre.background), self.pre)} if "image" in record else {}
-        )
+        if "image" not in record:
+            return example
+        return example | {"image": eval_image(decode_record(record, self.pre.background), self.pre)}
 
 
 def evaluation_batches(

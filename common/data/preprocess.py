@@ -60,12 +60,8 @@ class Preprocess:
     """
 
     def __post_init__(self) -> None:
-        names = {
-            "mode": get_args(Mode),
-            "corner": get_args(Corner),
-            "background": BACKGROUNDS,
-            "interpolation": tuple(FILTERS),
-        }
+        names = {"mode": get_args(Mode), "corner": get_args(Corner)}
+        names |= {"background": BACKGROUNDS, "interpolation": tuple(FILTERS)}
         for name, choices in names.items():
             if (value := getattr(self, name)) not in choices:
                 hint = nearest(value, choices) if isinstance(value, str) else ""
@@ -85,7 +81,8 @@ class Preprocess:
         if min(self.std) <= 0:
             raise InputError(f"std is {self.std!r}: pixels are divided by it, so give numbers above 0")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(f"scale is {self.scale!r}: give least and most share of the area, above 0, at most 1")
+            share = "the least and the most share of the area, above 0 and at most 1"
+            raise InputError(f"scale is {self.scale!r}: give {share}")
         if not (_is_integer(self.fill) and 0 <= self.fill <= 255):
             raise InputError(f"fill is {self.fill!r}: give a grey value, a whole number from 0 to 255")
 
@@ -102,7 +99,8 @@ class Preprocess:
     def cropped(self, share: float) -> "Preprocess":
         """Returns the preprocessing with a centre crop of this share of the side (timm's `crop_pct`: 0.875)."""
         if not (_is_number(share) and 0 < share <= 1):
-            raise InputError(f"crop is {share!r}: give the share of the side that the crop keeps, above 0, at most 1")
+            kept = "the share of the side that the centre crop keeps, above 0 and at most 1"
+            raise InputError(f"crop is {share!r}: give {kept}")
         return replace(self, resize=self.size if self.mode == "longest" else math.floor(self.size / share))
 
     def save(self, path: str | Path) -> None:
@@ -196,9 +194,8 @@ def _corner(margin: int, rule: Corner) -> int:
 def _resized_part(image: Image.Image, target: tuple[int, int], box: Box, pre: Preprocess) -> Image.Image:
     """Computes `box.cut(image.resize(target))` without the whole resized picture, up to PIL's rounding."""
     low, high, first, last = [], [], [], []
-    for length, total, start, count in zip(
-        image.size, target, (box.left, box.top), (box.width, box.height), strict=True
-    ):
+    corner, part = (box.left, box.top), (box.width, box.height)
+    for length, total, start, count in zip(image.size, target, corner, part, strict=True):
         step = length / total
         reach = _REACH[pre.interpolation] * max(step, 1.0) + 1
         low.append(max(0, math.floor(start * step - reach)))
@@ -214,7 +211,8 @@ def _padded(image: Image.Image, pre: Preprocess) -> Image.Image:
     ratio = max(image.size) / pre.size
     width, height = (round(length / ratio) for length in image.size)
     if not (width and height):
-        raise InputError(f"{image.width} x {image.height} pixels are too thin: the shorter side vanishes at {pre.size}")
+        picture = f"a picture of {image.width} x {image.height} pixels"
+        raise InputError(f"{picture} is too thin: its shorter side vanishes at {pre.size} pixels")
     out = Image.new("RGB", (pre.size, pre.size), (pre.fill,) * 3)
     out.paste(image.resize((width, height), pre.filter), ((pre.size - width) // 2, (pre.size - height) // 2))
     return out

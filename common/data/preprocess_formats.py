@@ -27,27 +27,12 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     ),
     "Siglip": _SQUASHED | dict(resample=3, size=_SQUARE, default_to_square=False, do_convert_rgb=True),
 }
-_PROCESSING = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-)
+_PROCESSING: tuple[str, ...] = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
+_PROCESSING += ("do_rescale", "rescale_factor", "do_normalize")
 _HANDLED = {*_PROCESSING, "image_mean", "image_std", "do_convert_rgb", "default_to_square"}
 # Fields that change no pixel.
-_INERT = {
-    "processor_class",
-    "return_tensors",
-    "data_format",
-    "input_data_format",
-    "device",
-    "disable_grouping",
-    "image_seq_length",
-}
+_INERT = {"processor_class", "return_tensors", "data_format", "input_data_format"}
+_INERT |= {"device", "disable_grouping", "image_seq_length"}
 _INERT |= {"image_processor_type", "feature_extractor_type", "transformers_version"}
 _INERT |= {"pad_size"}  # only used by do_pad, which is refused
 
@@ -81,19 +66,17 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
     if (file := folder / FILE).is_file():
         pre = Preprocess.load(file)
         if pre.size != size:
-            raise InputError(f"{file}: size is {pre.size}, the model takes {size} x {size} pixels; use its own file")
+            takes = f"the model takes {size} x {size} pixels"
+            raise InputError(f"{file}: size is {pre.size}, and {takes}; use the file of this model")
         return Found(pre, FILE)
     for name in sorted(_READERS, key=lambda name: name != format):
         if found := _READERS[name](folder, size):
             return found
     pre = assumed
-    how = (
-        f"mean {_short(pre.mean)}, std {_short(pre.std)}, {pre.interpolation}, {pre.mode} side to"
-        f" {pre.resize or pre.size}, crop {size}"
-    )
-    return Found(
-        pre, "", f"preprocessing: none with {folder}; {whose} is assumed ({how}); to change it, convert and edit {FILE}"
-    )
+    statistics = f"mean {_short(pre.mean)}, std {_short(pre.std)}"
+    how = f"{statistics}, {pre.interpolation}, {pre.mode} side to {pre.resize or pre.size}, crop {size}"
+    note = f"preprocessing: none with {folder}; {whose} is assumed ({how}); to change it, convert and edit {FILE}"
+    return Found(pre, "", note)
 
 
 def write(pre: Preprocess, folder: Path, format: str) -> None:
@@ -103,9 +86,8 @@ def write(pre: Preprocess, folder: Path, format: str) -> None:
     Raises InputError for settings that the format cannot express.
     """
     if pre.background != "none" and format in ("open_clip", "timm"):
-        remark(
-            f"{format} has no setting for background {pre.background!r}: composite transparent pictures yourself there"
-        )
+        where = "composite transparent pictures yourself there"
+        remark(f"{format} has no setting for background {pre.background!r}: {where}")
     _WRITERS.get(format, lambda pre, folder: pre.save(folder))(pre, folder)
 
 
@@ -133,11 +115,9 @@ def _read_hf(folder: Path, size: int) -> Found | None:
         if name not in _HANDLED | _INERT and not name.startswith("_") and given.value(name) is not False:
             raise given.refusal(name, f"this processing is not supported{nearest(name, _HANDLED)}")
     kind = _processor(folder, given)
-    absent = (
-        "add it, or the image_processor_type that it depends on (CLIPImageProcessor)"
-        if kind is None
-        else "use the original's file"
-    )
+    absent = "use the original's file"
+    if kind is None:
+        absent = "add it, or the image_processor_type that it depends on (CLIPImageProcessor)"
     fields = given.with_defaults(_PROCESSORS.get(kind or ""), absent)
     mean, std = _folded(fields)
     filters = {int(f): name for name, f in FILTERS.items()}
@@ -154,9 +134,8 @@ def _read_hf(folder: Path, size: int) -> Found | None:
         raise fields.refusal(name, f"the model takes {size} x {size} pixels")
     # transformers composites on white to convert to RGB; else a transparent picture keeps four channels.
     background = "white" if fields.boolean("do_convert_rgb", False) else "none"
-    shape = dict(
-        size=size, resize=side, mode=mode, corner="down", interpolation=filters[resample], background=background
-    )
+    shape = dict(size=size, resize=side, mode=mode, corner="down")
+    shape |= dict(interpolation=filters[resample], background=background)
     return Found(_preprocess(fields, mean=mean, std=std, **shape), origin, note)
 
 
@@ -164,9 +143,8 @@ def _processor(folder: Path, fields: Fields) -> str | None:
     """Returns the kind of transformers' processor (CLIP, ViT, ...); None when no file has it."""
     for name in ("image_processor_type", "feature_extractor_type"):
         if name in fields:
-            kind = re.fullmatch(
-                rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(fields.value(name))
-            )
+            named = rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)"
+            kind = re.fullmatch(named, str(fields.value(name)))
             if kind is None:
                 raise fields.refusal(name, f"only processors of {', '.join(_PROCESSORS)} can be read")
             return kind[1]
@@ -229,9 +207,8 @@ def _read_timm(folder: Path, size: int) -> Found | None:
     if not file.is_file() or "architecture" not in (whole := read_json(file)):
         return None
     old = "pretrained_cfg" not in whole
-    fields = Fields(
-        whole if old else whole["pretrained_cfg"], str(file) if old else f"{file}: pretrained_cfg"
-    ).with_defaults()
+    part, where = (whole, str(file)) if old else (whole["pretrained_cfg"], f"{file}: pretrained_cfg")
+    fields = Fields(part, where).with_defaults()
     if not any(name in fields for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")):
         return None
     if "crop_border_pixels" in fields:
@@ -252,14 +229,14 @@ def _read_timm(folder: Path, size: int) -> Found | None:
 
 def _write_hf(pre: Preprocess, folder: Path) -> None:
     if pre.mode == "longest":
-        raise InputError("transformers' processors of CLIP and ViT do not pad; this preprocessing has mode 'longest'")
+        pads = "this model's preprocessing pads (mode 'longest')"
+        raise InputError(f"transformers' image processors of CLIP and ViT do not pad; {pads}")
     side, crop = pre.resize or pre.size, {"height": pre.size, "width": pre.size}
     flags = dict(do_resize=True, do_rescale=True, rescale_factor=1 / _BYTE, do_normalize=True, do_convert_rgb=True)
     about: dict[str, Any] = flags | dict(resample=int(pre.filter), image_mean=list(pre.mean), image_std=list(pre.std))
     if pre.mode == "shortest":
-        about |= dict(
-            image_processor_type="CLIPImageProcessor", size={"shortest_edge": side}, do_center_crop=True, crop_size=crop
-        )
+        about |= dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": side})
+        about |= dict(do_center_crop=True, crop_size=crop)
     elif side == pre.size:
         about |= dict(image_processor_type="ViTImageProcessor", size=crop)
     else:
@@ -270,12 +247,13 @@ def _write_hf(pre: Preprocess, folder: Path) -> None:
 
 def _write_open_clip(pre: Preprocess, folder: Path) -> None:
     if pre.resize not in (None, pre.size):
-        raise InputError(f"open_clip resizes to the crop's size; this model to {pre.resize}, and crops {pre.size}")
+        ours = f"this model's resizes to {pre.resize} and crops {pre.size}"
+        raise InputError(f"open_clip resizes to the size of the crop; {ours}")
     if pre.interpolation not in ("bicubic", "bilinear"):
-        raise InputError(f"open_clip interpolates bicubic or bilinear, this model's preprocessing {pre.interpolation}")
-    about: dict[str, Any] = dict(
-        mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, resize_mode=pre.mode
-    )
+        theirs = "bicubic or bilinear interpolation"
+        raise InputError(f"open_clip resizes by {theirs}, this model's preprocessing by {pre.interpolation}")
+    about: dict[str, Any] = dict(mean=list(pre.mean), std=list(pre.std))
+    about |= dict(interpolation=pre.interpolation, resize_mode=pre.mode)
     about |= dict(fill_color=pre.fill) if pre.mode == "longest" else {}
     write_json(folder / OPEN_CLIP, read_json(folder / OPEN_CLIP) | dict(preprocess_cfg=about))
 
@@ -287,20 +265,13 @@ def _write_timm(pre: Preprocess, folder: Path) -> None:
     shares = (pre.size / side, pre.size / (side + 0.5))  # the first, unless floor(size / share) is one too small
     share = next(share for share in shares if replace(pre, resize=None).cropped(share).resize == side)
     theirs = read_json(folder / TIMM)
-    about: dict[str, Any] = dict(
-        mean=list(pre.mean), std=list(pre.std), interpolation=pre.interpolation, crop_pct=share
-    )
+    about: dict[str, Any] = dict(mean=list(pre.mean), std=list(pre.std))
+    about |= dict(interpolation=pre.interpolation, crop_pct=share)
     about |= dict(crop_mode="squash" if pre.mode == "squash" else "center")
     write_json(folder / TIMM, theirs | dict(pretrained_cfg=theirs.get("pretrained_cfg", {}) | about))
 
 
-_READERS: dict[str, Callable[[Path, int], Found | None]] = {
-    "hf": _read_hf,
-    "open_clip": _read_open_clip,
-    "timm": _read_timm,
-}
-_WRITERS: dict[str, Callable[[Preprocess, Path], None]] = {
-    "hf": _write_hf,
-    "open_clip": _write_open_clip,
-    "timm": _write_timm,
-}
+_Reader = Callable[[Path, int], Found | None]
+_READERS: dict[str, _Reader] = {"hf": _read_hf, "open_clip": _read_open_clip, "timm": _read_timm}
+_Writer = Callable[[Preprocess, Path], None]
+_WRITERS: dict[str, _Writer] = {"hf": _write_hf, "open_clip": _write_open_clip, "timm": _write_timm}

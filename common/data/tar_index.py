@@ -52,7 +52,8 @@ def index_shard(shard: Path) -> Path:
         except OSError as error:
             failed.append(f"{folder} ({error.strerror})")
     where = " or ".join(failed)
-    raise InputError(f"{shard}: cannot write its index to {where}; set XDG_CACHE_HOME to a folder with free space")
+    needed = "set XDG_CACHE_HOME to a folder with free space"
+    raise InputError(f"{shard}: its index cannot be written to {where}; {needed}")
 
 
 def _belongs(file: Path, shard: Path, mark: str) -> bool:
@@ -152,11 +153,9 @@ def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, i
     if member.islnk() and member.linkname in files:
         return files[member.linkname]
     if not member.isreg() or member.issparse():
-        kind = (
-            "a hard link to a file that is not in the shard"
-            if member.islnk()
-            else "a link, a device, a pipe or a sparse file"
-        )
+        kind = "a link, a device, a pipe or a sparse file"
+        if member.islnk():
+            kind = "a hard link to a file that is not in the shard"
         raise InputError(f"{shard}: its member {member.name!r} is {kind}; pack files themselves (tar --dereference)")
     return member.offset_data, member.size
 

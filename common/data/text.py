@@ -57,14 +57,10 @@ class Tokenizer:
         if any(token.special != (i in (self.sot, self.eot)) for i, token in added.items()):
             self._encoder = _specials(bpe, {self.sot, self.eot})
         self._encoder.encode_special_tokens = True  # special tokens in a text are tokenised like any other text
-        raw = [
-            re.escape(token.content)
-            for i, token in added.items()
-            if not (token.normalized or i in (self.sot, self.eot))
-        ]
-        self._raw = (
-            re.compile(f"({'|'.join(raw)})") if raw else None
-        )  # tokens that are found before the text is cleaned
+        early = (token for i, token in added.items() if not (token.normalized or i in (self.sot, self.eot)))
+        raw = [re.escape(token.content) for token in early]
+        # Tokens that are found before the text is cleaned.
+        self._raw = re.compile(f"({'|'.join(raw)})") if raw else None
         self._lower = bpe.normalizer is not None and bpe.normalizer.normalize_str("A") == "a"
 
     @property
@@ -118,13 +114,9 @@ class Tokenizer:
         bpe = _around({}, [])
         # The bytes that end words are given as special tokens: the trainer would number them in the order of a hash
         # table and break ties between pairs by number, so two processes would fit different vocabularies.
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 2,
-            special_tokens=[c + SUFFIX for c in _bytes()],
-            initial_alphabet=_bytes(),
-            end_of_word_suffix=SUFFIX,
-            show_progress=False,
-        )
+        special: dict[str, Any] = dict(special_tokens=[c + SUFFIX for c in _bytes()], initial_alphabet=_bytes())
+        special |= dict(end_of_word_suffix=SUFFIX, show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, **special)
         bpe.train_from_iterator(map(clean, captions), trainer)
         learned = json.loads(bpe.to_str())["model"]["merges"]
         return cls(_clip_style([(left, right) for left, right in learned]))
@@ -146,9 +138,8 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
         out = np.zeros((len(texts), context), np.int32)
-        for row, encoding in zip(
-            out, self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False), strict=True
-        ):
+        found = self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False)
+        for row, encoding in zip(out, found, strict=True):
             ids = [self.sot, *encoding.ids[: context - 2], self.eot]
             row[: len(ids)] = ids
         return out
@@ -199,9 +190,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         if decoder := theirs.get("added_tokens_decoder"):
             fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             try:
-                known = {
-                    int(i): {field: token[field] for field in fields if field in token} for i, token in decoder.items()
-                }
+                known = {int(i): {f: token[f] for f in fields if f in token} for i, token in decoder.items()}
                 found["added"] = {i: tokenizers.AddedToken(token.pop("content"), **token) for i, token in known.items()}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 shown = str(decoder)[:80]
@@ -265,12 +254,9 @@ def _around(vocab: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
     """Builds a tokenizer with CLIP's word splitting; the saved file is complete."""
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=SUFFIX))
     bpe.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, by_byte])
     bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(SUFFIX, " ")])
     if EOT in vocab:
         _enclose(bpe, SOT, EOT)

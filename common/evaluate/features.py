@@ -17,10 +17,9 @@ def finite(values: np.ndarray, what: str) -> np.ndarray:
     """Returns values [rows, ...]. Raises InputError for NaN or infinity, as ranks would ignore NaN."""
     bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
     if bad.any():
-        raise InputError(
-            f"{what}: NaN or infinite for {bad.sum():,} of {len(values):,} (first: {int(bad.argmax())}); "
-            "such a model has no score: its weights are damaged, or its computation overflows"
-        )
+        given = f"NaN or infinite for {bad.sum():,} of {len(values):,} (first: {int(bad.argmax())})"
+        why = "its weights are damaged, or its computation overflows"
+        raise InputError(f"{what}: {given}; such a model has no score: {why}")
     return values
 
 

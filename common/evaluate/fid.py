@@ -152,9 +152,8 @@ def kid(reference: np.ndarray, samples: np.ndarray, *, subsets: int = 100, size:
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x, y = (
-            np.asarray(rows[rng.choice(len(rows), size, replace=False)], np.float64) for rows in (reference, samples)
-        )
+        picked = (rows[rng.choice(len(rows), size, replace=False)] for rows in (reference, samples))
+        x, y = (np.asarray(rows, np.float64) for rows in picked)
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
         values.append(within - 2 * xy.mean())

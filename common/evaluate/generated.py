@@ -106,7 +106,8 @@ def measurer(extractor: Extractor, mesh: Mesh, size: int = BATCH) -> Callable[[I
             for start in range(0, len(batch), size):
                 features = np.split(embed(params, batch[start : start + size]), (POOL, POOL + SPATIAL), axis=1)
                 if not all(np.isfinite(x).all() for x in features):
-                    raise InputError("features are not finite (NaN or infinity): the Inception weights are damaged")
+                    damaged = "the Inception weights are damaged"
+                    raise InputError(f"features of pictures are not finite (NaN or infinity): {damaged}")
                 pool.add(features[0])
                 spatial.add(features[1])
                 pooled.append(features[0])
@@ -128,10 +129,8 @@ def check_reference(reference: Reference, extractor: Extractor) -> None:
     if 0 < reference.images < LEAST:
         raise InputError(f"{reference.where}: {reference.images} pictures are too few for a score: {LEAST} at least")
     if protocol == ADM.protocol and reference.pool and not reference.spatial:
-        given = (
-            f"{reference.where} has `mu` and `sigma`, which FID takes, but not sFID's spatial statistics `mu_s` and"
-            " `sigma_s`"
-        )
+        absent = "but not sFID's spatial statistics `mu_s` and `sigma_s`"
+        given = f"{reference.where} has `mu` and `sigma`, which FID takes, {absent}"
         whole = "a reference batch of the ADM suite (VIRTUAL_*.npz) has both"
         if reference.images:
             remark(f"{given}: sFID is measured against its {reference.images:,} pictures instead; {whole}")
@@ -168,16 +167,10 @@ def evaluate(
     values["inception_score"] = inception_score(ours.logits)
     if theirs:
         manifolds, distance = precision_recall(theirs.pooled, ours.pooled), kid(theirs.pooled, ours.pooled)
-        values |= {
-            "precision": manifolds.precision,
-            "recall": manifolds.recall,
-            "kid": distance.mean,
-            "kid_std": distance.std,
-        }
-    return [
-        {"metric": name, "value": value, "n": ours.pool.count, "protocol": extractor.cfg.protocol}
-        for name, value in values.items()
-    ]
+        values |= {"precision": manifolds.precision, "recall": manifolds.recall}
+        values |= {"kid": distance.mean, "kid_std": distance.std}
+    shared = {"n": ours.pool.count, "protocol": extractor.cfg.protocol}
+    return [{"metric": name, "value": value} | shared for name, value in values.items()]
 
 
 def _distance(ours: Gaussian, theirs: Gaussian, reference: Reference) -> float:
@@ -208,7 +201,8 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
             raise InputError(f"{path}: `{key}` is {given}, and must be {list(shape)} finite numbers")
         found.append(np.asarray(value, np.float64))
     if (np.diagonal(found[1]) < 0).any() or not np.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-6):
-        raise InputError(f"{path}: `{covariance}` is no covariance (symmetric, variances >= 0); fetch it again")
+        needed = "a covariance (symmetric, no negative variances)"
+        raise InputError(f"{path}: `{covariance}` is not {needed}; fetch it again")
     return Gaussian(*found)
 
 

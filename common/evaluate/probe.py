@@ -46,7 +46,8 @@ def probe(
         if values.dtype.kind not in "iu" or values.min() < 0:
             raise InputError(f"labels must be whole numbers from 0, one of the data is {values.min()} ({values.dtype})")
     if test_labels.max() > labels.max():
-        raise InputError(f"a test example has label {test_labels.max()}, the training examples 0 to {labels.max()}")
+        labelled = f"the training examples have 0 to {labels.max()}"
+        raise InputError(f"a test example has the label {test_labels.max()}, {labelled}")
     order = np.random.default_rng(seed).permutation(len(labels))
     held = order[: max(1, round(held_back * len(labels)))]
     rest = order[len(held) :]

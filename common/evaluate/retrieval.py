@@ -24,9 +24,8 @@ class Recall:
     def flat(self) -> dict[str, float]:
         """Returns metrics: `image_to_text_r1`, ..., and `r1`, the mean of both directions."""
         ways = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
-        return {f"{way}_r{k}": value for way, values in ways.items() for k, value in values.items()} | {
-            f"r{k}": self.mean(k) for k in self.image_to_text
-        }
+        by_way = {f"{way}_r{k}": value for way, values in ways.items() for k, value in values.items()}
+        return by_way | {f"r{k}": self.mean(k) for k in self.image_to_text}
 
 
 def retrieval(

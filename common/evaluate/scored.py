@@ -24,10 +24,8 @@ class Scored:
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row per metric for `heirloom eval`, shares in percent."""
         shown = {name: value if name in NOT_SHARES else 100 * value for name, value in self.metrics.items()}
-        return [
-            {"dataset": self.dataset, "metric": name, "value": value, "published": None, "n": self.n}
-            for name, value in shown.items()
-        ]
+        shared = {"published": None, "n": self.n}
+        return [{"dataset": self.dataset, "metric": name, "value": value} | shared for name, value in shown.items()]
 
 
 Score = Callable[[Mapping[str, Any]], Scored]

@@ -99,10 +99,8 @@ class Leaf:
 
     def in_layer(self, layer: int) -> tuple[int, ...]:
         """Returns the shape in one layer of the stack without padding."""
-        return tuple(
-            self.ragged[n][layer] if n in self.ragged else s
-            for n, s in zip(self.axes.names[1:], self.shape[1:], strict=True)
-        )
+        sizes = zip(self.axes.names[1:], self.shape[1:], strict=True)
+        return tuple(self.ragged[n][layer] if n in self.ragged else s for n, s in sizes)
 
     @property
     def nbytes(self) -> int:

@@ -28,9 +28,7 @@ from heirloom.common.errors import InputError, nearest
 from heirloom.common.surgery.axes import Leaf, Spec, matches
 
 _LAYER = re.compile(r"\{layer(?::([^}]*))?\}")
-CLOSE = (
-    1e-5  # tolerance for constants: other libraries compute them in float32, and files may hold them rounded further
-)
+CLOSE = 1e-5  # tolerance for constants: other libraries compute them in float32, and files may round them further
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +58,9 @@ class View:
     def layer(self, i: int) -> np.ndarray:
         """Returns one layer; a view of the file unless it is padded."""
         part = self.parts[i]
-        return (
-            part
-            if part.shape == self._padded
-            else np.pad(part, [(0, n - m) for n, m in zip(self._padded, part.shape, strict=True)])
-        )
+        if part.shape == self._padded:
+            return part
+        return np.pad(part, [(0, n - m) for n, m in zip(self._padded, part.shape, strict=True)])
 
     def read(self, into: np.ndarray) -> None:
         """Copies to an array or another file's memory map, without an intermediate array."""
@@ -197,10 +193,8 @@ class Layout:
         out = {}
         for row, key, leaves, layer in self._entries(spec):
             terms = [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
-            shapes, joint = (
-                [_foreign_shape(leaf, t, layer) for leaf, t in zip(leaves, terms, strict=True)],
-                _joint(terms),
-            )
+            shapes = [_foreign_shape(leaf, t, layer) for leaf, t in zip(leaves, terms, strict=True)]
+            joint = _joint(terms)
             first = shapes[0]
             shape = first if len(shapes) == 1 else (*first[:joint], sum(s[joint] for s in shapes), *first[joint + 1 :])
             if prod(shape):  # a layer without heads has no projections
@@ -230,9 +224,8 @@ class Layout:
             for path, leaf, terms in zip(row.paths, leaves, all_terms, strict=True):
                 shape = _foreign_shape(leaf, terms, layer)
                 tensor = tensors[key] if key in expected else np.zeros(shape, leaf.dtype)
-                piece = (
-                    tensor if len(leaves) == 1 else tensor[(*[slice(None)] * joint, slice(start, start + shape[joint]))]
-                )
+                part = (*[slice(None)] * joint, slice(start, start + shape[joint]))
+                piece = tensor if len(leaves) == 1 else tensor[part]
                 start += shape[joint] if len(leaves) > 1 else 0
                 parts[path].append(_as_ours(piece, leaf, terms, layer))
         return {

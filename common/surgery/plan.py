@@ -90,9 +90,8 @@ class Resolution:
     @property
     def fraction(self) -> float:
         """Share of the student's elements that are inherited."""
-        return sum(line.fraction * line.target.count for line in self.lines) / sum(
-            line.target.count for line in self.lines
-        )
+        total = sum(line.target.count for line in self.lines)
+        return sum(line.fraction * line.target.count for line in self.lines) / total
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,13 @@ class Plan:
             padded = prod(leaf.shape) / leaf.count if leaf.count else 1.0
             fraction = min(1.0, padded * prod(run.map.fraction for run in runs if run.map is not None))
             origin, values = source.origin.get(path, path), source.values[path]
-            lines.append(
-                Line(path=path, target=leaf, source=values, rule=pattern, runs=runs, fraction=fraction, origin=origin)
-            )
+            inherited: dict[str, Any] = dict(runs=runs, fraction=fraction, origin=origin)
+            lines.append(Line(path=path, target=leaf, source=values, rule=pattern, **inherited))
         for i, key in sorted(idle):
             axes = sorted({name for path, rule in rule_of.items() if rule == i for name in spec[path].axes.names})
             near = nearest(key, axes)
-            raise InputError(f"rule {self.rules[i][0]!r} maps the axis {key!r}, which no parameter of it has{near}")
+            rule = f"rule {self.rules[i][0]!r} maps the axis {key!r}"
+            raise InputError(f"{rule}, which none of its parameters has{near}")
         used = {line.path for line in lines if line.source is not None}
         return Resolution(tuple(lines), tuple(p for p in source.spec if p not in used))
 
@@ -173,11 +172,9 @@ def _check(path: str, run: Run, leaf: Leaf, pattern: str) -> None:
     name, target, source = " ".join(run.names), prod(run.target), prod(run.source)
     if run.map is None:
         if run.source != run.target:
-            raise InputError(
-                f"{path}: axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says"
-                " which. "
-                f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}.'
-            )
+            unmapped = f"axis {name!r} is {source} in the donor and {target} here, and no rule of the plan says which"
+            add = f'Add "{name}": first({target}) to the rule {pattern!r}, or let the student have {source}'
+            raise InputError(f"{path}: {unmapped}. {add}.")
         return
     if isinstance(run.map, PerLayer) and not run.sourced:
         raise InputError(f"{path}: a map per layer leaves rows of axis {name!r} fresh; give them a source and scale 0")
@@ -208,10 +205,8 @@ def build(line: Line, index: Index | None = None) -> Array:
     """
     if line.source is None:
         raise ValueError(f"{line.path} is fresh: it has no source to build it from")
-    index = tuple(
-        slice(*s.indices(n))
-        for s, n in zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True)
-    )
+    slices = zip(index or (slice(None),) * len(line.target.shape), line.target.shape, strict=True)
+    index = tuple(slice(*s.indices(n)) for s, n in slices)
     block = _build(line.source, line.runs, index)
     return block if block.dtype == line.target.dtype else block.astype(line.target.dtype)
 

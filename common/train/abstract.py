@@ -38,7 +38,5 @@ def abstract_batch(mesh: Mesh, shapes: Shapes) -> dict[str, Any]:
     if uneven := next((shape[0] for shape, _ in shapes.values() if shape[0] % shards), None):
         parts = f"{shards} parts (mesh data x fsdp)"
         raise InputError(f"a batch of {uneven} cannot be divided into {parts}: change --pipeline.batch")
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in shapes.items()
-    }
+    rows = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}

@@ -82,7 +82,8 @@ class Run:
             part.write_text(text)
             part.replace(file)
         except OSError as error:
-            raise InputError(f"{directory}: cannot write here ({error.strerror}); choose another folder") from error
+            failed = f"cannot write a run here ({error.strerror})"
+            raise InputError(f"{directory}: {failed}; choose another folder") from error
         return cls(directory, json.loads(text))
 
     @cached_property
@@ -149,15 +150,8 @@ class Run:
         stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
-            recorder = Recorder(
-                log_every=cadence.log,
-                file=file,
-                progress=progress,
-                clock=clock,
-                window=window,
-                writers=writers,
-                skipped=int(state.skipped),
-            )
+            written: dict[str, Any] = dict(file=file, progress=progress, writers=writers, skipped=int(state.skipped))
+            recorder = Recorder(log_every=cadence.log, clock=clock, window=window, **written)
             for n in range(start + 1, total + 1):
                 with clock.waiting():
                     batch = next(data, None)
@@ -204,15 +198,12 @@ class Run:
     def _diverged(self, step: int, skipped: int) -> str:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
-        kept = (
-            f"the last good state is {self.checkpoints.directory / str(good)}"
-            if good is not None
-            else "no state was saved before that"
-        )
-        return (
-            f"step {step}: loss or gradient were not finite for {skipped} steps in a row, since step"
-            f" {step - skipped + 1}; {kept}. Lower optim.lr or optim.clip in a new run, or check the data"
-        )
+        kept = "no state was saved before that"
+        if good is not None:
+            kept = f"the last good state is {self.checkpoints.directory / str(good)}"
+        since = f"{skipped} steps in a row, since step {step - skipped + 1}"
+        advice = "Lower optim.lr or optim.clip in a new run, or check the data"
+        return f"step {step}: loss or gradient were not finite for {since}; {kept}. {advice}"
 
 
 def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
@@ -257,11 +248,8 @@ def difference(old: object, new: object, name: str = "") -> list[str]:
     """Returns one line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line
-            for key in keys
-            for line in difference(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))
-        ]
+        values = ((old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip(".")) for key in keys)
+        return [line for value in values for line in difference(*value)]
     if old == new:
         return []
     show = ["absent" if value is ... else json.dumps(value) for value in (old, new)]

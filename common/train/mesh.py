@@ -90,11 +90,8 @@ def _partition(leaf: Leaf, mesh: Mesh) -> PartitionSpec:
 
     def candidates(axis: str) -> list[int]:
         size = mesh.shape[axis]
-        return [
-            i
-            for i in leaf.axes.where("read", "write", "carry")
-            if size > 1 and placed[i] is None and leaf.shape[i] % size == 0
-        ]
+        named = (i for i in leaf.axes.where("read", "write", "carry") if placed[i] is None)
+        return [i for i in named if size > 1 and leaf.shape[i] % size == 0]
 
     for i in candidates("tensor"):
         if leaf.axes.names[i] in TENSOR_AXES:
@@ -130,18 +127,13 @@ def _announced(env: Mapping[str, str]) -> Job | None:
         if not re.fullmatch(form, env.get(name, "")):
             needed = f"{', '.join(wanted)} (host:port and two numbers)"
             raise InputError(f"{name} is {env.get(name)!r}: a job needs {needed}")
-    return Job(
-        env["JAX_COORDINATOR_ADDRESS"], processes=int(env["JAX_NUM_PROCESSES"]), process=int(env["JAX_PROCESS_ID"])
-    )
+    processes, process = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+    return Job(env["JAX_COORDINATOR_ADDRESS"], processes=processes, process=process)
 
 
 def _launched_together(env: Mapping[str, str]) -> bool:
     """Returns whether SLURM, MPI, or a TPU pod that lists its hosts started several processes."""
     hosts = env.get("TPU_WORKER_HOSTNAMES", "") or env.get("TPU_PROCESS_ADDRESSES", "")
     slurm = int(env.get("SLURM_NTASKS", "1")) if "SLURM_STEP_NODELIST" in env else 1
-    return (
-        slurm > 1
-        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "MEGASCALE_COORDINATOR_ADDRESS" in env
-        or "," in hosts
-    )
+    mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1"))
+    return slurm > 1 or mpi > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env or "," in hosts

@@ -107,9 +107,8 @@ class WeightsAndBiases:
 
     def __init__(self, directory: Path, config: Mapping[str, Any], project: str = "heirloom") -> None:
         name = Path(directory).name
-        self._run = _optional("wandb").init(
-            project=project, id=name, name=name, dir=str(directory), config=dict(config), resume="allow"
-        )
+        about = dict(dir=str(directory), config=dict(config), resume="allow")
+        self._run = _optional("wandb").init(project=project, id=name, name=name, **about)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -171,17 +170,10 @@ class Clock:
         now = time.perf_counter()
         busy = max(now - self.opened, 1e-9)
         rate = self.steps * self.work.examples / busy
-        usage = (
-            rate * self.work.flops_per_example / self.work.peak
-            if self.work.flops_per_example and self.work.peak
-            else None
-        )
-        timing = {
-            "seconds": now - self.started,
-            "examples_per_second": rate,
-            "mfu": usage,
-            "data_wait": min(self.waited / busy, 1.0),
-        }
+        per_example, peak = self.work.flops_per_example, self.work.peak
+        usage = rate * per_example / peak if per_example and peak else None
+        timing: dict[str, float | None] = {"seconds": now - self.started, "examples_per_second": rate}
+        timing |= {"mfu": usage, "data_wait": min(self.waited / busy, 1.0)}
         self.opened, self.steps, self.waited = now, 0, 0.0
         return timing
 
@@ -222,9 +214,8 @@ class ProgressLine:
         if line["timing"]["data_wait"] > IDLE and not self._told:
             self._told = True
             share = f"{line['timing']['data_wait']:.0%}"
-            self.console.print(
-                f"devices are idle {share} of the time, waiting for data: raise pipeline.workers", soft_wrap=True
-            )
+            idle = f"devices are idle {share} of the time, waiting for data"
+            self.console.print(f"{idle}: raise pipeline.workers", soft_wrap=True)
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
@@ -239,9 +230,8 @@ def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
         f"data wait {timing['data_wait']:.0%}",
         f"ETA {left}",
     ]
-    return "  ".join(
-        parts + [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")]
-    )
+    scores = [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")]
+    return "  ".join(parts + scores)
 
 
 def _show(value: float | None, spec: str) -> str:

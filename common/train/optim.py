@@ -16,9 +16,7 @@ from heirloom.common.surgery.axes import Leaf, Spec, matches, select
 # split into axes of their own and layers are stacked, so a bias may have three.
 DECAYED = frozenset({"kernel", "table", "position", "cls_position"})
 SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
-STATISTICS = frozenset(
-    {"mean", "variance"}
-)  # running statistics of batch norms: the step writes them, not the optimizer
+STATISTICS = frozenset({"mean", "variance"})  # of batch norms: the step writes them, not the optimizer
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
     if total < 1:
         raise InputError(f"a run of {total} steps: set steps to 1 or more")
     if cfg.warmup > total:
-        raise InputError(f"a warm-up of {cfg.warmup} of {total} steps is too long: set optim.warmup to {total // 10}")
+        set_to = f"set optim.warmup to {total // 10}, say"
+        raise InputError(f"a warm-up of {cfg.warmup} steps does not fit in {total} steps: {set_to}")
 
     def rate(step: Any) -> jax.Array:
         rising = cfg.lr * (step + 1) / max(cfg.warmup, 1)
@@ -93,9 +92,8 @@ def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTr
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate(cfg, total)),
     )
     groups = {path: "frozen" if path in fixed else "followed" if is_statistic(path) else "trained" for path in spec}
-    followed = optax.chain(
-        optax.identity(), optax.set_to_zero()
-    )  # two parts: training states on disk have an empty pair here
+    # Two parts: training states on disk have an empty pair here.
+    followed = optax.chain(optax.identity(), optax.set_to_zero())
     return optax.partition({"trained": trained, "followed": followed, "frozen": optax.set_to_zero()}, groups)
 
 
@@ -114,14 +112,8 @@ def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
         return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32)
     matrices = {path: _matrix(path, leaf) for path, leaf in spec.items()}
     # A rate of -1 undoes the sign: rate and decay follow for all parameters alike.
-    return optax.contrib.muon(
-        -1.0,
-        adam_b1=cfg.b1,
-        adam_b2=cfg.b2,
-        mu_dtype=jnp.float32,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrices,
-    )
+    muon: dict[str, Any] = dict(adam_b1=cfg.b1, adam_b2=cfg.b2, mu_dtype=jnp.float32, consistent_rms=0.2)
+    return optax.contrib.muon(-1.0, **muon, muon_weight_dimension_numbers=matrices)
 
 
 def _matrix(path: str, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:

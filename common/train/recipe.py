@@ -141,9 +141,8 @@ def open_sources(parts: Parts, mesh: Mesh) -> Opened:
         role: finite(parts.open(source), role) if source and parts.open else None for role, source in sources.items()
     }
     donor, teacher = found["donor"], found["teacher"]
-    return Opened(
-        mesh=mesh, donor=donor, teacher=teacher, inputs=parts.inputs(donor, teacher) if parts.inputs else None
-    )
+    inputs = parts.inputs(donor, teacher) if parts.inputs else None
+    return Opened(mesh=mesh, donor=donor, teacher=teacher, inputs=inputs)
 
 
 def train(
@@ -163,9 +162,8 @@ def train(
 
     def write(state: State) -> None:
         sidecars = partial(parts.sidecars, opened)
-        save_params(
-            s.run.model, parts.family.name, parts.student, parts.final(best(state)), sidecars, spec=spec, force=True
-        )
+        final = parts.final(best(state))
+        save_params(s.run.model, parts.family.name, parts.student, final, sidecars, spec=spec, force=True)
 
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
     evaluator = parts.evaluator(opened) if parts.evaluator else None
@@ -189,9 +187,8 @@ def _step(
     spec = parts.model.spec
     optimizer = parts.optimizer(spec, steps) if parts.optimizer else make_optimizer(cfg.optim, spec, steps)
     options: dict[str, Any] = {"frozen": frozen, "project": parts.project, "scheduled": parts.scheduled}
-    return optimizer, make_step(
-        parts.loss(teacher), optimizer, spec, mesh, cfg.step, fixed=frozen_paths(cfg.optim, spec), **options
-    )
+    options |= dict(fixed=frozen_paths(cfg.optim, spec))
+    return optimizer, make_step(parts.loss(teacher), optimizer, spec, mesh, cfg.step, **options)
 
 
 def initial(
@@ -246,9 +243,8 @@ def inherit(
 def evaluate(cfg: RunConfig, parts: Parts) -> Scored:
     """Scores the initial student on the recipe's held-out data. Raises InputError where the recipe has none."""
     mesh = start(cfg.mesh)
-    opened = open_sources(
-        replace(parts, teacher="") if parts.donor else parts, mesh
-    )  # a teacher only where its inputs are needed
+    # A teacher only where its inputs are needed.
+    opened = open_sources(replace(parts, teacher="") if parts.donor else parts, mesh)
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     if evaluator is None or evaluator.score is None:
         how = "give --held-out.path" if isinstance(cfg, BaseConfig) else "train it, then heirloom eval RUN/model"

@@ -62,10 +62,8 @@ def _call(job: Job, limit: float) -> str:
                 peer, _ = server.accept()
             except TimeoutError:
                 missing = ", ".join(str(i) for i in range(1, job.processes) if i not in present)
-                problem = (
-                    f"after {limit:g} s process {missing} of {job.processes} has not reported to {job.address}: "
-                    "start it, or check its log, then start all of them again"
-                )
+                absent = f"after {limit:g} s process {missing} of {job.processes} has not reported to {job.address}"
+                problem = f"{absent}: start it, or check its log, then start all of them again"
                 break
             peers.append(peer)
             peer.settimeout(REPLY)
@@ -74,9 +72,8 @@ def _call(job: Job, limit: float) -> str:
             except (OSError, ValueError):
                 continue  # another program, or a process that died while it reported
             if process in present or not 0 < process < job.processes:
-                problem = (
-                    f"a second process calls itself {process} of {job.processes}: give each its own JAX_PROCESS_ID"
-                )
+                twice = f"a second process calls itself {process} of {job.processes}"
+                problem = f"{twice}: give each its own JAX_PROCESS_ID"
             present.add(process)
         for peer in peers:
             with peer, contextlib.suppress(OSError):  # a process that has ended needs no answer
@@ -95,10 +92,8 @@ def _answer(job: Job, limit: float) -> str:
                 return _receive(peer)
         except OSError:
             if time.monotonic() >= deadline:
-                return (
-                    f"process {job.process} found no process 0 at {job.address} within {limit:g} s: start it, or"
-                    " correct the address"
-                )
+                found = f"process {job.process} found no process 0 at {job.address} within {limit:g} s"
+                return f"{found}: start it, or correct the address"
             time.sleep(RETRY)
 
 

@@ -40,9 +40,8 @@ def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Me
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = next((key.key for key in reversed(path) if isinstance(key, DictKey)), None)
-        alike = (
-            name in spec and spec[name].shape == leaf.shape
-        )  # a factored moment has another shape than its parameter
+        # A factored moment has another shape than its parameter.
+        alike = name in spec and spec[name].shape == leaf.shape
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout[str(name)] if alike else whole)
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -68,9 +67,8 @@ def create_state(
         raise ValueError(f"{wrong}: {there} (and {len(more)} more)")
     layout = shardings(spec, mesh)
     placed = {path: _place(params[path], layout[path]) for path in spec}
-    return jax.jit(_fresh, static_argnums=(1, 2), out_shardings=state_shardings(optimizer, spec, mesh, ema))(
-        placed, optimizer, ema
-    )
+    fresh = jax.jit(_fresh, static_argnums=(1, 2), out_shardings=state_shardings(optimizer, spec, mesh, ema))
+    return fresh(placed, optimizer, ema)
 
 
 def _fresh(params: dict[str, jax.Array], optimizer: optax.GradientTransformation, ema: float | None) -> State:

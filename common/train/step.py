@@ -104,9 +104,8 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates) | {
-            path: x for path, x in statistics.items() if path not in fixed
-        }
+        written = {path: x for path, x in statistics.items() if path not in fixed}
+        params = optax.apply_updates(state.params, updates) | written
         if project is not None:
             params = project(params)
         ema = None if state.ema is None or cfg.ema is None else optax.incremental_update(params, state.ema, 1 - cfg.ema)
@@ -115,21 +114,16 @@ def make_step(
         metrics = metrics | {"loss": (loss, one), "grad_norm": (norm, one)}
         if rates := _learning_rates(opt):
             metrics["lr"] = (rates[0], one)
-        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics) | {
-            "skipped": (1 - finite.astype(jnp.float32), one)
-        }
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0), metrics)
+        metrics |= {"skipped": (1 - finite.astype(jnp.float32), one)}
 
         new, old = (params, opt, ema), (state.params, state.opt, state.ema)
         params, opt, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         return State(state.step + 1, params, opt, ema, jnp.where(finite, 0, state.skipped + 1)), metrics
 
     states = state_shardings(optimizer, spec, mesh, cfg.ema)
-    jitted = jax.jit(
-        step,
-        in_shardings=(states, batch_sharding(mesh), None),
-        out_shardings=(states, replicated(mesh)),
-        donate_argnums=0,
-    )
+    ins, outs = (states, batch_sharding(mesh), None), (states, replicated(mesh))
+    jitted = jax.jit(step, in_shardings=ins, out_shardings=outs, donate_argnums=0)
     return Step(jitted, mesh, frozen, cfg)
 
 
@@ -152,7 +146,7 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
         loss, metrics = loss_fn(cast(params, cfg.compute), batch, key, frozen)
         statistics = metrics.get(STATISTICS, {})
         if wrong := [path for path in statistics if path not in layout or not is_statistic(path)]:
-            raise ValueError(f"{wrong[0]}: the loss returns this running statistic, the model has no such path")
+            raise ValueError(f"{wrong[0]}: the loss returns it as a running statistic, the model has none")
         aux = {name: value for name, value in metrics.items() if name != STATISTICS}, statistics
         return jnp.asarray(loss, jnp.float32), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), aux)
 

@@ -15,6 +15,5 @@ from learngene.zoo import TEACHER, paper_auxiliary
 
 
 def get_config() -> Config:
-    return imagenet(
-        paper_auxiliary("s"), epochs=150, lr=5e-4, warmup=5, teacher=TEACHER, distill=DistillConfig(reduction="numel")
-    )
+    distill = DistillConfig(reduction="numel")
+    return imagenet(paper_auxiliary("s"), epochs=150, lr=5e-4, warmup=5, teacher=TEACHER, distill=distill)

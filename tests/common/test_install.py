@@ -66,9 +66,8 @@ def fresh(tmp_path_factory):
     ]
     subprocess.run(install, check=True)
     (packages,) = env.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(
-        "\n".join(site.getsitepackages())
-    )  # paths named there have their own .pth files ignored
+    # paths named there have their own .pth files ignored
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return python
 
 

@@ -120,6 +120,5 @@ def test_two_recipes_of_one_file_name_keep_their_own_classes(recipe, tmp_path):
     assert (first.brighter.amount, second.brighter.amount) == (10, 0.5)
     assert config.parse(first, ["--brighter.amount", "7"], "x").brighter.amount == 7
     with pytest.raises(InputError, match="amount"):
-        config.parse(
-            first, ["--brighter.amount", "0.7"], "x"
-        )  # a whole number in the first file, whatever was loaded since
+        # a whole number in the first file, whatever was loaded since
+        config.parse(first, ["--brighter.amount", "0.7"], "x")

@@ -181,9 +181,8 @@ def test_timm_settings_that_shapes_cannot_tell(read):
     # This name's function sets an eps of 1e-5; what else it sets is overridden.
     clip = dict(architecture="vit_base_patch16_clip_224", **args(pre_norm=False))
     assert read("timm_cls", **clip) == replace(plain, eps=1e-5)
-    implied = args(
-        num_heads=None, class_token=None, global_pool=None, fc_norm=None
-    )  # timm leaves the name's own in place of None
+    # timm leaves the name's own in place of None
+    implied = args(num_heads=None, class_token=None, global_pool=None, fc_norm=None)
     gap = read("timm_norm_mean", architecture="vit_base_patch16_gap_224", **implied)
     assert gap == replace(plain, heads=16, tokens="none", pool="norm_mean")
     harmless = args(
@@ -297,11 +296,11 @@ def test_a_trainers_arguments_tell_the_model(bare):
     [
         (dict(model="my_vit", num_heads=4), ["activation", "eps", "size", "pool"], dict(heads=4)),
         (dict(num_heads=np.int64(4), input_size=[3, 8, 8]), ["activation", "eps", "pool"], dict(heads=4)),
-        (dict(model="my_vit", model_kwargs=dict(num_heads=8, act_layer="quick_gelu", global_pool="avg"), img_size=8,
-        patch_size=4),
+        (dict(model="my_vit", model_kwargs=dict(num_heads=8, act_layer="quick_gelu", global_pool="avg"),
+              img_size=8, patch_size=4),
          ["eps"], dict(heads=8, activation="quick_gelu", pool="norm_mean")),
-        (dict(model="vit_base_patch16", num_heads=2, global_pool=False, nb_classes=5), ["activation", "eps", "size"],
-        dict(heads=2)),
+        (dict(model="vit_base_patch16", num_heads=2, global_pool=False, nb_classes=5),
+         ["activation", "eps", "size"], dict(heads=2)),
     ],
 )  # fmt: skip
 def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, arguments_, guessed, changed):
@@ -392,9 +391,8 @@ def test_a_conversion_says_each_guess_once_and_names_no_folder_that_goes_again(g
         1
     ] * 4 and ".partial" not in said
     wide = VitConfig(size=8, patch=4, width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls")
-    assert (
-        main(["convert", str(folder_of(wide, "wide")), str(tmp_path / "deit"), "--to", "deit"]) == 0
-    )  # read again, everything is a guess
+    # read again, everything is a guess
+    assert main(["convert", str(folder_of(wide, "wide")), str(tmp_path / "deit"), "--to", "deit"]) == 0
     said = "".join(capsys.readouterr())
     assert "is a guess" not in said and ".partial" not in said
 

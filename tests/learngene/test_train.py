@@ -108,9 +108,8 @@ def test_before_its_first_step_a_descendant_of_the_same_layout_is_the_auxiliary_
     assert results["arms"]["sws-4"]["top1"][0] == results["genes"]["sws"]["top1"]
     recipe = descendant(comparison, "shuffled", 4, str(folder / "gene-sws" / "model"), "")
     loss = runner.evaluate(recipe, recipe.parts()).metrics["loss"]
-    assert (
-        loss > 1.02 * results["arms"]["sws-4"]["loss"][0]
-    )  # these colours survive any order of two stages, but less surely
+    # these colours survive any order of two stages, but less surely
+    assert loss > 1.02 * results["arms"]["sws-4"]["loss"][0]
     assert results["arms"]["kd-4"]["top1"][0] < 0.7
 
 

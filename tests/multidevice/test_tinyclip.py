@@ -251,8 +251,7 @@ def test_masks_are_learned_and_cut_on_a_mesh_as_on_one_device(inputs, tmp_path, 
         assert ours.keys() == theirs.keys()
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5, err_msg=str(ours["step"]))
     mesh, alone = (open_clip_model(str(tmp_path / name / "model")) for name in ("mesh", "alone"))
-    assert (
-        mesh.cfg == alone.cfg and alone.cfg.image.width < TEACHER.image.width
-    )  # the same channels, heads and units stay
+    # the same channels, heads and units stay
+    assert mesh.cfg == alone.cfg and alone.cfg.image.width < TEACHER.image.width
     # Less strict, far below a step's 1e-3: the masks' Adam has a small eps, and enlarges rounding.
     same_weights(tmp_path / "mesh", tmp_path / "alone", atol=1e-4)

@@ -31,8 +31,8 @@ SECONDS, BYTES = 10, 2**30
 WALL = 6 * SECONDS  # of a busy machine, or of something that waits without computing
 ROOT = str(Path(__file__).parents[2])
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 10**9, 2**40, 10**30, 0.0, 0.5, -1.5, 1e-30, 1e300, float("nan"),
-    float("inf"),
+    None, True, False, 0, 1, -1, 2, 3, 7, 10**9, 2**40, 10**30, 0.0, 0.5, -1.5, 1e-30, 1e300,
+    float("nan"), float("inf"),
     "", "0", "12", "gelu", "x" * 300, "../x", "\u2028", "None",
     [], {}, [0], [1, 2], [[]], [None], {"a": 1}, {"0": "a"}, [224, 224], [224, 160], [0.5, 0.5, 0.5], ["a"],
 )  # fmt: skip

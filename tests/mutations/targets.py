@@ -157,8 +157,9 @@ def words_of_transformers(name: str) -> Callable[[Path], Path]:
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer", "bos_token": SOT, "eos_token": EOT, "unk_token": EOT,
             "model_max_length": 77,
-            "added_tokens_decoder": {"520": {"content": "<cat>", "special": False, "lstrip": False, "rstrip": False,
-            "normalized": True}},
+            "added_tokens_decoder": {
+                "520": {"content": "<cat>", "special": False, "lstrip": False, "rstrip": False, "normalized": True},
+            },
         },
         "special_tokens_map.json": {"bos_token": SOT, "eos_token": {"content": EOT, "special": True}},
         "added_tokens.json": {"<cat>": 520},
@@ -178,9 +179,8 @@ def found(format: str) -> Callable[[Path], None]:
 
 PROCESSOR = dict(
     image_processor_type="CLIPImageProcessor", do_resize=True, size={"shortest_edge": 36}, resample=3,
-    do_center_crop=True,
-    crop_size={"height": 32, "width": 32}, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5,
-    0.5, 0.5],
+    do_center_crop=True, crop_size={"height": 32, "width": 32}, do_rescale=True, rescale_factor=1 / 255,
+    do_normalize=True, image_mean=[0.5, 0.5, 0.5],
     image_std=[0.5, 0.5, 0.5], do_convert_rgb=True,
 )  # fmt: skip
 NUMBERS = dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic")

@@ -112,9 +112,8 @@ def test_what_we_write_loads_in_open_clip_and_computes_the_same(vision, write, t
         CLIP(**config).eval(),
         CLIP(**json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]).eval(),
     )
-    clip.load_state_dict(
-        load_file(tmp_path / "back" / "open_clip_model.safetensors"), strict=vision is VISION
-    )  # counters of batch norms
+    # counters of batch norms
+    clip.load_state_dict(load_file(tmp_path / "back" / "open_clip_model.safetensors"), strict=vision is VISION)
     before.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
     pictures, tokens = inputs(open_donor(folder, [FAMILY]).cfg)
     with torch.no_grad():

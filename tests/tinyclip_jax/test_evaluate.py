@@ -175,10 +175,7 @@ def test_labels_by_name_or_number_score_the_same(weights, tmp_path, capsys):
     assert top1(labels) == top1([("dog", "cat", "bee")[i] for i in labels])
     unknown, far = (
         (["dog"] * 5 + ["dgo"], "'dgo' does not match"),
-        (
-            [0] * 5 + [3],
-            "row 5: its label is 3, the classes are 0 to 2",
-        ),
+        ([0] * 5 + [3], "row 5: its label is 3, the classes are 0 to 2"),
     )
     for values, message in (unknown, far):
         parquet.write_table(

@@ -221,6 +221,5 @@ def test_no_device_ever_holds_all_pairs(few_rows):
     with jax.set_mesh(mesh):
         mimic = jax.jit(jax.value_and_grad(affinity_mimicking, argnums=(0, 1)), in_shardings=(rows,) * 4 + (None, None))
         text = mimic.lower(x, x, x, x, 50.0, 50.0).compile().as_text()
-    assert (
-        "f32[3,48]" in text and "f32[48,48]" not in text and "f32[6,48]" not in text
-    )  # of its six rows three at a time
+    # of its six rows three at a time
+    assert "f32[3,48]" in text and "f32[48,48]" not in text and "f32[6,48]" not in text

@@ -86,9 +86,8 @@ def test_running_statistics_follow_the_batch_and_are_used_in_evaluation_only(bat
     np.testing.assert_allclose(state.params["image/bn1/variance"], expected, rtol=1e-4)
     np.testing.assert_array_equal(state.params["image/conv1/kernel"], params["image/conv1/kernel"])
     assert float(metrics["grad_norm"][0]) < 1  # the distances of statistics, of hundreds here, are no gradient
-    small = {
-        path: value * 0.05 if path.endswith("kernel") else value for path, value in params.items()
-    }  # nothing overflows
+    # nothing overflows
+    small = {path: value * 0.05 if path.endswith("kernel") else value for path, value in params.items()}
     moved = small | {path: value for path, value in state.params.items() if path.endswith(("mean", "variance"))}
     evaluated = [jax.jit(partial(model.apply, method="encode_image"))(p, batch["image"]) for p in (small, moved)]
     assert np.isfinite(evaluated).all()
@@ -202,6 +201,5 @@ def test_a_published_recipe_trains_at_a_small_size(one_device, tmp_path):
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 1e-4]) and all(line["affinity"] > 1 for line in lines)
     trained = open_safetensors(tmp_path / "run" / "model" / "model.safetensors")
     np.testing.assert_allclose(trained["image/conv1/kernel"], params["image/conv1/kernel"][..., :1], atol=3e-4)
-    assert (
-        np.abs(trained["image/bn1/mean"]).max() > 1e-3
-    )  # the statistics follow the pictures, a tenth of the way each step
+    # the statistics follow the pictures, a tenth of the way each step
+    assert np.abs(trained["image/bn1/mean"]).max() > 1e-3

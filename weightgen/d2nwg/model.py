@@ -128,9 +128,8 @@ def stage2_loss(
     step = jax.random.randint(times, (len(clean),), 0, len(schedule))
     noise = jax.random.normal(noises, clean.shape)
     condition = model.apply(params, support, method="embed")
-    found = model.apply(
-        params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], condition, method="predict"
-    )
+    noisy, time = add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step]
+    found = model.apply(params, noisy, time, condition, method="predict")
     return jnp.mean(jnp.square(found - noise))
 
 

@@ -127,10 +127,8 @@ class D2nwgRecipe(LoopConfig):
             tokens = batch["tokens"][:, zoo.spec.mask]
             vector = jnp.pad(tokens, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - tokens.shape[1])))
             # All pictures count: the released encoders are always given as many.
-            return (
-                stage2_loss(model, cfg, params["k"], params=params, weights=vector, support=batch["support"], key=key),
-                {},
-            )
+            given = dict(params=params, weights=vector, support=batch["support"], key=key)
+            return stage2_loss(model, cfg, params["k"], **given), {}
 
         def sidecars(opened: Opened, out: Path) -> None:
             save_neighbours(out, zoo, self.seed, bank=bank)
@@ -154,9 +152,8 @@ class D2nwgRecipe(LoopConfig):
 
     def _after_stage1(self, model: Functional, cfg: D2nwgConfig, zoo: Zoo, directory: Path) -> dict[str, jax.Array]:
         """Train the autoencoder in its own run; returns all parameters. Raises InputError if the gate fails."""
-        first = replace(
-            self, steps=self.stage1.steps, batch=self.stage1.batch, optim=self.stage1.optim, step=self.stage1.step
-        )
+        one = self.stage1
+        first = replace(self, steps=one.steps, batch=one.batch, optim=one.optim, step=one.step)
         shown_to = len(zoo) - left_out(self.gate, zoo)
 
         def vectors(tokens: np.ndarray) -> np.ndarray:
@@ -191,7 +188,6 @@ class D2nwgRecipe(LoopConfig):
             return tokens, zoo.spec.padded(np.asarray(mean(vectors(tokens)))[:, : zoo.spec.count])
 
         measure(self.gate, zoo, pictures_of(self.zoo), code=code, seed=self.seed)
-        some = jnp.asarray(
-            vectors(zoo.tokens(np.sort(np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch))))
-        )
+        shown = np.random.default_rng([self.seed, 0]).integers(shown_to, size=first.batch)
+        some = jnp.asarray(vectors(zoo.tokens(np.sort(shown))))
         return autoencoder | {"k": latent_scale(model, autoencoder, some, key=jax.random.key(self.seed))}

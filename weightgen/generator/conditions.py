@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from heirloom.common.errors import InputError, positive
-from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, xavier_uniform
+from heirloom.common.nn.dense import Dense, Init, normal, param, uniform_fan_in, xavier_uniform
 from heirloom.common.nn.precision import add, lookup, product
 
 XAVIER = xavier_uniform()
@@ -73,13 +73,8 @@ class Mab(nnx.Module):
     """
 
     def __init__(self, query_in: int, key_in: int, hidden: int, heads: int, *, rngs: nnx.Rngs):
-        sizes: Sizes = {
-            "query_in": query_in,
-            "key_in": key_in,
-            "embed": hidden,
-            "head": heads,
-            "head_dim": hidden // heads,
-        }
+        sizes: dict[str, int] = {"query_in": query_in, "key_in": key_in, "embed": hidden}
+        sizes |= {"head": heads, "head_dim": hidden // heads}
         self.query = Dense("query_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
         self.key = Dense("key_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
         self.value = Dense("key_in -> head head_dim", sizes, bias=uniform_fan_in, rngs=rngs)
@@ -101,10 +96,8 @@ class SetTransformer(nnx.Module):
         h, heads = cfg.hidden, cfg.heads
         init: Init = XAVIER
         self.points1 = param("inducing -> embed", {"inducing": cfg.inducing, "embed": h}, init, rngs)
-        self.to_points1, self.from_points1 = (
-            Mab(h, cfg.features, h, heads=heads, rngs=rngs),
-            Mab(cfg.features, h, h, heads=heads, rngs=rngs),
-        )
+        self.to_points1 = Mab(h, cfg.features, h, heads=heads, rngs=rngs)
+        self.from_points1 = Mab(cfg.features, h, h, heads=heads, rngs=rngs)
         self.points2 = param("inducing -> embed", {"inducing": cfg.inducing, "embed": h}, init, rngs)
         self.to_points2, self.from_points2 = Mab(h, h, h, heads=heads, rngs=rngs), Mab(h, h, h, heads=heads, rngs=rngs)
         self.seed = param("inducing -> embed", {"inducing": 1, "embed": h}, init, rngs)

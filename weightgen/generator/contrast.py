@@ -34,10 +34,8 @@ class Aligned(nnx.Module):
 
     def nats(self, weights: jax.Array, data: jax.Array) -> jax.Array:
         scale = jnp.exp(jnp.minimum(self.logit_scale[...], MOST))
-        learned: dict[str, Any] = {
-            "info_nce": {"temperature": 1 / scale},
-            "siglip": {"scale": scale, "bias": self.logit_bias[...]},
-        }
+        scaled = {"scale": scale, "bias": self.logit_bias[...]}
+        learned: dict[str, Any] = {"info_nce": {"temperature": 1 / scale}, "siglip": scaled}
         return LOSSES[self.loss](weights, data, **learned.get(self.loss, {}))
 
 

@@ -42,9 +42,8 @@ class TokenDit(AdalnTransformer):
     """
 
     def __init__(self, cfg: DenoiserConfig, latent: int, tokens: int, order: Order, *, rngs: nnx.Rngs):
-        sizes = dict(
-            embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden, latent=latent, token=tokens
-        )
+        sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden)
+        sizes |= dict(latent=latent, token=tokens)
         sizes |= dict(frequency=FREQUENCIES)
         attention: Any = partial(Attention, sizes, attend=softmax(), out=XAVIER)
         self.enter = Dense("latent -> embed", sizes, init=XAVIER, rngs=rngs)

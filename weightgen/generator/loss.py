@@ -27,17 +27,15 @@ def loss(
         params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
         times, noises, drops = jax.random.split(key, 3)
-        seen = jnp.broadcast_to(
-            jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None], batch["support"].shape[:3]
-        )
+        shots = jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None]
+        seen = jnp.broadcast_to(shots, batch["support"].shape[:3])
         clean = jax.lax.stop_gradient(model.apply(params, batch["tokens"], batch["support"], seen, method="encode"))
         step = jax.random.randint(times, (len(clean),), 0, len(schedule))
         noise = jax.random.normal(noises, clean.shape)
         kept = jax.random.uniform(drops, (len(clean), 1, 1)) >= dropout
         mask = seen & kept
-        predicted = model.apply(
-            params, add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step], batch["support"], mask
-        )
+        noisy, time = add_noise(schedule, clean, step, noise), jnp.asarray(schedule.time)[step]
+        predicted = model.apply(params, noisy, time, batch["support"], mask)
         alpha, sigma = _alpha_sigma(schedule, step)
         error = jnp.mean(jnp.square(predicted - (alpha * noise - sigma * clean)))
         return error, {}

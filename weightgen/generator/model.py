@@ -136,11 +136,8 @@ def fit_stage1(cfg: GeneratorConfig, zoo: Zoo, bank: Bank, seed: int = 0, most: 
             mean = support[:, :, :shots].mean(2)
             if cfg.by_row:
                 condition = row_condition(mean)
-                ridge = Ridge.fit(
-                    condition.reshape(-1, condition.shape[-1]),
-                    tokens.reshape(-1, tokens.shape[-1]),
-                    classes.reshape(-1),
-                )
+                x, y = condition.reshape(-1, condition.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
+                ridge = Ridge.fit(x, y, classes.reshape(-1))
                 expected = ridge(condition)
             else:
                 condition = mean.reshape(len(mean), -1)

@@ -55,11 +55,8 @@ class CodecRecipe(LoopConfig):
         model, mask = functional(TokenCodec, cfg), jnp.asarray(zoo.spec.mask)
         shown_to = len(zoo) - left_out(self.gate, zoo)
         some = zoo.tokens(slice(0, min(4000, shown_to)))
-        fitted = {
-            "mean": np.zeros(some.shape[1:], np.float32),
-            "std": np.ones(some.shape[1:], np.float32),
-            "scale": np.float32(1),
-        }
+        shape = some.shape[1:]
+        fitted = {"mean": np.zeros(shape, np.float32), "std": np.ones(shape, np.float32), "scale": np.float32(1)}
         if self.normalise == "tensor":
             fitted["mean"], fitted["std"] = tensor_scale(zoo.spec, some)
 
@@ -133,10 +130,8 @@ class EncoderRecipe(LoopConfig):
 
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             rows = np.sort(rng.integers(len(zoo), size=self.batch))
-            return {
-                "w": latents(zoo.tokens(rows)),
-                "support": bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng),
-            }
+            support = bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng)
+            return {"w": latents(zoo.tokens(rows)), "support": support}
 
         def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
             data = model.apply(params, batch["support"])

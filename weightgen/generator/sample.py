@@ -26,9 +26,8 @@ class SampleConfig:
     """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
 
     def __post_init__(self) -> None:
-        if (
-            self.steps < 2
-        ):  # the first is at the noisiest time and the last at the cleanest: one alone would be the latter
+        # The first is at the noisiest time and the last at the cleanest: one alone would be the latter.
+        if self.steps < 2:
             raise InputError(f"{self.steps} steps: take 2 or more")
         if not 0 < self.strength <= 1:
             raise InputError(f"a strength of {self.strength:g}: choose above 0 and up to 1")
@@ -63,9 +62,8 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
             clean = model.apply(params, start, support, mask, method="encode")
             x = float(sampler.alpha[0]) * clean + float(sampler.sigma[0]) * x
         condition = model.apply(params, support, mask, method="embed")
-        unconditional = (
-            model.apply(params, support, jnp.zeros_like(mask), method="embed") if how.guidance != 1 else None
-        )
+        absent = jnp.zeros_like(mask)
+        unconditional = model.apply(params, support, absent, method="embed") if how.guidance != 1 else None
 
         def denoise(x: jax.Array, i: jax.Array) -> Prediction:
             t = jnp.full(len(x), jnp.asarray(sampler.time, jnp.float32)[i])
@@ -74,9 +72,8 @@ def drawer(model: Functional, cfg: GeneratorConfig, how: SampleConfig) -> Draw:
             if unconditional is not None:
                 away = model.apply(params, x, t, unconditional, method="predict")
                 v = away + how.guidance * (v - away)
-            return Prediction(
-                sigma * x + alpha * v, -jnp.ones_like(x)
-            )  # -1: the smaller of both variances, the posterior's
+            # -1: the smaller of both variances, the posterior's.
+            return Prediction(sigma * x + alpha * v, -jnp.ones_like(x))
 
         return model.apply(params, sampler.run(denoise, x, keys), support, mask, method="decode")
 

@@ -93,12 +93,8 @@ class GeneratorRecipe(LoopConfig):
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
         """What the recipe makes of a zoo. Raises InputError when its networks were made for another condition."""
         by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
-        fits = {
-            "pictures": ("per_class", "set", "mlp"),
-            "text": ("text", "label"),
-            "label": ("label",),
-            "chunk": ("chunk",),
-        }
+        fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label")}
+        fits |= {"label": ("label",), "chunk": ("chunk",)}
         if self.condition not in fits[by]:
             raise InputError(f"{self.zoo} is a zoo conditioned by {by}: set condition to {' or '.join(fits[by])}")
         codec = open_part(self.codec, CODEC, "weightgen/codec")[0] if self.codec else None

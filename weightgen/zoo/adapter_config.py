@@ -21,15 +21,12 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of peft's names in a file
 METADATA = "lora_adapter_metadata"  # under which diffusers keeps the same fields in a safetensors file
 READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out",
-        "modules_to_save",
-        "init_lora_weights")  # fmt: skip
+        "modules_to_save", "init_lora_weights")  # fmt: skip
 # About training, or about where adapters are attached, which the names of their tensors say.
 HARMLESS = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-            "lora_dropout",
-            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core",
-            "loftq_config", "eva_config",
-            "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "merge_weights",
-            "velora_config")  # fmt: skip
+            "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+            "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+            "runtime_config", "merge_weights", "velora_config")  # fmt: skip
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base model as it is. Others (pissa, olora, loftq, corda) change it, so B A is not all
 of the update.
@@ -183,7 +180,6 @@ def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], about: Mappin
         write_json(folder / CONFIG, about["config"])
         return
     if layout == "alpha":
-        found |= {
-            f"{module}.alpha": np.array(len(pair.adapter.down), np.float32) for module, pair in pairs(tensors).items()
-        }
+        for module, pair in pairs(tensors).items():
+            found[f"{module}.alpha"] = np.array(len(pair.adapter.down), np.float32)
     save_file(found, folder / "model.safetensors", {"format": "pt"})

@@ -49,33 +49,16 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
     notes = [f"left alone: {len(left)} without weights ({listed(left)})"] if left else []
     notes += agree(members, loaded) + _twins(names, rows)
     if tasks and len(tasks) < len(names):
-        notes.append(
-            f"tasks.json does not name {listed(name for name in names if name not in tasks)}: their tasks are their"
-            " names"
-        )
+        unnamed = listed(name for name in names if name not in tasks)
+        notes.append(f"tasks.json does not name {unnamed}: their tasks are their names")
     scores = np.array([quality.get(name, np.nan) for name in names], np.float32)
-    words_of = [
-        tasks.get(member.path.name, member.path.stem if member.path.is_file() else member.path.name)
-        for member in members
-    ]
+    paths = [member.path for member in members]
+    words_of = [tasks.get(path.name, path.stem if path.is_file() else path.name) for path in paths]
     words = tuple(dict.fromkeys(words_of))
-    about = {
-        "members": names,
-        "left alone": left,
-        "notes": notes,
-        "adapters": adapter_record(members, loaded, first.tensors),
-    }
-    return (
-        Zoo(
-            weights=rows,
-            quality=scores,
-            classes=np.array([[words.index(task)] for task in words_of], np.int32),
-            net=None,
-            spec=spec,
-            about=about,
-        ),
-        words,
-    )
+    adapters = adapter_record(members, loaded, first.tensors)
+    about = {"members": names, "left alone": left, "notes": notes, "adapters": adapters}
+    classes = np.array([[words.index(task)] for task in words_of], np.int32)
+    return Zoo(weights=rows, quality=scores, classes=classes, net=None, spec=spec, about=about), words
 
 
 def _by_name(folder: Path, name: str, members: Sequence[str]) -> Mapping[str, Any]:
@@ -132,6 +115,5 @@ def _twins(names: Sequence[str], rows: np.ndarray) -> list[str]:
         if other != name:
             same.append(f"{other} = {name}")
     zero = [name for name, row in zip(names, rows, strict=True) if not row.any()]
-    return ([f"the same weights twice: {listed(same)}"] if same else []) + (
-        [f"all zero: {listed(zero)}"] if zero else []
-    )
+    twice = [f"the same weights twice: {listed(same)}"] if same else []
+    return twice + ([f"all zero: {listed(zero)}"] if zero else [])

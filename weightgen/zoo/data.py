@@ -124,20 +124,16 @@ class Projection:
     @classmethod
     def identity(cls, backend: str, features: int) -> "Projection":
         """Keep all features of unit vectors, such as embedded texts, scaled to a mean square of 1."""
-        return cls(
-            backend, np.zeros(features, np.float32), np.float32(features**0.5) * np.eye(features, dtype=np.float32)
-        )
+        scale = np.float32(features**0.5)
+        return cls(backend, np.zeros(features, np.float32), scale * np.eye(features, dtype=np.float32))
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         return ((raw - self.mean) @ self.components).astype(np.float32)
 
     def save(self, folder: Path) -> None:
         """Write `features.safetensors` next to a generator's weights."""
-        save_file(
-            {"mean": self.mean, "components": self.components},
-            folder / "features.safetensors",
-            {"backend": self.backend},
-        )
+        arrays = {"mean": self.mean, "components": self.components}
+        save_file(arrays, folder / "features.safetensors", {"backend": self.backend})
 
     @classmethod
     def load(cls, folder: Path) -> "Projection":

@@ -92,11 +92,8 @@ def refuse_quantised(tensors: Mapping[str, np.ndarray], config: Path | None = No
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     """List the names of floating tensors with NaN or infinity in them, in their order."""
-    return [
-        name
-        for name, tensor in tensors.items()
-        if np.dtype(tensor.dtype).kind in "fV" and not np.isfinite(tensor).all()
-    ]
+    floats = ((name, tensor) for name, tensor in tensors.items() if np.dtype(tensor.dtype).kind in "fV")
+    return [name for name, tensor in floats if not np.isfinite(tensor).all()]
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

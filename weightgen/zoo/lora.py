@@ -71,10 +71,8 @@ def canon(adapter: Adapter, scale: float = 1.0) -> Adapter:
     root = np.sqrt(values)
     surplus = len(adapter.down) - len(values)
     dtype = np.float64 if adapter.up.dtype == np.float64 else np.float32
-    down, up = (
-        np.pad((sign * root)[:, None] * right, ((0, surplus), (0, 0))),
-        np.pad(left * sign * root, ((0, 0), (0, surplus))),
-    )
+    down = np.pad((sign * root)[:, None] * right, ((0, surplus), (0, 0)))
+    up = np.pad(left * sign * root, ((0, 0), (0, surplus)))
     return Adapter(down.astype(dtype), up.astype(dtype))
 
 
@@ -118,9 +116,8 @@ def pairs(tensors: Mapping[str, np.ndarray]) -> dict[str, Pair]:
             raise InputError(f"{module} has pairs under two kinds of names: keep one")
         down, up = (np.asarray(tensors[halves[side]]) for side in ("down", "up"))
         _check(module, down, up)
-        out[module] = Pair(
-            module=module, down=_plain(halves["down"]), up=_plain(halves["up"]), adapter=Adapter(down, up)
-        )
+        halved = dict(down=_plain(halves["down"]), up=_plain(halves["up"]))
+        out[module] = Pair(module=module, **halved, adapter=Adapter(down, up))
     return out
 
 
@@ -137,10 +134,9 @@ def _check(module: str, down: np.ndarray, up: np.ndarray) -> None:
     if down.dtype.kind in "iub" or up.dtype.kind in "iub":
         raise InputError(f"{module}: its adapter is {down.dtype}: it is quantised; take the original")
     if down.ndim < 2 or up.ndim != down.ndim or set(up.shape[2:]) > {1} or len(down) != up.shape[1]:
-        raise InputError(
-            f"{module}: A {down.shape} and B {up.shape} are no pair [rank, in] and [out, rank] (of a convolution [rank,"
-            " in, k, k] and [out, rank, 1, 1]): merged or grouped adapters cannot be generated"
-        )
+        pair = "[rank, in] and [out, rank] (of a convolution [rank, in, k, k] and [out, rank, 1, 1])"
+        merged = "merged or grouped adapters cannot be generated"
+        raise InputError(f"{module}: A {down.shape} and B {up.shape} are no pair {pair}: {merged}")
 
 
 def alphas(tensors: Mapping[str, np.ndarray], modules: Mapping[str, Pair]) -> dict[str, float]:

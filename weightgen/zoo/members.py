@@ -16,9 +16,7 @@ from weightgen.zoo.foreign import SHARD, listed, not_finite, read_tensors, refus
 from weightgen.zoo.lora import Layout, alphas, canonical_tensors, has_adapters, layout_of, pairs
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
-STATE = re.compile(
-    r"^(training_args|optim|optimizer|scheduler|scaler|rng_state|random_states)"
-)  # of a training, no weights
+STATE = re.compile(r"^(training_args|optim|optimizer|scheduler|scaler|rng_state|random_states)")  # of a training
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SIDECARS = ("quality.json", "tasks.json")
 ASSUMED = "none given, 1 is assumed"
@@ -66,11 +64,8 @@ def _member(path: Path) -> Member | None:
         return Member(path, (path,), config if path.name in ADAPTER and config.is_file() else None)
     if not path.is_dir():
         return None
-    weights = [
-        p
-        for p in path.iterdir()
-        if p.is_file() and p.suffix in SUFFIXES and not p.name.startswith(".") and not STATE.match(p.name)
-    ]
+    found = [p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES]
+    weights = [p for p in found if not p.name.startswith(".") and not STATE.match(p.name)]
     config = path / CONFIG
     for name in ADAPTER:
         if path / name in weights:
@@ -118,9 +113,8 @@ def read_member(member: Member) -> Loaded:
         modules = pairs(tensors)
         stored = in_metadata(member.files[0])
         numbers = {} if settings else alphas(tensors, modules)
-        scale_from = (
-            CONFIG if settings else "the file's metadata" if stored else "alpha tensors" if numbers else ASSUMED
-        )
+        stored_in = "the file's metadata" if stored else "alpha tensors" if numbers else ASSUMED
+        scale_from = CONFIG if settings else stored_in
 
         def scale(module: str, rank: int) -> float:
             part, _, rest = module.partition(".")
@@ -130,14 +124,8 @@ def read_member(member: Member) -> Loaded:
 
         scales = {module: scale(module, len(pair.adapter.down)) for module, pair in modules.items()}
         fixed = canonical_tensors(tensors, lambda module, rank: scales[module])
-        return Loaded(
-            tensors=fixed,
-            broken=broken,
-            scales=scales,
-            scale_from=scale_from,
-            settings=settings,
-            layout=layout_of(fixed, settings is not None),
-        )
+        scaled: dict[str, Any] = dict(scales=scales, scale_from=scale_from, settings=settings)
+        return Loaded(tensors=fixed, broken=broken, **scaled, layout=layout_of(fixed, settings is not None))
     except InputError as error:
         raise InputError(f"{member.path}: {error}") from error
 
@@ -158,9 +146,8 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
     for what, of in kinds:
         for member, own in zip(members, loaded, strict=True):
             if of(own) != of(first):
-                how = (
-                    f"{of(own)!r} and {of(first)!r}" if what != "scale" else f"{own.scale_from} and {first.scale_from}"
-                )
+                sources = f"{own.scale_from} and {first.scale_from}"
+                how = sources if what == "scale" else f"{of(own)!r} and {of(first)!r}"
                 paths = f"{member.path} and {members[0].path}"
                 raise InputError(f"{paths} differ in {what} ({how}): keep one kind of adapters in a zoo")
     if first.layout is None:
@@ -170,10 +157,8 @@ def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:
     origins = ", ".join(sorted({own.scale_from for own in loaded}))
     notes.append(f"adapters: in one form, with their scale inside (alpha: {origins}; scale {span})")
     if len(bases := sorted({str(own.settings.base) for own in loaded if own.settings and own.settings.base})) > 1:
-        notes.append(
-            f"the adapters are of different base models ({listed(bases)}): the same numbers are other updates on"
-            " another base"
-        )
+        same = "the same numbers are other updates on another base"
+        notes.append(f"the adapters are of different base models ({listed(bases)}): {same}")
     return notes
 
 

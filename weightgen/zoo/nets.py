@@ -67,17 +67,15 @@ class SmallConv(nnx.Module):
     """
 
     def __init__(self, in_channels: str, out_channels: str, sizes: Mapping[str, int], size: int, *, rngs: nnx.Rngs):
-        self.kernel = param(
-            f"row col {in_channels} -> {out_channels}", {**sizes, "row": size, "col": size}, uniform_fan_in, rngs
-        )
+        axes = f"row col {in_channels} -> {out_channels}"
+        self.kernel = param(axes, {**sizes, "row": size, "col": size}, uniform_fan_in, rngs)
         self.bias = param(f"-> {out_channels}", sizes, uniform_fan_in, rngs, fan_in=size**2 * sizes[in_channels])
         self.size = size
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows, cols = (n - self.size + 1 for n in x.shape[1:3])
-        patches = jnp.stack(
-            [x[:, i : i + rows, j : j + cols] for i in range(self.size) for j in range(self.size)], axis=3
-        )
+        shifts = [(i, j) for i in range(self.size) for j in range(self.size)]
+        patches = jnp.stack([x[:, i : i + rows, j : j + cols] for i, j in shifts], axis=3)
         kernel = self.kernel[...].reshape(self.size**2, *self.kernel.shape[2:])
         return add(product("brcti,tio->brco", patches, kernel), self.bias[...])
 
@@ -89,15 +87,8 @@ class SmallCnn(nnx.Module):
     """
 
     def __init__(self, cfg: NetConfig, *, rngs: nnx.Rngs):
-        sizes = {
-            "channel": cfg.features,
-            "first": 8,
-            "second": 6,
-            "third": 4,
-            "cell": 9,
-            "hidden": 20,
-            "class": cfg.classes,
-        }
+        sizes = {"channel": cfg.features, "first": 8, "second": 6, "third": 4}
+        sizes |= {"cell": 9, "hidden": 20, "class": cfg.classes}
         self.conv1 = SmallConv("channel", "first", sizes, size=5, rngs=rngs)
         self.conv2 = SmallConv("first", "second", sizes, size=5, rngs=rngs)
         self.conv3 = SmallConv("second", "third", sizes, size=2, rngs=rngs)

@@ -110,9 +110,8 @@ class ZooRecipe:
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
             x, y = shown(self.net, *held.all(rows, min(int(held.counts.max()), 100)))
-            quality = accuracy(predict(self.net, params, x, at_once=self.fit.at_once), y, self.net.classes).astype(
-                np.float32
-            )
+            found = predict(self.net, params, x, at_once=self.fit.at_once)
+            quality = accuracy(found, y, self.net.classes).astype(np.float32)
             trained = flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()}))
             if len(bad := np.flatnonzero(~np.isfinite(trained).all(1))):
                 numbers = listed(str(i * self.chunk + row) for row in bad)
@@ -156,9 +155,8 @@ class ZooRecipe:
             raise InputError(f"{self.data} has {len(names)} classes in sub-folders, {needed}")
         records, labels = labelled(source, self.data)
         raw = encoder(self.backend)([r["image"] for r in records])
-        place = np.concatenate(
-            [np.random.default_rng([self.seed, c]).permutation((labels == c).sum()) for c in range(len(names))]
-        )
+        orders = (np.random.default_rng([self.seed, c]).permutation((labels == c).sum()) for c in range(len(names)))
+        place = np.concatenate(list(orders))
         order = np.argsort(labels, kind="stable")
         held = np.zeros(len(labels), bool)
         held[order] = place < np.maximum(np.rint(SHARES["select"] * np.bincount(labels)[labels[order]]), 1)
@@ -168,9 +166,8 @@ class ZooRecipe:
         x = features if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
         train = Bank.of(x[~held], labels[~held], names)
         condition = train if x is features else Bank.of(features[~held], labels[~held], names)
-        return ZooData(
-            train=train, held=Bank.of(x[held], labels[held], names), condition=condition, projection=projection
-        )
+        held_out = Bank.of(x[held], labels[held], names)
+        return ZooData(train=train, held=held_out, condition=condition, projection=projection)
 
 
 @dataclass(frozen=True)
@@ -228,7 +225,5 @@ class CheckpointsRecipe:
         zoo.save(directory / "zoo", sidecars=sidecars)
         for note in zoo.about["notes"]:
             print(f"note: {note}")
-        print(
-            f"{directory / 'zoo'}: {len(zoo):,} rows of {zoo.spec.count:,} weights, {len(words)} tasks, condition:"
-            f" {condition}"
-        )
+        size = f"{len(zoo):,} rows of {zoo.spec.count:,} weights"
+        print(f"{directory / 'zoo'}: {size}, {len(words)} tasks, condition: {condition}")

@@ -54,10 +54,8 @@ class Zoo:
             out.mkdir()
             for name in ARRAYS:
                 np.save(out / f"{name}.npy", getattr(self, name))
-            pieces = {
-                name: spec and [asdict(p) for p in spec.pieces]
-                for name, spec in (("pieces", self.spec), ("whole", self.whole))
-            }
+            specs = {"pieces": self.spec, "whole": self.whole}
+            pieces = {name: spec and [asdict(p) for p in spec.pieces] for name, spec in specs.items()}
             about = {"about": dict(self.about)} if self.about else {}
             write_json(out / "zoo.json", {"net": self.net and asdict(self.net)} | pieces | about)
             if sidecars:
@@ -100,11 +98,8 @@ def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
         has = f"{len(zoo)} networks of {zoo.classes.shape[1]} classes"
         raise InputError(f"{folder} has {has}: a training needs their classes; make it again")
     step = max(2**24 // max(zoo.spec.count, 1), 1)
-    bad = [
-        at + int(i)
-        for at in range(0, len(zoo), step)
-        for i in np.flatnonzero(~np.isfinite(zoo.weights[at : at + step]).all(1))
-    ]
+    finite = ((at, np.isfinite(zoo.weights[at : at + step]).all(1)) for at in range(0, len(zoo), step))
+    bad = [at + int(i) for at, rows in finite for i in np.flatnonzero(~rows)]
     if bad:
         known = zoo.about.get("members", [])
         named = listed(known[i] if len(known) == len(zoo) else str(i) for i in bad)
@@ -123,15 +118,9 @@ def by_chunk(zoo: Zoo) -> Zoo:
     """Make each chunk a member, known by its number."""
     rows = zoo.tokens(slice(None)).reshape(-1, zoo.spec.length)
     numbers = np.tile(np.arange(zoo.spec.rows, dtype=np.int32), len(zoo))[:, None]
-    return Zoo(
-        weights=rows,
-        quality=np.repeat(zoo.quality, zoo.spec.rows),
-        classes=numbers,
-        net=None,
-        spec=one_chunk(zoo.spec),
-        whole=zoo.spec,
-        about=zoo.about,
-    )
+    quality, spec = np.repeat(zoo.quality, zoo.spec.rows), one_chunk(zoo.spec)
+    new = Zoo(weights=rows, quality=quality, classes=numbers, net=None, spec=spec)
+    return replace(new, whole=zoo.spec, about=zoo.about)
 
 
 def head_tokens(cfg: NetConfig) -> TokenSpec:
@@ -141,9 +130,8 @@ def head_tokens(cfg: NetConfig) -> TokenSpec:
 
 def pictures_of(zoo: str) -> Bank:
     """Open the inputs of a zoo's networks, pictures or features: held-out ones where they are stored."""
-    return Bank.load(
-        Path(zoo), next((name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file()), "bank")
-    )
+    names = (name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file())
+    return Bank.load(Path(zoo), next(names, "bank"))
 
 
 def zoo_condition(folder: Path) -> str:

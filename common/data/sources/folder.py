@@ -121,9 +121,8 @@ def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
-        elif suffix[1:] in PICTURES and (
-            entry.is_symlink() or entry.is_file()
-        ):  # reading a broken link raises an error that names it
+        # Reading a broken link raises an error that names it.
+        elif suffix[1:] in PICTURES and (entry.is_symlink() or entry.is_file()):
             found.append(Path(entry.path).relative_to(root).as_posix())
         else:
             left_out[suffix or "without extension"] += 1

@@ -20,10 +20,8 @@ def per_picture(source: Source, name: str) -> Source:
         rows.setdefault(picture, []).append(row)
     if len(rows) == len(source):
         return source
-    remark(
-        f"{name}: its {len(source):,} rows are captions of {len(rows):,} pictures; a picture counts once, any of its"
-        " captions is right"
-    )
+    counted = "a picture counts once, any of its captions is right"
+    remark(f"{name}: its {len(source):,} rows are captions of {len(rows):,} pictures; {counted}")
     return Grouped(source, list(rows.values()))
 
 

@@ -45,9 +45,8 @@ class ParquetSource:
                 raise InputError(f"{file} is not readable as parquet: {error}") from error
             if not sum(counts):
                 raise InputError(f"{file} is empty: it has no row")
-            groups += [
-                RowGroup(file=file, number=g, first=sum(counts[:g]), rows=count) for g, count in enumerate(counts)
-            ]
+            for g, count in enumerate(counts):
+                groups.append(RowGroup(file=file, number=g, first=sum(counts[:g]), rows=count))
         self._starts = starts([group.rows for group in groups])
         self._rows: range | np.ndarray = range(sum(group.rows for group in groups))
         if cfg.split and by_column:
@@ -108,7 +107,8 @@ def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
         return cell
     if isinstance(cell, str) and cell:
         return file.parent / cell
-    raise InputError(f"{key}: its picture is {str(cell)[:60]}; it must be bytes, a path, or a struct of both")
+    needed = "a picture must be bytes, a path, or a struct of bytes and path"
+    raise InputError(f"{key}: its picture is {str(cell)[:60]}; {needed}")
 
 
 def _schema(file: Path) -> pyarrow.Schema:
@@ -154,11 +154,8 @@ def _features(file: Path) -> dict[str, tuple[str, ...]]:
     about = (_schema(file).metadata or {}).get(b"huggingface")
     try:
         features = json.loads(about)["info"]["features"] if about else {}
-        return {
-            name: tuple(f["names"])
-            for name, f in features.items()
-            if isinstance(f, dict) and f.get("_type") == "ClassLabel"
-        }
+        labels = {n: f for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+        return {name: tuple(label["names"]) for name, label in labels.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: the schema's description by Hugging Face is damaged: {error!r}") from error
 

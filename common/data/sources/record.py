@@ -71,7 +71,8 @@ def value(cell: object, key: str, column: str) -> object:
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
             value = str(cell)[:40]
-            raise InputError(f"{key}: {column!r} is {value}, over 32 bits; store it as text or as a smaller number")
+            fits = "which does not fit 32 bits; store it as text or as a smaller number"
+            raise InputError(f"{key}: {column!r} is {value}, {fits}")
         return whole
     return array.astype(np.float32) if array.dtype.kind == "f" else cell
 
@@ -85,7 +86,8 @@ def captions(text: object, key: str) -> str | list[str]:
         return text
     if isinstance(text, list) and text and all(isinstance(caption, str) for caption in text):
         return text
-    raise InputError(f"{key}: its caption is {str(text)[:60]}; it must be a string, or a list of one or more")
+    needed = "a caption must be a string, or a list of strings that is not empty"
+    raise InputError(f"{key}: its caption is {str(text)[:60]}; {needed}")
 
 
 def caption_lines(data: bytes) -> str | list[str]:

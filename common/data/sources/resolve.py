@@ -35,9 +35,8 @@ def _open(cfg: SourceConfig) -> Source:
         if rest and rest not in emoji.STYLES:
             raise InputError(f"no emoji style {rest!r}{nearest(rest, emoji.STYLES)} ({', '.join(emoji.STYLES)})")
         columns = tuple(dict.fromkeys(("concept", "tags", *cfg.columns)))
-        return ParquetSource(
-            [emoji.path(style) for style in ([rest] if rest else emoji.STYLES)], replace(cfg, columns=columns)
-        )
+        paths = [emoji.path(style) for style in ([rest] if rest else emoji.STYLES)]
+        return ParquetSource(paths, replace(cfg, columns=columns))
     if cfg.path == "digits":
         return ParquetSource([digits.PATH], cfg)
     if scheme == "tfds":
@@ -79,11 +78,8 @@ def _files(pattern: str) -> list[Path]:
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
         numbers = range(int(first), int(last) + 1)
-        return [
-            f
-            for n in numbers
-            for f in _files(pattern[: numbered.start()] + str(n).zfill(len(first)) + pattern[numbered.end() :])
-        ]
+        before, after = pattern[: numbered.start()], pattern[numbered.end() :]
+        return [f for n in numbers for f in _files(before + str(n).zfill(len(first)) + after)]
     path = Path(pattern).expanduser()
     files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     if not files:

@@ -24,11 +24,8 @@ class CsvSource:
                 data.seek(0)
                 rows, starts, numbers = self._rows(data), [], []
                 self._header = next(rows, [])
-                require(
-                    [c for c in (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "") if c],
-                    self._header,
-                    file,
-                )
+                wanted = (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "")
+                require([column for column in wanted if column], self._header, file)
                 self._kinds: dict[str, type] = dict.fromkeys(cfg.columns, int)
                 start, number = data.tell(), 0
                 for row in rows:
@@ -53,9 +50,8 @@ class CsvSource:
 
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
         # readline, because iteration makes `tell` inexact; a quoted cell may span lines.
-        return csv.reader(
-            (line.decode("utf-8-sig") for line in iter(data.readline, b"")), delimiter="\t" if self._tab else ","
-        )
+        lines = (line.decode("utf-8-sig") for line in iter(data.readline, b""))
+        return csv.reader(lines, delimiter="\t" if self._tab else ",")
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -37,9 +37,8 @@ class TfdsSource:
             raise InputError(f"tfds:{name} has no split {cfg.split!r}{near}")
         features = builder.info.features
         require([cfg.image, cfg.text, *cfg.columns], list(features), f"tfds:{name}")
-        self.class_names = {
-            n: tuple(f.names) for n, f in features.items() if isinstance(f, tfds.features.ClassLabel) and f.names
-        }
+        labels = ((n, f.names) for n, f in features.items() if isinstance(f, tfds.features.ClassLabel))
+        self.class_names = {n: tuple(names) for n, names in labels if names}
         self.classes = self.class_names.get("label", ())
         try:
             decoders = {cfg.image: tfds.decode.SkipDecoding()} if cfg.image else None

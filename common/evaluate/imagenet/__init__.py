@@ -3,10 +3,8 @@
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-CLASSES: tuple[tuple[str, str], ...] = tuple(
-    (identifier, name)
-    for identifier, name in (line.split("\t") for line in (_HERE / "classes.tsv").read_text().splitlines())
-)
+_LINES = (_HERE / "classes.tsv").read_text().splitlines()
+CLASSES: tuple[tuple[str, str], ...] = tuple((i, name) for i, name in (line.split("\t") for line in _LINES))
 """(WordNet identifier, name) of the 1,000 classes, in the order of their labels."""
 
 TEMPLATES: tuple[str, ...] = tuple((_HERE / "templates.txt").read_text().splitlines())

@@ -86,11 +86,8 @@ def test_names_of_a_column_are_in_alphabetical_order_or_the_models(labelled):
 def test_folders_are_matched_to_the_models_names(folders, remarks):
     data = folders("apple", "moon", "zebra")
     assert labels(open_labelled(data, "label", 3, ("zebra", "apple", "moon"))) == [1, 2, 0]
-    assert labels(open_labelled(data, "label", 4, ("zebra", None, "apple", "moon"))) == [
-        2,
-        3,
-        0,
-    ]  # of a model with more classes
+    # of a model with more classes
+    assert labels(open_labelled(data, "label", 4, ("zebra", None, "apple", "moon"))) == [2, 3, 0]
     for generic in (None, ("LABEL_0", "LABEL_1", "LABEL_2"), ("class 0", "class 1", "class 2"), (None, None, None)):
         assert labels(open_labelled(data, "label", 3, generic)) == [0, 1, 2]
     assert remarks() == []
@@ -101,11 +98,8 @@ def test_an_order_that_is_assumed_is_said(folders, remarks):
     assert labels(open_labelled(data, "label", 3, ("eins", "zwei", "drei"))) == [0, 1, 2]
     said = "its class 'a' is not one of the class names (eins, zwei, drei), but there are 3 of each"
     assert remarks() == [f"{data.path}: {said}: its classes are numbered in their order (a, b, c)"]
-    assert labels(open_labelled(data, "label", 3, ("a", "bb", "c"))) == [
-        0,
-        1,
-        2,
-    ]  # the names that match agree with the order
+    # the names that match agree with the order
+    assert labels(open_labelled(data, "label", 3, ("a", "bb", "c"))) == [0, 1, 2]
     with pytest.raises(InputError, match="its class 'c' does not match exactly one of the 3 known"):
         open_labelled(data, "label", 3, ("b", "a", "cc"))
 

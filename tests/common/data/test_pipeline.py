@@ -81,9 +81,8 @@ def test_batches_are_what_they_say(tokenizer):
 
 
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(tokenizer):
-    seen = np.concatenate(numbers(take(stream(tokenizer), 20))).reshape(
-        6, 20
-    )  # 120 examples are six epochs; batches straddle them
+    # 120 examples are six epochs; batches straddle them
+    seen = np.concatenate(numbers(take(stream(tokenizer), 20))).reshape(6, 20)
     np.testing.assert_array_equal(np.sort(seen, axis=1), np.tile(np.arange(20), (6, 1)))
     assert len({tuple(epoch) for epoch in seen}) == 6
     other = np.concatenate(numbers(take(stream(tokenizer, seed=1), 20))).reshape(6, 20)
@@ -107,9 +106,8 @@ def test_a_picture_is_cropped_anew_in_every_epoch(tokenizer):
     assert captions == {"one", "two"}
 
 
-@pytest.mark.parametrize(
-    "stop", [2, 5]
-)  # 12 of 20 examples: inside the first epoch; 30: inside the second, across a border
+# 12 of 20 examples: inside the first epoch; 30: inside the second, across a border
+@pytest.mark.parametrize("stop", [2, 5])
 def test_resuming_is_exact(tokenizer, stop):
     whole = take(stream(tokenizer), stop + 4)
     halted = stream(tokenizer)

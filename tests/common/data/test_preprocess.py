@@ -207,7 +207,6 @@ def test_a_thin_picture_takes_little_memory():
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
     middle = np.asarray(picture)[0, 4998:5002].astype(int)
-    shown = np.asarray(pixels)[100, [0, 112, 223]].astype(
-        int
-    )  # 224 of 2,240,000 columns: one pixel of the source and its neighbours
+    # 224 of 2,240,000 columns: one pixel of the source and its neighbours
+    shown = np.asarray(pixels)[100, [0, 112, 223]].astype(int)
     assert pixels.size == (224, 224) and middle.min() - 60 <= shown.min() and shown.max() <= 255

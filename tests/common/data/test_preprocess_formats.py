@@ -201,10 +201,8 @@ IMAGENET = Preprocess(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=3
     ("theirs", "expected"),
     [
         ({"crop_pct": 0.875}, {}),
-        (
-            {"mean": HALF, "std": HALF},
-            {"mean": HALF, "std": HALF},
-        ),  # what is left out is timm's: 0.875, bicubic, center
+        # what is left out is timm's: 0.875, bicubic, center
+        ({"mean": HALF, "std": HALF}, {"mean": HALF, "std": HALF}),
         (
             {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center"},
             {"resize": 32, "interpolation": "bilinear"},

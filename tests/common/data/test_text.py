@@ -56,12 +56,8 @@ def test_decoding_gives_the_words_back(clip):
 def test_a_fitted_vocabulary(tmp_path):
     small = Tokenizer.train(CAPTIONS, 540)
     assert (small.vocab_size, small.sot, small.eot) == (540, 538, 539)
-    assert small("a", 4)[0].tolist() == [
-        538,
-        256 + ord("a") - ord("!"),
-        539,
-        0,
-    ]  # byte tokens are numbered as CLIP's are
+    # byte tokens are numbered as CLIP's are
+    assert small("a", 4)[0].tolist() == [538, 256 + ord("a") - ord("!"), 539, 0]
     frequent, rare = (int((small(text, 20)[0] > 0).sum()) for text in ("photo", "xylem"))
     assert (frequent, rare) == (3, 7)  # one merged token against five letters, and SOT and EOT
     assert small.decode(small("Ünseen 日本 bytes", 40)[0]) == "ünseen 日本 bytes"

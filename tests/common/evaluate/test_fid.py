@@ -135,9 +135,8 @@ def test_kid_by_its_formula():
     within = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs if i != j) / 30
     want = within - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 36
     found = kid(x, y, subsets=3)
-    assert found.mean == pytest.approx(want) and found.std == pytest.approx(
-        0, abs=1e-12
-    )  # every subset is the whole set
+    # every subset is the whole set
+    assert found.mean == pytest.approx(want) and found.std == pytest.approx(0, abs=1e-12)
 
 
 def test_kid_of_the_same_distribution_is_zero_on_average():

@@ -105,9 +105,8 @@ def test_trap_a_part_of_the_tree_has_the_bits_of_the_whole():
     assert set(part) == {"blocks/attn/out/kernel", "norm/scale", "blocks/mlp/up/bias"}
     for path, value in part.items():
         np.testing.assert_array_equal(value, whole[path])
-    assert not np.array_equal(
-        whole["blocks/attn/out/kernel"][0], whole["blocks/attn/out/kernel"][1]
-    )  # each layer its own draw
+    # each layer its own draw
+    assert not np.array_equal(whole["blocks/attn/out/kernel"][0], whole["blocks/attn/out/kernel"][1])
 
 
 def test_trap_parts_in_any_sharding_have_the_bits_of_the_whole():

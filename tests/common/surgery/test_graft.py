@@ -72,9 +72,8 @@ def test_sharded_equals_unsharded_bit_for_bit(shape):
     assert float(np.abs(plain["w"][:, 256:]).min()) > 0  # fresh rows come from the initialiser
 
 
-SPLITS = st.tuples(
-    *[st.none() | st.integers(0, 2)] * 3
-)  # for each axis of the mesh the axis of the parameter it splits
+# for each axis of the mesh the axis of the parameter it splits
+SPLITS = st.tuples(*[st.none() | st.integers(0, 2)] * 3)
 HALVES = st.sampled_from([0.0, -1.5, 2.0])
 
 

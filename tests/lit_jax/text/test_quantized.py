@@ -11,7 +11,7 @@ from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.weights import write_config, write_params
 from heirloom.common.nn.functional import functional
-from lit_jax.text.encoder import TextEncoder
+from lit_jax.text.encoder import Row, TextEncoder
 from lit_jax.text.layouts import FAMILY
 from lit_jax.text.t5 import T5Config, T5Encoder
 from lit_jax.text.verify import features, inputs
@@ -42,7 +42,7 @@ def test_the_features_of_a_check_are_those_of_the_model(folders):
 def test_the_encoder_keeps_int8_layers_and_computes_what_the_model_does(folders, resident):
     encoder = TextEncoder(folders[1], SimpleNamespace(vocabulary=96), 64, resident=resident, cache=None)
     row = list(range(3, 20))
-    (found,) = encoder._compute([row], None)
+    (found,) = encoder._compute([Row(tuple(row), len(row))], None)
     layer = encoder._layers._read(1, 0)
     assert isinstance(layer["mlp/up/kernel"], QArray) and layer["attn/out/kernel"].qvalue.dtype == np.int8
     values = {k: np.asarray(v) for k, v in open_donor(folders[1], [FAMILY]).source.values.items()}

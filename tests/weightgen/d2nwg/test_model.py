@@ -57,9 +57,8 @@ def test_the_unet_is_zero_at_first_and_uses_its_condition(draw):
     cfg = UnetConfig(size=4, channels=8, multiples=(1, 2), blocks=1, attention=(2,), groups=4)
     model = functional(Unet, cfg)
     params = draw(model.spec)
-    leave = model.init(
-        jax.random.key(0), [path for path in params if path.startswith("leave/")]
-    )  # decides alone: it is the last layer
+    # decides alone: it is the last layer
+    leave = model.init(jax.random.key(0), [path for path in params if path.startswith("leave/")])
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
     apply = run(model)
     assert len(leave) == 2 and not np.asarray(apply(params | leave, x, np.ones(2), x)).any()

@@ -137,9 +137,8 @@ def test_diffusion_returns_the_latent_of_each_condition():
 
 def test_guidance_leads_away_from_what_is_drawn_without_a_condition(generator):
     cfg, model, params, support, there = generator
-    params = params | {
-        "prior/table": jnp.zeros_like(params["prior/table"])
-    }  # what is drawn then depends on the condition by v alone
+    # what is drawn then depends on the condition by v alone
+    params = params | {"prior/table": jnp.zeros_like(params["prior/table"])}
 
     def drawn(guidance, support):  # the first of two steps goes nearly all the way, and is linear in v
         draw = drawer(model, cfg, SampleConfig(steps=2, guidance=guidance))
