@@ -59,7 +59,7 @@ def test_prompts_of_one_length_are_computed_together_up_to_a_number_of_tokens():
 def test_features_that_are_not_finite_are_refused(pipeline, small_t5):
     params = {path: value.copy() for path, value in small_t5[1].items()}
     params["blocks/mlp/down/kernel"][1, 3, 4] = np.inf
-    with pytest.raises(InputError, match="features of 'a red fox' are not finite; .*text_encoder is damaged"):
+    with pytest.raises(InputError, match=r"features of 'a red fox' are not finite; .*text_encoder is damaged"):
         open_text(pipeline(params=params), tokens=20).encode(["a red fox"])
 
 
