@@ -1,6 +1,7 @@
 """Multi-head attention; the function that mixes tokens is an argument."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -29,18 +30,15 @@ def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
     scores of long sequences are computed in blocks and never held as a whole (`blockwise`).
     """
 
-    def whole(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-        return plain(query, key, value, mask, causal, kernel)
+    return partial(_softmax, causal, kernel)
 
-    def in_blocks(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-        return blockwise(query, key, value, mask, causal)
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        if kernel != "xla" or query.shape[1] * key.shape[1] < LONG:
-            return whole(query, key, value, mask)
-        return jax.lax.platform_dependent(query, key, value, mask, cpu=in_blocks, default=whole)
-
-    return attend
+def _softmax(
+    causal: bool, kernel: Kernel, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    if kernel == "xla" and query.shape[1] * key.shape[1] >= LONG and jax.default_backend() == "cpu":
+        return blockwise(query, key, value, mask, causal)  # compiled for an accelerator, this is the plain form, too
+    return plain(query, key, value, mask, causal, kernel)
 
 
 class Attention(nnx.Module):

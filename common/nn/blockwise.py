@@ -53,8 +53,8 @@ Given = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool
 ) -> tuple[jax.Array, tuple[Given, Sums]]:
-    def by_jax(*given: Any) -> tuple[jax.Array, Sums]:
-        out = plain(*given, causal)
+    def by_jax(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Sums]:
+        out = plain(query, key, value, mask, causal)
         wide = jnp.promote_types(out.dtype, jnp.float32)
         blocks = _blocks(out, _sizes(out.shape[1]), wide)
         return out, Sums(blocks, none := jnp.zeros((*blocks.shape[:-1], 1), wide), none)
@@ -66,8 +66,7 @@ def _forward(
 
 def _backward(causal: bool, saved: tuple[Given, Sums], grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     def by_jax(grad: jax.Array, given: Given, _: Sums) -> tuple[jax.Array, jax.Array, jax.Array]:
-        *inputs, mask = given
-        return jax.vjp(lambda *inputs: plain(*inputs, mask, causal), *inputs)[1](grad)
+        return jax.vjp(lambda query, key, value: plain(query, key, value, given[3], causal), *given[:3])[1](grad)
 
     in_blocks = partial(_backward_in_blocks, causal)
     return *jax.lax.platform_dependent(grad, *saved, cpu=in_blocks, default=by_jax), None

@@ -123,6 +123,8 @@ def test_short_sequences_and_accelerators_use_the_plain_form(monkeypatch):
         return lowered.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
 
     assert loops("cpu") > 0 == loops("tpu"), "a program for an accelerator, compiled on a CPU"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert loops("cpu") == 0
 
 
 def temporary(function, tokens, heads):
