@@ -7,8 +7,8 @@
 `calls`: one call of the denoiser, in float32, at 512, 1024 and 2048 pixels, for a prompt of 27 tokens: diffusers pads
 it to 300 in every call, our sampler to 32, and computes what depends on the prompt alone before the first call. Each
 model has a process of its own, which waits while another one computes, and the calls of the models take turns;
-compilation is not counted. A call has two pictures, as guidance needs, and one at 2048 pixels, where it has fewer layers
-(--few) and the seconds are multiplied: the row says so. Peak memory is the process's, with the weights of all its
+compilation is not counted. A call has two pictures, as guidance needs, and one at 2048 pixels, where it has fewer
+layers (--few) and the seconds are multiplied: the row says so. Peak memory is the process's, with the weights of all its
 layers. The ratio is to diffusers in the same round; a goal stands next to it.
 
 `whole`: the way from a prompt to one picture, stage by stage, with one step of the denoiser: peak memory of each stage,
