@@ -8,8 +8,8 @@
 it to 300 in every call, our sampler to 32, and computes what depends on the prompt alone before the first call. Each
 model has a process of its own, which waits while another one computes, and the calls of the models take turns;
 compilation is not counted. A call has two pictures, as guidance needs, and one at 2048 pixels, where it has fewer
-layers (--few) and the seconds are multiplied: the row says so. Peak memory is the process's, with the weights of all its
-layers. The ratio is to diffusers in the same round; a goal stands next to it.
+layers (--few) and the seconds are multiplied: the row says so. Peak memory is the process's, with the weights of all
+its layers. The ratio is to diffusers in the same round; a goal stands next to it.
 
 `whole`: the way from a prompt to one picture, stage by stage, with one step of the denoiser: peak memory of each stage,
 for the weights as they are, for int8 weights (--int8 FOLDER, from `heirloom convert --quantize int8`), and for

@@ -6,7 +6,7 @@ from pathlib import Path
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.pipeline import class_of, is_pipeline, part
+from heirloom.common.checkpoint.pipeline import class_of, is_pipeline
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 
@@ -44,12 +44,17 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
             f"{donor.path}: holds no text encoder and no autoencoder; give --pipeline DIR (a PixArt-Σ pipeline folder,"
             " or hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS), or --text-encoder and --autoencoder"
         )
-    encoder = locate(text) if text else part(root, "text_encoder")  # type: ignore[arg-type]
-    return Components(
-        text=encoder,
-        tokenizer=_tokenizer(encoder, root),
-        autoencoder=locate(autoencoder) if autoencoder else part(root, "vae"),  # type: ignore[arg-type]
-    )
+    encoder = locate(text) if text else _part(root, "text_encoder")
+    decoder = locate(autoencoder) if autoencoder else _part(root, "vae")
+    return Components(text=encoder, tokenizer=_tokenizer(encoder, root), autoencoder=decoder)
+
+
+def _part(root: Path | None, name: str) -> Path:
+    assert root is not None
+    if not (root / name).is_dir():
+        flag = {"text_encoder": "--text-encoder", "vae": "--autoencoder"}[name]
+        raise InputError(f"{root}: the sub-folder {name}/ is missing; name another pipeline by --pipeline, or {flag}")
+    return root / name
 
 
 def check_pipeline(root: Path) -> None:
@@ -57,9 +62,9 @@ def check_pipeline(root: Path) -> None:
 
     Raises InputError for another pipeline, and for settings of the scheduler that would change the pictures.
     """
-    if not is_pipeline(root):
-        raise InputError(f"{root} is no pipeline folder: it has no model_index.json")
-    if (name := class_of(root)) != PIPELINE:
+    if not is_pipeline(root) and not (root / "text_encoder").is_dir():
+        raise InputError(f"{root} is no pipeline folder: it has neither model_index.json nor text_encoder/")
+    if (name := class_of(root)) not in (PIPELINE, ""):
         raise InputError(f"{root} is {_OTHERS.get(name, f'a {name}')}: only {PIPELINE} is read")
     if (root / "scheduler" / "scheduler_config.json").is_file():
         check_scheduler(Fields.load(root / "scheduler" / "scheduler_config.json"))

@@ -6,6 +6,7 @@ diffusers writes them (`PixArtSigmaPipeline.save_pretrained`). Ours are the same
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, convert
 from heirloom.common.checkpoint.quantization import quantize_folder
@@ -16,23 +17,29 @@ from heirloom.common.errors import InputError
 
 INDEX = "model_index.json"
 MAIN = ("transformer", "unet")  # the part that an inspection or an inheritance means
+_WEIGHTS = ("vae", "text_encoder")
 _PLAIN = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # parts without weights
 
 
 def is_pipeline(path: Path) -> bool:
-    """Returns whether `path` is a pipeline folder."""
-    return (path / INDEX).is_file()
+    """Returns whether `path` is a pipeline folder; a denoiser in its usual sub-folder makes one, without an index."""
+    return (path / INDEX).is_file() or any((path / name / "config.json").is_file() for name in MAIN)
 
 
 def class_of(path: Path) -> str:
-    """Returns the class of a pipeline folder, such as "PixArtSigmaPipeline"; empty where its index does not say."""
-    return str(read_json(path / INDEX).get("_class_name", ""))
+    """Returns the class of a pipeline folder, such as "PixArtSigmaPipeline"; empty without an index that says it."""
+    return str(_index(path).get("_class_name", ""))
 
 
 def parts_of(path: Path) -> list[str]:
     """Returns the names of the parts that the index lists; a part that is null there does not count."""
-    index = read_json(path / INDEX)
-    return [name for name, what in index.items() if isinstance(what, list) and len(what) == 2 and all(what)]
+    if not (path / INDEX).is_file():
+        return [name for name in (*MAIN, *_WEIGHTS, *_PLAIN) if (path / name).is_dir()]
+    return [name for name, what in _index(path).items() if isinstance(what, list) and len(what) == 2 and all(what)]
+
+
+def _index(path: Path) -> dict[str, Any]:
+    return read_json(path / INDEX) if (path / INDEX).is_file() else {}
 
 
 def part(path: Path, name: str) -> Path:
@@ -72,7 +79,7 @@ def convert_pipeline(
     checks: dict[str, Check] = {}
     with staged(destination, force=force) as folder:
         folder.mkdir()
-        write_json(folder / INDEX, read_json(path / INDEX))
+        write_json(folder / INDEX, _index(path))
         for name in names:
             if name in _PLAIN:
                 shutil.copytree(part(path, name), folder / name)
