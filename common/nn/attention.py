@@ -2,22 +2,35 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 from flax import nnx
 
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""`attend(query, key, value)`: all three and the result are [batch, token, head, head_dim]."""
+Attend = Callable[..., jax.Array]
+"""`attend(query, key, value, mask=None)`: query and result are [batch, token, head, head_dim], key and value have as
+many heads and any number of tokens. mask: see `softmax`.
+"""
 Kernel = Literal["xla", "cudnn"]
 PACKED = xavier_uniform(packed=3)
 
 
 def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
-    """Returns scaled dot-product attention. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16)."""
-    return partial(jax.nn.dot_product_attention, is_causal=causal, implementation=kernel)
+    """Returns scaled dot-product attention: `attend(query, key, value, mask=None)`.
+
+    mask: [batch, key token], True where a key is seen; the others get a weight of exactly 0. If an example has none,
+    the result is the mean of its values. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16).
+    """
+    return partial(_softmax, causal, kernel)
+
+
+def _softmax(
+    causal: bool, kernel: Kernel, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    mask = None if mask is None else mask[:, None, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation=kernel)
 
 
 class Attention(nnx.Module):
@@ -41,3 +54,39 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(self.attend(self.query(x), self.key(x), self.value(x)))
+
+
+class KeyValue(NamedTuple):
+    """What cross-attention reads: [batch, token, head, head_dim] both."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Memory(nnx.Module):
+    """Makes the keys and values of cross-attention from another sequence [batch, token, embed].
+
+    They are a module of their own because they depend on that sequence alone: a caller computes them once.
+    """
+
+    def __init__(self, sizes: Sizes, *, init: Init = PACKED, bias: Init = zeros, rngs: nnx.Rngs):
+        self.key = Dense("embed -> head head_dim", sizes, init=init, bias=bias, rngs=rngs)
+        self.value = Dense("embed -> head head_dim", sizes, init=init, bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> KeyValue:
+        return KeyValue(self.key(x), self.value(x))
+
+
+class CrossAttention(nnx.Module):
+    """Attention of `x` [batch, token, embed] to the keys and values of a `Memory`; returns the shape of `x`.
+
+    mask: [batch, key token], True where a key is seen.
+    """
+
+    def __init__(self, sizes: Sizes, *, attend: Attend, query: Init, out: Init, bias: Init = zeros, rngs: nnx.Rngs):
+        self.query = Dense("embed -> head head_dim", sizes, init=query, bias=bias, rngs=rngs)
+        self.out = Dense("head head_dim -> embed", sizes, init=out, bias=bias, rngs=rngs)
+        self.attend = attend
+
+    def __call__(self, x: jax.Array, memory: KeyValue, mask: jax.Array | None = None) -> jax.Array:
+        return self.out(self.attend(self.query(x), memory.key, memory.value, mask=mask))

@@ -1,16 +1,20 @@
 """The pre-norm transformer block, and stacks of blocks: the block is compiled once for any depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 from flax import nnx
 
+from heirloom.common.nn.attention import KeyValue
 from heirloom.common.nn.dense import Init, Sizes, uniform_fan_in
 from heirloom.common.nn.mlp import Activation, Mlp
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.surgery.axes import Axes
 
+Grid = tuple[int, int]
+"""Rows and columns of tokens in raster order."""
 Remat = Literal["none", "full", "dots"]
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -18,9 +22,11 @@ _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
-    attention: called with `rngs`, makes the module that mixes tokens. affine=False: norms without parameters, for calls
-    with a modulation [part, batch, embed]: shift, scale and gate of the attention, then of the MLP (adaLN-Zero; DiT
-    §3.2).
+    attention: called with `rngs`, makes the module that mixes tokens. cross: makes a `CrossAttention`; between the two
+    steps x + cross(x) is computed, without a norm and without a gate (PixArt-alpha §2.3). affine=False: norms without
+    parameters, for calls with a modulation [part, batch, embed]: shift, scale and gate of the attention, then of the
+    MLP (adaLN-Zero; DiT §3.2). Calls: memory and mask go to `cross`; grid, the (rows, columns) of the tokens, goes to
+    `attention`, if given.
     """
 
     def __init__(
@@ -34,19 +40,34 @@ class Block(nnx.Module):
         down: Init = uniform_fan_in,
         bias: Init = uniform_fan_in,
         affine: bool = True,
+        cross: Callable[..., nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ):
         self.attn_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.attn: Any = attention(rngs=rngs)
         self.mlp_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
+        self.cross: Any = None if cross is None else cross(rngs=rngs)
 
-    def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        modulation: jax.Array | None = None,
+        memory: KeyValue | None = None,
+        *,
+        mask: jax.Array | None = None,
+        grid: Grid | None = None,
+    ) -> jax.Array:
+        attn = self.attn if grid is None else partial(self.attn, grid=grid)
         if modulation is None:
-            x = x + self.attn(self.attn_norm(x))
+            x = x + attn(self.attn_norm(x))
+        else:
+            parts = modulation[:, :, None].astype(x.dtype)
+            x = x + parts[2] * attn(modulate(self.attn_norm(x), parts[0], parts[1]))
+        if self.cross is not None:
+            x = x + self.cross(x, memory, mask)
+        if modulation is None:
             return x + self.mlp(self.mlp_norm(x))
-        parts = modulation[:, :, None].astype(x.dtype)
-        x = x + parts[2] * self.attn(modulate(self.attn_norm(x), parts[0], parts[1]))
         return x + parts[5] * self.mlp(modulate(self.mlp_norm(x), parts[3], parts[4]))
 
 
@@ -64,8 +85,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.merge(graph, state)
 
 
-def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") -> jax.Array:
-    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer.
+def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none", **shared: Any) -> jax.Array:
+    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer. shared: further keyword
+    arguments, the same for every block.
 
     remat: recompute whole blocks in the backward pass ("full"), or all but their matmuls ("dots").
     """
@@ -74,7 +96,7 @@ def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         state, *inputs = layer
         block = nnx.merge(graph, state)
-        return block(x, *inputs), nnx.state(block, nnx.BatchStat)
+        return block(x, *inputs, **shared), nnx.state(block, nnx.BatchStat)
 
     x, statistics = jax.lax.scan(rematerialised(body, remat), x, (state, *inputs))
     nnx.update(blocks, statistics)
@@ -101,7 +123,7 @@ def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") ->
     return x
 
 
-def each(blocks: nnx.Module, x: jax.Array) -> jax.Array:
+def each(blocks: nnx.Module, x: jax.Array) -> Any:
     """Returns the outputs of all modules of a stack for the same `x`: [layer, ...]."""
     graph, state = nnx.split(blocks)
     return jax.vmap(lambda layer: nnx.merge(graph, layer)(x))(state)

@@ -20,3 +20,11 @@ class PatchEmbed(nnx.Module):
         p = self.patch
         patches = images.reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)
         return self.project(patches.reshape(batch, -1, p, p, channels))
+
+
+def unpatch(patches: jax.Array, rows: int, cols: int) -> jax.Array:
+    """Puts patches [batch, token, patch_row, patch_col, channel], row-major, together: [batch, height, width, channel].
+    """
+    batch, _, height, width, channels = patches.shape
+    images = patches.reshape(batch, rows, cols, height, width, channels).swapaxes(2, 3)
+    return images.reshape(batch, rows * height, cols * width, channels)
