@@ -1,5 +1,5 @@
-"""PixArt-Sigma (arXiv 2403.04692) and the text-to-image LiT (arXiv 2501.12976): a DiT that reads text by cross-attention,
-with softmax or few-head linear self-attention.
+"""PixArt-Sigma (arXiv 2403.04692) and the text-to-image LiT (arXiv 2501.12976): a DiT that reads text by
+cross-attention, with softmax or few-head linear self-attention.
 """
 
 from dataclasses import dataclass, replace
@@ -268,12 +268,11 @@ def check_text(text: jax.Array, mask: jax.Array, width: int) -> jax.Array:
     if text.ndim != 3 or text.shape[2] != width:
         raise InputError(f"text features are {list(text.shape)}, and must be [batch, token, {width}]")
     if mask.shape != text.shape[:2] or not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise InputError(
-            f"the text mask is {mask.dtype} {list(mask.shape)}, and must be bool {list(text.shape[:2])}: True for a token"
-        )
+        needed = f"bool {list(text.shape[:2])}, True where there is a token"
+        raise InputError(f"the text mask is {mask.dtype} {list(mask.shape)}, and must be {needed}")
     mask = mask != 0
     if not isinstance(mask, jax.core.Tracer) and not (seen := np.asarray(mask).any(axis=1)).all():
-        raise InputError(f"text {int(np.argmin(seen))} of the batch has no token in its mask: every prompt has at least one")
+        raise InputError(f"text {int(np.argmin(seen))} of the batch has no token in its mask: each needs one")
     return jnp.asarray(mask)
 
 

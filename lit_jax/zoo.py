@@ -9,9 +9,11 @@ from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_dono
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
+from lit_jax import pixart, pixart_formats, pixart_verify
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
+from lit_jax.pixart import PixArt, PixArtConfig
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
@@ -28,7 +30,17 @@ FAMILY = Family(
     embedded=EMBEDDED,
     lookalikes=LOOKALIKES,
 )
-FAMILIES = (FAMILY, AUTOENCODERS)
+PIXART = Family(
+    name="pixart",
+    module=PixArt,
+    config=partial(from_json, PixArtConfig),
+    formats=pixart_formats.FORMATS,
+    sidecars=pixart_formats.sidecars,
+    verify=pixart_verify.verify,
+    parameters=pixart.parameters,
+    macs=pixart.macs,
+)
+FAMILIES = (FAMILY, PIXART, AUTOENCODERS)
 
 LINEAR_HEADS = {384: 2, 768: 3, 1024: 4, 1152: 4}
 _SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "xl": (1152, 28)}

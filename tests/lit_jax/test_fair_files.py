@@ -191,7 +191,7 @@ def test_models_that_predict_something_else_are_refused(args, words, tmp_path):
         ("blocks.1.moe.experts.3.gate_proj.weight", "a DiT-MoE"),
         ("temp_embed", "a Latte, which draws videos"),
         ("blocks.0.mlp.w12.weight", "a LightningDiT"),
-        ("t_block.1.weight", "a PixArt, which draws from text"),
+        ("attention_y_norm.weight", "a Sana: of the models that draw from text only PixArt-Sigma and its LiT are read"),
         ("en_inblocks.0.attn.qkv.weight", "a masked diffusion transformer"),
     ],
 )
