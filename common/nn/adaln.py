@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from heirloom.common.nn.block import Block, Remat, each, modulate, scan, stack
+from heirloom.common.nn.block import Block, CrossBlock, Remat, each, modulate, scan, stack
 from heirloom.common.nn.dense import Dense, Sizes, normal, param, xavier_uniform, zeros
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.nn.precision import add
@@ -35,7 +36,7 @@ class ModulatedTransformer(nnx.Module):
     itself. The last map starts at zero: at first the output is 0.
 
     sizes: of `embed`, `hidden` and the axes of `written`. attention: makes the module that mixes tokens, called with
-    `rngs`. written: the axes of one token's output, such as "latent". cross: see `Block`.
+    `rngs`. written: the axes of one token's output, such as "latent". cross: see `CrossBlock`.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class ModulatedTransformer(nnx.Module):
     ):
         def block(rngs: nnx.Rngs) -> Block:
             init: dict[str, Any] = dict(up=XAVIER, down=XAVIER, bias=zeros, activation="gelu_tanh", eps=EPS)
-            return Block(sizes, attention=attention, cross=cross, **init, affine=False, rngs=rngs)
+            make = Block if cross is None else partial(CrossBlock, cross=cross)
+            return make(sizes, attention=attention, **init, affine=False, rngs=rngs)
 
         self.blocks = stack(block, layers, rngs)
         self.final_norm = LayerNorm(sizes, eps=EPS, affine=False, rngs=rngs)

@@ -22,11 +22,9 @@ _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
-    attention: called with `rngs`, makes the module that mixes tokens. cross: makes a `CrossAttention`; between the two
-    steps x + cross(x) is computed, without a norm and without a gate (PixArt-alpha §2.3). affine=False: norms without
-    parameters, for calls with a modulation [part, batch, embed]: shift, scale and gate of the attention, then of the
-    MLP (adaLN-Zero; DiT §3.2). Calls: memory and mask go to `cross`; grid, the (rows, columns) of the tokens, goes to
-    `attention`, if given.
+    attention: called with `rngs`, makes the module that mixes tokens. affine=False: norms without parameters, for calls
+    with a modulation [part, batch, embed]: shift, scale and gate of the attention, then of the MLP (adaLN-Zero; DiT
+    §3.2).
     """
 
     def __init__(
@@ -40,35 +38,55 @@ class Block(nnx.Module):
         down: Init = uniform_fan_in,
         bias: Init = uniform_fan_in,
         affine: bool = True,
-        cross: Callable[..., nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ):
         self.attn_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.attn: Any = attention(rngs=rngs)
         self.mlp_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
-        self.cross: Any = None if cross is None else cross(rngs=rngs)
 
-    def __call__(
+    def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
+        if modulation is None:
+            x = x + self.attn(self.attn_norm(x))
+            return x + self.mlp(self.mlp_norm(x))
+        parts = modulation[:, :, None].astype(x.dtype)
+        x = gated(self.attn, self.attn_norm, x, parts[:3])
+        return gated(self.mlp, self.mlp_norm, x, parts[3:])
+
+
+class CrossBlock(Block):
+    """A modulated block that reads another sequence between its two steps: x + cross(x), without a norm and without a
+    gate (PixArt-alpha §2.3).
+
+    cross: called with `rngs`, makes the `CrossAttention`; it gets the memory and the mask of a call. grid: goes to the
+    attention, if given.
+    """
+
+    def __init__(self, sizes: Sizes, *, cross: Callable[..., nnx.Module], rngs: nnx.Rngs, **options: Any):
+        super().__init__(sizes, rngs=rngs, **options)
+        self.cross: Any = cross(rngs=rngs)
+
+    def __call__(  # type: ignore[override]  # without a modulation and a memory there is nothing to compute
         self,
         x: jax.Array,
-        modulation: jax.Array | None = None,
-        memory: KeyValue | None = None,
+        modulation: jax.Array,
+        memory: KeyValue,
         *,
         mask: jax.Array | None = None,
         grid: Grid | None = None,
     ) -> jax.Array:
+        parts = modulation[:, :, None].astype(x.dtype)
         attn = self.attn if grid is None else partial(self.attn, grid=grid)
-        if modulation is None:
-            x = x + attn(self.attn_norm(x))
-        else:
-            parts = modulation[:, :, None].astype(x.dtype)
-            x = x + parts[2] * attn(modulate(self.attn_norm(x), parts[0], parts[1]))
-        if self.cross is not None:
-            x = x + self.cross(x, memory, mask)
-        if modulation is None:
-            return x + self.mlp(self.mlp_norm(x))
-        return x + parts[5] * self.mlp(modulate(self.mlp_norm(x), parts[3], parts[4]))
+        x = gated(attn, self.attn_norm, x, parts[:3])
+        x = x + self.cross(x, memory, mask)
+        return gated(self.mlp, self.mlp_norm, x, parts[3:])
+
+
+def gated(
+    branch: Callable[[jax.Array], jax.Array], norm: Callable[[jax.Array], jax.Array], x: jax.Array, parts: jax.Array
+) -> jax.Array:
+    """Returns x + gate * branch(modulated norm of x). parts: shift, scale and gate, each broadcast against `x`."""
+    return x + parts[2] * branch(modulate(norm(x), parts[0], parts[1]))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
