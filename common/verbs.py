@@ -77,7 +77,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def inherit(args: argparse.Namespace) -> None:
-    record = _recipe(args.config, "inherit").inherit(args.destination, force=args.force)
+    record = _recipe(args.config, "inherit", args.flags).inherit(args.destination, force=args.force)
     _write_json(args, record)
     print(f"{args.destination}: {record['fraction']:.1%} of the parameters come from {record['source']}")
 

@@ -13,7 +13,7 @@ from lit_jax import pixart, pixart_formats, pixart_verify
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
-from lit_jax.pixart import PixArt, PixArtConfig
+from lit_jax.pixart import PixArt, PixArtConfig, published_interpolation
 from lit_jax.verify import verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
@@ -66,6 +66,22 @@ def lit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
     return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
 
 
+PIXART_512 = "hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS/transformer"
+PIXART_1024 = "hf:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/transformer"
+
+
+def pixart_sigma(pixels: int = 512) -> PixArtConfig:
+    """Return the config of PixArt-Sigma for pictures of 256, 512, 1024 or 2048 pixels."""
+    size = pixels // 8
+    return PixArtConfig(size=size, interpolation=published_interpolation(size))
+
+
+def text_lit(pixels: int = 512) -> PixArtConfig:
+    """Return the config of the text-to-image LiT: few-head linear self-attention, all else as in PixArt-Sigma."""
+    cfg = pixart_sigma(pixels)
+    return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
+
+
 PUBLISHED = {DIT_XL_2_256: dit("xl"), DIT_XL_2_512: dit("xl", pixels=512)}
 
 
@@ -78,3 +94,13 @@ def outline(source: str) -> Donor | Outline:
 def open_dit(source: str, **overrides: Any) -> Donor:
     """Open any DiT or LiT by SOURCE, lazily. Raises InputError if it does not exist or is another model."""
     return open_donor(locate(source, EMBEDDED), [FAMILY], **overrides)
+
+
+def open_pixart(source: str, **overrides: Any) -> Donor:
+    """Open any PixArt-Sigma or text-to-image LiT by SOURCE, lazily; of a pipeline folder, its transformer. Raises
+    InputError if it does not exist or is another model.
+    """
+    path = locate(source)
+    if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
+        path = path / "transformer"
+    return open_donor(path, [PIXART], **overrides)
