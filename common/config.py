@@ -49,8 +49,9 @@ def is_recipe(name: str) -> bool:
     )
 
 
-def load(name: str, flags: Sequence[str] = ()) -> Recipe:
-    """Returns the config of a shipped recipe or of a file, with fields set by flags (`--optim.lr 3e-4`).
+def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
+    """Returns the config of a shipped recipe or of a file, with fields set by flags (`--optim.lr 3e-4`). verb: for the
+    help text.
 
     Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag
     that has no effect in this recipe (`cfg.idle()`).
@@ -90,7 +91,7 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
         for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
             if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
                 raise InputError(f"{flag} does nothing in this recipe, {why}")
-    cfg = parse(cfg, flags, f"heirloom train {name}", module.__doc__)
+    cfg = parse(cfg, flags, f"heirloom {verb} {name}", module.__doc__)
     all_local(cfg)
     return cfg
 

@@ -122,7 +122,7 @@ def sizes_of(tensors: Tensors) -> dict[str, Any]:
         raise InputError(f"looks like a DiT or PixArt, but its tensors do not tell the sizes ({error})") from error
     if patch != patch_col:
         raise InputError(f"its patches are {patch} x {patch_col}: only square patches are read")
-    if width % 4:
+    if width % 4 or not width:
         raise InputError(f"its width is {width}: the position table needs a multiple of 4")
     if written != 2 * channels * patch**2:
         if written == channels * patch**2:

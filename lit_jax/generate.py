@@ -19,6 +19,7 @@ from lit_jax.decode import PictureDecoder, open_pictures
 from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
+from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
 SEEDS = 2**32
@@ -31,11 +32,7 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     The remaining flags are fields of `SampleConfig`. Raises InputError for an unknown class or flag, and for latents
     without an autoencoder.
     """
-    if not isinstance(donor.cfg, DitConfig):
-        raise InputError(
-            f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
-            " --autoencoder"
-        )
+    check_draws_classes(donor)
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     if args.count < 1:
         raise InputError(f"--count {args.count}: draw 1 picture of each class, or more")

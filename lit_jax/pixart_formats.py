@@ -27,7 +27,7 @@ SIDECAR = "pixart.json"
 SIGMA_TOKENS, ALPHA_TOKENS = 300, 120  # of a prompt
 PUBLISHED_HEADS = {1152: 16}
 PUBLISHED_SIZES = (32, 64, 128, 256)
-NULL_TEXT = "y_embedder.y_embedding"
+NULL_TEXT, CAPTION = "y_embedder.y_embedding", "y_embedder.y_proj.fc1.weight"
 _ALPHA = "a PixArt-alpha with embedders of resolution and aspect ratio: only PixArt-Sigma, which has none, is read"
 RELATIVES = (
     Lookalike("csize_embedder.*", _ALPHA),
@@ -59,12 +59,12 @@ def _read_released(found: Found) -> Read | None:
     if not _is_pixart(tensors, "t_block.1.weight"):
         return None
     sizes, known, guesses = sizes_of(tensors), _sidecar(found), list[Guess]()
-    width, null = sizes["width"], tensors.get(NULL_TEXT)
-    if "y_embedder.y_proj.fc1.weight" not in tensors:
-        raise InputError("looks like a PixArt, but its tensor 'y_embedder.y_proj.fc1.weight' is missing")
-    sizes["text_width"] = tensors["y_embedder.y_proj.fc1.weight"].shape[-1]
-    sizes["null_text"] = null is not None
-    sizes["text_tokens"], guess = _text_tokens(len(null) if null is not None else known.get("text_tokens"))
+    width, caption, null = sizes["width"], tensors.get(CAPTION), tensors.get(NULL_TEXT)
+    if caption is None or caption.ndim != 2:
+        raise InputError(f"looks like a PixArt, but its tensor {CAPTION!r} is missing or no matrix")
+    sizes |= dict(text_width=caption.shape[1], null_text=null is not None)
+    rows = known.get("text_tokens") if null is None else null.shape[0] if null.ndim else 0
+    sizes["text_tokens"], guess = _text_tokens(rows)
     guesses += guess
     positions = _positions(tensors, sizes["patch"], width)
     size = positions.size if positions else known.get("size", 0)
@@ -137,7 +137,7 @@ def _positions(tensors: Tensors, patch: int, width: int) -> Positions | None:
     if side**2 == count and table.size == count * width:
         flat = np.asarray(table, np.float64).reshape(-1, width)
         step = atan2(flat[1, 0], flat[1, width // 4]) if side > 1 else 1.0  # position of the second column
-        near = [float(Fraction(1 / step).limit_denominator(100))] if step > 0 else []
+        near = [float(Fraction(1 / step).limit_denominator(100))] if step > 1e-3 else []
         for interpolation in (*map(published_interpolation, PUBLISHED_SIZES), *near):
             ours = sincos(side, side, width, side / interpolation).reshape(-1, width) if interpolation else None
             if ours is not None and agrees(table.reshape(-1, width), ours):

@@ -7,6 +7,7 @@ from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
+from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
 from lit_jax import pixart, pixart_formats, pixart_verify
@@ -89,6 +90,17 @@ def outline(source: str) -> Donor | Outline:
     """Open a teacher for `heirloom compile`. Published ones are not downloaded, only their shapes are needed."""
     cfg = PUBLISHED.get(source)
     return Outline(FAMILY, cfg, functional(Dit, cfg)) if cfg else open_dit(source)
+
+
+def check_draws_classes(donor: Donor) -> None:
+    """Raise InputError for an autoencoder and for a model that draws from text."""
+    if isinstance(donor.cfg, PixArtConfig):
+        raise InputError(f"{donor.path} draws from text, and this command draws classes: name a DiT or LiT of classes")
+    if not isinstance(donor.cfg, DitConfig):
+        raise InputError(
+            f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
+            " --autoencoder"
+        )
 
 
 def open_dit(source: str, **overrides: Any) -> Donor:

@@ -224,3 +224,11 @@ def test_gradients_reach_every_trained_leaf():
     # A bias of all keys shifts every score alike: softmax does not see it, and its gradient is 0 but for rounding.
     zero = {path for path, value in gradients.items() if np.abs(value).max() < 1e-7}
     assert zero == {"memory/key/bias"}
+
+
+def test_commands_for_classes_refuse_a_text_model_by_name(tmp_path, capsys):
+    folder = folder_of(CFG, tmp_path / "ours")
+    for verb in ("sample", "eval"):
+        assert main([verb, str(folder)]) == 2
+        words = f"heirloom: {folder} draws from text, and this command draws classes: name a DiT or LiT of classes"
+        assert capsys.readouterr().err.strip() == words

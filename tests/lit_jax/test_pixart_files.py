@@ -5,7 +5,9 @@ name.
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -24,8 +26,9 @@ CFG = PixArtConfig(
     size=8, width=32, layers=2, heads=4, cross_heads=4, hidden=128, text_width=16, text_tokens=300, interpolation=2.0
 )
 LIT = replace(CFG, attention="linear", heads=2)
+GOLDEN = Path(__file__).parents[1] / "golden" / "pixart"
 FILE = "diffusion_pytorch_model.safetensors"
-NULL = "y_embedder.y_embedding"
+NULL, CAPTION = "y_embedder.y_embedding", "y_embedder.y_proj.fc1.weight"
 
 
 def drawn(spec, seed=0):
@@ -72,6 +75,14 @@ def changed(theirs, tmp_path, **config):
     shutil.copytree(theirs, folder)
     write_json(folder / "config.json", read_json(folder / "config.json") | config)
     return folder
+
+
+def test_predictions_are_those_of_diffusers():
+    donor, saved = open_donor(GOLDEN, FAMILIES), dict(np.load(GOLDEN / "outputs.npz"))
+    params = {path: np.asarray(view) for path, view in donor.source.values.items()}
+    with jax.default_matmul_precision("highest"):
+        ours = donor.model.apply(params, *(saved[name] for name in ("x", "t", "text", "mask")))
+    assert np.abs(ours - saved["prediction"]).max() / np.abs(saved["prediction"]).max() < 1e-5
 
 
 def test_a_pth_file_says_its_size_by_its_positions(tmp_path):
@@ -129,6 +140,11 @@ def test_relatives_are_refused_by_name(extra, words, tmp_path):
     ("change", "words"),
     [
         ({NULL: np.zeros((120, 16), np.float32)}, "a PixArt-alpha, for prompts of 120 tokens: only PixArt-Sigma"),
+        ({NULL: np.zeros((), np.float32)}, "the axis 'token' of a parameter has size 0"),
+        ({NULL: np.zeros((300, 8), np.float32)}, r"tensor 'y_embedder.y_embedding' has shape \(300, 8\)"),
+        ({CAPTION: np.zeros(32, np.float32)}, "its tensor 'y_embedder.y_proj.fc1.weight' is missing or no matrix"),
+        ({"pos_embed": np.full((1, 16, 32), np.nan, np.float32)}, "its position table, of 16 places, is not PixArt's"),
+        ({"pos_embed": np.zeros((), np.float32)}, "its position table, of 0 places, is not PixArt's"),
         ({"pos_embed": np.ones((1, 16, 32), np.float32)}, "its position table, of 16 places, is not PixArt's fixed"),
         ({"pos_embed": sincos(2, 8, 32)[None].reshape(1, 16, 32)}, "its position table, of 16 places, is not PixArt's"),
         ({"x_embedder.proj.weight": np.zeros((32, 4, 1, 2, 2), np.float32)}, "looks like a DiT or PixArt, but its"),
