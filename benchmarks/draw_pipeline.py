@@ -18,7 +18,7 @@ from heirloom.common.checkpoint.convert import Family
 from heirloom.common.checkpoint.weights import create_safetensors, write_json
 from heirloom.common.nn.functional import functional
 from lit_jax.autoencoder import AutoencoderConfig
-from lit_jax.pixart import INTERPOLATION, PixArtConfig
+from lit_jax.pixart import PixArtConfig, published_interpolation
 from lit_jax.text.t5 import t5
 from lit_jax.zoo import AUTOENCODERS, PIXART
 
@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--text", default="xxl", help="small, base, large, xl or xxl")
     args = parser.parse_args()
     size = args.pixels // 8
-    text_width = t5(args.text).width
-    cfg = PixArtConfig(size=size, interpolation=INTERPOLATION[size], layers=args.layers, text_width=text_width)
+    sizes = dict(size=size, layers=args.layers, text_width=t5(args.text).width)
+    cfg = PixArtConfig(**sizes, interpolation=published_interpolation(size))
     write_pipeline(args.folder, cfg, args.text, args.tokenizer)
 
 

@@ -95,7 +95,7 @@ VERBS = (
     ),
     Verb(
         "inherit",
-        "the student of a recipe cut from its donor, without training",
+        "the student of a recipe cut from its donor, without training; every field is a flag (--donor SOURCE)",
         (
             argument("config", metavar="CONFIG"),
             argument("destination", metavar="DEST", type=Path),

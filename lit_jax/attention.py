@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from heirloom.common.errors import InputError
+from heirloom.common.nn.block import Grid
 from heirloom.common.nn.dense import Dense, Sizes, param, uniform_fan_in, xavier_uniform, zeros
 from heirloom.common.nn.precision import add, product, widened
 from heirloom.common.train.mesh import ROWS
@@ -24,7 +25,9 @@ FOCUS = 3  # the power of the focused map
 
 
 class LinearAttention(nnx.Module):
-    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed] in raster order."""
+    """Linear attention plus a depthwise convolution of the values. `x` is [batch, token, embed] in raster order of
+    `grid`, its (rows, columns); None: a square.
+    """
 
     def __init__(
         self,
@@ -46,8 +49,7 @@ class LinearAttention(nnx.Module):
         self.heads = sizes["head"]
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
-        """grid: rows and columns of the tokens; None: a square."""
+    def __call__(self, x: jax.Array, grid: Grid | None = None) -> jax.Array:
         # Projections write the layout that the kernel reads, so that no transpose is needed between them.
         feature_major = self.features == "relu" and (self.implementation or choice().implementation) == "mosaic_tpu"
         project = _feature_major if feature_major else Dense.__call__
@@ -55,8 +57,8 @@ class LinearAttention(nnx.Module):
         weight = bias = None
         if self.depthwise is not None:
             weight, bias = self.depthwise.banks(self.heads)
-        options: dict[str, Any] = dict(eps=OFFSET, feature_offset=OFFSET, conv_weight=weight, conv_bias=bias, grid=grid)
-        options |= dict(implementation=self.implementation, shards=_shards(len(x), self.heads))
+        options: dict[str, Any] = dict(eps=OFFSET, feature_offset=OFFSET, conv_weight=weight, conv_bias=bias)
+        options |= dict(implementation=self.implementation, shards=_shards(len(x), self.heads), grid=grid)
         if feature_major:
             mixed = linear_attention(query, key, value, layout="bhdn", **options)
             y = product("bhdn,hde->bne", mixed, self.out.kernel[...])

@@ -209,11 +209,19 @@ def macs(cfg: DitConfig, spec: Spec) -> int:
     tokens).
     """
     once = [(pattern, 1) for pattern in ("time/**", "modulation/**", "final_modulation/**")]
-    # The taps of a shared bank serve every head.
-    depthwise = cfg.tokens * (cfg.heads if cfg.filters == "shared" else 1)
-    conv = [("blocks/attn/depthwise/**", depthwise)] if "blocks/attn/depthwise/kernel" in spec else []
-    total = sum(kernel_macs(spec, (*once, *conv, ("**", cfg.tokens))).values())
+    uses = (*once, *depthwise_uses(cfg, spec), ("**", cfg.tokens))
+    return sum(kernel_macs(spec, uses).values()) + mixing_macs(cfg, spec)
+
+
+def depthwise_uses(cfg: Any, spec: Spec) -> list[tuple[str, int]]:
+    """The taps of the depthwise branch for `kernel_macs`: those of a shared bank serve every head."""
+    uses = cfg.tokens * (cfg.heads if cfg.filters == "shared" else 1)
+    return [("blocks/attn/depthwise/**", uses)] if "blocks/attn/depthwise/kernel" in spec else []
+
+
+def mixing_macs(cfg: Any, spec: Spec) -> int:
+    """Multiply-accumulates of self-attention between the projections. cfg: a `DitConfig` or `PixArtConfig`."""
     if cfg.attention == "softmax":
-        return total + attention_macs(spec["blocks/attn/query/kernel"], cfg.tokens)
+        return attention_macs(spec["blocks/attn/query/kernel"], cfg.tokens)
     # The state, its readout, and the normaliser.
-    return total + cfg.layers * 2 * cfg.tokens * cfg.width * (cfg.head_dim + 1)
+    return cfg.layers * 2 * cfg.tokens * cfg.width * (cfg.head_dim + 1)

@@ -20,11 +20,11 @@ from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
 from lit_jax.decode import open_pictures
-from lit_jax.dit import DitConfig
 from lit_jax.drawn import Drawn
 from lit_jax.generate import SEEDS, draw_batches
 from lit_jax.origin import read_origin
 from lit_jax.sample import SampleConfig, drawer, picture_keys
+from lit_jax.zoo import check_draws_classes
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     The reference is read and measured before anything is drawn. Raises InputError without features or reference, and
     for a model or a reference that cannot be compared.
     """
-    if not isinstance(donor.cfg, DitConfig):
-        raise InputError(
-            f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
-            " --autoencoder"
-        )
+    check_draws_classes(donor)
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")

@@ -33,7 +33,7 @@ _UNUSED: dict[str, Any] = dict(
     use_linear_projection=False,
     attention_type="default",
 ) | dict(caption_channels=None, interpolation_scale=None, use_additional_conditions=None, double_self_attention=False)
-
+_SANA = "a Sana: of the models that draw from text only PixArt-Sigma and its LiT are read"
 
 LOOKALIKES = (
     Lookalike(
@@ -48,12 +48,12 @@ LOOKALIKES = (
     ),
     Lookalike("temp_embed", "a Latte, which draws videos: only DiTs are read"),
     Lookalike("temporal_transformer_blocks.*", "a Latte, which draws videos: only DiTs are read"),
-    Lookalike("caption_norm.weight", "a Sana, which draws from text: only DiT, LiT and PixArt-Σ are read"),
-    Lookalike("attention_y_norm.weight", "a Sana, which draws from text: only DiT, LiT and PixArt-Σ are read"),
-    Lookalike("*joint_blocks.*", "a Stable Diffusion 3: only DiT, LiT and PixArt-Σ are read"),
-    Lookalike("*double_blocks.*", "a FLUX: only DiT, LiT and PixArt-Σ are read"),
-    Lookalike("*diffusion_model.input_blocks.*", "a U-Net of latent diffusion: only DiT, LiT and PixArt-Σ are read"),
-    Lookalike("down_blocks.*.attentions.*", "a U-Net of diffusers: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("caption_norm.weight", _SANA),
+    Lookalike("attention_y_norm.weight", _SANA),
+    Lookalike("*joint_blocks.*", "a Stable Diffusion 3: only DiT, PixArt-Sigma and their LiTs are read"),
+    Lookalike("*double_blocks.*", "a FLUX: only DiT, PixArt-Σ and their LiTs are read"),
+    Lookalike("*diffusion_model.input_blocks.*", "a U-Net: only DiT, PixArt-Sigma and their LiTs are read"),
+    Lookalike("down_blocks.*.attentions.*", "a U-Net: only DiT, PixArt-Sigma and their LiTs are read"),
 )
 
 
@@ -78,9 +78,8 @@ def _read_fair(found: Found) -> Read | None:
         )
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
-    attention = (
-        dict(attention="softmax", heads=0) if "blocks.0.attn.qkv.weight" in tensors else linear_settings(tensors, width)
-    )
+    softmax = "blocks.0.attn.qkv.weight" in tensors
+    attention = dict(attention="softmax", heads=0) if softmax else linear_attention_of(tensors, width)
     if "heads" in known:
         attention["heads"] = known["heads"]
     elif attention["attention"] == "softmax" and width in SOFTMAX_HEADS:
@@ -114,24 +113,24 @@ def _read_fair(found: Found) -> Read | None:
 
 
 def sizes_of(tensors: Tensors) -> dict[str, Any]:
-    """Read the sizes of any DiT from its tensor shapes. Raises InputError for an unsupported architecture."""
+    """Read the sizes of any DiT or PixArt from its tensor shapes. Raises InputError for an unsupported architecture."""
     try:
         width, channels, patch, patch_col = tensors["x_embedder.proj.weight"].shape
         layers = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
         hidden, written = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors["final_layer.linear.weight"])
     except (KeyError, ValueError) as error:
-        raise InputError(f"looks like a DiT, but its tensors do not tell the sizes ({error})") from error
+        raise InputError(f"looks like a DiT or PixArt, but its tensors do not tell the sizes ({error})") from error
     if patch != patch_col:
-        raise InputError(f"its patches are {patch} x {patch_col}: only DiTs with square patches are read")
-    if width % 4:
-        raise InputError(f"its width is {width}: a DiT's position table needs a multiple of 4")
+        raise InputError(f"its patches are {patch} x {patch_col}: only square patches are read")
+    if width % 4 or not width:
+        raise InputError(f"its width is {width}: the position table needs a multiple of 4")
     if written != 2 * channels * patch**2:
         if written == channels * patch**2:
             raise InputError(
-                "it predicts no variance (learn_sigma=False): only DiTs that predict noise and variance are read"
+                "it predicts no variance (learn_sigma=False): only models that predict noise and variance are read"
             )
         raise InputError(
-            f"its last layer writes {written} numbers a patch: a DiT of {channels} channels writes"
+            f"its last layer writes {written} numbers a patch: with {channels} channels it should be"
             f" {2 * channels * patch**2}"
         )
     return dict(channels=channels, patch=patch, width=width, layers=layers, hidden=hidden)
@@ -181,7 +180,7 @@ def _classes(rows: int, known: int | None) -> tuple[int, list[Guess]]:
     return rows - 1, [Guess("classes", rows - 1, f"the table has {rows} rows, and the last is taken for no class")]
 
 
-def linear_settings(tensors: Tensors, width: int) -> dict[str, Any]:
+def linear_attention_of(tensors: Tensors, width: int) -> dict[str, Any]:
     """Read LiT's attention settings; the number of heads follows from a shared bank of filters."""
     features = "focused" if "blocks.0.attn.scale" in tensors else "relu"
     bank = tensors.get("blocks.0.attn.dwc.weight")
@@ -289,10 +288,10 @@ def _read_diffusers(found: Found) -> Read | None:
             f"{fields.where}: out_channels is {written}; only DiTs that predict noise and variance ({2 * channels}) are"
             " read"
         )
-    return Read(cfg, _scheduler(found))
+    return Read(cfg, predicts_noise(found))
 
 
-def _scheduler(found: Found) -> tuple[Guess, ...]:
+def predicts_noise(found: Found) -> tuple[Guess, ...]:
     """Check that the pipeline's scheduler config says that the model predicts noise; returns a guess if there is
     none.
     """
@@ -300,7 +299,7 @@ def _scheduler(found: Found) -> tuple[Guess, ...]:
         kind = fields.text("_class_name", "")
         if any(word in kind for word in ("Flow", "EDM", "Consistency")):
             raise InputError(
-                f"{fields.where}: {kind} samples models of another kind; only DiTs, which predict noise, are read"
+                f"{fields.where}: {kind} samples models of another kind; only models that predict noise are read"
             )
         fields.fixed("prediction_type", "epsilon")
         fields.fixed("num_train_timesteps", 1000)
@@ -311,7 +310,7 @@ def _scheduler(found: Found) -> tuple[Guess, ...]:
         fields.fixed("rescale_betas_zero_snr", False)
         return ()
     return (
-        Guess("prediction", "noise", "no scheduler_config.json next to the transformer says it, and published DiTs do"),
+        Guess("prediction", "noise", "no scheduler_config.json next to the transformer says it; published models do"),
     )
 
 

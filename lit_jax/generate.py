@@ -22,6 +22,7 @@ from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
 from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
+from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
 SEEDS = 2**32
@@ -35,13 +36,9 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """
     if isinstance(donor.cfg, PixArtConfig):
         return sample_prompts(donor, args)
+    check_draws_classes(donor)
     if args.prompt is not None or args.prompts is not None:
         raise InputError(f"{donor.path} draws classes, not prompts: give --class N")
-    if not isinstance(donor.cfg, DitConfig):
-        raise InputError(
-            f"{donor.path} is an autoencoder, which draws no pictures: name a DiT or LiT, and pass this as"
-            " --autoencoder"
-        )
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     count, out = 4 if args.count is None else args.count, args.out or Path("samples.png")
     if count < 1:

@@ -1,4 +1,6 @@
-"""Which weights a LiT inherits from a DiT or a PixArt-Σ (LiT §3.3): all but self-attention, unless asked for more."""
+"""Which weights a LiT inherits from a DiT or PixArt-Sigma (LiT §3.3): all but self-attention, whose projections are
+optional.
+"""
 
 from typing import Literal
 
@@ -8,25 +10,27 @@ from heirloom.common.surgery.plan import Maps, Plan
 from lit_jax.dit import DitConfig
 from lit_jax.pixart import PixArtConfig
 
-Donors = DitConfig | PixArtConfig
 Keep = Literal["none", "o", "v", "kv", "qkv", "qkvo", "q", "all"]
+_SHAPE = ("channels", "patch", "width", "layers", "hidden")  # fields that donor and student share
 _PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
-SAME = ("channels", "patch", "width", "layers", "hidden")
-OF_DIT = ("classes", "null_class")
-OF_PIXART = ("cross_heads", "text_width", "text_tokens", "null_text")
-
-
-def graft_attention(donor: Donors, student: Donors, keep: Keep = "none") -> Plan:
-    """Make the plan from a DiT or a PixArt-Σ to a student of the same shape with other self-attention.
+def graft_attention(donor: DitConfig | PixArtConfig, student: DitConfig | PixArtConfig, keep: Keep = "none") -> Plan:
+    """Make the plan from a DiT or PixArt to a student of the same shape with other self-attention.
 
     keep: projections of self-attention that are inherited as well. The paper and its class-conditional code keep none,
-    its text-to-image code "o"; "all" is for a donor with the same attention, such as a LiT of another resolution.
-    Regrouping heads leaves each projection as it is, channel by channel; what the layer computes changes. Raises
-    InputError when the shapes differ.
+    its text-to-image code "o" (cross-attention is always inherited); "all" is for a donor with the same attention, such
+    as a LiT of another resolution. Regrouping heads leaves each projection as it is, channel by channel; what the layer
+    computes changes. Raises InputError when the shapes differ.
     """
-    for name in (*SAME, *(OF_DIT if isinstance(student, DitConfig) else OF_PIXART)):
+    if type(donor) is not type(student):
+        kinds = {DitConfig: "draws classes", PixArtConfig: "draws from text"}
+        raise InputError(f"the student {kinds[type(student)]}, the donor {kinds[type(donor)]}: both must do the same")
+    if isinstance(student, DitConfig):
+        shape = (*_SHAPE, "classes", "null_class")
+    else:
+        shape = (*_SHAPE, "text_width", "cross_heads")
+    for name in shape:
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(f"the student's {name} is {sizes}: a LiT has its donor's shape")

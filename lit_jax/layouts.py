@@ -3,37 +3,40 @@
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import Layout
 from lit_jax.dit import DitConfig
+from lit_jax.pixart import PixArtConfig
 
 Rows = tuple[tuple[str, ...], ...]
 PATCH = "embed channel patch_row patch_col"
 
 
-def linear_rows(ours: str, theirs: str) -> Rows:
-    """Rows of a linear layer."""
+def linear(ours: str, theirs: str) -> Rows:
+    """Rows of a linear map."""
     return ((f"{ours}/kernel", f"{theirs}.weight"), (f"{ours}/bias", f"{theirs}.bias"))
 
 
-def packed(module: str, ours: tuple[str, ...], theirs: str) -> Rows:
-    """Rows for several projections of a module, packed into one matrix in this order."""
-    leaves = {"kernel": "weight", "bias": "bias"}
+def packed(ours: str, projections: tuple[str, ...], theirs: str) -> Rows:
+    """Rows for several projections of an attention, packed into one matrix in this order."""
     return tuple(
-        (" + ".join(f"{module}/{p}/{leaf}" for p in ours), f"{theirs}.{name}") for leaf, name in leaves.items()
+        (" + ".join(f"{ours}/{p}/{leaf}" for p in projections), f"{theirs}.{name}") for leaf, name in _LEAVES.items()
     )
 
 
-def mixing(attention: str, filters: str) -> Rows:
-    """Rows of self-attention in the files of DiT and PixArt; of linear attention, in those of LiT's release."""
-    attn, of = "blocks.{layer}.attn", "blocks/attn"
-    out = linear_rows(f"{of}/out", f"{attn}.proj")
-    if attention == "softmax":
-        return (*packed(of, ("query", "key", "value"), f"{attn}.qkv"), *out)
-    channels = "head_dim" if filters == "shared" else "(head head_dim)"
+_LEAVES = {"kernel": "weight", "bias": "bias"}
+
+
+def self_attention(cfg: DitConfig | PixArtConfig) -> Rows:
+    """Rows of self-attention in facebookresearch/DiT's and PixArt's files; with linear attention, in LiT's release."""
+    ours, theirs = "blocks/attn", "blocks.{layer}.attn"
+    out = linear(f"{ours}/out", f"{theirs}.proj")
+    if cfg.attention == "softmax":
+        return (*packed(ours, ("query", "key", "value"), f"{theirs}.qkv"), *out)
+    channels = "head_dim" if cfg.filters == "shared" else "(head head_dim)"
     return (
-        *packed(of, ("query",), f"{attn}.q"),
-        *packed(of, ("key", "value"), f"{attn}.kv"),
-        (f"{of}/depthwise/kernel", f"{attn}.dwc.weight", f"{channels} 1 filter_row filter_col"),
-        (f"{of}/depthwise/bias", f"{attn}.dwc.bias", channels),
-        (f"{of}/scale", f"{attn}.scale", "1 1 (head head_dim)"),
+        *packed(ours, ("query",), f"{theirs}.q"),
+        *packed(ours, ("key", "value"), f"{theirs}.kv"),
+        (f"{ours}/depthwise/kernel", f"{theirs}.dwc.weight", f"{channels} 1 filter_row filter_col"),
+        (f"{ours}/depthwise/bias", f"{theirs}.dwc.bias", channels),
+        (f"{ours}/scale", f"{theirs}.scale", "1 1 (head head_dim)"),
         *out,
     )
 
@@ -45,15 +48,15 @@ def fair(cfg: DitConfig) -> Layout:
         rows=(
             ("patch/project/kernel", "x_embedder.proj.weight", PATCH),
             ("patch/project/bias", "x_embedder.proj.bias"),
-            *linear_rows("time/up", "t_embedder.mlp.0"),
-            *linear_rows("time/down", "t_embedder.mlp.2"),
+            *linear("time/up", "t_embedder.mlp.0"),
+            *linear("time/down", "t_embedder.mlp.2"),
             ("label/table", "y_embedder.embedding_table.weight", "label embed"),
-            *linear_rows("modulation", "blocks.{layer}.adaLN_modulation.1"),
-            *mixing(cfg.attention, cfg.filters),
-            *linear_rows("blocks/mlp/up", "blocks.{layer}.mlp.fc1"),
-            *linear_rows("blocks/mlp/down", "blocks.{layer}.mlp.fc2"),
-            *linear_rows("final_modulation", "final_layer.adaLN_modulation.1"),
-            *linear_rows("final", "final_layer.linear"),
+            *linear("modulation", "blocks.{layer}.adaLN_modulation.1"),
+            *self_attention(cfg),
+            *linear("blocks/mlp/up", "blocks.{layer}.mlp.fc1"),
+            *linear("blocks/mlp/down", "blocks.{layer}.mlp.fc2"),
+            *linear("final_modulation", "final_layer.adaLN_modulation.1"),
+            *linear("final", "final_layer.linear"),
         ),
         constant={"pos_embed": sincos(cfg.grid, cfg.grid, cfg.width).reshape(1, cfg.tokens, cfg.width)},
     )
@@ -65,18 +68,18 @@ DIFFUSERS = Layout(
         ("patch/project/kernel", "pos_embed.proj.weight", PATCH),
         ("patch/project/bias", "pos_embed.proj.bias"),
         # Every block has a copy of the embedders.
-        *linear_rows("time/up", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_1"),
-        *linear_rows("time/down", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_2"),
+        *linear("time/up", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_1"),
+        *linear("time/down", "transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_2"),
         ("label/table", "transformer_blocks.{layer}.norm1.emb.class_embedder.embedding_table.weight", "label embed"),
-        *linear_rows("modulation", "transformer_blocks.{layer}.norm1.linear"),
-        *linear_rows("blocks/attn/query", "transformer_blocks.{layer}.attn1.to_q"),
-        *linear_rows("blocks/attn/key", "transformer_blocks.{layer}.attn1.to_k"),
-        *linear_rows("blocks/attn/value", "transformer_blocks.{layer}.attn1.to_v"),
-        *linear_rows("blocks/attn/out", "transformer_blocks.{layer}.attn1.to_out.0"),
-        *linear_rows("blocks/mlp/up", "transformer_blocks.{layer}.ff.net.0.proj"),
-        *linear_rows("blocks/mlp/down", "transformer_blocks.{layer}.ff.net.2"),
-        *linear_rows("final_modulation", "proj_out_1"),
-        *linear_rows("final", "proj_out_2"),
+        *linear("modulation", "transformer_blocks.{layer}.norm1.linear"),
+        *linear("blocks/attn/query", "transformer_blocks.{layer}.attn1.to_q"),
+        *linear("blocks/attn/key", "transformer_blocks.{layer}.attn1.to_k"),
+        *linear("blocks/attn/value", "transformer_blocks.{layer}.attn1.to_v"),
+        *linear("blocks/attn/out", "transformer_blocks.{layer}.attn1.to_out.0"),
+        *linear("blocks/mlp/up", "transformer_blocks.{layer}.ff.net.0.proj"),
+        *linear("blocks/mlp/down", "transformer_blocks.{layer}.ff.net.2"),
+        *linear("final_modulation", "proj_out_1"),
+        *linear("final", "proj_out_2"),
     ),
     ignore=("pos_embed.pos_embed",),
     differs=(

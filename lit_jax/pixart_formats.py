@@ -1,142 +1,222 @@
-"""Reads and writes configs of other text-to-image transformers: PixArt-Σ's files, LiT's release, diffusers' folders."""
+"""Reads and writes configs of other PixArt-Sigmas: the released .pth files, where tensors give the config, and
+diffusers' folders.
+"""
 
 from fnmatch import fnmatchcase
-from math import isqrt
+from fractions import Fraction
+from math import atan2, isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
 
 from heirloom.common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.adaln import EPS
 from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import pixart_layouts
+from lit_jax.attention import Features
 from lit_jax.components import pipeline_of, write_pipeline_of
-from lit_jax.formats import linear_settings, sizes_of
+from lit_jax.formats import LOOKALIKES, linear_attention_of, predicts_noise, sizes_of
 from lit_jax.origin import copy_origin
-from lit_jax.pixart import INTERPOLATION, PixArtConfig
+from lit_jax.pixart import PixArtConfig, published_interpolation
 
 SIDECAR = "pixart.json"
-FILE = "diffusion_pytorch_model.safetensors"
-SIGMA_TOKENS, ALPHA_TOKENS = 300, 120
-_ALPHA = "a PixArt-α, whose embedders of size and aspect ratio PixArt-Σ lacks: only PixArt-Σ and LiT are read"
-_COMPRESSED = (
-    "a PixArt-Σ with compressed keys and values (kvcompress): only those without, such as 512-MS and 1024-MS, are read"
-)
-LOOKALIKES = (
+SIGMA_TOKENS, ALPHA_TOKENS = 300, 120  # of a prompt
+PUBLISHED_HEADS = {1152: 16}
+PUBLISHED_SIZES = (32, 64, 128, 256)
+NULL_TEXT, CAPTION = "y_embedder.y_embedding", "y_embedder.y_proj.fc1.weight"
+_ALPHA = "a PixArt-alpha with embedders of resolution and aspect ratio: only PixArt-Sigma, which has none, is read"
+RELATIVES = (
     Lookalike("csize_embedder.*", _ALPHA),
     Lookalike("ar_embedder.*", _ALPHA),
     Lookalike("adaln_single.emb.resolution_embedder.*", _ALPHA),
-    Lookalike("blocks.*.attn.sr.*", _COMPRESSED),
-    Lookalike("transformer_blocks.*.attn1.norm_q.*", "a transformer with normalised queries, which PixArt-Σ lacks"),
-    Lookalike("caption_norm.weight", "a Sana, another architecture: only DiT, LiT and PixArt-Σ are read"),
+    Lookalike("adaln_single.emb.aspect_ratio_embedder.*", _ALPHA),
+    Lookalike(
+        "*.attn.sr.*", "a PixArt-Sigma with compressed keys and values (kv_compress): only those without are read"
+    ),
+    Lookalike("*.attn.[qk]_norm.*", "a PixArt with normalised queries and keys (qk_norm): only those without are read"),
+    Lookalike("controlnet.*", "a ControlNet of PixArt: only the PixArt-Sigma that it belongs to is read"),
+    Lookalike("*.attn_temp.*", "an Open-Sora, which draws videos: only PixArt-Sigma and its LiT are read"),
 )
-_MEANT = {"t_block.1.weight", "y_embedder.y_proj.fc1.weight", "blocks.0.scale_shift_table"}
+"""Checkpoints that share PixArt-Sigma's names and have parts that it does not have."""
 
 
-def _looks_alike(tensors: Tensors) -> bool:
-    return any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES)
+def _is_pixart(tensors: Tensors, key: str) -> bool:
+    """Whether the tensors are a PixArt with this key. Raises InputError for a relative of PixArt-Sigma."""
+    if key not in tensors or any(fnmatchcase(name, other.keys) for name in tensors for other in LOOKALIKES):
+        return False
+    for relative in RELATIVES:
+        if any(fnmatchcase(name, relative.keys) for name in tensors):
+            raise InputError(relative.advice)
+    return True
 
 
-def _read_pixart(found: Found) -> Read | None:
+def _read_released(found: Found) -> Read | None:
     tensors = found.tensors
-    if not tensors.keys() >= _MEANT or _looks_alike(tensors):
+    if not _is_pixart(tensors, "t_block.1.weight"):
         return None
-    null = tensors.get("y_embedder.y_embedding")
-    if null is not None and len(null) == ALPHA_TOKENS:
-        raise InputError(f"its empty text has {ALPHA_TOKENS} tokens, so it is {_ALPHA}")
-    sizes = sizes_of(tensors)
-    known, guesses = _sidecar(found), list[Guess]()
-    known |= _placed(tensors, sizes["patch"], sizes["width"])
-    if "size" not in known:
-        why = "its weights are those of any size; it is 32, 64, 128 or 256 for pictures of 256, 512, 1024, 2048 pixels"
+    sizes, known, guesses = sizes_of(tensors), _sidecar(found), list[Guess]()
+    width, caption, null = sizes["width"], tensors.get(CAPTION), tensors.get(NULL_TEXT)
+    if caption is None or caption.ndim != 2:
+        raise InputError(f"looks like a PixArt, but its tensor {CAPTION!r} is missing or no matrix")
+    sizes |= dict(text_width=caption.shape[1], null_text=null is not None)
+    rows = known.get("text_tokens") if null is None else null.shape[0] if null.ndim else 0
+    sizes["text_tokens"], guess = _text_tokens(rows)
+    guesses += guess
+    positions = _positions(tensors, sizes["patch"], width)
+    size = positions.size if positions else known.get("size", 0)
+    if not size:
+        why = "without a position table the side of its latents is not known (PixArt-Sigma: 32, 64, 128 or 256)"
         guesses.append(Guess("size", None, why))
-    if "interpolation" not in known:
-        known["interpolation"] = INTERPOLATION.get(known.get("size", 0), 1.0)
-        guesses.append(
-            Guess("interpolation", known["interpolation"], "the file does not say, and it follows from size")
-        )
-    attention: dict[str, Any] = dict(attention="softmax", heads=16)
-    if "blocks.0.attn.qkv.weight" not in tensors:
-        attention = linear_settings(tensors, sizes["width"])
-        if "features" not in known:
-            guesses.append(Guess("features", attention["features"], "the weights of a LiT with gelu look the same"))
-    heads = known.pop("heads", None) or attention.pop("heads")
-    if not heads:
-        guesses.append(Guess("heads", None, "the shapes do not show the heads"))
-    attention |= known | dict(heads=heads or 1, cross_heads=known.get("cross_heads", 16))
-    cfg = PixArtConfig(
-        **sizes | attention,
-        text_width=tensors["y_embedder.y_proj.fc1.weight"].shape[1],
-        text_tokens=SIGMA_TOKENS if null is None else len(null),
-        null_text=null is not None,
-    )
+    interpolation = (positions.interpolation if positions else None) or known.get("interpolation")
+    if interpolation is None:
+        why = "the file does not contain it; published models have 0.5, 1, 2 and 4 for sizes 32, 64, 128 and 256"
+        guesses.append(Guess("interpolation", published_interpolation(size) if size else "size / 64", why))
+        interpolation = published_interpolation(size or 64)
+    attention, guess = _attention(tensors, width, known)
+    guesses += guess
+    if known.get("prediction") != "noise":
+        guesses.append(Guess("prediction", "noise", "the file does not say what it predicts; published models do this"))
+    cfg = PixArtConfig(size=size or 64, interpolation=interpolation, **sizes, **attention)
     return Read(cfg, tuple(guesses))
 
 
-def _placed(tensors: Tensors, patch: int, width: int) -> dict[str, Any]:
-    """Finds size and interpolation from the table of positions; {} without one. Raises InputError for another table."""
+def _text_tokens(tokens: int | None, why: str = "the file does not contain it") -> tuple[int, list[Guess]]:
+    """Returns the tokens of a prompt, with a guess if they are not known. Raises InputError for a PixArt-alpha."""
+    if tokens == ALPHA_TOKENS:
+        raise InputError(f"a PixArt-alpha, for prompts of {ALPHA_TOKENS} tokens: only PixArt-Sigma is read")
+    if tokens is not None:
+        return tokens, []
+    why = f"{why}; PixArt-Sigma has {SIGMA_TOKENS}, a PixArt-alpha, which has {ALPHA_TOKENS}, may look the same"
+    return SIGMA_TOKENS, [Guess("text_tokens", SIGMA_TOKENS, why)]
+
+
+def _attention(tensors: Tensors, width: int, known: dict[str, Any]) -> tuple[dict[str, Any], list[Guess]]:
+    """Returns the fields of self-attention and the heads of both attentions, with guesses."""
+    guesses = []
+    softmax = "blocks.0.attn.qkv.weight" in tensors
+    found = dict(attention="softmax", heads=0) if softmax else linear_attention_of(tensors, width)
+    heads = {"heads": known.get("heads") or found["heads"], "cross_heads": known.get("cross_heads") or 0}
+    published = PUBLISHED_HEADS.get(width)
+    for name in ("heads", "cross_heads"):
+        if heads[name]:
+            continue
+        if softmax and name == "cross_heads":
+            heads[name] = heads["heads"]  # PixArt has as many in both
+        elif published and (softmax or name == "cross_heads"):
+            heads[name] = published
+            why = f"the shapes do not show them, and published PixArts {width} wide have as many"
+            guesses.append(Guess(name, published, why))
+        else:
+            why = f"the shapes do not show the {name}, and no published model of this kind is {width} wide"
+            guesses.append(Guess(name, None, why))
+    if not softmax and "features" not in known:
+        other = "focused_gelu" if found["features"] == "focused" else "gelu"
+        guesses.append(Guess("features", found["features"], f"the weights of a LiT with {other} look the same"))
+    features = {} if softmax else {"features": known.get("features", found["features"])}
+    return found | heads | features, guesses
+
+
+class Positions(NamedTuple):
+    """What a position table shows: the side of the latents, and the interpolation unless the table is one cell."""
+
+    size: int
+    interpolation: float | None
+
+
+def _positions(tensors: Tensors, patch: int, width: int) -> Positions | None:
+    """Reads the position table; None without one. Raises InputError for a table that is not PixArt's."""
     table = tensors.get("pos_embed")
-    if table is None or table.size == 0:
-        return {}
-    side = isqrt(table.size // width)
-    for interpolation in sorted({*INTERPOLATION.values()}):
-        expected = sincos(side, side, width, interpolation).reshape(-1, width)
-        if expected.size == table.size and agrees(table.reshape(-1, width), expected):
-            return dict(size=side * patch, interpolation=interpolation)
+    if table is None:
+        return None
+    count = table.size // width
+    side = isqrt(count)
+    if side**2 == count and table.size == count * width:
+        flat = np.asarray(table, np.float64).reshape(-1, width)
+        step = atan2(flat[1, 0], flat[1, width // 4]) if side > 1 else 1.0  # position of the second column
+        near = [float(Fraction(1 / step).limit_denominator(100))] if step > 1e-3 else []
+        for interpolation in (*map(published_interpolation, PUBLISHED_SIZES), *near):
+            ours = sincos(side, side, width, side / interpolation).reshape(-1, width) if interpolation else None
+            if ours is not None and agrees(table.reshape(-1, width), ours):
+                return Positions(side * patch, interpolation if side > 1 else None)
     raise InputError(
-        f"its position table, of {table.size // width} places, is none of PixArt-Σ's: other tables are not read"
+        f"its position table, of {count} places, is not PixArt's fixed table of a square: learned and other tables are"
+        " not read"
     )
 
 
 def _sidecar(found: Found) -> dict[str, Any]:
+    """Reads the settings that tensors do not show from the sidecar file that we write."""
     fields = found.json(SIDECAR)
     if fields is None:
         return {}
-    known: dict[str, Any] = {name: fields.integer(name) for name in ("size", "heads", "cross_heads")}
-    known["interpolation"] = fields.number("interpolation", above=0)
-    if "features" in fields:
-        known["features"] = fields.choice("features", {n: n for n in ("relu", "gelu", "focused", "focused_gelu")})
+    known: dict[str, Any] = {name: fields.integer(name, None) for name in _WRITTEN}
+    known["interpolation"] = fields.number("interpolation", None, above=0.0)
+    known["prediction"] = fields.choice("prediction", {"noise": "noise"}, "noise") if "prediction" in fields else None
+    every = {name: name for name in get_args(Features)}
+    known["features"] = fields.choice("features", every) if "features" in fields else None
     fields.done()
-    return known
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def _write_pixart(cfg: PixArtConfig, folder: Path) -> None:
+_WRITTEN = ("heads", "cross_heads", "size", "text_tokens")
+
+
+def _write_released(cfg: PixArtConfig, folder: Path) -> None:
+    if cfg.attention == "softmax" and cfg.heads != cfg.cross_heads:
+        raise InputError(
+            f"PixArt has as many heads in both attentions, this model has {cfg.heads} and {cfg.cross_heads}; keep the"
+            " heirloom format"
+        )
+    known: dict[str, Any] = {name: getattr(cfg, name) for name in _WRITTEN}
+    known |= {"interpolation": cfg.interpolation, "prediction": "noise"}
+    write_json(folder / SIDECAR, known | ({"features": cfg.features} if cfg.attention == "linear" else {}))
     if not cfg.null_text:
         remark(
-            f"{folder.name}: written without y_embedder.y_embedding, the features of the empty text, which the source"
-            " lacks; PixArt's scripts set them when they load a model"
+            f"{NULL_TEXT!r}, the text encoder's features of the empty prompt, is not written, because this model does"
+            " not contain it"
         )
-    known = {name: getattr(cfg, name) for name in ("size", "heads", "cross_heads", "interpolation")}
-    write_json(folder / SIDECAR, known | ({"features": cfg.features} if cfg.attention == "linear" else {}))
 
 
 def _read_diffusers(found: Found) -> Read | None:
     tensors = found.tensors
-    meant = {"adaln_single.linear.weight", "caption_projection.linear_1.weight", "pos_embed.proj.weight"}
-    if not meant <= tensors.keys() or _looks_alike(tensors):
+    if not _is_pixart(tensors, "adaln_single.linear.weight"):
         return None
     fields = found.json("config.json")
     if fields is None:
         raise InputError("a diffusers transformer needs its config.json next to the weights; there is none")
     fields.fixed("_class_name", "PixArtTransformer2DModel", "Transformer2DModel")
-    for name, value in _FIXED.items():
-        fields.fixed(name, value)
-    fields.fixed("use_additional_conditions", False, None, feature="PixArt-α")
-    # Without effect: of other norms, of training, and of other kinds of inputs.
-    fields.skip("_*", "dropout", "norm_num_groups", "upcast_attention", "num_embeds_ada_norm", "dtype", "torch_dtype")
-    for name in ("num_vector_embeds", "double_self_attention", "only_cross_attention", "use_linear_projection"):
-        fields.fixed(name, False, None)
-    heads, channels = fields.integer("num_attention_heads", 16), fields.integer("in_channels", 4)
+    fields.fixed("norm_type", "ada_norm_single")
+    fields.fixed("activation_fn", "gelu-approximate")
+    fields.fixed("attention_bias", True)
+    fields.fixed("attention_type", "default")
+    fields.fixed("norm_elementwise_affine", False)
+    fields.fixed("norm_eps", EPS)
+    # Fields of diffusers' older general transformer class for parts that a PixArt does not have.
+    fields.fixed("num_vector_embeds", None)
+    for name in ("only_cross_attention", "use_linear_projection", "double_self_attention"):
+        fields.fixed(name, False)
+    fields.skip("_*", "dropout", "norm_num_groups", "num_embeds_ada_norm", "upcast_attention", "dtype", "torch_dtype")
+    channels, heads = fields.integer("in_channels", 4), fields.integer("num_attention_heads", 16)
     width, size = heads * fields.integer("attention_head_dim", 72), fields.square("sample_size", 128)
-    scale = fields.number("interpolation_scale", None, above=0)
-    fields.agree("cross_attention_dim", fields.integer("cross_attention_dim", 1152), width)
-    text = tensors["caption_projection.linear_1.weight"].shape[1]
-    fields.agree("caption_channels", fields.integer("caption_channels", text) or text, text)
+    _no_conditions(fields, size)
     written = fields.integer("out_channels", 8) or channels
     if written != 2 * channels:
-        raise fields.refusal("out_channels", f"only models that predict noise and variance ({2 * channels}) are read")
+        why = f"only models that predict noise and variance ({2 * channels}) are read"
+        raise fields.refusal("out_channels", why)
+    if fields.integer("cross_attention_dim", 1152) != width:
+        raise fields.refusal("cross_attention_dim", f"only models where it is the width ({width}) are read")
+    caption = fields.integer("caption_channels", None)
+    if caption is None:
+        raise fields.refusal("caption_channels", "only models that project the text features are read")
+    # diffusers' own default where the field is null
+    interpolation = fields.number("interpolation_scale", None, above=0.0) or float(max(size // 64, 1))
+    hidden = tensors.get("transformer_blocks.0.ff.net.0.proj.bias")
+    tokens, guesses = _text_tokens(_pipeline_tokens(found), "no model_index.json above the folder names the pipeline")
     cfg = PixArtConfig(
         size=size,
         channels=channels,
@@ -145,54 +225,83 @@ def _read_diffusers(found: Found) -> Read | None:
         layers=fields.integer("num_layers", 28),
         heads=heads,
         cross_heads=heads,
-        hidden=len(tensors["transformer_blocks.0.ff.net.0.proj.bias"]),
-        text_width=text,
-        interpolation=float(max(size // 64, 1)) if scale is None else scale,
+        hidden=4 * width if hidden is None else len(hidden),
+        text_width=caption,
+        text_tokens=tokens,
+        interpolation=interpolation,
     )
     fields.done()
-    return Read(cfg)
+    return Read(cfg, (*guesses, *predicts_noise(found)))
 
 
-_FIXED: dict[str, Any] = dict(activation_fn="gelu-approximate", attention_bias=True, norm_type="ada_norm_single")
-_FIXED |= dict(norm_elementwise_affine=False, norm_eps=EPS, attention_type="default")
+def _no_conditions(fields: Fields, size: int) -> None:
+    """Refuses the embedders of resolution and aspect ratio. Where the field is null, diffusers makes them at size
+    128.
+    """
+    if fields.boolean("use_additional_conditions", None) or (
+        fields.value("use_additional_conditions") is None and size == 128
+    ):
+        raise fields.refusal("use_additional_conditions", f"{_ALPHA} (false)")
+
+
+def _pipeline_tokens(found: Found) -> int | None:
+    """Returns the tokens of a prompt of the pipeline that the folder is part of; None where there is none."""
+    pipeline = found.json("../model_index.json")
+    name = pipeline.text("_class_name", "") if pipeline else ""
+    return SIGMA_TOKENS if "Sigma" in name else ALPHA_TOKENS if "PixArtAlpha" in name else None
 
 
 def _write_diffusers(cfg: PixArtConfig, folder: Path) -> None:
     if cfg.attention != "softmax":
         raise InputError("diffusers has no linear attention for PixArt; keep the heirloom format, or write --to pixart")
-    if cfg.heads != cfg.cross_heads or cfg.hidden != 4 * cfg.width:
+    if cfg.hidden != 4 * cfg.width:
         raise InputError(
-            f"diffusers' PixArt has as many heads in both attentions and MLPs of four widths; this one has {cfg.heads}"
-            f" and {cfg.cross_heads} heads, and {cfg.hidden} units at a width of {cfg.width}"
+            f"diffusers' PixArt has MLPs of four widths, this model has {cfg.hidden} units at a width of {cfg.width}"
         )
-    write_json(folder / "config.json", {"_class_name": "PixArtTransformer2DModel"} | diffusers_config(cfg))
-
-
-def diffusers_config(cfg: PixArtConfig) -> dict[str, Any]:
-    """Returns the arguments of diffusers' PixArtTransformer2DModel."""
-    sizes = dict(sample_size=cfg.size, in_channels=cfg.channels, out_channels=2 * cfg.channels, patch_size=cfg.patch)
-    sizes |= dict(num_layers=cfg.layers, num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim)
-    sizes |= dict(cross_attention_dim=cfg.width, caption_channels=cfg.text_width, num_embeds_ada_norm=1000)
-    rest = dict(use_additional_conditions=False, interpolation_scale=_whole(cfg.interpolation), dropout=0.0)
-    return _FIXED | sizes | rest | dict(norm_num_groups=32, upcast_attention=False)
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+    if cfg.heads != cfg.cross_heads:
+        raise InputError(
+            f"diffusers' PixArt has as many heads in both attentions, this model has {cfg.heads} and {cfg.cross_heads}"
+        )
+    sizes = dict(
+        num_attention_heads=cfg.heads,
+        attention_head_dim=cfg.head_dim,
+        in_channels=cfg.channels,
+        out_channels=2 * cfg.channels,
+        num_layers=cfg.layers,
+        cross_attention_dim=cfg.width,
+        sample_size=cfg.size,
+        patch_size=cfg.patch,
+        interpolation_scale=int(cfg.interpolation) if cfg.interpolation.is_integer() else cfg.interpolation,
+        caption_channels=cfg.text_width,
+    )
+    fixed = dict(
+        dropout=0.0,
+        norm_num_groups=32,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        upcast_attention=False,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=EPS,
+        use_additional_conditions=False,
+        attention_type="default",
+    )
+    write_json(folder / "config.json", {"_class_name": "PixArtTransformer2DModel"} | sizes | fixed)
 
 
 FORMATS = (
     Format(
         name="pixart",
-        layout=pixart_layouts.pixart,
+        layout=pixart_layouts.released,
         file="pixart.pth",
-        read_config=_read_pixart,
-        write_config=_write_pixart,
+        read_config=_read_released,
+        write_config=_write_released,
     ),
     Format(
         name="diffusers",
         layout=pixart_layouts.DIFFUSERS,
-        file=FILE,
+        file="diffusion_pytorch_model.safetensors",
         read_config=_read_diffusers,
         write_config=_write_diffusers,
     ),
@@ -200,7 +309,7 @@ FORMATS = (
 
 
 def sidecars(donor: Donor, destination: Path, format: str) -> None:
-    """Copies which autoencoder and which pipeline the model belongs to; other formats have no place for the latter."""
+    """Copy the files that say which autoencoder made the model's latents, and which pipeline it is part of."""
     copy_origin(donor.folder, destination)
-    if format == "heirloom":
+    if format == "heirloom":  # other formats have no place for it
         write_pipeline_of(destination, pipeline_of(donor))

@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 
-from heirloom.common.checkpoint.convert import Donor, Family, hashes, open_donor
-from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
+from heirloom.common.checkpoint.convert import Family, hashes
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -20,8 +18,8 @@ from heirloom.common.train.parameters import finite, save_params
 from lit_jax.components import pipeline_of, write_pipeline_of
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.origin import copy_origin
-from lit_jax.pixart import INTERPOLATION, PixArt, PixArtConfig
-from lit_jax.zoo import PIXART
+from lit_jax.pixart import PixArt, PixArtConfig
+from lit_jax.zoo import PIXART, open_pixart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,9 @@ class TextStudentConfig:
 
         The folder notes which pipeline the donor belongs to, so that `heirloom sample` finds text encoder and decoder.
         """
-        donor = finite(open_transformer(self.donor), "donor")
+        if not self.donor:
+            raise InputError("this recipe has no donor: give --donor SOURCE, such as a PixArt-Σ pipeline folder")
+        donor = finite(open_pixart(self.donor), "donor")
         # Files of diffusers lack the features of the empty text, others have them: the student is as its donor.
         student = replace(self.student, null_text=donor.cfg.null_text)
         model = functional(PixArt, student)
@@ -62,17 +62,3 @@ class TextStudentConfig:
         params = graft(made, donor.source, model.spec, shardings(model.spec, start(MeshConfig())), init)
         save_params(destination, PIXART.name, student.kept, params, sidecars, force=force)
         return record
-
-
-def open_transformer(source: str) -> Donor:
-    """Opens a PixArt-Σ or a text-to-image LiT by SOURCE, or the transformer of its pipeline folder."""
-    if not source:
-        raise InputError("this recipe has no donor: give --donor, such as hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS")
-    path = locate(source)
-    return open_donor(main_part(path) if is_pipeline(path) else path, [PIXART])
-
-
-def lit_from_sigma(pixels: int) -> PixArtConfig:
-    """Returns the config of LiT-0.6B for text to image (LiT §4.2): PixArt-Σ's with linear attention of four heads."""
-    size = pixels // 8
-    return PixArtConfig(size=size, interpolation=INTERPOLATION[size], attention="linear", heads=4)

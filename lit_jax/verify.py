@@ -22,10 +22,12 @@ from heirloom.common.checkpoint.verify import (
     reference_tensors,
 )
 from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.nn.block import Grid
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
 from lit_jax.dit import FREQUENCIES, Dit, DitConfig
 from lit_jax.formats import NORM_EPS
+from lit_jax.pixart import PixArtConfig
 
 EXAMPLES = 2
 FILE = "diffusion_pytorch_model.safetensors"
@@ -96,11 +98,10 @@ def formulas(
     def norm(x: Any, shift: Any, scale: Any) -> Any:
         return F.layer_norm(x, (cfg.width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
-    mix = _softmax if cfg.attention == "softmax" else partial(linear_attention_in_torch, grid=(cfg.grid, cfg.grid))
+    mix = softmax_mixing if cfg.attention == "softmax" else linear_mixing
     with torch.no_grad():
-        frequency = torch.exp(-np.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
-        angle = torch.from_numpy(t).float()[:, None] * frequency
-        c = linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+        features = timestep_features(torch.from_numpy(t))
+        c = linear(F.silu(linear(features, "t_embedder.mlp.0")), "t_embedder.mlp.2")
         c = F.silu(c + w["y_embedder.embedding_table.weight"][torch.from_numpy(labels).long()])
         y = F.conv2d(
             torch.from_numpy(x).permute(0, 3, 1, 2),
@@ -114,7 +115,7 @@ def formulas(
         )  # a file's may be rounded
         for i in range(cfg.layers):
             m = linear(c, f"blocks.{i}.adaLN_modulation.1").chunk(6, 1)
-            y = y + m[2][:, None] * mix(cfg, norm(y, m[0], m[1]), w, f"blocks.{i}.attn", linear)
+            y = y + m[2][:, None] * mix(cfg, norm(y, m[0], m[1]), w, f"blocks.{i}.attn", linear, (cfg.grid, cfg.grid))
             z = F.gelu(linear(norm(y, m[3], m[4]), f"blocks.{i}.mlp.fc1"), approximate="tanh")
             y = y + m[5][:, None] * linear(z, f"blocks.{i}.mlp.fc2")
         m = linear(c, "final_layer.adaLN_modulation.1").chunk(2, 1)
@@ -123,16 +124,31 @@ def formulas(
         return y.reshape(len(x), cfg.size, cfg.size, -1).numpy()
 
 
-def _softmax(cfg: DitConfig, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any]) -> Any:
+Linear = Callable[[Any, str], Any]
+
+
+def timestep_features(t: Any) -> Any:
+    """Cosines, then sines, of times [batch], a torch tensor: [batch, 256]."""
+    import torch
+
+    angle = t.float()[:, None] * torch.exp(-np.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def softmax_mixing(
+    cfg: DitConfig | PixArtConfig, x: Any, w: Mapping[str, Any], name: str, linear: Linear, grid: Grid
+) -> Any:
+    """Self-attention of DiT and PixArt on tensors `w` in their names. `linear(x, name)` applies a layer."""
     import torch.nn.functional as F
 
-    q, k, v = linear(x, f"{name}.qkv").reshape(len(x), cfg.tokens, 3, cfg.heads, cfg.head_dim).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), cfg.tokens, cfg.width)
+    tokens = grid[0] * grid[1]
+    q, k, v = linear(x, f"{name}.qkv").reshape(len(x), tokens, 3, cfg.heads, cfg.head_dim).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), tokens, cfg.width)
     return linear(out, f"{name}.proj")
 
 
-def linear_attention_in_torch(
-    cfg: Any, x: Any, w: Mapping[str, Any], name: str, linear: Callable[[Any, str], Any], grid: tuple[int, int]
+def linear_mixing(
+    cfg: DitConfig | PixArtConfig, x: Any, w: Mapping[str, Any], name: str, linear: Linear, grid: Grid
 ) -> Any:
     """LiT's attention as its release writes it: sums, not our centred means. grid: rows and columns of the tokens."""
     import torch.nn.functional as F

@@ -7,13 +7,15 @@ from typing import Any
 
 from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
 from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
+from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
 from lit_jax import pixart, pixart_formats, pixart_verify
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.dit import SOFTMAX_HEADS, Dit, DitConfig, macs, parameters
 from lit_jax.formats import FORMATS, LOOKALIKES, sidecars
-from lit_jax.pixart import PixArt, PixArtConfig
+from lit_jax.pixart import PixArt, PixArtConfig, published_interpolation
 from lit_jax.text.layouts import FAMILY as T5
 from lit_jax.verify import predictions, verify
 
@@ -42,7 +44,6 @@ PIXART = Family(
     parameters=pixart.parameters,
     macs=pixart.macs,
     outputs=pixart_verify.predicted,
-    lookalikes=pixart_formats.LOOKALIKES,
 )
 FAMILIES = (FAMILY, PIXART, AUTOENCODERS, T5)
 
@@ -70,6 +71,22 @@ def lit(size: str, patch: int = 2, pixels: int = 256) -> DitConfig:
     return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
 
 
+PIXART_512 = "hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS/transformer"
+PIXART_1024 = "hf:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/transformer"
+
+
+def pixart_sigma(pixels: int = 512) -> PixArtConfig:
+    """Return the config of PixArt-Sigma for pictures of 256, 512, 1024 or 2048 pixels."""
+    size = pixels // 8
+    return PixArtConfig(size=size, interpolation=published_interpolation(size))
+
+
+def text_lit(pixels: int = 512) -> PixArtConfig:
+    """Return the config of the text-to-image LiT: few-head linear self-attention, all else as in PixArt-Sigma."""
+    cfg = pixart_sigma(pixels)
+    return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
+
+
 PUBLISHED = {DIT_XL_2_256: dit("xl"), DIT_XL_2_512: dit("xl", pixels=512)}
 
 
@@ -79,6 +96,24 @@ def outline(source: str) -> Donor | Outline:
     return Outline(FAMILY, cfg, functional(Dit, cfg)) if cfg else open_dit(source)
 
 
+def check_draws_classes(donor: Donor) -> None:
+    """Raise InputError for an autoencoder, a text encoder, and a model that draws from text."""
+    if isinstance(donor.cfg, PixArtConfig):
+        raise InputError(f"{donor.path} draws from text, and this command draws classes: name a DiT or LiT of classes")
+    if not isinstance(donor.cfg, DitConfig):
+        what = "an autoencoder" if donor.family is AUTOENCODERS else "a text encoder"
+        flag = "--autoencoder" if donor.family is AUTOENCODERS else "--text-encoder"
+        raise InputError(f"{donor.path} is {what}, which draws no pictures: name a model, and pass this as {flag}")
+
+
 def open_dit(source: str, **overrides: Any) -> Donor:
     """Open any DiT or LiT by SOURCE, lazily. Raises InputError if it does not exist or is another model."""
     return open_donor(locate(source, EMBEDDED), [FAMILY], **overrides)
+
+
+def open_pixart(source: str, **overrides: Any) -> Donor:
+    """Open any PixArt-Sigma or text-to-image LiT by SOURCE, lazily; of a pipeline folder, its transformer. Raises
+    InputError if it does not exist or is another model.
+    """
+    path = locate(source)
+    return open_donor(main_part(path) if is_pipeline(path) else path, [PIXART], **overrides)

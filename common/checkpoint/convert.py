@@ -322,7 +322,8 @@ def _verify(donor: Donor, folder: Path, to: str) -> Check:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Remark)  # the source had the same remarks, and this folder's name is temporary
         written = open_donor(folder, [donor.family])
-    for path, value in donor.source.values.items():
+    omitted = () if to == "heirloom" else donor.family.format(to).layout_of(donor.cfg).omit
+    for path, value in ((p, v) for p, v in donor.source.values.items() if p not in omitted):
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
             return Check(
                 passed=False,
@@ -375,6 +376,8 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
     spec, values = donor.source.spec, donor.source.values
     layout = format.layout_of(donor.cfg)
     shapes = layout.foreign(spec)
+    for path in sorted(spec.keys() & set(layout.omit)):
+        remark(f"{path} is left out: files of the {format.name} format do not hold it")
 
     def fill(out: Tensors) -> None:
         for path, view in layout.view(out, spec).items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -11,9 +11,8 @@ from heirloom.common.nn.blockwise import blockwise, plain
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
 
 Attend = Callable[..., jax.Array]
-"""`attend(query, key, value, mask)`: the first three and the result are [batch, token, head, head_dim].
-
-mask: [batch, token of keys] bool, True for the keys that count; None: all of them.
+"""`attend(query, key, value, mask=None)`: query and result are [batch, token, head, head_dim], key and value have as
+many heads and any number of tokens. mask: see `softmax`.
 """
 Kernel = Literal["xla", "cudnn"]
 PACKED = xavier_uniform(packed=3)
@@ -26,7 +25,7 @@ def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
     """Returns scaled dot-product attention: `attend(query, key, value, mask=None)`.
 
     mask: [batch, key token], True where a key is seen; if an example has none, the result is the mean of its values.
-    There may be more or fewer keys than queries. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16). On CPUs the
+    The others get a weight of exactly 0. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16). On CPUs the
     scores of long sequences are computed in blocks and never held as a whole (`blockwise`).
     """
 
@@ -64,19 +63,37 @@ class Attention(nnx.Module):
         return self.out(self.attend(self.query(x), self.key(x), self.value(x)))
 
 
-class CrossAttention(nnx.Module):
-    """Attention from tokens [batch, token, embed] to a text whose keys and values are computed once by `read`."""
+class KeyValue(NamedTuple):
+    """What cross-attention reads: [batch, token, head, head_dim] both."""
 
-    def __init__(self, sizes: Sizes, *, attend: Attend, init: Init, out: Init, rngs: nnx.Rngs):
-        self.query = Dense("embed -> head head_dim", sizes, init=init, rngs=rngs)
-        self.key = Dense("embed -> head head_dim", sizes, init=init, rngs=rngs)
-        self.value = Dense("embed -> head head_dim", sizes, init=init, rngs=rngs)
-        self.out = Dense("head head_dim -> embed", sizes, init=out, rngs=rngs)
+    key: jax.Array
+    value: jax.Array
+
+
+class Memory(nnx.Module):
+    """Makes the keys and values of cross-attention from another sequence [batch, token, embed].
+
+    They are a module of their own because they depend on that sequence alone: a caller computes them once.
+    """
+
+    def __init__(self, sizes: Sizes, *, init: Init = PACKED, bias: Init = zeros, rngs: nnx.Rngs):
+        self.key = Dense("embed -> head head_dim", sizes, init=init, bias=bias, rngs=rngs)
+        self.value = Dense("embed -> head head_dim", sizes, init=init, bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> KeyValue:
+        return KeyValue(self.key(x), self.value(x))
+
+
+class CrossAttention(nnx.Module):
+    """Attention of `x` [batch, token, embed] to the keys and values of a `Memory`; returns the shape of `x`.
+
+    mask: [batch, key token], True where a key is seen.
+    """
+
+    def __init__(self, sizes: Sizes, *, attend: Attend, query: Init, out: Init, bias: Init = zeros, rngs: nnx.Rngs):
+        self.query = Dense("embed -> head head_dim", sizes, init=query, bias=bias, rngs=rngs)
+        self.out = Dense("head head_dim -> embed", sizes, init=out, bias=bias, rngs=rngs)
         self.attend = attend
 
-    def read(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns keys and values, [batch, token, head, head_dim], of a text [batch, token, embed]."""
-        return self.key(text), self.value(text)
-
-    def __call__(self, x: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-        return self.out(self.attend(self.query(x), key, value, mask))
+    def __call__(self, x: jax.Array, memory: KeyValue, mask: jax.Array | None = None) -> jax.Array:
+        return self.out(self.attend(self.query(x), memory.key, memory.value, mask=mask))

@@ -1,17 +1,21 @@
 """The pre-norm transformer block, and stacks of blocks: the block is compiled once for any depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 from flax import nnx
 
+from heirloom.common.nn.attention import KeyValue
 from heirloom.common.nn.dense import Init, Sizes, uniform_fan_in
 from heirloom.common.nn.mlp import Activation, Mlp
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.nn.quantized import quantized
 from heirloom.common.surgery.axes import Axes
 
+Grid = tuple[int, int]
+"""Rows and columns of tokens in raster order."""
 Remat = Literal["none", "full", "dots"]
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -43,21 +47,47 @@ class Block(nnx.Module):
         self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
-        return self.feed(self.mix(x, modulation), modulation)
-
-    def mix(self, x: jax.Array, modulation: jax.Array | None = None, **options: Any) -> jax.Array:
-        """Returns x plus its attention. options: of the attention module."""
         if modulation is None:
-            return x + self.attn(self.attn_norm(x), **options)
-        shift, scale, gate = modulation[:3, :, None].astype(x.dtype)
-        return x + gate * self.attn(modulate(self.attn_norm(x), shift, scale), **options)
-
-    def feed(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
-        """Returns x plus its MLP."""
-        if modulation is None:
+            x = x + self.attn(self.attn_norm(x))
             return x + self.mlp(self.mlp_norm(x))
-        shift, scale, gate = modulation[3:, :, None].astype(x.dtype)
-        return x + gate * self.mlp(modulate(self.mlp_norm(x), shift, scale))
+        parts = modulation[:, :, None].astype(x.dtype)
+        x = gated(self.attn, self.attn_norm, x, parts[:3])
+        return gated(self.mlp, self.mlp_norm, x, parts[3:])
+
+
+class CrossBlock(Block):
+    """A modulated block that reads another sequence between its two steps: x + cross(x), without a norm and without a
+    gate (PixArt-alpha §2.3).
+
+    cross: called with `rngs`, makes the `CrossAttention`; it gets the memory and the mask of a call. grid: goes to the
+    attention, if given.
+    """
+
+    def __init__(self, sizes: Sizes, *, cross: Callable[..., nnx.Module], rngs: nnx.Rngs, **options: Any):
+        super().__init__(sizes, rngs=rngs, **options)
+        self.cross: Any = cross(rngs=rngs)
+
+    def __call__(  # type: ignore[override]  # without a modulation and a memory there is nothing to compute
+        self,
+        x: jax.Array,
+        modulation: jax.Array,
+        memory: KeyValue,
+        *,
+        mask: jax.Array | None = None,
+        grid: Grid | None = None,
+    ) -> jax.Array:
+        parts = modulation[:, :, None].astype(x.dtype)
+        attn = self.attn if grid is None else partial(self.attn, grid=grid)
+        x = gated(attn, self.attn_norm, x, parts[:3])
+        x = x + self.cross(x, memory, mask)
+        return gated(self.mlp, self.mlp_norm, x, parts[3:])
+
+
+def gated(
+    branch: Callable[[jax.Array], jax.Array], norm: Callable[[jax.Array], jax.Array], x: jax.Array, parts: jax.Array
+) -> jax.Array:
+    """Returns x + gate * branch(modulated norm of x). parts: shift, scale and gate, each broadcast against `x`."""
+    return x + parts[2] * branch(modulate(norm(x), parts[0], parts[1]))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -75,7 +105,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 
 def scan(blocks: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none", **shared: Any) -> jax.Array:
-    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer. shared: the same for all.
+    """Runs a stack over `x`. inputs: further arguments of each block, stacked along layer. shared: further keyword
+    arguments, the same for every block.
 
     remat: recompute whole blocks in the backward pass ("full"), or all but their matmuls ("dots").
     """
@@ -111,14 +142,14 @@ def run(block: nnx.Module, x: jax.Array, *inputs: Any, remat: Remat = "none") ->
     return x
 
 
-def each(blocks: nnx.Module, x: jax.Array, method: str = "__call__") -> Any:
-    """Returns the outputs of all modules of a stack for the same `x`: [layer, ...].
+def each(blocks: nnx.Module, x: jax.Array) -> Any:
+    """Returns the outputs of all modules of a stack for the same `x`: [layer, ...] each.
 
     Quantised kernels are widened one layer at a time.
     """
     graph, state = nnx.split(blocks)
 
     def one(layer: nnx.State) -> Any:
-        return getattr(nnx.merge(graph, layer), method)(x)
+        return nnx.merge(graph, layer)(x)
 
     return jax.lax.map(one, state) if quantized(state) else jax.vmap(one)(state)

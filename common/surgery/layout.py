@@ -159,14 +159,16 @@ class Layout:
 
     ignore: globs of foreign keys that hold no weights (buffers). constant: foreign keys that are not parameters here
     and always have these values, such as fixed position tables; a file may leave them out, and they are written in the
-    dtype of the weights. differs: for the error when tensors that a file repeats in every layer are not equal: what it
-    means, and what to do.
+    dtype of the weights. omit: our leaves that files of this format do not hold, such as stored features: they are not
+    written, and a model that is read has none. differs: for the error when tensors that a file repeats in every layer
+    are not equal: what it means, and what to do.
     """
 
     name: str
     rows: tuple[tuple[str, ...], ...]
     ignore: tuple[str, ...] = ()
     constant: Mapping[str, np.ndarray] = field(default_factory=dict)
+    omit: tuple[str, ...] = ()
     differs: str = ""
 
     def _entries(self, spec: Spec) -> Iterator[tuple[_Row, str, list[Leaf], int]]:
@@ -185,7 +187,7 @@ class Layout:
                     yield row, key, leaves, i
             else:
                 yield row, row.key, leaves, 0
-        if left := [p for p in spec if p not in covered]:
+        if left := [p for p in spec if p not in covered and p not in self.omit]:
             raise ValueError(f"layout {self.name!r} has no row for {left[0]!r}")
 
     def foreign(self, spec: Spec) -> dict[str, Tensor]:
@@ -208,7 +210,8 @@ class Layout:
         return {path: row.key for row, *_ in self._entries(spec) for path in row.paths}
 
     def view(self, tensors: Mapping[str, np.ndarray], spec: Spec, where: str = "the checkpoint") -> dict[str, View]:
-        """Returns our leaves as views of `tensors` (memory-mapped to read lazily, writable to convert to this format).
+        """Returns our leaves as views of `tensors` (memory-mapped to read lazily, writable to convert to this format);
+        not those that the format omits.
 
         Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
         """
@@ -217,7 +220,7 @@ class Layout:
             key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()
         }
         _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
-        parts: dict[str, list[np.ndarray]] = {path: [] for path in spec}
+        parts: dict[str, list[np.ndarray]] = {path: [] for path in spec if path not in self.omit}
         for row, key, leaves, layer in self._entries(spec):
             start, all_terms = 0, [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]
             joint = _joint(all_terms)

@@ -6,8 +6,9 @@ To start from a LiT of 512 px, as the paper does: --donor runs/lit_t2i_512/model
 trained. The donor's licence (CreativeML Open RAIL++-M) passes on to the student.
 """
 
-from lit_jax.text_recipe import TextStudentConfig, lit_from_sigma
+from lit_jax.text_recipe import TextStudentConfig
+from lit_jax.zoo import PIXART_1024, text_lit
 
 
 def get_config() -> TextStudentConfig:
-    return TextStudentConfig(student=lit_from_sigma(1024), donor="hf:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS")
+    return TextStudentConfig(student=text_lit(1024), donor=PIXART_1024)

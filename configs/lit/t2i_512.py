@@ -6,8 +6,9 @@
 It draws noise until it is trained. The donor's licence (CreativeML Open RAIL++-M) passes on to the student.
 """
 
-from lit_jax.text_recipe import TextStudentConfig, lit_from_sigma
+from lit_jax.text_recipe import TextStudentConfig
+from lit_jax.zoo import PIXART_512, text_lit
 
 
 def get_config() -> TextStudentConfig:
-    return TextStudentConfig(student=lit_from_sigma(512), donor="hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS")
+    return TextStudentConfig(student=text_lit(512), donor=PIXART_512)

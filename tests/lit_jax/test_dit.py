@@ -117,7 +117,7 @@ def test_position_table_says_the_column_first():
     omega = 10000 ** (-np.arange(4) / 4)
     np.testing.assert_allclose(table[2, 3, :8], [*np.sin(3 * omega), *np.cos(3 * omega)], atol=1e-7)
     np.testing.assert_allclose(table[2, 3, 8:], [*np.sin(2 * omega), *np.cos(2 * omega)], atol=1e-7)
-    np.testing.assert_allclose(sincos(3, 4, 16, scale=2)[2, 2], sincos(3, 4, 16)[1, 1], atol=1e-7)
+    np.testing.assert_allclose(sincos(6, 8, 16, span=4)[3, 4], sincos(3, 4, 16)[2, 2], atol=1e-7)
 
 
 def test_output_patches_are_row_column_channel(cfg, draw):

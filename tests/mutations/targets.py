@@ -248,6 +248,7 @@ TARGETS = [
     Target("DeiT config.json", golden("vit/hf_deit_teacher", "config.json"), opened, mutate_json, weight=1),
     Target("timm config.json", golden("vit/timm_cls", "config.json"), opened, mutate_json, weight=1),
     Target("DiT config.json", golden("dit", "config.json"), opened, mutate_json, weight=1),
+    Target("PixArt config.json", golden("pixart", "config.json"), opened, mutate_json, weight=1),
     Target("autoencoder config.json", golden("autoencoder", "config.json"), opened, mutate_json, weight=1),
     Target("T5 config.json", t5_encoder, opened, mutate_json, weight=1),
     Target("spiece.model", t5_tokenizer("spiece.model"), t5_tokenized, mutate_bytes),
@@ -257,7 +258,7 @@ TARGETS = [
     ),
     *(
         Target(f"our {name} config.json", own(name), opened, mutate_json, weight=1)
-        for name in ("clip/hf_gelu", "vit/timm_cls", "dit", "autoencoder")
+        for name in ("clip/hf_gelu", "vit/timm_cls", "dit", "pixart", "autoencoder")
     ),
     Target("tar", tar_file, records("0.tar"), mutate_bytes),
     Target("csv", table, records("data.csv"), mutate_bytes),
