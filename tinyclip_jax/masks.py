@@ -271,7 +271,8 @@ def _is_gate(path: str) -> bool:
 def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
     """Config of the tower "image" or "text". Raises InputError for a ResNet."""
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError("learned masks need a ViT, this is a ResNet: set masks.prune_step to 0 for manual inheritance")
+        manual = "set masks.prune_step to 0 for manual inheritance"
+        raise InputError(f"the image tower is a ResNet, and learned masks need a ViT: {manual}")
     return cfg.image if tower == "image" else cfg.text
 
 

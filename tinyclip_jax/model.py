@@ -130,13 +130,15 @@ def head_dim(c: ImageConfig | TextConfig) -> int:
     """Channels of one head. Raises InputError when the heads (guessed for a bare file) do not divide the width."""
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
-            raise InputError(f"{name} has {len(sizes)} numbers, the tower {c.layers} layers: give one number per layer")
+            given = f"{name} has {len(sizes)} numbers and the tower {c.layers} layers"
+            raise InputError(f"{given}: give one number for each layer")
     if c.head_dim is not None and c.heads != 0:
         return c.head_dim
     if isinstance(c.heads, tuple):
         raise InputError("heads differ between layers, which needs a head_dim: set it (64 in every published model)")
     if c.heads < 1 or c.width % c.heads:
-        raise InputError(f"{c.heads} heads do not divide a width of {c.width}: set image_heads or text_heads")
+        number = "set the number of heads (image_heads, text_heads)"
+        raise InputError(f"{c.heads} heads do not divide a width of {c.width}: {number}")
     return c.width // c.heads
 
 

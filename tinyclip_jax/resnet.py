@@ -51,7 +51,8 @@ class ResNetConfig:
     def grid(self) -> int:
         """Positions along a side at the end. Raises InputError when strides do not divide the picture."""
         if self.size % 32:
-            raise InputError(f"a ResNet halves its input five times: {self.size} is no multiple of 32; set image.size")
+            given = f"{self.size} px is no multiple of 32, change image.size"
+            raise InputError(f"a ResNet halves its input five times: {given}")
         return self.size // 32
 
 

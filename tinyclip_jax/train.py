@@ -132,7 +132,7 @@ def batches(cfg: Config, opened: Opened) -> Data:
     if cfg.teacher.startswith(CACHE):
         if cfg.augment != "none":
             what = 'stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
-            raise InputError(f"augment is {cfg.augment!r}, and {what}")
+            raise InputError(f'augment is "{cfg.augment}", and {what}')
         source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
         add = "add this column of teacher embeddings, and name it in data.columns"
@@ -179,7 +179,8 @@ def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
     """Store the embeddings of the recipe's teacher on its data; returns the content of `cache.json`."""
     known, mesh = parts(cfg), start(cfg.mesh)
     if not known.teacher:
-        raise InputError("no live teacher, whose embeddings `heirloom cache` would store: give --teacher SOURCE")
+        store = "whose embeddings `heirloom cache` would store: give --teacher SOURCE"
+        raise InputError(f"this recipe has no live teacher, {store}")
     opened = recipe.open_sources(known, mesh)
     assert opened.teacher is not None
     inputs: Inputs = opened.inputs

@@ -75,7 +75,8 @@ class Ridge:
         InputError for rows of one group alone: none could be left out.
         """
         if len(np.unique(groups)) < 2:
-            raise InputError('a linear map needs networks of two classes or tasks, here is one: set prior to "none"')
+            one = 'to leave one out; here is one: set prior to "none"'
+            raise InputError(f"a linear map needs networks of two classes or tasks, {one}")
         x, y = condition.astype(np.float64), weights.astype(np.float64)
         held = groups >= np.quantile(np.unique(groups), 0.8)
 

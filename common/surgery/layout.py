@@ -227,8 +227,9 @@ class Layout:
             for path, leaf, terms in zip(row.paths, leaves, all_terms, strict=True):
                 shape = _foreign_shape(leaf, terms, layer)
                 tensor = tensors[key] if key in expected else np.zeros(shape, leaf.dtype)
-                part = (*[slice(None)] * joint, slice(start, start + shape[joint]))
-                piece = tensor if len(leaves) == 1 else tensor[part]
+                piece = tensor
+                if len(leaves) > 1:
+                    piece = tensor[(*[slice(None)] * joint, slice(start, start + shape[joint]))]
                 start += shape[joint] if len(leaves) > 1 else 0
                 parts[path].append(_as_ours(piece, leaf, terms, layer))
         return {

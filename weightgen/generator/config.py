@@ -58,7 +58,8 @@ class GeneratorConfig:
         if (self.net is None) == (self.cut is None):
             raise InputError("a generator is of a network (net) or of imported checkpoints (cut): give one of both")
         if self.condition in ("label", "chunk") and self.labels < 1:
-            raise InputError(f"labels is {self.labels}: {self.condition} needs the number of tasks or chunks")
+            number = "needs the number of tasks or chunks"
+            raise InputError(f"labels is {self.labels}: the condition {self.condition} {number}")
 
     @property
     def tokens(self) -> TokenSpec:

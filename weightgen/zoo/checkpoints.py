@@ -81,7 +81,8 @@ def _cut(member: Member, first: Loaded, chunk: int | None, select: str) -> Token
         chosen = {piece.path for piece in spec.pieces}
         for pair in pairs(first.tensors).values() if first.layout else ():
             if len({pair.down, pair.up} & chosen) == 1:
-                raise InputError(f"select takes half of the adapter of {pair.module}: take both halves, or none")
+                half = f"one half of the adapter of {pair.module}"
+                raise InputError(f"select takes {half}: both belong together, or none")
     except InputError as error:
         raise InputError(f"{member.path}: {error}") from error
     if empty := [piece.path for piece in spec.pieces if not piece.size]:
