@@ -23,7 +23,7 @@ class PatchEmbed(nnx.Module):
 
 
 def unpatch(patches: jax.Array, rows: int, cols: int) -> jax.Array:
-    """Joins patches [batch, token, patch_row, patch_col, channel], row-major, to images [batch, height, width, channel]."""
+    """Joins patches [batch, token, patch_row, patch_col, channel], row by row: [batch, height, width, channel]."""
     batch, _, height, width, channels = patches.shape
     images = patches.reshape(batch, rows, cols, height, width, channels).swapaxes(2, 3)
     return images.reshape(batch, rows * height, cols * width, channels)
