@@ -12,8 +12,8 @@ layers (--few) and the seconds are multiplied: the row says so. Peak memory is t
 its layers. The ratio is to diffusers in the same round; a goal stands next to it.
 
 `whole`: the way from a prompt to one picture, stage by stage, with one step of the denoiser: peak memory of each stage,
-for the weights as they are, for int8 weights (--int8 FOLDER, from `heirloom convert --quantize int8`), and for
-diffusers' pipeline in bfloat16.
+for the weights as they are, for int8 weights (--int8 FOLDER, from `heirloom convert --quantize int8`), for a LiT
+(--student FOLDER), and for diffusers' pipeline in bfloat16.
 """
 
 import argparse
@@ -32,6 +32,7 @@ GOALS = {"lit": {512: 0.9, 1024: 0.6, 2048: 0.35}, "pixart": dict.fromkeys((512,
 MODELS = ("diffusers", "pixart", "lit")
 ROUNDS = {512: 3, 1024: 2, 2048: 1}
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
+PAUSE = 0.3  # seconds between calls, in which the threads of the last process stop spinning
 TOKENS, USED = 300, 27  # of a prompt with padding, and of a prompt of twenty words; the sampler cuts padding to 32
 PROMPT = "a photograph of a red fox in the snow at dawn, soft light, shallow depth of field"
 
@@ -132,6 +133,7 @@ def one_round(folder: Path, layers: int, sizes: Sequence[int], rounds: dict[int,
                 found = json.loads(worker.stdout.readline())
                 rows.append({"model": name, "pixels": pixels, "layers": layers, "round": number} | found)
                 print(rows[-1], flush=True)
+                time.sleep(PAUSE)
     for worker in workers.values():
         assert worker.stdin
         worker.stdin.close()
@@ -164,6 +166,8 @@ def whole(args: argparse.Namespace) -> None:
     ways = {"heirloom, weights as they are": ["sample_once", str(args.folder)]}
     if args.int8:
         ways["heirloom, int8"] = ["sample_once", str(args.int8)]
+    if args.student:
+        ways["heirloom, LiT"] = ["sample_once", str(args.student)]
     ways["diffusers, bfloat16"] = ["diffusers_once", str(args.folder)]
     for name, arguments in ways.items():
         done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
@@ -224,6 +228,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--few", type=int, default=4, help="layers at 2048 pixels")
     parser.add_argument("--int8", type=Path, help="the same pipeline with int8 kernels")
+    parser.add_argument("--student", type=Path, help="a LiT that inherits from it (heirloom inherit lit/t2i_1024)")
     args = parser.parse_args()
     return calls(args) if args.what == "calls" else whole(args)
 

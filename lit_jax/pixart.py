@@ -215,7 +215,7 @@ class PixArt(AdalnSingleTransformer):
         features = normal(cfg.text_width**-0.5)
         self.null_text = param("token text_embed", sizes, features, rngs) if cfg.null_text else None
         self.cfg = cfg
-        assert cfg.span  # raises for a wrong size or interpolation
+        self.span = cfg.span
 
     def __call__(self, x: jax.Array, t: jax.Array, text: jax.Array, mask: jax.Array) -> jax.Array:
         return self.denoise(x, self.modulations(t), self.condition(text, mask))
@@ -238,7 +238,7 @@ class PixArt(AdalnSingleTransformer):
         cfg = self.cfg
         rows, cols = (_patches(side, cfg.patch) for side in x.shape[1:3])
         x = self.patch(x)
-        row, col = sincos_sides(rows, cols, cfg.width, cfg.span)
+        row, col = sincos_sides(rows, cols, cfg.width, self.span)
         shape = (rows, cols, cfg.width // 2)
         # Joined here: the whole table would be a constant of the program, of 75 MB for pictures of 2048 pixels.
         table = jnp.concatenate([jnp.broadcast_to(col, shape), jnp.broadcast_to(row[:, None], shape)], axis=2)

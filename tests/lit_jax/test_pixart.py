@@ -23,6 +23,7 @@ CFG = PixArtConfig(
     size=8, width=32, layers=2, heads=4, cross_heads=4, hidden=128, text_width=16, text_tokens=300, interpolation=2.0
 )
 LIT = replace(CFG, attention="linear", heads=2)
+# Fields of `LIT` that are not those of the published size.
 _SIZES = ("size", "width", "layers", "heads", "cross_heads", "hidden", "text_width")
 
 
@@ -212,6 +213,9 @@ def test_the_command_takes_the_donor_as_a_flag(theirs, tmp_path, capsys):
     assert "of the parameters come from" in capsys.readouterr().out
     assert read_json(tmp_path / "record.json")["source"] == str(theirs)
     assert main(["inherit", "lit/t2i_512", str(tmp_path / "student"), "--donr", "x"]) == 2
+    with pytest.raises(SystemExit):
+        main(["inherit", "lit/t2i_512", "--help"])
+    assert capsys.readouterr().out.startswith("usage: heirloom inherit lit/t2i_512 ")
     assert main(["train", "lit/t2i_512", "--run", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err
     assert "this recipe has no heirloom train; it has heirloom inherit, heirloom inspect" in errors
