@@ -140,10 +140,7 @@ def test_relatives_are_refused_by_name(extra, words, tmp_path):
     ("change", "words"),
     [
         ({NULL: np.zeros((120, 16), np.float32)}, "a PixArt-alpha, for prompts of 120 tokens: only PixArt-Sigma"),
-<<<<<<< HEAD
-=======
         ({NULL: np.zeros((), np.float32)}, r"tensor 'y_embedder.y_embedding' has shape \(1,\)"),
->>>>>>> bf63c26 (The span of positions is checked when a model is made)
         ({NULL: np.zeros((300, 8), np.float32)}, r"tensor 'y_embedder.y_embedding' has shape \(300, 8\)"),
         ({CAPTION: np.zeros(32, np.float32)}, "its tensor 'y_embedder.y_proj.fc1.weight' is missing or no matrix"),
         ({"pos_embed": np.full((1, 16, 32), np.nan, np.float32)}, "its position table, of 16 places, is not PixArt's"),
