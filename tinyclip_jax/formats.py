@@ -85,7 +85,8 @@ def _hf_sizes(tower: Fields) -> dict[str, Any]:
 
 def _write_hf(cfg: ClipConfig, folder: Path) -> None:
     if isinstance(cfg.image, ResNetConfig):
-        raise InputError("Hugging Face's CLIP has no ResNet as image tower: write this model as open_clip or original")
+        needed = "which Hugging Face's CLIP does not have: write this model as open_clip or original"
+        raise InputError(f"the image tower is a ResNet, {needed}")
     if not (_plain(cfg.image) and _plain(cfg.text)):
         needed = "Hugging Face's CLIP has equal layers whose heads fill the width"
         raise InputError(f"this model is pruned, and {needed}: write it as original")
