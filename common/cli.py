@@ -200,6 +200,7 @@ VERBS = (
                 help="read the text encoder layer by layer, or keep it in memory",
             ),
             argument("--cache", type=Path, metavar="DIR", help="keep encoded prompts here"),
+            argument("--dtype", choices=("float32", "bfloat16"), help="of the transformer (CPUs: float32)"),
             argument("--seed", type=int, default=0),
             argument("--offline", action="store_true", help="never download anything"),
             argument("--force", action="store_true", help="draw again what is in --out"),

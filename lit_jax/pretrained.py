@@ -27,7 +27,7 @@ from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
 from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.sample import Draw, SampleConfig, drawer
-from lit_jax.text_to_image import TextToImage, open_text_to_image
+from lit_jax.text_to_image import Dtype, TextToImage, open_text_to_image
 from lit_jax.zoo import EMBEDDED, FAMILIES, FAMILY
 
 
@@ -124,6 +124,7 @@ def load(
     text_encoder: str = "",
     resident: bool = False,
     cache: str | Path | None = None,
+    dtype: Dtype | None = None,
     **overrides: Any,
 ) -> Pretrained | PretrainedAutoencoder | TextToImage:
     """Load a DiT or LiT as a `Pretrained`, a text-to-image model as a `TextToImage`, an autoencoder as its own class.
@@ -142,7 +143,8 @@ def load(
     if isinstance(donor.cfg, PixArtConfig):
         components = find_components(donor, pipeline=pipeline, text=text_encoder, autoencoder=autoencoder)
         folder = None if cache is None else Path(cache)
-        return open_text_to_image(donor, components, mesh, resident=resident, cache=folder, origin=origin)
+        options: dict[str, Any] = dict(resident=resident, cache=folder, dtype=dtype, origin=origin)
+        return open_text_to_image(donor, components, mesh, **options)
     if isinstance(donor.cfg, AutoencoderConfig):
         params = load_params(donor, mesh)
         decoder = picture_decoder(donor.cfg, donor.model, params)

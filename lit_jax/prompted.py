@@ -46,6 +46,7 @@ def sample_prompts(donor: Donor, args: Namespace) -> dict[str, Any]:
         resident=args.text == "resident",
         cache=args.cache,
         keep=len(prompts) > AT_A_TIME,
+        dtype=args.dtype,
         stages=Stages(),
         origin=read_origin(donor.folder),
     )

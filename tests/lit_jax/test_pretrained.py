@@ -99,3 +99,10 @@ def test_an_autoencoder_comes_through_the_same_door(one_device):
 def test_an_autoencoder_of_other_latents_is_refused(folder):
     with pytest.raises(InputError, match="has latents of 4 channels, the model 3"):
         lit_jax.load(str(folder), autoencoder=str(AUTOENCODER))
+
+
+def test_pictures_of_classes_are_pil_images(folder):
+    lit = lit_jax.load(str(folder))
+    how = dict(count=2, steps=2, sampler="dpm", guidance=1.0)
+    drawn = lit.draw([1, 0], **how)
+    np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in drawn]), lit.sample([1, 0], **how))

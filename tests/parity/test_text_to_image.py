@@ -270,3 +270,11 @@ def test_the_python_interface_refuses_what_it_does_not_know(pipe):
         pipe.draw("a", step=3)
     with pytest.raises(InputError, match="count"):
         pipe.draw("a", count=0)
+
+
+def test_a_narrow_transformer_draws_nearly_the_same(folder, pipe):
+    """bfloat16 has eight bits: errors of a few per cent after three steps, and float32 results."""
+    request, how = [Request("two dogs", size=(256, 256))], PromptConfig(steps=3)
+    (wide,) = pipe.latents(request, how)
+    (narrow,) = lit_jax.load(folder, dtype="bfloat16").latents(request, how)
+    assert narrow.dtype == np.float32 and 1e-5 < np.abs(narrow - wide).mean() / np.abs(wide).mean() < 0.1
