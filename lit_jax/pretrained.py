@@ -132,8 +132,9 @@ def load(
     source: `hf:org/name/folder`, a folder, a run, a pipeline folder or a file of any format, `embedded:digits_dit`.
     autoencoder: SOURCE of the decoder of a latent model. pipeline: the pipeline folder with text encoder and decoder of
     a transformer alone; text_encoder: another T5. resident: keep the text encoder in memory, instead of reading it
-    layer by layer. cache: a folder of encoded prompts. overrides: settings that a bare weights file lacks (`heads=6`);
-    guesses are printed as notes. Raises InputError. Parameters are f32 on the default devices.
+    layer by layer. cache: a folder of encoded prompts. dtype: of a text-to-image transformer; the parameters of other
+    models are f32. overrides: settings that a bare weights file lacks (`heads=6`); guesses are printed as notes. Raises
+    InputError.
     """
     path = locate(str(source), EMBEDDED)
     path = main_part(path) if is_pipeline(path) else path
