@@ -30,7 +30,7 @@ import numpy as np
 
 GOALS = {"lit": {512: 0.9, 1024: 0.6, 2048: 0.35}, "pixart": dict.fromkeys((512, 1024, 2048), 1.1)}
 MODELS = ("diffusers", "pixart", "lit")
-ROUNDS = {512: 3, 1024: 2, 2048: 1}
+ROUNDS = {512: 2, 1024: 1, 2048: 1}
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
 PAUSE = 0.3  # seconds between calls, in which the threads of the last process stop spinning
 TOKENS, USED = 300, 27  # of a prompt with padding, and of a prompt of twenty words; the sampler cuts padding to 32
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a PixArtSigmaPipeline folder")
     parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--few", type=int, default=4, help="layers at 2048 pixels")
+    parser.add_argument("--few", type=int, default=3, help="layers at 2048 pixels")
     parser.add_argument("--int8", type=Path, help="the same pipeline with int8 kernels")
     parser.add_argument("--student", type=Path, help="a LiT that inherits from it (heirloom inherit lit/t2i_1024)")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from heirloom.common.train.loop import Data
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.recipe import BaseConfig
-from heirloom.common.train.step import Batch, LossFn, StepConfig, cast
+from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.data import Pixels, is_latent, latents
 from lit_jax.decode import open_pictures, to_uint8
@@ -47,9 +47,7 @@ class Config(BaseConfig):
 
     student: DitConfig = field(default_factory=DitConfig)
     keep: Keep = "none"
-    """Projections of self-attention that are also inherited: none, as in the paper; o, v, ...; all, if the donor has
-    the same attention.
-    """
+    """Projections of self-attention that are inherited, too: none (the paper), o, v, ...; all, from another LiT."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     label_drop: float = 0.1
     """Share of the examples whose label is dropped, for classifier-free guidance."""
@@ -111,9 +109,7 @@ def parts(cfg: Config) -> Parts:
 
 
 def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
-    """Find the autoencoder of the latent cache, or the default one if the cache does not exist yet; None for
-    pictures.
-    """
+    """Find the autoencoder of the latent cache (before the cache exists, the default one); None for pictures."""
     if is_latent(cfg.data):
         return cache_origin(Path(cfg.data.path)).cfg
     return AutoencoderConfig() if cfg.autoencoder else None
@@ -122,42 +118,32 @@ def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
 def check_device(cfg: DitConfig, platform: str) -> None:
     """Raise InputError for a kernel of another platform."""
     if (wanted := PLATFORMS.get(cfg.implementation or "", platform)) != platform:
-        raise InputError(
-            f"student.implementation {cfg.implementation} is a kernel for {wanted}, this is {platform}: set it to xla"
-        )
+        kernel = f"student.implementation {cfg.implementation} is a kernel for {wanted}"
+        raise InputError(f"{kernel}, this is {platform}: set it to xla")
 
 
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
     """Raise InputError if the shapes or classes of data, student and teacher differ."""
-    c = cfg.student
-    given = (
-        example["image"].shape
-        if "image" in example
-        else (*example["moments"].shape[1:3], example["moments"].shape[3] // 2)
-    )
+    c, moments = cfg.student, example.get("moments")
+    given = example["image"].shape if moments is None else (*moments.shape[1:3], moments.shape[3] // 2)
     if given != (c.size, c.size, c.channels):
         takes = f"the student takes {[c.size, c.size, c.channels]}"
         raise InputError(f"the data is {list(given)}, {takes}: set student.size and student.channels")
     if cfg.label_drop and not c.null_class:
         raise InputError(f"label_drop is {cfg.label_drop:g}, and the student has no null class: set label_drop 0")
     if teacher and cfg.label_drop and cfg.distill.dropped == "shared" and not teacher.cfg.null_class:
-        raise InputError(
-            "the teacher has no null class: set distill.dropped student, so that it sees every label, or label_drop 0"
-        )
+        ways = "set distill.dropped student, so that it sees every label, or label_drop 0"
+        raise InputError(f"the teacher has no null class: {ways}")
     if teacher and (t := teacher.cfg) and (t.size, t.channels, t.classes) != (c.size, c.channels, c.classes):
         takes = f"{t.size} x {t.size} x {t.channels} of {t.classes} classes"
         raise InputError(f"the teacher takes {takes}, the student {c.size} x {c.size} x {c.channels} of {c.classes}")
 
 
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: AutoencoderConfig | None) -> LossFn:
-    """Make the loss: DiT's, on pixels or on latents drawn from cached moments, plus the two distillation terms; one
-    forward pass each.
-    """
+    """Make the loss: DiT's, on pixels or on latents drawn from cached moments, plus the two distillation terms."""
     schedule = linear_schedule()
 
-    def loss(
-        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
         clean = sample_cached(cached, batch["moments"], latent_key) if cached else batch["image"]
         n = len(clean)
@@ -165,7 +151,6 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
         noise = jax.random.normal(noise_key, clean.shape)
         noisy = add_noise(schedule, clean, step, noise)
         dropped = jnp.where(jax.random.uniform(drop_key, (n,)) < cfg.label_drop, cfg.student.classes, batch["label"])
-
         predicted = split(student.apply(params, noisy, step, dropped))
         parts = diffusion(schedule, predicted, clean, noisy, step, noise)._asdict()
         total = parts["mse"] + parts["bound"]

@@ -316,21 +316,15 @@ def hashes(file: Path) -> dict[str, str]:
 
 
 def _verify(donor: Donor, folder: Path, to: str) -> Check:
-    """Checks that the written weights are read back bit for bit, and that the reference for the foreign file computes
-    the same.
-    """
+    """Checks that the written weights are read back bit for bit, and compares the foreign file with its reference."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Remark)  # the source had the same remarks, and this folder's name is temporary
         written = open_donor(folder, [donor.family])
     omitted = () if to == "heirloom" else donor.family.format(to).layout_of(donor.cfg).omit
     for path, value in ((p, v) for p, v in donor.source.values.items() if p not in omitted):
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
-            return Check(
-                passed=False,
-                reference="what was written",
-                missing=(path,),
-                note=f"{path} is not read back as it was written",
-            )
+            note = f"{path} is not read back as it was written"
+            return Check(passed=False, reference="what was written", missing=(path,), note=note)
     foreign = donor if to == "heirloom" else written
     return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format))
 
