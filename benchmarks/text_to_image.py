@@ -64,9 +64,8 @@ def make_ours(folder: Path, name: str, layers: int) -> Callable[[int], Callable[
     plan = graft_attention(donor.cfg, cfg, "o" if name == "lit" else "all")
     params = graft(plan, donor.source, model.spec, None, partial(model.init, jax.random.key(0)))
     if layers < cfg.layers:
-        cfg = replace(cfg, layers=layers)
-        model = functional(PixArt, cfg)
-        params = {path: value[:layers] if path.startswith("blocks/") else value for path, value in params.items()}
+        spec, model = model.spec, functional(PixArt, replace(cfg, layers=layers))
+        params = {path: value[:layers] if spec[path].layered else value for path, value in params.items()}
 
     def prepare(pixels: int) -> Callable[[], Any]:
         x, t, text, mask = inputs(pixels)
