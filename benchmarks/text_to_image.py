@@ -1,8 +1,8 @@
 """Seconds and memory of text to image on a CPU: LiT, our PixArt-Σ, and diffusers' PixArt-Σ on the same weights.
 
     python benchmarks/draw_pipeline.py big/sigma --tokenizer TOKENIZER_FOLDER
-    python benchmarks/text_to_image.py calls big/sigma --json benchmarks/results/text_to_image_calls.json   # 25 minutes
-    python benchmarks/text_to_image.py whole big/sigma --json benchmarks/results/text_to_image.json         # 30 minutes
+    python benchmarks/text_to_image.py calls big/sigma --json benchmarks/results/text_to_image_calls.json   # 10 minutes
+    python benchmarks/text_to_image.py whole big/sigma --json benchmarks/results/text_to_image.json         # 20 minutes
 
 `calls`: one call of the denoiser, in float32, at 512, 1024 and 2048 pixels, for a prompt of 27 tokens: diffusers pads
 it to 300 in every call, our sampler to 32, and computes what depends on the prompt alone before the first call. Each
