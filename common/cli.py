@@ -348,7 +348,7 @@ def _help_of_recipe(argv: Sequence[str]) -> None:
         from heirloom.common import config
 
         if config.is_recipe(argv[1]):
-            config.load(argv[1], ["--help"])
+            config.load(argv[1], ["--help"], argv[0])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -48,10 +48,10 @@ def is_recipe(name: str) -> bool:
     return not Path(name).exists() and name.split("/")[0] in {r.split("/")[0] for r in recipes()}
 
 
-def load(name: str, flags: Sequence[str] = ()) -> Recipe:
+def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
     """Returns the config of a shipped recipe or of a file, with fields set by flags (`--optim.lr 3e-4`).
 
-    Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag
+    verb: of the command, for the help and errors of flags. Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag
     that has no effect in this recipe (`cfg.idle()`).
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
@@ -86,7 +86,7 @@ def load(name: str, flags: Sequence[str] = ()) -> Recipe:
         for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
             if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
                 raise InputError(f"{flag} does nothing in this recipe, {why}")
-    cfg = parse(cfg, flags, f"heirloom train {name}", module.__doc__)
+    cfg = parse(cfg, flags, f"heirloom {verb} {name}", module.__doc__)
     all_local(cfg)
     return cfg
 

@@ -239,9 +239,9 @@ def _recipe(name: str, verb: str, flags: Sequence[str] = ()) -> Any:
     """Loads a recipe for a verb. Raises InputError when the recipe lacks the method that the verb calls."""
     from heirloom.common import config
 
-    recipe = config.load(name, flags)
+    wanted = next((name for name, call in RECIPE_VERBS.items() if call == verb), verb)
+    recipe = config.load(name, flags, wanted)
     if not hasattr(recipe, verb):
-        wanted = next((name for name, call in RECIPE_VERBS.items() if call == verb), verb)
         has = ", ".join(f"heirloom {able}" for able, call in RECIPE_VERBS.items() if hasattr(recipe, call))
         raise InputError(f"{name}: this recipe has no heirloom {wanted}; it has {has}")
     return recipe
