@@ -51,8 +51,8 @@ def is_recipe(name: str) -> bool:
 def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
     """Returns the config of a shipped recipe or of a file, with fields set by flags (`--optim.lr 3e-4`).
 
-    verb: of the command, for the help and errors of flags. Raises InputError for an unknown recipe, a file that does not run or has no `get_config`, a wrong flag, and a flag
-    that has no effect in this recipe (`cfg.idle()`).
+    verb: of the command, for the help and errors of flags. Raises InputError for an unknown recipe, a file that does
+    not run or has no `get_config`, a wrong flag, and a flag that has no effect in this recipe (`cfg.idle()`).
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
