@@ -162,6 +162,7 @@ def calls(args: argparse.Namespace) -> None:
 def whole(args: argparse.Namespace) -> None:
     """Each way in a process of its own, because memory that one frees may stay with the process."""
     found: dict[str, Any] = {}
+    head = bench.header(PACKAGES) | {"pixels": 1024}
     ways = {"heirloom, weights as they are": ["sample_once", str(args.folder)]}
     if args.int8:
         ways["heirloom, int8"] = ["sample_once", str(args.int8)]
@@ -172,9 +173,7 @@ def whole(args: argparse.Namespace) -> None:
         done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(name, found[name], flush=True)
-    bench.write(
-        args.json, bench.header(("jax", "torch", "diffusers", "transformers")) | {"pixels": 1024, "ways": found}
-    )
+        bench.write(args.json, head | {"ways": found})
 
 
 def sample_once(folder: Path) -> None:
