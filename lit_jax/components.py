@@ -6,7 +6,7 @@ from pathlib import Path
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.pipeline import class_of, is_pipeline
+from heirloom.common.checkpoint.pipeline import MAIN, class_of, is_pipeline
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 
@@ -42,7 +42,7 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
     elif not (text and autoencoder):
         raise InputError(
             f"{donor.path}: holds no text encoder and no autoencoder; give --pipeline DIR (a PixArt-Σ pipeline folder,"
-            " or hf:PixArt-alpha/PixArt-Sigma-XL-2-512-MS), or --text-encoder and --autoencoder"
+            " or hf:PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers), or --text-encoder and --autoencoder"
         )
     encoder = locate(text) if text else _part(root, "text_encoder")
     decoder = locate(autoencoder) if autoencoder else _part(root, "vae")
@@ -101,7 +101,7 @@ def write_pipeline_of(folder: Path, root: Path | None) -> None:
 
 def pipeline_of(donor: Donor) -> Path | None:
     """Returns the pipeline folder that a transformer lies in, or that its sidecar names; None without either."""
-    if is_pipeline(donor.folder.parent):
+    if donor.folder.name in MAIN and is_pipeline(donor.folder.parent):  # a student may lie next to a transformer/
         return donor.folder.parent
     file = donor.folder / SIDECAR
     return Path(str(read_json(file).get("pipeline", ""))) if file.is_file() else None

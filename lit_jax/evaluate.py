@@ -21,9 +21,9 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
 from lit_jax.decode import open_pictures
 from lit_jax.drawn import Drawn
-from lit_jax.generate import SEEDS, draw_batches
+from lit_jax.generate import draw_batches
 from lit_jax.origin import read_origin
-from lit_jax.sample import SampleConfig, drawer, picture_keys
+from lit_jax.sample import SEEDS, SampleConfig, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 

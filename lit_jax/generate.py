@@ -21,11 +21,10 @@ from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
-from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
+from lit_jax.sample import SEEDS, Draw, SampleConfig, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
-SEEDS = 2**32
 
 
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:

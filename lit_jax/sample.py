@@ -21,6 +21,7 @@ from lit_jax.losses import split
 
 Name = Literal["ddpm", "ddim", "dpm"]
 Guided = Literal["all", "first three"]
+SEEDS = 2**32  # of jax.random.key
 PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
 
 

@@ -28,12 +28,11 @@ from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.pixart import PixArtConfig
-from lit_jax.sample import picture_keys
+from lit_jax.sample import SEEDS, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, open_text
 
 SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
-SEEDS = 2**32
 Dtype = Literal["float32", "bfloat16"]
 
 

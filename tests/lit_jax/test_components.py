@@ -1,13 +1,14 @@
 """Pipeline folders: which are read, and which settings of a scheduler change the pictures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part, parts_of
 from heirloom.common.errors import InputError
-from lit_jax.components import check_pipeline, check_scheduler
+from lit_jax.components import check_pipeline, check_scheduler, pipeline_of, write_pipeline_of
 
 SIGMA = {"_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.42.0", "transformer": ["diffusers", "X"],
          "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None]}  # fmt: skip
@@ -79,3 +80,13 @@ def test_other_pipelines_are_refused_by_name(tmp_path, kind, says):
 def test_a_missing_part_is_one_line(tmp_path):
     with pytest.raises(InputError, match="sub-folder transformer/ is missing"):
         main_part(write(tmp_path / "p", SIGMA))
+
+
+def test_a_student_next_to_a_transformer_belongs_to_the_pipeline_that_it_notes(tmp_path):
+    theirs, mine = write(tmp_path / "theirs", SIGMA), write(tmp_path / "mine", SIGMA)
+    for name in ("transformer", "student"):
+        (mine / name).mkdir()
+        write_pipeline_of(mine / name, theirs)
+    assert pipeline_of(SimpleNamespace(folder=mine / "transformer")) == mine
+    assert pipeline_of(SimpleNamespace(folder=mine / "student")) == theirs
+    assert pipeline_of(SimpleNamespace(folder=tmp_path / "alone")) is None
