@@ -19,9 +19,9 @@ class SourceConfig:
     """Which data to read."""
 
     path: str = ""
-    """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits (embedded), a folder of pictures, a .csv or .tsv, .tar
-    or .parquet files (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of .npy arrays,
-    or tfds:name[:version][@data_dir]
+    """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits | icons (embedded), a folder of pictures, a .csv or
+    .tsv, .tar or .parquet files (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of
+    .npy arrays, or tfds:name[:version][@data_dir]
     """
     split: str = ""
     """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/,

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from heirloom.common.data import digits, emoji
+from heirloom.common.data import digits, emoji, icons
 from heirloom.common.data.sources.arrays import ArraySource
 from heirloom.common.data.sources.folder import FolderSource
 from heirloom.common.data.sources.parquet import ParquetSource
@@ -15,6 +15,8 @@ from heirloom.common.data.sources.tar import TarSource
 from heirloom.common.data.sources.tfds import TfdsSource
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import local
+
+EMBEDDED = {"digits": digits.PATH, "icons": icons.PATH}
 
 
 def open_source(cfg: SourceConfig) -> Source:
@@ -37,12 +39,12 @@ def _open(cfg: SourceConfig) -> Source:
         columns = tuple(dict.fromkeys(("concept", "tags", *cfg.columns)))
         paths = [emoji.path(style) for style in ([rest] if rest else emoji.STYLES)]
         return ParquetSource(paths, replace(cfg, columns=columns))
-    if cfg.path == "digits":
-        return ParquetSource([digits.PATH], cfg)
+    if cfg.path in EMBEDDED:
+        return ParquetSource([EMBEDDED[cfg.path]], cfg)
     if scheme == "tfds":
         return TfdsSource(rest, cfg)
     if not cfg.path:
-        raise InputError("no data given: set path to emoji, digits, a folder, .csv, .tar or .parquet, or tfds:NAME")
+        raise InputError("no data given: set path to emoji, digits, icons, a folder, .csv, .tar or .parquet, or tfds:NAME")
     files = _files(cfg.path)
     if len(files) == 1 and files[0].is_dir():
         return _folder(files[0], cfg)
