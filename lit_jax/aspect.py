@@ -1,5 +1,8 @@
 """The heights and widths that PixArt-Σ and LiT were trained on: forty ratios at each of four areas."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 from heirloom.common.errors import InputError
 
 # Height x width at 512 px; half of it at 256 px, twice at 1024, four times at 2048 (PixArt-Σ's multi-scale buckets).
@@ -10,6 +13,30 @@ _AT_512 = (
 )
 PIXELS = {32: 256, 64: 512, 128: 1024, 256: 2048}
 """Side of the square pictures, by the side of their latents."""
+
+Ratios = Literal["square", "ten", "forty"]
+_TEN = "320x800 384x672 416x608 448x576 480x544 512x512 544x480 576x448 608x416 672x384"
+
+
+def bucket_sizes(ratios: Ratios, side: int, step: int) -> list[tuple[int, int]]:
+    """Returns the (height, width) of the pictures that a model for squares of `side` pixels is trained on.
+
+    ratios: the square alone, the forty of PixArt-Σ, or ten of them, for fewer compilations. step: heights and widths
+    are multiples of so many pixels.
+    """
+    pairs = {"square": "512x512", "ten": _TEN, "forty": _AT_512}[ratios].split()
+    at_512 = [tuple(map(int, pair.split("x"))) for pair in pairs]
+    scaled = [(_scaled(height, side, step), _scaled(width, side, step)) for height, width in at_512]
+    return list(dict.fromkeys(scaled))
+
+
+def _scaled(length: int, side: int, step: int) -> int:
+    return max(step, round(length * side / 512 / step) * step)
+
+
+def nearest_ratio(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:
+    """Returns the number of the size whose ratio is nearest to that of a picture, as PixArt does."""
+    return min(range(len(sizes)), key=lambda i: abs(sizes[i][0] / sizes[i][1] - height / width))
 
 
 def trained_sizes(size: int) -> list[tuple[int, int]]:
@@ -25,7 +52,7 @@ def nearest_size(size: int, height: int, width: int) -> tuple[int, int]:
     size.
     """
     sizes = trained_sizes(size)
-    return min(sizes, key=lambda hw: abs(hw[0] / hw[1] - height / width)) if sizes else (height, width)
+    return sizes[nearest_ratio(sizes, height, width)] if sizes else (height, width)
 
 
 def parse_size(text: str) -> tuple[int, int]:

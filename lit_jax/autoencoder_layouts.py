@@ -207,5 +207,6 @@ FAMILY = Family(
     parameters=parameters,
     macs=macs,
     outputs=latents_and_pictures,
+    embedded={"icons_autoencoder": Path(__file__).parent / "icons" / "autoencoder"},
     lookalikes=LOOKALIKES,
 )

@@ -9,6 +9,7 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.pipeline import MAIN, class_of, is_pipeline
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.methods import locate_any
 
 PIPELINE = "PixArtSigmaPipeline"
 SIDECAR = "pipeline.json"
@@ -37,6 +38,9 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
     else the one that its sidecar names. Raises InputError for a part that nothing names, or that does not exist.
     """
     root = locate(pipeline) if pipeline else _own_pipeline(donor)
+    if root is None:
+        named = _sidecar(donor)
+        text, autoencoder = text or named.get("text_encoder", ""), autoencoder or named.get("autoencoder", "")
     if root is not None:
         check_pipeline(root)
     elif not (text and autoencoder):
@@ -44,8 +48,8 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
             f"{donor.path}: holds no text encoder and no autoencoder; give --pipeline DIR (a PixArt-Σ pipeline folder,"
             " or hf:PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers), or --text-encoder and --autoencoder"
         )
-    encoder = locate(text) if text else _part(root, "text_encoder")
-    decoder = locate(autoencoder) if autoencoder else _part(root, "vae")
+    encoder = locate_any(text) if text else _part(root, "text_encoder")
+    decoder = locate_any(autoencoder) if autoencoder else _part(root, "vae")
     return Components(text=encoder, tokenizer=_tokenizer(encoder, root), autoencoder=decoder)
 
 
@@ -99,12 +103,23 @@ def write_pipeline_of(folder: Path, root: Path | None) -> None:
         write_json(folder / SIDECAR, {"pipeline": str(root.resolve())})
 
 
+def write_parts_of(folder: Path, text_encoder: str, autoencoder: str) -> None:
+    """Writes the SOURCEs of the text encoder and the autoencoder that a transformer was trained with."""
+    write_json(folder / SIDECAR, {"text_encoder": text_encoder, "autoencoder": autoencoder})
+
+
 def pipeline_of(donor: Donor) -> Path | None:
     """Returns the pipeline folder that a transformer lies in, or that its sidecar names; None without either."""
     if donor.folder.name in MAIN and is_pipeline(donor.folder.parent):  # a student may lie next to a transformer/
         return donor.folder.parent
+    root = _sidecar(donor).get("pipeline")
+    return Path(root) if root else None
+
+
+def _sidecar(donor: Donor) -> dict[str, str]:
+    """Returns what the sidecar of a transformer names: its pipeline, or its text encoder and its autoencoder."""
     file = donor.folder / SIDECAR
-    return Path(str(read_json(file).get("pipeline", ""))) if file.is_file() else None
+    return {name: str(source) for name, source in read_json(file).items()} if file.is_file() else {}
 
 
 def _own_pipeline(donor: Donor) -> Path | None:

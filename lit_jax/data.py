@@ -33,6 +33,19 @@ def adm_crop(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(centre.cut(picture))
 
 
+def cover_crop(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize a picture until it covers the size (bicubic), and cut out the centre, as PixArt does: uint8 [height,
+    width, 3].
+    """
+    scale = max(height / picture.height, width / picture.width)
+    resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    # Only the part of the picture that is needed: resizing all of a long strip could exhaust the memory.
+    cut = Box(left=(resized[0] - width) // 2, top=(resized[1] - height) // 2, width=width, height=height)
+    x, y = picture.width / resized[0], picture.height / resized[1]
+    box = (cut.left * x, cut.top * y, (cut.left + width) * x, (cut.top + height) * y)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
 def cropped(record: Record, size: int) -> np.ndarray:
     """Decode the picture of a record and crop it with `adm_crop`. Raises InputError, which names the record, if it does
     not decode.

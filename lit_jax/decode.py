@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.checkpoint.hub import locate
 from heirloom.common.errors import InputError, remark
+from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
 from lit_jax.dit import DitConfig
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
+from lit_jax.pixart import PixArtConfig
 from lit_jax.tiles import decode_tiled
 
 MOST, OVERLAP = 80, 16  # latent positions of a tile: 640 px, for which the published decoder needs 1.5 GB in float32
@@ -61,7 +62,9 @@ def to_uint8(pixels: ArrayLike) -> np.ndarray:
     return np.clip(127.5 * np.asarray(pixels) + 128, 0, 255).astype(np.uint8)
 
 
-def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | None = None) -> PictureDecoder | None:
+def open_pictures(
+    cfg: DitConfig | PixArtConfig, source: str, mesh: Mesh, made_with: Origin | None = None
+) -> PictureDecoder | None:
     """Open the decoder of this model's samples; None for latents without an autoencoder.
 
     made_with: the autoencoder whose latents the model was trained on, if known; a difference to the decoder is printed
@@ -69,7 +72,7 @@ def open_pictures(cfg: DitConfig, source: str, mesh: Mesh, made_with: Origin | N
     """
     if not source:
         return PictureDecoder(lambda samples: samples) if cfg.channels == 3 and made_with is None else None
-    donor = open_donor(locate(source), [autoencoder_layouts.FAMILY])
+    donor = open_donor(locate_any(source), [autoencoder_layouts.FAMILY])
     if donor.cfg.latent != cfg.channels:
         raise InputError(
             f"{source} has latents of {donor.cfg.latent} channels, the model {cfg.channels}: name the model's"

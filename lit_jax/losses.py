@@ -1,5 +1,6 @@
 """DiT's loss, and LiT's hybrid distillation of the teacher's noise and variance (LiT §3.4)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from heirloom.common.diffusion import Prediction, Schedule, log_variance, variational_bound
+from heirloom.common.diffusion import Prediction, Schedule, add_noise, log_variance, variational_bound
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,36 @@ def distillation(
     variances = [_variance(schedule, prediction, step, target) for prediction in (student, teacher)]
     noise = _mean_per_example(jnp.square(student.noise - teacher.noise))
     return Distilled(noise, _mean_per_example(jnp.square(variances[0] - variances[1])))
+
+
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+"""`network(noisy, step)` returns noise and variance, [batch, *place, 2 channels]."""
+
+
+def hybrid(
+    schedule: Schedule,
+    cfg: DistillConfig,
+    clean: Float[Array, "batch *place channel"],
+    keys: tuple[jax.Array, jax.Array],
+    student: Network,
+    teacher: Network | None,
+) -> tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]:
+    """Compute DiT's loss of the student at random times, plus the weighted distillation terms (LiT §3.4).
+
+    keys: of the times and of the noise. Returns the total and its unweighted parts: mse, bound, and with a teacher
+    kd_noise and kd_variance.
+    """
+    step = jax.random.randint(keys[0], (len(clean),), 0, len(schedule))
+    noise = jax.random.normal(keys[1], clean.shape)
+    noisy = add_noise(schedule, clean, step, noise)
+    predicted = split(student(noisy, step))
+    parts = diffusion(schedule, predicted, clean, noisy, step, noise)._asdict()
+    total = parts["mse"] + parts["bound"]
+    if teacher:
+        terms = distillation(schedule, predicted, split(teacher(noisy, step)), step, cfg.target)
+        total = total + cfg.noise * terms.noise + cfg.variance * terms.variance
+        parts |= {"kd_noise": terms.noise, "kd_variance": terms.variance}
+    return total, parts
 
 
 def _variance(schedule: Schedule, prediction: Prediction, step: jax.Array, target: str) -> jax.Array:

@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from heirloom.common.checkpoint.convert import Donor, open_donor
-from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params, save_params
@@ -28,7 +28,7 @@ from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.sample import Draw, SampleConfig, drawer
 from lit_jax.text_to_image import Dtype, TextToImage, open_text_to_image
-from lit_jax.zoo import EMBEDDED, FAMILIES, FAMILY
+from lit_jax.zoo import FAMILIES, FAMILY
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def load(
     models are f32. overrides: settings that a bare weights file lacks (`heads=6`); guesses are printed as notes. Raises
     InputError.
     """
-    path = locate(str(source), EMBEDDED)
+    path = locate_any(str(source))
     path = main_part(path) if is_pipeline(path) else path
     path = path / "model" if (path / "metrics.jsonl").is_file() else path
     donor: Donor = open_donor(path, FAMILIES, **overrides)

@@ -30,7 +30,7 @@ from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.pixart import PixArtConfig
 from lit_jax.sample import SEEDS, picture_keys
 from lit_jax.stages import Stages
-from lit_jax.text.encoder import TextEncoder, TextFeatures, open_text
+from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
 
 SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
 Dtype = Literal["float32", "bfloat16"]
@@ -64,7 +64,7 @@ class TextToImage:
     donor: Donor
     components: Components
     mesh: Mesh
-    text: TextEncoder
+    text: TextEncoder | TowerEncoder
     autoencoder: Donor
     keep: bool = True
     dtype: DTypeLike = jnp.float32
@@ -215,7 +215,7 @@ class TextToImage:
         negatives = [sampling.text(request.negative) if guided else "" for request in requests]
         texts = list(dict.fromkeys([*prompts, *filter(None, negatives)]))
         empty = [""] if guided else []
-        with self.stages("text encoder", self.text.cfg.layers) as advance:
+        with self.stages("text encoder", self.text.layers) as advance:
             found = self.text.encode([*texts, *empty], lambda done, total: advance(), padding=empty)
         rows = [Condition(found.features[i, None], found.mask[i, None]) for i in range(len(found.mask))]
         encoded = dict(zip(texts, rows, strict=False))
@@ -301,9 +301,9 @@ def open_text_to_image(
     text = open_text(
         components.text, tokens=cfg.text_tokens, resident=resident, cache=cache, tokenizer=components.tokenizer
     )
-    if text.cfg.width != cfg.text_width:
+    if text.width != cfg.text_width:
         raise InputError(
-            f"{components.text} has features {text.cfg.width} wide, the transformer reads {cfg.text_width}: name the"
+            f"{components.text} has features {text.width} wide, the transformer reads {cfg.text_width}: name the"
             " text encoder of this model (PixArt-Σ: t5-v1_1-xxl, 4096)"
         )
     return TextToImage(

@@ -16,7 +16,7 @@ from heirloom.common.data.grid import save_grid
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.diffusion import add_noise, linear_schedule
+from heirloom.common.diffusion import linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Resolution
@@ -32,7 +32,7 @@ from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.kernels import PLATFORMS
 from lit_jax.latents import cache_origin, data_origin, sample_cached
-from lit_jax.losses import DistillConfig, diffusion, distillation, split
+from lit_jax.losses import DistillConfig, hybrid
 from lit_jax.origin import copy_origin, write_origin
 from lit_jax.progress import grids, held_out_loss
 from lit_jax.sample import SampleConfig
@@ -146,20 +146,19 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
     def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
         clean = sample_cached(cached, batch["moments"], latent_key) if cached else batch["image"]
-        n = len(clean)
-        step = jax.random.randint(time_key, (n,), 0, len(schedule))
-        noise = jax.random.normal(noise_key, clean.shape)
-        noisy = add_noise(schedule, clean, step, noise)
-        dropped = jnp.where(jax.random.uniform(drop_key, (n,)) < cfg.label_drop, cfg.student.classes, batch["label"])
-        predicted = split(student.apply(params, noisy, step, dropped))
-        parts = diffusion(schedule, predicted, clean, noisy, step, noise)._asdict()
-        total = parts["mse"] + parts["bound"]
-        if teacher:
-            labels = dropped if cfg.distill.dropped == "shared" else batch["label"]
-            target = split(teacher.model.apply(cast(frozen, cfg.step.compute), noisy, step, labels))
-            terms = distillation(schedule, predicted, target, step, cfg.distill.target)
-            total = total + cfg.distill.noise * terms.noise + cfg.distill.variance * terms.variance
-            parts |= {"kd_noise": terms.noise, "kd_variance": terms.variance}
+        n, labels = len(clean), batch["label"]
+        dropped = jnp.where(jax.random.uniform(drop_key, (n,)) < cfg.label_drop, cfg.student.classes, labels)
+
+        def network(noisy: jax.Array, step: jax.Array) -> jax.Array:
+            return student.apply(params, noisy, step, dropped)
+
+        def target(noisy: jax.Array, step: jax.Array) -> jax.Array:
+            assert teacher
+            seen = dropped if cfg.distill.dropped == "shared" else labels
+            return teacher.model.apply(cast(frozen, cfg.step.compute), noisy, step, seen)
+
+        keys = time_key, noise_key
+        total, parts = hybrid(schedule, cfg.distill, clean, keys, network, target if teacher else None)
         return total.mean(), {name: (value.sum(), float(n)) for name, value in parts.items()}
 
     return loss

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from heirloom.common.data.grid import save_grid
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
@@ -46,7 +45,7 @@ class Config(RunConfig):
     """Share of the pictures that are mirrored."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=64))
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=1e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0)
+        default_factory=lambda: OptimConfig(lr=2e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0)
     )
 
     def parts(self) -> Parts:

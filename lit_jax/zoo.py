@@ -20,6 +20,8 @@ from lit_jax.text.layouts import FAMILY as T5
 from lit_jax.verify import predictions, verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
+ICONS = Path(__file__).parent / "icons"  # small text-to-image models and their autoencoder
+TEXT_EMBEDDED = {"t2i": ICONS / "lit", "t2i_donor": ICONS / "pixart"}
 
 FAMILY = Family(
     name="lit",
@@ -43,6 +45,7 @@ PIXART = Family(
     verify=pixart_verify.verify,
     parameters=pixart.parameters,
     macs=pixart.macs,
+    embedded=TEXT_EMBEDDED,
     outputs=pixart_verify.predicted,
 )
 FAMILIES = (FAMILY, PIXART, AUTOENCODERS, T5)
@@ -87,6 +90,17 @@ def text_lit(pixels: int = 512) -> PixArtConfig:
     return replace(cfg, heads=LINEAR_HEADS[cfg.width], attention="linear")
 
 
+def icons_pixart() -> PixArtConfig:
+    """Return the config of the small donor that draws the embedded icons, 64 pixels."""
+    sizes: dict[str, Any] = dict(size=16, interpolation=published_interpolation(16), width=192, layers=7, hidden=768)
+    return PixArtConfig(heads=6, cross_heads=6, text_width=192, text_tokens=16, **sizes)
+
+
+def icons_lit() -> PixArtConfig:
+    """Return the config of its student: two heads of linear attention."""
+    return replace(icons_pixart(), heads=2, attention="linear")
+
+
 PUBLISHED = {DIT_XL_2_256: dit("xl"), DIT_XL_2_512: dit("xl", pixels=512)}
 
 
@@ -115,5 +129,5 @@ def open_pixart(source: str, **overrides: Any) -> Donor:
     """Open any PixArt-Sigma or text-to-image LiT by SOURCE, lazily; of a pipeline folder, its transformer. Raises
     InputError if it does not exist or is another model.
     """
-    path = locate(source)
+    path = locate(source, TEXT_EMBEDDED)
     return open_donor(main_part(path) if is_pipeline(path) else path, [PIXART], **overrides)

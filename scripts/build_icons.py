@@ -50,10 +50,10 @@ NAMES = (
     " mailbox microphone microscope mosque mushroom mustache needle owl palette panda parachute paw pen pencil penguin"
     " phone piano pig pill pizza pot pretzel printer pumpkin purse puzzle rabbit radio ribbon robot rocket"
     " ruler satellite saxophone scooter screwdriver shark sheep shield shower skateboard skull snail snake"
-    " snowflake snowman sofa spade spider square star stethoscope store sunglasses sword table taco teddy-bear telescope"
-    " television tent thermometer tooth toothbrush tractor train tree triangle trophy truck trumpet turtle"
+    " snowflake snowman sofa spade spider square star stethoscope store sunglasses sword table taco teddy-bear"
+    " telescope television tent thermometer tooth toothbrush tractor train tree triangle trophy truck trumpet turtle"
     " umbrella unicorn violin volcano watch wheelchair whistle wrench"
-).split()
+)
 OTHERS = {
     "bottle-wine": "wine bottle",
     "chef-hat": "chef hat",
@@ -129,7 +129,7 @@ def held_out(thing: str) -> list[str]:
 
 def icons(cache: Path) -> list[dict[str, Any]]:
     """Returns the rows of the icons, each object in every colour."""
-    objects = {name: name.replace("-", " ") for name in NAMES} | OTHERS
+    objects = {name: name.replace("-", " ") for name in NAMES.split()} | OTHERS
     rows = []
     with fetch(*PACKAGE, cache) as package:
         for name, thing in sorted(objects.items(), key=lambda item: item[1]):

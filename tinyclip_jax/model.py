@@ -215,13 +215,18 @@ class TextTower(nnx.Module):
         self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
 
     def __call__(self, tokens: Tokens, keep: jax.Array | None = None) -> jax.Array:
-        tokens = jnp.asarray(tokens)
-        x = self.token(tokens)
-        x = add(x, self.position[: tokens.shape[1]])
-        x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
+        x = self._blocks(tokens := jnp.asarray(tokens), keep)
         end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
         # Pooling before the norm gives the same row, and the other rows are not normalised.
         return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], keep))
+
+    def states(self, tokens: Tokens) -> Float[Array, "captions context embed"]:
+        """The normalised last state of every token, as models that read texts take them."""
+        return self.post_norm(self._blocks(jnp.asarray(tokens), None))
+
+    def _blocks(self, tokens: jax.Array, keep: jax.Array | None) -> jax.Array:
+        x = add(self.token(tokens), self.position[: tokens.shape[1]])
+        return scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
 
 
 def _each_layer(keep: jax.Array | None, layers: int) -> tuple[Any, ...]:
@@ -274,6 +279,10 @@ class Clip(nnx.Module):
     def encode_text(self, tokens: Tokens, keep: Keep = ALL) -> Float[Array, "captions joint"]:
         """Unit-norm text features, f32."""
         return unit(self.text(tokens, keep.text).astype(jnp.float32))
+
+    def token_states(self, tokens: Tokens) -> Float[Array, "captions context embed"]:
+        """The normalised last state of every token of the text tower, f32."""
+        return self.text.states(tokens).astype(jnp.float32)
 
 
 def parameters(spec: Spec) -> dict[str, int]:

@@ -11,6 +11,7 @@ from heirloom.common.typed import from_json
 from tinyclip_jax.formats import FORMATS, LOOKALIKES
 from tinyclip_jax.inputs import sidecars
 from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
+from tinyclip_jax.reader import text_reader
 from tinyclip_jax.verify import features, verify
 
 EMBEDDED = {"emoji": Path(__file__).parent / "emoji_teacher"}
@@ -27,6 +28,7 @@ FAMILY = Family(
     EMBEDDED,
     LOOKALIKES,
     outputs=features,
+    reader=text_reader,
 )
 FAMILIES = (FAMILY,)
 

@@ -109,6 +109,16 @@ class Format:
 
 
 @dataclass(frozen=True)
+class TextReader:
+    """A model that reads texts for other models: `read(texts)` returns the state of every token, [text, token, width]
+    f32, and which tokens count, bool [text, token].
+    """
+
+    width: int
+    read: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: its module, config type, and foreign formats.
 
@@ -119,6 +129,7 @@ class Family:
     lookalikes: similar checkpoints that cannot be read, with advice.
     outputs(cfg, params): our model's outputs on the inputs of `verify`, for the error of quantised weights; None: the
     models are not quantised.
+    reader(donor, tokens): opens the model as a text encoder of other models; None: it cannot be one.
     """
 
     name: str
@@ -132,6 +143,7 @@ class Family:
     embedded: Mapping[str, Path] = field(default_factory=dict)
     lookalikes: tuple[Lookalike, ...] = ()
     outputs: Callable[[Any, Mapping[str, Any]], Sequence[np.ndarray]] | None = None
+    reader: Callable[["Donor", int], TextReader] | None = None
 
     def format(self, name: str) -> Format:
         """Returns a format by name. Raises InputError for an unknown one."""

@@ -18,6 +18,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 
 from heirloom.common.data.grid import save_grid
+from heirloom.common.data.grouped import GroupedIndices
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image, train_image
 from heirloom.common.data.sources import Record, Source
@@ -153,19 +154,25 @@ def training_batches(
     example: Callable[[Record, np.random.Generator], Batch],
     *,
     mesh: Mesh | None = None,
+    groups: np.ndarray | None = None,
 ) -> Batches:
     """Makes the endless stream of training batches: each epoch has every example once, in another order.
 
-    example(record, rng): converts a record to arrays; rng: generator of its position in the stream. Without a mesh, a
-    host gets its rows as numpy arrays. With a mesh, batches are global `jax.Array`s, rows split over `data` and `fsdp`,
-    copied ahead of the step. Raises InputError when the source is smaller than a batch or the batch cannot be divided,
-    and, while iterating, what `example` raises.
+    example(record, rng): converts a record to arrays; rng: generator of its position in the stream. groups: int, of
+    every example, from 0: then the examples of a batch are of one group, whose arrays may have other shapes. Without a
+    mesh, a host gets its rows as numpy arrays. With a mesh, batches are global `jax.Array`s, rows split over `data` and
+    `fsdp`, copied ahead of the step. Raises InputError when the source is smaller than a batch or the batch cannot be
+    divided, and, while iterating, what `example` raises.
     """
     if len(source) < cfg.batch:
         raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; lower the batch")
     rows = host_rows(cfg.batch, mesh)
     # grain shuffles by (seed, epoch) and seeds `random_map` by (seed, position): only the position matters.
-    stream = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat().random_map(example)
+    if groups is None:
+        ordered = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat()
+    else:
+        ordered = GroupedIndices(groups, cfg.batch, cfg.seed).map(source.__getitem__).seed(cfg.seed)
+    stream = ordered.random_map(example)
 
     def start(first: int) -> Iterator[Batch]:
         mine = HostRows(stream, rows, cfg.batch, first)

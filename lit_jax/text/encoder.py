@@ -1,6 +1,6 @@
 """Encodes prompts with a T5 whose weights stay in their files: in memory is one layer, and the next one.
 
-encoder = open_text(Path("PixArt-Sigma"), tokens=300)
+encoder = open_text("PixArt-Sigma", tokens=300)
 features, mask = encoder.encode(["a red fox in the snow", ""])
 """
 
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor, open_donor
-from heirloom.common.checkpoint.weights import is_folder
+from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.weights import is_folder, read_json
 from heirloom.common.errors import InputError
+from heirloom.common.methods import families
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import RmsNorm
 from heirloom.common.surgery.layout import release
@@ -47,19 +48,22 @@ def open_text(
     resident: bool = False,
     cache: Path | None = None,
     tokenizer: Path | None = None,
-) -> "TextEncoder":
+) -> "TextEncoder | TowerEncoder":
     """Opens a text encoder and its tokenizer; the weights are opened by the first prompt that is not in the cache.
 
     source: a T5 of ours or of transformers, folder or file, or the folder of a pipeline with `text_encoder/` and
-    `tokenizer/`. tokens: length of the features. resident: keep the weights in memory, in the dtype of the file, for
-    many calls. cache: a folder that keeps features, made when needed. tokenizer: its folder, if it is not that of the
-    pipeline or of the encoder. Raises InputError for a source or tokenizer that does not exist or cannot be read.
+    `tokenizer/`; or a weights folder of ours whose family can read texts, such as a CLIP. tokens: length of the
+    features. resident: keep the weights in memory, in the dtype of the file, for many calls. cache: a folder that keeps
+    features, made when needed. tokenizer: its folder, if it is not that of the pipeline or of the encoder. Raises
+    InputError for a source or tokenizer that does not exist or cannot be read.
     """
     path = Path(source)
     if (path / "text_encoder").is_dir() and not is_folder(path):
         path = path / "text_encoder"
     if not path.exists():
         raise InputError(f"{source} does not exist; give the folder of a text encoder, or of a pipeline with one")
+    if is_folder(path) and (tower := _tower(path)):
+        return TowerEncoder(open_donor(path, [tower]), tokens)
     folder = path if path.is_dir() else path.parent
     words = tokenizer or find_tokenizer(folder)
     if words is None:
@@ -69,6 +73,37 @@ def open_text(
         )
     features = None if cache is None else FeatureCache(Path(cache), path)
     return TextEncoder(path, T5Tokenizer.load(words), tokens, resident=resident, cache=features)
+
+
+def _tower(folder: Path) -> Family | None:
+    """Returns the family of a weights folder of ours if it reads texts for other models."""
+    name = read_json(folder / "config.json").get("method")
+    return next((family for family in families() if family.name == name and family.reader), None)
+
+
+class TowerEncoder:
+    """A text encoder of another family, such as the text tower of a CLIP; it is small, and stays in memory."""
+
+    layers = 1  # steps of its progress
+
+    def __init__(self, donor: Donor, tokens: int):
+        assert donor.family.reader
+        self.path, self.tokens, self._reader = donor.path, tokens, donor.family.reader(donor, tokens)
+
+    @property
+    def width(self) -> int:
+        """Channels of the features."""
+        return self._reader.width
+
+    def encode(
+        self, prompts: Sequence[str], progress: Progress | None = None, *, padding: Sequence[str] = ()
+    ) -> TextFeatures:
+        """Returns the features of prompts; they are zeros where the mask is false, but for the prompts of `padding`."""
+        features, mask = self._reader.read(prompts)
+        kept = mask | np.array([[prompt in padding] for prompt in prompts])
+        if progress is not None:
+            progress(1, 1)
+        return TextFeatures(np.where(kept[..., None], features, np.float32(0)), mask)
 
 
 class Row(NamedTuple):
@@ -124,6 +159,15 @@ class TextEncoder:
     def cfg(self) -> T5Config:
         """The config of the encoder; opens its weights."""
         return self._donor.cfg
+
+    @property
+    def width(self) -> int:
+        """Channels of the features."""
+        return self.cfg.width
+
+    @property
+    def layers(self) -> int:
+        return self.cfg.layers
 
     @cached_property
     def _donor(self) -> Donor:

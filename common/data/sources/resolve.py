@@ -44,7 +44,8 @@ def _open(cfg: SourceConfig) -> Source:
     if scheme == "tfds":
         return TfdsSource(rest, cfg)
     if not cfg.path:
-        raise InputError("no data given: set path to emoji, digits, icons, a folder, .csv, .tar or .parquet, or tfds:NAME")
+        known = "emoji, digits, icons, a folder, .csv, .tar or .parquet, or tfds:NAME"
+        raise InputError(f"no data given: set path to {known}")
     files = _files(cfg.path)
     if len(files) == 1 and files[0].is_dir():
         return _folder(files[0], cfg)

@@ -1,0 +1,38 @@
+"""The donor of the small text-to-image pair: a PixArt with softmax attention that draws icons of 64 pixels.
+
+    heirloom train lit/icons_donor --run runs/icons_donor
+
+The data, the autoencoder and the text encoder are embedded. `lit_jax/icons/README.md` says how the embedded weights
+were made, and their scores.
+"""
+
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.step import StepConfig
+from lit_jax.denoiser import PromptConfig
+from lit_jax.text_recipe import Config
+from lit_jax.zoo import icons_pixart
+
+
+def get_config() -> Config:
+    return Config(
+        student=icons_pixart(),
+        data=SourceConfig(path="icons", split="train"),
+        held_out=SourceConfig(path="icons", split="test"),
+        ratios="square",
+        pipeline=PipelineConfig(batch=64),
+        autoencoder="embedded:icons_autoencoder",
+        text_encoder="embedded:emoji",
+        prompts=(
+            *("a red apple", "a blue car", "a green heart", "a yellow star", "a purple cat", "an orange house"),
+            *("hot air balloon", "tomato", "rainbow", "a pink butterfly", "a brown horse", "a black umbrella"),
+        ),
+        sample=PromptConfig(guidance=3.0),
+        optim=OptimConfig(algorithm="muon", lr=2e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0),
+        step=StepConfig(ema=0.998),
+        steps=6000,
+        log_every=50,
+        eval_every=500,
+        save_every=500,
+    )

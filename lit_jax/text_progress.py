@@ -1,0 +1,106 @@
+"""Evaluation of a text-to-image training: the error on held-out data, and pictures of prompts."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from heirloom.common.data.grid import save_grid
+from heirloom.common.diffusion import add_noise, linear_schedule
+from heirloom.common.evaluate.scored import Score, Scored
+from heirloom.common.nn.moments import Moments
+from heirloom.common.train.mesh import replicated, split_rows
+from heirloom.common.train.parts import Model
+from lit_jax.autoencoder import sample_latents
+from lit_jax.decode import PictureDecoder
+from lit_jax.denoiser import Condition, Denoiser, unconditional
+from lit_jax.losses import split
+from lit_jax.sample import picture_keys
+from lit_jax.text.encoder import TextEncoder, TowerEncoder
+from lit_jax.text_cache import TextCache, TextExample
+
+if TYPE_CHECKING:
+    from lit_jax.text_recipe import Config
+
+HELD_OUT, ROWS = 512, 64  # pictures in the held-out error, and how many at a time
+
+
+def held_out_error(student: Model, data: TextCache, mesh: Mesh) -> Score:
+    """Make the held-out score: squared error of the noise, averaged over evenly spread times and over pictures.
+
+    Of each picture the first caption is read. Noise and times are always the same.
+    """
+    rng, schedule, example = np.random.default_rng(0), linear_schedule(), _first_caption(data)
+    where = rng.permutation(len(data))[:HELD_OUT]
+    times = rng.permutation(len(where)) * len(schedule) // len(where)
+    parts = []
+    for group in range(len(data.sizes)):
+        members = np.flatnonzero(data.groups[where] == group)
+        for first in range(0, len(members), ROWS):
+            rows = members[first : first + ROWS]
+            examples = [example(data[int(i)], rng) for i in where[rows]]
+            batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+            mean, logvar = np.split(batch["moments"], 2, axis=-1)
+            moments = Moments(jnp.asarray(mean), jnp.asarray(logvar))
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), len(parts)))
+            clean = sample_latents(data.encoding.autoencoder, moments, keys[0])
+            noise, step = jax.random.normal(keys[1], clean.shape), jnp.asarray(times[rows], jnp.int32)
+            mask = np.arange(batch["text"].shape[1]) < batch["length"][:, None]
+            columns = add_noise(schedule, clean, step, noise), step, batch["text"].astype(np.float32), mask, noise
+            parts.append([np.asarray(column) for column in columns])
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def errors(params: Mapping[str, Any], noisy: Any, step: Any, text: Any, mask: Any, noise: Any) -> jax.Array:
+        return jnp.square(split(student.apply(params, noisy, step, text, mask)).noise - noise).mean((1, 2, 3))
+
+    def score(params: Mapping[str, Any]) -> Scored:
+        with jax.set_mesh(mesh):
+            found = [
+                np.asarray(errors(params, *(split_rows(_filled(x), mesh) for x in part)))[: len(part[0])]
+                for part in parts
+            ]
+        return Scored(dataset=str(data.folder), n=len(where), metrics={"mse": float(np.concatenate(found).mean())})
+
+    return score
+
+
+def _first_caption(data: TextCache) -> Callable[..., dict[str, Any]]:
+    example = TextExample(data.about["tokens"], (1.0,) * len(data.columns))
+
+    def first(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        column = next(column for column in record["text"] if column)
+        return example(record | {"text": [column[:1]] + [[]] * (len(data.columns) - 1)}, rng)
+
+    return first
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """Repeat the last row up to ROWS, so that a size is compiled once."""
+    return rows[np.minimum(np.arange(ROWS), len(rows) - 1)]
+
+
+def prompt_grids(
+    denoiser: Denoiser, text: TextEncoder | TowerEncoder, pictures: PictureDecoder, cfg: "Config"
+) -> Callable[[Mapping[str, Any], int, Path], None]:
+    """Make `(params, step, run folder)`, which draws `cfg.prompts` from the same noise every time."""
+    prompts = [cfg.sample.text(prompt) for prompt in cfg.prompts]
+    found = text.encode([*prompts, ""], padding=[""])
+    texts = Condition(found.features[:-1], found.mask[:-1])
+    null = unconditional(texts, Condition(found.features[-1:], found.mask[-1:]), cfg.sample.null)
+    keys = picture_keys(jax.random.key(cfg.seed), np.arange(len(prompts)))
+    c = cfg.student
+    noise = jax.vmap(lambda key: jax.random.normal(key, (c.size, c.size, c.channels)))(keys)
+
+    def write(params: Mapping[str, Any], step: int, directory: Path) -> None:
+        samples = denoiser(params, noise, keys, texts, null if cfg.sample.guidance != 1 else None, cfg.sample)
+        drawn = pictures(samples, where=f"samples at step {step}: ")
+        if jax.process_index() == 0:
+            (directory / "samples").mkdir(exist_ok=True)
+            save_grid(drawn, directory / "samples" / f"{step:07d}.png")
+
+    return write
