@@ -85,6 +85,10 @@ class Condition:
         """Returns the first tokens alone."""
         return Condition(self.features[:, :tokens], self.mask[:, :tokens])
 
+    def rows(self, rows: np.ndarray) -> "Condition":
+        """Returns the conditions of these pictures."""
+        return Condition(self.features[rows], self.mask[rows])
+
     def repeated(self, count: int) -> "Condition":
         """Returns the condition of one picture for `count` of them."""
         return Condition(np.repeat(self.features, count, axis=0), np.repeat(self.mask, count, axis=0))

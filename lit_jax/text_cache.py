@@ -93,12 +93,16 @@ def write_text_cache(
 
 
 def _columns(record: Record, data: SourceConfig) -> Columns:
-    """Returns the captions of each column. Raises InputError for a record without any."""
+    """Returns the captions of each column; an empty one counts only where the record has no other.
+
+    Raises InputError for a record without any.
+    """
     found = [record.get("text") if name == data.text else record.get(name) for name in (data.text, *data.columns)]
     columns = [[cell] if isinstance(cell, str) else list(cell or []) for cell in found]
     if not any(columns) or not all(isinstance(text, str) for column in columns for text in column):
         raise InputError(f"{record['key']}: its captions must be texts, at least one")
-    return columns
+    filled = [[text for text in column if text] for column in columns]
+    return filled if any(filled) else [[""], *columns[1:]]
 
 
 def _write_latents(

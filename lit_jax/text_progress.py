@@ -1,9 +1,9 @@
 """Evaluation of a text-to-image training: the error on held-out data, and pictures of prompts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,11 @@ from heirloom.common.train.mesh import replicated, split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.autoencoder import sample_latents
 from lit_jax.decode import PictureDecoder
-from lit_jax.denoiser import Condition, Denoiser, unconditional
+from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.losses import split
 from lit_jax.sample import picture_keys
 from lit_jax.text.encoder import TextEncoder, TowerEncoder
 from lit_jax.text_cache import TextCache, TextExample
-
-if TYPE_CHECKING:
-    from lit_jax.text_recipe import Config
 
 HELD_OUT, ROWS = 512, 64  # pictures in the held-out error, and how many at a time
 
@@ -84,21 +81,44 @@ def _filled(rows: np.ndarray) -> np.ndarray:
     return rows[np.minimum(np.arange(ROWS), len(rows) - 1)]
 
 
-def prompt_grids(
-    denoiser: Denoiser, text: TextEncoder | TowerEncoder, pictures: PictureDecoder, cfg: "Config"
-) -> Callable[[Mapping[str, Any], int, Path], None]:
-    """Make `(params, step, run folder)`, which draws `cfg.prompts` from the same noise every time."""
-    prompts = [cfg.sample.text(prompt) for prompt in cfg.prompts]
-    found = text.encode([*prompts, ""], padding=[""])
+Drawer = Callable[[Mapping[str, Any]], np.ndarray]
+
+
+def prompt_drawer(
+    denoiser: Denoiser,
+    text: TextEncoder | TowerEncoder,
+    pictures: PictureDecoder,
+    sampling: PromptConfig,
+    prompts: Sequence[str],
+    seed: int,
+) -> Drawer:
+    """Make `(params)`, which draws a square picture of each prompt, uint8 [prompt, height, width, 3].
+
+    Every call begins with the same noise, which depends on the seed and on the number of the prompt.
+    """
+    found = text.encode([*(sampling.text(prompt) for prompt in prompts), ""], padding=[""])
     texts = Condition(found.features[:-1], found.mask[:-1])
-    null = unconditional(texts, Condition(found.features[-1:], found.mask[-1:]), cfg.sample.null)
-    keys = picture_keys(jax.random.key(cfg.seed), np.arange(len(prompts)))
-    c = cfg.student
+    null = unconditional(texts, Condition(found.features[-1:], found.mask[-1:]), sampling.null)
+    keys, c = picture_keys(jax.random.key(seed), np.arange(len(prompts))), denoiser.cfg
     noise = jax.vmap(lambda key: jax.random.normal(key, (c.size, c.size, c.channels)))(keys)
 
+    def draw(params: Mapping[str, Any]) -> np.ndarray:
+        drawn = []
+        for first in range(0, len(prompts), ROWS):
+            rows = np.minimum(np.arange(first, first + min(ROWS, len(prompts))), len(prompts) - 1)
+            unguided = None if sampling.guidance == 1 else null.rows(rows)
+            samples = denoiser(params, noise[rows], keys[rows], texts.rows(rows), unguided, sampling)
+            drawn.append(pictures(samples[: len(prompts) - first], first=first))
+        return np.concatenate(drawn)
+
+    return draw
+
+
+def grids(draw: Drawer) -> Callable[[Mapping[str, Any], int, Path], None]:
+    """Make `(params, step, run folder)`, which saves what `draw` draws."""
+
     def write(params: Mapping[str, Any], step: int, directory: Path) -> None:
-        samples = denoiser(params, noise, keys, texts, null if cfg.sample.guidance != 1 else None, cfg.sample)
-        drawn = pictures(samples, where=f"samples at step {step}: ")
+        drawn = draw(params)
         if jax.process_index() == 0:
             (directory / "samples").mkdir(exist_ok=True)
             save_grid(drawn, directory / "samples" / f"{step:07d}.png")

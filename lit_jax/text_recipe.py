@@ -1,6 +1,6 @@
 """Trains a text-to-image model, such as a LiT that inherits from PixArt-Σ: its config and its parts for the runner."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -47,8 +47,8 @@ from lit_jax.text_cache import (
     unknown_encoding,
     write_text_cache,
 )
-from lit_jax.text_progress import held_out_error, prompt_grids
-from lit_jax.zoo import PIXART, open_pixart
+from lit_jax.text_progress import Drawer, grids, held_out_error, prompt_drawer
+from lit_jax.zoo import PIXART, open_pixart, text_outline
 
 PIXART_OPTIMIZER = OptimConfig(
     algorithm="came", lr=2e-5, warmup=1000, schedule="constant", b1=0.9, b2=0.999, weight_decay=0.0, clip=0.01
@@ -193,7 +193,7 @@ def parts(cfg: Config, directory: Path | None = None, *, outline: bool = False) 
         donor=cfg.donor,
         teacher=cfg.teacher if cfg.distill.active else "",
         open=open_pixart,
-        outline=open_pixart,
+        outline=text_outline,
         resolve=resolve,
         evaluator=lambda opened: evaluator(cfg, opened, caches()),
         sidecars=sidecars,
@@ -326,10 +326,17 @@ def evaluator(cfg: Config, opened: Opened, caches: Caches) -> Evaluator | None:
     model = functional(PixArt, cfg.student.kept)
     held_out = caches.get("held_out")
     score = held_out_error(model, held_out, opened.mesh) if held_out else None
-    draw = None
-    if cfg.prompts and cfg.text_encoder and cfg.autoencoder:
-        pictures = open_pictures(cfg.student, cfg.autoencoder, opened.mesh, read_origin(caches["train"].folder))
-        text = open_text(locate_any(cfg.text_encoder), tokens=cfg.student.text_tokens)
-        assert pictures
-        draw = prompt_grids(Denoiser(cfg.student, model, opened.mesh), text, pictures, cfg)
+    draw = grids(open_drawer(cfg, model, caches["train"], opened.mesh, cfg.prompts)) if cfg.prompts else None
     return Evaluator(score=score, draw=draw) if score or draw else None
+
+
+def open_drawer(cfg: Config, model: Model, data: TextCache, mesh: Mesh, prompts: Sequence[str]) -> Drawer:
+    """Open text encoder and autoencoder to draw prompts with the parameters of a training.
+
+    Raises InputError without an autoencoder and a text encoder.
+    """
+    text_encoder, autoencoder = (getattr(cfg, name) or data.about[name] for name in ("text_encoder", "autoencoder"))
+    pictures = open_pictures(cfg.student, autoencoder, mesh, read_origin(data.folder))
+    assert pictures  # a latent model has an autoencoder
+    text = open_text(locate_any(text_encoder), tokens=cfg.student.text_tokens)
+    return prompt_drawer(Denoiser(cfg.student, model, mesh), text, pictures, cfg.sample, prompts, cfg.seed)

@@ -110,6 +110,15 @@ def outline(source: str) -> Donor | Outline:
     return Outline(FAMILY, cfg, functional(Dit, cfg)) if cfg else open_dit(source)
 
 
+PUBLISHED_TEXT = {PIXART_512: pixart_sigma(512), PIXART_1024: pixart_sigma(1024)}
+
+
+def text_outline(source: str) -> Donor | Outline:
+    """Open a teacher as `outline` does, of text-to-image models."""
+    cfg = PUBLISHED_TEXT.get(source)
+    return Outline(PIXART, cfg, functional(PixArt, cfg)) if cfg else open_pixart(source)
+
+
 def check_draws_classes(donor: Donor) -> None:
     """Raise InputError for an autoencoder, a text encoder, and a model that draws from text."""
     if isinstance(donor.cfg, PixArtConfig):

@@ -1,4 +1,4 @@
-"""AdamW as the papers use it, or Muon: warm-up and cosine, and weight decay decided for every parameter by its role."""
+"""AdamW as the papers use it, Muon or CAME; warm-up and cosine; weight decay of every parameter by its role."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import optax.contrib
 
 from heirloom.common.errors import InputError, between, nearest
 from heirloom.common.surgery.axes import Leaf, Spec, matches, select
+from heirloom.common.train.came import scale_by_came
 
 # The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
 # split into axes of their own and layers are stacked, so a bias may have three.
@@ -23,9 +24,9 @@ STATISTICS = frozenset({"mean", "variance"})  # of batch norms: the step writes 
 class OptimConfig:
     """AdamW. The defaults are TinyCLIP's (train.py and script/*.sh of the release)."""
 
-    algorithm: Literal["adamw", "muon"] = "adamw"
+    algorithm: Literal["adamw", "muon", "came"] = "adamw"
     """Muon orthogonalises the update of each layer's kernels, at the size of Adam's updates (arXiv:2502.16982); the
-    rest is NAdam's.
+    rest is NAdam's. CAME factors the second moment and has b3 (arXiv:2307.02047; PixArt-Σ); eps is its own.
     """
     lr: float = 1e-4
     """Peak learning rate."""
@@ -37,6 +38,8 @@ class OptimConfig:
     """Decay of the first moment."""
     b2: float = 0.98
     """Decay of the second moment."""
+    b3: float = 0.9999
+    """Decay of the squared deviations of CAME's updates; the others have none."""
     eps: float = 1e-6
     """Added to the root of the second moment."""
     weight_decay: float = 0.2
@@ -52,7 +55,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         between(self, "lr", "warmup", "eps", "weight_decay", "clip")
-        between(self, "b1", "b2", below=1.0)
+        between(self, "b1", "b2", "b3", below=1.0)
 
 
 def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
@@ -79,7 +82,7 @@ def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, spec: Spec, total: int) -> optax.GradientTransformation:
-    """Clip, Adam or Muon, decay, learning rate; moments in f32, none for frozen parameters.
+    """Clip, Adam, Muon or CAME, decay, learning rate; moments in f32, none for frozen parameters.
 
     The rate of the last update stays in the state as `learning_rate`, where the step's metrics find it.
     Raises InputError on a pattern that matches no parameter, and on a parameter of unknown role.
@@ -110,6 +113,8 @@ def is_statistic(path: str) -> bool:
 def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
     if cfg.algorithm == "adamw":
         return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32)
+    if cfg.algorithm == "came":
+        return scale_by_came(spec, cfg.b1, cfg.b2, cfg.b3)
     matrices = {path: _matrix(path, leaf) for path, leaf in spec.items()}
     # A rate of -1 undoes the sign: rate and decay follow for all parameters alike.
     muon: dict[str, Any] = dict(adam_b1=cfg.b1, adam_b2=cfg.b2, mu_dtype=jnp.float32, consistent_rms=0.2)

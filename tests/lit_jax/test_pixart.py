@@ -16,7 +16,7 @@ from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.plan import Source
 from lit_jax.inherit import graft_attention
 from lit_jax.pixart import PixArt, PixArtConfig, macs, parameters
-from lit_jax.text_recipe import TextStudentConfig
+from lit_jax.text_recipe import Config
 from lit_jax.zoo import FAMILIES, PIXART, pixart_sigma, text_lit
 
 CFG = PixArtConfig(
@@ -171,7 +171,7 @@ def test_exactly_these_leaves_are_fresh(keep):
 
 
 def test_the_recipe_inherits_from_a_folder_of_diffusers(theirs, tmp_path):
-    recipe = TextStudentConfig(student=LIT, donor=str(theirs))
+    recipe = Config(student=LIT, donor=str(theirs))
     record = recipe.inherit(tmp_path / "student")
     student = open_donor(tmp_path / "student", FAMILIES)
     assert student.family is PIXART and student.cfg == LIT
@@ -191,7 +191,7 @@ def test_the_recipe_inherits_from_a_folder_of_diffusers(theirs, tmp_path):
 def test_a_lit_of_another_resolution_hands_all_of_it_down(tmp_path):
     folder_of(LIT, tmp_path / "small")
     larger = replace(LIT, size=16, interpolation=4.0)
-    recipe = TextStudentConfig(student=larger, donor=str(tmp_path / "small"), keep="all")
+    recipe = Config(student=larger, donor=str(tmp_path / "small"), keep="all")
     assert recipe.inherit(tmp_path / "large")["fraction"] == 1
 
 

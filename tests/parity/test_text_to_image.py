@@ -160,10 +160,10 @@ def test_a_student_finds_the_parts_of_its_donors_pipeline(folder, tmp_path, caps
     recipe = tmp_path / "small.py"
     recipe.write_text(
         "from lit_jax.pixart import PixArtConfig\n"
-        "from lit_jax.text_recipe import TextStudentConfig\n\n\n"
-        "def get_config() -> TextStudentConfig:\n"
+        "from lit_jax.text_recipe import Config\n\n\n"
+        "def get_config() -> Config:\n"
         "    sizes = dict(size=32, width=96, layers=3, hidden=384, text_width=40, interpolation=0.5, cross_heads=4)\n"
-        "    return TextStudentConfig(student=PixArtConfig(**sizes, attention='linear', heads=2))\n"
+        "    return Config(student=PixArtConfig(**sizes, attention='linear', heads=2))\n"
     )
     student = tmp_path / "lit"
     assert main(["inherit", str(recipe), str(student), "--donor", str(folder)]) == 0

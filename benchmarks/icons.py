@@ -1,0 +1,132 @@
+"""Text to image at 64 pixels: LiT students of the embedded donor, from scratch, inherited, and inherited and distilled.
+
+    python benchmarks/icons.py --runs runs/icons --json benchmarks/results/icons.json    # an hour on two cores
+
+Every arm has the recipe `lit/icons`; the seeds differ in initial weights, order and noise. --runs keeps what is done: the
+same command continues. Scores are of 300 seen prompts (icons and emoji of the training set) and of 300 unseen ones
+(pairs of object and colour that no training picture shows), one picture each, from the same noise for every model:
+
+- object, colour, both: share of drawn icons whose outline and mean colour are nearest to those of the prompt
+  (`lit_jax.icon_scores`);
+- retrieval: share of pictures whose own prompt is the nearest among 100 by the embedded CLIP, which was trained on emoji
+  and never on these icons: real pictures are its upper bound;
+- KID: of that CLIP's image features, to the real pictures of the same prompts, times 1000.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench
+import numpy as np
+
+import tinyclip_jax
+from heirloom.common import config
+from heirloom.common.evaluate.fid import kid
+from lit_jax.demo import draw, loss, race, with_caches
+from lit_jax.icon_scores import Icons, Judge, read_icons
+from lit_jax.text_recipe import Config
+
+COUNT, AMONG = 300, 100
+ARMS = {"scratch": ("", ""), "inherited": ("donor", ""), "inherited, distilled": ("donor", "teacher")}
+
+
+def once(path: Path, measure: Callable[[], Any]) -> Any:
+    """What `measure` returns, from `path` if it was measured before."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(measure()))
+        part.rename(path)
+    return json.loads(path.read_text())
+
+
+def arm(cfg: Config, name: str, seed: int) -> Config:
+    """The recipe of one arm and seed."""
+    donor, teacher = (getattr(cfg, field) if field else "" for field in ARMS[name])
+    pipeline, step = replace(cfg.pipeline, seed=seed), replace(cfg.step, seed=seed)
+    return replace(cfg, donor=donor, teacher=teacher, seed=seed, pipeline=pipeline, step=step)
+
+
+def measured(drawn: np.ndarray, icons: Icons, judge: Judge, clip: Any, real: np.ndarray) -> dict[str, float]:
+    """Scores of one picture for each prompt. real: image features of the real pictures."""
+    things = np.flatnonzero([bool(name) for name in icons.objects])
+    found = judge.scores(drawn[things], [icons.objects[i] for i in things], [icons.colours[i] for i in things])
+    features = np.asarray(clip.encode_image(list(drawn)))
+    texts = np.asarray(clip.encode_text(list(icons.prompts)))
+    blocks = [slice(i, i + AMONG) for i in range(0, len(icons), AMONG)]
+    hits = [(features[b] @ texts[b].T).argmax(1) == np.arange(len(features[b])) for b in blocks]
+    distance = kid(real, features, size=len(features), subsets=1, seed=0).mean
+    return found | {"retrieval": float(np.concatenate(hits).mean()), "kid_1000": 1000 * distance}
+
+
+def scores(cfg: Config, source: str, sets: Mapping[str, Icons], judge: Judge, clip: Any) -> dict[str, Any]:
+    """Scores of a model on seen and unseen prompts; of the real pictures where `source` is "real"."""
+    found: dict[str, Any] = {}
+    for name, icons in sets.items():
+        pictures = icons.pictures if source == "real" else draw(cfg, source, icons.prompts)
+        found[name] = measured(pictures, icons, judge, clip, np.asarray(clip.encode_image(list(icons.pictures))))
+    return found
+
+
+def main() -> None:
+    parser = bench.parser(__doc__, seeds=True)
+    parser.add_argument("--runs", type=Path, required=True, help="keep every arm's run and scores here")
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    loaded = config.load("lit/icons")
+    assert isinstance(loaded, Config)
+    cfg = replace(loaded, steps=args.steps, save_every=args.steps)
+    folder = args.runs / "cache"
+    if not (folder / "held_out").is_dir():
+        with_caches(cfg, folder)
+    data, held_out = replace(cfg.data, path=str(folder / "train")), replace(cfg.held_out, path=str(folder / "held_out"))
+    cfg = replace(cfg, data=data, held_out=held_out)
+
+    train = read_icons("train", emoji=True)
+    sets = {"seen": train.some(COUNT, 0), "unseen": read_icons("test").some(COUNT, 0)}
+    judge, clip = Judge(read_icons("train")), tinyclip_jax.load("embedded:emoji")
+    rows = []
+    for name, source in {"real": "real", "donor": cfg.teacher, "embedded student": "embedded:t2i"}.items():
+        row = once(args.runs / f"{name}.json", lambda: scores(cfg, source, sets, judge, clip))  # noqa: B023
+        mse = None if name == "real" else once(args.runs / f"{name}_loss.json", lambda: loss(cfg, source))  # noqa: B023
+        rows.append({"model": name, "mse": mse} | row)
+        print(rows[-1], flush=True)
+    for seed in args.seeds:
+        for name in ARMS:
+            run = args.runs / f"{name}-{seed}".replace(", ", "-")
+            one = arm(cfg, name, seed)
+            curve = once(run.with_suffix(".json"), lambda: vars_of(race(one, run)))  # noqa: B023
+            row = once(run.with_suffix(".scores.json"), lambda: scores(one, str(run / "model"), sets, judge, clip))  # noqa: B023
+            rows.append({"model": name, "seed": seed, "mse": curve["scores"][-1], "curve": curve} | row)
+            print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
+    report(rows, args.steps)
+    bench.write(args.json, bench.header() | {"steps": args.steps, "prompts": COUNT, "rows": rows})
+
+
+def vars_of(run: Any) -> dict[str, Any]:
+    return {"steps": run.steps, "scores": run.scores}
+
+
+def report(rows: list[dict[str, Any]], steps: int) -> None:
+    """Prints the table, and when the inherited students reach the last error of those from scratch."""
+    names = ("object", "colour", "both", "retrieval", "kid_1000")
+    head = ["model", "held-out error", *(f"{kind} {name}" for kind in ("seen", "unseen") for name in names)]
+    table = []
+    for model, found in bench.groups(rows, "model").items():
+        cells = [[row[kind][name] for row in found] for kind in ("seen", "unseen") for name in names]
+        errors = "" if found[0]["mse"] is None else bench.spread([row["mse"] for row in found], 4)
+        table.append([model, errors, *(bench.spread(values, 2) for values in cells)])
+    print("\n".join(bench.markdown(head, table)))
+    last = {row["seed"]: row["mse"] for row in rows if row["model"] == "scratch"}
+    for row in rows:
+        if "curve" in row and row["model"] != "scratch":
+            pairs = zip(row["curve"]["steps"], row["curve"]["scores"], strict=True)
+            reached = next((step for step, score in pairs if score <= last[row["seed"]]), None)
+            print(f"{row['model']}, seed {row['seed']}: scratch's last error after {reached} of {steps} steps")
+
+
+if __name__ == "__main__":
+    main()

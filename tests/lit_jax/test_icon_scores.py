@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from heirloom.common.data import icons
+from lit_jax.icon_scores import Icons, Judge, ink_of, mean_colours, read_icons
+
+
+@pytest.fixture(scope="module")
+def train():
+    return read_icons("train")
+
+
+def test_the_held_out_pairs_are_new_but_their_objects_and_colours_are_not(train):
+    test = read_icons("test")
+    assert len(train) == 1744 and len(test) == 436
+    seen, unseen = (set(zip(i.objects, i.colours, strict=True)) for i in (train, test))
+    assert len(unseen) == 436 and not seen & unseen
+    assert set(test.objects) == set(train.objects) and set(test.colours) == set(train.colours)
+    assert len(read_icons("train", emoji=True)) == 2405
+    assert icons.PATH.stat().st_size < 2e6
+
+
+def test_the_judge_is_right_about_real_icons_it_has_not_seen(train):
+    test = read_icons("test")
+    assert Judge(train).scores(test.pictures, test.objects, test.colours) == {"object": 1, "colour": 1, "both": 1}
+
+
+def test_object_and_colour_are_judged_apart(train):
+    icons = train.some(4, seed=0)
+    inverted = icons.pictures[:, ::-1]  # upside down: the same colour, another outline
+    judge = Judge(train)
+    found = judge.scores(inverted, icons.objects, icons.colours)
+    assert found["colour"] == 1 and found["object"] < 1 and found["both"] == found["object"]
+    assert judge.scores(icons.pictures[[1, 0, 3, 2]], icons.objects, icons.colours)["object"] == 0
+
+
+def test_ink_and_colour_by_hand():
+    picture = np.full((1, 2, 2, 3), 255, np.uint8)
+    picture[0, 0, 0] = (255, 0, 0)
+    picture[0, 1, 1] = (255, 155, 155)  # 100 of 255 from white in two channels: an ink of 100 / 255
+    np.testing.assert_allclose(ink_of(picture)[0], [1, 0, 0, 100 / 255])
+    np.testing.assert_array_equal(mean_colours(picture), [[255, 0, 0]])
+    np.testing.assert_array_equal(mean_colours(np.full((1, 2, 2, 3), 255, np.uint8)), [[255, 255, 255]])
+
+
+def test_some_are_drawn_without_repetition():
+    five = Icons(tuple("abcde"), tuple("abcde"), ("red",) * 5, np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 2, 2, 3))
+    some = five.some(3, seed=1)
+    assert len(set(some.prompts)) == 3
+    assert [five.prompts.index(p) for p in some.prompts] == [int(p[0, 0, 0]) // 12 for p in some.pictures]
