@@ -2,14 +2,14 @@
 
     python benchmarks/icons.py --runs runs/icons --json benchmarks/results/icons.json    # an hour on two cores
 
-Every arm has the recipe `lit/icons`; the seeds differ in initial weights, order and noise. --runs keeps what is done: the
-same command continues. Scores are of 300 seen prompts (icons and emoji of the training set) and of 300 unseen ones
+Every arm has the recipe `lit/icons`; the seeds differ in initial weights, order and noise. --runs keeps what is done:
+the same command continues. Scores are of 300 seen prompts (icons and emoji of the training set) and of 300 unseen ones
 (pairs of object and colour that no training picture shows), one picture each, from the same noise for every model:
 
 - object, colour, both: share of drawn icons whose outline and mean colour are nearest to those of the prompt
   (`lit_jax.icon_scores`);
-- retrieval: share of pictures whose own prompt is the nearest among 100 by the embedded CLIP, which was trained on emoji
-  and never on these icons: real pictures are its upper bound;
+- retrieval: share of pictures whose own prompt is the nearest among 100 by the embedded CLIP, which was trained on
+  emoji and never on these icons: real pictures are its upper bound;
 - KID: of that CLIP's image features, to the real pictures of the same prompts, times 1000.
 """
 

@@ -106,7 +106,7 @@ VERBS = (
     ),
     Verb(
         "cache",
-        "store a teacher's embeddings of a recipe's data (then --teacher cache:DEST)",
+        "encode a recipe's data once: a teacher's embeddings (then --teacher cache:DEST), or latents and captions",
         (
             argument("config", metavar="CONFIG"),
             argument("destination", metavar="DEST", type=Path),
@@ -122,6 +122,15 @@ VERBS = (
             argument("--run", type=Path, required=True, metavar="DIR", help="the folder of the run"),
         ),
         flags=True,
+    ),
+    Verb(
+        "supervise",
+        "run a command again until it is finished: after graceful stops, and after crashes with growing pauses",
+        (
+            argument("--tries", type=int, default=5, metavar="N", help="crashes without a new state until it gives up"),
+            argument("--pause", type=float, default=10.0, metavar="S", help="seconds after the first crash; doubled"),
+            argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as heirloom train ..."),
+        ),
     ),
     Verb(
         "compile",

@@ -121,11 +121,26 @@ def inherit(args: argparse.Namespace) -> None:
 def cache(args: argparse.Namespace) -> None:
     about = _recipe(args.config, "cache", args.flags).cache(args.destination)
     _write_json(args, about)
-    print(f"{args.destination}: embeddings of {about['records']:,} records by {about['teacher']}")
+    by = about.get("teacher") or f"{about['autoencoder']} and {about['text_encoder']}"
+    print(f"{args.destination}: {about['records']:,} records encoded by {by}")
 
 
 def train(args: argparse.Namespace) -> None:
     _recipe(args.config, "train", args.flags).train(args.run)
+
+
+def supervise(args: argparse.Namespace) -> None:
+    from heirloom.common.supervise import supervise
+
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise InputError("give the command after --, such as heirloom supervise -- heirloom train RECIPE --run DIR")
+    if args.tries < 1 or args.pause < 0:
+        raise InputError(f"--tries {args.tries} and --pause {args.pause:g}: give 1 or more, and 0 or more seconds")
+    ended = supervise(command, args.tries, args.pause)
+    print(f"heirloom supervise: {ended.why}")
+    if ended.code:
+        raise SystemExit(ended.code)
 
 
 def compile(args: argparse.Namespace) -> None:

@@ -1,0 +1,94 @@
+"""`heirloom supervise -- heirloom train ...`: runs a command again until it is finished."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from heirloom.common.errors import InputError
+
+DONE, BAD_INPUT, STOPPED = 0, 2, 75
+LONGEST = 300.0  # seconds between two tries
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a supervision ended. code: the exit code of the last try. why: one line."""
+
+    code: int
+    why: str
+
+
+def supervise(command: Sequence[str], tries: int, pause: float, sleep: Callable[[float], Any] = time.sleep) -> Ended:
+    """Runs a command until it exits with 0, or with 2, which no second try mends.
+
+    After 75, a graceful stop, it starts again at once. After a crash it waits `pause` seconds, doubled each time up to
+    five minutes, and gives up after `tries` crashes between which no training state was saved (in the folder that the
+    command's `--run` names). SIGTERM and SIGINT go to the command, which is then not started again.
+    """
+    run, crashes, where = run_folder(command), 0, None
+    while True:
+        code, asked = _once(command)
+        if code == DONE:
+            return Ended(code, "finished")
+        if asked:
+            return Ended(code, f"stopped on request, exit code {code}; the same command continues")
+        if code == BAD_INPUT:
+            return Ended(code, "the command has bad input, see above: correct it and start again")
+        if code == STOPPED:
+            print("heirloom supervise: stopped gracefully (75), starting again", flush=True)
+            crashes = 0
+            continue
+        now = last_state(run)
+        crashes, where = (crashes + 1 if now == where else 1), now
+        at = f"after the state {now}" if now else "before the first state"
+        if crashes >= tries:
+            return Ended(code, f"{crashes} crashes {at}, the last with exit code {code}: see its output above")
+        wait = min(LONGEST, pause * 2 ** (crashes - 1))
+        print(f"heirloom supervise: exit code {code} {at}; try {crashes + 1} of {tries} in {wait:g} s", flush=True)
+        sleep(wait)
+
+
+def run_folder(command: Sequence[str]) -> Path | None:
+    """Returns what follows `--run` in a command."""
+    for i, word in enumerate(command):
+        if word == "--run" and i + 1 < len(command):
+            return Path(command[i + 1])
+        if word.startswith("--run="):
+            return Path(word.removeprefix("--run="))
+    return None
+
+
+def last_state(run: Path | None) -> str:
+    """Returns the newest training state below a run folder, such as `stage_1/checkpoints/3000`; empty without any."""
+    if run is None:
+        return ""
+    found = [path for path in run.rglob("checkpoints/*") if path.name.isdecimal()]
+    newest = max(found, key=lambda path: (str(path.parent), int(path.name)), default=None)
+    return str(newest.relative_to(run)) if newest else ""
+
+
+def _once(command: Sequence[str]) -> tuple[int, bool]:
+    """Runs the command once. Returns its exit code, 128 + N if signal N ended it, and whether we were asked to stop."""
+    asked = False
+    try:
+        child = subprocess.Popen(command)
+    except OSError as error:
+        raise InputError(f"{command[0]} cannot be run ({error.strerror}): give a command after --") from error
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return (128 - code if code < 0 else code), asked
