@@ -18,6 +18,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import Record, Source, SourceConfig
+from heirloom.common.data.sources.record import key_of
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.train.parameters import load_params
@@ -93,6 +94,10 @@ class Cached:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def key(self, index: int) -> str:
+        """Name of a record without reading it."""
+        return key_of(self._source, index)
 
     def __getitem__(self, index: int) -> Record:
         if self._columns is None:
