@@ -68,16 +68,15 @@ class BadSamples:
 def _append(file: Path, found: Sequence[BadRecord]) -> None:
     """Adds a line for each key that the file does not have."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        known = {json.loads(line)["key"] for line in whole}
-        with open(file, "a", encoding="utf-8") as out:
-            if len(whole) < len(lines):  # a kill cut the last line
-                out.write("\n")
+        data = file.read_bytes() if file.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        known = {json.loads(line)["key"] for line in whole.splitlines()}
+        with open(file, "ab") as out:
+            out.truncate(len(whole))  # drops a last line that a kill cut
             for record in found:
                 if record.key not in known:
                     known.add(record.key)
-                    out.write(json.dumps({"key": record.key, "reason": record.reason}) + "\n")
+                    out.write(json.dumps({"key": record.key, "reason": record.reason}).encode() + b"\n")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{file}: cannot be written or read ({error})") from error
 

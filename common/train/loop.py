@@ -62,6 +62,8 @@ class Run:
     config: dict[str, Any]
     resumed: dict[str, Any] = field(default_factory=dict)
     """The JSON saved with the restored state: the position in the data, the open metrics window, the bad records."""
+    counted: dict[str, Any] = field(default_factory=dict)
+    """The bad records of the phases before, `BadSamples.state()`."""
 
     @classmethod
     def open(cls, directory: Path | str, config: Mapping[str, Any]) -> "Run":
@@ -152,7 +154,7 @@ class Run:
         peak = peak_flops(jax.devices()[0].device_kind)
         work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
         clock, window = Clock(work), Window(resumed.get("window", {}))
-        limit, counted = getattr(data, "bad_limit", 1.0), resumed.get("bad", {})
+        limit, counted = getattr(data, "bad_limit", 1.0), resumed.get("bad", self.counted)
         bad = BadSamples(self.directory / BAD_SAMPLES if first else None, limit, counted)
         stops = False
 
@@ -188,6 +190,7 @@ class Run:
                 if stops and not last:
                     self.checkpoints.wait()
                     raise Stopped(f"stopped at step {n:,} of {total:,}; the same command continues" if first else "")
+        self.counted = bad.state()
         if on_finish is not None:
             on_finish(state)
         if stops:  # requested in the last step: the same command runs a phase or stage that may follow
