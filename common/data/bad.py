@@ -36,10 +36,14 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Delivered:
-    """What an iterator says of its last batch: its examples on all hosts, and the bad records of this host."""
+    """What an iterator says of its last batch: its examples on all hosts, and the bad records of this host.
+
+    failure: the data of this host has failed, and the batch is the one before.
+    """
 
     examples: int = 0
     bad: tuple[BadRecord, ...] = ()
+    failure: str = ""
 
 
 @dataclass(frozen=True)

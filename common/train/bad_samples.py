@@ -14,7 +14,35 @@ from heirloom.common.errors import InputError
 
 BAD_SAMPLES = "bad_samples.jsonl"
 JUDGED_FROM = 10_000  # examples of the run
+FAILURE = -1  # in the place of a position: not a bad record, but the end of a process's data
 BLOCK = 4096  # bytes by which messages between processes grow, so that few sizes are compiled
+
+
+class Feed:
+    """Takes the batches of a run from its data.
+
+    Where the data of one process of several fails, the others wait for it in the next step for minutes. So it repeats
+    its last batch until `BadSamples.collect`, where all processes end with its error; no state is saved in between.
+    """
+
+    def __init__(self, data: Any) -> None:
+        """data: `heirloom.common.train.loop.Data`."""
+        self._data, self._last = data, None
+        self.delivered = Delivered()
+        """What the data says of the batch taken last."""
+
+    def take(self) -> Any:
+        """Returns the next batch, or None when the data has ended."""
+        if self.delivered.failure:
+            return self._last
+        try:
+            self._last = next(self._data, None)
+            self.delivered = getattr(self._data, "delivered", Delivered())
+        except InputError as error:
+            if jax.process_count() == 1 or self._last is None:
+                raise
+            self.delivered = Delivered(failure=str(error))
+        return self._last
 
 
 class BadSamples:
@@ -34,12 +62,22 @@ class BadSamples:
         """Counts a batch. What it says of bad records is this process's."""
         self._examples += delivered.examples
         self._found += delivered.bad
+        if delivered.failure:
+            self._found.append(BadRecord(key="", reason=delivered.failure, position=FAILURE))
 
     def collect(self) -> None:
-        """Exchanges what was found since the last call between the processes, and logs it."""
-        found, self._found = _of_all_processes(self._found), []
-        if not found:
-            return
+        """Exchanges what was found since the last call between the processes, and logs it.
+
+        Raises InputError in all of them when the data of one has failed.
+        """
+        exchanged, self._found = _of_all_processes(self._found), []
+        found = [record for record in exchanged if record.position != FAILURE]
+        if found:
+            self._count(found)
+        if len(found) < len(exchanged):
+            raise InputError(exchanged[0].reason)
+
+    def _count(self, found: Sequence[BadRecord]) -> None:
         self._replaced += len({record.position for record in found})
         self._window += len({record.position for record in found})
         self._last = found[-1].reason

@@ -21,10 +21,9 @@ from rich.console import Console
 from heirloom.common.checkpoint.state import Checkpoints
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
-from heirloom.common.data.bad import Delivered
 from heirloom.common.errors import InputError, Stopped
 from heirloom.common.paths import local
-from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples
+from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
 from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
@@ -155,7 +154,7 @@ class Run:
         work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
         clock, window = Clock(work), Window(resumed.get("window", {}))
         limit, counted = getattr(data, "bad_limit", 1.0), resumed.get("bad", self.counted)
-        bad = BadSamples(self.directory / BAD_SAMPLES if first else None, limit, counted)
+        feed, bad = Feed(data), BadSamples(self.directory / BAD_SAMPLES if first else None, limit, counted)
         stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
@@ -163,12 +162,12 @@ class Run:
             recorder = Recorder(log_every=cadence.log, clock=clock, window=window, bad=bad, **written)
             for n in range(start + 1, total + 1):
                 with clock.waiting():
-                    batch = next(data, None)
+                    batch = feed.take()
                 if batch is None:
                     ended = f"the data ended after {n - 1} of {total} steps"
                     raise InputError(f"{ended}; a training needs batches without end")
                 state, metrics = step(state, batch)
-                recorder.push(n, metrics, getattr(data, "delivered", Delivered()))
+                recorder.push(n, metrics, feed.delivered)
 
                 last, stops = n == total, stop.requested(n)
                 evaluates = evaluate is not None and (n % cadence.eval == 0 or last)

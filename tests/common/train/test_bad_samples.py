@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
-from heirloom.common.train.bad_samples import BadSamples
+from heirloom.common.train.bad_samples import BadSamples, Feed
 from heirloom.common.train.loop import Cadence, Run
 from heirloom.common.train.metrics import Work, describe
 from heirloom.common.train.optim import OptimConfig, make_optimizer
@@ -134,6 +134,32 @@ def test_processes_add_up_what_each_of_them_found(tmp_path, monkeypatch):
     assert states[0] == states[1]
     assert [states[0][name] for name in ("examples", "replaced", "window")] == [32, 3, 3]
     assert [json.loads(line)["key"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_data_that_fail_in_one_process_end_all(monkeypatch):
+    """What the process that fails does: it repeats its batch, and all get its error."""
+    data = Rows({1: found(17)})
+    feed, bad = Feed(data), BadSamples(None, 1.0, {})
+    batches = [feed.take(), feed.take()]
+    bad.add(feed.delivered)
+
+    def fail(self):
+        raise InputError("a.png does not decode")
+
+    monkeypatch.setattr(Rows, "__next__", fail)
+    with pytest.raises(InputError, match=r"^a\.png does not decode$"):
+        feed.take()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert feed.take() is batches[1] and feed.delivered == Delivered(failure="a.png does not decode")
+    bad.add(feed.delivered)
+    assert feed.take() is batches[1]
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(InputError, match=r"^a\.png does not decode$"):
+        bad.collect()
+    assert bad.state()["replaced"] == 1
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"^a\.png does not decode$"):
+        Feed(data).take()  # there is no batch to repeat
 
 
 def test_a_line_that_a_kill_cut_is_left(tmp_path):
