@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, bad_records
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.pipeline import PipelineConfig
@@ -60,7 +61,7 @@ class Resident:
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
-        """arrays: columns of one length. Raises InputError for fewer examples than a batch, or several processes."""
+        """arrays: of `decoded`. Raises InputError for fewer examples than a batch, or several processes."""
         self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
         if self.examples < cfg.batch:
             fewer = f"{self.examples} examples, fewer than a batch of {cfg.batch}"
@@ -68,7 +69,10 @@ class Resident:
         if jax.process_count() > 1:
             this = f"this job has {jax.process_count()}"
             raise InputError(f"storage 'device' needs one process, {this}: set storage to 'stream'")
-        self._arrays = jax.device_put(arrays, replicated(mesh))
+        rows = ((row, str(text)) for row, text in enumerate(arrays.get(BAD, ())))
+        self._bad = {row: text for row, text in rows if text != "[]"}
+        self.bad_limit, self.delivered = cfg.bad_limit, Delivered()
+        self._arrays = jax.device_put({k: v for k, v in arrays.items() if k != BAD}, replicated(mesh))
         self._take = jax.jit(
             lambda arrays, rows: {name: jnp.take(value, rows, axis=0) for name, value in arrays.items()},
             out_shardings=batch_sharding(mesh),
@@ -82,6 +86,8 @@ class Resident:
         epochs = positions // self.examples
         parts = (self._order(int(epoch))[positions[epochs == epoch] % self.examples] for epoch in np.unique(epochs))
         rows = np.concatenate(list(parts))
+        bad = bad_records((self._bad.get(int(row), "[]") for row in rows), positions)
+        self.delivered = Delivered(examples=self.cfg.batch, bad=bad)
         self.done += 1
         return self._take(self._arrays, rows)
 
@@ -101,9 +107,15 @@ class Resident:
 
 
 @lru_cache(maxsize=2)  # several models learn from the same pictures
-def decoded(data: SourceConfig, label: str, classes: int, example: Example) -> dict[str, np.ndarray]:
-    """Decode all examples in threads, to arrays [n, ...]. Raises the errors of `open_labelled`."""
-    mapped = grain.MapDataset.source(open_labelled(data, label, classes)).seed(0).random_map(example)
+def decoded(
+    data: SourceConfig, label: str, classes: int, example: Example, bad: BadMode = "replace"
+) -> dict[str, np.ndarray]:
+    """Decode all examples in threads, to arrays [n, ...]. Raises the errors of `open_labelled` and `Examples`.
+
+    The column BAD says which examples replace bad records.
+    """
+    source = open_labelled(data, label, classes)
+    mapped = grain.MapDataset.range(len(source)).seed(0).random_map(Examples(source, example, bad))
     stream = mapped.to_iter_dataset(grain.ReadOptions(8, 64))
     examples = list(stream)
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}

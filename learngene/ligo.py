@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.maps import AxisMap, matrix, sided
 from heirloom.common.surgery.plan import Maps, Plan, Source, apply
+from heirloom.common.train.bad_samples import BadSamples, Feed
 from heirloom.common.train.loop import Data
 from learngene.expand import grid_maps
 from learngene.vit import VitConfig
@@ -94,6 +95,13 @@ def fit(
         return optax.apply_updates(matrices, updates), state
 
     learned, state = {name: jnp.asarray(value) for name, value in matrices.items()}, optimizer.init(matrices)
+    feed, bad = Feed(batches), BadSamples(None, getattr(batches, "bad_limit", 1.0), {})
     for n in range(steps):
-        learned, state = step(learned, state, frozen, next(batches), jax.random.fold_in(jax.random.key(seed), n))
+        learned, state = step(learned, state, frozen, feed.take(), jax.random.fold_in(jax.random.key(seed), n))
+        bad.add(feed.delivered)
+    bad.collect()
+    bad.judge()
+    if count := bad.close_window():
+        last = bad.state()["last"]
+        remark(f"examples that replace bad records in the {steps:,} steps of LiGO: {count:,}; the last: {last}")
     return plan(donor, student, {name: np.asarray(value) for name, value in learned.items()})

@@ -134,7 +134,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
     """Training batches, from the source or from arrays on the devices."""
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
-        return Resident(decoded(data, cfg.label, cfg.student.classes, example), cfg.pipeline, opened.mesh)
+        arrays = decoded(data, cfg.label, cfg.student.classes, example, cfg.pipeline.bad)
+        return Resident(arrays, cfg.pipeline, opened.mesh)
     source = open_labelled(data, cfg.label, cfg.student.classes)
     return training_batches(source, cfg.pipeline, example, mesh=opened.mesh)
 

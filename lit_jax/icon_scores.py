@@ -27,8 +27,10 @@ class Icons:
     def some(self, count: int, seed: int) -> "Icons":
         """Returns `count` of them at random, without repetition."""
         rows = np.random.default_rng(seed).permutation(len(self))[:count]
-        names = (tuple(column[i] for i in rows) for column in (self.prompts, self.objects, self.colours))
-        return Icons(*names, self.pictures[rows])
+        prompts, objects, colours = (
+            tuple(column[i] for i in rows) for column in (self.prompts, self.objects, self.colours)
+        )
+        return Icons(prompts, objects, colours, self.pictures[rows])
 
 
 def read_icons(split: str, *, emoji: bool = False) -> Icons:
@@ -40,8 +42,8 @@ def read_icons(split: str, *, emoji: bool = False) -> Icons:
     source = open_source(SourceConfig(path="icons", split=split, columns=columns))
     records: list[Record] = [source[i] for i in range(len(source))]
     records = [record for record in records if emoji or record["object"]]
-    names = (tuple(record[name] for record in records) for name in ("prompt", "object", "colour"))
-    return Icons(*names, np.stack([np.asarray(decode_record(record)) for record in records]))
+    prompts, objects, colours = (tuple(r[name] for r in records) for name in ("prompt", "object", "colour"))
+    return Icons(prompts, objects, colours, np.stack([np.asarray(decode_record(record)) for record in records]))
 
 
 @dataclass(frozen=True)

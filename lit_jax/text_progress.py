@@ -35,7 +35,7 @@ def held_out_error(student: Model, data: TextCache, mesh: Mesh) -> Score:
     rng, schedule, example = np.random.default_rng(0), linear_schedule(), _first_caption(data)
     where = rng.permutation(len(data))[:HELD_OUT]
     times = rng.permutation(len(where)) * len(schedule) // len(where)
-    parts = []
+    parts: list[list[np.ndarray]] = []
     for group in range(len(data.sizes)):
         members = np.flatnonzero(data.groups[where] == group)
         for first in range(0, len(members), ROWS):

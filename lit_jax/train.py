@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.data.bad import first_good
 from heirloom.common.data.grid import save_grid
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
@@ -168,7 +169,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
     """Open the training batches: labelled pictures, or the latents of a cache."""
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
     example = latents if opened.inputs else Pixels(cfg.student.size, cfg.flips)
-    check_shapes(cfg, example(source[0], np.random.default_rng(0)), opened.teacher)
+    first = first_good(source, lambda record: example(record, np.random.default_rng(0)))
+    check_shapes(cfg, first, opened.teacher)
     return training_batches(source, cfg.pipeline, example, mesh=opened.mesh)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from heirloom.common.data.bad import BadMode, Examples, first_good
 from heirloom.common.data.grid import save_grid
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import Source, SourceConfig, open_source
@@ -94,7 +95,7 @@ def batches(cfg: Config, opened: Opened) -> Any:
 
 def _pictures(cfg: SourceConfig) -> Source:
     source = open_source(cfg)
-    if "image" not in source[0]:
+    if not first_good(source, lambda record: "image" in record):
         raise InputError(f"{cfg.path} has no pictures: name their column with data.image")
     return source
 
@@ -112,7 +113,7 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
     """Make the evaluator: the error on held-out pictures, and a grid of them next to what is left of them."""
     if not cfg.held_out.path:
         return None
-    images = _some(cfg, cfg.held_out, HELD_OUT)
+    images = _some(cfg, cfg.held_out, "stop")
     restore = embedder(lambda params, x: model.apply(params, x), opened.mesh, ROWS)
 
     def restored(params: Mapping[str, Any], images: np.ndarray) -> np.ndarray:
@@ -134,18 +135,19 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
     return Evaluator(score=score, draw=draw)
 
 
-def _some(cfg: Config, data: SourceConfig, count: int) -> np.ndarray:
-    """Read evenly spread pictures, f32 [up to count, size, size, 3]."""
-    source, example = _pictures(data), _example(cfg, 0.0)
-    where = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
-    return np.stack([example(source[int(i)], np.random.default_rng(0))["image"] for i in where])
+def _some(cfg: Config, data: SourceConfig, bad: BadMode) -> np.ndarray:
+    """Read evenly spread pictures, f32 [up to HELD_OUT, size, size, 3]."""
+    source = _pictures(data)
+    example = Examples(source, _example(cfg, 0.0), bad)
+    where = np.unique(np.linspace(0, len(source) - 1, min(HELD_OUT, len(source))).astype(int))
+    return np.stack([example(int(i), np.random.default_rng(int(i)))["image"] for i in where])
 
 
 def standardised(cfg: Config, model: Model, params: Params) -> Params:
     """Rescale the 1 x 1 convolutions around the latents, so that the scaled latents of training pictures have unit
     variance. Pictures are restored as before.
     """
-    images = _some(cfg, cfg.data, HELD_OUT)
+    images = _some(cfg, cfg.data, cfg.pipeline.bad)
     encode = jax.jit(partial(model.apply, method="encode"))
     means = [np.asarray(encode(params, images[i : i + ROWS]).mean) for i in range(0, len(images), ROWS)]
     scale = 1 / (float(np.concatenate(means).std()) * cfg.student.scaling_factor)

@@ -4,6 +4,7 @@ The student then sees every picture as the teacher did: centre crop, first capti
 """
 
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from heirloom.common.checkpoint.convert import Donor, hashes
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.reading import retried
 from heirloom.common.data.sources import Record, Source, SourceConfig
+from heirloom.common.data.sources.record import key_of
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.train.parameters import load_params
@@ -94,7 +97,12 @@ class Cached:
     def __len__(self) -> int:
         return len(self._source)
 
+    def key(self, index: int) -> str:
+        """Name of a record without reading it."""
+        return key_of(self._source, index)
+
     def __getitem__(self, index: int) -> Record:
         if self._columns is None:
-            self._columns = {name: np.load(self._folder / f"{name}.npy", mmap_mode="r") for name in TARGETS}
+            files = {name: self._folder / f"{name}.npy" for name in TARGETS}
+            self._columns = {name: retried(partial(np.load, file, "r"), file) for name, file in files.items()}
         return self._source[index] | {name: np.array(column[index]) for name, column in self._columns.items()}

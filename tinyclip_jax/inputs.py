@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.data.bad import BadMode
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import Found, find, write
 from heirloom.common.data.sources import Source, open_source
@@ -95,7 +96,7 @@ def read_inputs(cfg: "Config", donor: Donor | None, teacher: Donor | None) -> In
         inherited = preprocess_of(origin).announced() if origin else Preprocess.load(stored or "")
         pre = inherited.at(cfg.student.image.size)
     if cfg.tokenizer == "fit":
-        tokenizer = Tokenizer.train(captions(open_source(cfg.data)), cfg.student.text.vocab)
+        tokenizer = Tokenizer.train(captions(open_source(cfg.data), cfg.pipeline.bad), cfg.student.text.vocab)
     elif cfg.tokenizer:
         tokenizer = Tokenizer.load(cfg.tokenizer)
     else:
@@ -107,11 +108,16 @@ def read_inputs(cfg: "Config", donor: Donor | None, teacher: Donor | None) -> In
     return Inputs(pre, tokenizer)
 
 
-def captions(source: Source) -> list[str]:
-    """All distinct captions and tags, sorted."""
+def captions(source: Source, bad: BadMode = "stop") -> list[str]:
+    """All distinct captions and tags, sorted. bad: "replace": those of records that can be read."""
     found: set[str] = set()
     for i in range(len(source)):
-        record = source[i]
+        try:
+            record = source[i]
+        except InputError:
+            if bad == "stop":
+                raise
+            continue  # counted when training reaches it
         texts = [record["text"]] if isinstance(record["text"], str) else record["text"]
         found.update([*texts, *record.get("tags", ())])
     return sorted(found)

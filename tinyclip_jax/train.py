@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.data.bad import first_good
 from heirloom.common.data.pipeline import Augment, check_first_batch, training_batches
 from heirloom.common.data.sources import open_source
 from heirloom.common.errors import InputError
@@ -134,13 +135,13 @@ def batches(cfg: Config, opened: Opened) -> Data:
             what = 'stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
             raise InputError(f'augment is "{cfg.augment}", and {what}')
         source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
-    if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - source[0].keys()):
+    if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - first_good(source, set)):
         add = "add this column of teacher embeddings, and name it in data.columns"
         raise InputError(f"{cfg.data.path} has no {min(missing)}: {add}")
     context = cfg.student.text.context
     text = dict(tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags)
     augment = Augment(pre=inputs.pre, **text, augment=cfg.augment)
-    augment.check(source[0])
+    first_good(source, augment.check)
     return training_batches(source, cfg.pipeline, augment, mesh=opened.mesh)
 
 

@@ -59,8 +59,8 @@ def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[
         way = f"these are {cfg.classes}-way networks"
         raise InputError(f"{dataset} has {len(names)} classes, {way}; keep as many sub-folders")
     records, labels = labelled(source, dataset)
-    features = projection(encoder(projection.backend)([r["image"] for r in records]))
-    inputs = thumbnails([r["image"] for r in records], cfg.features) if cfg.kind == "cnn" else features
+    features = projection(encoder(projection.backend)(records))
+    inputs = thumbnails(records, cfg.features) if cfg.kind == "cnn" else features
     return tuple(names), Pictures(features, shown(cfg, inputs, labels)[0], labels)
 
 

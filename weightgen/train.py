@@ -10,7 +10,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from heirloom.common.data.pipeline import Batches
+from heirloom.common.data.batches import Batches
 from heirloom.common.errors import InputError, positive
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.train.mesh import batch_sharding

@@ -54,6 +54,17 @@ def _shuffled(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarra
     return order, ranks
 
 
+class SameGroup:
+    """`candidates(index)`: the examples of the same group."""
+
+    def __init__(self, groups: np.ndarray):
+        self._groups = groups
+        self._members = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
+
+    def __call__(self, index: int) -> Sequence[int]:
+        return self._members[self._groups[index]]  # type: ignore[return-value]
+
+
 class GroupedIndices(grain.MapDataset):
     """Indices of examples, position by position; each batch is of one group. groups: the group of every example."""
 

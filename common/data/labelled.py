@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from heirloom.common.data.bad import first_good
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
+from heirloom.common.data.sources.record import key_of
 from heirloom.common.errors import InputError, nearest, remark
 
 LABELS = "labels.json"
@@ -43,6 +45,10 @@ class Labelled:
         record = self.source[index]
         return record | {"label": np.int32(self._number(record))}
 
+    def key(self, index: int) -> str:
+        """Returns the name of a record without reading it."""
+        return key_of(self.source, index)
+
     def _number(self, record: Record) -> int:
         """Returns the label of a record. Raises InputError naming the record when it is not a class."""
         label, where = record.get(self.column), f"{record['key']}: its {self.column}"
@@ -71,7 +77,7 @@ def open_labelled(cfg: SourceConfig, label: str, classes: int | None = None, nam
     """
     cfg = replace(cfg, text="", columns=tuple(dict.fromkeys((*cfg.columns, label))))
     source = open_source(cfg)
-    first: Any = source[0].get(label)
+    first: Any = first_good(source, lambda record: record.get(label))
     if first is None:
         raise InputError(f"{cfg.path} has no labels; set label to their column")
     names = _real_names(names, classes)

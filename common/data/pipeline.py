@@ -1,32 +1,32 @@
 """Batches of a source: shuffled, augmented, tokenised, placed on the mesh, and resumable bit for bit.
 
 The example at position p of the stream, including its pixels, depends only on the seed and p: not on worker processes,
-threads, hosts and restarts.
+threads, hosts and restarts. So does the record that replaces a bad one (`bad.py`).
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import grain
 import jax
 import numpy as np
-from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 
+from heirloom.common.data.bad import BAD, BadMode, Example, Examples
+from heirloom.common.data.batches import Batch, Batches, in_processes
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.grouped import GroupedIndices
+from heirloom.common.data.grouped import GroupedIndices, SameGroup
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image, train_image
 from heirloom.common.data.sources import Record, Source
 from heirloom.common.data.text import Tokenizer
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between
 from heirloom.common.train.mesh import batch_sharding
 
-Batch = dict[str, Any]
 AugmentName = Literal["random", "none"]
 ON_DEVICE = 2  # batches whose copy to the devices runs ahead of the step
 GRID = 64  # pictures `check_first_batch` draws at most
@@ -46,6 +46,15 @@ class PipelineConfig:
     """batches each host prepares ahead"""
     tags: float = 0.0
     """probability that each of a record's `tags` is appended to its caption"""
+    bad: BadMode = "replace"
+    """a record that is unreadable, does not decode, or has no caption or class: another takes its place, or the run
+    stops
+    """
+    bad_limit: float = 1e-3
+    """share of replaced examples above which the run stops, judged once it has seen 10,000 examples"""
+
+    def __post_init__(self) -> None:
+        between(self, "bad_limit")
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Augment:
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         columns = ((k, v) for k, v in record.items() if k not in ("image", "text"))
         example = {k: v for k, v in columns if isinstance(v, np.ndarray | np.generic)}
+        _check_record(record, self.tokenizer, self.tags)
         if self.tokenizer is not None:
             text = record["text"]
             caption = (
@@ -104,54 +114,10 @@ class HostRows(grain.MapDataset):
         return self._parent[(self._first + step) * self._batch + int(self._rows[row])]
 
 
-class Batches:
-    """An endless, resumable iterator over training batches.
-
-    A batch is a dict of arrays whose first axis is the batch: `image` float32 [b, size, size, 3], `text` int32 [b,
-    context], and the numeric columns of the records. Nothing is read before the first `next`.
-    """
-
-    def __init__(self, start: Callable[[int], Iterator[Batch]], stream: dict[str, int]):
-        """start(n): iterates from batch n on. stream: the settings that the order depends on."""
-        self._start, self._stream = start, stream
-        self._done = 0
-        self._iterator: Any = None
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start(self._done)
-        batch = next(self._iterator)
-        self._done += 1
-        return batch
-
-    def state(self) -> dict[str, int]:
-        """Returns the position in the stream for JSON: the same on every host and for any number of workers."""
-        return {"batches": self._done, **self._stream}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continues after the batch at which `state` was taken. Raises InputError when it belongs to another stream."""
-        for name, value in self._stream.items():
-            if state.get(name) != value:
-                was = state.get(name)
-                now = f"was {was} and is {value} now; set it back, or start a new run"
-                raise InputError(f"the data cannot be resumed: {name} {now}")
-        self.close()
-        self._done = state["batches"]
-
-    def close(self) -> None:
-        """Ends threads and worker processes; the next `next` starts them again."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
-
-
 def training_batches(
     source: Source,
     cfg: PipelineConfig,
-    example: Callable[[Record, np.random.Generator], Batch],
+    example: Example,
     *,
     mesh: Mesh | None = None,
     groups: np.ndarray | None = None,
@@ -159,29 +125,33 @@ def training_batches(
     """Makes the endless stream of training batches: each epoch has every example once, in another order.
 
     example(record, rng): converts a record to arrays; rng: generator of its position in the stream. groups: int, of
-    every example, from 0: then the examples of a batch are of one group, whose arrays may have other shapes. Without a
-    mesh, a host gets its rows as numpy arrays. With a mesh, batches are global `jax.Array`s, rows split over `data` and
-    `fsdp`, copied ahead of the step. Raises InputError when the source is smaller than a batch or the batch cannot be
-    divided, and, while iterating, what `example` raises.
+    every example, from 0: then the examples of a batch are of one group, whose arrays may have other shapes, and a bad
+    record is replaced by one of its group. Without a mesh, a host gets its rows as numpy arrays. With a mesh, batches
+    are global `jax.Array`s, rows split over `data` and `fsdp`, copied ahead of the step. Raises InputError when the
+    source is smaller than a batch or the batch cannot be divided, and, while iterating, what `Examples` raises.
     """
     if len(source) < cfg.batch:
         raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; lower the batch")
     rows = host_rows(cfg.batch, mesh)
     # grain shuffles by (seed, epoch) and seeds `random_map` by (seed, position): only the position matters.
     if groups is None:
-        ordered = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat()
+        order, candidates = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat(), None
     else:
-        ordered = GroupedIndices(groups, cfg.batch, cfg.seed).map(source.__getitem__).seed(cfg.seed)
-    stream = ordered.random_map(example)
+        order, candidates = GroupedIndices(groups, cfg.batch, cfg.seed).seed(cfg.seed), SameGroup(groups)
+    stream = order.random_map(Examples(source, example, cfg.bad, candidates))
 
     def start(first: int) -> Iterator[Batch]:
         mine = HostRows(stream, rows, cfg.batch, first)
-        ahead = _in_processes(mine, len(rows), cfg) if cfg.workers else _in_threads(mine, len(rows), cfg.prefetch)
+        if cfg.workers:
+            ahead = in_processes(mine, len(rows), cfg.workers, cfg.prefetch)
+        else:
+            ahead = _in_threads(mine, len(rows), cfg.prefetch)
         if mesh is not None:
             ahead = ThreadPrefetchIterDataset(ahead.map(Place(mesh, cfg.batch)), prefetch_buffer_size=ON_DEVICE)
         return iter(ahead)
 
-    return Batches(start, {"examples": len(source), "batch": cfg.batch, "seed": cfg.seed})
+    settings = {"examples": len(source), "batch": cfg.batch, "seed": cfg.seed}
+    return Batches(start, settings, rows=rows, bad_limit=cfg.bad_limit)
 
 
 def _check_record(record: Record, tokenizer: Tokenizer | None, tags: float) -> None:
@@ -215,15 +185,6 @@ def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.Iter
     return rows.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch * count))).batch(count)
 
 
-def _in_processes(rows: grain.MapDataset, count: int, cfg: PipelineConfig) -> grain.IterDataset:
-    """Reads whole batches, distributed to the workers in turn, so that their number does not change the stream."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl programs parse them
-    whole = rows.batch(count).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    options = grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=-(-cfg.prefetch // cfg.workers))
-    return whole.mp_prefetch(options)
-
-
 @dataclass(frozen=True)
 class Place:
     """Converts this host's rows to global arrays. The copy is asynchronous: the call returns before it is done."""
@@ -232,8 +193,8 @@ class Place:
     batch: int
 
     def __call__(self, batch: Batch) -> Batch:
-        place = jax.make_array_from_process_local_data
-        return {k: place(batch_sharding(self.mesh), v, (self.batch, *v.shape[1:])) for k, v in batch.items()}
+        place, bad = jax.make_array_from_process_local_data, {BAD: batch.pop(BAD)}
+        return {k: place(batch_sharding(self.mesh), v, (self.batch, *v.shape[1:])) for k, v in batch.items()} | bad
 
 
 @dataclass(frozen=True)

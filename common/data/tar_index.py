@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.errors import InputError
 
 SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: the sample has no such member
@@ -85,17 +86,23 @@ def _header_size(data: BinaryIO, offset: int) -> int:
     return tarfile.TarInfo.frombuf(data.read(BLOCK), tarfile.ENCODING, "surrogateescape").size
 
 
-def read_span(shard: Path, span: np.void) -> bytes:
-    """Reads the bytes of one member. Opens the file each time: thread-safe, and cheap compared with decoding."""
-    try:
+def read_span(shard: Path, span: np.void, stamp: Stamp | None = None) -> bytes:
+    """Reads the bytes of one member. Opens the file each time: thread-safe, and cheap compared with decoding.
+
+    stamp: of the shard that was indexed. Raises InputError when the shard is not readable or has another stamp.
+    """
+
+    def read() -> bytes:
         with open(shard, "rb") as file:
+            if stamp:
+                stamp.check(file.fileno())
             file.seek(int(span["offset"]))
             data = file.read(int(span["size"]))
-    except OSError as error:
-        raise InputError(f"{shard} is not readable: {error}") from error
-    if len(data) != span["size"]:
-        raise InputError(f"{shard} is shorter than when indexed: truncated, or being written; fetch it again")
-    return data
+        if len(data) != span["size"]:
+            raise OSError("it is shorter than when indexed: truncated, or being written; fetch it again")
+        return data
+
+    return retried(read, shard)
 
 
 def _cache_folder(shard: Path) -> Path:

@@ -23,13 +23,14 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError, Stopped
 from heirloom.common.paths import local
+from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
 from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
 # Fields that a resume may change: results stay the same, on another mesh up to rounding.
-FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers):")
+FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.(workers|prefetch|bad|bad_limit)|writers):")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Cadence:
 
 
 class Data(Protocol):
-    """An iterator of batches on devices. state(): the position after the last batch returned, not prefetched."""
+    """An iterator of batches on devices. state(): the position after the last batch returned, not prefetched.
+
+    One that replaces bad records has `delivered`, what it says of the last batch, and `bad_limit` (`Batches`).
+    """
 
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
@@ -51,12 +55,14 @@ class Data(Protocol):
 
 @dataclass
 class Run:
-    """The folder `RUN/{config.json, metrics.jsonl, checkpoints/, model/}`."""
+    """The folder `RUN/{config.json, metrics.jsonl, checkpoints/, model/}`, and `bad_samples.jsonl` if there are any."""
 
     directory: Path
     config: dict[str, Any]
     resumed: dict[str, Any] = field(default_factory=dict)
-    """The JSON saved with the restored state: the position in the data and the open metrics window."""
+    """The JSON saved with the restored state: the position in the data, the open metrics window, the bad records."""
+    counted: dict[str, Any] = field(default_factory=dict)
+    """The bad records of the phases before, `BadSamples.state()`."""
 
     @classmethod
     def open(cls, directory: Path | str, config: Mapping[str, Any]) -> "Run":
@@ -134,8 +140,8 @@ class Run:
 
         On SIGTERM, Ctrl-C or a preemption notice it finishes the step, saves the state, and raises `Stopped`. The
         command then exits with 75, so that a scheduler runs it again; 0 means finished. Raises InputError after
-        `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, and when the disk or the
-        data fail. The last good state stays on disk: no state is saved during such steps.
+        `max_skipped` non-finite steps in a row, when a score of the evaluation is not finite, when too many records are
+        bad, and when the disk or the data fail. The last good state stays on disk: no state is saved during such steps.
         """
         first, start = jax.process_index() == 0, int(state.step)
         resumed, self.resumed = self.resumed, {}  # used once: a run of two phases calls fit twice
@@ -147,19 +153,21 @@ class Run:
         peak = peak_flops(jax.devices()[0].device_kind)
         work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
         clock, window = Clock(work), Window(resumed.get("window", {}))
+        limit, counted = getattr(data, "bad_limit", 1.0), resumed.get("bad", self.counted)
+        feed, bad = Feed(data), BadSamples(self.directory / BAD_SAMPLES if first else None, limit, counted)
         stops = False
 
         with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
             written: dict[str, Any] = dict(file=file, progress=progress, writers=writers, skipped=int(state.skipped))
-            recorder = Recorder(log_every=cadence.log, clock=clock, window=window, **written)
+            recorder = Recorder(log_every=cadence.log, clock=clock, window=window, bad=bad, **written)
             for n in range(start + 1, total + 1):
                 with clock.waiting():
-                    batch = next(data, None)
+                    batch = feed.take()
                 if batch is None:
                     ended = f"the data ended after {n - 1} of {total} steps"
                     raise InputError(f"{ended}; a training needs batches without end")
                 state, metrics = step(state, batch)
-                recorder.push(n, metrics)
+                recorder.push(n, metrics, feed.delivered)
 
                 last, stops = n == total, stop.requested(n)
                 evaluates = evaluate is not None and (n % cadence.eval == 0 or last)
@@ -177,10 +185,11 @@ class Run:
                     recorder.write(scores)
                 if saves and (recorder.skipped == 0 or last):
                     with clock.paused():
-                        self.checkpoints.save(n, state, {"data": data.state(), "window": window.totals})
+                        self.checkpoints.save(n, state, {"data": data.state(), **recorder.state()})
                 if stops and not last:
                     self.checkpoints.wait()
                     raise Stopped(f"stopped at step {n:,} of {total:,}; the same command continues" if first else "")
+        self.counted = bad.state()
         if on_finish is not None:
             on_finish(state)
         if stops:  # requested in the last step: the same command runs a phase or stage that may follow

@@ -17,7 +17,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from heirloom.common.data.bad import Delivered
 from heirloom.common.errors import InputError
+from heirloom.common.train.bad_samples import BadSamples
 
 
 class MetricsFile:
@@ -219,12 +221,16 @@ class ProgressLine:
 
 
 def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
-    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if any."""
+    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if any.
+
+    After the loss `bad 3` when examples of the window replace bad records.
+    """
     timing = line["timing"]
     rate = timing["examples_per_second"]
     left = timedelta(seconds=round((total - line["step"]) * work.examples / rate)) if rate else "-"
     parts = [
         f"loss {_show(line['loss'], '.4g')}",
+        *([f"bad {line['bad']:,}"] if line.get("bad") else []),
         f"{rate:,.0f} examples/s",
         f"MFU {_show(timing['mfu'], '.1%')}",
         f"data wait {timing['data_wait']:.0%}",
@@ -252,42 +258,58 @@ class Recorder:
     progress: ProgressLine
     clock: Clock
     window: Window
+    bad: BadSamples
     writers: Sequence[Writer]
     skipped: int
     """Non-finite steps in a row, up to `step`."""
     step: int = 0
     """The last step that was read."""
-    _late: tuple[int, Mapping[str, Any]] | None = None
+    _late: tuple[int, Mapping[str, Any], Delivered] | None = None
 
-    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step just dispatched; reads the step before and writes its line if one is due."""
+    def push(self, step: int, metrics: Mapping[str, Any], delivered: Delivered) -> None:
+        """Takes the metrics of a step just dispatched; reads the step before and writes its line if one is due.
+
+        delivered: what the data says of the step's batch.
+        """
         if self._late is not None:
             self.read()
             if self.step % self.log_every == 0:
                 self.write({})
-        self._late = step, metrics
+        self._late = step, metrics, delivered
 
     def read(self) -> None:
         """Wait for the step pushed last and count its metrics."""
         assert self._late is not None, "nothing was pushed since the last read"
-        (self.step, metrics), self._late = self._late, None
+        (self.step, metrics, delivered), self._late = self._late, None
         values = jax.device_get(metrics)
         self.window.add(values)
+        self.bad.add(delivered)
         self.clock.steps += 1
         self.skipped = 0 if values["loss"][1] else self.skipped + 1
         self.progress.advance(self.step)
 
     def write(self, evaluation: Mapping[str, float]) -> None:
-        """Close the window and write its line, with the evaluation of the same step."""
+        """Close the window and write its line, with the evaluation of the same step.
+
+        Raises InputError when too many records were bad.
+        """
         values = self.window.close() | {f"eval/{name}": value for name, value in evaluation.items()}
         values = {
             name: float(value) if value is not None and math.isfinite(value) else None for name, value in values.items()
         }
-        line = {"step": self.step, "loss": values.pop("loss"), **values, "timing": self.clock.close()}
-        if self.file is None:
-            return
-        self.file.append(line)
-        self.progress.show(line)
-        known = {name: value for name, value in line.items() if isinstance(value, float)}
-        for writer in self.writers:
-            writer.write(self.step, known)
+        self.bad.collect()
+        bad = self.bad.close_window()
+        line: dict[str, Any] = {"step": self.step, "loss": values.pop("loss"), **values}
+        line |= ({"bad": bad} if bad else {}) | {"timing": self.clock.close()}
+        if self.file is not None:
+            self.file.append(line)
+            self.progress.show(line)
+            known = {name: value for name, value in line.items() if isinstance(value, float) or name == "bad"}
+            for writer in self.writers:
+                writer.write(self.step, known)
+        self.bad.judge()
+
+    def state(self) -> dict[str, Any]:
+        """Returns the open window and the count of bad records, to be saved with the state of the same step."""
+        self.bad.collect()
+        return {"window": self.window.totals, "bad": self.bad.state()}

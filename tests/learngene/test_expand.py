@@ -1,12 +1,12 @@
 """Which block goes where: SWS's list, the rule for other depths, and the relatives."""
 
 from dataclasses import replace
-from itertools import repeat
 
 import jax
 import numpy as np
 import pytest
 
+from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
@@ -192,7 +192,19 @@ def test_mimetic_attention_is_near_the_identity(gene):
     assert (scores[..., diagonal].mean(-1) > 10 * np.abs(scores[..., ~diagonal].mean(-1))).all()
 
 
-def test_ligo_starts_as_a_noisy_stack_and_learns(donor, images):
+class Repeated:
+    """The same batch without end; one example of the fifth replaces a bad record."""
+
+    def __init__(self, batch):
+        self.batch, self.next = batch, 0
+
+    def __next__(self):
+        bad = (BadRecord("a.png", "a.png does not decode", 12),) if self.next == 4 else ()
+        self.next, self.delivered = self.next + 1, Delivered(3, bad)
+        return self.batch
+
+
+def test_ligo_starts_as_a_noisy_stack_and_learns(donor, images, remarks):
     cfg, source = donor
     student = cfg.of_depth(8)
     model = functional(Vit, student)
@@ -210,7 +222,9 @@ def test_ligo_starts_as_a_noisy_stack_and_learns(donor, images):
     def grown(plan):
         return float(loss(graft(plan, source, model.spec, None, model.init), images, None))
 
-    learned = ligo.fit(cfg, source, student, model.spec, loss, repeat(images), seed=0, steps=20)
+    learned = ligo.fit(cfg, source, student, model.spec, loss, Repeated(images), seed=0, steps=20)
+    said = "examples that replace bad records in the 20 steps of LiGO: 1; the last: a.png does not decode"
+    assert remarks() == [said]
     assert grown(learned) < 0.95 * grown(ligo.plan(cfg, student, before))
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from heirloom.common.data.pictures import decode
+from heirloom.common.data.pictures import Background, decode, decode_record
 from heirloom.common.data.preprocess import Preprocess, eval_image
 from heirloom.common.data.sources import Source, SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
@@ -21,7 +22,7 @@ from heirloom.common.methods import open_any
 from weightgen.zoo.nets import NetConfig
 
 Encode = Callable[[Sequence[Any]], np.ndarray]
-"""Pictures (encoded bytes or uint8 [h, w, 3]) to raw features [picture, raw] f32."""
+"""Pictures (encoded bytes, uint8 [h, w, 3], or records, which errors name) to raw features [picture, raw] f32."""
 THUMBNAIL = 16  # pixels a side, of the backend "pixels"
 CNN_SIDE = 28
 BATCH = 256
@@ -49,7 +50,7 @@ def encoder(backend: str) -> Encode:
     def encode(pictures: Sequence[Any]) -> np.ndarray:
         out = []
         for i in range(0, len(pictures), BATCH):
-            part = np.stack([eval_image(decode(p, pre.background), pre) for p in pictures[i : i + BATCH]])
+            part = np.stack([eval_image(_decoded(p, pre.background), pre) for p in pictures[i : i + BATCH]])
             full = np.zeros((BATCH, *part.shape[1:]), np.float32)  # one shape, one compilation
             full[: len(part)] = part
             out.append(np.asarray(forward(full))[: len(part)])
@@ -85,8 +86,13 @@ def labelled(source: Source, path: str) -> tuple[list[Any], np.ndarray]:
     return records, labels
 
 
+def _decoded(picture: Any, background: Background = "none") -> Image.Image:
+    """Decode a picture. Raises InputError, which names it if it is a record."""
+    return decode_record(picture, background) if isinstance(picture, dict) else decode(picture, background)
+
+
 def _thumbnail(picture: Any, side: int = THUMBNAIL, channels: int = 3) -> np.ndarray:
-    small = decode(picture).resize((side, side))
+    small = _decoded(picture).resize((side, side))
     return np.asarray(small if channels == 3 else small.convert("L"), np.float32).reshape(-1) / 127.5 - 1
 
 
@@ -247,7 +253,7 @@ def emoji_tasks(backend: str, features: int = 64, held_out: int = 24, least: int
 
     kept = [r for r in records if r["subgroup"] in names]
     encode = encoder(backend)
-    raw = encode([r["image"] for r in kept])
+    raw = encode(kept)
     seen = np.array([r["subgroup"] in groups["seen"] for r in kept])
     parts = np.array([part_of[r["concept"]] for r in kept])
     donor = seen & (parts == "support")

@@ -154,7 +154,7 @@ class ZooRecipe:
             needed = f"tasks of {self.net.classes} need as many"
             raise InputError(f"{self.data} has {len(names)} classes in sub-folders, {needed}")
         records, labels = labelled(source, self.data)
-        raw = encoder(self.backend)([r["image"] for r in records])
+        raw = encoder(self.backend)(records)
         orders = (np.random.default_rng([self.seed, c]).permutation((labels == c).sum()) for c in range(len(names)))
         place = np.concatenate(list(orders))
         order = np.argsort(labels, kind="stable")
@@ -163,7 +163,7 @@ class ZooRecipe:
         kept = self.net.features if self.net.kind != "cnn" else self.told
         projection = Projection.fit(self.backend, raw[~held], kept)
         features = projection(raw)
-        x = features if self.net.kind != "cnn" else thumbnails([r["image"] for r in records], self.net.features)
+        x = features if self.net.kind != "cnn" else thumbnails(records, self.net.features)
         train = Bank.of(x[~held], labels[~held], names)
         condition = train if x is features else Bank.of(features[~held], labels[~held], names)
         held_out = Bank.of(x[held], labels[held], names)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, require
 from heirloom.common.errors import InputError
 
@@ -16,7 +17,9 @@ class ArraySource:
             raise InputError(f"{folder} has arrays, which have no splits; leave split empty")
         require([cfg.image, cfg.text, *cfg.columns], sorted(file.stem for file in folder.glob("*.npy")), folder)
         self._folder, self._cfg = folder, cfg
-        arrays = {name: self._array(name) for name in (cfg.image, cfg.text, *cfg.columns) if name}
+        names = [name for name in (cfg.image, cfg.text, *cfg.columns) if name]
+        self._stamps = {name: Stamp.of(folder / f"{name}.npy") for name in names}
+        arrays = {name: self._array(name) for name in names}
         if not arrays:
             raise InputError(f"{folder}: no array is selected; set image, text or columns")
         if scalar := [name for name, array in arrays.items() if not array.ndim]:
@@ -31,16 +34,25 @@ class ArraySource:
 
     def _array(self, name: str) -> np.ndarray:
         file = self._folder / f"{name}.npy"
-        try:
+
+        def opened() -> np.ndarray:
+            self._stamps[name].check(file)
             return np.lib.format.open_memmap(file, mode="r")
-        except (OSError, ValueError) as error:
+
+        try:
+            return retried(opened, file)
+        except ValueError as error:
             raise InputError(f"{file} is not readable as an array: {error}") from error
 
     def __len__(self) -> int:
         return self._length
 
+    def key(self, index: int) -> str:
+        """Returns the folder and the row."""
+        return f"{self._folder} row {index}"
+
     def __getitem__(self, index: int) -> Record:
-        cfg, record = self._cfg, Record(key=f"{self._folder} row {index}")
+        cfg, record = self._cfg, Record(key=self.key(index))
         if cfg.image:
             record["image"] = np.array(self._array(cfg.image)[index])
         if cfg.text:

@@ -77,6 +77,10 @@ class FolderSource:
             record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
         return record
 
+    def key(self, index: int) -> str:
+        """Returns the file of a picture."""
+        return str(self._root / self._names[index])
+
     def label(self, index: int) -> int:
         """Returns the class of a picture without reading it."""
         return bisect.bisect_left(self.classes, self._names[index].split("/")[0])

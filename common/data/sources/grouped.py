@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from heirloom.common.data.sources.record import Record, Source
+from heirloom.common.data.sources.record import Record, Source, key_of
 from heirloom.common.errors import remark
 
 
@@ -38,3 +38,7 @@ class Grouped:
         records = [self._source[row] for row in self._rows[index]]
         texts = [[record["text"]] if isinstance(record["text"], str) else record["text"] for record in records]
         return records[0] | {"text": [caption for several in texts for caption in several]}
+
+    def key(self, index: int) -> str:
+        """Returns the name of the first of the rows."""
+        return key_of(self._source, self._rows[index][0])

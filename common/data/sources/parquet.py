@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
 from heirloom.common.errors import InputError, nearest
 
@@ -35,6 +36,7 @@ class ParquetSource:
         groups: list[RowGroup] = []
         splits: list[str] = []
         for file in files:
+            stamp = Stamp.of(file)
             try:
                 with parquet.ParquetFile(file, memory_map=True) as opened:
                     require([*names, *(["split"] if cfg.split and by_column else [])], opened.schema_arrow.names, file)
@@ -46,7 +48,7 @@ class ParquetSource:
             if not sum(counts):
                 raise InputError(f"{file} is empty: it has no row")
             for g, count in enumerate(counts):
-                groups.append(RowGroup(file=file, number=g, first=sum(counts[:g]), rows=count))
+                groups.append(RowGroup(file=file, stamp=stamp, number=g, first=sum(counts[:g]), rows=count))
         self._starts = starts([group.rows for group in groups])
         self._rows: range | np.ndarray = range(sum(group.rows for group in groups))
         if cfg.split and by_column:
@@ -63,12 +65,11 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> Record:
         group, row = self._place(index)
-        table = self._decoded.get(group)
+        cfg, key, table = self._cfg, self.key(index), self._decoded.get(group)
         try:
             values = {c: table.column(c)[row].as_py() for c in table.column_names}
         except UnicodeDecodeError as error:
-            raise InputError(f"{group.file} row {group.first + row} is not UTF-8 text: {error}") from error
-        cfg, key = self._cfg, f"{group.file} row {group.first + row}"
+            raise InputError(f"{key} is not UTF-8 text: {error}") from error
         for name, cell in values.items():
             if cell is None:
                 raise InputError(f"{key}: the column {name!r} is empty")
@@ -82,13 +83,18 @@ class ParquetSource:
             )
         return record
 
+    def key(self, index: int) -> str:
+        """Returns the file and the row in it, counted from 0."""
+        group, row = self._place(index)
+        return f"{group.file} row {group.first + row}"
+
     def pictures(self) -> list[object]:
         """Returns an identifier of the picture of each row: its path, or a digest of its bytes."""
         found: list[object] = []
         for index in range(len(self)):
             group, row = self._place(index)
             cell = self._decoded.get(group).column(self._cfg.image)[row].as_py()
-            picture = _picture(cell, group.file, f"{group.file} row {group.first + row}")
+            picture = _picture(cell, group.file, self.key(index))
             found.append(sha256(picture).digest() if isinstance(picture, bytes) else picture)
         return found
 
@@ -165,6 +171,7 @@ class RowGroup:
     """A row group of a parquet file: its number in the file, its first row in the file, and its number of rows."""
 
     file: Path
+    stamp: Stamp
     number: int
     first: int
     rows: int
@@ -181,14 +188,18 @@ class DecodedGroups:
         return DecodedGroups, (self._columns,)
 
     def get(self, group: RowGroup) -> pyarrow.Table:
-        """Reads a row group, from the cache if possible."""
+        """Reads a row group, from the cache if possible. Raises InputError when it is not readable."""
+        try:
+            return retried(lambda: self._read(group), group.file)  # waits between tries without the lock
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{group.file} is not readable as parquet: {error}") from error
+
+    def _read(self, group: RowGroup) -> pyarrow.Table:
         with self._lock:
             if group not in self._tables:
-                try:
-                    with parquet.ParquetFile(group.file, memory_map=True) as opened:
-                        self._tables[group] = opened.read_row_group(group.number, columns=self._columns)
-                except (OSError, pyarrow.ArrowException) as error:
-                    raise InputError(f"{group.file} is not readable as parquet: {error}") from error
+                group.stamp.check(group.file)
+                with parquet.ParquetFile(group.file, memory_map=True) as opened:
+                    self._tables[group] = opened.read_row_group(group.number, columns=self._columns)
                 while len(self._tables) > 1 and sum(t.nbytes for t in self._tables.values()) > ROW_GROUP_MEMORY:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
@@ -40,10 +41,18 @@ class SourceConfig:
 
 
 class Source(Protocol):
-    """Random access to records (grain's RandomAccessDataSource)."""
+    """Random access to records (grain's RandomAccessDataSource).
+
+    It may have `key(index)`, which names a record without reading it.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+def key_of(source: Source, index: int) -> str:
+    """Returns the name of a record for messages, without reading it: of `source.key(index)` where there is one."""
+    return source.key(index) if hasattr(source, "key") else f"record {index}"
 
 
 def require(names: Iterable[str], available: Sequence[str], where: object) -> None:
@@ -103,9 +112,9 @@ def caption_lines(data: bytes) -> str | list[str]:
 def read(file: Path) -> bytes:
     """Reads a file. Raises InputError when it is not readable."""
     try:
-        return file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
-        raise InputError(f"{file} is not readable: {getattr(error, 'strerror', None) or error}") from error
+        return retried(file.read_bytes, file)
+    except ValueError as error:  # a name with a NUL in it
+        raise InputError(f"{file} is not readable: {error}") from error
 
 
 def starts(counts: Sequence[int]) -> np.ndarray:

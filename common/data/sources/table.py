@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, read, require, value
 from heirloom.common.errors import InputError, nearest
 
@@ -16,7 +17,7 @@ class CsvSource:
     """A table of paths and captions with a header, separated by commas or tabs; keeps the byte offsets of rows."""
 
     def __init__(self, file: Path, cfg: SourceConfig):
-        self._file, self._cfg = file, cfg
+        self._file, self._cfg, self._stamp = file, cfg, Stamp.of(file)
         splits = set()
         try:
             with open(file, "rb") as data:
@@ -56,10 +57,12 @@ class CsvSource:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def key(self, index: int) -> str:
+        """Returns the file and the row, counted from 1 without the header."""
+        return f"{self._file} row {self._numbers[index]}"
+
     def __getitem__(self, index: int) -> Record:
-        with open(self._file, "rb") as data:
-            cells = self._cells(data, index)
-        cfg, key = self._cfg, f"{self._file} row {self._numbers[index]}"
+        cfg, key, cells = self._cfg, self.key(index), retried(lambda: self._row(index), self._file)
         record = Record(key=key) | {c: value(kind(cells[c]), key, c) for c, kind in self._kinds.items()}
         if cfg.text:
             record["text"] = cells[cfg.text]
@@ -74,6 +77,11 @@ class CsvSource:
         """Returns the path of the picture of each row, which identifies it."""
         with open(self._file, "rb") as data:
             return [os.path.normpath(self._cells(data, index)[self._cfg.image]) for index in range(len(self))]
+
+    def _row(self, index: int) -> dict[str, str]:
+        with open(self._file, "rb") as data:
+            self._stamp.check(data.fileno())
+            return self._cells(data, index)
 
     def _cells(self, data: BinaryIO, index: int) -> dict[str, str]:
         data.seek(int(self._starts[index]))

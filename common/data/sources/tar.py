@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.data.lines import read_lines
+from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import (
     PICTURES,
     SPLITS,
@@ -35,7 +36,7 @@ class TarSource:
     def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
         if cfg.split:
             raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; leave split empty")
-        self._shards, self._cfg = [Shard(shard, index_shard(shard)) for shard in shards], cfg
+        self._shards, self._cfg = [Shard(shard, Stamp.of(shard), index_shard(shard)) for shard in shards], cfg
         counts = []
         for shard in self._shards:
             table = shard.table()
@@ -55,26 +56,38 @@ class TarSource:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard = self._shards[number]
-        row = shard.table()[index - self._starts[number]]
-        members = {e: row[e] for e in row.dtype.names[1:] if row[e]["size"] >= 0}
-        cfg, key = self._cfg, f"{shard.file}:{row[STEM].decode(errors='backslashreplace')}"
+        shard, number = self._place(index)
+        row = shard.row(number)
+        members = {e: row[e] for e in (row.dtype.names or ())[1:] if row[e]["size"] >= 0}
+        cfg, key = self._cfg, shard.key(row)
         record, fields = Record(key=key), dict[str, Any]()
         if cfg.image:
-            record["image"] = read_span(shard.file, next(members[e] for e in PICTURES if e in members))
+            record["image"] = shard.read(next(members[e] for e in PICTURES if e in members))
         try:
             if "txt" in members and cfg.text == SourceConfig.text:
-                fields[cfg.text] = caption_lines(read_span(shard.file, members["txt"]))
+                fields[cfg.text] = caption_lines(shard.read(members["txt"]))
             if "cls" in members:
-                fields["label"] = record["label"] = _label(read_span(shard.file, members["cls"]).decode().strip())
+                fields["label"] = record["label"] = _label(shard.read(members["cls"]).decode().strip())
             if "json" in members and not {cfg.text, *cfg.columns} - {""} <= fields.keys():
-                fields = _object(read_span(shard.file, members["json"]), key) | fields
+                fields = _object(shard.read(members["json"]), key) | fields
         except (ValueError, RecursionError) as error:
             raise InputError(f"{key}: its .json, .txt or .cls is not readable: {error}") from error
         require([cfg.text, *cfg.columns], list(fields), key)
         record |= {c: value(fields[c], key, c) for c in cfg.columns}
         return record | ({"text": captions(fields[cfg.text], key)} if cfg.text else {})
+
+    def key(self, index: int) -> str:
+        """Returns the shard and the name of the sample, or its number, counted from 0, when the index is gone."""
+        shard, number = self._place(index)
+        try:
+            return shard.key(shard.row(number))
+        except InputError:
+            return f"{shard.file} sample {number}"
+
+    def _place(self, index: int) -> tuple["Shard", int]:
+        """Returns the shard of a sample, and its number there."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[number], index - int(self._starts[number])
 
 
 def _sidecar(shard: Path, name: str) -> Path | None:
@@ -104,11 +117,27 @@ class Shard:
     """A tar and its index file."""
 
     file: Path
+    stamp: Stamp
     index: Path
 
     def table(self) -> np.ndarray:
         """Opens the index, memory-mapped."""
         return np.load(self.index, mmap_mode="r")
+
+    def row(self, number: int) -> np.void:
+        """Reads the spans of a sample. Raises InputError when the index is gone, as that of a replaced shard is."""
+        try:
+            return retried(self.table, self.index)[number]
+        except ValueError as error:
+            raise InputError(f"{self.index} is damaged: {error}; run the command again to index {self.file}") from error
+
+    def key(self, row: np.void) -> str:
+        """Returns the name of a sample for messages."""
+        return f"{self.file}:{row[STEM].decode(errors='backslashreplace')}"
+
+    def read(self, span: np.void) -> bytes:
+        """Reads the bytes of one member."""
+        return read_span(self.file, span, self.stamp)
 
 
 def _complete(shard: Shard, table: np.ndarray, what: str, extensions: Sequence[str]) -> None:

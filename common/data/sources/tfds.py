@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from heirloom.common.data.reading import retried
 from heirloom.common.data.sources.record import Record, SourceConfig, captions, require, value
 from heirloom.common.errors import InputError, nearest
 
@@ -53,8 +54,18 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
+    def key(self, index: int) -> str:
+        """Returns the name of the data, the split and the number of the record."""
+        return f"tfds:{self._name} {self._cfg.split} {index}"
+
     def __getitem__(self, index: int) -> Record:
-        values, cfg, key = self._records[index], self._cfg, f"tfds:{self._name} {self._cfg.split} {index}"
+        cfg, key = self._cfg, self.key(index)
+        try:
+            values = retried(lambda: self._records[index], key)
+        except InputError:
+            raise
+        except Exception as error:  # its readers and decoders raise many types for damaged files
+            raise InputError(f"{key} is not readable: {error}") from error
         record = Record(key=key) | {c: value(values[c], key, c) for c in cfg.columns}
         if "label" in self.class_names:
             record["label"] = np.int32(values["label"])
@@ -63,7 +74,11 @@ class TfdsSource:
         if cfg.text in self.class_names:
             record["text"] = self.class_names[cfg.text][int(values[cfg.text])]
         elif cfg.text:
-            record["text"] = captions(_decoded(values[cfg.text]), key)
+            try:
+                text = _decoded(values[cfg.text])
+            except UnicodeDecodeError as error:
+                raise InputError(f"{key} is not UTF-8 text: {error}") from error
+            record["text"] = captions(text, key)
         return record
 
 

@@ -206,7 +206,7 @@ def test_loud_failures(tokenizer):
     with pytest.raises(InputError, match="20 examples, fewer than a batch of 21"):
         stream(tokenizer, batch=21)
     with pytest.raises(InputError, match=r"noise 4: this picture does not decode.*replace the file"):
-        take(stream(tokenizer, Noise(20, broken=4)), 4)
+        take(stream(tokenizer, Noise(20, broken=4), bad="stop"), 4)
 
     class Bare(Noise):
         def __getitem__(self, i):

@@ -179,7 +179,8 @@ def test_where_a_run_computes_may_change(tmp_path):
     config = {"mesh": {"data": 2, "fsdp": 2}, "pipeline": {"workers": 0, "batch": 32}, "writers": []}
     Run.open(tmp_path, config)
     (tmp_path / "metrics.jsonl").touch()
-    moved = {"mesh": {"data": 1, "fsdp": 8}, "pipeline": {"workers": 4, "batch": 32}, "writers": ["wandb"]}
+    pipeline = {"workers": 4, "batch": 32, "bad": "stop", "bad_limit": 0.5}
+    moved = {"mesh": {"data": 1, "fsdp": 8}, "pipeline": pipeline, "writers": ["wandb"]}
     assert Run.open(tmp_path, moved).config == moved
     with pytest.raises(InputError, match=r"pipeline\.batch: 32 before, 64 now"):
         Run.open(tmp_path, moved | {"pipeline": {"workers": 4, "batch": 64}})

@@ -1,0 +1,56 @@
+"""Pictures of a classifier that do not decode: replaced in training, an error in evaluation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heirloom.common.data.bad import BAD
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pipeline import PipelineConfig, training_batches
+from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
+from learngene.augment import AugmentConfig
+from learngene.data import Example, Resident, decoded, evaluation
+
+PRE = Preprocess(size=8)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Three classes of 8 grey pictures, whose value is 10 times the class; dog/3.png is no picture."""
+    for label, name in enumerate(("cat", "dog", "emu")):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            Image.new("RGB", (8, 8), (10 * label,) * 3).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "dog" / "3.png").write_bytes(b"?")
+    return SourceConfig(str(tmp_path))
+
+
+def test_a_picture_on_the_devices_is_replaced_with_its_label(broken):
+    arrays = decoded(broken, "label", 3, Example(AugmentConfig(), PRE))
+    np.testing.assert_array_equal(arrays["image"][:, 4, 4, 0], 10 * arrays["label"])
+    assert arrays["label"].tolist()[:11] == [0] * 8 + [1] * 3 and np.flatnonzero(arrays[BAD] != "[]").tolist() == [11]
+    data = Resident(arrays, PipelineConfig(batch=8, bad_limit=0.25), start(MeshConfig()))
+    said = []
+    for batch in itertools.islice(data, 6):
+        assert set(batch) == {"image", "label"}
+        said.append(data.delivered)
+    assert data.bad_limit == 0.25 and {delivered.examples for delivered in said} == {8}
+    found = [record for delivered in said for record in delivered.bad]
+    assert [record.key for record in found] == [f"{broken.path}/dog/3.png"] * 2  # once an epoch
+    assert found[0].position < 24 <= found[1].position
+
+
+def test_in_every_other_case_it_is_named(broken):
+    named = rf"{broken.path}/dog/3\.png: this picture does not decode"
+    with pytest.raises(InputError, match=named):
+        decoded(broken, "label", 3, Example(AugmentConfig(), PRE), "stop")
+    source, cfg = open_labelled(broken, "label", 3), PipelineConfig(batch=24, bad="stop")
+    with pytest.raises(InputError, match=named):
+        next(training_batches(source, cfg, Example(AugmentConfig(), PRE)))
+    with pytest.raises(InputError, match=named):
+        list(evaluation(broken, "label", PRE, 8, 3))
