@@ -19,12 +19,12 @@ from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
-from heirloom.common.train.loop import difference
 from heirloom.common.train.mesh import start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Parts
+from heirloom.common.train.resume import difference
 from learngene import cost, relatives
 from learngene.config import ADAMW, Config, TeacherConfig
 from learngene.evaluate import scorer

@@ -1,8 +1,8 @@
 """Training states on disk. The only module that imports orbax.
 
 Each step has a folder with the arrays (`state`), a JSON object (`data`: position in the data, open metrics window) and
-the SHA-256 of all its files (`seal.py`). A folder gets its final name when it is complete, so an incomplete one is never
-restored.
+the SHA-256 of all its files (`seal.py`). A folder gets its final name when it is complete, so an incomplete one is
+never restored.
 """
 
 import re
@@ -43,6 +43,9 @@ class Keep:
         return AnyPreservationPolicy([LatestN(self.last), *steps, *times])
 
 
+KEEP = Keep()
+
+
 @dataclass(frozen=True)
 class Restored(Generic[Tree]):
     """The result of `Checkpoints.restore`."""
@@ -54,7 +57,7 @@ class Restored(Generic[Tree]):
 class Checkpoints:
     """The states of a run in a folder. Every process of a job makes the same calls."""
 
-    def __init__(self, directory: Path, keep: Keep = Keep()) -> None:  # frozen
+    def __init__(self, directory: Path, keep: Keep = KEEP) -> None:
         """Opens or creates the folder; the first save removes incomplete states. Raises InputError if it cannot be
         created.
         """
@@ -133,7 +136,7 @@ class Checkpoints:
         """Returns the last whole step or NONE, after renaming damaged ones; in the first process."""
         folders = {step: self.directory / str(step) for step in reversed(self.steps())}
         damaged: dict[int, str] = {}
-        for step, folder in folders.items():
+        for step in folders:
             if not (problem := self._damage(step)):
                 break
             damaged[step] = problem
@@ -170,7 +173,8 @@ class Checkpoints:
         problem = f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"
         if damaged := self._damage(step):
             raise InputError(f"{problem} ({damaged})")
-        with _disk_errors(problem, KeyError, TypeError, AttributeError, AssertionError):  # files that are missing or cut
+        # The further errors are of states without SHA-256, with files that are missing or cut.
+        with _disk_errors(problem, KeyError, TypeError, AttributeError, AssertionError):
             found = self._manager.restore(step, args=args)
             return Restored(found["state"], found["data"])
 
@@ -193,9 +197,10 @@ def _disk_errors(problem: str, *more: type[Exception]) -> Iterator[None]:
     """Turns errors of the disk into InputError: tensorstore raises ValueError for a full or broken disk, the file
     system OSError. more: further types.
     """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:
         yield
-    except (OSError, ValueError, *more) as error:
+    except kinds as error:
         # tensorstore's messages have the cause last, then all settings in brackets
         cause = (str(error).splitlines() or [type(error).__name__])[0].split(" [")[0]
         raise InputError(f"{problem} ({cause if len(cause) < REASON else '...' + cause[-REASON:]})") from error
