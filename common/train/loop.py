@@ -92,14 +92,14 @@ class Run:
 
         with _writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            begun = (directory / METRICS).exists()  # before that the config may still change
+            done = max(steps_on_disk(directory / "checkpoints"), default=0)
+            begun = done > 0 or (directory / METRICS).exists()  # before that the config may still change
             lines = difference(defaults(read_json(file)), json.loads(text)) if begun else []
             if refused := [line for line in lines if not FREE.match(line)]:
                 changed = "; ".join(map(str.strip, refused))
                 set_back = f"take a new folder, or set it back: {changed}"
                 raise InputError(f"{directory} was started with another config; {set_back}")
-            done, steps = max(steps_on_disk(directory / "checkpoints"), default=0), config.get("steps", math.inf)
-            if done > steps:
+            if done > (steps := config.get("steps", math.inf)):
                 raise InputError(f"steps is {steps}, but {directory} is at step {done}; choose {done} or more")
         on_first(take)
         return cls(directory, json.loads(text), keep, lease[0] if lease else None)
@@ -161,6 +161,8 @@ class Run:
             data.restore(resumed["data"])
         file = MetricsFile(self.directory / METRICS) if first else None
         if file:
+            if start and not file.path.exists():
+                remark(f"{file.path} is missing: the lines up to step {start} are lost, and a new file is begun")
             file.truncate(start)
         peak = peak_flops(jax.devices()[0].device_kind)
         work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
