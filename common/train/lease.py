@@ -33,7 +33,8 @@ _TOKEN = secrets.token_hex(8)
 class Holder:
     """Who writes a run. place: kernel and process namespace. born: when the process started, in ticks of that kernel.
 
-    since: time of the start on the holder's clock. Place and born are empty where the system does not tell (not Linux).
+    since, seen: when it took the run and when it last beat, on its own clock. Place and born are empty where the system
+    does not tell (not Linux).
     """
 
     host: str
@@ -43,13 +44,14 @@ class Holder:
     place: str = ""
     born: str = ""
     beat: int = 0
+    seen: str = ""
 
     @classmethod
     def here(cls) -> "Holder":
         """Returns this process as a holder."""
-        pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        pid, now = os.getpid(), _now()
         token = f"{_TOKEN}-{pid}"  # a forked process is another one
-        return cls(socket.gethostname(), pid, now, token, place=_place(), born=_born(pid))
+        return cls(socket.gethostname(), pid, now, token, place=_place(), born=_born(pid), seen=now)
 
     @classmethod
     def read(cls, file: Path) -> "Holder | None":
@@ -158,7 +160,7 @@ def _keep(file: Path, mine: Holder, stop: threading.Event, lost: list[str], beat
         try:
             found = Holder.read(file)
             if found and found.token == mine.token:
-                mine = replace(mine, beat=mine.beat + 1)
+                mine = replace(mine, beat=mine.beat + 1, seen=_now())
                 _overwrite(file, mine)
             elif found:
                 lost.append(f"{found} took over the run at {found.since}")
@@ -197,6 +199,10 @@ def _release(file: Path, mine: Holder, stop: threading.Event) -> None:
             file.unlink()
     except OSError:  # the run was moved or removed, or its disk is away: then the lease becomes stale
         return
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def _place() -> str:

@@ -219,10 +219,9 @@ class Run:
 
     def _diverged(self, step: int, skipped: int) -> str:
         self.checkpoints.wait()
-        good = self.checkpoints.latest()
         kept = "no state was saved before that"
-        if good is not None:
-            kept = f"the last good state is {self.checkpoints.directory / str(good)}"
+        if saved := self.checkpoints.steps():
+            kept = f"the last good state is {self.checkpoints.directory / str(saved[-1])}"
         since = f"{skipped} steps in a row, since step {step - skipped + 1}"
         advice = "Lower optim.lr or optim.clip in a new run, or check the data"
         return f"step {step}: loss or gradient were not finite for {since}; {kept}. {advice}"

@@ -47,15 +47,22 @@ def with_defaults(old: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
     """
     out = dict(old)
     for field in fields(cfg):
-        value = getattr(cfg, field.name)
         if field.name in old:
-            if is_dataclass(value) and not isinstance(value, type) and isinstance(old[field.name], dict):
-                out[field.name] = with_defaults(old[field.name], value)
+            out[field.name] = _filled(old[field.name], getattr(cfg, field.name))
         elif field.default is not MISSING:
             out[field.name] = _plain(field.default)
         elif field.default_factory is not MISSING:
             out[field.name] = _plain(field.default_factory())
     return out
+
+
+def _filled(old: Any, value: Any) -> Any:
+    """Returns the saved value of a field, with the defaults of the configs in it."""
+    if isinstance(old, list) and isinstance(value, list | tuple) and len(old) == len(value):
+        return [_filled(*pair) for pair in zip(old, value, strict=True)]
+    if isinstance(old, dict) and is_dataclass(value) and not isinstance(value, type):
+        return with_defaults(old, value)
+    return old
 
 
 def _plain(value: Any) -> Any:

@@ -246,7 +246,8 @@ def test_a_damaged_last_state_costs_steps_and_nothing_else(train):
     data = next(path for path in (parts.checkpoints.directory / "14" / "state" / "d").iterdir())
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     asked = []
-    with pytest.warns(Remark, match=r"14 is damaged: state/d/\w+ differs from its SHA-256; the state of step 7 is used"):
+    used = r"14 is damaged: state/d/\w+ differs from its SHA-256; the state of step 7 is used"
+    with pytest.warns(Remark, match=used):
         parts, found = train("parts", Rows({n: lambda n=n: asked.append(n) for n in range(TOTAL)}))
     assert asked == list(range(7, TOTAL)) and curve(parts) == curve(whole)
     assert same(found, expected)

@@ -125,10 +125,10 @@ class Newer:
 
 def test_defaults_are_those_of_the_field_as_json():
     assert with_defaults({}, Newer("a", inner=Inner(9))) == {"sizes": [{"size": 3}, {"size": 4}], "inner": {"size": 5}}
-    assert with_defaults({"name": "b", "inner": {}}, Newer("a")) == {
+    assert with_defaults({"name": "b", "inner": {}, "sizes": [{}, {"size": 8}]}, Newer("a")) == {
         "name": "b",
         "inner": {"size": 3},
-        "sizes": [{"size": 3}, {"size": 4}],
+        "sizes": [{"size": 3}, {"size": 8}],
     }
 
 

@@ -13,6 +13,9 @@ from heirloom.common.checkpoint import seal
 from heirloom.common.checkpoint.state import Checkpoints, Keep
 from heirloom.common.errors import InputError, Remark
 
+# after a failed read orbax abandons its other readers
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 LIKE = {"w": jax.ShapeDtypeStruct((300,), np.float32)}
 
 
