@@ -1,10 +1,10 @@
 """One job writes a run: `RUN/lease.json` names the process that does.
 
-The holder counts up the `beat` of the file every few seconds. Another process that finds the file knows three things.
-A process of the same kernel and the same process namespace can be looked up, so it is known at once whether it runs. Of
-any other process it can only be seen whether the beat changes; the time in the file is for people, since the clocks of
-two hosts may differ. And the token, random in each process, says whose the file is: two containers may well have equal
-host names and process ids.
+The holder counts up the `beat` of the file every few seconds. Another job that finds the file looks up the process
+where it can, which is for the same kernel and the same process namespace; then it is known at once whether it runs. Of
+any other process it watches whether the beat changes. The times in the file are for people only, since the clocks of
+two hosts may differ. The token, random in each process, says whose the file is: two containers may well have equal host
+names and process ids.
 """
 
 import json
@@ -25,7 +25,7 @@ FILE = "lease.json"
 BEAT = 10.0  # seconds between two beats
 STALE = 60.0  # seconds without a beat after which the file belongs to nobody
 SETTLE = 0.1  # seconds after which two jobs that take a stale lease in the same moment see who was last
-SIZE = 512  # bytes of the file, always the same, so that it is rewritten in place
+SIZE = 1024  # bytes of the file, always the same, so that it is rewritten in place
 _TOKEN = secrets.token_hex(8)
 
 
@@ -57,9 +57,10 @@ class Holder:
     def read(cls, file: Path) -> "Holder | None":
         """Returns the holder, or None when the file is just being written or damaged. Raises FileNotFoundError."""
         try:
-            return cls(**json.loads(file.read_bytes()))
+            found = cls(**json.loads(file.read_bytes()))
         except (ValueError, TypeError):
             return None
+        return found if isinstance(found.pid, int) else None
 
     def gone(self) -> bool:
         """Returns whether the process certainly ended; False where that is not known."""
@@ -114,7 +115,7 @@ class Lease:
             except FileNotFoundError:  # released in this moment
                 continue
             if found is None or found.token != mine.token:
-                raise InputError(f"{directory} was just taken by {found}; stop it, or choose another --run")
+                raise InputError(f"{directory} was just taken by {found or 'another job'}; stop it, or choose another --run")
             break
         lease = cls(file, mine)
         _held[file] = lease

@@ -133,8 +133,9 @@ def test_of_two_that_take_a_stale_lease_the_last_has_it(tmp_path):
     assert holder(tmp_path)["token"] == "faster"
 
 
-def test_a_damaged_lease_is_waited_for_like_any_other(tmp_path):
-    (tmp_path / FILE).write_bytes(b'{"host": 3, "pi' + b"x" * 2000)
+@pytest.mark.parametrize("damage", [b"", b'{"host": 3, "pi' + b"x" * 2000, OTHER.bytes().replace(b"4242,", b"null,")])
+def test_a_damaged_lease_is_waited_for_like_any_other(tmp_path, damage):
+    (tmp_path / FILE).write_bytes(damage)
     clock = Clock()
     with pytest.warns(Remark, match="last written by an unknown process"):
         lease = Lease.take(tmp_path, sleep=clock)
