@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from heirloom.common.checkpoint.staging import alive
 from heirloom.common.errors import InputError, remark
@@ -57,10 +58,10 @@ class Holder:
     def read(cls, file: Path) -> "Holder | None":
         """Returns the holder, or None when the file is just being written or damaged. Raises FileNotFoundError."""
         try:
-            found = cls(**json.loads(file.read_bytes()))
-        except (ValueError, TypeError):
+            found: dict[str, Any] = json.loads(file.read_bytes())
+            return cls(**found) if isinstance(found["pid"], int) else None
+        except (ValueError, TypeError, KeyError):
             return None
-        return found if isinstance(found.pid, int) else None
 
     def gone(self) -> bool:
         """Returns whether the process certainly ended; False where that is not known."""
@@ -115,7 +116,8 @@ class Lease:
             except FileNotFoundError:  # released in this moment
                 continue
             if found is None or found.token != mine.token:
-                raise InputError(f"{directory} was just taken by {found or 'another job'}; stop it, or choose another --run")
+                who = found or "another job"
+                raise InputError(f"{directory} was just taken by {who}; stop it, or choose another --run")
             break
         lease = cls(file, mine)
         _held[file] = lease
