@@ -1,9 +1,10 @@
 """Shared by the demos: the scores of a student during a run, and the step at which it reaches the score of another."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from heirloom.common.train.metrics import MetricsFile
 
 Better = Callable[[float, float], bool]
 """`better(a, b)` is true when score a is at least as good as b (`operator.ge`, or `operator.le` for a loss)."""
@@ -21,7 +22,7 @@ class Race:
     @classmethod
     def of(cls, run: Path, metric: str, before: float) -> "Race":
         """Reads a finished run. before: the student's score before the first step, where the curve starts."""
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = MetricsFile(run / "metrics.jsonl").lines()
         scored = [line for line in lines if f"eval/{metric}" in line]
         final = {name.removeprefix("eval/"): value for name, value in scored[-1].items() if name.startswith("eval/")}
         steps, scores = [line["step"] for line in scored], [line[f"eval/{metric}"] for line in scored]

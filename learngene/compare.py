@@ -19,12 +19,12 @@ from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
-from heirloom.common.train.loop import difference
 from heirloom.common.train.mesh import start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Parts
+from heirloom.common.train.resume import difference, with_defaults
 from learngene import cost, relatives
 from learngene.config import ADAMW, Config, TeacherConfig
 from learngene.evaluate import scorer
@@ -204,7 +204,7 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
     file, about = folder / "result.json", json.loads(json.dumps(to_json(arm)))
     if file.is_file():
         saved = read_json(file)
-        if lines := difference(saved["config"], about):
+        if lines := difference(with_defaults(saved["config"], arm), about):
             set_back = "give a new --run, or set these fields back:"
             raise InputError("\n".join([f"{folder} was run with another config: {set_back}", *lines]))
         return saved["result"]

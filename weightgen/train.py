@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from heirloom.common.data.batches import Batches
@@ -63,28 +62,6 @@ def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -
         nearby = max(batch // parts, 1) * parts
         multiple = f"a multiple of {parts}, such as {nearby}"
         raise InputError(f"a batch of {batch} cannot be divided among {of}: set {name} to {multiple}")
-
-
-def on_first(work: Callable[[], None]) -> None:
-    """Run `work` in the first process of a job, for what is written once. The others wait, and fail where it fails.
-
-    Call it in every process, after `start`. Raises the InputError of `work`, in the other processes one that points
-    there.
-    """
-    if jax.process_count() == 1:
-        work()
-        return
-    failure: InputError | None = None
-    if jax.process_index() == 0:
-        try:
-            work()
-        except InputError as error:
-            failure = error
-    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failure is not None)))
-    if failure:
-        raise failure
-    if failed:
-        raise InputError("process 0 could not write what the others wait for; its own message says why")
 
 
 def optimizer(

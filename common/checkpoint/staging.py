@@ -82,7 +82,7 @@ def _sweep(destination: Path) -> None:
     names = re.compile(rf"\.{re.escape(destination.name)}\.(partial|old)-{re.escape(_HOST)}-(\d+)")
     siblings = destination.parent.iterdir() if destination.parent.is_dir() else ()
     for left in sorted(
-        path for path in siblings if (found := names.fullmatch(path.name)) and not _alive(int(found[2]))
+        path for path in siblings if (found := names.fullmatch(path.name)) and not alive(int(found[2]))
     ):
         if ".old-" in left.name and not destination.exists():
             left.rename(destination)
@@ -92,7 +92,8 @@ def _sweep(destination: Path) -> None:
             remark(f"{left}: removed; an interrupted command left it")
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Returns whether this host has a process with this id."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,22 +1,49 @@
 """Training states on disk. The only module that imports orbax.
 
-Each step has a folder with the arrays (`state`) and a JSON object (`data`: position in the data, open metrics window).
-A folder gets its final name when it is complete, so an incomplete one is never restored.
+Each step has a folder with the arrays (`state`), a JSON object (`data`: position in the data, open metrics window) and
+the SHA-256 of all its files (`seal.py`). A folder gets its final name when it is complete, so an incomplete one is
+never restored.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import LatestN
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, EveryNSteps, LatestN
 
-from heirloom.common.errors import InputError
+from heirloom.common.checkpoint import seal
+from heirloom.common.checkpoint.staging import remove
+from heirloom.common.errors import InputError, remark
 
 Tree = TypeVar("Tree")
 REASON = 200  # characters of the storage library's message that an error quotes
+NONE, LOST = -1, -2  # what process 0 sends instead of a step: there is no state, or no whole one
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which states stay: the `last` ones, those of each multiple of `every` steps, and one per `minutes` (0: none)."""
+
+    last: int = 2
+    every: int = 0
+    minutes: int = 0
+
+    def policy(self) -> AnyPreservationPolicy:
+        """Returns the rule for orbax: a state stays if any part keeps it."""
+        steps = [EveryNSteps(self.every)] if self.every else []
+        times = [EveryNSeconds(60 * self.minutes)] if self.minutes else []
+        return AnyPreservationPolicy([LatestN(self.last), *steps, *times])
+
+
+KEEP = Keep()
 
 
 @dataclass(frozen=True)
@@ -28,33 +55,113 @@ class Restored(Generic[Tree]):
 
 
 class Checkpoints:
-    """The last `keep` states of a run in a folder. Every process of a job makes the same calls."""
+    """The states of a run in a folder. Every process of a job makes the same calls."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Opens or creates the folder; the next save removes incomplete states. Raises InputError if it cannot be
+    def __init__(self, directory: Path, keep: Keep = KEEP) -> None:
+        """Opens or creates the folder; the first save removes incomplete states. Raises InputError if it cannot be
         created.
         """
-        self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
+        self.directory, self.keep = Path(directory).absolute(), keep
+        self._saving: int | None = None
+        self._checked: dict[int, str] = {}
         with _disk_errors(f"{self.directory}: cannot write checkpoints here"):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Opened late: orbax reads the metadata of all states, so `latest` first renames damaged ones."""
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self.keep.policy(),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        with _disk_errors(f"{self.directory}: cannot write checkpoints here"):
+            return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: object, data: dict[str, Any]) -> None:
         """Copies `state` (a tree of arrays) to the host, then writes it in the background.
 
         data: any JSON object. The state may be donated once this returns. Raises InputError when this save or the one
-        before it fails; earlier states stay.
+        before it fails, and for a step that is not after all saved ones; earlier states stay.
         """
         with _disk_errors(f"{self.directory}: step {step} or the one before it could not be saved"):
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-            )
+            self._finish()
+            self._saving = step
+            self._checked.pop(step, None)
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+            if not self._manager.save(step, args=items, custom_metadata=seal.MARK):
+                raise ValueError(f"the folder has step {self._manager.latest_step()} already")
+
+    def _seal(self) -> None:
+        """Hashes the files of the state that is being saved; orbax calls it before the folder gets its final name."""
+        complete, written = (self.directory / f"{self._saving}{suffix}" for suffix in ("", ".orbax-checkpoint-tmp"))
+        seal.seal(written if written.exists() else complete)
+
+    def _finish(self) -> None:
+        """Waits for the save in the background and completes its manifest."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            step, self._saving = self._saving, None
+        if step is not None and jax.process_index() == 0 and (self.directory / str(step)).exists():
+            seal.complete(self.directory / str(step))
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete states on disk in ascending order, damaged or not."""
+        with _disk_errors(f"{self.directory}: cannot be read"):
+            return steps_on_disk(self.directory)
 
     def latest(self) -> int | None:
-        """Returns the last complete step on disk, or None."""
-        with _disk_errors(f"{self.directory}: cannot be read"):
+        """Returns the last step on disk whose files are whole, or None where no state was saved.
+
+        Damaged states are remarked and renamed to STEP.damaged. A state of an earlier version has no SHA-256, so a
+        remark says that it is not checked. Raises InputError when there are states and none is whole.
+        """
+        step, problem = NONE, ""
+        if jax.process_index() == 0:
+            try:
+                step = self._whole()
+            except InputError as error:
+                step, problem = LOST, str(error)
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == LOST:
+            raise InputError(problem or f"{self.directory}: process 0 found no whole state; its message says more")
+        if "_manager" in self.__dict__:
             self._manager.reload()
-        return self._manager.latest_step()
+        self._checked[step] = ""
+        return None if step == NONE else step
+
+    def _whole(self) -> int:
+        """Returns the last whole step or NONE, after renaming damaged ones; in the first process."""
+        folders = {step: self.directory / str(step) for step in reversed(self.steps())}
+        damaged: dict[int, str] = {}
+        for step in folders:
+            if not (problem := self._damage(step)):
+                break
+            damaged[step] = problem
+        if folders and len(damaged) == len(folders):
+            newest, *_ = folders
+            found = f"no state is whole (of the last, {newest}, {damaged[newest]})"
+            raise InputError(f"{self.directory}: {found}; copy one back from a backup, or start a new run")
+        whole = next((step for step in folders if step not in damaged), NONE)
+        older = {step: seal.unreadable(folder) for step, folder in folders.items() if step < whole}
+        with _disk_errors(f"{self.directory}: a damaged state cannot be renamed"):
+            for step, problem in damaged.items() | {s: p for s, p in older.items() if p}.items():
+                aside = folders[step].with_name(f"{step}.damaged")
+                remove(aside)
+                folders[step].rename(aside)
+                used = f"the state of step {whole} is used; what is left of it is {aside}"
+                remark(f"{folders[step]} is damaged: {problem}; {used}")
+        if whole != NONE and not seal.sealed(folders[whole]):
+            remark(f"{folders[whole]}: an earlier version wrote it without SHA-256, so it cannot be checked")
+        return whole
+
+    def _damage(self, step: int) -> str:
+        """Returns what is wrong with a state. Each is read once, and only by the process that looks for a whole one."""
+        if step not in self._checked:
+            self._checked[step] = seal.damage(self.directory / str(step))
+        return self._checked[step]
 
     def restore(self, step: int, like: Tree) -> Restored[Tree]:
         """Reads a state in the shapes, dtypes and shardings of `like` (a tree of `jax.ShapeDtypeStruct`).
@@ -63,26 +170,37 @@ class Checkpoints:
         shapes.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        with _disk_errors(
-            f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"
-        ):
+        problem = f"{self.directory / str(step)}: cannot be restored; remove it to continue from the state before it"
+        if damaged := self._damage(step):
+            raise InputError(f"{problem} ({damaged})")
+        # The further errors are of states without SHA-256, with files that are missing or cut.
+        with _disk_errors(problem, KeyError, TypeError, AttributeError, AssertionError):
             found = self._manager.restore(step, args=args)
-        return Restored(found["state"], found["data"])
+            return Restored(found["state"], found["data"])
 
     def wait(self) -> None:
         """Waits until all saves are on disk. Raises InputError when one failed."""
+        if "_manager" not in self.__dict__:
+            return
         with _disk_errors(f"{self.directory}: the last state could not be written (is the disk full?)"):
-            self._manager.wait_until_finished()
+            self._finish()
+
+
+def steps_on_disk(directory: Path) -> list[int]:
+    """Returns the steps that have a folder with its final name, in ascending order."""
+    names = (path.name for path in directory.glob("[0-9]*") if path.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 @contextmanager
-def _disk_errors(problem: str) -> Iterator[None]:
+def _disk_errors(problem: str, *more: type[Exception]) -> Iterator[None]:
     """Turns errors of the disk into InputError: tensorstore raises ValueError for a full or broken disk, the file
-    system OSError.
+    system OSError. more: further types.
     """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:
         yield
-    except (OSError, ValueError) as error:
+    except kinds as error:
         # tensorstore's messages have the cause last, then all settings in brackets
-        cause = str(error).splitlines()[0].split(" [")[0]
+        cause = (str(error).splitlines() or [type(error).__name__])[0].split(" [")[0]
         raise InputError(f"{problem} ({cause if len(cause) < REASON else '...' + cause[-REASON:]})") from error

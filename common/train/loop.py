@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,19 +17,20 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.checkpoint.state import KEEP, Checkpoints, Keep, steps_on_disk
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
-from heirloom.common.errors import InputError, Stopped
+from heirloom.common.errors import InputError, Stopped, remark
 from heirloom.common.paths import local
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
+from heirloom.common.train.lease import Lease
+from heirloom.common.train.mesh import on_first
 from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer
+from heirloom.common.train.resume import FREE, changes, difference
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 
 METRICS = "metrics.jsonl"
-# Fields that a resume may change: results stay the same, on another mesh up to rounding.
-FREE = re.compile(r"  (\w+\.)*(mesh\.\w+|pipeline\.(workers|prefetch|bad|bad_limit)|writers):")
 
 
 @dataclass(frozen=True)
@@ -55,46 +55,66 @@ class Data(Protocol):
 
 @dataclass
 class Run:
-    """The folder `RUN/{config.json, metrics.jsonl, checkpoints/, model/}`, and `bad_samples.jsonl` if there are any."""
+    """The folder `RUN/{config.json, metrics.jsonl, checkpoints/, model/}`, which one job writes; `bad_samples.jsonl` in
+    it lists bad records.
+    """
 
     directory: Path
     config: dict[str, Any]
+    keep: Keep = KEEP
+    lease: Lease | None = None
+    """In the first process of a job; released when the run is no longer used."""
     resumed: dict[str, Any] = field(default_factory=dict)
     """The JSON saved with the restored state: the position in the data, the open metrics window, the bad records."""
     counted: dict[str, Any] = field(default_factory=dict)
     """The bad records of the phases before, `BadSamples.state()`."""
 
     @classmethod
-    def open(cls, directory: Path | str, config: Mapping[str, Any]) -> "Run":
-        """Creates or reopens the folder. Uses no device, so it may be called before `start`.
+    def open(
+        cls,
+        directory: Path | str,
+        config: Mapping[str, Any],
+        *,
+        keep: Keep = KEEP,
+        defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> "Run":
+        """Creates or reopens the folder and takes its lease. Call it after `start`, in every process.
 
-        Raises InputError when the folder has a run with another config, with the differing fields, and when it cannot
-        be written.
+        defaults: adds the fields that are missing in the config of an earlier version (`with_defaults`). A change that
+        a resume may have is remarked. Raises InputError when the folder has a run with another config, with the
+        differing fields, when another job writes it, and when it cannot be written.
         """
         local(Path(directory))
         directory = Path(directory).absolute()
         file, text = directory / "config.json", json.dumps(config, indent=2)
-        try:
+        lease: list[Lease] = []
+
+        def take() -> None:
+            with _writable(directory):
+                lease.append(Lease.take(directory))
+                for line in changes(lines):
+                    remark(f"{directory} continues with a change: {line}")
+                part = file.with_name(f"config.json.{os.getpid()}.part")
+                part.write_text(text)
+                part.replace(file)
+
+        with _writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            begun = (directory / METRICS).exists()  # before that the config may still change
-            lines = difference(read_json(file), json.loads(text)) if begun else []
-            lines = [line for line in lines if not FREE.match(line)]
-            if lines:
-                changed = "; ".join(map(str.strip, lines))
+            done = max(steps_on_disk(directory / "checkpoints"), default=0)
+            begun = done > 0 or (directory / METRICS).exists()  # before that the config may still change
+            lines = difference(defaults(read_json(file)), json.loads(text)) if begun else []
+            if refused := [line for line in lines if not FREE.match(line)]:
+                changed = "; ".join(map(str.strip, refused))
                 set_back = f"take a new folder, or set it back: {changed}"
                 raise InputError(f"{directory} was started with another config; {set_back}")
-            # every process of a job writes the same bytes, so their order does not matter
-            part = file.with_name(f"config.json.{os.getpid()}.part")
-            part.write_text(text)
-            part.replace(file)
-        except OSError as error:
-            failed = f"cannot write a run here ({error.strerror})"
-            raise InputError(f"{directory}: {failed}; choose another folder") from error
-        return cls(directory, json.loads(text))
+            if done > (steps := config.get("steps", math.inf)):
+                raise InputError(f"steps is {steps}, but {directory} is at step {done}; choose {done} or more")
+        on_first(take)
+        return cls(directory, json.loads(text), keep, lease[0] if lease else None)
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.directory / "checkpoints")
+        return Checkpoints(self.directory / "checkpoints", self.keep)
 
     @property
     def model(self) -> Path:
@@ -103,10 +123,10 @@ class Run:
 
     def finished(self, total: int) -> bool:
         """Returns whether all `total` steps are done and the model is written."""
-        return self.model.exists() and self.checkpoints.latest() == total
+        return self.model.exists() and self.checkpoints.steps()[-1:] == [total]
 
     def restore_or(self, make_state: Callable[[], State], like: State, after: int = 0) -> State:
-        """Restores the last state on disk, in shapes and shardings of `like` (`abstract_state`), or makes a new one.
+        """Restores the last whole state, in shapes and shardings of `like` (`abstract_state`), or makes a new one.
 
         after: states up to this step belong to an earlier phase of the run and have other shapes.
         """
@@ -149,6 +169,8 @@ class Run:
             data.restore(resumed["data"])
         file = MetricsFile(self.directory / METRICS) if first else None
         if file:
+            if start and not file.path.exists():
+                remark(f"{file.path} is missing: the lines up to step {start} are lost, and a new file is begun")
             file.truncate(start)
         peak = peak_flops(jax.devices()[0].device_kind)
         work = Work(examples_per_step, flops_per_example, peak and peak * jax.device_count())
@@ -166,6 +188,8 @@ class Run:
                 if batch is None:
                     ended = f"the data ended after {n - 1} of {total} steps"
                     raise InputError(f"{ended}; a training needs batches without end")
+                if self.lease:
+                    self.lease.check()
                 state, metrics = step(state, batch)
                 recorder.push(n, metrics, feed.delivered)
 
@@ -184,7 +208,7 @@ class Run:
                 if evaluates or last or n % cadence.log == 0:
                     recorder.write(scores)
                 if saves and (recorder.skipped == 0 or last):
-                    with clock.paused():
+                    with clock.saving():
                         self.checkpoints.save(n, state, {"data": data.state(), **recorder.state()})
                 if stops and not last:
                     self.checkpoints.wait()
@@ -206,13 +230,22 @@ class Run:
 
     def _diverged(self, step: int, skipped: int) -> str:
         self.checkpoints.wait()
-        good = self.checkpoints.latest()
         kept = "no state was saved before that"
-        if good is not None:
-            kept = f"the last good state is {self.checkpoints.directory / str(good)}"
+        if saved := self.checkpoints.steps():
+            kept = f"the last good state is {self.checkpoints.directory / str(saved[-1])}"
         since = f"{skipped} steps in a row, since step {step - skipped + 1}"
         advice = "Lower optim.lr or optim.clip in a new run, or check the data"
         return f"step {step}: loss or gradient were not finite for {since}; {kept}. {advice}"
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """Turns errors of the disk into InputError."""
+    try:
+        yield
+    except OSError as error:
+        failed = f"cannot write a run here ({error.strerror})"
+        raise InputError(f"{directory}: {failed}; choose another folder") from error
 
 
 def _finite(step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
@@ -251,15 +284,3 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, self._before[signal.Signals(number)])
-
-
-def difference(old: object, new: object, name: str = "") -> list[str]:
-    """Returns one line per field in which two JSON values differ: `optim.lr: 0.0001 before, 0.0003 now`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        values = ((old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip(".")) for key in keys)
-        return [line for value in values for line in difference(*value)]
-    if old == new:
-        return []
-    show = ["absent" if value is ... else json.dumps(value) for value in (old, new)]
-    return [f"  {name}: {show[0]} before, {show[1]} now"]

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import jax
 from rich.console import Console
@@ -38,10 +39,22 @@ class MetricsFile:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """The complete lines; a last one that was cut short by a kill is left out."""
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        """Returns the complete lines; a last one that was cut short by a kill is left out.
+
+        Raises InputError, with its number, for a line that cannot be one of ours.
+        """
+        try:
+            complete = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        lines: list[dict[str, Any]] = []
+        for number, text in enumerate(complete, start=1):
+            try:
+                lines.append(_line(text, lines[-1]["step"] if lines else 0))
+            except (ValueError, RecursionError) as error:
+                repair = "copy the file back from a backup, or delete that line"
+                raise InputError(f"{self.path}: line {number} is damaged ({error}); {repair}") from error
+        return lines
 
     def truncate(self, step: int) -> None:
         """Keep the lines up to `step`. The file is replaced whole, so a kill in between harms nothing."""
@@ -58,6 +71,26 @@ class MetricsFile:
             return open(self.path, mode)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+def _line(text: bytes, before: int) -> dict[str, Any]:
+    """Returns a line of metrics. before: the step of the line before it. Raises ValueError when it is damaged."""
+    line = json.loads(text.decode(), parse_constant=lambda name: _damaged(f"{name} is not written"))
+    if not isinstance(line, dict):
+        _damaged(f"a JSON {type(line).__name__} is not an object")
+    step, loss = line.get("step"), line.get("loss", "absent")
+    if type(step) is not int or not before <= step < 2**53:
+        _damaged(f"its step is {step} after {before}")
+    if loss is not None and type(loss) not in (int, float):
+        _damaged(f"its loss is {loss}")
+    for name, value in line.items():
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+            _damaged(f"its {name} is {value}")
+    return line
+
+
+def _damaged(why: str) -> NoReturn:
+    raise ValueError(why)
 
 
 @dataclass
@@ -151,7 +184,7 @@ class Clock:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.opened = self.started = time.perf_counter()
-        self.steps, self.waited = 0, 0.0
+        self.steps, self.waited, self.stalled = 0, 0.0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -167,16 +200,26 @@ class Clock:
         yield
         self.opened += time.perf_counter() - before
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """The loop stands still in this block to save a state; it is no part of the window, and counted separately."""
+        before = time.perf_counter()
+        with self.paused():
+            yield
+        self.stalled += time.perf_counter() - before
+
     def close(self) -> dict[str, float | None]:
-        """`timing` of a line: seconds since the start, examples per second, MFU, share of time waiting for data."""
+        """`timing` of a line: seconds since the start, examples per second, MFU, share of time waiting for data, and
+        seconds of the window in which the loop stood still for saves.
+        """
         now = time.perf_counter()
         busy = max(now - self.opened, 1e-9)
         rate = self.steps * self.work.examples / busy
         per_example, peak = self.work.flops_per_example, self.work.peak
         usage = rate * per_example / peak if per_example and peak else None
         timing: dict[str, float | None] = {"seconds": now - self.started, "examples_per_second": rate}
-        timing |= {"mfu": usage, "data_wait": min(self.waited / busy, 1.0)}
-        self.opened, self.steps, self.waited = now, 0, 0.0
+        timing |= {"mfu": usage, "data_wait": min(self.waited / busy, 1.0), "save_stall": self.stalled}
+        self.opened, self.steps, self.waited, self.stalled = now, 0, 0.0, 0.0
         return timing
 
 

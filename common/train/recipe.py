@@ -17,22 +17,25 @@ import optax
 from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.convert import Donor, Family, hashes
-from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.state import Keep
+from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.surgery.report import provenance
 from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_params
 from heirloom.common.train.loop import Cadence, Data, Run
-from heirloom.common.train.mesh import MeshConfig, shardings, start
+from heirloom.common.train.mesh import MeshConfig, on_first, shardings, start
 from heirloom.common.train.metrics import WriterName, open_writers
 from heirloom.common.train.optim import OptimConfig, frozen_paths, make_optimizer
 from heirloom.common.train.parameters import best, finite, load_params, save_params
 from heirloom.common.train.parts import Look, Opened, Parts, Place, Teacher
+from heirloom.common.train.resume import with_defaults
 from heirloom.common.train.state import State, abstract_state, create_state
 from heirloom.common.train.step import Params, Step, StepConfig, make_step
 
@@ -53,9 +56,19 @@ class RunConfig:
     log_every: int = 50
     eval_every: int = 1000
     save_every: int = 1000
+    keep_last: int = 2
+    """Training states that stay on disk: the last ones."""
+    keep_every: int = 0
+    """Further states that stay: those of each multiple of this number of steps, a multiple of save_every; 0: none."""
+    keep_minutes: int = 0
+    """Further states that stay: one in this number of minutes; 0: none."""
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "log_every", "eval_every", "save_every")
+        positive(self, "steps", "log_every", "eval_every", "save_every", "keep_last")
+        between(self, "keep_every", "keep_minutes", below=2**30)
+        if self.keep_every % self.save_every:
+            given = f"keep_every is {self.keep_every}, but states are saved every {self.save_every} steps"
+            raise InputError(f"{given}: choose a multiple of save_every")
 
     def parts(self) -> Parts:
         """Returns the method's parts of this training."""
@@ -122,14 +135,16 @@ def run(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> None:
 
 def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Session | None:
     """Opens a run before its first phase. Returns None when the run is finished."""
-    run = Run.open(directory, to_json(cfg))
     mesh = start(cfg.mesh)
     cfg.check(mesh)
+    keep = Keep(last=cfg.keep_last, every=cfg.keep_every, minutes=cfg.keep_minutes)
+    run = Run.open(directory, to_json(cfg), keep=keep, defaults=partial(with_defaults, cfg=cfg))
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return None
     parts = parts or cfg.parts()
     opened = replace(open_sources(parts, mesh), directory=directory)
+    on_first(lambda: same_sources(run, parts, opened))
     frozen = load_params(opened.teacher, mesh) if opened.teacher else None
     return Session(cfg=cfg, run=run, parts=parts, opened=opened, frozen=frozen, data=parts.batches(opened))
 
@@ -143,6 +158,28 @@ def open_sources(parts: Parts, mesh: Mesh) -> Opened:
     donor, teacher = found["donor"], found["teacher"]
     inputs = parts.inputs(donor, teacher) if parts.inputs else None
     return Opened(mesh=mesh, donor=donor, teacher=teacher, inputs=inputs)
+
+
+def same_sources(run: Run, parts: Parts, opened: Opened) -> None:
+    """Compares donor and teacher with those that the run began with, whose SHA-256 are in `RUN/sources.json`.
+
+    Reads the weights of a new run, and of a resume with another path. Raises InputError when these are others.
+    """
+    file, now = run.directory / "sources.json", {"donor": parts.donor, "teacher": parts.teacher}
+    donors = {"donor": opened.donor, "teacher": opened.teacher}
+    before: dict[str, Any] = read_json(file) if file.exists() else {}
+    known = dict(before)
+    for role, donor in donors.items():
+        if donor is None or before.get(role, {}).get("path") == now[role]:
+            continue
+        found = sorted(hashes(donor.file).values())
+        if role in before and before[role]["sha256"] != found:
+            moved = f"{now[role]} has other weights than the {role} that {run.directory} began with"
+            raise InputError(f"{moved} ({before[role]['path']}); give the same weights, or start a new run")
+        known[role] = {"path": now[role], "sha256": found}
+    if known != before:
+        with staged(file, force=True) as part:
+            write_json(part, known)
 
 
 def train(

@@ -81,8 +81,8 @@ def main():
     jax.config.update("jax_num_cpu_devices", args.devices)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    run = Run.open(args.run, {})
     mesh = start(MeshConfig(*args.mesh), patience=60)
+    run = Run.open(args.run, {})
     optimizer = make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), SPEC, 1000)
     like = abstract_state(optimizer, SPEC, mesh, STEP.ema)
     state = run.restore_or(lambda: create_state(initial_params(), optimizer, SPEC, mesh, STEP.ema), like)

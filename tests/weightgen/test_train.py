@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from heirloom.common import config
@@ -10,13 +11,12 @@ from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Stop
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import MeshConfig, on_first, start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import decayed
 from heirloom.common.train.step import StepConfig
-from weightgen import train
 from weightgen.d2nwg.train import ADAMW
-from weightgen.train import LoopConfig, on_first
+from weightgen.train import LoopConfig
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_one_process_writes_and_the_others_wait_and_fail_with_it(monkeypatch):
 
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        monkeypatch.setattr(train.multihost_utils, "broadcast_one_to_all", broadcast)
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
 
     as_process(0, None)
     on_first(lambda: done.append("first"))

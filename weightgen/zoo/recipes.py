@@ -1,6 +1,7 @@
 """Recipes of zoos: trained here, or of checkpoints that exist."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Literal
@@ -13,10 +14,10 @@ from heirloom.common.config import to_json
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, positive
 from heirloom.common.train.loop import Run
-from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.mesh import MeshConfig, on_first, start
 from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.resume import with_defaults
 from weightgen.metrics import accuracy
-from weightgen.train import on_first
 from weightgen.zoo.checkpoints import import_folder
 from weightgen.zoo.data import (
     SHARES,
@@ -80,8 +81,8 @@ class ZooRecipe:
 
         Raises InputError when networks diverge.
         """
-        run = Run.open(directory, to_json(self))
         start(MeshConfig())
+        run = Run.open(directory, to_json(self), defaults=partial(with_defaults, cfg=self))
         on_first(lambda: self._build(run, directory))
 
     def _build(self, run: Run, directory: Path) -> None:
@@ -193,9 +194,9 @@ class CheckpointsRecipe:
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""
-        Run.open(directory, to_json(self))
         start(MeshConfig())
-        on_first(lambda: self._write(directory))
+        run = Run.open(directory, to_json(self), defaults=partial(with_defaults, cfg=self))
+        on_first(lambda: self._write(run.directory))
 
     def _write(self, directory: Path) -> None:
         if (directory / "zoo").is_dir():

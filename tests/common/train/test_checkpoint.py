@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.checkpoint.state import Checkpoints, Keep
 from heirloom.common.errors import InputError
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.state import abstract_state, create_state
@@ -74,7 +74,7 @@ def test_a_state_that_an_earlier_release_wrote_is_restored(tmp_path, spec, param
 
 
 def test_the_last_two_are_kept(tmp_path, state):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, Keep(2))
     assert checkpoints.latest() is None
     for step in (10, 20, 30):
         checkpoints.save(step, state, {})
@@ -97,7 +97,7 @@ def test_a_half_written_state_is_never_picked(tmp_path, state):
 
 
 def test_a_disk_that_fails_is_the_users_to_mend_and_costs_no_older_state(tmp_path, state, like):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, Keep(1))
     checkpoints.save(10, state, {})
     checkpoints.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from heirloom.common.errors import InputError, Stopped
+from heirloom.common.errors import InputError, Remark, Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.train.loop import Cadence, Run, difference
 from heirloom.common.train.mesh import MeshConfig, start
@@ -230,3 +230,43 @@ def test_a_score_that_is_not_finite_ends_the_run_in_one_line(train):
     with pytest.raises(InputError, match=r"step 9: eval/loss is nan, though all parameters are finite") as ended:
         train("scores", Rows(), evaluate=lambda state: {"loss": float("nan")}, cadence={"eval": 9})
     assert "\n" not in str(ended.value)
+
+
+def test_seconds_of_saves_are_in_the_next_line(train):
+    run, _ = train("stall", Rows())  # saves after steps 7, 14 and 21
+    stalls = [line["timing"]["save_stall"] for line in MetricsFile(run.directory / "metrics.jsonl").lines()]
+    assert [stall > 0 for stall in stalls] == [False, True, True, False, True]  # lines of steps 5, 10, 15, 20, 23
+
+
+def test_a_damaged_last_state_costs_steps_and_nothing_else(train):
+    whole, expected = train("whole", Rows())
+    with pytest.raises(ZeroDivisionError):
+        train("parts", Rows({16: lambda: 1 // 0}))
+    parts = Run.open(whole.directory.with_name("parts"), {"lr": 1e-2})
+    assert parts.checkpoints.latest() == 14
+    data = next(path for path in (parts.checkpoints.directory / "14" / "state" / "d").iterdir())
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    asked = []
+    used = r"14 is damaged: state/d/\w+ differs from its SHA-256; the state of step 7 is used"
+    with pytest.warns(Remark, match=used):
+        parts, found = train("parts", Rows({n: lambda n=n: asked.append(n) for n in range(TOTAL)}))
+    assert asked == list(range(7, TOTAL)) and curve(parts) == curve(whole)
+    assert same(found, expected)
+
+
+def test_a_lost_metrics_file_is_named_and_the_config_is_still_compared(train, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train("lost", Rows({16: lambda: 1 // 0}))
+    (tmp_path / "lost" / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"lr: 0\.01 before, 0\.02 now"):
+        Run.open(tmp_path / "lost", {"lr": 2e-2})
+    with pytest.warns(Remark, match=r"metrics\.jsonl is missing: the lines up to step 14 are lost"):
+        run, _ = train("lost", Rows())
+    assert [line["step"] for line in curve(run)] == [15, 20, 23]
+
+
+def test_a_run_that_another_job_took_over_stops_at_once(train, tmp_path):
+    run = Run.open(tmp_path / "taken", {"lr": 1e-2})
+    with pytest.raises(InputError, match=r"taken: host far, pid 1 took over the run; this job stops"):
+        train("taken", Rows({9: lambda: run.lease.lost.append("host far, pid 1 took over the run")}))
+    assert [line["step"] for line in curve(run)] == [5]

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from heirloom.common.errors import InputError
 from heirloom.common.train.metrics import (
+    Clock,
     MetricsFile,
     ProgressLine,
     TensorBoard,
@@ -86,3 +87,15 @@ def test_devices_that_wait_for_data_are_told_of_once():
         progress.show({"step": step, "loss": 1.0, "timing": timing})
     assert out.getvalue().count("devices are idle 90% of the time, waiting for data: raise pipeline.workers") == 1
     assert out.getvalue().count("data wait 90%") == 2
+
+
+def test_time_in_which_the_loop_stands_still_for_a_save_is_counted_in_its_window_alone(monkeypatch):
+    now = iter([0.0, 1.0, 1.0, 3.5, 3.5, 10.0, 12.0])  # start; save from 1.0 to 3.5 (two timers); two lines
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock(Work(examples=6))
+    with clock.saving():
+        pass
+    clock.steps = 5
+    first, second = clock.close(), clock.close()
+    assert first == {"seconds": 10.0, "examples_per_second": 4.0, "mfu": None, "data_wait": 0.0, "save_stall": 2.5}
+    assert second["save_stall"] == 0.0
