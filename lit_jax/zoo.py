@@ -92,7 +92,8 @@ def text_lit(pixels: int = 512) -> PixArtConfig:
 
 def icons_pixart() -> PixArtConfig:
     """Return the config of the small donor that draws the embedded icons, 64 pixels."""
-    sizes: dict[str, Any] = dict(size=16, interpolation=published_interpolation(16), width=192, layers=7, hidden=768)
+    sizes: dict[str, Any] = dict(size=16, interpolation=published_interpolation(16), patch=4)
+    sizes |= dict(width=192, layers=7, hidden=768)
     return PixArtConfig(heads=6, cross_heads=6, text_width=192, text_tokens=16, **sizes)
 
 

@@ -21,7 +21,7 @@ def get_config() -> Config:
         data=SourceConfig(path="icons", split="train"),
         held_out=SourceConfig(path="icons", split="test"),
         ratios="square",
-        pipeline=PipelineConfig(batch=32),
+        pipeline=PipelineConfig(batch=64),
         autoencoder="embedded:icons_autoencoder",
         text_encoder="embedded:emoji",
         prompts=(
@@ -29,10 +29,10 @@ def get_config() -> Config:
             *("hot air balloon", "tomato", "rainbow", "a pink butterfly", "a brown horse", "a black umbrella"),
         ),
         sample=PromptConfig(guidance=3.0),
-        optim=OptimConfig(algorithm="muon", lr=1.5e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0),
-        step=StepConfig(ema=0.998),
-        steps=5000,
-        log_every=50,
+        optim=OptimConfig(lr=1.5e-3, warmup=200, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0),
+        step=StepConfig(ema=0.999),
+        steps=6500,
+        log_every=100,
         eval_every=500,
         save_every=500,
     )
