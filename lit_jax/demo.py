@@ -24,8 +24,9 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.icon_scores import Judge, read_icons
 from lit_jax.pixart import PixArt, parameters
 from lit_jax.text_cache import TextCache
+from lit_jax.text_inputs import named_data, open_drawer, write_cache
 from lit_jax.text_progress import held_out_error
-from lit_jax.text_recipe import Config, named_data, open_drawer, write_cache
+from lit_jax.text_recipe import Config
 from lit_jax.zoo import open_pixart
 
 RECIPE = "lit/icons"

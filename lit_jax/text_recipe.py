@@ -1,6 +1,6 @@
 """Trains a text-to-image model, such as a LiT that inherits from PixArt-Σ: its config and its parts for the runner."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,53 +10,37 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import Donor, Family
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
 from heirloom.common.errors import InputError, positive, remark
-from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.moments import Moments
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
 from heirloom.common.train.abstract import Abstract
 from heirloom.common.train.loop import Data
-from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
-from lit_jax import autoencoder_layouts
-from lit_jax.aspect import Ratios, bucket_sizes
+from lit_jax.aspect import Ratios
 from lit_jax.autoencoder import sample_latents
 from lit_jax.components import pipeline_of, write_parts_of, write_pipeline_of
-from lit_jax.decode import open_pictures
-from lit_jax.denoiser import Denoiser, Null, PromptConfig
+from lit_jax.denoiser import Null, PromptConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.losses import DistillConfig, hybrid
 from lit_jax.origin import compare_latents, copy_origin, read_origin, write_origin
-from lit_jax.pixart import PixArt, PixArtConfig
-from lit_jax.text.encoder import open_text
-from lit_jax.text_cache import (
-    EmptyText,
-    Encoding,
-    TextCache,
-    TextExample,
-    is_text_cache,
-    unknown_encoding,
-    write_text_cache,
-)
-from lit_jax.text_progress import Drawer, grids, held_out_error, prompt_drawer
+from lit_jax.pixart import NULL_TEXT, PixArt, PixArtConfig
+from lit_jax.text_cache import EmptyText, Encoding, TextCache, TextExample, unknown_encoding
+from lit_jax.text_inputs import Caches, check_teacher, named_data, open_caches, open_drawer, write_cache
+from lit_jax.text_progress import grids, held_out_error
 from lit_jax.zoo import PIXART, open_pixart, text_outline
 
 PIXART_OPTIMIZER = OptimConfig(
     algorithm="came", lr=2e-5, warmup=1000, schedule="constant", b1=0.9, b2=0.999, weight_decay=0.0, clip=0.01
 )
-
-
-Caches = dict[str, TextCache]
-"""The caches of a run: "train", and "held_out" if there is one."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +122,12 @@ class Config(BaseConfig):
         return recipe.outline(self, parts(self, outline=True), mesh)
 
     def _as_donor(self) -> "Config":
-        """The same with the leaf of the empty text if the donor has it: files of diffusers lack it."""
-        null_text = bool(self.donor) and open_pixart(self.donor).cfg.null_text
-        return replace(self, student=replace(self.student, null_text=null_text))
+        """The same with the features of the empty text, which are not trained, if the donor has them (a .pth)."""
+        if not self.donor or not open_pixart(self.donor).cfg.null_text:
+            return replace(self, student=replace(self.student, null_text=False))
+        optim = self.optim
+        spared = dict(frozen=(*optim.frozen, NULL_TEXT), no_decay=(*optim.no_decay, NULL_TEXT))
+        return replace(self, student=replace(self.student, null_text=True), optim=replace(optim, **spared))
 
     def _in_stages(self, directory: Path) -> Iterator[tuple["Config", Path]]:
         """Yield config and folder of each stage."""
@@ -201,58 +188,6 @@ def parts(cfg: Config, directory: Path | None = None, *, outline: bool = False) 
     )
 
 
-def named_data(cfg: Config) -> dict[str, SourceConfig]:
-    """Return the data of a run by the names of its caches."""
-    return {"train": cfg.data} | ({"held_out": cfg.held_out} if cfg.held_out.path else {})
-
-
-def write_cache(cfg: Config, data: SourceConfig, folder: Path) -> dict[str, Any]:
-    """Encode pictures and captions. Raises InputError without an autoencoder and a text encoder."""
-    for name in ("autoencoder", "text_encoder"):
-        if not getattr(cfg, name):
-            raise InputError(f"give --{name.replace('_', '-')} SOURCE: the data is encoded with it")
-    autoencoder = open_donor(locate_any(cfg.autoencoder), [autoencoder_layouts.FAMILY])
-    text = open_text(locate_any(cfg.text_encoder), tokens=cfg.student.text_tokens)
-    factor = autoencoder.cfg.factor
-    sizes = bucket_sizes(cfg.ratios, cfg.student.size * factor, cfg.student.patch * factor)
-    mesh = start(MeshConfig())
-    return write_text_cache(folder, data, sizes, autoencoder, cfg.autoencoder, text, cfg.text_encoder, mesh)
-
-
-def open_caches(cfg: Config, directory: Path | None) -> Caches:
-    """Open the caches that the config names; pictures are encoded into `directory`/cache first.
-
-    Raises InputError for pictures without a directory, and for caches that do not fit the student or one another.
-    """
-    caches = {}
-    for name, data in named_data(cfg).items():
-        path = Path(data.path)
-        if not is_text_cache(path):
-            if directory is None:
-                raise InputError(f"{data.path} is no cache of latents: make one with heirloom cache RECIPE DIR")
-            path = directory / "cache" / name
-            if not is_text_cache(path):
-                print(f"{data.path}: encoding pictures and captions into {path}")
-                write_cache(cfg, data, path)
-        caches[name] = TextCache(path)
-        check_cache(cfg.student, caches[name])
-    for other in caches.values():
-        if other.about["empty"] != caches["train"].about["empty"]:
-            given = f"{other.about['text_encoder']}, the training data with {caches['train'].about['text_encoder']}"
-            raise InputError(f"{other.folder} was made with the text encoder {given}: make both with the same")
-    return caches
-
-
-def check_cache(student: PixArtConfig, cache: TextCache) -> None:
-    """Raise InputError if the student takes other latents or texts than the cache has."""
-    channels = cache[0]["moments"].shape[-1] // 2
-    found = dict(channels=channels, text_width=cache.about["width"], text_tokens=cache.about["tokens"])
-    for name, value in found.items():
-        if getattr(student, name) != value:
-            takes = f"the student {getattr(student, name)}: set student.{name}"
-            raise InputError(f"{cache.folder} has {name} {value}, {takes}")
-
-
 def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, about: Encoding) -> LossFn:
     """Make the loss: PixArt's, on latents drawn from cached moments, plus the two distillation terms."""
     schedule, null = linear_schedule(), about.null
@@ -305,14 +240,6 @@ def batches(cfg: Config, opened: Opened, data: TextCache) -> Data:
     return training_batches(data, cfg.pipeline, example, mesh=opened.mesh, groups=data.groups)
 
 
-def check_teacher(student: PixArtConfig, teacher: Donor) -> None:
-    """Raise InputError if the teacher takes other latents or texts than the student."""
-    for name in ("channels", "text_width"):
-        if getattr(teacher.cfg, name) != getattr(student, name):
-            sizes = f"{getattr(teacher.cfg, name)}, the student's {getattr(student, name)}"
-            raise InputError(f"the teacher's {name} is {sizes}: both must see the same latents and texts")
-
-
 def batch_shapes(cfg: Config) -> Shapes:
     """Return the shapes of a batch of square pictures."""
     n, c = cfg.pipeline.batch, cfg.student
@@ -328,15 +255,3 @@ def evaluator(cfg: Config, opened: Opened, caches: Caches) -> Evaluator | None:
     score = held_out_error(model, held_out, opened.mesh) if held_out else None
     draw = grids(open_drawer(cfg, model, caches["train"], opened.mesh, cfg.prompts)) if cfg.prompts else None
     return Evaluator(score=score, draw=draw) if score or draw else None
-
-
-def open_drawer(cfg: Config, model: Model, data: TextCache, mesh: Mesh, prompts: Sequence[str]) -> Drawer:
-    """Open text encoder and autoencoder to draw prompts with the parameters of a training.
-
-    Raises InputError without an autoencoder and a text encoder.
-    """
-    text_encoder, autoencoder = (getattr(cfg, name) or data.about[name] for name in ("text_encoder", "autoencoder"))
-    pictures = open_pictures(cfg.student, autoencoder, mesh, read_origin(data.folder))
-    assert pictures  # a latent model has an autoencoder
-    text = open_text(locate_any(text_encoder), tokens=cfg.student.text_tokens)
-    return prompt_drawer(Denoiser(cfg.student, model, mesh), text, pictures, cfg.sample, prompts, cfg.seed)

@@ -29,8 +29,9 @@ from lit_jax.losses import DistillConfig
 from lit_jax.pixart import PixArt, PixArtConfig
 from lit_jax.text.encoder import open_text
 from lit_jax.text_cache import EmptyText, Encoding, TextCache, TextExample
+from lit_jax.text_inputs import open_caches
 from lit_jax.text_progress import held_out_error
-from lit_jax.text_recipe import PIXART_OPTIMIZER, Config, Stage, drop_text, loss_fn, open_caches
+from lit_jax.text_recipe import PIXART_OPTIMIZER, Config, Stage, drop_text, loss_fn
 from lit_jax.zoo import PIXART
 from tinyclip_jax.zoo import EMBEDDED as CLIPS
 
@@ -234,6 +235,18 @@ def test_what_is_inherited(recipe, folder, tmp_path, keep, fresh):
         or not np.array_equal(np.ravel(np.asarray(value)), np.ravel(np.asarray(donor.source.values[path])))
     }
     assert changed == fresh | {"depthwise"}
+
+
+def test_the_features_of_the_empty_text_are_inherited_and_not_trained(recipe, tmp_path, draw):
+    donor = replace(STUDENT, null_text=True)
+    weights.write_params(tmp_path, draw(functional(PixArt, donor).spec))
+    weights.write_config(tmp_path, "pixart", donor)
+    cfg = replace(recipe, donor=str(tmp_path), teacher="", steps=1, optim=replace(recipe.optim, warmup=1))
+    cfg.train(tmp_path / "run")
+    student = open_donor(tmp_path / "run" / "model", [PIXART])
+    had = open_donor(tmp_path, [PIXART]).source.values
+    np.testing.assert_array_equal(student.source.values["null_text"], had["null_text"])
+    assert not np.array_equal(student.source.values["table"], had["table"])
 
 
 def metrics(run: Path):

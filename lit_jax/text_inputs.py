@@ -1,0 +1,101 @@
+"""Opens what a text-to-image training reads: caches, which are made first where there are pictures, and a drawer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+
+from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.methods import locate_any
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parts import Model
+from lit_jax import autoencoder_layouts
+from lit_jax.aspect import bucket_sizes
+from lit_jax.decode import open_pictures
+from lit_jax.denoiser import Denoiser
+from lit_jax.origin import read_origin
+from lit_jax.pixart import PixArtConfig
+from lit_jax.text.encoder import open_text
+from lit_jax.text_cache import TextCache, is_text_cache, write_text_cache
+from lit_jax.text_progress import Drawer, prompt_drawer
+
+if TYPE_CHECKING:
+    from lit_jax.text_recipe import Config
+
+Caches = dict[str, TextCache]
+"""The caches of a run: "train", and "held_out" if there is one."""
+
+
+def named_data(cfg: "Config") -> dict[str, SourceConfig]:
+    """Return the data of a run by the names of its caches."""
+    return {"train": cfg.data} | ({"held_out": cfg.held_out} if cfg.held_out.path else {})
+
+
+def write_cache(cfg: "Config", data: SourceConfig, folder: Path) -> dict[str, Any]:
+    """Encode pictures and captions. Raises InputError without an autoencoder and a text encoder."""
+    for name in ("autoencoder", "text_encoder"):
+        if not getattr(cfg, name):
+            raise InputError(f"give --{name.replace('_', '-')} SOURCE: the data is encoded with it")
+    autoencoder = open_donor(locate_any(cfg.autoencoder), [autoencoder_layouts.FAMILY])
+    text = open_text(locate_any(cfg.text_encoder), tokens=cfg.student.text_tokens)
+    factor = autoencoder.cfg.factor
+    sizes = bucket_sizes(cfg.ratios, cfg.student.size * factor, cfg.student.patch * factor)
+    mesh = start(MeshConfig())
+    return write_text_cache(folder, data, sizes, autoencoder, cfg.autoencoder, text, cfg.text_encoder, mesh)
+
+
+def open_caches(cfg: "Config", directory: Path | None) -> Caches:
+    """Open the caches that the config names; pictures are encoded into `directory`/cache first.
+
+    Raises InputError for pictures without a directory, and for caches that do not fit the student or one another.
+    """
+    caches = {}
+    for name, data in named_data(cfg).items():
+        path = Path(data.path)
+        if not is_text_cache(path):
+            if directory is None:
+                raise InputError(f"{data.path} is no cache of latents: make one with heirloom cache RECIPE DIR")
+            path = directory / "cache" / name
+            if not is_text_cache(path):
+                print(f"{data.path}: encoding pictures and captions into {path}")
+                write_cache(cfg, data, path)
+        caches[name] = TextCache(path)
+        check_cache(cfg.student, caches[name])
+    for other in caches.values():
+        if other.about["empty"] != caches["train"].about["empty"]:
+            given = f"{other.about['text_encoder']}, the training data with {caches['train'].about['text_encoder']}"
+            raise InputError(f"{other.folder} was made with the text encoder {given}: make both with the same")
+    return caches
+
+
+def check_cache(student: PixArtConfig, cache: TextCache) -> None:
+    """Raise InputError if the student takes other latents or texts than the cache has."""
+    channels = cache[0]["moments"].shape[-1] // 2
+    found = dict(channels=channels, text_width=cache.about["width"], text_tokens=cache.about["tokens"])
+    for name, value in found.items():
+        if getattr(student, name) != value:
+            takes = f"the student {getattr(student, name)}: set student.{name}"
+            raise InputError(f"{cache.folder} has {name} {value}, {takes}")
+
+
+def check_teacher(student: PixArtConfig, teacher: Donor) -> None:
+    """Raise InputError if the teacher takes other latents or texts than the student."""
+    for name in ("channels", "text_width"):
+        if getattr(teacher.cfg, name) != getattr(student, name):
+            sizes = f"{getattr(teacher.cfg, name)}, the student's {getattr(student, name)}"
+            raise InputError(f"the teacher's {name} is {sizes}: both must see the same latents and texts")
+
+
+def open_drawer(cfg: "Config", model: Model, data: TextCache, mesh: Mesh, prompts: Sequence[str]) -> Drawer:
+    """Open text encoder and autoencoder to draw prompts with the parameters of a training.
+
+    Raises InputError without an autoencoder and a text encoder.
+    """
+    text_encoder, autoencoder = (getattr(cfg, name) or data.about[name] for name in ("text_encoder", "autoencoder"))
+    pictures = open_pictures(cfg.student, autoencoder, mesh, read_origin(data.folder))
+    assert pictures  # a latent model has an autoencoder
+    text = open_text(locate_any(text_encoder), tokens=cfg.student.text_tokens)
+    return prompt_drawer(Denoiser(cfg.student, model, mesh), text, pictures, cfg.sample, prompts, cfg.seed)
