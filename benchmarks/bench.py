@@ -54,6 +54,15 @@ def write(file: Path | None, result: dict[str, Any], indent: int = 2) -> None:
         file.write_text(json.dumps(result, indent=indent) + "\n")
 
 
+def once(path: Path, measure: Callable[[], Any]) -> Any:
+    """What `measure` returns, from `path` if it was measured before."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(measure()))
+        part.rename(path)
+    return json.loads(path.read_text())
+
+
 def timed(run: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each call of `run`, whose arrays are waited for. Call it once before: compilation would count."""
     seconds = []

@@ -13,8 +13,8 @@ the same command continues. Scores are of 300 seen prompts (icons and emoji of t
 - KID: of that CLIP's image features, to the real pictures of the same prompts, times 1000.
 """
 
-import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,12 @@ from lit_jax.icon_scores import Icons, Judge, read_icons
 from lit_jax.text_recipe import Config
 
 COUNT, AMONG = 300, 100
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "guided in the middle 60 % of the steps": {"guided_steps": (0.2, 0.8)},
+    "guided in the first half": {"guided_steps": (0.0, 0.5)},
+    "not guided": {"guidance": 1.0},
+}
 ARMS = {"scratch": ("", ""), "inherited": ("donor", ""), "inherited, distilled": ("donor", "teacher")}
-
-
-def once(path: Path, measure: Callable[[], Any]) -> Any:
-    """What `measure` returns, from `path` if it was measured before."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(measure()))
-        part.rename(path)
-    return json.loads(path.read_text())
 
 
 def arm(cfg: Config, name: str, seed: int) -> Config:
@@ -65,8 +61,11 @@ def scores(cfg: Config, source: str, sets: Mapping[str, Icons], judge: Judge, cl
     """Scores of a model on seen and unseen prompts; of the real pictures where `source` is "real"."""
     found: dict[str, Any] = {}
     for name, icons in sets.items():
+        begun = time.perf_counter()
         pictures = icons.pictures if source == "real" else draw(cfg, source, icons.prompts)
-        found[name] = measured(pictures, icons, judge, clip, np.asarray(clip.encode_image(list(icons.pictures))))
+        seconds = {} if source == "real" else {"seconds": round(time.perf_counter() - begun, 1)}
+        real = np.asarray(clip.encode_image(list(icons.pictures)))
+        found[name] = measured(pictures, icons, judge, clip, real) | seconds
     return found
 
 
@@ -89,17 +88,22 @@ def main() -> None:
     sets = {"seen": train.some(COUNT, 0), "unseen": read_icons("test").some(COUNT, 0)}
     judge, clip = Judge(read_icons("train")), tinyclip_jax.load("embedded:emoji")
     rows = []
-    for name, source in {"real": "real", "donor": cfg.teacher, "embedded student": "embedded:t2i"}.items():
-        row = once(args.runs / f"{name}.json", lambda: scores(cfg, source, sets, judge, clip))  # noqa: B023
-        mse = None if name == "real" else once(args.runs / f"{name}_loss.json", lambda: loss(cfg, source))  # noqa: B023
+    fixed = {"real": ("real", cfg), "donor": (cfg.teacher, cfg), "embedded student": ("embedded:t2i", cfg)}
+    for name, guidance in GUIDANCE.items():
+        fixed[f"donor, {name}"] = cfg.teacher, replace(cfg, sample=replace(cfg.sample, **guidance))
+    for name, (source, how) in fixed.items():
+        file = args.runs / f"{name.replace(', ', '-').replace(' ', '_')}.json"
+        row = bench.once(file, lambda: scores(how, source, sets, judge, clip))  # noqa: B023
+        mse = None if name == "real" else bench.once(file.with_suffix(".loss"), lambda: loss(cfg, source))  # noqa: B023
         rows.append({"model": name, "mse": mse} | row)
         print(rows[-1], flush=True)
     for seed in args.seeds:
         for name in ARMS:
             run = args.runs / f"{name}-{seed}".replace(", ", "-")
             one = arm(cfg, name, seed)
-            curve = once(run.with_suffix(".json"), lambda: vars_of(race(one, run)))  # noqa: B023
-            row = once(run.with_suffix(".scores.json"), lambda: scores(one, str(run / "model"), sets, judge, clip))  # noqa: B023
+            curve = bench.once(run.with_suffix(".json"), lambda: vars_of(race(one, run)))  # noqa: B023
+            model, file = str(run / "model"), run.with_suffix(".scores.json")
+            row = bench.once(file, lambda: scores(one, model, sets, judge, clip))  # noqa: B023
             rows.append({"model": name, "seed": seed, "mse": curve["scores"][-1], "curve": curve} | row)
             print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
     report(rows, args.steps)

@@ -13,7 +13,6 @@ Scores: squared error of the noise on 512 test pictures, and KID of 1,000 sample
 thumbnails; with --features over Inception features too (on a CPU three pictures a second).
 """
 
-import json
 import shutil
 import statistics
 import sys
@@ -109,7 +108,7 @@ def main() -> None:
         donor = str(runs / "donor" / "model")
         first = held_out(args.data, runs / "test")
         data = {"data": SourceConfig(f"{args.data}/train"), "held_out": SourceConfig(str(runs / "test"))}
-        once(
+        bench.once(
             runs / "donor.json",
             lambda: race(config(size, data, size.model, size.donor_steps, seed=100), runs / "donor").final,
         )
@@ -119,10 +118,10 @@ def main() -> None:
         for seed in args.seeds:
             for name, cfg in {**arms(size, data, donor, seed), **heads(size, data, donor, seed)}.items():
                 run = runs / f"{name}-{seed}".replace(", ", "-").replace(" ", "_")
-                row = once(run.with_suffix(".json"), lambda: score(cfg, size, run))  # noqa: B023
+                row = bench.once(run.with_suffix(".json"), lambda: score(cfg, size, run))  # noqa: B023
                 for kind, measure in features.items():
                     distance = lambda: kid_of(kind, measure(np.load(run / SAMPLES)), real[kind], seed)  # noqa: B023, E731
-                    row |= once(run.with_suffix(f".{kind}.json"), distance)
+                    row |= bench.once(run.with_suffix(f".{kind}.json"), distance)
                 rows.append({"arm": name, "seed": seed, **row})
                 print({k: v for k, v in rows[-1].items() if k not in ("steps", "curve")}, flush=True)
         costs = {name: latency(cfg.student, size) for name, cfg in heads(size, data, donor, 0).items()}
@@ -131,15 +130,6 @@ def main() -> None:
     bench.write(args.json, bench.header() | {"size": asdict(size), "milliseconds": costs, "paper": PAPER, "rows": rows})
     if args.json:
         plot(size, rows, args.json.with_suffix(".png"))
-
-
-def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` returns, from `path` if it was measured before."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(measure()))
-        part.rename(path)
-    return json.loads(path.read_text())
 
 
 def score(cfg: Config, size: Size, folder: Path) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Config(BaseConfig):
         if not self.donor or not open_pixart(self.donor).cfg.null_text:
             return replace(self, student=replace(self.student, null_text=False))
         optim = self.optim
-        spared = dict(frozen=(*optim.frozen, NULL_TEXT), no_decay=(*optim.no_decay, NULL_TEXT))
+        spared: dict[str, Any] = dict(frozen=(*optim.frozen, NULL_TEXT), no_decay=(*optim.no_decay, NULL_TEXT))
         return replace(self, student=replace(self.student, null_text=True), optim=replace(optim, **spared))
 
     def _in_stages(self, directory: Path) -> Iterator[tuple["Config", Path]]:

@@ -31,7 +31,7 @@ def get_config() -> Config:
         sample=PromptConfig(guidance=3.0),
         optim=OptimConfig(lr=1.5e-3, warmup=200, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0),
         step=StepConfig(ema=0.999),
-        steps=6500,
+        steps=5000,
         log_every=100,
         eval_every=500,
         save_every=500,
