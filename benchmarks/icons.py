@@ -1,5 +1,6 @@
-"""Text to image at 64 pixels: LiT students of the embedded donor, from scratch, inherited, and inherited and distilled.
+"""Text to image at 64 pixels: LiT students of a small donor, from scratch, inherited, and inherited and distilled.
 
+    heirloom train lit/icons_donor --run runs/icons_donor
     python benchmarks/icons.py --runs runs/icons --json benchmarks/results/icons.json    # an hour on two cores
 
 Every arm has the recipe `lit/icons`; the seeds differ in initial weights, order and noise. --runs keeps what is done:
@@ -14,7 +15,7 @@ the same command continues. Scores are of 300 seen prompts (icons and emoji of t
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ import numpy as np
 import tinyclip_jax
 from heirloom.common import config
 from heirloom.common.evaluate.fid import kid
-from lit_jax.demo import draw, loss, race, with_caches
+from heirloom.common.train.mesh import start
+from heirloom.common.train.parameters import load_params
+from lit_jax.demo import race
 from lit_jax.icon_scores import Icons, Judge, read_icons
+from lit_jax.text_cache import TextCache
+from lit_jax.text_inputs import named_data, open_drawer, write_cache
+from lit_jax.text_progress import held_out_error
 from lit_jax.text_recipe import Config
+from lit_jax.zoo import open_pixart
 
 COUNT, AMONG = 300, 100
 GUIDANCE: dict[str, dict[str, Any]] = {
@@ -88,7 +95,7 @@ def main() -> None:
     sets = {"seen": train.some(COUNT, 0), "unseen": read_icons("test").some(COUNT, 0)}
     judge, clip = Judge(read_icons("train")), tinyclip_jax.load("embedded:emoji")
     rows = []
-    fixed = {"real": ("real", cfg), "donor": (cfg.teacher, cfg), "embedded student": ("embedded:t2i", cfg)}
+    fixed = {"real": ("real", cfg), "donor": (cfg.teacher, cfg)}
     for name, guidance in GUIDANCE.items():
         fixed[f"donor, {name}"] = cfg.teacher, replace(cfg, sample=replace(cfg.sample, **guidance))
     for name, (source, how) in fixed.items():
@@ -108,6 +115,25 @@ def main() -> None:
             print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
     report(rows, args.steps)
     bench.write(args.json, bench.header() | {"steps": args.steps, "prompts": COUNT, "rows": rows})
+
+
+def with_caches(cfg: Config, folder: Path) -> None:
+    """Encodes the pictures and captions of a recipe into `folder`."""
+    for name, data in named_data(cfg).items():
+        write_cache(cfg, data, folder / name)
+
+
+def loss(cfg: Config, source: str) -> float:
+    """The held-out loss of a checkpoint."""
+    donor, mesh = open_pixart(source), start(cfg.mesh)
+    return held_out_error(donor.model, TextCache(cfg.held_out.path), mesh)(load_params(donor, mesh)).metrics["mse"]
+
+
+def draw(cfg: Config, source: str, prompts: Sequence[str]) -> np.ndarray:
+    """A picture of each prompt, uint8 [prompt, side, side, 3]. All models begin with the same noise."""
+    donor, mesh = open_pixart(source), start(cfg.mesh)
+    drawer = open_drawer(replace(cfg, student=donor.cfg), donor.model, TextCache(cfg.data.path), mesh, prompts)
+    return drawer(load_params(donor, mesh))
 
 
 def vars_of(run: Any) -> dict[str, Any]:

@@ -20,8 +20,6 @@ from lit_jax.text.layouts import FAMILY as T5
 from lit_jax.verify import predictions, verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
-ICONS = Path(__file__).parent / "icons"  # small text-to-image models and their autoencoder
-TEXT_EMBEDDED = {"t2i": ICONS / "lit", "t2i_donor": ICONS / "pixart"}
 
 FAMILY = Family(
     name="lit",
@@ -45,7 +43,6 @@ PIXART = Family(
     verify=pixart_verify.verify,
     parameters=pixart.parameters,
     macs=pixart.macs,
-    embedded=TEXT_EMBEDDED,
     outputs=pixart_verify.predicted,
 )
 FAMILIES = (FAMILY, PIXART, AUTOENCODERS, T5)
@@ -91,8 +88,8 @@ def text_lit(pixels: int = 512) -> PixArtConfig:
 
 
 def icons_pixart() -> PixArtConfig:
-    """Return the config of the small donor that draws the embedded icons, 64 pixels."""
-    sizes: dict[str, Any] = dict(size=16, interpolation=published_interpolation(16), patch=4)
+    """Return the config of the small donor that draws the embedded icons, 64 pixels in latents of 8 x 8 x 8."""
+    sizes: dict[str, Any] = dict(size=8, channels=8, patch=2, interpolation=published_interpolation(8))
     sizes |= dict(width=192, layers=7, hidden=768)
     return PixArtConfig(heads=6, cross_heads=6, text_width=192, text_tokens=16, **sizes)
 
@@ -139,5 +136,5 @@ def open_pixart(source: str, **overrides: Any) -> Donor:
     """Open any PixArt-Sigma or text-to-image LiT by SOURCE, lazily; of a pipeline folder, its transformer. Raises
     InputError if it does not exist or is another model.
     """
-    path = locate(source, TEXT_EMBEDDED)
+    path = locate(source)
     return open_donor(main_part(path) if is_pipeline(path) else path, [PIXART], **overrides)

@@ -1,9 +1,10 @@
-"""The donor of the small text-to-image pair: a PixArt with softmax attention that draws icons of 64 pixels.
+"""The donor of a small text-to-image pair: a PixArt with softmax attention that draws icons of 64 pixels.
 
     heirloom train lit/icons_donor --run runs/icons_donor
+    heirloom sample runs/icons_donor --prompt "a red apple"
 
-The data, the autoencoder and the text encoder are embedded. `lit_jax/icons/README.md` says how the embedded weights
-were made, and their scores.
+The data, the autoencoder and the text encoder are embedded. Some 180 icons a second on two CPU cores; after 230,000 of
+them (22 minutes) a first version drew the colours of its prompts, and not yet their objects: expect hours.
 """
 
 from heirloom.common.data.pipeline import PipelineConfig
