@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
+from heirloom.common.train.agreement import exchange
 
 BAD_SAMPLES = "bad_samples.jsonl"
 JUDGED_FROM = 10_000  # examples of the run
 FAILURE = -1  # in the place of a position: not a bad record, but the end of a process's data
-BLOCK = 4096  # bytes by which messages between processes grow, so that few sizes are compiled
 
 
 class Feed:
@@ -121,15 +119,6 @@ def _append(file: Path, found: Sequence[BadRecord]) -> None:
 
 def _of_all_processes(found: Sequence[BadRecord]) -> list[BadRecord]:
     """Returns the records that all processes found, by position; rows that several processes build count once."""
-    texts = [json.dumps([[record.position, record.key, record.reason] for record in found])]
-    if jax.process_count() > 1:
-        data = np.frombuffer(texts[0].encode(), np.uint8)
-        sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).reshape(-1)
-        if (sizes == len("[]")).all():
-            return []
-        padded = np.zeros(-(-int(sizes.max()) // BLOCK) * BLOCK, np.uint8)
-        padded[: len(data)] = data
-        rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-        texts = [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+    texts = exchange(json.dumps([[record.position, record.key, record.reason] for record in found]).encode())
     records = {tuple(entry) for text in texts for entry in json.loads(text)}
     return [BadRecord(key, reason, position) for position, key, reason in sorted(records)]

@@ -29,6 +29,7 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.surgery.report import provenance
 from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_params
+from heirloom.common.train.agreement import agree, one_place, versions
 from heirloom.common.train.loop import Cadence, Data, Run
 from heirloom.common.train.mesh import MeshConfig, on_first, shardings, start
 from heirloom.common.train.metrics import WriterName, open_writers
@@ -136,6 +137,8 @@ def run(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> None:
 def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Session | None:
     """Opens a run before its first phase. Returns None when the run is finished."""
     mesh = start(cfg.mesh)
+    agree({"config": to_json(cfg), "versions": versions()})
+    one_place(directory)
     cfg.check(mesh)
     keep = Keep(last=cfg.keep_last, every=cfg.keep_every, minutes=cfg.keep_minutes)
     run = Run.open(directory, to_json(cfg), keep=keep, defaults=partial(with_defaults, cfg=cfg))
@@ -203,6 +206,7 @@ def train(
         save_params(s.run.model, parts.family.name, parts.student, final, sidecars, spec=spec, force=True)
 
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
+    agree({"step": int(state.step), "data": s.data.state(), "resumed": s.run.resumed.get("data")})
     evaluator = parts.evaluator(opened) if parts.evaluator else None
     return s.run.fit(
         state,

@@ -114,6 +114,31 @@ def test_two_processes_are_stopped_and_resumed_as_one(tmp_path):
     np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in curve(alone)], rtol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rates, folders, said",
+    [
+        ((1e-3, 3e-3), ("a", "a"), "config.optim.lr: 0.001 in process 0, 0.003 in process 1; start all alike"),
+        ((1e-3, 1e-3), ("a", "b"), "process 1 on .* does not see what process 0 on .* give a --run that is one place"),
+        ((1e-3, 1e-3), ("a", "a"), ""),
+    ],
+)
+def test_processes_that_differ_end_before_the_first_step(tmp_path, rates, folders, said):
+    with create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    mesh = ("--devices", 1, "--mesh", 2, 1, 1)
+    processes = [
+        launch(tmp_path / folder, *mesh, "--lr", lr, JAX_PROCESS_ID=str(i), **job)
+        for i, (lr, folder) in enumerate(zip(rates, folders, strict=True))
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=LIMIT)
+        assert process.returncode == (1 if said else 0), err[-3000:]
+        assert re.search(said, err), err[-3000:]
+    assert not list(tmp_path.rglob(".*")) or said.startswith("process 1")
+
+
 def test_the_parts_of_a_run_start_no_device():
     """Else the processes of a job could not find each other: jax joins them before devices exist, or never."""
     code = """if True:

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from heirloom.common.errors import Stopped
+from heirloom.common.errors import InputError, Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
+from heirloom.common.train.agreement import agree, one_place
 from heirloom.common.train.loop import Cadence, Run
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, start
 from heirloom.common.train.optim import OptimConfig, make_optimizer
@@ -74,6 +75,7 @@ def main():
     parser.add_argument("--total", type=int, default=60)
     parser.add_argument("--stall", type=int, default=-1)
     parser.add_argument("--term", type=int, default=-1)
+    parser.add_argument("--lr", type=float, help="a fact that all processes must agree on; nothing is trained")
     parser.add_argument("--copy", type=Path, help="only read the last state here, and write it there")
     args = parser.parse_args()
 
@@ -82,6 +84,13 @@ def main():
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     mesh = start(MeshConfig(*args.mesh), patience=60)
+    if args.lr is not None:
+        try:
+            agree({"config": {"optim": {"lr": args.lr}, "steps": 3}})
+            one_place(args.run, patience=1)
+        except InputError as error:
+            sys.exit(str(error))
+        return
     run = Run.open(args.run, {})
     optimizer = make_optimizer(OptimConfig(lr=1e-3, warmup=5, schedule="constant"), SPEC, 1000)
     like = abstract_state(optimizer, SPEC, mesh, STEP.ema)
