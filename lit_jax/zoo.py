@@ -88,8 +88,8 @@ def text_lit(pixels: int = 512) -> PixArtConfig:
 
 
 def icons_pixart() -> PixArtConfig:
-    """Return the config of the small donor that draws the embedded icons, 64 pixels in latents of 8 x 8 x 8."""
-    sizes: dict[str, Any] = dict(size=8, channels=8, patch=2, interpolation=published_interpolation(8))
+    """Return the config of the small donor that draws the embedded icons, 64 pixels in latents of 16 x 16 x 4."""
+    sizes: dict[str, Any] = dict(size=16, patch=4, interpolation=published_interpolation(16))
     sizes |= dict(width=192, layers=7, hidden=768)
     return PixArtConfig(heads=6, cross_heads=6, text_width=192, text_tokens=16, **sizes)
 

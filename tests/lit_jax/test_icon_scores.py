@@ -1,8 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import lit_jax
+from heirloom.common import config
 from heirloom.common.data import icons
 from lit_jax.icon_scores import Icons, Judge, ink_of, mean_colours, read_icons
+
+ICONS = Path(lit_jax.__file__).parent / "icons"
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +54,16 @@ def test_some_are_drawn_without_repetition():
     some = five.some(3, seed=1)
     assert len(set(some.prompts)) == 3
     assert [five.prompts.index(p) for p in some.prompts] == [int(p[0, 0, 0]) // 12 for p in some.pictures]
+
+
+def test_the_embedded_autoencoder_keeps_object_and_colour(train):
+    autoencoder = lit_jax.load("embedded:icons_autoencoder")
+    assert autoencoder.cfg == config.load("lit/icons_autoencoder").student
+    assert (ICONS / "autoencoder" / "model.safetensors").stat().st_size < 2e6
+    icons = read_icons("test").some(40, seed=0)
+    latents = np.asarray(autoencoder.encode(icons.pictures))
+    assert latents.shape == (40, 16, 16, 4) and 0.8 < latents.std() < 1.1
+    restored = autoencoder.decode(latents)
+    psnr = 10 * np.log10(255**2 / np.square(restored - icons.pictures.astype(np.float64)).mean())
+    assert psnr > 31
+    assert Judge(train).scores(restored, icons.objects, icons.colours) == {"object": 1, "colour": 1, "both": 1}

@@ -216,9 +216,9 @@ def test_the_command_takes_the_donor_as_a_flag(theirs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inherit", "lit/t2i_512", "--help"])
     assert capsys.readouterr().out.startswith("usage: heirloom inherit lit/t2i_512 ")
-    assert main(["train", "lit/t2i_512", "--run", str(tmp_path / "run")]) == 2
-    errors = capsys.readouterr().err
-    assert "this recipe has no heirloom train; it has heirloom inherit, heirloom inspect" in errors
+    run = ["--run", str(tmp_path / "run"), "--donor", str(theirs), "--teacher", "", *flags]
+    assert main(["train", "lit/t2i_512", *run]) == 2
+    assert "give --autoencoder SOURCE: the data is encoded with it" in capsys.readouterr().err
 
 
 def test_gradients_reach_every_trained_leaf():
