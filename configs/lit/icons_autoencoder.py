@@ -2,7 +2,8 @@
 
     heirloom train lit/icons_autoencoder --run runs/icons_autoencoder
 
-34 minutes on two CPU cores beside other work. `lit_jax/icons/README.md` says how the embedded weights were made, and their scores.
+34 minutes on two CPU cores beside other work. `lit_jax/icons/README.md` says how the embedded weights were made, and
+what they keep.
 """
 
 from heirloom.common.data.pipeline import PipelineConfig
