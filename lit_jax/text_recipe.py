@@ -18,6 +18,7 @@ from heirloom.common.errors import InputError, positive, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.moments import Moments
+from heirloom.common.paths import Address, place
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
 from heirloom.common.train.abstract import Abstract
@@ -226,7 +227,9 @@ def open_caches(cfg: Config, directory: Path | None) -> Caches:
     """
     caches = {}
     for name, data in named_data(cfg).items():
-        path = Path(data.path)
+        path = place(data.path)
+        if isinstance(path, Address):
+            raise InputError(f"{path}: pictures with captions are encoded, and caches read, from local folders")
         if not is_text_cache(path):
             if directory is None:
                 raise InputError(f"{data.path} is no cache of latents: make one with heirloom cache RECIPE DIR")
