@@ -1,6 +1,4 @@
-"""The `heirloom` command, with the verbs of `arguments`. Nothing heavy is imported before a verb runs; bad input is one line and
-exit code 2.
-"""
+"""The `heirloom` command. Nothing heavy is imported before a verb runs; bad input is one line and exit code 2."""
 
 import argparse
 import os

@@ -7,6 +7,7 @@ interface that reading needs, and raises OSError where a `Path` does. Credential
 
 import errno
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -230,7 +231,10 @@ AnyPath = Path | Address
 
 
 def place(text: str | AnyPath) -> AnyPath:
-    """Returns the address or the local path that a text names. Raises InputError for an address of another scheme."""
+    """Returns the address or the local path that a text names.
+
+    Raises InputError for an address of another scheme, or whose library is not installed.
+    """
     if not isinstance(text, str):
         return text
     scheme, separator, key = text.partition("://")
@@ -238,6 +242,7 @@ def place(text: str | AnyPath) -> AnyPath:
         names = key.rstrip("/").split("/")
         if {"", ".", ".."} & set(names):
             raise InputError(f"{text}: give a bucket and names, such as {scheme}://bucket/folder/name")
+        _library(scheme)
         return Address(scheme, "/".join(names))
     text = without_file(text)
     local(text)
@@ -272,7 +277,8 @@ def local(path: object, what: str = "this command") -> None:
     found = (_COLLAPSED if isinstance(path, Path) else _ADDRESS).search(str(path))
     if not found:
         return
-    text, scheme = str(path), found[1]
+    scheme = found[1]
+    text = _COLLAPSED.sub(r"\1://", str(path)) if isinstance(path, Path) else str(path)
     if scheme in ("http", "https"):
         needed = "write hf:org/name for a Hugging Face model, and download other files first"
         raise InputError(f"{text}: web addresses are not read; {needed}")
@@ -313,8 +319,19 @@ def _filesystem(scheme: str, process: int) -> Any:
     """
     import fsspec
 
+    _library(scheme)
+    if scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ:
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)  # an emulator has no kinds of buckets, warned at each call
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+@cache
+def _library(scheme: str) -> None:
+    """Imports the library of a scheme. Raises InputError when it is not installed."""
+    import fsspec
+
     try:
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         extra = BUCKETS[scheme]
         raise InputError(f"{scheme}:// addresses need another library: pip install 'heirloom-jax[{extra}]'") from error

@@ -85,7 +85,7 @@ def _upload(folder: Path, destination: Address) -> None:
     new = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     order = sorted(new, key=lambda name: (_is_index(name), -name.count("/"), name))
     old = destination.files() if destination.is_dir() else {}
-    for name in sorted(filter(_is_index, old), key=lambda name: name.count("/")):
+    for name in sorted((name for name in old if _is_index(name)), key=lambda name: name.count("/")):
         destination.child(name).unlink()
     done: list[str] = []
     try:
@@ -97,7 +97,7 @@ def _upload(folder: Path, destination: Address) -> None:
             with suppress(OSError):  # what cannot be removed has no index
                 destination.child(name).unlink()
         raise
-    for name in old.keys() - new.keys() - set(filter(_is_index, old)):
+    for name in (name for name in old if name not in new and not _is_index(name)):
         destination.child(name).unlink()
 
 

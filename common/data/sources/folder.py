@@ -105,7 +105,9 @@ def _is_open_folder(entry: Found) -> bool:
     """Returns whether an entry is a folder, or a symlink to one, that is not hidden."""
     if entry.name.startswith("."):
         return False
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+    if isinstance(entry, os.DirEntry) and entry.is_symlink():
+        return os.path.isdir(entry.path)
+    return entry.is_dir()
 
 
 def _identity(folder: AnyPath | str) -> object:
