@@ -63,7 +63,8 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
 def _from_bucket(address: Address) -> Path:
     """Downloads a folder (of a run, all but its training states), or a file with the sidecar files next to it."""
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise InputError(f"{address}: would be downloaded; leave out --offline, or give a local path")
+        offline = "leave out --offline (or HF_HUB_OFFLINE)"
+        raise InputError(f"{address}: would be downloaded; {offline}, or give a local path")
     try:
         if address.is_dir():
             found = address.files()

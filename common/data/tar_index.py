@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, AnyPath, cache_root
 
 SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: the sample has no such member
@@ -78,6 +78,7 @@ def _index_remote(shard: Address) -> Path:
             _replace(file, lambda out: out.write(copy.read_bytes()), shard.name)
             if _belongs(file, shard, mark):
                 return file
+        remark(f"{shard.parent}: its shards are indexed, which reads each of them once")
         _write(file, _table(shard, mark), shard)
     except OSError as error:
         failed = f"its index cannot be written to {file.parent} ({error.strerror or error})"

@@ -102,6 +102,16 @@ def test_folders_of_classes_splits_and_captions(bucket, tmp_path, picture, put):
         open_source(SourceConfig(str(bucket.child("data"))))
 
 
+def test_the_empty_objects_that_tools_make_for_folders_are_no_files(bucket, picture):
+    if bucket.scheme == "memory":
+        pytest.skip("memory has no such objects")
+    for name, data in {"": b"", "cat/": b"", "cat/a.png": picture(1), "dog/": b"", "dog/b.png": picture(2)}.items():
+        with bucket._failures():
+            bucket._fs.pipe_file(f"{bucket._path}/{name}", data)
+    assert sorted(bucket.files()) == ["cat/a.png", "dog/b.png"]
+    assert [r["text"] for r in _records(bucket, "", columns=("label",))] == ["cat", "dog"]
+
+
 def test_a_resumed_stream_continues_bit_for_bit(bucket, tmp_path, write_tar, put):
     (data := tmp_path / "data").mkdir()
     _shards(data, write_tar)

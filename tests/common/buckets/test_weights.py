@@ -147,7 +147,7 @@ def test_what_is_missing_or_offline_is_one_line(bucket, monkeypatch, capsys):
     assert main(["inspect", f"{bucket}/nothing"]) == 2
     assert capsys.readouterr().err == f"heirloom: {bucket}/nothing: no such file or folder\n"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="would be downloaded; leave out --offline"):
+    with pytest.raises(InputError, match="would be downloaded; leave out --offline "):
         locate(f"{bucket}/nothing")
 
 
