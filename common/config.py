@@ -87,7 +87,7 @@ def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
             if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
                 raise InputError(f"{flag} does nothing in this recipe, {why}")
     cfg = parse(cfg, flags, f"heirloom {verb} {name}", module.__doc__)
-    all_local(cfg)
+    all_local(cfg, f"heirloom {verb}")
     return cfg
 
 

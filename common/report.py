@@ -4,25 +4,29 @@ import base64
 import html
 import io
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
+from heirloom.common.fetch import fetch_folder
+from heirloom.common.paths import Address, AnyPath
 from heirloom.common.train.metrics import MetricsFile
 
 PICTURES = ("first_batch.png",)
 SAMPLES = 8  # grids of samples shown
 
 
-def write(run: Path) -> Path:
+def write(to: AnyPath) -> AnyPath:
     """Writes `RUN/report.html` from config and metrics, returns its path. Raises InputError unless RUN is a run."""
+    run = _downloaded(to) if isinstance(to, Address) else to
     if not (run / "metrics.jsonl").is_file():
-        raise InputError(f"{run} is not a run: it has no metrics.jsonl (heirloom train CONFIG --run {run} makes one)")
+        raise InputError(f"{to} is not a run: it has no metrics.jsonl (heirloom train CONFIG --run DIR makes one)")
     lines = MetricsFile(run / "metrics.jsonl").lines()
     if not lines:
-        raise InputError(f"{run}: metrics.jsonl is empty so far; wait for the first line")
+        raise InputError(f"{to}: metrics.jsonl is empty so far; wait for the first line")
     config = read_json(run / "config.json")
     samples = _spread(sorted(run.glob("samples/*.png")))
     pictures = [p for p in (*(run / name for name in PICTURES), *samples) if p.is_file()]
@@ -35,9 +39,19 @@ def write(run: Path) -> Path:
         ),
         f"<details><summary>config</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
-    with staged(run / "report.html", force=True) as file:
+    with staged(to / "report.html", force=True) as file:
         file.write_text(_PAGE.format(title=html.escape(run.name), body="\n".join(parts)))
-    return run / "report.html"
+    return to / "report.html"
+
+
+def _downloaded(run: Address) -> Path:
+    """Returns a local copy of what a report shows of a run in a bucket."""
+    try:
+        found = run.files()
+    except OSError as error:
+        raise InputError(f"{run} is not readable: {error.strerror or error}") from error
+    shown = ("config.json", "metrics.jsonl", *PICTURES)
+    return fetch_folder(run, found, lambda name: name in shown or fnmatch(name, "samples/*.png"))
 
 
 def _spread(files: list[Path]) -> list[Path]:

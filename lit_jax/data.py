@@ -1,7 +1,6 @@
 """Turns labelled pictures into a diffusion model's inputs: pixels in [-1, 1], or cached latents."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 from heirloom.common.data.pictures import Box, decode_record
 from heirloom.common.data.sources import Record, SourceConfig
+from heirloom.common.paths import place
 
 MAX_ASPECT = 64  # pictures with a larger aspect ratio are cropped before they are resized
 
@@ -77,4 +77,4 @@ def latents(record: Record, rng: np.random.Generator) -> dict[str, Any]:
 
 def is_latent(cfg: SourceConfig) -> bool:
     """Tell whether the data is a latent cache."""
-    return (Path(cfg.path) / "moments.npy").is_file()
+    return (place(cfg.path) / "moments.npy").is_file()

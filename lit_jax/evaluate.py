@@ -16,6 +16,8 @@ from heirloom.common.data.sources import Source, SourceConfig, open_source
 from heirloom.common.errors import InputError, positive
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
+from heirloom.common.fetch import fetch
+from heirloom.common.paths import Address, place
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
@@ -73,7 +75,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         raise InputError(f"--samples {cfg.samples}: a score needs at least {LEAST}; published numbers use 50,000")
     source = None if Path(args.data).suffix in (".npz", ".npy") else _open_pictures(args)
     if source is None:
-        reference = read_reference(Path(args.data))
+        file = place(args.data)
+        reference = read_reference(fetch(file) if isinstance(file, Address) else file)
     else:
         reference = Reference(where=args.data, pool=None, spatial=None, images=len(source), read=lambda rows: iter(()))
     extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())

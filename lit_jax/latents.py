@@ -19,6 +19,7 @@ from heirloom.common.data.sources import Source, SourceConfig
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
+from heirloom.common.paths import AnyPath, place
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
 from lit_jax.data import cropped, is_latent
 from lit_jax.origin import FILE, Origin, compare_latents, read_origin, write_origin
@@ -78,7 +79,7 @@ def cache_latents(
         write_origin(folder, origin or Origin(cfg))
 
 
-def cache_origin(path: Path) -> Origin:
+def cache_origin(path: AnyPath) -> Origin:
     """Read which autoencoder a cache was made with, and its scaling factor. Raises InputError if the file is
     missing.
     """
@@ -94,7 +95,7 @@ def data_origin(data: SourceConfig, held_out: SourceConfig, *models: Donor | Non
     """Find the autoencoder whose latents `data` holds; None for pictures. Raises InputError if held-out data or a model
     has others.
     """
-    origin = cache_origin(Path(data.path)) if is_latent(data) else None
+    origin = cache_origin(place(data.path)) if is_latent(data) else None
     if origin is None:
         return None
     if not origin.encoder:
@@ -102,7 +103,7 @@ def data_origin(data: SourceConfig, held_out: SourceConfig, *models: Donor | Non
             f"{data.path}: a cache of an earlier version, which does not say which autoencoder made it; {origin} is"
             " assumed to fit"
         )
-    others = {held_out.path: Path(held_out.path)} if is_latent(held_out) else {}
+    others = {held_out.path: place(held_out.path)} if is_latent(held_out) else {}
     others |= {str(model.path): model.folder for model in models if model}
     for name, folder in others.items():
         if other := read_origin(folder):

@@ -10,6 +10,7 @@ import numpy as np
 from heirloom.common.checkpoint.convert import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.paths import AnyPath
 from heirloom.common.typed import from_json
 from lit_jax.autoencoder import AutoencoderConfig
 
@@ -44,7 +45,7 @@ def autoencoder_origin(donor: Donor, source: str) -> Origin:
     return Origin(donor.cfg, source, digest.hexdigest())
 
 
-def read_origin(folder: Path) -> Origin | None:
+def read_origin(folder: AnyPath) -> Origin | None:
     """Read the autoencoder of a latent cache or a model's folder; None without the file. Older caches hold the config
     alone.
     """

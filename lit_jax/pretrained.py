@@ -17,6 +17,7 @@ from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import Functional
+from heirloom.common.paths import place
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params, save_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
@@ -82,7 +83,7 @@ class Pretrained:
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a weights folder, which `load` and every command read."""
         sidecars = partial(write_origin, origin=self.origin)
-        save_params(Path(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
+        save_params(place(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
 
 
 @dataclass(frozen=True)

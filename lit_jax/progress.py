@@ -14,6 +14,7 @@ from heirloom.common.data.grid import save_grid
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.diffusion import add_noise, linear_schedule
 from heirloom.common.evaluate.scored import Score, Scored
+from heirloom.common.paths import place
 from heirloom.common.train.mesh import replicated, split_rows
 from heirloom.common.train.parts import Model
 from lit_jax.data import Pixels, is_latent, latents
@@ -33,7 +34,7 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
     always the same.
     """
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
-    cached = cache_origin(Path(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
+    cached = cache_origin(place(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}

@@ -10,6 +10,7 @@ from heirloom.common.checkpoint.convert import Donor, open_donor
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
+from heirloom.common.paths import Address, place
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parts import Model
 from lit_jax import autoencoder_layouts
@@ -54,7 +55,9 @@ def open_caches(cfg: "Config", directory: Path | None) -> Caches:
     """
     caches = {}
     for name, data in named_data(cfg).items():
-        path = Path(data.path)
+        path = place(data.path)
+        if isinstance(path, Address):
+            raise InputError(f"{path}: pictures with captions are encoded, and caches read, from local folders")
         if not is_text_cache(path):
             if directory is None:
                 raise InputError(f"{data.path} is no cache of latents: make one with heirloom cache RECIPE DIR")

@@ -20,6 +20,7 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.paths import place
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train.loop import Data
 from heirloom.common.train.optim import OptimConfig
@@ -112,7 +113,7 @@ def parts(cfg: Config) -> Parts:
 def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
     """Find the autoencoder of the latent cache (before the cache exists, the default one); None for pictures."""
     if is_latent(cfg.data):
-        return cache_origin(Path(cfg.data.path)).cfg
+        return cache_origin(place(cfg.data.path)).cfg
     return AutoencoderConfig() if cfg.autoencoder else None
 
 

@@ -23,6 +23,7 @@ from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.fetch import origin
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import BATCH, Setup
 
@@ -42,7 +43,8 @@ def write(
         raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
     setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
-    about = _fingerprint(source, data, pre, tokenizer) | {"teacher": str(teacher.path), "hashes": hashes(teacher.file)}
+    made_by = {"teacher": origin(teacher.path), "hashes": hashes(teacher.file)}
+    about = _fingerprint(source, data, pre, tokenizer) | made_by
     with staged(folder) as staging:
         staging.mkdir()
         shape = (len(source), teacher.cfg.joint)

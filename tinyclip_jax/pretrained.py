@@ -15,6 +15,7 @@ from heirloom.common.data.preprocess import Preprocess, eval_image
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.paths import place
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
 from heirloom.common.train.mesh import MeshConfig, start
@@ -78,7 +79,7 @@ class Pretrained:
             if self.tokenizer is not None:
                 self.tokenizer.save(staging)
 
-        save_params(Path(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
+        save_params(place(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
 
     @cached_property
     def _image(self) -> Any:

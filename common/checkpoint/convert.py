@@ -18,6 +18,7 @@ from heirloom.common.checkpoint.unwrap import Weights, clean_names, open_weights
 from heirloom.common.checkpoint.verify import Check, guarded
 from heirloom.common.checkpoint.weights import FILE, Tensors, read_json, write_json
 from heirloom.common.errors import InputError, Remark, VerificationError, nearest, remark
+from heirloom.common.fetch import origin
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Layout, View, own_tensors, own_views
@@ -374,7 +375,7 @@ def _write_ours(donor: Donor, folder: Path) -> None:
             view.write(values[path])
     weights.write_config(folder, donor.family.name, donor.cfg)
     record = provenance(COPY.resolve(donor.source, spec))
-    write_json(folder / "provenance.json", {"source": str(donor.path), "format": donor.format} | record)
+    write_json(folder / "provenance.json", {"source": origin(donor.path), "format": donor.format} | record)
 
 
 def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:

@@ -1,15 +1,19 @@
-"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]`, downloaded
-once.
+"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]` and addresses
+in buckets, downloaded once.
 """
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.paths import local
+from heirloom.common.fetch import fetch, fetch_folder
+from heirloom.common.paths import Address, place
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER = ("*.json", "*.txt", "*.model")
+_SIDECARS = (".json", ".txt", ".model")
 
 
 def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
@@ -24,9 +28,10 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
                 f"no embedded model {name!r}{nearest(name, known)} (there are: {', '.join(known) or 'none'})"
             )
         return known[name]
-    local(source)
     if not source.startswith("hf:"):
-        path = Path(source).expanduser()
+        path = place(source)
+        if isinstance(path, Address):
+            return _from_bucket(path)
         if not path.exists():
             raise InputError(f"{source}: no such file or folder (a Hugging Face model is written hf:org/name)")
         return path
@@ -53,6 +58,30 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
         raise InputError(
             f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network"
         ) from error
+
+
+def _from_bucket(address: Address) -> Path:
+    """Downloads a folder (of a run, all but its training states), or a file with the sidecar files next to it."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        offline = "leave out --offline (or HF_HUB_OFFLINE)"
+        raise InputError(f"{address}: would be downloaded; {offline}, or give a local path")
+    try:
+        if address.is_dir():
+            found = address.files()
+            run = "metrics.jsonl" in found
+            return fetch_folder(address, found, lambda name: not (run and name.startswith("checkpoints/")))
+        if not address.is_file():
+            raise InputError(f"{address}: no such file or folder")
+        found = address.parent.files(deep=False)
+    except OSError as error:
+        raise InputError(f"{address}: cannot be read ({error.strerror or error})") from error
+    names = {address.name}
+    if address.name.endswith(".index.json"):
+        try:
+            names |= set(json.loads(fetch(address).read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{address}: holds no weight_map from tensors to files; fetch it again") from error
+    return fetch_folder(address.parent, found, lambda name: name in names or name.endswith(_SIDECARS)) / address.name
 
 
 def _cached(name: str, revision: str) -> Path | None:

@@ -11,6 +11,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import UNQUANTIZED, Check, compare
 from heirloom.common.checkpoint.weights import FILE, read_json, write_json
 from heirloom.common.errors import InputError, VerificationError
+from heirloom.common.fetch import origin
 from heirloom.common.nn.quantized import INT8
 from heirloom.common.surgery.report import provenance
 
@@ -35,7 +36,7 @@ def quantize_folder(donor: Donor, destination: Path, *, force: bool = False, ver
             write_quantized(out, donor.source.values, spec, str(donor.path))
         weights.write_config(folder, family.name, donor.cfg, INT8)
         record = provenance(COPY.resolve(donor.source, spec))
-        write_json(folder / "provenance.json", {"source": str(donor.path), "format": donor.format} | record)
+        write_json(folder / "provenance.json", {"source": origin(donor.path), "format": donor.format} | record)
         family.sidecars(donor, folder, "heirloom")
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:

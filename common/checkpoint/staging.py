@@ -1,30 +1,39 @@
-"""Atomic writes: a file or folder gets its name when it is complete."""
+"""Atomic writes: a file or folder gets its name when it is complete.
+
+A bucket has no rename. There a folder is written with its index last, the files by which readers recognise it.
+"""
 
 import ctypes
 import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from heirloom.common.errors import InputError, remark
-from heirloom.common.paths import local
+from heirloom.common.paths import Address, AnyPath, local
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 _HOST = socket.gethostname()  # only processes of this host can be checked for being alive
 
 
 @contextmanager
-def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def staged(destination: AnyPath, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary name next to `destination`; renames it to `destination` when the block succeeds and removes it
     when it fails.
 
     A destination that is replaced is never lost, even if the process is killed. What killed processes left for the same
-    destination is removed first, and remarked. Raises InputError when the destination exists (unless forced) or is not
-    a local path, and for errors of the disk.
+    destination is removed first, and remarked. For an address in a bucket, the name is in the folder for temporary
+    files ($TMPDIR), and is uploaded. Raises InputError when the destination exists (unless forced), and for errors of
+    the disk and the bucket.
     """
+    if isinstance(destination, Address):
+        with _uploaded(destination, force) as temporary:
+            yield temporary
+        return
     local(destination)
     if destination.name in ("", ".."):
         raise InputError(
@@ -47,6 +56,54 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         remove(temporary)
+
+
+@contextmanager
+def _uploaded(destination: Address, force: bool) -> Iterator[Path]:
+    there = destination.exists()
+    if there and not force:
+        raise InputError(f"{destination} exists; give another name, or --force to replace it")
+    try:
+        with tempfile.TemporaryDirectory(prefix="heirloom-") as folder:
+            temporary = Path(folder) / destination.name
+            yield temporary
+            if there and destination.is_file() != temporary.is_file():
+                kind = "folder" if temporary.is_file() else "file"
+                raise InputError(f"{destination} is a {kind}, which this would hide; give another name")
+            if temporary.is_file():
+                destination.upload(temporary)
+            else:
+                _upload(temporary, destination)
+    except OSError as error:
+        why = error.strerror or error
+        failed = f"could not be written ({why})"
+        raise InputError(f"{destination}: {failed}; check the bucket, or choose another place") from error
+
+
+def _upload(folder: Path, destination: Address) -> None:
+    """Uploads a folder, its index last. What was there loses its index first, so that old and new are never mixed."""
+    new = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    order = sorted(new, key=lambda name: (_is_index(name), -name.count("/"), name))
+    old = destination.files() if destination.is_dir() else {}
+    for name in sorted((name for name in old if _is_index(name)), key=lambda name: name.count("/")):
+        destination.child(name).unlink()
+    done: list[str] = []
+    try:
+        for name in order:
+            done.append(name)
+            destination.child(name).upload(new[name])
+    except BaseException:
+        for name in reversed(done):
+            with suppress(OSError):  # what cannot be removed has no index
+                destination.child(name).unlink()
+        raise
+    for name in (name for name in old if name not in new and not _is_index(name)):
+        destination.child(name).unlink()
+
+
+def _is_index(name: str) -> bool:
+    """Returns whether readers recognise a folder by this file."""
+    return name.rpartition("/")[2] in ("config.json", "model_index.json") or name.endswith(".index.json")
 
 
 def _put(new: Path, destination: Path, old: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.quantized import INT8, QArray
+from heirloom.common.paths import AnyPath
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
 from heirloom.common.typed import Config
@@ -207,7 +208,7 @@ def _unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]
             yield path, value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Reads a JSON object. Raises InputError when the file is not one."""
     try:
         value = json.loads(path.read_text())

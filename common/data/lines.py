@@ -1,11 +1,11 @@
 """Text files with one entry a line: class names, templates."""
 
-from pathlib import Path
 
 from heirloom.common.errors import InputError
+from heirloom.common.paths import AnyPath
 
 
-def read_lines(file: Path) -> tuple[str, ...]:
+def read_lines(file: AnyPath) -> tuple[str, ...]:
     """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped.
 
     Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers have a

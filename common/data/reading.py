@@ -4,17 +4,19 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from heirloom.common.errors import InputError
+from heirloom.common.paths import Address, AnyPath
 
 WAITS = (0.1, 0.4)
 """Seconds before the second and the third try of a read that failed."""
+RECHECK = 10.0
+"""Seconds for which the version of an object in a bucket is trusted: asking for it costs as much as a read."""
 Result = TypeVar("Result")
 
 
-def retried(read: Callable[[], Result], file: Path | str) -> Result:
+def retried(read: Callable[[], Result], file: AnyPath | str) -> Result:
     """Returns `read()`, tried again after each of WAITS when it raises OSError.
 
     Raises InputError naming `file` when the last try fails too.
@@ -31,22 +33,41 @@ def retried(read: Callable[[], Result], file: Path | str) -> Result:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size in bytes and time of change in ns of a file whose positions were noted."""
+    """Size in bytes and time of change in ns of a file whose positions were noted; of an object, its `version`."""
 
     size: int
     changed: int
 
     @classmethod
-    def of(cls, file: Path) -> "Stamp":
+    def of(cls, file: AnyPath) -> "Stamp":
         """Reads the stamp of a file. Raises InputError when there is no such file."""
         try:
-            stat = file.stat()
+            return cls(*_version(file))
         except OSError as error:
             raise InputError(f"{file} is not readable: {error}") from error
-        return cls(stat.st_size, stat.st_mtime_ns)
 
-    def check(self, file: Path | int) -> None:
-        """Raises OSError when a file, or an open file by its number, has another stamp now."""
-        stat = os.stat(file)
-        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.changed):
+    def check(self, file: AnyPath | int) -> None:
+        """Raises OSError when a file, or an open file by its number, has another stamp now.
+
+        An object is looked up again after RECHECK seconds, so that reads before may be of a version that replaced it.
+        """
+        if isinstance(file, Address):
+            if time.monotonic() < _trusted.get((file, self), 0.0):
+                return
+            found = file.version()
+        else:
+            found = _version(file)
+        if found != (self.size, self.changed):
             raise OSError("it has changed since it was indexed; put it back, or run the command again to index it")
+        if isinstance(file, Address):
+            _trusted[file, self] = time.monotonic() + RECHECK
+
+
+_trusted: dict[tuple[Address, Stamp], float] = {}  # until when
+
+
+def _version(file: AnyPath | int) -> tuple[int, int]:
+    if isinstance(file, Address):
+        return file.version()
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns

@@ -3,7 +3,8 @@
 The index of a shard is a small .npy table next to it, `NAME.tar.index-SIZE-MTIME.npy`, or under
 $XDG_CACHE_HOME/heirloom (~/.cache by default) where the shard's folder is read-only. The name has size and time of
 change, so a changed shard gets a new index. The table is memory-mapped for each look-up: thousands of shards use no
-memory.
+memory. A shard in a bucket has its index in that cache, and a copy for other hosts next to the shard where this job may
+write there.
 """
 
 import glob
@@ -11,7 +12,8 @@ import hashlib
 import os
 import tarfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO
@@ -19,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
+from heirloom.common.paths import Address, AnyPath, cache_root
 
 SPAN = np.dtype([("offset", "<i8"), ("size", "<i8")])  # size -1: the sample has no such member
 STEM = "/stem"  # this field is not an extension: no extension has a slash
@@ -27,13 +30,15 @@ BLOCK = 512
 EXTENSIONS = 256
 
 
-def index_shard(shard: Path) -> Path:
+def index_shard(shard: AnyPath) -> Path:
     """Returns a shard's index, a .npy with a row per sample in tar order; builds a missing or damaged one.
 
     Its fields are STEM (bytes, the name up to the first dot after the folder) and one SPAN per extension, such as `jpg`
     and `txt`. Raises InputError naming a shard that is missing, empty, truncated, compressed, has a member twice, or is
     not a file.
     """
+    if isinstance(shard, Address):
+        return _index_remote(shard)
     try:
         stat = shard.stat()
     except OSError as error:
@@ -57,7 +62,33 @@ def index_shard(shard: Path) -> Path:
     raise InputError(f"{shard}: its index cannot be written to {where}; {needed}")
 
 
-def _belongs(file: Path, shard: Path, mark: str) -> bool:
+def _index_remote(shard: Address) -> Path:
+    """Returns the index of a shard in a bucket, from the local cache, from its place next to the shard, or built."""
+    try:
+        size, version = shard.version()
+    except OSError as error:
+        raise InputError(f"{shard} is not readable: {error}") from error
+    mark = f"{size}-{version}"
+    name = f"{shard.name}.index-{mark}.npy"
+    file, copy = _cache_folder(shard) / name, shard.parent.child(name)
+    if file.exists() and _belongs(file, shard, mark):
+        return file
+    try:
+        if copy.exists():
+            _replace(file, lambda out: out.write(copy.read_bytes()), shard.name)
+            if _belongs(file, shard, mark):
+                return file
+        remark(f"{shard.parent}: its shards are indexed, which reads each of them once")
+        _write(file, _table(shard, mark), shard)
+    except OSError as error:
+        failed = f"its index cannot be written to {file.parent} ({error.strerror or error})"
+        raise InputError(f"{shard}: {failed}; set XDG_CACHE_HOME to a folder with free space") from error
+    with suppress(OSError):  # a bucket that this job can only read
+        copy.write_bytes(file.read_bytes())
+    return file
+
+
+def _belongs(file: Path, shard: AnyPath, mark: str) -> bool:
     """Returns whether a file is a complete index of this shard, by its mark and the first and last sample's headers."""
     try:
         table = np.lib.format.open_memmap(file, mode="r")
@@ -74,7 +105,7 @@ def _belongs(file: Path, shard: Path, mark: str) -> bool:
         return False
     spans = [row[name] for row in table[[0, -1]] for name in names if row[name]["size"] >= 0] if len(table) else []
     try:
-        with open(shard, "rb") as data:
+        with shard.open("rb", ahead=False) if isinstance(shard, Address) else shard.open("rb") as data:
             return all(_header_size(data, int(span["offset"])) == span["size"] for span in spans)
     except (tarfile.TarError, OSError, ValueError):
         return False
@@ -86,13 +117,17 @@ def _header_size(data: BinaryIO, offset: int) -> int:
     return tarfile.TarInfo.frombuf(data.read(BLOCK), tarfile.ENCODING, "surrogateescape").size
 
 
-def read_span(shard: Path, span: np.void, stamp: Stamp | None = None) -> bytes:
+def read_span(shard: AnyPath, span: np.void, stamp: Stamp | None = None) -> bytes:
     """Reads the bytes of one member. Opens the file each time: thread-safe, and cheap compared with decoding.
 
     stamp: of the shard that was indexed. Raises InputError when the shard is not readable or has another stamp.
     """
 
     def read() -> bytes:
+        if isinstance(shard, Address):
+            if stamp:
+                stamp.check(shard)
+            return shard.read_range(int(span["offset"]), int(span["size"]))
         with open(shard, "rb") as file:
             if stamp:
                 stamp.check(file.fileno())
@@ -105,29 +140,39 @@ def read_span(shard: Path, span: np.void, stamp: Stamp | None = None) -> bytes:
     return retried(read, shard)
 
 
-def _cache_folder(shard: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "heirloom" / "tar_index" / hashlib.sha256(os.fsencode(shard.parent.resolve())).hexdigest()[:16]
+def _cache_folder(shard: AnyPath) -> Path:
+    folder = str(shard.parent) if isinstance(shard, Address) else shard.parent.resolve()
+    return cache_root() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
 
 
-def _write(file: Path, table: np.ndarray, shard: Path) -> Path:
+def _write(file: Path, table: np.ndarray, shard: AnyPath) -> Path:
+    """Writes an index."""
+
+    def save(out: BinaryIO) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # extensions beyond Latin-1 need numpy's newer format
+            np.save(out, table)
+
+    return _replace(file, save, shard.name)
+
+
+def _replace(file: Path, write: Callable[[BinaryIO], object], shard: str) -> Path:
     """Writes under a temporary name and renames, since several processes may build it; deletes the shard's old ones."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as out, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # extensions beyond Latin-1 need numpy's newer format
-            np.save(out, table)
+        with open(part, "wb") as out:
+            write(out)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    for old in file.parent.glob(f"{glob.escape(shard.name)}.index-*.npy"):
+    for old in file.parent.glob(f"{glob.escape(shard)}.index-*.npy"):
         if old != file:
             old.unlink(missing_ok=True)
     return file
 
 
-def _table(shard: Path, mark: str) -> np.ndarray:
+def _table(shard: AnyPath, mark: str) -> np.ndarray:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     files: dict[str, tuple[int, int]] = {}
     extensions: set[str] = set()
@@ -155,7 +200,7 @@ def _table(shard: Path, mark: str) -> np.ndarray:
     return table
 
 
-def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def _span(shard: AnyPath, member: tarfile.TarInfo, files: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
     """Returns offset and size of the bytes of a member; of a hard link, those of its target."""
     if member.islnk() and member.linkname in files:
         return files[member.linkname]
@@ -167,14 +212,13 @@ def _span(shard: Path, member: tarfile.TarInfo, files: Mapping[str, tuple[int, i
     return member.offset_data, member.size
 
 
-def _members(shard: Path) -> list[tarfile.TarInfo]:
+def _members(shard: AnyPath) -> list[tarfile.TarInfo]:
     """Reads all headers. Raises InputError unless the tar ends with a block of zeros (else it is cut or damaged)."""
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with shard.open("rb") as data, tarfile.open(fileobj=data, mode="r:") as tar:
             members = tar.getmembers()
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            end = tar.fileobj.read(BLOCK)
+            data.seek(tar.offset)
+            end = data.read(BLOCK)
     except (
         tarfile.TarError,
         OSError,

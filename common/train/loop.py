@@ -84,7 +84,7 @@ class Run:
         a resume may have is remarked. Raises InputError when the folder has a run with another config, with the
         differing fields, when another job writes it, and when it cannot be written.
         """
-        local(Path(directory))
+        local(Path(directory), "a run")
         directory = Path(directory).absolute()
         file, text = directory / "config.json", json.dumps(config, indent=2)
         lease: list[Lease] = []

@@ -15,6 +15,7 @@ from heirloom.common.checkpoint.quantized import QuantizedView
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.quantized import INT8, QArray, quantized
+from heirloom.common.paths import AnyPath
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.layout import View
@@ -72,7 +73,7 @@ def finite(donor: Donor, role: str) -> Donor:
 
 
 def save_params(
-    path: Path,
+    path: AnyPath,
     method: str,
     cfg: Config,
     params: Mapping[str, Any],

@@ -25,6 +25,7 @@ from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, between, positive
 from heirloom.common.evaluate.scored import Scored
+from heirloom.common.fetch import origin
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.surgery.report import provenance
@@ -270,7 +271,7 @@ def inherit(
     # Any mesh serves: a student of a pod's recipe is cut on a laptop.
     opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=inputs)
     made = parts.resolve(donor)
-    record = {"source": parts.donor or str(donor.path), "hashes": hashes(donor.file)} | provenance(made)
+    record = {"source": parts.donor or origin(donor.path), "hashes": hashes(donor.file)} | provenance(made)
 
     def sidecars(folder: Path) -> None:
         write_json(folder / "provenance.json", record)

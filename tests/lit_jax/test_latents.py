@@ -15,11 +15,12 @@ from heirloom.common.data.pictures import decode
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
+from heirloom.common.paths import place
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
-from lit_jax.data import adm_crop, latents
-from lit_jax.latents import cache_latents, cache_origin, sample_cached
+from lit_jax.data import adm_crop, is_latent, latents
+from lit_jax.latents import cache_latents, cache_origin, data_origin, sample_cached
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents, copy_origin, read_origin, write_origin
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoencoder"
@@ -93,6 +94,16 @@ def test_the_pipeline_reads_it_by_index_in_every_worker(cache):
         assert batch["moments"].shape == (4, 2, 4, 4, 8) and batch["moments"].dtype == np.float16
         rows = [next(i for i in range(11) if np.array_equal(want[i]["moments"], m)) for m in batch["moments"]]
         assert len(set(rows)) == 4 and batch["label"].tolist() == [i % 3 for i in rows]
+
+
+def test_a_cache_in_a_bucket_is_one_too(cache, donor):
+    for file in cache.iterdir():
+        place(f"memory://latents/cache/{file.name}").write_bytes(file.read_bytes())
+    cfg = SourceConfig("memory://latents/cache", image="", text="", columns=("moments", "label"))
+    assert is_latent(cfg) and not is_latent(SourceConfig("memory://latents"))
+    assert data_origin(cfg, cfg) == cache_origin(place(cfg.path)) == Origin(donor.cfg)
+    local, remote = read(cache)[10], open_source(cfg)[10]
+    assert np.array_equal(local["moments"], remote["moments"]) and local["label"] == remote["label"]
 
 
 def test_a_draw_is_scaled_and_takes_either_view():

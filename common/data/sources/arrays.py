@@ -1,23 +1,29 @@
 """Folders of .npy arrays."""
 
-from pathlib import Path
+import io
+from dataclasses import dataclass
 
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, require
 from heirloom.common.errors import InputError
+from heirloom.common.paths import Address, AnyPath
 
 
 class ArraySource:
-    """A folder of .npy arrays of equal length, one per column, memory-mapped. Rows keep their shape and dtype."""
+    """A folder of .npy arrays of equal length, one per column, memory-mapped. Rows keep their shape and dtype.
 
-    def __init__(self, folder: Path, cfg: SourceConfig):
+    In a bucket, the bytes of a row are read when it is used.
+    """
+
+    def __init__(self, folder: AnyPath, cfg: SourceConfig):
         if cfg.split:
             raise InputError(f"{folder} has arrays, which have no splits; leave split empty")
         require([cfg.image, cfg.text, *cfg.columns], sorted(file.stem for file in folder.glob("*.npy")), folder)
         self._folder, self._cfg = folder, cfg
         names = [name for name in (cfg.image, cfg.text, *cfg.columns) if name]
+        self._remote: dict[str, RemoteArray] = {}
         self._stamps = {name: Stamp.of(folder / f"{name}.npy") for name in names}
         arrays = {name: self._array(name) for name in names}
         if not arrays:
@@ -32,11 +38,15 @@ class ArraySource:
             raise InputError(f"{folder / cfg.text}.npy is {shape}; captions must be strings, one for each example")
         self._length = len(next(iter(arrays.values())))
 
-    def _array(self, name: str) -> np.ndarray:
+    def _array(self, name: str) -> "np.ndarray | RemoteArray":
         file = self._folder / f"{name}.npy"
 
-        def opened() -> np.ndarray:
+        def opened() -> np.ndarray | RemoteArray:
             self._stamps[name].check(file)
+            if isinstance(file, Address):
+                if name not in self._remote:
+                    self._remote[name] = RemoteArray.open(file)
+                return self._remote[name]
             return np.lib.format.open_memmap(file, mode="r")
 
         try:
@@ -54,7 +64,52 @@ class ArraySource:
     def __getitem__(self, index: int) -> Record:
         cfg, record = self._cfg, Record(key=self.key(index))
         if cfg.image:
-            record["image"] = np.array(self._array(cfg.image)[index])
+            record["image"] = self._row(cfg.image, index)
         if cfg.text:
-            record["text"] = str(self._array(cfg.text)[index])
-        return record | {name: np.array(self._array(name)[index]) for name in cfg.columns}
+            record["text"] = str(self._row(cfg.text, index))
+        return record | {name: self._row(name, index) for name in cfg.columns}
+
+    def _row(self, name: str, index: int) -> np.ndarray:
+        array = self._array(name)
+        return retried(lambda: np.array(array[index]), self._folder / f"{name}.npy")
+
+
+HEADER = 2**16  # bytes read of a .npy for its header; numpy refuses headers above 10,000 bytes
+
+
+@dataclass(frozen=True)
+class RemoteArray:
+    """A .npy in a bucket, in C order, read row by row. start: byte of the first row."""
+
+    file: Address
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+
+    @classmethod
+    def open(cls, file: Address) -> "RemoteArray":
+        """Reads the header. Raises OSError, and ValueError when it is no array, or its size is wrong."""
+        size, _ = file.version()
+        data = io.BytesIO(file.read_range(0, min(HEADER, size)))
+        major, _ = np.lib.format.read_magic(data)
+        header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(data)
+        if dtype.hasobject or (fortran and len(shape) > 1):
+            raise ValueError("it has Python objects, or is stored by column; write np.ascontiguousarray(array) again")
+        if size != (needed := data.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))):
+            raise ValueError(f"it has {size} bytes, and its header says {needed}")
+        return cls(file, shape, dtype, data.tell())
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Reads one row. Raises OSError."""
+        number = range(len(self))[index]
+        size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        data = self.file.read_range(self.start + number * size, size)
+        return np.frombuffer(data, self.dtype).reshape(self.shape[1:])

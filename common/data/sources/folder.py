@@ -10,6 +10,9 @@ import numpy as np
 
 from heirloom.common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, read, require
 from heirloom.common.errors import InputError, remark
+from heirloom.common.paths import Address, AnyPath, Entry
+
+Found = os.DirEntry[str] | Entry
 
 
 class FolderSource:
@@ -19,20 +22,22 @@ class FolderSource:
     are followed, hidden files and folders are not read, and a remark counts the files that were left out.
     """
 
-    def __init__(self, root: Path, cfg: SourceConfig):
+    def __init__(self, root: AnyPath, cfg: SourceConfig):
         if cfg.split:
-            require([cfg.split], sorted(p.name for p in root.iterdir() if p.is_dir()), root)
+            require([cfg.split], sorted(entry.name for entry in _entries(root) if _is_open_folder(entry)), root)
             root = root / cfg.split
         folders = sorted(entry.name for entry in _entries(root) if _is_open_folder(entry))
         if folders and set(folders) <= set(SPLITS):
             raise InputError(f"{root} has the splits {', '.join(folders)}: say which one with split")
         left_out: Counter[str] = Counter()
-        flat = _pictures((entry for entry in _entries(root) if not _is_open_folder(entry)), root, left_out)
+        files = [entry for entry in _entries(root) if not _is_open_folder(entry)]
+        flat = _pictures(files, root, left_out)
         if flat and folders:
             raise InputError(f"{root} has pictures and sub-folders: keep one sub-folder per class, or one folder")
         by_class = {name: _pictures(_walk(root / name, (_identity(root),)), root, left_out) for name in folders}
         names = flat or [picture for pictures in by_class.values() for picture in pictures]
-        captioned = [name for name in flat if (root / name).with_suffix(".txt").exists()]
+        texts = {entry.name for entry in files}
+        captioned = [name for name in flat if Path(name).with_suffix(".txt").name in texts]
         if captioned:
             left_out[".txt"] -= len({Path(name).stem for name in captioned})
         seen = _counts(left_out)
@@ -86,27 +91,34 @@ class FolderSource:
         return bisect.bisect_left(self.classes, self._names[index].split("/")[0])
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+def _entries(folder: AnyPath | str) -> list[Found]:
     try:
+        if isinstance(folder, Address):
+            return list(folder.scandir())
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
         raise InputError(f"{folder} is not readable: {error.strerror}") from error
 
 
-def _is_open_folder(entry: os.DirEntry[str]) -> bool:
+def _is_open_folder(entry: Found) -> bool:
     """Returns whether an entry is a folder, or a symlink to one, that is not hidden."""
     if entry.name.startswith("."):
         return False
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+    if isinstance(entry, os.DirEntry) and entry.is_symlink():
+        return os.path.isdir(entry.path)
+    return entry.is_dir()
 
 
-def _identity(folder: Path | str) -> tuple[int, int]:
+def _identity(folder: AnyPath | str) -> object:
+    """Returns what two ways to a folder have in common."""
+    if isinstance(folder, Address):
+        return folder
     about = os.stat(folder)
     return about.st_dev, about.st_ino
 
 
-def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os.DirEntry[str]]:
+def _walk(folder: AnyPath | str, above: tuple[object, ...]) -> Iterator[Found]:
     """Yields all files below a folder, and hidden folders as entries; follows no symlink to a folder of `above`."""
     identity = _identity(folder)
     if identity in above:
@@ -118,7 +130,7 @@ def _walk(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[os
             yield entry
 
 
-def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter[str]) -> list[str]:
+def _pictures(entries: Iterable[Found], root: AnyPath, left_out: Counter[str]) -> list[str]:
     """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`."""
     found = []
     for entry in entries:
@@ -127,10 +139,18 @@ def _pictures(entries: Iterable[os.DirEntry[str]], root: Path, left_out: Counter
             left_out["hidden"] += 1
         # Reading a broken link raises an error that names it.
         elif suffix[1:] in PICTURES and (entry.is_symlink() or entry.is_file()):
-            found.append(Path(entry.path).relative_to(root).as_posix())
+            found.append(_below(entry.path, root))
         else:
             left_out[suffix or "without extension"] += 1
     return sorted(found)
+
+
+def _below(path: Address | str, root: AnyPath) -> str:
+    """Returns a path from `root` on, with slashes."""
+    if isinstance(path, Address):
+        return path.key.removeprefix(f"{root}/".partition("://")[2])
+    assert isinstance(root, Path)
+    return Path(path).relative_to(root).as_posix()
 
 
 def _counts(left_out: Counter[str]) -> str:

@@ -4,10 +4,10 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,22 @@ from pyarrow import parquet
 from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.paths import Address, AnyPath, join
 
 ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded row groups that a process keeps
 
 
 class ParquetSource:
-    """Parquet files, memory-mapped and read by row group: write groups of a few hundred rows, or shuffling is slow.
+    """Parquet files, read by row group: write groups of a few hundred rows, or shuffling is slow.
+
+    A local file is memory-mapped, one in a bucket is read by ranges.
 
     A picture is a binary column, a column of paths relative to the file, or the struct of `bytes` and `path` that
     Hugging Face datasets write (path where bytes is null). A split is a column `split`, or the first part of the names
     of the files.
     """
 
-    def __init__(self, files: Sequence[Path], cfg: SourceConfig):
+    def __init__(self, files: Sequence[AnyPath], cfg: SourceConfig):
         names = [c for c in (cfg.image, cfg.text, *cfg.columns) if c]
         by_column = "split" in _schema(files[0]).names
         files = files if by_column else _of_split(files, cfg.split)
@@ -38,7 +41,7 @@ class ParquetSource:
         for file in files:
             stamp = Stamp.of(file)
             try:
-                with parquet.ParquetFile(file, memory_map=True) as opened:
+                with _open(file) as opened:
                     require([*names, *(["split"] if cfg.split and by_column else [])], opened.schema_arrow.names, file)
                     counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
                     if cfg.split and by_column:
@@ -105,27 +108,38 @@ class ParquetSource:
         return self._groups[number], row - int(self._starts[number])
 
 
-def _picture(cell: Any, file: Path, key: str) -> bytes | Path:
+def _picture(cell: Any, file: AnyPath, key: str) -> bytes | AnyPath:
     """Returns the encoded picture of a cell, or its path."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, str) and cell:
-        return file.parent / cell
+        return join(file.parent, cell)
     needed = "a picture must be bytes, a path, or a struct of bytes and path"
     raise InputError(f"{key}: its picture is {str(cell)[:60]}; {needed}")
 
 
-def _schema(file: Path) -> pyarrow.Schema:
-    try:
+@contextmanager
+def _open(file: AnyPath) -> Iterator[parquet.ParquetFile]:
+    """Opens a file: memory-mapped, or in a bucket read by ranges."""
+    if isinstance(file, Address):
+        with file.open(ahead=False) as data, parquet.ParquetFile(data, pre_buffer=True) as opened:
+            yield opened
+    else:
         with parquet.ParquetFile(file, memory_map=True) as opened:
+            yield opened
+
+
+def _schema(file: AnyPath) -> pyarrow.Schema:
+    try:
+        with _open(file) as opened:
             return opened.schema_arrow
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable as parquet: {error}") from error
 
 
-def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
+def _of_split(files: Sequence[AnyPath], split: str) -> Sequence[AnyPath]:
     """Returns the files of a split by their names; all files where no name has a split."""
     known = sorted({name for file in files if (name := _split_of(file))})
     where = files[0] if len(files) == 1 else files[0].parent
@@ -139,7 +153,7 @@ def _of_split(files: Sequence[Path], split: str) -> Sequence[Path]:
     return [file for file in files if _split_of(file) == split] if split else files
 
 
-def _split_of(file: Path) -> str | None:
+def _split_of(file: AnyPath) -> str | None:
     """Returns the split in a file's name: test-00000-of-00001.parquet (Hugging Face), test.parquet, test_0.parquet."""
     if numbered := re.fullmatch(r"(.+?)[-_]\d+-of-\d+(-\w+)?", file.stem):
         return numbered[1]
@@ -147,7 +161,7 @@ def _split_of(file: Path) -> str | None:
     return word if word in SPLITS else None
 
 
-def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+def _class_names(files: Sequence[AnyPath]) -> dict[str, tuple[str, ...]]:
     """Returns Hugging Face's class names in the schema, by column. Raises InputError when files disagree."""
     found = [_features(file) for file in files]
     for file, names in zip(files, found, strict=True):
@@ -156,7 +170,7 @@ def _class_names(files: Sequence[Path]) -> dict[str, tuple[str, ...]]:
     return found[0]
 
 
-def _features(file: Path) -> dict[str, tuple[str, ...]]:
+def _features(file: AnyPath) -> dict[str, tuple[str, ...]]:
     about = (_schema(file).metadata or {}).get(b"huggingface")
     try:
         features = json.loads(about)["info"]["features"] if about else {}
@@ -170,7 +184,7 @@ def _features(file: Path) -> dict[str, tuple[str, ...]]:
 class RowGroup:
     """A row group of a parquet file: its number in the file, its first row in the file, and its number of rows."""
 
-    file: Path
+    file: AnyPath
     stamp: Stamp
     number: int
     first: int
@@ -198,7 +212,7 @@ class DecodedGroups:
         with self._lock:
             if group not in self._tables:
                 group.stamp.check(group.file)
-                with parquet.ParquetFile(group.file, memory_map=True) as opened:
+                with _open(group.file) as opened:
                     self._tables[group] = opened.read_row_group(group.number, columns=self._columns)
                 while len(self._tables) > 1 and sum(t.nbytes for t in self._tables.values()) > ROW_GROUP_MEMORY:
                     self._tables.popitem(last=False)

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.paths import AnyPath
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 SPLITS = ("train", "test", "val", "valid", "validation")
@@ -22,7 +22,7 @@ class SourceConfig:
     path: str = ""
     """emoji | emoji:noto | emoji:fluent | emoji:twemoji | digits | icons (embedded), a folder of pictures, a .csv or
     .tsv, .tar or .parquet files (a file, a folder, a glob, or numbered as in shards/{00000..00127}.tar), a folder of
-    .npy arrays, or tfds:name[:version][@data_dir]
+    .npy arrays, or tfds:name[:version][@data_dir]; files and folders may be in a bucket (gs://, s3://)
     """
     split: str = ""
     """train, test, ... for data that has splits: a column `split`, TFDS, sub-folders train/ test/,
@@ -109,7 +109,7 @@ def caption_lines(data: bytes) -> str | list[str]:
     return lines if len(lines) > 1 else "".join(lines)
 
 
-def read(file: Path) -> bytes:
+def read(file: AnyPath) -> bytes:
     """Reads a file. Raises InputError when it is not readable."""
     try:
         return retried(file.read_bytes, file)

@@ -2,8 +2,10 @@
 
 import glob
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from heirloom.common.data import digits, emoji, icons
 from heirloom.common.data.sources.arrays import ArraySource
@@ -14,7 +16,7 @@ from heirloom.common.data.sources.table import CsvSource
 from heirloom.common.data.sources.tar import TarSource
 from heirloom.common.data.sources.tfds import TfdsSource
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.paths import local
+from heirloom.common.paths import Address, AnyPath, place
 
 EMBEDDED = {"digits": digits.PATH, "icons": icons.PATH}
 
@@ -24,7 +26,7 @@ def open_source(cfg: SourceConfig) -> Source:
 
     Raises InputError when the path does not exist, a file is unreadable or empty, or a column or split is missing.
     """
-    local(cfg.path)
+    place(cfg.path)
     source = _open(cfg)
     if len(source) == 0:
         raise InputError(f"{cfg.path} has no sample{f' in the split {cfg.split!r}' if cfg.split else ''}")
@@ -59,7 +61,7 @@ def _open(cfg: SourceConfig) -> Source:
     raise InputError(f"{cfg.path}: {found} cannot be read; give a folder, one .csv or .tsv, .tar or .parquet")
 
 
-def _folder(folder: Path, cfg: SourceConfig) -> Source:
+def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
     """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits."""
     if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
         return ParquetSource(files, cfg)
@@ -67,24 +69,32 @@ def _folder(folder: Path, cfg: SourceConfig) -> Source:
         return TarSource(files, cfg)
     if _visible(folder, "*.npy"):
         return ArraySource(folder, cfg)
-    if cfg.split and (folder / cfg.split).is_dir():
-        return _folder(folder / cfg.split, replace(cfg, split=""))
+    if cfg.split and (part := folder / cfg.split).is_dir():
+        return _folder(part, replace(cfg, split=""))
     return FolderSource(folder, cfg)
 
 
-def _visible(folder: Path, pattern: str) -> list[Path]:
+def _visible(folder: AnyPath, pattern: str) -> list[Any]:
+    if isinstance(folder, Address):
+        return folder.glob(pattern)
     return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
-def _files(pattern: str) -> list[Path]:
+def _files(pattern: str) -> list[Any]:
     """Returns the files of a path, a glob or a numbered pattern, in order. Raises InputError for a missing one."""
     if numbered := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = numbered.groups()
-        numbers = range(int(first), int(last) + 1)
         before, after = pattern[: numbered.start()], pattern[numbered.end() :]
-        return [f for n in numbers for f in _files(before + str(n).zfill(len(first)) + after)]
-    path = Path(pattern).expanduser()
-    files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        names = [f"{before}{n:0{len(first)}}{after}" for n in range(int(first), int(last) + 1)]
+        with ThreadPoolExecutor() as pool:  # a look-up in a bucket takes long
+            return [file for files in pool.map(_files, names) for file in files]
+    path = place(pattern)
+    if path.exists():
+        return [path]
+    if isinstance(path, Address):
+        files: list[Any] = path.matches()
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     if not files:
         raise InputError(f"{pattern} does not exist{nearest(path.name, (p.name for p in path.parent.glob('*')))}")
     return files

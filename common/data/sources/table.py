@@ -3,7 +3,6 @@
 import csv
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -11,16 +10,23 @@ import numpy as np
 from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, read, require, value
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.fetch import fetch
+from heirloom.common.paths import Address, AnyPath, join
 
 
 class CsvSource:
-    """A table of paths and captions with a header, separated by commas or tabs; keeps the byte offsets of rows."""
+    """A table of paths and captions with a header, separated by commas or tabs; keeps the byte offsets of rows.
 
-    def __init__(self, file: Path, cfg: SourceConfig):
-        self._file, self._cfg, self._stamp = file, cfg, Stamp.of(file)
+    A table in a bucket is downloaded, its pictures are read from there when they are used.
+    """
+
+    def __init__(self, file: AnyPath, cfg: SourceConfig):
+        self._file, self._cfg = file, cfg
+        self._table = fetch(file) if isinstance(file, Address) else file
+        self._stamp = Stamp.of(self._table)
         splits = set()
         try:
-            with open(file, "rb") as data:
+            with open(self._table, "rb") as data:
                 self._tab = b"\t" in data.readline()
                 data.seek(0)
                 rows, starts, numbers = self._rows(data), [], []
@@ -69,17 +75,17 @@ class CsvSource:
         if cfg.image and not cells[cfg.image]:
             raise InputError(f"{key}: the column {cfg.image!r} is empty; it needs the path of a picture")
         if cfg.image:
-            file = self._file.parent / cells[cfg.image]
+            file = join(self._file.parent, cells[cfg.image])
             record |= {"key": str(file), "image": read(file)}
         return record
 
     def pictures(self) -> list[str]:
         """Returns the path of the picture of each row, which identifies it."""
-        with open(self._file, "rb") as data:
+        with open(self._table, "rb") as data:
             return [os.path.normpath(self._cells(data, index)[self._cfg.image]) for index in range(len(self))]
 
     def _row(self, index: int) -> dict[str, str]:
-        with open(self._file, "rb") as data:
+        with open(self._table, "rb") as data:
             self._stamp.check(data.fileno())
             return self._cells(data, index)
 

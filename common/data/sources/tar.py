@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from heirloom.common.data.sources.record import (
 )
 from heirloom.common.data.tar_index import STEM, index_shard, read_span
 from heirloom.common.errors import InputError
+from heirloom.common.paths import AnyPath
 
 
 class TarSource:
@@ -33,10 +35,11 @@ class TarSource:
     the folder is named test or train.
     """
 
-    def __init__(self, shards: Sequence[Path], cfg: SourceConfig):
+    def __init__(self, shards: Sequence[AnyPath], cfg: SourceConfig):
         if cfg.split:
             raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; leave split empty")
-        self._shards, self._cfg = [Shard(shard, Stamp.of(shard), index_shard(shard)) for shard in shards], cfg
+        with ThreadPoolExecutor() as pool:  # shards in a bucket are indexed by reading all of them
+            self._shards, self._cfg = list(pool.map(Shard.open, shards)), cfg
         counts = []
         for shard in self._shards:
             table = shard.table()
@@ -90,10 +93,11 @@ class TarSource:
         return self._shards[number], index - int(self._starts[number])
 
 
-def _sidecar(shard: Path, name: str) -> Path | None:
+def _sidecar(shard: AnyPath, name: str) -> Any:
     """Finds a file that comes with the shards."""
     folders = (shard.parent, shard.parent.parent) if shard.parent.name in SPLITS else (shard.parent,)
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    files = (folder / name for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _label(text: str) -> Any:
@@ -116,9 +120,14 @@ def _object(data: bytes, key: str) -> dict[str, Any]:
 class Shard:
     """A tar and its index file."""
 
-    file: Path
+    file: AnyPath
     stamp: Stamp
     index: Path
+
+    @classmethod
+    def open(cls, file: AnyPath) -> "Shard":
+        """Takes the stamp of a shard and indexes it if it has no index."""
+        return cls(file, Stamp.of(file), index_shard(file))
 
     def table(self) -> np.ndarray:
         """Opens the index, memory-mapped."""
