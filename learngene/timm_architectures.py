@@ -151,7 +151,8 @@ def settings(args: Fields, cfg: VitConfig) -> VitConfig:
 def _options(args: Fields, cfg: VitConfig) -> dict[str, Any]:
     """Read the options, which the tensors must have, too."""
     scale, any_size = args.number("init_values", 0.0) or 0.0, args.boolean("dynamic_img_size", False)
-    args.agree("init_values", bool(scale), bool(cfg.layer_scale))
+    if bool(scale) != bool(cfg.layer_scale):  # a file does not hold the initial value
+        args.agree("init_values", scale, cfg.layer_scale)
     args.agree("reg_tokens", args.integer("reg_tokens", 0, least=0), cfg.registers)
     args.agree("qkv_bias", args.boolean("qkv_bias", True), cfg.qkv_bias)
     args.agree("qk_norm", args.boolean("qk_norm", False), cfg.qk_norm)
