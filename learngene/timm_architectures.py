@@ -74,6 +74,7 @@ def described(cfg: VitConfig, given: Mapping[str, Any], where: str) -> Fields:
     """As `arguments`, for a model whose name is not timm's: `given` overrides the config inferred from shapes."""
     built: dict[str, Any] = sizes(cfg) | parts(cfg) | dict(num_heads=cfg.heads or 1, act_layer=cfg.activation)
     built |= {"class": CLASSES[cfg.tokens == "cls+dist"], "mlp_layer": "SwiGLUPacked" if cfg.gated else "Mlp"}
+    built |= dict(fc_norm=cfg.tokens != "cls+dist" and cfg.pool == "mean_norm")
     return _fields(built, given, where)
 
 

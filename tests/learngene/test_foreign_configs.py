@@ -256,7 +256,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         "norm_mean",
     )
     for wrong, message in (
-        (dict(pool="map"), "unknown pool 'map'"),
+        (dict(pool="maps"), "unknown pool 'maps'; did you mean 'map'"),
         (dict(eps="0"), "eps is 0: write a number between 0 and 1"),
     ):
         with pytest.raises(InputError, match=message):
