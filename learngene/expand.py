@@ -64,7 +64,7 @@ def other_rules(donor: VitConfig, student: VitConfig, head: Head) -> tuple[tuple
     """Rules for everything but positions and blocks."""
     fresh = head == "fresh" or donor.classes != student.classes
     heads = ("**head/*", FRESH) if fresh else ("**head/*", {})
-    return (heads, ("**", {}))  # type: ignore[return-value]
+    return (heads, ("**", {})) if student.classes else (("**", {}),)  # type: ignore[return-value]
 
 
 def grid_maps(donor: VitConfig, student: VitConfig) -> Maps:

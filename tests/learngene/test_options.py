@@ -10,6 +10,7 @@ from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.surgery.plan import Source
 from learngene import ligo, relatives
 from learngene.bare_files import clean
 from learngene.config import Config
@@ -116,7 +117,12 @@ def test_expansion_carries_options_and_names_one_that_differs():
     gene = replace(PLAIN, **CASES["all"], gene="sws", layout=(2, 1))
     student = gene.of_depth(3)
     assert student.options == gene.options
-    expansion(gene, student)
+    for classes in (5, 0, 7):  # inherited, without a head, and fresh
+        spec = functional(Vit, replace(student, classes=classes)).spec
+        donor = functional(Vit, replace(gene, classes=min(classes, 5))).spec
+        plan = expansion(replace(gene, classes=min(classes, 5)), replace(student, classes=classes))
+        resolved = plan.resolve(Source(donor, {path: np.zeros(leaf.shape) for path, leaf in donor.items()}), spec)
+        assert {line.path for line in resolved.lines} == spec.keys() and (resolved.fraction == 1) == (classes != 7)
     for name, value in (("registers", 0), ("qk_norm", False), ("layer_scale", 0.0)):
         with pytest.raises(InputError, match=f"the student's {name} is {value}, the donor's"):
             expansion(gene, replace(student, **{name: value}))
