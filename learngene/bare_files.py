@@ -2,87 +2,30 @@
 
 import re
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from math import isqrt
 from pathlib import Path
-from typing import Any
 
 from heirloom.common.checkpoint.convert import Found, Guess, Read
 from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
 from learngene import timm_architectures
+from learngene.shapes import HEADS, check_square, depth, refuse_other_parts, shapes
 from learngene.trainer_arguments import Trained, trained_as
 from learngene.vit import VitConfig
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of published ViTs, by width
 _SWS_LAYOUTS = {5: (3, 3, 4, 3, 3)}  # released
 _SWS_HEADS, _SWS_EPS = 12, 1e-5  # of both released auxiliary nets
 _TLEG_DEPTH = 12
 _NOT_STORED = "the weights do not contain it"
+# Names of facebookresearch's deit and dinov2, as patterns, and timm's.
+_ORIGINAL = {
+    r"\.gamma_([12])$": r".ls\1.gamma",
+    r"^register_tokens$": "reg_token",
+    r"\.mlp\.w12\.": ".mlp.fc1.",
+    r"\.mlp\.w3\.": ".mlp.fc2.",
+}
 _LONGEST = 4  # largest aspect ratio of a picture that is considered possible
 # For models with a class token, by pool: the other pool that has the same tensors.
 _TWINS = {"cls": "the mean of the patches (norm_mean)", "mean_norm": "the class token with a separate norm (cls)"}
-# Tensors of parts that this ViT does not have, by globs of timm's names and the original repositories'.
-_PARTS = {
-    "*.ls1.gamma": "LayerScale",
-    "*.gamma_1": "LayerScale",
-    "reg_token": "register tokens",
-    "register_tokens": "register tokens",
-    "*.attn.q_norm.*": "norms of queries and keys",
-    "norm_pre.*": "a norm before the blocks",
-    "attn_pool.*": "attention pooling",
-    "*.mlp.fc1_g.*": "a gated MLP (SwiGLU)",
-    "*.mlp.w12.*": "a gated MLP (SwiGLU)",
-    "*relative_position*": "relative positions",
-    "*.rel_pos.*": "relative positions",
-    "patch_embed.backbone.*": "a convolutional stem",
-    "pre_logits.*": "a layer before the head (pre_logits)",
-    "decoder_blocks.*": "the decoder of a masked autoencoder",
-}
-
-
-def refuse_other_parts(tensors: Tensors) -> None:
-    """Raises InputError when the tensors contain a part that this ViT does not have, with its name."""
-    for glob, part in _PARTS.items():
-        if key := next((key for key in tensors if fnmatchcase(key, glob)), None):
-            raise InputError(f"has {part} ({key}), which the ViT here does not have")
-
-
-def shapes(tensors: Tensors, block: str, layers: int) -> VitConfig:
-    """Infer the config from shapes in timm's names. block: pattern of the first block's keys, {} for the module."""
-    try:
-        width, channels, patch, across = tensors["patch_embed.proj.weight"].shape
-        hidden = len(tensors[block.format("mlp.fc1")])
-        positions = tensors["pos_embed"].shape[1]
-        classes = len(tensors["head.weight"])
-    except (KeyError, ValueError, IndexError) as error:
-        refuse_other_parts(tensors)
-        needed = "a ViT with a classifier is needed"
-        raise InputError(f"looks like a ViT, but its tensors do not give the sizes ({error}): {needed}") from error
-    if patch != across:
-        raise InputError(f"its patches are {patch} x {across} px; only square ones are read")
-    tokens = "cls+dist" if "dist_token" in tensors else "cls" if "cls_token" in tensors else "none"
-    mean = "fc_norm.weight" in tensors
-    pool = "norm_mean" if tokens == "none" else "cls"
-    if mean or "head_dist.weight" in tensors:
-        pool = "mean_norm" if mean else "cls+dist"
-    grid = isqrt(positions)  # one or two more tokens do not change the root
-    sizes: dict[str, Any] = dict(size=grid * patch, channels=channels, patch=patch)
-    sizes |= dict(width=width, layers=layers, hidden=hidden)
-    return VitConfig(**sizes, classes=classes, heads=HEADS.get(width, 0), tokens=tokens, pool=pool)  # type: ignore[arg-type]
-
-
-def check_square(cfg: VitConfig, tensors: Tensors) -> None:
-    """Check that there is a position for each patch of a square and each token before. Raises InputError."""
-    positions = tensors["pos_embed"].shape[1]
-    if positions != cfg.grid**2 + cfg.prefix:
-        what = f"{positions} positions, which are not a square of patches and {cfg.prefix} tokens in front"
-        raise InputError(f"has {what}: only square pictures are read, and only tokens with a position")
-
-
-def depth(tensors: Tensors, pattern: str) -> int:
-    """Number of blocks, from the largest index that `pattern` finds in the keys."""
-    return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=0)
 
 
 def read_deit(found: Found) -> Read | None:
@@ -133,8 +76,9 @@ def _heads(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
 
 def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     """The guess that pictures are square, if a rectangle of at most 1 : 4 has the same number of patches."""
-    count = cfg.grid**2
-    for rows in range(cfg.grid - 1, 0, -1):
+    side = cfg.grid[0]
+    count = side**2
+    for rows in range(side - 1, 0, -1):
         if count % rows == 0 and rows * rows * _LONGEST >= count:
             other = f"{rows * cfg.patch} x {count // rows * cfg.patch}"
             also = f"{why}: pictures of {other} px have as many patches, and only squares are read"
@@ -142,8 +86,19 @@ def square(cfg: VitConfig, why: str) -> tuple[Guess, ...]:
     return ()
 
 
+def clean(key: str) -> str:
+    """Rename a key of facebookresearch's DeiT III or DINOv2 to timm's name for it."""
+    for theirs, ours in _ORIGINAL.items():
+        key = re.sub(theirs, ours, key)
+    return key
+
+
 def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
-    """Rename the norm to its name for this pool: timm may call the norm of a class token `fc_norm` too."""
+    """Rename the norm to its name for this pool: timm may call the norm of a class token `fc_norm` too.
+
+    The mask token of DINOv2's training is left out: no picture without a mask has one.
+    """
+    tensors = {key: value for key, value in tensors.items() if key != "mask_token"}
     if cfg.pool != "cls" or "norm.weight" in tensors:
         return tensors
     return {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in tensors.items()}
@@ -151,6 +106,7 @@ def timm_names(cfg: VitConfig, tensors: Tensors) -> Tensors:
 
 def write_deit(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "DeiT")
+    plain(cfg, "a bare file")
     if cfg.activation != "gelu":
         raise InputError(f"DeiT's files have exact GELU, this model {cfg.activation}; write --to timm or --to heirloom")
     _published_heads(cfg, cfg.heads == HEADS.get(cfg.width))
@@ -173,6 +129,17 @@ def ordinary(cfg: VitConfig, format: str) -> None:
     """Raises InputError for a gene, which only its own format can hold."""
     if cfg.gene != "none":
         raise InputError(f"a gene is no {format} model: expand it first (heirloom expand GENE DEST --depth N)")
+
+
+def plain(cfg: VitConfig, what: str) -> None:
+    """Raises InputError for a model that is not DeiT's ViT: a rectangle, one with options, or one without a head."""
+    others = {name: value for name in ("size_width", "any_size") if (value := getattr(cfg, name))} | cfg.options
+    others |= {"pool": cfg.pool} if cfg.pool == "map" else {}
+    others |= {"classes": 0} if not cfg.classes else {}
+    if others:
+        name, value = next(iter(others.items()))
+        instead = "write --to timm, or keep the heirloom format"
+        raise InputError(f"{name} is {value!r}, which {what} does not hold; {instead}")
 
 
 def read_sws(found: Found) -> Read | None:
@@ -199,6 +166,7 @@ def read_tleg(found: Found) -> Read | None:
 
 def _gene_read(cfg: VitConfig, found: Found, layout: str, heads: str) -> Read:
     refuse_other_parts(found.tensors)
+    plain(cfg, f"a file of {cfg.gene}")
     check_square(cfg, found.tensors)
     guesses = [Guess("layout", ",".join(map(str, cfg.layout)), layout)]
     guesses += [Guess("heads", cfg.heads, heads)] if cfg.heads else _heads(cfg, heads)
@@ -221,6 +189,7 @@ def write_tleg(cfg: VitConfig, folder: Path) -> None:
 def _gene(cfg: VitConfig, kind: str, released: bool) -> None:
     if cfg.gene != kind:
         raise InputError(f"this is no gene of {kind}, and its file can hold nothing else")
+    plain(cfg, f"a file of {kind}")
     if not released or cfg.eps != _SWS_EPS or cfg.activation != "gelu":
         other = f"layout {cfg.layout} and eps {cfg.eps:g}"
         raise InputError(f"a file of {kind} cannot tell {other}: it holds released ones; keep the heirloom format")

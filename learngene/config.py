@@ -87,6 +87,14 @@ class Config(BaseConfig):
     def check(self, mesh: Mesh) -> None:
         if getattr(self.student, "channels", 3) != 3:
             raise InputError(f"student.channels is {self.student.channels}, and pictures have 3: set it to 3")
+        if isinstance(self.student, VitConfig):
+            self.student.filled()
+            if not self.student.classes:
+                raise InputError("student.classes is 0, a model without a head: set it to the number of classes")
+            if self.student.size_width not in (None, self.student.size):
+                raise InputError(
+                    f"student.size_width is {self.student.size_width}, and pictures are cut to squares: leave it empty"
+                )
         if self.init != "random" and (self.donor or self.family is not FAMILY):
             raise InputError("init is 'mimetic', for a ViT without donor: leave donor empty, or set init to 'random'")
         if getattr(self.student, "gene", "none") != "none" and not self.teacher and self.distill.alpha == 1:

@@ -26,6 +26,9 @@ def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
         raise InputError(f"{donor.path} is a {donor.family.name}: give a gene or a ViT")
     size, classes = args.size or donor.cfg.size, args.classes or donor.cfg.classes
     student = replace(donor.cfg.of_depth(args.depth), size=size, classes=classes)
+    if args.size:
+        student = replace(student, size_width=None)
+        student.filled()
     layers = counts(args.map, "--map") if args.map else ()
     if donor.cfg.gene == "sws" and args.depth < donor.cfg.layers and not layers:
         kept = layer_map(args.depth, donor.cfg.layers)

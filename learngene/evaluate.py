@@ -93,6 +93,8 @@ def counter(
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH`; for a gene, of its auxiliary net. Raises InputError without data."""
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
+    if not donor.cfg.classes:
+        raise InputError(f"{donor.path} has no head, and accuracy needs one: give a model with a classifier")
     if not args.data:
         raise InputError("no data is named: give --data, labelled pictures, such as a folder with one for each class")
     found, mesh = preprocess_of(donor), start(MeshConfig())

@@ -7,7 +7,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.surgery.maps import FRESH, AxisMap, first, matrix, pick, resize
 from heirloom.common.surgery.plan import Maps, Plan
 from learngene.stages import layer_map, linear_coefficients, unrolled_map
-from learngene.vit import VitConfig
+from learngene.vit import OPTIONS, VitConfig
 
 __all__ = ["Head", "expansion", "grid_maps", "layer_map", "other_rules", "resized", "unrolled_map"]
 
@@ -47,11 +47,14 @@ def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) ->
     The head is fresh if the number of classes differs or `head` is "fresh". Raises InputError when channels, patches or
     widths differ.
     """
-    for name in ("channels", "patch", "width", "hidden"):
+    for name in ("channels", "patch", "width", "hidden", *OPTIONS):
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             may = "only depth, size and classes may differ"
             raise InputError(f"the student's {name} is {sizes}: {may}; set the same {name}, or use the method select")
+    if donor.heads != student.heads and (donor.qk_norm or donor.inner_norms):
+        needed = "its norms inside the attention fit its own heads; set the same heads"
+        raise InputError(f"the student's heads is {student.heads}, the donor's {donor.heads}: {needed}")
     heads: Maps = {} if donor.heads == student.heads else {"head head_dim": first(student.width)}
     blocks = ("blocks/**", {"layer": layer, **heads})
     return Plan((("position", grid_maps(donor, student)), blocks, *other_rules(donor, student, head)))
@@ -61,11 +64,12 @@ def other_rules(donor: VitConfig, student: VitConfig, head: Head) -> tuple[tuple
     """Rules for everything but positions and blocks."""
     fresh = head == "fresh" or donor.classes != student.classes
     heads = ("**head/*", FRESH) if fresh else ("**head/*", {})
-    return (heads, ("**", {}))  # type: ignore[return-value]
+    return (heads, ("**", {})) if student.classes else (("**", {}),)  # type: ignore[return-value]
 
 
 def grid_maps(donor: VitConfig, student: VitConfig) -> Maps:
     """Maps that resample the positions to another number of patches, as torch does (bicubic, a = -0.75)."""
     if donor.grid == student.grid:
         return {}
-    return {"grid_row": resize(donor.grid, student.grid), "grid_col": resize(donor.grid, student.grid)}
+    (rows, columns), (to_rows, to_columns) = donor.grid, student.grid
+    return {"grid_row": resize(rows, to_rows), "grid_col": resize(columns, to_columns)}

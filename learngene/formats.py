@@ -12,7 +12,7 @@ from heirloom.common.checkpoint.verify import Check
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
 
 _bare = partial(Format, wrapper="model")
-_deit = partial(_bare, complete=bare_files.timm_names)
+_deit = partial(_bare, clean=bare_files.clean, complete=bare_files.timm_names)
 FORMATS = (
     Format("timm", layouts.timm, "model.safetensors", timm_folder.read, timm_folder.write),
     _deit("deit", layouts.timm, "deit.pth", bare_files.read_deit, bare_files.write_deit),

@@ -7,7 +7,8 @@ from typing import Any
 
 from heirloom.common.checkpoint.convert import Found, Guess, Read
 from heirloom.common.errors import InputError
-from learngene.bare_files import depth, ordinary, square
+from learngene.bare_files import ordinary, plain, square
+from learngene.shapes import depth
 from learngene.vit import VitConfig
 
 _PARTS = {
@@ -65,6 +66,7 @@ def read(found: Found) -> Read | None:
 
 def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "google")
+    plain(cfg, "an archive of google-research")
     if (cfg.tokens, cfg.pool) not in (("cls", "cls"), ("none", "norm_mean")):
         classified = "one class token, or without one the mean of normalised patches"
         this = f"this model has tokens {cfg.tokens!r} and pool {cfg.pool!r}: keep the heirloom format"

@@ -9,7 +9,7 @@ from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.mlp import HF_ACTIVATIONS, HF_NAMES
-from learngene.bare_files import ordinary
+from learngene.bare_files import ordinary, plain
 from learngene.vit import VitConfig
 
 _BLOCKS = re.compile(r"(.*\.)?encoder\.layer\.0\.layernorm_before\.weight")
@@ -90,6 +90,7 @@ def _class(model: str, two_heads: bool) -> str:
 
 def write(cfg: VitConfig, folder: Path) -> None:
     ordinary(cfg, "hf")
+    plain(cfg, "transformers' ViT")
     if cfg.pool not in ("cls", "cls+dist"):
         raise InputError(
             "transformers' ViT puts a class token in front and classifies it, this model averages patches: no file of"

@@ -15,9 +15,10 @@ def _module(ours: str, theirs: str, weight: str = "weight", bias: str = "bias") 
 
 def _positions(cfg: VitConfig, key: str) -> Rows:
     """Positions of the learned tokens, then of the patches, in one table [1, token, embed]."""
-    front = ("class_token/cls_position", "distillation_token/cls_position")[: cfg.prefix]
-    axes = " + ".join((*("1 1 embed",) * len(front), "1 (grid_row grid_col) embed"))
-    return ((" + ".join((*front, "position")), key, axes),)
+    parts = [(f"{name}/cls_position", "1 1 embed") for name in cfg.learned if cfg.positions != "patches"]
+    parts += [("registers/position", "1 register embed")] if cfg.registers and cfg.positions == "all" else []
+    parts += [("position", "1 (grid_row grid_col) embed")]
+    return ((" + ".join(path for path, _ in parts), key, " + ".join(axes for _, axes in parts)),)
 
 
 def _stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Rows:
@@ -30,36 +31,61 @@ def _stem(cfg: VitConfig, patch: str, cls: str, dist: str, position: str) -> Row
     )
 
 
-def _timm_blocks(prefix: str, suffix: str = "", weight: str = "weight", bias: str = "bias") -> Rows:
-    """The blocks in timm's names; q, k and v are packed, rows in this order."""
-    names = {"attn_norm": "norm1", "attn/out": "attn.proj", "mlp_norm": "norm2"}
-    names |= {"mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
-    packed = [" + ".join(f"blocks/attn/{p}/{leaf}" for p in ("query", "key", "value")) for leaf in ("kernel", "bias")]
-    rows = tuple(row for a, b in names.items() for row in _module(f"blocks/{a}", f"{prefix}.{b}{suffix}", weight, bias))
-    return (*rows, (packed[0], f"{prefix}.attn.qkv{suffix}.{weight}"), (packed[1], f"{prefix}.attn.qkv{suffix}.{bias}"))
+def _packed(ours: tuple[str, ...], theirs: str, weight: str = "weight", bias: str = "bias") -> Rows:
+    """Weight and bias of linear layers that share a tensor, rows in this order."""
+    leaves = {"kernel": weight, "bias": bias}
+    return tuple((" + ".join(f"{path}/{leaf}" for path in ours), f"{theirs}.{key}") for leaf, key in leaves.items())
+
+
+def _timm_blocks(cfg: VitConfig, prefix: str, suffix: str = "", *leaves: str) -> Rows:
+    """The blocks in timm's names. leaves: the names of weight and bias."""
+    names = {"attn_norm": "norm1", "attn/out": "attn.proj", "mlp_norm": "norm2", "mlp/down": "mlp.fc2"}
+    names |= {"attn/query_norm": "attn.q_norm", "attn/key_norm": "attn.k_norm"}
+    names |= {"attn/inner_norm": "attn.norm", "mlp/inner_norm": "mlp.norm"}
+    rows = tuple(row for a, b in names.items() for row in _module(f"blocks/{a}", f"{prefix}.{b}{suffix}", *leaves))
+    up = ("blocks/mlp/gate", "blocks/mlp/up") if cfg.gated else ("blocks/mlp/up",)
+    return (
+        *rows,
+        *_packed(("blocks/attn/query", "blocks/attn/key", "blocks/attn/value"), f"{prefix}.attn.qkv{suffix}", *leaves),
+        *_packed(up, f"{prefix}.mlp.fc1{suffix}", *leaves),
+        ("blocks/attn_scale/scale", f"{prefix}.ls1.gamma"),
+        ("blocks/mlp_scale/scale", f"{prefix}.ls2.gamma"),
+    )
+
+
+def _timm_pool(key: str) -> Rows:
+    """Attention pooling in timm's names."""
+    names = {"attn/query": "q", "attn/out": "proj", "norm": "norm", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
+    return (
+        ("pool/latent", f"{key}.latent", "1 1 embed"),
+        *_packed(("pool/memory/key", "pool/memory/value"), f"{key}.kv"),
+        *(row for ours, theirs in names.items() for row in _module(f"pool/{ours}", f"{key}.{theirs}")),
+    )
 
 
 def _timm(name: str, cfg: VitConfig, blocks: Rows) -> Layout:
     norm = "fc_norm" if cfg.pool == "mean_norm" else "norm"
     heads = (*_module("head", "head"), *_module("distillation_head", "head_dist"))
     stem = _stem(cfg, "patch_embed.proj", "cls_token", "dist_token", "pos_embed")
-    return Layout(name, (*stem, *blocks, *_module("norm", norm), *heads))
+    registers = ("registers/register", "reg_token", "1 register embed")
+    norms = (*_module("pre_norm", "norm_pre"), *_module("norm", norm))
+    return Layout(name, (*stem, registers, *blocks, *norms, *_timm_pool("attn_pool"), *heads))
 
 
 def timm(cfg: VitConfig) -> Layout:
     """Layout of timm and of the files of facebookresearch/deit."""
-    return _timm("timm", cfg, _timm_blocks("blocks.{layer}"))
+    return _timm("timm", cfg, _timm_blocks(cfg, "blocks.{layer}"))
 
 
 def sws(cfg: VitConfig) -> Layout:
     """Layout of the auxiliary net of AlphaXia/SWS: one instance of each module for each stage."""
-    return _timm("sws", cfg, _timm_blocks("blocks.block", ".instances.{layer}"))
+    return _timm("sws", cfg, _timm_blocks(cfg, "blocks.block", ".instances.{layer}"))
 
 
 def tleg(cfg: VitConfig) -> Layout:
     """Layout of the auxiliary net of AlphaXia/TLEG: a base and a slope of each tensor."""
     leaves = (f"{leaf}_{{layer:base|ilayer}}" for leaf in ("weight", "bias"))
-    return _timm("tleg", cfg, _timm_blocks("blocks.block", ".instances.0", *leaves))
+    return _timm("tleg", cfg, _timm_blocks(cfg, "blocks.block", ".instances.0", *leaves))
 
 
 def hf(cfg: VitConfig) -> Layout:

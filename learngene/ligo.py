@@ -15,6 +15,7 @@ from heirloom.common.surgery.plan import Maps, Plan, Source, apply
 from heirloom.common.train.bad_samples import BadSamples, Feed
 from heirloom.common.train.loop import Data
 from learngene.expand import grid_maps
+from learngene.relatives import plain
 from learngene.vit import VitConfig
 
 STEPS, RATE = 100, 1e-3
@@ -51,6 +52,7 @@ def plan(donor: VitConfig, student: VitConfig, matrices: Matrices) -> Plan:
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(f"the student's {name} is {sizes}: LiGO needs the same {name}")
+    plain(donor, student, "LiGO")
     if student.width < donor.width or student.hidden < donor.hidden or student.layers < donor.layers:
         needed = "LiGO needs at least the donor's layers, width and hidden"
         raise InputError(f"the student is smaller than its donor: {needed}")

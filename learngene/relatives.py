@@ -40,6 +40,7 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
         if getattr(student, name) > getattr(donor, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(f"the student's {name} is {sizes}: set it to at most the donor's")
+    plain(donor, student, "weight selection")
     width = evenly(donor.width, student.width)
     inner = {"head head_dim": width, "hidden": evenly(donor.hidden, student.hidden)}
     return Plan(
@@ -50,6 +51,15 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
             ("**", {"embed": width}),
         )
     )
+
+
+def plain(donor: VitConfig, student: VitConfig, method: str) -> None:
+    """Raises InputError for models with options, for a method whose maps are those of DeiT's ViT alone."""
+    for whose, cfg in (("donor", donor), ("student", student)):
+        options = cfg.options | ({"pool": cfg.pool} if cfg.pool == "map" else {})
+        if options:
+            name, value = next(iter(options.items()))
+            raise InputError(f"the {whose}'s {name} is {value!r}, which {method} cannot carry: use expand or stack")
 
 
 def evenly(source: int, target: int) -> Pick:

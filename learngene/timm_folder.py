@@ -7,8 +7,9 @@ from heirloom.common.checkpoint.convert import Found, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
-from learngene.bare_files import check_square, depth, ordinary, refuse_other_parts, shapes
-from learngene.timm_architectures import arguments, settings, sizes
+from learngene.bare_files import ordinary
+from learngene.shapes import depth, refuse_other_parts, shapes
+from learngene.timm_architectures import arguments, parts, settings, sizes
 from learngene.vit import VitConfig
 
 # Fields of timm's pretrained_cfg: where weights come from, preprocessing, and names.
@@ -18,9 +19,14 @@ _PRETRAINED = (
     "label_names", "label_descriptions", "labels", "pool_size", "test_pool_size", "first_conv", "classifier", "license",
     "description", "origin_url", "paper_name", "paper_ids", "notes",
 )  # fmt: skip
-# The architectures that are written, by eps: model_args state everything else.
+# The architectures that are written, by eps and whether the MLP is gated: model_args state everything else.
 _CLIP = ("vit_base_patch16_clip_224", dict(pre_norm=False))
-_WRITTEN: dict[float, tuple[str, dict[str, Any]]] = {1e-6: ("vit_tiny_patch16_224", {}), 1e-5: _CLIP}
+_GATED = ("vit_giant_patch14_dinov2", dict(init_values=0.0))
+_WRITTEN: dict[tuple[float, bool], tuple[str, dict[str, Any]]] = {
+    (1e-6, False): ("vit_tiny_patch16_224", {}),
+    (1e-5, False): _CLIP,
+    (1e-6, True): _GATED,
+}
 
 
 def read(found: Found) -> Read | None:
@@ -41,13 +47,12 @@ def read(found: Found) -> Read | None:
     cfg = shapes(found.tensors, "blocks.0.{}.weight", depth(found.tensors, r"blocks\.(\d+)\."))
     cfg = settings(args, cfg)
     # timm writes these fields, but builds from architecture and model_args only.
-    implied = "token" if cfg.pool.startswith("cls") else "avg"
+    implied = {"cls": "token", "cls+dist": "token", "map": "map"}.get(cfg.pool, "avg")
     config.fixed("global_pool", implied, None, feature="and not what model_args imply")
     config.agree("num_features", config.integer("num_features", cfg.width), cfg.width)
     for fields in (pretrained, config):
         fields.done()
     refuse_other_parts(found.tensors)
-    check_square(cfg, found.tensors)
     return Read(cfg)
 
 
@@ -68,22 +73,20 @@ def write(cfg: VitConfig, folder: Path) -> None:
     """Write timm's config.json. Raises InputError, with nothing written, for a model it cannot express."""
     ordinary(cfg, "timm")
     distilled = cfg.tokens == "cls+dist"
-    if cfg.eps not in _WRITTEN or (distilled and cfg.eps != 1e-6):
-        theirs = f"an eps of {'1e-6' if distilled else '1e-6 or 1e-5'}, this model has {cfg.eps:g}"
+    if (cfg.eps, cfg.gated) not in _WRITTEN or (distilled and cfg.eps != 1e-6):
+        theirs = f"an eps of {'1e-6' if distilled or cfg.gated else '1e-6 or 1e-5'}, this model has {cfg.eps:g}"
         raise InputError(f"timm's configs have {theirs}: convert with --set eps=1e-6 if its outputs may differ")
-    if distilled and cfg.pool != "cls+dist":
-        raise InputError("timm's distilled ViT has two heads, this model one; keep the heirloom format")
-    args = sizes(cfg)
-    name, others = _WRITTEN[cfg.eps]
-    if distilled:
-        name = "deit_tiny_distilled_patch16_224"
-    else:
-        args |= others | dict(class_token=cfg.tokens == "cls", global_pool="token" if cfg.pool == "cls" else "avg")
-    if cfg.pool == "norm_mean":
-        args |= dict(fc_norm=False)
-    if cfg.activation != "gelu":
+    if distilled and (cfg.pool != "cls+dist" or cfg.registers or cfg.gated):
+        raise InputError("timm's distilled ViT has two heads and nothing else; keep the heirloom format")
+    if cfg.positions == "cls" and cfg.registers:
+        raise InputError(
+            "positions is 'cls', and timm gives positions to all tokens or to patches alone: keep the heirloom format"
+        )
+    name, others = ("deit_tiny_distilled_patch16_224", {}) if distilled else _WRITTEN[cfg.eps, cfg.gated]
+    args = sizes(cfg) | others | parts(cfg)
+    if cfg.activation != ("silu" if cfg.gated else "gelu"):
         args |= dict(act_layer=cfg.activation)
-    pretrained = dict(num_classes=cfg.classes, input_size=[cfg.channels, cfg.size, cfg.size], fixed_input_size=True)
+    pretrained = dict(num_classes=cfg.classes, input_size=[cfg.channels, *cfg.picture], fixed_input_size=True)
     pretrained |= dict(first_conv="patch_embed.proj", classifier=["head", "head_dist"] if distilled else "head")
     about = dict(architecture=name, num_classes=cfg.classes, num_features=cfg.width)
     about |= dict(model_args=args, pretrained_cfg=pretrained)

@@ -17,12 +17,12 @@ from heirloom.common.checkpoint.verify import (
     outputs,
     quiet,
     reference_tensors,
-    torch_activation,
 )
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
 from learngene import google_files
-from learngene.bare_files import timm_names
+from learngene.bare_files import clean, timm_names
+from learngene.formulas import formulas
 from learngene.stages import linear_coefficients, unrolled_map
 from learngene.vit import Vit, VitConfig
 
@@ -30,8 +30,8 @@ EXAMPLES = 2
 
 
 def pictures(cfg: VitConfig) -> np.ndarray:
-    """Seeded inputs, [2, size, size, channels] f32."""
-    return np.random.default_rng(0).standard_normal((EXAMPLES, cfg.size, cfg.size, cfg.channels)).astype(np.float32)
+    """Seeded inputs, [2, height, width, channels] f32."""
+    return np.random.default_rng(0).standard_normal((EXAMPLES, *cfg.picture, cfg.channels)).astype(np.float32)
 
 
 def logits(cfg: VitConfig, params: Mapping[str, Any]) -> list[np.ndarray]:
@@ -96,49 +96,13 @@ def timm_logits(file: Path, x: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
 
 
-def formulas(cfg: VitConfig, tensors: Mapping[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """A ViT's forward pass in torch on tensors in timm's names; [batch, classes]."""
-    import torch
-    import torch.nn.functional as F
-
-    w = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
-    activation = torch_activation(cfg.activation)
-
-    def linear(x: Any, name: str) -> Any:
-        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def norm(x: Any, name: str) -> Any:
-        return F.layer_norm(x, (cfg.width,), w[f"{name}.weight"], w[f"{name}.bias"], cfg.eps)
-
-    with torch.no_grad():
-        images = torch.from_numpy(x).permute(0, 3, 1, 2)
-        kernel, bias = w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]
-        y = F.conv2d(images, kernel, bias, stride=cfg.patch).flatten(2).transpose(1, 2)
-        front = [w[key].expand(len(y), -1, -1) for key in ("cls_token", "dist_token") if key in w]
-        y = torch.cat([*front, y], 1) + w["pos_embed"]
-        for i in range(cfg.depth):
-            qkv = linear(norm(y, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
-            q, k, v = qkv.reshape(len(y), -1, 3, cfg.heads, cfg.head_dim).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(y.shape)
-            y = y + linear(mixed, f"blocks.{i}.attn.proj")
-            inner = activation(linear(norm(y, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-            y = y + linear(inner, f"blocks.{i}.mlp.fc2")
-        if cfg.pool == "mean_norm":
-            return linear(norm(y[:, cfg.prefix :].mean(1), "fc_norm"), "head").numpy()
-        y = norm(y, "norm")
-        if cfg.pool == "norm_mean":
-            return linear(y[:, cfg.prefix :].mean(1), "head").numpy()
-        logits = linear(y[:, 0], "head")
-        return ((logits + linear(y[:, 1], "head_dist")) / 2 if cfg.pool == "cls+dist" else logits).numpy()
-
-
 def as_timm(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> dict[str, np.ndarray]:
     """Tensors of another format under timm's names, genes unrolled, by plain renaming, slicing and concatenation."""
     if format in ("sws", "tleg"):
         return _unrolled(cfg, tensors, format)
     if format == "google":
         return _from_google(cfg, tensors)
-    return timm_names(cfg, dict(tensors))
+    return timm_names(cfg, {clean(key): value for key, value in tensors.items()})
 
 
 def _unrolled(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """The Vision Transformer of timm, DeiT and SWS, and the gene: a few stored blocks, applied repeatedly."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -11,23 +10,28 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from heirloom.common.errors import InputError, nearest, positive
-from heirloom.common.nn.attention import Attention, Kernel, softmax
-from heirloom.common.nn.block import Block, Remat, rematerialised, scan, stack
-from heirloom.common.nn.dense import Dense, Init, Sizes, normal, param, uniform_fan_in, zeros
+from heirloom.common.nn.attention import Kernel
+from heirloom.common.nn.block import Remat, rematerialised, scan, stack
+from heirloom.common.nn.dense import Dense, param, uniform_fan_in
 from heirloom.common.nn.mlp import Activation, check_activation
 from heirloom.common.nn.norm import LayerNorm
 from heirloom.common.nn.patch import PatchEmbed
 from heirloom.common.nn.precision import add, lookup, widened
-from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.axes import Spec, matches
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from learngene.stages import linear_coefficients, unrolled_map
+from learngene.vit_parts import SMALL, AttentionPool, Registers, Token, VitBlock
 
 Tokens = Literal["none", "cls", "cls+dist"]
-Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist"]
+Pool = Literal["norm_mean", "mean_norm", "cls", "cls+dist", "map"]
+Positions = Literal["all", "cls", "patches"]
 Gene = Literal["none", "sws", "tleg"]
-SMALL: Init = normal(0.02)
-Images = Float[Array | np.ndarray, "batch size size channels"]
+Images = Float[Array | np.ndarray, "batch height width channels"]
 LARGEST_SIDE = 2**14  # pixels; a larger size is a mistake, and resizing the positions for it would not finish
+# Fields for parts that DeiT's ViT does not have, whose defaults are that ViT.
+OPTIONS = (
+    "registers", "positions", "pre_norm", "final_norm", "qkv_bias", "qk_norm", "inner_norms", "layer_scale", "gated",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,11 @@ class VitConfig:
     """A ViT, or a gene: `layers` blocks are stored, and `layout` is how the auxiliary net applies them."""
 
     size: int = 224
-    """Side of the input, pixels."""
+    """Side of the input, pixels; of a rectangle, its height."""
+    size_width: int | None = None
+    """Width of the input, pixels; none: the input is square."""
+    any_size: bool = False
+    """Also read pictures of other sizes: the positions are resampled to their patches (timm's dynamic_img_size)."""
     channels: int = 3
     patch: int = 16
     """Side of a patch, pixels."""
@@ -46,13 +54,32 @@ class VitConfig:
     hidden: int = 1536
     """Hidden units of the MLP."""
     classes: int = 1000
+    """Number of logits; 0: no head, the result is the pooled features."""
     tokens: Tokens = "none"
     """Learned tokens before the patches: none (SWS), the class token (ViT), or class and distillation token (DeiT)."""
     pool: Pool = "norm_mean"
     """Input of the head: the mean of the normalised patches (norm_mean; SWS's auxiliary net), the normalised mean
-    (mean_norm; timm), the class token, or class and distillation token with one head each, whose logits are averaged
-    (DeiT).
+    (mean_norm; timm), the class token, class and distillation token with one head each, whose logits are averaged
+    (DeiT), or the result of a learned query's attention to the patches (map; SigLIP).
     """
+    registers: int = 0
+    """Learned tokens between the class token and the patches that are not pooled (DINOv2)."""
+    positions: Positions = "all"
+    """Tokens that have learned positions: all, patches and class token, or patches alone (timm's no_embed_class)."""
+    pre_norm: bool = False
+    """A LayerNorm before the blocks, and patches without a bias (CLIP)."""
+    final_norm: bool = True
+    """A LayerNorm after the blocks."""
+    qkv_bias: bool = True
+    """Biases of queries, keys and values."""
+    qk_norm: bool = False
+    """LayerNorms of each head's queries and keys."""
+    inner_norms: bool = False
+    """LayerNorms before the last projection of attention and MLP (BEiT-3)."""
+    layer_scale: float = 0.0
+    """Initial value of LayerScale, learned factors of the channels of each branch (DeiT III, DINOv2); 0: none."""
+    gated: bool = False
+    """The MLP multiplies the activated units with as many linear ones: with activation silu, SwiGLU (DINOv2)."""
     activation: Activation = "gelu"
     eps: float = 1e-6
     """Epsilon of every LayerNorm."""
@@ -77,7 +104,18 @@ class VitConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", tuple(self.layout))
         positive(self, "size", "patch", most=LARGEST_SIDE)
-        positive(self, "channels", "width", "layers", "hidden", "classes", most=2**20)
+        positive(self, "channels", "width", "layers", "hidden", most=2**20)
+        for name in ("classes", "registers"):
+            if not 0 <= getattr(self, name) <= 2**20:
+                raise InputError(f"{name} is {getattr(self, name)}: choose a number from 0 to {2**20}")
+        if self.size_width is not None:
+            positive(self, "size_width", most=LARGEST_SIDE)
+        if not 0 <= self.layer_scale < 1e6:
+            raise InputError(f"layer_scale is {self.layer_scale:g}: choose 0 for none, or a value such as 1e-5")
+        if self.pool == "cls+dist" and not self.classes:
+            raise InputError("classes is 0, and pool 'cls+dist' averages the logits of two heads: set pool to 'cls'")
+        if self.pool == "map" and self.gated:
+            raise InputError("pool 'map' has a plain MLP, and gated is set: choose another pool, or set gated to False")
         if not 0 < self.eps < 1:  # refuses NaN too
             raise InputError(f"eps is {self.eps:g}: choose a number between 0 and 1, such as 1e-6")
         positive(self, "layout", most=1000)
@@ -101,16 +139,53 @@ class VitConfig:
         return sum(self.layout) or self.layers
 
     @property
-    def grid(self) -> int:
-        """Number of patches along a side. Raises InputError when the patch size does not divide the image size."""
-        if self.size < self.patch or self.size % self.patch:
-            raise InputError(f"patches of {self.patch} px do not fill pictures of {self.size} px: change size or patch")
-        return self.size // self.patch
+    def picture(self) -> tuple[int, int]:
+        """Height and width of the input, pixels."""
+        return self.size, self.size_width or self.size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; pixels that do not fill one are not read. Raises InputError for none."""
+        height, width = self.picture
+        if min(height, width) < self.patch:
+            size = f"{height} x {width} px" if self.size_width else f"{height} px"
+            raise InputError(f"patches of {self.patch} px do not fit pictures of {size}: change size or patch")
+        return height // self.patch, width // self.patch
+
+    def filled(self) -> None:
+        """Raises InputError when whole patches do not fill the input."""
+        for side in self.picture:
+            if side % self.patch:
+                fill = f"patches of {self.patch} px do not fill pictures of {side} px"
+                raise InputError(f"{fill}: change size or patch")
 
     @property
     def prefix(self) -> int:
         """Number of tokens before the patches."""
-        return {"none": 0, "cls": 1, "cls+dist": 2}[self.tokens]
+        return len(self.learned) + self.registers
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Modules of the class token and the distillation token."""
+        count = {"none": 0, "cls": 1, "cls+dist": 2}[self.tokens]
+        return ("class_token", "distillation_token")[:count]
+
+    @property
+    def placed(self) -> int:
+        """Number of tokens before the patches that have positions."""
+        return {"all": self.prefix, "cls": len(self.learned), "patches": 0}[self.positions]
+
+    @property
+    def count(self) -> int:
+        """Number of learned positions."""
+        rows, columns = self.grid
+        return rows * columns + self.placed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of OPTIONS that are not at their defaults."""
+        usual = {field.name: field.default for field in fields(self)}
+        return {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != usual[name]}
 
     @property
     def head_dim(self) -> int:
@@ -142,7 +217,7 @@ class VitConfig:
         for name, value in (("heads", heads), ("size", size)):
             if value is not None and not str(value).isdecimal():
                 raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
-        return replace(
+        changed = replace(
             self,
             heads=self.heads if heads is None else int(heads),
             activation=activation or self.activation,
@@ -150,7 +225,11 @@ class VitConfig:
             layout=counts(str(layout), "layout") if layout else self.layout,
             pool=pool or self.pool,
             size=self.size if size is None else int(size),
+            size_width=self.size_width if size is None else None,
         )
+        if size is not None:
+            changed.filled()
+        return changed
 
 
 def counts(text: str, name: str) -> tuple[int, ...]:
@@ -171,28 +250,6 @@ def _number(text: str) -> float:
     return value
 
 
-class DroppedBlock(Block):
-    """A block with stochastic depth. keep: [2, batch], 0 or 1 / (1 - rate): factors of attention and MLP branch."""
-
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        if keep is None:
-            return super().__call__(x)
-        attn, mlp = keep[:, :, None, None].astype(x.dtype)
-        x = x + attn * self.attn(self.attn_norm(x))
-        return x + mlp * self.mlp(self.mlp_norm(x))
-
-
-class Token(nnx.Module):
-    """A learned token plus its learned position: [embed]."""
-
-    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
-        self.cls = param("-> embed", sizes, SMALL, rngs)
-        self.cls_position = param("-> embed", sizes, SMALL, rngs)
-
-    def __call__(self) -> jax.Array:
-        return self.cls[...] + self.cls_position[...]
-
-
 class Vit(nnx.Module):
     """ViT classifier: normalised images, f32, to class logits, f32.
 
@@ -201,24 +258,28 @@ class Vit(nnx.Module):
     """
 
     def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+        rows, columns = cfg.grid
         sizes = dict(embed=cfg.width, head=cfg.heads, head_dim=cfg.head_dim, hidden=cfg.hidden)
-        sizes |= dict(grid_row=cfg.grid, grid_col=cfg.grid)
+        sizes |= dict(grid_row=rows, grid_col=columns, register=cfg.registers)
         sizes |= dict(patch_row=cfg.patch, patch_col=cfg.patch, channel=cfg.channels)
         sizes["class"] = cfg.classes
-        attention = partial(Attention, sizes, attend=softmax(kernel=cfg.kernel), qkv=SMALL, out=SMALL)
-        block: dict[str, Any] = dict(attention=attention, activation=cfg.activation, eps=cfg.eps)
-        block |= dict(up=SMALL, down=SMALL, bias=zeros)
-        self.patch = PatchEmbed(sizes, init=uniform_fan_in, bias=uniform_fan_in, rngs=rngs)
-        self.class_token = Token(sizes, rngs=rngs) if cfg.prefix > 0 else None
-        self.distillation_token = Token(sizes, rngs=rngs) if cfg.prefix > 1 else None
+        bias = None if cfg.pre_norm else uniform_fan_in
+        self.patch = PatchEmbed(sizes, init=uniform_fan_in, bias=bias, rngs=rngs)
+        placed, all_placed = cfg.positions != "patches", cfg.positions == "all"
+        self.class_token = Token(sizes, position=placed, rngs=rngs) if cfg.learned else None
+        self.distillation_token = Token(sizes, position=placed, rngs=rngs) if len(cfg.learned) > 1 else None
+        self.registers = Registers(sizes, position=all_placed, rngs=rngs) if cfg.registers else None
         self.position = param("grid_row grid_col -> embed", sizes, SMALL, rngs)
-        blocks: Any = stack(lambda rngs: DroppedBlock(sizes, **block, rngs=rngs), cfg.layers, rngs)
+        self.pre_norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs) if cfg.pre_norm else None
+        blocks: Any = stack(lambda rngs: VitBlock(cfg, sizes, rngs=rngs), cfg.layers, rngs)
         if cfg.gene == "tleg":  # the slope of a norm starts at 0, so that every layer's scale is 1
-            for norm in (blocks.attn_norm, blocks.mlp_norm):
-                norm.scale[...] = norm.scale[...].at[1].set(0)
+            for path, scale in nnx.to_flat_state(nnx.state(blocks)):
+                if path[-1] == "scale":
+                    scale[...] = scale[...].at[1].set(0)
         self.blocks = blocks
-        self.norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs)
-        self.head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs)
+        self.norm = LayerNorm(sizes, eps=cfg.eps, rngs=rngs) if cfg.final_norm else None
+        self.pool = AttentionPool(cfg, sizes, rngs=rngs) if cfg.pool == "map" else None
+        self.head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if cfg.classes else None
         two = cfg.pool == "cls+dist"
         self.distillation_head = Dense("embed -> class", sizes, init=SMALL, rngs=rngs) if two else None
         self.cfg = cfg
@@ -232,24 +293,44 @@ class Vit(nnx.Module):
         return self.classify(scan(unrolled(self.blocks, self.cfg), x, *keep, remat=self.cfg.remat))
 
     def embed(self, images: Images) -> Float[Array, "batch tokens embed"]:
-        """Embed the patches, with the learned tokens before them."""
-        x = self.patch(jnp.asarray(images))
-        x = add(x, self.position[...].reshape(-1, x.shape[-1]))
-        front = [token() for token in (self.class_token, self.distillation_token) if token is not None]
-        tokens = [jnp.broadcast_to(token, (len(x), 1, x.shape[-1])).astype(x.dtype) for token in front]
-        return jnp.concatenate([*tokens, x], axis=1) if tokens else x
+        """Embed the patches, with the learned tokens before them. Raises InputError for pictures of another size."""
+        cfg, given = self.cfg, tuple(images.shape[1:3])
+        if given != cfg.picture and not cfg.any_size:
+            sizes = "{} x {} px, and the model reads {} x {} px".format(*given, *cfg.picture)
+            raise InputError(f"pictures have {sizes}: resize them, or set any_size")
+        rows, columns = (side // cfg.patch for side in given)
+        x = self.patch(jnp.asarray(images)[:, : rows * cfg.patch, : columns * cfg.patch])
+        position = self.position[...]
+        if (rows, columns) != cfg.grid:  # as timm: bicubic with antialiasing
+            position = jax.image.resize(widened(position), (rows, columns, cfg.width), "cubic")
+        x = add(x, position.reshape(-1, x.shape[-1]))
+        front = [token() for token in (self.class_token, self.distillation_token, self.registers) if token is not None]
+        tokens = [jnp.broadcast_to(token, (len(x), *token.shape)).astype(x.dtype) for token in front]
+        x = jnp.concatenate([*tokens, x], axis=1) if tokens else x
+        return x if self.pre_norm is None else self.pre_norm(x)
 
     def classify(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch classes"]:
-        """Pool, normalise and apply the head, or the mean of both heads, f32."""
+        """Pool, normalise and apply the head, or the mean of both heads, f32; without a head, the pooled features."""
+        y = self.pooled(x)
+        if self.head is None:
+            return y.astype(jnp.float32)
+        logits = self.head(y)
+        if self.distillation_head is not None:
+            logits = (logits + self.distillation_head(self.normed(x[:, 1]))) / 2
+        return logits.astype(jnp.float32)
+
+    def pooled(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch embed"]:
+        """Pool and normalise, in the order of the config's pool."""
         pool, patches = self.cfg.pool, x[:, self.cfg.prefix :]
         if pool == "norm_mean":
-            return self.head(self.norm(patches).mean(1)).astype(jnp.float32)
+            return self.normed(patches).mean(1)
         if pool == "mean_norm":
-            return self.head(self.norm(patches.mean(1))).astype(jnp.float32)
-        logits = self.head(self.norm(x[:, 0]))
-        if self.distillation_head is not None:
-            logits = (logits + self.distillation_head(self.norm(x[:, 1]))) / 2
-        return logits.astype(jnp.float32)
+            return self.normed(patches.mean(1))
+        return self.normed(x[:, 0]) if self.pool is None else self.pool(self.normed(patches))
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """Apply the final norm, if there is one."""
+        return x if self.norm is None else self.norm(x)
 
 
 def stochastic_depth(cfg: VitConfig, key: Array | None, batch: int) -> tuple[Float[Array, "layers 2 batch"], ...]:
@@ -298,10 +379,15 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 def macs(cfg: VitConfig, spec: Spec) -> int:
     """Multiply-accumulates of one image; for a gene, of its auxiliary net."""
-    tokens = cfg.grid**2 + cfg.prefix
-    heads = (("head/**", 1), ("distillation_head/**", 1)) if cfg.pool == "cls+dist" else (("head/**", 1),)
-    counted = kernel_macs(spec, (*heads, ("patch/**", cfg.grid**2), ("blocks/**", tokens)))
+    rows, columns = cfg.grid
+    patches = rows * columns
+    tokens = patches + cfg.prefix
+    uses = [("head/**", 1), ("distillation_head/**", 1), ("patch/**", patches), ("blocks/**", tokens)]
+    uses += [("pool/memory/**", patches), ("pool/**", 1)]
+    here = [(pattern, count) for pattern, count in uses if any(matches(pattern, path) for path in spec)]
+    counted = kernel_macs(spec, here)
     attention = attention_macs(spec["blocks/attn/query/kernel"], tokens)
     inside = attention + sum(n for path, n in counted.items() if path.startswith("blocks/"))
     outside = sum(n for path, n in counted.items() if not path.startswith("blocks/"))
+    outside += 2 * patches * cfg.width if cfg.pool == "map" else 0  # scores and values of the learned query
     return outside + inside * cfg.depth // cfg.layers

@@ -43,7 +43,7 @@ def difference(model: Any, donor: Donor, params: Mapping[str, np.ndarray]) -> fl
     """The largest difference between logits, relative to the largest logit."""
     x = (
         np.random.default_rng(0)
-        .standard_normal((1, donor.cfg.size, donor.cfg.size, donor.cfg.channels))
+        .standard_normal((1, *donor.cfg.picture, donor.cfg.channels))
         .astype(np.float32)
     )
     ours = np.asarray(jax.jit(donor.model.apply)(params, x))

@@ -20,7 +20,7 @@ from torchvision_stand_in import installed
 
 with installed():
     import timm
-    from timm.layers import get_act_layer
+    from timm.layers import SwiGLUPacked, get_act_layer
     from timm.models import beit, deit, eva, vision_transformer, vision_transformer_hybrid, vision_transformer_relpos
     from timm.models._registry import _model_entrypoints
 
@@ -70,6 +70,8 @@ def told(name: str, value: Any) -> Any:
     """An argument as JSON: layers by timm's names for them, norms with their eps, other classes by their own names."""
     if name == "act_layer" and value in ACTIVATIONS:
         return ACTIVATIONS[value]
+    if value is SwiGLUPacked:
+        return "SwiGLUPacked"
     if name == "norm_layer":
         kind = value.func if isinstance(value, partial) else value
         if not isinstance(kind, str) and issubclass(kind, torch.nn.LayerNorm):

@@ -172,6 +172,14 @@ class Fields:
             raise self.refusal(name, "only squares can be read")
         return height
 
+    def sides(self, name: str, default: tuple[int, int] = _REQUIRED) -> tuple[int, int]:
+        """Reads height and width, which may be one whole number for both."""
+        if isinstance(self._values.get(name), (list, tuple)):
+            height, width = self.integers(name, length=2)
+            return height, width
+        side = self.integer(name, None) if name in self._values or default is _REQUIRED else None
+        return default if side is None else (side, side)
+
     def object(self, name: str) -> "Fields":
         """Reads a nested object, an empty one where the field is absent or null."""
         self._known.add(name)

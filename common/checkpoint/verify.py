@@ -208,6 +208,8 @@ def torch_activation(name: str) -> Callable[[Any], Any]:
 
     if name == "quick_gelu":
         return lambda x: x * torch.sigmoid(1.702 * x)
+    if name == "silu":
+        return F.silu
     return partial(F.gelu, approximate={"gelu": "none", "gelu_tanh": "tanh"}[name])
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 
 from heirloom.common.nn.blockwise import blockwise, plain
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
+from heirloom.common.nn.norm import LayerNorm
 
 Attend = Callable[..., jax.Array]
 """`attend(query, key, value, mask=None)`: query and result are [batch, token, head, head_dim], key and value have as
@@ -41,7 +42,11 @@ def _softmax(
 
 
 class Attention(nnx.Module):
-    """Self-attention with biases on all four projections. `x` is [batch, token, embed]; returns the same shape."""
+    """Self-attention. `x` is [batch, token, embed]; returns the same shape.
+
+    qkv_bias: whether queries, keys and values have biases. qk_eps: of LayerNorms of each head's queries and keys;
+    norm_eps: of a LayerNorm of all heads' results before the last projection; None: no norms.
+    """
 
     def __init__(
         self,
@@ -51,16 +56,27 @@ class Attention(nnx.Module):
         qkv: Init = PACKED,
         out: Init = uniform_fan_in,
         bias: Init = zeros,
+        qkv_bias: bool = True,
+        qk_eps: float | None = None,
+        norm_eps: float | None = None,
         rngs: nnx.Rngs,
     ):
-        self.query = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
-        self.key = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
-        self.value = Dense("embed -> head head_dim", sizes, init=qkv, bias=bias, rngs=rngs)
+        inner: dict[str, Any] = dict(init=qkv, bias=bias if qkv_bias else None)
+        self.query = Dense("embed -> head head_dim", sizes, **inner, rngs=rngs)
+        self.key = Dense("embed -> head head_dim", sizes, **inner, rngs=rngs)
+        self.value = Dense("embed -> head head_dim", sizes, **inner, rngs=rngs)
+        self.query_norm = LayerNorm(sizes, eps=qk_eps, axes="head_dim", rngs=rngs) if qk_eps else None
+        self.key_norm = LayerNorm(sizes, eps=qk_eps, axes="head_dim", rngs=rngs) if qk_eps else None
+        self.inner_norm = LayerNorm(sizes, eps=norm_eps, axes="head head_dim", rngs=rngs) if norm_eps else None
         self.out = Dense("head head_dim -> embed", sizes, init=out, bias=bias, rngs=rngs)
         self.attend = attend
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(self.attend(self.query(x), self.key(x), self.value(x)))
+        query, key = self.query(x), self.key(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        y = self.attend(query, key, self.value(x))
+        return self.out(y if self.inner_norm is None else self.inner_norm(y))
 
 
 class KeyValue(NamedTuple):

@@ -23,9 +23,9 @@ _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 class Block(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x)). `x` is [batch, token, embed].
 
-    attention: called with `rngs`, makes the module that mixes tokens. affine=False: norms without parameters, for calls
-    with a modulation [part, batch, embed]: shift, scale and gate of the attention, then of the MLP (adaLN-Zero; DiT
-    §3.2).
+    attention: called with `rngs`, makes the module that mixes tokens. mlp: makes the MLP, for other options than the
+    plain one's. affine=False: norms without parameters, for calls with a modulation [part, batch, embed]: shift, scale
+    and gate of the attention, then of the MLP (adaLN-Zero; DiT §3.2).
     """
 
     def __init__(
@@ -39,12 +39,13 @@ class Block(nnx.Module):
         down: Init = uniform_fan_in,
         bias: Init = uniform_fan_in,
         affine: bool = True,
+        mlp: Callable[..., nnx.Module] = Mlp,
         rngs: nnx.Rngs,
     ):
         self.attn_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
         self.attn: Any = attention(rngs=rngs)
         self.mlp_norm = LayerNorm(sizes, eps=eps, affine=affine, rngs=rngs)
-        self.mlp = Mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
+        self.mlp: Any = mlp(sizes, activation=activation, up=up, down=down, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, modulation: jax.Array | None = None) -> jax.Array:
         if modulation is None:

@@ -24,21 +24,23 @@ def unit(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """Normalise the last axis, `embed`; statistics in f32 whatever the input's dtype, which the result keeps.
+    """Normalise the last axes, by default `embed`; statistics in f32 whatever the input's dtype, which the result
+    keeps.
 
-    `affine=False`: no scale and bias of its own, where a modulation brings them. keep: [embed], bool, the channels that
-    learned masks have left; statistics are over these alone and the others come out as 0 (TinyCLIP §3.2).
+    `affine=False`: no scale and bias of its own, where a modulation brings them. axes: the names of the last axes, such
+    as "head head_dim". keep: [embed], bool, the channels that learned masks have left; statistics are over these alone
+    and the others come out as 0 (TinyCLIP §3.2).
     """
 
-    def __init__(self, sizes: Sizes, *, eps: float, affine: bool = True, rngs: nnx.Rngs):
-        self.eps = eps
-        self.scale = param("embed", sizes, ones, rngs) if affine else None
-        self.bias = param("embed", sizes, zeros, rngs) if affine else None
+    def __init__(self, sizes: Sizes, *, eps: float, affine: bool = True, axes: str = "embed", rngs: nnx.Rngs):
+        self.eps, self.last = eps, tuple(range(-len(axes.split()), 0))
+        self.scale = param(axes, sizes, ones, rngs) if affine else None
+        self.bias = param(axes, sizes, zeros, rngs) if affine else None
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True, where=keep)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True, where=keep) + self.eps)
+        y = y - y.mean(self.last, keepdims=True, where=keep)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(self.last, keepdims=True, where=keep) + self.eps)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return (y if keep is None else jnp.where(keep, y, 0)).astype(x.dtype)

@@ -16,7 +16,7 @@ from heirloom.common.train.came import scale_by_came
 # The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
 # split into axes of their own and layers are stacked, so a bias may have three.
 DECAYED = frozenset({"kernel", "table", "final_table", "position", "cls_position"})
-SPARED = frozenset({"bias", "scale", "cls", "logit_scale", "logit_bias"})
+SPARED = frozenset({"bias", "scale", "cls", "register", "latent", "logit_scale", "logit_bias"})
 STATISTICS = frozenset({"mean", "variance"})  # of batch norms: the step writes them, not the optimizer
 
 

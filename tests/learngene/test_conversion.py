@@ -176,7 +176,7 @@ def test_settings_of_a_folder_of_ours_may_be_set_and_are_never_ignored(folder_of
     [
         ("hf_vit", {"qkv_bias": False}, "qkv_bias is False"),
         ("hf_vit", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ("timm_cls", {"model_args": {"num_heads": 2, "global_pool": "map"}}, "global_pool is 'map'"),
+        ("timm_cls", {"model_args": {"num_heads": 2, "global_pool": "max"}}, "global_pool is 'max'"),
         ("timm_cls", {"model_args": {}}, "embed_dim is 192, and the weights have 16"),
     ],
 )

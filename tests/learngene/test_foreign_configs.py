@@ -103,19 +103,27 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
     [
         (dict(architecture="resnet50"), "no architecture 'resnet50'.* write the differences into model_args"),
         (dict(architecture="vit_tiny_patch16_225"), "did you mean 'vit_tiny_patch16_224'"),
-        (dict(architecture="beit_base_patch16_224"), "timm builds 'beit_base_patch16_224' as its class Beit"),
-        (dict(architecture="deit3_small_patch16_224"), r"init_values is 1e-06 \(LayerScale\)"),
-        (dict(architecture="flexivit_small"), "a class token without a position"),
-        (dict(architecture="vit_base_patch16_siglip_224"), "global_pool is 'map'"),
-        (args(reg_tokens=4), r"reg_tokens is 4 \(register tokens\)"),
-        (dict(architecture="vit_base_patch32_clip_224"), r"pre_norm is True \(a norm before the blocks\)"),
+        (
+            dict(architecture="beit_base_patch16_224"),
+            "timm builds 'beit_base_patch16_224' as its class Beit, which has relative positions",
+        ),
+        (dict(architecture="vit_small_patch16_dinov3"), "as its class Eva, which has rotary positions; only its"),
+        (dict(architecture="vit_relpos_small_patch16_224"), "class VisionTransformerRelPos, which has relative posit"),
+        (dict(architecture="vit_base_patch16_xp_224"), r"block_fn is 'ParallelScalingBlock' \(other blocks\)"),
+        (dict(architecture="vit_dwee_patch16_reg1_gap_256"), r"attn_layer is 'diff' \(another attention\)"),
+        (args(no_embed_class=True), "no_embed_class is True, and the weights have False"),
+        (args(global_pool="map"), "tensor 'attn_pool.kv.bias' is missing"),
+        (args(global_pool="map", fc_norm=True), r"fc_norm is True \(a norm of the pooled features alone\)"),
+        (args(reg_tokens=4), "reg_tokens is 4, and the weights have 0"),
+        (args(pre_norm=True), "pre_norm is True, and the weights have False"),
+        (args(scale_mlp_norm=True), "scale_mlp_norm is True, and the weights have False"),
         (
             dict(architecture="vit_small_r26_s32_224"),
             r"embed_layer is 'HybridEmbed' \(a stem that is not one convolution\)",
         ),
         (
             dict(architecture="deit_tiny_distilled_patch16_224"),
-            "5 positions, which are not a square of patches and 2 tokens",
+            "img_size 8 x 8 with patches of 4 and 2 tokens in front needs 6 positions, and the weights have 5",
         ),
         (args(act_layer="relu"), "act_layer is 'relu'"),
         (args(norm_layer="rmsnorm"), "norm_layer is 'rmsnorm'; only models where it is 'layernorm'"),
@@ -136,17 +144,17 @@ def test_hugging_face_settings_that_shapes_cannot_tell(read):
             dict(pretrained_cfg={"label_offset": 1}),
             r"pretrained_cfg: label_offset is 1 \(logits in front of those of the classes\)",
         ),
-        (args(img_size=[4, 16]), r"img_size is \[4, 16\]; only squares"),
+        (args(img_size=[8, 16]), r"img_size is \[8, 16\], and the weights have 8"),
         (args(img_size=12), "img_size is 12, and the weights have 8"),
         (args(patch_size=[4, 2]), r"patch_size is \[4, 2\]; only squares"),
         (args(fc_norm=True), r"fc_norm is True \(a norm of the class token alone\)"),
         (args(global_pool="max"), "global_pool is 'max'"),
         (args(class_token=False), "builds no VisionTransformer with class_token False"),
-        (args(init_values=1e-5), r"init_values is 1e-05 \(LayerScale\)"),
-        (args(qk_norm=True), "norms of queries and keys"),
-        (args(qkv_bias=False), "without biases"),
+        (args(init_values=1e-5), "init_values is 1e-05, and the weights have 0.0"),
+        (args(qk_norm=True), "qk_norm is True, and the weights have False"),
+        (args(qkv_bias=False), "qkv_bias is False, and the weights have True"),
         (args(proj_bias=False), "projections without biases"),
-        (args(final_norm=False), "no norm after the blocks"),
+        (args(final_norm=False), "final_norm is False, and the weights have True"),
         (args(pos_embed="none"), "positions that are not learned"),
         (args(num_heads="2"), "num_heads is '2', and must be a whole number"),
         (args(mlp_ratio=3), "mlp_ratio times embed_dim is 48, and the weights have 32"),
@@ -186,18 +194,23 @@ def test_timm_settings_that_shapes_cannot_tell(read):
     gap = read("timm_norm_mean", architecture="vit_base_patch16_gap_224", **implied)
     assert gap == replace(plain, heads=16, tokens="none", pool="norm_mean")
     harmless = args(
-        drop_path_rate=0.1, proj_drop_rate=0.1, weight_init="jax", dynamic_img_size=True, init_values=None, reg_tokens=0
+        drop_path_rate=0.1, proj_drop_rate=0.1, weight_init="jax", dynamic_img_pad=True, init_values=None, reg_tokens=0
     )
     assert read("timm_cls", **harmless, model_type="timm_wrapper", do_pooling=True, torch_dtype="float32") == plain
+    assert read("timm_cls", **args(dynamic_img_size=True)) == replace(plain, any_size=True)
+    assert read("timm_cls", **args(img_size=[4, 16])) == replace(plain, size=4, size_width=16)
+    assert read("timm_cls", **args(img_size=9)) == replace(plain, size=9)  # the last row of pixels is not read
 
 
 def test_a_name_implies_its_arguments():
     """Published models by name alone, as their shapes and timm's functions have them."""
     base = VitConfig(patch=16, width=768, heads=1, hidden=3072, tokens="cls", pool="cls")
     assert settings(arguments("vit_base_patch16_224", {}, "here"), base) == replace(base, heads=12)
-    gap = settings(arguments("vit_base_patch32_siglip_gap_256", {}, "here"), replace(base, patch=32, size=256))
+    patches = replace(base, patch=32, size=256, tokens="none", pool="norm_mean")
+    gap = settings(arguments("vit_base_patch32_siglip_gap_256", {}, "here"), patches)
     assert (gap.activation, gap.pool, gap.tokens) == ("gelu_tanh", "norm_mean", "none")
-    distilled = settings(arguments("deit_base_distilled_patch16_224", {}, "here"), base)
+    two = replace(base, tokens="cls+dist", pool="cls+dist")
+    distilled = settings(arguments("deit_base_distilled_patch16_224", {}, "here"), two)
     assert (distilled.tokens, distilled.pool) == ("cls+dist", "cls+dist")
     assert {entry["class"] for entry in table().values()} > set(CLASSES) and len(table()) == 278
 
@@ -243,7 +256,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
         "norm_mean",
     )
     for wrong, message in (
-        (dict(pool="map"), "unknown pool 'map'"),
+        (dict(pool="maps"), "unknown pool 'maps'; did you mean 'map'"),
         (dict(eps="0"), "eps is 0: write a number between 0 and 1"),
     ):
         with pytest.raises(InputError, match=message):
@@ -283,7 +296,7 @@ def test_a_trainers_arguments_tell_the_model(bare):
             dict(model="vit_tiny_patch16_224", model_kwargs=sizes, nb_classes=4),
             "num_classes is 4, and the weights have 5",
         ),
-        (dict(model="deit3_small_patch16_224", model_kwargs=sizes), "LayerScale"),
+        (dict(model="deit3_small_patch16_224", model_kwargs=sizes), "init_values is 1e-06, and the weights have 0.0"),
     ):
         with pytest.raises(InputError, match=message):
             open_donor(bare(args=args_), [FAMILY])
@@ -316,7 +329,7 @@ def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, argumen
         (dict(img_size=64), r"the tensors \(my_vit\): img_size is 64, and the weights have 8"),
         (dict(input_size=[3, 64, 64]), "img_size is 64, and the weights have 8"),
         (dict(input_size=[1, 8, 8]), "in_chans is 1, and the weights have 3"),
-        (dict(input_size=[3, 4, 16]), r"img_size is \[4, 16\]; only squares"),
+        (dict(input_size=[3, 8, 16]), r"img_size is \[8, 16\], and the weights have 8"),
         (dict(img_size=8, input_size=16), "img_size is 8 and input_size is 16, which contradict each other"),
         (dict(patch_size=8), "patch_size is 8, and the weights have 4"),
         (dict(embed_dim=32), "embed_dim is 32, and the weights have 16"),
@@ -326,7 +339,7 @@ def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, argumen
         (dict(num_heads="many"), "num_heads is 'many', and must be a whole number"),
         (dict(num_heads=3), "3 heads do not divide a width of 16"),
         (dict(num_heads={"a": 2}), "num_heads is of type dict, not a number"),
-        (dict(model_kwargs=dict(init_values=1e-5)), r"init_values is 1e-05 \(LayerScale\)"),
+        (dict(model_kwargs=dict(init_values=1e-5)), "init_values is 1e-05, and the weights have 0.0"),
         (dict(model_kwargs=dict(rope=True)), "the field 'rope'"),
         (dict(model_kwargs={1: 2}), "1 is of type int; only"),
         (dict(model_kwargs="heads=2"), "model_kwargs is of type str, not a dictionary"),
@@ -400,11 +413,11 @@ def test_a_conversion_says_each_guess_once_and_names_no_folder_that_goes_again(g
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("blocks.0.ls1.gamma", "has LayerScale"),
-        ("reg_token", "has register tokens"),
-        ("norm_pre.weight", "has a norm before the blocks"),
-        ("blocks.1.attn.q_norm.weight", "has norms of queries and keys"),
-        ("attn_pool.latent", "has attention pooling"),
+        ("blocks.0.attn.relative_position_bias_table", "has relative positions"),
+        ("rope.periods", "has rotary positions"),
+        ("blocks.0.mlp.fc1_g.weight", "has a gated MLP with a tensor of its own for the gate"),
+        ("pre_logits.fc.weight", r"has a layer before the head \(pre_logits\)"),
+        ("blocks.1.attn.lambda_q1", "has differential attention"),
     ],
 )
 def test_parts_of_other_vits_are_named(golden, tmp_path, key, message):
@@ -416,8 +429,8 @@ def test_parts_of_other_vits_are_named(golden, tmp_path, key, message):
 
 def test_pictures_that_are_no_square_are_refused(golden, tmp_path):
     tensors = {k: v.copy() for k, v in open_safetensors(golden[0] / "timm_cls" / "model.safetensors").items()}
-    save_file(tensors | {"pos_embed": np.zeros((1, 9, 16), np.float32)}, tmp_path / "vit.safetensors")
-    with pytest.raises(InputError, match="9 positions, which are not a square of patches and 1 tokens in front"):
+    save_file(tensors | {"pos_embed": np.zeros((1, 8, 16), np.float32)}, tmp_path / "vit.safetensors")
+    with pytest.raises(InputError, match="8 positions, which are not a square of patches and 1 tokens in front"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
 
 
