@@ -3,8 +3,10 @@
 #
 #   export NAME=clip ZONE=us-central1-a TYPE=v5litepod-16 BUCKET=gs://my-bucket    # SPOT=1 for spot capacity
 #   infra/tpu_vm.sh create && infra/tpu_vm.sh setup
-#   infra/tpu_vm.sh run heirloom train tinyclip/vit_39m_16 --run "$BUCKET/runs/clip" --data.path "$BUCKET/yfcc/{00000..01499}.tar"
+#   infra/tpu_vm.sh run heirloom train tinyclip/vit_39m_16 --run /shared/clip --data.path "$BUCKET/yfcc/{00000..01499}.tar"
 #   infra/tpu_vm.sh watch heirloom train ...      # the same command: creates the slice again whenever it is preempted
+#
+# /shared is a disk that all hosts mount, such as Filestore: a run cannot lie in a bucket yet.
 #
 # Not run: written from the documentation of Cloud TPU (queued resources) in November 2026, checked with shellcheck.
 set -euo pipefail
@@ -70,5 +72,5 @@ status() { state && logs; }
 
 case ${1:-} in
 create | setup | run | status | watch | logs | stop | delete) "$@" ;;
-*) sed -n '2,9p' "$0" >&2; exit 2 ;;
+*) sed -n '2,11p' "$0" >&2; exit 2 ;;
 esac
