@@ -1,7 +1,7 @@
 """Parts of the Vision Transformer: learned tokens, the block with its options, and pooling by attention."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ class VitBlock(Block):
             norm_eps=inner,
         )
         mlp = partial(Mlp, gated=cfg.gated, norm_eps=inner)
-        init: dict[str, Init] = dict(up=SMALL, down=SMALL, bias=zeros)
+        init: dict[str, Any] = dict(up=SMALL, down=SMALL, bias=zeros)
         super().__init__(
             sizes, attention=attention, activation=cfg.activation, eps=cfg.eps, mlp=mlp, **init, rngs=rngs
         )
