@@ -54,6 +54,8 @@ def open_caches(cfg: "Config", directory: Path | None) -> Caches:
     Raises InputError for pictures without a directory, and for caches that do not fit the student or one another.
     """
     caches = {}
+    if not cfg.data.path:
+        raise InputError("give --data.path: pictures with captions, or a cache of them (heirloom cache RECIPE DIR)")
     for name, data in named_data(cfg).items():
         path = place(data.path)
         if isinstance(path, Address):

@@ -194,7 +194,7 @@ def test_a_student_finds_the_parts_of_its_donors_pipeline(folder, tmp_path, caps
     (file,) = out.iterdir()
     assert Image.open(file).size == (320, 192)
     assert main(["train", str(recipe), "--run", str(tmp_path / "run")]) == 2
-    assert "has no heirloom train" in capsys.readouterr().err
+    assert "give --data.path: pictures with captions, or a cache of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
