@@ -41,6 +41,7 @@ def test_unit_norm_keeps_the_kind_of_array_and_zeros():
 
 
 def test_names_of_activations():
-    assert HF_NAMES == {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-    with pytest.raises(InputError, match=r"no activation 'quick_gely'.*\(gelu, gelu_tanh, quick_gelu\)"):
+    names = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu"}
+    assert names == HF_NAMES
+    with pytest.raises(InputError, match=r"no activation 'quick_gely'.*\(gelu, gelu_tanh, quick_gelu, silu\)"):
         check_activation("quick_gely")
