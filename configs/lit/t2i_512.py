@@ -6,8 +6,7 @@
 
 `cache` needs `--autoencoder PIPELINE/vae --text-encoder PIPELINE/text_encoder`, parts of the donor's pipeline.
 Expected: GenEval 0.47 (LiT, Table 7; PixArt-Σ 0.52), after 106,000 steps with a batch of 384. The paper's data is not
-public, and its hardware is not told; a step is compiled for 64 chips of TPU v5e in docs/compile.md. The donor's licence
-(CreativeML Open RAIL++-M) passes on to the student.
+public, and its hardware is not told. The donor's licence (CreativeML Open RAIL++-M) passes on to the student.
 """
 
 from lit_jax.recipes import text_to_image
