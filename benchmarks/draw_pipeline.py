@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.t5_memory import write_encoder
-from heirloom.common.checkpoint.convert import Family
+from heirloom.common.checkpoint.family import Family
 from heirloom.common.checkpoint.weights import create_safetensors, write_json
 from heirloom.common.nn.functional import functional
 from lit_jax.autoencoder import AutoencoderConfig

@@ -1,7 +1,7 @@
 """Text to image at 64 pixels: LiT students of a small donor, from scratch, inherited, and inherited and distilled.
 
     heirloom train lit/icons_donor --run runs/icons_donor
-    python benchmarks/icons.py --runs runs/icons --json benchmarks/results/icons.json    # an hour on two cores
+    python benchmarks/icons.py --runs runs/icons --json benchmarks/results/icons.json    # about an hour
 
 Every arm has the recipe `lit/icons`; the seeds differ in initial weights, order and noise. --runs keeps what is done:
 the same command continues. Scores are of 300 seen prompts (icons and emoji of the training set) and of 300 unseen ones

@@ -29,7 +29,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from heirloom.common.checkpoint.convert import COPY, Donor, convert, open_donor
+from heirloom.common.checkpoint.convert import COPY, convert, open_donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import create_safetensors
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft

@@ -11,7 +11,7 @@ from heirloom.common.errors import InputError, nearest
 if TYPE_CHECKING:  # imports jax, which most commands never need
     from pathlib import Path
 
-    from heirloom.common.checkpoint.convert import Donor, Family
+    from heirloom.common.checkpoint.family import Donor, Family
 
 
 @cache

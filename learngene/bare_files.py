@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from heirloom.common.checkpoint.convert import Found, Guess, Read
+from heirloom.common.checkpoint.family import Found, Guess, Read
 from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
 from learngene import timm_architectures

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor, Family
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Family
+from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.checkpoint.convert import Family
+from heirloom.common.checkpoint.family import Family
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, Init, normal

@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError
 from heirloom.common.train import recipe
 from learngene.config import Config

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor, Family
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Format, Lookalike
+from heirloom.common.checkpoint.family import Format, Lookalike
 from heirloom.common.checkpoint.verify import Check
 from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
 

@@ -5,7 +5,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Found, Guess, Read
+from heirloom.common.checkpoint.family import Found, Guess, Read
 from heirloom.common.errors import InputError
 from learngene.bare_files import ordinary, plain, square
 from learngene.shapes import depth

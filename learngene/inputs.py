@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, write
 from learngene.labels import carry_labels

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Found, Read
+from heirloom.common.checkpoint.family import Found, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import save_grid
 from heirloom.common.data.labelled import open_labelled, write_labels
 from heirloom.common.data.pipeline import training_batches

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor, Family, Format, Found, Lookalike, Read
+from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Lookalike, Read
 from heirloom.common.checkpoint.verify import Check, against, as_folder, compare, outputs
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError

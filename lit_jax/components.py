@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.pipeline import MAIN, class_of, is_pipeline

@@ -11,7 +11,8 @@ import numpy as np
 from rich.progress import track
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor, hashes
+from heirloom.common.checkpoint.convert import hashes
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
 from heirloom.common.errors import InputError, positive
 from heirloom.common.evaluate.extractor import open_extractor

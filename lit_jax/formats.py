@@ -9,7 +9,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, get_args
 
-from heirloom.common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.family import Donor, Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.adaln import EPS

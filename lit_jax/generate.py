@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import save_grid
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start

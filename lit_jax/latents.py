@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.sources import Source, SourceConfig
 from heirloom.common.errors import InputError, remark

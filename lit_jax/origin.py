@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath

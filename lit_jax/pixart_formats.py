@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor, Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.family import Donor, Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError, remark

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from PIL import Image
 
-from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.methods import locate_any

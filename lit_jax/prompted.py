@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.aspect import parse_size

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import track
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pictures import decode_record
@@ -98,7 +98,9 @@ def _columns(record: Record, data: SourceConfig) -> Columns:
     Raises InputError for a record without any.
     """
     found = [record.get("text") if name == data.text else record.get(name) for name in (data.text, *data.columns)]
-    columns = [[cell] if isinstance(cell, str) else list(cell or []) for cell in found]
+    columns: list[list[Any]] = []
+    for cell in found:
+        columns.append(cell if isinstance(cell, list) else [] if cell is None else [cell])
     if not any(columns) or not all(isinstance(text, str) for column in columns for text in column):
         raise InputError(f"{record['key']}: its captions must be texts, at least one")
     filled = [[text for text in column if text] for column in columns]
@@ -181,7 +183,8 @@ class TextCache:
     """An opened cache, a source of records `moments` [row, col, 2 latent] f16 and `text`: for each column of captions
     the features [token, width] f16 of each caption, read when they are used.
 
-    groups: int [records], the number of the size of each.
+    groups: int [records], the number of the size of each. Raises InputError for another version, and for files that are
+    missing, damaged or do not belong together.
     """
 
     def __init__(self, folder: str | Path):
@@ -190,21 +193,37 @@ class TextCache:
         if about.get("version") != VERSION:
             raise InputError(f"{folder}: cache version {about.get('version')}, this reads {VERSION}: make it again")
         self.about = about
+        try:
+            self._open(about)
+        except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{folder} is damaged ({' '.join(str(error).split())}): make the cache again") from error
+
+    def _open(self, about: dict[str, Any]) -> None:
+        """Reads the tables and checks that the large files have the sizes that these tell."""
         self.sizes = [(int(height), int(width)) for height, width, _ in about["sizes"]]
         self.columns: list[str] = about["columns"]
         self._captions, self._starts = (np.load(self.folder / f"{name}.npy") for name in ("captions", "starts"))
         self.groups = np.zeros(len(self._captions), np.int64)
-        self._rows = np.zeros(len(self._captions), np.int64)
+        self._rows, seen = np.zeros(len(self._captions), np.int64), np.zeros(len(self._captions), np.int64)
         for group, (height, width) in enumerate(self.sizes):
-            rows = np.load(self.folder / f"{height}x{width}" / "records.npy")
+            part = self.folder / f"{height}x{width}"
+            rows, stored = np.load(part / "records.npy"), len(np.load(part / "moments.npy", mmap_mode="r"))
+            if len(rows) != stored:
+                raise ValueError(f"{part.name} has {stored} latents for {len(rows)} records")
             self.groups[rows], self._rows[rows] = group, np.arange(len(rows))
-        self._maps: tuple[list[np.ndarray], np.ndarray] | None = None
-
-    @property
-    def encoding(self) -> Encoding:
-        """The autoencoder of the latents, and the empty text."""
+            seen[rows] += 1
+        if not (seen == 1).all() or len(seen) != about["records"]:
+            raise ValueError(f"latents of {int((seen == 1).sum())} of {about['records']} records")
+        size, wanted = (self.folder / "features.f16").stat().st_size, 2 * int(self._starts[-1]) * int(about["width"])
+        if size != wanted:
+            raise ValueError(f"features.f16 has {size} bytes, not {wanted}")
         features, mask = (np.load(self.folder / f"{name}.npy") for name in ("null", "null_mask"))
-        return Encoding(cache_origin(self.folder).cfg, EmptyText(features.astype(np.float32), mask))
+        if features.shape != (about["tokens"], about["width"]) or mask.shape != features.shape[:1]:
+            raise ValueError(f"null.npy is {list(features.shape)} and null_mask.npy {list(mask.shape)}")
+        empty = EmptyText(features.astype(np.float32), mask)
+        self.encoding = Encoding(cache_origin(self.folder).cfg, empty)
+        """The autoencoder of the latents, and the empty text."""
+        self._maps: tuple[list[np.ndarray], np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": None}  # each worker maps the files again

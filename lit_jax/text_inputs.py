@@ -1,23 +1,27 @@
 """Opens what a text-to-image training reads: caches, which are made first where there are pictures, and a drawer."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.paths import Address, place
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parts import Model
 from lit_jax import autoencoder_layouts
-from lit_jax.aspect import bucket_sizes
+from lit_jax.aspect import Ratios, bucket_sizes
 from lit_jax.decode import open_pictures
 from lit_jax.denoiser import Denoiser
-from lit_jax.origin import read_origin
+from lit_jax.latents import cache_origin
+from lit_jax.origin import compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.text.encoder import open_text
 from lit_jax.text_cache import TextCache, is_text_cache, write_text_cache
@@ -53,37 +57,63 @@ def open_caches(cfg: "Config", directory: Path | None) -> Caches:
 
     Raises InputError for pictures without a directory, and for caches that do not fit the student or one another.
     """
-    caches = {}
+    caches: Caches = {}
     if not cfg.data.path:
         raise InputError("give --data.path: pictures with captions, or a cache of them (heirloom cache RECIPE DIR)")
     for name, data in named_data(cfg).items():
         path = place(data.path)
         if isinstance(path, Address):
             raise InputError(f"{path}: pictures with captions are encoded, and caches read, from local folders")
-        if not is_text_cache(path):
-            if directory is None:
-                raise InputError(f"{data.path} is no cache of latents: make one with heirloom cache RECIPE DIR")
+        if is_text_cache(path):
+            caches[name] = TextCache(path)
+            if data.columns and [data.text, *data.columns] != caches[name].columns:
+                has = f"{path} has the captions {', '.join(caches[name].columns)}"
+                raise InputError(f"{has}, not {', '.join((data.text, *data.columns))}: leave out data.columns, set mix")
+        elif directory is None:
+            raise InputError(f"{data.path} is no cache of latents: make one with heirloom cache RECIPE DIR")
+        else:
             path = directory / "cache" / name
             if not is_text_cache(path):
                 print(f"{data.path}: encoding pictures and captions into {path}")
                 write_cache(cfg, data, path)
-        caches[name] = TextCache(path)
+            caches[name] = TextCache(path)
+            check_made_of(cfg, data, caches[name])
         check_cache(cfg.student, caches[name])
+    origin = cache_origin(caches["train"].folder)
     for other in caches.values():
+        remark(compare_latents(origin, cache_origin(other.folder), str(caches["train"].folder), str(other.folder)))
         if other.about["empty"] != caches["train"].about["empty"]:
             given = f"{other.about['text_encoder']}, the training data with {caches['train'].about['text_encoder']}"
             raise InputError(f"{other.folder} was made with the text encoder {given}: make both with the same")
     return caches
 
 
+def check_made_of(cfg: "Config", data: SourceConfig, cache: TextCache) -> None:
+    """Raise InputError if the cache in a run folder was made of other data, or with other models, than the recipe's."""
+    wanted = json.loads(json.dumps(asdict(data)))
+    now = wanted | {"autoencoder": cfg.autoencoder, "text_encoder": cfg.text_encoder}
+    then = cache.about["data"] | {name: cache.about[name] for name in ("autoencoder", "text_encoder")}
+    for name, value in now.items():
+        if then.get(name) != value:
+            made = f"{cache.folder} was made with {name} {then.get(name)!r}, the recipe has {value!r}"
+            raise InputError(f"{made}: remove it to encode the data again, or set it back")
+
+
 def check_cache(student: PixArtConfig, cache: TextCache) -> None:
-    """Raise InputError if the student takes other latents or texts than the cache has."""
+    """Raise InputError if the student takes other latents, sizes or texts than the cache has."""
     channels = cache[0]["moments"].shape[-1] // 2
     found = dict(channels=channels, text_width=cache.about["width"], text_tokens=cache.about["tokens"])
     for name, value in found.items():
         if getattr(student, name) != value:
             takes = f"the student {getattr(student, name)}: set student.{name}"
             raise InputError(f"{cache.folder} has {name} {value}, {takes}")
+    factor = cache.encoding.autoencoder.factor
+    side, step = student.size * factor, student.patch * factor
+    known = {size for ratios in get_args(Ratios) for size in bucket_sizes(ratios, side, step)}
+    if wrong := [size for size in cache.sizes if size not in known]:
+        height, width = wrong[0]
+        sizes = f"pictures of {height} x {width}, which is no size of a student for {side} pixels"
+        raise InputError(f"{cache.folder} has {sizes}: set student.size and student.interpolation, or cache it again")
 
 
 def check_teacher(student: PixArtConfig, teacher: Donor) -> None:

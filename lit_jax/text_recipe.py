@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor, Family
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule

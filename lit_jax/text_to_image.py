@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 from PIL import Image
 
-from heirloom.common.checkpoint.convert import Donor, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.parameters import load_params

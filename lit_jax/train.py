@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.bad import first_good
 from heirloom.common.data.grid import save_grid
 from heirloom.common.data.labelled import open_labelled

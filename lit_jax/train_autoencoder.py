@@ -145,12 +145,16 @@ def _some(cfg: Config, data: SourceConfig, bad: BadMode) -> np.ndarray:
 
 def standardised(cfg: Config, model: Model, params: Params) -> Params:
     """Rescale the 1 x 1 convolutions around the latents, so that the scaled latents of training pictures have unit
-    variance. Pictures are restored as before.
+    variance. Pictures are restored as before. Raises InputError for latents that are all alike or not finite.
     """
     images = _some(cfg, cfg.data, cfg.pipeline.bad)
     encode = jax.jit(partial(model.apply, method="encode"))
     means = [np.asarray(encode(params, images[i : i + ROWS]).mean) for i in range(0, len(images), ROWS)]
-    scale = 1 / (float(np.concatenate(means).std()) * cfg.student.scaling_factor)
+    std = float(np.concatenate(means).std())
+    if not 0 < std < float("inf"):
+        spread = f"the latents of training pictures have a standard deviation of {std}"
+        raise InputError(f"{spread}: train again with a lower optim.lr")
+    scale = 1 / (std * cfg.student.scaling_factor)
     half = np.arange(2 * cfg.student.latent) < cfg.student.latent  # means before logarithms of variances
     factor = jnp.asarray(np.where(half, scale, 1), jnp.float32)
     kernel, bias = params["quant/kernel"] * factor, params["quant/bias"] * factor

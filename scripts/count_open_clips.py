@@ -22,7 +22,7 @@ from counting import count, perturb
 from safetensors.torch import save_file
 from torchvision_stand_in import installed
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
 

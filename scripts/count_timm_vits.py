@@ -20,7 +20,7 @@ from counting import count, perturb
 from make_timm_table import PREFIXES
 from torchvision_stand_in import installed
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from learngene.zoo import FAMILY
 
 with installed():

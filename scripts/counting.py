@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import torch
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.errors import InputError
 
 TOLERANCE = 1e-4

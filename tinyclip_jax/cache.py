@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import Donor, hashes
+from heirloom.common.checkpoint.convert import hashes
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Family
+from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.pipeline import AugmentName
 from heirloom.common.errors import InputError, positive
 from heirloom.common.train import recipe

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.pipeline import evaluation_batches

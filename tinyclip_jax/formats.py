@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.family import Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError

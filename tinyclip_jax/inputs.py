@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.bad import BadMode
 from heirloom.common.data.preprocess import Preprocess

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor, TextReader
+from heirloom.common.checkpoint.family import Donor, TextReader
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.train.mesh import MeshConfig, start

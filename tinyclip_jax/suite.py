@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.sources import FolderSource, Record, SourceConfig, captions, open_source

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.bad import first_good
 from heirloom.common.data.pipeline import Augment, check_first_batch, training_batches
 from heirloom.common.data.sources import open_source

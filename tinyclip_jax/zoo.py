@@ -4,7 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Donor, Family, Outline, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor, Family, Outline
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json

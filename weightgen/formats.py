@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.verify import Check
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_config, write_json, write_params
 from heirloom.common.errors import InputError

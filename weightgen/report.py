@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, nearest

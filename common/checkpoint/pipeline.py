@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import Donor, convert
+from heirloom.common.checkpoint.convert import convert
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import Check

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import COPY, Donor, hashes, open_donor
+from heirloom.common.checkpoint.convert import COPY, hashes, open_donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView, quantized_tensors, write_quantized
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import UNQUANTIZED, Check, compare

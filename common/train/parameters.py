@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import COPY, Donor
+from heirloom.common.checkpoint.convert import COPY
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.errors import InputError, remark

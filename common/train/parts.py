@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh, Sharding
 
-from heirloom.common.checkpoint.convert import Donor, Family, Outline
+from heirloom.common.checkpoint.family import Donor, Family, Outline
 from heirloom.common.evaluate.scored import Score
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.plan import Resolution

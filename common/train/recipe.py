@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import Donor, Family, hashes
+from heirloom.common.checkpoint.convert import hashes
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.state import Keep
 from heirloom.common.checkpoint.weights import read_json, write_json

@@ -3,8 +3,8 @@
     heirloom train lit/icons_donor --run runs/icons_donor
     heirloom sample runs/icons_donor --prompt "a red apple"
 
-The data, the autoencoder and the text encoder are embedded. Some 180 icons a second on two CPU cores; after 230,000 of
-them (22 minutes) a first version drew the colours of its prompts, and not yet their objects: expect hours.
+The data, the autoencoder and the text encoder are embedded. Some 140 icons a second on two CPU cores; after 240,000 of
+them (half an hour) the colours of prompts were right, and objects not yet recognisable: expect hours.
 """
 
 from heirloom.common.data.pipeline import PipelineConfig

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor, Family, open_donor
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.weights import is_folder, read_json
 from heirloom.common.errors import InputError
 from heirloom.common.methods import families

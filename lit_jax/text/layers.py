@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView, stored_layer
 from heirloom.common.checkpoint.weights import SCALE
 from heirloom.common.nn.functional import Functional

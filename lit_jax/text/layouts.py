@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import Donor, Family, Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Guess, Lookalike, Read
 from heirloom.common.checkpoint.fields import TRANSFORMERS, Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError, remark

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Outline
+from heirloom.common.checkpoint.family import Outline
 from heirloom.common.checkpoint.weights import open_safetensors, read_json
 from heirloom.common.cli import main
 from heirloom.common.data.bad import BAD

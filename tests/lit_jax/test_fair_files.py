@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import Found, convert, open_donor
+from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.family import Found
 from heirloom.common.checkpoint.weights import open_safetensors, read_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional

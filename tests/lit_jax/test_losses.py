@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.diffusion import Prediction, linear_schedule
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional

@@ -1,6 +1,7 @@
 """Training of text-to-image models: caches, batches of one size, dropped texts, the loss, inheritance, resume."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +321,47 @@ def test_caches_of_two_text_encoders_are_not_mixed(recipe, cache, folder, tmp_pa
     (tmp_path / "cache" / "held_out" / "cache.json").write_text(json.dumps(about | {"empty": "another"}))
     with pytest.raises(InputError, match=r"was made with the text encoder .*: make both with the same"):
         open_caches(cfg, tmp_path)
+
+
+def test_a_cache_of_another_size_is_refused(recipe, cache):
+    cfg = replace(recipe, student=replace(LIT, size=16), data=SourceConfig(path=str(cache.folder)))
+    with pytest.raises(InputError, match=r"which is no size of a student for 32 pixels: set student.size"):
+        open_caches(cfg, None)
+
+
+def test_the_columns_of_a_cache_are_not_chosen_again(recipe, cache):
+    cfg = replace(recipe, data=SourceConfig(path=str(cache.folder), columns=("other",)))
+    with pytest.raises(InputError, match=r"has the captions caption, long, not caption, other: leave out data.columns"):
+        open_caches(cfg, None)
+
+
+def test_what_a_run_has_encoded_is_not_read_for_other_data(recipe, folder, tmp_path):
+    open_caches(recipe, tmp_path)
+    open_caches(recipe, tmp_path)
+    other = replace(recipe, data=replace(recipe.data, text="long"))
+    with pytest.raises(InputError, match=r"was made with text 'caption', the recipe has 'long': remove it"):
+        open_caches(other, tmp_path)
+
+
+def test_latents_of_two_autoencoders_are_not_mixed(recipe, cache, folder, tmp_path):
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    file = tmp_path / "cache" / "held_out" / "autoencoder.json"
+    origin = read_json(file)
+    file.write_text(json.dumps(origin | {"model": origin["model"] | {"scaling_factor": 0.25}}))
+    paths = {name: SourceConfig(path=str(tmp_path / "cache" / name)) for name in ("train", "held_out")}
+    with pytest.raises(InputError, match="use the same autoencoder for both"):
+        open_caches(replace(recipe, data=paths["train"], held_out=paths["held_out"]), None)
+
+
+@pytest.mark.parametrize("name", ["features.f16", "starts.npy", "16x16/moments.npy", "16x16/records.npy", "null.npy"])
+@pytest.mark.parametrize("keep", [0, 0.7])
+def test_a_damaged_cache_is_refused(cache, tmp_path, name, keep):
+    shutil.copytree(cache.folder, tmp_path / "cache")
+    file = tmp_path / "cache" / name
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(InputError, match=r"cache is damaged .*: make the cache again"):
+        TextCache(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("field, value", [("text_drop", 1.5), ("mix", (-1.0, 2.0)), ("mix", (0.0, 0.0))])

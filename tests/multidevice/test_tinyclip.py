@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 from pyarrow import parquet
 
 from heirloom.common import config
-from heirloom.common.checkpoint.convert import Donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.state import Checkpoints
 from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.data import emoji

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from heirloom.common.checkpoint.convert import Found
+from heirloom.common.checkpoint.family import Found
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.formats import FORMATS
