@@ -27,13 +27,13 @@ from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.step import StepConfig
+from heirloom.common.vit.model import VitConfig
 from learngene import cost
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, curve, descendant, gene_config, gene_row, teacher_row, train_model
 from learngene.convnet import ConvConfig
 from learngene.demo import seeded
 from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig
-from learngene.vit import VitConfig
 
 METHODS = ("scratch", "kd", "sws", "shuffled", "untied", "tleg", "select")
 RATES = (1e-4, 3e-4, 1e-3)

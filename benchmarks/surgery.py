@@ -117,7 +117,8 @@ def make_donor(folder: Path) -> None:
     """A ViT-B/32 of random weights as transformers writes it."""
     format, rng = FAMILY.format("hf"), np.random.default_rng(0)
     folder.mkdir()
-    with create_safetensors(folder / format.file, format.layout.foreign(functional(Clip, VIT_B_32).spec)) as out:
+    tensors = format.layout_of(VIT_B_32).foreign(functional(Clip, VIT_B_32).spec)
+    with create_safetensors(folder / format.file, tensors) as out:
         for tensor in out.values():
             tensor[...] = 0.02 * rng.standard_normal(tensor.shape, np.float32)
     format.write_config(VIT_B_32, folder)

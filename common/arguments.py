@@ -26,7 +26,8 @@ def argument(*names: str, buckets: bool = False, **options: Any) -> Argument:
 class Verb:
     """One verb; the function of the same name in `verbs` runs it.
 
-    flags: accepts flags for the fields of a recipe, or of the method's settings. json: accepts `--json FILE`.
+    help: one line. flags: accepts flags for the fields of a recipe, or of the method's settings; more: a sentence
+    about them. json: accepts `--json FILE`.
     """
 
     name: str
@@ -34,23 +35,35 @@ class Verb:
     arguments: tuple[Argument, ...] = ()
     flags: bool = False
     json: bool = False
+    more: str = ""
+
+
+RECIPE = "a recipe: a name from heirloom recipes, or a .py file"
+FIELDS = "Every field of a recipe is a flag, such as --optim.lr 3e-4; heirloom {} RECIPE --help lists them."
+SAMPLER = "Settings of the sampler are flags as well, such as --steps 50{}."
+
+
+def of_recipe(name: str, help: str, *arguments: Argument, **options: Any) -> Verb:
+    """Returns a verb of recipes, whose fields are flags."""
+    arguments = (argument("config", metavar="CONFIG", help=RECIPE), *arguments)
+    return Verb(name, help, arguments, flags=True, more=FIELDS.format(name), **options)
 
 
 VERBS = (
-    Verb("doctor", "versions, backend, devices, a matmul; what to type to fix what is wrong", json=True),
+    Verb("doctor", "check versions, devices and a computation", json=True),
     Verb(
         "demo",
-        "the main job of a method on embedded real data, in minutes on a CPU",
+        "show what a method does, with data included here",
         (
-            argument("method", nargs="?", default="tinyclip"),
-            argument("--seed", type=int, default=0),
+            argument("method", nargs="?", default="tinyclip", help="default: tinyclip; the demo names the others"),
+            argument("--seed", type=int, default=0, help="of the random numbers (default: 0)"),
             argument("--out", type=Path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"),
         ),
         json=True,
     ),
     Verb(
         "convert",
-        "between our weights folders and the formats of others, verified",
+        "convert weights from and to other libraries",
         (
             argument(
                 "source",
@@ -58,12 +71,12 @@ VERBS = (
                 help="hf:org/name[@revision], a folder, a .safetensors, .pt or .bin, or embedded:NAME",
                 buckets=True,
             ),
-            argument("destination", metavar="DEST", type=place, buckets=True),
+            argument("destination", metavar="DEST", type=place, help="the new folder", buckets=True),
             argument(
                 "--to",
                 default="heirloom",
                 metavar="FORMAT",
-                help="heirloom, hf, open_clip, original, ... (default: heirloom)",
+                help="heirloom, nnx, orbax, hf, flax, open_clip, ... (default: heirloom)",
             ),
             argument(
                 "--set",
@@ -80,64 +93,65 @@ VERBS = (
     ),
     Verb(
         "inspect",
-        "config, parameter and MAC counts, axes with sizes, provenance",
-        (argument("what", metavar="PATH|CONFIG", buckets=True),),
+        "show a model's size, its parameters and their origin",
+        (argument("what", metavar="PATH|CONFIG", help="weights (see convert), a run, or a recipe", buckets=True),),
         json=True,
     ),
-    Verb(
+    of_recipe(
         "inherit",
-        "the student of a recipe cut from its donor, without training; every field is a flag (--donor SOURCE)",
-        (
-            argument("config", metavar="CONFIG"),
-            argument("destination", metavar="DEST", type=place, buckets=True),
-            argument("--force", action="store_true", help="replace DEST"),
-        ),
-        flags=True,
+        "cut a recipe's student from its donor, untrained",
+        argument("destination", metavar="DEST", type=place, help="the new weights folder", buckets=True),
+        argument("--force", action="store_true", help="replace DEST"),
         json=True,
     ),
-    Verb(
+    of_recipe(
         "cache",
-        "encode a recipe's data once: a teacher's embeddings (then --teacher cache:DEST), or latents and captions",
-        (
-            argument("config", metavar="CONFIG"),
-            argument("destination", metavar="DEST", type=Path),
+        "encode a recipe's data once, to train on it faster",
+        argument(
+            "destination",
+            metavar="DEST",
+            type=Path,
+            help="the new folder: of a teacher's embeddings (then --teacher cache:DEST), or of latents and captions",
         ),
-        flags=True,
         json=True,
     ),
     Verb(
+        "index",
+        "find every sample of tar shards before a training",
+        (argument("data", metavar="DATA", help="shards/{00000..00127}.tar, a glob, a folder, gs://...", buckets=True),),
+        json=True,
+    ),
+    Verb(
+        "recipes",
+        "list the recipes that come with heirloom",
+        (argument("start", nargs="?", default="", metavar="START", help="only names that start so, such as lit/"),),
+        json=True,
+    ),
+    of_recipe(
         "train",
-        "run a recipe; the same command again resumes; every field is a flag (--optim.lr 3e-4)",
-        (
-            argument("config", metavar="CONFIG"),
-            argument("--run", type=Path, required=True, metavar="DIR", help="the folder of the run"),
-        ),
-        flags=True,
+        "train a recipe; the same command again resumes",
+        argument("--run", type=place, required=True, metavar="DIR", help="the folder of the run", buckets=True),
     ),
     Verb(
         "supervise",
-        "run a command again until it is finished: after graceful stops, and after crashes with growing pauses",
+        "run a command again until it has finished",
         (
             argument("--tries", type=int, default=5, metavar="N", help="crashes without a new state until it gives up"),
             argument("--pause", type=float, default=10.0, metavar="S", help="seconds after the first crash; doubled"),
             argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as heirloom train ..."),
         ),
     ),
-    Verb(
+    of_recipe(
         "compile",
-        "the train step of a recipe for a TPU pod, on any machine: memory, collectives, limits",
-        (
-            argument("config", metavar="CONFIG"),
-            argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x4, v6e:8x8, ..."),
-        ),
-        flags=True,
+        "check whether a training fits a TPU pod, without one",
+        argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x4, v6e:8x8, ..."),
         json=True,
     ),
     Verb(
         "eval",
-        "score weights, or the student of a recipe as it starts",
+        "score weights, or a recipe's untrained student",
         (
-            argument("what", metavar="PATH|CONFIG", buckets=True),
+            argument("what", metavar="PATH|CONFIG", help="weights (see convert), a run, or a recipe", buckets=True),
             argument(
                 "--data",
                 buckets=True,
@@ -146,7 +160,12 @@ VERBS = (
             argument("--split", default="", help="train, test, ... where the data has splits (emoji: test)"),
             argument("--image", default="image", metavar="COLUMN", help="where the pictures are (default: image)"),
             argument("--text", default="caption", metavar="COLUMN", help="where the captions are (default: caption)"),
-            argument("--task", choices=("retrieval", "zeroshot"), default="retrieval"),
+            argument(
+                "--task",
+                choices=("retrieval", "zeroshot"),
+                default="retrieval",
+                help="of a CLIP: find captions and pictures, or tell classes apart (default: retrieval)",
+            ),
             argument(
                 "--suite",
                 type=Path,
@@ -167,11 +186,12 @@ VERBS = (
             ),
         ),
         flags=True,
+        more=FIELDS.format("eval"),
         json=True,
     ),
     Verb(
         "sample",
-        "draw pictures of classes or prompts; sampler settings are flags (--steps 50, --guidance 4)",
+        "draw pictures of classes or prompts",
         (
             argument(
                 "what", metavar="PATH", help="a DiT, LiT or PixArt-Σ by SOURCE, or a pipeline folder", buckets=True
@@ -216,19 +236,20 @@ VERBS = (
             ),
             argument("--cache", type=Path, metavar="DIR", help="keep encoded prompts here"),
             argument("--dtype", choices=("float32", "bfloat16"), help="of the transformer (CPUs: float32)"),
-            argument("--seed", type=int, default=0),
+            argument("--seed", type=int, default=0, help="of the random numbers (default: 0)"),
             argument("--offline", action="store_true", help="never download anything"),
             argument("--force", action="store_true", help="draw again what is in --out"),
         ),
         flags=True,
+        more=SAMPLER.format(" or --guidance 4"),
         json=True,
     ),
     Verb(
         "expand",
-        "a model of any depth from a gene",
+        "make a model of any depth from a gene",
         (
             argument("gene", metavar="GENE", help="a gene, or another ViT, by SOURCE", buckets=True),
-            argument("destination", metavar="DEST", type=place, buckets=True),
+            argument("destination", metavar="DEST", type=place, help="the new folder", buckets=True),
             argument("--depth", type=int, required=True, metavar="N", help="layers of the result"),
             argument(
                 "--map",
@@ -245,9 +266,9 @@ VERBS = (
     ),
     Verb(
         "compare",
-        "ways to start models of several depths: accuracy against cost, in one table",
+        "compare ways to start models of several depths",
         (
-            argument("what", nargs="?", metavar="CONFIG"),
+            argument("what", nargs="?", metavar="CONFIG", help="a recipe such as learngene/emoji"),
             argument("--run", type=Path, metavar="DIR", help="where the runs go; the same command again resumes"),
             argument(
                 "--cost",
@@ -256,11 +277,12 @@ VERBS = (
             ),
         ),
         flags=True,
+        more=FIELDS.format("compare"),
         json=True,
     ),
     Verb(
         "generate",
-        "weights for the classes of a data set or a task in words; sampler settings are flags (--steps 50)",
+        "generate weights of classifiers for a data set",
         (
             argument(
                 "what", metavar="PATH", help="a generator by SOURCE: RUN/model of a generator recipe", buckets=True
@@ -281,15 +303,36 @@ VERBS = (
                 metavar="DIR",
                 help="where the weights folders and report.json go",
             ),
-            argument("--seed", type=int, default=0),
+            argument("--seed", type=int, default=0, help="of the random numbers (default: 0)"),
             argument("--force", action="store_true", help="replace what DIR contains"),
         ),
         flags=True,
+        more=SAMPLER.format(""),
+        json=True,
+    ),
+    Verb(
+        "push",
+        "upload a weights folder or a run to the Hugging Face hub",
+        (
+            argument("folder", metavar="FOLDER", type=Path, help="a weights folder, or a run folder"),
+            argument("destination", metavar="hf:org/name", help="the repository, created if it is not there"),
+            argument("--private", action="store_true", help="only you, or your organisation, may see it"),
+            argument("--license", default="", metavar="ID", help="for the card: mit, apache-2.0, ..."),
+            argument("--dry-run", action="store_true", help="write the card and list the files, upload nothing"),
+        ),
         json=True,
     ),
     Verb(
         "report",
-        "the curves and pictures of a run as one HTML page",
-        (argument("run", type=place, metavar="RUN", buckets=True),),
+        "make a web page of a run, or of several side by side",
+        (
+            argument("run", type=place, nargs="+", metavar="RUN", help="the folder of a run", buckets=True),
+            argument(
+                "--out",
+                type=place,
+                metavar="FILE",
+                help="the page (default: RUN/report.html; of several runs, comparison.html in the first)",
+            ),
+        ),
     ),
 )

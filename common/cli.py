@@ -2,10 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Any
 
 from heirloom.common import verbs
@@ -19,8 +23,8 @@ BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130  # 75 is EX_TEMPFAIL: a 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code.
 
-    0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: a training stopped on request, and
-    the same command continues it. 130: interrupted.
+    0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: stopped by SIGTERM, and the
+    same command begins again or, in a training, continues. 130: interrupted.
     """
     said: set[str] = set()
 
@@ -35,7 +39,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", Remark)
         warnings.showwarning = show  # type: ignore[assignment]
-        return _main(argv)
+        try:
+            code = _main(argv)
+        except Exception:
+            if liveness := sys.modules.get("heirloom.common.train.liveness"):
+                liveness.hear_the_others()
+            raise
+        _leave(code, "see its own output")
+        return code
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Lets SIGTERM end a command like Ctrl-C does, with exit code 75; a training handles it itself while it runs."""
+    mine = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != mine:  # a process that was forked from this one
+            os.kill(os.getpid(), number)
+        raise Stopped("stopped by SIGTERM; incomplete results were removed, and the same command begins or continues")
+
+    handles = threading.current_thread() is threading.main_thread()
+    if not handles or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(code: int, why: str) -> None:
+    """Tells the other processes of a job, if there are any, that this one ends."""
+    if liveness := sys.modules.get("heirloom.common.train.liveness"):
+        liveness.leave(code, why)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -55,9 +94,11 @@ def _main(argv: Sequence[str] | None) -> int:
             )
         _refuse_addresses(verb, args, rest)
         args.flags = rest
-        getattr(verbs, args.verb)(args)
+        with _terminated():
+            getattr(verbs, args.verb)(args)
     except InputError as error:
         print(f"heirloom: {error}", file=sys.stderr)
+        _leave(BAD_INPUT, str(error))
         return BAD_INPUT
     except Stopped as stopped:
         print(stopped, end="\n" if str(stopped) else "")  # the first process of a job says it
@@ -104,8 +145,9 @@ def _help_of_recipe(argv: Sequence[str]) -> None:
     if len(argv) > 2 and argv[-1] in ("--help", "-h") and any(verb.name == argv[0] and verb.flags for verb in VERBS):
         from heirloom.common import config
 
-        if config.is_recipe(argv[1]):
-            config.load(argv[1], ["--help"], argv[0])
+        names = [argv[1]] if config.is_recipe(argv[1]) else [word for word in argv[2:-1] if word in config.recipes()]
+        if names:
+            config.load(names[0], ["--help"], argv[0])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,12 +158,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="heirloom", description="Small models inherit from big ones, in JAX.")
+    usage = "heirloom [-h] [--version] VERB ..."
+    parser = _Parser(prog="heirloom", usage=usage, description="Small models inherit from big ones, in JAX.")
     parser.add_argument("--version", action="version", version=f"heirloom {version('heirloom-jax')}")
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    # argparse puts a verb that is longer than this metavar and its indentation on a line of its own.
+    table: dict[str, Any] = {"metavar": "VERB (below)", "prog": "heirloom", "parser_class": _Parser}
+    subparsers = parser.add_subparsers(dest="verb", required=True, **table)
     for verb in VERBS:
         # Flags of recipes are passed through, so an abbreviation here could swallow one.
-        sub = subparsers.add_parser(verb.name, help=verb.help, description=verb.help, allow_abbrev=False)
+        about = f"{verb.help[0].upper()}{verb.help[1:]}."
+        how: dict[str, Any] = {"description": about, "epilog": verb.more, "allow_abbrev": False}
+        sub = subparsers.add_parser(verb.name, help=verb.help, **how)
         for one in verb.arguments:
             sub.add_argument(*one.names, **one.options)
         if verb.json:

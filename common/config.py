@@ -1,5 +1,6 @@
 """Recipes: Python files with `get_config()`. Every field of the config is a typed flag."""
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -39,6 +40,13 @@ def recipes() -> list[str]:
     """Returns the names of the shipped recipes, such as `tinyclip/smoke`."""
     paths = (path for path in SHIPPED.glob("*/*.py") if path.stem != "__init__")
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in paths)
+
+
+def summaries(starting: str = "") -> dict[str, str]:
+    """Returns the shipped recipes whose names start so, each with the first sentence that it says of itself."""
+    said = {name: ast.get_docstring(ast.parse((SHIPPED / f"{name}.py").read_text())) or "" for name in recipes()}
+    first = {name: " ".join(text.partition("\n\n")[0].split()) for name, text in said.items()}
+    return {name: text for name, text in first.items() if name.startswith(starting)}
 
 
 def is_recipe(name: str) -> bool:

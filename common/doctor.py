@@ -20,8 +20,6 @@ SIZE = 2048
 def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
     """Print versions, backend and devices, multiply two matrices; return it as data. more: lines that methods add.
 
-    Raises InputError, saying what to type, for versions that do not go together or a device that does not compute.
-
     Raises InputError, saying what to type, for a pair of versions that do not go together or a device that does not
     compute.
     """

@@ -9,19 +9,26 @@ from math import inf
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
 
 
-class InputError(Exception):
+class OneLine(Exception):
+    """An exception whose message says it all: a notebook shows this line without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {self}"]
+
+
+class InputError(OneLine):
     """Bad input, which the user can correct. The message is one line: what was given, what is needed, what to type."""
 
     def __init__(self, text: str):
         super().__init__(_CONTROL.sub(" ", text).strip())  # names and messages that it quotes may have line breaks
 
 
-class VerificationError(Exception):
+class VerificationError(OneLine):
     """A result was computed and differs from the reference."""
 
 
-class Stopped(Exception):
-    """A training stopped on request and saved its state; the same command continues it (exit 75, EX_TEMPFAIL)."""
+class Stopped(OneLine):
+    """A command stopped on request (exit 75, EX_TEMPFAIL): the same one continues a training, or begins again."""
 
 
 class Remark(UserWarning):

@@ -7,6 +7,7 @@ while size and version of the object are the same. A download that was interrupt
 import fcntl
 import os
 import posixpath
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from heirloom.common.paths import Address, cache_root
 
 CHUNK = 16 * 2**20  # bytes of a request
 PARALLEL = 4  # files downloaded at a time
+_OF_THE_HUB = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(/.+)?$")  # of huggingface_hub's cache
 Versions = Mapping[str, tuple[int, int]]
 """Size and version of each object of a folder, by its path from there."""
 
@@ -55,7 +57,11 @@ def copy_of(address: Address) -> Path:
 
 
 def origin(path: Path) -> str:
-    """Returns the address of a local copy; of another path, the path."""
+    """Returns the address of a local copy, of a bucket or of the hub (hf:org/name@revision); of another path, the
+    path.
+    """
+    if found := _OF_THE_HUB.search(path.as_posix()):
+        return f"hf:{found[1]}/{found[2]}{found[4] or ''}@{found[3]}"
     root = cache_root() / "fetched"
     if not path.is_relative_to(root):
         return str(path)
@@ -77,7 +83,7 @@ def _object(address: Address, version: tuple[int, int]) -> Path:
         for old in state.parent.glob(f"{state.name}.*.part"):
             if old != part:
                 old.unlink()
-        _download(address, size, part)
+        download(address, size, part)
         if address.version() != version:
             part.unlink()
             raise OSError("it was replaced while it was downloaded; run the command again")
@@ -88,7 +94,8 @@ def _object(address: Address, version: tuple[int, int]) -> Path:
     return file
 
 
-def _download(address: Address, size: int, part: Path) -> None:
+def download(address: Address, size: int, part: Path) -> None:
+    """Downloads an object to a file, or what is missing there. Raises InputError after several failures in a row."""
     with open(part, "ab") as out:
         done = out.tell()
         if size - done > CHUNK:

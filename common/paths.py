@@ -10,7 +10,8 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
@@ -26,6 +27,8 @@ BUCKETS: Mapping[str, str] = {"gs": "gcs", "s3": "s3", "memory": ""}
 FIELDS = ("path", "donor", "teacher", "autoencoder", "text_encoder", "backend")
 """The fields of configs that may hold an address: data, and SOURCEs of weights."""
 BLOCK = 4 * 2**20  # bytes that reading from start to end fetches at a time
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds before the next tries of a request that only reads and failed, after those of the library itself."""
 _ADDRESS = re.compile(r"(?:^|[=:@,])([A-Za-z][A-Za-z0-9+.-]+)://")
 _COLLAPSED = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns :// into :/
 _REASON = 200  # characters of a library's message that an error quotes
@@ -96,20 +99,17 @@ class Address:
 
     def scandir(self) -> list["Entry"]:
         """Returns what a folder has, sorted by name."""
-        with self._failures():
-            found = self._fs.ls(self._path, detail=True)
+        found = self._asked(lambda: self._fs.ls(self._path, detail=True))
         return sorted(self._entries(found))
 
     def files(self, deep: bool = True) -> dict[str, tuple[int, int]]:
         """Returns the `version` of the objects of a folder by path from there; deep: also of those in sub-folders."""
-        with self._failures():
-            found = self._fs.find(self._path, detail=True, maxdepth=None if deep else 1).values()
+        found = self._asked(lambda: self._fs.find(self._path, detail=True, maxdepth=None if deep else 1)).values()
         return {e.path.relative_to(self).as_posix(): _version(e.info) for e in self._entries(found) if e.is_file()}
 
     def glob(self, pattern: str) -> list["Address"]:
         """Returns what a pattern from here matches, in order; hidden names only where the pattern names them."""
-        with self._failures():
-            found = self._fs.glob(f"{glob.escape(self._path)}/{pattern}")
+        found = self._asked(lambda: self._fs.glob(f"{glob.escape(self._path)}/{pattern}"))
         below = (self._named(name) for name in sorted(found))
         hidden = "/." in f"/{pattern}"
         return [one for one in below if hidden or not any(p.startswith(".") for p in one.relative_to(self).parts)]
@@ -127,8 +127,7 @@ class Address:
             return self._fs.open(self._path, mode, **how)
 
     def read_bytes(self) -> bytes:
-        with self._failures():
-            return self._fs.cat_file(self._path)
+        return self._asked(lambda: self._fs.cat_file(self._path))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
@@ -137,11 +136,14 @@ class Address:
         """Reads `size` bytes with one ranged request. Raises OSError when fewer come."""
         if not size:
             return b""
-        with self._failures():
+
+        def read() -> bytes:
             data = self._fs.cat_file(self._path, start=start, end=start + size)
-        if len(data) != size:
-            raise OSError(errno.EIO, f"{len(data)} of {size} bytes came; it is cut, or being written")
-        return data
+            if len(data) != size:
+                raise OSError(errno.EIO, f"{len(data)} of {size} bytes came; it is cut, or being written")
+            return data
+
+        return self._asked(read)
 
     def write_bytes(self, data: bytes) -> None:
         """Writes an object; it appears whole or not at all."""
@@ -179,8 +181,7 @@ class Address:
                     yield entry
 
     def _info(self) -> Mapping[str, Any]:
-        with self._failures():
-            return self._fs.info(self._path)
+        return self._asked(lambda: self._fs.info(self._path))
 
     def _kind(self) -> str:
         """Returns "file", "directory", or "" where there is neither."""
@@ -190,6 +191,20 @@ class Address:
             return ""
         except OSError as error:
             raise InputError(f"{self} is not readable: {error.strerror or error}") from error
+
+    def _asked(self, request: Callable[[], Any]) -> Any:
+        """Returns the answer to a request that only reads, tried again after each of WAITS. Raises OSError."""
+        for wait in (*WAITS, None):
+            try:
+                with self._failures():
+                    return request()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -257,6 +272,11 @@ def join(folder: AnyPath, name: str) -> AnyPath:
 def cache_root() -> Path:
     """Returns the folder of what can be made or downloaded again: $XDG_CACHE_HOME/heirloom, ~/.cache by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heirloom"
+
+
+def copy_of_run(address: Address) -> Path:
+    """Returns the local folder of a run in a bucket, which need not be there."""
+    return cache_root() / "runs" / address.scheme / address.key
 
 
 def without_file(text: str) -> str:

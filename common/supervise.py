@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from heirloom.common.errors import InputError
+from heirloom.common.paths import Address, copy_of_run, place
 
 DONE, BAD_INPUT, STOPPED = 0, 2, 75
 LONGEST = 300.0  # seconds between two tries
@@ -57,10 +58,16 @@ def run_folder(command: Sequence[str]) -> Path | None:
     """Returns what follows `--run` in a command."""
     for i, word in enumerate(command):
         if word == "--run" and i + 1 < len(command):
-            return Path(command[i + 1])
+            return _local(command[i + 1])
         if word.startswith("--run="):
-            return Path(word.removeprefix("--run="))
+            return _local(word.removeprefix("--run="))
     return None
+
+
+def _local(run: str) -> Path:
+    """Returns the folder of a run; of one in a bucket, the local one."""
+    found = place(run)
+    return copy_of_run(found) if isinstance(found, Address) else found
 
 
 def last_state(run: Path | None) -> str:

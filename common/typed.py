@@ -33,15 +33,17 @@ def from_json(kind: type[T], values: object, where: str = "config.json") -> T:
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise InputError(f"{where}: the field {name!r} is missing; was it written by another version?")
-    built = {name: _build(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    built = {name: build(hints[name], value, f"{where}: {name}") for name, value in values.items()}
     try:
         return kind(**built)
     except InputError as error:
         raise error if where in str(error) else InputError(f"{where}: {error}") from error
 
 
-def _build(hint: Any, value: Any, where: str) -> Any:
-    """Returns `value` as the type `hint`. Raises InputError where it does not fit."""
+def build(hint: Any, value: Any, where: str) -> Any:
+    """Returns the plain `value` as the type `hint`. where: its name, for messages. Raises InputError if it does not
+    fit.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -59,7 +61,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
             length = "" if args[-1] is Ellipsis else f" of {len(args)}"
             raise InputError(f"{where} is {_shown(value)}, and must be a list{length}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_build(kind, item, where) for kind, item in zip(inner, value, strict=True))
+        return tuple(build(kind, item, where) for kind, item in zip(inner, value, strict=True))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {_shown(value)}, not an object")
@@ -86,7 +88,7 @@ def _first(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     complaints = []
     for kind in kinds:
         try:
-            return _build(kind, value, where)
+            return build(kind, value, where)
         except InputError as error:
             complaints.append(error)
     raise complaints[0]

@@ -3,10 +3,11 @@
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, nearest
 from heirloom.common.methods import ability, able, locate_any, method_of, open_any
 
 RECIPE_VERBS = {
@@ -33,6 +34,7 @@ def demo(args: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"{args.out}: cannot write results here ({error.strerror}); choose another --out") from error
     _write_json(args, demo(args.seed, args.out))
+    print("other demos: " + ", ".join(f"heirloom demo {name}" for name in able("demo") if name != args.method))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -81,13 +83,11 @@ def _convert_pipeline(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from heirloom.common import config
     from heirloom.common.checkpoint.convert import describe
     from heirloom.common.checkpoint.quantization import sentence, sizes
     from heirloom.common.nn.functional import functional
-    from heirloom.common.surgery.report import table
+    from heirloom.common.surgery.report import print_model
 
     record = size = None
     if config.is_recipe(args.what):
@@ -98,16 +98,7 @@ def inspect(args: argparse.Namespace) -> None:
         family, cfg, spec, record = donor.family, donor.cfg, donor.source.spec, describe(donor.folder)
         size = sizes(donor)
     counts, macs = family.parameters(spec), family.macs(cfg, spec)
-    console = Console()
-    console.print(table(spec, record))
-    console.print(
-        ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
-        + f" parameters; {macs / 1e9:.2f} GMACs"
-    )
-    if record:
-        console.print(f"inherited {record['fraction']:.1%} from {record['source']}", soft_wrap=True)
-    if size:
-        console.print(sentence(size), soft_wrap=True)
+    print_model(spec, counts, macs, record, [sentence(size)] if size else ())
     about = {"method": family.name, "config": asdict(cfg), "parameters": counts, "macs": macs, "provenance": record}
     _write_json(args, about | {"file": size})
 
@@ -121,12 +112,62 @@ def inherit(args: argparse.Namespace) -> None:
 def cache(args: argparse.Namespace) -> None:
     about = _recipe(args.config, "cache", args.flags).cache(args.destination)
     _write_json(args, about)
-    by = about.get("teacher") or f"{about['autoencoder']} and {about['text_encoder']}"
+    by = " and ".join(about[name] for name in ("teacher", "autoencoder", "text_encoder") if name in about)
     print(f"{args.destination}: {about['records']:,} records encoded by {by}")
 
 
+def index(args: argparse.Namespace) -> None:
+    import time
+
+    from rich.progress import Progress
+
+    from heirloom.common.data.catalogue import catalogued, missing
+    from heirloom.common.data.sources import SourceConfig
+    from heirloom.common.data.sources.resolve import shards_of
+
+    if not (shards := shards_of(SourceConfig(args.data))):
+        raise InputError(f"{args.data} has no tar shards, and other data needs no index")
+    began, new = time.monotonic(), len(missing(shards))
+    with Progress(transient=True) as progress:
+        task = progress.add_task("indexing", total=new)
+        found = catalogued(shards, lambda: progress.advance(task))
+    seconds, samples = time.monotonic() - began, int(found.samples.sum())
+    about = {"shards": len(shards), "samples": samples, "indexed": new, "seconds": round(seconds, 2)}
+    _write_json(args, about)
+    print(f"{args.data}: {len(shards):,} shards, {samples:,} samples; {new:,} shards indexed in {seconds:.1f} s")
+
+
+def recipes(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from heirloom.common import config
+
+    if not (found := config.summaries(args.start)):
+        near = nearest(args.start, config.recipes())
+        raise InputError(f"no recipe starts with {args.start!r}{near}; heirloom recipes lists all")
+    out = Table(box=None, pad_edge=False, show_header=False)
+    out.add_column(no_wrap=True)
+    for name, text in found.items():
+        out.add_row(name, text)
+    Console().print(out, highlight=False)
+    print("\nfields of one: heirloom train RECIPE --help; outline of its model: heirloom inspect RECIPE")
+    _write_json(args, found)
+
+
 def train(args: argparse.Namespace) -> None:
-    _recipe(args.config, "train", args.flags).train(args.run)
+    import jax
+
+    from heirloom.common.paths import Address
+    from heirloom.common.train.bucket import in_bucket
+    from heirloom.common.train.loop import closing
+
+    recipe = _recipe(args.config, "train", args.flags)
+    with in_bucket(args.run) if isinstance(args.run, Address) else nullcontext(args.run) as folder:
+        recipe.train(folder)
+        last = closing(folder, str(args.run))
+    if last and jax.process_index() == 0:
+        print(last)
 
 
 def supervise(args: argparse.Namespace) -> None:
@@ -225,10 +266,29 @@ def generate(args: argparse.Namespace) -> None:
     print(f"{made['folder']}: {count} weights folder{'s' if count > 1 else ''} and report.json; {made['condition']}")
 
 
+def push(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from heirloom.common.checkpoint.pipeline import is_pipeline
+    from heirloom.common.push import push, repository
+
+    repository(args.destination)  # before the folder is opened
+    if not args.folder.is_dir():
+        raise InputError(f"{args.folder}: no such folder; give a weights folder, or a run folder")
+    donor = open_any(str(args.folder))
+    folder = args.folder if is_pipeline(args.folder) else donor.folder
+    how = {"private": args.private, "license": args.license, "dry_run": args.dry_run}
+    pushed = push(folder, donor, args.destination, **how)
+    _write_json(args, asdict(pushed))
+    for name, size in pushed.files.items():
+        print(f"{size / 1e6:10,.2f} MB  {name}")
+    print(f"{pushed.commit}" if pushed.commit else f"nothing was uploaded; without --dry-run it goes to {pushed.url}")
+
+
 def report(args: argparse.Namespace) -> None:
     from heirloom.common.report import write
 
-    print(write(args.run))
+    print(write(args.run, args.out))
 
 
 def _write_json(args: argparse.Namespace, value: Any) -> None:

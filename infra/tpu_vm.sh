@@ -6,7 +6,7 @@
 #   infra/tpu_vm.sh run heirloom train tinyclip/vit_39m_16 --run /shared/clip --data.path "$BUCKET/yfcc/{00000..01499}.tar"
 #   infra/tpu_vm.sh watch heirloom train ...      # the same command: creates the slice again whenever it is preempted
 #
-# /shared is a disk that all hosts mount, such as Filestore: a run cannot lie in a bucket yet.
+# /shared is a disk that all hosts mount: Filestore, or a bucket by gcsfuse. See docs/pods.md.
 #
 # Not run: written from the documentation of Cloud TPU (queued resources) in November 2026, checked with shellcheck.
 set -euo pipefail

@@ -7,10 +7,10 @@ from pathlib import Path
 from heirloom.common.checkpoint.family import Found, Guess, Read
 from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
-from learngene import timm_architectures
-from learngene.shapes import HEADS, check_square, depth, refuse_other_parts, shapes
+from heirloom.common.vit import timm_architectures
+from heirloom.common.vit.model import VitConfig
+from heirloom.common.vit.shapes import HEADS, check_square, depth, refuse_other_parts, shapes
 from learngene.trainer_arguments import Trained, trained_as
-from learngene.vit import VitConfig
 
 _SWS_LAYOUTS = {5: (3, 3, 4, 3, 3)}  # released
 _SWS_HEADS, _SWS_EPS = 12, 1e-5  # of both released auxiliary nets
@@ -134,7 +134,7 @@ def ordinary(cfg: VitConfig, format: str) -> None:
 def plain(cfg: VitConfig, what: str) -> None:
     """Raises InputError for a model that is not DeiT's ViT: a rectangle, one with options, or one without a head."""
     others = {name: value for name in ("size_width", "any_size") if (value := getattr(cfg, name))} | cfg.options
-    others |= {"pool": cfg.pool} if cfg.pool == "map" else {}
+    others |= {"pool": cfg.pool} if cfg.pool in ("map", "cls+mean") else {}
     others |= {"classes": 0} if not cfg.classes else {}
     if others:
         name, value = next(iter(others.items()))

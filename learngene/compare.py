@@ -17,6 +17,7 @@ from heirloom.common.config import to_json
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
 from heirloom.common.train.mesh import start
@@ -25,13 +26,13 @@ from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Parts
 from heirloom.common.train.resume import difference, with_defaults
+from heirloom.common.vit.model import VitConfig
 from learngene import cost, relatives
 from learngene.config import ADAMW, Config, TeacherConfig
 from learngene.evaluate import scorer
 from learngene.inputs import preprocess_of
 from learngene.relatives import Method
 from learngene.train import held_out
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY, open_classifier
 
 
@@ -300,3 +301,6 @@ def _percent(share: float) -> str:
 
 def _tera(flops: float) -> str:
     return f"{flops / 1e12:,.2f}"
+
+
+make_callable(__name__, "learngene.pretrained:compare")

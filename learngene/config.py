@@ -12,6 +12,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Parts
 from heirloom.common.train.recipe import BaseConfig
+from heirloom.common.vit.model import VitConfig
 from learngene.augment import AugmentConfig
 from learngene.convnet import FAMILY as CONVNET
 from learngene.convnet import ConvConfig
@@ -19,7 +20,6 @@ from learngene.expand import Head
 from learngene.inputs import CROP, IMAGENET
 from learngene.losses import DistillConfig
 from learngene.relatives import Method
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 CACHED = "logits"
@@ -80,9 +80,9 @@ class Config(BaseConfig):
         return self.pipeline.batch * self.augment.views
 
     def parts(self) -> Parts:
-        from learngene import train
+        from learngene.train import parts
 
-        return train.parts(self)
+        return parts(self)
 
     def check(self, mesh: Mesh) -> None:
         if getattr(self.student, "channels", 3) != 3:

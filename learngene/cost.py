@@ -11,7 +11,7 @@ from rich.table import Table
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.axes import Spec
-from learngene.vit import Vit, VitConfig, macs, parameters
+from heirloom.common.vit.model import Vit, VitConfig, macs, parameters
 from learngene.zoo import auxiliary, vit
 
 SCRATCH_EPOCHS, TUNE_EPOCHS = 100, 5  # of every descendant, as implied by the published ratios

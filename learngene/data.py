@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Self
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +113,8 @@ def decoded(
 
     The column BAD says which examples replace bad records.
     """
+    import grain
+
     source = open_labelled(data, label, classes)
     mapped = grain.MapDataset.range(len(source)).seed(0).random_map(Examples(source, example, bad))
     stream = mapped.to_iter_dataset(grain.ReadOptions(8, 64))
@@ -157,6 +158,8 @@ class Evaluation:
         return list(self._read())
 
     def _read(self) -> Iterator[dict[str, np.ndarray]]:
+        import grain
+
         mapped = grain.MapDataset.source(self.source).map(self._example)
         stream = mapped.to_iter_dataset(grain.ReadOptions(8, 2 * self.batch))
         for part in stream.batch(self.batch):

@@ -4,7 +4,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.console import Console
 from heirloom.common import config
 from heirloom.common.checkpoint.staging import staged
 from learngene.compare import Comparison, compare, report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RECIPE = "learngene/emoji"
 COLOURS = {"sws": "#c8553d", "scratch": "#588b8b"}
@@ -71,7 +74,14 @@ def seeded(cfg: Comparison, seed: int) -> Comparison:
 
 
 def draw(cfg: Comparison, results: dict[str, Any], out: Path) -> Path:
-    """Draw accuracy by depth, before and after training, and by the FLOPs of all depths together; returns the PNG."""
+    """Draw the figure of a comparison into `out/demo.png`; returns the PNG."""
+    with staged(out / "demo.png", force=True) as file:
+        figure_of(cfg, results).savefig(file, dpi=120, format="png")
+    return out / "demo.png"
+
+
+def figure_of(cfg: Comparison, results: dict[str, Any]) -> "Figure":
+    """Draw accuracy by depth, before and after training, and by the FLOPs of all depths together."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.8), layout="constrained", facecolor="white")
@@ -101,6 +111,4 @@ def draw(cfg: Comparison, results: dict[str, Any], out: Path) -> Path:
     left.set_ylabel("accuracy on held-out emoji, %")
     left.annotate("teacher", (-0.5, teacher), (2, 3), textcoords="offset points", color="#666")
     right.set(xlabel="TFLOP for all depths, the gene's training included", ylabel="mean accuracy over depths, %")
-    with staged(out / "demo.png", force=True) as file:
-        figure.savefig(file, dpi=120, format="png")
-    return out / "demo.png"
+    return figure

@@ -1,16 +1,17 @@
 """`heirloom expand`: initialise a descendant from a gene, without training."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.train import recipe
+from heirloom.common.vit.model import VitConfig, counts
 from learngene.config import Config
 from learngene.expand import layer_map
 from learngene.inputs import preprocess_of
-from learngene.vit import counts
 from learngene.zoo import FAMILY
 
 
@@ -19,20 +20,29 @@ def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
 
     An ordinary ViT of the same depth is only resized. Raises InputError for an ordinary ViT of another depth.
     """
-    for name, value in (("--depth", args.depth), ("--size", args.size), ("--classes", args.classes)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: choose 1 or more")
     if donor.family is not FAMILY:
         raise InputError(f"{donor.path} is a {donor.family.name}: give a gene or a ViT")
-    size, classes = args.size or donor.cfg.size, args.classes or donor.cfg.classes
-    student = replace(donor.cfg.of_depth(args.depth), size=size, classes=classes)
-    if args.size:
-        student = replace(student, size_width=None)
-        student.filled()
     layers = counts(args.map, "--map") if args.map else ()
-    if donor.cfg.gene == "sws" and args.depth < donor.cfg.layers and not layers:
-        kept = layer_map(args.depth, donor.cfg.layers)
-        rule = f"no rule is published for {args.depth} layers from {donor.cfg.layers} stages"
-        print(f"note: {rule}; using {', '.join(map(str, kept))}")
+    student = descendant(donor.cfg, args.depth, size=args.size, classes=args.classes, layers=layers)
     cfg = Config(student=student, layers=layers, preprocess=preprocess_of(donor).announced(), seed=args.seed)
     return recipe.inherit(cfg, cfg.parts(), args.destination, donor=donor, force=args.force)
+
+
+def descendant(
+    gene: VitConfig, depth: int, *, size: int | None = None, classes: int | None = None, layers: Sequence[int] = ()
+) -> VitConfig:
+    """Config of a descendant. size, classes: None for those of the gene. layers: the map that will be used, if given.
+
+    Remarks a choice of stages that no paper gives. Raises InputError for a number below 1.
+    """
+    for name, value in (("depth", depth), ("size", size), ("classes", classes)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: choose 1 or more")
+    student = replace(gene.of_depth(depth), size=size or gene.size, classes=classes or gene.classes)
+    if size:
+        student = replace(student, size_width=None)
+        student.filled()
+    if gene.gene == "sws" and depth < gene.layers and not layers:
+        kept = layer_map(depth, gene.layers)
+        remark(f"no rule is published for {depth} layers from {gene.layers} stages; using {', '.join(map(str, kept))}")
+    return student

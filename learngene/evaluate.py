@@ -18,13 +18,14 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.nn.functional import functional
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.train.mesh import MeshConfig, replicated, split_rows, start
 from heirloom.common.train.parameters import load_params
+from heirloom.common.vit.model import VitConfig
 from learngene.convnet import ConvConfig
 from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of
-from learngene.vit import VitConfig
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,6 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     data = SourceConfig(path=args.data, split=args.split, image=args.image, text="")
     held_out = evaluation(data, cfg.label, pre, cfg.batch, donor.cfg.classes, labels_of(donor))
     return scorer(donor.family, donor.cfg, held_out, pre, mesh)(load_params(donor, mesh)).rows()
+
+
+make_callable(__name__, "learngene.pretrained:evaluate")

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 from heirloom.common.errors import InputError
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.maps import FRESH, AxisMap, first, matrix, pick, resize
 from heirloom.common.surgery.plan import Maps, Plan
-from learngene.stages import layer_map, linear_coefficients, unrolled_map
-from learngene.vit import OPTIONS, VitConfig
+from heirloom.common.vit.model import OPTIONS, VitConfig
+from heirloom.common.vit.stages import layer_map, linear_coefficients, unrolled_map
 
 __all__ = ["Head", "expansion", "grid_maps", "layer_map", "other_rules", "resized", "unrolled_map"]
 
 Head = Literal["inherit", "fresh"]
+_BEHIND = ("pooler", "joint")  # of parts behind the pooling, which a student may go without
 
 
 def expansion(gene: VitConfig, student: VitConfig, layers: Sequence[int] = (), head: Head = "inherit") -> Plan:
@@ -44,11 +46,13 @@ def expansion(gene: VitConfig, student: VitConfig, layers: Sequence[int] = (), h
 def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) -> Plan:
     """Plan between ViTs that differ in depth, input size and classes: `layer` maps the blocks, positions are resampled.
 
-    The head is fresh if the number of classes differs or `head` is "fresh". Raises InputError when channels, patches or
+    The head is fresh if the number of classes differs, if it reads other features (pool cls+mean), or if `head` is
+    "fresh". A student may go without the donor's pooler and projection. Raises InputError when channels, patches or
     widths differ.
     """
     for name in ("channels", "patch", "width", "hidden", *OPTIONS):
-        if getattr(donor, name) != getattr(student, name):
+        left_out = name in _BEHIND and not getattr(student, name)
+        if getattr(donor, name) != getattr(student, name) and not left_out:
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             may = "only depth, size and classes may differ"
             raise InputError(f"the student's {name} is {sizes}: {may}; set the same {name}, or use the method select")
@@ -62,7 +66,8 @@ def resized(donor: VitConfig, student: VitConfig, layer: AxisMap, head: Head) ->
 
 def other_rules(donor: VitConfig, student: VitConfig, head: Head) -> tuple[tuple[str, Maps], ...]:
     """Rules for everything but positions and blocks."""
-    fresh = head == "fresh" or donor.classes != student.classes
+    reads_two = [cfg.pool == "cls+mean" for cfg in (donor, student)]
+    fresh = head == "fresh" or donor.classes != student.classes or reads_two[0] != reads_two[1]
     heads = ("**head/*", FRESH) if fresh else ("**head/*", {})
     return (heads, ("**", {})) if student.classes else (("**", {}),)  # type: ignore[return-value]
 
@@ -73,3 +78,6 @@ def grid_maps(donor: VitConfig, student: VitConfig) -> Maps:
         return {}
     (rows, columns), (to_rows, to_columns) = donor.grid, student.grid
     return {"grid_row": resize(rows, to_rows), "grid_col": resize(columns, to_columns)}
+
+
+make_callable(__name__, "learngene.pretrained:expand")

@@ -9,33 +9,35 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Format, Lookalike
 from heirloom.common.checkpoint.verify import Check
-from learngene import bare_files, google_files, hf_folder, layouts, timm_folder
+from heirloom.common.vit import layouts
+from learngene import bare_files, google_files, hf_config, hf_folder, hf_layouts, timm_folder
 
 _bare = partial(Format, wrapper="model")
 _deit = partial(_bare, clean=bare_files.clean, complete=bare_files.timm_names)
 FORMATS = (
     Format("timm", layouts.timm, "model.safetensors", timm_folder.read, timm_folder.write),
     _deit("deit", layouts.timm, "deit.pth", bare_files.read_deit, bare_files.write_deit),
-    Format("hf", layouts.hf, "model.safetensors", hf_folder.read, hf_folder.write),
+    Format("hf", hf_layouts.hf, "model.safetensors", hf_folder.read, hf_config.write, complete=hf_folder.complete),
+    Format("flax", hf_layouts.flax, "flax_model.msgpack", hf_folder.read_flax, hf_config.write_flax),
     _bare("sws", layouts.sws, "sws.pth", bare_files.read_sws, bare_files.write_sws),
     _bare("tleg", layouts.tleg, "tleg.pth", bare_files.read_tleg, bare_files.write_tleg),
     Format("google", layouts.google, "vit.npz", google_files.read, google_files.write, google_files.clean),
 )
 
-_CLASSIFIER = "a ViT that classifies is needed: ViTForImageClassification or DeiTForImageClassification"
+_PLAIN = "take a plain ViT: ViTModel, DeiTModel or Dinov2Model, say, or a classifier made of one"
+_TORCH = "of Flax, only FlaxViTForImageClassification is: take the weights of torch"
 LOOKALIKES = (
-    Lookalike("encoder.layer.*.layer_scale1.lambda1", f"a DINOv2 of transformers, which has LayerScale; {_CLASSIFIER}"),
-    Lookalike("dinov2*.embeddings.cls_token", f"a DINOv2 of transformers, which has LayerScale; {_CLASSIFIER}"),
     Lookalike(
         "*.attention.relative_position_bias.relative_position_bias_table",
-        f"a BEiT, which has relative positions; {_CLASSIFIER}",
+        f"a BEiT, which has relative positions; {_PLAIN}",
     ),
-    Lookalike("beit.embeddings.*", f"a BEiT of transformers, which has LayerScale; {_CLASSIFIER}"),
-    Lookalike("data2vec_vision.embeddings.*", f"a Data2Vec of transformers, which has LayerScale; {_CLASSIFIER}"),
-    Lookalike("ijepa.embeddings.*", f"an I-JEPA of transformers, which has no class token; {_CLASSIFIER}"),
-    Lookalike("decoder.decoder_layers.*", f"a masked autoencoder (ViTMAE); {_CLASSIFIER}"),
-    Lookalike("embeddings.distillation_token", f"a DeiT without its classifier (DeiTModel); {_CLASSIFIER}"),
-    Lookalike("encoder.layer.*.layernorm_before.weight", f"a ViT without its classifier (ViTModel); {_CLASSIFIER}"),
+    Lookalike("beit.embeddings.*", f"a BEiT of transformers, which has relative positions; {_PLAIN}"),
+    Lookalike("data2vec_vision.embeddings.*", f"a Data2Vec of transformers, with relative positions; {_PLAIN}"),
+    Lookalike("ijepa.embeddings.*", f"an I-JEPA of transformers, which has no class token; {_PLAIN}"),
+    Lookalike("dinov2/embeddings/*", f"a DINOv2 of Flax, not read; {_TORCH}"),
+    Lookalike("encoder/layer/*/layer_scale1/lambda1", f"a DINOv2 of Flax, not read; {_TORCH}"),
+    Lookalike("encoder/layer/*/layernorm_before/scale", f"a ViT without its classifier (FlaxViTModel); {_TORCH}"),
+    Lookalike("beit/embeddings/*", f"a BEiT of transformers, which has relative positions; {_PLAIN}"),
     Lookalike("encoder.layers.encoder_layer_*", "a ViT of torchvision, not read; take one of timm or transformers"),
 )
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from heirloom.common.checkpoint.family import Found, Guess, Read
 from heirloom.common.errors import InputError
+from heirloom.common.vit.model import VitConfig
+from heirloom.common.vit.shapes import depth
 from learngene.bare_files import ordinary, plain, square
-from learngene.shapes import depth
-from learngene.vit import VitConfig
 
 _PARTS = {
     "MAPHead_0/": "attention pooling",

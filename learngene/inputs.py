@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, write
+from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, size_of, write
 from learngene.labels import carry_labels
 
 CROP = 0.875  # share of the side that ImageNet's evaluation crop keeps: 224 of 256
@@ -17,13 +19,29 @@ INCEPTION = Preprocess(
 )
 
 
+CLIP = Preprocess(size=224, resize=224)  # OpenAI's
+# By model_type of transformers: DeiT and DINOv2 have ImageNet's.
+_OF_TRANSFORMERS = {
+    "vit": (INCEPTION, "that of Google's ViTs"),
+    "siglip": (replace(INCEPTION, interpolation="bicubic"), "SigLIP's own"),
+    "siglip_vision_model": (replace(INCEPTION, interpolation="bicubic"), "SigLIP's own"),
+    "clip_vision_model": (CLIP, "CLIP's own"),
+}
+
+
 def preprocess_of(donor: Donor) -> Found:
-    """Read the preprocessing of a classifier's folder; without one, that of the published models of its format."""
-    minus_one_to_one = donor.format == "google" or (donor.format == "hf" and donor.cfg.tokens == "cls")
-    size = donor.cfg.size
+    """Read the preprocessing of a ViT's folder; without one, that of the published models of its format.
+
+    Of a model that reads pictures of any size, the file sets it: DINOv2 has positions for 518 pixels and reads 224.
+    """
+    size = (size_of(donor.folder) if getattr(donor.cfg, "any_size", False) else None) or donor.cfg.size
     assumed, whose = IMAGENET.at(size).cropped(CROP), "ImageNet's"
-    if minus_one_to_one:
-        assumed, whose = INCEPTION.at(size), "that of Google's ViTs"
+    kind: Any = "vit" if donor.format == "google" else ""
+    if donor.format in ("hf", "flax"):
+        kind = read_json(donor.folder / "config.json").get("model_type")
+    if kind in _OF_TRANSFORMERS:
+        pre, whose = _OF_TRANSFORMERS[kind]
+        assumed = pre.at(size)
     found = find(donor.folder, donor.format, size, assumed, whose)
     if found.pre.resize is not None:
         return found

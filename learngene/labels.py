@@ -20,7 +20,9 @@ def labels_of(donor: Donor) -> tuple[str, ...] | None:
     each other.
     """
     file = donor.folder / CONFIG
-    if donor.format == "hf":
+    if not donor.cfg.classes:
+        return None
+    if donor.format in ("hf", "flax"):
         names = _of_transformers(read_json(file), file)
     elif donor.format == "timm":
         names = _of_timm(read_json(file), file)
@@ -91,7 +93,7 @@ def carry_labels(donor: Donor, destination: Path, format: str) -> None:
 
 def write_labels_as(names: Sequence[str], folder: Path, format: str) -> None:
     """Write class names in the form of a format; as our labels.json if the format has no field for them."""
-    if format == "hf":
+    if format in ("hf", "flax"):
         numbers = {name: i for i, name in enumerate(names)}
         about = dict(id2label=dict(enumerate(names)), label2id=numbers)
         write_json(folder / CONFIG, read_json(folder / CONFIG) | about)

@@ -14,9 +14,9 @@ from heirloom.common.surgery.maps import AxisMap, matrix, sided
 from heirloom.common.surgery.plan import Maps, Plan, Source, apply
 from heirloom.common.train.bad_samples import BadSamples, Feed
 from heirloom.common.train.loop import Data
+from heirloom.common.vit.model import VitConfig
 from learngene.expand import grid_maps
 from learngene.relatives import plain
-from learngene.vit import VitConfig
 
 STEPS, RATE = 100, 1e-3
 NOISE = 0.03

@@ -46,9 +46,7 @@ def distillation(
     teacher: Float[Array | np.ndarray, "batch classes"],
     cfg: DistillConfig,
 ) -> Float[Array, ""]:
-    """Distillation loss before its weight, nats: T^2 KL(teacher
-
-    student), or CE with the teacher's top class.
+    """Distillation loss before its weight, nats: T^2 KL(teacher || student), or CE with the teacher's top class.
 
     student, teacher: f32 logits; the caller stops the teacher's gradient. Labels and teacher use the logits of the same
     head.

@@ -6,9 +6,9 @@ from typing import Any
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.train.step import StepConfig
+from heirloom.common.vit.model import VitConfig
 from learngene.augment import AugmentConfig
 from learngene.train import ADAMW, Config
-from learngene.vit import VitConfig
 
 TRAIN = 1_281_167  # pictures
 VIEWS, RECORDS = 3, 176  # divisible by 16 devices

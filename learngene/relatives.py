@@ -9,8 +9,8 @@ import numpy as np
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.maps import FRESH, Pick, even, first, pick
 from heirloom.common.surgery.plan import Plan
+from heirloom.common.vit.model import VitConfig
 from learngene.expand import Head, expansion, grid_maps, layer_map, resized, unrolled_map
-from learngene.vit import VitConfig
 
 Method = Literal["expand", "shuffled", "every", "select", "heur", "auto", "stack", "interlace", "ligo"]
 HEUR_LAYERS, AUTO_LAYERS = 3, 6  # blocks kept by Heur-LG and Auto-LG
@@ -56,7 +56,7 @@ def select(donor: VitConfig, student: VitConfig, head: Head) -> Plan:
 def plain(donor: VitConfig, student: VitConfig, method: str) -> None:
     """Raises InputError for models with options, for a method whose maps are those of DeiT's ViT alone."""
     for whose, cfg in (("donor", donor), ("student", student)):
-        options = cfg.options | ({"pool": cfg.pool} if cfg.pool == "map" else {})
+        options = cfg.options | ({"pool": cfg.pool} if cfg.pool in ("map", "cls+mean") else {})
         if options:
             name, value = next(iter(options.items()))
             raise InputError(f"the {whose}'s {name} is {value!r}, which {method} cannot carry: use expand or stack")

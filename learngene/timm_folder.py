@@ -7,10 +7,10 @@ from heirloom.common.checkpoint.family import Found, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
+from heirloom.common.vit.model import VitConfig
+from heirloom.common.vit.shapes import depth, refuse_other_parts, shapes
+from heirloom.common.vit.timm_architectures import arguments, parts, settings, sizes
 from learngene.bare_files import ordinary
-from learngene.shapes import depth, refuse_other_parts, shapes
-from learngene.timm_architectures import arguments, parts, settings, sizes
-from learngene.vit import VitConfig
 
 # Fields of timm's pretrained_cfg: where weights come from, preprocessing, and names.
 _PRETRAINED = (
@@ -72,6 +72,12 @@ def _defaults(config: Fields, pretrained: Fields) -> dict[str, Any]:
 def write(cfg: VitConfig, folder: Path) -> None:
     """Write timm's config.json. Raises InputError, with nothing written, for a model it cannot express."""
     ordinary(cfg, "timm")
+    pooled: dict[str, Any] = {"pool": cfg.pool} if cfg.pool == "cls+mean" else {}
+    pooled |= {name: cfg.options[name] for name in ("pooler", "joint") if name in cfg.options}
+    pooled |= {"resample": cfg.resample} if cfg.any_size and cfg.resample != "antialiased" else {}
+    if pooled:
+        name, value = next(iter(pooled.items()))
+        raise InputError(f"{name} is {value!r}, which timm's ViT does not have; keep the heirloom format")
     distilled = cfg.tokens == "cls+dist"
     if (cfg.eps, cfg.gated) not in _WRITTEN or (distilled and cfg.eps != 1e-6):
         theirs = f"an eps of {'1e-6' if distilled or cfg.gated else '1e-6 or 1e-5'}, this model has {cfg.eps:g}"

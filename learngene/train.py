@@ -16,6 +16,7 @@ from heirloom.common.data.pipeline import training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Plan, Resolution
 from heirloom.common.train.loop import Data
 from heirloom.common.train.mesh import start
@@ -67,7 +68,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     """The loss: (1 - alpha) cross-entropy with labels + alpha distillation; without teacher the cross-entropy."""
     alpha = cfg.distill.alpha if teacher or cfg.teacher == CACHED else 0.0
     classes = cfg.student.classes
-    if teacher and (teacher.cfg.size, teacher.cfg.classes) != (cfg.student.size, classes):
+    fits = teacher and (teacher.cfg.size == cfg.student.size or getattr(teacher.cfg, "any_size", False))
+    if teacher and not (fits and teacher.cfg.classes == classes):
         inputs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
         given = f"{inputs}, the student {cfg.student.size} px and {classes}"
         raise InputError(f"the teacher has {given}: set student.size and student.classes")
@@ -176,3 +178,6 @@ def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
     if labels is not None:
         write_labels(folder, labels)
     cfg.pre.save(folder)
+
+
+make_callable(__name__, "learngene.pretrained:train")

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from heirloom.common.checkpoint.flax_files import as_torch
 from heirloom.common.checkpoint.unwrap import clean_names, open_weights
 from heirloom.common.checkpoint.verify import (
     OWN,
+    RENAMED,
     Check,
     against,
     as_folder,
@@ -20,11 +22,12 @@ from heirloom.common.checkpoint.verify import (
 )
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
+from heirloom.common.vit.formulas import formulas
+from heirloom.common.vit.model import Vit, VitConfig
+from heirloom.common.vit.stages import linear_coefficients, unrolled_map
 from learngene import google_files
 from learngene.bare_files import clean, timm_names
-from learngene.formulas import formulas
-from learngene.stages import linear_coefficients, unrolled_map
-from learngene.vit import Vit, VitConfig
+from learngene.hf_models import DEIT, MAE, VIT
 
 EXAMPLES = 2
 
@@ -49,9 +52,10 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
     mine = logits(cfg, params)
 
     def reference() -> Check:
-        if format == "hf" and importable("transformers"):
-            theirs = transformers_logits(file, x, cfg.classes)
-            return compare(mine, [theirs], reference="transformers", libraries=("torch", "transformers"))
+        if format in ("hf", "flax") and importable("transformers"):
+            theirs = transformers_outputs(file, x, cfg, format)
+            name = "transformers" + (RENAMED if format == "flax" else "")
+            return compare(mine, [theirs], reference=name, libraries=("torch", "transformers"))
         if format == "timm" and importable("timm"):
             return compare(mine, [timm_logits(file, x)], reference="timm", libraries=("torch", "timm"))
         tensors = clean_names(open_weights(file)).tensors
@@ -60,23 +64,43 @@ def verify(cfg: VitConfig, params: Mapping[str, Any], file: Path, format: str) -
     return against(reference, mine, format, what="logits")
 
 
-def transformers_logits(file: Path, x: np.ndarray, classes: int) -> np.ndarray:
-    """Logits of transformers' class for the config's `architectures`, else `model_type`; `x` as in `pictures`.
+def transformers_outputs(file: Path, x: np.ndarray, vit: VitConfig, format: str = "hf") -> np.ndarray:
+    """What transformers' class for the config's `architectures`, else `model_type`, makes of `x` as in `pictures`.
 
-    classes: of the weights, for a config that does not say how many; transformers would take 2.
+    These are logits, the projected or the pooled features; of a class that returns all tokens, those that the pool of
+    `vit` takes. vit: our reading; it says whether the weights have a pooler, which no config does, and how many classes
+    where the config does not: transformers would take 2.
     """
     import torch
     import transformers
 
-    with quiet(), as_folder(file, "model.safetensors") as folder:
-        count = {} if {"id2label", "num_labels"} & read_json(folder / "config.json").keys() else {"num_labels": classes}
-        cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **count)
-        kind = transformers.AutoModelForImageClassification
+    with quiet(), as_folder(file, "model.safetensors", format) as folder:
+        about = read_json(folder / "config.json")
+        extra: dict[str, Any] = {} if {"id2label", "num_labels"} & about.keys() else {"num_labels": vit.classes}
+        extra |= {"mask_ratio": 0.0} if about["model_type"] == MAE.kind else {}  # an encoder reads all patches
+        cfg = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+        kind = transformers.AutoModelForImageClassification if vit.classes else transformers.AutoModel
         if cfg.architectures:
-            kind = getattr(transformers, cfg.architectures[0])
-        model = kind.from_pretrained(folder, config=cfg, dtype=torch.float32, local_files_only=True).eval()
+            kind = getattr(transformers, cfg.architectures[0].removeprefix("Flax"))
+        how = dict(add_pooling_layer=vit.pooler) if kind.__name__ in (VIT.name, DEIT.name) else {}
+        model = kind.from_pretrained(folder, config=cfg, dtype=torch.float32, local_files_only=True, **how).eval()
+    pictures = torch.from_numpy(x).permute(0, 3, 1, 2)
+    if kind.__name__ == MAE.headed:
+        model = model.vit
     with torch.no_grad():
-        return model(torch.from_numpy(x).permute(0, 3, 1, 2)).logits.numpy()
+        if about["model_type"] == MAE.kind:  # patches are shuffled by this noise: in order
+            order = torch.arange(vit.grid[0] * vit.grid[1]).expand(len(x), -1)
+            return _pooled(model(pictures, noise=order.float()), vit)
+        return _pooled(model(pictures), vit)
+
+
+def _pooled(outputs: Any, vit: VitConfig) -> np.ndarray:
+    """The logits, else the projected or the pooled features of transformers' outputs."""
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if (value := outputs.get(name)) is not None:
+            return value.numpy()
+    tokens = outputs["last_hidden_state"].numpy()
+    return tokens[:, 0] if vit.pool == "cls" else tokens[:, vit.prefix :].mean(1)
 
 
 def timm_logits(file: Path, x: np.ndarray) -> np.ndarray:
@@ -102,6 +126,7 @@ def as_timm(cfg: VitConfig, tensors: Mapping[str, np.ndarray], format: str) -> d
         return _unrolled(cfg, tensors, format)
     if format == "google":
         return _from_google(cfg, tensors)
+    tensors = as_torch(dict(tensors)) if format == "flax" else tensors
     return timm_names(cfg, {clean(key): value for key, value in tensors.items()})
 
 

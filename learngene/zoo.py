@@ -9,11 +9,11 @@ from heirloom.common.checkpoint.family import Donor, Family, Outline
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
+from heirloom.common.vit.model import Vit, VitConfig, macs, parameters
 from learngene import convnet
 from learngene.formats import FORMATS, LOOKALIKES
 from learngene.inputs import sidecars
 from learngene.verify import logits, verify
-from learngene.vit import Vit, VitConfig, macs, parameters
 
 FAMILY = Family(
     "learngene",

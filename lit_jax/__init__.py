@@ -3,14 +3,15 @@
 lit = lit_jax.load("hf:facebook/DiT-XL-2-256/transformer", autoencoder="hf:stabilityai/sd-vae-ft-ema")
 pictures = lit.sample([207, 360], count=4, steps=50, guidance=4.0)
 latents = lit_jax.load("hf:stabilityai/sd-vae-ft-ema").encode(pictures)
+run = lit_jax.train("lit/digits", steps=100)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_jax.pretrained import Pretrained, PretrainedAutoencoder, load
+    from lit_jax.pretrained import Pretrained, PretrainedAutoencoder, load, train
 
-__all__ = ["Pretrained", "PretrainedAutoencoder", "load"]
+__all__ = ["Pretrained", "PretrainedAutoencoder", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

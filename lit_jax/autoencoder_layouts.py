@@ -1,7 +1,8 @@
-"""Reads, writes and verifies diffusers' AutoencoderKL."""
+"""Reads, writes and verifies diffusers' AutoencoderKL, of torch and of Flax."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Lookalike, Read
-from heirloom.common.checkpoint.verify import Check, against, as_folder, compare, outputs
-from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.checkpoint.flax_files import as_torch
+from heirloom.common.checkpoint.verify import RENAMED, Check, against, as_folder, compare, outputs
+from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Layout
@@ -61,15 +63,34 @@ def _half(half: str, levels: str, resize: str) -> Rows:
     )
 
 
-DIFFUSERS = Layout(
-    name="diffusers",
-    rows=(
-        *_half("encoder", "down", "downsamplers"),
-        *_conv("quant", "quant_conv"),
-        *_conv("post_quant", "post_quant_conv"),
-        *_half("decoder", "up", "upsamplers"),
-    ),
+ROWS = (
+    *_half("encoder", "down", "downsamplers"),
+    *_conv("quant", "quant_conv"),
+    *_conv("post_quant", "post_quant_conv"),
+    *_half("decoder", "up", "upsamplers"),
 )
+DIFFUSERS = Layout(name="diffusers", rows=ROWS)
+
+
+
+
+def _flax(rows: Rows) -> Rows:
+    """The rows above in the names of diffusers' Flax model: kernels read first, and attention has its older names."""
+    linear = {name: "embed (head head_dim)" for name in ("query", "key", "value")} | {"out": "(head head_dim) embed"}
+    older = {new: old for old, new in _OLD_ATTENTION.items()}
+
+    def row(path: str, key: str) -> tuple[str, ...]:
+        *modules, layer, leaf = path.split("/")
+        name = re.sub(r"\.(\d+|\*)(?=\.)", r"_\1", re.sub(r"to_out\.0|to_\w", lambda new: older[new[0]], key))
+        foreign = f"{name.rpartition('.')[0].replace('.', '/')}/{leaf}"
+        if leaf != "kernel":
+            return path, foreign
+        return path, foreign, linear[layer] if modules[-1:] == ["attn"] else "row col in out"
+
+    return tuple(row(path, key) for path, key, *_ in rows)
+
+
+FLAX = Layout(name="flax", rows=_flax(ROWS))
 
 
 def clean(key: str) -> str:
@@ -86,7 +107,7 @@ def _read(found: Found) -> Read | None:
     fields = found.json("config.json")
     if fields is None:
         raise InputError("an AutoencoderKL of diffusers needs its config.json next to the weights; there is none")
-    fields.fixed("_class_name", "AutoencoderKL")
+    fields.fixed("_class_name", "AutoencoderKL", "FlaxAutoencoderKL")
     for name, usual in (
         ("shift_factor", None),
         ("latents_mean", None),
@@ -114,6 +135,17 @@ def _read(found: Found) -> Read | None:
     )
     fields.done()
     return Read(cfg)
+
+
+def _read_flax(found: Found) -> Read | None:
+    if "encoder/down_blocks_0/resnets_0/norm1/scale" not in found.tensors:
+        return None
+    return _read(replace(found, tensors=as_torch(found.tensors)))
+
+
+def _write_flax(cfg: AutoencoderConfig, folder: Path) -> None:
+    _write(cfg, folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | dict(_class_name="FlaxAutoencoderKL"))
 
 
 def _write(cfg: AutoencoderConfig, folder: Path) -> None:
@@ -144,7 +176,8 @@ def verify(cfg: AutoencoderConfig, params: Mapping[str, Any], file: Path, format
     libraries = ("torch", "diffusers")
 
     def reference() -> Check:
-        return compare(mine, _diffusers(file, images, mine[0]), reference="diffusers", libraries=libraries)
+        name = "diffusers" + (RENAMED if format == "flax" else "")
+        return compare(mine, _diffusers(file, images, mine[0], format), reference=name, libraries=libraries)
 
     missing = "torch and diffusers are not installed"
     return against(reference, mine, format, what="latents or pictures", needs=libraries, missing=missing)
@@ -157,12 +190,12 @@ def latents_and_pictures(cfg: AutoencoderConfig, params: Mapping[str, Any]) -> l
     return [*moments, *outputs(partial(model.apply, method="decode"), params, moments[0])]
 
 
-def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray) -> list[np.ndarray]:
+def _diffusers(file: Path, images: np.ndarray, latents: np.ndarray, format: str) -> list[np.ndarray]:
     """Compute mean, logvar and decoded latents with diffusers, which reads the file and its config itself."""
     import torch
     from diffusers import AutoencoderKL
 
-    with as_folder(file, FILE) as folder:
+    with as_folder(file, FILE, format) as folder:
         model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
@@ -195,7 +228,10 @@ LOOKALIKES = (
         "encoder.down_blocks.0.resnets.0.conv1.conv.weight", "an autoencoder of videos: only AutoencoderKL is read"
     ),
 )
-FORMATS = (Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),)
+FORMATS = (
+    Format(name="diffusers", layout=DIFFUSERS, file=FILE, read_config=_read, write_config=_write, clean=clean),
+    Format("flax", FLAX, "diffusion_flax_model.msgpack", read_config=_read_flax, write_config=_write_flax),
+)
 CONFIG = partial(from_json, AutoencoderConfig)
 FAMILY = Family(
     name="autoencoder",

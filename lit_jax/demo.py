@@ -1,96 +1,96 @@
-"""`heirloom demo lit`: a LiT inherits from the embedded DiT and is distilled from it; a second one is trained from
-scratch, on digits.
+"""`heirloom demo lit`: a LiT that draws icons from text inherits from the embedded PixArt and is distilled from it; a
+second one is trained from scratch.
 """
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import le
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from heirloom.common import config
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.data.grid import grid
-from heirloom.common.data.labelled import open_labelled
-from heirloom.common.data.pictures import decode
-from heirloom.common.data.sources import SourceConfig
 from heirloom.common.demo import Race
-from heirloom.common.evaluate.fid import kid
 from heirloom.common.nn.functional import functional
 from heirloom.common.train import recipe
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
-from lit_jax.decode import check_finite, to_uint8
-from lit_jax.dit import Dit, parameters
-from lit_jax.progress import held_out_loss
-from lit_jax.sample import drawer
-from lit_jax.train import Config
-from lit_jax.zoo import open_dit
+from lit_jax.icon_scores import Judge, read_icons
+from lit_jax.pixart import PixArt, parameters
+from lit_jax.text_cache import TextCache
+from lit_jax.text_inputs import named_data, open_drawer, write_cache
+from lit_jax.text_progress import held_out_error
+from lit_jax.text_recipe import Config
+from lit_jax.zoo import open_pixart
 
-RECIPE = "lit/digits"
+RECIPE = "lit/icons"
 METRIC = "mse"
-PER_CLASS, SHOWN_PER_CLASS = 30, 6  # pictures of each class that are drawn for the scores, and that the grid shows
+STEPS = 800  # of the recipe's, so that both students take a few minutes
+SEEN = ("a purple cat", "a pink butterfly", "a black umbrella")
+UNSEEN = ("a green car", "a blue horse", "a red flower")  # pairs that no training picture shows
+SHOWN = SEEN + UNSEEN
+PROMPTS = 100  # held-out pairs of object and colour that are drawn for the scores
 COLOURS = {"inherited": "#c8553d", "scratch": "#588b8b"}
+TITLES = {"teacher": "teacher", "inherited": "inherited\nstudent", "scratch": "the same\nfrom scratch"}
 
 
 def run(seed: int, out: Path) -> dict[str, Any]:
-    """Train both students, draw from teacher and students, write `out/demo.png`. Returns the content of `--json`."""
+    """Train both students, draw prompts with teacher and students, write `out/demo.png`. Returns the content of
+    `--json`.
+    """
     started = time.perf_counter()
     loaded = config.load(RECIPE)
     assert isinstance(loaded, Config)
-    cfg = replace(loaded, seed=seed, pipeline=replace(loaded.pipeline, seed=seed), step=replace(loaded.step, seed=seed))
+    steps, pipeline = min(loaded.steps, STEPS), replace(loaded.pipeline, seed=seed)
+    cfg = replace(loaded, steps=steps, seed=seed, pipeline=pipeline, step=replace(loaded.step, seed=seed))
     console = Console()
-    teacher = open_dit(cfg.teacher)
+    teacher = open_pixart(cfg.teacher)
     counts = {
         "teacher": parameters(teacher.model.spec)["total"],
-        "student": parameters(functional(Dit, cfg.student).spec)["total"],
+        "student": parameters(functional(PixArt, cfg.student).spec)["total"],
     }
     console.print(
-        f"teacher: a DiT of {counts['teacher']:,} parameters with softmax attention; student: a LiT of"
-        f" {counts['student']:,}. {cfg.steps} steps of {cfg.pipeline.batch} digits each, first inheriting and"
-        " distilled, then from scratch."
+        f"teacher: a PixArt of {counts['teacher']:,} parameters with softmax attention; student: a LiT of"
+        f" {counts['student']:,}. {cfg.steps} steps of {cfg.pipeline.batch} icons each, first inheriting and"
+        " distilled, then from scratch.",
+        soft_wrap=True,
     )
-    with tempfile.TemporaryDirectory(
-        dir=out
-    ) as folder:  # in the same folder as the result, which is renamed into place
+    with tempfile.TemporaryDirectory(dir=out) as temporary:  # next to the result, which is renamed into place
+        folder = Path(temporary)
+        cfg = with_caches(cfg, folder / "cache")
         arms = {"inherited": cfg, "scratch": replace(cfg, donor="", teacher="")}
-        races = {name: race(arm, Path(folder) / name) for name, arm in arms.items()}
+        races = {name: race(arm, folder / name) for name, arm in arms.items()}
         models = {"teacher": cfg.teacher} | {name: str(race.weights) for name, race in races.items()}
-        drawn = {name: draw(cfg, source, seed) for name, source in models.items()}
+        unseen = read_icons("test").some(PROMPTS, seed)
+        prompts = (*SHOWN, *unseen.prompts)
+        pictures = {name: draw(cfg, source, prompts) for name, source in models.items()}
+        losses = {"teacher": errors(cfg, cfg.teacher)} | {name: race.final for name, race in races.items()}
         with staged(out / "student", force=True) as student:
             races["inherited"].weights.rename(student)
 
-    losses = {"teacher": {METRIC: loss(cfg, cfg.teacher)}} | {name: race.final for name, race in races.items()}
-    known, real = real_digits(cfg.data), real_digits(cfg.held_out)
-    labels = np.tile(np.arange(cfg.student.classes), PER_CLASS)
-    scores: dict[str, dict[str, float]] = {
-        name: (
-            losses[name]
-            | {
-                "kid": kid(real[0], features, seed=seed).mean,
-                "recognised": nearest_neighbour_accuracy(known, features, labels),
-            }
-        )
-        for name, features in ((name, pixel_features(pictures)) for name, pictures in drawn.items())
-    }
-    scores["real"] = {"recognised": nearest_neighbour_accuracy(known, *real)}
+    judge, names = Judge(read_icons("train")), (unseen.objects, unseen.colours)
+    scores = {name: losses[name] | judge.scores(drawn[len(SHOWN) :], *names) for name, drawn in pictures.items()}
+    scores["real"] = judge.scores(unseen.pictures, *names)
     caught_up = races["inherited"].reaches(scores["scratch"][METRIC], le)
-    picture = plot(races, scores["teacher"][METRIC], drawn, out)
+    shown = {name: drawn[: len(SHOWN)] for name, drawn in pictures.items()}
+    picture = plot(races, scores["teacher"][METRIC], shown, out)
     seconds = time.perf_counter() - started
     console.print(
-        "\nloss on held-out digits, KID to real digits (lower is better), share recognised as their class",
+        f"\nloss on held-out icons; of {PROMPTS} drawn prompts, whose object and colour no training picture shows"
+        " together, the share with the right object, the right colour, and both",
         soft_wrap=True,
     )
     console.print(_table(counts, scores))
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
     console.print(f"the inherited student reached scratch's final loss {reached}; took {seconds:.0f} s", soft_wrap=True)
     console.print(f"picture: {picture}   student: {out / 'student'}", soft_wrap=True)
+    console.print(f'try: heirloom sample {out / "student"} --prompt "{SEEN[0]}"', soft_wrap=True)
     return {
         "parameters": counts,
         "scores": scores,
@@ -102,6 +102,17 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     }
 
 
+def with_caches(cfg: Config, folder: Path) -> Config:
+    """Encode the pictures and captions of a recipe into `folder` unless they are there, and return the recipe that
+    reads them.
+    """
+    for name, data in named_data(cfg).items():
+        if not (folder / name).exists():
+            write_cache(cfg, data, folder / name)
+    data, held_out = replace(cfg.data, path=str(folder / "train")), replace(cfg.held_out, path=str(folder / "held_out"))
+    return replace(cfg, data=data, held_out=held_out)
+
+
 def race(cfg: Config, folder: Path) -> Race:
     """Train one student. The curve starts with its loss before the first step."""
     before = recipe.evaluate(cfg, cfg.parts()).metrics[METRIC]
@@ -109,98 +120,61 @@ def race(cfg: Config, folder: Path) -> Race:
     return Race.of(folder, METRIC, before)
 
 
-def loss(cfg: Config, source: str) -> float:
-    """Compute the held-out loss of a checkpoint."""
-    donor, mesh = open_dit(source), start(cfg.mesh)
-    return held_out_loss(cfg, donor.model, mesh)(load_params(donor, mesh)).metrics[METRIC]
+def errors(cfg: Config, source: str) -> dict[str, float]:
+    """Compute the held-out errors of a checkpoint, with the right captions and with swapped ones."""
+    donor, mesh = open_pixart(source), start(cfg.mesh)
+    found = held_out_error(donor.model, TextCache(cfg.held_out.path), mesh)(load_params(donor, mesh))
+    return dict(found.metrics)
 
 
-def draw(cfg: Config, source: str, seed: int) -> np.ndarray:
-    """Draw pictures of every class in turn, uint8 [30 x 10, side, side, 3]. All models start from the same noise."""
-    donor, mesh = open_dit(source), start(cfg.mesh)
-    labels = np.tile(np.arange(cfg.student.classes), PER_CLASS)
-    drawn = drawer(donor.model, donor.cfg, cfg.sample, mesh)(load_params(donor, mesh), labels, jax.random.key(seed))
-    return to_uint8(check_finite(drawn, "the model's output", where=f"{source}: "))
+def draw(cfg: Config, source: str, prompts: tuple[str, ...]) -> np.ndarray:
+    """Draw a picture of each prompt, uint8 [prompt, side, side, 3]. All models start from the same noise."""
+    donor, mesh = open_pixart(source), start(cfg.mesh)
+    drawer = open_drawer(replace(cfg, student=donor.cfg), donor.model, TextCache(cfg.data.path), mesh, prompts)
+    return drawer(load_params(donor, mesh))
 
 
-def real_digits(source: SourceConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Read the features (`pixel_features`) and labels of real digits."""
-    opened = open_labelled(source, "label")
-    records = [opened[i] for i in range(len(opened))]
-    pictures = np.stack([np.asarray(decode(record["image"])) for record in records])
-    return pixel_features(pictures), np.array([record["label"] for record in records])
-
-
-def pixel_features(pictures: np.ndarray) -> np.ndarray:
-    """Return pixels as features, float64 [n, side * side] in [-1, 1]: the mean of the channels. 64 pixels need no
-    network.
-    """
-    return pictures.mean(-1).reshape(len(pictures), -1) / 127.5 - 1
-
-
-def nearest_neighbour_accuracy(known: tuple[np.ndarray, np.ndarray], features: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the share of pictures whose nearest training digit has their label."""
-    pictures, names = known
-    distance = (pictures**2).sum(1) - 2 * features @ pictures.T
-    return float((names[distance.argmin(1)] == labels).mean())
-
-
-def _table(counts: dict[str, int], scores: dict[str, dict[str, float]]) -> Table:
+def _table(counts: dict[str, int], scores: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for header in ("", "parameters", "loss", "KID of pixels", "recognised"):
+    for header in ("", "parameters", "loss", "object", "colour", "both"):
         table.add_column(header, justify="right" if header else "left")
     for name, metrics in scores.items():
+        shares = [f"{metrics[share]:.1%}" for share in ("object", "colour", "both")]
         if name == "real":
-            table.add_row("held-out digits", "", "", "", f"{metrics['recognised']:.1%}")
+            table.add_row("real icons", "", "", *shares)
         else:
             count = counts["teacher" if name == "teacher" else "student"]
-            table.add_row(
-                name, f"{count:,}", f"{metrics[METRIC]:.4f}", f"{metrics['kid']:.4f}", f"{metrics['recognised']:.1%}"
-            )
+            table.add_row(name, f"{count:,}", f"{metrics[METRIC]:.4f}", *shares)
     return table
 
 
 def plot(races: dict[str, Race], teacher: float, drawn: dict[str, np.ndarray], out: Path) -> Path:
-    """Plot both loss curves and the pictures of teacher and students, a row for each digit. Returns the path of the
+    """Plot both loss curves and the pictures of teacher and students, a column for each prompt. Returns the path of the
     PNG.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 5.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(14, 4.6), layout="constrained", facecolor="white")
     left, right = list(figure.subfigures(1, 2, width_ratios=(1, 2.1)))  # type: ignore[arg-type]
     axes = left.subplots()
     for name, race in races.items():
         axes.plot(race.steps, race.scores, color=COLOURS[name], linewidth=2.5, label=name)
     axes.axhline(teacher, color="#888", linestyle="--", linewidth=1)
-    axes.annotate(
-        "teacher", (races["scratch"].steps[-1], teacher), (-2, 3), textcoords="offset points", color="#666", ha="right"
-    )
-    axes.set(
-        xlabel="step",
-        ylabel="squared error of the noise, held-out digits",
-        yscale="log",
-        xlim=(0, races["scratch"].steps[-1]),
-    )
+    last = races["scratch"].steps[-1]
+    axes.annotate("teacher", (last, teacher), (-2, 3), textcoords="offset points", color="#666", ha="right")
+    axes.set(xlabel="step", ylabel="squared error of the noise, held-out icons", yscale="log", xlim=(0, last))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    for cell, (name, pictures) in zip(right.subplots(1, len(drawn)), drawn.items(), strict=True):
-        pictures = np.pad(pictures, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-        classes, side = len(pictures) // PER_CLASS, pictures.shape[1]
-        by_class = pictures.reshape(PER_CLASS, classes, *pictures.shape[1:])[:SHOWN_PER_CLASS].swapaxes(0, 1)
-        cell.imshow(grid(by_class.reshape(-1, *pictures.shape[1:]), SHOWN_PER_CLASS), interpolation="nearest")
-        cell.set_yticks(
-            side * (np.arange(classes) + 0.5),
-            map(str, range(classes)) if name == "teacher" else [""] * classes,
-            fontsize=11,
-        )
-        cell.set_xticks([])
-        cell.tick_params(length=0)
-        cell.spines[:].set_visible(False)
-        cell.set_title(
-            {"teacher": "the teacher draws", "inherited": "the inherited student", "scratch": "the same from scratch"}[
-                name
-            ]
-        )
+    cells = right.subplots(len(drawn), len(SHOWN))
+    for row, (name, pictures) in zip(cells, drawn.items(), strict=True):
+        for cell, prompt, picture in zip(row, SHOWN, pictures, strict=True):
+            cell.imshow(picture)
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
+            if name == "teacher":
+                cell.set_title(prompt + (" *" if prompt in UNSEEN else ""), fontsize=10)
+        row[0].set_ylabel(TITLES[name], fontsize=10)
+    right.supxlabel("* no training picture shows this object in this colour", fontsize=9, color="#666")
     with staged(out / "demo.png", force=True) as file:
         figure.savefig(file, dpi=120, format="png")
     return out / "demo.png"

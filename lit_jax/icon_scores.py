@@ -33,15 +33,11 @@ class Icons:
         return Icons(prompts, objects, colours, self.pictures[rows])
 
 
-def read_icons(split: str, *, emoji: bool = False) -> Icons:
-    """Read the embedded icons of a split: "train", or "test" for the pairs of object and colour that are held out.
-
-    emoji: the emoji as well, whose object and colour are empty.
-    """
+def read_icons(split: str) -> Icons:
+    """Read the embedded icons of a split: "train", or "test" for the pairs of object and colour that are held out."""
     columns = ("object", "colour", "prompt")
     source = open_source(SourceConfig(path="icons", split=split, columns=columns))
     records: list[Record] = [source[i] for i in range(len(source))]
-    records = [record for record in records if emoji or record["object"]]
     prompts, objects, colours = (tuple(r[name] for r in records) for name in ("prompt", "object", "colour"))
     return Icons(prompts, objects, colours, np.stack([np.asarray(decode_record(record)) for record in records]))
 

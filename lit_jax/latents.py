@@ -63,10 +63,9 @@ def cache_latents(
         for start in track(range(0, len(source), batch), description="encoding"):
             records = [source[i] for i in range(start, min(start + batch, len(source)))]
             columns = {"moments": embed(params, np.stack(list(pool.map(partial(cropped, size=size), records))))}
-            if not np.isfinite(columns["moments"]).all():
-                raise InputError(
-                    f"a picture among {start} to {start + len(records)} has moments that {dtype} cannot hold"
-                )
+            whole = np.isfinite(columns["moments"]).reshape(len(records), -1).all(1)
+            if not whole.all():
+                raise InputError(f"{records[whole.argmin()]['key']} has moments that {dtype} cannot hold")
             if "label" in records[0]:
                 columns["label"] = np.array([record["label"] for record in records], np.int32)
             for name, value in columns.items():

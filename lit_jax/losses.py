@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from heirloom.common.diffusion import Prediction, Schedule, add_noise, log_variance, variational_bound
@@ -95,21 +96,25 @@ def hybrid(
     keys: tuple[jax.Array, jax.Array],
     student: Network,
     teacher: Network | None,
+    noisy_weight: float = 1.0,
 ) -> tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]:
     """Compute DiT's loss of the student at random times, plus the weighted distillation terms (LiT §3.4).
 
-    keys: of the times and of the noise. Returns the total and its unweighted parts: mse, bound, and with a teacher
-    kd_noise and kd_variance.
+    keys: of the times and of the noise. noisy_weight: both squared errors of the noise are divided by alpha_bar, at
+    most multiplied by this. 1 is DiT's loss; without a limit it would be the squared error of the velocity (Salimans &
+    Ho 2022), which weighs noisy pictures, where the text decides, far more. Returns the total and its unweighted
+    parts: mse, bound, and with a teacher kd_noise and kd_variance.
     """
     step = jax.random.randint(keys[0], (len(clean),), 0, len(schedule))
     noise = jax.random.normal(keys[1], clean.shape)
     noisy = add_noise(schedule, clean, step, noise)
     predicted = split(student(noisy, step))
     parts = diffusion(schedule, predicted, clean, noisy, step, noise)._asdict()
-    total = parts["mse"] + parts["bound"]
+    weight = jnp.asarray(np.minimum(1 / schedule.alpha_bar, noisy_weight), jnp.float32)[step]
+    total = weight * parts["mse"] + parts["bound"]
     if teacher:
         terms = distillation(schedule, predicted, split(teacher(noisy, step)), step, cfg.target)
-        total = total + cfg.noise * terms.noise + cfg.variance * terms.variance
+        total = total + cfg.noise * weight * terms.noise + cfg.variance * terms.variance
         parts |= {"kd_noise": terms.noise, "kd_variance": terms.variance}
     return total, parts
 

@@ -1,5 +1,6 @@
-"""Pretrained DiTs, LiTs and autoencoders for notebooks."""
+"""Pretrained DiTs, LiTs and autoencoders for notebooks, and the verbs load and train."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -13,15 +14,17 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.checkpoint.family import Donor
+from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.methods import locate_any
-from heirloom.common.nn.functional import Functional
-from heirloom.common.paths import place
+from heirloom.common.notebook.model import Loaded
+from heirloom.common.notebook.run import Trained
+from heirloom.common.notebook.run import train as train_recipe
 from heirloom.common.train.mesh import MeshConfig, start
-from heirloom.common.train.parameters import load_params, save_params
+from heirloom.common.train.parameters import load_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
+from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.components import find_components
 from lit_jax.decode import PictureDecoder, open_pictures, picture_decoder
 from lit_jax.dit import DitConfig
@@ -33,8 +36,8 @@ from lit_jax.text_to_image import Dtype, TextToImage, open_text_to_image
 from lit_jax.zoo import FAMILIES, FAMILY
 
 
-@dataclass(frozen=True)
-class Pretrained:
+@dataclass(frozen=True, repr=False)
+class Pretrained(Loaded):
     """A DiT or LiT with its decoder.
 
     params: the flat tree that `model.apply` takes. pictures: None for latents without an autoencoder. origin: the
@@ -42,8 +45,6 @@ class Pretrained:
     """
 
     cfg: DitConfig
-    model: Functional
-    params: dict[str, jax.Array]
     mesh: Mesh
     pictures: PictureDecoder | None
     origin: Origin | None
@@ -81,20 +82,32 @@ class Pretrained:
         """Draw pictures of classes as PIL images; the options are those of `sample`."""
         return [Image.fromarray(picture) for picture in self.sample(classes, **options)]
 
-    def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write a weights folder, which `load` and every command read."""
-        sidecars = partial(write_origin, origin=self.origin)
-        save_params(place(folder), FAMILY.name, self.cfg, self.params, sidecars, spec=self.model.spec, force=force)
+    @property
+    def family(self) -> Family:
+        return FAMILY
+
+    def _sidecars(self, folder: Path) -> None:
+        write_origin(folder, self.origin)
+
+    def _about(self) -> dict[str, str]:
+        c = self.cfg
+        heads = f"{c.heads} heads of {c.attention} attention"
+        return {
+            "draws": f"{c.classes} classes, {c.size} x {c.size} x {c.channels}",
+            "blocks": f"{c.layers} of width {c.width}, {heads}, patch {c.patch}",
+        }
 
 
-@dataclass(frozen=True)
-class PretrainedAutoencoder:
+@dataclass(frozen=True, repr=False)
+class PretrainedAutoencoder(Loaded):
     """An autoencoder that converts between pictures and the scaled latents of a diffusion model."""
 
     cfg: AutoencoderConfig
-    model: Functional
-    params: dict[str, jax.Array]
     pictures: PictureDecoder
+
+    @property
+    def family(self) -> Family:
+        return AUTOENCODERS
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """Encode pictures uint8 [n, height, width, 3]; returns the scaled means of their latents, [n, row, col, latent]
@@ -151,9 +164,21 @@ def load(
     if isinstance(donor.cfg, AutoencoderConfig):
         params = load_params(donor, mesh)
         decoder = picture_decoder(donor.cfg, donor.model, params)
-        return PretrainedAutoencoder(cfg=donor.cfg, model=donor.model, params=params, pictures=decoder)
+        about: dict[str, Any] = dict(pictures=decoder, source=str(source))
+        return PretrainedAutoencoder(cfg=donor.cfg, model=donor.model, params=params, **about)
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{path} is a text encoder, which draws nothing: load the transformer or the pipeline folder")
     pictures = open_pictures(donor.cfg, autoencoder, mesh, origin)
     params = load_params(donor, mesh)
-    return Pretrained(cfg=donor.cfg, model=donor.model, params=params, mesh=mesh, pictures=pictures, origin=origin)
+    about = dict(mesh=mesh, pictures=pictures, origin=origin, source=str(source))
+    return Pretrained(cfg=donor.cfg, model=donor.model, params=params, **about)
+
+
+def train(recipe: Any, run: str | os.PathLike[str] | None = None, **fields: Any) -> Trained[Any]:
+    """Train a recipe in a run folder, or resume it there: train("lit/digits", steps=100).
+
+    recipe: its name, a Python file, or a config. run: the folder; None: a new one in `runs`. fields: of the config,
+    nested ones as dictionaries: optim={"lr": 3e-4}. Returns the run, with `metrics`, `plot()` and `model`. Raises
+    InputError for bad input.
+    """
+    return train_recipe(recipe, run, fields, "lit_jax", load)

@@ -15,7 +15,7 @@ from lit_jax.zoo import AUTOENCODER
 
 def imagenet(student: DitConfig, *, steps: int, batch: int = 256, donor: str = "", teacher: str = "") -> Config:
     """Make a config: AdamW at a constant 1e-4, no decay, EMA 0.9999, on the latent cache `data/imagenet_PIXELS`
-    (scripts/cache_latents.py).
+    (heirloom cache).
 
     Deviation: activations and kernels are bf16; the papers use f32 with TF32 matmuls. Deviation: a teacher sees the
     same dropped labels as the student; the released code drops only the student's (--distill.dropped student).

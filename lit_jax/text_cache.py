@@ -127,8 +127,9 @@ def _write_latents(
         for first in track(range(0, len(rows), ROWS), description=f"encoding {height} x {width}"):
             records = [source[i] for i in rows[first : first + ROWS]]
             found = embed(params, np.stack([cover_crop(decode_record(r), height, width) for r in records]))
-            if not np.isfinite(found).all():
-                raise InputError(f"{records[0]['key']} or one of the next {ROWS}: its moments exceed float16")
+            whole = np.isfinite(found).reshape(len(found), -1).all(1)
+            if not whole.all():
+                raise InputError(f"{records[whole.argmin()]['key']} has moments that float16 cannot hold")
             out[first : first + len(found)] = found
         out.flush()
 

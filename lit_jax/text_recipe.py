@@ -66,6 +66,10 @@ class Config(BaseConfig):
     paper says, "all" from a LiT of another resolution.
     """
     distill: DistillConfig = field(default_factory=lambda: DistillConfig(noise=1.0, variance=0.05))
+    noisy_weight: float = 1.0
+    """Greatest factor of the loss at noisy times: the squared error of the noise is divided by alpha_bar up to this.
+    PixArt and LiT have 1; a small model from scratch learns shapes sooner with 10.
+    """
     text_drop: float = 0.1
     """Share of the examples whose text is dropped, for classifier-free guidance."""
     null: Null = "prompt mask"
@@ -94,6 +98,8 @@ class Config(BaseConfig):
         super().__post_init__()
         if not 0 <= self.text_drop <= 1:
             raise InputError(f"text_drop is {self.text_drop:g}: give a share from 0 to 1")
+        if self.noisy_weight < 1:
+            raise InputError(f"noisy_weight is {self.noisy_weight:g}: give 1 (the published loss) or more")
         if any(share < 0 for share in self.mix) or (self.mix and not sum(self.mix)):
             raise InputError(f"mix is {list(self.mix)}: give a share of 0 or more for each column of captions")
         for stage in self.stages:
@@ -207,7 +213,9 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, about: Encodin
             return student.apply(params, noisy, step, *seen)
 
         keys = time_key, noise_key
-        total, parts = hybrid(schedule, cfg.distill, clean, keys, network, target if teacher else None)
+        total, parts = hybrid(
+            schedule, cfg.distill, clean, keys, network, target if teacher else None, cfg.noisy_weight
+        )
         return total.mean(), {name: (value.sum(), float(len(clean))) for name, value in parts.items()}
 
     return loss

@@ -21,6 +21,7 @@ from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.nn.functional import Functional
+from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.aspect import nearest_size, trained_sizes
@@ -53,8 +54,8 @@ class Request:
     latents: ArrayLike | None = None
 
 
-@dataclass(frozen=True)
-class TextToImage:
+@dataclass(frozen=True, repr=False)
+class TextToImage(Shown):
     """A text-to-image transformer with its text encoder and autoencoder; each is read when it is first needed.
 
     keep: the parameters of the transformer and the decoder stay in memory between calls; else each stage is freed
@@ -82,6 +83,14 @@ class TextToImage:
     def model(self) -> Functional:
         """The transformer as functions of its parameters."""
         return self.donor.model
+
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        counts = self.donor.family.parameters(self.donor.model.spec)
+        sides = " x ".join(map(str, self.default_size))
+        return f"{self.donor.family.name}: {short(counts['total'])} parameters in the transformer", {
+            "draws": f"prompts, {sides} pixels unless `size` says otherwise",
+            "source": str(self.donor.path),
+        }
 
     @property
     def step(self) -> int:

@@ -1,7 +1,7 @@
 """Trains a DiT or LiT: its config, its parts for the runner (`heirloom.common.train.recipe`), and its loss."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.bad import first_good
 from heirloom.common.data.grid import save_grid
@@ -19,23 +20,28 @@ from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
 from heirloom.common.errors import InputError
+from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.paths import place
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train.loop import Data
+from heirloom.common.train.mesh import start
 from heirloom.common.train.optim import OptimConfig
+from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
+from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.data import Pixels, is_latent, latents
 from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.kernels import PLATFORMS
-from lit_jax.latents import cache_origin, data_origin, sample_cached
+from lit_jax.latents import cache_latents, cache_origin, data_origin, sample_cached
 from lit_jax.losses import DistillConfig, hybrid
-from lit_jax.origin import copy_origin, write_origin
+from lit_jax.origin import autoencoder_origin, copy_origin, write_origin
 from lit_jax.progress import grids, held_out_loss
 from lit_jax.sample import SampleConfig
 from lit_jax.zoo import FAMILY, open_dit, outline
@@ -78,6 +84,10 @@ class Config(BaseConfig):
     def parts(self) -> Parts:
         return parts(self)
 
+    def cache(self, destination: Path) -> dict[str, Any]:
+        """Write the latents of the pictures of `data` and of their mirror images into a folder."""
+        return write_cache(self, destination)
+
     def check(self, mesh: Mesh) -> None:
         check_device(self.student, mesh.devices.flat[0].platform)
 
@@ -108,6 +118,27 @@ def parts(cfg: Config) -> Parts:
         sidecars=lambda opened, folder: write_origin(folder, opened.inputs),
         inherited_sidecars=lambda opened, folder: copy_origin(opened.donor.folder, folder) if opened.donor else None,
     )
+
+
+def write_cache(cfg: Config, destination: Path) -> dict[str, Any]:
+    """Encode the labelled pictures of a recipe. Raises InputError without an autoencoder, for one that does not fit the
+    student, and for data that is a cache already.
+    """
+    if not cfg.autoencoder:
+        raise InputError("give --autoencoder SOURCE: the pictures are encoded with it")
+    if is_latent(cfg.data):
+        raise InputError(f"{cfg.data.path} is a latent cache already: name pictures with --data.path")
+    pictures = SourceConfig()
+    data = replace(cfg.data, image=cfg.data.image or pictures.image, text=pictures.text, columns=pictures.columns)
+    source = open_labelled(data, cfg.label, cfg.student.classes)
+    donor, mesh = open_donor(locate_any(cfg.autoencoder), [autoencoder_layouts.FAMILY]), start(cfg.mesh)
+    if donor.cfg.latent != cfg.student.channels:
+        has = f"this autoencoder has {donor.cfg.latent} channels"
+        raise InputError(f"{cfg.autoencoder}: {has}, and the student takes {cfg.student.channels}")
+    params, size = load_params(donor, mesh), cfg.student.size * donor.cfg.factor
+    origin = autoencoder_origin(donor, cfg.autoencoder)
+    cache_latents(donor.cfg, donor.model, params, source, destination, mesh, size=size, origin=origin)
+    return {"records": len(source), "autoencoder": str(origin)}
 
 
 def cache_autoencoder(cfg: Config) -> AutoencoderConfig | None:
@@ -200,3 +231,6 @@ def describe_first_batch(opened: Opened, batch: Batch, picture: Path | None) -> 
     if picture:
         save_grid(to_uint8(pixels), picture)
     return f"first labels: {', '.join(map(str, labels[:8]))}"
+
+
+make_callable(__name__, "lit_jax.pretrained:train")

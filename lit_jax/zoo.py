@@ -21,6 +21,8 @@ from lit_jax.text.layouts import FAMILY as T5
 from lit_jax.verify import predictions, verify
 
 EMBEDDED = {"digits_dit": Path(__file__).parent / "digits_dit"}
+ICONS = Path(__file__).parent / "icons"
+TEXT_EMBEDDED = {"t2i": ICONS / "lit", "t2i_donor": ICONS / "pixart"}
 
 FAMILY = Family(
     name="lit",
@@ -45,6 +47,7 @@ PIXART = Family(
     parameters=pixart.parameters,
     macs=pixart.macs,
     outputs=pixart_verify.predicted,
+    embedded=TEXT_EMBEDDED,
 )
 FAMILIES = (FAMILY, PIXART, AUTOENCODERS, T5)
 
@@ -137,5 +140,5 @@ def open_pixart(source: str, **overrides: Any) -> Donor:
     """Open any PixArt-Sigma or text-to-image LiT by SOURCE, lazily; of a pipeline folder, its transformer. Raises
     InputError if it does not exist or is another model.
     """
-    path = locate(source)
+    path = locate(source, TEXT_EMBEDDED)
     return open_donor(main_part(path) if is_pipeline(path) else path, [PIXART], **overrides)

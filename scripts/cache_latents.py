@@ -1,4 +1,5 @@
-"""Encode labelled pictures and their mirror images once, to the moments that `heirloom train lit/...` reads.
+"""`heirloom cache` without a recipe: encodes labelled pictures and their mirror images once, to the moments that
+`heirloom train lit/...` reads.
 
     python scripts/cache_latents.py imagenet/train data/imagenet_256 --size 256
 

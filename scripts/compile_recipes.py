@@ -26,7 +26,7 @@ RECIPES = {
     ],
     "lit/xl_2_512": ["v5e:8x8 --mesh.fsdp 8"],
     "lit/t2i_512": ["v5e:8x8 --mesh.fsdp 8"],
-    "lit/t2i_1024": ["v5e:8x8 --mesh.fsdp 8"],
+    "lit/t2i_1024": ["v5e:4x8 --mesh.fsdp 8", "v5e:4x8 --mesh.fsdp 8 --step.accumulate 3"],
     "tinyclip/vit_40m_32": ["v5e:16x16"],
     "tinyclip/vit_39m_16": ["v5e:16x16"],
     "tinyclip/vit_8m_16": ["v5e:16x16"],

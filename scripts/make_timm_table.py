@@ -1,4 +1,4 @@
-"""Write learngene/timm_architectures.json: what timm's function of each ViT's name passes to which class.
+"""Write common/vit/timm_architectures.json: what timm's function of each ViT's name passes to which class.
 
     python scripts/make_timm_table.py                  # needs the extra `parity`, and timm without its dependencies
 
@@ -24,7 +24,7 @@ with installed():
     from timm.models import beit, deit, eva, vision_transformer, vision_transformer_hybrid, vision_transformer_relpos
     from timm.models._registry import _model_entrypoints
 
-FILE = Path(__file__).parents[1] / "learngene" / "timm_architectures.json"
+FILE = Path(__file__).parents[1] / "common" / "vit" / "timm_architectures.json"
 PREFIXES = ("vit_", "deit", "beit", "flexivit")
 MODULES = (beit, deit, eva, vision_transformer, vision_transformer_hybrid, vision_transformer_relpos)
 CLASSES = ("VisionTransformer", "VisionTransformerDistilled")

@@ -13,6 +13,8 @@ if version("jaxlib").startswith("0.10."):
 # And what was compiled once is kept, for the other processes and for the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Two processes now and then write one entry at once, and JAX warns of it. (For this process: pyproject.toml.)
+os.environ.setdefault("PYTHONWARNINGS", "ignore:Error writing persistent compilation cache entry")
 
 import jax
 import numpy as np
@@ -21,8 +23,8 @@ from beartype import beartype
 from hypothesis import settings
 from jaxtyping import jaxtyped
 
+import heirloom.common.vit.model
 import learngene.losses
-import learngene.vit
 import tinyclip_jax.losses
 import tinyclip_jax.masks
 import tinyclip_jax.model
@@ -50,8 +52,8 @@ SHAPED = {
     ),
     tinyclip_jax.model.Clip: ("__call__", "encode_image", "encode_text"),
     learngene.losses: ("cross_entropy", "distillation"),
-    learngene.vit: ("stochastic_depth",),
-    learngene.vit.Vit: ("__call__", "embed", "classify"),
+    heirloom.common.vit.model: ("stochastic_depth",),
+    heirloom.common.vit.model.Vit: ("__call__", "embed", "classify"),
 }
 for owner, names in SHAPED.items():
     for name in names:

@@ -2,15 +2,17 @@
 
 clip = tinyclip_jax.load("hf:openai/clip-vit-base-patch32")
 similarity = clip.encode_image(pictures) @ clip.encode_text(["a cat", "a dog"]).T
-student = tinyclip_jax.inherit_from(clip, tinyclip_jax.zoo.STUDENTS["vit_40m_32"])
+student = tinyclip_jax.inherit_from(clip, "vit_40m_32")
+run = tinyclip_jax.train("tinyclip/emoji", steps=50)
+tinyclip_jax.evaluate(run.model)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinyclip_jax.pretrained import Pretrained, inherit_from, load
+    from tinyclip_jax.pretrained import Pretrained, evaluate, inherit_from, load, train
 
-__all__ = ["Pretrained", "inherit_from", "load"]
+__all__ = ["Pretrained", "evaluate", "inherit_from", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+import tinyclip_jax.train as manual
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -22,7 +23,6 @@ from heirloom.common.train.parameters import best, gathered, load_params, save_p
 from heirloom.common.train.parts import Evaluator, Opened, Parts, Place
 from heirloom.common.train.recipe import Session
 from heirloom.common.train.step import LossFn
-from tinyclip_jax import train as manual
 from tinyclip_jax.config import Config
 from tinyclip_jax.inherit import expand, prune
 from tinyclip_jax.masks import (

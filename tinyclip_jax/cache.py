@@ -1,8 +1,10 @@
 """Store a teacher's embeddings of data: `heirloom cache RECIPE DIR`, then train with `--teacher cache:DIR`.
 
-The student then sees every picture as the teacher did: centre crop, first caption, no tags (`augment` is "none").
+The student then gets the same pictures and captions as the teacher did: centre crop, first caption, no tags (`augment`
+is "none"). Its preprocessing and tokenizer may be others than the teacher's.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -22,8 +24,8 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.reading import retried
 from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.data.sources.record import key_of
-from heirloom.common.data.text import Tokenizer
-from heirloom.common.errors import InputError
+from heirloom.common.data.tokenizer_files import CaptionTokenizer
+from heirloom.common.errors import InputError, remark
 from heirloom.common.fetch import origin
 from heirloom.common.train.parameters import load_params
 from tinyclip_jax.evaluate import BATCH, Setup
@@ -34,7 +36,13 @@ SAMPLES, CONTEXT = 64, 77  # captions, and tokens of each, whose hash identifies
 
 
 def write(
-    folder: Path, source: Source, data: SourceConfig, teacher: Donor, pre: Preprocess, tokenizer: Tokenizer, mesh: Mesh
+    folder: Path,
+    source: Source,
+    data: SourceConfig,
+    teacher: Donor,
+    pre: Preprocess,
+    tokenizer: CaptionTokenizer,
+    mesh: Mesh,
 ) -> dict[str, Any]:
     """Store the teacher's unit-norm features of all records, two arrays [records, joint] f32, and `cache.json`.
 
@@ -45,7 +53,7 @@ def write(
     setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
     image, text, params = setup.embed("image"), setup.embed("text"), load_params(teacher, mesh)
     made_by = {"teacher": origin(teacher.path), "hashes": hashes(teacher.file)}
-    about = _fingerprint(source, data, pre, tokenizer) | made_by
+    about = _of_data(source, data) | _of_model(source, pre, tokenizer) | made_by
     with staged(folder) as staging:
         staging.mkdir()
         shape = (len(source), teacher.cfg.joint)
@@ -65,32 +73,53 @@ def write(
     return about
 
 
-def _fingerprint(source: Source, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The facts by which stored embeddings are matched to data, preprocessing and tokenizer."""
-    samples = [source[int(i)] for i in np.linspace(0, len(source) - 1, min(SAMPLES, len(source)))]
-    captions = [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in samples]
+def _of_data(source: Source, data: SourceConfig) -> dict[str, Any]:
+    """The facts by which stored embeddings are matched to data."""
+    samples = _samples(source)
+    captions = "\n".join(_captions(samples)).encode()
     same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
     same |= {"records": len(source), "first": samples[0]["key"], "last": samples[-1]["key"]}
+    return same | {"captions": sha256(captions).hexdigest()[:16]}
+
+
+def _of_model(source: Source, pre: Preprocess, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    """The preprocessing, and a hash of the tokens of some captions."""
     fields = ((name, value) for name, value in asdict(pre).items() if name != "scale")
     seen = {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
-    return same | seen | {"tokens": sha256(tokenizer(captions, CONTEXT).tobytes()).hexdigest()[:16]}
+    tokens = tokenizer(_captions(_samples(source)), CONTEXT)
+    return seen | {"tokens": sha256(tokens.tobytes()).hexdigest()[:16]}
+
+
+def _samples(source: Source) -> list[Record]:
+    return [source[int(i)] for i in np.linspace(0, len(source) - 1, min(SAMPLES, len(source)))]
+
+
+def _captions(samples: Sequence[Record]) -> list[str]:
+    return [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in samples]
 
 
 class Cached:
     """A source whose records have the teacher's embeddings as columns.
 
-    Raises InputError when the cache was made from other data, preprocessing or tokenizer.
+    Raises InputError when the cache was made from other data. The teacher may have had another preprocessing or
+    tokenizer than the student; a remark says so.
     """
 
-    def __init__(self, source: Source, folder: Path, data: SourceConfig, pre: Preprocess, tokenizer: Tokenizer):
+    def __init__(self, source: Source, folder: Path, data: SourceConfig, pre: Preprocess, tokenizer: CaptionTokenizer):
         if not (folder / ABOUT).is_file():
             make = f"make one with heirloom cache RECIPE {folder}"
             raise InputError(f"{folder} is not a cache of embeddings, it has no {ABOUT}: {make}")
         stored = asdict(Preprocess()) | weights.read_json(folder / ABOUT)  # old caches have fewer fields
-        for name, value in _fingerprint(source, data, pre, tokenizer).items():
+        needed, own = _of_data(source, data), _of_model(source, pre, tokenizer)
+        if "captions" not in stored:  # a cache of an older version, which knows its captions only as tokens
+            needed = {name: value for name, value in (needed | own).items() if name != "captions"}
+        for name, value in needed.items():
             if stored.get(name) != value:
                 made = f"was made with {name} {stored.get(name)!r}, here it is {value!r}"
                 raise InputError(f"{folder} {made}: make another cache with heirloom cache")
+        if others := [name for name, value in own.items() if stored.get(name) != value]:
+            what = ", ".join("tokenizer" if name == "tokens" else name for name in others)
+            remark(f"{folder}: the teacher had another preprocessing or tokenizer than the student ({what})")
         self._source, self._folder = source, folder
         self._columns: dict[str, np.ndarray] | None = None
 

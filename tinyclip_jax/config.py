@@ -80,19 +80,21 @@ class Config(BaseConfig):
     """Number of the one stage to run; 0: all stages in order, from the first that is not finished."""
 
     def parts(self) -> Parts:
-        from tinyclip_jax import automatic, train
+        from tinyclip_jax import automatic
+        from tinyclip_jax.train import parts
 
         cfg = self._first_stage()
-        return automatic.parts(cfg) if cfg.masks.prune_step else train.parts(cfg)
+        return automatic.parts(cfg) if cfg.masks.prune_step else parts(cfg)
 
     def train(self, directory: Path) -> None:
-        from tinyclip_jax import automatic, train
+        from tinyclip_jax import automatic
+        from tinyclip_jax.train import parts
 
         for cfg, folder in self._stages_to_run(directory):
             if cfg.masks.prune_step:
                 automatic.train(cfg, folder)
             else:
-                recipe.run(cfg, folder, train.parts(cfg))
+                recipe.run(cfg, folder, parts(cfg))
 
     def inherit(self, destination: Path, *, force: bool = False) -> dict[str, Any]:
         if self._first_stage().masks.prune_step:
@@ -101,15 +103,15 @@ class Config(BaseConfig):
         return super().inherit(destination, force=force)
 
     def cache(self, destination: Path) -> dict[str, Any]:
-        from tinyclip_jax import train
+        from tinyclip_jax.train import cache_teacher
 
-        return train.cache_teacher(self._first_stage(), destination)
+        return cache_teacher(self._first_stage(), destination)
 
     def abstract(self, mesh: Mesh) -> Abstract:
         """Abstract training step for `heirloom compile`; with masks, the step after pruning at the unpruned size."""
-        from tinyclip_jax import train
+        from tinyclip_jax.train import parts
 
-        return recipe.outline(self, train.parts(self._first_stage()), mesh)
+        return recipe.outline(self, parts(self._first_stage()), mesh)
 
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.stages[-1].student if self.stages else self.student

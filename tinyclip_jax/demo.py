@@ -59,6 +59,9 @@ def run(seed: int, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     console.print("\nretrieval on 300 concepts that no model was trained on", soft_wrap=True)
     console.print(_table(counts, scores))
+    r1 = {name: f"{100 * score[METRIC]:.1f} %" for name, score in scores.items()}
+    said = f"{r1['inherited']} with inheritance, {r1['scratch']} from scratch, {r1['teacher']} for the teacher"
+    console.print(f"held-out R@1: {said}", soft_wrap=True)
     reached = f"after {caught_up} of {cfg.steps} steps" if caught_up is not None else f"not within {cfg.steps} steps"
     last = f"{reached}; took {seconds:.0f} s"
     console.print(f"the inherited student reached scratch's final score {last}", soft_wrap=True)

@@ -1,8 +1,8 @@
 """Score a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from heirloom.common.data.lines import read_lines
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import Source, SourceConfig, open_source, per_picture
-from heirloom.common.data.text import Tokenizer
+from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.evaluate import imagenet
 from heirloom.common.evaluate.features import embedder, finite
 from heirloom.common.evaluate.retrieval import Recall, distinct, retrieval
 from heirloom.common.evaluate.scored import Score, Scored
-from heirloom.common.evaluate.zeroshot import TEMPLATES, accuracy, classifier, read_templates
+from heirloom.common.evaluate.zeroshot import TEMPLATES, accuracy, check_templates, classifier, read_templates
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Model
@@ -29,6 +30,7 @@ from tinyclip_jax.inputs import preprocess_of, tokenizer_of
 from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
+TASKS = ("retrieval", "zeroshot")
 OPTIONS: tuple[str, ...] = ("--data", "--split", "--image", "--text", "--task")
 OPTIONS += ("--classes", "--templates", "--suite", "--beside", "--json")
 
@@ -39,7 +41,7 @@ class Setup:
 
     model: Model
     pre: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: CaptionTokenizer
     cfg: ClipConfig
     mesh: Mesh
 
@@ -63,7 +65,7 @@ def setup_of(donor: Donor, mesh: Mesh) -> Setup:
 
 
 def retrieval_on(
-    data: SourceConfig, model: Model, pre: Preprocess, tokenizer: Tokenizer, cfg: ClipConfig, mesh: Mesh
+    data: SourceConfig, model: Model, pre: Preprocess, tokenizer: CaptionTokenizer, cfg: ClipConfig, mesh: Mesh
 ) -> Score:
     """`retrieval_over` for the data that a config names. Raises InputError when the data cannot be read."""
     setup = Setup(model=model, pre=pre, tokenizer=tokenizer, cfg=cfg, mesh=mesh)
@@ -164,6 +166,55 @@ def refuse_flags(args: Namespace) -> None:
         raise InputError(f"unknown argument {unknown!r}{nearest(unknown, OPTIONS)}; see heirloom eval --help")
 
 
+@dataclass(frozen=True)
+class Words:
+    """Names of classes and prompt templates for zero-shot; empty: those of the data, or the default templates.
+
+    synonyms: what data may call each class, where that differs.
+    """
+
+    classes: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, classes: Sequence[str] | None, templates: Sequence[str] | None) -> "Words":
+        """Returns given lists; the word `imagenet` stands for the lists in this package, for ImageNet with WordNet's
+        identifiers.
+        """
+        names = synonyms = tuple(classes or ())
+        if classes == "imagenet":
+            names = tuple(name for _, name in imagenet.CLASSES)
+            synonyms = tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES)
+        if templates == "imagenet":
+            return cls(names, synonyms, imagenet.TEMPLATES)
+        return cls(names, synonyms, check_templates(templates or (), "template"))
+
+    @classmethod
+    def read(cls, classes: Path | None, templates: Path | None) -> "Words":
+        """Reads both lists from files, one name or template per line; or `imagenet`."""
+        named = "imagenet" if str(classes) == "imagenet" else read_lines(classes) if classes else None
+        given = "imagenet" if str(templates) == "imagenet" else read_templates(templates) if templates else None
+        return cls.of(named, given)
+
+
+def score_on(data: SourceConfig, task: str, setup: Setup, words: Words) -> Score:
+    """Returns `params -> Scored` for retrieval or zeroshot on the data that a config names.
+
+    Raises InputError for data that cannot be read, and for zero-shot without names of classes.
+    """
+    if task == "retrieval":
+        return retrieval_over(_name(data), open_source(data), setup)
+    if task != "zeroshot":
+        raise InputError(f"no task {task!r}{nearest(task, TASKS)} (there are {', '.join(TASKS)})")
+    data = replace(data, text="")
+    source = open_labelled(data, "label", len(words.classes) or None, words.synonyms or None)
+    classes = words.classes or source.classes
+    if not classes:
+        raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
+    return zeroshot_over(_name(data), source, setup, classes, words.templates or _templates(source))
+
+
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for missing data or files."""
     refuse_flags(args)
@@ -171,39 +222,17 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
     mesh = start(MeshConfig())
     setup = setup_of(donor, mesh)
-    if args.task == "retrieval":
-        data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
-        score = retrieval_over(_name(data), open_source(data), setup)
-    else:
-        data = SourceConfig(path=args.data, split=split, image=args.image, text="")
-        classes = _class_names(args.classes)
-        source = open_labelled(data, "label", len(classes) or None, _synonyms(args.classes, classes) or None)
-        classes = classes or source.classes
-        if not classes:
-            raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
-        score = zeroshot_over(_name(data), source, setup, classes, _templates(args.templates, source))
+    data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
+    score = score_on(data, args.task, setup, Words.read(args.classes, args.templates))
     return score(load_params(donor, mesh)).rows()
 
 
-def _class_names(file: Path | None) -> tuple[str, ...]:
-    """Read class names, one per line; `imagenet` is the list in this package."""
-    if file is None:
-        return ()
-    return tuple(name for _, name in imagenet.CLASSES) if str(file) == "imagenet" else read_lines(file)
-
-
-def _synonyms(file: Path | None, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the classes in data; for ImageNet, with their WordNet identifiers."""
-    if str(file) != "imagenet":
-        return classes
-    return tuple(f"{identifier}, {name}" for identifier, name in imagenet.CLASSES)
-
-
-def _templates(file: Path | None, source: Labelled) -> tuple[str, ...]:
-    """Prompt templates: of a file, else of the data, else the default."""
-    if file is None and (sidecar := getattr(source.source, "templates", None)):
+def _templates(source: Labelled) -> tuple[str, ...]:
+    """Prompt templates that come with the data, else the default."""
+    if sidecar := getattr(source.source, "templates", None):
         remark(f"templates from {sidecar}; --templates takes others")
         return read_templates(sidecar)
-    if file is None:
-        return TEMPLATES
-    return imagenet.TEMPLATES if str(file) == "imagenet" else read_templates(file)
+    return TEMPLATES
+
+
+make_callable(__name__, "tinyclip_jax.pretrained:evaluate")

@@ -13,8 +13,10 @@ from heirloom.common.surgery.plan import Maps, Plan, Resolution, Source, build
 from tinyclip_jax.masks import EXACT, TOWERS, MaskConfig, per_layer, tower_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
 from tinyclip_jax.resnet import ResNetConfig, leading
+from tinyclip_jax.vit import VitImageConfig
 
 DepthRule = Literal["interval", "even"]
+Tower = ImageConfig | TextConfig | VitImageConfig
 _DEPTH = {"interval": every, "even": even}
 
 
@@ -30,15 +32,20 @@ def manual(teacher: ClipConfig, student: ClipConfig, depth_rule: DepthRule = "in
     """Plan of manual inheritance: leading channels and heads, and every n-th layer (TinyCLIP §3.3).
 
     The student must not be larger in any size. Both towers follow the same rule; the similarity scale is not inherited,
-    as in the released code. `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is
-    resampled.
+    as in the released code, but the bias of a sigmoid loss is (SigLIP): affinity mimicking does not train it.
+    `depth_rule="even"` spreads the layers evenly. For another resolution the position grid is resampled.
     """
+    scalars: list[tuple[str, Any]] = [("logit_scale", FRESH)]
+    scalars += [("logit_bias", {} if teacher.logit_bias else FRESH)] if student.logit_bias else []
     text = ("text/**", _tower(teacher.text, student.text, depth_rule))
     if isinstance(teacher.image, ResNetConfig) or isinstance(student.image, ResNetConfig):
-        return Plan((("logit_scale", FRESH), *_resnet(teacher, student), text))
+        return Plan((*scalars, *_resnet(teacher, student), text))
+    if type(teacher.image) is not type(student.image):
+        needed = "choose a donor and a student of the same kind"
+        raise InputError(f"one image tower is CLIP's ViT, the other timm's, with other parameters: {needed}")
     position = ("image/position", _grid(teacher.image, student.image))
     image = ("image/**", _tower(teacher.image, student.image, depth_rule))
-    return Plan((("logit_scale", FRESH), position, image, text))
+    return Plan((*scalars, position, image, text))
 
 
 def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
@@ -54,7 +61,7 @@ def _resnet(teacher: ClipConfig, student: ClipConfig) -> list[tuple[str, Maps]]:
     return leading(functional(Clip, student).spec, "image/**")
 
 
-def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig, rule: DepthRule) -> Maps:
+def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> Maps:
     for name in ("width", "heads", "hidden"):
         if isinstance(getattr(teacher, name), tuple) or isinstance(getattr(student, name), tuple):
             inherit = "inherit from a pruned model with masks (masks.prune_step)"
@@ -70,11 +77,12 @@ def _tower(teacher: ImageConfig | TextConfig, student: ImageConfig | TextConfig,
     }
 
 
-def _grid(teacher: ImageConfig, student: ImageConfig) -> Maps:
+def _grid(teacher: ImageConfig | VitImageConfig, student: ImageConfig | VitImageConfig) -> Maps:
     maps: dict[str, Pick] = {"embed": first(student.width)}
-    if teacher.grid == student.grid:
+    before, now = teacher.size // teacher.patch, student.size // student.patch
+    if before == now:
         return maps
-    grid = resize(teacher.grid, student.grid)
+    grid = resize(before, now)
     return maps | {"grid_row": grid, "grid_col": grid}
 
 
@@ -98,7 +106,12 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
         return {axis: _zero_padded(axis, n, to) for axis, n, to in axes}
 
     towers = {name: tower(tower_of(donor, name), tower_of(student, name)) for name in TOWERS}
-    return Plan((("logit_scale", {}), *((f"{name}/**", maps) for name, maps in towers.items())))
+    return Plan((*_scalars(student), *((f"{name}/**", maps) for name, maps in towers.items())))
+
+
+def _scalars(cfg: ClipConfig) -> list[tuple[str, Any]]:
+    """Rules that copy the scale and, if there is one, the bias of the similarities."""
+    return [("logit_scale", {}), *([("logit_bias", {})] if cfg.logit_bias else [])]
 
 
 def _zero_padded(axis: str, n: int, to: int) -> Pick:
@@ -126,14 +139,14 @@ def prune(
     fields are used.
     """
     small = replace(cfg, image=_smaller(cfg, "image", gates), text=_smaller(cfg, "text", gates))
-    plan = pruning_plan(gates, how)
+    plan = pruning_plan(cfg, gates, how)
     resolution = plan.resolve(Source(functional(Clip, cfg).spec, params), functional(Clip, small).spec)
     return Pruned(small, {line.path: np.asarray(build(line)) for line in resolution.lines}, resolution)
 
 
-def pruning_plan(gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
+def pruning_plan(cfg: ClipConfig, gates: Mapping[str, np.ndarray], how: MaskConfig = EXACT) -> Plan:
     """Plan of `prune`: rows with a gate above 0, in order, scaled where written (embed) or read (head, hidden)."""
-    rules: list[tuple[str, Any]] = [("logit_scale", {})]
+    rules = _scalars(cfg)
     for tower in TOWERS:
         embed, head, hidden = (gates[f"masks/{tower}/{name}"] for name in ("embed", "head", "hidden"))
         rows = np.flatnonzero(embed)

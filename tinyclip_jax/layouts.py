@@ -1,28 +1,31 @@
-"""Layouts of foreign CLIP checkpoints: Hugging Face, open_clip, and the original TinyCLIP files."""
+"""Layouts of foreign CLIP checkpoints: Hugging Face (torch and Flax), open_clip, and the original TinyCLIP files."""
 
 from heirloom.common.surgery.layout import Layout
+from heirloom.common.vit.layouts import timm
+from tinyclip_jax.model import ClipConfig
 from tinyclip_jax.resnet import STAGES
+from tinyclip_jax.vit import VitImageConfig
 
 Rows = tuple[tuple[str, ...], ...]
 
 _CONV = "embed channel patch_row patch_col"
 _POSITION = "1 embed + (grid_row grid_col) embed"
+_HF_MODULES = {
+    "attn_norm": "layer_norm1",
+    "attn/query": "self_attn.q_proj",
+    "attn/key": "self_attn.k_proj",
+    "attn/value": "self_attn.v_proj",
+    "attn/out": "self_attn.out_proj",
+    "mlp_norm": "layer_norm2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
 
 
 def _hf_blocks(ours: str, theirs: str) -> Rows:
     """The encoder of one tower in Hugging Face's names."""
-    modules = {
-        "attn_norm": "layer_norm1",
-        "attn/query": "self_attn.q_proj",
-        "attn/key": "self_attn.k_proj",
-        "attn/value": "self_attn.v_proj",
-        "attn/out": "self_attn.out_proj",
-        "mlp_norm": "layer_norm2",
-        "mlp/up": "mlp.fc1",
-        "mlp/down": "mlp.fc2",
-    }
     blocks = f"{theirs}.encoder.layers.{{layer}}"
-    return tuple(row for a, b in modules.items() for row in _module(f"{ours}/blocks/{a}", f"{blocks}.{b}"))
+    return tuple(row for a, b in _HF_MODULES.items() for row in _module(f"{ours}/blocks/{a}", f"{blocks}.{b}"))
 
 
 def _open_clip_blocks(ours: str, theirs: str) -> Rows:
@@ -37,6 +40,8 @@ def _open_clip_blocks(ours: str, theirs: str) -> Rows:
         *_module(f"{blocks}/mlp_norm", f"{theirs}.ln_2"),
         *_module(f"{blocks}/mlp/up", f"{theirs}.mlp.c_fc"),
         *_module(f"{blocks}/mlp/down", f"{theirs}.mlp.c_proj"),
+        (f"{blocks}/attn_scale/scale", f"{theirs}.ls_1.gamma"),
+        (f"{blocks}/mlp_scale/scale", f"{theirs}.ls_2.gamma"),
     )
 
 
@@ -68,54 +73,148 @@ def _resnet(theirs: str) -> Rows:
     return tuple(rows)
 
 
-def _open_clip(name: str, image: str, text: str, scale: str, ignore: tuple[str, ...]) -> Layout:
-    return Layout(
-        name,
-        (
-            *_resnet(image),
-            ("image/patch/project/kernel", f"{image}conv1.weight", _CONV),
-            ("image/cls", f"{image}class_embedding"),
-            ("image/cls_position + image/position", f"{image}positional_embedding", _POSITION),
-            *_module("image/pre_norm", f"{image}ln_pre"),
-            *_open_clip_blocks("image", f"{image}transformer."),
-            *_module("image/post_norm", f"{image}ln_post"),
-            ("image/projection/kernel", f"{image}proj", "embed joint"),
-            ("text/token/table", f"{text}token_embedding.weight", "vocab embed"),
-            ("text/position", f"{text}positional_embedding", "position embed"),
-            *_open_clip_blocks("text", f"{text}transformer."),
-            *_module("text/post_norm", f"{text}ln_final"),
-            ("text/projection/kernel", f"{text}text_projection", "embed joint"),
-            ("logit_scale", scale),
-        ),
-        ignore,
+def _image_tower(theirs: str) -> Rows:
+    """CLIP's ViT in open_clip's names."""
+    return (
+        ("image/patch/project/kernel", f"{theirs}conv1.weight", _CONV),
+        ("image/cls", f"{theirs}class_embedding"),
+        ("image/cls_position + image/position", f"{theirs}positional_embedding", _POSITION),
+        *_module("image/pre_norm", f"{theirs}ln_pre"),
+        *_open_clip_blocks("image", f"{theirs}transformer."),
+        *_module("image/post_norm", f"{theirs}ln_post"),
+        ("image/projection/kernel", f"{theirs}proj", "embed joint"),
     )
 
 
-HF = Layout(
-    "hf",
-    (
-        ("image/patch/project/kernel", "vision_model.embeddings.patch_embedding.weight", _CONV),
-        ("image/cls", "vision_model.embeddings.class_embedding"),
-        ("image/cls_position + image/position", "vision_model.embeddings.position_embedding.weight", _POSITION),
-        *_module("image/pre_norm", "vision_model.pre_layrnorm"),
-        *_hf_blocks("image", "vision_model"),
-        *_module("image/post_norm", "vision_model.post_layernorm"),
-        ("image/projection/kernel", "visual_projection.weight"),
+def _timm_tower(cfg: VitImageConfig, theirs: str) -> Rows:
+    """timm's ViT inside of open_clip; an affine projection is timm's own head."""
+    head = "trunk.head" if cfg.projection == "affine" else "head.proj"
+    rows = [row for row in timm(cfg).rows if not row[0].startswith(("head", "distillation_head"))]
+    paths = (" + ".join(f"image/{path}" for path in row[0].split(" + ")) for row in rows)
+    inside = tuple((path, f"{theirs}trunk.{row[1]}", *row[2:]) for path, row in zip(paths, rows, strict=True))
+    return (*inside, *_module("image/projection", f"{theirs}{head}"))
+
+
+def _text_tower(theirs: str, affine: bool) -> Rows:
+    projection: Rows = (("text/projection/kernel", f"{theirs}text_projection", "embed joint"),)
+    return (
+        ("text/token/table", f"{theirs}token_embedding.weight", "vocab embed"),
+        ("text/position", f"{theirs}positional_embedding", "position embed"),
+        *_open_clip_blocks("text", f"{theirs}transformer."),
+        *_module("text/post_norm", f"{theirs}ln_final"),
+        *(_module("text/projection", f"{theirs}text_projection") if affine else projection),
+    )
+
+
+# Batch norm's counters; the mask and the three integers are buffers of OpenAI's archives and of older releases.
+_BUFFERS = ("**num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
+
+
+def open_clip(cfg: ClipConfig) -> Layout:
+    """Layout of open_clip's CLIP; its CustomTextCLIP has the same names after "text." is removed."""
+    theirs = "visual."
+    image = _timm_tower(cfg.image, theirs) if isinstance(cfg.image, VitImageConfig) else _image_tower(theirs)
+    text, scalars = _text_tower("", cfg.text.projection == "affine"), (("logit_scale",) * 2, ("logit_bias",) * 2)
+    return Layout("open_clip", (*_resnet(theirs), *image, *text, *scalars), _BUFFERS)
+
+
+OPEN_CLIP = open_clip(ClipConfig())
+
+def _hf_text(projection: Rows) -> Rows:
+    return (
         ("text/token/table", "text_model.embeddings.token_embedding.weight", "vocab embed"),
         ("text/position", "text_model.embeddings.position_embedding.weight", "position embed"),
         *_hf_blocks("text", "text_model"),
         *_module("text/post_norm", "text_model.final_layer_norm"),
-        ("text/projection/kernel", "text_projection.weight"),
+        *projection,
+    )
+
+
+_HF_PATCH = "vision_model.embeddings.patch_embedding"
+_HF_POSITION = "vision_model.embeddings.position_embedding.weight"
+# Buffers that older releases of transformers saved.
+_HF_BUFFERS = ("*_model.embeddings.position_ids",)
+HF = Layout(
+    "hf",
+    (
+        ("image/patch/project/kernel", f"{_HF_PATCH}.weight", _CONV),
+        ("image/cls", "vision_model.embeddings.class_embedding"),
+        ("image/cls_position + image/position", _HF_POSITION, _POSITION),
+        *_module("image/pre_norm", "vision_model.pre_layrnorm"),
+        *_hf_blocks("image", "vision_model"),
+        *_module("image/post_norm", "vision_model.post_layernorm"),
+        ("image/projection/kernel", "visual_projection.weight"),
+        *_hf_text((("text/projection/kernel", "text_projection.weight"),)),
         ("logit_scale", "logit_scale"),
     ),
-    # Buffers that older releases of transformers saved.
-    ignore=("*_model.embeddings.position_ids",),
+    _HF_BUFFERS,
 )
 
-# Batch norm's counters; the mask and the three integers are buffers of OpenAI's archives and of older releases.
-_BUFFERS = ("**num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size", "**l0_module**")
-OPEN_CLIP = _open_clip("open_clip", "visual.", "", "logit_scale", _BUFFERS)
+_POOL = ("image/pool/attn/query", "image/pool/memory/key", "image/pool/memory/value")
+_POOL_MODULES = {"attn/out": "attention.out_proj", "norm": "layernorm", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"}
+SIGLIP = Layout(
+    "hf",
+    (
+        ("image/patch/project/kernel", f"{_HF_PATCH}.weight", _CONV),
+        ("image/patch/project/bias", f"{_HF_PATCH}.bias"),
+        ("image/position", _HF_POSITION, "(grid_row grid_col) embed"),
+        *_hf_blocks("image", "vision_model"),
+        *_module("image/norm", "vision_model.post_layernorm"),
+        ("image/pool/latent", "vision_model.head.probe", "1 1 embed"),
+        (" + ".join(f"{path}/kernel" for path in _POOL), "vision_model.head.attention.in_proj_weight"),
+        (" + ".join(f"{path}/bias" for path in _POOL), "vision_model.head.attention.in_proj_bias"),
+        *(row for a, b in _POOL_MODULES.items() for row in _module(f"image/pool/{a}", f"vision_model.head.{b}")),
+        *_hf_text(_module("text/projection", "text_model.head")),
+        ("logit_scale", "logit_scale", "1"),
+        ("logit_bias", "logit_bias", "1"),
+    ),
+    _HF_BUFFERS,
+)
+
+
+def hf(cfg: ClipConfig) -> Layout:
+    """Layout of transformers' SigLIP for timm's ViT as image tower, else of its CLIP."""
+    return SIGLIP if isinstance(cfg.image, VitImageConfig) else HF
+
+
+def _flax_tower(ours: str, theirs: str) -> Rows:
+    """The encoder of one tower in the names of transformers' Flax models, and its last norm; kernels read first."""
+    kernels = {f"attn/{name}": "embed (head head_dim)" for name in ("query", "key", "value")}
+    kernels |= {"attn/out": "(head head_dim) embed", "mlp/up": "embed hidden", "mlp/down": "hidden embed"}
+    blocks = f"{theirs}/encoder/layers/{{layer}}"
+    rows: list[tuple[str, ...]] = []
+    for a, b in _HF_MODULES.items():
+        path, key = f"{ours}/blocks/{a}", f"{blocks}/{b.replace('.', '/')}"
+        weight = ("kernel", kernels[a]) if a in kernels else ("scale",)
+        rows += [(f"{path}/{weight[0]}", f"{key}/{weight[0]}", *weight[1:]), (f"{path}/bias", f"{key}/bias")]
+    last = "post_layernorm" if ours == "image" else "final_layer_norm"
+    norms = {"post_norm": last} | ({"pre_norm": "pre_layrnorm"} if ours == "image" else {})
+    rows += [(f"{ours}/{a}/{leaf}", f"{theirs}/{b}/{leaf}") for a, b in norms.items() for leaf in ("scale", "bias")]
+    return tuple(rows)
+
+
+FLAX = Layout(
+    "flax",
+    (
+        (
+            "image/patch/project/kernel",
+            "vision_model/embeddings/patch_embedding/kernel",
+            "patch_row patch_col channel embed",
+        ),
+        ("image/cls", "vision_model/embeddings/class_embedding"),
+        ("image/cls_position + image/position", "vision_model/embeddings/position_embedding/embedding", _POSITION),
+        *_flax_tower("image", "vision_model"),
+        ("image/projection/kernel", "visual_projection/kernel", "embed joint"),
+        ("text/token/table", "text_model/embeddings/token_embedding/embedding", "vocab embed"),
+        ("text/position", "text_model/embeddings/position_embedding/embedding", "position embed"),
+        *_flax_tower("text", "text_model"),
+        ("text/projection/kernel", "text_projection/kernel", "embed joint"),
+        ("logit_scale", "logit_scale"),
+    ),
+)
 
 # A training checkpoint holds the parameters of the learned masks next to the weights.
 _TRAINED = ("**l0_module**", "**num_batches_tracked", "_text_encoder.attn_mask")
-ORIGINAL = _open_clip("original", "_image_encoder.visual.", "_text_encoder.", "_logit_scale.logit_scale", _TRAINED)
+_VISUAL, _TEXT = "_image_encoder.visual.", "_text_encoder."
+_TOWERS = (*_resnet(_VISUAL), *_image_tower(_VISUAL), *_text_tower(_TEXT, affine=False))
+ORIGINAL = Layout("original", (*_TOWERS, ("logit_scale", "_logit_scale.logit_scale")), _TRAINED)

@@ -33,7 +33,8 @@ def affinity_mimicking(
     """Cross-entropy between teacher's and student's image-text affinities (TinyCLIP eq. 2-4).
 
     image, text: [batch, joint] student features, unit norm, f32. teacher_*: same, any joint width, no gradient.
-    scale, teacher_scale: inverse temperatures (1/0.02 in the released recipes).
+    scale, teacher_scale: inverse temperatures (1/0.02 in the released recipes). The bias of a sigmoid loss (SigLIP) is
+    the same for all pairs, so that the affinities of a model with it are those without it.
     Returns the mean over the global batch of both directions, halved each (nats).
     """
     rows, columns = jax.lax.stop_gradient((teacher_scale * teacher_image, teacher_text))

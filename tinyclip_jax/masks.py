@@ -20,7 +20,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import Functional
 from heirloom.common.surgery.axes import Axes, Leaf, Spec, matches
 from tinyclip_jax.model import ClipConfig, ImageConfig, Keep, TextConfig
-from tinyclip_jax.resnet import ResNetConfig
+from tinyclip_jax.vit import VitImageConfig
 
 LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this and clipped to 0..1, so that a gate can be exactly 0 or 1
 TEMPERATURE = 2 / 3
@@ -34,6 +34,7 @@ TOWERS = ("image", "text")
 GATES = {"embed": "embed", "head": "layer head", "hidden": "layer hidden"}
 MULTIPLIERS = ("linear", "quadratic")
 PATTERN = "masks/**"
+_RESNET = "a ResNet, and learned masks need a ViT"
 
 
 @dataclass(frozen=True)
@@ -269,10 +270,13 @@ def _is_gate(path: str) -> bool:
 
 
 def tower_of(cfg: ClipConfig, tower: str) -> ImageConfig | TextConfig:
-    """Config of the tower "image" or "text". Raises InputError for a ResNet."""
-    if isinstance(cfg.image, ResNetConfig):
+    """Config of the tower "image" or "text". Raises InputError for a ResNet and for timm's ViT."""
+    if not isinstance(cfg.image, ImageConfig):
         manual = "set masks.prune_step to 0 for manual inheritance"
-        raise InputError(f"the image tower is a ResNet, and learned masks need a ViT: {manual}")
+        kind = "timm's ViT, and learned masks need CLIP's own" if isinstance(cfg.image, VitImageConfig) else _RESNET
+        raise InputError(f"the image tower is {kind}: {manual}")
+    if cfg.text.projection == "none":
+        raise InputError("text.projection is 'none', and learned masks change the width before it: set it to 'linear'")
     return cfg.image if tower == "image" else cfg.text
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import log
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,19 @@ from jaxtyping import Array, Bool, Float, Int
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, Kernel, softmax
 from heirloom.common.nn.block import Block, Remat, scan, stack
-from heirloom.common.nn.dense import Dense, constant, normal, param, uniform_fan_in
+from heirloom.common.nn.dense import Dense, Sizes, constant, normal, param, uniform_fan_in
 from heirloom.common.nn.mlp import Activation, check_activation
 from heirloom.common.nn.norm import LayerNorm, unit
 from heirloom.common.nn.patch import PatchEmbed
 from heirloom.common.nn.precision import add, lookup
-from heirloom.common.surgery.axes import Spec
+from heirloom.common.surgery.axes import Spec, select
 from heirloom.common.surgery.report import attention_macs, count, kernel_macs
 from heirloom.common.train.optim import is_statistic
+from heirloom.common.vit.model import VitConfig
+from heirloom.common.vit.model import macs as vit_macs
+from heirloom.common.vit.parts import LayerScale
 from tinyclip_jax.resnet import ResNet, ResNetConfig, positions
+from tinyclip_jax.vit import Projection, VitImageConfig, VitTower, projection
 
 Images = Float[Array | np.ndarray, "images size size 3"]
 Tokens = Int[Array | np.ndarray, "captions context"]
@@ -47,6 +51,12 @@ class ImageConfig:
     activation: Activation = "gelu"
     eps: float = 1e-5
     """Epsilon of every LayerNorm."""
+    pool: Literal["cls", "mean_norm", "norm_mean"] = "cls"
+    """What is projected: the class token, the normalised mean of the patches, or the mean of the normalised patches."""
+    pre_norm: bool = True
+    """A LayerNorm before the blocks."""
+    layer_scale: float = 0.0
+    """Initial value of LayerScale, learned factors of the channels of each branch; 0: none."""
 
     def __post_init__(self) -> None:
         positive(self, "size", "patch", "width", "layers")
@@ -67,7 +77,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower: a causal transformer pooled at the end-of-text token."""
+    """The text tower: a transformer, in CLIP causal and pooled at the end-of-text token."""
 
     context: int = 77
     """Tokens per caption, start and end included."""
@@ -82,6 +92,14 @@ class TextConfig:
     eot: int | None = None
     """Id of the token that is pooled, at its first position; None: the first position of the largest id, as CLIP does.
     """
+    pool: Literal["eot", "last", "first"] = "eot"
+    """Position that is projected: of the end-of-text token, or the last (SigLIP) or first one, whatever is there."""
+    causal: bool = True
+    """A token sees only the tokens before it; False: all, padding included (SigLIP)."""
+    projection: Projection = "linear"
+    """From the width to the joint embedding: linear, affine (with a bias), or none."""
+    layer_scale: float = 0.0
+    """Initial value of LayerScale; 0: none."""
 
     def __post_init__(self) -> None:
         positive(self, "context", "vocab", "width", "layers")
@@ -91,14 +109,22 @@ class TextConfig:
 class ClipConfig:
     """A CLIP: an image tower and a text tower with one joint embedding space."""
 
-    image: ImageConfig | ResNetConfig = field(default_factory=ImageConfig)
+    image: ImageConfig | ResNetConfig | VitImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     joint: int = 512
     """Size of the joint embedding."""
+    logit_bias: bool = False
+    """A learned bias of the similarities, which the sigmoid loss needs (SigLIP)."""
     remat: Remat = "none"
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     attention: Kernel = "xla"
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name, c in (("image", self.image), ("text", self.text)):
+            if getattr(c, "projection", "") == "none" and c.width != self.joint:
+                given = f"{name}.projection is 'none' and {name}.width {c.width}, joint is {self.joint}"
+                raise InputError(f"{given}: set joint to {c.width}, or {name}.projection to 'linear'")
 
     def override(
         self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
@@ -107,8 +133,9 @@ class ClipConfig:
         if activation:
             check_activation(activation)
         image = self.image
-        if isinstance(image, ImageConfig):
-            image = replace(image, activation=activation or image.activation, heads=image_heads or image.heads)
+        if not isinstance(image, ResNetConfig):
+            given: dict[str, Any] = dict(activation=activation or image.activation, heads=image_heads or image.heads)
+            image = replace(image, **given)
         text = replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads)
         return replace(self, image=image, text=text)
 
@@ -126,8 +153,10 @@ def resnet(width: int, text_layers: int) -> ClipConfig:
     return replace(vit(224, 32, 768, 12, 512, text_layers), image=image, joint=1024)
 
 
-def head_dim(c: ImageConfig | TextConfig) -> int:
+def head_dim(c: ImageConfig | TextConfig | VitImageConfig) -> int:
     """Channels of one head. Raises InputError when the heads (guessed for a bare file) do not divide the width."""
+    if isinstance(c, VitConfig):
+        return c.head_dim
     for name in ("heads", "hidden"):
         if isinstance(sizes := getattr(c, name), tuple) and len(sizes) != c.layers:
             given = f"{name} has {len(sizes)} numbers and the tower {c.layers} layers"
@@ -148,25 +177,34 @@ def uniform(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 class Features(NamedTuple):
-    """Unit-norm image and text features, f32, and the scale of their similarities (not its logarithm)."""
+    """Unit-norm image and text features, f32, and scale (not its logarithm) and bias of their similarities.
+
+    The logits of a pair are scale * cosine + bias; the bias is 0 where the model has none.
+    """
 
     image: Float[Array, "images joint"]
     text: Float[Array, "captions joint"]
     scale: Float[Array, ""]
+    bias: Float[Array, ""]
 
 
 class MaskedBlock(Block):
-    """A block of a masked model. keep: [embed], bool, the channels that its norms use, as in `LayerNorm`."""
+    """A block with LayerScale, if any. keep: [embed], bool, the channels that the norms of a masked model use."""
 
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        if keep is None:
-            return super().__call__(x)
-        x = x + self.attn(self.attn_norm(x, keep))
-        return x + self.mlp(self.mlp_norm(x, keep))
+    def __init__(self, sizes: Sizes, *, layer_scale: float, rngs: nnx.Rngs, **options: Any):
+        super().__init__(sizes, rngs=rngs, **options)
+        self.attn_scale = LayerScale(sizes, initial=layer_scale, rngs=rngs) if layer_scale else None
+        self.mlp_scale = LayerScale(sizes, initial=layer_scale, rngs=rngs) if layer_scale else None
+
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
+        y = self.attn(self.attn_norm(x, keep))
+        x = x + (y if self.attn_scale is None else self.attn_scale(y))
+        y = self.mlp(self.mlp_norm(x, keep))
+        return x + (y if self.mlp_scale is None else self.mlp_scale(y))
 
 
 class ImageTower(nnx.Module):
-    """ViT with a class token: images [batch, size, size, 3] to features [batch, joint]."""
+    """CLIP's ViT, with a class token: images [batch, size, size, 3] to features [batch, joint]."""
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         assert isinstance(cfg.image, ImageConfig)
@@ -179,24 +217,30 @@ class ImageTower(nnx.Module):
         self.cls = param("-> embed", sizes, normal(std), rngs)
         self.cls_position = param("-> embed", sizes, normal(std), rngs)
         self.position = param("grid_row grid_col -> embed", sizes, normal(std), rngs)
-        self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
-        block: dict[str, Any] = dict(attention=attention, activation=c.activation, eps=c.eps)
+        self.pre_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs) if c.pre_norm else None
+        block: dict[str, Any] = dict(attention=attention, activation=c.activation, eps=c.eps, layer_scale=c.layer_scale)
         self.blocks = stack(lambda rngs: MaskedBlock(sizes, **block, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
         self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
-        self.layers, self.remat = c.layers, cfg.remat
+        self.layers, self.remat, self.pool = c.layers, cfg.remat, c.pool
 
     def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         x = self.patch(images)
         cls = jnp.broadcast_to(self.cls[...] + self.cls_position[...], (len(x), 1, x.shape[-1]))
         x = add(x, self.position[...].reshape(-1, x.shape[-1]))
-        x = self.pre_norm(jnp.concatenate([cls.astype(x.dtype), x], axis=1), keep)
+        x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
+        x = x if self.pre_norm is None else self.pre_norm(x, keep)
         x = scan(self.blocks, x, *_each_layer(keep, self.layers), remat=self.remat)
-        return self.projection(self.post_norm(x[:, 0], keep))
+        return self.projection(self._pooled(x, keep))
+
+    def _pooled(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:
+        if self.pool == "norm_mean":
+            return self.post_norm(x[:, 1:], keep).mean(1)
+        return self.post_norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1), keep)
 
 
 class TextTower(nnx.Module):
-    """Causal transformer: tokens [batch, context] to features [batch, joint], pooled at the end-of-text token."""
+    """Transformer: tokens [batch, context] to features [batch, joint], pooled at one token."""
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
         c, std = cfg.text, cfg.text.width**-0.5
@@ -204,21 +248,27 @@ class TextTower(nnx.Module):
         sizes |= dict(hidden=c.hidden, joint=cfg.joint)
         sizes |= dict(vocab=c.vocab, position=c.context)
         residual = std * (2 * c.layers) ** -0.5
-        attention = partial(Attention, sizes, attend=softmax(causal=True), qkv=normal(std), out=normal(residual))
+        attention = partial(Attention, sizes, attend=softmax(causal=c.causal), qkv=normal(std), out=normal(residual))
         mlp: dict[str, Any] = dict(activation=c.activation, up=normal((2 * c.width) ** -0.5), down=normal(residual))
         self.token = TokenTable(sizes, rngs=rngs)
         self.position = param("position -> embed", sizes, normal(0.01), rngs)
-        block = dict(attention=attention, **mlp, eps=c.eps)
+        block = dict(attention=attention, **mlp, eps=c.eps, layer_scale=c.layer_scale)
         self.blocks = stack(lambda rngs: MaskedBlock(sizes, **block, rngs=rngs), c.layers, rngs)
         self.post_norm = LayerNorm(sizes, eps=c.eps, rngs=rngs)
-        self.projection = Dense("embed -> joint", sizes, init=normal(std), bias=None, rngs=rngs)
-        self.eot, self.layers, self.remat = c.eot, c.layers, cfg.remat
+        self.projection = projection(c.projection, sizes, rngs=rngs)
+        self.eot, self.pool, self.layers, self.remat = c.eot, c.pool, c.layers, cfg.remat
 
     def __call__(self, tokens: Tokens, keep: jax.Array | None = None) -> jax.Array:
         x = self._blocks(tokens := jnp.asarray(tokens), keep)
-        end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
         # Pooling before the norm gives the same row, and the other rows are not normalised.
-        return self.projection(self.post_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], keep))
+        x = self.post_norm(self._pooled(x, tokens), keep)
+        return x if self.projection is None else self.projection(x)
+
+    def _pooled(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        if self.pool != "eot":
+            return x[:, -1 if self.pool == "last" else 0]
+        end = jnp.argmax(tokens if self.eot is None else tokens == self.eot, axis=1)
+        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
 
     def states(self, tokens: Tokens) -> Float[Array, "captions context embed"]:
         """The normalised last state of every token, as models that read texts take them."""
@@ -255,22 +305,27 @@ class TokenTable(nnx.Module):
 
 
 class Clip(nnx.Module):
-    """Image and text towers and the logarithm of the similarity scale.
+    """Image and text towers, the logarithm of the similarity scale, and the similarities' bias, if there is one.
 
     images: f32, normalised. tokens: int32, padded after the end-of-text token. keep: open channels of a masked model.
     """
 
     def __init__(self, cfg: ClipConfig, *, rngs: nnx.Rngs):
-        resnet = cfg.image if isinstance(cfg.image, ResNetConfig) else None
-        if resnet:
-            self.image: Any = ResNet(resnet, cfg.joint, remat=cfg.remat, kernel=cfg.attention, rngs=rngs)
+        options: dict[str, Any] = dict(remat=cfg.remat, kernel=cfg.attention, rngs=rngs)
+        if isinstance(cfg.image, ResNetConfig):
+            self.image: Any = ResNet(cfg.image, cfg.joint, **options)
+        elif isinstance(cfg.image, VitImageConfig):
+            self.image = VitTower(cfg.image, cfg.joint, **options)
         else:
             self.image = ImageTower(cfg, rngs=rngs)
         self.text = TextTower(cfg, rngs=rngs)
         self.logit_scale = param("", {}, constant(log(1 / 0.07)), rngs)
+        self.logit_bias = param("", {}, constant(-10.0), rngs) if cfg.logit_bias else None
 
     def __call__(self, images: Images, tokens: Tokens, keep: Keep = ALL) -> Features:
-        return Features(self.encode_image(images, keep), self.encode_text(tokens, keep), jnp.exp(self.logit_scale[...]))
+        image, text = self.encode_image(images, keep), self.encode_text(tokens, keep)
+        bias = jnp.zeros(()) if self.logit_bias is None else self.logit_bias[...]
+        return Features(image, text, jnp.exp(self.logit_scale[...]), bias)
 
     def encode_image(self, images: Images, keep: Keep = ALL) -> Float[Array, "images joint"]:
         """Unit-norm image features, f32."""
@@ -298,18 +353,27 @@ def parameters(spec: Spec) -> dict[str, int]:
 
 def macs(cfg: ClipConfig, spec: Spec) -> dict[str, int]:
     """Multiply-accumulates of one image and of one caption, including attention scores and values."""
-    if isinstance(cfg.image, ResNetConfig):
-        image, query, uses = cfg.image.grid**2 + 1, "image/pool/query/kernel", tuple(positions(cfg.image))
-    else:
-        image, query = cfg.image.tokens, "image/blocks/attn/query/kernel"
-        uses = (("image/patch/**", image - 1), ("image/projection/**", 1), ("image/blocks/**", image))
-    text = cfg.text.context
-    counted = kernel_macs(spec, (*uses, ("text/projection/**", 1), ("text/blocks/**", text)))
-    towers = {tower: sum(n for path, n in counted.items() if path.startswith(tower)) for tower in ("image", "text")}
-    return {
-        "image": towers["image"] + attention_macs(spec[query], image),
-        "text": towers["text"] + attention_macs(spec["text/blocks/attn/query/kernel"], text),
-    }
+    return {"image": _image_macs(cfg, spec), "text": _tower_macs(spec, "text", cfg.text.context, ())}
+
+
+def _image_macs(cfg: ClipConfig, spec: Spec) -> int:
+    c = cfg.image
+    if isinstance(c, VitImageConfig):
+        inside = {path.removeprefix("image/"): leaf for path, leaf in spec.items() if path.startswith("image/")}
+        last = {path: inside.pop(path) for path in [*inside] if path.startswith("projection/")}
+        return vit_macs(c, inside) + sum(leaf.count for path, leaf in last.items() if path.endswith("kernel"))
+    if isinstance(c, ResNetConfig):
+        counted = kernel_macs({path: spec[path] for path in select("image/**", spec)}, tuple(positions(c)))
+        return sum(counted.values()) + attention_macs(spec["image/pool/query/kernel"], c.grid**2 + 1)
+    return _tower_macs(spec, "image", c.tokens, (("image/patch/**", c.tokens - 1),))
+
+
+def _tower_macs(spec: Spec, tower: str, tokens: int, others: tuple[tuple[str, int], ...]) -> int:
+    """Of a transformer over `tokens`. others: further (path glob, positions)."""
+    inside = {path: spec[path] for path in select(f"{tower}/**", spec)}
+    uses = (*others, (f"{tower}/blocks/**", tokens))
+    uses += ((f"{tower}/projection/**", 1),) if f"{tower}/projection/kernel" in spec else ()
+    return sum(kernel_macs(inside, uses).values()) + attention_macs(spec[f"{tower}/blocks/attn/query/kernel"], tokens)
 
 
 def total_macs(cfg: ClipConfig, spec: Spec) -> int:

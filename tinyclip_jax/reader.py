@@ -32,10 +32,13 @@ def text_reader(donor: Donor, tokens: int) -> TextReader:
     def states(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = tokenizer(texts, tokens)
         longer = tokenizer(texts, tokens + 1)
-        if cut := [text for text, row in zip(texts, longer, strict=True) if row[tokens]]:
+        if cut := [text for text, row in zip(texts, longer, strict=True) if tokenizer.eot not in row[:tokens]]:
             remark(f"a text longer than {tokens} tokens is cut: {cut[0][:60]!r} ({len(cut)} in all)")
         ends = (ids == tokenizer.eot).argmax(1)
-        parts = [read(params, ids[i : i + ROWS]) for i in range(0, len(ids), ROWS)]
+        # A tower that is not causal sees its padding, so it gets as much as in training.
+        padding = 0 if cfg.text.causal else cfg.text.context - tokens
+        padded = np.pad(ids, ((0, 0), (0, padding)), constant_values=tokenizer.pad)
+        parts = [read(params, padded[i : i + ROWS])[:, :tokens] for i in range(0, len(ids), ROWS)]
         return np.concatenate(parts), np.arange(tokens) <= ends[:, None]
 
     return TextReader(cfg.text.width, states)

@@ -1,5 +1,6 @@
 """TinyCLIP training: the parts of its recipe for the runner (`heirloom.common.train.recipe`), and its loss."""
 
+from dataclasses import replace
 from functools import partial
 from math import log
 from pathlib import Path
@@ -15,6 +16,7 @@ from heirloom.common.data.pipeline import Augment, check_first_batch, training_b
 from heirloom.common.data.sources import open_source
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
 from heirloom.common.train.loop import Data
@@ -26,7 +28,7 @@ from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.config import Config, LossConfig, Stage
 from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.inherit import manual
-from tinyclip_jax.inputs import CACHE, Inputs, read_inputs
+from tinyclip_jax.inputs import CACHE, Inputs, read_inputs, teacher_inputs
 from tinyclip_jax.losses import affinity_mimicking, contrastive
 from tinyclip_jax.model import Clip
 from tinyclip_jax.zoo import FAMILY, open_clip_model, outline
@@ -79,13 +81,14 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     def loss(
         params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
-        (image, text, scale), statistics = student.train(params, batch["image"], batch["text"])
+        # A bias would add the same to every logit of a softmax, the teacher's too: it changes neither loss.
+        (image, text, scale, _), statistics = student.train(params, batch["image"], batch["text"])
         parts = {}
         if cfg.loss.alpha > 0:
             if teacher:
                 cast_teacher = cast(frozen, cfg.step.compute)
                 targets = jax.lax.stop_gradient(teacher.model.apply(cast_teacher, batch["image"], batch["text"]))
-                target_image, target_text, stored_scale = targets
+                target_image, target_text, stored_scale, _ = targets
             else:
                 (target_image, target_text), stored_scale = (batch[name] for name in TARGETS), None
             target_scale = stored_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
@@ -182,7 +185,8 @@ def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
     if not known.teacher:
         store = "whose embeddings `heirloom cache` would store: give --teacher SOURCE"
         raise InputError(f"this recipe has no live teacher, {store}")
-    opened = recipe.open_sources(known, mesh)
+    alone = replace(known, donor="", inputs=partial(teacher_inputs, cfg))
+    opened = recipe.open_sources(alone, mesh)
     assert opened.teacher is not None
     inputs: Inputs = opened.inputs
     return cache.write(destination, open_source(cfg.data), cfg.data, opened.teacher, inputs.pre, inputs.tokenizer, mesh)
@@ -191,3 +195,6 @@ def cache_teacher(cfg: Config, destination: Path) -> dict[str, Any]:
 def _stored(teacher: str) -> bool:
     """Whether the teacher's embeddings are part of the batch."""
     return teacher == EMBEDDINGS or teacher.startswith(CACHE)
+
+
+make_callable(__name__, "tinyclip_jax.pretrained:train")

@@ -8,6 +8,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.verify import (
     OWN,
+    RENAMED,
     Check,
     against,
     as_folder,
@@ -20,11 +21,13 @@ from heirloom.common.checkpoint.verify import (
 )
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.nn.functional import functional
+from heirloom.common.vit.formulas import formulas
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, head_dim
+from tinyclip_jax.open_clip_folder import CONFIG
 from tinyclip_jax.resnet import ResNetConfig
+from tinyclip_jax.vit import VitImageConfig
 
 EXAMPLES = 4
-CONFIG = "open_clip_config.json"
 BUFFERS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # of OpenAI's archives and older releases
 
 
@@ -56,15 +59,16 @@ def verify(cfg: ClipConfig, params: Mapping[str, Any], file: Path, format: str) 
     mine = features(cfg, params)
 
     def reference() -> Check:
-        if format == "hf":
-            theirs = _transformers(file, images, tokens)
-            return compare(mine, theirs, reference="transformers", libraries=("torch", "transformers"))
+        if format in ("hf", "flax"):
+            theirs = _transformers(file, images, tokens, format)
+            name = "transformers" + (RENAMED if format == "flax" else "")
+            return compare(mine, theirs, reference=name, libraries=("torch", "transformers"))
         if format == "open_clip" and _builds(cfg) and (file.parent / CONFIG).is_file() and importable("open_clip"):
             theirs = _open_clip(file, images, tokens)
             return compare(mine, theirs, reference="open_clip", libraries=("torch", "open_clip_torch"))
         return compare(mine, _formulas(cfg, file, format, images, tokens), reference=OWN, libraries=("torch",))
 
-    needs = ("torch", "transformers") if format == "hf" else ("torch",)
+    needs = ("torch", "transformers") if format in ("hf", "flax") else ("torch",)
     return against(reference, mine, format, what="features", needs=needs)
 
 
@@ -76,12 +80,12 @@ def _builds(cfg: ClipConfig) -> bool:
     )
 
 
-def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+def _transformers(file: Path, images: np.ndarray, tokens: np.ndarray, format: str) -> list[np.ndarray]:
     """Features of the class that transformers has for the config's `model_type`."""
     import torch
     from transformers import AutoModel
 
-    with as_folder(file, "model.safetensors") as folder, quiet():
+    with as_folder(file, "model.safetensors", format) as folder, quiet():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         pixels, ids = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(tokens).long()
@@ -96,6 +100,7 @@ def _open_clip(file: Path, images: np.ndarray, tokens: np.ndarray) -> list[np.nd
 
     config = read_json(file.parent / CONFIG)["model_cfg"]
     kind = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    config["vision_cfg"].pop("timm_model_pretrained", None)  # timm would download weights
     model = kind(**config).eval()
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     tensors = {key: value for key, value in reference_tensors(file).items() if key not in BUFFERS}
@@ -129,13 +134,14 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
                 packed = F.linear(y, t[f"{p}.attn.in_proj_weight"], t[f"{p}.attn.in_proj_bias"])
                 q, k, v = packed.reshape(*y.shape[:2], 3, -1, head_dim(c)).permute(2, 0, 3, 1, 4)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-                x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"])
+                x = x + F.linear(y, t[f"{p}.attn.out_proj.weight"]) * t.get(f"{p}.ls_1.gamma", 1)
             # Of a layer without heads the files of the release keep nothing, ours this.
-            x = x + t.get(f"{p}.attn.out_proj.bias", 0)
+            x = x + t.get(f"{p}.attn.out_proj.bias", 0) * t.get(f"{p}.ls_1.gamma", 1)
             if f"{p}.mlp.c_fc.weight" in t:
                 y = F.linear(norm(x, f"{p}.ln_2", c.eps), t[f"{p}.mlp.c_fc.weight"], t[f"{p}.mlp.c_fc.bias"])
-                x = x + F.linear(torch_activation(c.activation)(y), t[f"{p}.mlp.c_proj.weight"])
-            x = x + t[f"{p}.mlp.c_proj.bias"]
+                y = F.linear(torch_activation(c.activation)(y), t[f"{p}.mlp.c_proj.weight"])
+                x = x + y * t.get(f"{p}.ls_2.gamma", 1)
+            x = x + t[f"{p}.mlp.c_proj.bias"] * t.get(f"{p}.ls_2.gamma", 1)
         return x
 
     def bottleneck(x: Any, p: str, stride: int) -> Any:
@@ -172,16 +178,36 @@ def _formulas(cfg: ClipConfig, file: Path, format: str, images: np.ndarray, toke
     def vit(c: ImageConfig, x: Any) -> Any:
         x = F.conv2d(x, t["visual.conv1.weight"], stride=c.patch)
         x = torch.cat([t["visual.class_embedding"].expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
-        x = norm(x + t["visual.positional_embedding"], "visual.ln_pre", c.eps)
-        return norm(blocks(x, "visual.", c, None)[:, 0], "visual.ln_post", c.eps) @ t["visual.proj"]
+        x = x + t["visual.positional_embedding"]
+        x = blocks(norm(x, "visual.ln_pre", c.eps) if c.pre_norm else x, "visual.", c, None)
+        if c.pool == "norm_mean":
+            return norm(x[:, 1:], "visual.ln_post", c.eps).mean(1) @ t["visual.proj"]
+        x = x[:, 0] if c.pool == "cls" else x[:, 1:].mean(1)
+        return norm(x, "visual.ln_post", c.eps) @ t["visual.proj"]
+
+    def timm(c: VitImageConfig) -> Any:
+        inside = {k.removeprefix("visual.trunk."): v.numpy() for k, v in t.items() if k.startswith("visual.trunk.")}
+        y = torch.from_numpy(formulas(c, inside, images))
+        return F.linear(y, t["visual.head.proj.weight"]) if "visual.head.proj.weight" in t else y
+
+    def picked(x: Any, ids: Any) -> Any:
+        if cfg.text.pool != "eot":
+            return x[:, {"first": 0, "last": -1}[cfg.text.pool]]
+        end = ids.argmax(-1) if cfg.text.eot is None else (ids == cfg.text.eot).int().argmax(-1)
+        return x[torch.arange(len(x)), end]
 
     with torch.no_grad():
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        image = resnet(cfg.image, pixels) if isinstance(cfg.image, ResNetConfig) else vit(cfg.image, pixels)
+        if isinstance(cfg.image, VitImageConfig):
+            image = timm(cfg.image)
+        else:
+            image = resnet(cfg.image, pixels) if isinstance(cfg.image, ResNetConfig) else vit(cfg.image, pixels)
         ids = torch.from_numpy(tokens).long()
         x = t["token_embedding.weight"][ids] + t["positional_embedding"][: ids.shape[1]]
-        mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
-        x = norm(blocks(x, "", cfg.text, mask), "ln_final", cfg.text.eps)
-        end = ids.argmax(-1) if cfg.text.eot is None else (ids == cfg.text.eot).int().argmax(-1)
-        text = x[torch.arange(len(x)), end] @ t["text_projection"]
+        mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1) if cfg.text.causal else None
+        text = picked(norm(blocks(x, "", cfg.text, mask), "ln_final", cfg.text.eps), ids)
+        if cfg.text.projection == "affine":
+            text = F.linear(text, t["text_projection.weight"], t["text_projection.bias"])
+        elif cfg.text.projection == "linear":
+            text = text @ t["text_projection"]
     return [F.normalize(y, dim=-1).numpy() for y in (image, text)]

@@ -4,9 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from heirloom.common import config
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor, Family, Outline
 from heirloom.common.checkpoint.hub import locate
+from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
 from tinyclip_jax.formats import FORMATS, LOOKALIKES
@@ -53,6 +55,18 @@ TINYCLIP_39M = "hf:wkcn/TinyCLIP-ViT-39M-16-Text-19M-YFCC15M"
 
 PUBLISHED = {LAION_B_32: VIT_B_32, OPENAI_B_16: VIT_B_16, OPENAI_RN50: RN50}
 PUBLISHED |= {TINYCLIP_61M: STUDENTS["vit_61m_32"], TINYCLIP_39M: STUDENTS["vit_39m_16"]}
+
+
+def student(name: str) -> ClipConfig:
+    """Returns the config of a student: one of STUDENTS, or that of a recipe such as `tinyclip/emoji`."""
+    if name in STUDENTS:
+        return STUDENTS[name]
+    if config.is_recipe(name):
+        family, cfg = config.load(name, verb="inherit").describe()  # type: ignore[attr-defined]
+        if family is FAMILY:
+            return cfg
+        raise InputError(f"the student of {name} is no CLIP: name a recipe of tinyclip")
+    raise InputError(f"no student {name!r}{nearest(name, STUDENTS)} (there are {', '.join(STUDENTS)}; or a recipe)")
 
 
 def outline(source: str) -> Donor | Outline:

@@ -1,5 +1,6 @@
 """Tasks for a generator, by pictures or in words, and networks drawn for them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.data.pictures import Picture
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.train.mesh import MeshConfig, start
@@ -16,7 +18,7 @@ from heirloom.common.train.parameters import load_params
 from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.d2nwg.model import sample as sample_d2nwg
 from weightgen.generator.sample import SampleConfig, drawer
-from weightgen.zoo.data import Projection, encoder, labelled, shown, text_encoder, thumbnails
+from weightgen.zoo.data import Encode, Projection, encoder, labelled, shown, text_encoder, thumbnails
 from weightgen.zoo.nets import NetConfig
 
 WORDS = ("text", "label", "chunk")  # conditions that are no pictures
@@ -49,35 +51,62 @@ class Task:
     test: Pictures | None = None
 
 
-def read_dataset(dataset: str, projection: Projection, cfg: NetConfig) -> tuple[tuple[str, ...], Pictures]:
-    """Read the classes of a folder with a sub-folder for each, and its pictures. Raises InputError when it has none."""
-    source = open_source(SourceConfig(path=dataset))
-    names = getattr(source, "classes", ())
-    if not names:
-        raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
+Dataset = str | Mapping[str, Sequence[Picture]]
+"""A folder with a sub-folder for each class, or the pictures of each class by its name."""
+
+
+def read_dataset(
+    dataset: Dataset, projection: Projection, cfg: NetConfig, encode: Encode | None = None
+) -> tuple[tuple[str, ...], Pictures]:
+    """Read classes and their pictures. encode: an open encoder of the projection's backend.
+
+    Raises InputError where there are no classes, or not as many as the networks have.
+    """
+    if isinstance(dataset, str):
+        source = open_source(SourceConfig(path=dataset))
+        names = tuple(getattr(source, "classes", ()))
+        if not names:
+            raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")
+    else:
+        names = tuple(dataset)
     if len(names) != cfg.classes:
         way = f"these are {cfg.classes}-way networks"
-        raise InputError(f"{dataset} has {len(names)} classes, {way}; keep as many sub-folders")
-    records, labels = labelled(source, dataset)
-    features = projection(encoder(projection.backend)(records))
-    inputs = thumbnails(records, cfg.features) if cfg.kind == "cnn" else features
-    return tuple(names), Pictures(features, shown(cfg, inputs, labels)[0], labels)
+        raise InputError(f"{_name(dataset)} has {len(names)} classes, {way}; keep as many sub-folders")
+    if isinstance(dataset, str):
+        records, labels = labelled(source, dataset)
+    else:
+        records = [{"key": f"{name}, number {i}", "image": x} for name in names for i, x in enumerate(dataset[name])]
+        labels = np.repeat(np.arange(len(names)), [len(dataset[name]) for name in names])
+    return names, examples(records, labels, projection, cfg, encode)
 
 
-def read_pictures(donor: Donor, dataset: str, seed: int) -> Task:
-    """Read pictures of a folder with a sub-folder for each class, split into condition, selection and test at random.
+def examples(
+    pictures: Sequence[Any], labels: np.ndarray, projection: Projection, cfg: NetConfig, encode: Encode | None = None
+) -> Pictures:
+    """Turn pictures, or records of them, into features for the generator and inputs for its networks."""
+    features = projection((encode or encoder(projection.backend))(pictures))
+    inputs = thumbnails(pictures, cfg.features) if cfg.kind == "cnn" else features
+    return Pictures(features, shown(cfg, inputs, labels)[0], labels)
 
-    Raises InputError when the folder has no classes, or other numbers of them than the generator takes.
+
+def _name(dataset: Dataset) -> str:
+    return dataset if isinstance(dataset, str) else "the dictionary of pictures"
+
+
+def read_pictures(donor: Donor, dataset: Dataset, seed: int, encode: Encode | None = None) -> Task:
+    """Read pictures by class, split into condition, selection and test at random.
+
+    Raises InputError when there are no classes, or other numbers of them than the generator takes.
     """
     cfg: Any = donor.cfg
     if cfg.net is None:
         raise InputError(f"{donor.path} takes a task in words, not pictures: give --task")
-    names, found = read_dataset(dataset, Projection.load(donor.folder), cfg.net)
+    names, found = read_dataset(dataset, Projection.load(donor.folder), cfg.net, encode)
     features, x, labels = found.features, found.x, found.y
     rng = np.random.default_rng(seed)
     order = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(names))]
     if empty := [name for name, own in zip(names, order, strict=True) if not len(own)]:
-        raise InputError(f"{dataset}/{empty[0]} has no picture")
+        raise InputError(f"{_name(dataset)}: {empty[0]} has no picture")
     shots = min(cfg.shots, *(len(own) for own in order))
     condition = np.zeros((1, len(names), cfg.shots, features.shape[1]), np.float32)
     for c, own in enumerate(order):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from heirloom.common.data.batches import Batches
 from heirloom.common.errors import InputError, positive
+from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.train.mesh import batch_sharding
 from heirloom.common.train.optim import OptimConfig, make_optimizer
@@ -119,3 +120,6 @@ def generator_rows(zoo: Zoo, bank: Bank, shots: int, batch: int) -> Make:
         return {"tokens": zoo.tokens(rows), "support": support, "shots": numbers}
 
     return make
+
+
+make_callable(__name__, "weightgen.pretrained:train")

@@ -12,6 +12,7 @@ import numpy as np
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Read
+from heirloom.common.checkpoint.flax_files import SUFFIX, write_flax
 from heirloom.common.checkpoint.quantized import quantized_views
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
@@ -21,11 +22,12 @@ from heirloom.common.errors import InputError, Remark, VerificationError, neares
 from heirloom.common.fetch import origin
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.surgery.layout import View, own_tensors, own_views
+from heirloom.common.surgery.layout import Tensor, View, own_tensors, own_views
 from heirloom.common.surgery.plan import Plan, Source
 from heirloom.common.surgery.report import provenance
 
 COPY = Plan((("**", {}),))
+OURS = ("heirloom", *weights.ORBAX)  # formats with our names
 
 
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
@@ -142,14 +144,14 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
         raise InputError(f"the source is in the {to} format already")
     if donor.quantized:
         raise InputError(f"{donor.path} is quantised ({donor.quantized}); convert the weights it was made from")
-    format = None if to == "heirloom" else family.format(to)
+    format = None if to in OURS else family.format(to)
     with staged(destination, force=force) as folder:
         folder.mkdir()
         if format is None:
-            _write_ours(donor, folder)
+            _write_ours(donor, folder, to)
         else:
             _write_foreign(donor, format, folder)
-        family.sidecars(donor, folder, to)
+        family.sidecars(donor, folder, "heirloom" if format is None else to)
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:
             check = _verify(donor, folder, to)
@@ -162,9 +164,15 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
 
 
 def hashes(file: Path) -> dict[str, str]:
-    """Returns the SHA-256 of a weights file, or of each shard of an index, by file name."""
-    shards = sorted(set(read_json(file)["weight_map"].values())) if file.name.endswith(".index.json") else [file.name]
-    return {name: weights.sha256(file.parent / name) for name in shards}
+    """Returns the SHA-256 of a weights file, or of each shard or file that it consists of, by file name."""
+    return {name: weights.sha256(file.parent / name) for name in parts(file)}
+
+
+def parts(file: Path) -> list[str]:
+    """Returns the names of what a weights file consists of: its shards, the files of a folder of orbax, or itself."""
+    if file.is_dir():
+        return sorted(part.relative_to(file.parent).as_posix() for part in file.rglob("*") if part.is_file())
+    return sorted(set(read_json(file)["weight_map"].values())) if file.name.endswith(".index.json") else [file.name]
 
 
 def _verify(donor: Donor, folder: Path, to: str) -> Check:
@@ -172,13 +180,14 @@ def _verify(donor: Donor, folder: Path, to: str) -> Check:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Remark)  # the source had the same remarks, and this folder's name is temporary
         written = open_donor(folder, [donor.family])
-    omitted = () if to == "heirloom" else donor.family.format(to).layout_of(donor.cfg).omit
+    omitted = () if to in OURS else donor.family.format(to).layout_of(donor.cfg).omit
     for path, value in ((p, v) for p, v in donor.source.values.items() if p not in omitted):
         if not np.array_equal(_bits(np.asarray(value)), _bits(np.asarray(written.source.values[path]))):
             note = f"{path} is not read back as it was written"
             return Check(passed=False, reference="what was written", missing=(path,), note=note)
-    foreign = donor if to == "heirloom" else written
-    return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, foreign.format))
+    foreign = donor if to in OURS else written
+    format = "heirloom" if foreign.format in OURS else foreign.format
+    return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, format))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -196,9 +205,11 @@ def _open_ours(path: Path, families: Sequence[Family], overrides: Mapping[str, A
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     model = _model(family, cfg, path)
-    views = (quantized_views if opened.quantized else own_views)(opened.tensors, model.spec, str(path / FILE))
+    file = path / (weights.STATE if opened.stored else FILE)
+    tensors = dict(weights.unpadded(opened.tensors, model.spec)) if opened.stored else opened.tensors
+    views = (quantized_views if opened.quantized else own_views)(tensors, model.spec, str(file))
     source = Source(_as_stored(model.spec, views), views)
-    place: dict[str, Any] = {"format": "heirloom", "path": path, "file": path / FILE}
+    place: dict[str, Any] = {"format": opened.stored or "heirloom", "path": path, "file": file}
     return Donor(family=family, cfg=cfg, model=model, source=source, **place, quantized=opened.quantized)
 
 
@@ -207,14 +218,33 @@ def _as_stored(spec: Spec, views: Mapping[str, View]) -> Spec:
     return {path: replace(leaf, dtype=np.dtype(views[path].dtype)) for path, leaf in spec.items()}
 
 
-def _write_ours(donor: Donor, folder: Path) -> None:
+def _write_ours(donor: Donor, folder: Path, to: str) -> None:
     spec, values = donor.source.spec, donor.source.values
-    with weights.create_safetensors(folder / FILE, own_tensors(spec)) as out:
-        for path, view in own_views(out, spec, str(folder)).items():
-            view.write(values[path])
-    weights.write_config(folder, donor.family.name, donor.cfg)
+    if to in weights.ORBAX:
+        _write_orbax(donor, folder, to)
+    else:
+        with weights.create_safetensors(folder / FILE, own_tensors(spec)) as out:
+            for path, view in own_views(out, spec, str(folder)).items():
+                view.write(values[path])
+    weights.write_config(folder, donor.family.name, donor.cfg, stored=to if to in weights.ORBAX else "")
     record = provenance(COPY.resolve(donor.source, spec))
     write_json(folder / "provenance.json", {"source": origin(donor.path), "format": donor.format} | record)
+
+
+def _write_orbax(donor: Donor, folder: Path, to: str) -> None:
+    """Writes the arrays of the module, zero-padded where layers differ in size, as NNX's state or as dictionaries."""
+    from flax.traverse_util import unflatten_dict
+
+    from heirloom.common.checkpoint.state import save_tree
+
+    # orbax needs all arrays at once: a temporary memory-mapped file keeps them out of memory.
+    shapes = {path: Tensor(leaf.shape, leaf.dtype) for path, leaf in donor.source.spec.items()}
+    with weights.create_safetensors(folder / FILE, shapes) as out:
+        for path, value in donor.source.values.items():
+            out[path][...] = np.asarray(value)
+        tree = donor.model.state(out) if to == "nnx" else unflatten_dict(out, sep="/")
+        save_tree(folder / weights.STATE, tree)
+    (folder / FILE).unlink()
 
 
 def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
@@ -232,11 +262,13 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
             out[key][...] = value
 
     if not format.file.endswith(".safetensors"):
-        # torch and numpy need all tensors at once: a temporary memory-mapped file keeps them out of memory.
+        # torch, numpy and Flax need all tensors at once: a temporary memory-mapped file keeps them out of memory.
         with weights.create_safetensors(folder / FILE, shapes) as out:
             fill(out)
             if format.file.endswith(".npz"):
                 np.savez(folder / format.file, **out)  # type: ignore[arg-type]
+            elif format.file.endswith(SUFFIX):
+                write_flax(folder / format.file, out)
             else:
                 write_torch(folder / format.file, out, format.wrapper)
         (folder / FILE).unlink()

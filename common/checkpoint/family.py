@@ -75,7 +75,8 @@ class Format:
     """One foreign format of a model family.
 
     layout: the table of names, or a function of the config that returns it.
-    file: name of the weights in a folder that we write; its ending selects torch, safetensors or numpy (.npz).
+    file: name of the weights in a folder that we write; its ending selects torch, safetensors, numpy (.npz) or
+    Flax (.msgpack).
     read_config(found): returns the model's config, or None when the checkpoint has another format.
     write_config(cfg, folder): writes the format's own JSON files next to the weights.
     clean: changes the keys of published files to those of the layout, after the usual wrappers are removed.
@@ -141,7 +142,8 @@ class Family:
             if format.name == name:
                 return format
         raise InputError(
-            f"no format {name!r} for {self.name} models; there are heirloom, {', '.join(f.name for f in self.formats)}"
+            f"no format {name!r} for {self.name} models; there are heirloom, nnx, orbax,"
+            f" {', '.join(f.name for f in self.formats)}"
         )
 
 

@@ -5,6 +5,7 @@ in buckets, downloaded once.
 import json
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from heirloom.common.errors import InputError, nearest
@@ -12,6 +13,8 @@ from heirloom.common.fetch import fetch, fetch_folder
 from heirloom.common.paths import Address, place
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+_FLAX = ("*.msgpack", "*.msgpack.index.json")
 _OTHER = ("*.json", "*.txt", "*.model")
 _SIDECARS = (".json", ".txt", ".model")
 
@@ -41,11 +44,10 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     name, folder = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
     try:
         files = [f for f in HfApi().list_repo_files(name, revision=revision or None) if f.startswith(folder)]
-        # Pickles only where there are no safetensors.
-        weights = (
-            _WEIGHTS
-            if any(f.endswith(".safetensors") for f in files)
-            else ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+        # Pickles only where there are no safetensors, Flax's files only where there is neither.
+        weights = next(
+            (kinds for kinds in (_WEIGHTS, _PICKLES) if any(fnmatchcase(f, kind) for f in files for kind in kinds)),
+            _FLAX,
         )
         wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in (*weights, *_OTHER)]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder

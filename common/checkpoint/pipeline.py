@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.checkpoint.convert import convert
+from heirloom.common.checkpoint.convert import OURS, convert
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.staging import staged
@@ -93,8 +93,9 @@ def convert_pipeline(
 
 def _convert_part(donor: Donor, destination: Path, to: str, verify: bool) -> Check:
     formats = [format.name for format in donor.family.formats]
-    if to != "heirloom" and to not in formats and len(formats) == 1:
-        (to,) = formats
+    torch_formats = [name for name in formats if name != "flax"]
+    if to not in (*OURS, *formats) and len(torch_formats) == 1:
+        (to,) = torch_formats
     if to == donor.format:
         shutil.copytree(donor.folder, destination)
         return Check(passed=True, reference=None, note=f"in the {to} format already, and copied")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import COPY, hashes, open_donor
+from heirloom.common.checkpoint.convert import COPY, hashes, open_donor, parts
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView, quantized_tensors, write_quantized
 from heirloom.common.checkpoint.staging import staged
@@ -69,9 +69,8 @@ def _quantized(value: Any) -> bool:
 
 
 def file_bytes(file: Path) -> int:
-    """Returns the size of a weights file, or of all shards of an index."""
-    shards = set(read_json(file)["weight_map"].values()) if file.name.endswith(".index.json") else [file.name]
-    return sum((file.parent / name).stat().st_size for name in shards)
+    """Returns the size of a weights file, or of all that it consists of."""
+    return sum((file.parent / name).stat().st_size for name in parts(file))
 
 
 def sizes(donor: Donor) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""Training states on disk. The only module that imports orbax.
+"""Training states on disk, and parameters in orbax's format. The only module that imports orbax.
 
 Each step has a folder with the arrays (`state`), a JSON object (`data`: position in the data, open metrics window) and
 the SHA-256 of all its files (`seal.py`). A folder gets its final name when it is complete, so an incomplete one is
 never restored.
 """
 
+import json
+import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -64,6 +67,7 @@ class Checkpoints:
         self.directory, self.keep = Path(directory).absolute(), keep
         self._saving: int | None = None
         self._checked: dict[int, str] = {}
+        _say_once()
         with _disk_errors(f"{self.directory}: cannot write checkpoints here"):
             self.directory.mkdir(parents=True, exist_ok=True)
 
@@ -84,13 +88,19 @@ class Checkpoints:
         data: any JSON object. The state may be donated once this returns. Raises InputError when this save or the one
         before it fails, and for a step that is not after all saved ones; earlier states stay.
         """
-        with _disk_errors(f"{self.directory}: step {step} or the one before it could not be saved"):
+        with _disk_errors(f"{self.directory}: step {step} or the one before it could not be saved; {self._kept()}"):
             self._finish()
             self._saving = step
             self._checked.pop(step, None)
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+            # A copy: it is written in the background, while the caller goes on to count in its own.
+            written = ocp.args.JsonSave(json.loads(json.dumps(data)))
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=written)
             if not self._manager.save(step, args=items, custom_metadata=seal.MARK):
                 raise ValueError(f"the folder has step {self._manager.latest_step()} already")
+
+    def _kept(self) -> str:
+        last = max(self.steps(), default=0)
+        return f"the last state there is {last}" if last else "no state is there"
 
     def _seal(self) -> None:
         """Hashes the files of the state that is being saved; orbax calls it before the folder gets its final name."""
@@ -182,7 +192,7 @@ class Checkpoints:
         """Waits until all saves are on disk. Raises InputError when one failed."""
         if "_manager" not in self.__dict__:
             return
-        with _disk_errors(f"{self.directory}: the last state could not be written (is the disk full?)"):
+        with _disk_errors(f"{self.directory}: the last state could not be written (is the disk full?); {self._kept()}"):
             self._finish()
 
 
@@ -190,6 +200,57 @@ def steps_on_disk(directory: Path) -> list[int]:
     """Returns the steps that have a folder with its final name, in ascending order."""
     names = (path.name for path in directory.glob("[0-9]*") if path.is_dir())
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def save_tree(folder: Path, tree: object) -> None:
+    """Writes a tree of arrays as `orbax.checkpoint.StandardCheckpointer` does. Raises InputError for a full disk."""
+    with _disk_errors(f"{folder}: could not be written"), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), tree)
+
+
+def load_tree(folder: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays that `save_tree`, or an NNX user, wrote, into host memory, by path (`image/patch/...`).
+
+    Raises InputError for a folder that is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; copy it back, or convert the checkpoint again")
+    problem = f"{folder}: not a readable checkpoint of orbax; copy it again"
+    with _disk_errors(problem, KeyError, TypeError, AttributeError), ocp.PyTreeCheckpointer() as checkpointer:
+        described = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
+        found = checkpointer.restore(folder.absolute(), ocp.args.PyTreeRestore(restore_args=how))
+    names = jax.tree_util.tree_flatten_with_path(found)[0]
+    # A variable of NNX is its value, under that name.
+    return {"/".join(str(key.key) for key in path).removesuffix("/value"): value for path, value in names}
+
+
+# Modules of orbax that log an error with its traceback and then raise it. Others only log, so they are heard.
+RAISED = ("metadata/checkpoint.py", "futures/future.py", "checkpointers/async_checkpointer.py", "checkpoint_manager.py")
+
+
+@cache
+def _say_once() -> None:
+    """Keeps orbax from printing the errors of a failed save with their tracebacks: it raises them, too.
+
+    orbax logs them, asyncio those of its tasks that nobody waits for; and callbacks of tensorstore, in threads of its
+    own, find the event loop of the failed write closed, which Python prints through its hook.
+    """
+
+    def printed(record: logging.LogRecord) -> bool:
+        raised = "orbax" in record.pathname and record.pathname.endswith(RAISED) and bool(record.exc_info)
+        text = record.getMessage()
+        return not raised and not ("exception was never retrieved" in text and "orbax" in text)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(printed)
+    before = sys.unraisablehook
+
+    def hook(found: "sys.UnraisableHookArgs") -> None:
+        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.flax_files import SUFFIX, is_flax, open_flax
 from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
 
@@ -55,7 +56,7 @@ _CONFIGS = (
 )
 _PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar",
-    "*.th", "*.npz",
+    "*.th", "*.msgpack.index.json", "*.msgpack", "*.npz",
 )  # fmt: skip
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model)")
 _OTHERS = {
@@ -106,7 +107,7 @@ def weights_files(path: Path) -> list[Path]:
             if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()
         ):
             return found
-    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt or .npz)")
+    raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt, .npz or .msgpack)")
 
 
 def open_weights(file: Path) -> Weights:
@@ -116,6 +117,8 @@ def open_weights(file: Path) -> Weights:
     kind = _kind(file)
     if kind == "npz":
         return Weights(weights.open_npz(file))
+    if kind == "flax":
+        return Weights(open_flax(file))
     return open_torch(file) if kind == "torch" else Weights(weights.open_safetensors(file))
 
 
@@ -125,7 +128,7 @@ def open_tensors(file: Path) -> Tensors:
 
 
 def _kind(file: Path) -> str:
-    """Returns `safetensors`, `torch` or `npz` by the first bytes of a file."""
+    """Returns `safetensors`, `torch`, `npz` or `flax` by the first bytes of a file."""
     try:
         with file.open("rb") as opened:
             start = opened.read(10)
@@ -144,7 +147,9 @@ def _kind(file: Path) -> str:
         return "torch"
     if start[8:9] == b"{":
         return "safetensors"
-    return {".npz": "npz", ".safetensors": "safetensors"}.get(
+    if is_flax(start):
+        return "flax"
+    return {".npz": "npz", ".safetensors": "safetensors", SUFFIX: "flax"}.get(
         file.suffix, "torch" if file.suffix in _TORCH else "safetensors"
     )
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from heirloom.common.checkpoint.flax_files import as_torch
 from heirloom.common.checkpoint.quantized import QuantizedView
 from heirloom.common.checkpoint.unwrap import clean_names, open_weights
 from heirloom.common.checkpoint.weights import read_json
@@ -28,6 +29,7 @@ from heirloom.common.nn.quantized import QArray
 TOLERANCE = 1e-4
 TINY = 1e-30  # instead of a reference that is all zeros
 OWN = "own formulas"
+RENAMED = ", with tensors renamed here"  # after the library's name: it read the config by itself, not the file
 UNQUANTIZED = "the unquantised weights"
 NO_TORCH = "the extra 'torch' is not installed"
 
@@ -37,9 +39,9 @@ class Check:
     """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest
     value.
 
-    reference: the library that read the file and its config; OWN where only formulas of ours could serve; UNQUANTIZED
-    of quantised weights; None where nothing was compared. guessed: settings that the file does not tell, with what was
-    taken for them.
+    reference: the library that read the file and its config, followed by RENAMED where it reads no such file; OWN where
+    only formulas of ours could serve; UNQUANTIZED of quantised weights; None where nothing was compared. guessed:
+    settings that the file does not tell, with what was taken for them.
     """
 
     passed: bool
@@ -64,6 +66,8 @@ class Check:
             return f"checked against our own formulas, not by another library: {found}"
         if self.reference == UNQUANTIZED:
             return f"compared with {UNQUANTIZED}: {found}"
+        if self.reference.endswith(RENAMED):
+            return f"checked against {self.reference}: {found}"
         return f"verified against {self.reference}: {found}"
 
 
@@ -143,11 +147,11 @@ def importable(*names: str) -> bool:
 
 
 @contextmanager
-def as_folder(file: Path, name: str) -> Iterator[Path]:
+def as_folder(file: Path, name: str, format: str = "") -> Iterator[Path]:
     """A folder in which `file` has the name that a library looks for, with the JSON files next to it.
 
-    The library then reads this file, and its config, by itself. Wrapped weights are unwrapped for it, under `name`'s
-    safetensors.
+    The library then reads this file, and its config, by itself. Wrapped weights are unwrapped for it, and those of Flax
+    renamed, under `name`'s safetensors.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -156,7 +160,8 @@ def as_folder(file: Path, name: str) -> Iterator[Path]:
                 shutil.copy(companion, folder)
         found = open_weights(file)
         cleaned = clean_names(found)
-        if file.suffix == ".json":
+        tensors = as_torch(cleaned.tensors) if format == "flax" else cleaned.tensors
+        if file.suffix == ".json" and format != "flax":
             (folder / f"{name}.index.json").symlink_to(file.resolve())
             for shard in sorted(set(read_json(file)["weight_map"].values())):
                 (folder / shard).symlink_to((file.parent / shard).resolve())
@@ -164,7 +169,7 @@ def as_folder(file: Path, name: str) -> Iterator[Path]:
             (folder / name).symlink_to(file.resolve())
         else:
             save_file(
-                {key: np.ascontiguousarray(value) for key, value in cleaned.tensors.items()},
+                {key: np.asarray(value, order="C") for key, value in tensors.items()},
                 folder / name,
                 {"format": "pt"},
             )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from heirloom.common.typed import Config
 
 Tensors = dict[str, np.ndarray]
 FILE = "model.safetensors"
+STATE = "state"  # the folder of parameters in orbax's format, instead of FILE
+ORBAX = ("nnx", "orbax")  # the two trees it may have: NNX's variables, or plain dictionaries
 SCALE = ".scale"  # after the path of a quantised kernel: its scales
 _DTYPES = {
     "F64": np.float64,
@@ -110,7 +113,8 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
 
     The space is reserved first: a full disk is an OSError here, not a crash at the first write.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    # transformers reads no file without a format.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "made_by": f"heirloom {version('heirloom-jax')}"}}
     offset = 0
     for key, tensor in tensors.items():
         stop = offset + prod(tensor.shape) * tensor.dtype.itemsize
@@ -137,8 +141,9 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Te
 
 @dataclass(frozen=True)
 class Folder:
-    """An open weights folder of ours. model: config of the model. tensors: memory-mapped. quantized: "int8", or
-    empty.
+    """An open weights folder of ours. model: config of the model. tensors: memory-mapped, or read of `stored`.
+
+    quantized: "int8", or empty. stored: "nnx" or "orbax" of a folder with `state/`, else empty.
     """
 
     path: Path
@@ -146,6 +151,7 @@ class Folder:
     model: dict[str, Any]
     tensors: Tensors
     quantized: str = ""
+    stored: str = ""
 
 
 def is_folder(path: Path) -> bool:
@@ -168,15 +174,25 @@ def open_folder(path: Path) -> Folder:
         raise InputError(
             f"{path / 'config.json'}: quantized is {quantized!r}, known is {INT8!r}; convert the checkpoint again"
         )
-    tensors = open_safetensors(path / FILE)
-    return Folder(path, method=config["method"], model=config["model"], tensors=tensors, quantized=quantized)
+    if (stored := config.get("stored", "")) not in ("", *ORBAX):
+        raise InputError(
+            f"{path / 'config.json'}: stored is {stored!r}, known are {', '.join(ORBAX)}; convert the checkpoint again"
+        )
+    if stored:
+        from heirloom.common.checkpoint.state import load_tree  # orbax takes seconds to import
+
+        tensors = load_tree(path / STATE)
+    else:
+        tensors = open_safetensors(path / FILE)
+    about: dict[str, Any] = {"method": config["method"], "model": config["model"]}
+    return Folder(path, **about, tensors=tensors, quantized=quantized, stored=stored)
 
 
-def write_config(folder: Path, method: str, model: Config, quantized: str = "") -> None:
+def write_config(folder: Path, method: str, model: Config, quantized: str = "", stored: str = "") -> None:
     """Writes the `config.json` of a weights folder. model: the method's config of the model. quantized: "int8" where
-    kernels are.
+    kernels are. stored: "nnx" or "orbax" where the parameters are in `state/`.
     """
-    how = {"quantized": quantized} if quantized else {}
+    how = {name: value for name, value in (("quantized", quantized), ("stored", stored)) if value}
     about = {"format": "heirloom", "version": 1, "method": method, "model": asdict(model)}
     write_json(folder / "config.json", about | how)
 
@@ -189,14 +205,15 @@ def write_params(
 
     spec: needed for leaves that are zero-padded; they are written layer by layer, without the padding.
     """
-    params = dict(_unpadded(params, spec or {}))
+    params = dict(unpadded(params, spec or {}))
     tensors = {path: Tensor(tuple(value.shape), np.dtype(dtype or value.dtype)) for path, value in params.items()}
     with create_safetensors(folder / FILE, tensors) as out:
         for path, value in params.items():
             out[path][...] = np.asarray(jax.device_get(value))
 
 
-def _unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]]:
+def unpadded(params: Mapping[str, Any], spec: Spec) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors of a file of ours: layers of different sizes one by one, and scales of quantised kernels."""
     for path, value in params.items():
         if isinstance(value, QArray):
             yield path, value.qvalue

@@ -1,14 +1,9 @@
 """An iterator over training batches that resumes exactly and restarts worker processes that died."""
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-import grain
 import numpy as np
-from absl import flags
 
 from heirloom.common.data.bad import BAD, Delivered, bad_records
 from heirloom.common.errors import InputError, remark
@@ -90,24 +85,3 @@ class Batches:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-
-
-def in_processes(rows: grain.MapDataset, count: int, workers: int, prefetch: int) -> grain.IterDataset:
-    """Reads whole batches, distributed to the workers in turn, so that their number does not change the stream."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl programs parse them
-    whole = rows.batch(count).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=-(-prefetch // workers))
-    return whole.mp_prefetch(options, worker_init_fn=_end_with_parent)
-
-
-def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process when its parent has ended, even by SIGKILL, after which no cleanup of grain runs."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import grain
 import numpy as np
 
 
@@ -63,25 +62,3 @@ class SameGroup:
 
     def __call__(self, index: int) -> Sequence[int]:
         return self._members[self._groups[index]]  # type: ignore[return-value]
-
-
-class GroupedIndices(grain.MapDataset):
-    """Indices of examples, position by position; each batch is of one group. groups: the group of every example."""
-
-    def __init__(self, groups: np.ndarray, batch: int, seed: int):
-        members = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
-        if empty := [group for group, rows in enumerate(members) if not len(rows)]:
-            raise ValueError(f"group {empty[0]} has no example: number the groups without gaps")
-        streams = (grain.MapDataset.source(rows).seed(seed + i) for i, rows in enumerate(members))
-        super().__init__([stream.shuffle().repeat() for stream in streams])
-        self._schedule, self._batch = Schedule([len(rows) for rows in members], batch, seed), batch
-
-    def __len__(self) -> int:
-        return len(self._parents[0])  # endless
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        number, row = divmod(index, self._batch)
-        turn = self._schedule.turn(number)
-        return int(self._parents[turn.group][turn.first + row])

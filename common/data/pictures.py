@@ -1,7 +1,7 @@
 """Decodes pictures to RGB, from files, encoded bytes, arrays or PIL images."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,24 @@ Picture = str | Path | bytes | np.ndarray | Image.Image
 """A file, encoded bytes, a uint8 [height, width, 3] array, or a PIL image."""
 Background = Literal["none", "white"]
 BACKGROUNDS: tuple[Background, ...] = get_args(Background)
+
+
+def is_one(images: Any) -> bool:
+    """Returns whether this is one picture, and not several: a file, bytes, a PIL image, or an array of one picture."""
+    one = isinstance(images, str | Path | bytes | bytearray | Image.Image)
+    return one or (isinstance(images, np.ndarray) and images.ndim <= 3)
+
+
+def several(images: Picture | Iterable[Picture]) -> list[Picture]:
+    """Returns pictures, given as one or as several, as a list. Raises InputError for no picture and for other types."""
+    if is_one(images):
+        return [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable):
+        kind = type(images).__name__
+        raise InputError(f"images is of type {kind}: give files, bytes, PIL images or uint8 arrays")
+    if not (listed := list(images)):
+        raise InputError("the list of pictures is empty: give one or more")
+    return listed  # type: ignore[return-value]
 
 
 def decode(image: Picture, background: Background = "none") -> Image.Image:

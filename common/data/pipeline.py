@@ -10,20 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import grain
 import jax
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 
 from heirloom.common.data.bad import BAD, BadMode, Example, Examples
-from heirloom.common.data.batches import Batch, Batches, in_processes
+from heirloom.common.data.batches import Batch, Batches
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.grouped import GroupedIndices, SameGroup
+from heirloom.common.data.grouped import SameGroup
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image, train_image
 from heirloom.common.data.sources import Record, Source
-from heirloom.common.data.text import Tokenizer
+from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, between
 from heirloom.common.train.mesh import batch_sharding
 
@@ -66,7 +64,7 @@ class Augment:
     """
 
     pre: Preprocess
-    tokenizer: Tokenizer | None
+    tokenizer: CaptionTokenizer | None
     context: int
     tags: float = 0.0
     augment: AugmentName = "random"
@@ -97,23 +95,6 @@ class Augment:
         return example
 
 
-class HostRows(grain.MapDataset):
-    """The rows of each global batch that this host builds, starting with batch `first`."""
-
-    def __init__(self, stream: grain.MapDataset, rows: np.ndarray, batch: int, first: int):
-        super().__init__(stream)
-        self._rows, self._batch, self._first = rows, batch, first
-
-    def __len__(self) -> int:
-        return (len(self._parent) // self._batch - self._first) * len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        step, row = divmod(index, len(self._rows))
-        return self._parent[(self._first + step) * self._batch + int(self._rows[row])]
-
-
 def training_batches(
     source: Source,
     cfg: PipelineConfig,
@@ -130,31 +111,33 @@ def training_batches(
     are global `jax.Array`s, rows split over `data` and `fsdp`, copied ahead of the step. Raises InputError when the
     source is smaller than a batch or the batch cannot be divided, and, while iterating, what `Examples` raises.
     """
+    from heirloom.common.data import stream as streams
+
     if len(source) < cfg.batch:
         raise InputError(f"the data has {len(source)} examples, fewer than a batch of {cfg.batch}; lower the batch")
     rows = host_rows(cfg.batch, mesh)
     # grain shuffles by (seed, epoch) and seeds `random_map` by (seed, position): only the position matters.
     if groups is None:
-        order, candidates = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat(), None
+        order, candidates = streams.shuffled(len(source), cfg.seed), None
     else:
-        order, candidates = GroupedIndices(groups, cfg.batch, cfg.seed).seed(cfg.seed), SameGroup(groups)
+        order, candidates = streams.GroupedIndices(groups, cfg.batch, cfg.seed).seed(cfg.seed), SameGroup(groups)
     stream = order.random_map(Examples(source, example, cfg.bad, candidates))
 
     def start(first: int) -> Iterator[Batch]:
-        mine = HostRows(stream, rows, cfg.batch, first)
+        mine = streams.HostRows(stream, rows, cfg.batch, first)
         if cfg.workers:
-            ahead = in_processes(mine, len(rows), cfg.workers, cfg.prefetch)
+            ahead = streams.in_processes(mine, len(rows), cfg.workers, cfg.prefetch)
         else:
-            ahead = _in_threads(mine, len(rows), cfg.prefetch)
+            ahead = streams.in_threads(mine, len(rows), cfg.prefetch)
         if mesh is not None:
-            ahead = ThreadPrefetchIterDataset(ahead.map(Place(mesh, cfg.batch)), prefetch_buffer_size=ON_DEVICE)
+            ahead = streams.ahead(ahead.map(Place(mesh, cfg.batch)), ON_DEVICE)
         return iter(ahead)
 
     settings = {"examples": len(source), "batch": cfg.batch, "seed": cfg.seed}
     return Batches(start, settings, rows=rows, bad_limit=cfg.bad_limit)
 
 
-def _check_record(record: Record, tokenizer: Tokenizer | None, tags: float) -> None:
+def _check_record(record: Record, tokenizer: CaptionTokenizer | None, tags: float) -> None:
     if tokenizer is not None and "text" not in record:
         raise InputError(f"{record['key']} has no caption; name its column with text, or add captions")
     if tags and "tags" not in record:
@@ -177,12 +160,6 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
     # From the sharding, not the process number: a host may have any rows, and share them with another.
     parts = sharding.addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[where] for where in parts]))
-
-
-def _in_threads(rows: grain.MapDataset, count: int, prefetch: int) -> grain.IterDataset:
-    """Reads examples one by one, so that all threads share a batch (decoding and tokenising release Python's lock)."""
-    threads = min(16, os.cpu_count() or 1)
-    return rows.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch * count))).batch(count)
 
 
 @dataclass(frozen=True)
@@ -211,7 +188,7 @@ class Prepare:
 
 
 def evaluation_batches(
-    source: Source, batch: int, pre: Preprocess, tokenizer: Tokenizer | None = None, context: int = 77
+    source: Source, batch: int, pre: Preprocess, tokenizer: CaptionTokenizer | None = None, context: int = 77
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over every example once, in order, as numpy arrays; the last batch may be short.
 
@@ -221,6 +198,8 @@ def evaluation_batches(
     does not decode.
     """
     _check_record(source[0], tokenizer, tags=0)
+    import grain
+
     stream = grain.MapDataset.source(source).map_with_index(Prepare(pre))
     threads = min(16, os.cpu_count() or 1)
     examples = stream.to_iter_dataset(grain.ReadOptions(threads, max(threads, batch)))
@@ -231,7 +210,7 @@ def evaluation_batches(
 class Collate:
     """Joins evaluation examples to a batch."""
 
-    tokenizer: Tokenizer | None
+    tokenizer: CaptionTokenizer | None
     context: int
 
     def __call__(self, examples: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -248,7 +227,7 @@ def _column(values: list[Any]) -> np.ndarray:
 
 
 def check_first_batch(
-    batch: Batch, tokenizer: Tokenizer, path: str | Path | None = None, pre: Preprocess | None = None
+    batch: Batch, tokenizer: CaptionTokenizer, path: str | Path | None = None, pre: Preprocess | None = None
 ) -> str:
     """Draws the first pictures as a grid to the PNG `path` and returns the first caption: a check before a long run.
 

@@ -1,6 +1,7 @@
 """Preprocessing of RGB pictures: resize, crop, normalise, with torchvision's formulas on PIL and numpy."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from heirloom.common.checkpoint.weights import read_json, write_json
-from heirloom.common.data.pictures import BACKGROUNDS, Background, Box
+from heirloom.common.data.pictures import BACKGROUNDS, Background, Box, Picture, decode, is_one, several
 from heirloom.common.errors import InputError, nearest
 
 RATIO = (3 / 4, 4 / 3)  # torchvision's default, which every CLIP recipe keeps
@@ -140,8 +141,6 @@ def random_box(width: int, height: int, scale: tuple[float, float], rng: np.rand
     """Draws a training crop like torchvision: area uniform in `scale`, ratio log-uniform in 3/4..4/3.
 
     After ten tries it takes the largest central crop with an allowed ratio (`RandomResizedCrop.get_params`).
-
-    After ten tries it takes the largest central crop with an allowed ratio.
     """
     for _ in range(TRIES):
         area = width * height * rng.uniform(*scale)
@@ -167,6 +166,22 @@ def train_image(image: Image.Image, pre: Preprocess, rng: np.random.Generator) -
 def eval_image(image: Image.Image, pre: Preprocess) -> np.ndarray:
     """Resizes, crops the centre and normalises: float32 [size, size, 3]."""
     return normalise(centre(image, pre), pre)
+
+
+def eval_images(images: Picture | Iterable[Picture], pre: Preprocess) -> np.ndarray:
+    """Prepares pictures for evaluation: one or several, as files, bytes, PIL images or uint8 arrays.
+
+    Returns [n, size, size, 3] f32. Raises InputError with the file, or the index in the list, for a picture that cannot
+    be read.
+    """
+    pixels = []
+    for number, image in enumerate(several(images)):
+        try:
+            pixels.append(eval_image(decode(image, pre.background), pre))
+        except InputError as error:
+            where = "" if is_one(images) else f"picture number {number}, counted from 0: "
+            raise InputError(f"{where}{error}") from error
+    return np.stack(pixels)
 
 
 def centre(image: Image.Image, pre: Preprocess) -> Image.Image:

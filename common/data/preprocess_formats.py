@@ -25,6 +25,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "DeiT": (
         _CROPPED | dict(resample=3, size={"height": 256, "width": 256}, default_to_square=True, do_convert_rgb=False)
     ),
+    "Bit": _CROPPED | dict(resample=3, size={"shortest_edge": 224}, default_to_square=False, do_convert_rgb=True),
     "Siglip": _SQUASHED | dict(resample=3, size=_SQUARE, default_to_square=False, do_convert_rgb=True),
 }
 _PROCESSING: tuple[str, ...] = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
@@ -79,6 +80,18 @@ def find(folder: Path, format: str, size: int, assumed: Preprocess, whose: str) 
     return Found(pre, "", note)
 
 
+def size_of(folder: Path) -> int | None:
+    """Returns the side of the pictures that the preprocessing of a folder makes, in pixels, for a model of any size.
+
+    None where neither our file nor transformers' says it.
+    """
+    if (file := folder / FILE).is_file():
+        return Preprocess.load(file).size
+    if (theirs := _hf_file(folder)) is None or not {"size", "crop_size"} & set(theirs.given):
+        return None
+    return _hf_size(theirs.fields)[2]
+
+
 def write(pre: Preprocess, folder: Path, format: str) -> None:
     """Writes preprocessing in the file of a format; our file for formats without one.
 
@@ -102,8 +115,17 @@ def _preprocess(fields: Fields, **settings: Any) -> Preprocess:
         raise InputError(f"{fields.where}: {error}") from error
 
 
-def _read_hf(folder: Path, size: int) -> Found | None:
-    """Reads transformers' file. Of two files it takes `image_processor` of processor_config.json, like transformers."""
+@dataclass(frozen=True)
+class _HfFile:
+    """transformers' file. given: its fields. fields: with the defaults of its processor."""
+
+    origin: str
+    given: Fields
+    fields: Fields
+
+
+def _hf_file(folder: Path) -> _HfFile | None:
+    """Opens transformers' file. Of two files it takes `image_processor` of processor_config.json, like transformers."""
     if (folder / PROCESSOR).is_file() and "image_processor" in (whole := read_json(folder / PROCESSOR)):
         origin, given = PROCESSOR, Fields(whole["image_processor"], f"{folder / PROCESSOR}: image_processor")
     elif (folder / PREPROCESSOR).is_file():
@@ -118,7 +140,14 @@ def _read_hf(folder: Path, size: int) -> Found | None:
     absent = "use the original's file"
     if kind is None:
         absent = "add it, or the image_processor_type that it depends on (CLIPImageProcessor)"
-    fields = given.with_defaults(_PROCESSORS.get(kind or ""), absent)
+    return _HfFile(origin, given, given.with_defaults(_PROCESSORS.get(kind or ""), absent))
+
+
+def _read_hf(folder: Path, size: int) -> Found | None:
+    """Reads transformers' file."""
+    if (theirs := _hf_file(folder)) is None:
+        return None
+    given, fields = theirs.given, theirs.fields
     mean, std = _folded(fields)
     filters = {int(f): name for name, f in FILTERS.items()}
     resample = fields.integer("resample", least=min(filters), most=max(filters))
@@ -136,7 +165,7 @@ def _read_hf(folder: Path, size: int) -> Found | None:
     background = "white" if fields.boolean("do_convert_rgb", False) else "none"
     shape = dict(size=size, resize=side, mode=mode, corner="down")
     shape |= dict(interpolation=filters[resample], background=background)
-    return Found(_preprocess(fields, mean=mean, std=std, **shape), origin, note)
+    return Found(_preprocess(fields, mean=mean, std=std, **shape), theirs.origin, note)
 
 
 def _processor(folder: Path, fields: Fields) -> str | None:
@@ -274,4 +303,5 @@ def _write_timm(pre: Preprocess, folder: Path) -> None:
 _Reader = Callable[[Path, int], Found | None]
 _READERS: dict[str, _Reader] = {"hf": _read_hf, "open_clip": _read_open_clip, "timm": _read_timm}
 _Writer = Callable[[Preprocess, Path], None]
-_WRITERS: dict[str, _Writer] = {"hf": _write_hf, "open_clip": _write_open_clip, "timm": _write_timm}
+_WRITERS: dict[str, _Writer] = {"hf": _write_hf, "flax": _write_hf}
+_WRITERS |= {"open_clip": _write_open_clip, "timm": _write_timm}

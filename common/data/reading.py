@@ -11,6 +11,8 @@ from heirloom.common.paths import Address, AnyPath
 
 WAITS = (0.1, 0.4)
 """Seconds before the second and the third try of a read that failed."""
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
+"""Extensions of files that are pictures."""
 RECHECK = 10.0
 """Seconds for which the version of an object in a bucket is trusted: asking for it costs as much as a read."""
 Result = TypeVar("Result")
@@ -37,6 +39,11 @@ class Stamp:
 
     size: int
     changed: int
+
+    @property
+    def mark(self) -> str:
+        """The stamp as part of a file's name."""
+        return f"{self.size}-{self.changed}"
 
     @classmethod
     def of(cls, file: AnyPath) -> "Stamp":

@@ -4,7 +4,8 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,39 @@ def clean(text: str, *, lower: bool = True) -> str:
     return cleaned.lower() if lower else cleaned
 
 
+def strings(texts: str | Iterable[str]) -> list[str]:
+    """Returns captions as a list, one for a string. Raises InputError for anything that is not a string."""
+    if not isinstance(texts, str | Iterable):
+        raise InputError(f"captions must be strings, not {type(texts).__name__}")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
+    return texts
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a tokenizer is read into InputError with its path."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+    except BaseException as error:  # tokenizers raises bare Exception for files it cannot read, and panics for some
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{path} is not readable as a tokenizer: {' '.join(str(error).split())}") from error
+
+
 class Tokenizer:
     """Converts strings to ids like CLIP: SOT, the tokens of the cleaned text, EOT, then zeros.
 
     Tokens added to a vocabulary, such as those of textual inversion, are found in captions like in transformers.
     Deviation: the text "<|endoftext|>" in a caption is tokenised like any other text, so no caption can end early.
     """
+
+    pad = 0
+    """Id of padding."""
 
     def __init__(self, bpe: tokenizers.Tokenizer):
         """Takes the start and end token that `bpe` adds, or known ones by name. Raises InputError if it has none."""
@@ -69,6 +97,11 @@ class Tokenizer:
         sot, eot = (str(self._bpe.id_to_token(i)) for i in (self.sot, self.eot))
         return sot, eot
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        return self._bpe.get_vocab()
+
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer]]:
         return Tokenizer, (self._bpe,)  # calls __init__ again: pickling loses `encode_special_tokens`
 
@@ -90,17 +123,11 @@ class Tokenizer:
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
         if not file.is_file() and not (vocab.is_file() and merges.is_file()):
             raise InputError(f"{path} has no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt")
-        try:
-            about = _read_about(folder)
-            _check_ids(file if file.is_file() else vocab)
+        with readable(path):
+            about = read_about(folder)
+            check_ids(file if file.is_file() else vocab)
             bpe = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _from_tables(vocab, merges)
-            return cls(_completed(bpe, about))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        except BaseException as error:  # tokenizers raises bare Exception for files it cannot read, and panics for some
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise InputError(f"{path} is not readable as a tokenizer: {' '.join(str(error).split())}") from error
+            return cls(completed(bpe, about))
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -131,12 +158,7 @@ class Tokenizer:
         """Returns ids, int32 [n, context] (n = 1 for a string): cut to `context` with EOT last, padded with 0."""
         if context < 2:
             raise InputError(f"context {context} is too small for the start and end tokens: choose 2 or more")
-        if not isinstance(texts, str | Iterable):
-            raise InputError(f"captions must be strings, not {type(texts).__name__}")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
+        texts = strings(texts)
         out = np.zeros((len(texts), context), np.int32)
         found = self._encoder.encode_batch([self._clean(t) for t in texts], add_special_tokens=False)
         for row, encoding in zip(out, found, strict=True):
@@ -168,7 +190,7 @@ def _padded(text: str, cleaned: str) -> str:
     return " " * text[:1].isspace() + cleaned + " " * (text[-1:].isspace() and bool(cleaned))
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def read_about(folder: Path) -> dict[str, Any]:
     """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, and `added`, the AddedToken of each id.
 
     As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json.
@@ -198,7 +220,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Adds the added tokens and the start and end token of the folder. Raises InputError where they do not fit."""
     for i, token in sorted(about["added"].items()):
         if bpe.token_to_id(token.content) is None:
@@ -263,7 +285,7 @@ def _around(vocab: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
     return bpe
 
 
-def _check_ids(file: Path) -> None:
+def check_ids(file: Path) -> None:
     """Raises InputError for a huge id: the library allocates a table as long as the largest id."""
     try:
         saved = json.loads(file.read_text())

@@ -4,7 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NOT_SHARES = ("loss", "mse")  # metrics that are not printed in percent
+NOT_SHARES = ("loss", "mse", "mse_swapped", "psnr")  # metrics that are not printed in percent
+
+
+def printed(metric: str, value: float) -> float:
+    """Returns a metric as tables print it: shares in percent."""
+    return value if metric in NOT_SHARES else 100 * value
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Scored:
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row per metric for `heirloom eval`, shares in percent."""
-        shown = {name: value if name in NOT_SHARES else 100 * value for name, value in self.metrics.items()}
+        shown = {name: printed(name, value) for name, value in self.metrics.items()}
         shared = {"published": None, "n": self.n}
         return [{"dataset": self.dataset, "metric": name, "value": value} | shared for name, value in shown.items()]
 

@@ -22,16 +22,22 @@ class Accuracy:
 
 
 def read_templates(file: Path) -> tuple[str, ...]:
-    """Reads templates, one a line, with {} for the name of the class, or {c} as CLIP_benchmark writes it.
+    """Reads templates, one a line. Raises InputError as `check_templates` does."""
+    return check_templates(read_lines(file), f"{file}, line")
 
-    Raises InputError naming file and line for anything else: no place for the name, two places, %s, {0}, other braces.
+
+def check_templates(texts: Sequence[str], where: str) -> tuple[str, ...]:
+    """Returns templates with {} for the name of the class; {c}, as CLIP_benchmark writes it, is replaced.
+
+    Raises InputError with `where` and the number for anything else: no place for the name, two places, %s, {0}, other
+    braces.
     """
     templates = []
-    for number, line in enumerate(read_lines(file), 1):
-        template = line.replace("{c}", "{}")
+    for number, text in enumerate(texts, 1):
+        template = text.replace("{c}", "{}")
         if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
             what = "needs one {} for the name of the class, and no other braces"
-            raise InputError(f"{file}, line {number}: {line[:80]!r} {what}")
+            raise InputError(f"{where} {number}: {text[:80]!r} {what}")
         templates.append(template)
     return tuple(templates)
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from heirloom.common.nn.blockwise import blockwise, plain
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in, xavier_uniform, zeros
+from heirloom.common.nn.for_cpus import attention, on_cpus, platform
 from heirloom.common.nn.norm import LayerNorm
 
 Attend = Callable[..., jax.Array]
@@ -27,7 +28,8 @@ def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
 
     mask: [batch, key token], True where a key is seen; if an example has none, the result is the mean of its values.
     The others get a weight of exactly 0. kernel: "cudnn" is the flash kernel of NVIDIA GPUs (bf16). On CPUs the
-    scores of long sequences are computed in blocks and never held as a whole (`blockwise`).
+    weights are computed again in the backward pass (`for_cpus.attention`), and the scores of long sequences are
+    computed in blocks and never held as a whole (`blockwise`, reverse mode only).
     """
 
     return partial(_softmax, causal, kernel)
@@ -36,9 +38,11 @@ def softmax(*, causal: bool = False, kernel: Kernel = "xla") -> Attend:
 def _softmax(
     causal: bool, kernel: Kernel, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    if kernel == "xla" and query.shape[1] * key.shape[1] >= LONG and jax.default_backend() == "cpu":
+    if kernel != "xla":
+        return plain(query, key, value, mask, causal, kernel)
+    if query.shape[1] * key.shape[1] >= LONG and platform()[0] == "cpu":
         return blockwise(query, key, value, mask, causal)  # compiled for an accelerator, this is the plain form, too
-    return plain(query, key, value, mask, causal, kernel)
+    return on_cpus(partial(attention, causal), partial(plain, causal=causal), query, key, value, mask)
 
 
 class Attention(nnx.Module):

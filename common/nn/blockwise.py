@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from heirloom.common.nn.for_cpus import lowest
+
 BLOCK = 1024  # queries, and keys, of a block of scores: 4 MiB in f32, fastest of 256 to 4096 where caches hold that
 
 
@@ -179,12 +181,8 @@ def _limits(key: jax.Array, mask: jax.Array | None, sizes: tuple[int, ...]) -> j
     if mask is None and not padding:
         return None
     wide = jnp.promote_types(key.dtype, jnp.float32)
-    limits = jnp.zeros((batch, tokens), wide) if mask is None else jnp.where(mask, 0, _large(wide))
+    limits = jnp.zeros((batch, tokens), wide) if mask is None else jnp.where(mask, 0, lowest(wide))
     return jnp.pad(limits, ((0, 0), (0, padding)), constant_values=-jnp.inf).reshape(batch, *sizes)
-
-
-def _large(dtype: Any) -> jax.Array:
-    return jnp.asarray(0.7 * jnp.finfo(dtype).min, dtype)  # of jax.nn.dot_product_attention
 
 
 def _limit(
@@ -194,7 +192,7 @@ def _limit(
     if not causal:
         return limits
     seen = i * len(q) + jnp.arange(len(q))[:, None] >= j * len(k) + jnp.arange(len(k))
-    future = jnp.where(seen, 0, _large(q.dtype))
+    future = jnp.where(seen, 0, lowest(q.dtype))
     return future if limits is None else jnp.minimum(future, limits)
 
 

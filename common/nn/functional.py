@@ -79,7 +79,11 @@ class Functional:
             raise ValueError(f"{same[0]}: {method} in training does not update this running statistic")
         return output, after
 
-    def _module(self, params: Mapping[str, Any]) -> nnx.Module:
+    def state(self, params: Mapping[str, Any]) -> nnx.State:
+        """Returns the parameters, of any library, as the state that `nnx.state` has of the module.
+
+        Raises ValueError for a missing, unknown or misshapen parameter.
+        """
         if params.keys() != self.spec.keys():
             missing, unknown = self.spec.keys() - params.keys(), params.keys() - self.spec.keys()
             name = min(missing or unknown)
@@ -90,8 +94,10 @@ class Functional:
         for path, leaf in self.spec.items():
             if tuple(params[path].shape) != leaf.shape:
                 raise ValueError(f"{path}: shape {tuple(params[path].shape)}, the model has {leaf}")
-        leaves = [jax.tree.map(jnp.asarray, params[path]) for path in self.spec]
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+        return jax.tree.unflatten(self._tree, [params[path] for path in self.spec])
+
+    def _module(self, params: Mapping[str, Any]) -> nnx.Module:
+        return nnx.merge(self._graph, self.state({p: jax.tree.map(jnp.asarray, x) for p, x in params.items()}))
 
 
 def functional(module: Callable[..., nnx.Module], cfg: object) -> Functional:

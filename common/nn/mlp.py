@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from heirloom.common.errors import InputError, nearest
+from heirloom.common.nn import for_cpus
 from heirloom.common.nn.dense import Dense, Init, Sizes, uniform_fan_in
 from heirloom.common.nn.norm import LayerNorm
 
@@ -19,8 +20,13 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x * Phi(x), exact."""
+    return for_cpus.on_cpus(for_cpus.gelu, partial(jax.nn.gelu, approximate=False), x)
+
+
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": quick_gelu,
     "silu": jax.nn.silu,

@@ -1,5 +1,6 @@
 """Normalisation, of the channels of a token or of groups of channels over an image."""
 
+from functools import partial
 from typing import overload
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from heirloom.common.nn.dense import Init, Sizes, ones, param, zeros
+from heirloom.common.nn.for_cpus import normalised, on_cpus
 
 MOMENTUM = 0.1  # torch's, the share of a batch in the running statistics
 
@@ -38,12 +40,17 @@ class LayerNorm(nnx.Module):
         self.bias = param(axes, sizes, zeros, rngs) if affine else None
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(self.last, keepdims=True, where=keep)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(self.last, keepdims=True, where=keep) + self.eps)
+        own, default = (partial(f, self.last, self.eps) for f in (normalised, plain))
+        y = on_cpus(own, default, x.astype(jnp.float32), keep)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return (y if keep is None else jnp.where(keep, y, 0)).astype(x.dtype)
+
+
+def plain(last: tuple[int, ...], eps: float, x: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """Returns `x` with mean 0 and variance 1 over the axes `last`. keep: as in `LayerNorm`."""
+    y = x - x.mean(last, keepdims=True, where=keep)
+    return y * jax.lax.rsqrt(jnp.square(y).mean(last, keepdims=True, where=keep) + eps)
 
 
 class RmsNorm(nnx.Module):

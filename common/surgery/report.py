@@ -1,6 +1,6 @@
 """Counts parameters and MACs from axes; reports the provenance of inherited weights as a table and as data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +46,45 @@ def provenance(resolution: Resolution) -> dict[str, Any]:
     return {"fraction": round(resolution.fraction, 6), "parameters": leaves, "unused": list(resolution.unused)}
 
 
-def table(spec: Spec, provenance: dict[str, Any] | None = None) -> "Table":
+def totals(counts: Mapping[str, int], macs: int) -> str:
+    """Returns `3,406,977 parameters, 0.06 GMACs (image 1,678,208, text 942,336)`. counts: by part, and `total`."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
+    return f"{counts['total']:,} parameters, {macs / 1e9:.2f} GMACs{f' ({parts})' if parts else ''}"
+
+
+def table(spec: Spec, provenance: Mapping[str, Any] | None = None) -> "Table":
     """Makes a rich table of the leaves: axes with sizes, count, and, with provenance, what each inherited."""
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False)
-    for header in ("parameter", "axes", "count", *(("inherited", "how") if provenance else ())):
-        out.add_column(header, justify="right" if header in ("count", "inherited") else "left")
+    out.add_column("parameter", no_wrap=True)  # where the terminal is narrow, axes are broken and paths are not
+    out.add_column("axes, and what is inherited" if provenance else "axes")
+    out.add_column("count", justify="right", no_wrap=True)
     for path, leaf in spec.items():
-        row = [path, str(leaf), f"{leaf.count:,}"]
+        about = str(leaf)
         if provenance:
             line = provenance["parameters"][path]
-            row += [f"{line['fraction']:.0%}", line["maps"]]
-        out.add_row(*row)
+            about += f"\n{line['fraction']:.0%}" + (f": {line['maps']}" if line["maps"] else "")
+        out.add_row(path, about, f"{leaf.count:,}")
     return out
+
+
+def print_model(
+    spec: Spec,
+    counts: Mapping[str, int],
+    macs: int,
+    provenance: Mapping[str, Any] | None = None,
+    remarks: Sequence[str] = (),
+) -> None:
+    """Prints the counts, with provenance how much is inherited from where, further sentences, and the leaves."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(totals(counts, macs))
+    if provenance:
+        share, source = provenance["fraction"], provenance["source"]
+        console.print(f"inherited {share:.1%} from {source}", markup=False, soft_wrap=True)
+    for text in remarks:
+        console.print(text, soft_wrap=True)
+    console.print()
+    console.print(table(spec, provenance))

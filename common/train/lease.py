@@ -21,6 +21,7 @@ from typing import Any
 
 from heirloom.common.checkpoint.staging import alive
 from heirloom.common.errors import InputError, remark
+from heirloom.common.paths import AnyPath
 
 FILE = "lease.json"
 BEAT = 10.0  # seconds between two beats
@@ -55,7 +56,7 @@ class Holder:
         return cls(socket.gethostname(), pid, now, token, place=_place(), born=_born(pid), seen=now)
 
     @classmethod
-    def read(cls, file: Path) -> "Holder | None":
+    def read(cls, file: AnyPath) -> "Holder | None":
         """Returns the holder, or None when the file is just being written or damaged. Raises FileNotFoundError."""
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
@@ -73,6 +74,10 @@ class Holder:
     def runs(self) -> bool:
         """Returns whether the process certainly runs; False where that is not known."""
         return bool(self.place) and self.place == _place() and not self.gone()
+
+    def beats(self) -> "Holder":
+        """Returns the holder with the next beat."""
+        return replace(self, beat=self.beat + 1, seen=_now())
 
     def bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode().ljust(SIZE)
@@ -109,7 +114,7 @@ class Lease:
         mine = Holder.here()
         while not _create(file, mine):
             try:
-                _await_silence(directory, file, stale, sleep)
+                await_silence(directory, file, stale, sleep)
                 _overwrite(file, mine)
                 sleep(SETTLE)
                 found = Holder.read(file)
@@ -137,7 +142,7 @@ class Lease:
 _held: "weakref.WeakValueDictionary[Path, Lease]" = weakref.WeakValueDictionary()
 
 
-def _await_silence(directory: Path, file: Path, stale: float, sleep: Callable[[float], None]) -> None:
+def await_silence(directory: AnyPath, file: AnyPath, stale: float, sleep: Callable[[float], None]) -> None:
     """Returns once the holder has ended or was silent for `stale` seconds. Raises InputError if it lives."""
     first, waited, step = file.read_bytes(), 0.0, min(1.0, stale / 10)
     while True:
@@ -163,7 +168,7 @@ def _keep(file: Path, mine: Holder, stop: threading.Event, lost: list[str], beat
         try:
             found = Holder.read(file)
             if found and found.token == mine.token:
-                mine = replace(mine, beat=mine.beat + 1, seen=_now())
+                mine = mine.beats()
                 _overwrite(file, mine)
             elif found:
                 lost.append(f"{found} took over the run at {found.since}")

@@ -25,10 +25,13 @@ from heirloom.common.paths import local
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
 from heirloom.common.train.lease import Lease
 from heirloom.common.train.mesh import on_first
-from heirloom.common.train.metrics import Clock, MetricsFile, ProgressLine, Recorder, Window, Work, Writer
+from heirloom.common.train.metrics import Clock, MetricsFile, Recorder, Window, Work
+from heirloom.common.train.progress import ProgressLine
 from heirloom.common.train.resume import FREE, changes, difference
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
+from heirloom.common.train.watch import Profile, Watchdog
+from heirloom.common.train.writers import Writer
 
 METRICS = "metrics.jsonl"
 
@@ -40,6 +43,10 @@ class Cadence:
     log: int = 50
     save: int = 1000
     eval: int = 1000
+    stuck: float = 0
+    """Seconds without a step after which the process ends (`Watchdog`); 0: never."""
+    profile: int = 0
+    """Steps that are recorded to RUN/profile (`Profile`)."""
 
 
 class Data(Protocol):
@@ -178,8 +185,11 @@ class Run:
         limit, counted = getattr(data, "bad_limit", 1.0), resumed.get("bad", self.counted)
         feed, bad = Feed(data), BadSamples(self.directory / BAD_SAMPLES if first else None, limit, counted)
         stops = False
+        dog = Watchdog(cadence.stuck, self.directory / ("stacks.txt" if first else f"stacks_{jax.process_index()}.txt"))
+        profile = Profile(cadence.profile, self.directory / "profile")
+        console = Console(quiet=not first)
 
-        with Stop() as stop, ProgressLine(total, work, Console(quiet=not first)) as progress, self._saved():
+        with Stop() as stop, ProgressLine(total, work, console) as progress, self._saved(), dog, profile:
             written: dict[str, Any] = dict(file=file, progress=progress, writers=writers, skipped=int(state.skipped))
             recorder = Recorder(log_every=cadence.log, clock=clock, window=window, bad=bad, **written)
             for n in range(start + 1, total + 1):
@@ -192,6 +202,8 @@ class Run:
                     self.lease.check()
                 state, metrics = step(state, batch)
                 recorder.push(n, metrics, feed.delivered)
+                dog.step()
+                profile.step()
 
                 last, stops = n == total, stop.requested(n)
                 evaluates = evaluate is not None and (n % cadence.eval == 0 or last)
@@ -203,12 +215,12 @@ class Run:
                 if not (evaluates or saves):
                     continue
 
-                with clock.paused():
+                with clock.paused(), dog.paused():
                     scores = _finite(n, evaluate(state)) if evaluate is not None and evaluates else {}
                 if evaluates or last or n % cadence.log == 0:
                     recorder.write(scores)
                 if saves and (recorder.skipped == 0 or last):
-                    with clock.saving():
+                    with clock.saving(), dog.paused():
                         self.checkpoints.save(n, state, {"data": data.state(), **recorder.state()})
                 if stops and not last:
                     self.checkpoints.wait()
@@ -236,6 +248,24 @@ class Run:
         since = f"{skipped} steps in a row, since step {step - skipped + 1}"
         advice = "Lower optim.lr or optim.clip in a new run, or check the data"
         return f"step {step}: loss or gradient were not finite for {since}; {kept}. {advice}"
+
+
+def closing(directory: Path, shown: str) -> str:
+    """Says where the weights of a finished training are, its last scores, and how to look at it; "" where the folder
+    holds no run whose weights are one model. shown: the folder's name for the user.
+    """
+    # Stages are runs in folders of their own; the weights are those of the last.
+    numbers = {int(n): path for path in directory.glob("stage_*") if (n := path.name[len("stage_") :]).isdecimal()}
+    last = numbers[max(numbers)] if numbers else directory
+    if not (last / "model").is_dir() or not (last / METRICS).is_file():
+        return ""
+    lines = MetricsFile(last / METRICS).lines()
+    with_scores = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    scored = with_scores[-1] if with_scores else {}
+    scores = [f"{name[5:]} {value:.4g}" for name, value in scored.items() if name.startswith("eval/")]
+    held_out = f"; held out: {', '.join(scores)}" if scores else ""
+    run = "/".join((shown, *last.relative_to(directory).parts))
+    return f"weights: {run}/model{held_out}; curves and pictures: heirloom report {run}"
 
 
 @contextlib.contextmanager

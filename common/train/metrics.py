@@ -1,26 +1,27 @@
-"""What a run says of itself: JSON lines always, a progress line, TensorBoard and Weights & Biases if asked."""
+"""The lines of a run's metrics: means, rates and times of each window, written as JSON."""
 
-import importlib
 import json
 import math
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+import numpy as np
 
 from heirloom.common.data.bad import Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.train.bad_samples import BadSamples
+from heirloom.common.train.writers import Writer
+
+if TYPE_CHECKING:
+    from heirloom.common.train.progress import ProgressLine
 
 
 class MetricsFile:
@@ -116,55 +117,6 @@ class Window:
         return means
 
 
-class Writer(Protocol):
-    """Where else the numbers of a line go."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-
-WriterName = Literal["tensorboard", "wandb"]
-
-
-class TensorBoard:
-    """Event files in `directory`, through tensorboardX. `start`: the step resumed from, later events are hidden."""
-
-    def __init__(self, directory: Path, start: int = 0) -> None:
-        self._writer = _optional("tensorboardX").SummaryWriter(str(directory), purge_step=start + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-
-class WeightsAndBiases:
-    """A run at wandb.ai named after the run's folder, continued when the run is."""
-
-    def __init__(self, directory: Path, config: Mapping[str, Any], project: str = "heirloom") -> None:
-        name = Path(directory).name
-        about = dict(dir=str(directory), config=dict(config), resume="allow")
-        self._run = _optional("wandb").init(project=project, id=name, name=name, **about)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-
-def open_writers(names: Sequence[WriterName], directory: Path, config: Mapping[str, Any], start: int) -> list[Writer]:
-    """Opens the writers of a run's metrics. Raises InputError, saying what to install, where a package is missing."""
-    makers: dict[WriterName, Callable[[], Writer]] = {
-        "tensorboard": lambda: TensorBoard(directory / "tensorboard", start),
-        "wandb": lambda: WeightsAndBiases(directory, config),
-    }
-    return [makers[name]() for name in names] if jax.process_index() == 0 else []
-
-
-def _optional(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"{name} is not installed: pip install {name}, or leave it out of writers") from error
-
-
 @dataclass(frozen=True)
 class Work:
     """What one step costs, for the rates on the progress line."""
@@ -183,8 +135,15 @@ class Clock:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.opened = self.started = time.perf_counter()
-        self.steps, self.waited, self.stalled = 0, 0.0, 0.0
+        self.opened = self.started = self._before = time.perf_counter()
+        self.waited = self.stalled = 0.0
+        self._steps: list[float] = []
+
+    def step(self) -> None:
+        """One more step is done."""
+        now = time.perf_counter()
+        self._steps.append(now - self._before)
+        self._before = now
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -198,7 +157,9 @@ class Clock:
         """The time of this block is no part of the window."""
         before = time.perf_counter()
         yield
-        self.opened += time.perf_counter() - before
+        spent = time.perf_counter() - before
+        self.opened += spent
+        self._before += spent
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -209,82 +170,26 @@ class Clock:
         self.stalled += time.perf_counter() - before
 
     def close(self) -> dict[str, float | None]:
-        """`timing` of a line: seconds since the start, examples per second, MFU, share of time waiting for data, and
-        seconds of the window in which the loop stood still for saves.
+        """`timing` of a line: seconds since the start, examples per second, MFU, share of time waiting for data,
+        seconds of the window in which the loop stood still for saves, the median, 95th percentile and longest step of
+        the window in seconds, and the peak memory of this process in bytes.
         """
         now = time.perf_counter()
         busy = max(now - self.opened, 1e-9)
-        rate = self.steps * self.work.examples / busy
+        rate = len(self._steps) * self.work.examples / busy
         per_example, peak = self.work.flops_per_example, self.work.peak
         usage = rate * per_example / peak if per_example and peak else None
         timing: dict[str, float | None] = {"seconds": now - self.started, "examples_per_second": rate}
         timing |= {"mfu": usage, "data_wait": min(self.waited / busy, 1.0), "save_stall": self.stalled}
-        self.opened, self.steps, self.waited, self.stalled = now, 0, 0.0, 0.0
+        times = np.percentile(self._steps, [50, 95, 100]) if self._steps else [None] * 3
+        timing |= {name: t if t is None else float(t) for name, t in zip(STEP_TIMES, times, strict=True)}
+        timing["host_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+        self.opened, self._steps, self.waited, self.stalled = now, [], 0.0, 0.0
         return timing
 
 
-IDLE = 0.5  # share of the time waiting for data from which it is worth a sentence
-
-
-class ProgressLine:
-    """One live line on a terminal; elsewhere a plain line per log interval. Silent in all processes but the first.
-
-    Says once, when devices wait for data most of the time, what to do about it.
-    """
-
-    def __init__(self, total: int, work: Work, console: Console) -> None:
-        self.total, self.work, self.console = total, work, console
-        steps = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}")
-        self._bar = Progress(steps, BarColumn(24), TextColumn("{task.description}"), console=console)
-        self._task: TaskID = self._bar.add_task("", total=total)
-        self._told = False
-
-    def __enter__(self) -> "ProgressLine":
-        if self.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self._bar.stop()
-
-    def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
-
-    def show(self, line: Mapping[str, Any]) -> None:
-        text = describe(line, self.total, self.work)
-        self._bar.update(self._task, completed=line["step"], description=text)
-        if not self.console.is_terminal:
-            self.console.print(f"step {line['step']:,}/{self.total:,}  {text}", highlight=False, soft_wrap=True)
-        if line["timing"]["data_wait"] > IDLE and not self._told:
-            self._told = True
-            share = f"{line['timing']['data_wait']:.0%}"
-            idle = f"devices are idle {share} of the time, waiting for data"
-            self.console.print(f"{idle}: raise pipeline.workers", soft_wrap=True)
-
-
-def describe(line: Mapping[str, Any], total: int, work: Work) -> str:
-    """`loss 2.314  1,234 examples/s  MFU 43.1 %  data wait 2 %  ETA 1:02:03`, then the evaluation if any.
-
-    After the loss `bad 3` when examples of the window replace bad records.
-    """
-    timing = line["timing"]
-    rate = timing["examples_per_second"]
-    left = timedelta(seconds=round((total - line["step"]) * work.examples / rate)) if rate else "-"
-    parts = [
-        f"loss {_show(line['loss'], '.4g')}",
-        *([f"bad {line['bad']:,}"] if line.get("bad") else []),
-        f"{rate:,.0f} examples/s",
-        f"MFU {_show(timing['mfu'], '.1%')}",
-        f"data wait {timing['data_wait']:.0%}",
-        f"ETA {left}",
-    ]
-    scores = [f"{name} {_show(value, '.4g')}" for name, value in line.items() if name.startswith("eval/")]
-    return "  ".join(parts + scores)
-
-
-def _show(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+STEP_TIMES = ("step_p50", "step_p95", "step_max")
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass
@@ -298,7 +203,7 @@ class Recorder:
     log_every: int
     file: MetricsFile | None
     """None in all processes but the first, which alone writes."""
-    progress: ProgressLine
+    progress: "ProgressLine"
     clock: Clock
     window: Window
     bad: BadSamples
@@ -327,7 +232,7 @@ class Recorder:
         values = jax.device_get(metrics)
         self.window.add(values)
         self.bad.add(delivered)
-        self.clock.steps += 1
+        self.clock.step()
         self.skipped = 0 if values["loss"][1] else self.skipped + 1
         self.progress.advance(self.step)
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.state import Keep
+from heirloom.common.checkpoint.state import Keep, steps_on_disk
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.pipeline import PipelineConfig
@@ -27,20 +27,25 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, between, positive
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.fetch import origin
+from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.surgery.report import provenance
+from heirloom.common.train.about import note_start, note_student
 from heirloom.common.train.abstract import Abstract, abstract_batch, abstract_params
 from heirloom.common.train.agreement import agree, one_place, versions
+from heirloom.common.train.liveness import watch_each_other
 from heirloom.common.train.loop import Cadence, Data, Run
 from heirloom.common.train.mesh import MeshConfig, on_first, shardings, start
-from heirloom.common.train.metrics import WriterName, open_writers
 from heirloom.common.train.optim import OptimConfig, frozen_paths, make_optimizer
 from heirloom.common.train.parameters import best, finite, load_params, save_params
 from heirloom.common.train.parts import Look, Opened, Parts, Place, Teacher
 from heirloom.common.train.resume import with_defaults
+from heirloom.common.train.sharing import share_indexes
 from heirloom.common.train.state import State, abstract_state, create_state
 from heirloom.common.train.step import Params, Step, StepConfig, make_step
+from heirloom.common.train.watch import keep_compiled
+from heirloom.common.train.writers import WriterName, open_writers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +60,31 @@ class RunConfig:
     seed: int = 0
     """Seed of freshly initialised parameters."""
     writers: tuple[WriterName, ...] = ()
-    """Further writers of metrics, next to metrics.jsonl: tensorboard (needs tensorboardX), wandb."""
+    """Further writers of metrics, next to metrics.jsonl: tensorboard, wandb, trackio; each is an extra of that name."""
     log_every: int = 50
+    """Steps between two lines of metrics."""
     eval_every: int = 1000
+    """Steps between two evaluations on held-out data."""
     save_every: int = 1000
+    """Steps between two training states on disk."""
     keep_last: int = 2
     """Training states that stay on disk: the last ones."""
     keep_every: int = 0
     """Further states that stay: those of each multiple of this number of steps, a multiple of save_every; 0: none."""
     keep_minutes: int = 0
     """Further states that stay: one in this number of minutes; 0: none."""
+    stuck_seconds: int = 900
+    """Seconds without a step, and ten times the usual step, after which a training says what every thread was doing and
+    ends with exit code 70; 0: never.
+    """
+    profile: int = 0
+    """Steps, after the first ten, that are recorded to RUN/profile for xprof or TensorBoard."""
+    keep_compiled: bool = True
+    """Keep compiled programs in RUN/compiled, so that a resume starts without compiling again."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "eval_every", "save_every", "keep_last")
-        between(self, "keep_every", "keep_minutes", below=2**30)
+        between(self, "keep_every", "keep_minutes", "stuck_seconds", "profile", below=2**30)
         if self.keep_every % self.save_every:
             given = f"keep_every is {self.keep_every}, but states are saved every {self.save_every} steps"
             raise InputError(f"{given}: choose a multiple of save_every")
@@ -141,15 +157,20 @@ def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Sessio
     mesh = start(cfg.mesh)
     agree({"config": to_json(cfg), "versions": versions()})
     one_place(directory)
+    watch_each_other()
     cfg.check(mesh)
     keep = Keep(last=cfg.keep_last, every=cfg.keep_every, minutes=cfg.keep_minutes)
     run = Run.open(directory, to_json(cfg), keep=keep, defaults=partial(with_defaults, cfg=cfg))
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return None
+    share_indexes(cfg)
+    if cfg.keep_compiled:
+        keep_compiled(run.directory / "compiled")
     parts = parts or cfg.parts()
     opened = replace(open_sources(parts, mesh), directory=directory)
     on_first(lambda: same_sources(run, parts, opened))
+    on_first(lambda: note_start(run.directory, max(steps_on_disk(run.directory / "checkpoints"), default=0)))
     frozen = load_params(opened.teacher, mesh) if opened.teacher else None
     return Session(cfg=cfg, run=run, parts=parts, opened=opened, frozen=frozen, data=parts.batches(opened))
 
@@ -198,7 +219,10 @@ def train(
         first_look(s, parts.look)
 
     def new() -> State:
-        params = initial(cfg, parts, opened, shardings(spec, mesh))
+        made = parts.resolve(opened.donor) if opened.donor and parts.resolve and not parts.start else None
+        if made:
+            on_first(lambda: _note_inherited(folder, parts.donor, made))
+        params = initial(cfg, parts, opened, shardings(spec, mesh), made)
         state = create_state(params, optimizer, spec, mesh, cfg.step.ema)
         return replace(state, step=jax.device_put(np.int32(first), state.step.sharding)) if first else state
 
@@ -207,6 +231,7 @@ def train(
         final = parts.final(best(state))
         save_params(s.run.model, parts.family.name, parts.student, final, sidecars, spec=spec, force=True)
 
+    on_first(lambda: _note_student(folder, parts))
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
     agree({"step": int(state.step), "data": s.data.state(), "resumed": s.run.resumed.get("data")})
     evaluator = parts.evaluator(opened) if parts.evaluator else None
@@ -215,13 +240,24 @@ def train(
         step,
         s.data,
         last,
-        cadence=Cadence(log=cfg.log_every, save=cfg.save_every, eval=cfg.eval_every),
+        cadence=Cadence(cfg.log_every, cfg.save_every, cfg.eval_every, cfg.stuck_seconds, cfg.profile),
         examples_per_step=parts.examples,
         flops_per_example=parts.flops(opened.teacher),
         writers=open_writers(cfg.writers, folder, s.run.config, int(state.step)),
         evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
         on_finish=finish or write,
     )
+
+
+def _note_student(run: Path, parts: Parts) -> None:
+    spec = functional(parts.family.module, parts.student).spec  # without what a phase adds for training, such as masks
+    note_student(run, parts.family.name, parts.family.parameters(spec), parts.family.macs(parts.student, spec))
+
+
+def _note_inherited(run: Path, donor: str, made: Resolution) -> None:
+    """Writes `RUN/provenance.json`; `RUN/sources.json` has the donor's hashes."""
+    with staged(run / "provenance.json", force=True) as part:
+        write_json(part, {"source": donor} | provenance(made))
 
 
 def _step(

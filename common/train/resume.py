@@ -10,7 +10,7 @@ from heirloom.common.typed import Config
 
 # Fields that change no result: where a run computes (on another mesh up to rounding), how often it reports and saves.
 _WHERE = r"(\w+\.)*(mesh\.\w+|pipeline\.workers|pipeline\.prefetch|writers)"
-_CADENCE = r"(log|save|eval)_every|keep_(last|every|minutes)"
+_CADENCE = r"(log|save|eval)_every|keep_(last|every|minutes|compiled)|stuck_seconds|profile"
 # Paths may move. The number of examples is compared with the saved state of the data, and the weights of donor and
 # teacher with the hashes of those that the run began with (`same_sources` in recipe.py).
 _PATHS = r"data\.path|held_out\.path"

@@ -15,6 +15,8 @@ from typing import Any
 from heirloom.common.errors import InputError
 
 RETRY = 0.1  # seconds between two attempts to reach process 0
+GREETING = "heirloom process"  # what a report starts with, so that no other program is taken for a process
+LINE = 10_000  # characters that a message may have
 REPLY = 5.0  # seconds that an answer may take once connected
 
 
@@ -67,9 +69,8 @@ def _call(job: Job, limit: float) -> str:
                 break
             peers.append(peer)
             peer.settimeout(REPLY)
-            try:
-                process = int(_receive(peer))
-            except (OSError, ValueError):
+            process = _reported(peer)
+            if process is None:
                 continue  # another program, or a process that died while it reported
             if process in present or not 0 < process < job.processes:
                 twice = f"a second process calls itself {process} of {job.processes}"
@@ -87,7 +88,7 @@ def _answer(job: Job, limit: float) -> str:
     while True:
         try:
             with socket.create_connection((job.host, job.port), timeout=max(deadline - time.monotonic(), 1e-3)) as peer:
-                _send(peer, job.process)
+                _send(peer, {GREETING: job.process})
                 peer.settimeout(limit + REPLY)  # process 0 may have started later, and answers after its limit
                 return _receive(peer)
         except OSError:
@@ -97,13 +98,23 @@ def _answer(job: Job, limit: float) -> str:
             time.sleep(RETRY)
 
 
-def _send(peer: socket.socket, message: str | int) -> None:
+def _reported(peer: socket.socket) -> int | None:
+    """Returns the number that a process reports; None for anything else that is sent to the port."""
+    try:
+        message = _receive(peer)
+    except (OSError, ValueError, RecursionError):
+        return None
+    process = message.get(GREETING) if isinstance(message, dict) else None
+    return process if type(process) is int else None
+
+
+def _send(peer: socket.socket, message: str | dict[str, int]) -> None:
     peer.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(peer: socket.socket) -> Any:
     with peer.makefile("r") as file:
-        line = file.readline()
+        line = file.readline(LINE)
     if not line:
         raise ConnectionError("the other process closed the connection during the roll call")
     return json.loads(line)

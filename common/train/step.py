@@ -136,8 +136,6 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
     """`(params, batch, key, frozen) -> (loss, (metrics, statistics)), gradients`: f32, means over micro-batches.
 
     Metrics are summed.
-
-    Metrics are summed.
     """
 
     def objective(

@@ -13,12 +13,12 @@ from dataclasses import replace
 
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
+from heirloom.common.vit.model import VitConfig
 from learngene.augment import AugmentConfig
 from learngene.compare import Comparison
 from learngene.convnet import ConvConfig
 from learngene.losses import DistillConfig
 from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig
-from learngene.vit import VitConfig
 
 EPOCH = 61  # steps of 64 pictures
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
+from heirloom.common.vit.model import VitConfig
 from learngene.augment import AugmentConfig
 from learngene.losses import DistillConfig
 from learngene.train import ADAMW, Config
-from learngene.vit import VitConfig
 
 
 def get_config() -> Config:

@@ -1,6 +1,6 @@
 """LiT-B/2 at 256 px: few-head linear attention, inherited and distilled (LiT, tables 4 to 8).
 
-    python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
+    heirloom cache lit/b_2_256 data/imagenet_256 --data.path imagenet/train
     heirloom train lit/b_2_256 --run runs/lit_b_2_256
 
 Donor: our own DiT-B/2. The paper has no table for B; its figure shows LiT-B/2 at 100K steps ahead of DiT-B/2 at 400K

@@ -1,6 +1,6 @@
 """DiT-B/2 at 256 px, the donor of LiT-B/2: softmax attention, from scratch, as in the DiT paper.
 
-    python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
+    heirloom cache lit/dit_b_2_256 data/imagenet_256 --data.path imagenet/train
     heirloom train lit/dit_b_2_256 --run runs/dit_b_2_256
 
 Its weights were never published. One TPU v5e-8 or 8 GPUs. Expect an FID-50K of 43.5 after 400K steps

@@ -1,10 +1,9 @@
-"""A LiT that draws icons inherits all but attention from the PixArt of lit/icons_donor and is distilled from it.
+"""The demo: a LiT inherits all but attention from the embedded PixArt and is distilled from it; it draws icons.
 
-    heirloom train lit/icons_donor --run runs/icons_donor                     # the donor first: hours of two CPU cores
     heirloom train lit/icons --run runs/icons                                 # with inheritance and distillation
     heirloom train lit/icons --run runs/scratch --donor "" --teacher ""       # the same from scratch
 
-Two heads of 96 with linear attention replace six of 32. A few minutes of two CPU cores; not measured yet.
+Two heads of 96 with linear attention replace six of 32. `heirloom demo lit` runs both arms.
 """
 
 from dataclasses import replace
@@ -19,14 +18,14 @@ def get_config() -> Config:
     return replace(
         cfg,
         student=icons_lit(),
-        donor="runs/icons_donor/model",
-        teacher="runs/icons_donor/model",
+        donor="embedded:t2i_donor",
+        teacher="embedded:t2i_donor",
         keep="none",
-        optim=replace(cfg.optim, lr=1e-3, warmup=20),
-        step=replace(cfg.step, ema=0.98),
+        optim=replace(cfg.optim, warmup=100),
+        step=replace(cfg.step, ema=0.99),
         prompts=(),
-        steps=400,
-        log_every=20,
-        eval_every=50,
-        save_every=400,
+        steps=1200,
+        log_every=50,
+        eval_every=100,
+        save_every=1200,
     )

@@ -1,6 +1,6 @@
 """LiT-S/2 at 256 px: few-head linear attention, inherited and distilled (LiT, tables 4 to 8).
 
-    python scripts/cache_latents.py "imagenet/train" data/imagenet_256 --size 256
+    heirloom cache lit/s_2_256 data/imagenet_256 --data.path imagenet/train
     heirloom train lit/s_2_256 --run runs/lit_s_2_256
 
 Donor: our own DiT-S/2 after 800K steps. Expect an FID-50K of 50.8 and an IS of 29.2 after 400K steps (no guidance, 250

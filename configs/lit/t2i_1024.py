@@ -4,7 +4,9 @@
     heirloom inherit lit/t2i_1024 lit_t2i_1024 --donor PixArt-Sigma-XL-2-1024-MS --keep o      # from the donor itself
 
 `lit/t2i` trains both stages. Expected: GenEval 0.48, after 155,000 steps with a batch of 96 from LiT-512. The cache is
-made as for lit/t2i_512. The donor's licence (CreativeML Open RAIL++-M) passes on to the student.
+made as for lit/t2i_512. On a v5e-32 it fits with `--mesh.fsdp 8 --step.accumulate 3`; a step takes 0.6 s at least, the
+run 27 hours (an estimate of the compiler, docs/compile.md; not run). The donor's licence (CreativeML Open RAIL++-M)
+passes on to the student.
 """
 
 from lit_jax.recipes import text_to_image

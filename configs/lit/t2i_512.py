@@ -6,7 +6,9 @@
 
 `cache` needs `--autoencoder PIPELINE/vae --text-encoder PIPELINE/text_encoder`, parts of the donor's pipeline.
 Expected: GenEval 0.47 (LiT, Table 7; PixArt-Σ 0.52), after 106,000 steps with a batch of 384. The paper's data is not
-public, and its hardware is not told. The donor's licence (CreativeML Open RAIL++-M) passes on to the student.
+public, and its hardware is not told. On a v5e-64 with `--mesh.fsdp 8` a step takes 0.3 s at least, the run 9 hours (an
+estimate of the compiler, docs/compile.md; not run). The donor's licence (CreativeML Open RAIL++-M) passes on to the
+student.
 """
 
 from lit_jax.recipes import text_to_image

@@ -1,6 +1,6 @@
 """LiT-XL/2 at 512 px: few-head linear attention, inherited and distilled (LiT, tables 4 to 8).
 
-    python scripts/cache_latents.py "imagenet/train" data/imagenet_512 --size 512
+    heirloom cache lit/xl_2_512 data/imagenet_512 --data.path imagenet/train
     heirloom train lit/xl_2_512 --run runs/lit_xl_2_512
 
 Donor and teacher: the public DiT-XL/2 at 512 px. Expect an FID-50K of 3.69 after 700K steps with guidance 1.5 on three

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import read_json
+from heirloom.common.data.sentencepiece import BYTE, CONTROL, USER_DEFINED, read_sentencepiece
+from heirloom.common.data.text import readable
 from heirloom.common.errors import InputError, remark
-from lit_jax.text.sentencepiece import BYTE, CONTROL, USER_DEFINED, read_sentencepiece
 
 FILES = ("tokenizer.json", "spiece.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1 and 2 of every T5
@@ -51,18 +52,10 @@ class T5Tokenizer:
     def load(cls, folder: str | Path) -> "T5Tokenizer":
         """Reads the tokenizer in a folder. Raises InputError when its files are missing, damaged or disagree."""
         folder = Path(folder)
-        try:
-            about = _read_about(folder)
-            pieces, charsmap, added = (
-                _read_json(folder) if (folder / FILES[0]).is_file() else _read_spiece(folder, about)
-            )
+        with readable(folder):
+            about, saved = _read_about(folder), (folder / FILES[0]).is_file()
+            pieces, charsmap, added = _read_json(folder) if saved else _read_spiece(folder, about)
             return cls(_build(pieces, charsmap, added | about["added"]))
-        except InputError as error:
-            raise error if str(folder) in str(error) else InputError(f"{folder}: {error}") from error
-        except BaseException as error:  # tokenizers raises bare Exception for data it cannot use, and panics for some
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise InputError(f"{folder} is not readable as a tokenizer: {' '.join(str(error).split())}") from error
 
     def __call__(self, prompts: Sequence[str], tokens: int) -> Tokens:
         """Returns ids and mask, [n, tokens] each. A prompt that is too long is cut before its last token, which is

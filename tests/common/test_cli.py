@@ -1,12 +1,16 @@
 """What a person types, and what it answers to mistakes."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from heirloom.common import config
+from heirloom.common.arguments import VERBS
 from heirloom.common.cli import main
 from heirloom.common.doctor import check_pair
 from heirloom.common.errors import InputError
@@ -65,13 +69,36 @@ def test_a_method_without_a_verb_and_models_of_several_families(capsys, tmp_path
 
 def test_help_comes_before_anything_heavy_is_imported():
     code = (
-        "import sys\nfrom heirloom.common.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
-        "print([m for m in ('jax', 'numpy', 'flax', 'transformers', 'tyro') if m in sys.modules])"
+        "import sys\nfrom heirloom.common.cli import main\nfrom heirloom.common.arguments import VERBS\n"
+        "for words in ([], *([verb.name] for verb in VERBS)):\n"
+        "    try: main([*words, '--help'])\n    except SystemExit: pass\n"
+        "print([m for m in ('jax', 'numpy', 'flax', 'transformers', 'tyro', 'rich', 'fsspec') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
     assert all(verb in out for verb in ("doctor", "demo", "convert", "inspect", "inherit", "train", "eval", "report"))
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_help_describes_every_argument_and_fits(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([verb.name, "--help"])
+    out = capsys.readouterr().out.splitlines()
+    assert f"{verb.help[0].upper()}{verb.help[1:]}." in out and max(map(len, out)) <= 80
+    assert all(one.options.get("help") for one in verb.arguments)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert re.search(rf"^    {verb.name} +{re.escape(verb.help)}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_fields_of_a_recipe_are_listed_with_defaults(capsys):
+    for command in (["train", "tinyclip/smoke", "--help"], ["train", "--run", "x", "tinyclip/smoke", "-h"]):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        out = capsys.readouterr().out
+        assert not ended.value.code and "heirloom train tinyclip/smoke" in out
+        assert "--optim.lr" in out and "(default: 0.001)" in out and "--student.image.layers" in out
 
 
 def test_inspect_counts_as_published(tmp_path, capsys):
@@ -145,7 +172,8 @@ def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
     assert main(["report", str(tmp_path)]) == 0
-    assert "step 2, loss not finite" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<dt>steps</dt><dd>2</dd>" in page and "<dt>loss</dt><dd>not finite</dd>" in page
 
 
 @pytest.mark.parametrize(
@@ -161,3 +189,39 @@ def test_more_mistakes(command, complaint, capsys):
     assert main(command) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
+
+
+def test_the_recipes_are_listed_a_line_each(tmp_path, capsys):
+    assert main(["recipes", "lit/", "--json", str(tmp_path / "r.json")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert set(found) == {name for name in config.recipes() if name.startswith("lit/")}
+    assert found["lit/smoke"].startswith("A tiny LiT from scratch") and all(found.values())
+    out = capsys.readouterr().out
+    assert all(f"{name} " in out for name in found)
+    assert main(["recipes", "lti"]) == 2
+    assert capsys.readouterr().err == "heirloom: no recipe starts with 'lti'; heirloom recipes lists all\n"
+
+
+SLOW = """
+import sys, threading, time
+from heirloom.common import verbs
+from heirloom.common.cli import main
+
+def slow(args):
+    try:
+        print("began", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+verbs.recipes = slow
+sys.exit(main(["recipes"]))
+"""
+
+
+def test_sigterm_before_a_training_runs_cleans_up_and_asks_for_the_same_command():
+    process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "began\n"
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and rest.startswith("cleaned up\nstopped by SIGTERM"), rest

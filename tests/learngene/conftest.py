@@ -7,7 +7,7 @@ import pytest
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.nn.functional import functional
-from learngene.vit import Vit, VitConfig
+from heirloom.common.vit.model import Vit, VitConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vit"
 

@@ -12,9 +12,9 @@ from heirloom.common.checkpoint.unwrap import open_tensors
 from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.vit.layouts import google, sws, tleg
+from heirloom.common.vit.model import Vit, VitConfig
 from learngene.inputs import preprocess_of
-from learngene.layouts import google, sws, tleg
-from learngene.vit import Vit, VitConfig
 from learngene.zoo import FAMILY
 
 GOLDENS = {

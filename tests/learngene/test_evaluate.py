@@ -12,9 +12,9 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.cli import main
 from heirloom.common.data.labelled import write_labels
 from heirloom.common.nn.functional import functional
+from heirloom.common.vit.model import Vit, VitConfig
 from learngene.evaluate import normalised
 from learngene.inputs import IMAGENET
-from learngene.vit import Vit, VitConfig
 
 CFG = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=3)
 NAMES = ("zebra", "apple", "moon")

@@ -11,10 +11,10 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
+from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, relatives
 from learngene.expand import layer_map, unrolled_map
 from learngene.relatives import evenly, mimetic, plan
-from learngene.vit import Vit, VitConfig
 
 COUNTS = {
     5: (1, 1, 1, 1, 1),

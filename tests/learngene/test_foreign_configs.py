@@ -14,9 +14,9 @@ from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.weights import open_safetensors
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError, Remark
+from heirloom.common.vit.model import VitConfig
+from heirloom.common.vit.timm_architectures import CLASSES, arguments, settings, table
 from learngene.bare_files import square
-from learngene.timm_architectures import CLASSES, arguments, settings, table
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 
@@ -48,18 +48,19 @@ def args(**fields):
     [
         (
             dict(model_type="vit_msn"),
-            r"model_type is 'vit_msn', a masked siamese network \(ViT-MSN\): of transformers, only classifiers",
+            r"model_type is 'vit_msn', a masked siamese network \(ViT-MSN\): of transformers' ViTs, only vit, deit",
         ),
-        (dict(model_type="vit_mae"), r"model_type is 'vit_mae', a masked autoencoder \(ViT-MAE\): of transformers"),
+        (dict(model_type="vit_mae"), r"architectures is .*only models where it is \['ViTMAEModel'\]"),
         (dict(model_type="yolos"), "model_type is 'yolos', a YOLOS, which detects objects: of"),
         (
             dict(model_type="vitt"),
-            "model_type is 'vitt': of transformers, only classifiers of ViT and DeiT can be read$",
+            "model_type is 'vitt': of transformers' ViTs, only vit, deit, .*, siglip_vision_model can be read$",
         ),
-        (dict(model_type="deit"), "model_type is 'deit', and the tensors are those of 'vit'"),
+        (dict(model_type="deit", architectures=None), "tensor 'deit.embeddings.distillation_token' is missing"),
+        (dict(model_type="dinov2"), "model_type is 'dinov2', and the tensors are not: take the config.json of these"),
         (
             dict(architectures=["ViTModel"]),
-            r"architectures is \['ViTModel'\] \(not the classifier that has these tensors\)",
+            r"architectures is \['ViTModel'\] \(not the class that has these tensors\)",
         ),
         (dict(architectures=["ViTForMaskedImageModeling"]), r"architectures is \['ViTForMaskedImageModeling'\]"),
         (dict(architectures=["DeiTForImageClassificationWithTeacher"]), "architectures is .*ViTForImageClassification"),
@@ -69,7 +70,7 @@ def args(**fields):
         (dict(num_labels=4), "num_labels is 4, and the weights have 5"),
         (dict(num_labels="5"), "num_labels is '5', and must be a whole number"),
         (dict(model_type=None), "model_type is None"),
-        (dict(qkv_bias=False), r"qkv_bias is False \(queries, keys and values without biases\)"),
+        (dict(qkv_bias=False), "qkv_bias is False, and the weights have True"),
         (dict(image_size=[8, 16]), r"image_size is \[8, 16\]; only squares can be read"),
         (dict(hidden_act="gelu_fast"), "hidden_act is 'gelu_fast'"),
         (dict(layer_norm_eps="1e-12"), "layer_norm_eps is '1e-12', and must be a number"),
@@ -437,10 +438,11 @@ def test_pictures_that_are_no_square_are_refused(golden, tmp_path):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("encoder.layer.0.layer_scale1.lambda1", "a DINOv2 of transformers"),
+        ("encoder.layer.0.norm1.weight", "a Hugging Face ViT needs its config.json next to the weights"),
+        ("vision_model.encoder.layers.0.layer_norm1.weight", "a Hugging Face ViT needs its config.json"),
         ("beit.embeddings.cls_token", "a BEiT of transformers"),
         ("ijepa.embeddings.position_embeddings", "an I-JEPA of transformers, which has no class token"),
-        ("encoder.layer.0.layernorm_before.weight", r"a ViT without its classifier \(ViTModel\)"),
+        ("encoder.layer.0.layernorm_before.weight", "a Hugging Face ViT needs its config.json next to the weights"),
         ("encoder.layers.encoder_layer_0.ln_1.weight", "a ViT of torchvision"),
     ],
 )

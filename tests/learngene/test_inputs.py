@@ -13,11 +13,11 @@ from heirloom.common.cli import main
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.vit.model import VitConfig
 from learngene.augment import AugmentConfig
 from learngene.data import Example, evaluation
 from learngene.inputs import IMAGENET, preprocess_of
 from learngene.train import Config
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 

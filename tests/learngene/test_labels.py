@@ -10,8 +10,8 @@ from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.cli import main
 from heirloom.common.data.labelled import read_labels, write_labels
 from heirloom.common.errors import InputError
+from heirloom.common.vit.model import VitConfig
 from learngene.labels import labels_of
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 NAMES = ("zebra", "apple", "moon", "crane", "crane")  # not in alphabetical order, and ImageNet has two cranes
@@ -132,13 +132,13 @@ def test_a_descendant_keeps_the_names_with_the_head(folder_of, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--depth", "2", "--classes", "-2"], "--classes is -2: choose 1 or more"),
-        (["--depth", "2", "--classes", "0"], "--classes is 0: choose 1 or more"),
-        (["--depth", "2", "--size", "0"], "--size is 0: choose 1 or more"),
+        (["--depth", "2", "--classes", "-2"], "classes is -2: choose 1 or more"),
+        (["--depth", "2", "--classes", "0"], "classes is 0: choose 1 or more"),
+        (["--depth", "2", "--size", "0"], "size is 0: choose 1 or more"),
         (["--depth", "2", "--size", "1000000000"], "size is 1000000000: choose 16384 or less"),
         (["--depth", "2", "--size", "6"], "patches of 4 px do not fill pictures of 6 px"),
-        (["--depth", "0"], "--depth is 0: choose 1 or more"),
-        (["--depth", "-1"], "--depth is -1: choose 1 or more"),
+        (["--depth", "0"], "depth is 0: choose 1 or more"),
+        (["--depth", "-1"], "depth is -1: choose 1 or more"),
         (["--depth", "2", "--map", "0,x"], "--map is '0,x': write whole numbers separated by commas"),
         (["--depth", "2", "--map", "0,-1"], "the map names stage -1: choose stages 0 to 1"),
         (["--depth", "2", "--map", "0"], "the map has 1 layers, the student 2"),

@@ -11,13 +11,13 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source
+from heirloom.common.vit.layouts import timm
+from heirloom.common.vit.model import OPTIONS, Vit, VitConfig, macs
+from heirloom.common.vit.shapes import check_square, shapes
 from learngene import ligo, relatives
 from learngene.bare_files import clean
 from learngene.config import Config
 from learngene.expand import expansion
-from learngene.layouts import timm
-from learngene.shapes import check_square, shapes
-from learngene.vit import OPTIONS, Vit, VitConfig, macs
 from learngene.zoo import FAMILY
 
 SIZES = dict(size=24, patch=4, width=16, layers=2, heads=2, hidden=32, classes=5)
@@ -97,7 +97,7 @@ def test_options_that_contradict_each_other_are_refused(fields, message):
         replace(PLAIN, **fields)
 
 
-@pytest.mark.parametrize("to", ["deit", "hf", "google"])
+@pytest.mark.parametrize("to", ["deit", "google"])
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

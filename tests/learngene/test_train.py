@@ -23,6 +23,7 @@ from heirloom.common.train import recipe as runner
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, batch_sharding, shardings, start
 from heirloom.common.train.parts import Opened
+from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, curve, descendant
@@ -31,7 +32,6 @@ from learngene.data import LOGITS, Example, Resident, decoded
 from learngene.inputs import IMAGENET
 from learngene.losses import DistillConfig
 from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig, loss_fn
-from learngene.vit import Vit, VitConfig
 from learngene.zoo import FAMILY, open_classifier
 
 ROWS = 48

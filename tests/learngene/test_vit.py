@@ -11,9 +11,9 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.plan import Source, apply
 from heirloom.common.train.step import cast
+from heirloom.common.vit.model import Vit, VitConfig, macs, parameters, stochastic_depth
 from learngene.cost import count, forward_macs, ratios
 from learngene.expand import expansion
-from learngene.vit import Vit, VitConfig, macs, parameters, stochastic_depth
 from learngene.zoo import auxiliary, vit
 
 

@@ -1,6 +1,8 @@
 """Cached latents: what is kept, what comes back through the pipeline, and what a draw from it is."""
 
+import importlib
 import json
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.cli import main
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source
@@ -123,12 +127,35 @@ def test_a_draw_is_scaled_and_takes_either_view():
 def test_nothing_stands_under_the_name_unless_it_is_whole(donor, params, tmp_path):
     spoilt = params | {"quant/bias": np.full(8, 1e6, np.float32)}
     arguments = (Pictures(), tmp_path / "cache", start(MeshConfig()))
-    with pytest.raises(InputError, match=r"a picture among 0 to 8 has moments that float16 cannot hold"):
+    with pytest.raises(InputError, match=r"^picture 0 has moments that float16 cannot hold$"):
         cache_latents(donor.cfg, donor.model, spoilt, *arguments, size=16, batch=8)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "cache").mkdir()
     with pytest.raises(InputError, match=r"cache exists"):
         cache_latents(donor.cfg, donor.model, params, *arguments, size=16, batch=8)
+
+
+def test_a_recipe_is_cached_as_it_will_be_read(tmp_path, capsys, monkeypatch):
+    """The command encodes at the size that the student takes, and training reads what it wrote; so does the script."""
+    for name in ("ape", "bee"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.fromarray(Pictures()[len(name)]["image"]).save(tmp_path / "pictures" / name / "0.png")
+    flags = ["--student.size", "4", "--student.channels", "4", "--student.classes", "2", "--autoencoder", str(GOLDEN)]
+    flags += ["--data.path", str(tmp_path / "pictures")]
+    assert main(["cache", "lit/s_2_256", str(tmp_path / "cache"), *flags]) == 0
+    assert "2 records encoded by" in capsys.readouterr().out
+    source = read(tmp_path / "cache")
+    assert [source[i]["label"] for i in range(2)] == [0, 1] and source[0]["moments"].shape == (2, 4, 4, 8)
+    words = [str(tmp_path / "pictures"), str(tmp_path / "script"), "--size", "16", "--autoencoder", str(GOLDEN)]
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *words])
+    importlib.import_module("cache_latents").main()
+    same = read(tmp_path / "script")[1]["moments"], source[1]["moments"]
+    np.testing.assert_allclose(*same, rtol=2e-3, atol=1e-4)  # half precision, of batches of other sizes
+    assert main(["cache", "lit/s_2_256", str(tmp_path / "other"), *flags[:-1], str(tmp_path / "cache")]) == 2
+    assert "is a latent cache already" in capsys.readouterr().err
+    flags[3] = "3"
+    assert main(["cache", "lit/s_2_256", str(tmp_path / "other"), *flags]) == 2
+    assert "has 4 channels, and the student takes 3" in capsys.readouterr().err
 
 
 def test_the_identity_is_of_the_encoder_in_half_precision(donor):

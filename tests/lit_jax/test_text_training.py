@@ -61,7 +61,7 @@ def folder(tmp_path_factory, draw):
     for i in range(30):
         height, width = ((16, 16), (12, 28), (30, 20))[i % 3]
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / f"{i}.png")
-        lines.append(f"{i}.png,a red apple,{'two blue cars' if i % 2 else ''}")
+        lines.append(f"{i}.png,{('a red apple', 'a green pear')[i // 15]},{'two blue cars' if i % 2 else ''}")
     (root / "pairs.csv").write_text("image,caption,long\n" + "\n".join(lines) + "\n")
     for name, module, method, cfg in (
         ("autoencoder", Autoencoder, "autoencoder", AUTOENCODER),
@@ -192,10 +192,11 @@ class FixedTeacher:
     model = Fixed(0.5)
 
 
-@pytest.mark.parametrize("dropped", ["shared", "student"])
-def test_the_loss_by_hand(dropped):
+@pytest.mark.parametrize("dropped, limit", [("shared", 1.0), ("student", 1.0), ("shared", 10.0)])
+def test_the_loss_by_hand(dropped, limit):
     """In f64: PixArt's loss plus 1.0 and 0.05 times the squared differences of noise and variance (LiT §4.2)."""
-    cfg = Config(student=STUDENT, text_drop=0.5, distill=DistillConfig(noise=1.0, variance=0.05, dropped=dropped))
+    distill = DistillConfig(noise=1.0, variance=0.05, dropped=dropped)
+    cfg = Config(student=STUDENT, text_drop=0.5, noisy_weight=limit, distill=distill)
     rng = np.random.default_rng(0)
     moments = np.concatenate([rng.standard_normal((4, 3, 5, 2)), np.full((4, 3, 5, 2), -40.0)], -1).astype(np.float16)
     text = rng.standard_normal((4, 6, 3)).astype(np.float16)
@@ -222,7 +223,9 @@ def test_the_loss_by_hand(dropped):
     for name, expected in (("mse", mse), ("kd_noise", kd_noise), ("kd_variance", kd_variance)):
         np.testing.assert_allclose(parts[name][0], expected.sum(), rtol=2e-4)
     bound = float(parts["bound"][0]) / 4
-    np.testing.assert_allclose(total, mse.mean() + bound + kd_noise.mean() + 0.05 * kd_variance.mean(), rtol=2e-4)
+    weight = np.minimum(1 / alpha[:, 0, 0, 0], limit)
+    expected = (weight * (mse + kd_noise)).mean() + bound + 0.05 * kd_variance.mean()
+    np.testing.assert_allclose(total, expected, rtol=2e-4)
 
 
 @pytest.mark.parametrize("keep, fresh", [("o", {"query", "key", "value"}), ("none", {"query", "key", "value", "out"})])
@@ -293,9 +296,17 @@ def test_the_held_out_error_is_that_of_the_noise(cache):
         def apply(self, params, noisy, step, text, mask):
             return jnp.zeros((*noisy.shape[:-1], 2 * noisy.shape[-1]))
 
+    class Reading:
+        def apply(self, params, noisy, step, text, mask):
+            said = text.mean((1, 2))[:, None, None, None]
+            return jnp.broadcast_to(said, (*noisy.shape[:-1], 2 * noisy.shape[-1]))
+
     found = held_out_error(Silent(), cache, start(MeshConfig()))({})
     assert found.n == 30
     assert abs(found.metrics["mse"] - 1) < 0.05  # of unit noise
+    assert found.metrics["mse_swapped"] == found.metrics["mse"]  # it does not read
+    read = held_out_error(Reading(), cache, start(MeshConfig()))({}).metrics
+    assert abs(read["mse_swapped"] / read["mse"] - 1) > 1e-6
 
 
 @pytest.mark.parametrize(

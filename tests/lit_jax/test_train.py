@@ -108,6 +108,23 @@ def test_a_run_leaves_curves_grids_and_weights(distilled):
     assert read_json(distilled / "model" / "config.json")["model"]["attention"] == "linear"
 
 
+def test_a_run_says_what_it_is_and_what_it_inherits(distilled, donor):
+    about, inherited = read_json(distilled / "about.json"), read_json(distilled / "provenance.json")
+    counts = {path: value.size for path, value in weights_of(distilled).items()}
+    assert about["student"]["parameters"] == {"total": sum(counts.values())} and about["student"]["macs"] > 0
+    (start,) = about["starts"]
+    assert (start["step"], start["backend"], start["devices"]) == (0, "cpu", {"cpu": 8})
+    assert start["versions"]["jax"] == jax.__version__
+    fresh = [path for path, line in inherited["parameters"].items() if line["fraction"] == 0]
+    assert inherited["source"] == donor and fresh and all("/attn/" in path for path in fresh)
+    expected = 1 - sum(counts[path] for path in fresh) / sum(counts.values())
+    assert inherited["fraction"] == pytest.approx(expected, abs=1e-6)
+    assert main(["report", str(distilled)]) == 0
+    page = (distilled / "report.html").read_text()
+    assert f"{expected:.1%} of the student&#x27;s first weights come from {donor}." in page
+    assert f"{sum(counts.values()):,} parameters" in page and page.count("<figcaption>step ") == 2
+
+
 def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(donor, distilled, tmp_path, monkeypatch):
     run, held_out = tmp_path / "run", train.held_out_loss
 

@@ -42,7 +42,7 @@ def golden(name: str, file: str) -> Callable[[Path], Path]:
 
     def write(folder: Path) -> Path:
         for source in (GOLDENS / name).iterdir():
-            if source.suffix in (".json", ".safetensors"):
+            if source.suffix in (".json", ".safetensors", ".msgpack"):
                 shutil.copy(source, folder)
         return folder / file
 
@@ -240,6 +240,7 @@ def tensors(folder: Path) -> None:
 TARGETS = [
     Target("safetensors header", golden("clip/hf_gelu", "model.safetensors"), opened, mutate_bytes),
     Target("npz", npz_file, tensors, mutate_bytes),
+    Target("Flax msgpack", golden("flax/vit", "flax_model.msgpack"), opened, mutate_bytes),
     Target("CLIP config.json", golden("clip/hf_gelu", "config.json"), opened, mutate_json, weight=1),
     Target(
         "open_clip_config.json", golden("clip/open_clip_f16", "open_clip_config.json"), opened, mutate_json, weight=1

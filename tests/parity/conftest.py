@@ -43,7 +43,7 @@ def drawn():
 
     from heirloom.common.checkpoint import weights
     from heirloom.common.nn.functional import functional
-    from learngene.vit import Vit
+    from heirloom.common.vit.model import Vit
 
     def draw(cfg, folder):
         rng, spec = np.random.default_rng(0), functional(Vit, cfg).spec

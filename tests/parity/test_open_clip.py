@@ -10,11 +10,12 @@ import pytest
 from torchvision_stand_in import installed
 
 from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.verify import OWN
 from heirloom.common.checkpoint.weights import write_config, write_params
 from heirloom.common.errors import InputError, VerificationError
 from heirloom.common.nn.functional import functional
-from tinyclip_jax import formats
+from tinyclip_jax import open_clip_folder
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.verify import inputs
 from tinyclip_jax.zoo import FAMILY
@@ -75,12 +76,14 @@ def test_open_clip_reads_its_own_config_and_agrees(vision, text, model, write, t
 def test_a_setting_that_our_reader_overlooks_fails_the_verification(write, tmp_path, monkeypatch):
     """The reference does not share our reading: were `pool_type` overlooked, it still pools at the named token."""
 
-    def overlooks(c, text):
-        for name in ("pool_type", "eos_id", "width", "context_length", "vocab_size"):
-            text.value(name)
-        return c
+    read = open_clip_folder._text
 
-    monkeypatch.setattr(formats, "_open_clip_text", overlooks)
+    def overlooks(c, text, activation):
+        others = {name: text.value(name) for name in text if name not in ("pool_type", "eos_id")}
+        text.skip("*")
+        return read(c, Fields(others, text.where), activation)
+
+    monkeypatch.setattr(open_clip_folder, "_text", overlooks)
     donor = open_donor(write(text=dict(pool_type="eos", eos_id=7)), [FAMILY])
     with pytest.raises(VerificationError, match="was not written: features differ from those of open_clip by"):
         convert(donor, tmp_path / "ours", "heirloom")

@@ -11,10 +11,10 @@ from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.verify import OWN
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError, VerificationError
-from learngene import timm_architectures
+from heirloom.common.vit import timm_architectures
+from heirloom.common.vit.model import VitConfig
 from learngene.labels import labels_of
 from learngene.verify import pictures
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 
 torch = pytest.importorskip("torch")

@@ -128,7 +128,7 @@ def test_a_folder_without_weights(hf, families):
     (hf / "model.safetensors").unlink()
     refused(hf, families, r"its tensors \(images, tokens, .*\) match no known model")  # expected.npz
     (hf / "expected.npz").unlink()
-    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, \.pth, \.ckpt or \.npz\)")
+    refused(hf, families, r"hf holds no weights \(no \.safetensors, \.bin, \.pt, \.pth, \.ckpt, \.npz or \.msgpack\)")
 
 
 def test_tensors_of_no_known_model(tmp_path, families):
@@ -136,7 +136,7 @@ def test_tensors_of_no_known_model(tmp_path, families):
         tmp_path / "x.safetensors", {"bert.pooler.weight": Tensor((2,), np.dtype("float32"))}
     ) as out:
         out["bert.pooler.weight"][...] = 0
-    known = r"known are tinyclip \(hf, open_clip, original\)"
+    known = r"known are tinyclip \(hf, flax, open_clip, original\)"
     refused(tmp_path, families, rf"its tensors \(bert\.pooler\.weight.*\) match no known model; {known}")
 
 
@@ -221,7 +221,7 @@ donor = open_donor(source, [FAMILY])
 if what == "fill":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the weights are 196,732 bytes
 else:
-    weights.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    weights.write_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 try:
     convert(donor, destination, "heirloom", verify=False)
 except InputError as error:

@@ -1,6 +1,7 @@
 """Teacher embeddings stored once teach what the live teacher teaches."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,8 @@ from heirloom.common.cli import main
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
-from tinyclip_jax import train
 from tinyclip_jax.cache import Cached
+from tinyclip_jax.inputs import read_inputs
 from tinyclip_jax.zoo import open_clip_model
 
 
@@ -58,7 +59,7 @@ def test_the_loss_is_that_of_the_live_teacher(recipe, stored, tmp_path):
 
 def test_a_recipe_without_donor_finds_the_inputs_beside_the_cache(recipe, stored):
     cfg = replace(recipe, teacher=f"cache:{stored}", donor="")
-    inputs, theirs = train.read_inputs(cfg, None, None), open_clip_model(recipe.teacher)
+    inputs, theirs = read_inputs(cfg, None, None), open_clip_model(recipe.teacher)
     assert inputs.tokenizer.vocab_size <= theirs.cfg.text.vocab and inputs.pre.size == theirs.cfg.image.size
 
 
@@ -70,16 +71,12 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
         replace(cached, data=SourceConfig("emoji:fluent", split="test")).train(tmp_path / "fluent")
     with pytest.raises(InputError, match=r"was made with text 'caption', here it is 'tags'"):
         replace(cached, data=replace(recipe.data, text="tags")).train(tmp_path / "column")
-    with pytest.raises(InputError, match=r"was made with tokens '\w{16}'"):
-        other = Tokenizer.train(["words of another kind"] * 3, 540)
-        other.save(tmp_path)
-        replace(cached, tokenizer=str(tmp_path)).train(tmp_path / "tokenizer")
     with pytest.raises(
         InputError, match='augment is "random", and stored embeddings belong to centre crops: set augment to "none"'
     ):
         replace(cached, augment="random").train(tmp_path / "random")
     with pytest.raises(InputError, match="is not a cache of embeddings"):
-        inputs = train.read_inputs(recipe, open_clip_model(recipe.donor), None)
+        inputs = read_inputs(recipe, open_clip_model(recipe.donor), None)
         Cached(open_source(recipe.data), tmp_path, recipe.data, inputs.pre, inputs.tokenizer)
     with pytest.raises(InputError, match="exists; give another name"):
         recipe.cache(stored)
@@ -87,8 +84,33 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
         replace(cached, pipeline=replace(cached.pipeline, tags=0.5)).train(tmp_path / "tags")
 
 
+def opened(recipe, folder, tokenizer, pre):
+    return Cached(open_source(recipe.data), folder, recipe.data, pre, tokenizer)
+
+
+def test_a_student_may_read_captions_and_pictures_in_another_way_than_the_teacher(recipe, stored, tmp_path, remarks):
+    inputs = read_inputs(recipe, open_clip_model(recipe.donor), None)
+    opened(recipe, stored, inputs.tokenizer, inputs.pre)
+    assert not remarks()
+    other = Tokenizer.train(["words of another kind"] * 3, 540)
+    opened(recipe, stored, other, replace(inputs.pre, mode="squash"))
+    what = "the teacher had another preprocessing or tokenizer than the student (mode, tokenizer)"
+    assert remarks() == [f"{stored}: {what}"]
+    old = tmp_path / "old"  # of a version that stored no hash of the captions
+    shutil.copytree(stored, old)
+    about = json.loads((old / "cache.json").read_text())
+    del about["captions"]
+    (old / "cache.json").write_text(json.dumps(about))
+    opened(recipe, old, inputs.tokenizer, inputs.pre)
+    with pytest.raises(InputError, match=r"was made with tokens '\w{16}'"):
+        opened(recipe, old, other, inputs.pre)
+    (old / "cache.json").write_text(json.dumps(about | {"captions": "of other data"}))
+    with pytest.raises(InputError, match="was made with captions 'of other data'"):
+        opened(recipe, old, inputs.tokenizer, inputs.pre)
+
+
 def test_the_command_says_what_it_needs(capsys, tmp_path):
     assert main(["cache", "tinyclip/smoke", str(tmp_path / "cache")]) == 2
     assert "has no live teacher" in capsys.readouterr().err
-    assert main(["cache", "lit/smoke", str(tmp_path / "cache")]) == 2
-    assert "lit/smoke: this recipe has no heirloom cache; it has heirloom train," in capsys.readouterr().err
+    assert main(["cache", "learngene/smoke", str(tmp_path / "cache")]) == 2
+    assert "learngene/smoke: this recipe has no heirloom cache; it has heirloom train," in capsys.readouterr().err

@@ -142,10 +142,17 @@ def test_our_folder_is_plain_safetensors_and_json(opened, tmp_path):
 
 
 def test_a_model_open_clip_cannot_say_is_refused(opened, tmp_path):
-    donor, *_ = opened("hf_gelu")  # eps 1e-6, pooled at id 40
-    with pytest.raises(InputError, match=r"open_clip's layout has one activation .* eps 1e-5; this model differs"):
-        convert(donor, tmp_path / "out", "open_clip", verify=False)
+    donor, *_ = opened("hf_gelu")
+    other = replace(donor.cfg, text=replace(donor.cfg.text, activation="quick_gelu"))
+    with pytest.raises(InputError, match="quick_gelu in both towers or in none, this model has gelu in the image"):
+        convert(replace(donor, cfg=other), tmp_path / "out", "open_clip", verify=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_eps_and_the_pooled_token_are_written_for_open_clip(opened, families, tmp_path):
+    donor, *_ = opened("hf_gelu")  # eps 1e-6, pooled at id 40
+    convert(donor, tmp_path / "out", "open_clip", verify=False)
+    assert open_donor(tmp_path / "out", families).cfg == donor.cfg
 
 
 def test_heads_that_shapes_cannot_tell_are_refused_by_the_original_format(opened, tmp_path):
@@ -310,10 +317,11 @@ def test_number_of_tensors_in_each_format(layout):
 def test_every_format_has_a_name_that_family_knows():
     assert [FAMILY.format(f.name).file for f in FORMATS] == [
         "model.safetensors",
+        "flax_model.msgpack",
         "open_clip_model.safetensors",
         "tinyclip.pt",
     ]
     with pytest.raises(
-        InputError, match="no format 'onnx' for tinyclip models; there are heirloom, hf, open_clip, original"
+        InputError, match="no format 'onnx' for tinyclip models; there are heirloom, nnx, orbax, hf, flax, open_clip"
     ):
         FAMILY.format("onnx")

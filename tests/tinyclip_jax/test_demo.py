@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from operator import ge, le
@@ -59,7 +60,10 @@ def test_the_demo_races_draws_and_reports(tmp_path, monkeypatch, capsys):
     assert picture.shape[1] > 1000 and picture.std() > 10
     assert tinyclip_jax.load(str(tmp_path / "student")).cfg == recipe.student
     said = capsys.readouterr().out
-    assert all(word in said for word in ("teacher", "inherited", "scratch", "picture:"))
+    assert re.search(r"^teacher +6,315,457 ", said, re.MULTILINE) and "picture:" in said
+    r1 = [f"{100 * found['scores'][name]['r1']:.1f} %" for name in ("inherited", "scratch", "teacher")]
+    assert f"held-out R@1: {r1[0]} with inheritance, {r1[1]} from scratch, {r1[2]} for the teacher\n" in said
+    assert said.endswith("other demos: heirloom demo learngene, heirloom demo lit, heirloom demo weightgen\n")
 
 
 def test_the_teacher_is_small_enough_to_clone():

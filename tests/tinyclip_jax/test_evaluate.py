@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -18,8 +19,9 @@ from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.text import Tokenizer
+from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from tinyclip_jax.evaluate import _synonyms
+from tinyclip_jax.evaluate import Words
 from tinyclip_jax.model import Clip
 from tinyclip_jax.pretrained import Pretrained
 
@@ -191,7 +193,7 @@ def test_folders_by_wordnet_identifier_find_their_class(weights, pictures, tmp_p
     folder = tmp_path / "d"
     for identifier in ("n01440764", "n15075141", "n02106662"):
         shutil.copytree(pictures / "ant", folder / identifier)
-    data = open_labelled(SourceConfig(str(folder)), "label", 1000, _synonyms("imagenet", ()))
+    data = open_labelled(SourceConfig(str(folder)), "label", 1000, Words.of("imagenet", None).synonyms)
     assert [int(data[i]["label"]) for i in range(3)] == [0, 235, 999]
 
 
@@ -206,3 +208,14 @@ def test_weights_of_nan_have_no_score(weights, pictures, tmp_path, capsys):
         assert main(["eval", str(tmp_path / "nan"), *options]) == 2
         said = capsys.readouterr().err
         assert said.startswith("heirloom: the features of this model: NaN or infinite for ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["a photo of a cat", "a photo of a %s", "a {} of {}"])
+def test_a_template_without_one_place_for_the_name_is_refused(text, tmp_path):
+    (tmp_path / "t.txt").write_text(f"a drawing of a {{c}}\n{text}\n")
+    with pytest.raises(InputError, match=rf"t\.txt, line 2: '{re.escape(text)}' needs one \{{\}}"):
+        Words.read(None, tmp_path / "t.txt")
+    with pytest.raises(InputError, match=r"template 1: .* needs one \{\}"):
+        Words.of(None, [text])
+    (tmp_path / "t.txt").write_text("a drawing of a {c}\n")
+    assert Words.read(None, tmp_path / "t.txt").templates == ("a drawing of a {}",)

@@ -72,7 +72,8 @@ def test_a_config_dict_wins_with_the_defaults_of_what_it_leaves_out(read, plain)
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (top(model_type="metaclip_2"), "model_type is 'metaclip_2'; only models where it is 'clip' can be read"),
+        (top(model_type="align"), "model_type is 'align'; only models where it is 'clip' or 'metaclip_2' can be read"),
+        (top(model_type="metaclip_2"), "text_config: model_type is 'clip_text_model'; .* 'metaclip_2_text_model'"),
         (text(model_type="chinese_clip_text_model"), "text_config: model_type is 'chinese_clip_text_model'"),
         (text(hidden_size="16"), "text_config: hidden_size is '16', and must be a whole number"),
         (text(num_hidden_layers=-1), "text_config: num_hidden_layers is -1, and must be from 1"),
@@ -115,6 +116,9 @@ def test_open_clips_fields_that_shapes_cannot_tell_are_read(read, plain):
     assert read("open_clip_f16", text_cfg(pool_type="eos", eos_id=1)).text == replace(before.text, eot=1)
     assert read("open_clip_f16", text_cfg(norm_kwargs={"eps": 1e-6})).text == replace(before.text, eps=1e-6)
     assert read("open_clip_f16", vision_cfg(norm_kwargs={"eps": 1e-6})).image == replace(before.image, eps=1e-6)
+    assert read("open_clip_f16", text_cfg(pool_type="first")).text == replace(before.text, pool="first")
+    assert read("open_clip_f16", text_cfg(no_causal_mask=True)).text == replace(before.text, causal=False)
+    assert read("open_clip_f16", vision_cfg(pool_type="avg")).image == replace(before.image, pool="norm_mean")
     assert read("open_clip_f16", model(quick_gelu=False)).text == replace(before.text, activation="gelu")
 
     def tanh(config):
@@ -141,20 +145,23 @@ def test_open_clips_fields_that_change_nothing_are_passed_over(harmless, read, p
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (text_cfg(pool_type="last"), "text_cfg: pool_type is 'last'"),
-        (text_cfg(no_causal_mask=True), "text_cfg: no_causal_mask is True"),
+        (text_cfg(pool_type="none"), "text_cfg: pool_type is 'none'"),
         (text_cfg(embed_cls=True), "text_cfg: embed_cls is True"),
-        (text_cfg(proj_bias=True), "text_cfg: proj_bias is True"),
+        (text_cfg(proj_bias=True), "text_cfg: proj_type with proj_bias is affine, and the weights have linear"),
+        (text_cfg(proj_type="mlp"), "text_cfg: proj_type is 'mlp'"),
+        (text_cfg(ls_init_value=0.1), "text_cfg: ls_init_value is 0.1, and the weights have None"),
         (text_cfg(hf_model_name="roberta-base"), "text_cfg: hf_model_name is 'roberta-base'"),
         (text_cfg(heads="2"), "text_cfg: heads is '2', and must be a whole number"),
         (text_cfg(layers=7), "text_cfg: layers is 7, and the weights have 3"),
         (text_cfg(context_length=77), "text_cfg: context_length is 77, and the weights have 12"),
-        (vision_cfg(pool_type="avg"), "vision_cfg: pool_type is 'avg'"),
+        (vision_cfg(pool_type="none"), "vision_cfg: pool_type is 'none'"),
         (vision_cfg(attentional_pool=True), "vision_cfg: attentional_pool is True"),
         (vision_cfg(no_ln_pre=True), "vision_cfg: no_ln_pre is True"),
         (vision_cfg(ls_init_value=1e-5), "vision_cfg: ls_init_value is 1e-05"),
         (vision_cfg(qk_norm=True), "vision_cfg: qk_norm is True"),
-        (vision_cfg(timm_model_name="vit_base_patch16_224"), "vision_cfg: timm_model_name"),
+        (vision_cfg(timm_model_name="vit_base_patch16_224"), "vision_cfg: timm_model_name is 'vit_base_patch16_224'"),
+        (vision_cfg(timm_model_name="swin_tiny"), "timm_model_name is 'swin_tiny'; of timm only its VisionTransformer"),
+        (vision_cfg(timm_model_name="vit_relpos_base_patch16_224"), "which has relative positions"),
         (vision_cfg(image_size=[32, 16]), "vision_cfg: image_size is .*; only squares can be read"),
         (vision_cfg(image_size=40), "vision_cfg: image_size is 40, and the weights have 32"),
         (vision_cfg(mlp_ratio=2.0), "vision_cfg: mlp_ratio is 2, and the weights have"),
@@ -162,7 +169,7 @@ def test_open_clips_fields_that_change_nothing_are_passed_over(harmless, read, p
         (vision_cfg(act_kwargs={"approximate": "gauss"}, head_width=8), "act_kwargs"),
         (vision_cfg(rope=True), "vision_cfg: the field 'rope'"),
         (model(embed_dim=512), "model_cfg: embed_dim is 512, and the weights have 24"),
-        (model(multimodal_cfg={}), "model_cfg: the field 'multimodal_cfg'"),
+        (model(multimodal_cfg={}), r"model_cfg: multimodal_cfg is \{\} \(a decoder of captions, CoCa\)"),
         (top(model_cfg=None, other=1), "the field 'other'"),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_tokenizer_that_does_not_fit_is_not_replaced(tmp_path, remarks):
 
 
 def test_a_stored_teacher_is_known_by_its_whole_preprocessing():
-    from tinyclip_jax.cache import _fingerprint
+    from tinyclip_jax.cache import _of_model
 
     class Two:
         def __len__(self):
@@ -205,11 +205,7 @@ def test_a_stored_teacher_is_known_by_its_whole_preprocessing():
         def __getitem__(self, index):
             return {"key": f"{index}", "text": "a cat"}
 
-    from heirloom.common.data.sources import SourceConfig
-
-    about = _fingerprint(
-        Two(), SourceConfig("x"), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER
-    )
+    about = _of_model(Two(), Preprocess(16, mode="squash", resize=20, background="white"), TOKENIZER)
     assert (about["mode"], about["resize"], about["background"], about["mean"]) == (
         "squash",
         20,

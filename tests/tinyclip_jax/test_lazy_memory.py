@@ -35,10 +35,10 @@ small = ClipConfig(ImageConfig(size=64, width=256, layers=12, heads=4, hidden=10
 spec, student = functional(Clip, big).spec, functional(Clip, small)
 hf, mesh = FAMILY.format("hf"), start(MeshConfig(data=1, fsdp=8))
 (folder / "hf").mkdir()
-with create_safetensors(folder / "hf" / hf.file, hf.layout.foreign(spec)):
+with create_safetensors(folder / "hf" / hf.file, hf.layout_of(big).foreign(spec)):
     pass
 hf.write_config(big, folder / "hf")
-shapes, names = hf.layout.foreign(spec), ("a.safetensors", "b.safetensors", "c.safetensors")
+shapes, names = hf.layout_of(big).foreign(spec), ("a.safetensors", "b.safetensors", "c.safetensors")
 (folder / "shards").mkdir()
 for i, name in enumerate(names):
     with create_safetensors(folder / "shards" / name, {key: shapes[key] for key in list(shapes)[i::3]}):

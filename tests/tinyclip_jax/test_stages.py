@@ -87,6 +87,9 @@ def test_masks_are_learned_then_cut_then_the_small_model_learns(whole):
         [line["lr"] for line in first[6:]], [5e-4 * (1 + np.cos(np.pi * n / 4)) for n in range(4)], rtol=1e-5
     )
     assert "sparsity" in first[5] and "sparsity" not in first[6]
+    weights = open_safetensors(whole / "stage_1" / "model" / "model.safetensors").values()
+    about = json.loads((whole / "stage_1" / "about.json").read_text())  # of the model after the cut
+    assert about["student"]["parameters"]["total"] == sum(value.size for value in weights)
 
 
 def test_each_stage_starts_from_the_model_of_the_one_before(whole, recipe):

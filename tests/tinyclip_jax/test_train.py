@@ -63,6 +63,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_leaves_what_its_folder_promises(uninterrupted):
     assert {p.name for p in uninterrupted.iterdir()} >= {
         "config.json",
+        "about.json",
         "metrics.jsonl",
         "checkpoints",
         "model",
@@ -74,6 +75,8 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted):
     assert [line["step"] for line in lines if "eval/r1" in line] == [4, 8]
     written = {"model.safetensors", "config.json", "preprocess.json", "tokenizer.json"}
     assert {p.name for p in (uninterrupted / "model").iterdir()} == written
+    (start,) = json.loads((uninterrupted / "about.json").read_text())["starts"]
+    assert start["command"].startswith("heirloom train tinyclip/smoke --steps 8 ") and start["step"] == 0
 
 
 def test_killed_and_resumed_it_is_the_same_run_to_the_bit(uninterrupted, tmp_path):
@@ -87,6 +90,8 @@ def test_killed_and_resumed_it_is_the_same_run_to_the_bit(uninterrupted, tmp_pat
     assert not (folder / "model").exists()
     assert run(folder).wait(PATIENCE) == 0
     assert curve(folder) == curve(uninterrupted)
+    starts = json.loads((folder / "about.json").read_text())["starts"]
+    assert len(starts) == 2 and 2 <= starts[1]["step"] < 8
     ours, theirs = (open_safetensors(f / "model" / "model.safetensors") for f in (folder, uninterrupted))
     assert ours.keys() == theirs.keys()
     for path in ours:
@@ -217,7 +222,7 @@ def tiny_step(cfg, model, draw, one_device):
 
 def test_the_loss_is_the_weighted_sum_of_its_parts_at_the_configured_scales(model, tiny_step):
     params, batch, state, metrics = tiny_step
-    image, text, scale = (
+    image, text, scale, _ = (
         np.asarray(x, np.float64) for x in jax.jit(model.apply)(params, batch["image"], batch["text"])
     )
 

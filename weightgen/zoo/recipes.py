@@ -13,6 +13,7 @@ from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, positive
+from heirloom.common.train.about import note_start
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, on_first, start
 from heirloom.common.train.metrics import MetricsFile
@@ -96,6 +97,7 @@ class ZooRecipe:
         parts = directory / "parts"
         parts.mkdir(exist_ok=True)
         done = sorted(parts.glob("*.npz"))
+        note_start(run.directory, len(done) * self.chunk)
         metrics.truncate(sum(len(np.load(file)["quality"]) for file in done))
         first = len(done) * self.chunk
         populations = build(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from heirloom.common.data.sources.record import PICTURES, SPLITS, Record, SourceConfig, caption_lines, read, require
+from heirloom.common.data.reading import PICTURES
+from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, caption_lines, read, require
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, AnyPath, Entry
 

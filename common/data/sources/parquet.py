@@ -8,16 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow
-from pyarrow import parquet
 
 from heirloom.common.data.reading import Stamp, retried
 from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import Address, AnyPath, join
+
+if TYPE_CHECKING:  # imported where files are read: it is heavy, and most commands read none
+    import pyarrow
+    from pyarrow import parquet
 
 ROW_GROUP_MEMORY = 256 * 2**20  # bytes of decoded row groups that a process keeps
 
@@ -33,6 +35,8 @@ class ParquetSource:
     """
 
     def __init__(self, files: Sequence[AnyPath], cfg: SourceConfig):
+        import pyarrow
+
         names = [c for c in (cfg.image, cfg.text, *cfg.columns) if c]
         by_column = "split" in _schema(files[0]).names
         files = files if by_column else _of_split(files, cfg.split)
@@ -121,8 +125,10 @@ def _picture(cell: Any, file: AnyPath, key: str) -> bytes | AnyPath:
 
 
 @contextmanager
-def _open(file: AnyPath) -> Iterator[parquet.ParquetFile]:
+def _open(file: AnyPath) -> Iterator["parquet.ParquetFile"]:
     """Opens a file: memory-mapped, or in a bucket read by ranges."""
+    from pyarrow import parquet
+
     if isinstance(file, Address):
         with file.open(ahead=False) as data, parquet.ParquetFile(data, pre_buffer=True) as opened:
             yield opened
@@ -131,7 +137,9 @@ def _open(file: AnyPath) -> Iterator[parquet.ParquetFile]:
             yield opened
 
 
-def _schema(file: AnyPath) -> pyarrow.Schema:
+def _schema(file: AnyPath) -> "pyarrow.Schema":
+    import pyarrow
+
     try:
         with _open(file) as opened:
             return opened.schema_arrow
@@ -196,19 +204,21 @@ class DecodedGroups:
 
     def __init__(self, columns: Sequence[str]):
         self._columns, self._lock = list(columns), threading.Lock()
-        self._tables: OrderedDict[RowGroup, pyarrow.Table] = OrderedDict()
+        self._tables: OrderedDict[RowGroup, Any] = OrderedDict()
 
     def __reduce__(self) -> Any:
         return DecodedGroups, (self._columns,)
 
-    def get(self, group: RowGroup) -> pyarrow.Table:
+    def get(self, group: RowGroup) -> "pyarrow.Table":
         """Reads a row group, from the cache if possible. Raises InputError when it is not readable."""
+        import pyarrow
+
         try:
             return retried(lambda: self._read(group), group.file)  # waits between tries without the lock
         except pyarrow.ArrowException as error:
             raise InputError(f"{group.file} is not readable as parquet: {error}") from error
 
-    def _read(self, group: RowGroup) -> pyarrow.Table:
+    def _read(self, group: RowGroup) -> "pyarrow.Table":
         with self._lock:
             if group not in self._tables:
                 group.stamp.check(group.file)

@@ -10,7 +10,6 @@ from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import AnyPath
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 SPLITS = ("train", "test", "val", "valid", "validation")
 Record = dict[str, Any]
 

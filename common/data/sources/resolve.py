@@ -33,6 +33,21 @@ def open_source(cfg: SourceConfig) -> Source:
     return source
 
 
+def shards_of(cfg: SourceConfig) -> list[AnyPath]:
+    """Returns the tar shards of `cfg.path`; none where the data has another format. Raises InputError for no data."""
+    scheme = cfg.path.partition(":")[0]
+    if not cfg.path or scheme in ("emoji", "tfds") or cfg.path in EMBEDDED:
+        return []
+    files = _files(cfg.path)
+    if len(files) == 1 and files[0].is_dir():
+        folder = files[0]
+        if _parquet(folder):
+            return []
+        split = folder / cfg.split if cfg.split else folder
+        return _visible(folder, "*.tar") or (_visible(split, "*.tar") if split.is_dir() else [])
+    return files if {file.suffix for file in files} == {".tar"} else []
+
+
 def _open(cfg: SourceConfig) -> Source:
     scheme, _, rest = cfg.path.partition(":")
     if scheme == "emoji":
@@ -63,7 +78,7 @@ def _open(cfg: SourceConfig) -> Source:
 
 def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
     """Opens a folder of parquet (in it, or in data/ as at Hugging Face), tar shards, arrays, pictures or splits."""
-    if files := _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet"):
+    if files := _parquet(folder):
         return ParquetSource(files, cfg)
     if files := _visible(folder, "*.tar"):
         return TarSource(files, cfg)
@@ -72,6 +87,10 @@ def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
     if cfg.split and (part := folder / cfg.split).is_dir():
         return _folder(part, replace(cfg, split=""))
     return FolderSource(folder, cfg)
+
+
+def _parquet(folder: AnyPath) -> list[Any]:
+    return _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet")
 
 
 def _visible(folder: AnyPath, pattern: str) -> list[Any]:
@@ -86,6 +105,8 @@ def _files(pattern: str) -> list[Any]:
         first, last = numbered.groups()
         before, after = pattern[: numbered.start()], pattern[numbered.end() :]
         names = [f"{before}{n:0{len(first)}}{after}" for n in range(int(first), int(last) + 1)]
+        if names and after.endswith(".tar") and not glob.has_magic(before + after) and "{" not in before + after:
+            return [place(name) for name in names]  # opening them says which are missing
         with ThreadPoolExecutor() as pool:  # a look-up in a bucket takes long
             return [file for files in pool.map(_files, names) for file in files]
     path = place(pattern)

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from heirloom.common.data.catalogue import catalogued
+from heirloom.common.data.indexing import CAPTIONS, have
 from heirloom.common.data.lines import read_lines
-from heirloom.common.data.reading import Stamp, retried
+from heirloom.common.data.reading import PICTURES, Stamp, retried
 from heirloom.common.data.sources.record import (
-    PICTURES,
     SPLITS,
     Record,
     SourceConfig,
@@ -22,7 +22,7 @@ from heirloom.common.data.sources.record import (
     starts,
     value,
 )
-from heirloom.common.data.tar_index import STEM, index_shard, read_span
+from heirloom.common.data.tar_index import STEM, Index, index_shard, known_index, read_span
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath
 
@@ -38,19 +38,15 @@ class TarSource:
     def __init__(self, shards: Sequence[AnyPath], cfg: SourceConfig):
         if cfg.split:
             raise InputError(f"{shards[0]}: tar shards have no split {cfg.split!r}; leave split empty")
-        with ThreadPoolExecutor() as pool:  # shards in a bucket are indexed by reading all of them
-            self._shards, self._cfg = list(pool.map(Shard.open, shards)), cfg
-        counts = []
-        for shard in self._shards:
-            table = shard.table()
-            if not len(table):
-                raise InputError(f"{shard.file} is empty: it has no member with a name like 000012.jpg")
-            counts.append(len(table))
-            if cfg.image:
-                _complete(shard, table, "picture", PICTURES)
-            if cfg.text:
-                _complete(shard, table, "caption", ("txt", "json"))
-        self._starts, self._length = starts(counts), sum(counts)
+        self._shards, self._cfg, self._catalogue = list(shards), cfg, catalogued(shards)
+        known = self._catalogue
+        if len(empty := np.flatnonzero(known.samples == 0)):
+            raise InputError(f"{shards[empty[0]]} is empty: it has no member with a name like 000012.jpg")
+        if cfg.image and len(lacking := np.flatnonzero(~known.pictures)):
+            _refuse(self._shard(int(lacking[0])), "picture", PICTURES)
+        if cfg.text and len(lacking := np.flatnonzero(~known.captions)):
+            _refuse(self._shard(int(lacking[0])), "caption", CAPTIONS)
+        self._starts, self._length = starts(known.samples.tolist()), int(known.samples.sum())
         names = _sidecar(shards[0], "classnames.txt")
         self.class_names = {"label": read_lines(names)} if names else {}
         self.templates = _sidecar(shards[0], "zeroshot_classification_templates.txt")
@@ -90,7 +86,10 @@ class TarSource:
     def _place(self, index: int) -> tuple["Shard", int]:
         """Returns the shard of a sample, and its number there."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._shards[number], index - int(self._starts[number])
+        return self._shard(number), index - int(self._starts[number])
+
+    def _shard(self, number: int) -> "Shard":
+        return Shard(self._shards[number], self._catalogue.stamp(number))
 
 
 def _sidecar(shard: AnyPath, name: str) -> Any:
@@ -118,27 +117,25 @@ def _object(data: bytes, key: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar and its index file."""
+    """A tar that is indexed. stamp: of the version that was."""
 
     file: AnyPath
     stamp: Stamp
-    index: Path
 
-    @classmethod
-    def open(cls, file: AnyPath) -> "Shard":
-        """Takes the stamp of a shard and indexes it if it has no index."""
-        return cls(file, Stamp.of(file), index_shard(file))
+    def index(self) -> Index:
+        """Opens the index, which is read and checked once in a process; a lost or damaged one is made again.
 
-    def table(self) -> np.ndarray:
-        """Opens the index, memory-mapped."""
-        return np.load(self.index, mmap_mode="r")
+        Raises InputError when the shard is not readable or has changed.
+        """
+        return _checked(self.file, self.stamp)
 
     def row(self, number: int) -> np.void:
-        """Reads the spans of a sample. Raises InputError when the index is gone, as that of a replaced shard is."""
+        """Reads the spans of a sample. Raises the errors of `index`."""
         try:
-            return retried(self.table, self.index)[number]
-        except ValueError as error:
-            raise InputError(f"{self.index} is damaged: {error}; run the command again to index {self.file}") from error
+            return self.index().table()[number]
+        except OSError:  # it was removed after it was opened
+            _checked.cache_clear()
+            return retried(self.index().table, self.file)[number]
 
     def key(self, row: np.void) -> str:
         """Returns the name of a sample for messages."""
@@ -149,14 +146,20 @@ class Shard:
         return read_span(self.file, span, self.stamp)
 
 
-def _complete(shard: Shard, table: np.ndarray, what: str, extensions: Sequence[str]) -> None:
-    """Raises InputError unless every sample has a member with one of `extensions`."""
-    fields = table.dtype.names or ()
-    mask = np.zeros(len(table), bool)
-    for extension in set(extensions) & set(fields):
-        mask |= table[extension]["size"] >= 0
-    if not mask.any():
-        raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {', '.join(fields[1:])}")
-    if not mask.all():
-        first = table[STEM][mask.argmin()].decode(errors="backslashreplace")
-        raise InputError(f"{shard.file}: {(~mask).sum()} samples have no {what}, the first is {first}")
+@cache
+def _checked(file: AnyPath, stamp: Stamp) -> Index:
+    if index := known_index(file, stamp):
+        return index
+    retried(lambda: stamp.check(file), file)
+    return index_shard(file)
+
+
+def _refuse(shard: Shard, what: str, extensions: Sequence[str]) -> None:
+    """Raises InputError: not every sample has a member with one of `extensions`."""
+    table = shard.index().table()
+    found = have(table, extensions)
+    if not found.any():
+        names = ", ".join((table.dtype.names or ())[1:])
+        raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {names}")
+    first = table[STEM][found.argmin()].decode(errors="backslashreplace")
+    raise InputError(f"{shard.file}: {(~found).sum()} samples have no {what}, the first is {first}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from heirloom.common import paths
 from heirloom.common.data import reading
 from heirloom.common.paths import Address, place
 
@@ -59,6 +60,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of local copies; reads that fail are tried again at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(reading, "WAITS", (0, 0))
+    monkeypatch.setattr(paths, "WAITS", ())
     monkeypatch.setattr(reading, "_trusted", {})
     return tmp_path / "cache" / "heirloom"
 

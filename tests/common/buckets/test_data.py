@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from heirloom.common.data import reading, tar_index
+from heirloom.common.data import catalogue, reading, tar_index
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source, per_picture
 from heirloom.common.errors import InputError
@@ -139,13 +139,34 @@ def test_the_index_is_kept_here_and_next_to_the_shard(bucket, tmp_path, write_ta
     put(data, bucket)
     shard = bucket.child("a.tar")
     first = tar_index.index_shard(shard)
-    assert first.is_relative_to(cache / "tar_index")
-    assert sorted(bucket.files()) == ["a.tar", first.name]
+    assert first.file.is_relative_to(cache / "tar_index")
+    assert sorted(bucket.files()) == ["a.tar", first.file.name]
     monkeypatch.setattr(tar_index, "_table", lambda *_: pytest.fail("the shard was read again"))
     assert tar_index.index_shard(shard) == first
-    copied = first.read_bytes()
-    first.unlink()  # another host
-    assert tar_index.index_shard(shard).read_bytes() == copied
+    copied = first.file.read_bytes()
+    first.file.unlink()  # another host
+    assert tar_index.index_shard(shard).file.read_bytes() == copied
+
+
+def test_many_shards_are_opened_with_one_listing(bucket, tmp_path, write_tar, put, monkeypatch, cache):
+    (data := tmp_path / "data").mkdir()
+    for n in range(4):
+        write_tar(data / f"s-{n}.tar", 10 * n, 3)
+    put(data, bucket)
+    path = f"{bucket}/s-{{0..3}}.tar"
+    assert len(open_source(SourceConfig(path))) == 12 and "heirloom.index" in bucket.files()
+    monkeypatch.setattr(catalogue, "MANY", 1)
+    monkeypatch.setattr(Address, "version", lambda self: pytest.fail("a request for one shard"))
+    monkeypatch.setattr(tar_index, "_table", lambda *_: pytest.fail("a shard was read again"))
+    assert len(open_source(SourceConfig(path))) == 12
+    for file in cache.rglob(catalogue.FILE):  # another host
+        file.unlink()
+    assert len(open_source(SourceConfig(path))) == 12
+    monkeypatch.undo()
+    bucket.child("s-2.tar").write_bytes(write_tar(data / "s-2.tar", 50, 5).read_bytes())
+    source = open_source(SourceConfig(path))
+    assert len(source) == 14 and source[10]["text"] == "caption 54"
+    assert len([name for name in bucket.files() if name.startswith("s-2.tar.index-")]) == 1
 
 
 def test_a_bucket_that_can_only_be_read_is_enough(memory, tmp_path, write_tar, put, monkeypatch):

@@ -237,7 +237,7 @@ def test_a_report_of_a_run_in_a_bucket(memory, capsys):
     assert main(["report", str(memory)]) == 0
     assert capsys.readouterr().out == f"{memory}/report.html\n"
     page = memory.child("report.html").read_text()
-    assert "step 1, loss 2.5" in page and "&quot;seed&quot;: 7" in page
+    assert "<dt>steps</dt><dd>1</dd>" in page and "&quot;seed&quot;: 7" in page
     assert main(["report", f"{memory}/other"]) == 2
     assert "is not a run: it has no metrics.jsonl" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Plan
 from heirloom.common.train.parameters import finite, load_params, save_params
-from learngene.vit import Vit, VitConfig
+from heirloom.common.vit.model import Vit, VitConfig
 from learngene.zoo import FAMILY
 
 CFG = VitConfig(size=8, patch=4, width=64, heads=4, hidden=64, layers=2, classes=5)

@@ -3,8 +3,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from heirloom.common.data.grouped import GroupedIndices, Schedule
+from heirloom.common.data.grouped import Schedule
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
+from heirloom.common.data.stream import GroupedIndices
 
 GROUPS = np.repeat([0, 1, 2], [50, 13, 2])  # the last one fills no batch of 4 in an epoch
 BATCH = 4

@@ -117,7 +117,7 @@ def test_transformers_file_is_read_in_full(theirs, expected, tmp_path):
         ({"rescale_factor": 0}, "rescale_factor is 0, and must be a finite number above 0"),
         (
             {"image_processor_type": "BlipImageProcessor"},
-            "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Siglip can be read",
+            "'BlipImageProcessor'; only processors of CLIP, ViT, DeiT, Bit, Siglip can be read",
         ),
         (
             {"image_processor_type": None},

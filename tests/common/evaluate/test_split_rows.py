@@ -10,8 +10,8 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import shardings, split_rows
+from heirloom.common.vit.model import VitConfig
 from learngene.evaluate import counter, scorer
-from learngene.vit import VitConfig
 from learngene.zoo import FAMILY
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.progress import noise_errors

@@ -1,13 +1,11 @@
 """Softmax attention in blocks against the plain form: values, gradients, masks, batching, and memory."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heirloom.common.nn import attention, blockwise
+from heirloom.common.nn import attention, blockwise, for_cpus
 from heirloom.common.nn.attention import softmax
 from heirloom.common.nn.block import rematerialised
 from heirloom.common.nn.blockwise import plain
@@ -111,11 +109,10 @@ def test_populations_are_batched():
     np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
-def test_short_sequences_and_accelerators_use_the_plain_form(monkeypatch):
+def test_short_sequences_and_accelerators_use_no_blocks(monkeypatch):
     given = inputs(20, 20)
     monkeypatch.setattr(attention, "LONG", 401)
-    assert_plain = partial(np.testing.assert_array_equal, plain(*given, None, False))
-    assert_plain(softmax()(*given))
+    np.testing.assert_array_equal(softmax()(*given), for_cpus.attention(False, *given))
     monkeypatch.setattr(attention, "LONG", 400)
 
     def loops(platform):

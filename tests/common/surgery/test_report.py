@@ -1,12 +1,15 @@
 """Counting and telling: numbers by hand."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.surgery.maps import FRESH, first
 from heirloom.common.surgery.plan import Plan
-from heirloom.common.surgery.report import attention_macs, count, kernel_macs, provenance, table
+from heirloom.common.surgery.report import attention_macs, count, kernel_macs, provenance, table, totals
 
 
 @pytest.fixture
@@ -74,4 +77,23 @@ def test_table_has_a_row_per_parameter(spec, leaf, donor):
     source = donor({"a": ("embed", (8,))})
     record = provenance(Plan((("a", {"embed": first(6)}),)).resolve(source, {"a": leaf("embed", 6)}))
     told = table({"a": leaf("embed", 6)}, record)
-    assert [list(c.cells) for c in told.columns] == [["a"], ["embed=6"], ["6"], ["100%"], ["embed: first 6"]]
+    assert [list(c.cells) for c in told.columns] == [["a"], ["embed=6\n100%: embed: first 6"], ["6"]]
+
+
+def test_paths_are_whole_in_80_columns(leaf):
+    path = "image/blocks/attn/query/kernel"
+    record = {"parameters": {path: {"fraction": 0.5, "maps": "layer: first 8, embed: first 128, head: first 12"}}}
+    out = io.StringIO()
+    wide = table({path: leaf("layer embed -> head head_dim", 8, 1152, 16, 72)}, record)
+    Console(file=out, width=80).print(wide)
+    lines = out.getvalue().splitlines()
+    assert lines[1].startswith(f"{path}  layer=8 embed=1152") and lines[1].endswith(f"{8 * 1152 * 16 * 72:,}")
+    assert max(map(len, lines)) <= 80 and "50%: layer: first 8, embed: first" in out.getvalue()
+
+
+def test_totals():
+    counts = {"image": 61_411_200, "token_table": 25_296_896, "total": 115_382_145}
+    assert totals(counts, 5_341_000_000) == (
+        "115,382,145 parameters, 5.34 GMACs (image 61,411,200, token table 25,296,896)"
+    )
+    assert totals({"total": 21}, 0) == "21 parameters, 0.00 GMACs"

@@ -13,8 +13,9 @@ from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.train.bad_samples import BadSamples, Feed
 from heirloom.common.train.loop import Cadence, Run
-from heirloom.common.train.metrics import Work, describe
+from heirloom.common.train.metrics import Work
 from heirloom.common.train.optim import OptimConfig, make_optimizer
+from heirloom.common.train.progress import describe
 from heirloom.common.train.state import abstract_state, create_state
 from heirloom.common.train.step import StepConfig, make_step
 
@@ -81,7 +82,7 @@ def test_bad_records_are_counted_by_window_and_listed_once(train):
     assert all("bad" not in line for line in lines(clean)) and not (clean / "bad_samples.jsonl").exists()
     timing = {"examples_per_second": 2000.0, "mfu": None, "data_wait": 0.02}
     shown = describe({"step": 400, "loss": 2.3, "bad": 1200, "timing": timing}, 600, Work(examples=60))
-    assert shown == "loss 2.3  bad 1,200  2,000 examples/s  MFU -  data wait 2%  ETA 0:00:06"
+    assert shown == ["loss 2.3", "bad 1,200", "ETA 0:00:06", "2,000 examples/s", "data wait 2%"]
 
 
 @pytest.mark.parametrize("ends", [7, 10])

@@ -1,10 +1,16 @@
+import logging
+import re
 import resource
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from heirloom.common.checkpoint.state import Checkpoints, Keep
@@ -54,6 +60,23 @@ def test_what_is_restored_is_what_was_saved_whatever_is_donated_meanwhile(
         jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, restored.state, like)
     )
     assert restored.data == {"data": {"next": 17}, "window": {"loss": [0.1 + 0.2, 3.0]}}
+
+
+def test_what_is_counted_after_a_save_is_not_in_it(tmp_path, state, like, monkeypatch):
+    counted, write = threading.Event(), ocp.JsonCheckpointHandler._save_fn
+
+    async def after(*args):  # orbax writes in the background: here, when the caller went on
+        assert counted.wait(60)
+        await write(*args)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", after)
+    checkpoints = Checkpoints(tmp_path)
+    window = {"loss": [1.0, 1.0]}
+    checkpoints.save(1, state, {"window": window})
+    window["loss"][0] += 1.0
+    counted.set()
+    checkpoints.wait()
+    assert checkpoints.restore(1, like).data == {"window": {"loss": [1.0, 1.0]}}
 
 
 def test_a_state_that_an_earlier_release_wrote_is_restored(tmp_path, spec, params, mesh):
@@ -113,6 +136,48 @@ def test_a_disk_that_fails_is_the_users_to_mend_and_costs_no_older_state(tmp_pat
     checkpoints.save(30, state, {})  # with room again it goes on
     checkpoints.wait()
     assert checkpoints.latest() == 30
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from heirloom.common.checkpoint.state import Checkpoints
+from heirloom.common.errors import InputError
+checkpoints = Checkpoints(Path(sys.argv[1]))
+tree = {str(i): np.random.default_rng(i).normal(size=4000) for i in range(40)}
+checkpoints.save(1, tree, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(2, tree, {})
+    checkpoints.wait()
+except InputError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_a_save_that_fails_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert re.fullmatch(r".* could not be (saved|written).*; the last state there is 1 .*\n", done.stderr), done.stderr
+
+
+def test_what_orbax_only_logs_is_heard(tmp_path):
+    """It raises what its saves log, and not what it cannot remove."""
+    Checkpoints(tmp_path)
+    try:
+        raise OSError("no space")
+    except OSError:
+        raised = sys.exc_info()
+
+    def heard(logger, module, text):
+        record = logging.LogRecord(logger, logging.ERROR, f"orbax/{module}", 1, text, (), raised)
+        return bool(logging.getLogger(logger).filter(record))
+
+    assert not heard("absl", "checkpoint/_src/futures/future.py", "run() raised an exception")
+    assert heard("absl", "checkpoint/_src/path/storage_backend.py", "Failed to remove checkpoint")
+    assert not heard("asyncio", "", "Task exception was never retrieved, defined at orbax/checkpoint/save.py")
+    assert heard("asyncio", "", "Task exception was never retrieved, defined at mine.py")
 
 
 def test_a_damaged_state_is_named(tmp_path, state, like):

@@ -11,7 +11,7 @@ import pytest
 
 from heirloom.common.errors import InputError, Remark, Stopped
 from heirloom.common.surgery.axes import Axes, Leaf
-from heirloom.common.train.loop import Cadence, Run, difference
+from heirloom.common.train.loop import Cadence, Run, closing, difference
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import OptimConfig, make_optimizer
@@ -270,3 +270,22 @@ def test_a_run_that_another_job_took_over_stops_at_once(train, tmp_path):
     with pytest.raises(InputError, match=r"taken: host far, pid 1 took over the run; this job stops"):
         train("taken", Rows({9: lambda: run.lease.lost.append("host far, pid 1 took over the run")}))
     assert [line["step"] for line in curve(run)] == [5]
+
+
+def test_the_last_word_names_the_weights_that_are_there(tmp_path):
+    def finished(folder, loss):
+        (folder / "model").mkdir(parents=True)
+        lines = ({"step": 2, "loss": 1.0, "eval/r1": loss}, {"step": 3, "loss": 1.0})
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    assert closing(tmp_path, "runs/a") == ""  # a zoo, or a comparison: no run
+    finished(tmp_path / "one", 0.25)
+    assert closing(tmp_path / "one", "gs://bucket/one") == (
+        "weights: gs://bucket/one/model; held out: r1 0.25; curves and pictures: heirloom report gs://bucket/one"
+    )
+    (tmp_path / "two" / "stage_old").mkdir(parents=True)  # somebody's copy
+    for n in (2, 10):  # stages: the last one's
+        finished(tmp_path / "two" / f"stage_{n}", n / 20)
+    assert closing(tmp_path / "two", "runs/two").startswith("weights: runs/two/stage_10/model; held out: r1 0.5;")
+    (tmp_path / "two" / "stage_10" / "model").rmdir()
+    assert closing(tmp_path / "two", "runs/two") == ""

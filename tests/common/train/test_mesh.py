@@ -1,5 +1,6 @@
+import time
 from concurrent.futures import ThreadPoolExecutor
-from socket import create_server
+from socket import create_connection, create_server
 
 import jax
 import numpy as np
@@ -92,6 +93,22 @@ def call_all(address, processes, ids, limit):
 
 def test_roll_call_of_all():
     assert call_all(f"localhost:{free_port()}", 3, [2, 0, 1], limit=30) == [None] * 3
+
+
+@pytest.mark.parametrize("sent", [b"null\n", b"{}\n", b"1\n", b'"1"\n', b"[" * 9000 + b"\n", b"GET / HTTP/1.1\r\n"])
+def test_roll_call_takes_no_stranger_for_a_process(sent):
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(roll_call, Job(f"localhost:{port}", 2, 0), 30)
+        for _ in range(100):
+            try:
+                with create_connection(("localhost", port)) as stranger:
+                    stranger.sendall(sent)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+        second = pool.submit(roll_call, Job(f"localhost:{port}", 2, 1), 30)
+        assert first.exception() is None and second.exception() is None
 
 
 def test_roll_call_names_who_is_missing_to_everybody():

@@ -1,20 +1,18 @@
 import io
 import json
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.metrics import (
-    Clock,
-    MetricsFile,
-    ProgressLine,
-    TensorBoard,
-    WeightsAndBiases,
-    Window,
-    Work,
-    describe,
-)
+from heirloom.common.train.metrics import Clock, MetricsFile, Window, Work
+from heirloom.common.train.progress import ProgressLine, describe, describe_scores, fitting
+from heirloom.common.train.writers import TensorBoard, Trackio, WeightsAndBiases, WriterName
 
 
 def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):
@@ -61,22 +59,56 @@ def test_a_mean_of_nothing_is_none():
     assert window.close() == {"loss": None}
 
 
-def test_the_progress_line():
-    timing = {"seconds": 9.0, "examples_per_second": 2000.0, "mfu": 0.4321, "data_wait": 0.02}
-    line = {"step": 400, "loss": 2.31415, "grad_norm": 1.0, "eval/top1": 0.635, "timing": timing}
-    expected = "loss 2.314  2,000 examples/s  MFU 43.2%  data wait 2%  ETA 0:00:06  eval/top1 0.635"
-    assert describe(line, 600, Work(examples=60)) == expected
-    unknown = {"step": 600, "loss": None, "timing": timing | {"mfu": None}}
-    assert describe(unknown, 600, Work(examples=60)) == "loss -  2,000 examples/s  MFU -  data wait 2%  ETA 0:00:00"
+TIMING = {"seconds": 9.0, "examples_per_second": 2000.0, "mfu": 0.4321, "data_wait": 0.02}
+LINE = {"step": 400, "loss": 2.31415, "grad_norm": 1.0, "eval/top1": 0.635, "timing": TIMING}
+
+
+def test_what_the_progress_line_says():
+    parts = describe(LINE, 600, Work(examples=60))
+    assert parts == ["loss 2.314", "ETA 0:00:06", "2,000 examples/s", "MFU 43.2%", "data wait 2%"]
+    assert describe_scores(LINE) == ["eval/top1 0.635"]
+    out = io.StringIO()
+    ProgressLine(600, Work(examples=60), Console(file=out, width=200)).show(LINE)
+    assert out.getvalue() == "  ".join(["step 400/600", *parts, "eval/top1 0.635\n"])
+    unknown = {"step": 600, "loss": None, "bad": 3, "timing": TIMING | {"mfu": None}}
+    parts = describe(unknown, 600, Work(examples=60))
+    assert parts == ["loss -", "bad 3", "ETA 0:00:00", "2,000 examples/s", "data wait 2%"]
+    found = [fitting(["ab", "cdef", "g"], width) for width in (1, 2, 7, 8, 11)]
+    assert found == ["", "ab", "ab", "ab  cdef", "ab  cdef  g"]
 
 
 @pytest.mark.parametrize(
-    "writer, package", [(lambda d: TensorBoard(d), "tensorboardX"), (lambda d: WeightsAndBiases(d, {}), "wandb")]
+    ("width", "end"),
+    [(80, "loss 2.314  ETA 2:13:20  2,000 examples/s"), (110, "2,000 examples/s  MFU 43.2%  data wait 2%")],
 )
-def test_a_missing_package_says_what_to_install(writer, package, tmp_path, monkeypatch):
+def test_the_live_line_keeps_step_bar_and_eta(width, end):
+    """On a terminal of 80 columns whole parts are left out at the end; nothing is cut in the middle."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    with ProgressLine(400_000, Work(80), console) as progress:
+        progress.show(LINE | {"step": 199_999})
+        progress.show(LINE | {"step": 200_000})
+    last = out.getvalue().rstrip("\n").replace("\x1b[?25h", "").rpartition("\x1b[2K")[2].rstrip()
+    assert last.startswith("step 200,000/400,000 \u2501") and last.endswith(end) and len(last) <= width
+
+
+@pytest.mark.parametrize(
+    ("writer", "package", "extra"),
+    [
+        (lambda d: TensorBoard(d), "tensorboardX", "tensorboard"),
+        (lambda d: WeightsAndBiases(d, {}), "wandb", "wandb"),
+        (lambda d: Trackio(d, {}), "trackio", "trackio"),
+    ],
+)
+def test_a_missing_package_says_what_to_install(writer, package, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(InputError, match=f"pip install {package}"):
+    with pytest.raises(InputError, match=rf"{package} is not installed: pip install 'heirloom-jax\[{extra}\]'"):
         writer(tmp_path)
+
+
+def test_extras_are_named_like_writers():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert set(get_args(WriterName)) <= set(project["optional-dependencies"])
 
 
 def test_devices_that_wait_for_data_are_told_of_once():
@@ -89,13 +121,35 @@ def test_devices_that_wait_for_data_are_told_of_once():
     assert out.getvalue().count("data wait 90%") == 2
 
 
+def test_a_notebook_has_one_bar_that_is_replaced_in_place(monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda data, raw: shown.append(data))
+    display = SimpleNamespace(display=lambda data, raw, display_id: shown.append(data) or handle)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    progress = ProgressLine(10, Work(4), Console(file=io.StringIO(), force_jupyter=True, width=200))
+    timing = {"seconds": 1.0, "examples_per_second": 4.0, "mfu": None, "data_wait": 0.0}
+    progress.show({"step": 5, "loss": 1.0, "eval/top1": 0.25, "timing": timing})
+    progress.show({"step": 6, "loss": 0.5, "timing": timing})
+    assert [data["text/plain"][:9] for data in shown] == ["step 5/10", "step 6/10"]
+    assert "loss 0.5 " in shown[1]["text/plain"] and shown[1]["text/plain"].endswith("at step 5: eval/top1 0.25")
+    assert '<progress value="6" max="10"' in shown[1]["text/html"]
+
+
 def test_time_in_which_the_loop_stands_still_for_a_save_is_counted_in_its_window_alone(monkeypatch):
-    now = iter([0.0, 1.0, 1.0, 3.5, 3.5, 10.0, 12.0])  # start; save from 1.0 to 3.5 (two timers); two lines
+    # start; a step; save from 2.0 to 4.5 (two timers); two steps; the lines
+    now = iter([0.0, 1.0, 2.0, 2.0, 4.5, 4.5, 5.0, 9.0, 10.0, 12.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock(Work(examples=6))
+    clock = Clock(Work(examples=10))
+    clock.step()
     with clock.saving():
         pass
-    clock.steps = 5
+    clock.step()
+    clock.step()
     first, second = clock.close(), clock.close()
-    assert first == {"seconds": 10.0, "examples_per_second": 4.0, "mfu": None, "data_wait": 0.0, "save_stall": 2.5}
-    assert second["save_stall"] == 0.0
+    assert first.pop("host_peak") > 10e6  # bytes: an interpreter with jax
+    assert first == {
+        **{"seconds": 10.0, "examples_per_second": 4.0, "mfu": None, "data_wait": 0.0, "save_stall": 2.5},
+        **{"step_p50": 1.5, "step_p95": pytest.approx(3.75), "step_max": 4.0},  # of 1, 1.5 and 4 seconds
+    }
+    assert second["save_stall"] == 0.0 and second["step_max"] is None

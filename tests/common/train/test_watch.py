@@ -1,0 +1,68 @@
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from heirloom.common.train import watch
+from heirloom.common.train.watch import STUCK, Profile, Watchdog
+
+STANDS_STILL = """
+import sys, threading, time
+from pathlib import Path
+from heirloom.common.train.watch import Watchdog
+
+def stands_still():
+    time.sleep(60)
+
+with Watchdog(0.3, Path(sys.argv[1])) as dog:
+    for _ in range(4):
+        dog.step()
+        time.sleep(0.001)
+    stands_still()
+"""
+
+
+def test_a_loop_that_stands_still_ends_and_says_where(tmp_path):
+    began = time.monotonic()
+    run = [sys.executable, "-c", STANDS_STILL, str(tmp_path / "stacks.txt")]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == STUCK and time.monotonic() - began < 40
+    assert ended.stderr.startswith("heirloom: no step for ") and "Traceback" not in ended.stderr
+    assert str(tmp_path / "stacks.txt") in ended.stderr
+    assert "stands_still" in (tmp_path / "stacks.txt").read_text()
+
+
+def test_neither_the_first_step_nor_a_pause_nor_a_slow_loop_ends(tmp_path):
+    ends = []
+    with Watchdog(0.1, tmp_path / "stacks.txt", ends.append) as dog:
+        time.sleep(0.3)  # compiles
+        for _ in range(4):
+            dog.step()
+            time.sleep(0.06)
+        with dog.paused():
+            time.sleep(0.9)
+        assert dog.limit() > 0.5  # ten medians
+        time.sleep(0.2)
+        dog.step()
+    assert not ends and not (tmp_path / "stacks.txt").exists()
+
+
+def test_no_seconds_watch_nothing(tmp_path):
+    with Watchdog(0, tmp_path / "stacks.txt") as dog:
+        assert not dog._thread.is_alive()
+
+
+@pytest.mark.parametrize("steps, total, recorded", [(3, 30, (10, 13)), (3, 11, (10, 11)), (0, 30, None)])
+def test_the_steps_of_a_profile(steps, total, recorded, tmp_path, monkeypatch):
+    at, seen = 0, []
+    profiler = SimpleNamespace(
+        start_trace=lambda folder: seen.append((at, os.path.basename(folder))), stop_trace=lambda: seen.append((at, ""))
+    )
+    monkeypatch.setattr(watch.jax, "profiler", profiler)
+    with Profile(steps, tmp_path / "profile") as profile:
+        for at in range(1, total + 1):  # noqa: B007
+            profile.step()
+    assert seen == ([(recorded[0], "profile"), (recorded[1], "")] if recorded else [])
