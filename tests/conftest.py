@@ -1,6 +1,7 @@
 """Eight CPU devices, exact matmuls and quick compiles, set before anything asks JAX for a device."""
 
 import os
+import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Two processes now and then write one entry at once, and JAX warns of it. (For this process: pyproject.toml.)
 os.environ.setdefault("PYTHONWARNINGS", "ignore:Error writing persistent compilation cache entry")
+
+# Indexes and downloads: a test must not find what an earlier run has left in the cache of this machine.
+_CACHE = tempfile.TemporaryDirectory(prefix="heirloom-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import jax
 import numpy as np

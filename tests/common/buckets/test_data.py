@@ -155,14 +155,14 @@ def test_many_shards_are_opened_with_one_listing(bucket, tmp_path, write_tar, pu
     put(data, bucket)
     path = f"{bucket}/s-{{0..3}}.tar"
     assert len(open_source(SourceConfig(path))) == 12 and "heirloom.index" in bucket.files()
-    monkeypatch.setattr(catalogue, "MANY", 1)
-    monkeypatch.setattr(Address, "version", lambda self: pytest.fail("a request for one shard"))
-    monkeypatch.setattr(tar_index, "_table", lambda *_: pytest.fail("a shard was read again"))
-    assert len(open_source(SourceConfig(path))) == 12
-    for file in cache.rglob(catalogue.FILE):  # another host
-        file.unlink()
-    assert len(open_source(SourceConfig(path))) == 12
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "MANY", 1)
+        patch.setattr(Address, "version", lambda self: pytest.fail("a request for one shard"))
+        patch.setattr(tar_index, "_table", lambda *_: pytest.fail("a shard was read again"))
+        assert len(open_source(SourceConfig(path))) == 12
+        for file in cache.rglob(catalogue.FILE):  # another host
+            file.unlink()
+        assert len(open_source(SourceConfig(path))) == 12
     bucket.child("s-2.tar").write_bytes(write_tar(data / "s-2.tar", 50, 5).read_bytes())
     source = open_source(SourceConfig(path))
     assert len(source) == 14 and source[10]["text"] == "caption 54"
