@@ -40,6 +40,7 @@ def write_random(family: Family, cfg: Any, folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     format.write_config(cfg, folder)
     with create_safetensors(folder / format.file, format.layout_of(cfg).foreign(spec)) as out:
+        embedders: dict[str, np.ndarray] = {}
         for key, value in out.items():
             if "table" in key:
                 value[...] = 0.02 * rng.standard_normal(value.shape, np.float32)
@@ -48,6 +49,8 @@ def write_random(family: Family, cfg: Any, folder: Path, seed: int) -> None:
             else:
                 std = np.prod(value.shape[1:]) ** -0.5
                 value[...] = std * rng.standard_normal(value.shape, np.float32)
+            if ".norm1.emb." in key:  # each block of a DiT has a copy of the embedders
+                value[...] = embedders.setdefault(key.partition(".norm1.")[2], np.array(value))
 
 
 def write_pipeline(folder: Path, cfg: PixArtConfig, text: str, tokenizer: Path) -> None:

@@ -6,11 +6,10 @@
 The gene costs most of its compute before the first descendant; from there each costs two epochs. From scratch, the
 same total is shared by N models: all get the same number of steps, so a few models train long and many train briefly.
 At which N does the gene pay? SETS has the depths of the N models. Data, models and schedules are those of `genes.py`,
-with a longer training of the teacher and the gene. Learning rates are the best of RATES on validation pictures, with a
-seed of their own; from scratch for each N. All scores are of test pictures. FLOPs are counted
-(`learngene.compare.training_flops`): the teacher's training, its forward passes, the gene, the descendants; sweeps
-count on neither side. Two hours of two CPU cores, by estimate; what is finished stays in --runs, and the same command
-goes on.
+with a longer training of the teacher. Learning rates are the best of RATES on validation pictures, with a seed of their
+own; from scratch for each N. All scores are of test pictures. FLOPs are counted (`learngene.compare.training_flops`):
+the teacher's training, its forward passes, the gene, the descendants; sweeps count on neither side. Two hours of a CPU
+core; what is finished stays in --runs, and the same command goes on.
 """
 
 import sys
@@ -30,7 +29,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 DEPTH = 6  # of the sweeps
 SETS = {1: (6,), 3: (4, 6, 8), 6: tuple(range(4, 10)), 12: tuple(range(3, 15))}
 SIZES = {
-    "cpu": (replace(CPU, teacher_epochs=10, gene_epochs=15, epochs=2), SETS),
+    "cpu": (replace(CPU, teacher_epochs=10, gene_epochs=10, epochs=2), SETS),
     "smoke": (replace(CPU, train=128, validation=64, test=64, teacher_epochs=1, gene_epochs=1, epochs=1, batch=64),
               {1: (6,), 2: (4, 6)}),
 }  # fmt: skip
@@ -52,7 +51,9 @@ def main() -> None:
     taught = teacher_row(base.gene, base.teacher, teacher)
     budgets = {n: budget(base, depths, teacher, taught["flops"]) for n, depths in sets.items()}
     rates = sweep(tried, teacher, budgets, args.runs / "sweep")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"teacher": taught, "gene_flops": gene_flops(base, teacher), "steps": budgets, "rates": rates}
+    result["rows"] = rows
     for seed in args.seeds:
         cfg, folder = seeded(base, seed), args.runs / f"seed-{seed}"
         tuned = with_rate(cfg, rates["sws"])
@@ -61,14 +62,12 @@ def main() -> None:
         for n, depths in sets.items():
             for depth in depths:
                 scratch = curve(from_scratch(cfg, depth, budgets[n], rates[n]), folder / f"scratch-{n}-{depth}")
-                for name, result in (("sws", found[depth]), ("scratch", scratch)):
+                for name, run in (("sws", found[depth]), ("scratch", scratch)):
                     one = {"models": n, "depth": depth, "seed": seed, "method": name}
-                    rows.append(one | {"top1": result["top1"][-1], "flops": result["flops"]})
+                    rows.append(one | {"top1": run["top1"][-1], "flops": run["flops"]})
             print(f"seed {seed}, {n} models:", *means(rows, n, seed).items(), flush=True)
-    result = {"teacher": taught, "gene_flops": gene_flops(base, teacher), "steps": budgets, "rates": rates}
-    result["rows"] = rows
+        bench.write(args.json, bench.header() | result, indent=1)
     report(result, sets)
-    bench.write(args.json, bench.header() | result, indent=1)
 
 
 def gene_flops(cfg: Comparison, teacher: str) -> float:

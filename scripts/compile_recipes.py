@@ -21,10 +21,11 @@ RECIPES = {
     "lit/xl_2_256": [
         "v5e:8x8",
         "v5e:8x8 --student.remat full",
+        "v5e:8x8 --mesh.fsdp 2 --student.remat full",
         "v5e:8x8 --mesh.fsdp 8",
         "v5e:8x8 --mesh.fsdp 8 --student.implementation mosaic_tpu",
     ],
-    "lit/xl_2_512": ["v5e:8x8 --mesh.fsdp 8"],
+    "lit/xl_2_512": ["v5e:8x8 --mesh.fsdp 8", "v5e:8x8 --mesh.fsdp 2 --student.remat full"],
     "lit/t2i_512": ["v5e:8x8 --mesh.fsdp 8"],
     "lit/t2i_1024": ["v5e:4x8 --mesh.fsdp 8", "v5e:4x8 --mesh.fsdp 8 --step.accumulate 3"],
     "tinyclip/vit_40m_32": ["v5e:16x16"],
@@ -32,13 +33,13 @@ RECIPES = {
     "tinyclip/vit_8m_16": ["v5e:16x16"],
     "lit/s_2_256": ["v5e:4x4"],
     "lit/b_2_256": ["v5e:4x4"],
-    "lit/l_2_256": ["v5e:8x8 --mesh.fsdp 8"],
+    "lit/l_2_256": ["v5e:8x8 --student.remat full", "v5e:8x8 --mesh.fsdp 8"],
     "tinyclip/rn_30m": ["v5e:16x16"],
     "tinyclip/auto_45m_32": ["v5e:16x16"],
     "learngene/aux_ti": ["v5e:4x4"],
     "learngene/aux_s": ["v5e:4x4"],
     "learngene/aux_b": ["v5e:4x4"],
-    "learngene/vit_s": ["v5e:4x4"],
+    "learngene/vit_s": ["v5e:4x4", "v5e:4x4 --student.remat full", "v5e:4x4 --student.remat dots"],
 }
 HEAD = """# The recipes on TPU pods
 
@@ -50,7 +51,8 @@ compiler's own figure, and the time of a step an estimate of what FLOPs, bytes a
 *GiB* adds up arguments, results and temporaries; *of* is the memory that the compiler gives to a program, less than the chip has. Whether
 a step fits is the compiler's own judgement: it accepted one whose sum is above *of*. *Bound by* says which limit of a chip gives the
 estimate: matmuls (our count of FLOPs at the chip's bf16 peak), memory (state once, temporaries written and read once each, a rule of
-thumb), or links (all collectives, one after the other). *Collectives* are a device's, with the bytes of whole arrays: what is gathered,
+thumb), or links (all collectives, one after the other). *Of peak* is the share of the chip's bf16 peak that this leaves: 100 % where
+matmuls bind. *Collectives* are a device's, with the bytes of whole arrays: what is gathered,
 scattered, reduced or moved. One in a loop counts once for each trip; only in a loop whose condition is not *counter < constant* it counts
 once, which is then too few. Of a conditional both branches count, which is then too many. A sum of which each device keeps its part stands
 as an all-reduce where the compiler fused the two. *Compiled* are the day of a row and its versions of jax and libtpu; *bfloat16 sums*
@@ -60,8 +62,8 @@ tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the
 then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are copied to every chip: split over eight (`--mesh.fsdp 8`) the
 61M needs a little over a third of the memory, and its links take five times the step.
 
-| recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | estimated step | bound by | compiled |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+| recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | estimated step | bound by | of peak | compiled |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -71,7 +73,10 @@ def row(name: str, how: str, r: dict) -> str:
         ", ".join(f"{c['count']} {kind} ({c['bytes'] / 2**20:,.0f} MiB)" for kind, c in r["collectives"].items()) or "-"
     )
     fits = "yes" if r["fits"] else f"no: {r['advice']}"
-    limit = f"{1e3 * r['step_seconds']:.1f} ms | {r['bound']}" if r["fits"] else "- | -"
+    limit = "- | - | -"
+    if r["fits"]:
+        share = r["parts"]["matmuls"] / r["step_seconds"]
+        limit = f"{1e3 * r['step_seconds']:.1f} ms | {r['bound']} | {100 * share:.0f} %"
     memory = f"{r['bytes_per_device'] / GIB:.2f} | {r['hbm'] / GIB:.2f}"
     compiled = f"{r['date']}, {r['jax']}, {r['libtpu']}{'' if 'summed' in r or not r['fits'] else ', bfloat16 sums'}"
     return (

@@ -17,10 +17,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Two processes now and then write one entry at once, and JAX warns of it. (For this process: pyproject.toml.)
 os.environ.setdefault("PYTHONWARNINGS", "ignore:Error writing persistent compilation cache entry")
 
-# Indexes and downloads: a test must not find what an earlier run has left in the cache of this machine.
-_CACHE = tempfile.TemporaryDirectory(prefix="heirloom-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
-
 import jax
 import numpy as np
 import pytest
@@ -34,6 +30,10 @@ import tinyclip_jax.losses
 import tinyclip_jax.masks
 import tinyclip_jax.model
 from heirloom.common.errors import Remark
+
+# Indexes and downloads: a test must not find what an earlier run has left in the cache of this machine.
+_CACHE = tempfile.TemporaryDirectory(prefix="heirloom-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Collectives on a CPU hold a thread each until all devices are there, of a pool as large as the machine or the number
 # of devices: on two cores a step with many of them waited for ever. In a larger pool it does not; XLA reads its size

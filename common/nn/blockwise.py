@@ -118,22 +118,24 @@ def _backward_in_blocks(
                 limits: jax.Array | None) -> Any:  # fmt: skip
         def of_columns(dq: jax.Array, column: Any) -> Any:
             j, k, v, limits = column
+            across, values = k.T, v.T
 
             def add(carry: Any, row: Any) -> Any:
                 dk, dv = carry
                 i, q, grad, along, largest = row
                 limit = _limit(q, k, limits, i, j, causal)
                 # The weights times their sum, by which `grad` and `along` were divided.
-                weights = jnp.exp(_limited(_dot("qd,kd->qk", q, k), limit) - largest)
-                dscores = weights * (_dot("qd,kd->qk", grad, v) - along)
+                weights = jnp.exp(_limited(_dot("qd,dk->qk", q, across), limit) - largest)
+                dscores = weights * (_dot("qd,dk->qk", grad, values) - along)
                 if limit is not None:  # a query that sees no key weighs all alike, whatever their scores
                     dscores = jnp.where(limit < 0, 0, dscores)
-                dk, dv = dk + _dot("qk,qd->kd", dscores, q), dv + _dot("qk,qd->kd", weights, grad)
+                # [channel, key]: a block of scores is never transposed, which would take a third of the time.
+                dk, dv = dk + _dot("dq,qk->dk", q.T, dscores), dv + _dot("dq,qk->dk", grad.T, weights)
                 return (dk, dv), _dot("qk,kd->qd", dscores, k)
 
             rows = jnp.arange(len(q)), q, grad, along, largest
-            found, through = jax.lax.scan(add, (jnp.zeros_like(k), jnp.zeros_like(v)), rows)
-            return dq + through, found
+            found, through = jax.lax.scan(add, (jnp.zeros_like(across), jnp.zeros_like(values)), rows)
+            return dq + through, jax.tree.map(jnp.transpose, found)
 
         dq, (dk, dv) = jax.lax.scan(of_columns, jnp.zeros_like(q), (jnp.arange(len(k)), k, v, limits))
         return dq * query.shape[-1] ** -0.5, dk, dv

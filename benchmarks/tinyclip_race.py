@@ -1,0 +1,199 @@
+"""Steps to a score: students that inherit, and the same student from scratch, each with its own rate and enough time.
+
+    python benchmarks/tinyclip_race.py --runs runs/race --json benchmarks/results/tinyclip_race.json --png docs/race.png
+
+An arm is trained anew for each number of steps of its BUDGETS, with a cosine that ends there: a point of the curve is
+what that many steps are worth, not how far a longer schedule has come. Its learning rate is the best of RATES on 150
+concepts of the training data, which only this sweep holds out, with a seed of its own. Scores are held-out R@1, the
+mean of both directions, over 300 concepts that nobody was trained on. Steps to a score are read off the curve of a
+seed, on a logarithmic axis of steps. Two hours of a CPU core; what is finished stays in --runs, and the same command
+goes on.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute, parquet
+from tinyclip import TEACHER, scores, tokenizer
+
+from heirloom.common import config
+from heirloom.common.data import emoji
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.nn.functional import functional
+from tinyclip_jax.model import Clip, total_macs
+from tinyclip_jax.train import Config, LossConfig
+from tinyclip_jax.zoo import open_clip_model
+
+RATES = (3e-4, 1e-3, 3e-3)
+SWEEP_SEED = 100
+SCRATCH, AFFINITY, CONTRASTIVE = "scratch, contrastive", "inherited, affinity", "inherited, contrastive"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cpu": dict(batch=64, sweep={SCRATCH: 400, AFFINITY: 100, CONTRASTIVE: 100},
+                budgets={SCRATCH: (200, 400, 800, 1600), AFFINITY: (25, 50, 100, 200, 400), CONTRASTIVE: (100, 400)}),
+    "smoke": dict(batch=16, sweep={SCRATCH: 4, AFFINITY: 2, CONTRASTIVE: 2},
+                  budgets={SCRATCH: (4, 8), AFFINITY: (2, 4), CONTRASTIVE: (2, 4)}),
+}  # fmt: skip
+LEVELS = (0.02, 0.03, 0.04, 0.05, 0.06)
+HELD = 150  # concepts of the sweep's validation
+COLOURS = {SCRATCH: "#588b8b", AFFINITY: "#c8553d", CONTRASTIVE: "#d9a441"}
+
+
+def recipe(arm: str, steps: int, rate: float, seed: int, batch: int) -> Config:
+    """The demo's student, as an arm trains it."""
+    demo = config.load("tinyclip/emoji")
+    assert isinstance(demo, Config)
+    cfg = replace(
+        demo,
+        seed=seed,
+        steps=steps,
+        pipeline=replace(demo.pipeline, batch=batch, seed=seed),
+        optim=replace(demo.optim, lr=rate, warmup=max(steps // 10, 1)),
+        step=replace(demo.step, seed=seed),
+        log_every=steps,
+        eval_every=steps,
+        save_every=steps,
+    )
+    if arm == AFFINITY:
+        return cfg
+    alone = replace(cfg, teacher="", tokenizer=str(tokenizer()), loss=LossConfig(alpha=0.0))
+    return alone if arm == CONTRASTIVE else replace(alone, donor="")
+
+
+def score(cfg: Config, run: Path) -> dict[str, float]:
+    """Held-out scores after a training, which is done unless it was done before."""
+
+    def trained() -> dict[str, float]:
+        cfg.train(run)
+        return scores(run)
+
+    return bench.once(run.with_name(f"{run.name}.json"), trained)
+
+
+def validation(folder: Path) -> Path:
+    """Writes the training data anew, with HELD of its concepts as the split `validation`; returns the file."""
+    file = folder / "emoji.parquet"
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [parquet.read_table(emoji.path(style), filters=[("split", "=", "train")]) for style in emoji.STYLES]
+    table = pa.concat_tables(tables)
+    concepts = sorted(set(table["concept"].to_pylist()))
+    held = np.random.default_rng(0).choice(concepts, HELD, replace=False)
+    split = compute.if_else(compute.is_in(table["concept"], pa.array(held.tolist())), "validation", "train")
+    parquet.write_table(table.set_column(table.column_names.index("split"), "split", split), file)
+    return file
+
+
+def sweep(arm: str, steps: int, batch: int, data: Path, folder: Path) -> dict[float, float]:
+    """Validation R@1 of an arm by learning rate."""
+    found = {}
+    for rate in RATES:
+        fit, held = (SourceConfig(str(data), split, columns=("concept", "tags")) for split in ("train", "validation"))
+        cfg = replace(recipe(arm, steps, rate, SWEEP_SEED, batch), data=fit, held_out=held)
+        found[rate] = score(cfg, folder / f"{slug(arm)}-{rate:g}")["r1"]
+    return found
+
+
+def slug(arm: str) -> str:
+    return arm.replace(", ", "-")
+
+
+def steps_to(level: float, curve: Iterable[tuple[int, float]]) -> float | None:
+    """Steps at which a curve first has a score, by its logarithm between two points; None where it never does."""
+    points = sorted(curve)
+    before = None
+    for steps, value in points:
+        if value >= level:
+            if before is None:
+                return float(steps)
+            share = (level - before[1]) / (value - before[1])
+            return math.exp(math.log(before[0]) + share * (math.log(steps) - math.log(before[0])))
+        before = (steps, value)
+    return None
+
+
+def curves(rows: list[dict[str, Any]], arm: str) -> dict[int, list[tuple[int, float]]]:
+    """Points (steps, R@1) of an arm by seed."""
+    mine = bench.groups((row for row in rows if row["arm"] == arm), "seed")
+    return {seed: [(row["steps"], row["r1"]) for row in found] for seed, found in mine.items()}
+
+
+def main() -> None:
+    parser = bench.parser(__doc__, seeds=True)
+    parser.add_argument("--setting", choices=SETTINGS, default="cpu")
+    parser.add_argument("--runs", type=Path, required=True, help="where the runs go; what is finished is kept")
+    parser.add_argument("--png", type=Path, help="a drawing of the curves")
+    args = parser.parse_args()
+    setting = SETTINGS[args.setting]
+    batch, budgets = setting["batch"], setting["budgets"]
+    data = validation(args.runs / "data")
+    tried = {arm: sweep(arm, steps, batch, data, args.runs / "sweep") for arm, steps in setting["sweep"].items()}
+    print("validation R@1 by rate:", tried, flush=True)
+    donor = open_clip_model(TEACHER)
+    student = recipe(SCRATCH, 1, RATES[0], 0, batch).student
+    macs = {"teacher": total_macs(donor.cfg, donor.source.spec),
+            "student": total_macs(student, functional(Clip, student).spec)}  # fmt: skip
+    result: dict[str, Any] = {"batch": batch, "macs": macs, "validation": tried, "rows": []}
+    for seed in args.seeds:
+        for arm, found in budgets.items():
+            rate = max(tried[arm], key=tried[arm].__getitem__)
+            for steps in found:
+                run = args.runs / f"seed-{seed}" / f"{slug(arm)}-{steps}"
+                one = {"arm": arm, "seed": seed, "steps": steps, "rate": rate}
+                result["rows"].append(one | score(recipe(arm, steps, rate, seed, batch), run))
+                print(result["rows"][-1], flush=True)
+        bench.write(args.json, bench.header() | result, indent=1)
+    print("\n".join(report(result["rows"], budgets)))
+    if args.png:
+        plot(result["rows"], args.png)
+
+
+def report(rows: list[dict[str, Any]], budgets: dict[str, tuple[int, ...]]) -> list[str]:
+    """R@1 by arm and budget, and steps to each level; the ratio is scratch's to those of affinity, by seed."""
+    steps = sorted({n for found in budgets.values() for n in found})
+    head = ["R@1 after steps of", *(f"{n:,}" for n in steps)]
+    table = []
+    for arm in budgets:
+        at = {n: [100 * row["r1"] for row in rows if row["arm"] == arm and row["steps"] == n] for n in steps}
+        table.append([arm, *(bench.cell(values) for values in at.values())])
+    found = {arm: curves(rows, arm) for arm in budgets}
+    seeds = sorted(found[SCRATCH])
+    reached = []
+    for level in LEVELS:
+        each = {arm: [steps_to(level, found[arm][seed]) for seed in seeds] for arm in budgets}
+        ratios = [
+            "-" if mine is None else f"{'' if theirs else '> '}{(theirs or budgets[SCRATCH][-1]) / mine:.1f}"
+            for theirs, mine in zip(each[SCRATCH], each[AFFINITY], strict=True)
+        ]
+        told = (", ".join("never" if n is None else f"{n:,.0f}" for n in each[arm]) for arm in budgets)
+        reached.append([f"{100 * level:.0f} %", *told, ", ".join(ratios)])
+    return [
+        *bench.markdown(head, table),
+        "",
+        *bench.markdown(["steps to R@1 of", *budgets, "scratch / inherited, affinity"], reached),
+    ]
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """R@1 over steps, a line for each seed and arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for arm, colour in COLOURS.items():
+        for i, curve in enumerate(curves(rows, arm).values()):
+            steps, values = zip(*sorted(curve), strict=True)
+            look = dict(color=colour, linewidth=1.6, marker="o", markersize=3, label=None if i else arm)
+            axes.plot(steps, [100 * value for value in values], **look)
+    axes.set(xscale="log", xlabel="steps of a whole training", ylabel="R@1 on held-out concepts, %", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The parts of the races that decide what their pages say."""
+
+from pathlib import Path
+
+import pytest
+from pyarrow import compute, parquet
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def race(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tinyclip_race
+
+    return tinyclip_race
+
+
+def test_steps_to_a_score_are_read_off_between_two_budgets(race):
+    curve = [(400, 0.06), (100, 0.02), (200, 0.01), (800, 0.05)]
+    assert race.steps_to(0.02, curve) == 100
+    assert race.steps_to(0.035, curve) == pytest.approx(200 * 2**0.5)  # halfway from 0.01 to 0.06, on a log axis
+    assert race.steps_to(0.061, curve) is None
+
+
+def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrives(race):
+    budgets = {race.SCRATCH: (100, 200), race.AFFINITY: (50, 100), race.CONTRASTIVE: (50, 100)}
+    scores = {race.SCRATCH: (0.01, 0.02), race.AFFINITY: (0.02, 0.04), race.CONTRASTIVE: (0.01, 0.015)}
+    rows = [
+        {"arm": arm, "seed": seed, "steps": steps, "r1": r1}
+        for arm in budgets
+        for seed in (0, 1)
+        for steps, r1 in zip(budgets[arm], scores[arm], strict=True)
+    ]
+    lines = race.report(rows, budgets)
+    assert lines[2] == "| scratch, contrastive |  | 1.0 ± 0.0 | 2.0 ± 0.0 |"
+    assert "| 2 % | 200, 200 | 50, 50 | never, never | 4.0, 4.0 |" in lines
+    assert "| 4 % | never, never | 100, 100 | never, never | > 2.0, > 2.0 |" in lines
+    assert "| 6 % | never, never | never, never | never, never | -, - |" in lines
+
+
+def test_validation_concepts_are_held_out_of_the_training_data_alone(race, tmp_path):
+    table = parquet.read_table(race.validation(tmp_path))
+    splits = {name: table.filter(compute.equal(table["split"], name)) for name in ("train", "validation")}
+    assert len(splits["train"]) + len(splits["validation"]) == len(table)
+    train, held = (set(part["concept"].to_pylist()) for part in splits.values())
+    assert len(held) == race.HELD and not train & held
+    tested = parquet.read_table(race.emoji.path("noto"), filters=[("split", "=", "test")])
+    assert not set(tested["concept"].to_pylist()) & (train | held)
+
+
+def test_each_arm_has_its_own_loss_start_and_schedule(race):
+    arms = {arm: race.recipe(arm, 50, 1e-3, 3, 16) for arm in race.COLOURS}
+    assert {arm: (bool(cfg.donor), bool(cfg.teacher), cfg.loss.alpha) for arm, cfg in arms.items()} == {
+        race.SCRATCH: (False, False, 0.0),
+        race.AFFINITY: (True, True, 1.0),
+        race.CONTRASTIVE: (True, False, 0.0),
+    }
+    assert all(cfg.steps == 50 and cfg.optim.warmup == 5 and cfg.pipeline.seed == 3 for cfg in arms.values())
+
+
+def test_the_mean_of_a_seed_is_that_of_its_models(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gene_budget
+
+    row = {"models": 2, "seed": 0, "flops": 1.0}
+    rows = [
+        row | {"depth": 4, "method": "sws", "top1": 0.5},
+        row | {"depth": 6, "method": "sws", "top1": 0.6},
+        row | {"depth": 4, "method": "scratch", "top1": 0.4},
+        row | {"depth": 4, "method": "sws", "top1": 0.9, "seed": 1},
+        row | {"depth": 4, "method": "sws", "top1": 0.9, "models": 1},
+    ]
+    assert gene_budget.means(rows, 2, 0) == {"sws": 55.0, "scratch": 40.0}
