@@ -1,9 +1,11 @@
 """`heirloom doctor`: is this machine ready, and if not, what to type."""
 
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -15,6 +17,8 @@ PACKAGES += ("tensorflow-datasets", "torch", "transformers")
 # Flax follows JAX closely. The oldest flax that was tested with each minor version of jax:
 PAIRS: dict[tuple[int, ...], str] = {(0, 12): "0.12.12", (0, 11): "0.12.9", (0, 10): "0.12.8"}
 SIZE = 2048
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE = "glibc.malloc.hugetlb=1"
 
 
 def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
@@ -50,6 +54,8 @@ def examine(more: Sequence[Callable[[], str]] = ()) -> dict[str, Any]:
         hint = _accelerator_hint()
         extras = "pip install 'heirloom-jax[cuda]' or 'heirloom-jax[tpu]' on its machine"
         print(hint or f"no accelerator here; for one, {extras}")
+        if not hint and _huge_pages_unused():
+            print(f"training here is up to a fifth faster in huge pages: start it with GLIBC_TUNABLES={HUGE}")
     if "torch" not in found:
         what = ".pt files cannot be read, conversions are checked by structure only"
         print(f"no torch: {what} (pip install 'heirloom-jax[torch]')")
@@ -69,9 +75,14 @@ def check_pair(jax: str, flax: str) -> None:
         raise InputError(f"jax {jax} needs flax {needed} or newer, here is {flax}: pip install -U 'flax>={needed}'")
 
 
-def _accelerator_hint() -> str | None:
-    from pathlib import Path
+def _huge_pages_unused() -> bool:
+    """Whether Linux has huge pages for programs that ask for them, and ours would not ask (docs/speed.md)."""
+    if platform.libc_ver()[0] != "glibc" or HUGE in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    return HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text()
 
+
+def _accelerator_hint() -> str | None:
     if Path("/dev/nvidia0").exists():
         return "an NVIDIA GPU is here but jax runs on the CPU: pip install -U 'heirloom-jax[cuda]'"
     if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists():

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from heirloom.common import config
+from heirloom.common import config, doctor
 from heirloom.common.arguments import VERBS
 from heirloom.common.cli import main
 from heirloom.common.doctor import check_pair
@@ -120,6 +120,21 @@ def test_doctor_multiplies_and_reports(tmp_path, capsys):
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["devices"] == 8 and found["gflops"] > 0 and {"jax", "flax"} <= found["versions"].keys()
     assert capsys.readouterr().out.rstrip().endswith("ready")
+
+
+@pytest.mark.parametrize(
+    ("mode", "set_to", "told"),
+    [("always [madvise] never", "", True), ("[always] madvise never", "", False),
+     ("always [madvise] never", "glibc.malloc.hugetlb=1", False)],
+)  # fmt: skip
+def test_doctor_names_huge_pages_where_only_asking_is_missing(mode, set_to, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "enabled").write_text(f"{mode}\n")
+    monkeypatch.setattr(doctor, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(doctor, "_accelerator_hint", lambda: None)
+    monkeypatch.setenv("GLIBC_TUNABLES", set_to)
+    assert main(["doctor"]) == 0
+    assert ("start it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(
