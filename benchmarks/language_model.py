@@ -27,7 +27,6 @@ import bench
 import jax
 import numpy as np
 
-from benchmarks.weightgen import search
 from benchmarks.weightgen.gpt import (
     Gpt,
     GptConfig,
@@ -43,6 +42,7 @@ from benchmarks.weightgen.gpt import (
     word_choice,
 )
 from heirloom.common.nn.functional import Functional, functional
+from weightgen import search
 from weightgen.baselines import nearest_model, noisy
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig

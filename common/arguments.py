@@ -311,6 +311,31 @@ VERBS = (
         json=True,
     ),
     Verb(
+        "rank",
+        "rank a language model's matrices by signal-to-noise",
+        (
+            argument("what", metavar="PATH", help="hf:org/name, a folder, or a file of weights"),
+            argument("--share", type=float, default=0.25, metavar="X", help="of each kind to list (default: 0.25)"),
+            argument("--unfreeze", type=Path, metavar="FILE", help="write these as a list of parameters to train"),
+            argument("--force", action="store_true", help="replace FILE"),
+        ),
+        json=True,
+    ),
+    Verb(
+        "explore",
+        "search around a language model, beside noise",
+        (
+            argument("what", metavar="PATH", help="hf:org/name or a folder of transformers, with its tokenizer"),
+            argument("--select", type=Path, required=True, metavar="TASK", help="questions that select, a JSON a line"),
+            argument("--test", type=Path, required=True, metavar="TASK", help="questions that say what it is worth"),
+            argument("--out", type=Path, default=Path("explored"), metavar="DIR", help="the new folder"),
+            argument("--force", action="store_true", help="replace DIR"),
+        ),
+        flags=True,
+        more="Settings of the search are flags as well, such as --step 0.05 or --candidates 8.",
+        json=True,
+    ),
+    Verb(
         "push",
         "upload a weights folder or a run to the Hugging Face hub",
         (

@@ -251,9 +251,15 @@ def expand(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    if not (found := able("compare")):
-        raise InputError("no installed method has the verb compare")
-    _write_json(args, ability(found[0], "compare")(args))
+    _by_the_method_that_has(args, "compare")
+
+
+def rank(args: argparse.Namespace) -> None:
+    _by_the_method_that_has(args, "rank")
+
+
+def explore(args: argparse.Namespace) -> None:
+    _by_the_method_that_has(args, "explore")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -289,6 +295,12 @@ def report(args: argparse.Namespace) -> None:
     from heirloom.common.report import write
 
     print(write(args.run, args.out))
+
+
+def _by_the_method_that_has(args: argparse.Namespace, verb: str) -> None:
+    if not (found := able(verb)):
+        raise InputError(f"no installed method has the verb {verb}")
+    _write_json(args, ability(found[0], verb)(args))
 
 
 def _write_json(args: argparse.Namespace, value: Any) -> None:

@@ -5,4 +5,6 @@ VERBS = {
     "demo": "weightgen.demo:run",
     "evaluate": "weightgen.generate:evaluate_folder",
     "generate": "weightgen.generate:generate_folder",
+    "rank": "weightgen.ranking:command",
+    "explore": "weightgen.explore:command",
 }

@@ -1,8 +1,9 @@
 """Ranking the matrices of a language model by their signal-to-noise ratio, tensor by tensor from disk."""
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.hub import locate
+from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import is_folder, open_folder
 from heirloom.common.errors import InputError, remark
@@ -123,6 +125,12 @@ def rank_checkpoint(source: str, **how: Any) -> list[Ranked]:
     return rank(tensors, **how)
 
 
+def check_share(share: float) -> None:
+    """Raise InputError for what is no share of the matrices."""
+    if not 0 < share <= 1:
+        raise InputError(f"share is {share}: choose a number above 0, up to 1")
+
+
 def top(ranked: Sequence[Ranked], share: float = 0.25) -> list[Ranked]:
     """Pick the best `share` of each kind, at least one, in the order of their ratio."""
     kinds: dict[str, list[Ranked]] = {}
@@ -143,3 +151,27 @@ def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, n
                 lead = array[i].shape[0] if not path.endswith("out/kernel") else int(np.prod(array[i].shape[:-1]))
                 out[f"{path}@{i}"] = array[i].reshape(lead, -1)
     return out
+
+
+def command(args: Namespace) -> dict[str, Any]:
+    """Run `heirloom rank`: print the best share of each kind, and write it as a list of parameters to train."""
+    check_share(args.share)
+    ranked = rank_checkpoint(args.what)
+    best = top(ranked, args.share)
+    if args.unfreeze:
+        stacked = next((one.name for one in best if "@" in one.name), None)
+        if stacked:
+            raise InputError(f"--unfreeze: {stacked} is a part of a tensor, which cannot be trained without the rest")
+        with staged(args.unfreeze, force=args.force) as file:
+            file.write_text(unfrozen(best), encoding="utf-8")
+    width = max(len(one.name) for one in best)
+    for one in best:
+        print(f"{one.name:<{width}}  {one.snr:.3g}")
+    kinds = len({one.kind for one in ranked})
+    print(f"{args.what}: {len(best)} of {len(ranked)} matrices of {kinds} kinds, by falling signal-to-noise ratio")
+    return {"share": args.share, "ranked": [asdict(one) for one in ranked], "best": [one.name for one in best]}
+
+
+def unfrozen(best: Sequence[Ranked]) -> str:
+    """Return a list of patterns in YAML, as trainers take it for the parameters that are not frozen (Spectrum)."""
+    return "unfrozen_parameters:\n" + "".join(f"- '^{re.escape(one.name)}$'\n" for one in best)

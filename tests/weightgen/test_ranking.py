@@ -1,12 +1,14 @@
 """Ranking a checkpoint: what is ranked, in which order, and what is refused rather than ranked in part."""
 
 import json
+import re
 import warnings
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from weightgen.ranking import rank, rank_checkpoint, snr, top, unstacked
 
@@ -156,3 +158,32 @@ def test_ranking_a_checkpoint_reads_files_and_refuses_quantised_ones(tmp_path, r
     assert len(stacked) == 4 and len(top(rank(stacked))) == 1, "layers of a stack are of one kind"
     with pytest.raises(InputError, match="quantised"):
         rank({"w": np.ones((32, 32), np.int8)})
+
+
+def test_the_command_lists_the_best_of_each_kind_and_what_to_train(tmp_path, capsys):
+    names = [f"model.layers.{i}.mlp.up.weight" for i in range(4)] + ["model.embed_tokens.weight"]
+    save_file({name: weights(32, 48, seed=i) for i, name in enumerate(names)}, tmp_path / "model.safetensors")
+    file, told = tmp_path / "train.yaml", tmp_path / "rank.json"
+    command = ["rank", str(tmp_path), "--share", "0.5", "--unfreeze", str(file), "--json", str(told)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(command) == 0
+    found = json.loads(told.read_text())
+    assert len(found["ranked"]) == 4 and len(found["best"]) == 2
+    assert "2 of 4 matrices of 1 kinds" in capsys.readouterr().out
+    ratios = {one["name"]: one["snr"] for one in found["ranked"]}
+    assert found["best"] == sorted(ratios, key=ratios.__getitem__, reverse=True)[:2]
+    first, *patterns = file.read_text().splitlines()
+    assert first == "unfrozen_parameters:"
+    patterns = [line.removeprefix("- '").removesuffix("'") for line in patterns]
+    assert [name for name in names if any(re.match(pattern, name) for pattern in patterns)] == sorted(found["best"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(command) == 2 and f"{file} exists" in capsys.readouterr().err
+        assert main(["rank", str(tmp_path), "--share", "0"]) == 2 and "share is 0.0" in capsys.readouterr().err
+
+
+def test_a_part_of_a_tensor_cannot_be_listed_for_training(tmp_path, capsys):
+    save_file({"mlp.experts.up": weights(3, 32, 32)}, tmp_path / "model.safetensors")
+    assert main(["rank", str(tmp_path), "--unfreeze", str(tmp_path / "x.yaml")]) == 2
+    assert "is a part of a tensor" in capsys.readouterr().err and not (tmp_path / "x.yaml").exists()
