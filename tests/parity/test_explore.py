@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from heirloom.common.cli import main
 from weightgen.explore import LanguageModel, read_questions
 
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -20,10 +20,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
     torch.manual_seed(0)
-    cfg = GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
-    GPT2LMHeadModel(cfg).save_pretrained(folder)
+    cfg = transformers.GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    transformers.GPT2LMHeadModel(cfg).save_pretrained(folder)
     return folder
 
 
@@ -45,7 +45,7 @@ def questions(tmp_path_factory):
 def test_an_answer_is_the_likeliest_choice(folder, questions):
     """Against transformers' own loss, one choice at a time and without padding."""
     asked, model = read_questions(questions["test"]), LanguageModel(str(folder), batch=7)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     expected = []
     for one in asked:
         scores = []
