@@ -7,9 +7,10 @@ The gene costs most of its compute before the first descendant; from there each 
 same total is shared by N models: all get the same number of steps, so a few models train long and many train briefly.
 At which N does the gene pay? SETS has the depths of the N models. Data, models and schedules are those of `genes.py`,
 with a longer training of the teacher. Learning rates are the best of RATES on validation pictures, with a seed of their
-own; from scratch for each N. All scores are of test pictures. FLOPs are counted (`learngene.compare.training_flops`):
-the teacher's training, its forward passes, the gene, the descendants; sweeps count on neither side. Two hours of a CPU
-core; what is finished stays in --runs, and the same command goes on.
+own: of the teacher, the gene, the descendants, and from scratch for each N. All scores are of test pictures. FLOPs are
+counted (`learngene.compare.training_flops`): the teacher's training, its forward passes, the gene, the descendants;
+sweeps count on neither side. Two hours of two CPU cores, by estimate; what is finished stays in --runs, and the same
+command goes on.
 """
 
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import bench
 from genes import CPU, SWEEP_SEED, comparison, split, train_gene, with_rate
 
+from heirloom.common.train.metrics import MetricsFile
 from learngene.compare import Comparison, curve, descendant, teacher_row, train_model, training_flops
 from learngene.config import Config
 from learngene.demo import seeded
@@ -47,10 +49,11 @@ def main() -> None:
         sys.exit(f"{source}: no such data; make it with scripts/make_fashion_mnist.py")
     splits = split(source, size, args.runs / "data")
     base, tried = comparison(size, splits, "test"), comparison(size, splits, "validation")
-    teacher = train_model(base.teacher, args.runs / "teacher")
+    teacher, rates = best_teacher(tried, args.runs / "teacher")
     taught = teacher_row(base.gene, base.teacher, teacher)
     budgets = {n: budget(base, depths, teacher, taught["flops"]) for n, depths in sets.items()}
-    rates = sweep(tried, teacher, budgets, args.runs / "sweep")
+    rates |= sweep(tried, teacher, budgets, args.runs / "sweep")
+    base = gene_rate(base, rates["gene"])
     rows: list[dict[str, Any]] = []
     result = {"teacher": taught, "gene_flops": gene_flops(base, teacher), "steps": budgets, "rates": rates}
     result["rows"] = rows
@@ -91,22 +94,43 @@ def inherited(cfg: Comparison, depth: int, gene: str, folder: Path) -> dict[str,
     return curve(descendant(cfg, "sws", depth, gene, ""), folder / f"sws-{depth}")
 
 
+def best_teacher(cfg: Comparison, folder: Path) -> tuple[str, dict[Any, float]]:
+    """The teacher that is best on validation pictures, and its rate."""
+    scores = {}
+    for rate in RATES:
+        recipe = replace(cfg.teacher, optim=replace(cfg.teacher.optim, lr=rate))
+        scores[rate] = last(train_model(recipe, folder / f"{rate:g}"))
+    rate = best("teacher", scores)
+    return str(folder / f"{rate:g}" / "model"), {"teacher": rate}
+
+
+def gene_rate(cfg: Comparison, rate: float) -> Comparison:
+    return replace(cfg, gene=replace(cfg.gene, optim=replace(cfg.gene.optim, lr=rate)))
+
+
 def sweep(cfg: Comparison, teacher: str, budgets: dict[int, int], folder: Path) -> dict[Any, float]:
-    """The rates that are best on validation pictures at one depth: of descendants, and from scratch for each N."""
+    """The rates that are best on validation pictures: of the gene, and at one depth of descendants and from scratch."""
     cfg = seeded(cfg, SWEEP_SEED)
-    gene, _ = train_gene(cfg, "sws", teacher, folder)
-    best: dict[Any, float] = {}
-    for name in ("sws", *budgets):
-        scores = {}
-        for rate in RATES:
-            if name == "sws":
-                found = inherited(with_rate(cfg, rate), DEPTH, gene, folder / f"sws-{rate:g}")
-            else:
-                found = curve(from_scratch(cfg, DEPTH, budgets[name], rate), folder / f"scratch-{name}-{rate:g}")
-            scores[rate] = found["top1"][-1]
-        best[name] = max(scores, key=scores.__getitem__)
-        print(f"rate, {name}: {', '.join(f'{lr:g}: {100 * top1:.1f} %' for lr, top1 in scores.items())}", flush=True)
-    return best
+    genes = {rate: train_gene(gene_rate(cfg, rate), "sws", teacher, folder / f"{rate:g}")[0] for rate in RATES}
+    rates: dict[Any, float] = {"gene": best("gene", {rate: last(gene) for rate, gene in genes.items()})}
+    gene = genes[rates["gene"]]
+    tuned = {rate: inherited(with_rate(cfg, rate), DEPTH, gene, folder / f"sws-{rate:g}") for rate in (3e-4, *RATES)}
+    rates["sws"] = best("sws", {rate: found["top1"][-1] for rate, found in tuned.items()})
+    for n, steps in budgets.items():
+        arms = {rate: (from_scratch(cfg, DEPTH, steps, rate), folder / f"scratch-{n}-{rate:g}") for rate in RATES}
+        rates[n] = best(f"scratch, {n}", {rate: curve(*arm)["top1"][-1] for rate, arm in arms.items()})
+    return rates
+
+
+def last(model: str) -> float:
+    """Top-1 of a training's last evaluation. model: the folder of its weights."""
+    lines = MetricsFile(Path(model).parent / "metrics.jsonl").lines()
+    return [line["eval/top1"] for line in lines if "eval/top1" in line][-1]
+
+
+def best(name: str, scores: dict[float, float]) -> float:
+    print(f"rate, {name}: {', '.join(f'{lr:g}: {100 * top1:.1f} %' for lr, top1 in scores.items())}", flush=True)
+    return max(scores, key=scores.__getitem__)
 
 
 def means(rows: list[dict[str, Any]], n: int, seed: int) -> dict[str, float]:

@@ -6,8 +6,8 @@ An arm is trained anew for each number of steps of its BUDGETS, with a cosine th
 what that many steps are worth, not how far a longer schedule has come. Its learning rate is the best of RATES on 150
 concepts of the training data, which only this sweep holds out, with a seed of its own. Scores are held-out R@1, the
 mean of both directions, over 300 concepts that nobody was trained on. Steps to a score are read off the curve of a
-seed, on a logarithmic axis of steps. Two hours of a CPU core; what is finished stays in --runs, and the same command
-goes on.
+seed, on a logarithmic axis of steps. Three hours of two CPU cores; what is finished stays in --runs, and the same
+command goes on.
 """
 
 import math

@@ -26,6 +26,7 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pictures import decode_record
+from heirloom.common.data.reading import mapped
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.features import embedder
@@ -236,7 +237,7 @@ class TextCache:
         if self._maps is None:
             parts = [self.folder / f"{height}x{width}" / "moments.npy" for height, width in self.sizes]
             features = np.memmap(self.folder / "features.f16", np.float16, "r").reshape(-1, self.about["width"])
-            self._maps = [np.load(part, mmap_mode="r") for part in parts], features
+            self._maps = [mapped(part) for part in parts], features
         moments, features = self._maps
         flat, columns = self._captions.ravel(), self._captions.shape[1]
         text = []

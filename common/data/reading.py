@@ -1,10 +1,14 @@
 """Reads of files that fail for a moment, disappear, or change while a run uses them."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
 
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, AnyPath
@@ -15,7 +19,17 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "p
 """Extensions of files that are pictures."""
 RECHECK = 10.0
 """Seconds for which the version of an object in a bucket is trusted: asking for it costs as much as a read."""
+PARSING = threading.Lock()
+"""Held while the header of a .npy is read: numpy parses it as Python, and Python 3.11 now and then raises SystemError
+when two threads parse at once (github.com/python/cpython/issues/106905).
+"""
 Result = TypeVar("Result")
+
+
+def mapped(file: Path, **options: Any) -> np.memmap:
+    """Maps a .npy file, to read. Raises OSError, and ValueError when it is no such file."""
+    with PARSING:
+        return np.lib.format.open_memmap(file, mode="r", **options)
 
 
 def retried(read: Callable[[], Result], file: AnyPath | str) -> Result:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from heirloom.common.data.reading import Stamp, retried
+from heirloom.common.data.reading import Stamp, mapped, retried
 from heirloom.common.data.tar_members import BLOCK, Member, members, split
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, AnyPath, cache_root
@@ -54,7 +54,7 @@ class Index:
         data = memoryview(file.read_bytes())
         if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
             return None
-        table = np.lib.format.open_memmap(file, mode="r", max_header_size=HEADER)
+        table = mapped(file, max_header_size=HEADER)
         fields: Any = table.dtype.fields or {}
         if STEM not in fields or fields[STEM][2:] != (mark,):
             return None

@@ -2,10 +2,11 @@
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from heirloom.common.data.reading import Stamp, retried
+from heirloom.common.data.reading import PARSING, Stamp, mapped, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, require
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, AnyPath
@@ -24,6 +25,7 @@ class ArraySource:
         self._folder, self._cfg = folder, cfg
         names = [name for name in (cfg.image, cfg.text, *cfg.columns) if name]
         self._remote: dict[str, RemoteArray] = {}
+        self._known: dict[str, dict[str, Any]] = {}
         self._stamps = {name: Stamp.of(folder / f"{name}.npy") for name in names}
         arrays = {name: self._array(name) for name in names}
         if not arrays:
@@ -47,7 +49,12 @@ class ArraySource:
                 if name not in self._remote:
                     self._remote[name] = RemoteArray.open(file)
                 return self._remote[name]
-            return np.lib.format.open_memmap(file, mode="r")
+            if name not in self._known:
+                array = mapped(file)
+                order = "C" if array.flags.c_contiguous else "F"
+                self._known[name] = dict(dtype=array.dtype, offset=array.offset, shape=array.shape, order=order)
+                return array
+            return np.memmap(file, mode="r", **self._known[name])
 
         try:
             return retried(opened, file)
@@ -93,7 +100,8 @@ class RemoteArray:
         data = io.BytesIO(file.read_range(0, min(HEADER, size)))
         major, _ = np.lib.format.read_magic(data)
         header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(data)
+        with PARSING:
+            shape, fortran, dtype = header(data)
         if dtype.hasobject or (fortran and len(shape) > 1):
             raise ValueError("it has Python objects, or is stored by column; write np.ascontiguousarray(array) again")
         if size != (needed := data.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))):

@@ -1,10 +1,12 @@
 """Folders of .npy arrays: rows as they are stored, and what is wrong with a folder."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from heirloom.common.data import reading
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
 
@@ -42,3 +44,23 @@ def test_rows_keep_shape_and_dtype_and_survive_pickling(folder):
 def test_what_is_wrong_is_named(fields, message, folder):
     with pytest.raises(InputError, match=message):
         open_source(SourceConfig(str(folder), image="", text="", **fields))
+
+
+def test_headers_are_parsed_once_and_one_at_a_time(tmp_path, monkeypatch):
+    """numpy parses them as Python, which two threads of Python 3.11 must not do at once."""
+    np.save(tmp_path / "image.npy", np.arange(24, dtype=np.uint8).reshape(8, 3))
+    np.save(tmp_path / "column.npy", np.asfortranarray(np.arange(24.0).reshape(8, 3)))
+    parsed, parse = [], np.lib.format.open_memmap
+
+    def watched(file, **options):
+        parsed.append((file.name, reading.PARSING.locked()))
+        return parse(file, **options)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", watched)
+    source = open_source(SourceConfig(str(tmp_path), text="", columns=("column",)))
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(source.__getitem__, [*range(8)] * 20))
+    assert sorted(parsed) == [("column.npy", True), ("image.npy", True)]
+    for i, row in enumerate(rows):
+        assert row["image"].tolist() == [3 * (i % 8) + n for n in range(3)]
+        assert row["column"].tolist() == [3.0 * (i % 8) + n for n in range(3)]
