@@ -33,7 +33,11 @@ RECIPES = {
     "tinyclip/vit_8m_16": ["v5e:16x16"],
     "lit/s_2_256": ["v5e:4x4"],
     "lit/b_2_256": ["v5e:4x4"],
-    "lit/l_2_256": ["v5e:8x8 --student.remat full", "v5e:8x8 --mesh.fsdp 8"],
+    "lit/l_2_256": [
+        "v5e:8x8 --student.remat full",
+        "v5e:8x8 --mesh.fsdp 2 --student.remat full",
+        "v5e:8x8 --mesh.fsdp 8",
+    ],
     "tinyclip/rn_30m": ["v5e:16x16"],
     "tinyclip/auto_45m_32": ["v5e:16x16"],
     "learngene/aux_ti": ["v5e:4x4"],
@@ -61,6 +65,12 @@ marks rows of a version whose devices added up gradients in bfloat16, where they
 tinyclip/auto_45m_32 is the step after its masks are cut, at the size before the cut. tinyclip/progressive_32 is tinyclip/vit_61m_32 and
 then tinyclip/vit_40m_32, so it has no row. Models as small as TinyCLIP's are copied to every chip: split over eight (`--mesh.fsdp 8`) the
 61M needs a little over a third of the memory, and its links take five times the step.
+
+LiT's class-conditional recipes are best on a mesh of pairs, with blocks computed again in the backward pass (`--mesh.fsdp 2 --student.remat
+full`): split over eight, links bind at 29 to 36 % of the peak, and whole on every chip, memory at 76 to 80 %. What is computed again is no part of
+our count of FLOPs, so *of peak* is a bound for useful work, and a step with remat takes up to a third longer than the estimate where
+matmuls bind. The two text-to-image rows are bound by links at half of the peak; fewer parts were not tried, a compilation takes half an
+hour.
 
 | recipe | slice | mesh | batch | GiB a device | of | fits | collectives a step | TFLOP a step | estimated step | bound by | of peak | compiled |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|

@@ -75,7 +75,7 @@ def folder(tmp_path_factory, draw):
 
 
 @pytest.fixture(scope="module")
-def recipe(folder):
+def recipe(folder, one_device):
     return Config(
         student=LIT,
         donor=str(folder / "donor"),
