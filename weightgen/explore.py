@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from heirloom.common import config
 from heirloom.common.checkpoint.hub import locate
@@ -207,11 +208,19 @@ def explore(model: LanguageModel, select: Sequence[Question], test: Sequence[Que
     found: dict[str, Params] = {}
     rows: dict[str, dict[str, Any]] = {"base": {name: float(part.mean()) for name, part in before.items()}}
     tested = {"base": before["test"]}
-    for form, propose in proposals.items():
-        result = greedy(base, names, propose, lambda p: float(right(p, select).mean()), how.candidates, how.seed)
-        found[form], tested[form] = result.params, right(result.params, test)
-        kept = [step.name for step in result.steps if step.kept]
-        rows[form] = {"select": result.score, "test": float(tested[form].mean()), "kept": kept, "trials": result.trials}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("exploring", total=2 * (trials + 1))  # each search scores the checkpoint again
+
+        def selected(params: Params) -> float:
+            progress.advance(task)
+            return float(right(params, select).mean())
+
+        for form, propose in proposals.items():
+            result = greedy(base, names, propose, selected, how.candidates, how.seed)
+            found[form], tested[form] = result.params, right(result.params, test)
+            kept = [step.name for step in result.steps if step.kept]
+            scores = {"select": result.score, "test": float(tested[form].mean())}
+            rows[form] = scores | {"kept": kept, "trials": result.trials}
     model.put(base)
     pairs = (("rows", "base"), ("noise", "base"), ("rows", "noise"))
     gains = {f"{mine} - {other}": gain(tested[mine], tested[other]) for mine, other in pairs}
