@@ -95,8 +95,9 @@ _SHAPE = 'write {"question": "...", "choices": ["...", "..."], "answer": 0}, the
 class LanguageModel:
     """A causal language model of transformers, whose tensors can be exchanged.
 
-    tensors: {name: array}, float32, what is explored. Raises InputError without transformers, and for a folder that it
-    cannot open.
+    source: hf:org/name, or a folder with its tokenizer. batch: answers scored at a time. tensors: {name: array},
+    float32, what is explored. Raises InputError without transformers, for a folder that it cannot open, and for a
+    checkpoint that does not have exactly the tensors of the model.
     """
 
     def __init__(self, source: str, batch: int) -> None:
@@ -110,10 +111,18 @@ class LanguageModel:
         self.path, self._batch = locate(source), batch
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-            self.model = AutoModelForCausalLM.from_pretrained(self.path, local_files_only=True, dtype="auto").eval()
+            how: dict[str, Any] = dict(local_files_only=True, dtype="auto", output_loading_info=True)
+            opened: Any = AutoModelForCausalLM.from_pretrained(self.path, **how)
         except Exception as error:  # transformers, safetensors and torch raise their own types
             why = " ".join(str(error).split())[:200]
             raise InputError(f"{self.path}: transformers does not open it as a language model: {why}") from error
+        self.model, told = opened
+        # transformers draws at random what a checkpoint lacks, and leaves out what it does not know.
+        for kind in ("missing", "mismatched", "unexpected"):
+            if keys := sorted(map(str, told[f"{kind}_keys"])):
+                what = f"{len(keys)} {kind} tensors, such as {keys[0]}"
+                raise InputError(f"{self.path} is not a whole {type(self.model).__name__}: {what}")
+        self.model.eval()
         self._parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             copies = {name: p.to(torch.float32, copy=True) for name, p in self._parameters.items()}

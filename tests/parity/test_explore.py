@@ -1,12 +1,15 @@
 """Exploring a small GPT-2 of transformers by the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from heirloom.common.cli import main
+from heirloom.common.errors import InputError
 from weightgen.explore import LanguageModel, read_questions
 
 torch = pytest.importorskip("torch")
@@ -101,3 +104,17 @@ def test_a_folder_without_a_language_model_is_one_line(questions, tmp_path, caps
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "does not open it as a language model" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("change", "wrong"), [("lacks", "1 missing tensors"), ("adds", "1 unexpected tensors")])
+def test_a_checkpoint_that_is_not_the_whole_model_is_refused(change, wrong, folder, tmp_path):
+    """transformers would draw what is missing at random."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    if change == "lacks":
+        del tensors["transformer.h.1.mlp.c_fc.weight"]
+    else:
+        tensors["adapter.weight"] = np.zeros((4, 4), np.float32)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"is not a whole GPT2LMHeadModel: {wrong}"):
+        LanguageModel(str(copy), batch=4)
