@@ -34,7 +34,6 @@ import numpy as np
 
 from benchmarks.weightgen import align
 from heirloom.common.errors import InputError
-from heirloom.common.train.loop import Run
 from heirloom.common.train.optim import OptimConfig
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
 from weightgen.codec import Gate
@@ -273,15 +272,11 @@ def arm(
         denoiser=size.denoiser,
         told=features,
     )
-    loop = LoopConfig(
-        size.steps[kind],
-        min(size.batch, len(tokens)),
-        OptimConfig(lr=1e-3, warmup=max(size.steps[kind] // 20, 1), clip=1.0),
-        seed=seed,
-        save_every=size.steps[kind],
-    )
-    run = Run.open(folder, {"seed": seed, "kind": kind, "begin": begin, "prior": prior, "size": asdict(size)})
-    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, directory=run)
+    steps = size.steps[kind]
+    optim = OptimConfig(lr=1e-3, warmup=max(steps // 20, 1), clip=1.0)
+    batch = min(size.batch, len(tokens))
+    loop = LoopConfig(steps=steps, batch=batch, optim=optim, seed=seed, save_every=steps)
+    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, directory=folder)
     generator = replace(trained, how=SampleConfig(steps=size.draws))
     lap("generator")
 
