@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import operator
 import platform
 import statistics
 import time
@@ -100,3 +102,18 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def steps_to(
+    level: float, curve: Iterable[tuple[int, float]], better: Callable[[float, float], bool] = operator.ge
+) -> float | None:
+    """Steps at which a curve first has a score, by its logarithm between two points; None where it never does."""
+    before = None
+    for steps, value in sorted(curve):
+        if better(value, level):
+            if before is None:
+                return float(steps)
+            share = (level - before[1]) / (value - before[1])
+            return math.exp(math.log(before[0]) + share * (math.log(steps) - math.log(before[0])))
+        before = (steps, value)
+    return None

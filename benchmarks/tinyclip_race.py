@@ -10,8 +10,6 @@ seed, on a logarithmic axis of steps. Three hours of two CPU cores; what is fini
 command goes on.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,20 +100,6 @@ def slug(arm: str) -> str:
     return arm.replace(", ", "-")
 
 
-def steps_to(level: float, curve: Iterable[tuple[int, float]]) -> float | None:
-    """Steps at which a curve first has a score, by its logarithm between two points; None where it never does."""
-    points = sorted(curve)
-    before = None
-    for steps, value in points:
-        if value >= level:
-            if before is None:
-                return float(steps)
-            share = (level - before[1]) / (value - before[1])
-            return math.exp(math.log(before[0]) + share * (math.log(steps) - math.log(before[0])))
-        before = (steps, value)
-    return None
-
-
 def curves(rows: list[dict[str, Any]], arm: str) -> dict[int, list[tuple[int, float]]]:
     """Points (steps, R@1) of an arm by seed."""
     mine = bench.groups((row for row in rows if row["arm"] == arm), "seed")
@@ -164,7 +148,7 @@ def report(rows: list[dict[str, Any]], budgets: dict[str, tuple[int, ...]]) -> l
     seeds = sorted(found[SCRATCH])
     reached = []
     for level in LEVELS:
-        each = {arm: [steps_to(level, found[arm][seed]) for seed in seeds] for arm in budgets}
+        each = {arm: [bench.steps_to(level, found[arm][seed]) for seed in seeds] for arm in budgets}
         ratios = [
             "-" if mine is None else f"{'' if theirs else '> '}{(theirs or budgets[SCRATCH][-1]) / mine:.1f}"
             for theirs, mine in zip(each[SCRATCH], each[AFFINITY], strict=True)

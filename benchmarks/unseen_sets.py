@@ -109,7 +109,7 @@ def sources(fashion: str, cifar: str) -> dict[str, Source]:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A data set: [picture, 28 * 28 * 3] f32 in [-1, 1] and labels, for training and for tests; names of its classes."""
+    """A data set: [picture, 28 * 28 * 3] f32 in [-1, 1] and labels, for training and for tests; its classes' names."""
 
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
@@ -320,7 +320,8 @@ def starts(size: Size, known: Known, told: Tasks, guidance: dict[str, float], se
     for prior, trained in known.generators.items():
         name = f"generated, {TOLD[prior]}"
         samples = drawn(size, trained, told.told, guidance.get(prior, 1.0), seed)
-        score = np.stack([accuracy(labels(zoo.net, tree(one), told.select[0]), told.select[1], WAYS) for one in samples])
+        x, y = told.select
+        score = np.stack([accuracy(labels(zoo.net, tree(one), x), y, WAYS) for one in samples])
         found[name] = tree(samples[0])
         found[f"{name}, {len(samples)} averaged"] = tree(samples.mean(0))
         found[f"{name}, best of {len(samples)} by selection set"] = tree(samples[score.argmax(0), np.arange(n)])
@@ -376,10 +377,13 @@ def judged(cfg: NetConfig, found: dict[str, Params], told: Tasks, seed: int) -> 
 
 def chosen(table: Scores, tried: Scores) -> dict[str, dict[str, float]]:
     """Accuracy by start and column, with the rate that is best in `tried`."""
+
+    def best(name: str, column: str) -> str:
+        return max(tried[name][column], key=tried[name][column].__getitem__)
+
     return {
-        name: {column: rates[max(tried[name][column], key=tried[name][column].__getitem__)] for column, rates in found.items()}
-        for name, found in table.items()
-    }  # fmt: skip
+        name: {column: rates[best(name, column)] for column, rates in found.items()} for name, found in table.items()
+    }
 
 
 def untrained(known: Known, told: Tasks) -> dict[str, dict[str, float]]:
@@ -446,7 +450,10 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(args.runs / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     sets = {name: read(source, size.most) for name, source in sources(args.fashion, args.cifar).items()}
-    told = {name: {"classes": len(s.names), "train": len(s.train[1]), "test": len(s.test[1])} for name, s in sets.items()}
+    told = {
+        name: {"classes": len(found.names), "train": len(found.train[1]), "test": len(found.test[1])}
+        for name, found in sets.items()
+    }
     print(json.dumps(told), flush=True)
     rows = []
     for seed, left_out in itertools.product(args.seeds, sets):
@@ -461,11 +468,14 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     """Accuracy in percent by start, means over data sets and seeds; and before a step for each data set left out."""
     lines = []
     for group in ("unseen", "seen"):
-        columns = [column for column in rows[0][group]["random init"]]
-        body = [[name, *(percent([row[group][name].get(c) for row in rows]) for c in columns)] for name in rows[0][group]]
+        columns, names = list(rows[0][group]["random init"]), list(rows[0][group])
+        body = [[name, *(percent([row[group][name].get(c) for row in rows]) for c in columns)] for name in names]
         lines += [*bench.markdown([group, *columns], body), ""]
     by = bench.groups(rows, "left out")
-    body = [[name, *(percent([row["unseen"][name]["0"] for row in mine]) for mine in by.values())] for name in rows[0]["unseen"]]
+    body = [
+        [name, *(percent([row["unseen"][name]["0"] for row in mine]) for mine in by.values())]
+        for name in rows[0]["unseen"]
+    ]
     return [*lines, *bench.markdown(["left out", *by], body)]
 
 

@@ -1,5 +1,6 @@
 """The parts of the races that decide what their pages say."""
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ def race(monkeypatch):
 
 def test_steps_to_a_score_are_read_off_between_two_budgets(race):
     curve = [(400, 0.06), (100, 0.02), (200, 0.01), (800, 0.05)]
-    assert race.steps_to(0.02, curve) == 100
-    assert race.steps_to(0.035, curve) == pytest.approx(200 * 2**0.5)  # halfway from 0.01 to 0.06, on a log axis
-    assert race.steps_to(0.061, curve) is None
+    assert race.bench.steps_to(0.02, curve) == 100
+    assert race.bench.steps_to(0.035, curve) == pytest.approx(200 * 2**0.5)  # halfway from 0.01 to 0.06, on a log axis
+    assert race.bench.steps_to(0.061, curve) is None
+    errors = [(100, 0.5), (200, 0.4), (400, 0.2)]
+    assert race.bench.steps_to(0.3, errors, operator.le) == pytest.approx(200 * 2**0.5)
+    assert race.bench.steps_to(0.1, errors, operator.le) is None
 
 
 def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrives(race):
