@@ -16,7 +16,7 @@ __all__ = ["Networks", "Pretrained", "load", "train"]
 def __getattr__(name: str) -> Any:
     # On first use: the command line imports this package for its list of verbs, and must not wait for jax.
     if name in __all__:
-        from weightgen import pretrained
+        from heirloom.common.notebook.modules import public
 
-        return getattr(pretrained, name)
+        return public(__name__, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

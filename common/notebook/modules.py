@@ -7,6 +7,7 @@ anything imports it, so a function of the package would be replaced.
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -30,3 +31,12 @@ def make_callable(module: str, function: str) -> None:
             return target()
 
     sys.modules[module].__class__ = CallableModule
+
+
+def public(package: str, name: str) -> Any:
+    """What `package.name` is on first use: the module of this name, which can be called, or what `pretrained` has of it.
+
+    The module even where nothing imported it before, or `package.train.Config` would depend on who imported what.
+    """
+    module = f"{package}.{name}"
+    return import_module(module) if find_spec(module) else getattr(import_module(f"{package}.pretrained"), name)

@@ -80,7 +80,9 @@ class RunConfig:
     profile: int = 0
     """Steps, after the first ten, that are recorded to RUN/profile for xprof or TensorBoard."""
     keep_compiled: bool = True
-    """Keep compiled programs in RUN/compiled, so that a resume starts without compiling again."""
+    """Keep compiled programs in RUN/compiled, so that a resume starts without compiling again; where JAX has a cache
+    already (JAX_COMPILATION_CACHE_DIR), they go there.
+    """
 
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "eval_every", "save_every", "keep_last")

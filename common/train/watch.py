@@ -101,7 +101,15 @@ class Profile:
             jax.profiler.stop_trace()
 
 
+_kept = ""  # the folder of the last run that this process kept programs in
+
+
 def keep_compiled(directory: Path) -> None:
-    """Keep compiled programs in a folder, so that a resume starts without compiling again."""
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    compilation_cache.reset_cache()
+    """Keep compiled programs in a folder, so that a resume starts without compiling again. A cache that somebody else
+    has set (JAX_COMPILATION_CACHE_DIR) stays in use.
+    """
+    global _kept
+    if (jax.config.jax_compilation_cache_dir or "") == _kept:
+        _kept = str(directory)
+        jax.config.update("jax_compilation_cache_dir", _kept)
+        compilation_cache.reset_cache()

@@ -43,14 +43,17 @@ def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrive
     assert "| 6 % | never, never | never, never | never, never | -, - |" in lines
 
 
-def test_validation_concepts_are_held_out_of_the_training_data_alone(race, tmp_path):
-    table = parquet.read_table(race.validation(tmp_path))
-    splits = {name: table.filter(compute.equal(table["split"], name)) for name in ("train", "validation")}
-    assert len(splits["train"]) + len(splits["validation"]) == len(table)
-    train, held = (set(part["concept"].to_pylist()) for part in splits.values())
-    assert len(held) == race.HELD and not train & held
-    tested = parquet.read_table(race.emoji.path("noto"), filters=[("split", "=", "test")])
-    assert not set(tested["concept"].to_pylist()) & (train | held)
+def test_validation_concepts_are_some_of_those_that_the_teacher_does_not_know(race, tmp_path):
+    sources = race.split(tmp_path)
+    table = parquet.read_table(tmp_path / "emoji.parquet")
+    held, tested, train = (
+        set(table.filter(compute.equal(table["split"], part))["concept"].to_pylist())
+        for part in ("validation", "test", "train")
+    )
+    before = parquet.read_table(race.emoji.path("noto"), filters=[("split", "=", "test")])
+    assert held | tested == set(before["concept"].to_pylist()) and not (held | tested) & train
+    assert len(held) == race.VALIDATION and len(tested) == 200 and not held & tested
+    assert {part: source.split for part, source in sources.items()} == {"validation": "validation", "test": "test"}
 
 
 def test_each_arm_has_its_own_loss_start_and_schedule(race):

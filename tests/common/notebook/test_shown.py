@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import subprocess
 import sys
 
 import cloudpickle
@@ -60,6 +61,19 @@ def test_a_module_with_the_name_of_a_verb_can_be_called_and_is_still_a_module():
     assert learngene.expand.layer_map(4, 3) == [0, 0, 1, 2]
     with pytest.raises(InputError, match="no recipe 'tinyclip/emojis'; did you mean 'tinyclip/emoji'"):
         tinyclip_jax.train("tinyclip/emojis")
+
+
+WHATEVER_WAS_IMPORTED = """
+import learngene, lit_jax, tinyclip_jax, weightgen
+for package in (lit_jax, tinyclip_jax, learngene):
+    package.train.Config
+weightgen.train.LoopConfig
+"""
+
+
+def test_it_is_that_module_whatever_was_imported_before():
+    done = subprocess.run([sys.executable, "-c", WHATEVER_WAS_IMPORTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_users_recipe_may_hold_such_a_module():

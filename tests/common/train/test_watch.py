@@ -4,10 +4,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from heirloom.common.train import watch
-from heirloom.common.train.watch import STUCK, Profile, Watchdog
+from heirloom.common.train.watch import STUCK, Profile, Watchdog, keep_compiled
 
 STANDS_STILL = """
 import sys, threading, time
@@ -66,3 +68,32 @@ def test_the_steps_of_a_profile(steps, total, recorded, tmp_path, monkeypatch):
         for at in range(1, total + 1):  # noqa: B007
             profile.step()
     assert seen == ([(recorded[0], "profile"), (recorded[1], "")] if recorded else [])
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    """`cached(factor)`: compiles a program; the caches of this process are as before, afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setattr(watch, "_kept", "")
+    jax.config.update(names[0], None)
+    jax.config.update(names[1], 0)
+    yield lambda factor: jax.jit(lambda x: factor * x)(1.0)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_each_run_keeps_its_own_programs(tmp_path, cached):
+    for factor, name in ((3.5, "one"), (4.5, "two")):
+        keep_compiled(tmp_path / name)
+        cached(factor)
+    assert all(list((tmp_path / name).iterdir()) for name in ("one", "two"))
+
+
+def test_programs_stay_in_the_cache_that_somebody_has_set(tmp_path, cached):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
+    compilation_cache.reset_cache()
+    keep_compiled(tmp_path / "run")
+    cached(5.5)
+    assert list((tmp_path / "shared").iterdir()) and not (tmp_path / "run").exists()
