@@ -34,7 +34,7 @@ def make_callable(module: str, function: str) -> None:
 
 
 def public(package: str, name: str) -> Any:
-    """What `package.name` is on first use: the module of this name, which can be called, or what `pretrained` has of it.
+    """What `package.name` is on first use: the module of this name, which can be called, or what `pretrained` has.
 
     The module even where nothing imported it before, or `package.train.Config` would depend on who imported what.
     """
