@@ -28,7 +28,7 @@ def parser(description: str | None, *, seeds: bool = False) -> argparse.Argument
     return found
 
 
-def header(packages: Sequence[str] = ("jax", "flax", "optax"), **where: str) -> dict[str, Any]:
+def header(packages: Sequence[str] = ("jax", "flax", "optax"), **where: str | int) -> dict[str, Any]:
     """Returns the head of a result file: date, place (default: the device) and versions of installed `packages`."""
     found: dict[str, Any] = {"date": date.today().isoformat()} | (where or {"device": device()})
     return found | ({"versions": versions(packages)} if packages else {})

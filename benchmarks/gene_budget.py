@@ -19,9 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench
-from genes import CPU, SWEEP_SEED, comparison, split, train_gene, with_rate
-
+from benchmarks import bench
+from benchmarks.genes import CPU, SWEEP_SEED, comparison, split, train_gene, with_rate
 from heirloom.common.train.metrics import MetricsFile
 from learngene.compare import Comparison, curve, descendant, teacher_row, train_model, training_flops
 from learngene.config import Config

@@ -27,11 +27,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import bench
 from benchmarks.weightgen import align
 from heirloom.common.errors import InputError
 from heirloom.common.train.optim import OptimConfig
@@ -382,6 +382,11 @@ def _tuner(few: FitConfig, cfg: NetConfig) -> Any:
     return jax.jit(lambda params, x, y, key: fit_population(net(cfg), params, x, y=y, cfg=few, key=key))
 
 
+def _after(name: str) -> Callable[[dict[str, Any], str], float]:
+    """Reads a method's accuracy from a row, after a number of fine-tuning steps."""
+    return lambda row, budget: row["accuracy"][name][budget]["mean"]
+
+
 def tables(rows: list[dict[str, Any]]) -> str:
     """Means over seeds as Markdown, a table per kind of network: accuracy in % by fine-tuning steps and start."""
     parts = []
@@ -396,22 +401,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
         ) -> None:
             cells = [label]
             for mine, budget in itertools.product(of.values(), map(str, BUDGETS)):
-                found = [value(row, budget) for row in mine if row["prior"] == prior]
-                cells.append(f"{100 * np.mean(found):.1f}" if found and None not in found else "")
+                scores = [value(row, budget) for row in mine if row["prior"] == prior]
+                known = [x for x in scores if x is not None]
+                cells.append(f"{100 * np.mean(known):.1f}" if known else "")
             body.append(cells)
 
         names, priors = list(rows[0]["accuracy"]), bench.groups(ours, "prior")
         coded = [name for name in names if name.startswith(("generated", "kernel density"))]
         for name in names:
             if name not in coded:
-                line(name, next(iter(priors)), lambda row, budget, name=name: row["accuracy"][name][budget]["mean"])
+                line(name, next(iter(priors)), _after(name))
         for prior in priors:
             for name in coded:
-                line(
-                    f"{name}, {TOLD[prior]}",
-                    prior,
-                    lambda row, budget, name=name: row["accuracy"][name][budget]["mean"],
-                )
+                line(f"{name}, {TOLD[prior]}", prior, _after(name))
             line(
                 f"{ORACLE}, {TOLD[prior]}",
                 prior,

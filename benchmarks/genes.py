@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import bench
 import numpy as np
 
+from benchmarks import bench
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.train.optim import OptimConfig
@@ -139,7 +139,8 @@ def main() -> None:
                     {key: value for key, value in rows[-1].items() if key in ("method", "depth", "seed", "top1")},
                     flush=True,
                 )
-    found = {"teacher": teacher_row(base.gene, base.teacher, teacher), "genes": genes, "rates": rates, "rows": rows}
+    found: dict[str, Any] = {"teacher": teacher_row(base.gene, base.teacher, teacher)}
+    found |= {"genes": genes, "rates": rates, "rows": rows}
     found["claims"] = claims(size, rows, genes, found["teacher"])
     report(size, rows, found["claims"])
     bench.write(args.json, bench.header() | {"size": args.size} | found, indent=1)

@@ -23,10 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench
 import numpy as np
 
 import tinyclip_jax
+from benchmarks import bench
 from heirloom.common import config
 from heirloom.common.evaluate.fid import kid
 from lit_jax.demo import METRIC, RECIPE, SEEN, UNSEEN, draw, errors, race, with_caches
@@ -162,7 +162,7 @@ def plot(drawn: Mapping[str, np.ndarray], file: Path) -> None:
 
     prompts = [prompt for group in SHOWN.values() for prompt in group]
     figure = Figure(figsize=(len(prompts), 1.25 * len(drawn) + 0.2), layout="constrained", facecolor="white")
-    groups = figure.subfigures(1, len(SHOWN))
+    groups = figure.subfigures(1, len(SHOWN), squeeze=False)[0]
     for group, (title, names) in zip(groups, SHOWN.items(), strict=True):
         group.suptitle(title, fontsize=10)
         cells = group.subplots(len(drawn), len(names), squeeze=False)

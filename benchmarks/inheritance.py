@@ -12,10 +12,10 @@ from dataclasses import replace
 from operator import ge
 from pathlib import Path
 
-import bench
-
+from benchmarks import bench
 from heirloom.common import config
 from tinyclip_jax.demo import METRIC, RECIPE, race
+from tinyclip_jax.train import Config
 
 PAPER = (1.4, 7.8)
 
@@ -28,6 +28,7 @@ def main() -> None:
     for steps in args.steps:
         for seed in args.seeds:
             cfg = config.load(RECIPE)
+            assert isinstance(cfg, Config)
             every = max(steps // 20, 1)
             cfg = replace(
                 cfg,

@@ -23,10 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import bench
 import jax
 import numpy as np
 
+from benchmarks import bench
 from benchmarks.weightgen.gpt import (
     Gpt,
     GptConfig,

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import bench
 from heirloom.common.nn.attention import softmax
 from lit_jax.linear_attention import linear_attention
 
@@ -36,8 +36,10 @@ def programs(tokens: int, gradient: bool) -> dict[str, tuple[Any, tuple[jax.Arra
     """Compiled programs and their arguments."""
     rng, found = np.random.default_rng(0), {}
     weight, bias = (rng.standard_normal(shape, np.float32) / WINDOW for shape in ((WINDOW, WINDOW, 1152), (1152,)))
-    attend = {"linear": partial(linear_attention, conv_weight=jnp.asarray(weight), conv_bias=jnp.asarray(bias)),
-              "softmax": softmax(kernel="xla" if CPU else "cudnn")}  # fmt: skip
+    attend: dict[str, Any] = {
+        "linear": partial(linear_attention, conv_weight=jnp.asarray(weight), conv_bias=jnp.asarray(bias)),
+        "softmax": softmax(kernel="xla" if CPU else "cudnn"),
+    }
     for name, (heads, head_dim) in HEADS.items():
         shape = (1, tokens, heads, head_dim)
         q, k, v, up = (jnp.asarray(rng.standard_normal(shape, np.float32), DTYPE) for _ in range(4))
@@ -46,7 +48,7 @@ def programs(tokens: int, gradient: bool) -> dict[str, tuple[Any, tuple[jax.Arra
             out, back = jax.vjp(attend, q, k, v)
             return out, back(up)
 
-        given = (q, k, v, up) if gradient else (q, k, v)
+        given: tuple[jax.Array, ...] = (q, k, v, up) if gradient else (q, k, v)
         found[name] = jax.jit(both if gradient else attend[name]).lower(*given).compile(), given
     return found
 

@@ -21,11 +21,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import bench
 from lit_jax.kernels import PLATFORMS
 from lit_jax.linear_attention import Unsupported, linear_attention
 
@@ -73,8 +73,9 @@ def inputs(batch: int, tokens: int, heads: int, d: int, seed: int) -> dict[str, 
 def softmax(q: jax.Array, k: jax.Array, v: jax.Array, weight: Any, bias: Any) -> jax.Array:
     """What DiT has: heads of 72, and no branch."""
     shape = (*q.shape[:2], -1, SOFTMAX_HEAD)
-    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    out = jax.nn.dot_product_attention(*(x.reshape(shape) for x in (q, k, v)), implementation=implementation)
+    out = jax.nn.dot_product_attention(
+        *(x.reshape(shape) for x in (q, k, v)), implementation="cudnn" if jax.default_backend() == "gpu" else "xla"
+    )
     return out.reshape(q.shape)
 
 
@@ -96,9 +97,9 @@ def laid_out(implementation: str, x: Any) -> Any:
 
 def takes(implementation: str, shape: tuple[int, ...]) -> bool:
     """Whether a kernel for this kind of device is also for this device and head; if not it says why."""
-    x = jax.ShapeDtypeStruct(shape, DTYPE)
+    x = jax.eval_shape(partial(laid_out, implementation), jax.ShapeDtypeStruct(shape, DTYPE))
     try:
-        jax.eval_shape(lambda x: ours(implementation, *[laid_out(implementation, x)] * 3, None, None), x)
+        jax.eval_shape(partial(ours, implementation), x, x, x, None, None)
     except Unsupported as reason:
         print(reason)
         return False
@@ -109,7 +110,7 @@ def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: 
     kernel = [
         name for name, where in PLATFORMS.items() if where == jax.default_backend() and takes(name, sets[0]["q"].shape)
     ]
-    names = {
+    names: dict[str, Callable[..., Any]] = {
         "plain formula, autodiff": partial(ours, "reference"),
         **{f"ours, {name}": partial(ours, name) for name in ("xla", *kernel)},
     }
@@ -133,7 +134,7 @@ def rows_of_jax(sets: list[dict[str, Any]], branch: bool, repeats: int, scores: 
             return out, back(s["g"])
 
         for direction, run in (("forward", forward), ("forward+backward", both)):
-            compiled = jax.jit(run).lower(placed[0]).compile()
+            compiled: Any = jax.jit(run).lower(placed[0]).compile()
             temporaries = compiled.memory_analysis().temp_size_in_bytes
             row = {"name": name, "direction": direction, "temporaries": temporaries} | measure(
                 compiled, placed, jax.block_until_ready, repeats

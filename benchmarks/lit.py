@@ -25,11 +25,11 @@ from operator import le
 from pathlib import Path
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import bench
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.demo import Race
@@ -162,7 +162,8 @@ def config(
         donor=donor,
         teacher=teacher,
         distill=DistillConfig(),
-        **data,
+        data=data["data"],
+        held_out=data["held_out"],
         pipeline=PipelineConfig(batch=size.batch, seed=seed),
         sample=SampleConfig("ddim", steps=25, guidance=1.0),
         samples=0,

@@ -22,10 +22,9 @@ from operator import le
 from pathlib import Path
 from typing import Any
 
-import bench
-import lit
 import numpy as np
 
+from benchmarks import bench, lit
 from heirloom.common.data.sources import SourceConfig
 from lit_jax.demo import race
 from lit_jax.dit import DitConfig
@@ -87,7 +86,7 @@ class Arms:
 
     def equal(self, steps: int, rates: dict[str, float], seed: int) -> dict[str, Config]:
         """The small questions, at equal steps; the main arm is not among them."""
-        distilled = {
+        distilled: dict[str, dict[str, Any]] = {
             "teacher: the donor": {"teacher": self.donor},
             "noise 0.1": {"noise": 0.1},
             "noise 1": {"noise": 1.0},
@@ -114,7 +113,7 @@ class Arms:
 
 def tuned(cfg: Config, rate: float) -> Config:
     """With this rate, and one evaluation, at the end."""
-    every = {"log_every": max(cfg.steps // 20, 1), "eval_every": cfg.steps, "save_every": cfg.steps}
+    every: dict[str, Any] = {"log_every": max(cfg.steps // 20, 1), "eval_every": cfg.steps, "save_every": cfg.steps}
     return replace(cfg, optim=replace(cfg.optim, lr=rate), **every)
 
 
@@ -189,7 +188,7 @@ def main() -> None:
     run = runs / f"teacher-{longest}"
     result["teacher"] = score(arms.dit(size.teacher, longest, rate), size, run, real)
     print("teacher", result["teacher"], flush=True)
-    found = {"donor": str(runs / f"donor-{longest}" / "model"), "teacher": str(run / "model")}
+    found: dict[str, Any] = {"donor": str(runs / f"donor-{longest}" / "model"), "teacher": str(run / "model")}
     sweep, arms = replace(sweep, **found), replace(arms, **found)
     kinds: dict[str, dict[str, Any]] = {
         SCRATCH: {"inherits": False},

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 BATCH, SIZE, FIRST = 64, 224, 4
+BICUBIC = Image.Resampling.BICUBIC
 
 
 def write_shards(folder: Path, shards: int, pictures: int) -> None:
@@ -28,7 +29,7 @@ def write_shards(folder: Path, shards: int, pictures: int) -> None:
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05}.tar", "w") as out:
             for number in range(pictures):
-                smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize((500, 375), Image.BICUBIC)
+                smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize((500, 375), BICUBIC)
                 noisy = np.asarray(smooth, np.int16) + rng.integers(-16, 17, (375, 500, 3))
                 file = io.BytesIO()
                 Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
@@ -51,7 +52,7 @@ def ours(folder: Path) -> Iterator[Any]:
 class Transform:
     """Random crop of 90 to 100 % of the area, as `Preprocess`; a class, so that worker processes can get it."""
 
-    mean, std = (np.float32(x) for x in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
+    mean, std = np.array([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]], np.float32)
 
     def __call__(self, sample: tuple[Image.Image]) -> np.ndarray:
         picture, rng = sample[0].convert("RGB"), np.random
@@ -61,7 +62,7 @@ class Transform:
         height = min(picture.height, np.sqrt(area / ratio))
         left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
         box = (left, top, left + width, top + height)
-        pixels = np.asarray(picture.resize((SIZE, SIZE), Image.BICUBIC, box=box), np.float32)
+        pixels = np.asarray(picture.resize((SIZE, SIZE), BICUBIC, box=box), np.float32)
         return (pixels / 255 - self.mean) / self.std
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import bench
 import numpy as np
 
+from benchmarks import bench
 from weightgen.baselines import Ridge, row_condition, with_bias
 from weightgen.few_shot import SHOTS, Episodes, FewShotConfig, build_zoo, few_shot_heads, sample, train
 from weightgen.metrics import Estimate, head_accuracy
@@ -93,7 +93,7 @@ def judge(tasks: EmojiTasks, seed: int) -> dict[tuple[int, str], np.ndarray]:
     episodes = Episodes.of(tasks.unseen, TASKS, cfg.ways, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         generator = train(cfg, zoo, tasks.seen["support"], folder=Path(folder), seed=0)
-    found = {}
+    found: dict[tuple[int, str], np.ndarray] = {}
     assert zoo.net is not None
     for shots in reversed(SHOTS):
         support = episodes.support[:, :, :shots]

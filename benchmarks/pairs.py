@@ -153,11 +153,11 @@ def train_deit(smoke: bool) -> Pair:
     def loss(params: Any, batch: Any, key: Any, frozen: Any) -> Any:
         return cross_entropy(model.apply(params, batch["image"]), jax.nn.one_hot(batch["label"], cfg.classes)), {}
 
-    their_cfg = ViTConfig(
+    named: dict[str, Any] = dict(
         hidden_size=cfg.width, num_attention_heads=cfg.heads, intermediate_size=cfg.hidden, image_size=cfg.size,
         num_hidden_layers=cfg.layers, num_labels=cfg.classes,
     )  # fmt: skip
-    theirs, pixels, targets = ViTForImageClassification(their_cfg), nchw(images), torch.from_numpy(labels)
+    theirs, pixels, targets = ViTForImageClassification(ViTConfig(**named)), nchw(images), torch.from_numpy(labels)
     their_loss = lambda: F.cross_entropy(theirs(pixel_values=pixels).logits, targets)  # noqa: E731
     return Pair(our_step(model, loss, {"image": images, "label": labels}), their_step(theirs, their_loss))
 
@@ -248,8 +248,9 @@ def attend(tokens: int, gradient: bool, smoke: bool) -> Pair:
     """16 heads of 72 channels, [1, token, head, channel]."""
     shape = (1, 64 if smoke else tokens, 2 if smoke else 16, HEAD)
 
-    def theirs(*given: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in given)).transpose(1, 2)
+    def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     arrays = [drawn(*shape, seed=seed) for seed in range(3)]
     return calls(softmax(), theirs, arrays, drawn(*shape, seed=3), gradient, lambda found: found)

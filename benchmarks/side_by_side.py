@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bench
+from benchmarks import bench
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "torch", "transformers", "diffusers", "webdataset")

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from soak_faults import FAULTS, Fault, inject
-from soak_jobs import METHODS, Job, Method, Zygote, make_data, may_mount, mounted
+
+from benchmarks.soak_faults import FAULTS, Fault, inject
+from benchmarks.soak_jobs import METHODS, Job, Method, Zygote, make_data, may_mount, mounted
 
 BAD = ("differs", "tracebacks", "hangs", "unexpected")
 SIZE = 2**26  # bytes of the disk of a run that is filled

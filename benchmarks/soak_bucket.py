@@ -10,13 +10,15 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fsspec.implementations.memory import MemoryFileSystem
 
 from heirloom.common.cli import main
-from heirloom.common.paths import copy_of_run, place
+from heirloom.common.paths import Address, copy_of_run, place
 
 TRIES = 10  # of the command
 REQUESTS = ("cat_file", "pipe_file", "put_file", "info", "find", "rm_file", "_open")
@@ -28,9 +30,12 @@ class Weather:
     def __init__(self, seed: int) -> None:
         self._rng, self._lock = np.random.default_rng(seed), threading.Lock()
         self._until, self._bad, self.failed = time.monotonic() + 5, False, 0
+        self.over = False
 
     def fails(self) -> bool:
         with self._lock:
+            if self.over:
+                return False
             if time.monotonic() > self._until:
                 self._bad = not self._bad
                 self._until = time.monotonic() + self._rng.uniform(0.2, 3.0 if self._bad else 6.0)
@@ -42,11 +47,11 @@ class Weather:
 def install(weather: Weather) -> None:
     """Lets requests to fsspec's memory fail."""
 
-    def flaky(real):
-        def request(self, *args, **kwargs):
+    def flaky(real: Callable[..., Any]) -> Callable[..., Any]:
+        def request(*args: Any, **kwargs: Any) -> Any:
             if weather.fails():
                 raise OSError(5, "500 Internal Server Error")
-            return real(self, *args, **kwargs)
+            return real(*args, **kwargs)
 
         return request
 
@@ -61,19 +66,21 @@ def run(data: Path, destination: Path, seed: int, words: list[str]) -> int:
     words = [address if word == "R" else word.replace("D/", f"{bucket}/") for word in words]
     weather = Weather(seed)
     install(weather)
-    local, codes = copy_of_run(place(address)), []
+    there = place(address)
+    assert isinstance(there, Address)
+    local = copy_of_run(there)
+    codes: list[int] = []
     shutil.rmtree(local, ignore_errors=True)  # another soak of the same seed
     while len(codes) < TRIES and (not codes or codes[-1]):
         codes.append(main(words))
     print(f"{weather.failed} requests failed; exit codes {codes}")
     if codes[-1]:
         return codes[-1]
-    weather.fails = lambda: False  # what has arrived in the bucket counts, not the local copy
+    weather.over = True  # what has arrived in the bucket counts, not the local copy
     shutil.rmtree(local)
-    found = place(address)
-    for name in found.files():
+    for name in there.files():
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
-        (destination / name).write_bytes(found.child(name).read_bytes())
+        (destination / name).write_bytes(there.child(name).read_bytes())
     return 0
 
 

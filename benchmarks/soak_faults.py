@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from soak_jobs import LIMIT, STEPS, Job, Method, command, environment
+
+from benchmarks.soak_jobs import LIMIT, STEPS, Job, Method, command, environment
 
 KILLED, GRACEFUL, BAD_INPUT, GONE = -signal.SIGKILL, 75, 2, 70
 POLL = 0.002  # seconds between two looks at the run

@@ -57,8 +57,8 @@ def imported() -> None:
     """Imports what trainings import, and starts nothing."""
     from heirloom.common import cli, config
 
-    for recipe in ("tinyclip/smoke", "lit/smoke", "learngene/smoke", "weightgen/generator"):
-        config.load(recipe, [], "train")
+    for name in ("tinyclip/smoke", "lit/smoke", "learngene/smoke", "weightgen/generator"):
+        config.load(name, [], "train")
     from heirloom.common.checkpoint import state
     from heirloom.common.train import bucket, recipe
 

@@ -12,11 +12,11 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import bench
 from heirloom.common import config
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError

@@ -24,11 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bench
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from benchmarks import bench
 from heirloom.common.checkpoint.convert import COPY, convert, open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import create_safetensors

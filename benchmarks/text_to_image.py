@@ -25,8 +25,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench
 import numpy as np
+
+from benchmarks import bench
 
 GOALS = {"lit": {512: 0.9, 1024: 0.6, 2048: 0.35}, "pixart": dict.fromkeys((512, 1024, 2048), 1.1)}
 MODELS = ("diffusers", "pixart", "lit")
@@ -186,7 +187,8 @@ def sample_once(folder: Path) -> None:
     from lit_jax.text_to_image import Request
 
     before = peak_bytes()
-    pipe: Any = replace(lit_jax.load(str(folder)), keep=False, stages=Stages(quiet=True))  # type: ignore[type-var]
+    pipe: Any = lit_jax.load(str(folder))
+    pipe = replace(pipe, keep=False, stages=Stages(quiet=True))
     pipe.pictures([Request(PROMPT, size=(1024, 1024))], PromptConfig(steps=1))
     print(json.dumps({"before": before, "stages": pipe.stages.to_json()}))
 

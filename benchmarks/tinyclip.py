@@ -15,15 +15,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import bench
-
+from benchmarks import bench
 from heirloom.common import config
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.masks import MaskConfig
-from tinyclip_jax.model import ClipConfig, parameters, total_macs
+from tinyclip_jax.model import ClipConfig, ImageConfig, parameters, total_macs
 from tinyclip_jax.train import Config, LossConfig, Stage
 from tinyclip_jax.zoo import open_clip_model
 
@@ -38,7 +37,7 @@ class Setting:
 
     steps: int
     batch: int
-    compute: str = "float32"
+    compute: Literal["float32", "bfloat16"] = "float32"
 
 
 SETTINGS = {"cpu": Setting(200, 64), "gpu": Setting(4000, 512, "bfloat16"), "smoke": Setting(12, 16)}
@@ -63,8 +62,9 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
     )
     whole = open_clip_model(TEACHER).cfg
     half = demo.student
+    assert isinstance(half.image, ImageConfig)
     quarter = replace(half, image=replace(half.image, width=64, heads=1, hidden=256))
-    found = {}
+    found: dict[str, Config] = {}
     for size, student, share in (("50 %", half, 0.5), ("25 %", quarter, 0.75)):
         alone = replace(base, student=student)
         found |= {

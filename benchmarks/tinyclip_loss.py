@@ -14,12 +14,12 @@ os.environ.setdefault("NPROC", "64")  # collectives on a CPU hold a thread each
 import statistics
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks import bench
 from tinyclip_jax.losses import affinity_mimicking, similarity
 
 DEVICES, JOINT, SCALE = 8, 512, 50.0
@@ -58,7 +58,7 @@ def main() -> None:
             )
             shapes = [jax.ShapeDtypeStruct((batch, JOINT), jnp.float32)] * 4
             with jax.set_mesh(mesh):
-                compiled = step.lower(*shapes, SCALE, SCALE).compile()
+                compiled: Any = step.lower(*shapes, SCALE, SCALE).compile()
             row[name] = {"megabytes": compiled.memory_analysis().temp_size_in_bytes / 2**20}
             if batch <= args.run_up_to:
                 features = [jax.device_put(unit(seed, batch), rows) for seed in range(4)]

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute, parquet
-from tinyclip import TEACHER, scores, tokenizer
 
+from benchmarks import bench
+from benchmarks.tinyclip import TEACHER, scores, tokenizer
 from heirloom.common import config
 from heirloom.common.data import emoji
 from heirloom.common.data.sources import SourceConfig
@@ -174,7 +174,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for arm, colour in COLOURS.items():
         for i, curve in enumerate(curves(rows, arm).values()):
             steps, values = zip(*sorted(curve), strict=True)
-            look = dict(color=colour, linewidth=1.6, marker="o", markersize=3, label=None if i else arm)
+            look: dict[str, Any] = dict(color=colour, linewidth=1.6, marker="o", markersize=3, label=None if i else arm)
             axes.plot(steps, [100 * value for value in values], **look)
     axes.set(xscale="log", xlabel="steps of a whole training", ylabel="R@1 on 200 held-out concepts, %", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)

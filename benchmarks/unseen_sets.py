@@ -24,12 +24,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
-from generated_init import World, config, pictures
 
+from benchmarks import bench
+from benchmarks.generated_init import World, config, pictures
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.train.optim import OptimConfig
 from weightgen import baselines
@@ -145,9 +145,9 @@ def read(source: Source, most: int, seed: int = 0) -> Pictures:
         counts[part, name] = counts.get((part, name), 0) + 1
         if counts[part, name] <= (most // 3 if tested else most):
             kept[part].append((i, n, names.index(name)))
-    opened = [open_source(split) for split in source.splits]
+    whole = [open_source(split) for split in source.splits]
     found = {
-        part: (thumbnails([opened[i][n] for i, n, _ in rows], 3), np.array([label for _, _, label in rows]))
+        part: (thumbnails([whole[i][n] for i, n, _ in rows], 3), np.array([label for _, _, label in rows]))
         for part, rows in kept.items()
     }
     return Pictures(found["train"], found["test"], tuple(names))

@@ -113,7 +113,7 @@ def with_caches(cfg: Config, folder: Path) -> Config:
     return replace(cfg, data=data, held_out=held_out)
 
 
-def race(cfg: Config, folder: Path) -> Race:
+def race(cfg: recipe.RunConfig, folder: Path) -> Race:
     """Train one student. The curve starts with its loss before the first step."""
     before = recipe.evaluate(cfg, cfg.parts()).metrics[METRIC]
     cfg.train(folder)

@@ -5,31 +5,25 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import side_by_side
+
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def side_by_side(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import side_by_side
-
-    return side_by_side
-
-
-def row(side_by_side, name, **found):
+def row(name, **found):
     return {"what": name} | side_by_side.summary(name, found) | found
 
 
-def test_the_ratio_is_the_median_of_the_rounds(side_by_side):
-    found = row(side_by_side, "train step, X", ours=[1.0, 2.0, 9.0], theirs=[1.0, 1.0, 10.0])
+def test_the_ratio_is_the_median_of_the_rounds():
+    found = row("train step, X", ours=[1.0, 2.0, 9.0], theirs=[1.0, 1.0, 10.0])
     assert (found["ours_seconds"], found["theirs_seconds"], found["ratio"], found["goal"]) == (2.0, 1.0, 1.0, 1.1)
 
 
-def test_the_page_gets_the_table_between_its_markers(side_by_side, tmp_path):
+def test_the_page_gets_the_table_between_its_markers(tmp_path):
     rows = [
-        row(side_by_side, "softmax attention, X", ours=[0.5], theirs=[0.25]),
-        row(side_by_side, "`heirloom recipes`", ours=[1.25]),
-        row(side_by_side, "convert X", ours=[1.0], theirs=[4.0], ours_peak_bytes=3e8, theirs_peak_bytes=2e9),
+        row("softmax attention, X", ours=[0.5], theirs=[0.25]),
+        row("`heirloom recipes`", ours=[1.25]),
+        row("convert X", ours=[1.0], theirs=[4.0], ours_peak_bytes=3e8, theirs_peak_bytes=2e9),
     ]
     head = {"date": "2026-01-31", "device": "CPU, x86_64", "cores": 2, "versions": {"jax": "0.10.2"}}
     page = tmp_path / "speed.md"
@@ -55,12 +49,12 @@ def test_the_page_gets_the_table_between_its_markers(side_by_side, tmp_path):
     ]
 
 
-def test_the_committed_page_has_the_markers(side_by_side):
+def test_the_committed_page_has_the_markers():
     text = (ROOT / "docs/speed.md").read_text()
     assert text.count(side_by_side.BEGIN) == text.count(side_by_side.END) == 1
 
 
-def test_a_command_that_fails_ends_the_run_with_its_words(side_by_side):
+def test_a_command_that_fails_ends_the_run_with_its_words():
     with pytest.raises(SystemExit, match="ended with 3:\nno such thing"):
         side_by_side.process([sys.executable, "-c", "print('no such thing'); raise SystemExit(3)"])
     found = side_by_side.process([sys.executable, "-c", """print('note'); print('{"seconds": 0.5}')"""])

@@ -3,24 +3,15 @@
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).parents[2]
+from benchmarks import index, soak, soak_faults, soak_jobs
+from heirloom.common.data.tar_members import _by_tarfile, members
 
 
-@pytest.fixture
-def soak(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import soak
-
-    return soak
-
-
-def test_one_bit_of_the_weights_is_seen(soak, tmp_path):
+def test_one_bit_of_the_weights_is_seen(tmp_path):
     weights = np.arange(6, dtype=np.float32)
     other = weights.copy()
     other.view(np.uint32)[3] ^= 1
@@ -36,7 +27,7 @@ def test_one_bit_of_the_weights_is_seen(soak, tmp_path):
     assert soak.same(tmp_path / "a", tmp_path / "a")
 
 
-def test_a_plan_is_a_function_of_the_seed_and_all_faults_come(soak):
+def test_a_plan_is_a_function_of_the_seed_and_all_faults_come():
     kinds = list(soak.FAULTS)
     drawn = soak.plans(0, kinds, 100)
     few = soak.plans(0, kinds, 7)
@@ -48,7 +39,7 @@ def test_a_plan_is_a_function_of_the_seed_and_all_faults_come(soak):
     assert 100 <= sum(len(plan.faults) for plan in drawn) < 103
 
 
-def test_the_table_counts_runs_in_the_row_of_each_of_their_faults(soak):
+def test_the_table_counts_runs_in_the_row_of_each_of_their_faults():
     good = {"differs": False, "tracebacks": [], "hangs": 0, "unexpected": []}
     first = {"kind": "kill", "injected": True}
     runs = [
@@ -68,11 +59,9 @@ class Scripts:
         self.code = code
 
     def start(self, argv, env, out):
-        from soak_jobs import Process
-
         with open(out, "a") as file:
             child = subprocess.Popen([sys.executable, "-c", self.code], stdout=file, stderr=file)
-        process = Process(child.pid)
+        process = soak_jobs.Process(child.pid)
 
         def wait():
             process.code = child.wait()
@@ -82,9 +71,7 @@ class Scripts:
         return process
 
 
-def test_tracebacks_and_hangs_are_found(soak, tmp_path, monkeypatch):
-    import soak_jobs
-
+def test_tracebacks_and_hangs_are_found(tmp_path, monkeypatch):
     job = soak.Job(soak.METHODS[0], tmp_path / "run", tmp_path / "data", Scripts("print('x')\n1 / 0"))
     assert job.wait() == [1] and job.tracebacks() == ["ZeroDivisionError: division by zero"]
     assert not job.finished() and job.hangs == 0
@@ -95,21 +82,17 @@ def test_tracebacks_and_hangs_are_found(soak, tmp_path, monkeypatch):
     assert stuck.wait() == [-9] and stuck.hangs == 1
 
 
-def test_an_exit_code_that_a_fault_does_not_explain_is_counted(soak, tmp_path):
-    import soak_faults
-
+def test_an_exit_code_that_a_fault_does_not_explain_is_counted(tmp_path):
     job = soak.Job(soak.METHODS[0], tmp_path / "run", tmp_path / "data", Scripts("raise SystemExit(3)"))
     found = soak_faults.inject(soak.Fault("SIGTERM", 3, 0.0, 0), job)
     assert found.exits == [[3]] and len(found.unexpected) == 1 and not found.done
     assert found.unexpected[0].startswith("exit codes [3], not [0, 75]")
 
 
-def test_the_zygote_starts_trainings_and_says_how_they_ended(soak, tmp_path):
-    from soak_jobs import Zygote, environment
-
-    zygote = Zygote()
+def test_the_zygote_starts_trainings_and_says_how_they_ended(tmp_path):
+    zygote, env = soak_jobs.Zygote(), soak_jobs.environment()
     try:
-        started = [zygote.start(["train", "no/recipe", "--run", "r"], environment(), tmp_path / f"{i}") for i in "ab"]
+        started = [zygote.start(["train", "no/recipe", "--run", "r"], env, tmp_path / f"{i}") for i in "ab"]
         assert all(process.ended.wait(120) for process in started) and [p.code for p in started] == [2, 2]
         assert (tmp_path / "a").read_text().startswith("heirloom: ")
     finally:
@@ -117,11 +100,6 @@ def test_the_zygote_starts_trainings_and_says_how_they_ended(soak, tmp_path):
 
 
 def test_shards_of_the_benchmark_are_tars(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import index
-
-    from heirloom.common.data.tar_members import _by_tarfile, members
-
     index.write_shards(tmp_path / "data", 2, 150)
     shards = sorted((tmp_path / "data").iterdir())
     assert members(shards[1]) == _by_tarfile(shards[1]) and len(members(shards[1])) == 300
