@@ -1,12 +1,14 @@
-"""What helps in TinyCLIP, on emoji: losses, inheritance by rule or masks, one or two stages, 50 or 25 % of blocks.
+"""What helps in TinyCLIP, on emoji: losses, inheritance by rule or masks, one or more stages, 50, 25 or 10 % of blocks.
 
     python benchmarks/tinyclip.py --out runs/benchmark --json benchmarks/results/tinyclip_cpu.json
+    python benchmarks/tinyclip.py --setting long --out runs/long --json benchmarks/results/tinyclip_long.json
     python benchmarks/tinyclip.py --setting gpu --out runs/benchmark_gpu --json ...
 
-Every arm has the same teacher (the embedded one), data, batch and number of steps; an arm in two stages has half of
-them in each, a mask phase is part of its arm's steps. Scored on 300 concepts nobody was trained on. Each arm of each
-seed writes OUT/ARM-SEED.json when it is done, and is not run again; one that was stopped goes on where it was, and its
-seconds are those since then.
+Every arm has the same teacher (the embedded one), data, batch and number of steps; an arm in stages has equal parts of
+them in each, a mask phase is part of its arm's steps. Learned masks leave more multiply-accumulates than the rule at
+the same share of blocks: the arms "MACs of automatic" have a rule that keeps as many, by wider MLPs of the image tower.
+Scored on 300 concepts nobody was trained on. Each arm of each seed writes OUT/ARM-SEED.json when it is done, and is not
+run again; one that was stopped goes on where it was, and its seconds are those since then.
 """
 
 import json
@@ -20,9 +22,10 @@ from typing import Any, Literal
 from benchmarks import bench
 from heirloom.common import config
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.nn.functional import functional
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.masks import MaskConfig
-from tinyclip_jax.model import ClipConfig, ImageConfig, parameters, total_macs
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, parameters, total_macs
 from tinyclip_jax.train import Config, LossConfig, Stage
 from tinyclip_jax.zoo import open_clip_model
 
@@ -40,7 +43,14 @@ class Setting:
     compute: Literal["float32", "bfloat16"] = "float32"
 
 
-SETTINGS = {"cpu": Setting(200, 64), "gpu": Setting(4000, 512, "bfloat16"), "smoke": Setting(12, 16)}
+SETTINGS = {
+    "cpu": Setting(200, 64),
+    "long": Setting(600, 64),
+    "gpu": Setting(4000, 512, "bfloat16"),
+    "smoke": Setting(12, 16),
+}
+SHARES = {"50 %": 0.5, "25 %": 0.75, "10 %": 0.9}  # of the blocks that masks close, by size
+EQUAL = {f"{size} manual, MACs of automatic": size for size in SHARES}
 
 
 def arms(setting: Setting, seed: int) -> dict[str, Config]:
@@ -64,8 +74,14 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
     half = demo.student
     assert isinstance(half.image, ImageConfig)
     quarter = replace(half, image=replace(half.image, width=64, heads=1, hidden=256))
+    tenth = replace(
+        half,
+        image=replace(half.image, width=64, heads=1, hidden=192),
+        text=replace(half.text, width=128, heads=2, hidden=512, layers=1),
+    )
+    students = dict(zip(SHARES, (half, quarter, tenth), strict=True))
     found: dict[str, Config] = {}
-    for size, student, share in (("50 %", half, 0.5), ("25 %", quarter, 0.75)):
+    for size, student in students.items():
         alone = replace(base, student=student)
         found |= {
             f"{size} scratch, contrastive": replace(
@@ -73,18 +89,28 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
             ),
             f"{size} scratch, affinity": replace(alone, donor=""),
             f"{size} manual": alone,
-            f"{size} automatic": replace(base, student=whole, masks=masks(steps, 0.0, share)),
+            f"{size} automatic": replace(base, student=whole, masks=masks(steps, 0.0, SHARES[size])),
         }
-    first = steps // 2
-    manual = (Stage(half, first, warmup // 2), Stage(quarter, steps - first, warmup // 2))
-    learned = (
-        Stage(whole, first, masks=masks(first, 0.0, 0.5)),
-        Stage(whole, steps - first, masks=masks(steps - first, 0.5, 0.75)),
-    )
-    return found | {
-        "25 % manual, two stages": replace(base, stages=manual),
-        "25 % automatic, two stages": replace(base, stages=learned),
-    }
+    for size, number, n in (("25 %", "two", 2), ("10 %", "three", 3)):
+        lengths = [steps // n] * (n - 1) + [steps - steps // n * (n - 1)]
+        shares = [0.0, *SHARES.values()]
+        manual = [Stage(student, k, warmup // n) for student, k in zip(students.values(), lengths, strict=False)]
+        learned = [Stage(whole, k, masks=masks(k, shares[i], shares[i + 1])) for i, k in enumerate(lengths)]
+        found |= {
+            f"{size} manual, {number} stages": replace(base, stages=tuple(manual)),
+            f"{size} automatic, {number} stages": replace(base, stages=tuple(learned)),
+        }
+    return found
+
+
+def at_macs(student: ClipConfig, most: int) -> ClipConfig:
+    """A student with the widest MLPs of the image tower at which it takes no more than `most` multiply-accumulates."""
+    assert isinstance(student.image, ImageConfig)
+    for hidden in range(768, 0, -8):
+        found = replace(student, image=replace(student.image, hidden=hidden))
+        if total_macs(found, functional(Clip, found).spec) <= most:
+            return found
+    raise ValueError(f"{most:,} multiply-accumulates are fewer than those of this student without MLPs")
 
 
 def masks(steps: int, start: float, target: float) -> MaskConfig:
@@ -143,17 +169,22 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         recipes = arms(setting, seed)
-        if unknown := [name for name in args.arms or () if name not in recipes]:
-            parser.error(f"no arm {unknown[0]!r}; there are: {', '.join(recipes)}")
-        for name in args.arms or recipes:
-            stem = f"{name.replace(' %', '').replace(',', '').replace(' ', '_')}-{seed}"
-            file = args.out / f"{stem}.json"
+        names = [*recipes, *EQUAL]
+        if unknown := [name for name in args.arms or () if name not in names]:
+            parser.error(f"no arm {unknown[0]!r}; there are: {', '.join(names)}")
+        for name in args.arms or names:
+            file = args.out / f"{stem(name, seed)}.json"
             if not file.exists():
-                write_json(
-                    file,
-                    run(name, recipes[name], args.out / "runs" / stem)
-                    | {"setting": args.setting, "steps": setting.steps},
-                )
+                if name in EQUAL:
+                    other = args.out / f"{stem(f'{EQUAL[name]} automatic', seed)}.json"
+                    if not other.exists():
+                        parser.error(f"{name} follows {EQUAL[name]} automatic: run that first")
+                    cfg = recipes[f"{EQUAL[name]} manual"]
+                    cfg = replace(cfg, student=at_macs(cfg.student, read_json(other)["macs"]))
+                else:
+                    cfg = recipes[name]
+                found = run(name, cfg, args.out / "runs" / stem(name, seed))
+                write_json(file, found | {"setting": args.setting, "steps": setting.steps})
             row = read_json(file)
             if row["setting"] != args.setting:
                 parser.error(f"{file} is of the setting {row['setting']!r}: take another --out")
@@ -161,6 +192,11 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     print(table(rows))
     bench.write(args.json, bench.header() | {"rows": rows})
+
+
+def stem(name: str, seed: int) -> str:
+    """The name of an arm's files."""
+    return f"{name.replace(' %', '').replace(',', '').replace(' ', '_')}-{seed}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

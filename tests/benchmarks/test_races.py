@@ -1,33 +1,25 @@
 """The parts of the races that decide what their pages say."""
 
 import operator
-from pathlib import Path
 
 import pytest
 from pyarrow import compute, parquet
 
-ROOT = Path(__file__).parents[2]
+from benchmarks import bench, gene_budget
+from benchmarks import tinyclip_race as race
 
 
-@pytest.fixture
-def race(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import tinyclip_race
-
-    return tinyclip_race
-
-
-def test_steps_to_a_score_are_read_off_between_two_budgets(race):
+def test_steps_to_a_score_are_read_off_between_two_budgets():
     curve = [(400, 0.06), (100, 0.02), (200, 0.01), (800, 0.05)]
-    assert race.bench.steps_to(0.02, curve) == 100
-    assert race.bench.steps_to(0.035, curve) == pytest.approx(200 * 2**0.5)  # halfway from 0.01 to 0.06, on a log axis
-    assert race.bench.steps_to(0.061, curve) is None
+    assert bench.steps_to(0.02, curve) == 100
+    assert bench.steps_to(0.035, curve) == pytest.approx(200 * 2**0.5)  # halfway from 0.01 to 0.06, on a log axis
+    assert bench.steps_to(0.061, curve) is None
     errors = [(100, 0.5), (200, 0.4), (400, 0.2)]
-    assert race.bench.steps_to(0.3, errors, operator.le) == pytest.approx(200 * 2**0.5)
-    assert race.bench.steps_to(0.1, errors, operator.le) is None
+    assert bench.steps_to(0.3, errors, operator.le) == pytest.approx(200 * 2**0.5)
+    assert bench.steps_to(0.1, errors, operator.le) is None
 
 
-def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrives(race):
+def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrives():
     budgets = {race.SCRATCH: (100, 200), race.AFFINITY: (50, 100), race.CONTRASTIVE: (50, 100)}
     scores = {race.SCRATCH: (0.01, 0.02), race.AFFINITY: (0.02, 0.04), race.CONTRASTIVE: (0.01, 0.015)}
     rows = [
@@ -43,7 +35,7 @@ def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrive
     assert "| 6 % | never, never | never, never | never, never | -, - |" in lines
 
 
-def test_validation_concepts_are_some_of_those_that_the_teacher_does_not_know(race, tmp_path):
+def test_validation_concepts_are_some_of_those_that_the_teacher_does_not_know(tmp_path):
     sources = race.split(tmp_path)
     table = parquet.read_table(tmp_path / "emoji.parquet")
     held, tested, train = (
@@ -56,7 +48,7 @@ def test_validation_concepts_are_some_of_those_that_the_teacher_does_not_know(ra
     assert {part: source.split for part, source in sources.items()} == {"validation": "validation", "test": "test"}
 
 
-def test_each_arm_has_its_own_loss_start_and_schedule(race):
+def test_each_arm_has_its_own_loss_start_and_schedule():
     arms = {arm: race.recipe(arm, 50, 1e-3, 3, 16) for arm in race.COLOURS}
     assert {arm: (bool(cfg.donor), bool(cfg.teacher), cfg.loss.alpha) for arm, cfg in arms.items()} == {
         race.SCRATCH: (False, False, 0.0),
@@ -66,10 +58,7 @@ def test_each_arm_has_its_own_loss_start_and_schedule(race):
     assert all(cfg.steps == 50 and cfg.optim.warmup == 5 and cfg.pipeline.seed == 3 for cfg in arms.values())
 
 
-def test_the_mean_of_a_seed_is_that_of_its_models(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gene_budget
-
+def test_the_mean_of_a_seed_is_that_of_its_models():
     row = {"models": 2, "seed": 0, "flops": 1.0}
     rows = [
         row | {"depth": 4, "method": "sws", "top1": 0.5},

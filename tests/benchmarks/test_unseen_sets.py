@@ -1,26 +1,16 @@
 """Zoos of several data sets: what is kept apart, and the starts that do not come from a zoo."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import unseen_sets as sets
 from weightgen.zoo.nets import NetConfig, net
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture
-def sets(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import unseen_sets
-
-    return unseen_sets
-
-
-def made_up(sets, seed, classes=6, train=20, test=6):
+def made_up(seed, classes=6, train=20, test=6):
     rng = np.random.default_rng(seed)
 
     def part(n):
@@ -29,8 +19,8 @@ def made_up(sets, seed, classes=6, train=20, test=6):
     return sets.Pictures(part(train), part(test), tuple("abcdefghij"[:classes]))
 
 
-def test_features_know_nothing_of_the_data_set_that_is_left_out(sets):
-    a, b, c = (made_up(sets, seed) for seed in range(3))
+def test_features_know_nothing_of_the_data_set_that_is_left_out():
+    a, b, c = (made_up(seed) for seed in range(3))
     other = replace(c, train=(-3 * c.train[0], c.train[1]))
     (one, classes), (two, _) = (sets.world({"a": a, "b": b, "c": found}, "c") for found in (c, other))
     mine = slice(one.train.starts[classes["a"].start], one.train.starts[classes["b"].stop])
@@ -38,15 +28,15 @@ def test_features_know_nothing_of_the_data_set_that_is_left_out(sets):
     assert not np.array_equal(one.train.features, two.train.features)
 
 
-def test_a_task_is_of_one_data_set_and_the_sets_take_turns(sets):
+def test_a_task_is_of_one_data_set_and_the_sets_take_turns():
     found = sets.tasks({"a": range(6), "b": range(6, 12), "c": range(12, 18)}, ["a", "c"], 5, np.random.default_rng(0))
     assert (found // 6).tolist() == [[name] * 5 for name in (0, 2, 0, 2, 0)]
     assert all(len(set(row)) == 5 for row in found.tolist())
 
 
 @pytest.mark.parametrize("test", [2, 6, 40])
-def test_no_picture_both_selects_and_tests(sets, test):
-    world, classes = sets.world({"a": made_up(sets, 0, test=test), "b": made_up(sets, 1)}, "b")
+def test_no_picture_both_selects_and_tests(test):
+    world, classes = sets.world({"a": made_up(0, test=test), "b": made_up(1)}, "b")
     size = replace(sets.SIZES["smoke"], pictures=9)
     found = sets.Tasks.draw(size, world, sets.tasks(classes, ["a"], 3, np.random.default_rng(0)), [0])
     for task in range(3):
@@ -55,14 +45,14 @@ def test_no_picture_both_selects_and_tests(sets, test):
         assert set(found.test[1][task][tested]) == set(range(5))  # every class is tested
 
 
-def test_variants_of_a_concept_stand_on_one_side(sets, monkeypatch):
+def test_variants_of_a_concept_stand_on_one_side(monkeypatch):
     monkeypatch.setattr(sets, "thumbnails", lambda records, channels: np.array([r["concept"] for r in records]))
     found = sets.read(sets.sources("", "")["emoji"], 10**6)
     assert len(found.names) > 80 and len(found.train[0]) > 2 * len(found.test[0]) > 1000
     assert not set(found.train[0].tolist()) & set(found.test[0].tolist())
 
 
-def test_prototypes_of_hidden_units_choose_the_nearest_class(sets):
+def test_prototypes_of_hidden_units_choose_the_nearest_class():
     cfg = NetConfig("mlp", features=8, hidden=6, classes=5)
     params = {path: np.asarray(leaf) for path, leaf in net(cfg).init(jax.random.key(0)).items()}
     rng = np.random.default_rng(0)
@@ -84,7 +74,7 @@ def test_prototypes_of_hidden_units_choose_the_nearest_class(sets):
     assert (sets.labels(cfg, sets.transferred(Known, Told, "zero"), x) == 0).all()
 
 
-def test_reptile_makes_a_start_from_which_its_tasks_are_learned_sooner(sets):
+def test_reptile_makes_a_start_from_which_its_tasks_are_learned_sooner():
     rng, cfg = np.random.default_rng(0), NetConfig("mlp", features=4, hidden=8, classes=2)
     x = rng.standard_normal((8, 64, 4)).astype(np.float32)
     y = (x[..., 0] * x[..., 1] > 0).astype(np.int32)  # all tasks are one task
@@ -95,7 +85,7 @@ def test_reptile_makes_a_start_from_which_its_tasks_are_learned_sooner(sets):
     assert right[0] < 0.7 < 0.9 < right[1]
 
 
-def test_a_rate_is_chosen_by_the_validation_tasks_alone(sets):
+def test_a_rate_is_chosen_by_the_validation_tasks_alone():
     tried = {"start": {"0": {"": 0.2}, "more, 5": {"0.003": 0.5, "0.03": 0.7}}}
     found = {"start": {"0": {"": 0.3}, "more, 5": {"0.003": 0.9, "0.03": 0.4}}}
     assert sets.chosen(found, tried) == {"start": {"0": 0.3, "more, 5": 0.4}}
