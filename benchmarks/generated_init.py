@@ -33,16 +33,12 @@ import numpy as np
 
 from benchmarks import bench
 from benchmarks.weightgen import align
+from benchmarks.weightgen.worlds import SHOTS, World, config, generator, pictures
 from heirloom.common.errors import InputError
-from heirloom.common.train.optim import OptimConfig
 from weightgen.baselines import Ridge, average, gaussian, hypernetwork, kde, nearest_model, noisy
 from weightgen.codec import Gate
-from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
-from weightgen.generator.in_memory import train_generator
-from weightgen.generator.sample import SampleConfig
 from weightgen.metrics import Estimate, accuracy, disagreement, error_overlap, nearest_distance
-from weightgen.train import LoopConfig
 from weightgen.zoo.data import Bank, Projection
 from weightgen.zoo.fit import FitConfig, build, fit_population, initial_population
 from weightgen.zoo.nets import NetConfig, net, predict
@@ -50,7 +46,6 @@ from weightgen.zoo.zoo import Zoo, flat, head_tokens
 
 BUDGETS = (0, 1, 5, 25)  # steps of fine-tuning
 HIDDEN = {"mlp": ("hidden",), "cnn": ("first", "second", "third", "hidden")}  # units that may be permuted
-SHOTS = 5
 
 
 @dataclass(frozen=True)
@@ -110,16 +105,6 @@ ORACLE = f"oracle of {SAMPLES}, by test"
 CNN_FEATURES = 64  # of the pictures a CNN's generator is told, by PCA
 
 
-@dataclass(frozen=True)
-class World:
-    """Pictures by class as one kind of network sees them, and as the condition does (PCA features); train and test."""
-
-    train: Bank
-    test: Bank
-    told: Bank
-    shape: tuple[int, ...]
-
-
 def main() -> None:
     parser = bench.parser(__doc__, seeds=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -174,15 +159,6 @@ def read(folder: Path, kind: str) -> World:
     return World(Bank.of(x, y, names), Bank.of(t, u, names), told, shape)
 
 
-def pictures(
-    world: World, bank: Bank, classes: np.ndarray, each: int, salt: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """x [member, 5 * each, ...] and y of these classes [member, 5]."""
-    x = bank.draw(classes, each, np.random.default_rng(salt))
-    y = np.broadcast_to(np.repeat(np.arange(5), each), (len(classes), 5 * each)).astype(np.int32)
-    return x.reshape(len(classes), 5 * each, *world.shape), y
-
-
 def subsets(size: Size, kind: str, seed: int, names: int) -> tuple[np.ndarray, np.ndarray]:
     """Classes of the zoo's networks, [member, 5], and of the targets: only these have both of the last two classes."""
     rng = np.random.default_rng(seed)
@@ -211,10 +187,6 @@ def population(
     )
     trees = [{path: np.asarray(leaf) for path, leaf in part.items()} for part in parts]
     return {path: np.concatenate([tree[path] for tree in trees]) for path in trees[0]}
-
-
-def config(world: World, kind: Any) -> NetConfig:
-    return NetConfig(kind, features=world.shape[-1], classes=5)
 
 
 def matched(tree: dict[str, np.ndarray], reference: dict[str, np.ndarray], cfg: NetConfig) -> dict[str, np.ndarray]:
@@ -261,33 +233,19 @@ def arm(
     tokens = zoo.tokens(slice(None))
     lap("zoo")
 
-    # The condition is PCA features for both kinds; no latent is left out, as random networks have no low rank.
-    features = world.told.features.shape[1]
-    generator_cfg = GeneratorConfig(
-        net=cfg,
-        latent=min(spec.length, len(tokens) * spec.rows),
-        condition="per_class",
-        shots=SHOTS,
-        prior=prior,
-        denoiser=size.denoiser,
-        told=features,
-    )
-    steps = size.steps[kind]
-    optim = OptimConfig(lr=1e-3, warmup=max(steps // 20, 1), clip=1.0)
-    batch = min(size.batch, len(tokens))
-    loop = LoopConfig(steps=steps, batch=batch, optim=optim, seed=seed, save_every=steps)
-    trained = train_generator(generator_cfg, zoo, world.told, loop=loop, directory=folder)
-    generator = replace(trained, how=SampleConfig(steps=size.draws))
+    # The condition is PCA features for both kinds.
+    how: Any = dict(denoiser=size.denoiser, steps=size.steps[kind], batch=size.batch, draws=size.draws, seed=seed)
+    trained = generator(zoo, world.told, prior, **how, folder=folder)
     lap("generator")
 
     rng = np.random.default_rng([seed, 1])
     support = world.told.draw(targets, SHOTS, rng)
     mask, n = np.ones(support.shape[:3], bool), len(targets)
     key = jax.random.key(seed)
-    samples = np.stack([generator.draw(support, mask, key, np.arange(n) + i * n) for i in range(SAMPLES)])
-    shuffled = generator.draw(np.roll(support, 1, axis=1), mask, key, np.arange(n))
+    samples = np.stack([trained.draw(support, mask, key, np.arange(n) + i * n) for i in range(SAMPLES)])
+    shuffled = trained.draw(np.roll(support, 1, axis=1), mask, key, np.arange(n))
     seen = world.told.draw(classes, SHOTS, rng)
-    latents = np.asarray(generator.apply(tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
+    latents = np.asarray(trained.apply(tokens, seen, np.ones(seen.shape[:3], bool), method="encode"))
     density = kde(latents.reshape(len(latents), -1), n, rng).reshape(n, *latents.shape[1:])
     told = seen.mean(2)
     condition = support.mean(2).reshape(n, -1)
@@ -324,7 +282,7 @@ def arm(
         "nearest zoo network + 0.06 noise": near + 0.06 * tokens.std(0) * rng.standard_normal(near.shape),
         "average of 16 zoo networks": spec.padded(average(zoo.weights, n, min(16, len(zoo)), rng=rng)),
         "Gaussian of each weight": spec.padded(gaussian(zoo.weights, n, rng)),
-        "kernel density of the codec's latents": np.asarray(generator.apply(density, support, mask, method="decode")),
+        "kernel density of the codec's latents": np.asarray(trained.apply(density, support, mask, method="decode")),
         "ridge": ridge(condition).reshape(near.shape),
         "hypernetwork": hyper(condition).reshape(near.shape),
         "generated": samples[0],
@@ -346,7 +304,7 @@ def arm(
     own, own_labels = pictures(world, world.test, classes[some], min(size.pictures, 50), [seed, 4])
     mask = np.ones((len(some), 5, SHOTS), bool)
     seen = world.told.draw(classes[some], SHOTS, rng)
-    coded = generator.apply(generator.apply(tokens[some], seen, mask, method="encode"), seen, mask, method="decode")
+    coded = trained.apply(trained.apply(tokens[some], seen, mask, method="encode"), seen, mask, method="decode")
     before, after = (accuracy(labels(t, own), own_labels, 5) for t in (tokens[some], coded))
     codec = Gate.of(before, after, given=tokens[some], back=np.asarray(coded), tolerance=0.02)
     drawn = samples[0]
@@ -393,60 +351,44 @@ def tables(rows: list[dict[str, Any]]) -> str:
     for kind, ours in bench.groups(rows, "kind").items():
         found = bench.groups(ours, "begin")
         of = {begin: found[begin] for begin in BEGINS if begin in found}
-        head = [kind, *(f"{begin}: {b}" if b == 0 else str(b) for begin in of for b in BUDGETS)]
-        body: list[list[str]] = []
-
-        def line(
-            label: str, prior: str, value: Callable[[dict[str, Any], str], float | None], of: Any = of, body: Any = body
-        ) -> None:
-            cells = [label]
-            for mine, budget in itertools.product(of.values(), map(str, BUDGETS)):
-                scores = [value(row, budget) for row in mine if row["prior"] == prior]
-                known = [x for x in scores if x is not None]
-                cells.append(f"{100 * np.mean(known):.1f}" if known else "")
-            body.append(cells)
-
-        names, priors = list(rows[0]["accuracy"]), bench.groups(ours, "prior")
+        columns = list(itertools.product(of, BUDGETS))
+        head = [kind, *(f"{begin}: {budget}" if budget == 0 else str(budget) for begin, budget in columns)]
+        names, priors = list(rows[0]["accuracy"]), list(bench.groups(ours, "prior"))
         coded = [name for name in names if name.startswith(("generated", "kernel density"))]
-        for name in names:
-            if name not in coded:
-                line(name, next(iter(priors)), _after(name))
-        for prior in priors:
-            for name in coded:
-                line(f"{name}, {TOLD[prior]}", prior, _after(name))
-            line(
-                f"{ORACLE}, {TOLD[prior]}",
-                prior,
-                lambda row, budget: row["at 0 steps"][ORACLE] if budget == "0" else None,
-            )
+
+        def line(label: str, name: str, prior: str, of: Any = of, columns: Any = columns) -> list[str]:
+            cells = [label]
+            for begin, budget in columns:
+                mine = [row for row in of[begin] if row["prior"] == prior]
+                cells.append("" if name == ORACLE and budget else percent([score(row, name, budget) for row in mine]))
+            return cells
+
+        body = [line(name, name, priors[0]) for name in names if name not in coded]
+        for prior, name in itertools.product(priors, [*coded, ORACLE]):
+            body.append(line(f"{name}, {TOLD[prior]}", name, prior))
         lines = bench.markdown(head, body)
         for begin, mine in of.items():
-            mean = {
-                name: float(np.mean([row[name] for row in mine]))
-                for name in ("zoo", "zoo after codec", "error IoU", "disagreement")
-            }
+            share = {name: percent([row[name] for row in mine]) for name in ("zoo", "zoo after codec", "disagreement")}
+            far = {name: np.mean([row["distance"][name] for row in mine]) for name in mine[0]["distance"]}
             took = sum(sum(row["seconds of CPU"].values()) for row in mine)
-            far = {
-                name: f"{float(np.mean([row['distance'][name] for row in mine])):.2f}" for name in mine[0]["distance"]
-            }
-            share = {name: f"{100 * value:.1f} %" for name, value in mean.items()}
             lines += [
-                (
-                    f"\n{begin}: zoo networks have {share['zoo']} on their own tasks, {share['zoo after codec']}"
-                    " through the codec. The"
-                ),
-                (
-                    f"nearest one is {far['generated']} from a generated network, {far['within the zoo']} from another"
-                    " of the zoo, and"
-                ),
-                (
-                    f"{far['zoo network + 0.06 noise']} from itself with noise. Error IoU {mean['error IoU']:.2f},"
-                    " samples disagree on"
-                ),
-                f"{share['disagreement']}. {len(mine)} arms, {took / 60:.0f} minutes of CPU.",
+                f"\n{begin}: zoo networks have {share['zoo']} % on their own tasks,",
+                f"{share['zoo after codec']} % through the codec. The nearest one is {far['generated']:.2f} from a",
+                f"generated network, {far['within the zoo']:.2f} from another of the zoo, and",
+                f"{far['zoo network + 0.06 noise']:.2f} from itself with noise. Error IoU",
+                f"{np.mean([row['error IoU'] for row in mine]):.2f}, samples disagree on {share['disagreement']} %.",
+                f"{len(mine)} arms, {took / 60:.0f} minutes of CPU.",
             ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def score(row: dict[str, Any], name: str, budget: int) -> float:
+    return row["at 0 steps"][ORACLE] if name == ORACLE else row["accuracy"][name][str(budget)]["mean"]
+
+
+def percent(values: list[float]) -> str:
+    return f"{100 * np.mean(values):.1f}" if values else ""
 
 
 if __name__ == "__main__":

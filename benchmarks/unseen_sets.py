@@ -29,23 +29,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import bench
-from benchmarks.generated_init import World, config, pictures
-from heirloom.common.data.sources import SourceConfig, open_source
-from heirloom.common.train.optim import OptimConfig
+from benchmarks.weightgen.worlds import (
+    SHOTS,
+    WAYS,
+    Pictures,
+    World,
+    config,
+    generator,
+    pictures,
+    read,
+    sources,
+    tasks,
+    world,
+)
 from weightgen import baselines
-from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.denoiser import DenoiserConfig
-from weightgen.generator.in_memory import Trained, train_generator
-from weightgen.generator.sample import SampleConfig
+from weightgen.generator.in_memory import Trained
 from weightgen.metrics import accuracy, head_accuracy
-from weightgen.train import LoopConfig
-from weightgen.zoo.data import Bank, Projection, draw_tasks, thumbnails
 from weightgen.zoo.fit import FitConfig, Params, build, fit_population, initial_population
 from weightgen.zoo.nets import NetConfig, net, predict
 from weightgen.zoo.zoo import Zoo, flat, head_tokens
 
-WAYS, SHOTS = 5, 5
-FEATURES = 64  # of a picture, by PCA
 STEPS = {"told": (25,), "more": (5, 25, 100)}  # of fine-tuning: on the told pictures alone, or on more
 RATES = (0.003, 0.01, 0.03)
 GUIDANCE = (1.0, 2.0, 4.0)
@@ -84,100 +88,6 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a data set is; the columns with classes and, where pictures belong together, with their groups."""
-
-    splits: tuple[SourceConfig, ...]
-    label: str
-    group: str = ""
-    least: int = 1
-    """Groups a class has."""
-
-
-def sources(fashion: str, cifar: str) -> dict[str, Source]:
-    def read(path: str, split: str, *columns: str) -> SourceConfig:
-        return SourceConfig(path, split, text="", columns=columns)
-
-    return {
-        "digits": Source(tuple(read("digits", split, "label") for split in ("train", "test")), "label"),
-        "Fashion-MNIST": Source(tuple(read(f"{fashion}/{s}", "", "label") for s in ("train", "test")), "label"),
-        "CIFAR-10": Source(tuple(read(f"{cifar}/{split}", "", "label") for split in ("train", "test")), "label"),
-        "emoji": Source((read("emoji", "", "subgroup", "concept"),), "subgroup", "concept", least=6),
-        "icons": Source(tuple(read("icons", split, "object") for split in ("train", "test")), "object"),
-    }
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """A data set: [picture, 28 * 28 * 3] f32 in [-1, 1] and labels, for training and for tests; its classes' names."""
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    names: tuple[str, ...]
-
-
-def read(source: Source, most: int, seed: int = 0) -> Pictures:
-    """Reads up to `most` training pictures of each class. Where a data set has no split, three tenths of the groups
-    (concepts) of each class are for tests.
-    """
-    rng, rows = np.random.default_rng(seed), []
-    for i, split in enumerate(source.splits):
-        opened = open_source(replace(split, image=""))
-        rows += [(i, n, opened[n]) for n in range(len(opened))]
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    groups: dict[str, list[str]] = {}
-    for i, n, record in rows:
-        known = groups.setdefault(str(record[source.label]), [])
-        group = str(record[source.group]) if source.group else f"{i}, {n}"
-        if group not in known:
-            known.append(group)
-    names = sorted(name for name, known in groups.items() if len(known) >= source.least)
-    kept: dict[str, list[tuple[int, int, int]]] = {"train": [], "test": []}
-    counts: dict[tuple[str, str], int] = {}
-    for i, n, record in rows:
-        name = str(record[source.label])
-        if name not in names:
-            continue
-        tested = bool(i)
-        if len(source.splits) == 1:
-            tested = groups[name].index(str(record[source.group])) < round(0.3 * len(groups[name]))
-        part = "test" if tested else "train"
-        counts[part, name] = counts.get((part, name), 0) + 1
-        if counts[part, name] <= (most // 3 if tested else most):
-            kept[part].append((i, n, names.index(name)))
-    whole = [open_source(split) for split in source.splits]
-    found = {
-        part: (thumbnails([whole[i][n] for i, n, _ in rows], 3), np.array([label for _, _, label in rows]))
-        for part, rows in kept.items()
-    }
-    return Pictures(found["train"], found["test"], tuple(names))
-
-
-def world(sets: dict[str, Pictures], left_out: str) -> tuple[World, dict[str, range]]:
-    """All data sets as one bank of features, and each one's classes in it; the features know nothing of `left_out`."""
-    known = np.concatenate([found.train[0] for name, found in sets.items() if name != left_out])
-    some = np.random.default_rng(0).permutation(len(known))[:4000]
-    project = Projection.fit("pixels", known[some], FEATURES)
-    names = [f"{name}: {c}" for name, found in sets.items() for c in found.names]
-    firsts = np.cumsum([0, *(len(found.names) for found in sets.values())])
-    classes = {name: range(a, b) for name, a, b in zip(sets, firsts, firsts[1:], strict=False)}
-
-    def bank(part: str) -> Bank:
-        read = [(name, getattr(found, part)) for name, found in sets.items()]
-        labels = np.concatenate([y + classes[name].start for name, (_, y) in read])
-        return Bank.of(np.concatenate([project(x) for _, (x, _) in read]), labels, names)
-
-    train = bank("train")
-    return World(train, bank("test"), train, (FEATURES,)), classes
-
-
-def tasks(classes: dict[str, range], sets: list[str], n: int, rng: np.random.Generator) -> np.ndarray:
-    """Classes of `n` tasks, [task, 5] int32; each is of one data set, and the sets take turns."""
-    found = [draw_tasks(len(classes[name]), -(-n // len(sets)), WAYS, rng) + classes[name].start for name in sets]
-    return np.stack(found, 1).reshape(-1, WAYS)[:n].astype(np.int32)
-
-
-@dataclass(frozen=True)
 class Known:
     """What a start may be made of: the zoo, two generators of it, and what was trained on its data sets."""
 
@@ -201,7 +111,8 @@ def learn(size: Size, world: World, classes: dict[str, range], sets: list[str], 
     parts = build(cfg, lambda a, b: (x[a:b], y[a:b]), size.members, fit=size.fit, seed=seed)
     weights = np.concatenate([flat(spec, spec.flatten({k: np.asarray(v) for k, v in part.items()})) for part in parts])
     zoo = Zoo(weights=weights, quality=np.zeros(len(known), np.float32), classes=known, net=cfg, spec=spec)
-    generators = {prior: generator(size, zoo, world, prior, seed, folder / prior) for prior in TOLD}
+    how: Any = dict(denoiser=size.denoiser, steps=size.steps, batch=64, draws=size.draws, seed=seed)
+    generators = {prior: generator(zoo, world.told, prior, **how, folder=folder / prior) for prior in TOLD}
     told = world.told.draw(known, SHOTS, rng).mean(2).reshape(len(known), -1)
     mine = np.concatenate([np.arange(r.start, r.stop) for name, r in classes.items() if name in sets])
     bank = world.train
@@ -221,22 +132,6 @@ def learn(size: Size, world: World, classes: dict[str, range], sets: list[str], 
 def weights_of(zoo: Zoo) -> np.ndarray:
     tokens = zoo.tokens(slice(None))
     return tokens.reshape(len(tokens), -1)
-
-
-def generator(size: Size, zoo: Zoo, world: World, prior: Any, seed: int, folder: Path) -> Trained:
-    cfg = GeneratorConfig(
-        net=zoo.net,
-        latent=min(zoo.spec.length, len(zoo) * zoo.spec.rows),
-        condition="per_class",
-        shots=SHOTS,
-        prior=prior,
-        denoiser=size.denoiser,
-        told=FEATURES,
-    )
-    optim = OptimConfig(lr=1e-3, warmup=max(size.steps // 20, 1), clip=1.0)
-    loop = LoopConfig(steps=size.steps, batch=min(64, len(zoo)), optim=optim, seed=seed, save_every=size.steps)
-    trained = train_generator(cfg, zoo, world.told, loop=loop, directory=folder)
-    return replace(trained, how=SampleConfig(steps=size.draws))
 
 
 def pretrain(size: Size, world: World, classes: np.ndarray, seed: int) -> Params:

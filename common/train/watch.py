@@ -101,6 +101,7 @@ class Profile:
             jax.profiler.stop_trace()
 
 
+CACHE = "jax_compilation_cache_dir"
 _kept = ""  # the folder of the last run that this process kept programs in
 
 
@@ -109,7 +110,7 @@ def keep_compiled(directory: Path) -> None:
     has set (JAX_COMPILATION_CACHE_DIR) stays in use.
     """
     global _kept
-    if (jax.config.jax_compilation_cache_dir or "") == _kept:
+    if (getattr(jax.config, CACHE) or "") == _kept:
         _kept = str(directory)
-        jax.config.update("jax_compilation_cache_dir", _kept)
+        jax.config.update(CACHE, _kept)
         compilation_cache.reset_cache()

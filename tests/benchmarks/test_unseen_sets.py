@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import unseen_sets as sets
+from benchmarks.weightgen import worlds
 from weightgen.zoo.nets import NetConfig, net
 
 
@@ -16,29 +17,30 @@ def made_up(seed, classes=6, train=20, test=6):
     def part(n):
         return rng.uniform(-1, 1, (classes * n, 28 * 28 * 3)).astype(np.float32), np.repeat(np.arange(classes), n)
 
-    return sets.Pictures(part(train), part(test), tuple("abcdefghij"[:classes]))
+    return worlds.Pictures(part(train), part(test), tuple("abcdefghij"[:classes]))
 
 
 def test_features_know_nothing_of_the_data_set_that_is_left_out():
     a, b, c = (made_up(seed) for seed in range(3))
     other = replace(c, train=(-3 * c.train[0], c.train[1]))
-    (one, classes), (two, _) = (sets.world({"a": a, "b": b, "c": found}, "c") for found in (c, other))
+    (one, classes), (two, _) = (worlds.world({"a": a, "b": b, "c": found}, "c") for found in (c, other))
     mine = slice(one.train.starts[classes["a"].start], one.train.starts[classes["b"].stop])
     np.testing.assert_array_equal(one.train.features[mine], two.train.features[mine])
     assert not np.array_equal(one.train.features, two.train.features)
 
 
 def test_a_task_is_of_one_data_set_and_the_sets_take_turns():
-    found = sets.tasks({"a": range(6), "b": range(6, 12), "c": range(12, 18)}, ["a", "c"], 5, np.random.default_rng(0))
+    classes = {"a": range(6), "b": range(6, 12), "c": range(12, 18)}
+    found = worlds.tasks(classes, ["a", "c"], 5, np.random.default_rng(0))
     assert (found // 6).tolist() == [[name] * 5 for name in (0, 2, 0, 2, 0)]
     assert all(len(set(row)) == 5 for row in found.tolist())
 
 
 @pytest.mark.parametrize("test", [2, 6, 40])
 def test_no_picture_both_selects_and_tests(test):
-    world, classes = sets.world({"a": made_up(0, test=test), "b": made_up(1)}, "b")
+    world, classes = worlds.world({"a": made_up(0, test=test), "b": made_up(1)}, "b")
     size = replace(sets.SIZES["smoke"], pictures=9)
-    found = sets.Tasks.draw(size, world, sets.tasks(classes, ["a"], 3, np.random.default_rng(0)), [0])
+    found = sets.Tasks.draw(size, world, worlds.tasks(classes, ["a"], 3, np.random.default_rng(0)), [0])
     for task in range(3):
         x, chosen, tested = found.test[0][task], found.select[1][task] >= 0, found.test[1][task] >= 0
         assert not set(map(bytes, x[chosen])) & set(map(bytes, x[tested]))
@@ -46,8 +48,8 @@ def test_no_picture_both_selects_and_tests(test):
 
 
 def test_variants_of_a_concept_stand_on_one_side(monkeypatch):
-    monkeypatch.setattr(sets, "thumbnails", lambda records, channels: np.array([r["concept"] for r in records]))
-    found = sets.read(sets.sources("", "")["emoji"], 10**6)
+    monkeypatch.setattr(worlds, "thumbnails", lambda records, channels: np.array([r["concept"] for r in records]))
+    found = worlds.read(worlds.sources("", "")["emoji"], 10**6)
     assert len(found.names) > 80 and len(found.train[0]) > 2 * len(found.test[0]) > 1000
     assert not set(found.train[0].tolist()) & set(found.test[0].tolist())
 
