@@ -50,6 +50,8 @@ def _of_transformers(about: Mapping[str, Any], file: Path) -> tuple[str, ...] | 
     names = _listed(given, f"{file}: id2label")
     if numbers is None or numbers == {}:
         return names
+    if isinstance(numbers, Mapping):  # many files have the numbers as text
+        numbers = {name: int(i) if isinstance(i, str) and i.isdecimal() else i for name, i in numbers.items()}
     if not isinstance(numbers, Mapping) or not all(type(i) is int for i in numbers.values()):
         raise InputError(f"{file}: label2id must be an object from names to whole numbers; else remove it")
     known = set(enumerate(names or ()))

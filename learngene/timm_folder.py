@@ -33,7 +33,7 @@ def read(found: Found) -> Read | None:
     """Read a folder of timm, which has a config.json; without one the same tensors are a file of DeiT."""
     if not _is_vit(found.tensors) or (config := found.json("config.json")) is None:
         return None
-    name, given = config.text("architecture"), config.value("model_args")
+    name, given = config.text("architecture").partition(".")[0], config.value("model_args")  # without timm's tag
     if not isinstance(given, dict | None):
         raise InputError(f"{config.where}: model_args is {given!r}, not an object")
     config.fixed("model_type", "timm_wrapper")  # as transformers wraps it

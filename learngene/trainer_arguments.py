@@ -1,4 +1,4 @@
-"""Read the arguments that the trainers of DeiT, MAE and timm save next to the tensors of a ViT."""
+"""Read the arguments that the trainers of DeiT, MAE, timm and Lightning save next to the tensors of a ViT."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Trained:
 
 def trained_as(about: Mapping[str, Any]) -> Trained:
     """Read a trainer's arguments. Raises InputError for arguments that contradict each other or are no plain values."""
-    args = about.get("args")
-    args = args if isinstance(args, Mapping) else {}
+    places = (about.get(place) for place in ("args", "hyper_parameters"))
+    args = next((args for args in places if isinstance(args, Mapping)), {})
     name = next((name for name in (args.get("model"), about.get("arch")) if isinstance(name, str)), "")
     kwargs = args.get("model_kwargs") or {}
     if not isinstance(kwargs, Mapping):

@@ -3,7 +3,6 @@ folders.
 """
 
 import re
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from math import isqrt
 from pathlib import Path
@@ -19,9 +18,9 @@ from lit_jax import layouts
 from lit_jax.attention import Features
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
+from lit_jax.trainer_arguments import trained_as
 
 SIDECAR = "dit.json"
-WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 NORM_EPS = 1e-5  # of diffusers' norm before the MLP
 # Class counts of common data sets: a label table with exactly as many rows may have no row for "no class".
 _COMMON_CLASS_COUNTS = (10, 100, 200, 365, 1000, 21_841, 21_843)
@@ -66,7 +65,7 @@ def _read_fair(found: Found) -> Read | None:
         return None
     if any(fnmatchcase(key, other.keys) for key in tensors for other in LOOKALIKES):
         return None
-    known, guesses = _arguments(found) | _sidecar(found), list[Guess]()
+    known, guesses = trained_as(found) | _sidecar(found), list[Guess]()
     sizes = sizes_of(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
     sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
@@ -206,45 +205,6 @@ def _sidecar(found: Found) -> dict[str, Any]:
     )
     fields.done()
     return {name: value for name, value in known.items() if value is not None}
-
-
-def _arguments(found: Found) -> dict[str, Any]:
-    """Read the saved arguments of a training script. Raises InputError for a model that predicts something else than
-    noise.
-    """
-    args = found.about.get("args")
-    args = args if isinstance(args, Mapping) else {}
-    known: dict[str, Any] = {}
-    name = str(args.get("model") or "")
-    if (
-        args.get("prediction") not in (None, "noise", "eps", "epsilon")
-        or args.get("path_type") is not None
-        or name.startswith("SiT")
-    ):
-        what = next(str(x) for x in (args.get("prediction"), args.get("path_type"), name) if x not in (None, ""))
-        raise InputError(
-            f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here"
-        )
-    for setting, usual in (
-        ("predict_xstart", False),
-        ("predict_v", False),
-        ("noise_schedule", "linear"),
-        ("diffusion_steps", 1000),
-    ):
-        if args.get(setting) not in (None, "", usual):
-            raise InputError(
-                f"trained with {setting} {args[setting]}; only DiTs with {setting} {usual} can be sampled here"
-            )
-    if size := re.fullmatch(r"(?:DiT|LiT)-(S|B|L|XL)/(\d+)", name):
-        known["prediction"] = "noise"
-        width = found.tensors["x_embedder.proj.weight"].shape[0]
-        if name.startswith("DiT") and width == WIDTHS[size[1]]:
-            known["heads"] = SOFTMAX_HEADS[width]
-    if isinstance(classes := args.get("num_classes"), int):
-        known["classes"] = classes
-    if isinstance(pixels := args.get("image_size"), int):
-        known["size"] = pixels // 8  # train.py of DiT: latents of an autoencoder that shrinks eight times
-    return known
 
 
 def _write_fair(cfg: DitConfig, folder: Path) -> None:

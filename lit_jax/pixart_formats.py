@@ -23,6 +23,7 @@ from lit_jax.components import pipeline_of, write_pipeline_of
 from lit_jax.formats import LOOKALIKES, linear_attention_of, predicts_noise, sizes_of
 from lit_jax.origin import copy_origin
 from lit_jax.pixart import PixArtConfig, published_interpolation
+from lit_jax.trainer_arguments import arguments_of
 
 SIDECAR = "pixart.json"
 SIGMA_TOKENS, ALPHA_TOKENS = 300, 120  # of a prompt
@@ -59,6 +60,7 @@ def _read_released(found: Found) -> Read | None:
     tensors = found.tensors
     if not _is_pixart(tensors, "t_block.1.weight"):
         return None
+    arguments_of(found)  # refuses another prediction or chain
     sizes, known, guesses = sizes_of(tensors), _sidecar(found), list[Guess]()
     width, caption, null = sizes["width"], tensors.get(CAPTION), tensors.get(NULL_TEXT)
     if caption is None or caption.ndim != 2:

@@ -163,7 +163,8 @@ def _name(path: Sequence[Any]) -> str:
 def selected(tree: PyTree, select: str = "") -> list[tuple[str, Any]]:
     """Select floating leaves whose name matches the regex `select`, running statistics left out.
 
-    Raises InputError when nothing is left, and when an integer or quantised leaf is selected by name.
+    Raises InputError when nothing is left, for complex numbers, and when an integer or quantised leaf is selected by
+    name.
     """
     found = []
     try:
@@ -179,6 +180,8 @@ def selected(tree: PyTree, select: str = "") -> list[tuple[str, Any]]:
                 what = "counters and quantised weights cannot be generated"
                 raise InputError(f"{name} is {kind}: {what}; dequantise it or leave it out")
             continue
+        if kind.kind == "c":
+            raise InputError(f"{name} is {kind}, and only real numbers can be generated; leave it out by select")
         found.append((name, leaf))
     if not found:
         has = ", ".join(n for n, _ in named_leaves(tree))[:200]

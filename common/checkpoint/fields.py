@@ -227,9 +227,12 @@ class Fields:
         """Refuses a field that no call has named: it could change what the model computes."""
         if unknown := sorted(self._values.keys() - self._known):
             field = unknown[0]
+            advice = f"remove it if it does not{nearest(field, self._known - self._values.keys())}"
+            if field == "quantization_config":
+                advice = "take the checkpoint that was quantised, in bfloat16 or float32"
             raise InputError(
                 f"{self.where}: the field {field!r} ({_shown(self._values[field])}) is not known here and may change"
-                f" {changes}; remove it if it does not{nearest(field, self._known - self._values.keys())}"
+                f" {changes}; {advice}"
             )
 
 

@@ -21,7 +21,7 @@ from heirloom.common.checkpoint.flax_files import SUFFIX, is_flax, open_flax
 from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
 
-AVERAGE = re.compile(r"(^|_)(ema|averaged?|swa|shadow)(_|$)")
+AVERAGE = re.compile(r"(^|[_.-])(emas?\d*|averaged?|avg|swa|shadow|polyak)([_.-]|$)", re.IGNORECASE)
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")
 _TRAINING = re.compile(
     r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random"
@@ -41,7 +41,7 @@ _OUTER = (
     "ema_model",
     "averaged_model",
 )  # attributes of trainers that hold a model
-_COUNTERS = ("n_averaged",)  # torch's AveragedModel
+_COUNTERS = ("n_averaged", "initted", "step")  # of torch's AveragedModel, and of ema_pytorch
 # Classes of configs that trainers save with the weights. They are opened as dictionaries; their code is never imported.
 _CONFIGS = (
     "omegaconf.",
@@ -208,9 +208,12 @@ def open_torch(path: Path) -> Weights:
         raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
     about: dict[str, Any] = {}
     notes: list[str] = []
-    while (inner := _wrapped(state, path, torch)) is not None:
+    while wrapped := _wrapped(state, path, torch):
+        inner, *others = wrapped
         about |= {str(key): _plain(value) for key, value in state.items() if key != inner}
-        if AVERAGE.search(inner) or any(AVERAGE.search(str(key)) for key in state):
+        if others:
+            notes.append(f"the tensors under {inner!r} taken, and not those under {', '.join(map(repr, others))}")
+        elif AVERAGE.search(inner) or any(AVERAGE.search(str(key)) for key in state):
             notes.append(f"the tensors under {inner!r} taken")
         state = state[inner]
     about |= {str(key): _plain(value) for key, value in state.items() if not isinstance(value, torch.Tensor)}
@@ -245,9 +248,9 @@ def _harmless(path: Path, torch: Any) -> Sequence[Any]:
     return [*allowed, *((OrderedDict, name) for name in others if name.startswith(_CONFIGS))]
 
 
-def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
-    """Returns the key of the dictionary with the model's tensors: an average, a usual name, or the only one; None when
-    it is `state`.
+def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> list[str]:
+    """Returns the keys of dictionaries with tensors of models, first the one to take: an average, a usual name, or the
+    only one. Empty when the tensors are in `state` itself.
     """
 
     def holds_tensors(value: Any) -> bool:
@@ -261,14 +264,14 @@ def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> str | None:
     averages = [key for key in inner if AVERAGE.search(key)]
     usual = [key for key in _WRAPPERS if key in inner]
     if averages or usual:
-        return (averages or usual)[0]
-    if not inner or any(isinstance(value, torch.Tensor) for value in state.values()):
-        return None
+        return list(dict.fromkeys((*averages, *usual, *inner)))
+    if any(isinstance(value, torch.Tensor) for value in state.values()):
+        return []
     if len(inner) > 1:
         raise InputError(
             f"{path}: holds several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save"
         )
-    return inner[0]
+    return inner
 
 
 def _plain(value: Any) -> Any:
@@ -283,14 +286,15 @@ def write_torch(path: Path, tensors: Tensors, wrapper: str | None = "state_dict"
 
 
 def _numpy(tensor: Any, torch: Any, path: Path) -> np.ndarray:
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     try:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
-    except (TypeError, RuntimeError) as error:  # quantised, sparse, 8-bit floats
+    except (TypeError, RuntimeError) as error:  # quantised, sparse, without data, 8-bit floats
+        kind = f"{tensor.dtype}, {str(tensor.layout).removeprefix('torch.')}, on the device {tensor.device.type}"
         raise InputError(
-            f"{path}: holds a tensor of {tensor.dtype}, which cannot be read; save it as float32 or bfloat16"
+            f"{path}: holds a tensor ({kind}) that cannot be read; save dense ones of float32 or bfloat16"
         ) from error
 
 

@@ -317,8 +317,9 @@ def test_a_trainers_arguments_tell_the_model(bare):
          ["activation", "eps", "size"], dict(heads=2)),
     ],
 )  # fmt: skip
-def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, arguments_, guessed, changed):
-    donor = open_donor(bare(args=arguments_), [FAMILY])
+@pytest.mark.parametrize("place", ["args", "hyper_parameters"])  # the second is Lightning's
+def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, arguments_, guessed, changed, place):
+    donor = open_donor(bare(**{place: arguments_}), [FAMILY])
     assert [guess.name for guess in donor.guesses] == guessed
     plain = VitConfig(size=8, patch=4, width=16, layers=2, heads=0, hidden=32, classes=5, tokens="cls", pool="cls")
     assert donor.cfg == replace(plain, **changed)

@@ -38,6 +38,7 @@ def folder(golden, tmp_path):
         # label2id has LABEL_0 and so on
         ("hf_vit", dict(id2label={str(i): name for i, name in reversed(list(enumerate(NAMES)))})),
         ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict(zebra=0, apple=1, moon=2, crane=4))),
+        ("hf_vit", dict(id2label=BY_NUMBER, label2id=dict(zebra="0", apple="1", moon="2", crane="4"))),
         ("timm_cls", dict(label_names=list(NAMES))),
         ("timm_cls", dict(label_names={str(i): name for i, name in enumerate(NAMES)})),
         ("timm_cls", dict(pretrained_cfg=dict(label_names=list(NAMES), input_size=[3, 8, 8], num_classes=5))),

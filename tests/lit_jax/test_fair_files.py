@@ -178,11 +178,25 @@ def test_what_arguments_tell_is_no_guess(tmp_path):
         (dict(model="DiT-S/2", noise_schedule="squaredcos_cap_v2"), "trained with noise_schedule squaredcos_cap_v2"),
         (dict(model="DiT-S/2", predict_xstart=True), "trained with predict_xstart True"),
         (dict(model="DiT-S/2", diffusion_steps=4000), "trained with diffusion_steps 4000"),
+        (dict(prediction_type="v_prediction"), "trained with prediction_type v_prediction; only DiTs with .* noise"),
+        (dict(model="DiT-S/2", rescale_betas_zero_snr=True), "trained with rescale_betas_zero_snr True"),
+        (dict(beta_start=0.00085), "trained with beta_start 0.00085; only DiTs with beta_start 0.0001"),
+        (dict(diffusion=dict(flow_matching=True)), "trained with flow_matching True"),
     ],
 )
 def test_models_that_predict_something_else_are_refused(args, words, tmp_path):
     with pytest.raises(InputError, match=words):
         read(tensors_of(), tmp_path, **args)
+
+
+@pytest.mark.parametrize("place", ["args", "hyper_parameters", "config", "cfg"])
+def test_arguments_are_read_where_trainers_keep_them(place, tmp_path):
+    def found(**args):
+        return Found(tensors_of(), tmp_path, {place: {"model": args}})
+
+    assert formats.FORMATS[0].read_config(found(num_classes=6, prediction_type="epsilon")).cfg.classes == 6
+    with pytest.raises(InputError, match="trained with parameterization v; only DiTs with parameterization noise"):
+        formats.FORMATS[0].read_config(found(parameterization="v"))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ def test_timm_reads_its_own_config_and_agrees(name, args, write, tmp_path):
     assert check.max_error < 2e-5 and "timm" in check.versions
 
 
+def test_an_architecture_may_have_the_tag_of_its_weights(write, tmp_path):
+    file = write() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architecture": f"{TINY}.augreg_in21k"}))
+    assert convert(open_donor(file.parent, [FAMILY]), tmp_path / "ours", "heirloom").reference == "timm"
+
+
 def test_a_setting_that_our_reader_overlooks_fails_the_verification(write, tmp_path, monkeypatch):
     monkeypatch.setattr(timm_architectures, "ACTIVATIONS", dict.fromkeys(timm_architectures.ACTIVATIONS, "gelu"))
     donor = open_donor(write(act_layer="quick_gelu"), [FAMILY])

@@ -30,13 +30,34 @@ KEYS = ["a.bias", "a.weight"]
 
 
 @pytest.mark.parametrize(
-    "average", ["ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "params_ema", "averaged_model"]
+    "average",
+    [
+        "ema",
+        "model_ema",
+        "state_dict_ema",
+        "ema_state_dict",
+        "ema_model",
+        "params_ema",
+        "averaged_model",
+        "EMA",
+        "model-ema",
+        "ema_0.9999",
+        "ema2",
+        "emas",
+        "model_avg",
+    ],
 )
 @pytest.mark.parametrize("raw", ["model", "state_dict", "params"])
 def test_an_average_is_taken_before_the_raw_weights_and_that_is_said(raw, average, tmp_path):
     found = opened(tmp_path, {raw: RAW, average: MEAN, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}})
     assert total(found) == (6, KEYS)
-    assert found.notes == (f"the tensors under {average!r} taken",)
+    assert found.notes == (f"the tensors under {average!r} taken, and not those under {raw!r}",)
+
+
+def test_a_set_of_tensors_that_is_left_out_is_named(tmp_path):
+    found = opened(tmp_path, {"model": MEAN, "target_model": RAW, "optimizer": {"exp_avg": torch.zeros(2)}})
+    assert total(found) == (6, KEYS)
+    assert found.notes == ("the tensors under 'model' taken, and not those under 'target_model'",)
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "module", "net", "generator", "student"])
@@ -82,7 +103,7 @@ def test_an_average_under_a_prefix_is_taken_and_its_twin_left(tmp_path):
     both = {f"model.{key}": value for key, value in RAW.items()} | {
         f"ema_model.module.{key}": value for key, value in MEAN.items()
     }
-    found = opened(tmp_path, both | {"n_averaged": torch.tensor(7)})
+    found = opened(tmp_path, both | {name: torch.tensor(7) for name in ("n_averaged", "initted", "step")})
     assert total(found) == (6, KEYS)
     assert "'ema_model.*' taken, and not 'model.*'" in found.notes
 
@@ -184,3 +205,16 @@ def test_an_index_names_files_of_its_own_folder_only(name, tmp_path):
     with pytest.raises(InputError, match="cannot be a file of weights; fetch it again"):
         open_weights(index)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor, kind",
+    [
+        (torch.eye(2).to_sparse(), "torch.float32, sparse_coo, on the device cpu"),
+        (torch.zeros(2, device="meta"), "torch.float32, strided, on the device meta"),
+        (torch.zeros(2).to(torch.float8_e4m3fn), "torch.float8_e4m3fn, strided, on the device cpu"),
+    ],
+)
+def test_a_tensor_that_numpy_cannot_hold_is_described(tensor, kind, tmp_path):
+    with pytest.raises(InputError, match=rf"holds a tensor \({kind}\) that cannot be read"):
+        opened(tmp_path, {"a.weight": tensor})

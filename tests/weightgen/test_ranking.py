@@ -28,6 +28,7 @@ U8 = np.zeros((512, 1), np.uint8)
         ({"mlp.experts.down_proj_blocks": np.zeros((4, 8, 2, 16), np.uint8)}, "mxfp4"),
         ({"q.weight": U8}, "q.weight is uint8"),
         ({"q.qweight": np.zeros((4, 32), np.int32)}, "GPTQ or AWQ"),
+        ({"q.codebooks": np.ones((1, 256, 1, 8), np.float16)}, "AQLM, VPTQ or SpQR"),
         ({"q.weight": weights(32, 32), "q.weight_scale_inv": np.ones((1, 1), np.float32)}, "q.weight_scale_inv"),
         ({"q.weight_packed": np.zeros((32, 4), np.int32)}, "q.weight_packed"),
         ({"q.SCB": np.ones(32, np.float32)}, "q.SCB"),

@@ -46,6 +46,8 @@ def test_selection_by_regex_and_its_mistakes():
         chunks(tree(), select="nothing")
     with pytest.raises(InputError, match="int64"):
         chunks({"seen": np.int64(7), "w": np.ones(2)}, select="seen")
+    with pytest.raises(InputError, match="filter is complex64, and only real numbers can be generated"):
+        chunks({"filter": np.ones(2, np.complex64), "w": np.ones(2)})
 
 
 def test_layer_wise_rows_do_not_mix_tensors():

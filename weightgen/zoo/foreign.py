@@ -23,6 +23,7 @@ SCHEMES = {
     ),
     "HQQ": r"\.W_q$",
     "QuIP#": r"\.Qidxs$",
+    "codes by AQLM, VPTQ or SpQR": r"\.(codebooks|centroids\.weight|dense_weights)$",
 }
 EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
 

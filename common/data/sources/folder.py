@@ -25,7 +25,7 @@ class FolderSource:
 
     def __init__(self, root: AnyPath, cfg: SourceConfig):
         if cfg.split:
-            require([cfg.split], sorted(entry.name for entry in _entries(root) if _is_open_folder(entry)), root)
+            require([cfg.split], sorted(e.name for e in _entries(root) if _is_open_folder(e)), root, "split")
             root = root / cfg.split
         folders = sorted(entry.name for entry in _entries(root) if _is_open_folder(entry))
         if folders and set(folders) <= set(SPLITS):

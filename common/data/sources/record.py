@@ -54,12 +54,12 @@ def key_of(source: Source, index: int) -> str:
     return source.key(index) if hasattr(source, "key") else f"record {index}"
 
 
-def require(names: Iterable[str], available: Sequence[str], where: object) -> None:
-    """Raises InputError for the first of `names` that is not among the columns `available`."""
+def require(names: Iterable[str], available: Sequence[str], where: object, kind: str = "column") -> None:
+    """Raises InputError for the first of `names` that is not among `available`. kind: what the names are of."""
     for name in names:
         if name and name not in available:
             known = f"it has {', '.join(available)}" if available else "it has none"
-            raise InputError(f"{where} has no column {name!r}{nearest(name, available)} ({known})")
+            raise InputError(f"{where} has no {kind} {name!r}{nearest(name, available)} ({known})")
 
 
 def value(cell: object, key: str, column: str) -> object:

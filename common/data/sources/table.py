@@ -31,6 +31,8 @@ class CsvSource:
                 data.seek(0)
                 rows, starts, numbers = self._rows(data), [], []
                 self._header = next(rows, [])
+                if len(self._header) == 1 and ";" in self._header[0]:
+                    raise InputError(f"{file}: its columns are separated by semicolons; save it with commas or tabs")
                 wanted = (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "")
                 require([column for column in wanted if column], self._header, file)
                 self._kinds: dict[str, type] = dict.fromkeys(cfg.columns, int)

@@ -38,7 +38,7 @@ def test_a_folder_of_classes(tmp_path, picture, grey):
         assert source[2]["key"].endswith("train/dog/a.png")
     with pytest.raises(InputError, match="say which one with split"):
         open_source(SourceConfig(str(tmp_path)))
-    with pytest.raises(InputError, match="no column 'trian'; did you mean 'train'"):
+    with pytest.raises(InputError, match="no split 'trian'; did you mean 'train'"):
         open_source(SourceConfig(str(tmp_path), split="trian"))
 
 
@@ -103,6 +103,9 @@ def test_a_crooked_table(tmp_path):
         open_source(SourceConfig(str(tmp_path / "a.csv")))
     (tmp_path / "a.csv").write_text("image,caption\n")
     with pytest.raises(InputError, match="has no sample"):
+        open_source(SourceConfig(str(tmp_path / "a.csv")))
+    (tmp_path / "a.csv").write_text("image;caption\na.png;one\n")
+    with pytest.raises(InputError, match=r"a\.csv: its columns are separated by semicolons; save it with"):
         open_source(SourceConfig(str(tmp_path / "a.csv")))
 
 
