@@ -76,7 +76,8 @@ def test_two_classes_of_one_name_are_said(weights, tmp_path, capsys):
     data = shard(tmp_path / "0.tar", [("0.png", picture(0)), ("0.cls", b"0")])
     (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
     assert zeroshot(weights, data, "--classes", tmp_path / "names.txt") == 0
-    assert "several of the 3 classes are called 'cat': their pictures are never in the top 1" in capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "note: several of the 3 classes are called 'cat': their pictures are never in the top 1" in said
 
 
 def test_a_folder_of_pictures_without_captions(weights, tmp_path, capsys):
