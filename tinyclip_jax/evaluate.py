@@ -1,6 +1,7 @@
 """Score a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)."""
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.data.sources import Source, SourceConfig, open_source, per_picture
+from heirloom.common.data.sources import FolderSource, Source, SourceConfig, open_source, per_picture
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.evaluate import imagenet
@@ -83,7 +84,10 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
     first = source[0]
     for part, what in (("image", "picture"), ("text", "caption")):
         if part not in first:
-            raise InputError(f"{first['key']} has no {what}, and retrieval needs pairs: name the column with --{part}")
+            needed = f"name the column with --{part}"
+            if isinstance(source, FolderSource):  # metadata.csv is that of Hugging Face's imagefolder
+                needed = "put a .txt next to each picture, or give a .csv (metadata.csv --image file_name --text text)"
+            raise InputError(f"{first['key']} has no {what}, and retrieval needs pairs: {needed}")
     by_concept = "concept" in first
     source = source if by_concept else per_picture(source, name)
     image, text = setup.embed("image"), setup.embed("text")
@@ -212,6 +216,9 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words) -> Score
     classes = words.classes or source.classes
     if not classes:
         raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
+    if doubled := [name for name, n in Counter(classes).items() if n > 1]:
+        effect = "their pictures are never in the top 1, because a tie counts against the right class"
+        remark(f"several of the {len(classes)} classes are called {doubled[0]!r}: {effect}")
     return zeroshot_over(_name(data), source, setup, classes, words.templates or _templates(source))
 
 

@@ -46,7 +46,6 @@ FORMATS = (
 )
 
 _WHOLE = "take the whole model, CLIPModel or SiglipModel"
-_MERGE = "an adapter, not a model: merge it into its base"
 LOOKALIKES = (
     Lookalike("text_model/embeddings/token_embedding/embedding", f"a text tower alone (FlaxCLIPTextModel): {_WHOLE}"),
     Lookalike("vision_model/embeddings/class_embedding", f"an image tower alone (FlaxCLIPVisionModel): {_WHOLE}"),
@@ -55,6 +54,4 @@ LOOKALIKES = (
     Lookalike("vision_model.head.probe", f"an image tower alone (SiglipVisionModel): {_WHOLE}"),
     Lookalike("text.transformer.*", "an open_clip model with a text tower of transformers, not its own"),
     Lookalike("clip.vision_model.*", "a model built around a CLIP (CLIPSeg, say): take the CLIP it was built from"),
-    Lookalike("*.lora_A*", f"{_MERGE} (peft's merge_and_unload), save and convert that"),
-    Lookalike("*lora_down*", f"{_MERGE}, save and convert that"),
 )

@@ -1,7 +1,9 @@
 """Opens checkpoints of ours and of foreign formats lazily, and converts between them with verification."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -15,7 +17,14 @@ from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Read
 from heirloom.common.checkpoint.flax_files import SUFFIX, write_flax
 from heirloom.common.checkpoint.quantized import quantized_views
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.checkpoint.unwrap import Weights, clean_names, open_weights, weights_files, write_torch
+from heirloom.common.checkpoint.unwrap import (
+    Weights,
+    clean_names,
+    open_weights,
+    weights_files,
+    without_common,
+    write_torch,
+)
 from heirloom.common.checkpoint.verify import Check, guarded
 from heirloom.common.checkpoint.weights import FILE, Tensors, read_json, write_json
 from heirloom.common.errors import InputError, Remark, VerificationError, nearest, remark
@@ -34,28 +43,37 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     """Opens a checkpoint of ours or of any known foreign format.
 
     overrides: settings that replace those that were read or guessed (`activation`). Remarks wrappers that were removed,
-    and guesses. Raises InputError when no family recognises the checkpoint, and for missing, unexpected or misshapen
-    tensors.
+    such as an attribute that all names begin with, and guesses. Raises InputError when no family recognises the
+    checkpoint, and for missing, unexpected or misshapen tensors.
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families, overrides)
     opened = {file: _open_clean(file) for file in weights_files(path)}
-    for family in families:
-        for format in family.formats:
-            found = {file: known for file, raw in opened.items() if (known := _recognise(format, raw, file))}
-            if len(found) > 1:
-                names = " and ".join(file.name for file in found)
-                raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
-            for file, (read, clean) in found.items():
-                return _opened(family, format, path, file, clean, read, overrides)
+    inner = opened
+    while inner:
+        for family in families:
+            for format in family.formats:
+                found = {file: known for file, raw in inner.items() if (known := _recognise(format, raw, file))}
+                if len(found) > 1:
+                    names = " and ".join(file.name for file in found)
+                    raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
+                for file, (read, clean) in found.items():
+                    return _opened(family, format, path, file, clean, read, overrides)
+        inner = {file: one for file, raw in inner.items() if (one := without_common(raw))}
+    if parts := [part for file, raw in opened.items() for part in _parts(raw, file, families)]:
+        raise InputError(f"{path}: a whole model is under {' and under '.join(parts)}; save one alone, by that name")
     raise InputError(f"{path}: {_unknown(families, [key for raw in opened.values() for key in raw.tensors])}")
 
 
 def _open_clean(file: Path) -> Weights:
     try:
-        return clean_names(open_weights(file))
+        clean = clean_names(open_weights(file))
     except InputError as error:
         raise error if str(file) in str(error) else InputError(f"{file}: {error}") from error
+    if any(re.search(r"\.lora_[AB]\b|\blora_(down|up)\b", key) for key in clean.tensors):
+        merge = "merge them into the model (peft's merge_and_unload), save and convert that"
+        raise InputError(f"{file}: holds the matrices of an adapter, LoRA: {merge}")
+    return clean
 
 
 def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights] | None:
@@ -72,6 +90,19 @@ def _recognise(format: Format, raw: Weights, file: Path) -> tuple[Read, Weights]
             f"{file}: two tensors have the same name without wrappers; save the model's state_dict() alone"
         )
     return read, replace(raw, tensors=tensors)
+
+
+def _parts(raw: Weights, file: Path, families: Sequence[Family]) -> list[str]:
+    """Returns the attributes of a module that are whole models, as in a training state of student and teacher."""
+    found = []
+    for name in dict.fromkeys(key.partition(".")[0] for key in raw.tensors if "." in key):
+        inside = {key.partition(".")[2]: value for key, value in raw.tensors.items() if key.startswith(f"{name}.")}
+        for family in families:
+            with suppress(InputError):
+                clean = clean_names(replace(raw, tensors=inside))
+                if any(_recognise(format, clean, file) for format in family.formats):
+                    found.append(f"'{name}.' ({family.name})")
+    return found
 
 
 def _opened(

@@ -25,7 +25,7 @@ T = TypeVar("T")
 D = TypeVar("D")  # the type of a default
 _REQUIRED: Any = object()
 # Fields that any config of transformers may have: text generation, training, names. None of them changes a forward
-# pass.
+# pass, except that CLIP's text tower pools at eos_token_id, which its reader reads.
 TRANSFORMERS = (
     "_name_or_path", "_commit_hash", "_attn_implementation*", "attn_implementation", "transformers_version",
     "architectures",
@@ -41,8 +41,8 @@ TRANSFORMERS = (
     "forced_eos_token_id",
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
     "finetuning_task",
-    "id2label", "label2id", "num_labels", "problem_type", "tokenizer_class", "prefix", "bos_token_id", "pad_token_id",
-    "sep_token_id",
+    "id2label", "label2id", "num_labels", "problem_type", "tokenizer_class", "prefix", "bos_token_id",
+    "eos_token_id", "pad_token_id", "sep_token_id",
     "decoder_start_token_id", "task_specific_params", "initializer_*", "*dropout*", "layerdrop", "loss_type", "_*",
 )  # fmt: skip
 LARGEST = 2**24  # of any size in a config; a larger one is a mistake and would fill the memory

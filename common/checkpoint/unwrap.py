@@ -18,7 +18,7 @@ import numpy as np
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.flax_files import SUFFIX, is_flax, open_flax
-from heirloom.common.checkpoint.weights import Tensors
+from heirloom.common.checkpoint.weights import Tensors, read_json
 from heirloom.common.errors import InputError
 
 AVERAGE = re.compile(r"(^|[_.-])(emas?\d*|averaged?|avg|swa|shadow|polyak)([_.-]|$)", re.IGNORECASE)
@@ -106,8 +106,21 @@ def weights_files(path: Path) -> list[Path]:
             for p in path.glob(pattern)
             if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()
         ):
+            for index in found:
+                _check_index(index)
             return found
     raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt, .npz or .msgpack)")
+
+
+def _check_index(index: Path) -> None:
+    """Raises InputError for an index of shards next to the same weights in one file: one of them may be out of date.
+
+    transformers takes the file, diffusers the index.
+    """
+    whole = index.with_name(re.sub(r"\.index.*\.json$", "", index.name))
+    if whole != index and whole.is_file() and whole.name not in (read_json(index).get("weight_map") or {}).values():
+        both = f"{index.parent} holds {whole.name}, and {index.name} of the same weights in shards"
+        raise InputError(f"{both}: name the file you mean, or remove the one that is out of date")
 
 
 def open_weights(file: Path) -> Weights:
@@ -185,6 +198,15 @@ def clean_names(found: Weights) -> Weights:
     if seen:
         notes.append(f"{', '.join(repr(prefix) for prefix in sorted(seen))} removed from the names of its tensors")
     return Weights(tensors, found.about, tuple(notes))
+
+
+def without_common(found: Weights) -> Weights | None:
+    """Removes the attribute that the names of all tensors begin with (`clip_model.`); None where there is no such."""
+    first = {key.partition(".")[0] if "." in key else "" for key in found.tensors}
+    if len(first) != 1 or not (name := first.pop()):
+        return None
+    tensors = {key.removeprefix(f"{name}."): value for key, value in found.tensors.items()}
+    return clean_names(Weights(tensors, found.about, (*found.notes, f"{name + '.'!r} removed from all names")))
 
 
 def _outer(tensors: Tensors) -> str | None:

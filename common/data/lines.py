@@ -1,24 +1,40 @@
-"""Text files with one entry a line: class names, templates."""
+"""Text files with one entry a line, or a JSON list: class names, templates."""
 
+import json
 
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath
 
 
 def read_lines(file: AnyPath) -> tuple[str, ...]:
-    """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped.
+    """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped. Or a JSON list of
+    strings: what begins with a bracket is JSON.
 
-    Raises InputError for a file that is missing, empty, not UTF-8, or has a blank line in between: line numbers have a
-    meaning.
+    Raises InputError for a file that is missing, empty, not UTF-8, other JSON, or has a blank line in between: line
+    numbers have a meaning.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        text = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable as UTF-8 text: {error}") from error
+    if text.startswith(("[", "{")):
+        return _json_list(text, file)
+    lines = [line.strip() for line in text.splitlines()]
     if not lines:
         raise InputError(f"{file} is empty: write one entry a line")
     if "" in lines:
         raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one entry a line, without blank lines")
     return tuple(lines)
+
+
+def _json_list(text: str, file: AnyPath) -> tuple[str, ...]:
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e.strip() for e in entries):
+        needed = "write a list of strings, or one entry a line without brackets"
+        raise InputError(f"{file} begins with a bracket and is no JSON list of strings: {needed}")
+    return tuple(entry.strip() for entry in entries)

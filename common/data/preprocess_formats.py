@@ -35,6 +35,7 @@ _HANDLED = {*_PROCESSING, "image_mean", "image_std", "do_convert_rgb", "default_
 _INERT = {"processor_class", "return_tensors", "data_format", "input_data_format"}
 _INERT |= {"device", "disable_grouping", "image_seq_length"}
 _INERT |= {"image_processor_type", "feature_extractor_type", "transformers_version"}
+_INERT |= {"use_fast"}  # which library computes it
 _INERT |= {"pad_size"}  # only used by do_pad, which is refused
 
 

@@ -117,7 +117,8 @@ def _by_tarfile(shard: AnyPath) -> list[Member]:
         ValueError,
         OverflowError,
     ) as error:  # the last two: a header with impossible numbers
-        raise InputError(f"{shard} is not readable as an uncompressed tar: {error}; fetch it again") from error
+        needed = "it is compressed: unpack it with gunzip, unxz or unzstd" if _compressed(shard) else "fetch it again"
+        raise InputError(f"{shard} is not readable as an uncompressed tar: {error}; {needed}") from error
     if end != bytes(BLOCK):
         raise InputError(f"{shard} is truncated or damaged at byte {tar.offset}; fetch it again")
     files: dict[str, Member] = {}
@@ -127,6 +128,15 @@ def _by_tarfile(shard: AnyPath) -> list[Member]:
             files[member.name] = one = _file(shard, member, files)
             out.append(one)
     return out
+
+
+def _compressed(shard: AnyPath) -> bool:
+    """Returns whether a file begins as gzip, xz, zstd or bzip2 write it."""
+    try:
+        with shard.open("rb") as data:
+            return data.read(6).startswith((b"\x1f\x8b", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh"))
+    except OSError:
+        return False
 
 
 def _file(shard: AnyPath, member: tarfile.TarInfo, files: dict[str, Member]) -> Member:

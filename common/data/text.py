@@ -191,11 +191,12 @@ def _padded(text: str, cleaned: str) -> str:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, and `added`, the AddedToken of each id.
+    """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, `added`, the AddedToken of each id, and
+    `special`, the tokens with another part, such as padding.
 
     As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json.
     """
-    found: dict[str, Any] = {"added": {}}
+    found: dict[str, Any] = {"added": {}, "special": []}
     if (file := folder / "added_tokens.json").is_file():
         for content, i in read_json(file).items():
             if not isinstance(i, int):
@@ -209,6 +210,9 @@ def read_about(folder: Path) -> dict[str, Any]:
                 if not isinstance(token, str):
                     raise InputError(f"{name}: {end} is {theirs[end]!r}; it must be a token")
                 found[end] = token
+        for part in ("pad_token", "unk_token"):
+            token = theirs.get(part)
+            found["special"].append(token.get("content") if isinstance(token, dict) else token)
         if decoder := theirs.get("added_tokens_decoder"):
             fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             try:
@@ -228,6 +232,9 @@ def completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers
         if (actual := bpe.token_to_id(token.content)) != i:
             what = f"id {i} in one file and would get {actual}"
             raise InputError(f"the added token {token.content!r} has {what}; use files of one model")
+    for content in about.get("special", ()):  # transformers finds them in captions too, such as "!" that pads
+        if isinstance(content, str) and content not in NAMES[0] + NAMES[1] and bpe.token_to_id(content) is not None:
+            bpe.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
     if "bos_token" in about and "eos_token" in about:
         for end in (about["bos_token"], about["eos_token"]):
             if bpe.token_to_id(end) is None:

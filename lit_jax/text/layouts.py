@@ -104,7 +104,7 @@ def _read_config(fields: Fields, sizes: dict[str, int]) -> T5Config:
     fields.fixed("is_decoder", False)
     fields.fixed("pruned_heads", {}, None)
     fields.skip("is_encoder_decoder", "num_decoder_layers", "add_cross_attention", "n_positions", "output_past")
-    fields.skip("eos_token_id", "classifier_dropout", "scale_decoder_outputs", *TRANSFORMERS)
+    fields.skip("classifier_dropout", "scale_decoder_outputs", *TRANSFORMERS)
     fields.done()
     return cfg
 

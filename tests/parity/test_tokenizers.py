@@ -76,3 +76,19 @@ def test_vocabulary_and_merges_with_added_tokens(theirs, decoder, tmp_path):
         about = dict(tokenizer_class="CLIPTokenizer", added_tokens_decoder={"49408": token})
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
     assert_the_same(Tokenizer.load(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path), CAPTIONS)
+
+
+@pytest.mark.parametrize("where", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_a_padding_token_that_is_a_word_is_found_in_captions(where, tmp_path):
+    """Stable Diffusion 2 and XL pad with "!", which is then another token than the "!" of a text."""
+    Tokenizer.clip().save(tmp_path)
+    end = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **end}))
+    about = json.loads((tmp_path / where).read_text()) if (tmp_path / where).is_file() else end
+    (tmp_path / where).write_text(json.dumps({**about, "pad_token": "!"}))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    captions = ["a cat!", "Hello, World!!! It's", "! !", "a dog"]
+    assert_the_same(ours, theirs, captions)
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    assert (Tokenizer.load(tmp_path / "saved")(captions, 20) == ours(captions, 20)).all()

@@ -72,6 +72,23 @@ def test_names_and_labels_that_are_not_there_are_refused_in_one_line(weights, pi
     assert "ant has no column 'label'" in said and said.count("\n") == 1
 
 
+def test_two_classes_of_one_name_are_said(weights, tmp_path, capsys):
+    data = shard(tmp_path / "0.tar", [("0.png", picture(0)), ("0.cls", b"0")])
+    (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
+    assert zeroshot(weights, data, "--classes", tmp_path / "names.txt") == 0
+    said = capsys.readouterr().out
+    assert "note: several of the 3 classes are called 'cat': their pictures are never in the top 1" in said
+
+
+def test_a_folder_of_pictures_without_captions(weights, tmp_path, capsys):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    assert main(["eval", str(weights), "--data", str(tmp_path)]) == 2
+    assert "put a .txt next to each picture, or give a .csv (metadata.csv --image file_name" in capsys.readouterr().err
+    columns = ("--image", "file_name", "--text", "text")
+    assert main(["eval", str(weights), "--data", str(tmp_path / "metadata.csv"), *columns]) == 0
+
+
 def picture(value, form="PNG"):
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(value).integers(0, 256, (20, 24, 3), np.uint8)).save(out, form)

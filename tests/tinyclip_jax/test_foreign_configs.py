@@ -94,6 +94,11 @@ def test_a_hugging_face_config_is_read_or_refused(edit, message, folder, familie
     assert "\n" not in str(error.value) and "config.json" in str(error.value)
 
 
+def test_old_configs_have_an_end_token_in_each_tower(read, plain):
+    """As openai/clip-vit-base-patch32: null in the image tower, where it says nothing."""
+    assert read("hf_gelu", image(eos_token_id=None, bos_token_id=None)) == plain("hf_gelu")
+
+
 def test_a_square_may_be_written_as_two_sides(read, plain):
     assert read("hf_gelu", image(image_size=[32, 32], patch_size=[8, 8])) == plain("hf_gelu")
 
@@ -204,3 +209,46 @@ def test_one_tower_is_named(goldens, families, tmp_path):
         save_file({k: v.copy() for k, v in tensors.items() if k.startswith(tower)}, tmp_path / f"{tower}safetensors")
         with pytest.raises(InputError, match=f"{message} .*take the whole model, CLIPModel"):
             open_donor(tmp_path / f"{tower}safetensors", families)
+
+
+def nested(goldens, file, *prefixes):
+    """The tensors of a bare file of open_clip, once under each prefix."""
+    from safetensors.numpy import save_file
+
+    from heirloom.common.checkpoint.weights import open_safetensors
+
+    tensors = open_safetensors(goldens / "open_clip_f16" / "open_clip_model.safetensors")
+    save_file({prefix + key: value.copy() for prefix in prefixes for key, value in tensors.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize("prefix", ["clip_model.", "clip.", "model.backbone.", "task.model.module."])
+def test_an_attribute_that_all_names_begin_with_is_removed_and_said(prefix, goldens, families, tmp_path):
+    file = nested(goldens, tmp_path / "a.safetensors", prefix)
+    heads = dict(activation="quick_gelu", image_heads=4, text_heads=2)
+    with pytest.warns(Remark, match="removed from "):
+        donor = open_donor(file, families, **heads)
+    assert donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg
+
+
+def test_of_two_whole_models_neither_is_taken(goldens, families, tmp_path):
+    file = nested(goldens, tmp_path / "a.safetensors", "student.", "teacher.")
+    with pytest.raises(InputError, match=r"under 'student\.' \(tinyclip\) and under 'teacher\.' \(tinyclip\); save"):
+        open_donor(file, families)
+
+
+def test_adapters_inside_a_model_are_named(goldens, families, tmp_path):
+    """The state_dict of a PeftModel, and one into which PEFT injected its layers."""
+    from safetensors.numpy import save_file
+
+    from heirloom.common.checkpoint.weights import open_safetensors
+
+    tensors = {k: v.copy() for k, v in open_safetensors(goldens / "hf_gelu" / "model.safetensors").items()}
+    shutil.copy(goldens / "hf_gelu" / "config.json", tmp_path)
+    name = next(key for key in tensors if key.endswith("q_proj.weight")).removesuffix(".weight")
+    weight = tensors.pop(f"{name}.weight")
+    tensors |= {f"{name}.base_layer.weight": weight, f"{name}.lora_A.default.weight": weight[:2].copy()}
+    for prefix in ("", "base_model.model."):
+        save_file({prefix + key: value for key, value in tensors.items()}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=r"model\.safetensors: holds the matrices of an adapter, LoRA: merge them"):
+            open_donor(tmp_path, families)

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
-from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, captions, read, require, starts, value
+from heirloom.common.data.sources.record import (
+    SPLITS,
+    Record,
+    SourceConfig,
+    captions,
+    picture_file,
+    read,
+    require,
+    starts,
+    value,
+)
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.paths import Address, AnyPath, join
+from heirloom.common.paths import Address, AnyPath
 
 if TYPE_CHECKING:  # imported where files are read: it is heavy, and most commands read none
     import pyarrow
@@ -119,7 +129,7 @@ def _picture(cell: Any, file: AnyPath, key: str) -> bytes | AnyPath:
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, str) and cell:
-        return join(file.parent, cell)
+        return picture_file(file.parent, cell, key)
     needed = "a picture must be bytes, a path, or a struct of bytes and path"
     raise InputError(f"{key}: its picture is {str(cell)[:60]}; {needed}")
 

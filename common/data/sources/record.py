@@ -8,9 +8,10 @@ import numpy as np
 
 from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.paths import AnyPath
+from heirloom.common.paths import AnyPath, join
 
 SPLITS = ("train", "test", "val", "valid", "validation")
+LONGEST = 2**12  # characters of a path
 Record = dict[str, Any]
 
 
@@ -106,6 +107,16 @@ def caption_lines(data: bytes) -> str | list[str]:
     """
     lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     return lines if len(lines) > 1 else "".join(lines)
+
+
+def picture_file(folder: AnyPath, name: str, key: str) -> AnyPath:
+    """Returns the file of a picture that a table in `folder` names. Raises InputError for what cannot be a path."""
+    if name.startswith(("http://", "https://")):
+        needed = "download the pictures first, with img2dataset for example"
+        raise InputError(f"{key}: its picture is on the web ({name[:60]}): {needed}")
+    if name.startswith("data:") or len(name) > LONGEST:
+        raise InputError(f"{key}: its picture is text ({name[:20]} ...), not a path: store encoded bytes in a .parquet")
+    return join(folder, name)
 
 
 def read(file: AnyPath) -> bytes:

@@ -90,7 +90,10 @@ def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
 
 
 def _parquet(folder: AnyPath) -> list[Any]:
-    return _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet")
+    """Returns the parquet files of a folder, except those that img2dataset writes next to shards of the same names."""
+    shards = {shard.stem for shard in _visible(folder, "*.tar")}
+    files = [file for file in _visible(folder, "*.parquet") if file.stem not in shards]
+    return files or _visible(folder, "data/*.parquet")
 
 
 def _visible(folder: AnyPath, pattern: str) -> list[Any]:

@@ -8,10 +8,10 @@ from typing import BinaryIO
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
-from heirloom.common.data.sources.record import Record, SourceConfig, read, require, value
+from heirloom.common.data.sources.record import Record, SourceConfig, picture_file, read, require, value
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.fetch import fetch
-from heirloom.common.paths import Address, AnyPath, join
+from heirloom.common.paths import Address, AnyPath
 
 
 class CsvSource:
@@ -24,17 +24,19 @@ class CsvSource:
         self._file, self._cfg = file, cfg
         self._table = fetch(file) if isinstance(file, Address) else file
         self._stamp = Stamp.of(self._table)
-        splits = set()
+        splits, starts, numbers, start = set(), list[int](), list[int](), 0
         try:
             with open(self._table, "rb") as data:
                 self._tab = b"\t" in data.readline()
                 data.seek(0)
-                rows, starts, numbers = self._rows(data), [], []
+                rows = self._rows(data)
                 self._header = next(rows, [])
                 if len(self._header) == 1 and ";" in self._header[0]:
                     raise InputError(f"{file}: its columns are separated by semicolons; save it with commas or tabs")
                 wanted = (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "")
                 require([column for column in wanted if column], self._header, file)
+                if doubled := [column for column in wanted if column and self._header.count(column) > 1]:
+                    raise InputError(f"{file} has {doubled[0]!r} twice in its header: rename one of the columns")
                 self._kinds: dict[str, type] = dict.fromkeys(cfg.columns, int)
                 start, number = data.tell(), 0
                 for row in rows:
@@ -49,7 +51,10 @@ class CsvSource:
                         numbers.append(number)
                         self._kinds = {c: _narrowest(cells[c], kind) for c, kind in self._kinds.items()}
                     start = data.tell()
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
+            quotes = "a cell with quotes or line breaks is in quotes, and quotes inside it are doubled"
+            raise InputError(f"{file}: the row at byte {start} is not readable: {error}; {quotes}") from error
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is not readable as a table: {error}") from error
         if cfg.split and not starts:
             known = sorted(splits - {""})
@@ -60,7 +65,7 @@ class CsvSource:
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
         # readline, because iteration makes `tell` inexact; a quoted cell may span lines.
         lines = (line.decode("utf-8-sig") for line in iter(data.readline, b""))
-        return csv.reader(lines, delimiter="\t" if self._tab else ",")
+        return csv.reader(lines, delimiter="\t" if self._tab else ",", strict=True)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -77,7 +82,7 @@ class CsvSource:
         if cfg.image and not cells[cfg.image]:
             raise InputError(f"{key}: the column {cfg.image!r} is empty; it needs the path of a picture")
         if cfg.image:
-            file = join(self._file.parent, cells[cfg.image])
+            file = picture_file(self._file.parent, cells[cfg.image], key)
             record |= {"key": str(file), "image": read(file)}
         return record
 

@@ -159,7 +159,9 @@ def _refuse(shard: Shard, what: str, extensions: Sequence[str]) -> None:
     table = shard.index().table()
     found = have(table, extensions)
     if not found.any():
-        names = ", ".join((table.dtype.names or ())[1:])
-        raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {names}")
+        names = ", ".join((table.dtype.names or ())[1:])[:80]
+        dots = "; a name ends at its first dot (000012.jpg)" if "." in names else ""
+        raise InputError(f"{shard.file} has no {what}s ({', '.join(extensions)}), only {names}{dots}")
     first = table[STEM][found.argmin()].decode(errors="backslashreplace")
-    raise InputError(f"{shard.file}: {(~found).sum()} samples have no {what}, the first is {first}")
+    lacking = f"{(~found).sum()} of {len(found)} samples have no {what}, the first is {first}"
+    raise InputError(f"{shard.file}: {lacking}; pack the shard without them")

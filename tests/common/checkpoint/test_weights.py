@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.unwrap import open_weights, weights_files
 from heirloom.common.checkpoint.weights import create_safetensors, open_npz, open_safetensors, open_sharded
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.layout import Tensor, release
@@ -173,3 +174,17 @@ with staged(Path({str(tmp_path / "out")!r})) as folder:
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_next_to_the_same_weights_in_one_file(tmp_path):
+    """transformers takes the file, diffusers the shards: the one that is out of date would be taken in silence."""
+    for name, value in (("model-1.safetensors", 1.0), ("model.safetensors", 2.0)):
+        with create_safetensors(tmp_path / name, {"a": Tensor((), np.dtype(np.float32))}) as out:
+            out["a"][...] = value
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(InputError, match=r"holds model\.safetensors, and model\.safetensors\.index\.json of the same"):
+        weights_files(tmp_path)
+    assert weights_files(index) == [index] and float(open_weights(index).tensors["a"]) == 1
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert weights_files(tmp_path) == [index] and float(open_weights(index).tensors["a"]) == 2

@@ -172,7 +172,7 @@ def test_a_sample_without_a_picture(tmp_path, write_tar):
     shard = write_tar(tmp_path / "0.tar", 0, 2)
     with tarfile.open(shard, "a") as tar:
         tar.addfile(tarfile.TarInfo("000002.txt"))
-    with pytest.raises(InputError, match="1 samples have no picture, the first is 000002"):
+    with pytest.raises(InputError, match="1 of 3 samples have no picture, the first is 000002; pack"):
         open_source(SourceConfig(str(shard)))
 
 

@@ -184,3 +184,47 @@ def test_class_names_of_hugging_face(tmp_path, picture):
     assert isinstance(source, ParquetSource) and source.class_names == {"label": ("zebra", "ant")}
     with pytest.raises(InputError, match=r"1\.parquet and .*0\.parquet have different class names"):
         open_source(SourceConfig(str(tmp_path), text="", columns=("label",)))
+
+
+@pytest.mark.parametrize("sep", [",", "\t"])
+@pytest.mark.parametrize("cells", [{1: '"begins', 3: '"again'}, {1: '"begins'}, {3: '"begins'}])
+def test_quotes_that_are_not_closed_swallow_no_rows(pictures, sep, cells):
+    rows = [f"{i}.png{sep}{cells.get(i, f'caption {i}')}\n" for i in range(4)]
+    (pictures / "a.csv").write_text(f"image{sep}caption\n" + "".join(rows))
+    start = len("image,caption\n") + sum(map(len, rows[: min(cells)]))
+    with pytest.raises(InputError, match=rf"a\.csv: the row at byte {start} is not readable: .* quotes inside it are"):
+        open_source(SourceConfig(str(pictures / "a.csv")))
+
+
+def test_a_column_that_is_twice_in_a_header(pictures):
+    (pictures / "a.csv").write_text("image,caption,id,id,caption\n0.png,a,1,1,b\n")
+    with pytest.raises(InputError, match=r"a\.csv has 'caption' twice in its header: rename one"):
+        open_source(SourceConfig(str(pictures / "a.csv")))
+    (pictures / "a.csv").write_text("image,caption,id,id\n0.png,a,1,1\n")
+    assert open_source(SourceConfig(str(pictures / "a.csv")))[0]["text"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("https://example.com/0.jpg", r"its picture is on the web \(https://example\.com/0\.jpg\): download"),
+        ("A" * 5000, r"its picture is text \(A{20} \.\.\.\), not a path: store encoded bytes"),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_cells_that_are_no_paths(cell, message, form, tmp_path):
+    if form == "csv":
+        (tmp_path / "a.csv").write_text(f"image,caption\n{cell},a\n")
+    else:
+        parquet.write_table(pyarrow.table({"image": [cell], "caption": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=rf"a\.{form} row [01]: {message}"):
+        open_source(SourceConfig(str(tmp_path / f"a.{form}")))[0]
+
+
+def test_the_tables_of_img2dataset_are_not_the_data(tmp_path, write_tar):
+    for i in range(2):
+        write_tar(tmp_path / f"{i:05d}.tar", 3 * i, 3)
+        urls = pyarrow.table({"url": ["http://a"] * 4, "caption": list("abcd")})
+        parquet.write_table(urls, tmp_path / f"{i:05d}.parquet")
+        (tmp_path / f"{i:05d}_stats.json").write_text("{}")
+    assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [f"caption {i}" for i in range(6)]

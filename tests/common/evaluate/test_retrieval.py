@@ -144,3 +144,12 @@ def test_text_files_that_are_not_lines(tmp_path, data, message):
     (tmp_path / "t.txt").write_bytes(data)
     with pytest.raises(InputError, match=message):
         read_lines(tmp_path / "t.txt")
+
+
+def test_a_json_list_is_a_list(tmp_path):
+    (tmp_path / "t.json").write_text('[\n  "art of the {c}",\n  "a photo of a {}"\n]\n')
+    assert read_templates(tmp_path / "t.json") == ("art of the {}", "a photo of a {}")
+    for other in ('{"0": "cat"}', '["cat", 3]', '["cat", " "]', "[]", "['cat', 'dog']", "[\ncat\n]"):
+        (tmp_path / "t.json").write_text(other)
+        with pytest.raises(InputError, match=r"t\.json begins with a bracket and is no JSON list of strings"):
+            read_lines(tmp_path / "t.json")
