@@ -104,13 +104,12 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
 
 
 def at_macs(student: ClipConfig, most: int) -> ClipConfig:
-    """A student with the widest MLPs of the image tower at which it takes no more than `most` multiply-accumulates."""
+    """A student with the widest MLPs of the image tower at which it takes no more than `most` multiply-accumulates; with
+    the narrowest where all take more.
+    """
     assert isinstance(student.image, ImageConfig)
-    for hidden in range(768, 0, -8):
-        found = replace(student, image=replace(student.image, hidden=hidden))
-        if total_macs(found, functional(Clip, found).spec) <= most:
-            return found
-    raise ValueError(f"{most:,} multiply-accumulates are fewer than those of this student without MLPs")
+    widths = [replace(student, image=replace(student.image, hidden=hidden)) for hidden in range(768, 0, -8)]
+    return next((cfg for cfg in widths if total_macs(cfg, functional(Clip, cfg).spec) <= most), widths[-1])
 
 
 def masks(steps: int, start: float, target: float) -> MaskConfig:
