@@ -129,9 +129,12 @@ class ClipConfig:
     def override(
         self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
     ) -> "ClipConfig":
-        """Set what the shapes of the weights do not determine. Raises InputError for an unknown activation."""
-        if activation:
+        """Set what the shapes of the weights do not determine. Raises InputError for an invalid value."""
+        if activation is not None:
             check_activation(activation)
+        for name, value in (("image_heads", image_heads), ("text_heads", text_heads)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
         image = self.image
         if not isinstance(image, ResNetConfig):
             given: dict[str, Any] = dict(activation=activation or image.activation, heads=image_heads or image.heads)

@@ -70,7 +70,7 @@ def _open_clean(file: Path) -> Weights:
         clean = clean_names(open_weights(file))
     except InputError as error:
         raise error if str(file) in str(error) else InputError(f"{file}: {error}") from error
-    if any(re.search(r"\.lora_[AB]\b|\blora_(down|up)\b", key) for key in clean.tensors):
+    if any(re.search(r"\.(lora_[AB]|base_layer)\b|\blora_(down|up)\b", key) for key in clean.tensors):
         merge = "merge them into the model (peft's merge_and_unload), save and convert that"
         raise InputError(f"{file}: holds the matrices of an adapter, LoRA: {merge}")
     return clean

@@ -252,3 +252,10 @@ def test_adapters_inside_a_model_are_named(goldens, families, tmp_path):
         save_file({prefix + key: value for key, value in tensors.items()}, tmp_path / "model.safetensors")
         with pytest.raises(InputError, match=r"model\.safetensors: holds the matrices of an adapter, LoRA: merge them"):
             open_donor(tmp_path, families)
+
+
+@pytest.mark.parametrize("value", [0, -4, "x", 1.5, True, "4,4"])
+def test_heads_that_are_set_are_a_number(value, plain):
+    for name in ("image_heads", "text_heads"):
+        with pytest.raises(InputError, match=f"{name} is {value!r}: write a whole number of 1 or more"):
+            plain("hf_gelu").override(**{name: value})
