@@ -109,7 +109,7 @@ def keep_compiled(directory: Path) -> None:
     has set (JAX_COMPILATION_CACHE_DIR) stays in use.
     """
     global _kept
-    if (jax.config.jax_compilation_cache_dir or "") == _kept:
+    if (jax.config.values["jax_compilation_cache_dir"] or "") == _kept:
         _kept = str(directory)
         jax.config.update("jax_compilation_cache_dir", _kept)
         compilation_cache.reset_cache()
