@@ -68,7 +68,8 @@ class Plan:
     @classmethod
     def draw(cls, seed: int, number: int, kinds: list[str]) -> "Plan":
         rng = np.random.default_rng((seed, number))
-        method = METHODS[int(rng.integers(len(METHODS)))]
+        methods = [method for method in METHODS if any(map(method.takes, kinds))]
+        method = methods[int(rng.integers(len(methods)))]
         pool = [kind for kind in kinds if method.takes(kind)]
         faults = [Fault.draw_one(pool, method, rng) for _ in range(int(rng.integers(1, 4)))]
         alone = [fault for fault in faults if fault.kind == "bucket fails"]  # that run is in a bucket from the start
