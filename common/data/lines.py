@@ -8,7 +8,7 @@ from heirloom.common.paths import AnyPath
 
 def read_lines(file: AnyPath) -> tuple[str, ...]:
     """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped. Or a JSON list of
-    strings: what begins with a bracket is JSON.
+    strings: what begins with a square bracket is JSON, and so is a dictionary with entries.
 
     Raises InputError for a file that is missing, empty, not UTF-8, other JSON, or has a blank line in between: line
     numbers have a meaning.
@@ -19,7 +19,7 @@ def read_lines(file: AnyPath) -> tuple[str, ...]:
         text = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable as UTF-8 text: {error}") from error
-    if text.startswith(("[", "{")):
+    if text.startswith("[") or _is_dictionary(text):
         return _json_list(text, file)
     lines = [line.strip() for line in text.splitlines()]
     if not lines:
@@ -29,6 +29,14 @@ def read_lines(file: AnyPath) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _is_dictionary(text: str) -> bool:
+    """Returns whether a text is a JSON dictionary with entries; "{}" is a template."""
+    try:
+        return text.startswith("{") and bool(json.loads(text))
+    except ValueError:
+        return False
+
+
 def _json_list(text: str, file: AnyPath) -> tuple[str, ...]:
     try:
         entries = json.loads(text)
@@ -36,5 +44,5 @@ def _json_list(text: str, file: AnyPath) -> tuple[str, ...]:
         entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e.strip() for e in entries):
         needed = "write a list of strings, or one entry a line without brackets"
-        raise InputError(f"{file} begins with a bracket and is no JSON list of strings: {needed}")
+        raise InputError(f"{file} begins as JSON does and is no list of strings: {needed}")
     return tuple(entry.strip() for entry in entries)

@@ -146,10 +146,17 @@ def test_text_files_that_are_not_lines(tmp_path, data, message):
         read_lines(tmp_path / "t.txt")
 
 
+def test_braces_are_a_template(tmp_path):
+    (tmp_path / "t.txt").write_text("{}\n")
+    assert read_lines(tmp_path / "t.txt") == ("{}",)
+    (tmp_path / "t.txt").write_text("{c} in art\n{} of art\n")
+    assert read_lines(tmp_path / "t.txt") == ("{c} in art", "{} of art")
+
+
 def test_a_json_list_is_a_list(tmp_path):
     (tmp_path / "t.json").write_text('[\n  "art of the {c}",\n  "a photo of a {}"\n]\n')
     assert read_templates(tmp_path / "t.json") == ("art of the {}", "a photo of a {}")
     for other in ('{"0": "cat"}', '["cat", 3]', '["cat", " "]', "[]", "['cat', 'dog']", "[\ncat\n]"):
         (tmp_path / "t.json").write_text(other)
-        with pytest.raises(InputError, match=r"t\.json begins with a bracket and is no JSON list of strings"):
+        with pytest.raises(InputError, match=r"t\.json begins as JSON does and is no list of strings"):
             read_lines(tmp_path / "t.json")
