@@ -104,7 +104,7 @@ def arms(setting: Setting, seed: int) -> dict[str, Config]:
 
 
 def at_macs(student: ClipConfig, most: int) -> ClipConfig:
-    """A student with the widest MLPs of the image tower at which it takes no more than `most` multiply-accumulates; with
+    """A student with the widest MLPs of the image tower at which it takes at most `most` multiply-accumulates, or with
     the narrowest where all take more.
     """
     assert isinstance(student.image, ImageConfig)
