@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.family import Found
 from heirloom.common.checkpoint.weights import open_safetensors, read_json, write_json
 from heirloom.common.errors import InputError, Remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
-from lit_jax import pixart_layouts
+from lit_jax import pixart_formats, pixart_layouts
 from lit_jax.pixart import PixArt, PixArtConfig
 from lit_jax.zoo import FAMILIES, PIXART, open_pixart
 
@@ -93,6 +94,13 @@ def test_a_pth_file_says_its_size_by_its_positions(tmp_path):
     assert opened(tensors_of(odd), tmp_path, heads=4).cfg == odd
     half = {key: value.astype(np.float16) for key, value in tensors_of(odd).items()}
     assert opened(half, tmp_path, heads=4).cfg == odd
+
+
+def test_another_prediction_or_chain_in_the_trainers_arguments_is_refused(tmp_path):
+    for arguments in ({"config": {"prediction_type": "v_prediction"}}, {"args": {"beta_schedule": "scaled_linear"}}):
+        with pytest.raises(InputError, match=r"trained with (prediction_type v_pred|beta_schedule scaled)"):
+            pixart_formats.FORMATS[0].read_config(Found(tensors_of(), tmp_path, arguments))
+    assert pixart_formats.FORMATS[0].read_config(Found(tensors_of(), tmp_path, {"config": {"beta_schedule": "linear"}}))
 
 
 def test_without_positions_the_size_must_be_given_and_the_rest_is_guessed(tmp_path):
