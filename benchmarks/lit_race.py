@@ -15,6 +15,7 @@ Scores: squared error of the noise on 512 of the first 1,000 test pictures, and 
 seeds can run side by side.
 """
 
+import itertools
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -182,13 +183,13 @@ def main() -> None:
     dits = ((rate, sweep.dit(model, longest // 8, rate, SWEEP_SEED)) for rate in RATES)
     rate = best_rate("DiT", dits, runs / "sweep", tried)
     for steps in size.donor_steps:
-        run = runs / f"donor-{steps}"
+        run = runs / f"donor-{steps}-{rate:g}"
         result["donor"].append({"steps": steps, "rate": rate} | score(arms.dit(model, steps, rate), size, run, real))
         print(result["donor"][-1], flush=True)
-    run = runs / f"teacher-{longest}"
+    run = runs / f"teacher-{longest}-{rate:g}"
     result["teacher"] = score(arms.dit(size.teacher, longest, rate), size, run, real)
     print("teacher", result["teacher"], flush=True)
-    found: dict[str, Any] = {"donor": str(runs / f"donor-{longest}" / "model"), "teacher": str(run / "model")}
+    found: dict[str, Any] = {"donor": str(runs / f"donor-{longest}-{rate:g}" / "model"), "teacher": str(run / "model")}
     sweep, arms = replace(sweep, **found), replace(arms, **found)
     kinds: dict[str, dict[str, Any]] = {
         SCRATCH: {"inherits": False},
@@ -199,16 +200,21 @@ def main() -> None:
         name: best_rate(name, ((r, sweep.lit(short, r, SWEEP_SEED, **how)) for r in RATES), runs / "sweep", tried)
         for name, how in kinds.items()
     }
-    for seed in args.seeds:
-        todo: list[tuple[str, int, Config]] = []
-        for share in (*size.shares, *([size.longest] if seed == 0 else [])):
-            steps = max(round(share * longest), 2)
-            todo.append((MAIN, steps, arms.main(steps, rates[MAIN], seed)))
-        steps = max(round(EQUAL * longest), 2)
-        todo += [(name, steps, cfg) for name, cfg in arms.equal(steps, rates, seed).items()]
-        todo += [(name, short, cfg) for name, cfg in arms.heads(short, rates[INHERITS], seed).items()]
-        for name, steps, cfg in todo:
-            run = runs / f"seed-{seed}" / f"{slug(name)}-{steps}"
+    some = max(round(EQUAL * longest), 2)
+
+    def curve(seed: int) -> list[tuple[str, int, Config]]:
+        found = (max(round(share * longest), 2) for share in (*size.shares, *([size.longest] if seed == 0 else [])))
+        return [(MAIN, steps, arms.main(steps, rates[MAIN], seed)) for steps in found]
+
+    def equal(seed: int) -> list[tuple[str, int, Config]]:
+        return [(name, some, cfg) for name, cfg in arms.equal(some, rates, seed).items()]
+
+    def heads(seed: int) -> list[tuple[str, int, Config]]:
+        return [(name, short, cfg) for name, cfg in arms.heads(short, rates[INHERITS], seed).items()]
+
+    for part, seed in itertools.product((curve, equal, heads), args.seeds):
+        for name, steps, cfg in part(seed):
+            run = runs / f"seed-{seed}" / f"{slug(name)}-{steps}-{cfg.optim.lr:g}"
             row = {"arm": name, "seed": seed, "steps": steps, "rate": cfg.optim.lr}
             result["rows"].append(row | score(cfg, size, run, real))
             print(result["rows"][-1], flush=True)

@@ -29,7 +29,7 @@ from tinyclip_jax.model import Clip, total_macs
 from tinyclip_jax.train import Config, LossConfig
 from tinyclip_jax.zoo import open_clip_model
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SWEEP_SEED = 100
 SCRATCH, AFFINITY, CONTRASTIVE = "scratch, contrastive", "inherited, affinity", "inherited, contrastive"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ def main() -> None:
         for arm, found in budgets.items():
             rate = max(tried[arm], key=tried[arm].__getitem__)
             for steps in found:
-                run = args.runs / f"seed-{seed}" / f"{slug(arm)}-{steps}"
+                run = args.runs / f"seed-{seed}" / f"{slug(arm)}-{steps}-{rate:g}"
                 one = {"arm": arm, "seed": seed, "steps": steps, "rate": rate}
                 cfg = replace(recipe(arm, steps, rate, seed, batch), held_out=held_out["test"])
                 result["rows"].append(one | score(cfg, run))

@@ -5,7 +5,7 @@ import operator
 import pytest
 from pyarrow import compute, parquet
 
-from benchmarks import bench, gene_budget
+from benchmarks import bench, gene_budget, lit_race
 from benchmarks import tinyclip_race as race
 
 
@@ -68,3 +68,35 @@ def test_the_mean_of_a_seed_is_that_of_its_models():
         row | {"depth": 4, "method": "sws", "top1": 0.9, "models": 1},
     ]
     assert gene_budget.means(rows, 2, 0) == {"sws": 55.0, "scratch": 40.0}
+
+
+def test_a_donor_is_matched_where_the_curve_of_a_seed_comes_within_two_percent(tmp_path):
+    def row(steps, mse, **more):
+        return {"steps": steps, "mse": mse, "kid_thumbnails": 0.01, **more}
+
+    result = {
+        "donor": [row(500, 0.051), row(1000, 0.05)],
+        "teacher": {"mse": 0.04, "kid_thumbnails": 0.01},
+        "rows": [
+            *(row(n, mse, arm=lit_race.MAIN, seed=0) for n, mse in ((100, 0.07), (200, 0.051), (400, 0.048))),
+            *(row(n, mse, arm=lit_race.MAIN, seed=1) for n, mse in ((100, 0.07), (200, 0.06))),
+            row(100, 0.061, arm="1 heads, shared filters", seed=0),
+        ],
+    }
+    lines = lit_race.report(result)
+    assert "| LiT, inherits, distilled | 200 | 0.0555 ± 0.0064 | 0.0100 ± 0.0000 |" in lines
+    assert lines[-3:] == [
+        "the donor's last doubling took 2.0% off (plateau: 2%)",
+        "seed 0: within 2% of the donor's error after 20% of its steps",
+        "seed 1: within 2% of the donor's error never",
+    ]
+    lit_race.plot(result, tmp_path / "race.png")
+    assert (tmp_path / "race.png").stat().st_size > 5000
+
+
+def test_every_number_of_heads_divides_the_width_of_the_race():
+    size = lit_race.SIZES["cpu"]
+    arms = lit_race.Arms(size, {"data": lit_race.SourceConfig("x"), "held_out": lit_race.SourceConfig("y")}, "donor")
+    students = [cfg.student for cfg in arms.heads(10, 1e-3, 0).values()]
+    assert len({(s.heads, s.filters) for s in students}) == 12
+    assert all(s.attention == "linear" and s.width % s.heads == 0 for s in students)
