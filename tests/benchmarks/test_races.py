@@ -28,7 +28,7 @@ def test_the_table_has_a_ratio_for_each_seed_and_says_where_scratch_never_arrive
         for seed in (0, 1)
         for steps, r1 in zip(budgets[arm], scores[arm], strict=True)
     ]
-    lines = race.report(rows, budgets)
+    lines = race.report(rows, budgets, "r1")
     assert lines[2] == "| scratch, contrastive |  | 1.0 ± 0.0 | 2.0 ± 0.0 |"
     assert "| 2 % | 200, 200 | 50, 50 | never, never | 4.0, 4.0 |" in lines
     assert "| 4 % | never, never | 100, 100 | never, never | > 2.0, > 2.0 |" in lines
