@@ -26,7 +26,7 @@ from lit_jax.decode import open_pictures
 from lit_jax.drawn import Drawn
 from lit_jax.generate import draw_batches
 from lit_jax.origin import read_origin
-from lit_jax.sample import SEEDS, SampleConfig, drawer, picture_keys
+from lit_jax.sample import SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 
@@ -55,8 +55,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         positive(self, "samples", "batch")
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(f"seed {self.seed}: choose one from 0 to {SEEDS - 1}")
+        check_seed(self.seed)
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
-from lit_jax.sample import SEEDS, Draw, SampleConfig, drawer, picture_keys
+from lit_jax.sample import Draw, SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
@@ -74,8 +74,7 @@ def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
     """Derive a key for each picture, [classes x count], from the seed, the class and the picture's number within the
     class alone.
     """
-    if not 0 <= seed < SEEDS:
-        raise InputError(f"seed {seed}: choose one from 0 to {SEEDS - 1}")
+    check_seed(seed)
     keys = picture_keys(jax.random.key(seed), np.asarray(classes))
     return jax.vmap(lambda key: picture_keys(key, np.arange(count)))(keys).reshape(-1)
 

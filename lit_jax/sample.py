@@ -25,6 +25,12 @@ SEEDS = 2**32  # of jax.random.key
 PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError for what is no seed of jax.random.key."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < SEEDS:
+        raise InputError(f"seed {seed}: choose a whole number from 0 to {SEEDS - 1}")
+
+
 def check_choices(cfg: object, **choices: Any) -> None:
     """Checks that fields have one of their values. choices: the `Literal` of each. Raises InputError."""
     for name, literal in choices.items():

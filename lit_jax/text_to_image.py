@@ -30,7 +30,7 @@ from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.pixart import PixArtConfig
-from lit_jax.sample import SEEDS, picture_keys
+from lit_jax.sample import check_seed, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
 
@@ -266,8 +266,7 @@ class TextToImage(Shown):
 
 def start_noise(request: Request, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
     """Returns the noise of each picture, f32 [count, *shape], and the keys of its later steps, from the seed alone."""
-    if not 0 <= request.seed < SEEDS:
-        raise InputError(f"seed {request.seed}: choose one from 0 to {SEEDS - 1}")
+    check_seed(request.seed)
     keys = picture_keys(jax.random.key(request.seed), np.arange(request.count))
     start, later = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if request.latents is not None:

@@ -140,6 +140,7 @@ def test_a_descendant_keeps_the_names_with_the_head(folder_of, tmp_path):
         (["--depth", "2", "--size", "6"], "patches of 4 px do not fill pictures of 6 px"),
         (["--depth", "0"], "depth is 0: choose 1 or more"),
         (["--depth", "-1"], "depth is -1: choose 1 or more"),
+        (["--depth", "1000000"], "layers is 1000000: choose 1000 or less"),
         (["--depth", "2", "--map", "0,x"], "--map is '0,x': write whole numbers separated by commas"),
         (["--depth", "2", "--map", "0,-1"], "the map names stage -1: choose stages 0 to 1"),
         (["--depth", "2", "--map", "0"], "the map has 1 layers, the student 2"),

@@ -71,6 +71,11 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
         (dict(classes=[0], guidance=float("inf")), "guidance is inf"),
         (dict(classes=[0], count=0), "1 classes, count 0 and batch 64: each is 1 or more"),
         (dict(classes=[]), "0 classes"),
+        (dict(classes=1.7), "classes is '1.7': give the number of a class, or a list of numbers"),
+        (dict(classes="cat"), "classes is 'cat': give the number"),
+        (dict(classes=[[0, 1]]), r"classes is '\[\[0, 1\]\]': give the number"),
+        (dict(classes=True), "classes is 'True': give the number"),
+        (dict(classes=0, seed=1.5), "seed 1.5: choose a whole number from 0"),
     ],
 )
 def test_mistakes_are_one_line(loaded, how, words):
