@@ -53,13 +53,13 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, sampler=Name, guided=Guided)
-        if not isfinite(self.guidance):
-            raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
+        if not (isinstance(self.guidance, int | float) and isfinite(self.guidance)):
+            raise InputError(f"guidance is {self.guidance!r}: give a number, such as 1.5 (1 is none)")
 
     def make(self) -> Sampler:
         """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
         chain = linear_schedule()
-        if not 1 <= self.steps <= len(chain):
+        if not isinstance(self.steps, int | np.integer) or not 1 <= self.steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
             raise InputError(

@@ -75,6 +75,8 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
         (dict(classes="cat"), "classes is 'cat': give the number"),
         (dict(classes=[[0, 1]]), r"classes is '\[\[0, 1\]\]': give the number"),
         (dict(classes=True), "classes is 'True': give the number"),
+        (dict(classes=0, guidance="4"), "guidance is '4': give a number"),
+        (dict(classes=0, steps=2.5), "--steps 2.5 with ddpm: choose between 1 and 1000"),
         (dict(classes=0, seed=1.5), "seed 1.5: choose a whole number from 0"),
     ],
 )
