@@ -221,6 +221,8 @@ class TextToImage(Shown):
     ) -> tuple[list[Condition], list[Condition] | None]:
         """Encode all different texts of the requests once: what the guided and the unguided halves read."""
         guided = sampling.guidance != 1
+        if not guided and any(request.negative for request in requests):
+            remark("the negative prompt changes nothing: guidance is 1, which is none")
         prompts = [sampling.text(request.prompt) for request in requests]
         negatives = [sampling.text(request.negative) if guided else "" for request in requests]
         texts = list(dict.fromkeys([*prompts, *filter(None, negatives)]))

@@ -108,6 +108,12 @@ def test_an_autoencoder_of_other_latents_is_refused(folder):
         lit_jax.load(str(folder), autoencoder=str(AUTOENCODER))
 
 
+@pytest.mark.parametrize("flags", [("--negative", "a cat"), ("--size", "64"), ("--text", "resident")])
+def test_flags_of_prompts_are_refused_where_classes_are_drawn(folder, capsys, flags):
+    assert main(["sample", str(folder), *flags]) == 2
+    assert f"draws classes, and {flags[0]} is for models that draw from text: leave it out" in capsys.readouterr().err
+
+
 def test_pictures_of_classes_are_pil_images(folder):
     lit = lit_jax.load(str(folder))
     how = dict(count=2, steps=2, sampler="dpm", guidance=1.0)
