@@ -14,7 +14,7 @@ from heirloom.common import config
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, positive, remark
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from heirloom.common.fetch import fetch
@@ -86,6 +86,12 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, whose decoder turns them into pictures")
     side = donor.cfg.size * pictures.factor
+    if reference.size not in ((), (side, side)):
+        height, width = reference.size
+        remark(
+            f"{reference.where}: its pictures are {height} x {width}, and the model draws {side} x {side}; published"
+            " scores compare pictures of one size"
+        )
     if source is not None:
         reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
     saved = Drawn(Path(cfg.save), (cfg.samples, side, side, 3), sampling_settings(donor, cfg)) if cfg.save else None
