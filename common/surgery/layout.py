@@ -230,7 +230,7 @@ class Layout:
         }
         _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
         for key in sorted((expected.keys() - self.constant.keys()) & tensors.keys()):
-            if (dtype := tensors[key].dtype).kind in "iub":
+            if (dtype := tensors[key].dtype).kind not in "fV":  # V: bfloat16
                 what = f"is {dtype}, and weights are floating-point numbers"
                 raise InputError(f"{where}: tensor {key!r} {what}: is it quantised? Take the original")
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec if path not in self.omit}
