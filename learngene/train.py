@@ -15,7 +15,7 @@ from heirloom.common.data.labelled import Labelled, Names, open_labelled, write_
 from heirloom.common.data.pipeline import training_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Plan, Resolution
@@ -114,6 +114,11 @@ def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
     if donor.cfg.heads != cfg.student.heads:
         regrouped = f"{donor.cfg.heads} heads become {cfg.student.heads}"
         print(f"note: {regrouped}: the projections are kept, but what attention computes with them changes")
+    found = preprocess_of(donor)
+    if found.origin and not np.allclose((found.pre.mean, found.pre.std), (cfg.pre.mean, cfg.pre.std), atol=1e-2):
+        own = f"mean {list(found.pre.mean)} and std {list(found.pre.std)}"
+        set_them = "set preprocess.mean and preprocess.std to these if the student is to see pictures as the donor does"
+        remark(f"the donor normalises pictures with {own}, the student otherwise: {set_them}")
     if cfg.method == "ligo":
         plan = ligo_plan(cfg, student, donor)
     else:
