@@ -119,6 +119,9 @@ def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
         own = f"mean {list(found.pre.mean)} and std {list(found.pre.std)}"
         set_them = "set preprocess.mean and preprocess.std to these if the student is to see pictures as the donor does"
         remark(f"the donor normalises pictures with {own}, the student otherwise: {set_them}")
+    if donor.cfg.activation != cfg.student.activation:
+        names = f"{donor.cfg.activation!r}, the student's {cfg.student.activation!r}"
+        remark(f"the donor's activation is {names}: its weights were trained with it; set student.activation to it")
     if cfg.method == "ligo":
         plan = ligo_plan(cfg, student, donor)
     else:

@@ -143,3 +143,7 @@ def test_a_donor_whose_pictures_are_normalised_otherwise_is_remarked(folder_of, 
     assert said.startswith("the donor normalises pictures with mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5], the")
     resolve(replace(cfg, preprocess=INCEPTION), model, donor)
     assert remarks() == []
+    other = replace(vit, activation="gelu_tanh")
+    resolve(replace(cfg, preprocess=INCEPTION, student=other), functional(Vit, other), donor)
+    (said,) = remarks()
+    assert said.startswith("the donor's activation is 'gelu', the student's 'gelu_tanh'")
