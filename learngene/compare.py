@@ -31,6 +31,7 @@ from learngene import cost, relatives
 from learngene.config import ADAMW, Config, TeacherConfig
 from learngene.evaluate import scorer
 from learngene.inputs import preprocess_of
+from learngene.labels import labels_of
 from learngene.relatives import Method
 from learngene.train import held_out
 from learngene.zoo import FAMILY, open_classifier
@@ -260,7 +261,7 @@ def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict
     """Accuracy and size of the teacher, and the FLOPs of its training; None if it was not trained here."""
     donor, mesh = open_classifier(source), start(gene.mesh)
     pre = preprocess_of(donor).pre
-    score = scorer(donor.family, donor.cfg, held_out(gene, pre), pre, mesh)
+    score = scorer(donor.family, donor.cfg, held_out(gene, pre, labels_of(donor)), pre, mesh)
     parameters = donor.family.parameters(donor.model.spec)["total"]
     top1 = score(load_params(donor, mesh)).metrics["top1"]
     return {"top1": top1, "parameters": parameters, "flops": training_flops(recipe) if recipe else None}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, bad_records
-from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.labelled import Names, open_labelled
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.preprocess import Preprocess, centre, random_box
@@ -107,15 +107,22 @@ class Resident:
 
 @lru_cache(maxsize=2)  # several models learn from the same pictures
 def decoded(
-    data: SourceConfig, label: str, classes: int, example: Example, bad: BadMode = "replace"
+    data: SourceConfig,
+    label: str,
+    classes: int,
+    example: Example,
+    bad: BadMode = "replace",
+    names: Names | None = None,
 ) -> dict[str, np.ndarray]:
-    """Decode all examples in threads, to arrays [n, ...]. Raises the errors of `open_labelled` and `Examples`.
+    """Decode all examples in threads, to arrays [n, ...]. names: of the classes, if the model has some.
+
+    Raises the errors of `open_labelled` and `Examples`.
 
     The column BAD says which examples replace bad records.
     """
     import grain
 
-    source = open_labelled(data, label, classes)
+    source = open_labelled(data, label, classes, names)
     mapped = grain.MapDataset.range(len(source)).seed(0).random_map(Examples(source, example, bad))
     stream = mapped.to_iter_dataset(grain.ReadOptions(8, 64))
     examples = list(stream)
@@ -129,7 +136,7 @@ def evaluation(
     pre: Preprocess,
     batch: int,
     classes: int,
-    names: tuple[str | None, ...] | None = None,
+    names: Names | None = None,
 ) -> "Evaluation":
     """Open held-out pictures. names: class names of the model. Raises the errors of `open_labelled`."""
     return Evaluation(name=data.path, source=open_labelled(data, label, classes, names), pre=pre, batch=batch)

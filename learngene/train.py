@@ -11,10 +11,11 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.labelled import open_labelled, write_labels
+from heirloom.common.data.labelled import Labelled, Names, open_labelled, write_labels
 from heirloom.common.data.pipeline import training_batches
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.errors import InputError
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Plan, Resolution
@@ -59,7 +60,7 @@ def parts(cfg: Config) -> Parts:
         prepare=prepare,
         look=partial(first_look, cfg),
         evaluator=partial(evaluator, cfg),
-        sidecars=lambda opened, folder: cfg.pre.save(folder),
+        sidecars=partial(sidecars, cfg),
         inherited_sidecars=partial(inherited_sidecars, cfg),
     )
 
@@ -113,6 +114,14 @@ def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
     if donor.cfg.heads != cfg.student.heads:
         regrouped = f"{donor.cfg.heads} heads become {cfg.student.heads}"
         print(f"note: {regrouped}: the projections are kept, but what attention computes with them changes")
+    found = preprocess_of(donor)
+    if found.origin and not np.allclose((found.pre.mean, found.pre.std), (cfg.pre.mean, cfg.pre.std), atol=1e-2):
+        own = f"mean {list(found.pre.mean)} and std {list(found.pre.std)}"
+        set_them = "set preprocess.mean and preprocess.std to these if the student is to see pictures as the donor does"
+        remark(f"the donor normalises pictures with {own}, the student otherwise: {set_them}")
+    if donor.cfg.activation != cfg.student.activation:
+        names = f"{donor.cfg.activation!r}, the student's {cfg.student.activation!r}"
+        remark(f"the donor's activation is {names}: its weights were trained with it; set student.activation to it")
     if cfg.method == "ligo":
         plan = ligo_plan(cfg, student, donor)
     else:
@@ -132,14 +141,25 @@ def ligo_plan(cfg: Config, student: Model, donor: Donor) -> Plan:
     return ligo.fit(donor.cfg, donor.source, cfg.student, student.spec, student_loss, data, cfg.seed)
 
 
+def teacher_names(cfg: Config, opened: Opened) -> tuple[str, ...] | None:
+    """Class names in the order of the teacher's logits; None where it has none. The data is numbered in this order."""
+    teacher = opened.teacher
+    return labels_of(teacher) if teacher and teacher.cfg.classes == cfg.student.classes else None
+
+
+def labelled(cfg: Config, opened: Opened, data: SourceConfig) -> Labelled:
+    """Open the training data. Raises InputError where some of its classes are the teacher's, and others not."""
+    return open_labelled(data, cfg.label, cfg.student.classes, teacher_names(cfg, opened))
+
+
 def batches(cfg: Config, opened: Opened) -> Data:
     """Training batches, from the source or from arrays on the devices."""
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
-        arrays = decoded(data, cfg.label, cfg.student.classes, example, cfg.pipeline.bad)
+        names = teacher_names(cfg, opened)
+        arrays = decoded(data, cfg.label, cfg.student.classes, example, cfg.pipeline.bad, names)
         return Resident(arrays, cfg.pipeline, opened.mesh)
-    source = open_labelled(data, cfg.label, cfg.student.classes)
-    return training_batches(source, cfg.pipeline, example, mesh=opened.mesh)
+    return training_batches(labelled(cfg, opened, data), cfg.pipeline, example, mesh=opened.mesh)
 
 
 def batch_shapes(cfg: Config) -> Shapes:
@@ -149,16 +169,18 @@ def batch_shapes(cfg: Config) -> Shapes:
     return shapes | ({LOGITS: ((n, cfg.student.classes), jnp.float32)} if cfg.teacher == CACHED else {})
 
 
-def held_out(cfg: Config, pre: Preprocess | None = None) -> Evaluation:
-    """Held-out pictures with the preprocessing of the student, or `pre`."""
-    return evaluation(cfg.held_out, cfg.label, pre or cfg.pre, min(cfg.pipeline.batch, 256), cfg.student.classes)
+def held_out(cfg: Config, pre: Preprocess | None = None, names: Names | None = None) -> Evaluation:
+    """Held-out pictures with the preprocessing of the student, or `pre`. names: of the classes, in their order."""
+    batch = min(cfg.pipeline.batch, 256)
+    return evaluation(cfg.held_out, cfg.label, pre or cfg.pre, batch, cfg.student.classes, names)
 
 
 def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     """Accuracy on the held-out pictures; None without held-out data."""
     if not cfg.held_out.path:
         return None
-    return Evaluator(score=scorer(cfg.family, cfg.student, held_out(cfg), cfg.pre, opened.mesh))
+    pictures = held_out(cfg, names=labelled(cfg, opened, cfg.data).classes or None)
+    return Evaluator(score=scorer(cfg.family, cfg.student, pictures, cfg.pre, opened.mesh))
 
 
 def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
@@ -168,6 +190,14 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
         save_grid(images.reshape(-1, *images.shape[-3:])[:64], picture, least=0)
     shown = ", ".join(map(str, labels[:8]))
     return f"{cfg.pictures} pictures a step at a peak learning rate of {cfg.optim.lr:.2e}; first labels {shown}"
+
+
+def sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
+    """Write the preprocessing, and the class names where their order is the teacher's and not the alphabetical one."""
+    data = labelled(cfg, opened, cfg.data) if opened.teacher else None
+    if data and data.numbers and list(data.numbers.values()) != list(range(cfg.student.classes)):
+        write_labels(folder, data.classes)
+    cfg.pre.save(folder)
 
 
 def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:

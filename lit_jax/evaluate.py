@@ -14,7 +14,7 @@ from heirloom.common import config
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, positive, remark
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from heirloom.common.fetch import fetch
@@ -26,7 +26,7 @@ from lit_jax.decode import open_pictures
 from lit_jax.drawn import Drawn
 from lit_jax.generate import draw_batches
 from lit_jax.origin import read_origin
-from lit_jax.sample import SEEDS, SampleConfig, drawer, picture_keys
+from lit_jax.sample import SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 
@@ -55,8 +55,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         positive(self, "samples", "batch")
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(f"seed {self.seed}: choose one from 0 to {SEEDS - 1}")
+        check_seed(self.seed)
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
@@ -87,6 +86,12 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, whose decoder turns them into pictures")
     side = donor.cfg.size * pictures.factor
+    if reference.size not in ((), (side, side)):
+        height, width = reference.size
+        remark(
+            f"{reference.where}: its pictures are {height} x {width}, and the model draws {side} x {side}; published"
+            " scores compare pictures of one size"
+        )
     if source is not None:
         reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
     saved = Drawn(Path(cfg.save), (cfg.samples, side, side, 3), sampling_settings(donor, cfg)) if cfg.save else None

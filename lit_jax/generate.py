@@ -21,10 +21,13 @@ from lit_jax.dit import DitConfig
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
-from lit_jax.sample import SEEDS, Draw, SampleConfig, drawer, picture_keys
+from lit_jax.sample import Draw, SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
+# Flags of models that draw from text, with their defaults.
+_OF_PROMPTS: dict[str, Any] = dict(negative="", size=None, exact=False, layout="plain", pipeline="", text_encoder="")
+_OF_PROMPTS |= dict(text="streamed", cache=None, dtype=None)
 
 
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
@@ -38,6 +41,10 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     check_draws_classes(donor)
     if args.prompt is not None or args.prompts is not None:
         raise InputError(f"{donor.path} draws classes, not prompts: give --class N")
+    for name, default in _OF_PROMPTS.items():
+        if getattr(args, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{donor.path} draws classes, and {flag} is for models that draw from text: leave it out")
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     count, out = 4 if args.count is None else args.count, args.out or Path("samples.png")
     if count < 1:
@@ -74,8 +81,7 @@ def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
     """Derive a key for each picture, [classes x count], from the seed, the class and the picture's number within the
     class alone.
     """
-    if not 0 <= seed < SEEDS:
-        raise InputError(f"seed {seed}: choose one from 0 to {SEEDS - 1}")
+    check_seed(seed)
     keys = picture_keys(jax.random.key(seed), np.asarray(classes))
     return jax.vmap(lambda key: picture_keys(key, np.arange(count)))(keys).reshape(-1)
 

@@ -59,7 +59,10 @@ class Pretrained(Loaded):
         A picture depends only on seed, class and its number within the class. Raises InputError for an unknown class or
         setting, for a picture that is not finite, and for latents without an autoencoder.
         """
-        labels = [int(c) for c in np.atleast_1d(np.asarray(classes))]
+        given = np.atleast_1d(np.asarray(classes))
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise InputError(f"classes is {str(classes)[:40]!r}: give the number of a class, or a list of numbers")
+        labels = given.astype(int).tolist()
         default = default_sampling(self.cfg)
         if unknown := settings.keys() - vars(default).keys():
             raise InputError(

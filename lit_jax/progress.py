@@ -33,7 +33,8 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
     """Make the held-out score: squared error of the noise, averaged over evenly spread times. Noise and times are
     always the same.
     """
-    source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes), linear_schedule()
+    names = open_labelled(cfg.data, cfg.label, cfg.student.classes).classes or None  # the order of the training data
+    source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes, names), linear_schedule()
     cached = cache_origin(place(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]

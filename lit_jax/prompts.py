@@ -52,7 +52,7 @@ def read_prompts(path: Path, layout: Layout) -> list[Prompt]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8"
         raise InputError(f"{path}: prompts cannot be read ({why})") from error

@@ -25,6 +25,12 @@ SEEDS = 2**32  # of jax.random.key
 PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
 
 
+def check_seed(seed: object) -> None:
+    """Raises InputError for what is no seed of jax.random.key."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < SEEDS:
+        raise InputError(f"seed {seed}: choose a whole number from 0 to {SEEDS - 1}")
+
+
 def check_choices(cfg: object, **choices: Any) -> None:
     """Checks that fields have one of their values. choices: the `Literal` of each. Raises InputError."""
     for name, literal in choices.items():
@@ -47,13 +53,15 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, sampler=Name, guided=Guided)
-        if not isfinite(self.guidance):
-            raise InputError(f"guidance is {self.guidance}: give a number, such as 1.5 (1 is none)")
+        guidance: Any = self.guidance  # from Python, of any type
+        if not (isinstance(guidance, int | float) and isfinite(guidance)):
+            raise InputError(f"guidance is {guidance!r}: give a number, such as 1.5 (1 is none)")
 
     def make(self) -> Sampler:
         """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
         chain = linear_schedule()
-        if not 1 <= self.steps <= len(chain):
+        steps: Any = self.steps  # from Python, of any type
+        if not isinstance(steps, int | np.integer) or not 1 <= steps <= len(chain):
             raise InputError(f"--steps {self.steps} with {self.sampler}: choose between 1 and {len(chain)}")
         if self.steps == 1 and self.sampler == "ddpm":
             raise InputError(

@@ -30,7 +30,7 @@ from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.pixart import PixArtConfig
-from lit_jax.sample import SEEDS, picture_keys
+from lit_jax.sample import check_seed, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
 
@@ -221,6 +221,8 @@ class TextToImage(Shown):
     ) -> tuple[list[Condition], list[Condition] | None]:
         """Encode all different texts of the requests once: what the guided and the unguided halves read."""
         guided = sampling.guidance != 1
+        if not guided and any(request.negative for request in requests):
+            remark("the negative prompt changes nothing: guidance is 1, which is none")
         prompts = [sampling.text(request.prompt) for request in requests]
         negatives = [sampling.text(request.negative) if guided else "" for request in requests]
         texts = list(dict.fromkeys([*prompts, *filter(None, negatives)]))
@@ -266,8 +268,7 @@ class TextToImage(Shown):
 
 def start_noise(request: Request, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
     """Returns the noise of each picture, f32 [count, *shape], and the keys of its later steps, from the seed alone."""
-    if not 0 <= request.seed < SEEDS:
-        raise InputError(f"seed {request.seed}: choose one from 0 to {SEEDS - 1}")
+    check_seed(request.seed)
     keys = picture_keys(jax.random.key(request.seed), np.arange(request.count))
     start, later = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if request.latents is not None:

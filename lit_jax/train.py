@@ -158,6 +158,9 @@ def check_device(cfg: DitConfig, platform: str) -> None:
 def check_shapes(cfg: Config, example: Mapping[str, np.ndarray], teacher: Donor | None) -> None:
     """Raise InputError if the shapes or classes of data, student and teacher differ."""
     c, moments = cfg.student, example.get("moments")
+    if moments is not None and (moments.ndim != 4 or len(moments) != 2):
+        needed = "a cache has [2, row, column, 2 channels], mean and logvar of each picture and of its mirror image"
+        raise InputError(f"{cfg.data.path}: a row of moments is {list(moments.shape)}, and {needed}: heirloom cache")
     given = example["image"].shape if moments is None else (*moments.shape[1:3], moments.shape[3] // 2)
     if given != (c.size, c.size, c.channels):
         takes = f"the student takes {[c.size, c.size, c.channels]}"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, scaled, sided
 from heirloom.common.surgery.plan import Maps, Plan, Resolution, Source, build
@@ -69,6 +69,12 @@ def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> Maps:
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
             raise InputError(f"the student's {name} {sizes}: set it to at most this")
+    for name in ("activation", "causal", "pool"):  # no tensor shows them
+        donors, own = getattr(teacher, name, None), getattr(student, name, None)
+        if donors != own:
+            where = f"student.{'text' if isinstance(student, TextConfig) else 'image'}.{name}"
+            trained = "the weights were trained with the donor's"
+            remark(f"the donor's {name} is {donors!r}, the student's {own!r}: {trained}; set {where} to it")
     return {
         "layer": _layers(teacher.layers, student.layers, rule),
         "embed": first(student.width),

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.bad import BadMode
@@ -142,7 +144,7 @@ def read_inputs(cfg: "Config", donor: Donor | None, teacher: Donor | None) -> In
         raise InputError(f"{origin and origin.path} has no tokenizer: name one with --tokenizer")
     check_tokenizer(tokenizer, cfg.student.text, "student.text")
     if teacher and (cfg.tokenizer or donor):
-        _check_teacher(teacher, tokenizer)
+        _check_teacher(teacher, tokenizer, pre)
     return Inputs(pre, tokenizer)
 
 
@@ -164,12 +166,17 @@ def _named_tokenizer(cfg: "Config") -> CaptionTokenizer | None:
     return load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
 
 
-def _check_teacher(teacher: Donor, tokenizer: CaptionTokenizer) -> None:
-    """Raises InputError when the teacher's own tokenizer makes other ids: it would read captions that it cannot."""
-    own = own_tokenizer(teacher)
+def _check_teacher(teacher: Donor, tokenizer: CaptionTokenizer, pre: Preprocess) -> None:
+    """Raises InputError when the teacher's own tokenizer makes other ids, or its own preprocessing other pixels: it
+    would see the student's.
+    """
+    own, theirs = own_tokenizer(teacher), preprocess_of(teacher)
+    store = "store its embeddings with heirloom cache RECIPE DIR, and train with --teacher cache:DIR"
     if own is not None and not same_ids(own, tokenizer):
-        store = "store its embeddings with heirloom cache RECIPE DIR, and train with --teacher cache:DIR"
         raise InputError(f"the teacher {teacher.path} has another tokenizer than the student: {store}")
+    if theirs.origin and not np.allclose((theirs.pre.mean, theirs.pre.std), (pre.mean, pre.std), atol=1e-2):
+        statistics = f"(mean {theirs.pre.mean}, the student's {pre.mean})"
+        raise InputError(f"the teacher {teacher.path} normalises pictures otherwise {statistics}: {store}")
 
 
 def captions(source: Source, bad: BadMode = "stop") -> list[str]:

@@ -63,7 +63,7 @@ def read_questions(file: Path) -> list[Question]:
     first line that is not such a question.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable: {error}") from error
     found = []

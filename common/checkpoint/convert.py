@@ -176,7 +176,7 @@ def convert(donor: Donor, destination: Path, to: str, *, force: bool = False, ve
     if donor.quantized:
         raise InputError(f"{donor.path} is quantised ({donor.quantized}); convert the weights it was made from")
     format = None if to in OURS else family.format(to)
-    with staged(destination, force=force) as folder:
+    with staged(destination, force=force, inputs=[donor.path]) as folder:
         folder.mkdir()
         if format is None:
             _write_ours(donor, folder, to)

@@ -78,7 +78,7 @@ def convert_pipeline(
     names = parts_of(path)
     donors = {name: open_part(part(path, name)) for name in names if name not in _PLAIN}
     checks: dict[str, Check] = {}
-    with staged(destination, force=force) as folder:
+    with staged(destination, force=force, inputs=[path]) as folder:
         folder.mkdir()
         write_json(folder / INDEX, _index(path))
         for name in names:

@@ -31,7 +31,7 @@ def quantize_folder(donor: Donor, destination: Path, *, force: bool = False, ver
     if family.outputs is None:
         raise InputError(f"{donor.path}: {family.name} models are not quantised, since their outputs are not compared")
     tensors = quantized_tensors(spec)
-    with staged(destination, force=force) as folder:
+    with staged(destination, force=force, inputs=[donor.path]) as folder:
         folder.mkdir()
         with weights.create_safetensors(folder / FILE, tensors) as out:
             write_quantized(out, donor.source.values, spec, str(donor.path))

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,15 +21,16 @@ _HOST = socket.gethostname()  # only processes of this host can be checked for b
 
 
 @contextmanager
-def staged(destination: AnyPath, *, force: bool = False) -> Iterator[Path]:
+def staged(destination: AnyPath, *, force: bool = False, inputs: Sequence[AnyPath] = ()) -> Iterator[Path]:
     """Yields a temporary name next to `destination`; renames it to `destination` when the block succeeds and removes it
     when it fails.
 
     A destination that is replaced is never lost, even if the process is killed. What killed processes left for the same
     destination is removed first, and remarked. For an address in a bucket, the name is in the folder for temporary
-    files ($TMPDIR), and is uploaded. Raises InputError when the destination exists (unless forced), and for errors of
-    the disk and the bucket.
+    files ($TMPDIR), and is uploaded. inputs: files and folders that the command reads. Raises InputError when the
+    destination exists (unless forced) or holds one of the inputs, and for errors of the disk and the bucket.
     """
+    check_outside(destination, *inputs)
     if isinstance(destination, Address):
         with _uploaded(destination, force) as temporary:
             yield temporary
@@ -56,6 +57,13 @@ def staged(destination: AnyPath, *, force: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         remove(temporary)
+
+
+def check_outside(destination: AnyPath, *inputs: AnyPath) -> None:
+    """Raises InputError where an input is inside the destination: replacing the destination would delete it."""
+    for path in inputs:
+        if isinstance(path, Path) and isinstance(destination, Path) and destination.resolve() in path.resolve().parents:
+            raise InputError(f"{destination} holds {path}, which is read here; give another name")
 
 
 @contextmanager

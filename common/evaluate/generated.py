@@ -29,7 +29,8 @@ class Reference:
     """A reference to compare with: statistics of the "adm" features of the whole set, pictures, or both.
 
     where: its name, for messages. pool, spatial: the statistics, None where the file has none. images: number of
-    pictures. read(rows): iterates over the pictures, uint8 [up to rows, height, width, 3].
+    pictures. read(rows): iterates over the pictures, uint8 [up to rows, height, width, 3]. size: their height and
+    width, where a file has them.
     """
 
     where: str
@@ -37,6 +38,7 @@ class Reference:
     spatial: Gaussian | None
     images: int
     read: Callable[[int], Iterator[np.ndarray]]
+    size: tuple[int, ...] = ()
 
 
 def read_reference(path: Path) -> Reference:
@@ -57,8 +59,9 @@ def read_reference(path: Path) -> Reference:
             spatial = _gaussian(arrays, "mu_s", "sigma_s", SPATIAL, path)
     except _BROKEN as error:
         raise InputError(f"{path}: its statistics cannot be read ({error}); fetch it again") from error
-    images = _shape(path)[0] if "arr_0" in keys else 0
-    return Reference(where=str(path), pool=pool, spatial=spatial, images=images, read=partial(read_images, path))
+    images, *size = _shape(path)[:3] if "arr_0" in keys else (0,)
+    read = partial(read_images, path)
+    return Reference(str(path), pool=pool, spatial=spatial, images=images, read=read, size=tuple(size))
 
 
 def read_images(path: Path, rows: int = BATCH) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ Copying from a view reads pages of the file, copying to it writes them: nothing 
 
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -53,7 +53,7 @@ class View:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
+        return _common_dtype(part.dtype for part in self.parts)
 
     def layer(self, i: int) -> np.ndarray:
         """Returns one layer; a view of the file unless it is padded."""
@@ -87,6 +87,14 @@ class View:
         out = np.empty(self.shape, dtype or self.dtype)
         self.read(out)
         return out
+
+
+def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Returns a floating-point dtype that holds values of all of these: a file may have layers in different ones."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in found else np.float32)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ class Layout:
             first = shapes[0]
             shape = first if len(shapes) == 1 else (*first[:joint], sum(s[joint] for s in shapes), *first[joint + 1 :])
             if prod(shape):  # a layer without heads has no projections
-                out[key] = Tensor(shape, leaves[0].dtype)
+                out[key] = Tensor(shape, _common_dtype(leaf.dtype for leaf in leaves))
         dtypes = {leaf.dtype for leaf in spec.values()}
         only = next(iter(dtypes)) if len(dtypes) == 1 else None
         return out | {key: Tensor(value.shape, only or value.dtype) for key, value in self.constant.items()}
@@ -213,13 +221,18 @@ class Layout:
         """Returns our leaves as views of `tensors` (memory-mapped to read lazily, writable to convert to this format);
         not those that the format omits.
 
-        Raises InputError naming the key for a missing tensor, an unexpected one, or one of another shape.
+        Raises InputError naming the key for a missing tensor, an unexpected one, one of another shape, or one of whole
+        numbers.
         """
         expected = self.foreign(spec)
         tensors = {
             key: _squeezed(value, expected[key].shape) if key in expected else value for key, value in tensors.items()
         }
         _check(tensors, expected, self.name, (*self.ignore, *self.constant), where)
+        for key in sorted((expected.keys() - self.constant.keys()) & tensors.keys()):
+            if (dtype := tensors[key].dtype).kind not in "fV":  # V: bfloat16
+                what = f"is {dtype}, and weights are floating-point numbers"
+                raise InputError(f"{where}: tensor {key!r} {what}: is it quantised? Take the original")
         parts: dict[str, list[np.ndarray]] = {path: [] for path in spec if path not in self.omit}
         for row, key, leaves, layer in self._entries(spec):
             start, all_terms = 0, [_terms(order, leaf) for leaf, order in zip(leaves, row.orders, strict=True)]

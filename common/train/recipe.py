@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor, Family
-from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.staging import check_outside, staged
 from heirloom.common.checkpoint.state import Keep, steps_on_disk
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json
@@ -305,6 +305,7 @@ def inherit(
     donor = donor or (parts.open(parts.donor) if parts.donor and parts.open else None)
     if donor is None or parts.resolve is None:
         raise InputError("this recipe trains from scratch: it has no donor to inherit from")
+    check_outside(destination, donor.path)
     finite(donor, "donor")
     inputs = parts.inputs(donor, None) if parts.inputs else None
     # Any mesh serves: a student of a pod's recipe is cut on a laptop.

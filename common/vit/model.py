@@ -112,7 +112,8 @@ class VitConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", tuple(self.layout))
         positive(self, "size", "patch", most=LARGEST_SIDE)
-        positive(self, "channels", "width", "layers", "hidden", most=2**20)
+        positive(self, "channels", "width", "hidden", most=2**20)
+        positive(self, "layers", "layout", most=1000)
         for name in ("classes", "registers", "joint"):
             if not 0 <= getattr(self, name) <= 2**20:
                 raise InputError(f"{name} is {getattr(self, name)}: choose a number from 0 to {2**20}")
@@ -132,7 +133,6 @@ class VitConfig:
             raise InputError(f"pool 'cls+mean' gives two vectors, and {needed}")
         if not 0 < self.eps < 1:  # refuses NaN too
             raise InputError(f"eps is {self.eps:g}: choose a number between 0 and 1, such as 1e-6")
-        positive(self, "layout", most=1000)
         front = ("cls", "cls+dist")
         allowed = {"cls": front, "cls+mean": front, "cls+dist": front[1:]}.get(self.pool)
         if allowed and self.tokens not in allowed:

@@ -13,12 +13,13 @@ from heirloom.common.cli import main
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.vit.model import VitConfig
+from heirloom.common.nn.functional import functional
+from heirloom.common.vit.model import Vit, VitConfig
 from learngene.augment import AugmentConfig
 from learngene.data import Example, evaluation
-from learngene.inputs import IMAGENET, preprocess_of
-from learngene.train import Config
-from learngene.zoo import FAMILY
+from learngene.inputs import IMAGENET, INCEPTION, preprocess_of
+from learngene.train import Config, resolve
+from learngene.zoo import FAMILY, open_classifier
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,19 @@ def test_a_wrong_file_stops_before_anything_is_written(golden, tmp_path):
     with pytest.raises(InputError, match=r"preprocessor_config\.json: size is 224; the model takes 8 x 8 pixels"):
         convert(open_donor(tmp_path / "hf", [FAMILY]), tmp_path / "ours", "heirloom", verify=False)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_donor_whose_pictures_are_normalised_otherwise_is_remarked(folder_of, remarks):
+    vit = VitConfig(size=8, patch=4, width=16, layers=2, heads=2, hidden=32, classes=3)
+    folder, cfg, model = folder_of(vit), Config(student=vit, method="select"), functional(Vit, vit)
+    INCEPTION.at(8).save(folder)
+    donor = open_classifier(str(folder))
+    resolve(cfg, model, donor)
+    (said,) = remarks()
+    assert said.startswith("the donor normalises pictures with mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5], the")
+    resolve(replace(cfg, preprocess=INCEPTION), model, donor)
+    assert remarks() == []
+    other = replace(vit, activation="gelu_tanh")
+    resolve(replace(cfg, preprocess=INCEPTION, student=other), functional(Vit, other), donor)
+    (said,) = remarks()
+    assert said.startswith("the donor's activation is 'gelu', the student's 'gelu_tanh'")

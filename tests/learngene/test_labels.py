@@ -2,15 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.cli import main
 from heirloom.common.data.labelled import read_labels, write_labels
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parts import Opened
 from heirloom.common.vit.model import VitConfig
+from learngene import train
+from learngene.config import Config
 from learngene.labels import labels_of
 from learngene.zoo import FAMILY
 
@@ -140,6 +149,7 @@ def test_a_descendant_keeps_the_names_with_the_head(folder_of, tmp_path):
         (["--depth", "2", "--size", "6"], "patches of 4 px do not fill pictures of 6 px"),
         (["--depth", "0"], "depth is 0: choose 1 or more"),
         (["--depth", "-1"], "depth is -1: choose 1 or more"),
+        (["--depth", "1000000"], "layers is 1000000: choose 1000 or less"),
         (["--depth", "2", "--map", "0,x"], "--map is '0,x': write whole numbers separated by commas"),
         (["--depth", "2", "--map", "0,-1"], "the map names stage -1: choose stages 0 to 1"),
         (["--depth", "2", "--map", "0"], "the map has 1 layers, the student 2"),
@@ -150,3 +160,31 @@ def test_expand_refuses_numbers_that_make_no_model(folder_of, tmp_path, capsys, 
     assert main(["expand", str(folder_of(gene)), str(tmp_path / "out"), *flags]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and message in said[0] and not (tmp_path / "out").exists()
+
+
+def test_labels_are_numbered_as_the_teachers_logits(folder_of, one_device, tmp_path):
+    names, colours = ("red", "blue", "green"), dict(red=0, green=1, blue=2)
+    for split, found in (("train", names), ("test", names[:2])):
+        for name in found:
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = np.full((8, 8, 3), 40, np.uint8)
+            pixels[..., colours[name]] = 255
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.png")
+    teacher = folder_of(replace(CFG, classes=3), "teacher")
+    write_labels(teacher, names)
+    data = SourceConfig(str(tmp_path / "train"), text="")
+    cfg = Config(student=replace(CFG, classes=3), data=data, held_out=replace(data, path=str(tmp_path / "test")))
+    cfg = replace(cfg, crop=1.0, teacher=str(teacher), storage="device", pipeline=PipelineConfig(batch=3))
+    opened = Opened(mesh=start(MeshConfig()), donor=None, teacher=open_donor(teacher, [FAMILY]))
+    batch = next(iter(train.batches(cfg, opened)))
+    seen = {names[label]: colours[names[label]] for label in np.asarray(batch["label"])}
+    for picture, label in zip(np.asarray(batch["image"]), np.asarray(batch["label"]), strict=True):
+        assert picture[4, 4].argmax() == colours[names[label]]
+    assert seen == colours
+    train.sidecars(cfg, opened, tmp_path)
+    assert read_labels(tmp_path) == names  # not in alphabetical order: `heirloom eval` must know
+    pictures = train.held_out(cfg, names=train.labelled(cfg, opened, cfg.data).classes)
+    assert [int(pictures.source[i]["label"]) for i in range(2)] == [1, 0]  # blue, red: green has no picture
+    (tmp_path / "train" / "green").rename(tmp_path / "train" / "teal")
+    with pytest.raises(InputError, match="its class 'teal' does not match exactly one of the 3 known"):
+        train.labelled(cfg, opened, cfg.data)

@@ -165,6 +165,9 @@ def test_what_does_not_fit_together_is_one_line(cfg, lit, setup):
         check_shapes(Config(student=replace(lit, classes=7)), example, teacher)
     with pytest.raises(InputError, match=r"the data is \[8, 8, 3\]"):
         check_shapes(Config(student=replace(lit, size=16)), {"moments": np.zeros((2, 8, 8, 6))}, None)
+    for shape in ((8, 8, 6), (1, 8, 8, 6)):  # latents of other tools
+        with pytest.raises(InputError, match=r"a row of moments is \[.*8, 8, 6\], and a cache has \[2, row, column"):
+            check_shapes(Config(student=lit), {"moments": np.zeros(shape)}, None)
 
 
 def test_loss_and_gradients_are_the_same_on_any_mesh(lit, setup):

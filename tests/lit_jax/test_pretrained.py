@@ -71,6 +71,13 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
         (dict(classes=[0], guidance=float("inf")), "guidance is inf"),
         (dict(classes=[0], count=0), "1 classes, count 0 and batch 64: each is 1 or more"),
         (dict(classes=[]), "0 classes"),
+        (dict(classes=1.7), "classes is '1.7': give the number of a class, or a list of numbers"),
+        (dict(classes="cat"), "classes is 'cat': give the number"),
+        (dict(classes=[[0, 1]]), r"classes is '\[\[0, 1\]\]': give the number"),
+        (dict(classes=True), "classes is 'True': give the number"),
+        (dict(classes=0, guidance="4"), "guidance is '4': give a number"),
+        (dict(classes=0, steps=2.5), "--steps 2.5 with ddpm: choose between 1 and 1000"),
+        (dict(classes=0, seed=1.5), "seed 1.5: choose a whole number from 0"),
     ],
 )
 def test_mistakes_are_one_line(loaded, how, words):
@@ -99,6 +106,12 @@ def test_an_autoencoder_comes_through_the_same_door(one_device):
 def test_an_autoencoder_of_other_latents_is_refused(folder):
     with pytest.raises(InputError, match="has latents of 4 channels, the model 3"):
         lit_jax.load(str(folder), autoencoder=str(AUTOENCODER))
+
+
+@pytest.mark.parametrize("flags", [("--negative", "a cat"), ("--size", "64"), ("--text", "resident")])
+def test_flags_of_prompts_are_refused_where_classes_are_drawn(folder, capsys, flags):
+    assert main(["sample", str(folder), *flags]) == 2
+    assert f"draws classes, and {flags[0]} is for models that draw from text: leave it out" in capsys.readouterr().err
 
 
 def test_pictures_of_classes_are_pil_images(folder):

@@ -44,7 +44,7 @@ def test_sizes_are_read_as_height_and_width():
 
 
 def test_prompts_are_read_from_all_three_kinds_of_files(tmp_path):
-    (tmp_path / "a.txt").write_text("a red apple\n\n  two dogs \n")
+    (tmp_path / "a.txt").write_bytes("\ufeffa red apple\r\n\r\n  two dogs \n".encode())  # as Windows writes it
     assert [p.text for p in read_prompts(tmp_path / "a.txt", "plain")] == ["a red apple", "two dogs"]
     lines = [{"tag": "counting", "prompt": "four cats"}, {"tag": "colors", "prompt": "a blue cow"}]
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -141,7 +141,7 @@ def test_the_key_of_a_picture_is_of_seed_class_and_number():
     assert len(np.unique(data(many), axis=0)) == 8
     assert not np.array_equal(data(class_keys(4, [2], 2)), data(few))
     for seed in (-1, 2**32):
-        with pytest.raises(InputError, match=f"seed {seed}: choose one from 0 to 4294967295"):
+        with pytest.raises(InputError, match=f"seed {seed}: choose a whole number from 0 to 4294967295"):
             class_keys(seed, [0], 1)
 
 

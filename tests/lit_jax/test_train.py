@@ -365,6 +365,16 @@ def test_a_killed_evaluation_continues(distilled, tmp_path, monkeypatch, capsys)
     assert np.abs(whole - cut).max() <= 1  # a picture is the same in any batch; rounding may differ
 
 
+def test_a_reference_of_another_size_is_remarked(distilled, tmp_path, monkeypatch, capsys):
+    small_extractor(monkeypatch)
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "ref.npz", arr_0=images)
+    monkeypatch.setattr(evaluate, "draw_batches", lambda *_: iter([images]))
+    command = ["eval", str(distilled), "--data", str(tmp_path / "ref.npz"), "--features", "colours", "--samples", "12"]
+    assert main(command) == 0
+    assert "its pictures are 16 x 8, and the model draws 8 x 8" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("reference", "words"),
     [

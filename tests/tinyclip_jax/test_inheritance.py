@@ -109,6 +109,15 @@ def test_manual_inheritance_is_the_released_rule(teacher, student, inherited):
         np.testing.assert_array_equal(got[key], expected[key], err_msg=key)
 
 
+def test_a_setting_that_no_tensor_shows_is_remarked_where_it_differs(remarks):
+    manual(TEACHER, STUDENT)
+    assert remarks() == []
+    manual(TEACHER, replace(STUDENT, text=replace(STUDENT.text, activation="quick_gelu")))
+    (said,) = remarks()
+    assert said.startswith("the donor's activation is 'gelu', the student's 'quick_gelu'")
+    assert said.endswith("set student.text.activation to it")
+
+
 def test_the_scale_is_not_inherited(teacher, inherited):
     assert teacher.values["logit_scale"] == 2.5
     np.testing.assert_allclose(inherited["logit_scale"], np.log(1 / 0.07), rtol=1e-6)

@@ -1,6 +1,7 @@
 """A SigLIP with its own tokenizer: loaded, evaluated, stored as a teacher of a CLIP, inherited from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from heirloom.common import config
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import convert
 from heirloom.common.cli import main
+from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.data.tokenizer_files import load_tokenizer
@@ -100,6 +102,16 @@ def test_a_student_takes_the_tokenizer_of_its_donor(recipe, folder):
     assert read_inputs(cfg, donor, donor).tokenizer.pad == 1  # the teacher has the same
     with pytest.raises(InputError, match=r"^student\.text: the tokenizer has 52 ids, text\.vocab is 40"):
         read_inputs(replace(cfg, student=replace(SIGLIP, text=replace(TEXT, vocab=40))), donor, None)
+
+
+def test_a_live_teacher_that_normalises_otherwise_is_refused(recipe, folder, tmp_path):
+    cfg, other = replace(recipe, student=SIGLIP, donor=str(folder), tokenizer=""), tmp_path / "other"
+    shutil.copytree(folder, other)
+    Preprocess(16).save(other)  # CLIP's mean, and the donor's pictures have SigLIP's
+    with pytest.raises(InputError, match=r"the teacher .*other normalises pictures otherwise .*: store its embeddings"):
+        read_inputs(cfg, open_clip_model(str(folder)), open_clip_model(str(other)))
+    Preprocess(16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.501)).save(other)
+    read_inputs(cfg, open_clip_model(str(folder)), open_clip_model(str(other)))
 
 
 def test_the_tower_must_have_every_id_and_pool_at_the_end(tmp_path):

@@ -47,6 +47,10 @@ def import_folder(folder: Path, *, chunk: int | None = None, select: str = "") -
         which = f"{len(faults)} of {len(members)} members have NaN or infinity: {named}"
         raise InputError(f"{folder}: {which}; take them out of the folder")
     notes = [f"left alone: {len(left)} without weights ({listed(left)})"] if left else []
+    chosen = {piece.path for piece in spec.pieces}
+    if not select and (others := [name for name in first.tensors if name not in chosen]):
+        kinds = "counters and running statistics, which a generated checkpoint lacks"
+        notes.append(f"not in the zoo: {len(others)} tensors ({listed(others)}): {kinds}")
     notes += agree(members, loaded) + _twins(names, rows)
     if tasks and len(tasks) < len(names):
         unnamed = listed(name for name in names if name not in tasks)

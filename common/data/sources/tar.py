@@ -66,7 +66,7 @@ class TarSource:
             if "txt" in members and cfg.text == SourceConfig.text:
                 fields[cfg.text] = caption_lines(shard.read(members["txt"]))
             if "cls" in members:
-                fields["label"] = record["label"] = _label(shard.read(members["cls"]).decode().strip())
+                fields["label"] = record["label"] = _label(shard.read(members["cls"]).decode("utf-8-sig").strip())
             if "json" in members and not {cfg.text, *cfg.columns} - {""} <= fields.keys():
                 fields = _object(shard.read(members["json"]), key) | fields
         except (ValueError, RecursionError) as error:

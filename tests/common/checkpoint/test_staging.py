@@ -49,6 +49,16 @@ def test_a_file_is_replaced_and_a_folder_never_by_a_file(out, tmp_path):
     assert names(out) == ["old"] and names(tmp_path) == ["file", "out"]
 
 
+def test_a_folder_that_holds_what_is_read_is_not_replaced(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for held in (out / "old", Path("out/old")):
+        with pytest.raises(InputError, match=r"out holds .*old, which is read here"):
+            staged(out, force=True, inputs=[held]).__enter__()
+    with staged(out, force=True, inputs=[out, tmp_path, tmp_path / "out2" / "old"]) as temporary:
+        temporary.mkdir()
+    assert names(tmp_path) == ["out"] and not names(out)
+
+
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 def test_a_second_rename_that_fails_gives_the_old_folder_its_name_back(out, monkeypatch, failure):
     rename = Path.rename

@@ -102,6 +102,15 @@ def test_a_numpy_archive_is_read_and_one_with_objects_is_not(tmp_path):
             open_npz(tmp_path / f"{name}.npz")
 
 
+def test_bfloat16_and_the_other_byte_order_of_a_numpy_archive(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.savez(tmp_path / "a.npz", half=values.astype(ml_dtypes.bfloat16), big=values.astype(">f4"))
+    found = open_npz(tmp_path / "a.npz")
+    assert found["half"].dtype == ml_dtypes.bfloat16 and found["big"].dtype == np.dtype("<f4")
+    for array in found.values():
+        np.testing.assert_array_equal(array.astype(np.float32), values)
+
+
 def test_shards_are_one_checkpoint_and_a_missing_one_is_named(tmp_path):
     write(tmp_path / "1.safetensors", {"a": TENSORS["a"]})
     write(tmp_path / "2.safetensors", {"b": TENSORS["b"]})

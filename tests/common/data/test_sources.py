@@ -1,3 +1,4 @@
+import io
 import os
 import pickle
 import tarfile
@@ -166,6 +167,15 @@ def test_damaged_text_is_named(tmp_path, write_tar, picture):
     (tmp_path / "flat" / "a.txt").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"a\.txt is not UTF-8"):
         open_source(SourceConfig(str(tmp_path / "flat")))[0]
+
+
+def test_a_class_number_may_have_a_byte_order_mark(tmp_path, picture):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("0.png", picture(0)), ("0.cls", "\ufeff10\r\n".encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert int(open_source(SourceConfig(str(tmp_path / "0.tar"), text=""))[0]["label"]) == 10
 
 
 def test_a_sample_without_a_picture(tmp_path, write_tar):

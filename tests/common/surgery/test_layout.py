@@ -1,5 +1,7 @@
 """Layouts: strided views both ways, bit for bit, and strict about every tensor."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.surgery.layout import Layout, own_views
+from heirloom.common.surgery.plan import Plan, Source, build
 
 LAYOUT = Layout(
     "toy",
@@ -75,6 +78,27 @@ def test_round_trips_bit_for_bit_in_both_directions(layers, embed, head, head_di
         np.testing.assert_array_equal(bits(back[key]), bits(file[key]))
 
 
+@pytest.mark.parametrize(("first", "other"), [("float16", "float32"), ("bfloat16", "float16"), ("float32", "float64")])
+def test_layers_of_different_dtypes_keep_their_values(first, other):
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    file = foreign(model)
+    large = {"float32": 1e30, "float16": 6e4, "float64": 1e300}[other]  # more than the first layer's dtype holds
+    file["layers.0.in.weight"] = file["layers.0.in.weight"].astype(first)
+    file["layers.1.in.weight"] = np.full((12, 4), large, other)
+    view = LAYOUT.view(file, model)["q/kernel"]
+    np.testing.assert_array_equal(np.asarray(view)[1], np.full((4, 3, 2), large, other))
+    np.testing.assert_array_equal(np.asarray(view)[0], view.layer(0))
+    one = {"q/kernel": replace(model["q/kernel"], dtype=view.dtype)}
+    line = Plan((("**", {}),)).resolve(Source(one, {"q/kernel": view}), one).lines[0]
+    np.testing.assert_array_equal(build(line)[1], view.layer(1))
+
+
+def test_leaves_of_different_dtypes_share_a_tensor_that_holds_both():
+    model = spec(2, 4, 3, 2, 2, np.float32)
+    model["q/kernel"] = replace(model["q/kernel"], dtype=np.dtype(np.float16))
+    assert LAYOUT.foreign(model)["layers.0.in.weight"].dtype == np.float32
+
+
 def test_where_each_number_goes():
     model = spec(2, 4, 3, 2, 2, np.float32)
     file = foreign(model)
@@ -107,6 +131,7 @@ def test_trap_layered_is_a_property_and_scalars_have_no_first_axis():
     ("change", "message"),
     [
         (lambda f: f.pop("table"), r"file: tensor 'table' is missing"),
+        (lambda f: f.update(table=f["table"].astype(np.int8)), r"tensor 'table' is int8, .*: is it quantised\?"),
         (lambda f: f.update({"tabel": f.pop("table")}), r"tensor 'table' is missing; did you mean 'tabel'"),
         (
             lambda f: f.update({"scales": f["scale"]}),

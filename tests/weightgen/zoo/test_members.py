@@ -263,6 +263,15 @@ def test_twins_empties_and_zeros_are_said(tmp_path):
         import_folder(tmp_path / "empty")
 
 
+def test_tensors_that_are_not_generated_are_said(tmp_path):
+    whole = {"bn.running_mean": np.zeros(4, np.float32), "bn.num_batches_tracked": np.array(3)}
+    for i in range(2):
+        save_file(whole | {"w": np.full((4, 4), i + 1, np.float32)}, tmp_path / f"{i}.safetensors")
+    (note,) = import_folder(tmp_path)[0].about["notes"]
+    assert note.startswith("not in the zoo: 2 tensors (bn.num_batches_tracked, bn.running_mean): counters and running")
+    assert import_folder(tmp_path, select="w")[0].about["notes"] == []
+
+
 @pytest.mark.parametrize(
     ("write", "wrong"),
     [
