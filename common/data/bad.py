@@ -1,7 +1,7 @@
 """Bad records of training data: another record takes the place of each, and the batch says so.
 
 A record is bad when reading it or making an example of it raises InputError: its picture does not decode, it has no
-caption, its label is not a class, its file is gone.
+caption, its label is no number, its file is gone. `WrongData` is not the fault of one record, and is never replaced.
 """
 
 import json
@@ -23,6 +23,10 @@ BadMode = Literal["replace", "stop"]
 BAD = "/bad"  # a column of examples and batches: JSON, the bad records of each row; no source has a slash in a name
 REPLACEMENTS = 8  # records that are tried in the place of a bad one
 Result = TypeVar("Result")
+
+
+class WrongData(InputError):
+    """One record shows that the data as a whole is not what the model was made for."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Examples:
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Returns the columns of `example` and BAD.
 
-        Raises InputError naming the record when it is bad and `bad` is "stop", or when REPLACEMENTS are bad too.
+        Raises InputError naming the record when it is bad and `bad` is "stop", when REPLACEMENTS are bad too, and for
+        WrongData.
         """
         start = rng.bit_generator.state
         found = self._made(index, rng)
@@ -91,6 +96,8 @@ class Examples:
         try:
             record = self.source[index]
             return self.example(record, rng)
+        except WrongData:
+            raise
         except InputError as error:
             key, text = str(record.get("key") or key_of(self.source, index)), str(error)
             return BadRecord(key, text if key in text else f"{key}: {text}")
@@ -111,6 +118,8 @@ def first_good(source: Source, convert: Callable[[Record], Result]) -> Result:
     for index in range(min(len(source), REPLACEMENTS + 1)):
         try:
             return convert(source[index])
+        except WrongData:
+            raise
         except InputError as error:
             first = first or error
     raise first or InputError("the data has no record")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from heirloom.common.data.bad import first_good
+from heirloom.common.data.bad import WrongData, first_good
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.errors import InputError, nearest, remark
@@ -50,7 +50,9 @@ class Labelled:
         return key_of(self.source, index)
 
     def _number(self, record: Record) -> int:
-        """Returns the label of a record. Raises InputError naming the record when it is not a class."""
+        """Returns the label of a record. Raises InputError naming the record when it is not a class, WrongData for
+        a number beyond the classes.
+        """
         label, where = record.get(self.column), f"{record['key']}: its {self.column}"
         given = label if isinstance(label, str) else _whole(label)
         number = given if self.numbers is None else self.numbers.get(given)
@@ -60,7 +62,8 @@ class Labelled:
             raise InputError(f"{where} is {str(label)[:40]!r}; {KINDS}")
         if number < 0 or (self.count is not None and number >= self.count):
             known = "start at 0" if self.count is None else f"are 0 to {self.count - 1}"
-            raise InputError(f"{where} is {number}, the classes {known}; number the labels from 0")
+            fault = InputError if number < 0 else WrongData  # -1 marks a picture without label; 1..N shifts all classes
+            raise fault(f"{where} is {number}, the classes {known}; number the labels from 0")
         return number
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from heirloom.common.data import batches as batches_module
 from heirloom.common.data import reading
-from heirloom.common.data.bad import BAD, Examples, bad_records, first_good
+from heirloom.common.data.bad import BAD, Examples, WrongData, bad_records, first_good
 from heirloom.common.data.batches import Batches
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pictures import decode_record
@@ -173,10 +173,18 @@ def test_what_is_bad_in_pictures_captions_and_labels(tmp_path, picture, no_waits
     with pytest.raises(InputError, match=r"1\.png: this picture does not decode: .* take it out of the set$"):
         keys(source, Augment(PRE, tokenizer, 16), "stop")
     table = tmp_path / "labels.csv"
-    table.write_text("image,caption,label\n" + "".join(f"0.png,one,{label}\n" for label in (0, 1, 2, 7)))
+    table.write_text("image,caption,label\n" + "".join(f"0.png,one,{label}\n" for label in (0, 1, 2, -1)))
     pictures = Augment(PRE, None, 16)
-    wrong = f"{table} row 4: {tmp_path}/0.png: its label is 7, the classes are 0 to 2; number the labels from 0"
+    wrong = f"{table} row 4: {tmp_path}/0.png: its label is -1, the classes are 0 to 2; number the labels from 0"
     assert keys(open_labelled(SourceConfig(str(table)), "label", 3), pictures) == {3: (f"{table} row 4", wrong)}
+
+
+def test_labels_from_one_are_not_bad_records_but_stop_the_run(tmp_path, picture):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\n" + "".join(f"0.png,{label}\n" for label in (1, 2, 3)))
+    with pytest.raises(WrongData, match=r"its label is 3, the classes are 0 to 2; number the labels from 0$"):
+        keys(open_labelled(SourceConfig(str(table)), "label", 3), Augment(PRE, None, 16))
 
 
 def test_a_record_without_caption():
