@@ -19,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-import tinyclip_jax
 from benchmarks import bench
-from benchmarks.tinyclip import TEACHER, scores, tokenizer
+from benchmarks.tinyclip import TEACHER, scores, teacher, tokenizer
 from heirloom.common import config
 from heirloom.common.data import emoji
 from heirloom.common.data.sources import SourceConfig
@@ -125,7 +124,7 @@ def main() -> None:
     student = recipe(SCRATCH, 1, RATES[0], 0, batch).student
     macs = {"teacher": total_macs(donor.cfg, donor.source.spec),
             "student": total_macs(student, functional(Clip, student).spec)}  # fmt: skip
-    known = tinyclip_jax.evaluate(TEACHER, held_out["test"].path, split="test")
+    known = teacher(held_out["test"])
     print("teacher:", known, flush=True)
     result: dict[str, Any] = {"batch": batch, "macs": macs, "validation": tried, "teacher": known, "rows": []}
     for seed in args.seeds:

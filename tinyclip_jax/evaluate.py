@@ -20,7 +20,7 @@ from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.evaluate import imagenet
 from heirloom.common.evaluate.features import embedder, finite
-from heirloom.common.evaluate.retrieval import Recall, distinct, retrieval
+from heirloom.common.evaluate.retrieval import Recall, ambiguous, distinct, retrieval
 from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.evaluate.zeroshot import TEMPLATES, accuracy, check_templates, classifier, read_templates
 from heirloom.common.notebook.modules import make_callable
@@ -106,6 +106,9 @@ def retrieval_over(name: str, source: Source, setup: Setup) -> Score:
         columns = {name: np.concatenate(values) for name, values in parts.items()}
         once = distinct(columns["text_group"], columns["tokens"]) if by_concept else np.arange(len(columns["tokens"]))
         tokens = columns["tokens"][once]
+        if shared := ambiguous(columns["text_group"][once], tokens):
+            right = "for a picture only its own copy of a caption counts as right, and a tie as wrong"
+            remark(f"{name}: {shared:,} of {len(tokens):,} captions stand at several pictures: {right}")
         captions = np.concatenate([text(params, tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)])
         recall: Recall = retrieval(columns["image"], captions, columns["image_group"], columns["text_group"][once])
         return Scored(name, seen, recall.flat())

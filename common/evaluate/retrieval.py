@@ -61,3 +61,11 @@ def distinct(group: np.ndarray, text: np.ndarray) -> np.ndarray:
     _, index = np.unique(np.asarray(group), return_inverse=True)
     _, first = np.unique(np.concatenate([index[:, None], text], axis=1), axis=0, return_index=True)
     return np.sort(first)
+
+
+def ambiguous(group: np.ndarray, text: np.ndarray) -> int:
+    """Counts the captions that another group has, too. group: [captions]; text: [captions, context] tokens."""
+    pairs = text[distinct(group, text)]
+    captions, groups = np.unique(pairs, axis=0, return_counts=True)
+    shared = {row.tobytes() for row in captions[groups > 1]}
+    return sum(row.tobytes() in shared for row in text)

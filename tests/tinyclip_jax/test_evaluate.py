@@ -160,6 +160,16 @@ def test_several_captions_of_a_picture_in_every_form(weights, tmp_path, form):
     assert n == 12 and {name: got[name] for name in want} == pytest.approx(want)
 
 
+def test_captions_of_several_pictures_are_said(weights, tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    data = tmp_path / "a.csv"
+    data.write_text("image,caption\n0.png,0 is 0\n1.png,0 is 0\n2.png,2 is 2\n")
+    scored(weights, tmp_path, "--data", data)
+    said = "for a picture only its own copy of a caption counts as right, and a tie as wrong"
+    assert f"note: {data}: 2 of 3 captions stand at several pictures: {said}" in "".join(capsys.readouterr())
+
+
 def test_zeroshot_on_clip_benchmarks_shards(weights, tmp_path, capsys):
     """No caption; names and templates from files next to the splits, or from flags, in any order."""
     (tmp_path / "test").mkdir()

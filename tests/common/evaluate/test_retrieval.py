@@ -11,7 +11,7 @@ from heirloom.common.data.lines import read_lines
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.evaluate.probe import probe
-from heirloom.common.evaluate.retrieval import distinct, retrieval
+from heirloom.common.evaluate.retrieval import ambiguous, distinct, retrieval
 from heirloom.common.evaluate.zeroshot import accuracy, classifier, read_templates
 
 
@@ -53,6 +53,12 @@ def test_a_query_without_an_answer_is_refused():
 def test_distinct_captions_are_asked_for_once():
     tokens = np.array([[1, 2], [1, 2], [1, 2], [3, 2]])
     assert distinct(np.array(["a", "a", "b", "a"]), tokens).tolist() == [0, 2, 3]
+
+
+def test_captions_that_stand_in_several_groups_are_counted():
+    text = np.array([[1, 2], [1, 2], [3, 4], [1, 2], [5, 6]])
+    assert ambiguous(np.array([0, 0, 0, 1, 1]), text) == 3
+    assert ambiguous(np.array([0, 0, 0, 0, 1]), text) == 0
 
 
 @given(st.integers(1, 23), st.integers(2, 9))
