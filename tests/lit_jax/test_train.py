@@ -274,7 +274,7 @@ def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_pa
         (["--count", "0"], "--count 0: draw 1 picture of each class, or more"),
         (["--steps", "0"], "--steps 0 with ddpm: choose between 1 and 1000"),
         (["--guidance", "nan"], "guidance is nan"),
-        (["--seed", "-3"], "seed -3: choose one from 0"),
+        (["--seed", "-3"], "seed -3: choose a whole number from 0"),
         (["--out", "x.jpg"], "the grid is a PNG; name it x.png"),
         (["--steps", "333", "--sampler", "ddim"], "no integer stride makes 333 steps"),
     ],
