@@ -61,9 +61,14 @@ class Watchdog:
         return max(self.seconds, TIMES * statistics.median(self._steps)) if self._steps else self.seconds
 
     def _watch(self) -> None:
-        while not self._over.wait(min(self.seconds / 10, 10)):
-            before = self._before
-            if before is None or (still := time.monotonic() - before) < self.limit():
+        # Counted in waits, not by the clock: none ends while the process is suspended (Ctrl-Z, a closed laptop).
+        before, still, wait = self._before, 0.0, min(self.seconds / 10, 10)
+        while not self._over.wait(wait):
+            if self._before is None or self._before != before:
+                before, still = self._before, 0.0
+                continue
+            still += wait
+            if still < self.limit():
                 continue
             with open(self.file, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,31 @@ def test_a_loop_that_stands_still_ends_and_says_where(tmp_path):
     assert ended.stderr.startswith("heirloom: no step for ") and "Traceback" not in ended.stderr
     assert str(tmp_path / "stacks.txt") in ended.stderr
     assert "stands_still" in (tmp_path / "stacks.txt").read_text()
+
+
+STEP_BY_STEP = """
+import sys
+from pathlib import Path
+from heirloom.common.train.watch import Watchdog
+
+with Watchdog(2, Path(sys.argv[1])) as dog:
+    for line in sys.stdin:
+        dog.step()
+        print(line, end="", flush=True)
+"""
+
+
+def test_a_process_that_was_suspended_goes_on(tmp_path):
+    run = [sys.executable, "-c", STEP_BY_STEP, str(tmp_path / "stacks.txt")]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        process.stdin.write("1\n2\n")
+        assert [process.stdout.readline() for _ in range(2)] == ["1\n", "2\n"]
+        process.send_signal(signal.SIGSTOP)  # as Ctrl-Z
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.6)  # some waits of the watchdog
+        assert process.communicate("3\n", timeout=50)[0] == "3\n"
+    assert process.returncode == 0 and not (tmp_path / "stacks.txt").exists()
 
 
 def test_neither_the_first_step_nor_a_pause_nor_a_slow_loop_ends(tmp_path):
