@@ -1,7 +1,7 @@
 """Bad records of training data: another record takes the place of each, and the batch says so.
 
 A record is bad when reading it or making an example of it raises InputError: its picture does not decode, it has no
-caption, its label is no number, its file is gone. `WrongData` is not the fault of one record, and is never replaced.
+caption, it has no label, its file is gone. `WrongData` is not the fault of one record, which is then never replaced.
 """
 
 import json

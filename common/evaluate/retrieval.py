@@ -64,8 +64,8 @@ def distinct(group: np.ndarray, text: np.ndarray) -> np.ndarray:
 
 
 def ambiguous(group: np.ndarray, text: np.ndarray) -> int:
-    """Counts the captions that another group has, too. group: [captions]; text: [captions, context] tokens."""
-    pairs = text[distinct(group, text)]
-    captions, groups = np.unique(pairs, axis=0, return_counts=True)
-    shared = {row.tobytes() for row in captions[groups > 1]}
-    return sum(row.tobytes() in shared for row in text)
+    """Returns how many captions another group has, too. group: [captions]; text: [captions, context] tokens."""
+    _, caption = np.unique(text, axis=0, return_inverse=True)
+    caption = caption.reshape(-1)
+    groups = np.bincount(caption[distinct(group, text)])  # of each different caption
+    return int((groups[caption] > 1).sum())
