@@ -48,6 +48,7 @@ class Size:
 
     base: lit.Size
     teacher: DitConfig
+    teacher_steps: int
     donor_steps: tuple[int, ...]
     shares: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Of the donor's longest steps: whole trainings of the LiT."""
@@ -58,8 +59,8 @@ class Size:
 CPU = replace(lit.SIZES["cpu"], model=replace(lit.PIXELS, width=72, heads=6, hidden=288))
 SMOKE = lit.SIZES["smoke"]
 SIZES = {
-    "cpu": Size(CPU, replace(lit.PIXELS, width=128, heads=8, hidden=512), (5000, 10_000, 20_000)),
-    "smoke": Size(replace(SMOKE, model=replace(SMOKE.model, width=24, heads=6)), SMOKE.model, (20, 40)),
+    "cpu": Size(CPU, replace(lit.PIXELS, width=128, heads=8, hidden=512), 10_000, (5000, 10_000, 20_000)),
+    "smoke": Size(replace(SMOKE, model=replace(SMOKE.model, width=24, heads=6)), SMOKE.model, 40, (20, 40)),
 }
 
 
@@ -186,8 +187,8 @@ def main() -> None:
         run = runs / f"donor-{steps}-{rate:g}"
         result["donor"].append({"steps": steps, "rate": rate} | score(arms.dit(model, steps, rate), size, run, real))
         print(result["donor"][-1], flush=True)
-    run = runs / f"teacher-{longest}-{rate:g}"
-    result["teacher"] = score(arms.dit(size.teacher, longest, rate), size, run, real)
+    run = runs / f"teacher-{size.teacher_steps}-{rate:g}"
+    result["teacher"] = score(arms.dit(size.teacher, size.teacher_steps, rate), size, run, real)
     print("teacher", result["teacher"], flush=True)
     found: dict[str, Any] = {"donor": str(runs / f"donor-{longest}-{rate:g}" / "model"), "teacher": str(run / "model")}
     sweep, arms = replace(sweep, **found), replace(arms, **found)
@@ -229,7 +230,7 @@ def report(result: dict[str, Any]) -> list[str]:
     head = ["", "steps", "squared error of the noise", "KID of thumbnails"]
     donors = result["donor"]
     rows = [{"arm": "DiT, the donor", **row} for row in donors]
-    rows.append({"arm": "DiT, the stronger teacher", "steps": donors[-1]["steps"], **result["teacher"]})
+    rows.append({"arm": "DiT, the stronger teacher", "steps": result["size"]["teacher_steps"], **result["teacher"]})
     body = []
     for (name, steps), mine in bench.groups([*rows, *result["rows"]], "arm", "steps").items():
         cells = [bench.spread([row[kind] for row in mine], 4).replace("+-", "±") for kind in ("mse", "kid_thumbnails")]

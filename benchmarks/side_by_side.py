@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,8 @@ def measure(name: str, smoke: bool) -> dict[str, Any]:
             command = [sys.executable, __file__, "--row", name, str(file), *(["--smoke"] if smoke else [])]
             subprocess.run(command, check=True)
             found = json.loads(file.read_text())
-    return {"what": name} | summary(name, found) | found | {"took": time.perf_counter() - started}
+    row = {"what": name, "date": date.today().isoformat()} | summary(name, found) | found
+    return row | {"took": time.perf_counter() - started}
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +197,8 @@ def write_page(page: Path, result: dict[str, Any]) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{page}: it needs the lines {BEGIN} and {END}, once each")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    head = f"{result['date']}, {result['device']}, {result['cores']} cores; {versions}; "
+    days = " and ".join(sorted({row["date"] for row in result["rows"]}))
+    head = f"{days}, {result['device']}, {result['cores']} cores; {versions}; "
     head += f"huge pages for malloc were {'on' if result['huge_pages'] else 'off'} for both sides:"
     new = "\n".join([BEGIN, "", head, "", *table(result["rows"]), "", END])
     page.write_text(text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :])
