@@ -41,7 +41,7 @@ def xla_products(q: jax.Array, k: jax.Array, v: jax.Array, gradient: bool) -> An
 
 
 def torch_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradient: bool) -> Any:
-    found = []
+    found: list[Any] = []
     for q1, k1, v1 in zip(q, k, v, strict=True):
         scores = q1 @ k1.T
         if not gradient:
@@ -76,8 +76,8 @@ def calls(tokens: int, gradient: bool) -> dict[str, Callable[[], Any]]:
     found = {
         "heirloom": pair.ours,
         "torch": pair.theirs,
-        "products in XLA": lambda: products(*ours, gradient),
-        "products in torch": lambda: torch_products(*theirs, gradient),
+        "products in XLA": lambda: products(ours[0], ours[1], ours[2], gradient),
+        "products in torch": lambda: torch_products(theirs[0], theirs[1], theirs[2], gradient),
     }
     if not gradient:
         found["scores in XLA"] = lambda: scores(*ours[:2])

@@ -4,8 +4,8 @@
     python benchmarks/lit_race.py --runs runs/lit_race --json benchmarks/results/lit_race.json --png docs/lit_race.png
 
 The donor is trained with whole schedules of growing length: it is on a plateau where twice the steps bring less than
-PLATEAU. A LiT inherits from the longest and is distilled from a stronger DiT, with whole schedules of a share of the
-donor's steps. At EQUAL of its steps: without distillation, with the donor as teacher, other weights of the two terms,
+PLATEAU. A LiT inherits from the longest, with whole schedules of a share of the donor's steps, alone and distilled from
+a stronger DiT. At EQUAL of the donor's steps: from scratch, with the donor as teacher, other weights of the two terms,
 and labels dropped for the student alone, as released. At the shortest: heads from 1 to 12, with one bank of filters for
 all heads or one for each channel. Learning rates are the best of RATES for each kind of arm, on other test pictures
 than the scores, with a seed of their own.
@@ -53,7 +53,7 @@ class Size:
     shares: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Of the donor's longest steps: whole trainings of the LiT."""
     longest: float = 0.4
-    """The same, of the first seed alone."""
+    """The same, distilled, of the first seed alone."""
 
 
 CPU = replace(lit.SIZES["cpu"], model=replace(lit.PIXELS, width=72, heads=6, hidden=288))
@@ -87,7 +87,7 @@ class Arms:
         return self.lit(steps, rate, seed, teacher=self.teacher)
 
     def equal(self, steps: int, rates: dict[str, float], seed: int) -> dict[str, Config]:
-        """The small questions, at equal steps; the main arm is not among them."""
+        """The small questions, at equal steps; the arms of the curve are not among them."""
         distilled: dict[str, dict[str, Any]] = {
             "teacher: the donor": {"teacher": self.donor},
             "noise 0.1": {"noise": 0.1},
@@ -98,7 +98,6 @@ class Arms:
         }
         return {
             SCRATCH: self.lit(steps, rates[SCRATCH], seed, inherits=False),
-            INHERITS: self.lit(steps, rates[INHERITS], seed),
             **{
                 f"{MAIN}, {name}": self.lit(steps, rates[MAIN], seed, **({"teacher": self.teacher} | changes))
                 for name, changes in distilled.items()
@@ -188,10 +187,12 @@ def main() -> None:
         result["donor"].append({"steps": steps, "rate": rate} | score(arms.dit(model, steps, rate), size, run, real))
         print(result["donor"][-1], flush=True)
     run = runs / f"teacher-{size.teacher_steps}-{rate:g}"
-    result["teacher"] = score(arms.dit(size.teacher, size.teacher_steps, rate), size, run, real)
+    found = score(arms.dit(size.teacher, size.teacher_steps, rate), size, run, real)
+    result["teacher"] = {"steps": size.teacher_steps} | found
     print("teacher", result["teacher"], flush=True)
-    found: dict[str, Any] = {"donor": str(runs / f"donor-{longest}-{rate:g}" / "model"), "teacher": str(run / "model")}
-    sweep, arms = replace(sweep, **found), replace(arms, **found)
+    donor = runs / f"donor-{longest}-{rate:g}"
+    folders: dict[str, Any] = {"donor": str(donor / "model"), "teacher": str(run / "model")}
+    sweep, arms = replace(sweep, **folders), replace(arms, **folders)
     kinds: dict[str, dict[str, Any]] = {
         SCRATCH: {"inherits": False},
         INHERITS: {},
@@ -204,8 +205,10 @@ def main() -> None:
     some = max(round(EQUAL * longest), 2)
 
     def curve(seed: int) -> list[tuple[str, int, Config]]:
-        found = (max(round(share * longest), 2) for share in (*size.shares, *([size.longest] if seed == 0 else [])))
-        return [(MAIN, steps, arms.main(steps, rates[MAIN], seed)) for steps in found]
+        found = [max(round(share * longest), 2) for share in size.shares]
+        rows = [(INHERITS, steps, arms.lit(steps, rates[INHERITS], seed)) for steps in found]
+        more = [max(round(size.longest * longest), 2)] if seed == 0 else []
+        return [*rows, *((MAIN, steps, arms.main(steps, rates[MAIN], seed)) for steps in (*found, *more))]
 
     def equal(seed: int) -> list[tuple[str, int, Config]]:
         return [(name, some, cfg) for name, cfg in arms.equal(some, rates, seed).items()]
@@ -230,7 +233,7 @@ def report(result: dict[str, Any]) -> list[str]:
     head = ["", "steps", "squared error of the noise", "KID of thumbnails"]
     donors = result["donor"]
     rows = [{"arm": "DiT, the donor", **row} for row in donors]
-    rows.append({"arm": "DiT, the stronger teacher", "steps": result["size"]["teacher_steps"], **result["teacher"]})
+    rows.append({"arm": "DiT, the stronger teacher", **result["teacher"]})
     body = []
     for (name, steps), mine in bench.groups([*rows, *result["rows"]], "arm", "steps").items():
         cells = [bench.spread([row[kind] for row in mine], 4).replace("+-", "±") for kind in ("mse", "kid_thumbnails")]
@@ -238,11 +241,11 @@ def report(result: dict[str, Any]) -> list[str]:
     gain = 1 - donors[-1]["mse"] / donors[-2]["mse"]
     lines = [*bench.markdown(head, body), "", f"the donor's last doubling took {gain:.1%} off (plateau: {PLATEAU:.0%})"]
     level = CLOSE * donors[-1]["mse"]
-    mine = [row for row in result["rows"] if row["arm"] == MAIN]
-    for seed, found in bench.groups(mine, "seed").items():
-        steps = bench.steps_to(level, [(row["steps"], row["mse"]) for row in found], le)
+    rows = [row for row in result["rows"] if row["arm"] in (INHERITS, MAIN)]
+    for (name, seed), mine in bench.groups(rows, "arm", "seed").items():
+        steps = bench.steps_to(level, [(row["steps"], row["mse"]) for row in mine], le)
         share = f"after {steps / donors[-1]['steps']:.0%} of its steps" if steps else "never"
-        lines.append(f"seed {seed}: within {CLOSE - 1:.0%} of the donor's error {share}")
+        lines.append(f"{name}, seed {seed}: within {CLOSE - 1:.0%} of the donor's error {share}")
     return lines
 
 

@@ -46,8 +46,8 @@ class Config(BaseConfig):
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Weight and form of the distillation loss, if there is a teacher."""
     label: str = "label"
-    """Column of the class: numbers from 0, or names, which are numbered as the teacher's logits are, if it names its
-    classes, else in alphabetical order.
+    """Column of the class: numbers from 0, or names, which are numbered as the logits of the teacher or of an inherited
+    head are, if these name their classes, else in alphabetical order.
     """
     storage: Literal["stream", "device"] = "stream"
     """stream: read pictures when they are needed. device: decode them once and keep them on the devices, for small

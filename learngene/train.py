@@ -133,7 +133,9 @@ def ligo_plan(cfg: Config, student: Model, donor: Donor) -> Plan:
     """Plan of LiGO, with matrices that are learned from the labels of the recipe's data."""
     mesh = start(cfg.mesh)
     loss = loss_fn(replace(cfg, teacher=""), student, None)
-    data = batches(replace(cfg, teacher=""), Opened(mesh=mesh, donor=None, teacher=None))
+    named = parts(cfg).teacher  # its class names number the labels here as they do in the run
+    opened = Opened(mesh=mesh, donor=donor, teacher=open_classifier(named) if named else None)
+    data = batches(replace(cfg, teacher=""), opened)
 
     def student_loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
         return loss(dict(params), batch, key, None)[0]
@@ -141,22 +143,31 @@ def ligo_plan(cfg: Config, student: Model, donor: Donor) -> Plan:
     return ligo.fit(donor.cfg, donor.source, cfg.student, student.spec, student_loss, data, cfg.seed)
 
 
-def teacher_names(cfg: Config, opened: Opened) -> tuple[str, ...] | None:
-    """Class names in the order of the teacher's logits; None where it has none. The data is numbered in this order."""
-    teacher = opened.teacher
-    return labels_of(teacher) if teacher and teacher.cfg.classes == cfg.student.classes else None
+def class_names(cfg: Config, opened: Opened) -> tuple[str, ...] | None:
+    """Class names in the order of the teacher's logits, or else of the inherited head's; None where neither has any.
+
+    The data is numbered in this order. Raises InputError where the two have the same names in another order.
+    """
+    teacher, donor, classes = opened.teacher, opened.donor, cfg.student.classes
+    taught = labels_of(teacher) if teacher and teacher.cfg.classes == classes else None
+    inherited = labels_of(donor) if donor and cfg.head == "inherit" and donor.cfg.classes == classes else None
+    if taught and inherited and taught != inherited and set(taught) == set(inherited):
+        first = next(i for i in range(classes) if taught[i] != inherited[i])
+        both = f"class {first} is {taught[first]!r} for the teacher and {inherited[first]!r} for the donor"
+        raise InputError(f"{both}, whose head is inherited: set head to 'fresh'")
+    return taught or inherited
 
 
 def labelled(cfg: Config, opened: Opened, data: SourceConfig) -> Labelled:
-    """Open the training data. Raises InputError where some of its classes are the teacher's, and others not."""
-    return open_labelled(data, cfg.label, cfg.student.classes, teacher_names(cfg, opened))
+    """Open the training data. Raises InputError where some of its classes are in `class_names`, and others not."""
+    return open_labelled(data, cfg.label, cfg.student.classes, class_names(cfg, opened))
 
 
 def batches(cfg: Config, opened: Opened) -> Data:
     """Training batches, from the source or from arrays on the devices."""
     data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
     if cfg.storage == "device":
-        names = teacher_names(cfg, opened)
+        names = class_names(cfg, opened)
         arrays = decoded(data, cfg.label, cfg.student.classes, example, cfg.pipeline.bad, names)
         return Resident(arrays, cfg.pipeline, opened.mesh)
     return training_batches(labelled(cfg, opened, data), cfg.pipeline, example, mesh=opened.mesh)
@@ -193,8 +204,8 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
 
 
 def sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
-    """Write the preprocessing, and the class names where their order is the teacher's and not the alphabetical one."""
-    data = labelled(cfg, opened, cfg.data) if opened.teacher else None
+    """Write the preprocessing, and the class names where their order is not the alphabetical one."""
+    data = labelled(cfg, opened, cfg.data) if class_names(cfg, opened) else None
     if data and data.numbers and list(data.numbers.values()) != list(range(cfg.student.classes)):
         write_labels(folder, data.classes)
     cfg.pre.save(folder)

@@ -76,7 +76,7 @@ def test_a_donor_is_matched_where_the_curve_of_a_seed_comes_within_two_percent(t
 
     result = {
         "donor": [row(500, 0.051), row(1000, 0.05)],
-        "teacher": {"mse": 0.04, "kid_thumbnails": 0.01},
+        "teacher": row(500, 0.04),
         "rows": [
             *(row(n, mse, arm=lit_race.MAIN, seed=0) for n, mse in ((100, 0.07), (200, 0.051), (400, 0.048))),
             *(row(n, mse, arm=lit_race.MAIN, seed=1) for n, mse in ((100, 0.07), (200, 0.06))),
@@ -87,8 +87,8 @@ def test_a_donor_is_matched_where_the_curve_of_a_seed_comes_within_two_percent(t
     assert "| LiT, inherits, distilled | 200 | 0.0555 ± 0.0064 | 0.0100 ± 0.0000 |" in lines
     assert lines[-3:] == [
         "the donor's last doubling took 2.0% off (plateau: 2%)",
-        "seed 0: within 2% of the donor's error after 20% of its steps",
-        "seed 1: within 2% of the donor's error never",
+        "LiT, inherits, distilled, seed 0: within 2% of the donor's error after 20% of its steps",
+        "LiT, inherits, distilled, seed 1: within 2% of the donor's error never",
     ]
     lit_race.plot(result, tmp_path / "race.png")
     assert (tmp_path / "race.png").stat().st_size > 5000

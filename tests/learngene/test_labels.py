@@ -188,3 +188,23 @@ def test_labels_are_numbered_as_the_teachers_logits(folder_of, one_device, tmp_p
     (tmp_path / "train" / "green").rename(tmp_path / "train" / "teal")
     with pytest.raises(InputError, match="its class 'teal' does not match exactly one of the 3 known"):
         train.labelled(cfg, opened, cfg.data)
+
+
+def test_labels_are_numbered_as_the_logits_of_an_inherited_head(folder_of, one_device, tmp_path):
+    names, size = ("red", "blue", "green"), replace(CFG, classes=3)
+    for i, name in enumerate(names):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 80 * i, np.uint8)).save(tmp_path / "train" / name / "0.png")
+    donor, teacher = folder_of(size, "donor"), folder_of(size, "teacher")
+    write_labels(donor, names)
+    write_labels(teacher, ("green", "blue", "red"))
+    cfg = Config(student=size, data=SourceConfig(str(tmp_path / "train"), text=""), head="inherit")
+    opened = Opened(mesh=start(MeshConfig()), donor=open_donor(donor, [FAMILY]), teacher=None)
+    numbers = lambda cfg: list(train.labelled(cfg, opened, cfg.data).numbers.values())  # of blue, green, red  # noqa: E731
+    assert numbers(cfg) == [1, 2, 0]
+    train.sidecars(cfg, opened, tmp_path)
+    assert read_labels(tmp_path) == names
+    assert numbers(replace(cfg, head="fresh")) == [0, 1, 2]
+    opened = replace(opened, teacher=open_donor(teacher, [FAMILY]))  # read by `numbers`, too
+    with pytest.raises(InputError, match="class 0 is 'green' for the teacher and 'red' for the donor"):
+        numbers(cfg)
