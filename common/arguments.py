@@ -16,6 +16,16 @@ class Argument:
     options: dict[str, Any]
     buckets: bool = False
 
+    @property
+    def name(self) -> str:
+        """Its name in the parsed arguments."""
+        return self.options.get("dest") or self.names[0].lstrip("-").replace("-", "_")
+
+    @property
+    def default(self) -> Any:
+        """Its value where it is not given."""
+        return self.options.get("default", False if self.options.get("action") == "store_true" else None)
+
 
 def argument(*names: str, buckets: bool = False, **options: Any) -> Argument:
     """Returns the `Argument` of a call `add_argument(*names, **options)`."""
@@ -361,3 +371,8 @@ VERBS = (
         ),
     ),
 )
+
+
+def arguments_of(name: str) -> tuple[Argument, ...]:
+    """Returns the arguments of the verb of this name."""
+    return next(verb.arguments for verb in VERBS if verb.name == name)

@@ -122,10 +122,9 @@ def _main(argv: Sequence[str] | None) -> int:
 def _refuse_addresses(verb: Verb, args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Raises InputError for the first address (gs://, ...) where the verb takes none."""
     for argument in verb.arguments:
-        name = argument.options.get("dest", argument.names[0].lstrip("-").replace("-", "_"))
-        value = getattr(args, name)
+        value = getattr(args, argument.name)
         for text in value if isinstance(value, list) else [value]:
-            if name == "command":  # supervised, and checked by itself
+            if argument.name == "command":  # supervised, and checked by itself
                 continue
             if not (argument.buckets and is_address(str(text))):
                 local(text, f"heirloom {verb.name} {argument.options.get('metavar') or argument.names[0]}")

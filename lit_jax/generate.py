@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from heirloom.common import config
+from heirloom.common.arguments import arguments_of
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import save_grid
 from heirloom.common.errors import InputError
@@ -25,9 +26,7 @@ from lit_jax.sample import Draw, SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time
-# Flags of models that draw from text, with their defaults.
-_OF_PROMPTS: dict[str, Any] = dict(negative="", size=None, exact=False, layout="plain", pipeline="", text_encoder="")
-_OF_PROMPTS |= dict(text="streamed", cache=None, dtype=None)
+OF_PROMPTS = {"negative", "size", "exact", "layout", "pipeline", "text_encoder", "text", "cache", "dtype"}
 
 
 def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
@@ -41,10 +40,10 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     check_draws_classes(donor)
     if args.prompt is not None or args.prompts is not None:
         raise InputError(f"{donor.path} draws classes, not prompts: give --class N")
-    for name, default in _OF_PROMPTS.items():
-        if getattr(args, name) != default:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{donor.path} draws classes, and {flag} is for models that draw from text: leave it out")
+    for argument in arguments_of("sample"):
+        if argument.name in OF_PROMPTS and getattr(args, argument.name) != argument.default:
+            which = f"{argument.names[0]} is for models that draw from text"
+            raise InputError(f"{donor.path} draws classes, and {which}: leave it out")
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     count, out = 4 if args.count is None else args.count, args.out or Path("samples.png")
     if count < 1:
