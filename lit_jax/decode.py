@@ -11,14 +11,16 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
+from lit_jax.components import pipeline_of
 from lit_jax.dit import DitConfig
-from lit_jax.origin import Origin, autoencoder_origin, compare_latents
+from lit_jax.origin import Origin, autoencoder_origin, compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.tiles import decode_tiled
 
@@ -81,6 +83,14 @@ def open_pictures(
     if made_with:
         remark(compare_latents(made_with, autoencoder_origin(donor, source), "the model", f"the autoencoder {source}"))
     return picture_decoder(donor.cfg, donor.model, load_params(donor, mesh))
+
+
+def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
+    """Open the decoder of a checkpoint's samples: `source`, or else the autoencoder of the pipeline that it lies in."""
+    root = pipeline_of(donor)
+    if not source and root is not None and (root / "vae").is_dir():
+        source = str(root / "vae")
+    return open_pictures(donor.cfg, source, mesh, read_origin(donor.folder))
 
 
 def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> PictureDecoder:

@@ -22,10 +22,9 @@ from heirloom.common.paths import Address, place
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
-from lit_jax.decode import open_pictures
+from lit_jax.decode import pictures_of
 from lit_jax.drawn import Drawn
 from lit_jax.generate import draw_batches
-from lit_jax.origin import read_origin
 from lit_jax.sample import SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
@@ -82,7 +81,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())
     check_reference(reference, extractor)
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
-    pictures = open_pictures(donor.cfg, cfg.autoencoder, mesh, read_origin(donor.folder))
+    pictures = pictures_of(donor, cfg.autoencoder, mesh)
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, whose decoder turns them into pictures")
     side = donor.cfg.size * pictures.factor

@@ -17,9 +17,8 @@ from heirloom.common.data.grid import save_grid
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
-from lit_jax.decode import PictureDecoder, open_pictures
+from lit_jax.decode import PictureDecoder, pictures_of
 from lit_jax.dit import DitConfig
-from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
 from lit_jax.sample import Draw, SampleConfig, check_seed, drawer, picture_keys
@@ -53,7 +52,7 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
     draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, count)
     draw.check(classes)
-    pictures = open_pictures(donor.cfg, args.autoencoder, mesh, read_origin(donor.folder))
+    pictures = pictures_of(donor, args.autoencoder, mesh)
     if pictures is None:
         raise InputError("this model draws latents: give --autoencoder, such as hf:stabilityai/sd-vae-ft-ema")
     labels, params = np.repeat(classes, count), load_params(donor, mesh)

@@ -26,7 +26,7 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.components import find_components
-from lit_jax.decode import PictureDecoder, open_pictures, picture_decoder
+from lit_jax.decode import PictureDecoder, picture_decoder, pictures_of
 from lit_jax.dit import DitConfig
 from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
 from lit_jax.origin import Origin, read_origin, write_origin
@@ -171,7 +171,7 @@ def load(
         return PretrainedAutoencoder(cfg=donor.cfg, model=donor.model, params=params, **about)
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{path} is a text encoder, which draws nothing: load the transformer or the pipeline folder")
-    pictures = open_pictures(donor.cfg, autoencoder, mesh, origin)
+    pictures = pictures_of(donor, autoencoder, mesh)
     params = load_params(donor, mesh)
     about = dict(mesh=mesh, pictures=pictures, origin=origin, source=str(source))
     return Pretrained(cfg=donor.cfg, model=donor.model, params=params, **about)

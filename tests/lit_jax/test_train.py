@@ -34,6 +34,7 @@ from lit_jax.decode import PictureDecoder
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.latents import data_origin
 from lit_jax.origin import autoencoder_origin, read_origin, write_origin
+from lit_jax.pretrained import load
 
 SIZES = [
     "--student.size",
@@ -234,6 +235,15 @@ def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_pat
     assert read_origin(run / "model") == read_origin(cache)
     assert main(["sample", str(run), "--class", "1", "--steps", "2", "--autoencoder", wrong]) == 2
     assert "use the same autoencoder for both" in capsys.readouterr().err
+
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(run / "model", pipeline / "transformer")
+    assert main(["sample", str(pipeline), "--class", "1", "--steps", "2"]) == 2
+    assert "give --autoencoder" in capsys.readouterr().err
+    shutil.copytree(AUTOENCODER, pipeline / "vae")
+    assert main(["sample", str(pipeline), "--class", "1", "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
+    side = 8 * open_donor(AUTOENCODER, [autoencoder_layouts.FAMILY]).cfg.factor
+    assert load(str(pipeline)).sample(1, steps=2).shape == (1, side, side, 3)
 
     cfg = train.Config(data=SourceConfig(str(cache)), held_out=SourceConfig(str(tmp_path / "held_out")))
     shutil.copytree(cache, tmp_path / "held_out")
