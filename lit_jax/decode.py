@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.convert import OURS, open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
@@ -90,6 +90,8 @@ def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
     root = pipeline_of(donor)
     if not source and root is not None and (root / "vae").is_dir():
         source = str(root / "vae")
+    if not source and donor.cfg.channels == 3 and donor.format not in OURS:
+        remark(f"{donor.path}: its 3 channels are taken for pixels; if they are latents, name their autoencoder")
     return open_pictures(donor.cfg, source, mesh, read_origin(donor.folder))
 
 

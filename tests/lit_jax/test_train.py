@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -28,13 +28,15 @@ from heirloom.common.evaluate.inception import Features, InceptionConfig
 from heirloom.common.nn.dense import Dense
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
+from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax import autoencoder_layouts, evaluate, progress, train
 from lit_jax.data import Pixels, adm_crop
-from lit_jax.decode import PictureDecoder
+from lit_jax.decode import PictureDecoder, pictures_of
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.latents import data_origin
 from lit_jax.origin import autoencoder_origin, read_origin, write_origin
 from lit_jax.pretrained import load
+from lit_jax.zoo import FAMILY
 
 SIZES = [
     "--student.size",
@@ -255,6 +257,13 @@ def test_a_run_on_latents_remembers_their_autoencoder(one_device, cache, tmp_pat
     (tmp_path / "held_out" / "autoencoder.json").write_text(json.dumps(old | {"scaling_factor": 0.5}))
     with pytest.raises(InputError, match=r"with scaling_factor .*held_out of an autoencoder with 0.5"):
         data_origin(cfg.data, cfg.held_out)
+
+
+def test_three_channels_of_a_foreign_file_are_a_guess_that_is_said(distilled, remarks):
+    donor, mesh = open_donor(distilled / "model", [FAMILY]), start(MeshConfig())
+    assert pictures_of(donor, "", mesh) is not None and remarks() == []
+    assert pictures_of(replace(donor, format="diffusers"), "", mesh) is not None
+    assert "its 3 channels are taken for pixels" in remarks()[0]
 
 
 def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_path, monkeypatch):
