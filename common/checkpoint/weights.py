@@ -80,13 +80,13 @@ def open_npz(path: Path) -> Tensors:
     """Reads the arrays of a numpy archive into memory. Raises InputError when it is damaged or has Python objects."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: _plain(archive[key]) for key in archive.files}
+            return {key: native(archive[key]) for key in archive.files}
     except Exception as error:  # zipfile, zlib and numpy raise nearly every type for a damaged file
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a readable numpy archive ({why}); fetch it again") from error
 
 
-def _plain(array: np.ndarray) -> np.ndarray:
+def native(array: np.ndarray) -> np.ndarray:
     """Returns an array in C order and this machine's byte order. numpy stores bfloat16 as two bytes without a type."""
     if array.dtype == np.dtype("V2"):
         array = array.view(ml_dtypes.bfloat16)

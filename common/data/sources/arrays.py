@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from heirloom.common.checkpoint.weights import native
 from heirloom.common.data.reading import PARSING, Stamp, mapped, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, require
 from heirloom.common.errors import InputError
@@ -32,6 +33,9 @@ class ArraySource:
             raise InputError(f"{folder}: no array is selected; set image, text or columns")
         if scalar := [name for name, array in arrays.items() if not array.ndim]:
             raise InputError(f"{folder / scalar[0]}.npy has one number, not a row for each example")
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biufcUS" and array.dtype != "V2":  # V2: how numpy stores bfloat16
+                raise InputError(f"{folder / name}.npy has {array.dtype}, not numbers or text: write it as float32")
         if len({len(array) for array in arrays.values()}) > 1:
             lengths = ", ".join(f"{n} {len(a):,}" for n, a in arrays.items())
             raise InputError(f"{folder}: its arrays have different lengths ({lengths})")
@@ -78,7 +82,7 @@ class ArraySource:
 
     def _row(self, name: str, index: int) -> np.ndarray:
         array = self._array(name)
-        return retried(lambda: np.array(array[index]), self._folder / f"{name}.npy")
+        return native(retried(lambda: np.array(array[index]), self._folder / f"{name}.npy"))
 
 
 HEADER = 2**16  # bytes read of a .npy for its header; numpy refuses headers above 10,000 bytes

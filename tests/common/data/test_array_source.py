@@ -3,6 +3,7 @@
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -64,3 +65,16 @@ def test_headers_are_parsed_once_and_one_at_a_time(tmp_path, monkeypatch):
     for i, row in enumerate(rows):
         assert row["image"].tolist() == [3 * (i % 8) + n for n in range(3)]
         assert row["column"].tolist() == [3.0 * (i % 8) + n for n in range(3)]
+
+
+def test_rows_of_bfloat16_are_numbers_and_records_are_refused(tmp_path):
+    values = np.arange(12, dtype=np.float32).reshape(6, 2)
+    np.save(tmp_path / "moments.npy", values.astype(ml_dtypes.bfloat16))
+    np.save(tmp_path / "big.npy", values.astype(">f4"))
+    cfg = SourceConfig(str(tmp_path), image="", text="", columns=("moments", "big"))
+    row = open_source(cfg)[3]
+    assert row["moments"].dtype == ml_dtypes.bfloat16 and row["big"].dtype.isnative
+    assert row["moments"].astype(float).tolist() == row["big"].tolist() == [6.0, 7.0]
+    np.save(tmp_path / "big.npy", np.zeros(6, [("a", "f4"), ("b", "i4")]))
+    with pytest.raises(InputError, match=r"big.npy has .*, not numbers or text: write it as float32"):
+        open_source(cfg)
