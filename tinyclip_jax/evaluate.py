@@ -219,6 +219,8 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words) -> Score
     classes = words.classes or source.classes
     if not classes:
         raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
+    if len(classes) == 1:
+        raise InputError(f"{data.path} has one class, {classes[0]!r}, which is always right: give data of several")
     if doubled := [name for name, n in Counter(classes).items() if n > 1]:
         effect = "their pictures are never in the top 1, because a tie counts against the right class"
         remark(f"several of the {len(classes)} classes are called {doubled[0]!r}: {effect}")

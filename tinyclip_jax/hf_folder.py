@@ -144,10 +144,12 @@ def write(cfg: ClipConfig, folder: Path) -> None:
     else:
         if option := unusual(cfg):
             raise InputError(f"{option}, which Hugging Face's CLIP does not have: write this model as open_clip")
-        eos = cfg.text.vocab - 1 if cfg.text.eot is None else cfg.text.eot
-        text |= dict(bos_token_id=cfg.text.vocab - 2, eos_token_id=eos, pad_token_id=eos)
-        # CLIP's class pools at the largest id when the end token is 2, as XLM-R's is; MetaCLIP 2's does not.
-        name, kind = ("MetaClip2Model", "metaclip_2") if eos == _LEGACY_EOS else ("CLIPModel", "clip")
+        last, eot = cfg.text.vocab - 1, cfg.text.eot
+        # With 2, CLIP's class pools at the largest id, as we do without an end token: it may be below the last one.
+        text |= dict(eos_token_id=_LEGACY_EOS if eot is None else eot, pad_token_id=last if eot is None else eot)
+        text |= dict(bos_token_id=last - 1)
+        # MetaCLIP 2's class takes 2 for the end token, as XLM-R's is.
+        name, kind = ("MetaClip2Model", "metaclip_2") if eot == _LEGACY_EOS else ("CLIPModel", "clip")
         text |= dict(projection_dim=cfg.joint, model_type=f"{kind}_text_model")
         image |= dict(projection_dim=cfg.joint, model_type=f"{kind}_vision_model")
         head = dict(architectures=[name], model_type=kind, projection_dim=cfg.joint)

@@ -69,18 +69,23 @@ def _tower(teacher: Tower, student: Tower, rule: DepthRule) -> Maps:
         if getattr(student, name) > getattr(teacher, name):
             sizes = f"{getattr(student, name)} exceeds the donor's {getattr(teacher, name)}"
             raise InputError(f"the student's {name} {sizes}: set it to at most this")
-    for name in ("activation", "causal", "pool"):  # no tensor shows them
-        donors, own = getattr(teacher, name, None), getattr(student, name, None)
-        if donors != own:
-            where = f"student.{'text' if isinstance(student, TextConfig) else 'image'}.{name}"
-            trained = "the weights were trained with the donor's"
-            remark(f"the donor's {name} is {donors!r}, the student's {own!r}: {trained}; set {where} to it")
+    _compare(teacher, student)
     return {
         "layer": _layers(teacher.layers, student.layers, rule),
         "embed": first(student.width),
         "head": first(int(student.heads)),  # type: ignore[arg-type]
         "hidden": first(int(student.hidden)),  # type: ignore[arg-type]
     }
+
+
+def _compare(donor: Tower, student: Tower) -> None:
+    """Remarks settings that no tensor shows."""
+    for name in ("activation", "causal", "pool"):
+        donors, own = getattr(donor, name, None), getattr(student, name, None)
+        if donors != own:
+            where = f"student.{'text' if isinstance(student, TextConfig) else 'image'}.{name}"
+            trained = "the weights were trained with the donor's"
+            remark(f"the donor's {name} is {donors!r}, the student's {own!r}: {trained}; set {where} to it")
 
 
 def _grid(teacher: ImageConfig | VitImageConfig, student: ImageConfig | VitImageConfig) -> Maps:
@@ -106,6 +111,7 @@ def expand(donor: ClipConfig, student: ClipConfig) -> Plan:
     """
 
     def tower(source: ImageConfig | TextConfig, target: ImageConfig | TextConfig) -> Maps:
+        _compare(source, target)
         sizes = {"embed": (source.width, target.width), "head": (source.heads, target.heads)}
         sizes |= {"hidden": (source.hidden, target.hidden)}
         axes = ((axis, max(1, *per_layer(n, 1)), max(per_layer(to, 1))) for axis, (n, to) in sizes.items())

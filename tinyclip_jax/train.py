@@ -14,8 +14,10 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.bad import first_good
 from heirloom.common.data.pipeline import Augment, check_first_batch, training_batches
 from heirloom.common.data.sources import open_source
+from heirloom.common.data.sources.record import Record
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from heirloom.common.nn.norm import unit
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
@@ -90,7 +92,9 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
                 targets = jax.lax.stop_gradient(teacher.model.apply(cast_teacher, batch["image"], batch["text"]))
                 target_image, target_text, stored_scale, _ = targets
             else:
-                (target_image, target_text), stored_scale = (batch[name] for name in TARGETS), None
+                # Columns of the data may be as a model gave them; what `heirloom cache` stored has unit norm.
+                plain = unit if cfg.teacher == EMBEDDINGS else jnp.asarray
+                (target_image, target_text), stored_scale = (plain(batch[name]) for name in TARGETS), None
             target_scale = stored_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
             affinity = affinity_mimicking(image, text, target_image, target_text, scale, target_scale)
             parts["affinity"] = (cfg.loss.alpha, affinity)
@@ -141,11 +145,18 @@ def batches(cfg: Config, opened: Opened) -> Data:
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - first_good(source, set)):
         add = "add this column of teacher embeddings, and name it in data.columns"
         raise InputError(f"{cfg.data.path} has no {min(missing)}: {add}")
+    if cfg.teacher == EMBEDDINGS and cfg.augment == "random" and not isinstance(first_good(source, _text), str):
+        belongs = f"{cfg.data.path} has several captions of a picture, and teacher_text belongs to one"
+        raise InputError(f'{belongs}: set augment to "none", which takes the first')
     context = cfg.student.text.context
     text = dict(tokenizer=inputs.tokenizer, context=context, tags=cfg.pipeline.tags)
     augment = Augment(pre=inputs.pre, **text, augment=cfg.augment)
     first_good(source, augment.check)
     return training_batches(source, cfg.pipeline, augment, mesh=opened.mesh)
+
+
+def _text(record: Record) -> Any:
+    return record.get("text")
 
 
 def batch_shapes(cfg: Config) -> Shapes:

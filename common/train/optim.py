@@ -56,6 +56,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         between(self, "lr", "warmup", "eps", "weight_decay", "clip")
         between(self, "b1", "b2", "b3", below=1.0)
+        if self.clip == 0:
+            raise InputError("clip is 0, which makes every gradient 0: set it to None to clip none")
 
 
 def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:

@@ -325,3 +325,21 @@ def test_every_format_has_a_name_that_family_knows():
         InputError, match="no format 'onnx' for tinyclip models; there are heirloom, nnx, orbax, hf, flax, open_clip"
     ):
         FAMILY.format("onnx")
+
+
+def test_transformers_pools_where_we_do_if_the_end_token_is_below_the_last_id(opened, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    donor, *_ = opened("hf_quick_gelu")
+    assert donor.cfg.text.eot is None
+    convert(donor, tmp_path / "ours", "heirloom", verify=False)
+    convert(open_donor(tmp_path / "ours", [FAMILY]), tmp_path / "out", "hf", verify=False)
+    tokens = np.zeros((2, donor.cfg.text.context), np.int32)
+    tokens[0, :3], tokens[1, :4] = (3, 4, 9), (3, 5, 6, 9)  # no caption has the last id
+    params = {path: np.asarray(view) for path, view in donor.source.values.items()}
+    mine = functional(Clip, donor.cfg).apply(params, tokens, method="encode_text")
+    with torch.no_grad():
+        model = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
+        found = model.get_text_features(torch.from_numpy(tokens).long())
+    theirs = getattr(found, "pooler_output", found).numpy()
+    np.testing.assert_allclose(mine, theirs / np.linalg.norm(theirs, axis=1, keepdims=True), atol=1e-5)

@@ -288,3 +288,11 @@ def test_the_constraint_reaches_its_target(small):
     )
     assert float(removed[-1]) == pytest.approx(0.4, abs=0.01) and float(removed[100]) < 0.1
     assert float(leaves["masks/image/linear"]) > masks.MULTIPLIER
+
+
+def test_masks_say_that_a_donor_has_another_activation(cfg, remarks):
+    expand(cfg, cfg)
+    assert remarks() == []
+    expand(cfg, replace(cfg, text=replace(cfg.text, activation="gelu")))
+    (said,) = remarks()
+    assert "the donor's activation is 'quick_gelu', the student's 'gelu'" in said and "student.text.activation" in said

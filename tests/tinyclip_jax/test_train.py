@@ -1,5 +1,6 @@
 """The trainer as a person uses it: a recipe, a run folder, a kill, the same command again."""
 
+import io
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pyarrow
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from heirloom.common import config
@@ -180,6 +182,17 @@ def test_embeddings_that_are_no_columns_are_missed_in_one_line(named, missing, t
     assert capsys.readouterr().err == said
 
 
+def test_one_stored_embedding_is_not_that_of_several_captions(tmp_path, capsys):
+    pixels, vector = io.BytesIO(), [1.0] * 256
+    Image.new("RGB", (60, 60)).save(pixels, "PNG")
+    row = {"image": pixels.getvalue(), "caption": ["one", "two"], **dict.fromkeys(TARGETS, vector)}
+    parquet.write_table(pyarrow.Table.from_pylist([row] * 64), tmp_path / "rows.parquet")
+    flags = ["--teacher", "embeddings", "--loss.alpha", "1", "--data.path", str(tmp_path / "rows.parquet")]
+    flags += ["--data.split", "", "--data.columns", *TARGETS, "--donor="]
+    assert main(["train", "tinyclip/smoke", "--run", str(tmp_path / "run"), *flags]) == 2
+    assert "has several captions of a picture, and teacher_text belongs to one" in capsys.readouterr().err
+
+
 def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji, inherited):
     donor = open_clip_model(emoji.teacher)
     student, teacher = functional(Clip, emoji.student), whole(donor)
@@ -190,7 +203,8 @@ def test_a_live_teacher_and_its_embeddings_teach_the_same(emoji, inherited):
     }
     features = jax.jit(donor.model.apply)(teacher, batch["image"], batch["text"])
     live, _ = jax.jit(loss_fn(emoji, student, donor))(inherited, batch, jax.random.key(0), teacher)
-    stored = batch | {"teacher_image": features.image, "teacher_text": features.text}
+    # As the columns of others may be: not of unit norm.
+    stored = batch | {"teacher_image": 10 * features.image, "teacher_text": 9 * features.text}
     cached, _ = jax.jit(loss_fn(replace(emoji, teacher="embeddings"), student, None))(
         inherited, stored, jax.random.key(0), None
     )

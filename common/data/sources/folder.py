@@ -28,8 +28,9 @@ class FolderSource:
             require([cfg.split], sorted(e.name for e in _entries(root) if _is_open_folder(e)), root, "split")
             root = root / cfg.split
         folders = sorted(entry.name for entry in _entries(root) if _is_open_folder(entry))
-        if folders and set(folders) <= set(SPLITS):
-            raise InputError(f"{root} has the splits {', '.join(folders)}: say which one with split")
+        splits = [name for name in folders if name in SPLITS]
+        if splits and (len(splits) > 1 or splits == folders):
+            raise InputError(f"{root} has the splits {', '.join(splits)}: say which one with split")
         left_out: Counter[str] = Counter()
         files = [entry for entry in _entries(root) if not _is_open_folder(entry)]
         flat = _pictures(files, root, left_out)

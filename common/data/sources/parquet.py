@@ -17,6 +17,7 @@ from heirloom.common.data.sources.record import (
     SPLITS,
     Record,
     SourceConfig,
+    all_splits,
     captions,
     picture_file,
     read,
@@ -24,7 +25,7 @@ from heirloom.common.data.sources.record import (
     starts,
     value,
 )
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import Address, AnyPath
 
 if TYPE_CHECKING:  # imported where files are read: it is heavy, and most commands read none
@@ -60,12 +61,15 @@ class ParquetSource:
                     counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
                     if cfg.split and by_column:
                         splits += opened.read(columns=["split"]).column("split").to_pylist()
+                    elif by_column:
+                        splits += _extremes(opened.metadata, "split")
             except (OSError, pyarrow.ArrowException) as error:
                 raise InputError(f"{file} is not readable as parquet: {error}") from error
             if not sum(counts):
                 raise InputError(f"{file} is empty: it has no row")
             for g, count in enumerate(counts):
                 groups.append(RowGroup(file=file, stamp=stamp, number=g, first=sum(counts[:g]), rows=count))
+        remark(all_splits(set(splits), files[0]) if not cfg.split else "")
         self._starts = starts([group.rows for group in groups])
         self._rows: range | np.ndarray = range(sum(group.rows for group in groups))
         if cfg.split and by_column:
@@ -169,6 +173,14 @@ def _of_split(files: Sequence[AnyPath], split: str) -> Sequence[AnyPath]:
         needed = f"no column 'split', and no file named like {split}-00000-of-00001.parquet"
         raise InputError(f"{where} has no splits: {needed}")
     return [file for file in files if _split_of(file) == split] if split else files
+
+
+def _extremes(about: "parquet.FileMetaData", name: str) -> list[str]:
+    """Returns the least and the largest value of a column in each row group, where the file tells."""
+    groups = [about.row_group(g) for g in range(about.num_row_groups)]
+    columns = (group.column(c) for group in groups for c in range(group.num_columns))
+    found = (c.statistics for c in columns if c.path_in_schema == name)
+    return [str(value) for known in found if known and known.has_min_max for value in (known.min, known.max)]
 
 
 def _split_of(file: AnyPath) -> str | None:

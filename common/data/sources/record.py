@@ -10,7 +10,7 @@ from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import AnyPath, join
 
-SPLITS = ("train", "test", "val", "valid", "validation")
+SPLITS = ("train", "test", "val", "valid", "validation", "dev")
 LONGEST = 2**12  # characters of a path
 Record = dict[str, Any]
 
@@ -130,3 +130,10 @@ def read(file: AnyPath) -> bytes:
 def starts(counts: Sequence[int]) -> np.ndarray:
     """Returns the index of the first sample of each part."""
     return np.cumsum([0, *counts[:-1]])
+
+
+def all_splits(found: Iterable[str], file: AnyPath) -> str:
+    """Returns a remark for data that is read whole though a column has several splits, else an empty string."""
+    known = sorted(found)
+    names = f"{file}: its column 'split' has {', '.join(known)}, and all of it is read"
+    return f"{names}; name one with split" if len(known) > 1 else ""

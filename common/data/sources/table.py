@@ -8,8 +8,8 @@ from typing import BinaryIO
 import numpy as np
 
 from heirloom.common.data.reading import Stamp, retried
-from heirloom.common.data.sources.record import Record, SourceConfig, picture_file, read, require, value
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.data.sources.record import Record, SourceConfig, all_splits, picture_file, read, require, value
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.fetch import fetch
 from heirloom.common.paths import Address, AnyPath
 
@@ -60,6 +60,7 @@ class CsvSource:
             known = sorted(splits - {""})
             near = f"{nearest(cfg.split, known)} (it has {', '.join(known) or 'none'})"
             raise InputError(f"{file} has no split {cfg.split!r}{near}")
+        remark(all_splits(splits - {""}, file) if not cfg.split else "")
         self._starts, self._numbers = np.array(starts, np.int64), np.array(numbers, np.int64)
 
     def _rows(self, data: BinaryIO) -> Iterator[list[str]]:
@@ -103,6 +104,8 @@ class CsvSource:
 
 def _narrowest(cell: str, kind: type) -> type:
     """Returns `kind`, or the next of int, float, str that fits `cell` too: a column of numbers has nothing else."""
+    if "_" in cell:  # Python reads 1_0 as 10
+        return str
     for wider in (int, float):
         if kind in (int, wider):
             try:

@@ -4,6 +4,7 @@ import os
 import pickle
 
 import pytest
+from PIL import Image
 
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError
@@ -110,3 +111,11 @@ def test_a_split_is_a_sub_folder_of_any_form(tmp_path, write_tar):
         open_source(SourceConfig(str(tmp_path)))
     with pytest.raises(InputError, match="tar shards have no split 'test'"):
         open_source(SourceConfig(str(tmp_path / "train"), split="test"))
+
+
+def test_splits_next_to_another_folder_are_no_classes(tmp_path):
+    for name in ("train", "val", "annotations"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    with pytest.raises(InputError, match="has the splits train, val: say which one with split"):
+        open_source(SourceConfig(str(tmp_path)))

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pyarrow
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from heirloom.common.data.labelled import match, open_labelled, read_labels, write_labels
@@ -212,3 +213,12 @@ def test_labels_of_a_weights_folder(tmp_path):
     assert read_labels(tmp_path) == ("crane", "ant", "crane") and match(
         ["crane", "ant"], ("crane", "ant", "crane")
     ) == [None, 1]
+
+
+def test_numbers_that_name_folders_are_the_numbers_of_named_classes(tmp_path):
+    for i in range(11):
+        (tmp_path / str(i)).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / str(i) / "a.png")
+    names = [f"name {i}" for i in range(11)]
+    data = open_labelled(SourceConfig(str(tmp_path), text=""), "label", 11, names)
+    assert list(data.numbers.values()) == [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]  # in alphabetical order of the folders

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -228,3 +229,15 @@ def test_the_tables_of_img2dataset_are_not_the_data(tmp_path, write_tar):
         parquet.write_table(urls, tmp_path / f"{i:05d}.parquet")
         (tmp_path / f"{i:05d}_stats.json").write_text("{}")
     assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [f"caption {i}" for i in range(6)]
+
+
+def test_a_table_with_several_splits_is_read_whole_with_a_remark(tmp_path, remarks):
+    (tmp_path / "a.csv").write_text("text,split,code\na,train,1_0\nb,test,1_1\n")
+    cfg = SourceConfig(str(tmp_path / "a.csv"), image="", text="text", columns=("code",))
+    source = open_source(cfg)
+    assert [source[i]["code"] for i in range(2)] == ["1_0", "1_1"]  # Python reads both as numbers
+    assert "its column 'split' has test, train, and all of it is read; name one with split" in remarks()[0]
+    assert len(open_source(replace(cfg, split="test"))) == 1 and remarks() == []
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "split": ["train", "test"]}), tmp_path / "b.parquet")
+    cfg = SourceConfig(str(tmp_path / "b.parquet"), image="", text="text")
+    assert len(open_source(cfg)) == 2 and "has test, train, and all" in remarks()[0]

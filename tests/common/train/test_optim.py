@@ -128,3 +128,8 @@ def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
     expected, _ = jax.jit(lambda rest: nadam.update(rest, nadam.init(rest), rest))(rest)
     for path in rest:
         np.testing.assert_allclose(updates[path], expected[path], rtol=1e-5)
+
+
+def test_a_clip_of_zero_is_refused():
+    with pytest.raises(InputError, match="clip is 0, which makes every gradient 0: set it to None"):
+        OptimConfig(clip=0.0)
