@@ -3,16 +3,22 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from heirloom.common.checkpoint.convert import OURS
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.pipeline import MAIN, class_of, is_pipeline
+from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
+from lit_jax.pixart import PixArtConfig
 
 PIPELINE = "PixArtSigmaPipeline"
 SIDECAR = "pipeline.json"
+SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
+SD_SCALE = 0.18215  # of the latents that DiT was trained on
 _OTHERS = {
     "PixArtAlphaPipeline": "a PixArt-α, which has other text lengths and further embedders",
     "SanaPipeline": "a Sana, which is another architecture",
@@ -114,6 +120,33 @@ def pipeline_of(donor: Donor) -> Path | None:
         return donor.folder.parent
     root = _sidecar(donor).get("pipeline")
     return Path(root) if root else None
+
+
+def class_names(donor: Donor) -> tuple[str, ...] | None:
+    """Returns the names of a DiT's classes by number, from the index of the pipeline that it lies in; None without."""
+    root = pipeline_of(donor)
+    named = read_json(root / INDEX).get("id2label") if root is not None and (root / INDEX).is_file() else None
+    numbers = range(getattr(donor.cfg, "classes", 0))
+    if not isinstance(named, dict) or {str(i) for i in numbers} != set(named):
+        return None
+    return tuple(str(named[str(i)]) for i in numbers)
+
+
+def other_scale(donor: Donor, scale: float, name: str) -> str:
+    """Returns a remark if a foreign model was trained on latents of another scale than those of `name`, else an empty
+    string. The model's scale is that of its pipeline's autoencoder, else that of the published models.
+    """
+    if donor.format in OURS:  # it has the autoencoder next to it
+        return ""
+    root, usual = pipeline_of(donor), SDXL_SCALE if isinstance(donor.cfg, PixArtConfig) else SD_SCALE
+    file = None if root is None else root / "vae" / "config.json"
+    known = read_json(file).get("scaling_factor", SD_SCALE) if file is not None and file.is_file() else usual
+    if np.isclose(scale, known, rtol=1e-3):
+        return ""
+    trained = f"{donor.path} was trained on latents with {known:g}" if file and file.is_file() else (
+        f"published models such as {donor.path} were trained on latents with {known:g}"
+    )
+    return f"{name} has latents with scaling_factor {scale:g}, and {trained}: name the autoencoder of this model"
 
 
 def _sidecar(donor: Donor) -> dict[str, str]:

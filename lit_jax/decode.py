@@ -18,7 +18,7 @@ from heirloom.common.nn.functional import Functional
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
-from lit_jax.components import pipeline_of
+from lit_jax.components import other_scale, pipeline_of
 from lit_jax.dit import DitConfig
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
@@ -88,11 +88,15 @@ def open_pictures(
 def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
     """Open the decoder of a checkpoint's samples: `source`, or else the autoencoder of the pipeline that it lies in."""
     root = pipeline_of(donor)
-    if not source and root is not None and (root / "vae").is_dir():
+    origin = read_origin(donor.folder)
+    if source and origin is None:
+        named = open_donor(locate_any(source), [autoencoder_layouts.FAMILY])
+        remark(other_scale(donor, named.cfg.scaling_factor, source))
+    elif not source and root is not None and (root / "vae").is_dir():
         source = str(root / "vae")
     if not source and donor.cfg.channels == 3 and donor.format not in OURS:
         remark(f"{donor.path}: its 3 channels are taken for pixels; if they are latents, name their autoencoder")
-    return open_pictures(donor.cfg, source, mesh, read_origin(donor.folder))
+    return open_pictures(donor.cfg, source, mesh, origin)
 
 
 def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> PictureDecoder:

@@ -34,6 +34,11 @@ def graft_attention(donor: DitConfig | PixArtConfig, student: DitConfig | PixArt
         if getattr(donor, name) != getattr(student, name):
             sizes = f"{getattr(student, name)}, the donor's {getattr(donor, name)}"
             raise InputError(f"the student's {name} is {sizes}: a LiT has its donor's shape")
+    if isinstance(student, PixArtConfig) and isinstance(donor, PixArtConfig) and donor.span != student.span:
+        spans = f"positions up to {student.span:g}, the donor's up to {donor.span:g}"
+        raise InputError(f"the student has {spans}: set student.interpolation to {student.grid / donor.span:g}")
+    if keep == "all" and student.attention == donor.attention == "linear" and donor.features != student.features:
+        raise InputError(f"student.features is {student.features!r}, the donor's {donor.features!r}: set it to this")
     if keep == "all":
         return Plan((("**", {}),))
     regroup: dict[str, AxisMap] = {"head head_dim": first(student.width)}

@@ -21,6 +21,7 @@ from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
 from heirloom.common.paths import AnyPath, place
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
+from lit_jax.components import other_scale
 from lit_jax.data import cropped, is_latent
 from lit_jax.origin import FILE, Origin, compare_latents, read_origin, write_origin
 
@@ -107,15 +108,17 @@ def data_origin(data: SourceConfig, held_out: SourceConfig, *models: Donor | Non
     for name, folder in others.items():
         if other := read_origin(folder):
             remark(compare_latents(origin, other, data.path, name))
+    for model in models:
+        remark(other_scale(model, origin.cfg.scaling_factor, data.path) if model else "")
     return origin
 
 
-def sample_cached(cfg: AutoencoderConfig, moments: jax.Array, key: jax.Array) -> jax.Array:
-    """Draw scaled latents [batch, row, col, latent] f32 from cached moments [batch, 2, row, col, 2 latent]; half of
-    them mirrored.
+def sample_cached(cfg: AutoencoderConfig, moments: jax.Array, key: jax.Array, flips: float = 0.5) -> jax.Array:
+    """Draw scaled latents [batch, row, col, latent] f32 from cached moments [batch, 2, row, col, 2 latent]; a share of
+    `flips` is mirrored.
     """
     mirror, noise = jax.random.split(key)
-    view = jax.random.bernoulli(mirror, shape=(len(moments),)).astype(jnp.int32)
+    view = jax.random.bernoulli(mirror, flips, (len(moments),)).astype(jnp.int32)
     drawn = jnp.take_along_axis(moments, view[:, None, None, None, None], axis=1)[:, 0]
     mean, logvar = jnp.split(drawn, 2, axis=-1)
     return sample_latents(cfg, Moments(mean, logvar), noise)

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.labelled import Names, open_labelled
 from heirloom.common.diffusion import add_noise, linear_schedule
+from heirloom.common.errors import InputError
 from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.paths import place
 from heirloom.common.train.mesh import replicated, split_rows
@@ -29,22 +30,28 @@ if TYPE_CHECKING:
 HELD_OUT, ROWS = 512, 128  # pictures in the held-out loss, and how many at a time
 
 
-def held_out_loss(cfg: "Config", student: Model, mesh: Mesh) -> Score:
+def held_out_loss(cfg: "Config", student: Model, mesh: Mesh, names: Names = ()) -> Score:
     """Make the held-out score: squared error of the noise, averaged over evenly spread times. Noise and times are
-    always the same.
+    always the same. names: of the classes, in the order of the training data; empty: unknown.
+
+    Raises InputError for held-out data that is not like the student's.
     """
-    names = open_labelled(cfg.data, cfg.label, cfg.student.classes).classes or None  # the order of the training data
-    source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes, names), linear_schedule()
+    source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes, names or None), linear_schedule()
     cached = cache_origin(place(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)
     examples = [example(source[int(i)], rng) for i in rng.permutation(len(source))[:HELD_OUT]]
     batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
     n = len(examples)
     clean = (
-        sample_cached(cached, jnp.asarray(batch["moments"]), jax.random.key(0))
+        sample_cached(cached, jnp.asarray(batch["moments"]), jax.random.key(0), flips=0.0)
         if cached
         else jnp.asarray(batch["image"])
     )
+    c = cfg.student
+    if (given := clean.shape[1:]) != (c.size, c.size, c.channels):
+        takes = f"the student takes {[c.size, c.size, c.channels]}"
+        held_out = f"{cfg.held_out.path}: the held-out data is {list(given)}"
+        raise InputError(f"{held_out}, {takes}: give data like the training's")
     step = jnp.asarray(rng.permutation(n) * len(schedule) // n, jnp.int32)
     noise = jax.random.normal(jax.random.key(1), clean.shape)
     noisy = add_noise(schedule, clean, step, noise)

@@ -7,7 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from heirloom.common import config
+from heirloom.common.checkpoint.convert import parts
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
@@ -90,7 +93,17 @@ def _about(pipe: TextToImage, request: Request, how: PromptConfig, number: int) 
     """Returns what a picture depends on, for its metadata."""
     about = {"prompt": request.prompt, "negative": request.negative, "seed": request.seed, "number": number}
     height, width = request.size
-    return about | {"height": height, "width": width, "model": str(pipe.donor.path)} | asdict(how)
+    files = {"model": pipe.donor, "autoencoder": pipe.autoencoder}
+    weights = {name: f"{donor.path} {_version(donor)}" for name, donor in files.items()}
+    weights |= {"text_encoder": str(pipe.components.text), "dtype": jnp.dtype(pipe.dtype).name}
+    return about | {"height": height, "width": width} | weights | asdict(how)
+
+
+def _version(donor: Donor) -> str:
+    """Returns what changes when weights are written again."""
+    files = [donor.file.parent / name for name in parts(donor.file)]
+    stats = [file.stat() for file in files if file.is_file()]
+    return f"{sum(s.st_size for s in stats)} {max((s.st_mtime_ns for s in stats), default=0)}"
 
 
 def _prompts(args: Namespace) -> list[Prompt]:

@@ -27,7 +27,7 @@ from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
 from lit_jax.aspect import Ratios
 from lit_jax.autoencoder import sample_latents
-from lit_jax.components import pipeline_of, write_parts_of, write_pipeline_of
+from lit_jax.components import other_scale, pipeline_of, write_parts_of, write_pipeline_of
 from lit_jax.denoiser import Null, PromptConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.losses import DistillConfig, hybrid
@@ -244,6 +244,8 @@ def batches(cfg: Config, opened: Opened, data: TextCache) -> Data:
     for model in (opened.donor, opened.teacher):
         if model and origin and (other := read_origin(model.folder)):
             remark(compare_latents(origin, other, str(data.folder), str(model.path)))
+        elif model and origin:
+            remark(other_scale(model, origin.cfg.scaling_factor, str(data.folder)))
     example = TextExample(cfg.student.text_tokens, mix)
     return training_batches(data, cfg.pipeline, example, mesh=opened.mesh, groups=data.groups)
 

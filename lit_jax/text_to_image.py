@@ -25,7 +25,7 @@ from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.aspect import nearest_size, trained_sizes
-from lit_jax.components import Components
+from lit_jax.components import SDXL_SCALE, Components
 from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
@@ -34,7 +34,6 @@ from lit_jax.sample import check_seed, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
 
-SDXL_SCALE = 0.13025  # of the latents that PixArt-Σ was trained on
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -153,13 +152,9 @@ class TextToImage(Shown):
         if min(size) < 1:
             raise InputError(f"size {size[0]} x {size[1]}: height and width are 1 pixel or more")
         if not exact:
-            found = nearest_size(self.cfg.size, *size) if trained_sizes(self.cfg.size) else self._rounded(size)
+            found = nearest_size(self.cfg.size, *size) if self._trained() else self._rounded(size)
             if found != tuple(size):
-                why = (
-                    "the nearest that this model was trained on"
-                    if trained_sizes(self.cfg.size)
-                    else "which it can draw"
-                )
+                why = "the nearest that this model was trained on" if self._trained() else "which it can draw"
                 remark(f"{size[0]} x {size[1]} pixels become {found[0]} x {found[1]}, {why} (--exact keeps the size)")
             return found
         if wrong := [side for side in size if side % self.step]:
@@ -167,9 +162,13 @@ class TextToImage(Shown):
                 f"size {size[0]} x {size[1]}: {wrong[0]} is no multiple of {self.step}; leave out --exact, or give"
                 f" {' x '.join(map(str, self._rounded(size)))}"
             )
-        if tuple(size) not in trained_sizes(self.cfg.size):
+        if self._trained() and tuple(size) not in self._trained():
             remark(f"{size[0]} x {size[1]} pixels are no size that this model was trained on")
         return size
+
+    def _trained(self) -> list[tuple[int, int]]:
+        """Returns PixArt's sizes, which are those of an autoencoder that shrinks eight times; else none is known."""
+        return trained_sizes(self.cfg.size) if self.autoencoder.cfg.factor == 8 else []
 
     def _rounded(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = (max(self.step, round(side / self.step) * self.step) for side in size)

@@ -15,11 +15,11 @@ from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.bad import first_good
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
@@ -34,6 +34,7 @@ from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig
+from lit_jax.components import class_names
 from lit_jax.data import Pixels, is_latent, latents
 from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
@@ -120,6 +121,9 @@ def parts(cfg: Config) -> Parts:
     )
 
 
+ALPHABETICAL = "its classes are numbered in alphabetical order, which is taken for the donor's and the teacher's"
+
+
 def write_cache(cfg: Config, destination: Path) -> dict[str, Any]:
     """Encode the labelled pictures of a recipe. Raises InputError without an autoencoder, for one that does not fit the
     student, and for data that is a cache already.
@@ -131,6 +135,8 @@ def write_cache(cfg: Config, destination: Path) -> dict[str, Any]:
     pictures = SourceConfig()
     data = replace(cfg.data, image=cfg.data.image or pictures.image, text=pictures.text, columns=pictures.columns)
     source = open_labelled(data, cfg.label, cfg.student.classes)
+    if source.classes and (cfg.donor or cfg.teacher):
+        remark(f"{data.path}: {ALPHABETICAL}")
     donor, mesh = open_donor(locate_any(cfg.autoencoder), [autoencoder_layouts.FAMILY]), start(cfg.mesh)
     if donor.cfg.latent != cfg.student.channels:
         has = f"this autoencoder has {donor.cfg.latent} channels"
@@ -181,7 +187,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
 
     def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
-        clean = sample_cached(cached, batch["moments"], latent_key) if cached else batch["image"]
+        clean = sample_cached(cached, batch["moments"], latent_key, cfg.flips) if cached else batch["image"]
         n, labels = len(clean), batch["label"]
         dropped = jnp.where(jax.random.uniform(drop_key, (n,)) < cfg.label_drop, cfg.student.classes, labels)
 
@@ -200,9 +206,19 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
     return loss
 
 
+def labelled(cfg: Config, opened: Opened) -> Labelled:
+    """Open the training data; names of classes are numbered as those of the donor, or else of the teacher, if known."""
+    models = [model for model in (opened.donor, opened.teacher) if model]
+    names = next((found for model in models if (found := class_names(model))), None)
+    source = open_labelled(cfg.data, cfg.label, cfg.student.classes, names)
+    if models and source.classes and names is None:
+        remark(f"{cfg.data.path}: {ALPHABETICAL}")
+    return source
+
+
 def batches(cfg: Config, opened: Opened) -> Data:
     """Open the training batches: labelled pictures, or the latents of a cache."""
-    source = open_labelled(cfg.data, cfg.label, cfg.student.classes)
+    source = labelled(cfg, opened)
     example = latents if opened.inputs else Pixels(cfg.student.size, cfg.flips)
     first = first_good(source, lambda record: example(record, np.random.default_rng(0)))
     check_shapes(cfg, first, opened.teacher)
@@ -222,7 +238,7 @@ def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     """Make the evaluator: the loss on held-out data, and grids of samples."""
     # A kernel that is named for training does not support the f32 weights used for evaluation and sampling.
     model = functional(Dit, cfg.student.kept)
-    score = held_out_loss(cfg, model, opened.mesh) if cfg.held_out.path else None
+    score = held_out_loss(cfg, model, opened.mesh, labelled(cfg, opened).classes) if cfg.held_out.path else None
     pictures = open_pictures(cfg.student, cfg.autoencoder, opened.mesh, opened.inputs)
     draw = grids(cfg, model, pictures, opened.mesh) if cfg.samples and pictures else None
     return Evaluator(score=score, draw=draw) if score or draw else None

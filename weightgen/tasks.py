@@ -150,6 +150,9 @@ def draw_weights(donor: Donor, task: Task, how: SampleConfig, n: int, seed: int)
     if n < 1:
         raise InputError(f"-n {n}: draw 1 or more")
     cfg, items = donor.cfg, len(task.condition)
+    if isinstance(cfg, D2nwgConfig) and how != SampleConfig():
+        own = "the released system draws with all its steps and without guidance"
+        raise InputError(f"{own}: leave out the settings of the sampler")
     params = load_params(donor, start(MeshConfig()))
     condition = np.tile(task.condition, (n, 1, 1, 1))
     mask = np.broadcast_to(np.arange(cfg.shots) < task.shots, condition.shape[:3])

@@ -8,7 +8,16 @@ import pytest
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part, parts_of
 from heirloom.common.errors import InputError
-from lit_jax.components import check_pipeline, check_scheduler, pipeline_of, write_pipeline_of
+from lit_jax.components import (
+    check_pipeline,
+    check_scheduler,
+    class_names,
+    other_scale,
+    pipeline_of,
+    write_pipeline_of,
+)
+from lit_jax.dit import DitConfig
+from lit_jax.pixart import PixArtConfig
 
 SIGMA = {"_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.42.0", "transformer": ["diffusers", "X"],
          "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None]}  # fmt: skip
@@ -90,3 +99,33 @@ def test_a_student_next_to_a_transformer_belongs_to_the_pipeline_that_it_notes(t
     assert pipeline_of(SimpleNamespace(folder=mine / "transformer")) == mine
     assert pipeline_of(SimpleNamespace(folder=mine / "student")) == theirs
     assert pipeline_of(SimpleNamespace(folder=tmp_path / "alone")) is None
+
+
+def foreign(folder, cfg, format="diffusers"):
+    return SimpleNamespace(folder=folder, path=folder, cfg=cfg, format=format)
+
+
+def test_names_of_classes_are_those_of_the_pipelines_index(tmp_path):
+    root = tmp_path / "dit"
+    (root / "transformer").mkdir(parents=True)
+    names = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "shark"}
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
+    donor = foreign(root / "transformer", DitConfig(classes=3))
+    assert class_names(donor) == ("tench, Tinca tinca", "goldfish", "shark")
+    assert class_names(foreign(root / "transformer", DitConfig(classes=4))) is None
+    assert class_names(foreign(tmp_path / "alone", DitConfig(classes=3))) is None
+
+
+def test_latents_of_another_scale_than_a_foreign_models_are_said(tmp_path):
+    dit, sigma = foreign(tmp_path / "dit.pt", DitConfig()), foreign(tmp_path / "sigma.pth", PixArtConfig())
+    assert other_scale(dit, 0.18215, "cache") == other_scale(sigma, 0.13025, "cache") == ""
+    assert "cache has latents with scaling_factor 0.13025, and published models" in other_scale(dit, 0.13025, "cache")
+    assert "were trained on latents with 0.13025" in other_scale(sigma, 0.18215, "cache")
+    assert other_scale(foreign(tmp_path, DitConfig(), "heirloom"), 0.13025, "cache") == ""
+    root = tmp_path / "pipeline"
+    (root / "vae").mkdir(parents=True)
+    (root / "transformer").mkdir()
+    (root / "model_index.json").write_text("{}")
+    (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.5}))
+    inside = foreign(root / "transformer", DitConfig())
+    assert other_scale(inside, 0.5, "cache") == "" and "with 0.5:" in other_scale(inside, 0.18215, "cache")

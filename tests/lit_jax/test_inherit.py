@@ -13,6 +13,7 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
 from lit_jax.dit import Dit
 from lit_jax.inherit import graft_attention
+from lit_jax.pixart import PixArtConfig
 
 PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
@@ -75,3 +76,12 @@ def test_a_lit_of_another_resolution_hands_all_of_it_down(lit, draw):
 def test_another_shape_is_refused_by_name(cfg, lit, field):
     with pytest.raises(InputError, match=f"student's {field} is"):
         graft_attention(cfg, replace(lit, **{field: 2 * getattr(lit, field)}))
+
+
+def test_a_function_that_no_tensor_shows_is_refused(lit):
+    with pytest.raises(InputError, match=r"student.features is 'gelu', the donor's 'relu': set it to this"):
+        graft_attention(lit, replace(lit, features="gelu"), "all")
+    sigma = PixArtConfig(size=64, interpolation=1.0)
+    graft_attention(sigma, replace(sigma, size=128, interpolation=2.0))
+    with pytest.raises(InputError, match=r"positions up to 64, the donor's up to 32: set student.interpolation to 2$"):
+        graft_attention(sigma, replace(sigma, size=128))

@@ -120,6 +120,7 @@ def test_a_draw_is_scaled_and_takes_either_view():
     mirrored = (drawn < 0).all((1, 2, 3))
     assert (mirrored | (drawn > 0).all((1, 2, 3))).all()  # never half a picture
     assert 160 < mirrored.sum() < 240  # 200, standard deviation 10
+    assert (sample_cached(cfg, moments, jax.random.key(0), flips=0.0) > 0).all()
     noisy = sample_cached(cfg, jnp.zeros((400, 2, 2, 2, 8)), jax.random.key(1))
     assert abs(float(noisy.std()) - 0.5) < 0.02
 

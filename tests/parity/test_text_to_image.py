@@ -127,6 +127,8 @@ def test_the_command_writes_pictures_that_say_how_they_were_drawn(folder, tmp_pa
     assert [s["number"] for s in settings] == [0, 1] and settings[0]["prompt"] == "A red apple"
     assert main([*arguments, "--size", "300x300", "--seed", "3"]) == 0
     assert "1 of 1 prompts are drawn" in capsys.readouterr().out
+    assert main([*arguments, "--size", "300x300", "--seed", "3", "--dtype", "bfloat16"]) == 0
+    assert "are drawn" not in capsys.readouterr().out  # what draws has changed
 
 
 def test_a_file_of_prompts_in_the_layout_of_geneval(folder, tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
     assert report["disagreement"] is not None and (tmp_path / "made" / "mean" / "model.safetensors").is_file()
 
 
-def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom):
+def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom, capsys):
     zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
     net = ["--net.features", "6", "--net.classes", "6"]
     heirloom(
@@ -157,7 +157,10 @@ def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heir
     heirloom("train", "weightgen/d2nwg", "--run", tmp_path / "d2nwg", "--zoo", zoo, *flags)
     weights = load_file(model / "model.safetensors")
     assert weights["k"] > 0 and weights["k"] != 1  # of the latents of the first batch
-    heirloom("generate", model, "--dataset", pictures, "-n", "2", "--out", tmp_path / "made")
+    made = ["generate", str(model), "--dataset", str(pictures), "-n", "2", "--out", str(tmp_path / "made")]
+    assert main([*made, "--guidance", "2"]) == 2
+    assert "without guidance: leave out the settings of the sampler" in capsys.readouterr().err
+    heirloom(*made)
     report = json.loads((tmp_path / "made" / "report.json").read_text())
     assert report["sample"] == {"sampler": "ddpm", "steps": 3, "guidance": 1.0, "strength": 1.0}
     assert "nearest zoo network" in report["accuracy"] and "ridge" not in report["accuracy"]
