@@ -20,7 +20,7 @@ from weightgen.formats import CODEC, ENCODER
 from weightgen.generator.conditions import SetConfig, SetOfSets
 from weightgen.generator.config import GeneratorConfig
 from weightgen.generator.model import Generator
-from weightgen.generator.train import GeneratorRecipe
+from weightgen.generator.train import GeneratorRecipe, check_features
 from weightgen.report import knows_order
 from weightgen.tasks import read_dataset
 from weightgen.zoo.data import Bank, Projection, draw_tasks, encoder, labelled, thumbnails
@@ -274,6 +274,21 @@ def test_an_encoder_is_trained_and_saved_without_its_temperature(unfit, tmp_path
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {path: x.shape for path, x in trained.items()} == {path: leaf.shape for path, leaf in model.spec.items()}
     assert all(np.isfinite(x).all() for x in trained.values())
+
+
+def test_an_encoder_of_other_features_is_refused(tmp_path, remarks):
+    rng = np.random.default_rng(0)
+    for name in ("encoder", "zoo", "other"):
+        (tmp_path / name).mkdir()
+    check_features(tmp_path / "encoder", tmp_path / "zoo")
+    assert "does not say which features it reads" in remarks()[0]
+    raw = rng.standard_normal((20, 6)).astype(np.float32)
+    for name, pictures in (("encoder", raw), ("zoo", raw), ("other", raw[:10])):
+        Projection.fit("random", pictures, 4).save(tmp_path / name)
+    check_features(tmp_path / "encoder", tmp_path / "zoo")
+    assert remarks() == []
+    with pytest.raises(InputError, match="was trained on features of other pictures"):
+        check_features(tmp_path / "encoder", tmp_path / "other")
 
 
 def test_a_condition_without_order_is_not_judged_by_turning_it():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shutil import copy
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,7 @@ from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.generator.contrast import Aligned, Loss
 from weightgen.tokens import Order
 from weightgen.train import LoopConfig, optimizer, rows_parts
+from weightgen.zoo.data import FEATURES
 from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
 
 
@@ -138,10 +140,15 @@ class EncoderRecipe(LoopConfig):
             hit = (unit(batch["w"]) @ unit(data).T).argmax(1) == jnp.arange(len(data))
             return model.apply(params, batch["w"], data, method="nats"), {"retrieved": (hit.sum(), len(data))}
 
+        def sidecars(opened: Any, out: Path) -> None:
+            if (file := Path(self.zoo) / FEATURES).is_file():  # what it reads, see `check_features`
+                copy(file, out / FEATURES)
+
         return rows_parts(
             self,
             make,
             loss,
+            sidecars=sidecars,
             family=ENCODER,
             student=cfg,
             model=model,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, check_codec, left_out, measure
@@ -21,7 +21,7 @@ from weightgen.generator.denoiser import DenoiserConfig
 from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.train import LoopConfig, generator_rows, optimizer, rows_parts
-from weightgen.zoo.data import Bank
+from weightgen.zoo.data import FEATURES, Bank, Projection
 from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition
 
 Params = dict[str, jax.Array]
@@ -59,6 +59,17 @@ def generator_parts(
         optimizer=lambda spec, steps: optimizer(loop, spec, steps, frozen=(*cfg.fitted, *frozen), no_decay=no_decay),
         sidecars=lambda opened, folder: sidecars(folder),
     )
+
+
+def check_features(encoder: Path, zoo: Path) -> None:
+    """Refuses an encoder that was trained on features of another zoo: each zoo has its own PCA of pictures."""
+    if not all((folder / FEATURES).is_file() for folder in (encoder, zoo)):
+        remark(f"{encoder} does not say which features it reads; those of {zoo} are assumed to be the same")
+        return
+    one, other = Projection.load(encoder), Projection.load(zoo)
+    same = one.backend == other.backend and one.components.shape == other.components.shape
+    if not (same and np.allclose(one.components, other.components) and np.allclose(one.mean, other.mean)):
+        raise InputError(f"{encoder} was trained on features of other pictures than those of {zoo}: train one on it")
 
 
 def initial_params(model: Functional, fitted: Mapping[str, np.ndarray], seed: int) -> Params:
@@ -106,6 +117,8 @@ class GeneratorRecipe(LoopConfig):
         if encoder and encoder.features != bank.features.shape[1]:
             features = f"{encoder.features} features, {self.zoo} has {bank.features.shape[1]}"
             raise InputError(f"{self.encoder} looks at {features}: train an encoder on it")
+        if encoder:
+            check_features(Path(self.encoder), Path(self.zoo))
         return GeneratorConfig(
             net=zoo.net,
             latent=self.latent,
@@ -130,7 +143,7 @@ class GeneratorRecipe(LoopConfig):
 
         def sidecars(out: Path) -> None:
             save_neighbours(out, zoo, self.seed, bank=bank)
-            for name in ("features.safetensors", "tasks.json", "adapter.json"):
+            for name in (FEATURES, "tasks.json", "adapter.json"):
                 if (folder / name).is_file():
                     copy(folder / name, out / name)
 

@@ -106,6 +106,9 @@ def shown(net: NetConfig, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.
     return x.reshape(*x.shape[:-1], CNN_SIDE, CNN_SIDE, net.features) if net.kind == "cnn" else x, y
 
 
+FEATURES = "features.safetensors"
+
+
 @dataclass(frozen=True)
 class Projection:
     """PCA of raw features, then one scale for all: features have a mean square of 1 on the classes it was fitted to.
@@ -139,14 +142,13 @@ class Projection:
     def save(self, folder: Path) -> None:
         """Write `features.safetensors` next to a generator's weights."""
         arrays = {"mean": self.mean, "components": self.components}
-        save_file(arrays, folder / "features.safetensors", {"backend": self.backend})
+        save_file(arrays, folder / FEATURES, {"backend": self.backend})
 
     @classmethod
     def load(cls, folder: Path) -> "Projection":
-
-        file = folder / "features.safetensors"
+        file = folder / FEATURES
         if not file.is_file():
-            raise InputError(f"{folder} has no features.safetensors: this generator has no encoder of pictures")
+            raise InputError(f"{folder} has no {FEATURES}: this generator has no encoder of pictures")
         with safe_open(file, framework="numpy") as opened:
             backend = opened.metadata()["backend"]
         return cls(backend, **load_file(file))
