@@ -209,6 +209,7 @@ def test_a_dit_is_no_donor_of_a_text_model(cfg):
 def test_the_command_takes_the_donor_as_a_flag(theirs, tmp_path, capsys):
     out = ["--json", str(tmp_path / "record.json")]
     flags = [f"--student.{name.replace('_', '-')}={getattr(LIT, name)}" for name in _SIZES]
+    flags += ["--student.interpolation", "2"]  # as the donor, whose positions the student reads
     assert main(["inherit", "lit/t2i_512", str(tmp_path / "student"), "--donor", str(theirs), *flags, *out]) == 0
     assert "of the parameters come from" in capsys.readouterr().out
     assert read_json(tmp_path / "record.json")["source"] == str(theirs)
