@@ -9,9 +9,17 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 
-from lit_jax.dit import DitConfig
+from heirloom.common.checkpoint import weights
+from heirloom.common.cli import main
+from heirloom.common.nn.functional import functional
+from lit_jax.dit import Dit, DitConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dit"
+# `heirloom train lit/smoke`, six steps on emoji.
+SIZES = [f"--student.{name}" for name in ("size=8", "width=16", "hidden=32", "layers=2", "heads=2")]
+SHORT = ["--pipeline.batch=8", "--steps=6", "--log-every=1", "--eval-every=3", "--save-every=2", "--optim.warmup=2"]
+DATA = ["--samples=2", "--sample.steps=2", "--data.path=emoji:noto", "--held-out.path=emoji:noto"]
+TINY = [*SIZES, *SHORT, *DATA]
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +49,25 @@ def batch(cfg):
 def golden():
     """A small DiT of diffusers: its folder, and its own predictions."""
     return GOLDEN, dict(np.load(GOLDEN / "outputs.npz"))
+
+
+@pytest.fixture(scope="module")
+def donor(one_device, tmp_path_factory, draw):
+    """A softmax DiT."""
+    folder = tmp_path_factory.mktemp("donor") / "model"
+    cfg = DitConfig(size=8, channels=3, patch=4, width=16, layers=2, heads=4, hidden=32, classes=9)
+    folder.mkdir()
+    weights.write_params(folder, draw(functional(Dit, cfg).spec))
+    weights.write_config(folder, "lit", cfg)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def distilled(donor, tmp_path_factory):
+    """A LiT that inherits and is distilled."""
+    run = tmp_path_factory.mktemp("lit") / "run"
+    assert main(["train", "lit/smoke", "--run", str(run), *TINY, "--donor", donor, "--teacher", donor]) == 0
+    return run
 
 
 class _Numpy:

@@ -1,14 +1,18 @@
 """Sizes, prompt files and folders of pictures."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.aspect import nearest_size, parse_size, trained_sizes
+from lit_jax.pixart import PixArtConfig
 from lit_jax.prompts import Album, Prompt, read_prompts, read_settings
+from lit_jax.text_to_image import TextToImage
 
 
 def test_there_are_forty_sizes_of_about_one_area():
@@ -41,6 +45,17 @@ def test_sizes_are_read_as_height_and_width():
     for wrong in ("", "x", "512x", "512x512x3", "-5", "1e3", "0x512", "9999999"):
         with pytest.raises(InputError, match="HEIGHTxWIDTH"):
             parse_size(wrong)
+
+
+@pytest.mark.parametrize(("factor", "drawn"), [(8, (416, 608)), (16, (512, 768))])
+def test_trained_sizes_are_known_for_autoencoders_that_shrink_eight_times(remarks, factor, drawn):
+    """Those of PixArt: nothing is known of a model with latents of another factor."""
+    donor, autoencoder = SimpleNamespace(cfg=PixArtConfig(size=64)), SimpleNamespace(cfg=SimpleNamespace(factor=factor))
+    model = TextToImage(donor, None, start(MeshConfig()), None, autoencoder)
+    assert model.fitting((512, 768), exact=False) == drawn
+    assert any("was trained on" in said for said in remarks()) == (factor == 8)
+    assert model.fitting((512, 768), exact=True) == (512, 768)
+    assert any("no size that this model was trained on" in said for said in remarks()) == (factor == 8)
 
 
 def test_prompts_are_read_from_all_three_kinds_of_files(tmp_path):

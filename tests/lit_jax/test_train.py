@@ -1,4 +1,4 @@
-"""LiT from the command line at toy size: train, stop, resume, inherit, distil, sample, score."""
+"""LiT from the command line at toy size: train, stop, resume, inherit, distil, sample."""
 
 import json
 import os
@@ -8,97 +8,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.weights import open_safetensors, read_json
 from heirloom.common.cli import main
-from heirloom.common.data import emoji
-from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
-from heirloom.common.evaluate import generated
-from heirloom.common.evaluate.extractor import Extractor
-from heirloom.common.evaluate.inception import Features, InceptionConfig
-from heirloom.common.nn.dense import Dense
-from heirloom.common.nn.functional import functional
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, start
-from lit_jax import autoencoder_layouts, evaluate, progress, train
-from lit_jax.data import Pixels, adm_crop
+from lit_jax import autoencoder_layouts, progress, train
 from lit_jax.decode import PictureDecoder, pictures_of
-from lit_jax.dit import Dit, DitConfig
+from lit_jax.dit import DitConfig
 from lit_jax.latents import data_origin
 from lit_jax.origin import autoencoder_origin, read_origin, write_origin
 from lit_jax.pretrained import load
 from lit_jax.zoo import FAMILY
-
-SIZES = [
-    "--student.size",
-    "8",
-    "--student.width",
-    "16",
-    "--student.hidden",
-    "32",
-    "--student.layers",
-    "2",
-    "--student.heads",
-    "2",
-]
-SHORT = [
-    "--pipeline.batch",
-    "8",
-    "--steps",
-    "6",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "3",
-    "--save-every",
-    "2",
-    "--optim.warmup",
-    "2",
-]
-TINY = [
-    *SIZES,
-    *SHORT,
-    "--samples",
-    "2",
-    "--sample.steps",
-    "2",
-    "--data.path",
-    "emoji:noto",
-    "--held-out.path",
-    "emoji:noto",
-]
+from tests.lit_jax.conftest import GOLDEN, SHORT, SIZES, TINY
 
 
 def weights_of(run):
     return {path: np.array(value) for path, value in open_safetensors(run / "model" / "model.safetensors").items()}
-
-
-@pytest.fixture(scope="module")
-def donor(one_device, tmp_path_factory, draw):
-    """A softmax DiT."""
-    folder = tmp_path_factory.mktemp("donor") / "model"
-    cfg = DitConfig(size=8, channels=3, patch=4, width=16, layers=2, heads=4, hidden=32, classes=9)
-    folder.mkdir()
-    weights.write_params(folder, draw(functional(Dit, cfg).spec))
-    weights.write_config(folder, "lit", cfg)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def distilled(donor, tmp_path_factory):
-    """A LiT that inherits and is distilled."""
-    run = tmp_path_factory.mktemp("lit") / "run"
-    assert main(["train", "lit/smoke", "--run", str(run), *TINY, "--donor", donor, "--teacher", donor]) == 0
-    return run
 
 
 def test_a_run_leaves_curves_grids_and_weights(distilled):
@@ -266,6 +199,14 @@ def test_three_channels_of_a_foreign_file_are_a_guess_that_is_said(distilled, re
     assert "its 3 channels are taken for pixels" in remarks()[0]
 
 
+def test_an_autoencoder_of_another_scale_than_a_foreign_models_is_said(tmp_path, remarks):
+    donor, mesh = open_donor(GOLDEN, [FAMILY]), start(MeshConfig())
+    assert pictures_of(donor, str(AUTOENCODER), mesh) is not None
+    assert not any("scaling_factor" in said for said in remarks())
+    assert pictures_of(donor, other_factor(tmp_path), mesh) is not None
+    assert any("other has latents with scaling_factor 0.5, and published models" in said for said in remarks())
+
+
 def test_a_kernel_is_named_for_the_steps_and_for_nothing_else(one_device, tmp_path, monkeypatch):
     """Kernels refuse the f32 weights that are scored, drawn from and kept. No step is taken: the kernel is another
     device's.
@@ -305,130 +246,6 @@ def test_mistakes_of_sampling_are_one_line(distilled, tmp_path, capsys, argument
     assert not (tmp_path / "x.png").exists()
 
 
-class Colours(nnx.Module):
-    """Mean colours as features: a network small enough for a test."""
-
-    def __init__(self, cfg: InceptionConfig, *, rngs: nnx.Rngs):
-        self.fc = Dense("colour -> class", {"colour": 3, "class": cfg.classes}, bias=None, rngs=rngs)
-
-    def __call__(self, images):
-        x = images.astype(jnp.float32) / 255
-        return Features(x.mean((1, 2)), x[:, 0, 0, :2], self.fc(x.mean((1, 2))))
-
-
-def test_a_trained_run_is_scored(distilled, tmp_path, monkeypatch):
-    small_extractor(monkeypatch)
-    saved, scores = tmp_path / "samples.npz", tmp_path / "scores.json"
-    how = [
-        "--samples",
-        "22",
-        "--batch",
-        "8",
-        "--sample.steps",
-        "2",
-        "--sample.sampler",
-        "ddim",
-        "--labels",
-        "balanced",
-        "--save",
-        str(saved),
-    ]
-    command = ["eval", str(distilled), "--data", "emoji:noto", "--split", "test", "--features", "colours", *how]
-    assert main([*command, "--json", str(scores)]) == 0
-    rows = {row["metric"]: row for row in read_json(scores)["rows"]}
-    assert set(rows) == {"fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std"}
-    assert all(
-        row["n"] == 22 and row["protocol"] == "colours; ddim 2 steps, guidance 1 on first three, balanced labels"
-        for row in rows.values()
-    )
-    drawn = np.load(saved)["arr_0"]
-    assert drawn.shape == (22, 8, 8, 3) and drawn.dtype == np.uint8
-    # The samples against themselves: no distance.
-    assert (
-        main(["eval", str(distilled), "--data", str(saved), "--features", "colours", *how[:-2], "--json", str(scores)])
-        == 0
-    )
-    rows = {row["metric"]: row["value"] for row in read_json(scores)["rows"]}
-    assert abs(rows["fid"]) < 1e-6 and rows["precision"] == rows["recall"] == 1
-
-
-def small_extractor(monkeypatch):
-    monkeypatch.setattr(generated, "POOL", 3)
-    monkeypatch.setattr(generated, "SPATIAL", 2)
-    params = {"fc/kernel": np.random.default_rng(0).standard_normal((3, 4), np.float32)}
-    cfg = InceptionConfig("colours", 4, "average")
-    monkeypatch.setattr(evaluate, "open_extractor", lambda path: Extractor(cfg, functional(Colours, cfg), params))
-
-
-def test_a_killed_evaluation_continues(distilled, tmp_path, monkeypatch, capsys):
-    small_extractor(monkeypatch)
-    np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3)).astype(np.uint8))
-    how = ["--samples", "12", "--sample.steps", "2", "--sample.sampler", "ddim", "--features", "colours"]
-    command = ["eval", str(distilled), "--data", str(tmp_path / "ref.npz"), *how]
-    assert main([*command, "--batch", "8", "--save", str(tmp_path / "whole.npz")]) == 0
-
-    draw_batches, seen = evaluate.draw_batches, []
-
-    def killed(*args):
-        for i, part in enumerate(draw_batches(*args)):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield part
-
-    monkeypatch.setattr(evaluate, "draw_batches", killed)
-    assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 130
-    monkeypatch.setattr(evaluate, "draw_batches", lambda *args: seen.append(args[-1]) or draw_batches(*args))
-    assert main([*command, "--batch", "4", "--save", str(tmp_path / "cut.npz")]) == 0
-    assert seen == [8] and "8 of 12 pictures" in capsys.readouterr().out
-    whole, cut = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("whole.npz", "cut.npz"))
-    assert np.abs(whole - cut).max() <= 1  # a picture is the same in any batch; rounding may differ
-
-
-def test_a_reference_of_another_size_is_remarked(distilled, tmp_path, monkeypatch, capsys):
-    small_extractor(monkeypatch)
-    images = np.random.default_rng(0).integers(0, 256, (12, 16, 8, 3)).astype(np.uint8)
-    np.savez(tmp_path / "ref.npz", arr_0=images)
-    monkeypatch.setattr(evaluate, "draw_batches", lambda *_: iter([images]))
-    command = ["eval", str(distilled), "--data", str(tmp_path / "ref.npz"), "--features", "colours", "--samples", "12"]
-    assert main(command) == 0
-    assert "its pictures are 16 x 8, and the model draws 8 x 8" in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize(
-    ("reference", "words"),
-    [
-        ("absent.npz", "absent.npz: not a .npz"),
-        ("float.npz", "`arr_0` is float32"),
-        ("few.npz", "5 pictures are too few"),
-        ("cut.npz", "cut"),
-        ("x.npy", "not a .npy but a .npz"),
-        ("nofolder", "nofolder"),
-        ("empty", "empty"),
-        ("torn", "torn.png"),
-    ],
-)
-def test_a_reference_that_cannot_be_used_is_said_before_drawing(
-    distilled, tmp_path, monkeypatch, capsys, reference, words
-):
-    small_extractor(monkeypatch)
-    monkeypatch.setattr(evaluate, "draw_batches", lambda *_: pytest.fail("drawn too early"))
-    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
-    np.savez(tmp_path / "float.npz", arr_0=images.astype(np.float32))
-    np.savez(tmp_path / "few.npz", arr_0=images[:5])
-    np.save(tmp_path / "x.npy", images)
-    np.savez(tmp_path / "whole.npz", arr_0=images)
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
-    for name in ("empty", "torn"):
-        (tmp_path / name).mkdir()
-    for i, picture in enumerate(images):
-        Image.fromarray(picture).save(tmp_path / "torn" / f"{i}.png")
-    (tmp_path / "torn" / "torn.png").write_bytes((tmp_path / "torn" / "3.png").read_bytes()[:60])
-    how = ["--features", "colours", "--samples", "12", "--sample.steps", "2"]
-    assert main(["eval", str(distilled), "--data", str(tmp_path / reference), *how]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
-
-
 def test_a_sample_that_is_not_finite_stops_command_and_training_grid(distilled, tmp_path, capsys, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -461,56 +278,3 @@ def test_a_sample_that_is_not_finite_stops_command_and_training_grid(distilled, 
     monkeypatch.setattr(progress, "drawer", lambda *_: lambda *_: np.array([0.0, np.nan, 0.0]).reshape(3, 1, 1, 1))
     with pytest.raises(InputError, match="samples at step 50: picture 1: the model's output is not finite"):
         progress.grids(cfg, None, PictureDecoder(lambda x: x), None)({}, 50, tmp_path)
-
-
-def test_scores_need_features_and_a_reference(distilled, capsys):
-    assert main(["eval", str(distilled), "--data", "emoji"]) == 2
-    assert "give --features" in capsys.readouterr().err
-    assert main(["eval", str(distilled), "--features", "x"]) == 2
-    assert "give --data" in capsys.readouterr().err
-
-
-def test_names_of_classes_become_numbers_in_alphabetical_order():
-    source = open_labelled(SourceConfig("emoji:noto", split="test"), "group", 9)
-    groups = sorted(
-        {
-            "activities",
-            "animals-nature",
-            "flags",
-            "food-drink",
-            "objects",
-            "people-body",
-            "smileys-emotion",
-            "symbols",
-            "travel-places",
-        }
-    )
-    assert source.classes == tuple(groups) and len(source) == 300 and emoji.STYLES[0] == "noto"
-    record = source[7]
-    assert groups[record["label"]] == record["group"]
-    with pytest.raises(InputError, match=r"has 9 classes .* the model 10"):
-        open_labelled(SourceConfig("emoji:noto"), "group", 10)
-    with pytest.raises(InputError, match="no column 'grp'"):
-        open_labelled(SourceConfig("emoji:noto"), "grp", 9)
-
-
-def test_pixels_are_cropped_flipped_and_centred_on_zero():
-    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, :, None] * 16, (16, 16, 3)).copy()
-    plain = Pixels(16, flips=0.0)({"image": ramp, "label": 3}, np.random.default_rng(0))
-    np.testing.assert_allclose(plain["image"][0, :, 0], np.arange(16) * 16 / 127.5 - 1, atol=1e-6)
-    assert plain["label"] == 3 and plain["label"].dtype == np.int32
-    mirrored = Pixels(16, flips=1.0)({"image": ramp, "label": 3}, np.random.default_rng(0))
-    np.testing.assert_array_equal(mirrored["image"], plain["image"][:, ::-1])
-    rng = np.random.default_rng(1)
-    share = np.mean([Pixels(16, flips=0.5)({"image": ramp, "label": 0}, rng)["image"][0, 0, 0] > 0 for _ in range(300)])
-    assert 0.4 < share < 0.6
-
-
-def test_the_crop_of_guided_diffusion():
-    """Halved by boxes while the short side is twice the size, then bicubic: by its steps, in PIL's own words."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3)).astype(np.uint8))
-    by_hand = picture.resize((65, 37), Image.Resampling.BOX).resize((32, 18), Image.Resampling.BOX)
-    by_hand = by_hand.resize((round(32 * 16 / 18), 16), Image.Resampling.BICUBIC)
-    left = (by_hand.width - 16) // 2
-    np.testing.assert_array_equal(adm_crop(picture, 16), np.asarray(by_hand)[:, left : left + 16])
-    assert adm_crop(picture, 16).shape == (16, 16, 3) and jax.device_count() >= 1

@@ -70,6 +70,10 @@ def test_names_and_labels_that_are_not_there_are_refused_in_one_line(weights, pi
     assert zeroshot(weights, pictures / "ant") == 2
     said = capsys.readouterr().err
     assert "ant has no column 'label'" in said and said.count("\n") == 1
+    shutil.copytree(pictures / "ant", tmp_path / "alone" / "ant")
+    assert zeroshot(weights, tmp_path / "alone") == 2
+    said = capsys.readouterr().err
+    assert "alone has one class, 'ant', which is always right" in said and said.count("\n") == 1
 
 
 def test_two_classes_of_one_name_are_said(weights, tmp_path, capsys):

@@ -15,7 +15,7 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from tinyclip_jax.inputs import check_tokenizer, preprocess_of, tokenizer_of
+from tinyclip_jax.inputs import _check_teacher, check_tokenizer, own_tokenizer, preprocess_of, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained, inherit_from
 from tinyclip_jax.zoo import open_clip_model
@@ -193,6 +193,18 @@ def test_a_tokenizer_that_does_not_fit_is_not_replaced(tmp_path, remarks):
     assert tokenizer_of(open_clip_model(str(folder))) is None
     with pytest.raises(InputError, match="this model has no tokenizer"):
         tinyclip_jax.load(str(folder)).encode_text("a cat")
+
+
+def test_a_live_teacher_without_tokenizer_gets_the_students_tokens(folder, remarks):
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+    teacher = open_clip_model(str(folder))
+    assert own_tokenizer(teacher) is None
+    _check_teacher(teacher, TOKENIZER, Preprocess(16))
+    assert remarks() == [f"the teacher {folder} has no tokenizer that is read: it gets the student's tokens"]
+    longer = Tokenizer.train(["quick brown foxes", "jump over some lazy dogs", "without any haste"], 541)
+    with pytest.raises(InputError, match=r"clip: the tokenizer has 541 ids, text\.vocab is 540"):
+        _check_teacher(teacher, longer, Preprocess(16))
 
 
 def test_a_stored_teacher_is_known_by_its_whole_preprocessing():

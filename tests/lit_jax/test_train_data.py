@@ -1,0 +1,106 @@
+"""Labelled pictures of a diffusion model's training: order of classes, crops, held-out data."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.data import emoji
+from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.sources import SourceConfig
+from heirloom.common.errors import InputError
+from heirloom.common.nn.functional import functional
+from heirloom.common.train.mesh import MeshConfig, start
+from heirloom.common.train.parts import Opened
+from lit_jax import train
+from lit_jax.data import Pixels, adm_crop
+from lit_jax.dit import Dit, DitConfig
+from lit_jax.progress import held_out_loss
+from lit_jax.zoo import FAMILY
+from tests.lit_jax.conftest import GOLDEN
+
+
+def test_names_of_classes_become_numbers_in_alphabetical_order():
+    source = open_labelled(SourceConfig("emoji:noto", split="test"), "group", 9)
+    groups = sorted(
+        {
+            "activities",
+            "animals-nature",
+            "flags",
+            "food-drink",
+            "objects",
+            "people-body",
+            "smileys-emotion",
+            "symbols",
+            "travel-places",
+        }
+    )
+    assert source.classes == tuple(groups) and len(source) == 300 and emoji.STYLES[0] == "noto"
+    record = source[7]
+    assert groups[record["label"]] == record["group"]
+    with pytest.raises(InputError, match=r"has 9 classes .* the model 10"):
+        open_labelled(SourceConfig("emoji:noto"), "group", 10)
+    with pytest.raises(InputError, match="no column 'grp'"):
+        open_labelled(SourceConfig("emoji:noto"), "grp", 9)
+
+
+def test_pixels_are_cropped_flipped_and_centred_on_zero():
+    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, :, None] * 16, (16, 16, 3)).copy()
+    plain = Pixels(16, flips=0.0)({"image": ramp, "label": 3}, np.random.default_rng(0))
+    np.testing.assert_allclose(plain["image"][0, :, 0], np.arange(16) * 16 / 127.5 - 1, atol=1e-6)
+    assert plain["label"] == 3 and plain["label"].dtype == np.int32
+    mirrored = Pixels(16, flips=1.0)({"image": ramp, "label": 3}, np.random.default_rng(0))
+    np.testing.assert_array_equal(mirrored["image"], plain["image"][:, ::-1])
+    rng = np.random.default_rng(1)
+    share = np.mean([Pixels(16, flips=0.5)({"image": ramp, "label": 0}, rng)["image"][0, 0, 0] > 0 for _ in range(300)])
+    assert 0.4 < share < 0.6
+
+
+def test_the_crop_of_guided_diffusion():
+    """Halved by boxes while the short side is twice the size, then bicubic: by its steps, in PIL's own words."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3)).astype(np.uint8))
+    by_hand = picture.resize((65, 37), Image.Resampling.BOX).resize((32, 18), Image.Resampling.BOX)
+    by_hand = by_hand.resize((round(32 * 16 / 18), 16), Image.Resampling.BICUBIC)
+    left = (by_hand.width - 16) // 2
+    np.testing.assert_array_equal(adm_crop(picture, 16), np.asarray(by_hand)[:, left : left + 16])
+    assert adm_crop(picture, 16).shape == (16, 16, 3) and jax.device_count() >= 1
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes, whose pictures are black and white."""
+    for value, name in ((0, "cat"), (255, "dog")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "pictures" / name / f"{i}.png")
+    return SourceConfig(str(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize("names", [("dog", "cat"), None])
+def test_classes_are_numbered_as_the_donors(pictures, tmp_path, remarks, names):
+    root = tmp_path / "pipeline"
+    shutil.copytree(GOLDEN, root / "transformer")
+    donor = open_donor(root / "transformer", [FAMILY])
+    donor = replace(donor, cfg=replace(donor.cfg, classes=2, channels=3))
+    index = {"_class_name": "DiTPipeline"} | ({"id2label": dict(enumerate(names))} if names else {})
+    (root / "model_index.json").write_text(json.dumps(index))
+    cfg = train.Config(student=donor.cfg, data=pictures, held_out=pictures, pipeline=PipelineConfig(batch=8))
+    batch = next(train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=donor, teacher=None)))
+    white = np.asarray(batch["image"])[:, 0, 0, 0] > 0
+    np.testing.assert_array_equal(white, np.asarray(batch["label"]) == (0 if names else 1))
+    assert any("in alphabetical order, which is taken for the donor's" in said for said in remarks()) == (names is None)
+
+
+def test_held_out_data_of_another_shape_is_refused_at_the_start(pictures):
+    student = DitConfig(size=8, channels=4, width=16, layers=1, heads=2, hidden=16, classes=2)
+    cfg, mesh = train.Config(student=student, held_out=pictures), start(MeshConfig())
+    with pytest.raises(InputError, match=r"the held-out data is \[8, 8, 3\], the student takes \[8, 8, 4\]"):
+        held_out_loss(cfg, functional(Dit, student), mesh)
+    student = replace(student, channels=3)
+    assert held_out_loss(replace(cfg, student=student), functional(Dit, student), mesh) is not None
