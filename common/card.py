@@ -107,7 +107,7 @@ def card(about: Facts, name: str, license: str = "") -> str:
         f"# {name.rpartition('/')[2]}\n",
         f"{_article(donor)} with {counts['total']:,} parameters. "
         f"heirloom {version('heirloom-jax')} wrote this page.\n",
-        f"```\npip install heirloom-jax\nheirloom inspect hf:{name}\n```\n",
+        f"```\nheirloom inspect hf:{name}\n```\n",
         *(f"## {title}\n\n{text}\n" for title, text in sections.items() if text),
     ]
     return "\n".join(lines)

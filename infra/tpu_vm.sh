@@ -2,6 +2,7 @@
 # A training on a slice of TPU VMs: infra/tpu_vm.sh create|setup|run|status|watch|logs|stop|delete
 #
 #   export NAME=clip ZONE=us-central1-a TYPE=v5litepod-16 BUCKET=gs://my-bucket    # SPOT=1 for spot capacity
+#   export SOURCE=git+https://...    # heirloom's repository, or the address of a wheel: it is on no package index
 #   infra/tpu_vm.sh create && infra/tpu_vm.sh setup
 #   infra/tpu_vm.sh run heirloom train tinyclip/vit_39m_16 --run /shared/clip --data.path "$BUCKET/yfcc/{00000..01499}.tar"
 #   infra/tpu_vm.sh watch heirloom train ...      # the same command: creates the slice again whenever it is preempted
@@ -15,7 +16,7 @@ NAME=${NAME:?the name of the slice}
 ZONE=${ZONE:?a zone with this kind of TPU}
 TYPE=${TYPE:-v5litepod-16}
 VERSION=${VERSION:-v2-alpha-tpuv5-lite} # v6e: v2-alpha-tpuv6e
-SOURCE=${SOURCE:-heirloom-jax}          # what pip installs: a name, a wheel in a bucket, git+https://...
+SOURCE=${SOURCE:-}                      # where pip gets heirloom: git+https://... or https://.../heirloom_jax.whl
 LOG=/tmp/heirloom.log                   # on every worker
 
 queued() { gcloud compute tpus queued-resources "$@" --zone "$ZONE"; }
@@ -31,8 +32,9 @@ create() {
 }
 
 setup() { # The images have an older Python than heirloom needs; uv brings one.
+    [[ -n $SOURCE ]] || { echo "tpu_vm: set SOURCE to heirloom's repository (git+https://...) or to a wheel" >&2; exit 2; }
     workers "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --clear --python 3.12 ~/heirloom \
-        && ~/.local/bin/uv pip install --python ~/heirloom/bin/python '${SOURCE}[tpu,gcs]' && ~/heirloom/bin/heirloom doctor"
+        && ~/.local/bin/uv pip install --python ~/heirloom/bin/python 'heirloom-jax[tpu,gcs] @ ${SOURCE}' && ~/heirloom/bin/heirloom doctor"
 }
 
 run() { # Starts in the background on all workers, so that a lost connection does not end it.

@@ -47,8 +47,9 @@ RECIPES = {
 }
 HEAD = """# The recipes on TPU pods
 
-Published recipes' real train steps, teacher included, compiled for a pod on a machine that has no TPU. Nothing ran: memory is the
-compiler's own figure, and the time of a step an estimate of what FLOPs, bytes and links alone would take, which no run is likely to reach.
+The train step of each published recipe, teacher included, is compiled here for a TPU pod, on a machine without a TPU. The table
+shows whether it fits the memory of the chips, and estimates the best possible time of a step. **No step has run on a TPU**: memory
+is the compiler's own figure, and the time is what FLOPs, bytes and links alone would take, which no run is likely to reach.
 
     python scripts/compile_recipes.py
 

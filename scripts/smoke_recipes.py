@@ -41,10 +41,13 @@ PAIRS = SourceConfig("emoji:noto", split="test")
 
 HEAD = f"""# Every TinyCLIP recipe, a few steps
 
-`python scripts/smoke_recipes.py --out docs/recipes.md`: architecture, loss, optimizer, precision and stages are the recipe's; data are
-embedded emoji, {BATCH} a step for {STEPS} steps a stage, teacher and donor are drawn at random in the published sizes. It shows that a
-recipe builds, inherits, trains, cuts and saves at its real size, not that it learns. Seconds are of a shared CPU core. An automatic model's
-parameters are what {MASKED} steps of masks at a large rate happen to leave.
+Each TinyCLIP recipe ran here for {STEPS} steps a stage at its real size. This shows that a recipe builds, inherits, trains, cuts and
+saves, **not that it learns**: data are embedded emoji, {BATCH} a step, and teacher and donor are drawn at random in the published sizes.
+Architecture, loss, optimizer, precision and stages are the recipe's. Sizes in names count the image tower alone; the parameters here count
+the text tower and its token table, too. Seconds are of a shared CPU core. An automatic model's parameters are what {MASKED} steps of masks
+at a large rate happen to leave.
+
+    python scripts/smoke_recipes.py --out docs/recipes.md
 
 | recipe | stages | parameters at the end | loss | seconds |
 |---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""The demo: a LiT inherits all but attention from the embedded DiT and is distilled from it, on 8 x 8 digits.
+"""A small example with classes: a LiT inherits all but attention from the embedded DiT and is distilled from it, on 8 x 8 digits.
 
     heirloom train lit/digits --run runs/lit                                 # with inheritance and distillation
     heirloom train lit/digits --run runs/scratch --donor "" --teacher ""     # the same from scratch

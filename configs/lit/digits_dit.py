@@ -1,4 +1,4 @@
-"""The donor and teacher of the demo: a small DiT on the embedded digits, 8 x 8 pixels.
+"""The donor and teacher of `lit/digits`: a small DiT on the embedded digits, 8 x 8 pixels.
 
     heirloom train lit/digits_dit --run runs/digits_dit
 
