@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.grid import grid
+from heirloom.common.data.lines import split_lines
 from heirloom.common.errors import InputError
 
 Layout = Literal["plain", "geneval", "dpg"]
@@ -40,11 +41,11 @@ def read_prompts(path: Path, layout: Layout) -> list[Prompt]:
     elif layout == "dpg":
         raise InputError(f"{path}: --layout dpg reads DPG-Bench's folder of .txt files, whose names the pictures take")
     elif path.suffix == ".jsonl":
-        found = [_from_json(path, i, line) for i, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+        found = [_from_json(path, i, line) for i, line in enumerate(split_lines(_text(path)), 1) if line.strip()]
     elif layout == "geneval":
         raise InputError(f"{path}: --layout geneval reads GenEval's evaluation_metadata.jsonl; name that file")
     else:
-        found = [Prompt(line.strip()) for line in _text(path).splitlines() if line.strip()]
+        found = [Prompt(line.strip()) for line in split_lines(_text(path)) if line.strip()]
     if not found:
         raise InputError(f"{path}: holds no prompts")
     return found

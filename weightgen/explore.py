@@ -20,6 +20,7 @@ from heirloom.common import config
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.data.lines import split_lines
 from heirloom.common.errors import InputError, between, positive
 from weightgen.ranking import check_share, rank, top
 from weightgen.search import Params, greedy, matched, noise_proposal, row_proposal
@@ -63,7 +64,7 @@ def read_questions(file: Path) -> list[Question]:
     first line that is not such a question.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = split_lines(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable: {error}") from error
     found = []

@@ -21,12 +21,17 @@ def read_lines(file: AnyPath) -> tuple[str, ...]:
         raise InputError(f"{file} is not readable as UTF-8 text: {error}") from error
     if text.startswith("[") or _is_dictionary(text):
         return _json_list(text, file)
-    lines = [line.strip() for line in text.splitlines()]
-    if not lines:
+    if not text:
         raise InputError(f"{file} is empty: write one entry a line")
+    lines = [line.strip() for line in split_lines(text)]
     if "" in lines:
         raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one entry a line, without blank lines")
     return tuple(lines)
+
+
+def split_lines(text: str) -> list[str]:
+    """Splits a text where the lines of its file end. `str.splitlines` also cuts at U+2028 and its like."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _is_dictionary(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A small example with classes: a LiT inherits all but attention from the embedded DiT and is distilled from it, on 8 x 8 digits.
+"""A small example with classes: a LiT of 8 x 8 digits inherits all but attention from the embedded DiT, its teacher.
 
     heirloom train lit/digits --run runs/lit                                 # with inheritance and distillation
     heirloom train lit/digits --run runs/scratch --donor "" --teacher ""     # the same from scratch

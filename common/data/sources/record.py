@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from heirloom.common.data.lines import split_lines
 from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import AnyPath, join
@@ -105,7 +106,7 @@ def caption_lines(data: bytes) -> str | list[str]:
     CLIP_benchmark writes captions this way. An empty file is the empty caption. Raises UnicodeDecodeError for text that
     is not UTF-8.
     """
-    lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in split_lines(data.decode("utf-8-sig")) if line.strip()]
     return lines if len(lines) > 1 else "".join(lines)
 
 

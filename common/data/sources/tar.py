@@ -1,6 +1,7 @@
 """Tar shards in webdataset's form."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -101,10 +102,9 @@ def _sidecar(shard: AnyPath, name: str) -> Any:
 
 def _label(text: str) -> Any:
     """Converts a whole number to int32, or to int where it does not fit; other text is a name."""
-    try:
-        number = int(text)
-    except ValueError:
+    if not re.fullmatch(r"[+-]?\d+", text, re.ASCII):  # Python reads 1_0 as 10
         return text
+    number = int(text)
     return np.int32(number) if abs(number) < 2**31 else number
 
 

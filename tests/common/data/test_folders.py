@@ -97,9 +97,10 @@ def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_not_read(tmp_path, pic
 
 def test_a_caption_a_line(tmp_path, picture):
     write(tmp_path, picture, "1.png", "2.png", "3.png")
-    for name, text in (("1.txt", "one\n\n  two \r\nthree\n"), ("2.txt", "\n only \n"), ("3.txt", "\n")):
+    last = "three\u2028 and\x85more"
+    for name, text in (("1.txt", f"one\n\n  two \r\n{last}\n"), ("2.txt", "\n only \n"), ("3.txt", "\n")):
         (tmp_path / name).write_text(text)
-    assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [["one", "two", "three"], "only", ""]
+    assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [["one", "two", last], "only", ""]
 
 
 def test_a_split_is_a_sub_folder_of_any_form(tmp_path, write_tar):

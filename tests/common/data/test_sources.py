@@ -169,13 +169,14 @@ def test_damaged_text_is_named(tmp_path, write_tar, picture):
         open_source(SourceConfig(str(tmp_path / "flat")))[0]
 
 
-def test_a_class_number_may_have_a_byte_order_mark(tmp_path, picture):
+@pytest.mark.parametrize(("text", "label"), [("\ufeff10\r\n", 10), ("-1", -1), ("1_0", "1_0"), ("cat", "cat")])
+def test_a_class_is_a_whole_number_or_a_name(tmp_path, picture, text, label):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name, data in (("0.png", picture(0)), ("0.cls", "\ufeff10\r\n".encode())):
+        for name, data in (("0.png", picture(0)), ("0.cls", text.encode())):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert int(open_source(SourceConfig(str(tmp_path / "0.tar"), text=""))[0]["label"]) == 10
+    assert open_source(SourceConfig(str(tmp_path / "0.tar"), text=""))[0]["label"] == label
 
 
 def test_a_sample_without_a_picture(tmp_path, write_tar):
