@@ -1,5 +1,6 @@
 """Score a CLIP on held-out pairs (retrieval) and on labelled pictures (zero-shot)."""
 
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from heirloom.common import config
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.lines import read_lines
@@ -32,6 +34,7 @@ from tinyclip_jax.model import ClipConfig
 
 BATCH = 100
 TASKS = ("retrieval", "zeroshot")
+WORDNET = re.compile(r"n\d{8}")
 OPTIONS: tuple[str, ...] = ("--data", "--split", "--image", "--text", "--task")
 OPTIONS += ("--classes", "--templates", "--suite", "--beside", "--json")
 
@@ -174,6 +177,14 @@ def refuse_flags(args: Namespace) -> None:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Fields of `heirloom eval PATH --task zeroshot` for a CLIP."""
+
+    label: str = "label"
+    """Column of the class: numbers from 0, or names."""
+
+
+@dataclass(frozen=True)
 class Words:
     """Names of classes and prompt templates for zero-shot; empty: those of the data, or the default templates.
 
@@ -189,6 +200,9 @@ class Words:
         """Returns given lists; the word `imagenet` stands for the lists in this package, for ImageNet with WordNet's
         identifiers.
         """
+        for what, given in (("classes", classes), ("templates", templates)):
+            if isinstance(given, str) and given != "imagenet":
+                raise InputError(f"{what} is the text {given[:40]!r}: give a list of strings, or the word imagenet")
         names = synonyms = tuple(classes or ())
         if classes == "imagenet":
             names = tuple(name for _, name in imagenet.CLASSES)
@@ -205,20 +219,28 @@ class Words:
         return cls.of(named, given)
 
 
-def score_on(data: SourceConfig, task: str, setup: Setup, words: Words) -> Score:
-    """Returns `params -> Scored` for retrieval or zeroshot on the data that a config names.
+def score_on(data: SourceConfig, task: str, setup: Setup, words: Words, label: str = "label") -> Score:
+    """Returns `params -> Scored` for retrieval or zeroshot on the data that a config names. label: column of the class.
 
-    Raises InputError for data that cannot be read, and for zero-shot without names of classes.
+    Raises InputError for data that cannot be read, zero-shot without names of classes, and retrieval with names.
     """
     if task == "retrieval":
+        given = {"classes": words.classes, "templates": words.templates, "label": label != "label"}
+        if unused := next((name for name, value in given.items() if value), ""):
+            raise InputError(f"{unused} has no effect on retrieval: set task to zeroshot, or leave it out")
         return retrieval_over(_name(data), open_source(data), setup)
     if task != "zeroshot":
         raise InputError(f"no task {task!r}{nearest(task, TASKS)} (there are {', '.join(TASKS)})")
     data = replace(data, text="")
-    source = open_labelled(data, "label", len(words.classes) or None, words.synonyms or None)
+    source = open_labelled(data, label, len(words.classes) or None, words.synonyms or None)
     classes = words.classes or source.classes
     if not classes:
         raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
+    if not words.classes and all(WORDNET.fullmatch(name) for name in classes):
+        codes = f"{data.path}: its classes are called {classes[0]!r} and so on, which make no prompts"
+        raise InputError(f"{codes}: give --classes imagenet, or a list of your own")
+    if not words.classes and all(name.isdecimal() for name in classes):
+        remark(f"{data.path}: prompts are made of the numbers {classes[0]} to {classes[-1]}; --classes FILE names them")
     if len(classes) == 1:
         raise InputError(f"{data.path} has one class, {classes[0]!r}, which is always right: give data of several")
     if doubled := [name for name, n in Counter(classes).items() if n > 1]:
@@ -229,13 +251,13 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words) -> Score
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for missing data or files."""
-    refuse_flags(args)
+    cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     args.data = args.data or "emoji"
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")
     mesh = start(MeshConfig())
     setup = setup_of(donor, mesh)
     data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
-    score = score_on(data, args.task, setup, Words.read(args.classes, args.templates))
+    score = score_on(data, args.task, setup, Words.read(args.classes, args.templates), cfg.label)
     return score(load_params(donor, mesh)).rows()
 
 

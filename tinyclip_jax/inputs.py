@@ -13,6 +13,7 @@ from heirloom.common.data.pieces import PieceTokenizer
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import Found, find, write
 from heirloom.common.data.sources import Source, open_source
+from heirloom.common.data.sources.record import tags_of
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.data.tokenizer_files import CaptionTokenizer, kind_of, load_tokenizer, same_ids
 from heirloom.common.errors import InputError, remark
@@ -96,6 +97,8 @@ def sidecars(donor: Donor, destination: Path, format: str) -> None:
         about = tokenizer.for_transformers(donor.cfg.text.context)
         write_json(destination / "tokenizer_config.json", about)
         _name_in_open_clip(destination / "open_clip_config.json")
+    elif format == "open_clip" and not same_ids(tokenizer, Tokenizer.clip()):
+        remark("this model has another tokenizer than CLIP's, which open_clip takes for this folder: give it the ids")
 
 
 def _for_transformers(tokenizer: CaptionTokenizer, context: int) -> dict[str, Any]:
@@ -195,5 +198,5 @@ def captions(source: Source, bad: BadMode = "stop") -> list[str]:
                 raise
             continue  # counted when training reaches it
         texts = [record["text"]] if isinstance(record["text"], str) else record["text"]
-        found.update([*texts, *record.get("tags", ())])
+        found.update([*texts, *(tags_of(record) if "tags" in record else ())])
     return sorted(found)

@@ -83,9 +83,16 @@ def _config(cfg: ClipConfig, model: Fields) -> ClipConfig:
     model.skip("cast_dtype", "output_dict", "custom_text", "multimodal_cfg")
     model.agree("embed_dim", model.integer("embed_dim", cfg.joint), cfg.joint)
     for tower in (image, text):
-        tower.skip("output_tokens", "patch_dropout", "hf_tokenizer_name", "tokenizer_*", "pad_id")
+        tower.skip("output_tokens", "patch_dropout", "tokenizer_mode", "pad_id")
         for name in _CUSTOM:
             tower.fixed(name, False)
+    cleaning = text.object("tokenizer_kwargs")
+    if text.value("hf_tokenizer_name"):  # read with the tokenizer
+        cleaning.skip("*")
+    else:
+        cleaning.fixed("clean", "lower")
+        cleaning.fixed("reduction_mask", "", None)
+    cleaning.done()
     text.skip("hf_*")
     read: ImageConfig | ResNetConfig | VitImageConfig
     if isinstance(cfg.image, ResNetConfig):

@@ -147,6 +147,7 @@ def evaluate(
     split: str = "",
     image: str = "image",
     text: str = "caption",
+    label: str = "label",
     task: Literal["retrieval", "zeroshot"] = "retrieval",
     classes: Sequence[str] | Literal["imagenet"] | None = None,
     templates: Sequence[str] | Literal["imagenet"] | None = None,
@@ -154,12 +155,12 @@ def evaluate(
     """Score a CLIP on held-out data: shares by name, as `heirloom eval`.
 
     retrieval: recall at 1, 5 and 10 in both directions, of pairs; `r1` is the mean of both. zeroshot: top1 and top5, of
-    labelled pictures. data: as in own-data.md; image, text: its columns. classes: names of the classes, if the data has
-    none. templates: captions with {}. Raises InputError for data that cannot be read.
+    labelled pictures. data: as in own-data.md; image, text, label: its columns. classes: names of the classes, if the
+    data has none. templates: captions with {}. Raises InputError for data that cannot be read, and what has no effect.
     """
     clip = load(model) if isinstance(model, str) else model
     setup = Setup(clip.model, clip.pre, clip._tokenizer(), clip.cfg, start(MeshConfig()))
     split = split or ("test" if str(data).split(":")[0] == "emoji" else "")
     source = SourceConfig(path=os.fspath(data), split=split, image=image, text=text)
     words = Words.of(classes, templates)
-    return dict(score_on(source, task, setup, words)(clip.params).metrics)
+    return dict(score_on(source, task, setup, words, label)(clip.params).metrics)

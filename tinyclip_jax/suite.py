@@ -183,6 +183,9 @@ SUITE: dict[str, Scores] = {
 def evaluate_suite(donor: Donor, baseline: Donor | None, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH --suite DIR`."""
     refuse_flags(args)
+    given = [name for name in ("data", "split", "classes", "templates") if getattr(args, name)]
+    if given or args.task != "retrieval":
+        raise InputError(f"--{(given or ['task'])[0]} has no effect with --suite, whose data sets have their own")
     return run_suite(donor, baseline, args.suite)
 
 

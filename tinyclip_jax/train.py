@@ -145,6 +145,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - first_good(source, set)):
         add = "add this column of teacher embeddings, and name it in data.columns"
         raise InputError(f"{cfg.data.path} has no {min(missing)}: {add}")
+    if cfg.teacher == EMBEDDINGS and (wrong := first_good(source, _no_vector)):
+        raise InputError(f"{cfg.data.path}: {wrong}; a teacher embedding is a list of numbers, in .parquet or .npy")
     if cfg.teacher == EMBEDDINGS and cfg.augment == "random" and not isinstance(first_good(source, _text), str):
         belongs = f"{cfg.data.path} has several captions of a picture, and teacher_text belongs to one"
         raise InputError(f'{belongs}: set augment to "none", which takes the first')
@@ -153,6 +155,13 @@ def batches(cfg: Config, opened: Opened) -> Data:
     augment = Augment(pre=inputs.pre, **text, augment=cfg.augment)
     first_good(source, augment.check)
     return training_batches(source, cfg.pipeline, augment, mesh=opened.mesh)
+
+
+def _no_vector(record: Record) -> str:
+    """Returns which embedding of a record is no vector of floats; "" where both are."""
+    columns = {name: record[name] for name in TARGETS}
+    wrong = (n for n, x in columns.items() if not isinstance(x, np.ndarray) or x.ndim != 1 or x.dtype.kind != "f")
+    return next((f"{name} is {str(columns[name])[:30]!r}" for name in wrong), "")
 
 
 def _text(record: Record) -> Any:

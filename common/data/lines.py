@@ -1,17 +1,20 @@
 """Text files with one entry a line, or a JSON list: class names, templates."""
 
 import json
+import re
 
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath
+
+HEADER = re.compile(r"(id|idx|index|label|class|number)?[\s,;]*(class_?name|class|name|label)s?", re.IGNORECASE)
 
 
 def read_lines(file: AnyPath) -> tuple[str, ...]:
     """Reads the lines of a UTF-8 file, stripped of white space; blank lines at the end are dropped. Or a JSON list of
     strings: what begins with a square bracket is JSON, and so is a dictionary with entries.
 
-    Raises InputError for a file that is missing, empty, not UTF-8, other JSON, or has a blank line in between: line
-    numbers have a meaning.
+    Raises InputError for a file that is missing, empty, not UTF-8, other JSON, or has a blank line in between (line
+    numbers have a meaning), a header, or quotes, numbers or code around each entry.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
@@ -26,7 +29,24 @@ def read_lines(file: AnyPath) -> tuple[str, ...]:
     lines = [line.strip() for line in split_lines(text)]
     if "" in lines:
         raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one entry a line, without blank lines")
+    if what := _other_form(lines):
+        raise InputError(f"{file}: {what} ({lines[0][:40]!r}); write one entry a line and nothing else")
     return tuple(lines)
+
+
+def _other_form(lines: list[str]) -> str:
+    """Returns what stands around the entries where every line has it, as in published lists; else an empty string."""
+    if all(re.fullmatch(r"""\[?(["']).*\1,?\]?""", line) for line in lines):
+        return "its entries are quoted"
+    if lines[0].startswith("lambda") or re.match(r"\{?\s*\d+\s*:", lines[0]):
+        return "it is code"
+    rows = lines[1:] if len(lines) > 1 and HEADER.fullmatch(lines[0]) else lines
+    if len(rows) < len(lines):
+        return "it begins with a header"
+    for first in (0, 1):
+        if all(re.match(rf"0*{i}[\s,;:\t].", line) for i, line in enumerate(lines, first)):
+            return "its entries are numbered"
+    return "its entries have identifiers" if all(re.match(r"n\d{8}[\s,:]", line) for line in lines) else ""
 
 
 def split_lines(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from heirloom.common.data.grouped import SameGroup
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image, train_image
 from heirloom.common.data.sources import Record, Source
+from heirloom.common.data.sources.record import tags_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, between
 from heirloom.common.train.mesh import batch_sharding
@@ -85,7 +86,7 @@ class Augment:
                 text if isinstance(text, str) else text[rng.integers(len(text)) if self.augment == "random" else 0]
             )
             if self.tags:
-                caption = ", ".join([caption, *(tag for tag in record["tags"] if rng.random() < self.tags)])
+                caption = ", ".join([caption, *(tag for tag in tags_of(record) if rng.random() < self.tags)])
             example["text"] = self.tokenizer(caption, self.context)[0]
         if "image" in record:
             picture = decode_record(record, self.pre.background)
@@ -140,8 +141,8 @@ def training_batches(
 def _check_record(record: Record, tokenizer: CaptionTokenizer | None, tags: float) -> None:
     if tokenizer is not None and "text" not in record:
         raise InputError(f"{record['key']} has no caption; name its column with text, or add captions")
-    if tags and "tags" not in record:
-        raise InputError(f"{record['key']} has no tags to append; add tags to the columns, or set the probability to 0")
+    if tags:
+        tags_of(record)
 
 
 def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:

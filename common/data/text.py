@@ -23,6 +23,8 @@ NAMES = ((SOT, EOT), ("<start_of_text>", "<end_of_text>"))  # OpenAI's and Huggi
 WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MOST_IDS = 2**24
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
+PARTS = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")  # of a tokenizer's config
+EXTRAS = ("additional_special_tokens", "extra_special_tokens")  # lists there, or tokens by name
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # a folder with one of these has a tokenizer
 Merges = list[tuple[str, str]]
 
@@ -191,18 +193,22 @@ def _padded(text: str, cleaned: str) -> str:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, `added`, the AddedToken of each id, and
-    `special`, the tokens with another part, such as padding.
+    """Reads transformers' files about a tokenizer: `bos_token` and `eos_token`, `added`, the AddedToken of each id,
+    `special`, the tokens with another part, such as padding, and `extra`, further special ones.
 
-    As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json.
+    As in transformers, the `added_tokens_decoder` of tokenizer_config.json replaces added_tokens.json and
+    special_tokens_map.json; without it, what the map says stands for what the config says.
     """
-    found: dict[str, Any] = {"added": {}, "special": []}
+    found: dict[str, Any] = {"added": {}, "extra": []}
+    parts, decoded = dict[str, Any](), False
     if (file := folder / "added_tokens.json").is_file():
         for content, i in read_json(file).items():
             if not isinstance(i, int):
                 raise InputError(f"{file.name}: {content!r} has id {i!r}; it must be a whole number")
             found["added"][i] = tokenizers.AddedToken(content, normalized=True)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name == "special_tokens_map.json" and decoded:
+            break
         theirs = read_json(folder / name) if (folder / name).is_file() else {}
         for end in ("bos_token", "eos_token"):
             if (token := theirs.get(end)) is not None:
@@ -210,9 +216,10 @@ def read_about(folder: Path) -> dict[str, Any]:
                 if not isinstance(token, str):
                     raise InputError(f"{name}: {end} is {theirs[end]!r}; it must be a token")
                 found[end] = token
-        for part in ("pad_token", "unk_token"):
-            token = theirs.get(part)
-            found["special"].append(token.get("content") if isinstance(token, dict) else token)
+        parts |= {part: _content(theirs[part]) for part in PARTS if theirs.get(part)}
+        for part in EXTRAS:
+            given = theirs.get(part) or []
+            found["extra"] += map(_content, given.values() if isinstance(given, dict) else given)
         if decoder := theirs.get("added_tokens_decoder"):
             fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             try:
@@ -221,7 +228,12 @@ def read_about(folder: Path) -> dict[str, Any]:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 shown = str(decoder)[:80]
                 raise InputError(f"{name}: added_tokens_decoder is {shown}; it must hold a token by id") from error
-    return found
+            decoded = True
+    return found | {"special": list(parts.values())}
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -234,6 +246,9 @@ def completed(bpe: tokenizers.Tokenizer, about: Mapping[str, Any]) -> tokenizers
             raise InputError(f"the added token {token.content!r} has {what}; use files of one model")
     for content in about.get("special", ()):  # transformers finds them in captions too, such as "!" that pads
         if isinstance(content, str) and content not in NAMES[0] + NAMES[1] and bpe.token_to_id(content) is not None:
+            bpe.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
+    for content in about.get("extra", ()):
+        if isinstance(content, str) and content not in NAMES[0] + NAMES[1]:  # with a new id where it has none
             bpe.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
     if "bos_token" in about and "eos_token" in about:
         for end in (about["bos_token"], about["eos_token"]):

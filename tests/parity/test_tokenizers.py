@@ -92,3 +92,20 @@ def test_a_padding_token_that_is_a_word_is_found_in_captions(where, tmp_path):
     (tmp_path / "saved").mkdir()
     ours.save(tmp_path / "saved")
     assert (Tokenizer.load(tmp_path / "saved")(captions, 20) == ours(captions, 20)).all()
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_special_tokens_are_those_of_the_file_that_counts(decoder, tmp_path):
+    """The map without an added_tokens_decoder, else the config; further special tokens have an id."""
+    model = json.loads(Tokenizer.clip()._bpe.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]))
+    end = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    known = {49406: "<|startoftext|>", 49407: "<|endoftext|>", 49408: "<x-y>"}
+    tokens = {str(i): dict(content=token, special=True, normalized=False) for i, token in known.items()}
+    about = dict(tokenizer_class="CLIPTokenizer", **end, pad_token="<|endoftext|>", extra_special_tokens=["<x-y>"])
+    about |= {"added_tokens_decoder": tokens} if decoder else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({**end, "pad_token": "!"}))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert_the_same(ours, theirs, ["a cat!", "a <x-y> and x-y", "! !"])

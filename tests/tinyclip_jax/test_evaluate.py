@@ -76,6 +76,38 @@ def test_names_and_labels_that_are_not_there_are_refused_in_one_line(weights, pi
     assert "alone has one class, 'ant', which is always right" in said and said.count("\n") == 1
 
 
+def test_identifiers_make_no_prompts(weights, pictures, tmp_path, capsys):
+    for name, other in (("ant", "n01440764"), ("bee", "n01443537")):
+        shutil.copytree(pictures / name, tmp_path / other)
+    assert zeroshot(weights, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "its classes are called 'n01440764' and so on, which make no prompts: give --classes imagenet" in said
+
+
+def test_what_has_no_effect_is_refused(weights, pictures, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    names = ["--classes", str(tmp_path / "names.txt")]
+    assert main(["eval", str(weights), "--data", str(pictures), *names]) == 2
+    assert "classes has no effect on retrieval: set task to zeroshot" in capsys.readouterr().err
+    assert main(["eval", str(weights), "--suite", str(tmp_path), *names]) == 2
+    assert "--classes has no effect with --suite" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"classes is the text 'names\.txt': give a list of strings"):
+        Words.of("names.txt", None)
+
+
+def test_the_column_of_the_class_is_named(weights, tmp_path, capsys):
+    columns = {"image": [picture(i) for i in range(4)], "fine_label": ["ant", "bee", "ant", "cat"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert zeroshot(weights, tmp_path / "a.parquet") == 2
+    assert "has no column 'label'; did you mean 'fine_label'?" in capsys.readouterr().err
+    assert zeroshot(weights, tmp_path / "a.parquet", "--label", "fine_label", "--classes", names_of(tmp_path)) == 0
+
+
+def names_of(folder):
+    (folder / "names.txt").write_text("ant\nbee\ncat\n")
+    return folder / "names.txt"
+
+
 def test_two_classes_of_one_name_are_said(weights, tmp_path, capsys):
     data = shard(tmp_path / "0.tar", [("0.png", picture(0)), ("0.cls", b"0")])
     (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")

@@ -152,6 +152,8 @@ def test_open_clips_fields_that_change_nothing_are_passed_over(harmless, read, p
     [
         (text_cfg(pool_type="none"), "text_cfg: pool_type is 'none'"),
         (text_cfg(embed_cls=True), "text_cfg: embed_cls is True"),
+        (text_cfg(tokenizer_kwargs={"clean": "whitespace"}), "text_cfg: tokenizer_kwargs: clean is 'whitespace'"),
+        (text_cfg(tokenizer_kwargs={"reduction_mask": "shuffle"}), "tokenizer_kwargs: reduction_mask is 'shuffle'"),
         (text_cfg(proj_bias=True), "text_cfg: proj_type with proj_bias is affine, and the weights have linear"),
         (text_cfg(proj_type="mlp"), "text_cfg: proj_type is 'mlp'"),
         (text_cfg(ls_init_value=0.1), "text_cfg: ls_init_value is 0.1, and the weights have None"),

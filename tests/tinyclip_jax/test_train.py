@@ -182,6 +182,15 @@ def test_embeddings_that_are_no_columns_are_missed_in_one_line(named, missing, t
     assert capsys.readouterr().err == said
 
 
+def test_an_embedding_that_is_text_is_refused(tmp_path, capsys):
+    rows = [{"image": b"", "caption": f"caption {i}", **dict.fromkeys(TARGETS, "[1.0, 0.0]")} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    flags = ["--teacher", "embeddings", "--loss.alpha", "1", "--data.path", str(tmp_path / "pairs.parquet")]
+    flags += ["--data.split", "", "--data.columns", *TARGETS]
+    assert main(["train", "tinyclip/smoke", "--run", str(tmp_path / "run"), *flags]) == 2
+    assert "teacher_image is '[1.0, 0.0]'; a teacher embedding is a list of numbers" in capsys.readouterr().err
+
+
 def test_one_stored_embedding_is_not_that_of_several_captions(tmp_path, capsys):
     pixels, vector = io.BytesIO(), [1.0] * 256
     Image.new("RGB", (60, 60)).save(pixels, "PNG")

@@ -17,10 +17,11 @@ Found = os.DirEntry[str] | Entry
 
 
 class FolderSource:
-    """Pictures in a folder: a sub-folder per class, or one folder, with .txt captions of the same names or none.
+    """Pictures in a folder: a sub-folder per class, or one folder; with .txt captions of the same names or none.
 
-    With classes, `text` is the class name, `label` its number in alphabetical order, and `classes` the names. Symlinks
-    are followed, hidden files and folders are not read, and a remark counts the files that were left out.
+    In sub-folders, `label` is the number of the class in alphabetical order, `classes` are the names, and `text` is the
+    class name where there are no captions. Symlinks are followed, hidden files and folders are not read, and a remark
+    counts the files that were left out.
     """
 
     def __init__(self, root: AnyPath, cfg: SourceConfig):
@@ -28,20 +29,19 @@ class FolderSource:
             require([cfg.split], sorted(e.name for e in _entries(root) if _is_open_folder(e)), root, "split")
             root = root / cfg.split
         folders = sorted(entry.name for entry in _entries(root) if _is_open_folder(entry))
-        splits = [name for name in folders if name in SPLITS]
+        splits = [name for name in folders if name.casefold() in SPLITS]
         if splits and (len(splits) > 1 or splits == folders):
             raise InputError(f"{root} has the splits {', '.join(splits)}: say which one with split")
         left_out: Counter[str] = Counter()
         files = [entry for entry in _entries(root) if not _is_open_folder(entry)]
-        flat = _pictures(files, root, left_out)
+        texts: set[str] = set()
+        flat = _pictures(files, root, left_out, texts)
         if flat and folders:
             raise InputError(f"{root} has pictures and sub-folders: keep one sub-folder per class, or one folder")
-        by_class = {name: _pictures(_walk(root / name, (_identity(root),)), root, left_out) for name in folders}
+        by_class = {name: _pictures(_walk(root / name, (_identity(root),)), root, left_out, texts) for name in folders}
         names = flat or [picture for pictures in by_class.values() for picture in pictures]
-        texts = {entry.name for entry in files}
-        captioned = [name for name in flat if Path(name).with_suffix(".txt").name in texts]
-        if captioned:
-            left_out[".txt"] -= len({Path(name).stem for name in captioned})
+        captioned = [name for name in names if _caption(name) in texts]
+        left_out[".txt"] -= len({_caption(name) for name in captioned})
         seen = _counts(left_out)
         if not names:
             found = f"only {seen}" if seen else "it is empty"
@@ -50,10 +50,13 @@ class FolderSource:
         if "label" in cfg.columns and not folders:
             raise InputError(f"{root} has no column 'label': its pictures need a sub-folder for each class")
         require(cfg.columns, ["label"] if folders else [], root)
-        if captioned and cfg.text and len(captioned) < len(flat):
-            bare = min(set(flat) - set(captioned))
-            missing = Path(bare).with_suffix(".txt")
-            raise InputError(f"{root / bare} has no caption, though others have: {missing} is missing")
+        if captioned and cfg.text and len(captioned) < len(names):
+            bare = min(set(names) - set(captioned))
+            raise InputError(f"{root / bare} has no caption, though others have: {_caption(bare)} is missing")
+        tables = sorted(entry.name for entry in files if Path(entry.name).suffix in (".txt", ".csv", ".tsv", ".token"))
+        if cfg.text and not captioned and len(folders) == 1 and tables:
+            needed = "if it has their captions, make it a .csv or .tsv with a header, and give that as the data"
+            raise InputError(f"{root}: one folder of pictures and {tables[0]}, which is not read: {needed}")
         if seen:
             remark(f"{root}: left out {seen}; pictures end in {', '.join(PICTURES)}")
         if empty := [name for name, pictures in by_class.items() if not pictures]:
@@ -74,14 +77,14 @@ class FolderSource:
         record = Record(key=str(file))
         if self._cfg.image:
             record["image"] = read(file)
+        if self.classes:
+            label = self.label(index)
+            record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
         if self._captioned:
             try:
                 record["text"] = caption_lines(read(file.with_suffix(".txt")))
             except UnicodeDecodeError as error:
                 raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}") from error
-        elif self.classes:
-            label = self.label(index)
-            record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
         return record
 
     def key(self, index: int) -> str:
@@ -132,8 +135,14 @@ def _walk(folder: AnyPath | str, above: tuple[object, ...]) -> Iterator[Found]:
             yield entry
 
 
-def _pictures(entries: Iterable[Found], root: AnyPath, left_out: Counter[str]) -> list[str]:
-    """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`."""
+def _caption(picture: str) -> str:
+    return Path(picture).with_suffix(".txt").as_posix()
+
+
+def _pictures(entries: Iterable[Found], root: AnyPath, left_out: Counter[str], texts: set[str]) -> list[str]:
+    """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`, and adds the
+    .txt among them to `texts`.
+    """
     found = []
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()
@@ -144,6 +153,8 @@ def _pictures(entries: Iterable[Found], root: AnyPath, left_out: Counter[str]) -
             found.append(_below(entry.path, root))
         else:
             left_out[suffix or "without extension"] += 1
+            if entry.name.endswith(".txt"):
+                texts.add(_below(entry.path, root))
     return sorted(found)
 
 

@@ -11,7 +11,7 @@ from heirloom.common.data.reading import retried
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import AnyPath, join
 
-SPLITS = ("train", "test", "val", "valid", "validation", "dev")
+SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 LONGEST = 2**12  # characters of a path
 Record = dict[str, Any]
 
@@ -67,7 +67,7 @@ def require(names: Iterable[str], available: Sequence[str], where: object, kind:
 def value(cell: object, key: str, column: str) -> object:
     """Converts a cell of a further column: numbers to float32 and int32 arrays, bytes to text; text is unchanged.
 
-    Raises InputError for a whole number that does not fit int32, and for bytes that are not text.
+    Raises InputError for a whole number that does not fit int32, bytes that are not text, and rows of other lengths.
     """
     if isinstance(cell, bytes):
         try:
@@ -76,7 +76,11 @@ def value(cell: object, key: str, column: str) -> object:
             raise InputError(f"{key}: {column!r} is not UTF-8 text: {error}") from error
     if isinstance(cell, list) and (not cell or isinstance(cell[0], str)):
         return cell
-    array = np.asarray(cell)
+    try:
+        array = np.asarray(cell)
+    except ValueError as error:
+        needed = "rows of different lengths make no array; leave the column out, or store it as text"
+        raise InputError(f"{key}: {column!r} is {str(cell)[:40]}: {needed}") from error
     if array.dtype.kind in "iub":
         whole = array.astype(np.int32)
         if not np.array_equal(whole, array):
@@ -98,6 +102,16 @@ def captions(text: object, key: str) -> str | list[str]:
         return text
     needed = "a caption must be a string, or a list of strings that is not empty"
     raise InputError(f"{key}: its caption is {str(text)[:60]}; {needed}")
+
+
+def tags_of(record: Record) -> list[str]:
+    """Returns the tags of a record. Raises InputError for a record without, and for anything but a list of strings."""
+    tags, key = record.get("tags"), record["key"]
+    if tags is None:
+        raise InputError(f"{key} has no tags to append; add tags to the columns, or set the probability to 0")
+    if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
+        return tags
+    raise InputError(f"{key}: its tags are {str(tags)[:40]!r}; store a list of strings (.parquet, or .json in shards)")
 
 
 def caption_lines(data: bytes) -> str | list[str]:

@@ -90,9 +90,9 @@ def _folder(folder: AnyPath, cfg: SourceConfig) -> Source:
 
 
 def _parquet(folder: AnyPath) -> list[Any]:
-    """Returns the parquet files of a folder, except those that img2dataset writes next to shards of the same names."""
+    """Returns the parquet files of a folder, except those of img2dataset, next to shards or folders of their names."""
     shards = {shard.stem for shard in _visible(folder, "*.tar")}
-    files = [file for file in _visible(folder, "*.parquet") if file.stem not in shards]
+    files = [f for f in _visible(folder, "*.parquet") if f.stem not in shards and not (folder / f.stem).is_dir()]
     return files or _visible(folder, "data/*.parquet")
 
 

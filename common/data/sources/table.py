@@ -31,8 +31,8 @@ class CsvSource:
                 data.seek(0)
                 rows = self._rows(data)
                 self._header = next(rows, [])
-                if len(self._header) == 1 and ";" in self._header[0]:
-                    raise InputError(f"{file}: its columns are separated by semicolons; save it with commas or tabs")
+                if len(self._header) == 1 and (other := next((c for c in ";|" if c in self._header[0]), "")):
+                    raise InputError(f"{file}: its columns are separated by {other!r}; save it with commas or tabs")
                 wanted = (cfg.image, cfg.text, *cfg.columns, "split" if cfg.split else "")
                 require([column for column in wanted if column], self._header, file)
                 if doubled := [column for column in wanted if column and self._header.count(column) > 1]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ from heirloom.common.data.sources.record import (
     value,
 )
 from heirloom.common.data.tar_index import STEM, Index, index_shard, known_index, read_span
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import AnyPath
 
 
@@ -62,12 +62,12 @@ class TarSource:
         cfg, key = self._cfg, shard.key(row)
         record, fields = Record(key=key), dict[str, Any]()
         if cfg.image:
-            record["image"] = shard.read(next(members[e] for e in PICTURES if e in members))
+            record["image"] = shard.read(members[self._picture(members, key)])
         try:
             if "txt" in members and cfg.text == SourceConfig.text:
                 fields[cfg.text] = caption_lines(shard.read(members["txt"]))
             if "cls" in members:
-                fields["label"] = record["label"] = _label(shard.read(members["cls"]).decode("utf-8-sig").strip())
+                fields["label"] = _label(shard.read(members["cls"]).decode("utf-8-sig").strip())
             if "json" in members and not {cfg.text, *cfg.columns} - {""} <= fields.keys():
                 fields = _object(shard.read(members["json"]), key) | fields
         except (ValueError, RecursionError) as error:
@@ -75,6 +75,17 @@ class TarSource:
         require([cfg.text, *cfg.columns], list(fields), key)
         record |= {c: value(fields[c], key, c) for c in cfg.columns}
         return record | ({"text": captions(fields[cfg.text], key)} if cfg.text else {})
+
+    def _picture(self, members: Collection[str], key: str) -> str:
+        """Returns the ending of the picture of a sample."""
+        found = [ending for ending in PICTURES if ending in members]
+        if self._cfg.image != SourceConfig.image:
+            require([self._cfg.image], found, key, "picture")
+            return self._cfg.image
+        if len(found) > 1:
+            both = " and ".join(found)
+            remark(f"{self._shards[0].parent}: samples have {both}; {found[0]} is read, unless image names another")
+        return found[0]
 
     def key(self, index: int) -> str:
         """Returns the shard and the name of the sample, or its number, counted from 0, when the index is gone."""
@@ -95,7 +106,7 @@ class TarSource:
 
 def _sidecar(shard: AnyPath, name: str) -> Any:
     """Finds a file that comes with the shards."""
-    folders = (shard.parent, shard.parent.parent) if shard.parent.name in SPLITS else (shard.parent,)
+    folders = (shard.parent, shard.parent.parent) if shard.parent.name.casefold() in SPLITS else (shard.parent,)
     files = (folder / name for folder in folders)
     return next((file for file in files if file.is_file()), None)
 

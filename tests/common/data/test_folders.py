@@ -103,6 +103,35 @@ def test_a_caption_a_line(tmp_path, picture):
     assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [["one", "two", last], "only", ""]
 
 
+def test_captions_in_sub_folders_are_read(tmp_path, picture, remarks):
+    """As img2dataset writes files, with a .parquet for each folder."""
+    write(tmp_path, picture, "00000/1.png", "00000/2.png", "00001/3.png")
+    (tmp_path / "00000.parquet").write_bytes(b"of urls")
+    for i, name in enumerate(("00000/1.txt", "00000/2.txt")):
+        (tmp_path / name).write_text(f"picture {i}")
+    with pytest.raises(InputError, match=r"00001/3\.png has no caption, though others have: 00001/3\.txt is missing"):
+        open_source(SourceConfig(str(tmp_path)))
+    assert [int(r["label"]) for r in open_source(SourceConfig(str(tmp_path), text=""))] == [0, 0, 1]
+    (tmp_path / "00001/3.txt").write_text("picture 2")
+    source = open_source(SourceConfig(str(tmp_path)))
+    assert [r["text"] for r in source] == ["picture 0", "picture 1", "picture 2"]
+    assert not any(".txt" in said for said in remarks())
+
+
+def test_a_table_beside_one_folder_is_not_passed_over(tmp_path, picture):
+    write(tmp_path, picture, "Images/1.png")
+    (tmp_path / "captions.txt").write_text("image,caption\n1.png,a dog\n")
+    with pytest.raises(InputError, match=r"one folder of pictures and captions\.txt, which is not read: if it has"):
+        open_source(SourceConfig(str(tmp_path)))
+    assert len(open_source(SourceConfig(str(tmp_path), text=""))) == 1
+
+
+def test_splits_may_be_spelled_with_capitals(tmp_path, picture):
+    write(tmp_path, picture, "Training/a/1.png", "Test/a/2.png")
+    with pytest.raises(InputError, match="has the splits Test, Training: say which one with split"):
+        open_source(SourceConfig(str(tmp_path)))
+
+
 def test_a_split_is_a_sub_folder_of_any_form(tmp_path, write_tar):
     for split, count in (("train", 5), ("test", 2)):
         (tmp_path / split).mkdir()

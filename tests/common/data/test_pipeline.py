@@ -216,6 +216,8 @@ def test_loud_failures(tokenizer):
         Augment(PRE, tokenizer, 16).check(Bare(20)[0])
     with pytest.raises(InputError, match="bare 0 has no tags"):
         Augment(PRE, None, 16, tags=0.5).check(Bare(20)[0])
+    with pytest.raises(InputError, match="bare 0: its tags are 'dog, red'; store a list of strings"):
+        Augment(PRE, None, 16, tags=0.5).check(Bare(20)[0] | {"tags": "dog, red"})
 
 
 def test_evaluation_is_in_order_and_complete(tokenizer):

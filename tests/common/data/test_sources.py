@@ -105,9 +105,10 @@ def test_a_crooked_table(tmp_path):
     (tmp_path / "a.csv").write_text("image,caption\n")
     with pytest.raises(InputError, match="has no sample"):
         open_source(SourceConfig(str(tmp_path / "a.csv")))
-    (tmp_path / "a.csv").write_text("image;caption\na.png;one\n")
-    with pytest.raises(InputError, match=r"a\.csv: its columns are separated by semicolons; save it with"):
-        open_source(SourceConfig(str(tmp_path / "a.csv")))
+    for other in ";|":
+        (tmp_path / "a.csv").write_text(f"image{other}caption\na.png{other}one\n")
+        with pytest.raises(InputError, match=rf"a\.csv: its columns are separated by '\{other}'; save it with"):
+            open_source(SourceConfig(str(tmp_path / "a.csv")))
 
 
 # Tar shards
@@ -138,7 +139,8 @@ def test_captions_of_a_shard(tmp_path, write_tar):
         open_source(SourceConfig(only_txt, text="recaption"))[0]
     only_json = str(write_tar(tmp_path / "b.tar", 0, 3, ("png", "json")))
     assert open_source(SourceConfig(only_json))[2]["text"] == "json 2"
-    classes = open_source(SourceConfig(str(write_tar(tmp_path / "c.tar", 0, 6, ("png", "cls"))), text=""))
+    shard = str(write_tar(tmp_path / "c.tar", 0, 6, ("png", "cls")))
+    classes = open_source(SourceConfig(shard, text="", columns=("label",)))
     assert [int(r["label"]) for r in classes] == [0, 1, 2, 0, 1, 2]
 
 
@@ -176,7 +178,29 @@ def test_a_class_is_a_whole_number_or_a_name(tmp_path, picture, text, label):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert open_source(SourceConfig(str(tmp_path / "0.tar"), text=""))[0]["label"] == label
+    assert open_source(SourceConfig(str(tmp_path / "0.tar"), text="", columns=("label",)))[0]["label"] == label
+
+
+def test_one_of_several_pictures_of_a_sample(tmp_path, picture, grey, remarks):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("0.jpg", picture(10, form="JPEG")), ("0.png", picture(200)), ("0.txt", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    shard = str(tmp_path / "0.tar")
+    assert grey(open_source(SourceConfig(shard))[0]["image"]) == 10
+    assert "samples have jpg and png; jpg is read, unless image names another" in remarks()[-1]
+    assert grey(open_source(SourceConfig(shard, image="png"))[0]["image"]) == 200
+    with pytest.raises(InputError, match=r"has no picture 'webp' \(it has jpg, png\)"):
+        open_source(SourceConfig(shard, image="webp"))[0]
+    assert "label" not in open_source(SourceConfig(shard))[0]
+
+
+def test_rows_of_different_lengths_are_named(tmp_path, picture):
+    rows = [{"image": picture(0), "caption": "a cat", "boxes": [[1.0, 2.0], [3.0]]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"row 0: 'boxes' is .*: rows of different lengths make no array"):
+        open_source(SourceConfig(str(tmp_path / "a.parquet"), columns=("boxes",)))[0]
 
 
 def test_a_sample_without_a_picture(tmp_path, write_tar):

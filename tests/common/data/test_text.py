@@ -168,6 +168,23 @@ def test_added_tokens_of_old_files(clip, tmp_path):
         Tokenizer.load(tables(clip, tmp_path / "apart", added_tokens={"<x>": 50000}))
 
 
+def test_the_map_counts_where_the_config_has_no_added_tokens(clip, tmp_path):
+    """As in transformers: then what it says stands for what the config says."""
+    end = dict(bos_token=SOT, eos_token=EOT, unk_token=EOT)
+    stale = dict(special_tokens_map={**end, "pad_token": "!"})
+    files = dict(tokenizer_config={**end, "pad_token": EOT}, **stale)
+    assert Tokenizer.load(tables(clip, tmp_path / "map", **files))("a!", 4).tolist() == [[49406, 320, 0, 49407]]
+    decoder = {"added_tokens_decoder": {"49406": {"content": SOT}, "49407": {"content": EOT}}}
+    files = dict(tokenizer_config={**end, **decoder, "pad_token": EOT}, **stale)
+    assert Tokenizer.load(tables(clip, tmp_path / "config", **files))("a!", 4).tolist() == [[49406, 320, 256, 49407]]
+
+
+def test_further_special_tokens_get_ids(clip, tmp_path):
+    about = dict(bos_token=SOT, eos_token=EOT, additional_special_tokens=["<x-y>"])
+    more = Tokenizer.load(tables(clip, tmp_path / "more", tokenizer_config=about))
+    assert more("a <x-y>", 5).tolist() == [[49406, 320, 49408, 49407, 0]] and more.vocab_size == 49409
+
+
 def test_start_and_end_have_the_names_their_config_gives_them(clip, tmp_path):
     vocab = {"<bos>": 0, "<eos>": 1, "a</w>": 2, "b</w>": 3, "a": 4, "b": 5}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -181,7 +198,8 @@ def test_start_and_end_have_the_names_their_config_gives_them(clip, tmp_path):
     assert (named.sot, named.eot, named.largest_word) == (0, 1, 5)
     assert named("A b", 5).tolist() == [[0, 2, 3, 1, 0]]
     assert Tokenizer.load(named.save(tmp_path))("A b", 5).tolist() == [[0, 2, 3, 1, 0]]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<end>"}))
     with pytest.raises(InputError, match="the vocabulary has no '<end>'"):
         Tokenizer.load(tmp_path)
 

@@ -152,6 +152,30 @@ def test_text_files_that_are_not_lines(tmp_path, data, message):
         read_lines(tmp_path / "t.txt")
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{0: 'tench',\n1: 'goldfish'}", "it is code"),
+        ("lambda c: f'a {c}.',\nlambda c: f'the {c}.',", "it is code"),
+        ("'tench',\n'goldfish'", "its entries are quoted"),
+        ("n01440764 tench, Tinca tinca\nn01443537 goldfish", "its entries have identifiers"),
+        ("0 tench\n1 goldfish", "its entries are numbered"),
+        ("id,name\n0,tench", "it begins with a header"),
+        ("class_name\ntench\ngoldfish", "it begins with a header"),
+    ],
+)
+def test_lists_with_more_than_their_entries_are_refused(tmp_path, text, what):
+    (tmp_path / "t.txt").write_text(text)
+    with pytest.raises(InputError, match=rf"t\.txt: {what} .*; write one entry a line and nothing else"):
+        read_lines(tmp_path / "t.txt")
+
+
+@pytest.mark.parametrize("text", ["0\n1\n2", "2 of clubs\n3 of clubs", "name tag\ncat", "n01440764", "{} 1: one"])
+def test_entries_that_only_look_like_it(tmp_path, text):
+    (tmp_path / "t.txt").write_text(text)
+    assert read_lines(tmp_path / "t.txt") == tuple(text.split("\n"))
+
+
 def test_braces_are_a_template(tmp_path):
     (tmp_path / "t.txt").write_text("{}\n")
     assert read_lines(tmp_path / "t.txt") == ("{}",)
