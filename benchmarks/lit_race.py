@@ -32,7 +32,7 @@ from lit_jax.dit import DitConfig
 from lit_jax.losses import DistillConfig
 from lit_jax.train import Config
 
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SWEEP_SEED, DONOR_SEED = 100, 200
 PLATEAU = 0.02  # share of the error that twice the steps still take off
 EQUAL = 0.1  # share of the donor's steps at which the small questions are asked
