@@ -163,9 +163,9 @@ def command(args: Namespace) -> dict[str, Any]:
         stacked = next((one.name for one in best if "@" in one.name), None)
         if stacked:
             raise InputError(f"--unfreeze: {stacked} is a part of a tensor, which cannot be trained without the rest")
-        if one := next((one.name for one in best if ONE_EXPERT.search(one.name)), None):
+        if expert := next((one.name for one in best if ONE_EXPERT.search(one.name)), None):
             joined = "transformers 5 joins the experts of a layer when it loads them, and no pattern matches these then"
-            remark(f"--unfreeze: {one} is one expert: {joined}")
+            remark(f"--unfreeze: {expert} is one expert: {joined}")
         with staged(args.unfreeze, force=args.force) as file:
             file.write_text(unfrozen(best), encoding="utf-8")
     width = max(len(one.name) for one in best)
