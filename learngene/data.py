@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, bad_records
+from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, WrongData, bad_records
 from heirloom.common.data.labelled import Names, open_labelled
 from heirloom.common.data.pictures import decode_record
 from heirloom.common.data.pipeline import PipelineConfig
@@ -27,10 +27,14 @@ LOGITS = "teacher_logits"  # the column of a teacher's cached logits
 
 @dataclass(frozen=True)
 class Example:
-    """Turns a record into `image` uint8 [(views,) size, size, 3], `label` int32, and teacher's logits if any."""
+    """Turns a record into `image` uint8 [(views,) size, size, 3], `label` int32, and teacher's logits if any.
+
+    classes: number of the logits. Raises WrongData for another number of them.
+    """
 
     cfg: AugmentConfig
     pre: Preprocess
+    classes: int
 
     @cached_property
     def randaugment(self) -> RandAugment | None:
@@ -41,7 +45,19 @@ class Example:
         picture = decode_record(record, self.pre.background)
         views = [self.view(picture, rng) for _ in range(self.cfg.views)]
         example = {"image": views[0] if len(views) == 1 else np.stack(views), "label": np.int32(record["label"])}
-        return example | ({LOGITS: np.asarray(record[LOGITS], np.float32)} if LOGITS in record else {})
+        return example | ({LOGITS: self.logits(record)} if LOGITS in record else {})
+
+    def logits(self, record: Record) -> np.ndarray:
+        """The teacher's logits of a record, f32 [classes]."""
+        try:
+            found = np.asarray(record[LOGITS], np.float32)
+        except (TypeError, ValueError):  # text, or rows of several lengths
+            found = None
+        if found is None or found.shape != (self.classes,):
+            given = repr(record[LOGITS])[:40] if found is None else f"numbers of shape {list(found.shape)}"
+            needed = f"the student has {self.classes} classes: store a list of {self.classes} numbers for each picture"
+            raise WrongData(f"{record['key']}: its {LOGITS} are {given}, and {needed}")
+        return found
 
     def view(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
         size = self.pre.size

@@ -3,15 +3,18 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError, remark
 from heirloom.common.train import recipe
 from heirloom.common.vit.model import VitConfig, counts
 from learngene.config import Config
 from learngene.expand import layer_map
 from learngene.inputs import preprocess_of
+from learngene.train import inherited_sidecars
 from learngene.zoo import FAMILY
 
 
@@ -24,8 +27,19 @@ def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
         raise InputError(f"{donor.path} is a {donor.family.name}: give a gene or a ViT")
     layers = counts(args.map, "--map") if args.map else ()
     student = descendant(donor.cfg, args.depth, size=args.size, classes=args.classes, layers=layers)
-    cfg = Config(student=student, layers=layers, preprocess=preprocess_of(donor).announced(), seed=args.seed)
-    return recipe.inherit(cfg, cfg.parts(), args.destination, donor=donor, force=args.force)
+    pre = preprocess_of(donor).announced()
+    cfg = Config(student=student, layers=layers, preprocess=pre, seed=args.seed)
+    sidecars = partial(inherited_sidecars, cfg, pre=preprocess_for(pre, student, args.size))
+    parts = replace(cfg.parts(), inherited_sidecars=sidecars)
+    return recipe.inherit(cfg, parts, args.destination, donor=donor, force=args.force)
+
+
+def preprocess_for(pre: Preprocess, student: VitConfig, size: int | None) -> Preprocess:
+    """The gene's preprocessing for a descendant. size: that was asked for, or None.
+
+    A model of any size keeps its gene's: DINOv2 has positions for 518 pixels and reads 224.
+    """
+    return pre if student.any_size and size is None else pre.at(student.size)
 
 
 def descendant(

@@ -26,6 +26,7 @@ from learngene.convnet import ConvConfig
 from learngene.data import Evaluation, evaluation
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of
+from learngene.problem import check_one_class, problem_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not donor.cfg.classes:
         raise InputError(f"{donor.path} has no head, and accuracy needs one: give a model with a classifier")
+    check_one_class(problem_of(donor), str(donor.path), "accuracy needs")
     if not args.data:
         raise InputError("no data is named: give --data, labelled pictures, such as a folder with one for each class")
     found, mesh = preprocess_of(donor), start(MeshConfig())

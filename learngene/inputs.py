@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.checkpoint.unwrap import open_weights
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import IMAGENET_MEAN, IMAGENET_STD, Found, find, size_of, write
 from learngene.labels import carry_labels
+from learngene.problem import carry_problem
+from learngene.trainer_arguments import preprocessing
 
 CROP = 0.875  # share of the side that ImageNet's evaluation crop keeps: 224 of 256
 IMAGENET = Preprocess(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bicubic", scale=(0.08, 1.0))
@@ -36,6 +39,8 @@ def preprocess_of(donor: Donor) -> Found:
     """
     size = (size_of(donor.folder) if getattr(donor.cfg, "any_size", False) else None) or donor.cfg.size
     assumed, whose = IMAGENET.at(size).cropped(CROP), "ImageNet's"
+    if donor.format == "deit":
+        assumed, whose = preprocessing(open_weights(donor.file).about, assumed, whose)
     kind: Any = "vit" if donor.format == "google" else ""
     if donor.format in ("hf", "flax"):
         kind = read_json(donor.folder / "config.json").get("model_type")
@@ -51,6 +56,7 @@ def preprocess_of(donor: Donor) -> Found:
 
 
 def sidecars(donor: Donor, destination: Path, format: str) -> None:
-    """Write the preprocessing and class names of a checkpoint into another folder, as files of `format`."""
+    """Write preprocessing, class names and the kind of outputs into another folder, as files of `format`."""
     write(preprocess_of(donor).announced(), destination, format)
     carry_labels(donor, destination, format)
+    carry_problem(donor, destination, format)

@@ -17,7 +17,7 @@ from heirloom.common.data.labelled import write_labels
 from heirloom.common.data.pictures import Picture
 from heirloom.common.data.preprocess import Preprocess, eval_images
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.model import Loaded, inherited
 from heirloom.common.notebook.run import Trained, configured, new_folder
@@ -33,11 +33,12 @@ from learngene.config import Config
 from learngene.convnet import ConvConfig
 from learngene.data import evaluation
 from learngene.demo import figure_of
-from learngene.descendant import descendant
+from learngene.descendant import descendant, preprocess_for
 from learngene.evaluate import scorer
 from learngene.expand import expansion
 from learngene.inputs import preprocess_of
 from learngene.labels import labels_of
+from learngene.problem import check_one_class, problem_of, said_of, write_problem
 from learngene.zoo import FAMILY, open_classifier
 
 
@@ -45,12 +46,14 @@ from learngene.zoo import FAMILY, open_classifier
 class Pretrained(Loaded):
     """A classifier with its preprocessing: a ViT, a gene (which computes as its auxiliary net), or a convnet.
 
-    classes: the names of the classes, in the order of the logits; None where unknown.
+    classes: the names of the classes, in the order of the logits; None where unknown. problem: what the outputs are,
+    where a picture does not have one class of several (`problem_of`).
     """
 
     cfg: VitConfig | ConvConfig
     pre: Preprocess
     classes: tuple[str, ...] | None = None
+    problem: str = ""
 
     @property
     def family(self) -> Family:
@@ -59,16 +62,19 @@ class Pretrained(Loaded):
     def predict(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """Probabilities [n, classes] f32 of pictures: files, bytes, PIL images, uint8 arrays; one or several.
 
-        Raises InputError for a picture that cannot be read, and for a model without a classifier.
+        Raises InputError for a picture that cannot be read, for a model without a classifier, and for one that does not
+        give a picture one class of several.
         """
         if not self.cfg.classes:
             raise InputError("this model has no classifier: expand it with classes=N and train it")
+        check_one_class(self.problem, "this model", "probabilities need")
         return np.asarray(self._probabilities(self.params, eval_images(images, self.pre)))
 
     def _sidecars(self, folder: Path) -> None:
         self.pre.save(folder)
         if self.classes is not None:
             write_labels(folder, self.classes)
+        write_problem(self.problem, folder, "heirloom")
 
     def _about(self) -> dict[str, str]:
         c = self.cfg
@@ -93,6 +99,8 @@ def load(source: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     """
     donor = open_classifier(str(source), **overrides)
     about: dict[str, Any] = dict(pre=preprocess_of(donor).announced(), classes=labels_of(donor), source=str(source))
+    remark(said_of(problem := problem_of(donor)))
+    about |= dict(problem=problem)
     return Pretrained(cfg=donor.cfg, model=donor.model, params=load_params(donor, start(MeshConfig())), **about)
 
 
@@ -116,8 +124,9 @@ def expand(
     cfg = descendant(gene.cfg, depth, size=size, classes=classes, layers=tuple(layers))
     model = functional(FAMILY.module, cfg)
     params, record = inherited(gene, expansion(gene.cfg, cfg, tuple(layers)), model, seed)
-    names = gene.classes if cfg.classes == gene.cfg.classes else None
-    about: dict[str, Any] = dict(pre=gene.pre.at(cfg.size), classes=names, provenance=record)
+    same = cfg.classes == gene.cfg.classes
+    head = dict(classes=gene.classes if same else None, problem=gene.problem if same else "")
+    about: dict[str, Any] = dict(pre=preprocess_for(gene.pre, cfg, size), provenance=record) | head
     return Pretrained(cfg=cfg, model=model, params=params, **about)
 
 
@@ -148,6 +157,7 @@ def evaluate(
     data that cannot be read and for a model without a classifier.
     """
     vit = load(model) if isinstance(model, str) else model
+    check_one_class(vit.problem, "this model", "accuracy needs")
     source = SourceConfig(path=os.fspath(data), split=split, image=image, text="")
     held_out = evaluation(source, label, vit.pre, batch, vit.cfg.classes, vit.classes)
     return dict(scorer(vit.family, vit.cfg, held_out, vit.pre, start(MeshConfig()))(vit.params).metrics)

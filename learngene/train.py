@@ -29,8 +29,9 @@ from learngene.config import ADAMW, CACHED, CONVNET_ADAMW, Config, TeacherConfig
 from learngene.data import LOGITS, Evaluation, Example, Resident, columns, decoded, evaluation
 from learngene.evaluate import normalised, scorer
 from learngene.inputs import IMAGENET, preprocess_of
-from learngene.labels import labels_of
+from learngene.labels import carry_labels, labels_of
 from learngene.losses import cross_entropy, distillation
+from learngene.problem import carry_problem, check_one_class, problem_of
 from learngene.zoo import FAMILY, open_classifier, outline
 
 __all__ = ["ADAMW", "CONVNET_ADAMW", "Config", "TeacherConfig", "loss_fn", "parts"]
@@ -74,6 +75,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         inputs = f"{teacher.cfg.size} px and {teacher.cfg.classes} classes"
         given = f"{inputs}, the student {cfg.student.size} px and {classes}"
         raise InputError(f"the teacher has {given}: set student.size and student.classes")
+    if isinstance(teacher, Donor):
+        check_one_class(problem_of(teacher), str(teacher.path), "distillation needs")
     teacher_pre = preprocess_of(teacher).pre if isinstance(teacher, Donor) else IMAGENET
 
     def target(batch: Batch, frozen: Any, pixels: jax.Array) -> jax.Array:
@@ -163,9 +166,15 @@ def labelled(cfg: Config, opened: Opened, data: SourceConfig) -> Labelled:
     return open_labelled(data, cfg.label, cfg.student.classes, class_names(cfg, opened))
 
 
+def trained_names(cfg: Config, opened: Opened) -> tuple[str, ...] | None:
+    """Class names in the order of the student's logits: those of the data, or `class_names`; None for unknown ones."""
+    names = labelled(cfg, opened, cfg.data).classes or class_names(cfg, opened) or ()
+    return names if len(names) == cfg.student.classes and all(name.strip() for name in names) else None
+
+
 def batches(cfg: Config, opened: Opened) -> Data:
     """Training batches, from the source or from arrays on the devices."""
-    data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre)
+    data, example = columns(cfg.data, cfg.teacher == CACHED), Example(cfg.augment, cfg.pre, cfg.student.classes)
     if cfg.storage == "device":
         names = class_names(cfg, opened)
         arrays = decoded(data, cfg.label, cfg.student.classes, example, cfg.pipeline.bad, names)
@@ -190,7 +199,7 @@ def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     """Accuracy on the held-out pictures; None without held-out data."""
     if not cfg.held_out.path:
         return None
-    pictures = held_out(cfg, names=labelled(cfg, opened, cfg.data).classes or None)
+    pictures = held_out(cfg, names=trained_names(cfg, opened))
     return Evaluator(score=scorer(cfg.family, cfg.student, pictures, cfg.pre, opened.mesh))
 
 
@@ -204,21 +213,20 @@ def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) 
 
 
 def sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
-    """Write the preprocessing, and the class names where their order is not the alphabetical one."""
-    data = labelled(cfg, opened, cfg.data) if class_names(cfg, opened) else None
-    if data and data.numbers and list(data.numbers.values()) != list(range(cfg.student.classes)):
-        write_labels(folder, data.classes)
+    """Write the preprocessing, and the class names where they are known."""
+    if (names := trained_names(cfg, opened)) is not None:
+        write_labels(folder, names)
     cfg.pre.save(folder)
 
 
-def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
-    """Write the preprocessing, and the donor's class names if its head is inherited."""
+def inherited_sidecars(cfg: Config, opened: Opened, folder: Path, pre: Preprocess | None = None) -> None:
+    """Write the preprocessing, `pre` or the config's, and what the donor's outputs are if its head is inherited."""
     assert opened.donor is not None
     same = cfg.head == "inherit" and cfg.student.classes == opened.donor.cfg.classes
-    labels = labels_of(opened.donor) if same else None
-    if labels is not None:
-        write_labels(folder, labels)
-    cfg.pre.save(folder)
+    if same:
+        carry_labels(opened.donor, folder, "heirloom")
+        carry_problem(opened.donor, folder, "heirloom")
+    (pre or cfg.pre).save(folder)
 
 
 make_callable(__name__, "learngene.pretrained:train")

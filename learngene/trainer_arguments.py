@@ -1,11 +1,13 @@
 """Read the arguments that the trainers of DeiT, MAE, timm and Lightning save next to the tensors of a ViT."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.data.preprocess import FILTERS, Mode, Preprocess
 from heirloom.common.errors import InputError
 
 _SIZES = ("num_heads", "patch_size", "embed_dim", "depth", "mlp_ratio")
@@ -27,8 +29,7 @@ class Trained:
 
 def trained_as(about: Mapping[str, Any]) -> Trained:
     """Read a trainer's arguments. Raises InputError for arguments that contradict each other or are no plain values."""
-    places = (about.get(place) for place in ("args", "hyper_parameters"))
-    args = next((args for args in places if isinstance(args, Mapping)), {})
+    args = _arguments(about)
     name = next((name for name in (args.get("model"), about.get("arch")) if isinstance(name, str)), "")
     kwargs = args.get("model_kwargs") or {}
     if not isinstance(kwargs, Mapping):
@@ -44,6 +45,34 @@ def trained_as(about: Mapping[str, Any]) -> Trained:
     passed = dict(img_size=size, in_chans=channels, num_classes=classes, global_pool=pool)
     sizes = {name: _one(args, name) for name in _SIZES}
     return Trained(name.partition(".")[0], _set(passed) | _set(kwargs), _set(sizes))
+
+
+def preprocessing(about: Mapping[str, Any], pre: Preprocess, whose: str) -> tuple[Preprocess, str]:
+    """The preprocessing of pictures in timm's arguments, and whose it is; what they leave open is that of `pre`.
+
+    Raises InputError for values that are not supported.
+    """
+    args = _arguments(about)
+    given = {name: _one(args, name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    # One number is of something else: the standard deviation of initial weights, say.
+    listed = {name: isinstance(value, list | tuple) or name not in ("mean", "std") for name, value in given.items()}
+    given = {name: value for name, value in given.items() if value is not None and listed[name]}
+    if not given:
+        return pre, whose
+    fields = Fields(given, "the trainer's arguments next to the tensors")
+    modes: dict[str, Mode] = {"center": "shortest", "squash": "squash", pre.mode: pre.mode}
+    mean, std = (fields.numbers("mean", pre.mean, length=3), fields.numbers("std", pre.std, length=3, above=0))
+    interpolation = fields.choice("interpolation", {name: name for name in FILTERS}, pre.interpolation)
+    mode = fields.choice("crop_mode", modes, pre.mode)
+    found = replace(pre, mean=mean, std=std, interpolation=interpolation, mode=mode)  # type: ignore[arg-type]
+    if "crop_pct" in given:
+        found = found.cropped(fields.number("crop_pct", above=0, most=1))
+    return found, f"{whose}, with {', '.join(given)} of {fields.where},"
+
+
+def _arguments(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    places = (about.get(place) for place in ("args", "hyper_parameters"))
+    return next((args for args in places if isinstance(args, Mapping)), {})
 
 
 def _set(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quant
 
 IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(
-    r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)$|^(wte|wpe|shared|table|relative_attention_bias)$"
+    r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)(_per_layer)?$|^(wte|wpe|shared|table|relative_attention_bias)$"
 )
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a file with each expert in a tensor of its own
 # May hold -inf, and no weights.
 BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")
 ADAPTER = re.compile(r"\.lora_(embedding_)?[AB](\.|$)|\.lora_(down|up)\.|[._]lora\.(down|up)\.")
@@ -162,6 +163,9 @@ def command(args: Namespace) -> dict[str, Any]:
         stacked = next((one.name for one in best if "@" in one.name), None)
         if stacked:
             raise InputError(f"--unfreeze: {stacked} is a part of a tensor, which cannot be trained without the rest")
+        if expert := next((one.name for one in best if ONE_EXPERT.search(one.name)), None):
+            joined = "transformers 5 joins the experts of a layer when it loads them, and no pattern matches these then"
+            remark(f"--unfreeze: {expert} is one expert: {joined}")
         with staged(args.unfreeze, force=args.force) as file:
             file.write_text(unfrozen(best), encoding="utf-8")
     width = max(len(one.name) for one in best)

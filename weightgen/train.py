@@ -82,8 +82,11 @@ def shapes(make: Make) -> Shapes:
     return {name: (x.shape, x.dtype) for name, x in make(np.random.default_rng(0)).items()}
 
 
-def placed(make: Make, mesh: Mesh, seed: int) -> Batches:
-    """An endless, resumable stream: batch n is `make(rng)` with a generator of (seed, n), placed on the mesh."""
+def placed(make: Make, mesh: Mesh, seed: int, zoo: Zoo) -> Batches:
+    """An endless, resumable stream: batch n is `make(rng)` with a generator of (seed, n), placed on the mesh.
+
+    A run goes on with the networks that it began with alone: a zoo may be made again under the same path.
+    """
 
     def start(first: int) -> Iterator[dict[str, Any]]:
         n = first
@@ -92,19 +95,22 @@ def placed(make: Make, mesh: Mesh, seed: int) -> Batches:
             yield {name: _place(x, mesh) for name, x in rows.items()}
             n += 1
 
-    return Batches(start, {"seed": seed})
+    return Batches(start, {"seed": seed, "networks": len(zoo), "zoo": zoo.digest()})
 
 
 def _place(x: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
-def rows_parts(cfg: LoopConfig, make: Make, loss: LossFn, **fields: Any) -> Parts:
-    """The parts of a training on rows that `make` draws, without a teacher. fields: the other fields of `Parts`."""
+def rows_parts(cfg: LoopConfig, make: Make, loss: LossFn, zoo: Zoo, **fields: Any) -> Parts:
+    """The parts of a training on rows of a zoo that `make` draws, without a teacher.
+
+    fields: the other fields of `Parts`.
+    """
     return Parts(
         loss=lambda teacher: loss,
         batch=lambda: shapes(make),
-        batches=lambda opened: placed(make, opened.mesh, cfg.seed),
+        batches=lambda opened: placed(make, opened.mesh, cfg.seed, zoo),
         examples=cfg.batch,
         **fields,
     )

@@ -23,7 +23,7 @@ class Batches:
     def __init__(
         self,
         start: Callable[[int], Iterator[Batch]],
-        stream: dict[str, int],
+        stream: dict[str, Any],
         *,
         rows: np.ndarray | None = None,
         bad_limit: float = 1.0,
@@ -66,15 +66,14 @@ class Batches:
         how = "memory that runs out is the usual cause: lower pipeline.workers or pipeline.prefetch"
         raise InputError(f"the processes that prepare batches died {RESTARTS + 1} times in a row: {died}; {how}")
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Returns the position in the stream for JSON: the same on every host and for any number of workers."""
         return {"batches": self._done, **self._stream}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state` was taken. Raises InputError when it belongs to another stream."""
         for name, value in self._stream.items():
-            if state.get(name) != value:
-                was = state.get(name)
+            if (was := state.get(name, value)) != value:  # an earlier version saved fewer names
                 now = f"was {was} and is {value} now; set it back, or start a new run"
                 raise InputError(f"the data cannot be resumed: {name} {now}")
         self.close()

@@ -132,11 +132,14 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
             expand = "heirloom expand --classes; in a recipe the field classes of its student"
             needed = f"give data with the model's classes, or a model with {len(known)} ({expand})"
             raise InputError(f"{path} has {given}: {needed}")
-        numbered = all(name.isdecimal() for name in known)
-        numerical = sorted(in_order, key=lambda i: int(known[i])) if numbered else in_order
-        if moved := [i for i, j in enumerate(numerical) if i != j]:
+        natural = sorted(in_order, key=lambda i: _natural(known[i]))
+        moved = [i for i, j in enumerate(natural) if i != j]
+        if moved and list(known) == sorted(known):  # else the data has an order of its own
             first = f"{known[moved[0]]!r} is class {moved[0]}"
-            remark(f"{path}: its classes are numbered in alphabetical order, so {first}")
+            theirs = f"{known[natural[moved[0]]]!r}, as timm sorts numbers by value and ignores capitals"
+            remark(f"{path}: its classes are numbered in alphabetical order, so {first}; for timm that is {theirs}")
+        return in_order
+    if list(known) == list(names):  # two classes may have the same name, which matches neither
         return in_order
     found = match(known, names)
     numbers = [number for number in found if number is not None]
@@ -183,6 +186,11 @@ def match(wanted: Sequence[str], names: Names) -> list[int | None]:
         return None
 
     return [find(name) for name in wanted]
+
+
+def _natural(name: str) -> list[Any]:
+    """timm's order of class names (`natural_key`): numbers in them by value, letters without case."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 def _plain(name: str) -> str:

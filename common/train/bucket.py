@@ -90,7 +90,10 @@ class _Copy:
                 self._lease.unlink()
 
     def pull(self) -> None:
-        """Downloads the newest state and all else, unless the local folder is as far as the bucket."""
+        """Downloads the newest state and all else, unless the local folder is as far as the bucket.
+
+        Raises InputError when the local folder has states of a run that is not the one in the bucket.
+        """
         try:
             there: Files = self._tried(self.address.files)
         except FileNotFoundError:
@@ -98,11 +101,14 @@ class _Copy:
         there = {name: version for name, version in there.items() if not _OWN.search(name)}
         self._states = {found["folder"] for n in there if n.endswith(f"/{MANIFEST}") and (found := _STATE.match(n))}
         here = _states(self._files())
+        if here and not there:
+            raise self._another("there is no run", max(here, key=_order))
         if not there or (here and _newest(here) >= _newest(self._states)):
-            for state in self._states & here:
-                manifest = self._tried(self.address.child(f"{state}/{MANIFEST}").read_bytes)
-                if manifest == (self.folder / state / MANIFEST).read_bytes():
-                    self._pushed |= {n: _stat(self.folder / n) for n in self._files() if n.startswith(f"{state}/")}
+            same = {state for state in self._states & here if self._is_copied(state)}
+            if self._states and not same:  # a job that was killed early has a config there, and no state
+                there_at = max(self._states, key=_order)
+                raise self._another(f"the run there is another one, at {there_at}", max(here, key=_order))
+            self._pushed |= {n: _stat(self.folder / n) for n in self._files() for s in same if n.startswith(f"{s}/")}
             return
         newest = {_newest([s for s in self._states if _parent(s) == parent]) for parent in map(_parent, self._states)}
         wanted = [name for name in there if not (found := _STATE.match(name)) or _order(found["folder"]) in newest]
@@ -116,6 +122,16 @@ class _Copy:
             download(self.address.child(name), there[name][0], part)
             part.replace(file)
             self._pushed[name] = _stat(file)
+
+    def _is_copied(self, state: str) -> bool:
+        """Returns whether a state in the bucket is the same in the local folder."""
+        file = self.folder / state / MANIFEST
+        there = self._tried(self.address.child(f"{state}/{MANIFEST}").read_bytes)
+        return file.is_file() and file.read_bytes() == there
+
+    def _another(self, there: str, newest: str) -> InputError:
+        delete = f"delete {self.folder} if that run is no longer needed, or choose another --run"
+        return InputError(f"{self.address}: {there}, and its copy on this machine is at {newest}: {delete}")
 
     def push(self) -> None:
         """Uploads what changed, manifests and configs last, and removes states that are gone here."""

@@ -108,7 +108,8 @@ class Run:
         with _writable(directory):
             directory.mkdir(parents=True, exist_ok=True)
             done = max(steps_on_disk(directory / "checkpoints"), default=0)
-            begun = done > 0 or (directory / METRICS).exists()  # before that the config may still change
+            # Before that the config may still change. An imported zoo has neither steps nor metrics.
+            begun = done > 0 or (directory / METRICS).exists() or (directory / "zoo").is_dir()
             lines = difference(defaults(read_json(file)), json.loads(text)) if begun else []
             if refused := [line for line in lines if not FREE.match(line)]:
                 changed = "; ".join(map(str.strip, refused))

@@ -312,11 +312,19 @@ class Vit(nnx.Module):
         return self.classify(scan(unrolled(self.blocks, self.cfg), x, *keep, remat=self.cfg.remat))
 
     def embed(self, images: Images) -> Float[Array, "batch tokens embed"]:
-        """Embed the patches, with the learned tokens before them. Raises InputError for pictures of another size."""
+        """Embed the patches, with the learned tokens before them.
+
+        Raises InputError for pictures of another size or with another number of channels.
+        """
         cfg, given = self.cfg, tuple(images.shape[1:3])
+        if images.shape[-1] != cfg.channels:  # one channel would be broadcast: red, green and blue added up
+            counts = f"{images.shape[-1]} channels, and the model reads {cfg.channels}"
+            raise InputError(f"pictures have {counts}: take a model that was trained on as many")
         if given != cfg.picture and not cfg.any_size:
             sizes = "{} x {} px, and the model reads {} x {} px".format(*given, *cfg.picture)
-            raise InputError(f"pictures have {sizes}: resize them, or set any_size")
+            square = cfg.picture[0] == cfg.picture[1]
+            needed = "resize them, or set any_size" if square else "only square models are evaluated and trained"
+            raise InputError(f"pictures have {sizes}: {needed}")
         rows, columns = (side // cfg.patch for side in given)
         x = self.patch(jnp.asarray(images)[:, : rows * cfg.patch, : columns * cfg.patch])
         position = self.position[...]

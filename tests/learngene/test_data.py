@@ -1,12 +1,13 @@
 """Pictures of a classifier that do not decode: replaced in training, an error in evaluation."""
 
+import io
 import itertools
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from heirloom.common.data.bad import BAD
+from heirloom.common.data.bad import BAD, WrongData
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.preprocess import Preprocess
@@ -14,7 +15,7 @@ from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from learngene.augment import AugmentConfig
-from learngene.data import Example, Resident, decoded, evaluation
+from learngene.data import LOGITS, Example, Resident, decoded, evaluation
 
 PRE = Preprocess(size=8)
 
@@ -30,8 +31,15 @@ def broken(tmp_path):
     return SourceConfig(str(tmp_path))
 
 
+@pytest.fixture
+def picture_of_zeros():
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    return out.getvalue()
+
+
 def test_a_picture_on_the_devices_is_replaced_with_its_label(broken):
-    arrays = decoded(broken, "label", 3, Example(AugmentConfig(), PRE))
+    arrays = decoded(broken, "label", 3, Example(AugmentConfig(), PRE, 3))
     np.testing.assert_array_equal(arrays["image"][:, 4, 4, 0], 10 * arrays["label"])
     assert arrays["label"].tolist()[:11] == [0] * 8 + [1] * 3 and np.flatnonzero(arrays[BAD] != "[]").tolist() == [11]
     data = Resident(arrays, PipelineConfig(batch=8, bad_limit=0.25), start(MeshConfig()))
@@ -48,9 +56,30 @@ def test_a_picture_on_the_devices_is_replaced_with_its_label(broken):
 def test_in_every_other_case_it_is_named(broken):
     named = rf"{broken.path}/dog/3\.png: this picture does not decode"
     with pytest.raises(InputError, match=named):
-        decoded(broken, "label", 3, Example(AugmentConfig(), PRE), "stop")
+        decoded(broken, "label", 3, Example(AugmentConfig(), PRE, 3), "stop")
     source, cfg = open_labelled(broken, "label", 3), PipelineConfig(batch=24, bad="stop")
     with pytest.raises(InputError, match=named):
-        next(training_batches(source, cfg, Example(AugmentConfig(), PRE)))
+        next(training_batches(source, cfg, Example(AugmentConfig(), PRE, 3)))
     with pytest.raises(InputError, match=named):
         list(evaluation(broken, "label", PRE, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], r"numbers of shape \[4\]"),
+        (1.5, r"numbers of shape \[\]"),
+        ([[1.0], [2.0, 3.0]], r"\[\[1.0\], \[2.0, 3.0\]\]"),
+        ("[1.2, 3.4, 5.6]", r"'\[1.2, 3.4, 5.6\]'"),
+    ],
+)
+def test_logits_of_another_number_of_classes_stop_a_run(given, said, picture_of_zeros):
+    record = {"key": "a.png", "image": picture_of_zeros, "label": 0, LOGITS: given}
+    with pytest.raises(WrongData, match=rf"a\.png: its teacher_logits are {said}, and the student has 3 classes"):
+        Example(AugmentConfig(), PRE, 3)(record, np.random.default_rng(0))
+
+
+def test_logits_are_an_array_of_the_classes(picture_of_zeros):
+    record = {"key": "a.png", "image": picture_of_zeros, "label": 0, LOGITS: [1, 2, 3]}
+    found = Example(AugmentConfig(), PRE, 3)(record, np.random.default_rng(0))[LOGITS]
+    assert found.dtype == np.float32 and found.tolist() == [1, 2, 3]

@@ -11,10 +11,12 @@ from PIL import Image
 from heirloom.common.checkpoint import weights
 from heirloom.common.cli import main
 from heirloom.common.data.labelled import write_labels
+from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene.evaluate import normalised
 from learngene.inputs import IMAGENET
+from learngene.pretrained import load
 
 CFG = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=3)
 NAMES = ("zebra", "apple", "moon")
@@ -111,3 +113,18 @@ def test_weights_of_nan_have_no_score(tmp_path, drawn, pictures, capsys):
     assert main(["eval", str(tmp_path / "vit"), "--data", str(tmp_path / "d")]) == 2
     said = capsys.readouterr().err
     assert "this model's logits are NaN or infinite for 3 of 3 pictures" in said and said.count("\n") == 1
+
+
+def test_a_model_of_grey_pictures_is_not_given_the_sum_of_three_channels(tmp_path, pictures, draw, capsys):
+    cfg = replace(CFG, channels=1)
+    for name in ("vit", "d/a", "d/b", "d/c"):
+        (tmp_path / name).mkdir(parents=True)
+    weights.write_params(tmp_path / "vit", draw(functional(Vit, cfg).spec))
+    weights.write_config(tmp_path / "vit", "learngene", cfg)
+    for name in "abc":
+        Image.fromarray(pictures[0]).save(tmp_path / "d" / name / "0.png")
+    assert main(["eval", str(tmp_path / "vit"), "--data", str(tmp_path / "d")]) == 2
+    said = capsys.readouterr().err
+    assert "pictures have 3 channels, and the model reads 1: take a model" in said and said.count("\n") == 1
+    with pytest.raises(InputError, match="pictures have 3 channels"):
+        load(tmp_path / "vit").predict(pictures[0])

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import learngene
 from heirloom.common.checkpoint.convert import convert, open_donor
 from heirloom.common.checkpoint.weights import open_safetensors, read_json
+from heirloom.common.cli import main
+from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.errors import InputError, Remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.vit.model import Vit, VitConfig
@@ -231,3 +234,14 @@ def test_without_a_file_the_published_models_preprocessing_is_assumed(name, mean
 def test_features_have_no_accuracy():
     with pytest.raises(InputError, match="has no head, and accuracy needs one"):
         evaluate_folder(open_donor(GOLDEN / "clip", [FAMILY]), type("Args", (), dict(flags=[], data=None))())
+
+
+def test_a_descendant_of_a_model_of_any_size_sees_the_pictures_of_its_donor(tmp_path, one_device):
+    donor = tmp_path / "dino"
+    shutil.copytree(GOLDEN / "dinov2_with_registers", donor)
+    Preprocess(8, resize=10).save(donor)  # its positions are for 12 px
+    command = ["expand", str(donor), str(tmp_path / "same"), "--depth", "2"]
+    assert main(command) == 0 and Preprocess.load(tmp_path / "same") == Preprocess(8, resize=10)
+    command[2] = str(tmp_path / "larger")
+    assert main([*command, "--size", "12"]) == 0 and Preprocess.load(tmp_path / "larger") == Preprocess(12, resize=15)
+    assert learngene.expand(str(donor), 2).pre.size == 8 and learngene.expand(str(donor), 2, size=16).pre.size == 16

@@ -19,6 +19,7 @@ from learngene.augment import AugmentConfig
 from learngene.data import Example, evaluation
 from learngene.inputs import IMAGENET, INCEPTION, preprocess_of
 from learngene.train import Config, resolve
+from learngene.trainer_arguments import preprocessing
 from learngene.zoo import FAMILY, open_classifier
 
 
@@ -90,12 +91,12 @@ def test_training_crops_leave_the_margin_out(pictures):
     record = {"key": "a", "image": (pictures / "a" / "a.png").read_bytes(), "label": 0}
     rng = np.random.default_rng(0)
     seen = [
-        Example(AugmentConfig(crop="shift"), pre)(record, rng)["image"]
+        Example(AugmentConfig(crop="shift"), pre, 2)(record, rng)["image"]
         for pre in (Preprocess(8), Preprocess(8, resize=12))
     ]
     np.testing.assert_array_equal(*seen)
     with pytest.raises(InputError, match=r"^a\.png: this picture does not decode"):
-        Example(AugmentConfig(crop="shift"), Preprocess(8))({"key": "a.png", "image": b"x", "label": 0}, rng)
+        Example(AugmentConfig(crop="shift"), Preprocess(8), 2)({"key": "a.png", "image": b"x", "label": 0}, rng)
 
 
 def test_a_recipe_records_its_crop():
@@ -147,3 +148,23 @@ def test_a_donor_whose_pictures_are_normalised_otherwise_is_remarked(folder_of, 
     resolve(replace(cfg, preprocess=INCEPTION, student=other), functional(Vit, other), donor)
     (said,) = remarks()
     assert said.startswith("the donor's activation is 'gelu', the student's 'gelu_tanh'")
+
+
+def test_what_timms_trainer_saved_is_assumed(folder_of, tmp_path):
+    args = dict(mean=[0.5, 0.5, 0.5], std=[0.25], crop_pct=0.5, interpolation="bilinear", crop_mode=None)
+    found, whose = preprocessing(dict(args=args), IMAGENET.at(8), "ImageNet's")
+    assert found == replace(IMAGENET.at(8).cropped(0.5), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+    assert whose.startswith("ImageNet's, with mean, std, interpolation, crop_pct of the trainer's arguments next to")
+    for nothing in (dict(), dict(args=dict(mean=None, interpolation="")), dict(hyper_parameters=dict(std=0.02))):
+        assert preprocessing(nothing, IMAGENET, "ImageNet's") == (IMAGENET, "ImageNet's")
+    with pytest.raises(InputError, match="the trainer's arguments next to the tensors: interpolation is 'random'"):
+        preprocessing(dict(args=dict(interpolation="random")), IMAGENET, "ImageNet's")
+    torch = pytest.importorskip("torch")
+    sizes = dict(width=192, layers=1, heads=3, hidden=32, classes=5, tokens="cls", pool="cls")
+    ours = open_donor(folder_of(VitConfig(size=8, patch=4, **sizes)), [FAMILY])
+    convert(ours, tmp_path / "deit", "deit", verify=False)
+    (tmp_path / "deit" / "preprocess.json").unlink()
+    (file,) = (tmp_path / "deit").glob("*.pth")
+    torch.save(torch.load(file) | {"args": args}, file)
+    read = preprocess_of(open_donor(tmp_path / "deit", [FAMILY]))
+    assert read.pre == found and "interpolation, crop_pct of the trainer's arguments" in read.note

@@ -208,3 +208,39 @@ def test_labels_are_numbered_as_the_logits_of_an_inherited_head(folder_of, one_d
     opened = replace(opened, teacher=open_donor(teacher, [FAMILY]))  # read by `numbers`, too
     with pytest.raises(InputError, match="class 0 is 'green' for the teacher and 'red' for the donor"):
         numbers(cfg)
+
+
+@pytest.fixture
+def trained(folder_of, one_device, tmp_path):
+    """`trained(train, test, **fields)`: the folder of a model after one step, with its data in folders or by number."""
+
+    def data(split, names):
+        (tmp_path / split).mkdir()
+        rows = [f"{split}-{name}.png,{name}" for name in names]
+        for i, row in enumerate(rows):
+            Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(tmp_path / split / row.partition(",")[0])
+        (tmp_path / split / "a.csv").write_text("\n".join(["image,label", *rows]))
+        return SourceConfig(str(tmp_path / split / "a.csv"), text="")
+
+    def train_once(shown, test, **fields):
+        cfg = Config(student=replace(CFG, classes=3), data=data("train", shown), held_out=data("test", test), **fields)
+        cfg = replace(cfg, crop=1.0, storage="device", pipeline=PipelineConfig(batch=3), steps=1, eval_every=1)
+        cfg.train(tmp_path / "run")
+        return tmp_path / "run" / "model"
+
+    return train_once
+
+
+def test_names_in_alphabetical_order_are_saved(trained, tmp_path, capsys):
+    model = trained(("ant", "bee", "cat"), ("cat", "ant"))
+    assert read_labels(model) == ("ant", "bee", "cat")
+    (tmp_path / "other.csv").write_text("image,label\n" + "\n".join(f"train/train-ant.png,{n}" for n in ("bee", "cow")))
+    assert main(["eval", str(model), "--data", str(tmp_path / "other.csv")]) == 2
+    assert "its class 'cow' does not match exactly one of the 3 known" in capsys.readouterr().err
+
+
+def test_numbers_of_a_donors_classes_keep_its_names(trained, folder_of):
+    donor, names = folder_of(replace(CFG, classes=3), "donor"), ("red", "blue", "green")
+    write_labels(donor, names)
+    model = trained((0, 1, 2), ("blue", "red"), donor=str(donor), method="select")  # held-out data has the names
+    assert read_labels(model) == names

@@ -153,6 +153,9 @@ def test_pictures_of_another_size_are_refused_unless_the_config_allows_them(draw
     with pytest.raises(InputError, match="pictures have 24 x 28 px, and the model reads 24 x 24 px: resize them, or"):
         model.apply(params, wide)
     assert functional(Vit, replace(PLAIN, any_size=True)).apply(params, wide).shape == (1, 5)
+    rectangle = functional(Vit, replace(PLAIN, size_width=28))
+    with pytest.raises(InputError, match="reads 24 x 28 px: only square models are evaluated and trained"):
+        rectangle.apply(draw(rectangle.spec), wide[:, :, :24])
 
 
 def test_training_refuses_what_it_cannot_train():

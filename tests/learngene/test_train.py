@@ -324,7 +324,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(compared, gene_config
 
 
 def batch_of(cfg, data):
-    loaded = decoded(replace(cfg.data, columns=(LOGITS,)), "label", 3, Example(cfg.augment, cfg.pre))
+    loaded = decoded(replace(cfg.data, columns=(LOGITS,)), "label", 3, Example(cfg.augment, cfg.pre, 3))
     return {name: value[:6] for name, value in loaded.items() if name != BAD}
 
 

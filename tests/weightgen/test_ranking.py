@@ -78,6 +78,7 @@ def test_experts_are_ranked_one_by_one_and_the_rest_is_said():
         "layers.0.mlp.experts.gate_up_proj_bias": weights(32, 40),
         "layers.0.attn.qkv_proj.weight": weights(48, 16),
         "model.embed_tokens.weight": weights(100, 16),
+        "model.embed_tokens_per_layer.weight": weights(100, 16),
         "layers.0.norm.weight": np.ones(16, np.float32),
         "conv.weight": weights(16, 16, 3),
         "router.weight": weights(3, 16),
@@ -112,7 +113,7 @@ def test_shards_that_are_missing_or_double_are_named(tmp_path):
     with pytest.raises(InputError, match="is one of 3 shards; name the folder"):
         rank_checkpoint(str(tmp_path / "model-00001-of-00003.safetensors"))
     save_file({"a.weight": weights(16, 16, seed=1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match=r"a\.weight is in this file and in another"):
+    with pytest.raises(InputError, match=r"several files of weights \(model-00001-of-00003\.safetensors, .*, other"):
         rank_checkpoint(str(tmp_path))
 
 
@@ -188,3 +189,29 @@ def test_a_part_of_a_tensor_cannot_be_listed_for_training(tmp_path, capsys):
     save_file({"mlp.experts.up": weights(3, 32, 32)}, tmp_path / "model.safetensors")
     assert main(["rank", str(tmp_path), "--unfreeze", str(tmp_path / "x.yaml")]) == 2
     assert "is a part of a tensor" in capsys.readouterr().err and not (tmp_path / "x.yaml").exists()
+
+
+def test_one_model_under_two_names_is_not_ranked_twice(tmp_path):
+    save_file({"layers.0.w.weight": weights(16, 16)}, tmp_path / "model.safetensors")
+    save_file({"layers.0.attention.w.weight": weights(16, 16)}, tmp_path / "consolidated.safetensors")
+    several = r"holds several files of weights \(consolidated\.safetensors, model\.safetensors\): name one of them"
+    with pytest.raises(InputError, match=several):
+        rank_checkpoint(str(tmp_path))
+    assert [one.name for one in rank_checkpoint(str(tmp_path / "model.safetensors"))] == ["layers.0.w.weight"]
+
+
+@pytest.mark.parametrize("name", ["consolidated.{:02}.safetensors", "mp_rank_{:02}_model_states.safetensors"])
+def test_slices_of_a_model_parallel_checkpoint_are_refused(tmp_path, name):
+    save_file({"w.weight": weights(16, 16)}, tmp_path / name.format(0))
+    assert len(rank_checkpoint(str(tmp_path))) == 1  # the only one is the whole model
+    save_file({"w.weight": weights(16, 16, seed=1)}, tmp_path / name.format(1))
+    for source in (tmp_path, tmp_path / name.format(0)):
+        with pytest.raises(InputError, match="are slices of a model-parallel checkpoint; take the files"):
+            rank_checkpoint(str(source))
+
+
+def test_experts_one_by_one_are_said_in_a_list_for_training(tmp_path, capsys):
+    name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    save_file({name: weights(32, 32)}, tmp_path / "model.safetensors")
+    assert main(["rank", str(tmp_path), "--unfreeze", str(tmp_path / "x.yaml")]) == 0
+    assert f"note: --unfreeze: {name} is one expert: transformers 5 joins" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Trainings on several devices and processes: what must divide, is written once, and goes on elsewhere."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.optim import decayed
 from heirloom.common.train.step import StepConfig
 from weightgen.d2nwg.train import ADAMW
-from weightgen.train import LoopConfig
+from weightgen.tokens import chunks
+from weightgen.train import LoopConfig, placed
+from weightgen.zoo.zoo import Zoo
 
 
 @pytest.mark.parametrize(
@@ -152,3 +156,19 @@ def test_the_released_adamw_decays_every_parameter_it_trains():
     }
     found = decayed(ADAMW, spec)
     assert all(found.values()) and any(path.endswith("bias") for path in found)
+
+
+def test_a_run_goes_on_with_the_zoo_that_it_began_with():
+    def stream(zoo, state=None):
+        data = placed(lambda rng: {"tokens": zoo.tokens(np.arange(8))}, start(MeshConfig()), 0, zoo)
+        data.restore(state or data.state())
+        return data.state()
+
+    spec = chunks({"w": np.zeros(2, np.float32)})
+    zoo = Zoo(np.ones((9, 2), np.float32), np.zeros(9, np.float32), np.zeros((9, 1), np.int32), None, spec)
+    state = stream(zoo)
+    assert state["networks"] == 9 and stream(replace(zoo, quality=zoo.quality + 1), state) == state
+    stream(zoo, {"batches": 3, "seed": 0})  # of an earlier version
+    for other in (replace(zoo, weights=2 * zoo.weights), replace(zoo, classes=zoo.classes + 1), zoo.first(8)):
+        with pytest.raises(InputError, match=r"the data cannot be resumed: (zoo|networks) was"):
+            stream(other, state)

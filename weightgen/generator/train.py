@@ -52,6 +52,7 @@ def generator_parts(
         loop,
         make,
         loss(model, cfg, dropout),
+        zoo,
         family=GENERATOR,
         student=cfg,
         model=model,

@@ -12,6 +12,8 @@ from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
 
 SHARD = re.compile(r"^(?P<name>.+?)[-_](?P<number>\d+)-of-(?P<count>\d+)\.")
+# Files of a model-parallel checkpoint (Meta's, DeepSpeed's): each has a slice of every matrix.
+SLICE = re.compile(r"^(?P<name>consolidated\.|mp_rank_)(?P<number>\d+)(?P<end>\D.*)$")
 SCHEMES = {
     "4 or 8 bits by bitsandbytes": (
         r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)$"
@@ -31,9 +33,15 @@ EIGHT_BIT_FLOATS = re.compile(r"has dtype (F8|F4|F6)")
 def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
     """Read all tensors of a checkpoint's files, memory-mapped.
 
-    Raises InputError where a shard is missing, for a tensor that is in two files, and for 8-bit floats.
+    Raises InputError where a shard is missing, for several files that are no shards of one checkpoint, for slices of a
+    model-parallel one, for a tensor that is in two files, and for 8-bit floats.
     """
+    _no_slices(files)
     _all_shards(files)
+    names = {(hit["name"], hit["count"]) if (hit := SHARD.match(file.name)) else file.name for file in files}
+    if len(names) > 1:
+        several = f"{files[0].parent} holds several files of weights ({listed(file.name for file in files)})"
+        raise InputError(f"{several}: name one of them, or keep one checkpoint in a folder")
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         try:
@@ -49,6 +57,16 @@ def read_tensors(files: Sequence[Path]) -> dict[str, np.ndarray]:
             raise InputError(f"{file}: {min(twice)} {also}; name one file, or move the others")
         tensors |= found
     return tensors
+
+
+def _no_slices(files: Sequence[Path]) -> None:
+    """Raise InputError for files that hold slices of the same matrices, going by `consolidated.00.pth` and others."""
+    for file in files:
+        if hit := SLICE.match(file.name):
+            pattern = re.compile(re.escape(hit["name"]) + r"\d+" + re.escape(hit["end"]))
+            if others := sorted(p.name for p in file.parent.iterdir() if pattern.fullmatch(p.name) and p != file):
+                slices = f"{file.name} and {listed(others, 2)} are slices of a model-parallel checkpoint"
+                raise InputError(f"{file.parent}: {slices}; take the files of transformers instead")
 
 
 def _all_shards(files: Sequence[Path]) -> None:

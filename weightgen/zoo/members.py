@@ -12,7 +12,7 @@ from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
 from weightgen.zoo.adapter_config import CONFIG, LoraSettings, generated, in_metadata, read_settings
-from weightgen.zoo.foreign import SHARD, listed, not_finite, read_tensors, refuse_quantised
+from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
 from weightgen.zoo.lora import Layout, alphas, canonical_tensors, has_adapters, layout_of, pairs
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
@@ -60,8 +60,8 @@ def _member(path: Path) -> Member | None:
     if path.is_file():
         if (path.suffix not in SUFFIXES and ".index" not in path.name) or STATE.match(path.name):
             return None
-        config = path.parent / CONFIG
-        return Member(path, (path,), config if path.name in ADAPTER and config.is_file() else None)
+        config = path.parent / CONFIG  # peft's, or one for all the files of the folder
+        return Member(path, (path,), config if config.is_file() else None)
     if not path.is_dir():
         return None
     found = [p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES]
@@ -76,9 +76,6 @@ def _member(path: Path) -> Member | None:
         names = listed(p.name for p in weights)
         raise InputError(f"{path} has an {CONFIG}, and its weights are {names}: name them {ADAPTER[0]}")
     files = [file for file in weights_files(path) if not STATE.match(file.name)]
-    if len(files) > 1 and not all(SHARD.match(file.name) for file in files):
-        names = listed(file.name for file in files)
-        raise InputError(f"{path} holds several files of weights ({names}): keep one checkpoint in a folder")
     return Member(path, tuple(files))
 
 
@@ -102,8 +99,8 @@ def read_member(member: Member) -> Loaded:
 
     Raises InputError, naming the member, for quantised weights and for adapters that are no plain LoRA.
     """
-    settings = read_settings(member.config) if member.config else None
     tensors = read_tensors(member.files)
+    settings = read_settings(member.config) if member.config and _configured(member, tensors) else None
     try:
         refuse_quantised(tensors, member.path / "config.json" if member.path.is_dir() else None)
         broken = not_finite(tensors)
@@ -128,6 +125,17 @@ def read_member(member: Member) -> Loaded:
         return Loaded(tensors=fixed, broken=broken, **scaled, layout=layout_of(fixed, settings is not None))
     except InputError as error:
         raise InputError(f"{member.path}: {error}") from error
+
+
+def _configured(member: Member, tensors: Mapping[str, Any]) -> bool:
+    """Tell whether the adapter_config.json of a member applies to it.
+
+    One next to several files does where a file has adapters, and no scale in its metadata or in alpha tensors.
+    """
+    if not member.path.is_file() or member.path.name in ADAPTER:
+        return True
+    own = any(name.endswith(".alpha") for name in tensors) or in_metadata(member.path)
+    return has_adapters(tensors) and not own
 
 
 def agree(members: Sequence[Member], loaded: Sequence[Loaded]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ class Zoo:
     def tokens(self, rows: slice | np.ndarray) -> np.ndarray:
         """Read the tokens [..., rows, length] f32 of the members at `rows` alone."""
         return self.spec.padded(np.asarray(self.weights[rows]))
+
+    def digest(self) -> str:
+        """Returns a short SHA-256 of all weights and classes, which are read block by block."""
+        found, step = sha256(), max(2**24 // max(self.spec.count, 1), 1)
+        for at in range(0, len(self), step):
+            for array in (self.weights, self.classes):
+                found.update(np.ascontiguousarray(array[at : at + step]).data)
+        return found.hexdigest()[:16]
 
     def first(self, members: int) -> "Zoo":
         """Keep the first `members`; the arrays stay on disk."""

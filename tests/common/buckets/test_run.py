@@ -142,3 +142,29 @@ def test_a_run_of_several_processes_is_refused(memory, monkeypatch):
     refused = pytest.raises(InputError, match="a job of 4 processes cannot write a run there; mount the bucket")
     with refused, in_bucket(memory):
         raise AssertionError("never")
+
+
+def test_a_copy_of_a_run_that_was_removed_or_begun_anew_is_not_uploaded(memory):
+    def refused(message):
+        with pytest.raises(InputError, match=message), in_bucket(memory):
+            raise AssertionError("never")
+
+    with in_bucket(memory) as folder:
+        write_state(folder, 5)
+    for name in memory.files():
+        memory.child(name).unlink()
+    refused(f"there is no run, and its copy on this machine is at checkpoints/5: delete {folder} if that run")
+    for state in ("2", "5"):  # begun anew elsewhere
+        memory.child(f"checkpoints/{state}/sha256.json").write_bytes(b'{"a": "1", "_CHECKPOINT_METADATA": "0"}')
+    refused("the run there is another one, at checkpoints/5, and its copy on this machine is at checkpoints/5")
+    assert set(memory.files()) == {"checkpoints/2/sha256.json", "checkpoints/5/sha256.json"}
+
+
+def test_a_first_job_that_was_killed_goes_on(memory):
+    with in_bucket(memory) as folder:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    write_state(folder, 1)
+    with in_bucket(memory):
+        pass
+    assert "checkpoints/1/sha256.json" in memory.files()

@@ -120,7 +120,20 @@ def test_neither_names_nor_numbers_agree(folders):
 
 def test_numbered_folders_whose_order_surprises(folders, remarks):
     assert labels(open_labelled(folders("0", "2", "10"), "label", 3)) == [0, 1, 2]
-    assert "numbered in alphabetical order, so '10' is class 1" in remarks()[0]
+    assert "numbered in alphabetical order, so '10' is class 1; for timm that is '2', as timm" in remarks()[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("Ant", "Cat", "bee"), "'Cat' is class 1; for timm that is 'bee'"),
+        (("n1", "n10", "n9"), "'n10' is class 1; for timm that is 'n9'"),
+        (("Ant", "bee", "n09", "n10"), ""),
+    ],
+)
+def test_names_that_timm_sorts_otherwise(folders, remarks, names, said):
+    assert labels(open_labelled(folders(*names), "label", len(names))) == list(range(len(names)))
+    assert [said in text for text in remarks()] == [True] * bool(said)
 
 
 def test_two_folders_of_one_class(folders):

@@ -366,3 +366,25 @@ def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
     (tmp_path / "zoo").rename(tmp_path.parent / "zoo-elsewhere")
     with pytest.raises(InputError, match=r"3\.safetensors is of another architecture"):
         import_folder(tmp_path)
+
+
+def test_one_config_is_for_all_adapters_of_a_flat_folder(tmp_path):
+    for name in "ab":
+        save_file(pair(), tmp_path / f"{name}.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT | {"lora_alpha": 64}))
+    zoo, _ = import_folder(tmp_path)
+    assert zoo.about["adapters"]["scales"] == pytest.approx({"a.safetensors": 32.0, "b.safetensors": 32.0})
+    sides = ("lora_down.weight", "lora_up.weight")
+    for name in "ab":  # files with a scale of their own, and files that are no adapters
+        save_file(pair(0, "q", sides) | {"q.alpha": np.array(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    assert import_folder(tmp_path)[0].about["adapters"]["scale from"] == ["alpha tensors"]
+    for name in "ab":
+        save_file({"w": np.ones((3, 2), np.float32)}, tmp_path / f"{name}.safetensors")
+    assert import_folder(tmp_path)[0].spec.count == 6
+
+
+def test_a_finished_zoo_keeps_its_config(tmp_path, capsys):
+    command = ["train", "weightgen/checkpoints", "--run", str(tmp_path / "run"), "--folder", str(nets(tmp_path / "z"))]
+    assert main(command) == main(command) == 0 and "is finished" in capsys.readouterr().out
+    assert main([*command, "--select", "w"]) == 2
+    assert 'was started with another config; take a new folder, or set it back: select: ""' in capsys.readouterr().err
