@@ -316,7 +316,8 @@ def _check(
     if unexpected := tensors.keys() - expected.keys() - optional:
         key = min(unexpected)
         part = key.partition(".")[0]
-        if "." in key and not any(one.startswith(f"{part}.") for one in expected):
+        inside, known = ([one for one in names if one.startswith(f"{part}.")] for names in (unexpected, expected))
+        if len(inside) > 2 and not known:  # a weight and a bias are a layer
             advice = f"; if {part!r} is another model, save the state_dict() of this one alone"
             raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{advice}")
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")

@@ -143,8 +143,9 @@ def test_arguments_that_are_not_understood_are_remarked(tmp_path, remarks):
 
 
 def test_another_model_in_the_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"'vae.x.weight' is not part of .*; if 'vae' is another model, save the"):
-        opened(tensors_of() | {"vae.x.weight": np.zeros(1, np.float32)}, tmp_path, heads=4)
+    vae = {f"vae.{name}.weight": np.zeros(1, np.float32) for name in "abc"}
+    with pytest.raises(InputError, match=r"'vae.a.weight' is not part of .*; if 'vae' is another model, save the"):
+        opened(tensors_of() | vae, tmp_path, heads=4)
 
 
 @pytest.mark.parametrize(("rows", "cols", "words"), [(2, 8, "rectangles of 4 x 16"), (4, 8, "rectangles of 8 x 16")])
