@@ -1,10 +1,12 @@
 """The verbs of the `heirloom` command and their arguments."""
 
 import argparse
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heirloom.common.errors import InputError
 from heirloom.common.paths import place
 
 
@@ -220,7 +222,7 @@ VERBS = (
             argument("--size", metavar="HEIGHTxWIDTH", help="pixels; becomes the nearest size of training"),
             argument("--exact", action="store_true", help="keep --size as it is"),
             argument("--count", "-n", type=int, metavar="N", help="pictures of each class (4) or prompt (1)"),
-            argument("--batch", type=int, default=4, metavar="N", help="pictures of a prompt drawn at a time"),
+            argument("--batch", type=int, metavar="N", help="pictures drawn at a time (classes: 64, a prompt: 4)"),
             argument("--out", type=Path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
             argument("--layout", default="plain", metavar="NAME", help="of the folder: plain, geneval, dpg"),
             argument("--autoencoder", default="", metavar="SOURCE", help="the decoder of a latent model", buckets=True),
@@ -371,6 +373,13 @@ VERBS = (
         ),
     ),
 )
+
+
+def refuse(args: argparse.Namespace, verb: str, names: Collection[str], before: str, after: str) -> None:
+    """Raises InputError for the first of these arguments that is given, though it would change nothing."""
+    for argument in arguments_of(verb):
+        if argument.name in names and getattr(args, argument.name) != argument.default:
+            raise InputError(f"{before} {argument.names[0]} {after}: leave it out")
 
 
 def arguments_of(name: str) -> tuple[Argument, ...]:

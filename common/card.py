@@ -159,6 +159,9 @@ def _scores(about: Facts) -> str:
 
 def warn_of_paths(folder: Path) -> None:
     """Remarks that a file of the folder names a path of this machine, which others will see."""
-    file = folder / "provenance.json"
-    if file.is_file() and (path := str(read_json(file).get("source"))).startswith("/"):
-        remark(f"{file} names {path}, which others will see; edit its 'source' if they should not")
+    files = {"provenance.json": ("source",), "pipeline.json": ("pipeline", "text_encoder", "autoencoder")}
+    for file, names in ((folder / name, names) for name, names in files.items()):
+        said = read_json(file) if file.is_file() else {}
+        for name in names:
+            if (path := str(said.get(name))).startswith("/"):
+                remark(f"{file} names {path}, which others will see; edit its {name!r} if they should not")

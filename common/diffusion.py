@@ -91,10 +91,11 @@ def respace(schedule: Schedule, steps: int, spacing: Spacing = "even") -> Schedu
         stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
         kept = [round(i * stride) for i in range(steps)]
     else:
-        found = next((s for s in range(1, total) if len(range(0, total, s)) == steps), None)
-        if found is None:
-            raise ValueError(f"no integer stride makes {steps} steps of {total}")
-        kept = list(range(0, total, found))
+        found = {len(range(0, total, s)): s for s in range(total - 1, 0, -1)}
+        if steps not in found:
+            near = min(found, key=lambda possible: abs(possible - steps))
+            raise ValueError(f"no integer stride makes {steps} steps of {total}; the nearest number possible is {near}")
+        kept = list(range(0, total, found[steps]))
     return Schedule(schedule.alpha_bar[kept], schedule.time[kept])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Lookalike, Read
+from heirloom.common.checkpoint.fields import AVERAGE
 from heirloom.common.checkpoint.flax_files import as_torch
 from heirloom.common.checkpoint.verify import RENAMED, Check, against, as_folder, compare, outputs
 from heirloom.common.checkpoint.weights import read_json, write_json
@@ -121,7 +122,7 @@ def _read(found: Found) -> Read | None:
     fields.fixed("act_fn", "silu", "swish")  # two names of one function
     fields.fixed("in_channels", 3)
     fields.fixed("out_channels", 3)
-    fields.skip("force_upcast", "dtype", "torch_dtype", "_*")  # computed in float32 always
+    fields.skip("force_upcast", "dtype", "torch_dtype", "_*", *AVERAGE)  # computed in float32 always
     channels = fields.integers("block_out_channels", (64,))
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         fields.fixed(name, [kind] * len(channels))

@@ -1,11 +1,12 @@
 """Finds the parts of a text-to-image model: its own pipeline folder has them, or flags name them."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from heirloom.common.checkpoint.convert import OURS
+from heirloom.common.checkpoint.convert import OURS, first_format
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
@@ -13,6 +14,7 @@ from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeli
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
+from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
 
 PIPELINE = "PixArtSigmaPipeline"
@@ -116,8 +118,9 @@ def write_parts_of(folder: Path, text_encoder: str, autoencoder: str) -> None:
 
 def pipeline_of(donor: Donor) -> Path | None:
     """Returns the pipeline folder that a transformer lies in, or that its sidecar names; None without either."""
-    if donor.folder.name in MAIN and is_pipeline(donor.folder.parent):  # a student may lie next to a transformer/
-        return donor.folder.parent
+    folder = Path(os.path.abspath(donor.folder))  # `.` has no name
+    if folder.name.removesuffix("_ema") in MAIN and is_pipeline(folder.parent):  # a student may lie next to them
+        return folder.parent
     root = _sidecar(donor).get("pipeline")
     return Path(root) if root else None
 
@@ -132,11 +135,18 @@ def class_names(donor: Donor) -> tuple[str, ...] | None:
     return tuple(str(named[str(i)]) for i in numbers)
 
 
+def is_foreign(donor: Donor) -> bool:
+    """Returns whether the weights come from a file of another library, converted or not: such files do not tell whose
+    latents, or whether pixels, the model draws.
+    """
+    return first_format(donor) not in OURS
+
+
 def other_scale(donor: Donor, scale: float, name: str) -> str:
     """Returns a remark if a foreign model was trained on latents of another scale than those of `name`, else an empty
     string. The model's scale is that of its pipeline's autoencoder, else that of the published models.
     """
-    if donor.format in OURS:  # it has the autoencoder next to it
+    if read_origin(donor.folder) or not is_foreign(donor):
         return ""
     root, usual = pipeline_of(donor), SDXL_SCALE if isinstance(donor.cfg, PixArtConfig) else SD_SCALE
     file = None if root is None else root / "vae" / "config.json"
@@ -164,7 +174,8 @@ def _own_pipeline(donor: Donor) -> Path | None:
 
 def _tokenizer(encoder: Path, root: Path | None) -> Path:
     """Returns the folder of the tokenizer that belongs to a text encoder."""
-    places = [encoder.parent / "tokenizer", encoder, *([root / "tokenizer"] if root else [])]
+    folder = encoder if encoder.is_dir() else encoder.parent
+    places = [folder.parent / "tokenizer", folder, *([root / "tokenizer"] if root else [])]
     names = ("tokenizer.json", "spiece.model")
     for place in places:
         if any((place / name).is_file() for name in names):

@@ -1,8 +1,9 @@
 """Turns samples of a model into pictures: clips pixels, or decodes latents."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from heirloom.common.checkpoint.convert import OURS, open_donor
+from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
@@ -18,7 +19,7 @@ from heirloom.common.nn.functional import Functional
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
-from lit_jax.components import other_scale, pipeline_of
+from lit_jax.components import is_foreign, other_scale, pipeline_of
 from lit_jax.dit import DitConfig
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
@@ -32,11 +33,12 @@ class PictureDecoder:
     """`decoder(samples)` returns pictures, uint8 [n, height, width, 3].
 
     decode: from samples [n, row, col, channel] to pixels in [-1, 1]. factor: pixels along the side of one position of a
-    sample.
+    sample. file: the weights of the autoencoder, if known.
     """
 
     decode: Callable[[jax.Array], ArrayLike]
     factor: int = 1
+    file: Path | None = None
 
     def __call__(self, samples: jax.Array, first: int = 0, where: str = "") -> np.ndarray:
         """Decode. first: number of the first picture; where: start of the error message. Raises InputError for NaN and
@@ -82,7 +84,7 @@ def open_pictures(
         )
     if made_with:
         remark(compare_latents(made_with, autoencoder_origin(donor, source), "the model", f"the autoencoder {source}"))
-    return picture_decoder(donor.cfg, donor.model, load_params(donor, mesh))
+    return replace(picture_decoder(donor.cfg, donor.model, load_params(donor, mesh)), file=donor.file)
 
 
 def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
@@ -94,9 +96,17 @@ def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
         remark(other_scale(donor, named.cfg.scaling_factor, source))
     elif not source and root is not None and (root / "vae").is_dir():
         source = str(root / "vae")
-    if not source and donor.cfg.channels == 3 and donor.format not in OURS:
+    if not source and donor.cfg.channels == 3 and origin is None and is_foreign(donor):
         remark(f"{donor.path}: its 3 channels are taken for pixels; if they are latents, name their autoencoder")
     return open_pictures(donor.cfg, source, mesh, origin)
+
+
+def no_pictures(donor: Donor) -> InputError:
+    """Returns the error for a model whose samples are no pictures without an autoencoder."""
+    if donor.cfg.channels < 3 and read_origin(donor.folder) is None:  # MNIST's, say
+        what = f"draws {donor.cfg.channels} channel{'s' if donor.cfg.channels > 1 else ''}, and pictures have 3"
+        return InputError(f"{donor.path} {what}: only latents, with --autoencoder, are made into pictures")
+    return InputError("this model draws latents: give --autoencoder, such as hf:stabilityai/sd-vae-ft-ema")
 
 
 def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> PictureDecoder:

@@ -11,6 +11,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.staging import remove, staged
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.reading import mapped
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.generated import read_images
 
@@ -83,7 +84,10 @@ class Drawn:
     def _open(self, first: int) -> np.memmap:
         file = self._next_to(".part.npy")
         if first:
-            array = np.lib.format.open_memmap(file, "r+")
+            try:
+                array = mapped(file, "r+")
+            except ValueError as error:
+                raise InputError(f"{file} is damaged ({error}): remove it") from error
             if array.shape != self.shape or array.dtype != np.uint8:
                 raise InputError(
                     f"{file} holds {array.dtype} {list(array.shape)}, not uint8 {list(self.shape)}: remove it"

@@ -11,6 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from heirloom.common import config
+from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
@@ -22,11 +23,14 @@ from heirloom.common.paths import Address, place
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax.data import cropped
-from lit_jax.decode import pictures_of
+from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.drawn import Drawn
 from lit_jax.generate import draw_batches
 from lit_jax.sample import SampleConfig, check_seed, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
+
+OF_CLIPS = {"task", "text", "classes", "templates"}
+OF_COLUMNS = {"split", "image"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     for a model or a reference that cannot be compared.
     """
     check_draws_classes(donor)
+    refuse(args, "eval", OF_CLIPS, f"{donor.path} draws pictures of classes, and", "is for other models")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")
@@ -74,6 +79,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         raise InputError(f"--samples {cfg.samples}: a score needs at least {LEAST}; published numbers use 50,000")
     source = None if Path(args.data).suffix in (".npz", ".npy") else _open_pictures(args)
     if source is None:
+        refuse(args, "eval", OF_COLUMNS, f"{args.data} has neither splits nor columns, and", "chooses one")
         file = place(args.data)
         reference = read_reference(fetch(file) if isinstance(file, Address) else file)
     else:
@@ -83,7 +89,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
     pictures = pictures_of(donor, cfg.autoencoder, mesh)
     if pictures is None:
-        raise InputError("this model draws latents: give --autoencoder, whose decoder turns them into pictures")
+        raise no_pictures(donor)
     side = donor.cfg.size * pictures.factor
     if reference.size not in ((), (side, side)):
         height, width = reference.size
@@ -93,7 +99,8 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         )
     if source is not None:
         reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
-    saved = Drawn(Path(cfg.save), (cfg.samples, side, side, 3), sampling_settings(donor, cfg)) if cfg.save else None
+    shape = (cfg.samples, side, side, 3)
+    saved = Drawn(Path(cfg.save), shape, sampling_settings(donor, pictures, cfg)) if cfg.save else None
     if saved and (count := saved.count()):
         print(f"{cfg.save}: {count:,} of {cfg.samples:,} pictures are already drawn")
 
@@ -120,11 +127,14 @@ def sample_labels(cfg: EvalConfig, classes: int) -> np.ndarray:
     return rng.permutation(labels)
 
 
-def sampling_settings(donor: Donor, cfg: EvalConfig) -> dict[str, Any]:
-    """Return the settings that determine the pictures: model, sampler, labels and seed, but not the batch size."""
+def sampling_settings(donor: Donor, pictures: PictureDecoder, cfg: EvalConfig) -> dict[str, Any]:
+    """Return the settings that determine the pictures: model, decoder, sampler, labels and seed, but not the batch
+    size.
+    """
     model = {"weights": hashes(donor.file), "config": asdict(donor.cfg)}
     how = {name: getattr(cfg, name) for name in ("samples", "labels", "autoencoder", "seed")}
-    return {"model": model, "sample": asdict(cfg.sample)} | how
+    decoder = {"decoder": hashes(pictures.file)} if pictures.file else {}
+    return {"model": model, "sample": asdict(cfg.sample)} | how | decoder
 
 
 def _open_pictures(args: Namespace) -> Source:

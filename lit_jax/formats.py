@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from heirloom.common.checkpoint.family import Donor, Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.fields import AVERAGE
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.adaln import EPS
@@ -16,6 +17,7 @@ from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import layouts
 from lit_jax.attention import Features
+from lit_jax.components import pipeline_of, write_pipeline_of
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
 from lit_jax.trainer_arguments import trained_as
@@ -68,13 +70,14 @@ def _read_fair(found: Found) -> Read | None:
     known, guesses = trained_as(found) | _sidecar(found), list[Guess]()
     sizes = sizes_of(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
-    sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
-    if not sizes["size"]:
-        guesses.append(
-            Guess(
-                "size", None, "without a position table the side of its inputs is not known (latent cells, or pixels)"
-            )
-        )
+    sizes["size"] = _size(tensors, sizes["patch"], width)
+    if not sizes["size"] and known.get("pixels", 0) >= 8 and sizes["channels"] != 3:
+        sizes["size"] = known["pixels"] // 8
+        why = f"it was trained on pictures of {known['pixels']} pixels, and autoencoders of DiTs shrink eight times"
+        guesses.append(Guess("size", sizes["size"], why))
+    elif not sizes["size"]:
+        why = "without a position table the side of its inputs is not known (latent cells, or pixels)"
+        guesses.append(Guess("size", None, why))
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
     softmax = "blocks.0.attn.qkv.weight" in tensors
@@ -229,7 +232,7 @@ def _read_diffusers(found: Found) -> Read | None:
     )  # diffusers uses it in one of two norms; `verify` compares with it changed there
     for name, value in _UNUSED.items():
         fields.fixed(name, value, None)
-    fields.skip("_*", "dropout", "norm_num_groups", "upcast_attention", "dtype", "torch_dtype")
+    fields.skip("_*", "dropout", "norm_num_groups", "upcast_attention", "dtype", "torch_dtype", *AVERAGE)
     channels, heads = fields.integer("in_channels", 4), fields.integer("num_attention_heads", 16)
     written = fields.integer("out_channels", None) or channels
     cfg = DitConfig(
@@ -315,5 +318,7 @@ FORMATS = (
 
 
 def sidecars(donor: Donor, destination: Path, format: str) -> None:
-    """Copy the file that says which autoencoder's latents the model was trained on."""
+    """Copy the files that say which autoencoder made the model's latents, and which pipeline it is part of."""
     copy_origin(donor.folder, destination)
+    if format == "heirloom":  # other formats have no place for it
+        write_pipeline_of(destination, pipeline_of(donor))

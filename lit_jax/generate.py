@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from heirloom.common import config
-from heirloom.common.arguments import arguments_of
+from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import save_grid
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
-from lit_jax.decode import PictureDecoder, pictures_of
+from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.dit import DitConfig
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
@@ -39,14 +39,14 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     check_draws_classes(donor)
     if args.prompt is not None or args.prompts is not None:
         raise InputError(f"{donor.path} draws classes, not prompts: give --class N")
-    for argument in arguments_of("sample"):
-        if argument.name in OF_PROMPTS and getattr(args, argument.name) != argument.default:
-            which = f"{argument.names[0]} is for models that draw from text"
-            raise InputError(f"{donor.path} draws classes, and {which}: leave it out")
+    refuse(args, "sample", OF_PROMPTS, f"{donor.path} draws classes, and", "is for models that draw from text")
     how = config.parse(default_sampling(donor.cfg), args.flags, f"heirloom sample {donor.path}")
     count, out = 4 if args.count is None else args.count, args.out or Path("samples.png")
+    batch = BATCH if args.batch is None else args.batch
     if count < 1:
         raise InputError(f"--count {count}: draw 1 picture of each class, or more")
+    if batch < 1:
+        raise InputError(f"--batch {batch}: draw 1 picture at a time, or more")
     if out.suffix not in ("", ".png"):
         raise InputError(f"--out {out}: the grid is a PNG; name it {out.with_suffix('.png')}")
     mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
@@ -54,10 +54,10 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     draw.check(classes)
     pictures = pictures_of(donor, args.autoencoder, mesh)
     if pictures is None:
-        raise InputError("this model draws latents: give --autoencoder, such as hf:stabilityai/sd-vae-ft-ema")
+        raise no_pictures(donor)
     labels, params = np.repeat(classes, count), load_params(donor, mesh)
     begun = time.perf_counter()
-    drawn = np.concatenate(list(draw_batches(draw, params, pictures, labels, keys, BATCH)))
+    drawn = np.concatenate(list(draw_batches(draw, params, pictures, labels, keys, batch)))
     seconds = time.perf_counter() - begun
     save_grid(drawn, out, columns=count if len(classes) > 1 else None)
     return {

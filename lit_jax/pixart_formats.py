@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from heirloom.common.checkpoint.family import Donor, Format, Found, Guess, Lookalike, Read
-from heirloom.common.checkpoint.fields import Fields
+from heirloom.common.checkpoint.family import Format, Found, Guess, Lookalike, Read
+from heirloom.common.checkpoint.fields import AVERAGE, Fields
 from heirloom.common.checkpoint.weights import Tensors, write_json
 from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.adaln import EPS
@@ -19,9 +19,7 @@ from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import pixart_layouts
 from lit_jax.attention import Features
-from lit_jax.components import pipeline_of, write_pipeline_of
 from lit_jax.formats import LOOKALIKES, linear_attention_of, predicts_noise, sizes_of
-from lit_jax.origin import copy_origin
 from lit_jax.pixart import PixArtConfig, published_interpolation
 from lit_jax.trainer_arguments import arguments_of
 
@@ -203,6 +201,7 @@ def _read_diffusers(found: Found) -> Read | None:
     for name in ("only_cross_attention", "use_linear_projection", "double_self_attention"):
         fields.fixed(name, False)
     fields.skip("_*", "dropout", "norm_num_groups", "num_embeds_ada_norm", "upcast_attention", "dtype", "torch_dtype")
+    fields.skip(*AVERAGE)
     channels, heads = fields.integer("in_channels", 4), fields.integer("num_attention_heads", 16)
     width, size = heads * fields.integer("attention_head_dim", 72), fields.square("sample_size", 128)
     _no_conditions(fields, size)
@@ -308,10 +307,3 @@ FORMATS = (
         write_config=_write_diffusers,
     ),
 )
-
-
-def sidecars(donor: Donor, destination: Path, format: str) -> None:
-    """Copy the files that say which autoencoder made the model's latents, and which pipeline it is part of."""
-    copy_origin(donor.folder, destination)
-    if format == "heirloom":  # other formats have no place for it
-        write_pipeline_of(destination, pipeline_of(donor))

@@ -2,7 +2,7 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lit_jax.prompts import Album, Prompt, read_prompts
 from lit_jax.stages import Stages
 from lit_jax.text_to_image import Request, TextToImage, open_text_to_image
 
+BATCH = 4  # pictures of a prompt drawn at a time
 AT_A_TIME = 16  # prompts of a file that are encoded, drawn and decoded before the next ones
 
 
@@ -38,8 +39,9 @@ def sample_prompts(donor: Donor, args: Namespace) -> dict[str, Any]:
     how.make()
     prompts = _prompts(args)
     count = (1 if args.layout == "plain" else 4) if args.count is None else args.count
-    if count < 1 or args.batch < 1:
-        raise InputError(f"--count {count} and --batch {args.batch}: each is 1 or more")
+    batch = BATCH if args.batch is None else args.batch
+    if count < 1 or batch < 1:
+        raise InputError(f"--count {count} and --batch {batch}: each is 1 or more")
     album = Album(_folder(args.out), args.layout, count, args.seed)
     components = find_components(donor, pipeline=args.pipeline, text=args.text_encoder, autoencoder=args.autoencoder)
     pipe = open_text_to_image(
@@ -54,7 +56,7 @@ def sample_prompts(donor: Donor, args: Namespace) -> dict[str, Any]:
         origin=read_origin(donor.folder),
     )
     size = pipe.fitting(parse_size(args.size) if args.size else pipe.default_size, args.exact)
-    return _draw(pipe, prompts, album, how, size, args)
+    return _draw(pipe, prompts, album, how, size, batch, args)
 
 
 def _draw(
@@ -63,6 +65,7 @@ def _draw(
     album: Album,
     how: PromptConfig,
     size: tuple[int, int],
+    batch: int,
     args: Namespace,
 ) -> dict[str, Any]:
     begun = time.perf_counter()
@@ -73,7 +76,7 @@ def _draw(
         print(f"{album.folder}: {len(prompts) - len(missing)} of {len(prompts)} prompts are drawn (--force redraws)")
     for first in range(0, len(missing), AT_A_TIME):
         numbers = missing[first : first + AT_A_TIME]
-        drawn = pipe.pictures([requests[i] for i in numbers], how, args.batch)
+        drawn = pipe.pictures([requests[i] for i in numbers], how, batch)
         for i, pictures in zip(numbers, drawn, strict=True):
             album.write(i, prompts[i], pictures, about[i])
     files = [file for i, prompt in enumerate(prompts) for file in album.files(i, prompt)]
@@ -95,13 +98,19 @@ def _about(pipe: TextToImage, request: Request, how: PromptConfig, number: int) 
     height, width = request.size
     files = {"model": pipe.donor, "autoencoder": pipe.autoencoder}
     weights = {name: f"{donor.path} {_version(donor)}" for name, donor in files.items()}
-    weights |= {"text_encoder": str(pipe.components.text), "dtype": jnp.dtype(pipe.dtype).name}
+    text = pipe.components.text
+    weights |= {"text_encoder": f"{text} {_stamp([text] if text.is_file() else text.iterdir())}"}
+    weights["dtype"] = jnp.dtype(pipe.dtype).name
     return about | {"height": height, "width": width} | weights | asdict(how)
 
 
 def _version(donor: Donor) -> str:
     """Returns what changes when weights are written again."""
-    files = [donor.file.parent / name for name in parts(donor.file)]
+    return _stamp(donor.file.parent / name for name in parts(donor.file))
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    """Returns the size of all files together, and when the newest was written."""
     stats = [file.stat() for file in files if file.is_file()]
     return f"{sum(s.st_size for s in stats)} {max((s.st_mtime_ns for s in stats), default=0)}"
 

@@ -13,11 +13,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.grid import grid
-from heirloom.common.data.lines import split_lines
+from heirloom.common.data.lines import read_lines, split_lines
 from heirloom.common.errors import InputError
 
 Layout = Literal["plain", "geneval", "dpg"]
 SOFTWARE = "heirloom"
+_TABLES = (".csv", ".tsv", ".json")
+# How JSON begins. Prompts may begin with brackets, too: "[V] dog", "{red} apple".
+_JSON_LIST, _JSON_OBJECT = re.compile(r'\[\s*["\[{\]\d]'), re.compile(r'\{\s*"')
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,10 @@ class Prompt:
 
 
 def read_prompts(path: Path, layout: Layout) -> list[Prompt]:
-    """Reads prompts: one a line of a text file, GenEval's `.jsonl` (field "prompt"), or DPG-Bench's folder of `.txt`.
+    """Reads prompts: one a line of a text file, GenEval's `.jsonl` (field "prompt"), a JSON list, or DPG-Bench's folder
+    of `.txt`.
 
-    Raises InputError for a file that does not exist or has none, and for one of another layout.
+    Raises InputError for a file that does not exist or has none, for a table, and for one of another layout.
     """
     if path.is_dir():
         if layout != "dpg":
@@ -44,11 +48,24 @@ def read_prompts(path: Path, layout: Layout) -> list[Prompt]:
         found = [_from_json(path, i, line) for i, line in enumerate(split_lines(_text(path)), 1) if line.strip()]
     elif layout == "geneval":
         raise InputError(f"{path}: --layout geneval reads GenEval's evaluation_metadata.jsonl; name that file")
+    elif _JSON_LIST.match(_text(path).strip()):
+        found = [Prompt(text) for text in read_lines(path)]
     else:
-        found = [Prompt(line.strip()) for line in split_lines(_text(path)) if line.strip()]
+        lines = [line.strip() for line in split_lines(_text(path)) if line.strip()]
+        found = _plain(path, lines)
     if not found:
         raise InputError(f"{path}: holds no prompts")
     return found
+
+
+def _plain(path: Path, lines: Sequence[str]) -> list[Prompt]:
+    """Returns a prompt for each line of text, or for each JSON object. Raises InputError for a table and other JSON."""
+    if lines and all(_JSON_OBJECT.match(line) for line in lines):
+        return [_from_json(path, i, line) for i, line in enumerate(lines, 1)]
+    if path.suffix.lower() in _TABLES or any("\t" in line for line in lines):
+        kind = "other JSON than a list of texts" if path.suffix.lower() == ".json" else "a table"
+        raise InputError(f'{path} is {kind}; give one prompt a line, or a .jsonl with a field "prompt"')
+    return [Prompt(line) for line in lines]
 
 
 def _text(path: Path) -> str:

@@ -204,12 +204,13 @@ class TextCache:
         """Reads the tables and checks that the large files have the sizes that these tell."""
         self.sizes = [(int(height), int(width)) for height, width, _ in about["sizes"]]
         self.columns: list[str] = about["columns"]
-        self._captions, self._starts = (np.load(self.folder / f"{name}.npy") for name in ("captions", "starts"))
+        files = (self.folder / f"{name}.npy" for name in ("captions", "starts"))
+        self._captions, self._starts = (np.array(mapped(file)) for file in files)
         self.groups = np.zeros(len(self._captions), np.int64)
         self._rows, seen = np.zeros(len(self._captions), np.int64), np.zeros(len(self._captions), np.int64)
         for group, (height, width) in enumerate(self.sizes):
             part = self.folder / f"{height}x{width}"
-            rows, stored = np.load(part / "records.npy"), len(np.load(part / "moments.npy", mmap_mode="r"))
+            rows, stored = np.array(mapped(part / "records.npy")), len(mapped(part / "moments.npy"))
             if len(rows) != stored:
                 raise ValueError(f"{part.name} has {stored} latents for {len(rows)} records")
             self.groups[rows], self._rows[rows] = group, np.arange(len(rows))
@@ -219,7 +220,7 @@ class TextCache:
         size, wanted = (self.folder / "features.f16").stat().st_size, 2 * int(self._starts[-1]) * int(about["width"])
         if size != wanted:
             raise ValueError(f"features.f16 has {size} bytes, not {wanted}")
-        features, mask = (np.load(self.folder / f"{name}.npy") for name in ("null", "null_mask"))
+        features, mask = (np.array(mapped(self.folder / f"{name}.npy")) for name in ("null", "null_mask"))
         if features.shape != (about["tokens"], about["width"]) or mask.shape != features.shape[:1]:
             raise ValueError(f"null.npy is {list(features.shape)} and null_mask.npy {list(mask.shape)}")
         empty = EmptyText(features.astype(np.float32), mask)

@@ -217,8 +217,13 @@ def labelled(cfg: Config, opened: Opened) -> Labelled:
 
 
 def batches(cfg: Config, opened: Opened) -> Data:
-    """Open the training batches: labelled pictures, or the latents of a cache."""
+    """Open the training batches: labelled pictures, or the latents of a cache. Raises InputError for pictures of a
+    latent model.
+    """
     source = labelled(cfg, opened)
+    if cfg.autoencoder and not opened.inputs:
+        ways = "cache their latents first (heirloom cache), or leave out autoencoder"
+        raise InputError(f"{cfg.data.path}: these are pictures, and autoencoder is set: {ways}")
     example = latents if opened.inputs else Pixels(cfg.student.size, cfg.flips)
     first = first_good(source, lambda record: example(record, np.random.default_rng(0)))
     check_shapes(cfg, first, opened.teacher)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from heirloom.common.checkpoint.family import Found
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from lit_jax.dit import SOFTMAX_HEADS
 
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
@@ -18,33 +18,49 @@ _USUAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("predict_xstart", "predict_v", "rectified_flow", "flow_matching"), (False,)),
     **dict.fromkeys(("rescale_betas_zero_snr", "zero_terminal_snr"), (False,)),
     **dict.fromkeys(("noise_schedule", "beta_schedule"), ("linear",)),
-    **dict.fromkeys(("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps"), (1000,)),
-    "beta_start": (1e-4,),
-    "beta_end": (0.02,),
+    **dict.fromkeys(("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps", "timesteps"), (1000,)),
+    **dict.fromkeys(("beta_start", "linear_start"), (1e-4,)),
+    **dict.fromkeys(("beta_end", "linear_end"), (0.02,)),
     "precond": ("none",),  # of EDM
 }
+_OTHER_SCHEDULES = ("squaredcos_cap_v2", "scaled_linear", "sqrt_linear", "sqrt", "sigmoid", "karras", "laplace")
 
 
 def arguments_of(found: Found) -> dict[str, Any]:
-    """Return all arguments by name. Raises InputError for a prediction or a chain that is not DiT's."""
+    """Return all arguments by name, and remark what is not understood. Raises InputError for a prediction or a chain
+    that is not DiT's.
+    """
     args: dict[str, Any] = {}
     for place in _PLACES:
-        for name, value in _settings(found.about.get(place)):
+        given = found.about.get(place)
+        settings = list(_settings(given))
+        if given and not settings:
+            kind = f"{place!r}, saved with the tensors, is a {type(given).__name__} without names, which is not read"
+            remark(f"{kind}: whether the model predicts noise, on DiT's chain, was not compared with it")
+        for name, value in settings:
             _check(name, value)
             args.setdefault(name, value)
+    if "linear_start" in args:
+        ldm = "in latent diffusion's code, whose name linear_start is, 'linear' is linear in the square root"
+        remark(f"{ldm}; the chain of this model is taken for linear, as DiT's is")
     return args
 
 
 def trained_as(found: Found) -> dict[str, Any]:
-    """Return what the arguments say of the model: `prediction`, `heads`, `classes` and `size`, where they do.
+    """Return what the arguments say of the model: `prediction`, `heads`, `classes` and `pixels`, where they do.
 
     Raises InputError for a model that predicts something else than noise, or on another chain than DiT's.
     """
     args, known = arguments_of(found), dict[str, Any]()
     name = str(args.get("model") or "")
-    sit = (args.get("prediction"), args.get("path_type"), name if name.startswith("SiT") else None)
-    if _lower(sit[0]) not in (None, *_NOISE) or any(sit[1:]):
-        what = next(str(x) for x in (*sit, name) if x not in (None, ""))
+    prediction, path, sit = args.get("prediction"), args.get("path_type"), name.startswith("SiT")
+    if _lower(prediction) in _NOISE and (path or sit):
+        what = f"path {path}" if path else name
+        raise InputError(
+            f"trained as a SiT ({what}): it predicts noise, but on another path than DiT's chain, and cannot be sampled"
+        )
+    if _lower(prediction) not in (None, *_NOISE) or path or sit:
+        what = next(str(x) for x in (prediction, path, name) if x not in (None, ""))
         raise InputError(
             f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here"
         )
@@ -56,7 +72,7 @@ def trained_as(found: Found) -> dict[str, Any]:
     if isinstance(classes := args.get("num_classes"), int):
         known["classes"] = classes
     if isinstance(pixels := args.get("image_size"), int):
-        known["size"] = pixels // 8  # train.py of DiT: latents of an autoencoder that shrinks eight times
+        known["pixels"] = pixels  # of the pictures, which DiT's train.py encodes with an autoencoder
     return known
 
 
@@ -69,6 +85,8 @@ def _settings(given: Any) -> Iterator[tuple[str, Any]]:
 
 def _check(name: str, value: Any) -> None:
     """Raises InputError for a setting with another value than DiT's."""
+    if name == "schedule" and _lower(value) in _OTHER_SCHEDULES:  # others may be of the learning rate
+        raise InputError(f"trained with {name} {value}; only DiTs with a linear chain can be sampled here")
     if name in _USUAL and value not in (None, "") and _lower(value) not in (usual := _USUAL[name]):
         raise InputError(f"trained with {name} {value}; only DiTs with {name} {usual[0]} can be sampled here")
 

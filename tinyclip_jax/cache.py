@@ -21,7 +21,7 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.data.reading import retried
+from heirloom.common.data.reading import mapped, retried
 from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
@@ -136,5 +136,5 @@ class Cached:
     def __getitem__(self, index: int) -> Record:
         if self._columns is None:
             files = {name: self._folder / f"{name}.npy" for name in TARGETS}
-            self._columns = {name: retried(partial(np.load, file, "r"), file) for name, file in files.items()}
+            self._columns = {name: retried(partial(mapped, file), file) for name, file in files.items()}
         return self._source[index] | {name: np.array(column[index]) for name, column in self._columns.items()}

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.labelled import open_labelled
@@ -57,6 +58,7 @@ FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt"
 LABELLED = SourceConfig(text="", columns=("label",))
 CLASSES_OF = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200}
 CLASSES_OF |= {"imagenet-sketch": 1000, "objectnet": 313}
+OF_ONE_SET = {"data", "split", "image", "text", "task", "classes", "templates"}  # arguments of `heirloom eval`
 WARM_UP, TIMED = 10, 50  # calls before and during the measurement of throughput
 THROUGHPUT_BATCH = 32  # examples in each
 
@@ -183,9 +185,7 @@ SUITE: dict[str, Scores] = {
 def evaluate_suite(donor: Donor, baseline: Donor | None, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH --suite DIR`."""
     refuse_flags(args)
-    given = [name for name in ("data", "split", "classes", "templates") if getattr(args, name)]
-    if given or args.task != "retrieval":
-        raise InputError(f"--{(given or ['task'])[0]} has no effect with --suite, whose data sets have their own")
+    refuse(args, "eval", OF_ONE_SET, "data sets of a suite have their own settings, and", "is for one data set")
     return run_suite(donor, baseline, args.suite)
 
 

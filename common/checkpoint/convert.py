@@ -258,8 +258,7 @@ def _write_ours(donor: Donor, folder: Path, to: str) -> None:
             for path, view in own_views(out, spec, str(folder)).items():
                 view.write(values[path])
     weights.write_config(folder, donor.family.name, donor.cfg, stored=to if to in weights.ORBAX else "")
-    record = provenance(COPY.resolve(donor.source, spec))
-    write_json(folder / "provenance.json", {"source": origin(donor.path), "format": donor.format} | record)
+    write_json(folder / "provenance.json", came_from(donor) | provenance(COPY.resolve(donor.source, spec)))
 
 
 def _write_orbax(donor: Donor, folder: Path, to: str) -> None:
@@ -306,6 +305,19 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
     else:
         with weights.create_safetensors(folder / format.file, shapes) as out:
             fill(out)
+
+
+def came_from(donor: Donor) -> dict[str, str]:
+    """Returns what the provenance of a conversion says of its source; `first_format` is that before all conversions."""
+    return {"source": origin(donor.path), "format": donor.format, "first_format": first_format(donor)}
+
+
+def first_format(donor: Donor) -> str:
+    """Returns the format of the file that weights were first converted from; one of OURS for models trained here."""
+    if donor.format not in OURS:
+        return donor.format
+    record = describe(donor.folder) or {}
+    return str(record.get("first_format") or record.get("format") or donor.format)
 
 
 def describe(path: Path) -> dict[str, Any] | None:

@@ -45,6 +45,10 @@ TRANSFORMERS = (
     "eos_token_id", "pad_token_id", "sep_token_id",
     "decoder_start_token_id", "task_specific_params", "initializer_*", "*dropout*", "layerdrop", "loss_type", "_*",
 )  # fmt: skip
+# Fields that diffusers' EMAModel adds to the config of an average.
+AVERAGE = (
+    "decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup",
+)  # fmt: skip
 LARGEST = 2**24  # of any size in a config; a larger one is a mistake and would fill the memory
 
 

@@ -1,13 +1,15 @@
-"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder][@revision]` and addresses
-in buckets, downloaded once.
+"""Finds a SOURCE: a local path, a model that comes with a package, or `hf:org/name[/folder or file][@revision]` and
+addresses in buckets, downloaded once.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
+from heirloom.common.checkpoint.unwrap import NO_WEIGHTS
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.fetch import fetch, fetch_folder
 from heirloom.common.paths import Address, place
@@ -43,23 +45,50 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
     where, _, revision = source.removeprefix("hf:").partition("@")
     name, folder = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
     try:
-        files = [f for f in HfApi().list_repo_files(name, revision=revision or None) if f.startswith(folder)]
-        # Pickles only where there are no safetensors, Flax's files only where there is neither.
-        weights = next(
-            (kinds for kinds in (_WEIGHTS, _PICKLES) if any(fnmatchcase(f, kind) for f in files for kind in kinds)),
-            _FLAX,
-        )
-        wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in (*weights, *_OTHER)]
+        wanted = _wanted(HfApi().list_repo_files(name, revision=revision or None), folder)
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted)) / folder
     except (
         Exception
     ) as error:  # the hub's client raises its own errors, httpx's and OSError: all mean that the download failed
         cached = _cached(name, revision)
-        if cached is not None and (not folder or (cached / folder).is_dir()):
+        if cached is not None and (not folder or (cached / folder).exists()):
             return cached / folder
         raise InputError(
             f"{source}: could not be fetched ({str(error).splitlines()[0][:200]}); check name and network"
         ) from error
+
+
+def _wanted(files: list[str], place: str) -> list[str]:
+    """Returns patterns of the files to fetch. place: a folder of the repository, empty for all, or a file, with which
+    the sidecar files next to it are fetched.
+
+    Of each folder pickles only where it has no safetensors, Flax's files only where it has neither.
+    """
+    if place in files:
+        folder = place.rpartition("/")[0]
+        shards = (place.removesuffix(".index.json").rpartition(".")[2],) if place.endswith(".index.json") else ()
+        near = [f for f in files if f.rpartition("/")[0] == folder]
+        endings = (*_SIDECARS, *(f".{ending}" for ending in shards))
+        return [escape(f) for f in near if f == place or f.endswith(endings)]
+    inside: dict[str, list[str]] = {}
+    for file in files:
+        if not place or file.startswith(f"{place}/"):
+            inside.setdefault(file.rpartition("/")[0], []).append(file)
+    if place and not inside:
+        raise InputError(f"the repository has no file or folder {place!r}")
+    kinds = {folder: kind for folder, names in inside.items() if (kind := _kind(names))}
+    if len(set(kinds.values())) <= 1:
+        patterns = (*next(iter(kinds.values()), _FLAX), *_OTHER)
+        return [f"{place}/{pattern}" if place else pattern for pattern in patterns]
+    wanted = ((f, (*kinds.get(folder, ()), *_OTHER)) for folder, names in inside.items() for f in names)
+    return [escape(f) for f, patterns in wanted if any(fnmatchcase(f, pattern) for pattern in patterns)]
+
+
+def _kind(files: Sequence[str]) -> tuple[str, ...]:
+    """Returns the patterns of the kind of weights to take from a folder with these files; none without weights."""
+    models = [f for f in files if not NO_WEIGHTS.match(f.rpartition("/")[2])]
+    kinds = (_WEIGHTS, _PICKLES, _FLAX)
+    return next((kind for kind in kinds if any(fnmatchcase(f, one) for f in models for one in kind)), ())
 
 
 def _from_bucket(address: Address) -> Path:

@@ -51,12 +51,22 @@ def part(path: Path, name: str) -> Path:
 
 
 def main_part(path: Path) -> Path:
-    """Returns the folder of the denoiser. Raises InputError for a pipeline without one."""
+    """Returns the folder of the denoiser. Raises InputError for a pipeline without one, and for one next to its
+    average.
+    """
+    check_averages(path)
     listed = parts_of(path)
     name = next((name for name in MAIN if name in listed or (path / name).is_dir()), None)
     if name is None:
         raise InputError(f"{path / INDEX}: lists no {' or '.join(MAIN)}; its parts are {', '.join(listed) or 'none'}")
     return part(path, name)
+
+
+def check_averages(path: Path) -> None:
+    """Raises InputError for a denoiser next to its average, as diffusers' trainers write them."""
+    for name in MAIN:
+        if (path / name).is_dir() and (average := path / f"{name}_ema").is_dir():
+            raise InputError(f"{path} holds {name}/ and its average: name {average}, or {path / name} for the raw one")
 
 
 def convert_pipeline(
@@ -73,8 +83,9 @@ def convert_pipeline(
 
     to: "heirloom", or a format that at least one part has; a part that has only one foreign format is written in it.
     quantize: "int8" for the kernels of all parts but the autoencoder, which is convolutions. Raises InputError for a
-    missing part, and VerificationError; `destination` is then not written.
+    missing part and for a denoiser next to its average, and VerificationError; `destination` is then not written.
     """
+    check_averages(path)
     names = parts_of(path)
     donors = {name: open_part(part(path, name)) for name in names if name not in _PLAIN}
     checks: dict[str, Check] = {}

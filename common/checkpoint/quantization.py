@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from heirloom.common.checkpoint import weights
-from heirloom.common.checkpoint.convert import COPY, hashes, open_donor, parts
+from heirloom.common.checkpoint.convert import COPY, came_from, hashes, open_donor, parts
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantized import QuantizedView, quantized_tensors, write_quantized
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.verify import UNQUANTIZED, Check, compare
 from heirloom.common.checkpoint.weights import FILE, read_json, write_json
 from heirloom.common.errors import InputError, VerificationError
-from heirloom.common.fetch import origin
 from heirloom.common.nn.quantized import INT8
 from heirloom.common.surgery.report import provenance
 
@@ -36,8 +35,7 @@ def quantize_folder(donor: Donor, destination: Path, *, force: bool = False, ver
         with weights.create_safetensors(folder / FILE, tensors) as out:
             write_quantized(out, donor.source.values, spec, str(donor.path))
         weights.write_config(folder, family.name, donor.cfg, INT8)
-        record = provenance(COPY.resolve(donor.source, spec))
-        write_json(folder / "provenance.json", {"source": origin(donor.path), "format": donor.format} | record)
+        write_json(folder / "provenance.json", came_from(donor) | provenance(COPY.resolve(donor.source, spec)))
         family.sidecars(donor, folder, "heirloom")
         check = Check(passed=True, reference=None, note="not asked for")
         if verify:

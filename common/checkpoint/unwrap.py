@@ -7,7 +7,6 @@ says so.
 import re
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.flax_files import SUFFIX, is_flax, open_flax
+from heirloom.common.checkpoint.pickled import Opaque, plain
 from heirloom.common.checkpoint.weights import Tensors, read_json
 from heirloom.common.errors import InputError
 
@@ -53,12 +53,15 @@ _CONFIGS = (
     "addict.",
     "pathlib.",
     "datetime.",
+    "typing.",  # of omegaconf, as the two below
+    "collections.defaultdict",
 )
+_TYPES = (dict, list, tuple, set, int, float, bool, str)
 _PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar",
     "*.th", "*.msgpack.index.json", "*.msgpack", "*.npz",
 )  # fmt: skip
-_NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model)")
+NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model)")
 _OTHERS = {
     b"\x89HDF": "an HDF5 file of TensorFlow or Keras; convert the PyTorch or safetensors file of the same model",
     b"GGUF": "a quantised GGUF file; convert the safetensors file it was made from",
@@ -104,7 +107,7 @@ def weights_files(path: Path) -> list[Path]:
         if found := sorted(
             p
             for p in path.glob(pattern)
-            if not p.name.startswith(".") and not _NO_WEIGHTS.match(p.name) and p.is_file()
+            if not p.name.startswith(".") and not NO_WEIGHTS.match(p.name) and p.is_file()
         ):
             for index in found:
                 _check_index(index)
@@ -187,10 +190,13 @@ def clean_names(found: Weights) -> Weights:
             )
         if name not in _COUNTERS:
             tensors[name] = value
+    tensors = _with_dots(tensors)
     while (outer := _outer(tensors)) is not None:
-        inside = {key.removeprefix(f"{outer}."): value for key, value in tensors.items() if key.startswith(f"{outer}.")}
-        rest = {key: value for key, value in tensors.items() if not key.startswith(f"{outer}.")}
-        twins = {key for key in rest if key.partition(".")[2] in inside or key in inside}
+        inside, rest, twins = _taken_apart(tensors, outer)
+        averages = {name for key in twins if AVERAGE.search(name := key.partition(".")[0])}
+        if averages and not AVERAGE.search(outer):
+            outer = min(averages)
+            inside, rest, twins = _taken_apart(tensors, outer)
         if twins:
             notes.append(f"'{outer}.*' taken, and not '{min(twins).partition('.')[0]}.*'")
         tensors = inside | {key: value for key, value in rest.items() if key not in twins}
@@ -198,6 +204,33 @@ def clean_names(found: Weights) -> Weights:
     if seen:
         notes.append(f"{', '.join(repr(prefix) for prefix in sorted(seen))} removed from the names of its tensors")
     return Weights(tensors, found.about, tuple(notes))
+
+
+def _taken_apart(tensors: Tensors, outer: str) -> tuple[Tensors, Tensors, set[str]]:
+    """Returns the tensors of an attribute without its name, the others, and which of the others are the same weights
+    under another name.
+    """
+    inside = {key.removeprefix(f"{outer}."): value for key, value in tensors.items() if key.startswith(f"{outer}.")}
+    rest = {key: value for key, value in tensors.items() if not key.startswith(f"{outer}.")}
+    return inside, rest, {key for key in rest if key.partition(".")[2] in inside or key in inside}
+
+
+def _with_dots(tensors: Tensors) -> Tensors:
+    """Gives the tensors of LDM's average, whose names have lost their dots (`model_ema.blocks0attnqkvweight`), the
+    names of the raw weights next to it.
+    """
+    firsts = dict.fromkeys(key.partition(".")[0] for key in tensors if "." in key)
+    for average in filter(AVERAGE.search, firsts):
+        inside = {key.partition(".")[2] for key in tensors if key.startswith(f"{average}.")} - {"decay", "num_updates"}
+        for raw in (name for name in firsts if name != average):
+            names = [key.partition(".")[2] for key in tensors if key.startswith(f"{raw}.")]
+            dotted = {name.replace(".", ""): name for name in names}
+            if any("." in name for name in inside) or not inside <= dotted.keys() or len(dotted) < len(names):
+                continue
+            renamed = {f"{average}.{name}": f"{average}.{dotted[name]}" for name in inside}
+            counters = {f"{average}.decay", f"{average}.num_updates"}
+            return {renamed.get(key, key): value for key, value in tensors.items() if key not in counters}
+    return tensors
 
 
 def without_common(found: Weights) -> Weights | None:
@@ -232,13 +265,13 @@ def open_torch(path: Path) -> Weights:
     notes: list[str] = []
     while wrapped := _wrapped(state, path, torch):
         inner, *others = wrapped
-        about |= {str(key): _plain(value) for key, value in state.items() if key != inner}
+        about |= {str(key): plain(value) for key, value in state.items() if key != inner}
         if others:
             notes.append(f"the tensors under {inner!r} taken, and not those under {', '.join(map(repr, others))}")
         elif AVERAGE.search(inner) or any(AVERAGE.search(str(key)) for key in state):
             notes.append(f"the tensors under {inner!r} taken")
         state = state[inner]
-    about |= {str(key): _plain(value) for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    about |= {str(key): plain(value) for key, value in state.items() if not isinstance(value, torch.Tensor)}
     tensors = {str(key): _numpy(value, torch, path) for key, value in state.items() if isinstance(value, torch.Tensor)}
     return Weights(tensors, about, tuple(notes))
 
@@ -262,12 +295,12 @@ def _harmless(path: Path, torch: Any) -> Sequence[Any]:
     kinds = sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}, key=str)
     numpy_ones = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numpy_ones += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    allowed = [Namespace, np.dtype, np.ndarray, *kinds, *numpy_ones]
+    allowed = [Namespace, np.dtype, np.ndarray, *_TYPES, *kinds, *numpy_ones]
     try:
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # torch raises many types for a damaged file; loading it next reports the damage
         return allowed
-    return [*allowed, *((OrderedDict, name) for name in others if name.startswith(_CONFIGS))]
+    return [*allowed, *((Opaque, name) for name in others if name.startswith(_CONFIGS))]
 
 
 def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> list[str]:
@@ -278,6 +311,14 @@ def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> list[str]:
     def holds_tensors(value: Any) -> bool:
         return isinstance(value, dict) and any(isinstance(v, torch.Tensor) or holds_tensors(v) for v in value.values())
 
+    def is_list_of_tensors(value: Any) -> bool:
+        return isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) and v.ndim for v in value)
+
+    for key, value in state.items():
+        inside = value.values() if isinstance(value, dict) and not holds_tensors(value) else [value]
+        if AVERAGE.search(str(key)) and not _TRAINING.search(str(key)) and any(map(is_list_of_tensors, inside)):
+            instead = "write it into the model (copy_to), or leave it out for the raw weights, and save state_dict()"
+            raise InputError(f"{path}: {key!r} is an average whose tensors have no names, which is not read; {instead}")
     inner = [
         key
         for key, value in state.items()
@@ -294,10 +335,6 @@ def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> list[str]:
             f"{path}: holds several sets of tensors ({', '.join(inner)}); save the one you mean with torch.save"
         )
     return inner
-
-
-def _plain(value: Any) -> Any:
-    return vars(value) if isinstance(value, Namespace) else value
 
 
 def write_torch(path: Path, tensors: Tensors, wrapper: str | None = "state_dict") -> None:

@@ -3,10 +3,11 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -26,10 +27,24 @@ when two threads parse at once (github.com/python/cpython/issues/106905).
 Result = TypeVar("Result")
 
 
-def mapped(file: Path, **options: Any) -> np.memmap:
-    """Maps a .npy file, to read. Raises OSError, and ValueError when it is no such file."""
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Holds PARSING. Raises OSError, and ValueError for whatever else numpy raises for a damaged header, such as
+    tokenize.TokenError.
+    """
     with PARSING:
-        return np.lib.format.open_memmap(file, mode="r", **options)
+        try:
+            yield
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise ValueError(f"its header is damaged: {error}") from error
+
+
+def mapped(file: Path, mode: Literal["r", "r+"] = "r", **options: Any) -> np.memmap:
+    """Maps a .npy file, to read unless `mode` differs. Raises OSError, and ValueError when it is no such file."""
+    with parsing():
+        return np.lib.format.open_memmap(file, mode=mode, **options)
 
 
 def retried(read: Callable[[], Result], file: AnyPath | str) -> Result:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from heirloom.common.data.reading import parsing
 from heirloom.common.errors import InputError, remark
 from heirloom.common.evaluate.extractor import Extractor
 from heirloom.common.evaluate.features import embedder
@@ -198,7 +199,8 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, dim:
     for key, shape in ((mean, (dim,)), (covariance, (dim, dim))):
         if key not in arrays:
             raise InputError(f"{path}: has no `{key}`, though it has other statistics; fetch it again")
-        value = arrays[key]
+        with parsing():
+            value = arrays[key]
         if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
             given = f"{value.dtype} {list(value.shape)}"
             raise InputError(f"{path}: `{key}` is {given}, and must be {list(shape)} finite numbers")
@@ -227,4 +229,5 @@ def _shape(path: Path) -> tuple[int, ...]:
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Reads shape, whether the order is Fortran's, and dtype; the file is then at the start of the data."""
     version = np.lib.format.read_magic(file)
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    with parsing():
+        return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)

@@ -315,6 +315,11 @@ def _check(
         raise InputError(f"{where}: tensor {key!r} is missing{nearest(key, tensors.keys() - expected.keys())}")
     if unexpected := tensors.keys() - expected.keys() - optional:
         key = min(unexpected)
+        part = key.partition(".")[0]
+        inside, known = ([one for one in names if one.startswith(f"{part}.")] for names in (unexpected, expected))
+        if len(inside) > 2 and not known:  # a weight and a bias are a layer
+            advice = f"; if {part!r} is another model, save the state_dict() of this one alone"
+            raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{advice}")
         raise InputError(f"{where}: tensor {key!r} is not part of this {name} model{nearest(key, expected)}")
     for key, tensor in expected.items():
         if key in tensors and tuple(tensors[key].shape) != tensor.shape:

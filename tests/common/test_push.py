@@ -152,8 +152,10 @@ def test_a_folder_arrives_with_its_card(hub, folder, tmp_path, capsys):
 def test_a_dry_run_writes_the_card_and_sends_nothing(hub, folder, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     hub.refuse["/"] = 500
+    write_json(folder / "pipeline.json", {"pipeline": "/my/pipeline"})
     assert cli.main(["push", str(folder), "hf:me/vit", "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert "pipeline.json names /my/pipeline, which others will see" in said
     assert hub.models == {} and header((folder / "README.md").read_text())["library_name"] == "heirloom"
     assert "license" not in header((folder / "README.md").read_text()) and "give --license ID, such as mit" in said
     assert f"nothing was uploaded; without --dry-run it goes to {hub.url}/me/vit" in said

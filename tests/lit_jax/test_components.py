@@ -1,17 +1,19 @@
 """Pipeline folders: which are read, and which settings of a scheduler change the pictures."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.pipeline import is_pipeline, main_part, parts_of
+from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of
 from heirloom.common.errors import InputError
 from lit_jax.components import (
     check_pipeline,
     check_scheduler,
     class_names,
+    find_components,
     other_scale,
     pipeline_of,
     write_pipeline_of,
@@ -99,6 +101,34 @@ def test_a_student_next_to_a_transformer_belongs_to_the_pipeline_that_it_notes(t
     assert pipeline_of(SimpleNamespace(folder=mine / "transformer")) == mine
     assert pipeline_of(SimpleNamespace(folder=mine / "student")) == theirs
     assert pipeline_of(SimpleNamespace(folder=tmp_path / "alone")) is None
+
+
+def test_a_transformer_named_as_the_working_folder_belongs_to_its_pipeline(tmp_path, monkeypatch):
+    root = write(tmp_path / "p", SIGMA)
+    (root / "transformer").mkdir()
+    monkeypatch.chdir(root / "transformer")
+    assert pipeline_of(SimpleNamespace(folder=Path())) == root
+
+
+@pytest.mark.parametrize("name", ["transformer", "unet"])
+def test_a_model_next_to_its_average_is_named_by_the_user(tmp_path, name):
+    """diffusers' trainers write both."""
+    for folder in (name, f"{name}_ema"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    assert is_pipeline(tmp_path)
+    with pytest.raises(InputError, match=f"holds {name}/ and its average: name .*{name}_ema, or .*{name} for the raw"):
+        main_part(tmp_path)
+    with pytest.raises(InputError, match="and its average"):
+        convert_pipeline(tmp_path, tmp_path / "out", "heirloom", lambda part: None)
+
+
+def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(tmp_path):
+    for name, file in (("text_encoder", "model.safetensors"), ("tokenizer", "spiece.model"), ("vae", "x")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("")
+    parts = dict(text=str(tmp_path / "text_encoder" / "model.safetensors"), autoencoder=str(tmp_path / "vae"))
+    assert find_components(foreign(tmp_path / "alone", None), **parts).tokenizer == tmp_path / "tokenizer"
 
 
 def foreign(folder, cfg, format="diffusers"):

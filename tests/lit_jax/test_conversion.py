@@ -2,18 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from heirloom.common.checkpoint.convert import convert, open_donor
+from heirloom.common.checkpoint.convert import convert, first_format, open_donor
 from heirloom.common.checkpoint.weights import create_safetensors, open_safetensors, read_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
+from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax import dit
+from lit_jax.autoencoder import AutoencoderConfig
+from lit_jax.components import other_scale, pipeline_of
+from lit_jax.decode import no_pictures, pictures_of
+from lit_jax.origin import Origin, write_origin
 from lit_jax.verify import AsDiffusers
 from lit_jax.zoo import FAMILY
 
@@ -59,6 +66,25 @@ def test_round_trip_keeps_every_bit(golden, tmp_path):
     assert read_json(tmp_path / "ours" / "provenance.json")["parameters"]["blocks/attn/key/kernel"]["source"].endswith(
         "attn1.to_k.weight"
     )
+
+
+def test_what_was_converted_is_foreign_still_and_keeps_its_pipeline(golden, tmp_path, remarks):
+    """Nothing in it says whose latents, or whether pixels, it draws."""
+    root, ours = tmp_path / "pipeline", tmp_path / "ours"
+    shutil.copytree(golden[0], root / "transformer")
+    (root / "model_index.json").write_text("{}")
+    convert(open_donor(root / "transformer", [FAMILY]), ours, "heirloom", verify=False)
+    donor = open_donor(ours, [FAMILY])
+    assert pipeline_of(donor) == root and first_format(donor) == "diffusers"
+    assert "cache has latents with scaling_factor 0.5, and published models" in other_scale(donor, 0.5, "cache")
+    pixels, mesh = replace(donor, cfg=replace(donor.cfg, channels=3)), start(MeshConfig())
+    remarks()
+    assert pictures_of(pixels, "", mesh) is not None and "its 3 channels are taken for pixels" in remarks()[0]
+    record = read_json(ours / "provenance.json")
+    (ours / "provenance.json").write_text(json.dumps(record | {"format": "heirloom"}))  # converted once more
+    assert first_format(donor) == "diffusers"
+    write_origin(ours, Origin(AutoencoderConfig()))
+    assert other_scale(donor, 0.5, "cache") == ""
 
 
 def test_embedders_that_differ_between_blocks_are_refused(golden, tmp_path):
@@ -107,6 +133,18 @@ def test_other_transformers_are_refused_by_name(golden, tmp_path, fields, words)
     with pytest.raises(InputError, match=words) as error:
         open_donor(with_config(golden, tmp_path / "other", **fields), [FAMILY])
     assert "\n" not in str(error.value)
+
+
+def test_an_average_of_diffusers_own_says_how_it_was_made(golden, tmp_path):
+    ema = dict(decay=0.9999, min_decay=0.0, inv_gamma=1.0, power=2 / 3, optimization_step=500, update_after_step=0)
+    folder = with_config(golden, tmp_path / "transformer_ema", **ema, use_ema_warmup=False)
+    assert open_donor(folder, [FAMILY]).cfg == open_donor(golden[0], [FAMILY]).cfg
+
+
+def test_a_model_of_one_channel_is_not_told_to_take_an_autoencoder_for_latents(tmp_path):
+    one, four = (SimpleNamespace(path="x", folder=tmp_path, cfg=dit.DitConfig(channels=n)) for n in (1, 4))
+    assert "x draws 1 channel, and pictures have 3" in str(no_pictures(one))
+    assert "this model draws latents: give --autoencoder" in str(no_pictures(four))
 
 
 def test_what_older_configs_say_is_read(golden, tmp_path):

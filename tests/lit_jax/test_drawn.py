@@ -74,6 +74,13 @@ def test_a_part_of_another_size_is_refused(tmp_path):
         list(drawn.batches(drawing([]), 3))
 
 
+def test_a_damaged_part_is_refused(tmp_path):
+    (tmp_path / "s.npz.part.npy").write_bytes(b"\x93NUMPY\x01\x00\x0a\x00{'descr': \n" + bytes(64))
+    (tmp_path / "s.npz.part.json").write_text(json.dumps({"drawn": 3, "how": HOW}))
+    with pytest.raises(InputError, match=r"s.npz.part.npy is damaged .*: remove it"):
+        list(Drawn(tmp_path / "s.npz", PICTURES.shape, HOW).batches(drawing([]), 3))
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

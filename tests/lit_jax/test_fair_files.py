@@ -125,7 +125,27 @@ def test_a_file_without_its_position_table_asks_for_the_size(tmp_path):
     with pytest.raises(InputError, match=r"the side of its inputs is not known.*--set size=VALUE"):
         opened(tensors, tmp_path, heads=4)
     assert opened(tensors, tmp_path, heads=4, size=8).cfg == CFG
-    assert read(tensors, tmp_path, image_size=64, model="DiT-S/2").cfg.size == 8  # latents of an eighth
+    found = read(tensors, tmp_path, image_size=64, model="DiT-S/2")
+    assert found.cfg.size == 8  # latents of an eighth
+    assert any(guess.name == "size" and "pictures of 64 pixels" in guess.why for guess in found.guesses)
+    pixels = tensors_of(replace(CFG, channels=3))
+    del pixels[POSITIONS]
+    guesses = read(pixels, tmp_path, image_size=64, model="DiT-S/2").guesses
+    assert ("size", None) in [(guess.name, guess.value) for guess in guesses]
+
+
+def test_arguments_that_are_not_understood_are_remarked(tmp_path, remarks):
+    found = Found(tensors_of(), tmp_path, {"args": ["train.py", "--prediction", "velocity"]})
+    formats.FORMATS[0].read_config(found)
+    assert "'args', saved with the tensors, is a list without names, which is not read" in remarks()[0]
+    read(tensors_of(), tmp_path, linear_start=1e-4, linear_end=0.02, beta_schedule="linear", schedule="cosine")
+    assert "'linear' is linear in the square root" in remarks()[0]
+
+
+def test_another_model_in_the_file_is_named(tmp_path):
+    vae = {f"vae.{name}.weight": np.zeros(1, np.float32) for name in "abc"}
+    with pytest.raises(InputError, match=r"'vae.a.weight' is not part of .*; if 'vae' is another model, save the"):
+        opened(tensors_of() | vae, tmp_path, heads=4)
 
 
 @pytest.mark.parametrize(("rows", "cols", "words"), [(2, 8, "rectangles of 4 x 16"), (4, 8, "rectangles of 8 x 16")])
@@ -174,7 +194,10 @@ def test_what_arguments_tell_is_no_guess(tmp_path):
         ),
         (dict(model="SiT-XL/2", prediction="v", path_type="linear"), r"trained as a SiT \(v\)"),
         (dict(model="SiT-B/2"), r"trained as a SiT \(SiT-B/2\)"),
-        (dict(model="DiT-S/2", prediction="noise", path_type="GVP"), "trained as a SiT"),
+        (dict(model="SiT-S/2", prediction="noise", path_type="GVP"), r"trained as a SiT \(path GVP\): it predicts"),
+        (dict(linear_start=0.0015, linear_end=0.0195), "trained with linear_start 0.0015; only DiTs with .* 0.0001"),
+        (dict(timesteps=4000), "trained with timesteps 4000"),
+        (dict(schedule="squaredcos_cap_v2"), "trained with schedule squaredcos_cap_v2"),
         (dict(model="DiT-S/2", noise_schedule="squaredcos_cap_v2"), "trained with noise_schedule squaredcos_cap_v2"),
         (dict(model="DiT-S/2", predict_xstart=True), "trained with predict_xstart True"),
         (dict(model="DiT-S/2", diffusion_steps=4000), "trained with diffusion_steps 4000"),

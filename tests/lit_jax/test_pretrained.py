@@ -12,6 +12,7 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from lit_jax import generate
 from lit_jax.dit import Dit
 from lit_jax.origin import Origin, read_origin, write_origin
 
@@ -112,6 +113,18 @@ def test_an_autoencoder_of_other_latents_is_refused(folder):
 def test_flags_of_prompts_are_refused_where_classes_are_drawn(folder, capsys, flags):
     assert main(["sample", str(folder), *flags]) == 2
     assert f"draws classes, and {flags[0]} is for models that draw from text: leave it out" in capsys.readouterr().err
+
+
+def test_classes_are_drawn_so_many_at_a_time(folder, tmp_path, monkeypatch):
+    def drawn(*args):
+        batches.append(args[5])
+        return [np.zeros((1, 8, 8, 3), np.uint8)]
+
+    batches, how = [], ["--class", "0", "--count", "1", "--out", str(tmp_path / "x.png")]
+    monkeypatch.setattr(generate, "draw_batches", drawn)
+    for flags in ([], ["--batch", "2"]):
+        assert main(["sample", str(folder), *how, *flags]) == 0
+    assert batches == [generate.BATCH, 2]
 
 
 def test_pictures_of_classes_are_pil_images(folder):

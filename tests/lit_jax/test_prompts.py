@@ -10,9 +10,11 @@ from PIL import Image
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.aspect import nearest_size, parse_size, trained_sizes
+from lit_jax.denoiser import PromptConfig
 from lit_jax.pixart import PixArtConfig
+from lit_jax.prompted import _about
 from lit_jax.prompts import Album, Prompt, read_prompts, read_settings
-from lit_jax.text_to_image import TextToImage
+from lit_jax.text_to_image import Request, TextToImage
 
 
 def test_there_are_forty_sizes_of_about_one_area():
@@ -72,8 +74,27 @@ def test_prompts_are_read_from_all_three_kinds_of_files(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", '[\n "a red apple",\n "[V] two dogs"\n]'),
+        ("p.jl", '{"prompt": "a red apple"}\n{"prompt": "[V] two dogs"}'),
+        ("p.txt", "a red apple\n[V] two dogs"),
+        ("p.txt", '["a red apple", "[V] two dogs"]'),
+    ],
+)
+def test_json_is_read_as_such_whatever_the_name_of_its_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert [p.text for p in read_prompts(tmp_path / name, "plain")] == ["a red apple", "[V] two dogs"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "layout", "says"),
     [
+        ("p.json", '{\n"prompts": ["a"]\n}', "plain", "other JSON than a list of texts; give one prompt a line"),
+        ("p.json", '[{"prompt": "a"}]', "plain", "is no list of strings"),
+        ("parti.tsv", "Prompt\tCategory\na cow\tAnimals", "plain", "is a table; give one prompt a line"),
+        ("parti.txt", "a cow\tAnimals", "plain", "is a table"),
+        ("p.csv", "prompt\na cow", "plain", "is a table"),
         ("none.txt", None, "plain", "cannot be read"),
         ("empty.txt", "\n \n", "plain", "holds no prompts"),
         ("bad.jsonl", '{"prompt": "a"}\nnot', "plain", "line 2: not JSON"),
@@ -122,3 +143,18 @@ def test_the_layouts_of_the_benchmarks(tmp_path):
 def test_a_layout_without_a_name_is_refused(tmp_path):
     with pytest.raises(InputError, match="--layout t2i: choose plain, geneval, dpg"):
         Album(tmp_path, "t2i", 1)
+
+
+def test_pictures_depend_on_the_weights_of_the_text_encoder(tmp_path):
+    (tmp_path / "text").mkdir()
+    files = [tmp_path / "model.safetensors", tmp_path / "text" / "model.safetensors"]
+    for file in files:
+        file.write_text("weights")
+    model = SimpleNamespace(path=tmp_path, file=files[0])
+    parts = [SimpleNamespace(text=place) for place in (files[1].parent, files[1])]
+    pipes = [SimpleNamespace(donor=model, autoencoder=model, components=one, dtype="float32") for one in parts]
+    before = [_about(pipe, Request("a cow"), PromptConfig(), 0) for pipe in pipes]
+    files[1].write_text("other weights")
+    for pipe, old in zip(pipes, before, strict=True):
+        new = _about(pipe, Request("a cow"), PromptConfig(), 0)
+        assert {name for name in new if new[name] != old[name]} == {"text_encoder"}

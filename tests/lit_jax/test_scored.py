@@ -14,6 +14,8 @@ from heirloom.common.evaluate.inception import Features, InceptionConfig
 from heirloom.common.nn.dense import Dense
 from heirloom.common.nn.functional import functional
 from lit_jax import evaluate
+from lit_jax.decode import PictureDecoder
+from lit_jax.zoo import open_dit
 
 
 class Colours(nnx.Module):
@@ -145,3 +147,27 @@ def test_scores_need_features_and_a_reference(distilled, capsys):
     assert "give --features" in capsys.readouterr().err
     assert main(["eval", str(distilled), "--features", "x"]) == 2
     assert "give --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "emoji", "--task", "zeroshot"], "draws pictures of classes, and --task is for other models"),
+        (["--data", "emoji", "--text", "title"], "--text is for other models: leave it out"),
+        (["--data", "x.npz", "--split", "test"], "x.npz has neither splits nor columns, and --split chooses one"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, words, capsys):
+    assert main(["eval", "embedded:digits_dit", "--features", "x", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_saved_pictures_are_of_one_decoder(tmp_path):
+    file, donor = tmp_path / "vae.safetensors", open_dit("embedded:digits_dit")
+    found = []
+    for content in ("one", "two"):
+        file.write_text(content)
+        decoder = PictureDecoder(lambda x: x, file=file)
+        found.append(evaluate.sampling_settings(donor, decoder, evaluate.EvalConfig(save="x.npz")))
+    assert found[0] | {"decoder": None} == found[1] | {"decoder": None} and found[0] != found[1]
+    assert "decoder" not in evaluate.sampling_settings(donor, PictureDecoder(lambda x: x), evaluate.EvalConfig())

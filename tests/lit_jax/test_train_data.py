@@ -97,6 +97,14 @@ def test_classes_are_numbered_as_the_donors(pictures, tmp_path, remarks, names):
     assert any("in alphabetical order, which is taken for the donor's" in said for said in remarks()) == (names is None)
 
 
+def test_pictures_of_a_latent_model_are_to_be_cached(pictures):
+    """Three channels are the latents of some autoencoders, and fit the student."""
+    student = DitConfig(size=8, channels=3, width=16, layers=1, heads=2, hidden=16, classes=2)
+    cfg = train.Config(student=student, data=pictures, autoencoder="kl-f4", pipeline=PipelineConfig(batch=8))
+    with pytest.raises(InputError, match="these are pictures, and autoencoder is set: cache their latents first"):
+        train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+
+
 def test_held_out_data_of_another_shape_is_refused_at_the_start(pictures):
     student = DitConfig(size=8, channels=4, width=16, layers=1, heads=2, hidden=16, classes=2)
     cfg, mesh = train.Config(student=student, held_out=pictures), start(MeshConfig())

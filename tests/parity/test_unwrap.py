@@ -2,8 +2,13 @@
 
 import json
 import shutil
+import sys
+import types
 from argparse import Namespace
 from collections import OrderedDict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +113,33 @@ def test_an_average_under_a_prefix_is_taken_and_its_twin_left(tmp_path):
     assert "'ema_model.*' taken, and not 'model.*'" in found.notes
 
 
+@pytest.mark.parametrize(("raw", "average"), [("net", "net_ema"), ("model", "ema_dit"), ("network", "network_avg")])
+def test_an_average_under_any_prefix_is_taken(raw, average, tmp_path):
+    both = {f"{raw}.{key}": value for key, value in RAW.items()}
+    found = opened(tmp_path, both | {f"{average}.{key}": value for key, value in MEAN.items()})
+    assert total(found) == (6, KEYS) and f"'{average}.*' taken, and not '{raw}.*'" in found.notes
+
+
+def test_the_average_of_latent_diffusion_gets_its_dots_back(tmp_path):
+    """LDM's LitEma: buffers have no names without dots, and parameters have nothing else."""
+    raw = {f"model.net.{key}": value for key, value in RAW.items()} | {"model.net.table": torch.ones(3)}
+    average = {f"model_ema.net{key.replace('.', '')}": value for key, value in MEAN.items()}
+    counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    assert total(opened(tmp_path, {"state_dict": raw | average | counters})) == (6, [*KEYS, "table"])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"model": RAW, "ema": {"decay": 0.99, "num_updates": 3, "shadow_params": list(MEAN.values())}},
+        {"model": RAW, "shadow_params": list(MEAN.values())},
+    ],
+)
+def test_an_average_without_names_is_refused(state, tmp_path):
+    with pytest.raises(InputError, match=r"is an average whose tensors have no names.*\(copy_to\)"):
+        opened(tmp_path, state)
+
+
 def test_two_names_that_become_one_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"two tensors have the name 'a\.weight'"):
         opened(tmp_path, {"module.a.weight": torch.zeros(1), "a.weight": torch.ones(1)})
@@ -128,12 +160,38 @@ def test_harmless_objects_next_to_the_weights_are_read(tmp_path):
     )
 
 
+def test_arguments_inside_others_and_objects_in_them_are_read(tmp_path):
+    made = Namespace(out=Path("/a/b/c"), begun=datetime(2024, 1, 2), inner=Namespace(prediction="velocity"))
+    found = opened(tmp_path, {"model": MEAN, "hyper_parameters": {"args": made}})
+    assert total(found) == (6, KEYS)
+    assert found.about["hyper_parameters"]["args"]["inner"] == {"prediction": "velocity"}
+
+
+def test_configs_that_keep_their_settings_in_attributes_are_read(tmp_path, monkeypatch):
+    """As ml_collections and omegaconf pickle theirs; nodes of omegaconf know what contains them."""
+    for package in ("ml_collections", "omegaconf"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+
+    def made(package, name, **attributes):
+        kind = type(name, (), {"__module__": package})
+        setattr(sys.modules[package], name, kind)
+        value = kind()
+        vars(value).update(attributes)
+        return value
+
+    node = made("omegaconf", "AnyNode", _val=0.0015, _metadata=Any, _parent=None)
+    config = made("omegaconf", "DictConfig", _content={"linear_start": node}, _parent=None)
+    node._parent = config
+    other = made("ml_collections", "ConfigDict", _fields={"prediction": "velocity"}, _locked=True)
+    torch.save({"model": MEAN, "config": config, "cfg": other}, tmp_path / "x.pt")
+    monkeypatch.undo()
+    found = clean_names(open_weights(tmp_path / "x.pt"))
+    assert found.about == {"config": {"linear_start": 0.0015}, "cfg": {"prediction": "velocity"}}
+
+
 def test_configs_of_trainers_are_opened_without_their_classes(tmp_path):
     """A class of a package that is not installed, in the place where Lightning keeps hyperparameters."""
     kind = type("AttributeDict", (dict,), {"__module__": "pytorch_lightning.utilities.parsing"})
-    import sys
-    import types
-
     names = ["pytorch_lightning", "pytorch_lightning.utilities", "pytorch_lightning.utilities.parsing"]
     for name in names:
         sys.modules[name] = types.ModuleType(name)

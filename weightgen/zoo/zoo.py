@@ -10,6 +10,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.reading import mapped
 from heirloom.common.errors import InputError
 from weightgen.tokens import TokenSpec, neurons, one_chunk
 from weightgen.zoo.data import Bank
@@ -83,7 +84,7 @@ def open_zoo(folder: Path) -> Zoo:
         raise InputError(f"{folder} is no zoo: it has no zoo.json {make}")
     about = read_json(folder / "zoo.json")
     try:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        arrays = {name: mapped(folder / f"{name}.npy") for name in ARRAYS}
         cfg = NetConfig(**about["net"]) if about["net"] else None
         whole = TokenSpec.of(about["whole"]) if about.get("whole") else None
         zoo = Zoo(**arrays, net=cfg, spec=TokenSpec.of(about["pieces"]), whole=whole, about=about.get("about", {}))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from heirloom.common.checkpoint.weights import native
-from heirloom.common.data.reading import PARSING, Stamp, mapped, retried
+from heirloom.common.data.reading import Stamp, mapped, parsing, retried
 from heirloom.common.data.sources.record import Record, SourceConfig, require
 from heirloom.common.errors import InputError
 from heirloom.common.paths import Address, AnyPath
@@ -22,9 +22,13 @@ class ArraySource:
     def __init__(self, folder: AnyPath, cfg: SourceConfig):
         if cfg.split:
             raise InputError(f"{folder} has arrays, which have no splits; leave split empty")
-        require([cfg.image, cfg.text, *cfg.columns], sorted(file.stem for file in folder.glob("*.npy")), folder)
-        self._folder, self._cfg = folder, cfg
         names = [name for name in (cfg.image, cfg.text, *cfg.columns) if name]
+        stored = sorted(file.stem for file in folder.glob("*.npy"))
+        if len(stored) > 1 and all(map(str.isdigit, stored)) and not set(names) <= set(stored):
+            layout = f"has {len(stored):,} numbered arrays, one for each picture, as fast-DiT stores latents"
+            raise InputError(f"{folder} {layout}, and not one for each column: encode the pictures with heirloom cache")
+        require(names, stored, folder)
+        self._folder, self._cfg = folder, cfg
         self._remote: dict[str, RemoteArray] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._stamps = {name: Stamp.of(folder / f"{name}.npy") for name in names}
@@ -104,7 +108,7 @@ class RemoteArray:
         data = io.BytesIO(file.read_range(0, min(HEADER, size)))
         major, _ = np.lib.format.read_magic(data)
         header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        with PARSING:
+        with parsing():
             shape, fortran, dtype = header(data)
         if dtype.hasobject or (fortran and len(shape) > 1):
             raise ValueError("it has Python objects, or is stored by column; write np.ascontiguousarray(array) again")

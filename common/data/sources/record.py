@@ -12,6 +12,7 @@ from heirloom.common.errors import InputError, nearest
 from heirloom.common.paths import AnyPath, join
 
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
+SHOWN = 40  # names in an error
 LONGEST = 2**12  # characters of a path
 Record = dict[str, Any]
 
@@ -60,7 +61,8 @@ def require(names: Iterable[str], available: Sequence[str], where: object, kind:
     """Raises InputError for the first of `names` that is not among `available`. kind: what the names are of."""
     for name in names:
         if name and name not in available:
-            known = f"it has {', '.join(available)}" if available else "it has none"
+            more = f", ... ({len(available):,} in all)" if len(available) > SHOWN else ""
+            known = f"it has {', '.join(available[:SHOWN])}{more}" if available else "it has none"
             raise InputError(f"{where} has no {kind} {name!r}{nearest(name, available)} ({known})")
 
 

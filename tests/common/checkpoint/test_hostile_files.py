@@ -199,6 +199,23 @@ def test_of_a_repository_a_folder(hub):
     assert "vae/*.bin" in asked[-1][2]  # no safetensors in this folder, whatever lies in others
 
 
+def test_of_a_repository_a_file_with_what_describes_it(hub):
+    files = ["dit/a.pt", "dit/b.pt", "dit/config.json", "vae/config.json", "vae/x-1-of-2.bin", "vae/x.bin.index.json"]
+    asked = hub(files)
+    assert locate("hf:org/name/dit/a.pt") == Path("/cache/dit/a.pt")
+    assert asked[-1][2] == ["dit/a.pt", "dit/config.json"]
+    locate("hf:org/name/vae/x.bin.index.json")
+    assert asked[-1][2] == ["vae/config.json", "vae/x-1-of-2.bin", "vae/x.bin.index.json"]
+    with pytest.raises(InputError, match="the repository has no file or folder 'di'"):
+        locate("hf:org/name/di")
+
+
+def test_each_folder_of_a_repository_has_its_own_kind_of_weights(hub):
+    asked = hub(["transformer/a.safetensors", "transformer/a.bin", "vae/a.bin", "vae/config.json", "run/optimizer.bin"])
+    locate("hf:org/name")
+    assert asked[-1][2] == ["transformer/a.safetensors", "vae/a.bin", "vae/config.json"]
+
+
 def test_without_a_network_the_cache_serves_or_one_line_says_so(hub):
     hub(None, cached="/earlier")
     assert locate("hf:org/name") == Path("/earlier")

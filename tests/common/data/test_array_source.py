@@ -47,6 +47,30 @@ def test_what_is_wrong_is_named(fields, message, folder):
         open_source(SourceConfig(str(folder), image="", text="", **fields))
 
 
+def damaged(file, array):
+    """An array whose header does not end: numpy raises tokenize.TokenError."""
+    np.save(file, array)
+    file.write_bytes(file.read_bytes().replace(b"}", b"(", 1))
+
+
+def test_a_damaged_header_is_named(folder):
+    damaged(folder / "latent.npy", np.zeros((4, 2), np.float32))
+    with pytest.raises(InputError, match=r"latent\.npy is not readable as an array: its header is damaged"):
+        open_source(SourceConfig(str(folder), image="", text="", columns=("latent",)))
+
+
+def test_one_array_a_picture_is_named_as_such(tmp_path):
+    for i in range(50):
+        np.save(tmp_path / f"{i}.npy", np.zeros((1, 4, 2, 2), np.float32))
+    with pytest.raises(InputError, match="has 50 numbered arrays, one for each picture, as fast-DiT stores latents"):
+        open_source(SourceConfig(str(tmp_path), text=""))
+    for i in range(50):
+        (tmp_path / f"{i}.npy").rename(tmp_path / f"column{i}.npy")
+    with pytest.raises(InputError, match=r"has no column 'image' \(it has column0, .*, ... \(50 in all\)\)") as error:
+        open_source(SourceConfig(str(tmp_path), text=""))
+    assert len(str(error.value)) < 1000
+
+
 def test_headers_are_parsed_once_and_one_at_a_time(tmp_path, monkeypatch):
     """numpy parses them as Python, which two threads of Python 3.11 must not do at once."""
     np.save(tmp_path / "image.npy", np.arange(24, dtype=np.uint8).reshape(8, 3))

@@ -1,6 +1,7 @@
 """From pictures to rows, with a network small enough to work out by hand in place of Inception."""
 
 import warnings
+import zipfile
 from dataclasses import replace
 
 import jax
@@ -225,3 +226,12 @@ def test_pictures_that_are_none_and_too_few(mesh, tmp_path):
     np.savez(tmp_path / "few.npz", pictures(4, 0))
     with pytest.raises(InputError, match=r"few.npz: 4 pictures are too few"):
         evaluate([pictures(20, 0)], read_reference(tmp_path / "few.npz"), extractor(Q8), mesh)
+
+
+@pytest.mark.parametrize("name", ["arr_0", "mu"])
+def test_a_damaged_header_in_a_reference_is_one_line(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "ref.npz", "w") as archive:
+        archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00\x0a\x00{'descr': \n" + bytes(64))
+        archive.writestr(f"{'sigma' if name == 'mu' else 'other'}.npy", b"")
+    with pytest.raises(InputError, match=r"ref.npz: .*its header is damaged.*; fetch it again"):
+        read_reference(tmp_path / "ref.npz")
