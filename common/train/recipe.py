@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from heirloom.common.checkpoint.convert import hashes
+from heirloom.common.checkpoint.convert import first_format, hashes
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import check_outside, staged
 from heirloom.common.checkpoint.state import Keep, steps_on_disk
@@ -311,7 +311,8 @@ def inherit(
     # Any mesh serves: a student of a pod's recipe is cut on a laptop.
     opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=inputs)
     made = parts.resolve(donor)
-    record = {"source": parts.donor or origin(donor.path), "hashes": hashes(donor.file)} | provenance(made)
+    source = {"source": parts.donor or origin(donor.path), "first_format": first_format(donor)}
+    record = source | {"hashes": hashes(donor.file)} | provenance(made)
 
     def sidecars(folder: Path) -> None:
         write_json(folder / "provenance.json", record)

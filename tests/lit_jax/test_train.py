@@ -97,6 +97,7 @@ def test_inherit_writes_the_student_and_where_it_is_from(donor, tmp_path):
     )
     assert main(["inherit", str(recipe), str(tmp_path / "student"), "--json", str(tmp_path / "record.json")]) == 0
     record = read_json(tmp_path / "record.json")
+    assert record["first_format"] == "heirloom"
     assert record["parameters"]["blocks/attn/value/kernel"]["fraction"] == 1
     assert record["parameters"]["blocks/attn/out/kernel"]["fraction"] == 0
     student, theirs = (open_safetensors(folder / "model.safetensors") for folder in (tmp_path / "student", Path(donor)))
