@@ -110,6 +110,8 @@ def inherit(args: argparse.Namespace) -> None:
 
 
 def cache(args: argparse.Namespace) -> None:
+    if args.destination.exists():
+        raise InputError(f"{args.destination} exists; give another name, or remove it")
     about = _recipe(args.config, "cache", args.flags).cache(args.destination)
     _write_json(args, about)
     by = " and ".join(about[name] for name in ("teacher", "autoencoder", "text_encoder") if name in about)

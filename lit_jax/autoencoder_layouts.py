@@ -115,7 +115,7 @@ def _read(found: Found) -> Read | None:
         ("latents_std", None),
         ("use_quant_conv", True),
     ):
-        if (value := fields.value(name, usual)) != usual:
+        if (value := fields.value(name, usual)) != usual and not (name == "shift_factor" and value == 0):
             raise InputError(f"{fields.where}: {name} is {value!r}, and must be {usual}: {OTHERS}")
     fields.fixed("use_post_quant_conv", True)
     fields.fixed("mid_block_add_attention", True)

@@ -70,7 +70,7 @@ def _read_fair(found: Found) -> Read | None:
     known, guesses = trained_as(found) | _sidecar(found), list[Guess]()
     sizes = sizes_of(tensors)
     width, rows = sizes["width"], len(tensors["y_embedder.embedding_table.weight"])
-    sizes["size"] = _size(tensors, sizes["patch"], width)
+    sizes["size"] = _size(tensors, sizes["patch"], width) or known.get("size", 0)
     if not sizes["size"] and known.get("pixels", 0) >= 8 and sizes["channels"] != 3:
         sizes["size"] = known["pixels"] // 8
         why = f"it was trained on pictures of {known['pixels']} pixels, and autoencoders of DiTs shrink eight times"
@@ -254,16 +254,22 @@ def _read_diffusers(found: Found) -> Read | None:
     return Read(cfg, predicts_noise(found))
 
 
+# diffusers' schedulers that sample a chain of noise in other ways.
+_SAMPLERS = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS", "KDPM2", "SA")
+_SAMPLERS += ("CogVideoXDDIM",)
+
+
 def predicts_noise(found: Found) -> tuple[Guess, ...]:
     """Check that the pipeline's scheduler config says that the model predicts noise; returns a guess if there is
     none.
     """
     for fields in filter(None, map(found.json, ("scheduler_config.json", "../scheduler/scheduler_config.json"))):
         kind = fields.text("_class_name", "")
-        if any(word in kind for word in ("Flow", "EDM", "Consistency")):
+        if kind and not kind.removesuffix("Scheduler").startswith(_SAMPLERS):
             raise InputError(
                 f"{fields.where}: {kind} samples models of another kind; only models that predict noise are read"
             )
+        fields.fixed("use_flow_sigmas", False)
         fields.fixed("prediction_type", "epsilon")
         fields.fixed("num_train_timesteps", 1000)
         fields.fixed("beta_schedule", "linear")

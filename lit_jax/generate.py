@@ -49,6 +49,8 @@ def sample_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
         raise InputError(f"--batch {batch}: draw 1 picture at a time, or more")
     if out.suffix not in ("", ".png"):
         raise InputError(f"--out {out}: the grid is a PNG; name it {out.with_suffix('.png')}")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: name a file in it, such as {out / 'samples.png'}")
     mesh, classes = start(MeshConfig()), args.classes or list(range(min(donor.cfg.classes, 8)))
     draw, keys = drawer(donor.model, donor.cfg, how, mesh), class_keys(args.seed, classes, count)
     draw.check(classes)
@@ -77,11 +79,12 @@ def default_sampling(cfg: DitConfig) -> SampleConfig:
 
 def class_keys(seed: int, classes: list[int], count: int) -> jax.Array:
     """Derive a key for each picture, [classes x count], from the seed, the class and the picture's number within the
-    class alone.
+    class alone. A class that is listed again goes on counting.
     """
     check_seed(seed)
     keys = picture_keys(jax.random.key(seed), np.asarray(classes))
-    return jax.vmap(lambda key: picture_keys(key, np.arange(count)))(keys).reshape(-1)
+    before = np.array([count * classes[:i].count(label) for i, label in enumerate(classes)])
+    return jax.vmap(picture_keys)(keys, before[:, None] + np.arange(count)).reshape(-1)
 
 
 def draw_batches(

@@ -31,7 +31,7 @@ from lit_jax.dit import DitConfig
 from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
 from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.pixart import PixArtConfig
-from lit_jax.sample import Draw, SampleConfig, drawer
+from lit_jax.sample import Draw, SampleConfig, check_whole, drawer
 from lit_jax.text_to_image import Dtype, TextToImage, open_text_to_image
 from lit_jax.zoo import FAMILIES, FAMILY
 
@@ -69,8 +69,10 @@ class Pretrained(Loaded):
                 f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are"
                 f" {', '.join(vars(default))})"
             )
-        if min(count, batch, len(labels)) < 1:
-            raise InputError(f"{len(labels)} classes, count {count} and batch {batch}: each is 1 or more")
+        check_whole("count", count)
+        check_whole("batch", batch)
+        if not labels:
+            raise InputError("no class is given: give the number of a class, or a list of numbers")
         if self.pictures is None:
             raise InputError(
                 "this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema"

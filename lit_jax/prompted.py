@@ -19,6 +19,7 @@ from lit_jax.components import find_components
 from lit_jax.denoiser import PromptConfig
 from lit_jax.origin import read_origin
 from lit_jax.prompts import Album, Prompt, read_prompts
+from lit_jax.sample import check_seed
 from lit_jax.stages import Stages
 from lit_jax.text_to_image import Request, TextToImage, open_text_to_image
 
@@ -42,6 +43,7 @@ def sample_prompts(donor: Donor, args: Namespace) -> dict[str, Any]:
     batch = BATCH if args.batch is None else args.batch
     if count < 1 or batch < 1:
         raise InputError(f"--count {count} and --batch {batch}: each is 1 or more")
+    check_seed(args.seed)
     album = Album(_folder(args.out), args.layout, count, args.seed)
     components = find_components(donor, pipeline=args.pipeline, text=args.text_encoder, autoencoder=args.autoencoder)
     pipe = open_text_to_image(

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.data.grid import grid
-from heirloom.common.data.lines import read_lines, split_lines
+from heirloom.common.data.lines import other_form, read_lines, split_lines
 from heirloom.common.errors import InputError
 
 Layout = Literal["plain", "geneval", "dpg"]
@@ -65,6 +65,8 @@ def _plain(path: Path, lines: Sequence[str]) -> list[Prompt]:
     if path.suffix.lower() in _TABLES or any("\t" in line for line in lines):
         kind = "other JSON than a list of texts" if path.suffix.lower() == ".json" else "a table"
         raise InputError(f'{path} is {kind}; give one prompt a line, or a .jsonl with a field "prompt"')
+    if lines and (what := other_form(lines)):
+        raise InputError(f"{path}: {what} ({lines[0][:40]!r}); give one prompt a line and nothing else")
     return [Prompt(line) for line in lines]
 
 

@@ -31,6 +31,12 @@ def check_seed(seed: object) -> None:
         raise InputError(f"seed {seed}: choose a whole number from 0 to {SEEDS - 1}")
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raises InputError for what is no whole number from 1 on."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name} is {value!r}: choose a whole number, 1 or more")
+
+
 def check_choices(cfg: object, **choices: Any) -> None:
     """Checks that fields have one of their values. choices: the `Literal` of each. Raises InputError."""
     for name, literal in choices.items():

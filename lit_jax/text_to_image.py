@@ -30,7 +30,7 @@ from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.pixart import PixArtConfig
-from lit_jax.sample import check_seed, picture_keys
+from lit_jax.sample import check_seed, check_whole, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
 
@@ -132,11 +132,17 @@ class TextToImage(Shown):
             raise InputError(
                 f"no setting {min(unknown)!r}{nearest(min(unknown), known)} (there are {', '.join(known)})"
             )
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        size = self.fitting(size or self.default_size, exact)
-        given = (
-            None if latents is None else np.asarray(latents, np.float32).reshape(len(texts), count, *self.grid(size))
-        )
+        check_whole("count", count)
+        check_whole("batch", batch)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in (*texts, negative)):
+            raise InputError("prompts are a text or a list of texts, and so is negative a text")
+        size = self.fitting(self.default_size if size is None else size, exact)
+        given = None if latents is None else np.asarray(latents, np.float32)
+        if given is not None and given.shape != (shape := (len(texts) * count, *self.grid(size))):
+            axes = f"{list(shape)} (picture, row, column, channel)"
+            raise InputError(f"latents have the shape {list(given.shape)}: give {axes}")
+        given = None if given is None else given.reshape(len(texts), count, *shape[1:])
         requests = [
             Request(text, negative, size, count, seed, None if given is None else given[i])
             for i, text in enumerate(texts)
@@ -149,6 +155,9 @@ class TextToImage(Shown):
 
         Raises InputError for an exact size that is no multiple of the model's step.
         """
+        whole = isinstance(size, tuple | list) and all(isinstance(side, int | np.integer) for side in size)
+        if not whole or len(size) != 2:
+            raise InputError(f"size is {size!r}: give height and width in pixels, such as (512, 768)")
         if min(size) < 1:
             raise InputError(f"size {size[0]} x {size[1]}: height and width are 1 pixel or more")
         if not exact:
@@ -194,6 +203,8 @@ class TextToImage(Shown):
 
     def latents(self, requests: Sequence[Request], sampling: PromptConfig, batch: int = 4) -> list[np.ndarray]:
         """Draw the scaled latents of all requests, f32 [count, row, col, channel] for each; nothing is decoded."""
+        for request in requests:
+            check_seed(request.seed)
         if min([batch, *(request.count for request in requests)]) < 1:
             raise InputError(f"batch {batch} and counts {[request.count for request in requests]}: each is 1 or more")
         sampling.make()

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from heirloom.common.checkpoint.family import Found
+from heirloom.common.checkpoint.unwrap import TRAINING
 from heirloom.common.errors import InputError, remark
 from lit_jax.dit import SOFTMAX_HEADS
 
 WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 _PLACES = ("args", "hyper_parameters", "hparams", "config", "cfg")  # of train.py, Lightning, and configs
+_ALSO = re.compile(r"arg|param|conf|cfg|option|setting", re.IGNORECASE)  # in the names of other places
 _NOISE = ("noise", "eps", "epsilon", "pred_noise")
 # What changes the prediction or the chain, by the names that trainers have for it, with DiT's values.
 _USUAL: dict[str, tuple[Any, ...]] = {
@@ -31,13 +33,19 @@ def arguments_of(found: Found) -> dict[str, Any]:
     that is not DiT's.
     """
     args: dict[str, Any] = {}
-    for place in _PLACES:
+    others = [name for name in found.about if _ALSO.search(name) and not TRAINING.search(name)]
+    for place in dict.fromkeys((*_PLACES, *others)):
         given = found.about.get(place)
         settings = list(_settings(given))
-        if given and not settings:
+        if given and not settings and place in _PLACES:
             kind = f"{place!r}, saved with the tensors, is a {type(given).__name__} without names, which is not read"
             remark(f"{kind}: whether the model predicts noise, on DiT's chain, was not compared with it")
         for name, value in settings:
+            _check(name, value)
+            args.setdefault(name, value)
+    file = found.json("config.json")  # of huggingface_hub's mixin: what the model was made with
+    if file is not None and "_class_name" not in file and "format" not in file:
+        for name, value in _settings({name: file.value(name) for name in file}):
             _check(name, value)
             args.setdefault(name, value)
     if "linear_start" in args:
@@ -47,7 +55,7 @@ def arguments_of(found: Found) -> dict[str, Any]:
 
 
 def trained_as(found: Found) -> dict[str, Any]:
-    """Return what the arguments say of the model: `prediction`, `heads`, `classes` and `pixels`, where they do.
+    """Return what the arguments say of the model: `prediction`, `heads`, `classes`, `size` and `pixels`, where they do.
 
     Raises InputError for a model that predicts something else than noise, or on another chain than DiT's.
     """
@@ -61,16 +69,25 @@ def trained_as(found: Found) -> dict[str, Any]:
         )
     if _lower(prediction) not in (None, *_NOISE) or path or sit:
         what = next(str(x) for x in (prediction, path, name) if x not in (None, ""))
+        predicts = prediction or "velocity"
         raise InputError(
-            f"trained as a SiT ({what}), which predicts velocity: only DiTs, which predict noise, can be sampled here"
+            f"trained as a SiT ({what}), which predicts {predicts}: only DiTs, which predict noise, can be sampled here"
         )
     if size := re.fullmatch(r"(?:DiT|LiT)-(S|B|L|XL)/(\d+)", name):
         known["prediction"] = "noise"
         width = found.tensors["x_embedder.proj.weight"].shape[0]
         if name.startswith("DiT") and width == WIDTHS[size[1]]:
             known["heads"] = SOFTMAX_HEADS[width]
+    width, heads = len(found.tensors["x_embedder.proj.weight"]), args.get("num_heads")
+    if isinstance(heads, int) and args.get("hidden_size", width) == width and heads > 0 and not width % heads:
+        known["heads"] = heads
     if isinstance(classes := args.get("num_classes"), int):
         known["classes"] = classes
+    elif isinstance(drop := args.get("class_dropout_prob"), int | float):
+        # DiT's table has a row for no class only where labels are dropped.
+        known["classes"] = len(found.tensors["y_embedder.embedding_table.weight"]) - (drop > 0)
+    if isinstance(args.get("input_size"), int):
+        known["size"] = args["input_size"]
     if isinstance(pixels := args.get("image_size"), int):
         known["pixels"] = pixels  # of the pictures, which DiT's train.py encodes with an autoencoder
     return known

@@ -44,6 +44,9 @@ def read(found: Found) -> Read | None:
         raise InputError(f"its image tower is of timm, and only {CONFIG} says which: put it next to the weights")
     if file is not None:
         file.skip("preprocess_cfg", "tokenizer_cfg", "version", "license*", "_*")  # preprocessing is read elsewhere
+        if "model_cfg" not in file:
+            needed = "put open_clip's own file for the model (with vision_cfg and text_cfg) under this name inside it"
+            raise InputError(f"{file.where}: has no 'model_cfg': {needed}")
         model = file.object("model_cfg")
         file.done()
         _refuse_others(model)

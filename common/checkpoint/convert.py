@@ -1,9 +1,11 @@
 """Opens checkpoints of ours and of foreign formats lazily, and converts between them with verification."""
 
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.family import Donor, Family, Format, Found, Read
@@ -48,7 +51,7 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
     """
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families, overrides)
-    opened = {file: _open_clean(file) for file in weights_files(path)}
+    opened, failed = _open_all(weights_files(path))
     inner = opened
     while inner:
         for family in families:
@@ -58,11 +61,28 @@ def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Dono
                     names = " and ".join(file.name for file in found)
                     raise InputError(f"{path} holds {names}, both {family.name} models; name the file you mean")
                 for file, (read, clean) in found.items():
+                    for error in failed:
+                        remark(f"not read: {error}")
                     return _opened(family, format, path, file, clean, read, overrides)
         inner = {file: one for file, raw in inner.items() if (one := without_common(raw))}
+    if failed:
+        raise failed[0]
     if parts := [part for file, raw in opened.items() for part in _parts(raw, file, families)]:
         raise InputError(f"{path}: a whole model is under {' and under '.join(parts)}; save one alone, by that name")
     raise InputError(f"{path}: {_unknown(families, [key for raw in opened.values() for key in raw.tensors])}")
+
+
+def _open_all(files: Sequence[Path]) -> tuple[dict[Path, Weights], list[InputError]]:
+    """Opens the weights files of a checkpoint; returns the errors of those that are none, where others are."""
+    opened, failed = dict[Path, Weights](), list[InputError]()
+    for file in files:
+        try:
+            opened[file] = _open_clean(file)
+        except InputError as error:
+            failed.append(error)
+    if not opened:
+        raise failed[0]
+    return opened, failed
 
 
 def _open_clean(file: Path) -> Weights:
@@ -111,7 +131,7 @@ def _opened(
     cfg = _override(read.cfg, overrides)
     guesses = tuple(guess for guess in read.guesses if guess.name not in overrides)
     for unknown in (guess for guess in guesses if guess.value is None):
-        raise InputError(f"{file}: {unknown.why}; give --set {unknown.name}=VALUE")
+        raise InputError(f"{file}: {unknown.why}; give --set {unknown.name}=VALUE to heirloom convert")
     try:
         tensors = format.complete(cfg, raw.tensors)
     except InputError as error:
@@ -218,7 +238,34 @@ def _verify(donor: Donor, folder: Path, to: str) -> Check:
             return Check(passed=False, reference="what was written", missing=(path,), note=note)
     foreign = donor if to in OURS else written
     format = "heirloom" if foreign.format in OURS else foreign.format
-    return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, foreign.file, format))
+    with _as_read(foreign) as file:
+        return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, file, format))
+
+
+@contextmanager
+def _as_read(donor: Donor) -> Iterator[Path]:
+    """The weights file of a checkpoint for a reference: itself, or one without the attributes that were removed from
+    all names, which no library expects.
+    """
+    if donor.format in OURS:
+        yield donor.file
+        return
+    raw, format, removed = _open_clean(donor.file), donor.family.format(donor.format), False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Remark)  # were said when it was opened
+        while _recognise(format, raw, donor.file) is None and (inner := without_common(raw)):
+            raw, removed = inner, True
+    shards = donor.file.suffix == ".json"  # a reference reads them as they are
+    if not removed and not (shards and raw.tensors.keys() != open_weights(donor.file).tensors.keys()):
+        yield donor.file
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for companion in donor.file.parent.glob("*.json"):
+            if not companion.name.endswith(".index.json"):
+                shutil.copy(companion, temporary)
+        file = Path(temporary) / FILE
+        save_file({k: np.asarray(v, order="C") for k, v in raw.tensors.items()}, file, {"format": "pt"})
+        yield file
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -229,7 +276,11 @@ def _open_ours(path: Path, families: Sequence[Family], overrides: Mapping[str, A
     opened = weights.open_folder(path)
     family = next((f for f in families if f.name == opened.method), None)
     if family is None:
+        from heirloom.common.methods import families as installed
+
         known = ", ".join(f.name for f in families)
+        if opened.method in {f.name for f in installed()}:
+            raise InputError(f"{path} is a model of the kind {opened.method!r}; here one of these is needed: {known}")
         raise InputError(f"{path}: made by the method {opened.method!r}, which is not installed (here: {known})")
     try:
         cfg = _override(family.config(opened.model), overrides)

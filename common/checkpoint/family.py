@@ -49,7 +49,7 @@ class Guess:
     why: str
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value} is a guess: {self.why} (--set {self.name}=VALUE overrides it)"
+        return f"{self.name} = {self.value} is a guess: {self.why} (convert with --set {self.name}=VALUE if wrong)"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def locate(source: str, embedded: Mapping[str, Path] | None = None) -> Path:
 
     Raises InputError when it does not exist or cannot be downloaded.
     """
+    source = str(source)  # from Python, a Path too
     if source.startswith("embedded:"):
         name, known = source.removeprefix("embedded:"), embedded or {}
         if name not in known:

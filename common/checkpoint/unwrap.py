@@ -23,7 +23,7 @@ from heirloom.common.errors import InputError
 
 AVERAGE = re.compile(r"(^|[_.-])(emas?\d*|averaged?|avg|swa|shadow|polyak)([_.-]|$)", re.IGNORECASE)
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params", "net", "network", "weights")
-_TRAINING = re.compile(
+TRAINING = re.compile(
     r"optim|sched|scaler|^opt$|^opt_|loss|criterion|rng|random"
 )  # of a training state, not the model
 _INNER = (
@@ -61,7 +61,10 @@ _PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar",
     "*.th", "*.msgpack.index.json", "*.msgpack", "*.npz",
 )  # fmt: skip
-NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model)")
+NO_WEIGHTS = re.compile(
+    r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|optim|adapter_model|sampler|dl_state_dict"
+    r"|custom_checkpoint)"
+)
 _OTHERS = {
     b"\x89HDF": "an HDF5 file of TensorFlow or Keras; convert the PyTorch or safetensors file of the same model",
     b"GGUF": "a quantised GGUF file; convert the safetensors file it was made from",
@@ -111,8 +114,19 @@ def weights_files(path: Path) -> list[Path]:
         ):
             for index in found:
                 _check_index(index)
+            _check_average(path, found)
             return found
     raise InputError(f"{path} holds no weights (no .safetensors, .bin, .pt, .pth, .ckpt, .npz or .msgpack)")
+
+
+def _check_average(folder: Path, found: list[Path]) -> None:
+    """Raises InputError for raw weights next to a file or a folder of their average, which would be passed over."""
+    if len(found) > 1 or AVERAGE.search(found[0].stem):
+        return
+    others = [p for p in folder.iterdir() if p not in found and AVERAGE.search(p.stem) and not p.name.startswith(".")]
+    for other in sorted(others):
+        if any(other.match(pattern) or any(other.glob(pattern)) for pattern in _PATTERNS):
+            raise InputError(f"{folder} holds {found[0].name} and its average {other.name}: name the one you mean")
 
 
 def _check_index(index: Path) -> None:
@@ -260,7 +274,8 @@ def open_torch(path: Path) -> Weights:
     except Exception as error:  # torch raises nearly every type for a bad file
         raise InputError(_complaint(path, str(error) or type(error).__name__)) from error
     if not isinstance(state, dict):
-        raise InputError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+        what = f"holds a {type(state).__name__}, not a dictionary of tensors"
+        raise InputError(f"{path}: {what}: name the file of the model, or save its state_dict()")
     about: dict[str, Any] = {}
     notes: list[str] = []
     while wrapped := _wrapped(state, path, torch):
@@ -312,17 +327,19 @@ def _wrapped(state: Mapping[Any, Any], path: Path, torch: Any) -> list[str]:
         return isinstance(value, dict) and any(isinstance(v, torch.Tensor) or holds_tensors(v) for v in value.values())
 
     def is_list_of_tensors(value: Any) -> bool:
-        return isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) and v.ndim for v in value)
+        if not isinstance(value, list | tuple):
+            return False
+        return any(holds_tensors(v) or (isinstance(v, torch.Tensor) and v.ndim) for v in value)
 
     for key, value in state.items():
         inside = value.values() if isinstance(value, dict) and not holds_tensors(value) else [value]
-        if AVERAGE.search(str(key)) and not _TRAINING.search(str(key)) and any(map(is_list_of_tensors, inside)):
-            instead = "write it into the model (copy_to), or leave it out for the raw weights, and save state_dict()"
-            raise InputError(f"{path}: {key!r} is an average whose tensors have no names, which is not read; {instead}")
+        if AVERAGE.search(str(key)) and not TRAINING.search(str(key)) and any(map(is_list_of_tensors, inside)):
+            instead = "save the state_dict() of the model with the average that you mean (copy_to), or without it"
+            raise InputError(f"{path}: {key!r} is a list of averages or of tensors without names: {instead}")
     inner = [
         key
         for key, value in state.items()
-        if isinstance(key, str) and holds_tensors(value) and not _TRAINING.search(key)
+        if isinstance(key, str) and holds_tensors(value) and not TRAINING.search(key)
     ]
     averages = [key for key in inner if AVERAGE.search(key)]
     usual = [key for key in _WRAPPERS if key in inner]

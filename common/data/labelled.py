@@ -149,8 +149,12 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
         raise InputError(f"{path}: its classes {twins}; join them, or rename one")
     if len(numbers) == len(known):
         return numbers
-    if not numbers and set(known) == {str(i) for i in range(len(names))}:
-        return [int(name) for name in known]  # numbers that name folders: 10 comes after 9
+    if not numbers and all(name.isdecimal() for name in known):  # numbers that name folders: 10 comes after 9
+        values = [int(name) for name in known]
+        if len(set(values)) < len(values) or max(values) >= len(names):
+            given = f"its classes are called {_shown(known)}, and the model has {len(names)}"
+            raise InputError(f"{path}: {given}: number them from 0 to {len(names) - 1}, or name them")
+        return values
     unknown = known[found.index(None)]
     if len(known) != len(names) or any(number not in (None, i) for i, number in enumerate(found)):
         near = nearest(unknown, [name for name in names if name])

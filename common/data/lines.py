@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath
 
-HEADER = re.compile(r"(id|idx|index|label|class|number)?[\s,;]*(class_?name|class|name|label)s?", re.IGNORECASE)
+HEADER = re.compile(
+    r"(id|idx|index|label|class|number)?[\s,;]*(class_?name|class|name|label|prompt|caption)s?", re.IGNORECASE
+)
 
 
 def read_lines(file: AnyPath) -> tuple[str, ...]:
@@ -29,12 +32,12 @@ def read_lines(file: AnyPath) -> tuple[str, ...]:
     lines = [line.strip() for line in split_lines(text)]
     if "" in lines:
         raise InputError(f"{file}, line {lines.index('') + 1} is blank; write one entry a line, without blank lines")
-    if what := _other_form(lines):
+    if what := other_form(lines):
         raise InputError(f"{file}: {what} ({lines[0][:40]!r}); write one entry a line and nothing else")
     return tuple(lines)
 
 
-def _other_form(lines: list[str]) -> str:
+def other_form(lines: Sequence[str]) -> str:
     """Returns what stands around the entries where every line has it, as in published lists; else an empty string."""
     if all(re.fullmatch(r"""\[?(["']).*\1,?\]?""", line) for line in lines):
         return "its entries are quoted"
@@ -44,8 +47,10 @@ def _other_form(lines: list[str]) -> str:
     if len(rows) < len(lines):
         return "it begins with a header"
     for first in (0, 1):
-        if all(re.match(rf"0*{i}[\s,;:\t].", line) for i, line in enumerate(lines, first)):
+        if len(lines) > 1 and all(re.match(rf"0*{i}[\s,;:.)]+\S", line) for i, line in enumerate(lines, first)):
             return "its entries are numbered"
+    if len(lines) > 1 and all(line.startswith("- ") for line in lines):
+        return "its entries are a list of YAML"
     return "its entries have identifiers" if all(re.match(r"n\d{8}[\s,:]", line) for line in lines) else ""
 
 

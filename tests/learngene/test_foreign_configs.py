@@ -241,7 +241,7 @@ def test_what_a_bare_file_does_not_tell_is_a_guess_that_is_said(golden, tmp_path
     with pytest.raises(InputError, match=r"vit\.safetensors: 3 heads do not divide a width of 16"):
         open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=3)
     with pytest.warns(
-        Remark, match=r"eps = 1e-06 is a guess: the weights do not contain it \(--set eps=VALUE overrides it\)"
+        Remark, match=r"eps = 1e-06 is a guess: the weights do not contain it \(convert with --set eps=VALUE if"
     ):
         donor = open_donor(tmp_path / "vit.safetensors", [FAMILY], heads=2)
     assert [guess.name for guess in donor.guesses] == ["activation", "eps", "size", "pool"]

@@ -163,6 +163,8 @@ def test_what_older_configs_say_is_read(golden, tmp_path):
         (dict(_class_name="DDIMScheduler", prediction_type="v_prediction"), "prediction_type is 'v_prediction'"),
         (dict(_class_name="DDIMScheduler", prediction_type="sample"), "prediction_type is 'sample'"),
         (dict(_class_name="DDPMScheduler", beta_schedule="squaredcos_cap_v2"), "beta_schedule is"),
+        (dict(_class_name="DPMSolverMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas is True"),
+        (dict(_class_name="LCMScheduler"), "LCMScheduler samples models of another kind"),
         (
             dict(_class_name="FlowMatchEulerDiscreteScheduler"),
             "FlowMatchEulerDiscreteScheduler samples models of another kind",

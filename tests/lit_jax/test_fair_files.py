@@ -1,5 +1,6 @@
 """facebookresearch's files: what shapes and arguments tell, what is guessed and said, and what is refused by name."""
 
+import json
 from dataclasses import replace
 
 import ml_dtypes
@@ -49,10 +50,23 @@ def test_what_is_guessed_is_said_and_can_be_set(tmp_path):
     donor = opened(tensors_of(), tmp_path, heads=4)
     assert donor.cfg == CFG
     assert said(donor) == {"classes": 5, "prediction": "noise"}
-    assert "the table has 6 rows, and the last is taken for no class (--set classes=VALUE overrides it)" in str(
-        donor.guesses[0]
-    )
+    why = "the table has 6 rows, and the last is taken for no class"
+    assert f"{why} (convert with --set classes=VALUE if wrong)" in str(donor.guesses[0])
     assert opened(tensors_of(), tmp_path, heads=4, classes=5, prediction="noise").guesses == ()
+
+
+def test_what_the_model_was_made_with_is_read(tmp_path):
+    """Lightning's hyper_parameters, arguments by another name, or the config.json of a folder of the hub."""
+    made = dict(hidden_size=32, num_heads=4, class_dropout_prob=0.0)
+    for about in ({"hyper_parameters": made}, {"model_args": made}):
+        found = formats.FORMATS[0].read_config(Found(tensors_of(), tmp_path, about))
+        assert (found.cfg.heads, found.cfg.classes, found.cfg.null_class) == (4, 6, False)
+    bare = {key: value for key, value in tensors_of().items() if key != "pos_embed"}
+    (tmp_path / "config.json").write_text(json.dumps(dict(made, input_size=8, class_dropout_prob=0.1)))
+    found = formats.FORMATS[0].read_config(Found(bare, tmp_path, {}))
+    assert (found.cfg.heads, found.cfg.size, found.cfg.classes, found.cfg.null_class) == (4, 8, 5, True)
+    with pytest.raises(InputError, match=r"trained as a SiT .*, which predicts velocity"):
+        formats.FORMATS[0].read_config(Found(tensors_of(), tmp_path, {"model_args": {"path_type": "Linear"}}))
 
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12)])
@@ -75,10 +89,7 @@ def test_the_last_row_of_a_table_is_taken_for_no_class(rows, classes, tmp_path):
 @pytest.mark.parametrize("rows", [10, 100, 1000])
 def test_a_table_that_may_have_no_such_row_asks(rows, tmp_path):
     tensors = tensors_of() | {TABLE: np.ones((rows, 32), np.float32)}
-    words = (
-        rf"has {rows} rows, which may be {rows} classes and none for no class, or {rows - 1} and one for it; give --set"
-        r" classes="
-    )
+    words = rf"{rows} classes and none for no class, or {rows - 1} and one for it; give --set classes="
     with pytest.raises(InputError, match=words):
         opened(tensors, tmp_path, heads=4)
     for classes in (rows, rows - 1):

@@ -49,6 +49,29 @@ def test_sizes_are_read_as_height_and_width():
             parse_size(wrong)
 
 
+def test_what_a_picture_is_drawn_from_is_checked():
+    donor, autoencoder = SimpleNamespace(cfg=PixArtConfig(size=64)), SimpleNamespace(cfg=SimpleNamespace(factor=8))
+    model = TextToImage(donor, None, start(MeshConfig()), None, autoencoder)
+    for how, words in (
+        (dict(prompts=5), "prompts are a text or a list of texts"),
+        (dict(prompts=["a", None]), "prompts are a text or a list of texts"),
+        (dict(prompts="a", size=64), r"size is 64: give height and width in pixels, such as \(512, 768\)"),
+        (dict(prompts="a", count=1.5), "count is 1.5: choose a whole number, 1 or more"),
+        (dict(prompts="a", latents=np.zeros((1, 4, 64, 64))), r"latents have the shape \[1, 4, 64, 64\]: give \[1, 64"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.draw(**how)
+
+
+@pytest.mark.parametrize("text", ['"a cat"\n"a dog"', "1. a cat\n2. a dog", "prompt\na cat", "- a cat\n- a dog"])
+def test_prompts_with_more_than_their_text_are_refused(tmp_path, text):
+    (tmp_path / "p.txt").write_text(text)
+    with pytest.raises(InputError, match="give one prompt a line and nothing else"):
+        read_prompts(tmp_path / "p.txt", "plain")
+    (tmp_path / "p.txt").write_text("1 cat on a mat")
+    assert [p.text for p in read_prompts(tmp_path / "p.txt", "plain")] == ["1 cat on a mat"]
+
+
 @pytest.mark.parametrize(("factor", "drawn"), [(8, (416, 608)), (16, (512, 768))])
 def test_trained_sizes_are_known_for_autoencoders_that_shrink_eight_times(remarks, factor, drawn):
     """Those of PixArt: nothing is known of a model with latents of another factor."""

@@ -140,6 +140,8 @@ def test_the_key_of_a_picture_is_of_seed_class_and_number():
     np.testing.assert_array_equal(data(many)[4:6], data(few))
     assert len(np.unique(data(many), axis=0)) == 8
     assert not np.array_equal(data(class_keys(4, [2], 2)), data(few))
+    again = np.asarray(data(class_keys(3, [2, 7, 2], 2)))
+    np.testing.assert_array_equal(again[[0, 1, 4, 5]], data(class_keys(3, [2], 4)))
     for seed in (-1, 2**32):
         with pytest.raises(InputError, match=f"seed {seed}: choose a whole number from 0 to 4294967295"):
             class_keys(seed, [0], 1)

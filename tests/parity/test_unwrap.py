@@ -59,6 +59,23 @@ def test_an_average_is_taken_before_the_raw_weights_and_that_is_said(raw, averag
     assert found.notes == (f"the tensors under {average!r} taken, and not those under {raw!r}",)
 
 
+@pytest.mark.parametrize("averages", [{"ema": {"stds": [0.05, 0.1], "emas": [MEAN, MEAN]}}, {"emas": [MEAN, MEAN]}])
+def test_a_list_of_averages_is_not_passed_over(averages, tmp_path):
+    """As EDM2 saves them."""
+    with pytest.raises(InputError, match=r"'emas?' is a list of averages or of tensors without names: save the"):
+        opened(tmp_path, {"net": RAW, **averages})
+
+
+@pytest.mark.parametrize("average", ["ema.pt", "ema_model.pt", "ema/model.pt"])
+def test_an_average_in_a_file_of_its_own_is_asked_for(average, tmp_path):
+    (tmp_path / average).parent.mkdir(exist_ok=True)
+    torch.save(MEAN, tmp_path / average)
+    torch.save(RAW, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"holds pytorch_model\.bin and its average ema.*: name the one you mean"):
+        weights_files(tmp_path)
+    assert weights_files(tmp_path / average) == [tmp_path / average]
+
+
 def test_a_set_of_tensors_that_is_left_out_is_named(tmp_path):
     found = opened(tmp_path, {"model": MEAN, "target_model": RAW, "optimizer": {"exp_avg": torch.zeros(2)}})
     assert total(found) == (6, KEYS)
@@ -136,7 +153,7 @@ def test_the_average_of_latent_diffusion_gets_its_dots_back(tmp_path):
     ],
 )
 def test_an_average_without_names_is_refused(state, tmp_path):
-    with pytest.raises(InputError, match=r"is an average whose tensors have no names.*\(copy_to\)"):
+    with pytest.raises(InputError, match=r"is a list of averages or of tensors without names.*\(copy_to\)"):
         opened(tmp_path, state)
 
 

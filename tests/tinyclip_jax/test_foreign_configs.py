@@ -134,6 +134,15 @@ def test_open_clips_fields_that_shapes_cannot_tell_are_read(read, plain):
     assert (cfg.image.activation, cfg.text.activation) == ("gelu_tanh", "gelu")
 
 
+def test_open_clips_own_model_file_is_told_from_its_folders(read):
+    def bare(config):
+        model = config.pop("model_cfg")
+        config |= model
+
+    with pytest.raises(InputError, match=r"open_clip_config\.json: has no 'model_cfg': put open_clip's own file"):
+        read("open_clip_f16", bare)
+
+
 @pytest.mark.parametrize(
     "harmless",
     [
@@ -189,7 +198,7 @@ def test_an_open_clip_config_is_read_or_refused(edit, message, folder, families)
 def test_what_bare_weights_do_not_tell_is_a_guess_that_is_said(goldens, families, tmp_path):
     shutil.copy(goldens / "open_clip_f16" / "open_clip_model.safetensors", tmp_path / "bare.safetensors")
     with pytest.warns(
-        Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(--set activation=VALUE overrides it\)"
+        Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(convert with --set activation="
     ):
         donor = open_donor(tmp_path / "bare.safetensors", families, image_heads=4, text_heads=2)
     assert [guess.name for guess in donor.guesses] == ["activation"]

@@ -13,6 +13,7 @@ from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, ca
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, AnyPath, Entry
 
+TABLES = (".txt", ".csv", ".tsv", ".token", ".json", ".jsonl")  # in which captions come
 Found = os.DirEntry[str] | Entry
 
 
@@ -53,10 +54,11 @@ class FolderSource:
         if captioned and cfg.text and len(captioned) < len(names):
             bare = min(set(names) - set(captioned))
             raise InputError(f"{root / bare} has no caption, though others have: {_caption(bare)} is missing")
-        tables = sorted(entry.name for entry in files if Path(entry.name).suffix in (".txt", ".csv", ".tsv", ".token"))
-        if cfg.text and not captioned and len(folders) == 1 and tables:
-            needed = "if it has their captions, make it a .csv or .tsv with a header, and give that as the data"
-            raise InputError(f"{root}: one folder of pictures and {tables[0]}, which is not read: {needed}")
+        tables = sorted(entry.name for entry in files if Path(entry.name).suffix in TABLES)
+        if cfg.text and not captioned and len(folders) == 1:
+            beside = f", and {tables[0]}, which is not read" if tables else ""
+            needed = "put a .txt next to each picture, or give a .csv or .tsv with a header that has their captions"
+            raise InputError(f"{root}: one folder of pictures without captions{beside}: {needed}")
         if seen:
             remark(f"{root}: left out {seen}; pictures end in {', '.join(PICTURES)}")
         if empty := [name for name, pictures in by_class.items() if not pictures]:
@@ -108,7 +110,7 @@ def _entries(folder: AnyPath | str) -> list[Found]:
 
 def _is_open_folder(entry: Found) -> bool:
     """Returns whether an entry is a folder, or a symlink to one, that is not hidden."""
-    if entry.name.startswith("."):
+    if entry.name.startswith(".") or entry.name == "__MACOSX":
         return False
     if isinstance(entry, os.DirEntry) and entry.is_symlink():
         return os.path.isdir(entry.path)

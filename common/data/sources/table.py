@@ -80,6 +80,8 @@ class CsvSource:
         record = Record(key=key) | {c: value(kind(cells[c]), key, c) for c, kind in self._kinds.items()}
         if cfg.text:
             record["text"] = cells[cfg.text]
+            if not cells[cfg.text].strip():
+                raise InputError(f"{key}: the column {cfg.text!r} is empty; it needs a caption")
         if cfg.image and not cells[cfg.image]:
             raise InputError(f"{key}: the column {cfg.image!r} is empty; it needs the path of a picture")
         if cfg.image:

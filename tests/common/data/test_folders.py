@@ -120,8 +120,11 @@ def test_captions_in_sub_folders_are_read(tmp_path, picture, remarks):
 
 def test_a_table_beside_one_folder_is_not_passed_over(tmp_path, picture):
     write(tmp_path, picture, "Images/1.png")
+    (tmp_path / "__MACOSX").mkdir()
+    with pytest.raises(InputError, match=r"one folder of pictures without captions: put a \.txt next to each picture"):
+        open_source(SourceConfig(str(tmp_path)))
     (tmp_path / "captions.txt").write_text("image,caption\n1.png,a dog\n")
-    with pytest.raises(InputError, match=r"one folder of pictures and captions\.txt, which is not read: if it has"):
+    with pytest.raises(InputError, match=r"pictures without captions, and captions\.txt, which is not read: put"):
         open_source(SourceConfig(str(tmp_path)))
     assert len(open_source(SourceConfig(str(tmp_path), text=""))) == 1
 

@@ -118,6 +118,16 @@ def test_neither_names_nor_numbers_agree(folders):
         open_labelled(data, "label", 3, ("x", "y"))
 
 
+def test_folders_that_are_numbers_of_named_classes(folders):
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    assert labels(open_labelled(folders("00000", "00003"), "label", 5, names)) == [0, 3]  # GTSRB's, some of them
+
+
+def test_folders_from_one_are_no_numbers_of_classes(folders):
+    with pytest.raises(InputError, match=r"its classes are called 1, 2, 3, and the model has 3: number them from 0"):
+        open_labelled(folders("1", "2", "3"), "label", 3, ["ant", "bee", "cat"])
+
+
 def test_numbered_folders_whose_order_surprises(folders, remarks):
     assert labels(open_labelled(folders("0", "2", "10"), "label", 3)) == [0, 1, 2]
     assert "numbered in alphabetical order, so '10' is class 1; for timm that is '2', as timm" in remarks()[0]

@@ -126,6 +126,9 @@ def test_a_row_without_a_picture_is_named(pictures):
     (pictures / "a.csv").write_text("image,caption\n0.png,a\n,b\n")
     with pytest.raises(InputError, match=r"a\.csv row 2: the column 'image' is empty; it needs the path of a picture"):
         open_source(SourceConfig(str(pictures / "a.csv")))[1]
+    (pictures / "a.csv").write_text("image,caption\n0.png,a\n1.png,\n")
+    with pytest.raises(InputError, match=r"a\.csv row 2: the column 'caption' is empty; it needs a caption"):
+        open_source(SourceConfig(str(pictures / "a.csv")))[1]
 
 
 @pytest.mark.parametrize("text", ["a", "", ["a", ""]])
