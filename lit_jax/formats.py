@@ -255,7 +255,7 @@ def _read_diffusers(found: Found) -> Read | None:
 
 
 # diffusers' schedulers that sample a chain of noise in other ways.
-_SAMPLERS = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS", "KDPM2", "SA")
+_SAMPLERS: tuple[str, ...] = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS", "KDPM2", "SA")
 _SAMPLERS += ("CogVideoXDDIM",)
 
 

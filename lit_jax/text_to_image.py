@@ -155,8 +155,9 @@ class TextToImage(Shown):
 
         Raises InputError for an exact size that is no multiple of the model's step.
         """
-        whole = isinstance(size, tuple | list) and all(isinstance(side, int | np.integer) for side in size)
-        if not whole or len(size) != 2:
+        given: Any = size  # from Python, anything
+        whole = isinstance(given, tuple | list) and all(isinstance(side, int | np.integer) for side in given)
+        if not whole or len(given) != 2:
             raise InputError(f"size is {size!r}: give height and width in pixels, such as (512, 768)")
         if min(size) < 1:
             raise InputError(f"size {size[0]} x {size[1]}: height and width are 1 pixel or more")
