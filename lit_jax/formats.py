@@ -255,8 +255,8 @@ def _read_diffusers(found: Found) -> Read | None:
 
 
 # diffusers' schedulers that sample a chain of noise in other ways.
-_SAMPLERS: tuple[str, ...] = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS", "KDPM2", "SA")
-_SAMPLERS += ("CogVideoXDDIM",)
+_SAMPLERS: tuple[str, ...] = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "DPMSolver", "Euler", "Heun", "UniPC", "DEIS")
+_SAMPLERS += ("KDPM2", "SA", "CogVideoXDDIM")
 
 
 def predicts_noise(found: Found) -> tuple[Guess, ...]:
