@@ -35,7 +35,7 @@ from tinyclip_jax.model import ClipConfig
 BATCH = 100
 TASKS = ("retrieval", "zeroshot")
 WORDNET = re.compile(r"n\d{8}")
-OPTIONS: tuple[str, ...] = ("--data", "--split", "--image", "--text", "--task")
+OPTIONS: tuple[str, ...] = ("--data", "--split", "--image", "--text", "--label", "--task")
 OPTIONS += ("--classes", "--templates", "--suite", "--beside", "--json")
 
 
@@ -169,10 +169,10 @@ def _name(data: SourceConfig) -> str:
     return f"{data.path}/{data.split}" if data.split else data.path
 
 
-def refuse_flags(args: Namespace) -> None:
-    """Raises InputError for a recipe flag: `heirloom eval` of weights has no recipe whose fields it could set."""
-    if args.flags:
-        unknown = args.flags[0]
+def refuse_flags(args: Namespace, known: Sequence[str] = ()) -> None:
+    """Raises InputError for a recipe flag but `known`: `heirloom eval` of weights has no recipe to set a field of."""
+    names = [flag.partition("=")[0] for flag in args.flags if flag.startswith("-")] or args.flags
+    if unknown := next((name for name in names if name not in known), ""):
         raise InputError(f"unknown argument {unknown!r}{nearest(unknown, OPTIONS)}; see heirloom eval --help")
 
 
@@ -251,6 +251,7 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words, label: s
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH` on the data its arguments name. Raises InputError for missing data or files."""
+    refuse_flags(args, ("--label",))
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     args.data = args.data or "emoji"
     split = args.split or ("test" if args.data.split(":")[0] == "emoji" else "")

@@ -52,7 +52,7 @@ RECIPE = '''
         def parts(self):
             def batches(opened):
                 source = open_labelled(self.data, self.label, self.student.classes)
-                both = Both(Example(self.augment, self.pre), self.brighter)
+                both = Both(Example(self.augment, self.pre, self.student.classes), self.brighter)
                 return training_batches(source, self.pipeline, both, mesh=opened.mesh)
 
             return replace(super().parts(), batches=batches)

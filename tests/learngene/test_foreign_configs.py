@@ -343,7 +343,7 @@ def test_a_trainers_arguments_tell_about_models_that_are_not_timms(bare, argumen
         (dict(num_heads={"a": 2}), "num_heads is of type dict, not a number"),
         (dict(model_kwargs=dict(init_values=1e-5)), "init_values is 1e-05, and the weights have 0.0"),
         (dict(model_kwargs=dict(rope=True)), "the field 'rope'"),
-        (dict(model_kwargs={1: 2}), "1 is of type int; only"),
+        (dict(model_kwargs={1: 2}), "the field '1'"),
         (dict(model_kwargs="heads=2"), "model_kwargs is of type str, not a dictionary"),
     ],
 )

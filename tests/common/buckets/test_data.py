@@ -121,7 +121,8 @@ def test_a_resumed_stream_continues_bit_for_bit(bucket, tmp_path, write_tar, put
         return {"x": np.int32(record["label"] + 3 * rng.integers(9)), "n": np.int32(len(record["image"]))}
 
     def stream(root):
-        return training_batches(open_source(SourceConfig(str(root))), PipelineConfig(batch=4, seed=5), example)
+        source = open_source(SourceConfig(str(root), columns=("label",)))
+        return training_batches(source, PipelineConfig(batch=4, seed=5), example)
 
     def take(batches, count):
         return [{k: v.tolist() for k, v in next(batches).items()} for _ in range(count)]
