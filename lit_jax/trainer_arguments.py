@@ -79,7 +79,9 @@ def trained_as(found: Found) -> dict[str, Any]:
         if name.startswith("DiT") and width == WIDTHS[size[1]]:
             known["heads"] = SOFTMAX_HEADS[width]
     width, heads = len(found.tensors["x_embedder.proj.weight"]), args.get("num_heads")
-    if isinstance(heads, int) and args.get("hidden_size", width) == width and heads > 0 and not width % heads:
+    softmax = "blocks.0.attn.qkv.weight" in found.tensors  # a LiT has other heads than the DiT of its arguments
+    fits = isinstance(heads, int) and heads > 0 and width % heads == 0 and args.get("hidden_size", width) == width
+    if softmax and fits:
         known["heads"] = heads
     if isinstance(classes := args.get("num_classes"), int):
         known["classes"] = classes

@@ -1,7 +1,6 @@
 """Opens checkpoints of ours and of foreign formats lazily, and converts between them with verification."""
 
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from heirloom.common.checkpoint.unwrap import (
     without_common,
     write_torch,
 )
-from heirloom.common.checkpoint.verify import Check, guarded
+from heirloom.common.checkpoint.verify import OWN, RENAMED, UNQUANTIZED, Check, copy_companions, guarded
 from heirloom.common.checkpoint.weights import FILE, Tensors, read_json, write_json
 from heirloom.common.errors import InputError, Remark, VerificationError, nearest, remark
 from heirloom.common.fetch import origin
@@ -239,31 +238,30 @@ def _verify(donor: Donor, folder: Path, to: str) -> Check:
     foreign = donor if to in OURS else written
     format = "heirloom" if foreign.format in OURS else foreign.format
     with _as_read(foreign) as file:
-        return guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, file, format))
+        check = guarded(lambda: donor.family.verify(donor.cfg, donor.source.values, file, format))
+    by_library = check.reference not in (None, OWN, UNQUANTIZED) and not str(check.reference).endswith(RENAMED)
+    return replace(check, reference=f"{check.reference}{RENAMED}") if by_library and file != foreign.file else check
 
 
 @contextmanager
 def _as_read(donor: Donor) -> Iterator[Path]:
-    """The weights file of a checkpoint for a reference: itself, or one without the attributes that were removed from
-    all names, which no library expects.
+    """The weights file of a checkpoint for a reference: itself, or one without the wrappers that were removed from its
+    names, which no library expects.
     """
     if donor.format in OURS:
         yield donor.file
         return
-    raw, format, removed = _open_clean(donor.file), donor.family.format(donor.format), False
+    raw, format = _open_clean(donor.file), donor.family.format(donor.format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Remark)  # were said when it was opened
         while _recognise(format, raw, donor.file) is None and (inner := without_common(raw)):
-            raw, removed = inner, True
-    shards = donor.file.suffix == ".json"  # a reference reads them as they are
-    if not removed and not (shards and raw.tensors.keys() != open_weights(donor.file).tensors.keys()):
+            raw = inner
+    if raw.tensors.keys() == open_weights(donor.file).tensors.keys():
         yield donor.file
         return
     with tempfile.TemporaryDirectory() as temporary:
-        for companion in donor.file.parent.glob("*.json"):
-            if not companion.name.endswith(".index.json"):
-                shutil.copy(companion, temporary)
         file = Path(temporary) / FILE
+        copy_companions(donor.file, file.parent)
         save_file({k: np.asarray(v, order="C") for k, v in raw.tensors.items()}, file, {"format": "pt"})
         yield file
 

@@ -39,7 +39,7 @@ class Check:
     """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest
     value.
 
-    reference: the library that read the file and its config, followed by RENAMED where it reads no such file; OWN where
+    reference: the library that read the file and its config, followed by RENAMED where it reads no such file or names; OWN where
     only formulas of ours could serve; UNQUANTIZED of quantised weights; None where nothing was compared. guessed:
     settings that the file does not tell, with what was taken for them.
     """
@@ -146,6 +146,13 @@ def importable(*names: str) -> bool:
     return True
 
 
+def copy_companions(file: Path, folder: Path) -> None:
+    """Copies the JSON files next to a weights file, such as its config, but no index of shards."""
+    for companion in file.parent.glob("*.json"):
+        if not companion.name.endswith(".index.json"):
+            shutil.copy(companion, folder)
+
+
 @contextmanager
 def as_folder(file: Path, name: str, format: str = "") -> Iterator[Path]:
     """A folder in which `file` has the name that a library looks for, with the JSON files next to it.
@@ -155,9 +162,7 @@ def as_folder(file: Path, name: str, format: str = "") -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for companion in file.parent.glob("*.json"):
-            if not companion.name.endswith(".index.json"):
-                shutil.copy(companion, folder)
+        copy_companions(file, folder)
         found = open_weights(file)
         cleaned = clean_names(found)
         tensors = as_torch(cleaned.tensors) if format == "flax" else cleaned.tensors

@@ -65,6 +65,9 @@ def test_what_the_model_was_made_with_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(made, input_size=8, class_dropout_prob=0.1)))
     found = formats.FORMATS[0].read_config(Found(bare, tmp_path, {}))
     assert (found.cfg.heads, found.cfg.size, found.cfg.classes, found.cfg.null_class) == (4, 8, 5, True)
+    linear = tensors_of(replace(CFG, attention="linear", heads=2))
+    found = formats.FORMATS[0].read_config(Found(linear, tmp_path / "none", {"hyper_parameters": made}))
+    assert found.cfg.heads == 2  # its own, not those of the DiT in the arguments
     with pytest.raises(InputError, match=r"trained as a SiT .*, which predicts velocity"):
         formats.FORMATS[0].read_config(Found(tensors_of(), tmp_path, {"model_args": {"path_type": "Linear"}}))
 
