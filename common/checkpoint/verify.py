@@ -39,9 +39,9 @@ class Check:
     """A comparison of our model with a reference on the same inputs; errors are relative to the reference's largest
     value.
 
-    reference: the library that read the file and its config, followed by RENAMED where it reads no such file or names; OWN where
-    only formulas of ours could serve; UNQUANTIZED of quantised weights; None where nothing was compared. guessed:
-    settings that the file does not tell, with what was taken for them.
+    reference: the library that read the file and its config, followed by RENAMED where it reads no such file or names;
+    OWN where only formulas of ours could serve; UNQUANTIZED of quantised weights; None where nothing was compared.
+    guessed: settings that the file does not tell, with what was taken for them.
     """
 
     passed: bool
