@@ -63,7 +63,7 @@ def read_dataset(
     Raises InputError where there are no classes, or not as many as the networks have.
     """
     if isinstance(dataset, str):
-        source = open_source(SourceConfig(path=dataset))
+        source = open_source(SourceConfig(path=dataset, text=""))
         names = tuple(getattr(source, "classes", ()))
         if not names:
             raise InputError(f"{dataset} has no classes: put the pictures of each class into its sub-folder")

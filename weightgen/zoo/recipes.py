@@ -151,7 +151,7 @@ class ZooRecipe:
             tasks = emoji_tasks(self.backend, self.net.features, seed=0)
             bank = tasks.seen["support"]
             return ZooData(train=bank, held=tasks.seen["test"], condition=bank, projection=tasks.projection)
-        source = open_source(SourceConfig(path=self.data))
+        source = open_source(SourceConfig(path=self.data, text=""))
         names = getattr(source, "classes", ())
         if len(names) < self.net.classes:
             needed = f"tasks of {self.net.classes} need as many"
