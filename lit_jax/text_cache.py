@@ -10,7 +10,6 @@
     CACHE/null.npy, null_mask.npy    [tokens, width] f16 and [tokens] bool: the empty text, with its padding
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,10 +83,10 @@ def write_text_cache(
         _write_latents(staging, source, sizes, members, autoencoder, mesh)
         origin = autoencoder_origin(autoencoder, autoencoder_source)
         write_origin(staging, origin)
-        empty = _write_captions(staging, captions, text)
+        _write_captions(staging, captions, text)
         used = [[*size, len(rows)] for size, rows in zip(sizes, members, strict=True) if rows]
         about = {"version": VERSION, "data": asdict(data), "records": len(source), "columns": names, "sizes": used}
-        about |= {"text_encoder": text_source, "tokens": text.tokens, "width": text.width, "empty": empty}
+        about |= {"text_encoder": text_source, "tokens": text.tokens, "width": text.width}
         about |= {"autoencoder": autoencoder_source}
         write_json(staging / ABOUT, about)
     return about
@@ -135,8 +134,8 @@ def _write_latents(
         out.flush()
 
 
-def _write_captions(folder: Path, captions: list[Columns], text: TextEncoder | TowerEncoder) -> str:
-    """Write the features of all captions. Returns a hash of those of the empty text, which identifies the encoder."""
+def _write_captions(folder: Path, captions: list[Columns], text: TextEncoder | TowerEncoder) -> None:
+    """Write the features of all captions and of the empty text."""
     texts = [caption for columns in captions for column in columns for caption in column]
     counts = np.array([[len(column) for column in columns] for columns in captions], np.int64)
     np.save(folder / "captions.npy", np.cumsum(counts.ravel()).reshape(counts.shape) - counts)
@@ -151,7 +150,6 @@ def _write_captions(folder: Path, captions: list[Columns], text: TextEncoder | T
     null = text.encode([""], padding=[""])
     np.save(folder / "null.npy", _half(null.features[0]))
     np.save(folder / "null_mask.npy", null.mask[0])
-    return hashlib.sha256(_half(null.features[0]).tobytes()).hexdigest()[:16]
 
 
 def _half(features: np.ndarray) -> np.ndarray:
@@ -166,6 +164,11 @@ class EmptyText(NamedTuple):
 
     features: np.ndarray
     mask: np.ndarray
+
+    @property
+    def seen(self) -> np.ndarray:
+        """The features of the tokens that count, [token, width]."""
+        return self.features[self.mask]
 
 
 class Encoding(NamedTuple):

@@ -25,6 +25,7 @@ from lit_jax.origin import compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
 from lit_jax.text.encoder import open_text
 from lit_jax.text_cache import TextCache, is_text_cache, write_text_cache
+from lit_jax.text_origin import same_encoder
 from lit_jax.text_progress import Drawer, prompt_drawer
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def open_caches(cfg: "Config", directory: Path | None) -> Caches:
     origin = cache_origin(caches["train"].folder)
     for other in caches.values():
         remark(compare_latents(origin, cache_origin(other.folder), str(caches["train"].folder), str(other.folder)))
-        if other.about["empty"] != caches["train"].about["empty"]:
+        if not same_encoder(caches["train"].encoding.null.seen, other.encoding.null.seen):
             given = f"{other.about['text_encoder']}, the training data with {caches['train'].about['text_encoder']}"
             raise InputError(f"{other.folder} was made with the text encoder {given}: make both with the same")
     return caches

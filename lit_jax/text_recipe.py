@@ -35,6 +35,7 @@ from lit_jax.origin import compare_latents, copy_origin, read_origin, write_orig
 from lit_jax.pixart import NULL_TEXT, PixArt, PixArtConfig
 from lit_jax.text_cache import EmptyText, Encoding, TextCache, TextExample, unknown_encoding
 from lit_jax.text_inputs import Caches, check_teacher, named_data, open_caches, open_drawer, write_cache
+from lit_jax.text_origin import copy_empty_text, read_empty_text, same_encoder, write_empty_text
 from lit_jax.text_progress import grids, held_out_error
 from lit_jax.zoo import PIXART, open_pixart, text_outline
 
@@ -168,11 +169,13 @@ def parts(cfg: Config, directory: Path | None = None, *, outline: bool = False) 
     def sidecars(opened: Opened, folder: Path) -> None:
         data = caches()["train"]
         write_origin(folder, read_origin(data.folder))
+        write_empty_text(folder, data.encoding.null.seen)
         write_parts_of(folder, data.about["text_encoder"], data.about["autoencoder"])
 
     def inherited(opened: Opened, folder: Path) -> None:
         assert opened.donor
         copy_origin(opened.donor.folder, folder)
+        copy_empty_text(opened.donor.folder, folder)
         write_pipeline_of(folder, pipeline_of(opened.donor))
 
     return Parts(
@@ -246,6 +249,12 @@ def batches(cfg: Config, opened: Opened, data: TextCache) -> Data:
             remark(compare_latents(origin, other, str(data.folder), str(model.path)))
         elif model and origin:
             remark(other_scale(model, origin.cfg.scaling_factor, str(data.folder)))
+        known = read_empty_text(model.folder) if model else None
+        if model and known is not None and not same_encoder(known, data.encoding.null.seen):
+            text = f"{data.folder} has captions of {data.about['text_encoder']}, {model.path} read another text encoder"
+            if model is opened.teacher:
+                raise InputError(f"{text}: its answers to these captions mean nothing; cache with its text encoder")
+            remark(f"{text}: its attention to the text must be learned anew")
     example = TextExample(cfg.student.text_tokens, mix)
     return training_batches(data, cfg.pipeline, example, mesh=opened.mesh, groups=data.groups)
 

@@ -33,6 +33,7 @@ from lit_jax.pixart import PixArtConfig
 from lit_jax.sample import check_seed, check_whole, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
+from lit_jax.text_origin import read_empty_text, same_encoder
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -59,7 +60,8 @@ class TextToImage(Shown):
 
     keep: the parameters of the transformer and the decoder stay in memory between calls; else each stage is freed
     before the next begins, which needs less memory. dtype: of the transformer; text encoder and decoder compute in
-    float32, or as their files are. origin: the autoencoder that the model was trained with, if known.
+    float32, or as their files are. origin: the autoencoder that the model was trained with, if known. empty_text:
+    features [token, width] of the empty text by the text encoder that it was trained with, if known.
     """
 
     donor: Donor
@@ -70,6 +72,7 @@ class TextToImage(Shown):
     keep: bool = True
     dtype: DTypeLike = jnp.float32
     origin: Origin | None = None
+    empty_text: np.ndarray | None = None
     stages: Stages = field(default_factory=lambda: Stages(quiet=True))
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -237,9 +240,14 @@ class TextToImage(Shown):
         prompts = [sampling.text(request.prompt) for request in requests]
         negatives = [sampling.text(request.negative) if guided else "" for request in requests]
         texts = list(dict.fromkeys([*prompts, *filter(None, negatives)]))
-        empty = [""] if guided else []
+        empty = [""] if guided or self.empty_text is not None else []
         with self.stages("text encoder", self.text.layers) as advance:
             found = self.text.encode([*texts, *empty], lambda done, total: advance(), padding=empty)
+        if self.empty_text is not None and not same_encoder(self.empty_text, found.features[-1][found.mask[-1]]):
+            raise InputError(
+                f"{self.components.text} is not the text encoder that this model was trained with: it reads the empty"
+                " text otherwise; name the model's own with --text-encoder (in Python: text_encoder)"
+            )
         rows = [Condition(found.features[i, None], found.mask[i, None]) for i in range(len(found.mask))]
         encoded = dict(zip(texts, rows, strict=False))
         conditions = [encoded[prompt] for prompt in prompts]
@@ -337,5 +345,6 @@ def open_text_to_image(
         keep=keep,
         dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
         origin=origin,
+        empty_text=read_empty_text(donor.folder),
         stages=stages or Stages(quiet=True),
     )

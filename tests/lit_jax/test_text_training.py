@@ -258,7 +258,7 @@ def metrics(run: Path):
     return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
 
 
-def test_a_run_on_pictures_resumes_and_says_what_it_was_trained_with(recipe, cache, folder, tmp_path):
+def test_a_run_on_pictures_resumes_and_says_what_it_was_trained_with(recipe, cache, folder, tmp_path, capsys):
     cfg = replace(
         recipe,
         held_out=SourceConfig(path=str(folder / "cache" / "held_out")),
@@ -279,6 +279,13 @@ def test_a_run_on_pictures_resumes_and_says_what_it_was_trained_with(recipe, cac
     flags = ["--prompt", "a red apple", "--steps", "2", "--out", str(tmp_path / "s")]
     assert main(["sample", str(tmp_path / "whole"), *flags]) == 0
     assert len(list((tmp_path / "s").glob("*.png"))) == 1
+    known = tmp_path / "whole" / "model" / "empty_text.npy"
+    np.save(known, np.load(known)[:, ::-1])  # as if the text encoder were another one of the same width
+    flags[-1] = str(tmp_path / "other")
+    assert main(["sample", str(tmp_path / "whole"), *flags, "--guidance", "1"]) == 2
+    assert "is not the text encoder that this model was trained with" in capsys.readouterr().err
+    with pytest.raises(InputError, match="read another text encoder: its answers to these captions mean nothing"):
+        replace(cfg, teacher=str(known.parent), steps=1).train(tmp_path / "taught")
 
 
 def test_stages_follow_one_another(recipe, cache, folder, tmp_path):
@@ -328,8 +335,11 @@ def test_caches_of_two_text_encoders_are_not_mixed(recipe, cache, folder, tmp_pa
     cfg = replace(recipe, data=replace(recipe.data, path=str(folder / "cache" / "train")), held_out=recipe.data)
     caches = open_caches(cfg, tmp_path)
     assert set(caches) == {"train", "held_out"}
-    about = read_json(tmp_path / "cache" / "held_out" / "cache.json")
-    (tmp_path / "cache" / "held_out" / "cache.json").write_text(json.dumps(about | {"empty": "another"}))
+    null = tmp_path / "cache" / "held_out" / "null.npy"
+    features = np.load(null)
+    np.save(null, features * np.float16(1.02))  # the same weights on another device
+    open_caches(cfg, tmp_path)
+    np.save(null, features[:, ::-1])
     with pytest.raises(InputError, match=r"was made with the text encoder .*: make both with the same"):
         open_caches(cfg, tmp_path)
 

@@ -1,0 +1,43 @@
+"""Tells text encoders apart by their features of the empty text, which a model keeps of its training."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from heirloom.common.errors import InputError
+from heirloom.common.paths import AnyPath
+
+FILE = "empty_text.npy"
+FAR = 0.2  # of the features' norm; the same weights in bfloat16 or int8, or on other devices, are nearer
+
+
+def write_empty_text(folder: Path, features: np.ndarray) -> None:
+    """Write the features [token, width] of the empty text next to weights."""
+    np.save(folder / FILE, features.astype(np.float16))
+
+
+def read_empty_text(folder: AnyPath) -> np.ndarray | None:
+    """Read the features [token, width] f32 of the empty text; None for a model that does not have them.
+
+    Raises InputError for a damaged file.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        with file.open("rb") as opened:
+            return np.load(opened, allow_pickle=False).astype(np.float32)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({' '.join(str(error).split())}): remove it") from error
+
+
+def copy_empty_text(source: Path, destination: Path) -> None:
+    """Copy the features of the empty text from one weights folder to another."""
+    if (source / FILE).is_file():
+        shutil.copy(source / FILE, destination / FILE)
+
+
+def same_encoder(one: np.ndarray, other: np.ndarray) -> bool:
+    """Returns whether features [token, width] of the empty text are of the same text encoder."""
+    return one.shape == other.shape and float(np.linalg.norm(one - other)) <= FAR * float(np.linalg.norm(one))
