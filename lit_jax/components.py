@@ -16,6 +16,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
+from lit_jax.text_origin import copy_empty_text
 
 PIPELINE = "PixArtSigmaPipeline"
 SIDECAR = "pipeline.json"
@@ -105,10 +106,12 @@ def check_scheduler(fields: Fields) -> None:
     fields.done("how pictures are drawn")
 
 
-def write_pipeline_of(folder: Path, root: Path | None) -> None:
-    """Writes which pipeline a transformer belongs to, so that it can be sampled from a folder of its own."""
-    if root is not None:
-        write_json(folder / SIDECAR, {"pipeline": str(root.resolve())})
+def copy_parts(donor: Donor, folder: Path) -> None:
+    """Writes what a transformer is drawn with, its pipeline or its parts, so that it can lie in a folder of its own."""
+    root = pipeline_of(donor)
+    if named := _sidecar(donor) if root is None else {"pipeline": str(root.resolve())}:
+        write_json(folder / SIDECAR, named)
+    copy_empty_text(donor.folder, folder)
 
 
 def write_parts_of(folder: Path, text_encoder: str, autoencoder: str) -> None:

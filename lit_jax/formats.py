@@ -17,7 +17,7 @@ from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import layouts
 from lit_jax.attention import Features
-from lit_jax.components import pipeline_of, write_pipeline_of
+from lit_jax.components import copy_parts
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
 from lit_jax.trainer_arguments import trained_as
@@ -324,7 +324,7 @@ FORMATS = (
 
 
 def sidecars(donor: Donor, destination: Path, format: str) -> None:
-    """Copy the files that say which autoencoder made the model's latents, and which pipeline it is part of."""
+    """Copy the files that say which autoencoder made the model's latents, and what the model is drawn with."""
     copy_origin(donor.folder, destination)
     if format == "heirloom":  # other formats have no place for it
-        write_pipeline_of(destination, pipeline_of(donor))
+        copy_parts(donor, destination)

@@ -1,20 +1,22 @@
 """Tells text encoders apart by their features of the empty text, which a model keeps of its training."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 
+from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.errors import InputError
 from heirloom.common.paths import AnyPath
 
-FILE = "empty_text.npy"
+FILE = "empty_text.json"
 FAR = 0.2  # of the features' norm; the same weights in bfloat16 or int8, or on other devices, are nearer
 
 
 def write_empty_text(folder: Path, features: np.ndarray) -> None:
     """Write the features [token, width] of the empty text next to weights."""
-    np.save(folder / FILE, features.astype(np.float16))
+    (folder / FILE).write_text(json.dumps({"features": features.astype(np.float16).tolist()}) + "\n")
 
 
 def read_empty_text(folder: AnyPath) -> np.ndarray | None:
@@ -26,10 +28,9 @@ def read_empty_text(folder: AnyPath) -> np.ndarray | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as opened:
-            return np.load(opened, allow_pickle=False).astype(np.float32)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{file} is damaged ({' '.join(str(error).split())}): remove it") from error
+        return np.array(read_json(file)["features"], np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: remove it, or copy it again from the model's folder") from error
 
 
 def copy_empty_text(source: Path, destination: Path) -> None:

@@ -27,7 +27,7 @@ from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
 from lit_jax.aspect import Ratios
 from lit_jax.autoencoder import sample_latents
-from lit_jax.components import other_scale, pipeline_of, write_parts_of, write_pipeline_of
+from lit_jax.components import copy_parts, other_scale, write_parts_of
 from lit_jax.denoiser import Null, PromptConfig
 from lit_jax.inherit import Keep, graft_attention
 from lit_jax.losses import DistillConfig, hybrid
@@ -35,7 +35,7 @@ from lit_jax.origin import compare_latents, copy_origin, read_origin, write_orig
 from lit_jax.pixart import NULL_TEXT, PixArt, PixArtConfig
 from lit_jax.text_cache import EmptyText, Encoding, TextCache, TextExample, unknown_encoding
 from lit_jax.text_inputs import Caches, check_teacher, named_data, open_caches, open_drawer, write_cache
-from lit_jax.text_origin import copy_empty_text, read_empty_text, same_encoder, write_empty_text
+from lit_jax.text_origin import read_empty_text, same_encoder, write_empty_text
 from lit_jax.text_progress import grids, held_out_error
 from lit_jax.zoo import PIXART, open_pixart, text_outline
 
@@ -175,8 +175,7 @@ def parts(cfg: Config, directory: Path | None = None, *, outline: bool = False) 
     def inherited(opened: Opened, folder: Path) -> None:
         assert opened.donor
         copy_origin(opened.donor.folder, folder)
-        copy_empty_text(opened.donor.folder, folder)
-        write_pipeline_of(folder, pipeline_of(opened.donor))
+        copy_parts(opened.donor, folder)
 
     return Parts(
         family=PIXART,

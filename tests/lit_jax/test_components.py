@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.fields import Fields
@@ -13,13 +14,15 @@ from lit_jax.components import (
     check_pipeline,
     check_scheduler,
     class_names,
+    copy_parts,
     find_components,
     other_scale,
     pipeline_of,
-    write_pipeline_of,
+    write_parts_of,
 )
 from lit_jax.dit import DitConfig
 from lit_jax.pixart import PixArtConfig
+from lit_jax.text_origin import read_empty_text, same_encoder, write_empty_text
 
 SIGMA = {"_class_name": "PixArtSigmaPipeline", "_diffusers_version": "0.42.0", "transformer": ["diffusers", "X"],
          "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None]}  # fmt: skip
@@ -95,12 +98,27 @@ def test_a_missing_part_is_one_line(tmp_path):
 
 def test_a_student_next_to_a_transformer_belongs_to_the_pipeline_that_it_notes(tmp_path):
     theirs, mine = write(tmp_path / "theirs", SIGMA), write(tmp_path / "mine", SIGMA)
+    (theirs / "transformer").mkdir()
     for name in ("transformer", "student"):
         (mine / name).mkdir()
-        write_pipeline_of(mine / name, theirs)
+        copy_parts(SimpleNamespace(folder=theirs / "transformer"), mine / name)
     assert pipeline_of(SimpleNamespace(folder=mine / "transformer")) == mine
     assert pipeline_of(SimpleNamespace(folder=mine / "student")) == theirs
     assert pipeline_of(SimpleNamespace(folder=tmp_path / "alone")) is None
+
+
+def test_a_copy_keeps_the_parts_that_a_model_was_trained_with(tmp_path):
+    (tmp_path / "model").mkdir()
+    write_parts_of(tmp_path / "model", "embedded:emoji", "vae")
+    write_empty_text(tmp_path / "model", np.ones((2, 3)))
+    (tmp_path / "copy").mkdir()
+    copy_parts(SimpleNamespace(folder=tmp_path / "model"), tmp_path / "copy")
+    parts = json.loads((tmp_path / "copy" / "pipeline.json").read_text())
+    assert parts == {"text_encoder": "embedded:emoji", "autoencoder": "vae"}
+    assert same_encoder(read_empty_text(tmp_path / "copy"), np.ones((2, 3), np.float32))
+    (tmp_path / "copy" / "empty_text.json").write_text("{}")
+    with pytest.raises(InputError, match=r"empty_text\.json is damaged: remove it"):
+        read_empty_text(tmp_path / "copy")
 
 
 def test_a_transformer_named_as_the_working_folder_belongs_to_its_pipeline(tmp_path, monkeypatch):
