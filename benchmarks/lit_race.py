@@ -5,10 +5,11 @@
 
 The donor is trained with whole schedules of growing length: it is on a plateau where twice the steps bring less than
 PLATEAU. A LiT inherits from the longest, with whole schedules of a share of the donor's steps, alone and distilled from
-a stronger DiT. At EQUAL of the donor's steps: from scratch, with the donor as teacher, other weights of the two terms,
-and labels dropped for the student alone, as released. At the shortest: heads from 1 to 12, with one bank of filters for
-all heads or one for each channel. Learning rates are the best of RATES for each kind of arm, on other test pictures
-than the scores, with a seed of their own.
+a stronger DiT; the two longer shares with half the rate, too, since the best rate of a short training can be too high
+for a long one. At EQUAL of the donor's steps: from scratch, and with half the rate: the donor as teacher, other weights
+of the two terms, labels dropped for the student alone, as released. At the shortest: heads from 1 to 12, with one bank
+of filters for all heads or one for each channel. Learning rates are the best of RATES for each kind of arm, on other
+test pictures than the scores, with a seed of their own.
 
 Scores: squared error of the noise on 512 of the first 1,000 test pictures, and KID of 1,000 samples against these over
 8 x 8 thumbnails. What is finished stays in --runs; the same command goes on, and once donor and teacher are there,
@@ -204,16 +205,18 @@ def main() -> None:
         name: best_rate(name, ((r, sweep.lit(short, r, SWEEP_SEED, **how)) for r in RATES), runs / "sweep", tried)
         for name, how in kinds.items()
     }
+    calm = {name: rate / 2 for name, rate in rates.items()}
     some = max(round(EQUAL * longest), 2)
 
     def curve(seed: int) -> list[tuple[str, int, Config]]:
         found = [max(round(share * longest), 2) for share in size.shares]
-        rows = [(INHERITS, steps, arms.lit(steps, rates[INHERITS], seed)) for steps in found]
         more = [max(round(size.longest * longest), 2)] if seed == 0 else []
-        return [*rows, *((MAIN, steps, arms.main(steps, rates[MAIN], seed)) for steps in (*found, *more))]
+        lengths = [(steps, rates) for steps in found] + [(steps, calm) for steps in (*found[1:], *more)]
+        make = {INHERITS: arms.lit, MAIN: arms.main}
+        return [(name, n, arm(n, by[name], seed)) for name, arm in make.items() for n, by in lengths]
 
     def equal(seed: int) -> list[tuple[str, int, Config]]:
-        return [(name, some, cfg) for name, cfg in arms.equal(some, rates, seed).items()]
+        return [(name, some, cfg) for name, cfg in arms.equal(some, calm | {SCRATCH: rates[SCRATCH]}, seed).items()]
 
     def heads(seed: int) -> list[tuple[str, int, Config]]:
         return [(name, short, cfg) for name, cfg in arms.heads(short, rates[INHERITS], seed).items()]
@@ -232,22 +235,22 @@ def main() -> None:
 
 def report(result: dict[str, Any]) -> list[str]:
     """Tables: the donor by steps, every arm, and after which share of the donor's steps each seed is as good."""
-    head = ["", "steps", "squared error of the noise", "KID of thumbnails"]
+    head = ["", "steps", "rate", "squared error of the noise", "KID of thumbnails"]
     donors = result["donor"]
     rows = [{"arm": "DiT, the donor", **row} for row in donors]
     rows.append({"arm": "DiT, the stronger teacher", **result["teacher"]})
     body = []
-    for (name, steps), mine in bench.groups([*rows, *result["rows"]], "arm", "steps").items():
+    for (name, steps, rate), mine in bench.groups([*rows, *result["rows"]], "arm", "steps", "rate").items():
         cells = [bench.spread([row[kind] for row in mine], 4).replace("+-", "±") for kind in ("mse", "kid_thumbnails")]
-        body.append([name, f"{steps:,}", *cells])
+        body.append([name, f"{steps:,}", f"{rate:g}", *cells])
     gain = 1 - donors[-1]["mse"] / donors[-2]["mse"]
     lines = [*bench.markdown(head, body), "", f"the donor's last doubling took {gain:.1%} off (plateau: {PLATEAU:.0%})"]
     level = CLOSE * donors[-1]["mse"]
     rows = [row for row in result["rows"] if row["arm"] in (INHERITS, MAIN)]
-    for (name, seed), mine in bench.groups(rows, "arm", "seed").items():
+    for (name, seed, rate), mine in bench.groups(rows, "arm", "seed", "rate").items():
         steps = bench.steps_to(level, [(row["steps"], row["mse"]) for row in mine], le)
         share = f"after {steps / donors[-1]['steps']:.0%} of its steps" if steps else "never"
-        lines.append(f"{name}, seed {seed}: within {CLOSE - 1:.0%} of the donor's error {share}")
+        lines.append(f"{name}, rate {rate:g}, seed {seed}: within {CLOSE - 1:.0%} of the donor's error {share}")
     return lines
 
 
@@ -260,9 +263,11 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.plot(*zip(*((d["steps"], d["mse"]) for d in result["donor"]), strict=True), "o-", color="#888888", label="DiT")
     for name, colour in COLOURS.items():
         rows = [row for row in result["rows"] if row["arm"] == name]
-        for i, mine in enumerate(bench.groups(rows, "seed").values()):
+        highest = max((row["rate"] for row in rows), default=0)
+        for i, ((rate, _), mine) in enumerate(bench.groups(rows, "rate", "seed").items()):
             points = sorted((row["steps"], row["mse"]) for row in mine)
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=None if i else name)
+            line = "o-" if rate == highest else "o:"
+            axes.plot(*zip(*points, strict=True), line, color=colour, markersize=3, label=None if i else name)
     axes.axhline(result["donor"][-1]["mse"], color="#888888", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="steps of a whole training", ylabel="squared error of the noise, test pictures")
     axes.spines[["top", "right"]].set_visible(False)

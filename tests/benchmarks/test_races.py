@@ -72,7 +72,7 @@ def test_the_mean_of_a_seed_is_that_of_its_models():
 
 def test_a_donor_is_matched_where_the_curve_of_a_seed_comes_within_two_percent(tmp_path):
     def row(steps, mse, **more):
-        return {"steps": steps, "mse": mse, "kid_thumbnails": 0.01, **more}
+        return {"steps": steps, "rate": 0.01, "mse": mse, "kid_thumbnails": 0.01, **more}
 
     result = {
         "donor": [row(500, 0.051), row(1000, 0.05)],
@@ -84,11 +84,11 @@ def test_a_donor_is_matched_where_the_curve_of_a_seed_comes_within_two_percent(t
         ],
     }
     lines = lit_race.report(result)
-    assert "| LiT, inherits, distilled | 200 | 0.0555 ± 0.0064 | 0.0100 ± 0.0000 |" in lines
+    assert "| LiT, inherits, distilled | 200 | 0.01 | 0.0555 ± 0.0064 | 0.0100 ± 0.0000 |" in lines
     assert lines[-3:] == [
         "the donor's last doubling took 2.0% off (plateau: 2%)",
-        "LiT, inherits, distilled, seed 0: within 2% of the donor's error after 20% of its steps",
-        "LiT, inherits, distilled, seed 1: within 2% of the donor's error never",
+        "LiT, inherits, distilled, rate 0.01, seed 0: within 2% of the donor's error after 20% of its steps",
+        "LiT, inherits, distilled, rate 0.01, seed 1: within 2% of the donor's error never",
     ]
     lit_race.plot(result, tmp_path / "race.png")
     assert (tmp_path / "race.png").stat().st_size > 5000
