@@ -14,18 +14,12 @@ from typing import Any
 
 from heirloom.common import verbs
 from heirloom.common.arguments import VERBS, Verb
-from heirloom.common.errors import InputError, Remark, Stopped, VerificationError, nearest
+from heirloom.common.errors import Exit, InputError, Remark, Stopped, VerificationError, nearest
 from heirloom.common.paths import FIELDS, is_address, local, place, without_file
-
-BAD_INPUT, FAILED, STOPPED, INTERRUPTED = 2, 1, 75, 130  # 75 is EX_TEMPFAIL: a scheduler runs the same command again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code.
-
-    0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: stopped by SIGTERM, and the
-    same command begins again or, in a training, continues. 130: interrupted.
-    """
+    """Runs one verb and returns the exit code, one of `Exit` or that of the command that it supervises."""
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
@@ -43,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _main(argv)
         except Exception:
             if liveness := sys.modules.get("heirloom.common.train.liveness"):
-                liveness.hear_the_others()
+                liveness.wait_for_failure_of_others()
             raise
         _leave(code, "see its own output")
         return code
@@ -98,24 +92,24 @@ def _main(argv: Sequence[str] | None) -> int:
             getattr(verbs, args.verb)(args)
     except InputError as error:
         print(f"heirloom: {error}", file=sys.stderr)
-        _leave(BAD_INPUT, str(error))
-        return BAD_INPUT
+        _leave(Exit.BAD_INPUT, str(error))
+        return Exit.BAD_INPUT
     except Stopped as stopped:
         print(stopped, end="\n" if str(stopped) else "")  # the first process of a job says it
-        return STOPPED
+        return Exit.STOPPED
     except VerificationError as error:
         print(f"heirloom: {error}", file=sys.stderr)
-        return FAILED
+        return Exit.FAILED
     except KeyboardInterrupt:
         print("heirloom: interrupted; incomplete results were removed", file=sys.stderr)
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     except BrokenPipeError:  # the program that reads our output has closed it (`heirloom inspect ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # disk and permission errors: the user can correct them
         where = f"{error.filename}: " if error.filename else ""
         print(f"heirloom: {where}{error.strerror or error}", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.BAD_INPUT
     return 0
 
 

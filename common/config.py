@@ -9,15 +9,13 @@ import sys
 import traceback
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import cloudpickle
 
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import all_local
-from heirloom.common.typed import Config
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent.parent / "configs"
@@ -125,8 +123,3 @@ def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = Non
                 raise  # --help
     words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", complaint.getvalue()).split()
     raise InputError(" ".join(words))
-
-
-def to_json(cfg: Config) -> dict[str, Any]:
-    """Returns a config as plain data, for `config.json` and the golden tests."""
-    return asdict(cfg)

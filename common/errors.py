@@ -1,12 +1,24 @@
-"""Exceptions with an exit code: bad input (2), a failed verification (1), a stop on request (75). And remarks."""
+"""Exit codes, the exceptions that lead to them, and remarks."""
 
 import difflib
 import re
 import warnings
 from collections.abc import Iterable
+from enum import IntEnum
 from math import inf
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
+
+
+class Exit(IntEnum):
+    """Exit codes of commands. `heirloom supervise` runs a command again after all but DONE and BAD_INPUT."""
+
+    DONE = 0
+    FAILED = 1  # a verification, or an exception that nothing catches
+    BAD_INPUT = 2
+    LOST = 70  # EX_SOFTWARE: stuck, or another process of the job has ended without a word
+    STOPPED = 75  # EX_TEMPFAIL: on request; the same command continues a training, or begins again
+    INTERRUPTED = 130
 
 
 class OneLine(Exception):
@@ -17,18 +29,21 @@ class OneLine(Exception):
 
 
 class InputError(OneLine):
-    """Bad input, which the user can correct. The message is one line: what was given, what is needed, what to type."""
+    """Bad input (exit 2), which the user can correct.
+
+    The message is one line: what was given, what is needed, what to type.
+    """
 
     def __init__(self, text: str):
         super().__init__(_CONTROL.sub(" ", text).strip())  # names and messages that it quotes may have line breaks
 
 
 class VerificationError(OneLine):
-    """A result was computed and differs from the reference."""
+    """A result was computed and differs from the reference (exit 1)."""
 
 
 class Stopped(OneLine):
-    """A command stopped on request (exit 75, EX_TEMPFAIL): the same one continues a training, or begins again."""
+    """A command stopped on request (exit 75): the same one continues a training, or begins again."""
 
 
 class Remark(UserWarning):

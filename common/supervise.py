@@ -9,10 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import Exit, InputError
 from heirloom.common.paths import Address, copy_of_run, place
 
-DONE, BAD_INPUT, STOPPED = 0, 2, 75
 LONGEST = 300.0  # seconds between two tries
 
 
@@ -34,14 +33,14 @@ def supervise(command: Sequence[str], tries: int, pause: float, sleep: Callable[
     run, crashes, where = run_folder(command), 0, None
     while True:
         code, asked = _once(command)
-        if code == DONE:
+        if code == Exit.DONE:
             return Ended(code, "finished")
         if asked:
             return Ended(code, f"stopped on request, exit code {code}; the same command continues")
-        if code == BAD_INPUT:
+        if code == Exit.BAD_INPUT:
             return Ended(code, "the command has bad input, see above: correct it and start again")
-        if code == STOPPED:
-            print("heirloom supervise: stopped gracefully (75), starting again", flush=True)
+        if code == Exit.STOPPED:
+            print(f"heirloom supervise: stopped gracefully ({Exit.STOPPED:d}), starting again", flush=True)
             crashes = 0
             continue
         now = last_state(run)

@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from heirloom.common import config
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
-from heirloom.common.config import to_json
 from heirloom.common.data.labelled import open_labelled
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
@@ -155,16 +154,16 @@ def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
     teacher = cfg.gene.teacher or train_model(cfg.teacher, directory / "teacher")
     kinds = dict.fromkeys(ARMS[name].gene for name in cfg.methods if ARMS[name].gene)
     gene = replace(cfg.gene, teacher=teacher)
-    recipes = {kind: replace(gene, student=gene_config(gene.student, kind)) for kind in kinds}
-    genes = {kind: train_model(recipe, directory / f"gene-{kind}") for kind, recipe in recipes.items()}
+    configs = {kind: replace(gene, student=gene_config(gene.student, kind)) for kind in kinds}
+    genes = {kind: train_model(arm, directory / f"gene-{kind}") for kind, arm in configs.items()}
     arms = {}
     for name in cfg.methods:
         for depth in cfg.depths:
-            recipe = descendant(cfg, name, depth, genes.get(ARMS[name].gene, ""), teacher)
-            arms[f"{name}-{depth}"] = {"method": name, "depth": depth} | curve(recipe, directory / f"{name}-{depth}")
+            arm = descendant(cfg, name, depth, genes.get(ARMS[name].gene, ""), teacher)
+            arms[f"{name}-{depth}"] = {"method": name, "depth": depth} | curve(arm, directory / f"{name}-{depth}")
     results = {
         "teacher": teacher_row(gene, cfg.teacher if not cfg.gene.teacher else None, teacher),
-        "genes": {kind: gene_row(recipe, directory / f"gene-{kind}") for kind, recipe in recipes.items()},
+        "genes": {kind: gene_row(arm, directory / f"gene-{kind}") for kind, arm in configs.items()},
         "arms": arms,
     }
     with staged(directory / "comparison.json", force=True) as file:
@@ -172,15 +171,15 @@ def compare(cfg: Comparison, directory: Path) -> dict[str, Any]:
     return results
 
 
-def train_model(recipe: Config, folder: Path) -> str:
+def train_model(cfg: Config, folder: Path) -> str:
     """Train a recipe, or finish its training; returns the SOURCE of its model."""
-    recipe.train(folder)
+    cfg.train(folder)
     return str(folder / "model")
 
 
-def epoch_steps(recipe: Config) -> int:
+def epoch_steps(cfg: Config) -> int:
     """Optimizer steps of about one epoch."""
-    return max(round(len(open_labelled(recipe.data, recipe.label)) / recipe.pipeline.batch), 1)
+    return max(round(len(open_labelled(cfg.data, cfg.label)) / cfg.pipeline.batch), 1)
 
 
 def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) -> Config:
@@ -203,7 +202,7 @@ def descendant(cfg: Comparison, name: str, depth: int, gene: str, teacher: str) 
 
 def curve(arm: Config, folder: Path) -> dict[str, Any]:
     """Train one arm; return accuracy by epoch, from before the first step, and cost (`result.json` in `folder`)."""
-    file, about = folder / "result.json", json.loads(json.dumps(to_json(arm)))
+    file, about = folder / "result.json", json.loads(json.dumps(asdict(arm)))
     if file.is_file():
         saved = read_json(file)
         if lines := difference(with_defaults(saved["config"], arm), about):
@@ -241,30 +240,32 @@ def resolve_once(parts: Parts) -> Parts:
     return replace(parts, resolve=resolve)
 
 
-def training_flops(recipe: Config) -> float:
+def training_flops(cfg: Config) -> float:
     """FLOPs of a training: pictures x MACs x 2, three times for the student's two passes, once for a teacher."""
-    spec = functional(recipe.family.module, recipe.student).spec
-    passes = 6 * recipe.family.macs(recipe.student, spec)
-    if recipe.teacher:
-        teacher = open_classifier(recipe.teacher)
+    spec = functional(cfg.family.module, cfg.student).spec
+    passes = 6 * cfg.family.macs(cfg.student, spec)
+    if cfg.teacher:
+        teacher = open_classifier(cfg.teacher)
         passes += 2 * teacher.family.macs(teacher.cfg, teacher.model.spec)
-    return float(recipe.steps * recipe.pictures * passes)
+    return float(cfg.steps * cfg.pictures * passes)
 
 
-def gene_row(recipe: Config, folder: Path) -> dict[str, Any]:
+def gene_row(cfg: Config, folder: Path) -> dict[str, Any]:
     """Accuracy of a trained gene, its size, and the FLOPs of its training."""
     scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
-    return {"top1": scored[-1]["eval/top1"], "parameters": cost.count(recipe.student), "flops": training_flops(recipe)}
+    return {"top1": scored[-1]["eval/top1"], "parameters": cost.count(cfg.student), "flops": training_flops(cfg)}
 
 
-def teacher_row(gene: Config, recipe: TeacherConfig | None, source: str) -> dict[str, Any]:
-    """Accuracy and size of the teacher, and the FLOPs of its training; None if it was not trained here."""
+def teacher_row(gene: Config, trained: TeacherConfig | None, source: str) -> dict[str, Any]:
+    """Accuracy and size of the teacher, and the FLOPs of its training. trained: its recipe, None if it was not trained
+    here.
+    """
     donor, mesh = open_classifier(source), start(gene.mesh)
     pre = preprocess_of(donor).pre
     score = scorer(donor.family, donor.cfg, held_out(gene, pre, labels_of(donor)), pre, mesh)
     parameters = donor.family.parameters(donor.model.spec)["total"]
     top1 = score(load_params(donor, mesh)).metrics["top1"]
-    return {"top1": top1, "parameters": parameters, "flops": training_flops(recipe) if recipe else None}
+    return {"top1": top1, "parameters": parameters, "flops": training_flops(trained) if trained else None}
 
 
 def report(cfg: Comparison, results: dict[str, Any]) -> None:
@@ -291,9 +292,11 @@ def report(cfg: Comparison, results: dict[str, Any]) -> None:
     console = Console()
     console.print("\naccuracy on held-out pictures, by epochs of training", soft_wrap=True)
     console.print(table)
-    genes = "A gene is trained once for all depths, and its column includes the teacher's forward passes"
-    teacher_row = "the training of the teacher is in the row of the teacher"
-    console.print(f"TFLOP: pictures times operations. {genes}; {teacher_row}.", soft_wrap=True)
+    console.print(
+        "TFLOP: pictures times operations. A gene is trained once for all depths, and its column includes the teacher's"
+        " forward passes; the training of the teacher is in its row.",
+        soft_wrap=True,
+    )
 
 
 def _percent(share: float) -> str:

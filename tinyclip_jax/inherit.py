@@ -8,7 +8,7 @@ import numpy as np
 
 from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.functional import functional
-from heirloom.common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, scaled, sided
+from heirloom.common.surgery.maps import FRESH, PerLayer, Pick, even, every, first, pick, resize, sided
 from heirloom.common.surgery.plan import Maps, Plan, Resolution, Source, build
 from tinyclip_jax.masks import EXACT, TOWERS, MaskConfig, per_layer, tower_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, head_dim, uniform
@@ -162,7 +162,7 @@ def pruning_plan(cfg: ClipConfig, gates: Mapping[str, np.ndarray], how: MaskConf
     for tower in TOWERS:
         embed, head, hidden = (gates[f"masks/{tower}/{name}"] for name in ("embed", "head", "hidden"))
         rows = np.flatnonzero(embed)
-        written = scaled(pick(rows), embed[rows])
+        written = pick(rows, embed[rows])
         channels = sided(pick(rows), write=written)
         if how.legacy_drop_bias and not head.any(1).all():
             with_heads = pick(range(len(head)), np.asarray(head.any(1), np.float32))

@@ -36,6 +36,7 @@ from heirloom.common.data.sources.record import read
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.imagenet import CLASSES, TEMPLATES
 from heirloom.common.evaluate.probe import probe
+from heirloom.common.evaluate.zeroshot import TEMPLATES as PLAIN
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
@@ -52,7 +53,6 @@ from tinyclip_jax.evaluate import (
 from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED, Published
 
-PLAIN = ("a photo of a {}.",)
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LABELLED = SourceConfig(text="", columns=("label",))

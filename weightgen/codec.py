@@ -17,7 +17,7 @@ from heirloom.common.nn.dense import Dense, normal, param, xavier_uniform, zeros
 from heirloom.common.nn.moments import Moments
 from weightgen.metrics import accuracy
 from weightgen.tokens import Order, TokenSpec
-from weightgen.zoo.data import Bank, shown
+from weightgen.zoo.data import Bank, network_inputs
 from weightgen.zoo.nets import predict
 from weightgen.zoo.zoo import Zoo, flat
 
@@ -279,7 +279,8 @@ def measure(cfg: GateConfig, zoo: Zoo, bank: Bank, code: Code, seed: int) -> Non
     tokens = zoo.tokens(rows)
     given, back = (np.asarray(x) for x in code(tokens, rows))
     if zoo.net:
-        x, y = shown(zoo.net, *bank.all(np.asarray(zoo.classes[rows]), 20))
+        x, y = bank.all(np.asarray(zoo.classes[rows]), 20)
+        x = network_inputs(zoo.net, x)
         nets = [zoo.spec.unflatten(jnp.asarray(t), zoo.spec.like) for t in (tokens, tokens - given + back)]
         scored = (accuracy(predict(zoo.net, params, x, at_once=20), y, zoo.net.classes) for params in nets)
         before, after = (right.mean() for right in scored)

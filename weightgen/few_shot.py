@@ -83,8 +83,7 @@ def build_zoo(cfg: FewShotConfig, tasks: EmojiTasks, seed: int) -> Zoo:
     weights = np.concatenate([flat(spec, spec.flatten({k: np.asarray(v) for k, v in part.items()})) for part in parts])
     held = tasks.seen["test"]
     x, y = held.all(classes, int(held.counts.max()))
-    heads = Zoo(weights=weights, quality=np.zeros(0), classes=classes, net=head, spec=spec).tokens(slice(None))
-    quality = head_accuracy(heads, x, y).astype(np.float32)
+    quality = head_accuracy(spec.padded(weights), x, y).astype(np.float32)
     return Zoo(weights=weights, quality=quality, classes=classes, net=head, spec=spec)
 
 

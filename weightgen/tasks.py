@@ -18,7 +18,7 @@ from heirloom.common.train.parameters import load_params
 from weightgen.d2nwg.model import D2nwgConfig
 from weightgen.d2nwg.model import sample as sample_d2nwg
 from weightgen.generator.sample import SampleConfig, drawer
-from weightgen.zoo.data import Encode, Projection, encoder, labelled, shown, text_encoder, thumbnails
+from weightgen.zoo.data import Encode, Projection, encoder, labelled, network_inputs, text_encoder, thumbnails
 from weightgen.zoo.nets import NetConfig
 
 WORDS = ("text", "label", "chunk")  # conditions that are no pictures
@@ -86,7 +86,7 @@ def examples(
     """Turn pictures, or records of them, into features for the generator and inputs for its networks."""
     features = projection((encode or encoder(projection.backend))(pictures))
     inputs = thumbnails(pictures, cfg.features) if cfg.kind == "cnn" else features
-    return Pictures(features, shown(cfg, inputs, labels)[0], labels)
+    return Pictures(features, network_inputs(cfg, inputs), labels)
 
 
 def _name(dataset: Dataset) -> str:

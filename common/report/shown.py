@@ -171,10 +171,7 @@ def _downloaded(run: Address) -> Path:
 
 def _table(file: Path) -> dict[str, Any]:
     """Reads a JSON object; empty without the file."""
-    found = read_json(file) if file.is_file() else {}
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: a JSON object is expected, and this is another value; restore the file")
-    return found
+    return read_json(file) if file.is_file() else {}
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Each rule of the four papers is one map per named axis: picked rows (also repeat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import jax
@@ -124,11 +124,6 @@ def matrix(values: Array) -> Matrix:
 def sided(carry: AxisMap, read: AxisMap | None = None, write: AxisMap | None = None) -> Sided:
     """Makes a map for each side; `read` and `write` are `carry` unless given."""
     return Sided(carry, read or carry, write or carry)
-
-
-def scaled(map: Pick, scale: Array) -> Pick:
-    """Returns the same rows, multiplied by `scale` [target]."""
-    return replace(map, scale=scale)
 
 
 def resize(source: int, target: int) -> Matrix:

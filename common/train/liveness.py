@@ -18,11 +18,10 @@ from typing import Any
 
 import jax
 
-from heirloom.common.errors import remark
+from heirloom.common.errors import Exit, remark
 from heirloom.common.train.agreement import exchange
 
-GONE = 70  # exit code after another process has ended without a word: a supervisor tries again
-WELL = (0, 75)  # exit codes of a process whose end is no failure
+WELL = (Exit.DONE, Exit.STOPPED)  # exit codes of a process whose end is no failure
 CONNECT = 20.0  # seconds in which processes connect to process 0
 HEAR = 3.0  # seconds until word of another process must have come
 LINE = 10_000  # bytes that a message may have
@@ -74,8 +73,8 @@ def watch_each_other() -> None:
 
 
 def leave(code: int, why: str = "") -> None:
-    """Tells the other processes that this one ends now. code: its exit code; all but 0 and 75 end them as well, and
-    this one at once: the runtime would wait for processes that are ending.
+    """Tells the other processes that this one ends now. code: its exit code; all but those of WELL end them as well,
+    and this one at once: the runtime would wait for processes that are ending.
     """
     _ending.set()
     alone = not _peers
@@ -88,7 +87,7 @@ def leave(code: int, why: str = "") -> None:
         os._exit(code)
 
 
-def hear_the_others() -> None:
+def wait_for_failure_of_others() -> None:
     """Ends this process if another one has ended, which is why an operation fails here; else returns after a while."""
     if _peers:
         time.sleep(HEAR)
@@ -96,7 +95,7 @@ def hear_the_others() -> None:
 
 def _leave_at_exit() -> None:
     error = getattr(sys, "last_value", None)  # of a program that ends with a traceback
-    leave(1 if error else 0, f"{type(error).__name__}: {error}")
+    leave(Exit.FAILED if error else Exit.DONE, f"{type(error).__name__}: {error}")
 
 
 def _accept(server: socket.socket, token: str, hosts: list[str]) -> list[_Peer]:
@@ -121,14 +120,14 @@ def _listen(peer: _Peer) -> None:
         if _ending.is_set():
             return
         if not message:
-            message = {"process": peer.process, "host": peer.host, "code": GONE, "why": "has ended without a word"}
+            message = {"process": peer.process, "host": peer.host, "code": Exit.LOST, "why": "has ended without a word"}
         if message["code"] in WELL:
             return
         for other in _peers:
             if other is not peer:
                 other.send(message)
         why, who = message["why"], f"process {message['process']} on {message['host']}"
-        said = f"{who} {why}: see its own output" if message["code"] == GONE else f"{who} failed: {why}"
+        said = f"{who} {why}: see its own output" if message["code"] == Exit.LOST else f"{who} failed: {why}"
         print(f"heirloom: {said}", file=sys.stderr, flush=True)
         os._exit(message["code"])  # the main thread waits for the other process, and cannot be woken
 

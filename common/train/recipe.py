@@ -6,7 +6,7 @@ first batch, restores or inherits the state, trains, and saves. A method defines
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import check_outside, staged
 from heirloom.common.checkpoint.state import Keep, steps_on_disk
 from heirloom.common.checkpoint.weights import read_json, write_json
-from heirloom.common.config import to_json
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError, between, positive
@@ -157,12 +156,12 @@ def run(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> None:
 def begin(cfg: RunConfig, directory: Path, parts: Parts | None = None) -> Session | None:
     """Opens a run before its first phase. Returns None when the run is finished."""
     mesh = start(cfg.mesh)
-    agree({"config": to_json(cfg), "versions": versions()})
+    agree({"config": asdict(cfg), "versions": versions()})
     one_place(directory)
     watch_each_other()
     cfg.check(mesh)
     keep = Keep(last=cfg.keep_last, every=cfg.keep_every, minutes=cfg.keep_minutes)
-    run = Run.open(directory, to_json(cfg), keep=keep, defaults=partial(with_defaults, cfg=cfg))
+    run = Run.open(directory, asdict(cfg), keep=keep, defaults=partial(with_defaults, cfg=cfg))
     if run.finished(cfg.steps):
         print(f"{directory} is finished: {cfg.steps:,} steps, weights in {run.model}")
         return None

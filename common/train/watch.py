@@ -15,7 +15,8 @@ from typing import NoReturn
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-STUCK = 70  # exit code of a training that is stuck: EX_SOFTWARE
+from heirloom.common.errors import Exit
+
 TIMES = 10  # medians without a step are too many
 AFTER = 10  # steps before a profile begins: compilation and the first batches are over
 
@@ -74,7 +75,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             stuck = f"no step for {still:.0f} s: what every thread was doing is in {self.file}"
             print(f"heirloom: {stuck}; the same command continues from the last state", file=sys.stderr, flush=True)
-            self._end(STUCK)
+            self._end(Exit.LOST)
             return
 
 

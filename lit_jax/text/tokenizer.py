@@ -15,7 +15,9 @@ from heirloom.common.data.sentencepiece import BYTE, CONTROL, USER_DEFINED, read
 from heirloom.common.data.text import readable
 from heirloom.common.errors import InputError, remark
 
-FILES = ("tokenizer.json", "spiece.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+WHOLE, PIECES = "tokenizer.json", "spiece.model"  # either is enough
+ADDED, CONFIG, SPECIAL = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
+FILES = (WHOLE, PIECES, ADDED, CONFIG, SPECIAL)
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1 and 2 of every T5
 EXTRA_IDS = 100  # <extra_id_0> and so on, which T5's tokenizers append to the SentencePiece vocabulary, last one first
 SPACE = "\u2581"  # a word begins with it
@@ -37,7 +39,7 @@ class Tokens(NamedTuple):
 def find_tokenizer(folder: Path) -> Path | None:
     """Returns the folder of the tokenizer of a text encoder: its own folder, or that next to it in a pipeline."""
     next_to = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    return next((f for f in (folder, next_to) if any((f / name).is_file() for name in FILES[:2])), None)
+    return next((f for f in (folder, next_to) if any((f / name).is_file() for name in (WHOLE, PIECES))), None)
 
 
 class T5Tokenizer:
@@ -53,7 +55,7 @@ class T5Tokenizer:
         """Reads the tokenizer in a folder. Raises InputError when its files are missing, damaged or disagree."""
         folder = Path(folder)
         with readable(folder):
-            about, saved = _read_about(folder), (folder / FILES[0]).is_file()
+            about, saved = _read_about(folder), (folder / WHOLE).is_file()
             pieces, charsmap, added = _read_json(folder) if saved else _read_spiece(folder, about)
             return cls(_build(pieces, charsmap, added | about["added"]))
 
@@ -82,7 +84,7 @@ class T5Tokenizer:
 
     def save(self, folder: str | Path) -> Path:
         """Writes `folder`/tokenizer.json, which `load` and transformers read. Returns the file."""
-        file = Path(folder) / FILES[0]
+        file = Path(folder) / WHOLE
         self._unigram.save(str(file))
         return file
 
@@ -118,18 +120,18 @@ def _special(content: str) -> AddedToken:
 
 def _read_json(folder: Path) -> tuple[Pieces, bytes, dict[int, AddedToken]]:
     """Reads a tokenizer.json. Raises InputError for one that is no unigram, or does what T5's does not."""
-    whole = read_json(folder / FILES[0])
+    whole = read_json(folder / WHOLE)
     model = whole.get("model")
     if not isinstance(model, dict) or model.get("type", "Unigram") != "Unigram" or model.get("byte_fallback"):
-        raise InputError(f"{FILES[0]} is not T5's kind, which is Unigram without byte fallback")
+        raise InputError(f"{WHOLE} is not T5's kind, which is Unigram without byte fallback")
     vocabulary = model.get("vocab")
     if not isinstance(vocabulary, list) or not all(_is_piece(entry) for entry in vocabulary):
-        raise InputError(f"{FILES[0]} has no vocabulary of pieces with their scores; fetch it again")
+        raise InputError(f"{WHOLE} has no vocabulary of pieces with their scores; fetch it again")
     charsmap = b""
     for part, known in _KNOWN.items():
         for step in _steps(whole.get(part)):
             if step.get("type") not in known:
-                raise InputError(f"{FILES[0]}: its {part} has the step {step.get('type')!r}, which T5's does not have")
+                raise InputError(f"{WHOLE}: its {part} has the step {step.get('type')!r}, which T5's does not have")
             if step.get("type") == "Precompiled":
                 charsmap = base64.b64decode(step.get("precompiled_charsmap") or "", validate=True)
     added = whole.get("added_tokens") or []
@@ -147,15 +149,15 @@ def _steps(part: Any) -> list[Mapping[str, Any]]:
     if part is None:
         return []
     if not isinstance(part, dict):
-        raise InputError(f"{FILES[0]} is damaged; fetch it again")
+        raise InputError(f"{WHOLE} is damaged; fetch it again")
     inner = part.get("normalizers", part.get("pretokenizers")) if part.get("type") == "Sequence" else [part]
     return [step for one in inner or [] for step in (_steps(one) if one.get("type") == "Sequence" else [one])]
 
 
 def _read_spiece(folder: Path, about: Mapping[str, Any]) -> tuple[Pieces, bytes, dict[int, AddedToken]]:
-    file = folder / FILES[1]
+    file = folder / PIECES
     if not file.is_file():
-        raise InputError(f"{folder} has no tokenizer: it needs a {FILES[0]} or a {FILES[1]}")
+        raise InputError(f"{folder} has no tokenizer: it needs a {WHOLE} or a {PIECES}")
     found = read_sentencepiece(file)
     if BYTE in found.kinds:
         raise InputError(f"{file}: has a piece for every byte, which T5's has not")
@@ -171,33 +173,33 @@ def _read_spiece(folder: Path, about: Mapping[str, Any]) -> tuple[Pieces, bytes,
 
 def _read_about(folder: Path) -> dict[str, Any]:
     """Reads transformers' files next to a tokenizer: `extra_ids`, and `added`, the AddedToken of each id."""
-    config = read_json(folder / FILES[3]) if (folder / FILES[3]).is_file() else {}
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     _check_settings(folder, config)
     kind = config.get("tokenizer_class") or "T5Tokenizer"
     if kind == "ByT5Tokenizer":
         raise InputError(f"{folder}: the tokenizer of a ByT5, which reads bytes; only T5's and mT5's can be read")
     extra_ids = config.get("extra_ids", EXTRA_IDS)
     if not isinstance(extra_ids, int) or not 0 <= extra_ids <= 10_000:
-        raise InputError(f"{FILES[3]}: extra_ids is {extra_ids!r}, and must be a whole number up to 10000")
-    tokens = read_json(folder / FILES[2]) if (folder / FILES[2]).is_file() else {}
+        raise InputError(f"{CONFIG}: extra_ids is {extra_ids!r}, and must be a whole number up to 10000")
+    tokens = read_json(folder / ADDED) if (folder / ADDED).is_file() else {}
     added = _added((i, {"content": content}) for content, i in tokens.items())
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        raise InputError(f"{FILES[3]}: added_tokens_decoder is no object; fetch it again")
+        raise InputError(f"{CONFIG}: added_tokens_decoder is no object; fetch it again")
     pairs = ((int(i) if str(i).isdecimal() else i, token) for i, token in decoder.items())
     return {"extra_ids": extra_ids, "added": added | _added(pairs)}
 
 
 def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuses settings with which transformers would make other ids."""
-    fields = Fields(config, FILES[3])
+    fields = Fields(config, CONFIG)
     for name in ("add_bos_token", "split_special_tokens"):
         fields.fixed(name, False, None)
     fields.fixed("add_eos_token", True, None)
     for side in ("padding_side", "truncation_side"):
         fields.fixed(side, "right", None)
-    named = read_json(folder / FILES[4]) if (folder / FILES[4]).is_file() else {}
-    for file, values in ((FILES[3], config), (FILES[4], named)):
+    named = read_json(folder / SPECIAL) if (folder / SPECIAL).is_file() else {}
+    for file, values in ((CONFIG, config), (SPECIAL, named)):
         for name, usual in (("pad_token", PAD), ("eos_token", END), ("unk_token", UNKNOWN)):
             token = values.get(name, usual)
             if (token.get("content") if isinstance(token, dict) else token) not in (usual, None):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from heirloom.common.errors import InputError
-from heirloom.common.train.liveness import hear_the_others, leave, watch_each_other
+from heirloom.common.train.liveness import leave, wait_for_failure_of_others, watch_each_other
 from heirloom.common.train.mesh import MeshConfig, start
 
 jax.config.update("jax_platforms", "cpu")
@@ -29,5 +29,5 @@ if jax.process_index() == 2:
 try:
     multihost_utils.process_allgather(np.zeros(3))
 except Exception:  # as the command does
-    hear_the_others()
+    wait_for_failure_of_others()
     raise

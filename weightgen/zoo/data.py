@@ -101,9 +101,9 @@ def thumbnails(pictures: Sequence[Any], channels: int) -> np.ndarray:
     return np.stack([_thumbnail(p, CNN_SIDE, channels) for p in pictures])
 
 
-def shown(net: NetConfig, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reshape examples [..., feature] to the inputs of a network; labels stay."""
-    return x.reshape(*x.shape[:-1], CNN_SIDE, CNN_SIDE, net.features) if net.kind == "cnn" else x, y
+def network_inputs(net: NetConfig, x: np.ndarray) -> np.ndarray:
+    """Reshape examples [..., feature] to the inputs of a network: a cnn's are pictures."""
+    return x.reshape(*x.shape[:-1], CNN_SIDE, CNN_SIDE, net.features) if net.kind == "cnn" else x
 
 
 FEATURES = "features.safetensors"

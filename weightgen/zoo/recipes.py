@@ -1,6 +1,6 @@
 """Recipes of zoos: trained here, or of checkpoints that exist."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -10,7 +10,6 @@ import numpy as np
 
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
-from heirloom.common.config import to_json
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, positive
 from heirloom.common.train.about import note_start
@@ -28,7 +27,7 @@ from weightgen.zoo.data import (
     emoji_tasks,
     encoder,
     labelled,
-    shown,
+    network_inputs,
     text_encoder,
     thumbnails,
 )
@@ -83,7 +82,7 @@ class ZooRecipe:
         Raises InputError when networks diverge.
         """
         start(MeshConfig())
-        run = Run.open(directory, to_json(self), defaults=partial(with_defaults, cfg=self))
+        run = Run.open(directory, asdict(self), defaults=partial(with_defaults, cfg=self))
         on_first(lambda: self._build(run, directory))
 
     def _build(self, run: Run, directory: Path) -> None:
@@ -100,9 +99,14 @@ class ZooRecipe:
         note_start(run.directory, len(done) * self.chunk)
         metrics.truncate(sum(len(np.load(file)["quality"]) for file in done))
         first = len(done) * self.chunk
+
+        def examples(a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
+            x, y = bank.all(classes[a:b], self.pictures)
+            return network_inputs(self.net, x), y
+
         populations = build(
             self.net,
-            lambda a, b: shown(self.net, *bank.all(classes[a:b], self.pictures)),
+            examples,
             self.members,
             fit=self.fit,
             start=self.start,
@@ -112,8 +116,8 @@ class ZooRecipe:
         )
         for i, params in enumerate(populations, start=len(done)):
             rows = classes[i * self.chunk : (i + 1) * self.chunk]
-            x, y = shown(self.net, *held.all(rows, min(int(held.counts.max()), 100)))
-            found = predict(self.net, params, x, at_once=self.fit.at_once)
+            x, y = held.all(rows, min(int(held.counts.max()), 100))
+            found = predict(self.net, params, network_inputs(self.net, x), at_once=self.fit.at_once)
             quality = accuracy(found, y, self.net.classes).astype(np.float32)
             trained = flat(spec, spec.flatten({k: np.asarray(v) for k, v in params.items()}))
             if len(bad := np.flatnonzero(~np.isfinite(trained).all(1))):
@@ -197,7 +201,7 @@ class CheckpointsRecipe:
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""
         start(MeshConfig())
-        run = Run.open(directory, to_json(self), defaults=partial(with_defaults, cfg=self))
+        run = Run.open(directory, asdict(self), defaults=partial(with_defaults, cfg=self))
         on_first(lambda: self._write(run.directory))
 
     def _write(self, directory: Path) -> None:

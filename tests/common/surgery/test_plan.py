@@ -11,7 +11,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.surgery import maps
 from heirloom.common.surgery.axes import Axes, Leaf
 from heirloom.common.surgery.layout import View
-from heirloom.common.surgery.maps import FRESH, PerLayer, even, every, first, matrix, pad, pick, resize, scaled, sided
+from heirloom.common.surgery.maps import FRESH, PerLayer, even, every, first, matrix, pad, pick, resize, sided
 from heirloom.common.surgery.plan import Plan, Source, apply, build
 
 
@@ -267,7 +267,5 @@ def test_apply_refuses_what_only_an_initialiser_can_fill():
         apply(Plan((("a", {"embed": pad(4, 6)}),)), Source(source, filled(source)), target)
 
 
-def test_scaled_keeps_the_rows():
-    z = np.array([1.0, 2.0], np.float32)
-    assert scaled(first(2), z).rows.tolist() == [0, 1] and scaled(first(2), z).scale is z
+def test_rows_are_said():
     assert str(maps.pick([0, 2, -1])) == "rows 0 2, 1 fresh"

@@ -1,7 +1,7 @@
 """What a resume may change, in words, and what damage to the files of a run leads to."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import pytest
 
 from heirloom.common import config
 from heirloom.common.cli import main
-from heirloom.common.config import to_json
 from heirloom.common.errors import InputError, Remark
 from heirloom.common.train import recipe
 from heirloom.common.train.loop import METRICS, Run
@@ -30,7 +29,7 @@ def emoji(**fields):
 
 def begun(folder, cfg):
     """Makes the folder of a run that was begun with a config."""
-    Run.open(folder, to_json(cfg))
+    Run.open(folder, asdict(cfg))
     (folder / METRICS).write_text(LINES)
     return folder
 
@@ -38,7 +37,7 @@ def begun(folder, cfg):
 def said(folder, cfg):
     """Opens a run again; returns the changes that it names."""
     with pytest.warns(Remark) as found:
-        Run.open(folder, to_json(cfg), defaults=partial(with_defaults, cfg=cfg))
+        Run.open(folder, asdict(cfg), defaults=partial(with_defaults, cfg=cfg))
     return [str(one.message).removeprefix(f"{folder} continues with a change: ") for one in found]
 
 
@@ -77,7 +76,7 @@ def test_each_change_that_a_resume_may_have_is_named(tmp_path):
             f"step.max_skipped: {before.step.max_skipped} before, 12 now",
         ]
     )
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(to_json(now)))
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(asdict(now)))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_what_makes_another_training_is_refused(tmp_path, before, now):
     begun(tmp_path, emoji(**before))
     (name, old), (_, new) = *before.items(), *now.items()
     with pytest.raises(InputError) as refused:
-        Run.open(tmp_path, to_json(emoji(**now)))
+        Run.open(tmp_path, asdict(emoji(**now)))
     assert str(refused.value).endswith(f"set it back: {name}: {json.dumps(old)} before, {json.dumps(new)} now")
     assert json.loads((tmp_path / "config.json").read_text())[name] == old
 
@@ -107,7 +106,7 @@ def test_fields_of_a_newer_version_take_their_defaults(tmp_path):
     old = json.loads((tmp_path / "config.json").read_text())
     del old["keep_last"], old["step"]["max_skipped"], old["masks"], old["writers"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert with_defaults(old, cfg) == json.loads(json.dumps(to_json(cfg)))
+    assert with_defaults(old, cfg) == json.loads(json.dumps(asdict(cfg)))
     assert said(tmp_path, replace(cfg, keep_last=7)) == ["keep_last: 2 before, 7 now"]
 
 
@@ -136,7 +135,7 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path):
     begun(tmp_path, emoji(steps=50))
     (tmp_path / "checkpoints" / "30").mkdir(parents=True)
     with pytest.raises(InputError, match=r"steps is 20, but .* is at step 30; choose 30 or more"):
-        Run.open(tmp_path, to_json(emoji(steps=20)))
+        Run.open(tmp_path, asdict(emoji(steps=20)))
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 50
 
 
@@ -232,7 +231,7 @@ def test_any_damage_is_an_input_error_or_harmless(tmp_path, name, recwarn):
         damaged = mutate(rng, whole[name])
         Path(tmp_path / name).unlink() if damaged is None else (tmp_path / name).write_bytes(damaged)
         try:
-            run = Run.open(tmp_path, to_json(cfg), defaults=partial(with_defaults, cfg=cfg))
+            run = Run.open(tmp_path, asdict(cfg), defaults=partial(with_defaults, cfg=cfg))
             file = MetricsFile(run.directory / METRICS)
             lines = file.lines()
             file.truncate(10)

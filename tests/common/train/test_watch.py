@@ -9,8 +9,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from heirloom.common.errors import Exit
 from heirloom.common.train import watch
-from heirloom.common.train.watch import STUCK, Profile, Watchdog, keep_compiled
+from heirloom.common.train.watch import Profile, Watchdog, keep_compiled
 
 STANDS_STILL = """
 import sys, threading, time
@@ -32,7 +33,7 @@ def test_a_loop_that_stands_still_ends_and_says_where(tmp_path):
     began = time.monotonic()
     run = [sys.executable, "-c", STANDS_STILL, str(tmp_path / "stacks.txt")]
     ended = subprocess.run(run, capture_output=True, text=True, timeout=50)
-    assert ended.returncode == STUCK and time.monotonic() - began < 40
+    assert ended.returncode == Exit.LOST and time.monotonic() - began < 40
     assert ended.stderr.startswith("heirloom: no step for ") and "Traceback" not in ended.stderr
     assert str(tmp_path / "stacks.txt") in ended.stderr
     assert "stands_still" in (tmp_path / "stacks.txt").read_text()
