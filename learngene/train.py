@@ -50,7 +50,7 @@ def parts(cfg: Config) -> Parts:
         student=cfg.student,
         model=model,
         loss=partial(loss_fn, cfg, model),
-        batch=partial(batch_shapes, cfg),
+        batch_shapes=partial(batch_shapes, cfg),
         batches=partial(batches, cfg),
         examples=cfg.pictures,
         donor=cfg.donor,
@@ -59,7 +59,7 @@ def parts(cfg: Config) -> Parts:
         outline=outline,
         resolve=partial(resolve, cfg, model),
         prepare=prepare,
-        look=partial(first_look, cfg),
+        look=partial(describe_first_batch, cfg),
         evaluator=partial(evaluator, cfg),
         sidecars=partial(sidecars, cfg),
         inherited_sidecars=partial(inherited_sidecars, cfg),
@@ -203,7 +203,7 @@ def evaluator(cfg: Config, opened: Opened) -> Evaluator | None:
     return Evaluator(score=scorer(cfg.family, cfg.student, pictures, cfg.pre, opened.mesh))
 
 
-def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
+def describe_first_batch(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
     """Draw the first batch and return a line about the size of a step and the first labels."""
     images, labels = (np.asarray(batch[name].addressable_data(0)) for name in ("image", "label"))
     if picture:

@@ -182,7 +182,7 @@ def parts(cfg: Config, directory: Path | None = None, *, outline: bool = False) 
         student=cfg.student.kept,
         model=model,
         loss=lambda teacher: loss_fn(cfg, model, teacher, about()),
-        batch=partial(batch_shapes, cfg),
+        batch_shapes=partial(batch_shapes, cfg),
         batches=lambda opened: batches(cfg, opened, caches()["train"]),
         examples=cfg.pipeline.batch,
         donor=cfg.donor,

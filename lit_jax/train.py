@@ -105,7 +105,7 @@ def parts(cfg: Config) -> Parts:
         student=cfg.student.kept,
         model=model,
         loss=lambda teacher: loss_fn(cfg, model, teacher, cached),
-        batch=partial(batch_shapes, cfg),
+        batch_shapes=partial(batch_shapes, cfg),
         batches=partial(batches, cfg),
         examples=cfg.pipeline.batch,
         donor=cfg.donor,

@@ -61,10 +61,10 @@ def parts(cfg: Config) -> Parts:
         student=cfg.student,
         model=model,
         loss=lambda teacher: loss_fn(cfg, model, teacher),
-        batch=partial(batch_shapes, cfg),
+        batch_shapes=partial(batch_shapes, cfg),
         batches=partial(batches, cfg),
         examples=cfg.pipeline.batch,
-        look=look,
+        look=describe_first_batch,
         evaluator=partial(evaluator, cfg, model),
         final=partial(standardised, cfg, model),
     )
@@ -163,7 +163,7 @@ def standardised(cfg: Config, model: Model, params: Params) -> Params:
     return params | changed
 
 
-def look(opened: Opened, batch: Batch, picture: Path | None) -> str:
+def describe_first_batch(opened: Opened, batch: Batch, picture: Path | None) -> str:
     """Save the first batch as a grid."""
     if picture:
         save_grid(to_uint8(np.asarray(batch["image"].addressable_data(0))[:64]), picture)

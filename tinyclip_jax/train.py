@@ -57,7 +57,7 @@ def parts(cfg: Config) -> Parts:
         student=cfg.student,
         model=model,
         loss=partial(loss_fn, cfg, model),
-        batch=partial(batch_shapes, cfg),
+        batch_shapes=partial(batch_shapes, cfg),
         batches=partial(batches, cfg),
         examples=cfg.pipeline.batch,
         donor=cfg.donor,
@@ -68,7 +68,7 @@ def parts(cfg: Config) -> Parts:
         resolve=resolve,
         prepare=prepare,
         project=partial(constrain_scale, cfg.loss),
-        look=partial(first_look, cfg),
+        look=partial(describe_first_batch, cfg),
         evaluator=partial(evaluator, cfg, model),
         sidecars=lambda opened, folder: opened.inputs.save(folder),
     )
@@ -185,7 +185,7 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
     return Evaluator(score=retrieval_on(cfg.held_out, model, inputs.pre, inputs.tokenizer, cfg.student, opened.mesh))
 
 
-def first_look(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
+def describe_first_batch(cfg: Config, opened: Opened, batch: Batch, picture: Path | None) -> str:
     """Draw the first batch and return its first caption.
 
     Raises InputError when all pictures or all captions are the same: training on such data would end at chance without

@@ -27,7 +27,7 @@ from weightgen.search import Params, greedy, matched, noise_proposal, row_propos
 
 
 @dataclass(frozen=True)
-class Exploring:
+class ExploreConfig:
     """Settings of the search."""
 
     share: float = 0.25
@@ -197,7 +197,7 @@ class Explored:
         return f"rows are not better than noise of the same norm on the test questions: {told}"
 
 
-def explore(model: LanguageModel, select: Sequence[Question], test: Sequence[Question], how: Exploring) -> Explored:
+def explore(model: LanguageModel, select: Sequence[Question], test: Sequence[Question], how: ExploreConfig) -> Explored:
     """Search with both forms, from the same checkpoint and with as many trials."""
     names = [one.name for one in top(rank(model.tensors), how.share) if "@" not in one.name]
     if not names:
@@ -245,11 +245,11 @@ def gain(mine: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def command(args: Namespace) -> dict[str, Any]:
-    """Run `heirloom explore`; the flags left over are fields of `Exploring`.
+    """Run `heirloom explore`; the flags left over are fields of `ExploreConfig`.
 
     Raises InputError for a file without questions, for questions in both files, and as `LanguageModel`.
     """
-    how = config.parse(Exploring(), args.flags, f"heirloom explore {args.what}")
+    how = config.parse(ExploreConfig(), args.flags, f"heirloom explore {args.what}")
     select, test = read_questions(args.select), read_questions(args.test)
     if both := {one.question for one in select} & {one.question for one in test}:
         what = f"{len(both)} questions of {args.test}, such as {min(both)[:40]!r}"

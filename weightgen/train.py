@@ -109,7 +109,7 @@ def rows_parts(cfg: LoopConfig, make: Make, loss: LossFn, zoo: Zoo, **fields: An
     """
     return Parts(
         loss=lambda teacher: loss,
-        batch=lambda: shapes(make),
+        batch_shapes=lambda: shapes(make),
         batches=lambda opened: placed(make, opened.mesh, cfg.seed, zoo),
         examples=cfg.batch,
         **fields,

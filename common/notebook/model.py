@@ -84,6 +84,6 @@ def inherited(
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Returns the parameters of a student that a plan takes from a donor, and their provenance."""
     source = Source(donor.model.spec, donor.params)
-    made = plan.resolve(source, student.spec)
-    params = graft(made, source, student.spec, None, partial(student.init, jax.random.key(seed)))
-    return params, {"source": donor.source or "a model in memory"} | provenance(made)
+    resolution = plan.resolve(source, student.spec)
+    params = graft(resolution, source, student.spec, None, partial(student.init, jax.random.key(seed)))
+    return params, {"source": donor.source or "a model in memory"} | provenance(resolution)

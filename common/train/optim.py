@@ -16,7 +16,7 @@ from heirloom.common.train.came import scale_by_came
 # The role of a parameter is the last part of its path. Decay by number of dimensions would go wrong here: heads are
 # split into axes of their own and layers are stacked, so a bias may have three.
 DECAYED = frozenset({"kernel", "table", "final_table", "position", "cls_position"})
-SPARED = frozenset({"bias", "scale", "cls", "register", "latent", "logit_scale", "logit_bias"})
+NOT_DECAYED = frozenset({"bias", "scale", "cls", "register", "latent", "logit_scale", "logit_bias"})
 STATISTICS = frozenset({"mean", "variance"})  # of batch norms: the step writes them, not the optimizer
 
 
@@ -144,7 +144,7 @@ def _decays(cfg: OptimConfig, path: str) -> bool:
         return False
     if any(matches(pattern, path) for pattern in cfg.decay):
         return True
-    if role not in DECAYED | SPARED | STATISTICS:
-        hint = nearest(role, DECAYED | SPARED)
+    if role not in DECAYED | NOT_DECAYED | STATISTICS:
+        hint = nearest(role, DECAYED | NOT_DECAYED)
         raise InputError(f"{path}: no weight decay for {role!r}{hint}; name it in optim.decay or optim.no_decay")
     return role in DECAYED

@@ -78,7 +78,7 @@ class Parts:
     """Makes the loss from the teacher, or None. Raises InputError where config, student and teacher contradict each
     other.
     """
-    batch: Callable[[], Shapes]
+    batch_shapes: Callable[[], Shapes]
     """Shapes of a batch, for the ahead-of-time compiler."""
     batches: Callable[[Opened], Data]
     examples: int

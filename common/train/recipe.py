@@ -220,10 +220,10 @@ def train(
         first_look(s, parts.look)
 
     def new() -> State:
-        made = parts.resolve(opened.donor) if opened.donor and parts.resolve and not parts.start else None
-        if made:
-            on_first(lambda: _note_inherited(folder, parts.donor, made))
-        params = initial(cfg, parts, opened, shardings(spec, mesh), made)
+        resolution = parts.resolve(opened.donor) if opened.donor and parts.resolve and not parts.start else None
+        if resolution:
+            on_first(lambda: _note_inherited(folder, parts.donor, resolution))
+        params = initial(cfg, parts, opened, shardings(spec, mesh), resolution)
         state = create_state(params, optimizer, spec, mesh, cfg.step.ema)
         return replace(state, step=jax.device_put(np.int32(first), state.step.sharding)) if first else state
 
@@ -255,10 +255,10 @@ def _note_student(run: Path, parts: Parts) -> None:
     note_student(run, parts.family.name, parts.family.parameters(spec), parts.family.macs(parts.student, spec))
 
 
-def _note_inherited(run: Path, donor: str, made: Resolution) -> None:
+def _note_inherited(run: Path, donor: str, resolution: Resolution) -> None:
     """Writes `RUN/provenance.json`; `RUN/sources.json` has the donor's hashes."""
     with staged(run / "provenance.json", force=True) as part:
-        write_json(part, {"source": donor} | provenance(made))
+        write_json(part, {"source": donor} | provenance(resolution))
 
 
 def _step(
@@ -272,15 +272,18 @@ def _step(
 
 
 def initial(
-    cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, made: Resolution | None = None
+    cfg: RunConfig, parts: Parts, opened: Opened, place: Place | None, resolution: Resolution | None = None
 ) -> Params:
-    """Returns the initial student, inherited or from scratch, in its shardings. made: of `parts.resolve`, if known."""
+    """Returns the initial student, inherited or from scratch, in its shardings.
+
+    resolution: of `parts.resolve`, if known.
+    """
     if parts.start:
         return parts.start(opened, place)
     init = partial(parts.model.init, jax.random.key(cfg.seed))
     if opened.donor and parts.resolve:
-        made = made or parts.resolve(opened.donor)
-        return parts.prepare(graft(made, opened.donor.source, parts.model.spec, place, init))
+        resolution = resolution or parts.resolve(opened.donor)
+        return parts.prepare(graft(resolution, opened.donor.source, parts.model.spec, place, init))
     return parts.prepare(init(place=place))
 
 
@@ -309,15 +312,15 @@ def inherit(
     inputs = parts.inputs(donor, None) if parts.inputs else None
     # Any mesh serves: a student of a pod's recipe is cut on a laptop.
     opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=inputs)
-    made = parts.resolve(donor)
+    resolution = parts.resolve(donor)
     source = {"source": parts.donor or origin(donor.path), "first_format": first_format(donor)}
-    record = source | {"hashes": hashes(donor.file)} | provenance(made)
+    record = source | {"hashes": hashes(donor.file)} | provenance(resolution)
 
     def sidecars(folder: Path) -> None:
         write_json(folder / "provenance.json", record)
         (parts.inherited_sidecars or parts.sidecars)(opened, folder)
 
-    params = initial(cfg, parts, opened, None, made)
+    params = initial(cfg, parts, opened, None, resolution)
     save_params(destination, parts.family.name, parts.student, params, sidecars, force=force)
     return record
 
@@ -343,5 +346,5 @@ def outline(cfg: RunConfig, parts: Parts, mesh: Mesh) -> Abstract:
     frozen = abstract_params(teacher.model.spec, mesh) if teacher else None
     optimizer, step = _step(cfg, parts, teacher, frozen, mesh, cfg.steps)
     state = abstract_state(optimizer, parts.model.spec, mesh, cfg.step.ema)
-    batch, flops = abstract_batch(mesh, parts.batch()), parts.examples * parts.flops(teacher)
+    batch, flops = abstract_batch(mesh, parts.batch_shapes()), parts.examples * parts.flops(teacher)
     return Abstract(step=step, state=state, batch=batch, flops=flops)

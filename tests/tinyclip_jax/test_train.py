@@ -33,7 +33,7 @@ from heirloom.common.train.state import create_state
 from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, constrain_scale, first_look, loss_fn
+from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, constrain_scale, describe_first_batch, loss_fn
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -301,4 +301,4 @@ def test_a_first_batch_that_is_all_the_same_is_refused(same, what):
 
     cfg = Config(data=SourceConfig("synthetic"))
     with pytest.raises(InputError, match=f"all {what} of the first batch are the same.* check data.path, synthetic"):
-        first_look(cfg, None, jax.device_put(batch), None)
+        describe_first_batch(cfg, None, jax.device_put(batch), None)
