@@ -3,9 +3,16 @@
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from enum import IntEnum
 from math import inf
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
 
@@ -54,6 +61,14 @@ def remark(text: str) -> None:
     """Warns the user of `text` through Python's warnings; an empty text is ignored."""
     if text:
         warnings.warn(text, Remark, stacklevel=3)
+
+
+def with_settings(cfg: Settings, settings: Mapping[str, Any]) -> Settings:
+    """Returns a config with these fields replaced. Raises InputError for a field that it does not have."""
+    known = [field.name for field in fields(cfg)]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise InputError(f"no setting {unknown[0]!r}{nearest(unknown[0], known)} (there are {', '.join(known)})")
+    return replace(cfg, **settings)
 
 
 def positive(cfg: object, *fields: str, most: int = 2**30) -> None:

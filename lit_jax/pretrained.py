@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, with_settings
 from heirloom.common.methods import locate_any
 from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
@@ -63,12 +63,7 @@ class Pretrained(Loaded):
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise InputError(f"classes is {str(classes)[:40]!r}: give the number of a class, or a list of numbers")
         labels = given.astype(int).tolist()
-        default = default_sampling(self.cfg)
-        if unknown := settings.keys() - vars(default).keys():
-            raise InputError(
-                f"no setting {min(unknown)!r}{nearest(min(unknown), vars(default))} (there are"
-                f" {', '.join(vars(default))})"
-            )
+        sampling = with_settings(default_sampling(self.cfg), settings)
         check_whole("count", count)
         check_whole("batch", batch)
         if not labels:
@@ -77,7 +72,6 @@ class Pretrained(Loaded):
             raise InputError(
                 "this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema"
             )
-        sampling = replace(default, **settings)
         draw = self._drawers.setdefault(sampling, drawer(self.model, self.cfg, sampling, self.mesh))
         repeated, keys = np.repeat(labels, count), class_keys(seed, labels, count)
         draw.check(repeated)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.errors import InputError, remark, with_settings
 from heirloom.common.nn.functional import Functional
 from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.train.parameters import load_params
@@ -130,11 +130,7 @@ class TextToImage(Shown):
         fields of `PromptConfig` (steps=20). Raises InputError for an unknown setting, a size that the model cannot
         draw, and a stage whose result is not finite.
         """
-        if unknown := settings.keys() - vars(PromptConfig()).keys():
-            known = vars(PromptConfig())
-            raise InputError(
-                f"no setting {min(unknown)!r}{nearest(min(unknown), known)} (there are {', '.join(known)})"
-            )
+        sampling = with_settings(PromptConfig(), settings)
         check_whole("count", count)
         check_whole("batch", batch)
         texts = [prompts] if isinstance(prompts, str) else prompts
@@ -150,7 +146,7 @@ class TextToImage(Shown):
             Request(text, negative, size, count, seed, None if given is None else given[i])
             for i, text in enumerate(texts)
         ]
-        drawn = self.pictures(requests, PromptConfig(**settings), batch)
+        drawn = self.pictures(requests, sampling, batch)
         return [Image.fromarray(picture) for pictures in drawn for picture in pictures]
 
     def fitting(self, size: tuple[int, int], exact: bool) -> tuple[int, int]:

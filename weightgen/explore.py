@@ -9,7 +9,6 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.lines import split_lines
 from heirloom.common.errors import InputError, between, positive
+from weightgen.metrics import Estimate
 from weightgen.ranking import check_share, rank, top
 from weightgen.search import Params, greedy, matched, noise_proposal, row_proposal
 
@@ -239,9 +239,8 @@ def explore(model: LanguageModel, select: Sequence[Question], test: Sequence[Que
 
 def gain(mine: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """Return the difference of two accuracies in points, and half of its 95 % interval, question by question."""
-    difference = mine.astype(float) - other
-    spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
-    return 100 * float(difference.mean()), 196 * float(spread) / sqrt(len(difference))
+    found = Estimate.of(mine.astype(float) - other)
+    return 100 * found.mean, 100 * found.half
 
 
 def command(args: Namespace) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     The flags left over are fields of `SampleConfig`. Raises InputError for data that does not fit and for an existing
     folder.
     """
-    _check(donor)
+    check_generates(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom generate {donor.path}")
     _check_out(args.out, donor, args.dataset, force=args.force)
     if args.dataset and args.task:
@@ -103,7 +103,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
     if donor.family.name == NETWORK.name:
         return [_evaluate_network(donor, args.data)]
-    _check(donor)
+    check_generates(donor)
     how = config.parse(SampleConfig(), args.flags, f"heirloom eval {donor.path}")
     task = read_pictures(donor, args.data, 0)
     if task.test is None:
@@ -130,7 +130,9 @@ def _evaluate_network(donor: Donor, data: str) -> dict[str, Any]:
     return about | {"metric": "accuracy", "value": value}
 
 
-def _check(donor: Donor) -> None:
+def check_generates(donor: Donor) -> None:
+    """Raise InputError for a model that is no generator of weights."""
     if donor.family.name not in (GENERATOR.name, D2NWG.name):
-        needed = "name RUN/model of a generator recipe"
-        raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: {needed}")
+        raise InputError(
+            f"{donor.path} is a {donor.family.name} model and generates nothing: name RUN/model of a generator recipe"
+        )

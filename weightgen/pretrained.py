@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.pictures import Picture, several
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, with_settings
 from heirloom.common.methods import open_any
 from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
@@ -20,8 +20,8 @@ from heirloom.common.notebook.run import train as train_recipe
 from heirloom.common.notebook.shown import Shown
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
-from weightgen.formats import D2NWG, GENERATOR, sidecars
-from weightgen.generate import check_finite
+from weightgen.formats import sidecars
+from weightgen.generate import check_finite, check_generates
 from weightgen.generator.sample import SampleConfig
 from weightgen.report import labels_of, report
 from weightgen.tasks import Task, draw_weights, examples, read_pictures, read_words
@@ -53,11 +53,7 @@ class Pretrained(Loaded):
         are the condition; the others measure the result. task: words, for a generator that takes these. settings:
         fields of `SampleConfig` (steps=50). Raises InputError for data that does not fit.
         """
-        default = SampleConfig()
-        if unknown := settings.keys() - asdict(default).keys():
-            known = asdict(default)
-            near = nearest(min(unknown), known)
-            raise InputError(f"no setting {min(unknown)!r}{near} (there are {', '.join(known)})")
+        how = with_settings(SampleConfig(), settings)
         if (pictures is None) == (not task):
             raise InputError("give pictures, or a task in words, and not both")
         if pictures is None:
@@ -65,7 +61,6 @@ class Pretrained(Loaded):
         else:
             given = pictures if isinstance(pictures, Mapping) else os.fspath(pictures)
             wanted = read_pictures(self.donor, given, seed, self._encode if self.cfg.net else None)
-        how = replace(default, **settings)
         tokens = draw_weights(self.donor, wanted, how, n=n, seed=seed)
         check_finite(tokens, self.donor)
         return Networks(self, wanted, tokens, how, seed)
@@ -146,9 +141,7 @@ class Networks(Shown):
 def load(source: str | os.PathLike[str]) -> Pretrained:
     """Load a generator of weights by SOURCE: a folder, or a run of its recipe. Raises InputError for anything else."""
     donor = open_any(str(source))
-    if donor.family.name not in (GENERATOR.name, D2NWG.name):
-        needed = "name RUN/model of a generator recipe"
-        raise InputError(f"{donor.path} is a {donor.family.name} model and generates nothing: {needed}")
+    check_generates(donor)
     params = load_params(donor, start(MeshConfig()))
     return Pretrained(cfg=donor.cfg, model=donor.model, params=params, donor=donor, source=str(source))
 

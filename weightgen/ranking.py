@@ -4,7 +4,7 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,15 @@ def unstacked(params: Mapping[str, Any], select: str = "blocks/") -> dict[str, n
         if select in path and path.endswith("kernel") and np.ndim(leaf) >= 3:
             array = np.asarray(leaf)
             for i in range(len(array)):
-                # q, k, v map embed to heads; the output projection maps heads to embed.
-                lead = array[i].shape[0] if not path.endswith("out/kernel") else int(np.prod(array[i].shape[:-1]))
-                out[f"{path}@{i}"] = array[i].reshape(lead, -1)
+                out[f"{path}@{i}"] = layer_matrix(path, array[i])
     return out
+
+
+def layer_matrix(path: str, kernel: np.ndarray) -> np.ndarray:
+    """Returns a kernel of one layer as a matrix [in, out], heads merged."""
+    # q, k, v map embed to heads; the output projection maps heads to embed.
+    lead = prod(kernel.shape[:-1]) if path.endswith("out/kernel") else kernel.shape[0]
+    return kernel.reshape(lead, -1)
 
 
 def command(args: Namespace) -> dict[str, Any]:

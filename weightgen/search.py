@@ -12,6 +12,7 @@ import numpy as np
 
 from heirloom.common.errors import InputError
 from weightgen.codec import fit_pca
+from weightgen.ranking import layer_matrix
 
 Params = dict[str, Any]
 Score = Callable[[Params], float]
@@ -125,9 +126,7 @@ def _tensor(params: Params, name: str) -> np.ndarray:
     leaf = np.asarray(params[path])
     if not layer:
         return leaf
-    array = leaf[int(layer)]
-    lead = array.shape[0] if not path.endswith("out/kernel") else int(np.prod(array.shape[:-1]))
-    return array.reshape(lead, -1)
+    return layer_matrix(path, leaf[int(layer)])
 
 
 def soup(models: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
