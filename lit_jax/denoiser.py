@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, Times, dpm_solver, linear_schedule
 from heirloom.common.errors import InputError
-from heirloom.common.train.mesh import batch_sharding
+from heirloom.common.train.mesh import batch_sharding, filled_rows
 from heirloom.common.train.parts import Model
 from lit_jax.losses import split
 from lit_jax.pixart import PixArtConfig, Text
@@ -125,8 +125,7 @@ class Denoiser:
         called after each step.
         """
         sampler, rows = sampling.make(), len(latents)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        order = np.minimum(np.arange(rows + -rows % shards), rows - 1)  # the last row is repeated to fill all devices
+        order = filled_rows(rows, self.mesh)
         tokens = _longest(text, null if sampling.guidance != 1 else None)
         with jax.set_mesh(self.mesh):
             place = partial(jax.device_put, device=batch_sharding(self.mesh))

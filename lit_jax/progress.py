@@ -27,7 +27,7 @@ from lit_jax.sample import drawer
 if TYPE_CHECKING:
     from lit_jax.train import Config
 
-HELD_OUT, ROWS = 512, 128  # pictures in the held-out loss, and how many at a time
+HELD_OUT, BATCH = 512, 128  # pictures in the held-out loss, and how many at a time
 
 
 def held_out_loss(cfg: "Config", student: Model, mesh: Mesh, names: Names = ()) -> Score:
@@ -60,7 +60,7 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh, names: Names = ()) 
 
     def score(params: Mapping[str, Any]) -> Scored:
         with jax.set_mesh(mesh):
-            parts = [[x[i : i + ROWS] for x in columns] for i in range(0, n, ROWS)]
+            parts = [[x[i : i + BATCH] for x in columns] for i in range(0, n, BATCH)]
             rows = [np.asarray(errors(params, *(split_rows(x, mesh) for x in part)))[: len(part[0])] for part in parts]
         return Scored(dataset=cfg.held_out.path, n=n, metrics={"mse": float(np.concatenate(rows).mean())})
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
 from heirloom.common.errors import InputError, nearest
-from heirloom.common.train.mesh import batch_sharding, replicated
+from heirloom.common.train.mesh import batch_sharding, filled_rows, replicated
 from heirloom.common.train.parts import Model
 from lit_jax.dit import DitConfig, Modulation
 from lit_jax.losses import split
@@ -113,14 +113,12 @@ class Draw:
         Raises InputError for a label that the model does not have.
         """
         self.check(labels)
-        labels, shards = np.asarray(labels, np.int32), self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        labels = np.asarray(labels, np.int32)
         keys = picture_keys(key, np.arange(len(labels))) if key.ndim == 0 else key
         unique, which = np.unique(labels, return_inverse=True)
         if self.sampling.guidance != 1:
             unique = np.append(unique, self.cfg.classes).astype(np.int32)
-        rows = np.minimum(
-            np.arange(len(labels) + -len(labels) % shards), len(labels) - 1
-        )  # the last row is repeated to fill all devices
+        rows = filled_rows(len(labels), self.mesh)
         with jax.set_mesh(self.mesh):
             return self.compiled(params, unique, which[rows].astype(np.int32), keys[rows])[: len(labels)]
 

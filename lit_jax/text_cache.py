@@ -39,7 +39,7 @@ from lit_jax.pixart import PixArtConfig
 from lit_jax.text.encoder import TextEncoder, TowerEncoder
 
 ABOUT, VERSION = "cache.json", 1
-ROWS, TEXTS = 16, 64  # pictures and captions that are encoded at a time
+BATCH, TEXTS = 16, 64  # pictures and captions that are encoded at a time
 Columns = list[list[str]]
 
 
@@ -123,9 +123,9 @@ def _write_latents(
         np.save(part / "records.npy", np.array(rows, np.int64))
         shape = (len(rows), height // factor, width // factor, 2 * donor.cfg.latent)
         out = np.lib.format.open_memmap(part / "moments.npy", "w+", np.float16, shape)
-        embed = embedder(encode, mesh, ROWS)
-        for first in track(range(0, len(rows), ROWS), description=f"encoding {height} x {width}"):
-            records = [source[i] for i in rows[first : first + ROWS]]
+        embed = embedder(encode, mesh, BATCH)
+        for first in track(range(0, len(rows), BATCH), description=f"encoding {height} x {width}"):
+            records = [source[i] for i in rows[first : first + BATCH]]
             found = embed(params, np.stack([cover_crop(decode_record(r), height, width) for r in records]))
             whole = np.isfinite(found).reshape(len(found), -1).all(1)
             if not whole.all():

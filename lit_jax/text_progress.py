@@ -24,7 +24,7 @@ from lit_jax.sample import picture_keys
 from lit_jax.text.encoder import TextEncoder, TowerEncoder
 from lit_jax.text_cache import TextCache, TextExample
 
-HELD_OUT, ROWS = 512, 64  # pictures in the held-out error, and how many at a time
+HELD_OUT, BATCH = 512, 64  # pictures in the held-out error, and how many at a time
 
 
 def held_out_error(student: Model, data: TextCache, mesh: Mesh) -> Score:
@@ -39,8 +39,8 @@ def held_out_error(student: Model, data: TextCache, mesh: Mesh) -> Score:
     parts: list[list[np.ndarray]] = []
     for group in range(len(data.sizes)):
         members = np.flatnonzero(data.groups[where] == group)
-        for first in range(0, len(members), ROWS):
-            rows = members[first : first + ROWS]
+        for first in range(0, len(members), BATCH):
+            rows = members[first : first + BATCH]
             examples = [example(data[int(i)], rng) for i in where[rows]]
             batch = {name: np.stack([x[name] for x in examples]) for name in examples[0]}
             mean, logvar = np.split(batch["moments"], 2, axis=-1)
@@ -89,8 +89,8 @@ def _swapped(part: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
-    """Repeat the last row up to ROWS, so that a size is compiled once."""
-    return rows[np.minimum(np.arange(ROWS), len(rows) - 1)]
+    """Repeat the last row up to BATCH, so that a size is compiled once."""
+    return rows[np.minimum(np.arange(BATCH), len(rows) - 1)]
 
 
 Drawer = Callable[[Mapping[str, Any]], np.ndarray]
@@ -116,8 +116,8 @@ def prompt_drawer(
 
     def draw(params: Mapping[str, Any]) -> np.ndarray:
         drawn = []
-        for first in range(0, len(prompts), ROWS):
-            rows = np.minimum(np.arange(first, first + min(ROWS, len(prompts))), len(prompts) - 1)
+        for first in range(0, len(prompts), BATCH):
+            rows = np.minimum(np.arange(first, first + min(BATCH, len(prompts))), len(prompts) - 1)
             unguided = None if sampling.guidance == 1 else null.rows(rows)
             samples = denoiser(params, noise[rows], keys[rows], texts.rows(rows), unguided, sampling)
             drawn.append(pictures(samples[: len(prompts) - first], first=first))

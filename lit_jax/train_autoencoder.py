@@ -29,7 +29,7 @@ from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import Pixels
 from lit_jax.decode import to_uint8
 
-HELD_OUT, SHOWN, ROWS = 512, 32, 32  # pictures that are scored, that the grid shows, and at a time
+HELD_OUT, SHOWN, BATCH = 512, 32, 32  # pictures that are scored, that the grid shows, and at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +114,10 @@ def evaluator(cfg: Config, model: Model, opened: Opened) -> Evaluator | None:
     if not cfg.held_out.path:
         return None
     images = _some(cfg, cfg.held_out, "stop")
-    restore = embedder(lambda params, x: model.apply(params, x), opened.mesh, ROWS)
+    restore = embedder(lambda params, x: model.apply(params, x), opened.mesh, BATCH)
 
     def restored(params: Mapping[str, Any], images: np.ndarray) -> np.ndarray:
-        parts = [restore(params, images[i : i + ROWS]) for i in range(0, len(images), ROWS)]
+        parts = [restore(params, images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
         return np.concatenate(parts)
 
     def score(params: Mapping[str, Any]) -> Scored:
@@ -149,7 +149,7 @@ def standardised(cfg: Config, model: Model, params: Params) -> Params:
     """
     images = _some(cfg, cfg.data, cfg.pipeline.bad)
     encode = jax.jit(partial(model.apply, method="encode"))
-    means = [np.asarray(encode(params, images[i : i + ROWS]).mean) for i in range(0, len(images), ROWS)]
+    means = [np.asarray(encode(params, images[i : i + BATCH]).mean) for i in range(0, len(images), BATCH)]
     std = float(np.concatenate(means).std())
     if not 0 < std < float("inf"):
         spread = f"the latents of training pictures have a standard deviation of {std}"

@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from heirloom.common.train.mesh import ROWS
+
 CHUNK = 1024  # rows of similarities in memory at a time
-ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
 NO_TARGET = -1e30  # the logit of a pair with target 0; finite, so that the difference of two such logits is finite
 TargetLogits = Callable[[Any, Any], jax.Array]
 """`(rows, columns) -> [rows, columns]`: logits of the targets, from the data of the rows and of the columns."""

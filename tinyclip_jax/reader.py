@@ -13,7 +13,7 @@ from heirloom.common.train.parameters import load_params
 from tinyclip_jax.inputs import tokenizer_of
 from tinyclip_jax.model import ClipConfig
 
-ROWS = 64  # texts at a time
+BATCH = 64  # texts at a time
 
 
 def text_reader(donor: Donor, tokens: int) -> TextReader:
@@ -27,7 +27,7 @@ def text_reader(donor: Donor, tokens: int) -> TextReader:
     if (tokenizer := tokenizer_of(donor)) is None:
         raise InputError(f"{donor.path} has no tokenizer: put its tokenizer.json next to the weights")
     mesh = start(MeshConfig())
-    params, read = load_params(donor, mesh), embedder(partial(donor.model.apply, method="token_states"), mesh, ROWS)
+    params, read = load_params(donor, mesh), embedder(partial(donor.model.apply, method="token_states"), mesh, BATCH)
 
     def states(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids = tokenizer(texts, tokens)
@@ -38,7 +38,7 @@ def text_reader(donor: Donor, tokens: int) -> TextReader:
         # A tower that is not causal sees its padding, so it gets as much as in training.
         padding = 0 if cfg.text.causal else cfg.text.context - tokens
         padded = np.pad(ids, ((0, 0), (0, padding)), constant_values=tokenizer.pad)
-        parts = [read(params, padded[i : i + ROWS])[:, :tokens] for i in range(0, len(ids), ROWS)]
+        parts = [read(params, padded[i : i + BATCH])[:, :tokens] for i in range(0, len(ids), BATCH)]
         return np.concatenate(parts), np.arange(tokens) <= ends[:, None]
 
     return TextReader(cfg.text.width, states)

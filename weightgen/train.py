@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -13,7 +12,7 @@ from heirloom.common.data.batches import Batches
 from heirloom.common.errors import InputError, positive
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import batch_sharding
+from heirloom.common.train.mesh import row_shards, split_rows
 from heirloom.common.train.optim import OptimConfig, make_optimizer
 from heirloom.common.train.parts import Parts, Shapes
 from heirloom.common.train.recipe import RunConfig
@@ -56,7 +55,7 @@ class LoopConfig(RunConfig):
 
 def check_batch(batch: int, step: StepConfig, mesh: Mesh, name: str = "batch") -> None:
     """Raises InputError unless devices divide a batch, and its micro-batches, into equal rows."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = row_shards(mesh)
     if batch % (parts := devices * step.accumulate):
         micro = f" x {step.accumulate} micro-batches" if step.accumulate > 1 else ""
         of = f"{devices} devices (mesh data x fsdp){micro}"
@@ -92,14 +91,10 @@ def placed(make: Make, mesh: Mesh, seed: int, zoo: Zoo) -> Batches:
         n = first
         while True:
             rows = make(np.random.default_rng([seed, n]))
-            yield {name: _place(x, mesh) for name, x in rows.items()}
+            yield {name: split_rows(x, mesh) for name, x in rows.items()}
             n += 1
 
     return Batches(start, {"seed": seed, "networks": len(zoo), "zoo": zoo.digest()})
-
-
-def _place(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
 def rows_parts(cfg: LoopConfig, make: Make, loss: LossFn, zoo: Zoo, **fields: Any) -> Parts:

@@ -24,7 +24,7 @@ from heirloom.common.data.sources import Record, Source
 from heirloom.common.data.sources.record import tags_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, between
-from heirloom.common.train.mesh import batch_sharding
+from heirloom.common.train.mesh import batch_sharding, row_shards
 
 AugmentName = Literal["random", "none"]
 ON_DEVICE = 2  # batches whose copy to the devices runs ahead of the step
@@ -156,8 +156,8 @@ def host_rows(batch: int, mesh: Mesh | None) -> np.ndarray:
             raise InputError(f"a batch of {batch} cannot be divided among {hosts} hosts")
         return np.arange(batch).reshape(hosts, -1)[jax.process_index()]
     sharding = batch_sharding(mesh)
-    if batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise InputError(f"a batch of {batch} cannot be divided into {parts} parts (mesh data x fsdp)")
+    if batch % (shards := row_shards(mesh)):
+        raise InputError(f"a batch of {batch} cannot be divided into {shards} parts (mesh data x fsdp)")
     # From the sharding, not the process number: a host may have any rows, and share them with another.
     parts = sharding.addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[where] for where in parts]))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 
 from heirloom.common.errors import InputError
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import ROWS, batch_sharding, shardings
+from heirloom.common.train.mesh import batch_sharding, row_shards, shardings
 from heirloom.common.train.parts import Shapes
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Params, Step
@@ -34,7 +33,7 @@ def abstract_params(spec: Spec, mesh: Mesh) -> Params:
 
 def abstract_batch(mesh: Mesh, shapes: Shapes) -> dict[str, Any]:
     """Returns a batch's columns as shapes with split rows. Raises InputError where the mesh does not divide them."""
-    shards = prod(mesh.shape[axis] for axis in ROWS)
+    shards = row_shards(mesh)
     if uneven := next((shape[0] for shape, _ in shapes.values() if shape[0] % shards), None):
         parts = f"{shards} parts (mesh data x fsdp)"
         raise InputError(f"a batch of {uneven} cannot be divided into {parts}: change --pipeline.batch")

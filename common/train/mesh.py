@@ -91,12 +91,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Returns the number of parts into which a mesh splits the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def filled_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Returns the numbers of rows with the last one repeated until the mesh divides them, int [rows or more]."""
+    return np.minimum(np.arange(rows + -rows % row_shards(mesh)), rows - 1)
+
+
 def split_rows(array: np.ndarray, mesh: Mesh, fill: float = 0) -> jax.Array:
     """Splits the rows of an array that every process has whole over `data` and `fsdp`, as evaluation does.
 
     Rows of `fill` are added at the end until the mesh divides them; the caller masks them or cuts them off.
     """
-    missing = -len(array) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    missing = -len(array) % row_shards(mesh)
     padded = np.concatenate([array, np.full((missing, *array.shape[1:]), fill, array.dtype)]) if missing else array
     return jax.make_array_from_callback(padded.shape, batch_sharding(mesh), lambda index: padded[index])
 

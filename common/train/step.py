@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from heirloom.common.errors import InputError, between, positive
 from heirloom.common.surgery.axes import Spec
-from heirloom.common.train.mesh import ROWS, batch_sharding, replicated, shardings
+from heirloom.common.train.mesh import ROWS, batch_sharding, replicated, row_shards, shardings
 from heirloom.common.train.optim import is_statistic
 from heirloom.common.train.state import State, state_shardings
 
@@ -171,7 +171,7 @@ def _gradients(loss_fn: LossFn, cfg: StepConfig, mesh: Mesh, layout: dict[str, N
 
 def _deal(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
     """Reshapes [batch, ...] to [parts, batch / parts, ...]. Row i goes to part i mod parts: no row changes device."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     if rows.shape[0] % (parts * shards):
         parts_of = f"{parts} micro-batches on {shards} devices"
         raise InputError(f"a batch of {len(rows)} does not divide into {parts_of}: change step.accumulate")
