@@ -22,7 +22,7 @@ from heirloom.common.surgery.plan import Plan, Resolution
 from heirloom.common.train.loop import Data
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
-from heirloom.common.train.step import Batch, LossFn, cast
+from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, cast
 from learngene import ligo, relatives
 from learngene.augment import augment
 from learngene.config import ADAMW, CACHED, CONVNET_ADAMW, Config, TeacherConfig
@@ -84,9 +84,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
             return batch[LOGITS]
         return teacher.model.apply(cast(frozen, cfg.step.compute), normalised(pixels, teacher_pre))
 
-    def loss(
-        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         augment_key, drop_key = jax.random.split(key)
         images, labels = batch["image"], batch["label"]
         if cfg.augment.views > 1:

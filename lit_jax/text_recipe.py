@@ -24,7 +24,7 @@ from heirloom.common.train.loop import Data
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.recipe import BaseConfig
-from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
+from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, StepConfig, cast
 from lit_jax.aspect import Ratios
 from lit_jax.autoencoder import sample_latents
 from lit_jax.components import copy_parts, other_scale, write_parts_of
@@ -200,7 +200,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, about: Encodin
     """Make the loss: PixArt's, on latents drawn from cached moments, plus the two distillation terms."""
     schedule, null = linear_schedule(), about.null
 
-    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
         clean = sample_latents(about.autoencoder, Moments(*jnp.split(batch["moments"], 2, axis=-1)), latent_key)
         text = batch["text"].astype(jnp.float32), jnp.arange(batch["text"].shape[1]) < batch["length"][:, None]

@@ -31,7 +31,7 @@ from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.recipe import BaseConfig
-from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
+from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, StepConfig, cast
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import class_names
@@ -185,7 +185,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
     """Make the loss: DiT's, on pixels or on latents drawn from cached moments, plus the two distillation terms."""
     schedule = linear_schedule()
 
-    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
         clean = sample_cached(cached, batch["moments"], latent_key, cfg.flips) if cached else batch["image"]
         n, labels = len(clean), batch["label"]

@@ -23,7 +23,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
 from heirloom.common.train.recipe import RunConfig
-from heirloom.common.train.step import Batch, LossFn, Params
+from heirloom.common.train.step import Batch, LossFn, LossOutput, Params
 from lit_jax.autoencoder import Autoencoder, AutoencoderConfig
 from lit_jax.autoencoder_layouts import FAMILY
 from lit_jax.data import Pixels
@@ -73,7 +73,7 @@ def parts(cfg: Config) -> Parts:
 def loss_fn(cfg: Config, model: Model, teacher: Teacher | None) -> LossFn:
     """Make the loss: absolute error of the pixels in [-1, 1], plus the weighted KL divergence."""
 
-    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         images, n = batch["image"], float(len(batch["image"]))
         moments = model.apply(params, images, method="encode")
         error = jnp.abs(model.apply(params, moments.sample(key), method="decode") - images).mean((1, 2, 3))

@@ -22,7 +22,7 @@ from heirloom.common.train.optim import make_optimizer
 from heirloom.common.train.parameters import best, gathered, load_params, save_params
 from heirloom.common.train.parts import Evaluator, Opened, Parts, Place
 from heirloom.common.train.recipe import Session
-from heirloom.common.train.step import LossFn
+from heirloom.common.train.step import Batch, LossFn, LossOutput, Params
 from tinyclip_jax.config import Config
 from tinyclip_jax.inherit import expand, prune
 from tinyclip_jax.masks import (
@@ -93,9 +93,7 @@ def parts(cfg: Config) -> Parts:
 def masked_loss(cfg: Config, plain: LossFn) -> LossFn:
     """The loss `plain` of a model with sampled gates, plus the constraint on its expected size."""
 
-    def loss(
-        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, extra: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, extra: Any) -> LossOutput:
         weights, masks = split(params)
         frozen, target = extra
         total, metrics = plain(weights | sample_gates(key, masks), batch, key, frozen)

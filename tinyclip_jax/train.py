@@ -24,7 +24,7 @@ from heirloom.common.train import recipe
 from heirloom.common.train.loop import Data
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parts import Evaluator, Model, Opened, Parts, Shapes, Teacher
-from heirloom.common.train.step import STATISTICS, Batch, LossFn, cast
+from heirloom.common.train.step import STATISTICS, Batch, LossFn, LossOutput, Params, cast
 from tinyclip_jax import cache
 from tinyclip_jax.cache import TARGETS
 from tinyclip_jax.config import Config, LossConfig, Stage
@@ -80,9 +80,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     Raises InputError for a config that contradicts itself or the teacher.
     """
 
-    def loss(
-        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         # A bias would add the same to every logit of a softmax, the teacher's too: it changes neither loss.
         (image, text, scale, _), statistics = student.train(params, batch["image"], batch["text"])
         parts = {}

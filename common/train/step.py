@@ -18,7 +18,8 @@ from heirloom.common.train.state import State, state_shardings
 Params = dict[str, Any]
 Batch = dict[str, Any]
 Metrics = dict[str, tuple[Any, Any]]
-LossFn = Callable[[Params, Batch, jax.Array, Any], tuple[jax.Array, dict[str, Any]]]
+LossOutput = tuple[jax.Array, dict[str, Any]]
+LossFn = Callable[[Params, Batch, jax.Array, Any], LossOutput]
 """`(params, batch, key, frozen) -> loss, {name: (sum, count)}`: the loss is a mean over the batch; `frozen` is any tree
 that is given to the step and gets no gradient, such as the teacher's weights. The loss of a model with batch norms
 returns the new running statistics among its metrics: `{STATISTICS: {path: array}}`, from `Functional.train`.

@@ -15,7 +15,7 @@ from flax import nnx
 from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
 from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.dense import param, zeros
-from heirloom.common.nn.functional import Functional
+from heirloom.common.nn.functional import Functional, Params
 from heirloom.common.nn.moments import Moments
 from weightgen.codec import vae_loss
 from weightgen.d2nwg.unet import Unet, UnetConfig
@@ -24,8 +24,6 @@ from weightgen.generator.conditions import MlpSet, SetConfig, SetOfSets
 from weightgen.tokens import TokenSpec
 from weightgen.zoo.nets import NetConfig
 from weightgen.zoo.zoo import head_tokens
-
-Params = dict[str, Any]
 
 
 @dataclass(frozen=True)

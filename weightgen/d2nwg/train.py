@@ -15,7 +15,7 @@ from heirloom.common.train import recipe
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import best, gathered
 from heirloom.common.train.parts import Opened, Parts
-from heirloom.common.train.step import StepConfig
+from heirloom.common.train.step import Batch, LossOutput, Params, StepConfig
 from weightgen.codec import GateConfig, left_out, measure
 from weightgen.d2nwg.model import D2nwg, D2nwgConfig, latent_scale, stage1_loss, stage2_loss
 from weightgen.d2nwg.unet import UnetConfig
@@ -123,7 +123,7 @@ class D2nwgRecipe(LoopConfig):
         cfg = self.config(zoo, bank)
         model, make = functional(D2nwg, cfg), generator_rows(zoo, bank, self.shots, self.batch)
 
-        def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+        def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
             tokens = batch["tokens"][:, zoo.spec.mask]
             vector = jnp.pad(tokens, ((0, 0), (0, cfg.vae.rows * cfg.vae.length - tokens.shape[1])))
             # All pictures count: the released encoders are always given as many.
@@ -164,7 +164,7 @@ class D2nwgRecipe(LoopConfig):
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             return {"weights": vectors(zoo.tokens(np.sort(rng.integers(shown_to, size=first.batch))))}
 
-        def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+        def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
             return stage1_loss(model, cfg, params, weights=batch["weights"], key=key, beta=self.beta), {}
 
         parts = rows_parts(

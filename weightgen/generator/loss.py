@@ -1,6 +1,5 @@
 """The diffusion loss of a generator."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,12 +7,11 @@ import jax.numpy as jnp
 
 from heirloom.common.diffusion import Schedule, add_noise
 from heirloom.common.nn.functional import Functional
+from heirloom.common.train.step import Batch, LossFn, LossOutput, Params
 from weightgen.generator.config import GeneratorConfig
 
 
-def loss(
-    model: Functional, cfg: GeneratorConfig, dropout: float
-) -> Callable[[dict[str, Any], dict[str, Any], jax.Array, Any], tuple[jax.Array, dict[str, Any]]]:
+def loss(model: Functional, cfg: GeneratorConfig, dropout: float) -> LossFn:
     """Build the loss: mean squared error of v = alpha noise - sigma clean at uniform times.
 
     The condition is dropped with probability `dropout`.
@@ -23,9 +21,7 @@ def loss(
     """
     schedule = cfg.chain()
 
-    def value(
-        params: dict[str, Any], batch: dict[str, Any], key: jax.Array, frozen: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def value(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
         times, noises, drops = jax.random.split(key, 3)
         shots = jnp.arange(batch["support"].shape[2]) < batch["shots"][:, None, None]
         seen = jnp.broadcast_to(shots, batch["support"].shape[:3])

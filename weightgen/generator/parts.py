@@ -16,6 +16,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
 from heirloom.common.train.parameters import gathered
 from heirloom.common.train.parts import Parts
+from heirloom.common.train.step import Batch, LossOutput, Params
 from weightgen.codec import (
     GateConfig,
     TokenCodec,
@@ -65,7 +66,7 @@ class CodecRecipe(LoopConfig):
         def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
             return {"tokens": zoo.tokens(np.sort(rng.integers(shown_to, size=self.batch)))}
 
-        def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+        def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
             x, back, posterior = model.apply(params, batch["tokens"], key)
             return vae_loss(jnp.where(mask, x, 0), jnp.where(mask, back, 0), posterior, beta=self.beta), {}
 
@@ -136,7 +137,7 @@ class EncoderRecipe(LoopConfig):
             support = bank.draw(np.asarray(zoo.classes[rows]), self.shots, rng)
             return {"w": latents(zoo.tokens(rows)), "support": support}
 
-        def loss(params: Any, batch: Any, key: jax.Array, frozen: Any) -> Any:
+        def loss(params: Params, batch: Batch, key: jax.Array, frozen: Any) -> LossOutput:
             data = model.apply(params, batch["support"])
             hit = (unit(batch["w"]) @ unit(data).T).argmax(1) == jnp.arange(len(data))
             return model.apply(params, batch["w"], data, method="nats"), {"retrieved": (hit.sum(), len(data))}

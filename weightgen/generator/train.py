@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.errors import InputError, remark
-from heirloom.common.nn.functional import Functional, functional
+from heirloom.common.nn.functional import Functional, Params, functional
 from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, check_codec, left_out, measure
 from weightgen.formats import CODEC, ENCODER, GENERATOR, open_part, save_neighbours
@@ -24,7 +24,6 @@ from weightgen.train import LoopConfig, generator_rows, optimizer, rows_parts
 from weightgen.zoo.data import FEATURES, Bank, Projection
 from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition
 
-Params = dict[str, jax.Array]
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
 
 

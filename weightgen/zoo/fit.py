@@ -10,10 +10,8 @@ import numpy as np
 import optax
 
 from heirloom.common.errors import positive
-from heirloom.common.nn.functional import Functional
+from heirloom.common.nn.functional import Functional, Params
 from weightgen.zoo.nets import NetConfig, net
-
-Params = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
