@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -15,6 +16,8 @@ from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, relatives
 from learngene.expand import layer_map, unrolled_map
 from learngene.relatives import evenly, mimetic, plan
+from learngene.train import Config, resolve
+from learngene.zoo import FAMILY
 
 COUNTS = {
     5: (1, 1, 1, 1, 1),
@@ -248,3 +251,22 @@ def test_every_method_has_a_plan():
     from typing import get_args
 
     assert set(relatives.METHODS) | {"ligo"} == set(get_args(relatives.Method))
+
+
+def test_an_inherited_head_that_reads_other_features_is_remarked(folder_of, remarks):
+    student = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=3)
+    donor = open_donor(folder_of(replace(student, layers=2, tokens="cls", pool="cls")), [FAMILY])
+
+    def said(**changes):
+        cfg = Config(**dict(student=student, method="stack") | changes)
+        resolve(cfg, functional(Vit, cfg.student), donor)
+        return remarks()
+
+    remarks()
+    (other,) = said()
+    assert "read the class token in the donor and reads the mean of the patches in the student: set" in other
+    assert said(student=replace(student, tokens="cls", pool="mean_norm")) == [other]
+    for same in (dict(student=replace(student, tokens="cls", pool="cls")), dict(head="fresh"), dict(method="auto")):
+        assert said(**same) == []
+    donor = open_donor(folder_of(replace(student, layers=2), "mean"), [FAMILY])
+    assert said(student=replace(student, pool="mean_norm")) == []  # as SWS's descendants have it

@@ -177,7 +177,7 @@ def test_the_command_lists_the_best_of_each_kind_and_what_to_train(tmp_path, cap
     assert found["best"] == sorted(ratios, key=ratios.__getitem__, reverse=True)[:2]
     first, *patterns = file.read_text().splitlines()
     assert first == "unfrozen_parameters:"
-    # as axolotl reads them (LayerNamePattern in utils/freeze.py): it escapes the dots, and matches from the start of a name
+    # as axolotl reads them (LayerNamePattern in utils/freeze.py): it escapes the dots, and matches from the start
     read = [re.compile(re.sub(r"\.(?!\+)", "\\.", line.removeprefix("- "))) for line in patterns]
     near = [name.replace(".", "x") for name in names]
     assert [name for name in names + near if any(one.match(name) for one in read)] == sorted(found["best"])
