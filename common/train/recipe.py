@@ -237,18 +237,19 @@ def train(
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
     agree({"step": int(state.step), "data": s.data.state(), "resumed": s.run.resumed.get("data")})
     evaluator = parts.evaluator(opened) if parts.evaluator else None
-    return s.run.fit(
-        state,
-        step,
-        s.data,
-        last,
-        cadence=Cadence(cfg.log_every, cfg.save_every, cfg.eval_every, cfg.stuck_seconds, cfg.profile),
-        examples_per_step=parts.examples,
-        flops_per_example=parts.flops(opened.teacher),
-        writers=open_writers(cfg.writers, folder, s.run.config, int(state.step)),
-        evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
-        on_finish=finish or write,
-    )
+    with open_writers(cfg.writers, folder, s.run.config, int(state.step)) as writers:
+        return s.run.fit(
+            state,
+            step,
+            s.data,
+            last,
+            cadence=Cadence(cfg.log_every, cfg.save_every, cfg.eval_every, cfg.stuck_seconds, cfg.profile),
+            examples_per_step=parts.examples,
+            flops_per_example=parts.flops(opened.teacher),
+            writers=writers,
+            evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
+            on_finish=finish or write,
+        )
 
 
 def _note_student(run: Path, parts: Parts) -> None:
