@@ -24,7 +24,7 @@ from weightgen.formats import D2NWG, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.train import LoopConfig, check_batch, generator_rows, optimizer, rows_parts
 from weightgen.zoo.data import Bank, Projection
-from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
+from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of, zoo_folder
 
 # Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which
 # decays biases and norms as well. Samples are not drawn from an average.
@@ -118,7 +118,7 @@ class D2nwgRecipe(LoopConfig):
 
     def parts(self) -> Parts:
         """Diffusion of the latents of an autoencoder that is trained first (`RUN/stage_1`)."""
-        folder = Path(self.zoo)
+        folder = zoo_folder(self.zoo)
         zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
         model, make = functional(D2nwg, cfg), generator_rows(zoo, bank, self.shots, self.batch)

@@ -361,7 +361,8 @@ def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
     back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
     assert all(np.array_equal(back[k], trees[2][k]) for k in back)
     zoo.save(tmp_path / "zoo")
-    assert np.array_equal(open_zoo(tmp_path / "zoo").tokens(slice(None)), zoo.tokens(slice(None)))
+    for folder in (tmp_path / "zoo", tmp_path):  # of a run, its zoo
+        assert np.array_equal(open_zoo(folder).tokens(slice(None)), zoo.tokens(slice(None)))
     save_file({"w": np.zeros((4, 2), np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "3.safetensors")
     (tmp_path / "zoo").rename(tmp_path.parent / "zoo-elsewhere")
     with pytest.raises(InputError, match=r"3\.safetensors is of another architecture"):
