@@ -15,7 +15,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.labelled import open_labelled
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Resolution
@@ -86,6 +86,9 @@ class Comparison:
     """Optimizer of descendants that inherit."""
     scratch: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=1e-3))
     """Optimizer of descendants that do not inherit; the lower tuning rate would make this baseline too weak."""
+
+    def __post_init__(self) -> None:
+        positive(self, "depths", "epochs")
 
     def train(self, directory: Path) -> None:
         report(self, compare(self, directory))

@@ -15,7 +15,7 @@ from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
-from heirloom.common.errors import InputError, positive, remark
+from heirloom.common.errors import InputError, check_seed, positive, remark
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from heirloom.common.fetch import fetch
@@ -26,7 +26,7 @@ from lit_jax.data import cropped
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.drawn import Drawn
 from lit_jax.generate import draw_batches
-from lit_jax.sample import SampleConfig, check_seed, drawer, picture_keys
+from lit_jax.sample import SampleConfig, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 OF_CLIPS = {"task", "text", "classes", "templates"}

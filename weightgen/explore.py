@@ -21,7 +21,7 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.lines import split_lines
-from heirloom.common.errors import InputError, between, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from weightgen.ranking import check_share, rank, top
 from weightgen.search import Params, greedy, matched, noise_proposal, row_proposal
 
@@ -43,6 +43,7 @@ class Exploring:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive(self, "candidates", "latent", "batch")
         between(self, "step")
         check_share(self.share)

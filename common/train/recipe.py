@@ -24,7 +24,7 @@ from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError, between, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.fetch import origin
 from heirloom.common.nn.functional import functional
@@ -85,6 +85,7 @@ class RunConfig:
     """
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive(self, "steps", "log_every", "eval_every", "save_every", "keep_last")
         between(self, "keep_every", "keep_minutes", "stuck_seconds", "profile", below=2**30)
         if self.keep_every % self.save_every:
@@ -127,10 +128,6 @@ class BaseConfig(RunConfig):
     held_out: SourceConfig = field(default_factory=SourceConfig)
     """Data for the evaluation during training; an empty path: no evaluation."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self.pipeline, "batch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train import recipe
 from heirloom.common.train.optim import OptimConfig
@@ -90,6 +90,8 @@ class D2nwgRecipe(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "shots", "chain")
+        between(self, "scale", least=1e-6)
+        between(self, "beta")
 
     def former(self) -> dict[str, str]:
         return {"stage2.": ""}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.errors import positive
+from heirloom.common.errors import between, positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
 from heirloom.common.train.parameters import gathered
@@ -50,6 +50,11 @@ class CodecRecipe(LoopConfig):
     """Weight of the KL."""
     gate: GateConfig = field(default_factory=lambda: GateConfig(force=True))
     """Measured only: the generator that takes the codec refuses it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "latent", "width", "layers")
+        between(self, "beta")
 
     def parts(self) -> Parts:
         zoo, _ = open_with_bank(zoo_folder(self.zoo))

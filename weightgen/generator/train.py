@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from heirloom.common.checkpoint.weights import of_run
-from heirloom.common.errors import InputError, remark
+from heirloom.common.errors import InputError, between, positive, remark
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, check_codec, left_out, measure
@@ -102,6 +102,11 @@ class GeneratorRecipe(LoopConfig):
     batch: int = 128
     steps: int = 600
     """Optimizer steps of the whole run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "latent", "shots")
+        between(self, "dropout", most=1.0)
 
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
         """What the recipe makes of a zoo. Raises InputError when its networks were made for another condition."""

@@ -12,7 +12,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.config import to_json
 from heirloom.common.data.sources import SourceConfig, open_source
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.train.about import note_start
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, on_first, start
@@ -75,6 +75,7 @@ class ZooRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
@@ -193,6 +194,9 @@ class CheckpointsRecipe:
     """Encoder of the words: a SOURCE with a text tower (embedded:emoji); none: tasks are numbers, and only these can be
     generated for.
     """
+
+    def __post_init__(self) -> None:
+        between(self, "chunk", below=2**30)
 
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""
