@@ -30,6 +30,7 @@ MISTAKES = {
     "an unknown method": (["demo", "tinyclop"], "no method 'tinyclop'; did you mean 'tinyclip'?"),
     "an embedded model nobody has": (["inspect", "embedded:emoij"], "no embedded model 'emoij'; did you mean 'emoji'?"),
     "no run": (["report", "."], "is not a run"),
+    "a negative seed": (["demo", "--seed", "-1"], "--seed -1: choose a whole number from 0 to 4294967295"),
     "a recipe without donor": (["inherit", "tinyclip/smoke", "out"], "has no donor to inherit from"),
 }
 
