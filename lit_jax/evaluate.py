@@ -84,7 +84,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         reference = read_reference(fetch(file) if isinstance(file, Address) else file)
     else:
         reference = Reference(where=args.data, pool=None, spatial=None, images=len(source), read=lambda rows: iter(()))
-    extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())
+    extractor, mesh = open_extractor(Path(cfg.features).expanduser()), start(MeshConfig())
     check_reference(reference, extractor)
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
     pictures = pictures_of(donor, cfg.autoencoder, mesh)
@@ -100,7 +100,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if source is not None:
         reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
     shape = (cfg.samples, side, side, 3)
-    saved = Drawn(Path(cfg.save), shape, sampling_settings(donor, pictures, cfg)) if cfg.save else None
+    saved = Drawn(Path(cfg.save).expanduser(), shape, sampling_settings(donor, pictures, cfg)) if cfg.save else None
     if saved and (count := saved.count()):
         print(f"{cfg.save}: {count:,} of {cfg.samples:,} pictures are already drawn")
 

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from heirloom.common import config, doctor
+from heirloom.common import cli, config, doctor
 from heirloom.common.arguments import VERBS
 from heirloom.common.cli import main
 from heirloom.common.doctor import check_pair
@@ -166,6 +167,15 @@ def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
     with pytest.raises(InputError, match=r"Unrecognized options: --optim\.learning-rate") as wrong:
         config.load("tinyclip/smoke", ["--optim.learning-rate", "3e-4"])
     assert "\n" not in str(wrong.value)
+
+
+def test_a_home_folder_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch):
+    """It expands ~/x, and not --out=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = cli._parser().parse_args(["demo", "--out=~/x"])
+    assert parsed.out == tmp_path / "x"
+    for verb in VERBS:  # every argument that is a path
+        assert not any(one.options.get("type") is Path for one in verb.arguments)
 
 
 @pytest.mark.parametrize(

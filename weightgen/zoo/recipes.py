@@ -210,7 +210,7 @@ class CheckpointsRecipe:
             return
         if self.members == "chunks" and not self.chunk:
             raise InputError("chunks need a length: set chunk, such as 4096")
-        zoo, words = import_folder(Path(self.folder), chunk=self.chunk or None, select=self.select)
+        zoo, words = import_folder(Path(self.folder).expanduser(), chunk=self.chunk or None, select=self.select)
         if self.members == "chunks":
             zoo = by_chunk(zoo)
             words = tuple(f"chunk {i}" for i in range(zoo.classes.max() + 1))

@@ -295,6 +295,12 @@ def test_what_is_wrong_in_a_folder_is_said(write, wrong, tmp_path):
         import_folder(tmp_path / "zoo")
 
 
+def test_a_folder_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["train", "weightgen/checkpoints", "--run", str(tmp_path / "run"), "--folder=~/none"]) == 2
+    assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+
+
 def test_a_folder_may_keep_shards_under_an_index(tmp_path):
     parts = {"model-00001-of-00002.safetensors": "w", "model-00002-of-00002.safetensors": "b"}
     for file, name in parts.items():
