@@ -160,6 +160,9 @@ class LanguageModel:
         longest = getattr(self.model.config, "max_position_embeddings", None) or len(whole)
         if len(whole) > longest:
             raise InputError(f"{len(whole)} tokens in {one.question[:40]!r}, the model takes {longest}: shorten it")
+        if max(whole, default=0) >= (known := self.model.get_input_embeddings().weight.shape[0]):
+            other = f"the tokenizer gives token {max(whole)}, the model knows {known}"
+            raise InputError(f"{self.path}: {other}: give the model with its own tokenizer")
         if not 0 < shared < len(whole):
             raise InputError(f"{one.question[:40]!r}: a question and a choice need a token each; write more of either")
         return whole, shared
