@@ -16,6 +16,7 @@ from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import is_folder, open_folder
 from heirloom.common.errors import InputError, remark
 from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
+from weightgen.zoo.lora import has_adapters
 
 IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(
@@ -26,7 +27,6 @@ BARE = re.compile(r"(\w+|decoder\.layers)\.\d+\.")  # saved without the head, wh
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a file with each expert in a tensor of its own
 # May hold -inf, and no weights.
 BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")
-ADAPTER = re.compile(r"\.lora_(embedding_)?[AB](\.|$)|\.lora_(down|up)\.|[._]lora\.(down|up)\.")
 
 
 def snr(matrix: np.ndarray) -> float:
@@ -67,8 +67,8 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     when no matrix is left.
     """
     refuse_quantised(tensors)
-    if adapter := next((name for name in tensors if ADAPTER.search(name)), None):
-        raise InputError(f"{adapter} is half of an adapter: merge it into its base model and rank that")
+    if adapter := next((name for name in tensors if has_adapters({name: tensors[name]})), None):
+        raise InputError(f"{adapter} is of an adapter: merge it into its base model and rank that")
     if broken := not_finite({name: tensor for name, tensor in tensors.items() if not BUFFER.search(name)}):
         which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken)})"
         raise InputError(f"NaN or infinity in {which}: take another checkpoint")

@@ -118,8 +118,9 @@ def test_shards_that_are_missing_or_double_are_named(tmp_path):
 
 
 def test_adapters_and_checkpoints_without_matrices_are_refused():
-    with pytest.raises(InputError, match="half of an adapter"):
-        rank({"q.lora_A.weight": weights(16, 32)})
+    for name in ("q.lora_A.weight", "q.lora_a.weight", "q.lora_linear_layer.down.weight", "qkv_lora1.down.weight"):
+        with pytest.raises(InputError, match=f"{name} is of an adapter"):
+            rank({name: weights(16, 32)})
     with pytest.raises(InputError, match="no matrix to rank among norm"):
         rank({"norm": np.ones(4, np.float32)})
 
