@@ -128,7 +128,7 @@ class VitConfig:
             raise InputError("pool 'map' has a plain MLP, and gated is set: choose another pool, or set gated to False")
         if self.classes and self.joint:
             given = f"classes is {self.classes} and joint {self.joint}"
-            raise InputError(f"{given}: a model has a head or a projection, set one of them to 0")
+            raise InputError(f"{given}: set joint to 0 for a classifier, or classes for features")
         if self.pool == "cls+mean" and (self.pooler or self.joint):
             needed = "a pooler or projection takes one: set pool to 'cls'"
             raise InputError(f"pool 'cls+mean' gives two vectors, and {needed}")

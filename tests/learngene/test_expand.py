@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.cli import main
 from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -14,10 +15,11 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, relatives
+from learngene.descendant import descendant
 from learngene.expand import layer_map, unrolled_map
 from learngene.relatives import evenly, mimetic, plan
 from learngene.train import Config, resolve
-from learngene.zoo import FAMILY
+from learngene.zoo import FAMILY, vit
 
 COUNTS = {
     5: (1, 1, 1, 1, 1),
@@ -270,3 +272,27 @@ def test_an_inherited_head_that_reads_other_features_is_remarked(folder_of, rema
         assert said(**same) == []
     donor = open_donor(folder_of(replace(student, layers=2), "mean"), [FAMILY])
     assert said(student=replace(student, pool="mean_norm")) == []  # as SWS's descendants have it
+
+
+def test_an_ordinary_vit_of_another_depth_is_told_the_command_that_makes_it(folder_of, tmp_path, capsys):
+    donor = folder_of(replace(vit("s", 1), classes=5, tokens="cls", pool="cls"))
+    assert main(["expand", str(donor), str(tmp_path / "no"), "--depth", "2"]) == 2
+    said = capsys.readouterr().err
+    words = said.partition(": heirloom ")[2].split()
+    named = {"DEST": str(tmp_path / "made"), "SOURCE": str(donor)}
+    command = [named.get(word, word) for word in words]
+    assert main([*command, "--student.classes", "5"]) == 0
+    assert open_donor(tmp_path / "made", [FAMILY]).cfg.layers == 2
+
+
+def test_a_new_classifier_takes_the_place_of_a_projection(remarks):
+    clip = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=0, joint=12)
+    made = descendant(clip, 1, classes=3)
+    assert (made.classes, made.joint) == (3, 0) and descendant(clip, 1).joint == 12
+    assert remarks() == ["the new classifier reads the pooled features; their projection to 12 is left out"]
+    donor, student = (functional(Vit, one) for one in (clip, made))
+    source = Source(donor.spec, donor.init(jax.random.key(0)))
+    lines = {line.path: line.source for line in plan("expand", clip, made).resolve(source, student.spec).lines}
+    assert lines["head/kernel"] is None and lines["patch/kernel"]
+    with pytest.raises(InputError, match="set joint to 0 for a classifier"):
+        replace(clip, classes=3)
