@@ -64,6 +64,9 @@ def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
+        if behind := next((word for word in flags if word in recipes() or word.endswith(".py")), None):
+            flag = next((word for word in flags if word.startswith("-")), "--steps")
+            raise InputError(f"{name!r} is no recipe; write it before its flags: heirloom {verb} {behind} {flag} ...")
         known = ", ".join(recipes())
         raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {known}; or give a .py file)")
     # Two recipes may have one file name.

@@ -32,6 +32,10 @@ MISTAKES = {
     "an embedded model nobody has": (["inspect", "embedded:emoij"], "no embedded model 'emoij'; did you mean 'emoji'?"),
     "no run": (["report", "."], "is not a run"),
     "a negative seed": (["demo", "--seed", "-1"], "--seed -1: choose a whole number from 0 to 4294967295"),
+    "flags before the recipe": (
+        ["train", "--run", "R", "--steps", "5", "learngene/smoke"],
+        "'5' is no recipe; write it before its flags: heirloom train learngene/smoke --steps ...",
+    ),
     "a recipe without donor": (["inherit", "tinyclip/smoke", "out"], "has no donor to inherit from"),
 }
 
