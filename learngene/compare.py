@@ -119,11 +119,10 @@ def compare_command(args: Namespace) -> dict[str, Any]:
 
 
 def _split(flags: list[str]) -> list[str]:
-    """Rewrite `--depths 4,6,8` for tyro: `--depths 4 6 8`."""
-    out: list[str] = []
-    for previous, flag in zip(["", *flags], flags, strict=False):
-        out += flag.split(",") if previous in ("--depths", "--methods") else [flag]
-    return out
+    """Rewrite `--methods sws,kd` for tyro: `--methods sws kd`. Lists of numbers are split by `config.parse`."""
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--methods=") else [flag])]
+    pairs = zip(["", *flags], flags, strict=False)
+    return [part for before, flag in pairs for part in (flag.split(",") if before == "--methods" else [flag])]
 
 
 def check(cfg: Comparison) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,24 @@ def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
     with pytest.raises(InputError, match=r"Unrecognized options: --optim\.learning-rate") as wrong:
         config.load("tinyclip/smoke", ["--optim.learning-rate", "3e-4"])
     assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "field", "value"),
+    [
+        ("learngene/aux_s", ["--student.layout", "3,3,4,3,2"], "student.layout", (3, 3, 4, 3, 2)),
+        ("learngene/aux_s", ["--student.layout=3,3,4,3,2"], "student.layout", (3, 3, 4, 3, 2)),
+        ("learngene/vit_s", ["--layers", "0,0,1", "--steps", "9"], "layers", (0, 0, 1)),
+        ("learngene/vit_s", ["--layers", "0", "0", "1"], "layers", (0, 0, 1)),
+        ("learngene/vit_s", ["--writers=wandb,tensorboard"], "writers", ("wandb", "tensorboard")),
+        ("learngene/vit_s", ["--augment.scale", "0.1,0.9"], "augment.scale", (0.1, 0.9)),
+        ("learngene/vit_s", ["--optim.no-decay", "a,b"], "optim.no_decay", ("a,b",)),  # text has commas of its own
+        ("learngene/emoji", ["--gene.student.layout", "1,2,1"], "gene.student.layout", (1, 2, 1)),
+    ],
+)
+def test_a_list_is_written_with_commas_or_spaces(recipe, flags, field, value):
+    cfg = config.load(recipe, flags)
+    assert attrgetter(field)(cfg) == value
 
 
 def test_a_home_folder_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch):
