@@ -121,7 +121,7 @@ def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = Non
     with contextlib.redirect_stderr(io.StringIO()) as complaint:
         try:
             # A field of several types gets the flags of its current type.
-            how = dict(prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,))
+            how: Any = dict(prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,))
             return tyro.cli(type(cfg), default=cfg, args=_split(cfg, flags), **how)
         except SystemExit as end:
             if not end.code:

@@ -74,7 +74,7 @@ def between(cfg: object, *fields: str, least: float = 0.0, below: float = inf, m
 
 def check_seed(seed: object, name: str = "seed") -> None:
     """Raises InputError for what is no seed of jax.random.key."""
-    if not isinstance(seed, Integral) or not 0 <= seed < SEEDS:
+    if not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
         raise InputError(f"{name} {seed}: choose a whole number from 0 to {SEEDS - 1}")
 
 

@@ -293,6 +293,6 @@ def test_a_new_classifier_takes_the_place_of_a_projection(remarks):
     donor, student = (functional(Vit, one) for one in (clip, made))
     source = Source(donor.spec, donor.init(jax.random.key(0)))
     lines = {line.path: line.source for line in plan("expand", clip, made).resolve(source, student.spec).lines}
-    assert lines["head/kernel"] is None and lines["position"]
+    assert lines["head/kernel"] is None and lines["position"] is not None
     with pytest.raises(InputError, match="set joint to 0 for a classifier"):
         replace(clip, classes=3)
