@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, check_seed
 from heirloom.common.paths import place
 
 
@@ -50,6 +50,18 @@ class Verb:
     more: str = ""
 
 
+def seed(text: str) -> int:
+    """Reads a seed. Raises InputError for a number that is none."""
+    value = int(text)
+    check_seed(value, "--seed")
+    return value
+
+
+def path(text: str) -> Path:
+    """Reads a local path. The shell leaves the ~ of --out=~/x to us."""
+    return Path(text).expanduser()
+
+
 RECIPE = "a recipe: a name from heirloom recipes, or a .py file"
 FIELDS = "Every field of a recipe is a flag, such as --optim.lr 3e-4; heirloom {} RECIPE --help lists them."
 SAMPLER = "Settings of the sampler are flags as well, such as --steps 50{}."
@@ -68,8 +80,8 @@ VERBS = (
         "show what a method does, with data included here",
         (
             argument("method", nargs="?", default="tinyclip", help="default: tinyclip; the demo names the others"),
-            argument("--seed", type=int, default=0, help="of the random numbers (default: 0)"),
-            argument("--out", type=Path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"),
+            argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
+            argument("--out", type=path, default=Path("heirloom-demo"), metavar="DIR", help="where the picture goes"),
         ),
         json=True,
     ),
@@ -122,7 +134,7 @@ VERBS = (
         argument(
             "destination",
             metavar="DEST",
-            type=Path,
+            type=path,
             help="the new folder: of a teacher's embeddings (then --teacher cache:DEST), or of latents and captions",
         ),
         json=True,
@@ -180,7 +192,7 @@ VERBS = (
             ),
             argument(
                 "--suite",
-                type=Path,
+                type=path,
                 metavar="DIR",
                 help="every data set of a folder, next to published numbers (CLIPs)",
             ),
@@ -189,12 +201,12 @@ VERBS = (
             ),
             argument(
                 "--classes",
-                type=Path,
+                type=path,
                 metavar="FILE",
                 help="class names, one a line, in label order, or imagenet (zeroshot)",
             ),
             argument(
-                "--templates", type=Path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)"
+                "--templates", type=path, metavar="FILE", help="templates with {}, one a line, or imagenet (zeroshot)"
             ),
         ),
         flags=True,
@@ -217,13 +229,13 @@ VERBS = (
                 help="classes to draw (default: the first eight)",
             ),
             argument("--prompt", metavar="TEXT", help="what to draw; empty: anything"),
-            argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or the file of --layout"),
+            argument("--prompts", type=path, metavar="FILE", help="one prompt a line, or the file of --layout"),
             argument("--negative", default="", metavar="TEXT", help="what not to draw"),
             argument("--size", metavar="HEIGHTxWIDTH", help="pixels; becomes the nearest size of training"),
             argument("--exact", action="store_true", help="keep --size as it is"),
             argument("--count", "-n", type=int, metavar="N", help="pictures of each class (4) or prompt (1)"),
             argument("--batch", type=int, metavar="N", help="pictures drawn at a time (classes: 64, a prompt: 4)"),
-            argument("--out", type=Path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
+            argument("--out", type=path, metavar="FILE|DIR", help="a PNG of classes, a folder for prompts"),
             argument("--layout", default="plain", metavar="NAME", help="of the folder: plain, geneval, dpg"),
             argument("--autoencoder", default="", metavar="SOURCE", help="the decoder of a latent model", buckets=True),
             argument(
@@ -246,9 +258,9 @@ VERBS = (
                 default="streamed",
                 help="read the text encoder layer by layer, or keep it in memory",
             ),
-            argument("--cache", type=Path, metavar="DIR", help="keep encoded prompts here"),
+            argument("--cache", type=path, metavar="DIR", help="keep encoded prompts here"),
             argument("--dtype", choices=("float32", "bfloat16"), help="of the transformer (CPUs: float32)"),
-            argument("--seed", type=int, default=0, help="of the random numbers (default: 0)"),
+            argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
             argument("--offline", action="store_true", help="never download anything"),
             argument("--force", action="store_true", help="draw again what is in --out"),
         ),
@@ -271,7 +283,7 @@ VERBS = (
             ),
             argument("--size", type=int, metavar="PIXELS", help="another resolution: positions are resampled"),
             argument("--classes", type=int, metavar="N", help="another number of classes: a fresh head"),
-            argument("--seed", type=int, default=0, help="seed of the fresh parameters"),
+            argument("--seed", type=seed, default=0, help="seed of the fresh parameters"),
             argument("--force", action="store_true", help="replace DEST"),
         ),
         json=True,
@@ -281,7 +293,7 @@ VERBS = (
         "compare ways to start models of several depths",
         (
             argument("what", nargs="?", metavar="CONFIG", help="a recipe such as learngene/emoji"),
-            argument("--run", type=Path, metavar="DIR", help="where the runs go; the same command again resumes"),
+            argument("--run", type=path, metavar="DIR", help="where the runs go; the same command again resumes"),
             argument(
                 "--cost",
                 metavar="6-15",
@@ -310,12 +322,12 @@ VERBS = (
             ),
             argument(
                 "--out",
-                type=Path,
+                type=path,
                 default=Path("generated"),
                 metavar="DIR",
                 help="where the weights folders and report.json go",
             ),
-            argument("--seed", type=int, default=0, help="of the random numbers (default: 0)"),
+            argument("--seed", type=seed, default=0, help="of the random numbers (default: 0)"),
             argument("--force", action="store_true", help="replace what DIR contains"),
         ),
         flags=True,
@@ -328,7 +340,7 @@ VERBS = (
         (
             argument("what", metavar="PATH", help="hf:org/name, a folder, or a file of weights"),
             argument("--share", type=float, default=0.25, metavar="X", help="of each kind to list (default: 0.25)"),
-            argument("--unfreeze", type=Path, metavar="FILE", help="write these as a list of parameters to train"),
+            argument("--unfreeze", type=path, metavar="FILE", help="write these as a list of parameters to train"),
             argument("--force", action="store_true", help="replace FILE"),
         ),
         json=True,
@@ -338,9 +350,9 @@ VERBS = (
         "search around a language model, beside noise",
         (
             argument("what", metavar="PATH", help="hf:org/name or a folder of transformers, with its tokenizer"),
-            argument("--select", type=Path, required=True, metavar="TASK", help="questions that select, a JSON a line"),
-            argument("--test", type=Path, required=True, metavar="TASK", help="questions that say what it is worth"),
-            argument("--out", type=Path, default=Path("explored"), metavar="DIR", help="the new folder"),
+            argument("--select", type=path, required=True, metavar="TASK", help="questions that select, a JSON a line"),
+            argument("--test", type=path, required=True, metavar="TASK", help="questions that say what it is worth"),
+            argument("--out", type=path, default=Path("explored"), metavar="DIR", help="the new folder"),
             argument("--force", action="store_true", help="replace DIR"),
         ),
         flags=True,
@@ -351,7 +363,7 @@ VERBS = (
         "push",
         "upload a weights folder or a run to the Hugging Face hub",
         (
-            argument("folder", metavar="FOLDER", type=Path, help="a weights folder, or a run folder"),
+            argument("folder", metavar="FOLDER", type=path, help="a weights folder, or a run folder"),
             argument("destination", metavar="hf:org/name", help="the repository, created if it is not there"),
             argument("--private", action="store_true", help="only you, or your organisation, may see it"),
             argument("--license", default="", metavar="ID", help="for the card: mit, apache-2.0, ..."),

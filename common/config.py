@@ -10,7 +10,7 @@ import traceback
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import cloudpickle
 
@@ -62,6 +62,9 @@ def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
     """
     path = SHIPPED / f"{name}.py" if name in recipes() else Path(name)
     if not path.is_file():
+        if behind := next((word for word in flags if word in recipes() or word.endswith(".py")), None):
+            flag = next((word for word in flags if word.startswith("-")), "--steps")
+            raise InputError(f"{name!r} is no recipe; write it before its flags: heirloom {verb} {behind} {flag} ...")
         known = ", ".join(recipes())
         raise InputError(f"no recipe {name!r}{nearest(name, recipes())} (there are {known}; or give a .py file)")
     # Two recipes may have one file name.
@@ -116,10 +119,37 @@ def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = Non
     with contextlib.redirect_stderr(io.StringIO()) as complaint:
         try:
             # A field of several types gets the flags of its current type.
-            how = (tyro.conf.AvoidSubcommands,)
-            return tyro.cli(type(cfg), default=cfg, args=list(flags), prog=prog, description=description, config=how)
+            how: Any = dict(prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,))
+            return tyro.cli(type(cfg), default=cfg, args=_split(cfg, flags), **how)
         except SystemExit as end:
             if not end.code:
                 raise  # --help
     words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", complaint.getvalue()).split()
     raise InputError(" ".join(words))
+
+
+def _split(cfg: object, flags: Sequence[str]) -> list[str]:
+    """Rewrites `--depths=4,6,8` for tyro, `--depths 4 6 8`, where the field holds several numbers or choices."""
+    out: list[str] = []
+    several = False
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            several = _holds_several(cfg, name)
+            out += [name, *value.split(",")] if several and equals else [word]
+        else:
+            out += word.split(",") if several else [word]
+    return out
+
+
+def _holds_several(cfg: Any, flag: str) -> bool:
+    """Whether the field of a flag is a tuple of numbers or choices."""
+    *owners, name = flag.lstrip("-").replace("-", "_").split(".")
+    try:
+        for owner in owners:
+            cfg = cfg[int(owner)] if owner.isdecimal() else getattr(cfg, owner)
+        hint = get_type_hints(type(cfg))[name]
+    except (AttributeError, IndexError, KeyError, NameError, TypeError):
+        return False  # tyro says what is wrong
+    tuples = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]
+    return any(all(part in (int, float, ...) or get_origin(part) is Literal for part in get_args(t)) for t in tuples)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from enum import IntEnum
 from math import inf
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
+SEEDS = 2**32  # of jax.random.key
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
 
 
@@ -74,25 +76,36 @@ def with_settings(cfg: Settings, settings: Mapping[str, Any]) -> Settings:
 def positive(cfg: object, *fields: str, most: int = 2**30) -> None:
     """Raises InputError for the first of these fields that is below 1 or above `most`; for `__post_init__`.
 
-    Of a field that is a tuple each number is checked.
+    Of a field with several numbers each number is checked.
     """
     for name in fields:
         given = getattr(cfg, name)
-        for value in given if isinstance(given, tuple) else (given,):
+        for value in given if isinstance(given, tuple | list) else (given,):
             if not value >= 1:  # true for NaN too
                 raise InputError(f"{name} is {value}: choose 1 or more")
             if value > most:
                 raise InputError(f"{name} is {value}: choose {most} or less")
 
 
-def between(cfg: object, *fields: str, least: float = 0.0, below: float = inf) -> None:
-    """Raises InputError for the first of these fields that is not a number in [least, below); None is not checked."""
+def between(cfg: object, *fields: str, least: float = 0.0, below: float = inf, most: float = inf) -> None:
+    """Raises InputError for the first of these fields that is not in [least, below), or above `most`; None is neither.
+
+    Of a field with several numbers each number is checked.
+    """
     for name in fields:
-        value = getattr(cfg, name)
-        if value is not None and not least <= value < below:  # true for NaN too
-            whole = f"a finite number, {least:g} or more"
-            wanted = whole if below == inf else f"a number from {least:g} to below {below:g}"
-            raise InputError(f"{name} is {value}: choose {wanted}")
+        given = getattr(cfg, name)
+        for value in given if isinstance(given, tuple | list) else (given,):
+            if value is not None and not (least <= value < below and value <= most):  # true for NaN too
+                wanted = f"a finite number, {least:g} or more"
+                if min(below, most) < inf:
+                    wanted = f"a number from {least:g} to {f'below {below:g}' if below <= most else f'{most:g}'}"
+                raise InputError(f"{name} is {value}: choose {wanted}")
+
+
+def check_seed(seed: object, name: str = "seed") -> None:
+    """Raises InputError for what is no seed of jax.random.key."""
+    if not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
+        raise InputError(f"{name} {seed}: choose a whole number from 0 to {SEEDS - 1}")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

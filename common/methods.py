@@ -61,9 +61,7 @@ def open_any(source: str, **overrides: Any) -> "Donor":
     from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 
     path = locate_any(source)
-    if is_pipeline(path):
-        path = main_part(path)
-    return open_donor(path / "model" if (path / "metrics.jsonl").is_file() else path, families(), **overrides)
+    return open_donor(main_part(path) if is_pipeline(path) else path, families(), **overrides)
 
 
 def locate_any(source: str) -> "Path":

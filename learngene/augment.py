@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from heirloom.common.data.preprocess import Preprocess
+from heirloom.common.errors import InputError, between, positive
 
 ERASED, ERASED_RATIO = (0.02, 1 / 3), 0.3  # area and narrowest aspect ratio of an erased box
 TRIES = 10  # draws before giving up
@@ -40,6 +41,15 @@ class AugmentConfig:
     """
     smoothing: float = 0.0
     """Label smoothing: probability mass that is spread evenly over the classes."""
+
+    def __post_init__(self) -> None:
+        positive(self, "views", most=1000)
+        between(self, "shift", "mixup", "cutmix")
+        between(self, "flips", "erase", most=1.0)
+        between(self, "smoothing", below=1.0)
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise InputError(f"scale is {self.scale}: choose the smallest and the largest share of the area, up to 1")
 
     @property
     def changes(self) -> bool:

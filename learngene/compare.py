@@ -14,7 +14,7 @@ from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import open_labelled
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.surgery.plan import Resolution
@@ -86,6 +86,9 @@ class Comparison:
     scratch: OptimConfig = field(default_factory=lambda: replace(ADAMW, lr=1e-3))
     """Optimizer of descendants that do not inherit; the lower tuning rate would make this baseline too weak."""
 
+    def __post_init__(self) -> None:
+        positive(self, "depths", "epochs")
+
     def train(self, directory: Path) -> None:
         report(self, compare(self, directory))
 
@@ -115,11 +118,10 @@ def compare_command(args: Namespace) -> dict[str, Any]:
 
 
 def _split(flags: list[str]) -> list[str]:
-    """Rewrite `--depths 4,6,8` for tyro: `--depths 4 6 8`."""
-    out: list[str] = []
-    for previous, flag in zip(["", *flags], flags, strict=False):
-        out += flag.split(",") if previous in ("--depths", "--methods") else [flag]
-    return out
+    """Rewrite `--methods sws,kd` for tyro: `--methods sws kd`. Lists of numbers are split by `config.parse`."""
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--methods=") else [flag])]
+    pairs = zip(["", *flags], flags, strict=False)
+    return [part for before, flag in pairs for part in (flag.split(",") if before == "--methods" else [flag])]
 
 
 def check(cfg: Comparison) -> None:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parts import Parts
 from heirloom.common.train.recipe import BaseConfig
@@ -66,6 +66,10 @@ class Config(BaseConfig):
     log_every: int = 100
     eval_every: int = 2500
     save_every: int = 2500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, "crop", least=0.01, most=1.0)
 
     @property
     def family(self) -> Family:

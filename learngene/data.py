@@ -14,7 +14,7 @@ from PIL import Image
 from heirloom.common.data.bad import BAD, BadMode, Delivered, Examples, WrongData, bad_records
 from heirloom.common.data.labelled import Names, open_labelled
 from heirloom.common.data.pictures import decode_record
-from heirloom.common.data.pipeline import PipelineConfig
+from heirloom.common.data.pipeline import PipelineConfig, host_rows
 from heirloom.common.data.preprocess import Preprocess, centre, random_box
 from heirloom.common.data.sources import Record, Source, SourceConfig
 from heirloom.common.errors import InputError
@@ -76,7 +76,10 @@ class Resident:
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], cfg: PipelineConfig, mesh: Mesh):
-        """arrays: of `decoded`. Raises InputError for fewer examples than a batch, or several processes."""
+        """arrays: of `decoded`. Raises InputError for fewer examples than a batch, a batch that the devices do
+        not divide, and several processes.
+        """
+        host_rows(cfg.batch, mesh)  # for its error
         self.examples, self.cfg, self.done = len(arrays["label"]), cfg, 0
         if self.examples < cfg.batch:
             fewer = f"{self.examples} examples, fewer than a batch of {cfg.batch}"

@@ -15,7 +15,7 @@ from learngene.config import Config
 from learngene.expand import layer_map
 from learngene.inputs import preprocess_of
 from learngene.train import inherited_sidecars
-from learngene.zoo import FAMILY
+from learngene.zoo import FAMILY, WIDTHS
 
 
 def expand_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
@@ -47,11 +47,19 @@ def descendant(
 ) -> VitConfig:
     """Config of a descendant. size, classes: None for those of the gene. layers: the map that will be used, if given.
 
-    Remarks a choice of stages that no paper gives. Raises InputError for a number below 1.
+    Remarks a choice of stages that no paper gives, and a projection that makes way for a classifier. Raises InputError
+    for a number below 1, and for an ordinary ViT of another depth.
     """
     for name, value in (("depth", depth), ("size", size), ("classes", classes)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: choose 1 or more")
+    if gene.gene == "none" and (depth != gene.layers or layers):
+        recipe = f"learngene/vit_{next((name for name, width in WIDTHS.items() if width == gene.width), 's')}"
+        how = f"heirloom inherit {recipe} DEST --method stack --donor SOURCE --student.layers {depth}"
+        raise InputError(f"an ordinary ViT of {gene.layers} layers, which is no gene, keeps its depth here: {how}")
+    if classes and gene.joint:
+        remark(f"the new classifier reads the pooled features; their projection to {gene.joint} is left out")
+        gene = replace(gene, joint=0)
     student = replace(gene.of_depth(depth), size=size or gene.size, classes=classes or gene.classes)
     if size:
         student = replace(student, size_width=None)

@@ -15,7 +15,7 @@ from heirloom.common import config
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
@@ -42,6 +42,10 @@ class EvalConfig:
     preprocessing.
     """
     batch: int = 256
+
+    def __post_init__(self) -> None:
+        positive(self, "batch")
+        between(self, "crop", least=0.01, most=1.0)
 
 
 def normalised(pixels: jax.Array, pre: Preprocess) -> jax.Array:

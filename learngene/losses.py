@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class DistillConfig:
     """
 
     def __post_init__(self) -> None:
+        between(self, "temperature", least=1e-3)
         if not 0 <= self.alpha <= 1:
             raise InputError(f"distill.alpha is {self.alpha}: choose a weight between 0 and 1")
         if self.reduction == "numel" and self.kind == "soft" and self.alpha < 1:

@@ -36,6 +36,10 @@ from learngene.zoo import FAMILY, open_classifier, outline
 
 __all__ = ["ADAMW", "CONVNET_ADAMW", "Config", "TeacherConfig", "loss_fn", "parts"]
 
+MEAN, CLASS_TOKEN = "the mean of the patches", "the class token"
+# What a head reads, by pool.
+READS = {"norm_mean": MEAN, "mean_norm": MEAN, "cls": CLASS_TOKEN, "cls+dist": CLASS_TOKEN}
+
 
 def parts(cfg: Config) -> Parts:
     """Parts of the distillation of a gene and of the training of its descendants (SWS §3)."""
@@ -77,7 +81,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
         raise InputError(f"the teacher has {given}: set student.size and student.classes")
     if isinstance(teacher, Donor):
         check_one_class(problem_of(teacher), str(teacher.path), "distillation needs")
-    teacher_pre = preprocess_of(teacher).pre if isinstance(teacher, Donor) else IMAGENET
+    teacher_pre = preprocess_of(teacher).announced() if isinstance(teacher, Donor) else IMAGENET
 
     def target(batch: Batch, frozen: Any, pixels: jax.Array) -> jax.Array:
         if teacher is None:
@@ -116,9 +120,10 @@ def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
         regrouped = f"{donor.cfg.heads} heads become {cfg.student.heads}"
         print(f"note: {regrouped}: the projections are kept, but what attention computes with them changes")
     found = preprocess_of(donor)
-    if found.origin and not np.allclose((found.pre.mean, found.pre.std), (cfg.pre.mean, cfg.pre.std), atol=1e-2):
+    if not np.allclose((found.pre.mean, found.pre.std), (cfg.pre.mean, cfg.pre.std), atol=1e-2):
         own = f"mean {list(found.pre.mean)} and std {list(found.pre.std)}"
         set_them = "set preprocess.mean and preprocess.std to these if the student is to see pictures as the donor does"
+        found.announced()  # where it is only assumed
         remark(f"the donor normalises pictures with {own}, the student otherwise: {set_them}")
     if donor.cfg.activation != cfg.student.activation:
         names = f"{donor.cfg.activation!r}, the student's {cfg.student.activation!r}"
@@ -127,7 +132,12 @@ def resolve(cfg: Config, student: Model, donor: Donor) -> Resolution:
         plan = ligo_plan(cfg, student, donor)
     else:
         plan = relatives.plan(cfg.method, donor.cfg, cfg.student, cfg.layers, cfg.head)
-    return plan.resolve(donor.source, student.spec)
+    resolution = plan.resolve(donor.source, student.spec)
+    reads = [READS.get(one.pool, f"pool {one.pool!r}") for one in (donor.cfg, cfg.student)]
+    if reads[0] != reads[1] and any(line.source for line in resolution.lines if line.path == "head/kernel"):
+        kept = "set student.tokens and student.pool to the donor's, or head to 'fresh'"
+        remark(f"the head is inherited, which read {reads[0]} in the donor and reads {reads[1]} in the student: {kept}")
+    return resolution
 
 
 def ligo_plan(cfg: Config, student: Model, donor: Donor) -> Plan:

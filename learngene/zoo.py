@@ -30,7 +30,7 @@ FAMILY = Family(
 FAMILIES = (FAMILY, convnet.FAMILY)
 
 STAGES = (3, 3, 4, 3, 3)  # SWS's released layout
-_WIDTHS = {"ti": 192, "s": 384, "b": 768}
+WIDTHS = {"ti": 192, "s": 384, "b": 768}
 
 # Replaces LeViT-384, the teacher of SWS, whose checkpoint only an old timm can read.
 TEACHER = "hf:facebook/deit-base-distilled-patch16-224"
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 def vit(size: str, depth: int = 12) -> VitConfig:
     """Config of the descendant ti, s or b with `depth` layers: DeiT's widths, heads of 64 channels, no class token."""
-    width = _WIDTHS[size]
+    width = WIDTHS[size]
     return VitConfig(width=width, heads=width // 64, hidden=4 * width, layers=depth, drop_path=0.1)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import uniform_fan_in
@@ -46,6 +46,7 @@ class AutoencoderConfig:
     """Side of the pictures it was trained on, pixels; it takes any."""
 
     def __post_init__(self) -> None:
+        between(self, "scaling_factor", least=1e-6)
         positive(self, "channels", "latent", "groups", "size")
         positive(self, "resnets", most=1000)
         if not 1 <= len(self.channels) <= 16:

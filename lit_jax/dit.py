@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.adaln import XAVIER, AdalnTransformer, Modulation, time_features
 from heirloom.common.nn.attention import Attention, Kernel, softmax
 from heirloom.common.nn.block import Remat
@@ -62,6 +62,10 @@ class DitConfig:
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
     """Softmax attention: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "channels", "patch", "width", "layers", "hidden", "window")
+        between(self, "classes", below=2**30)
 
     @property
     def grid(self) -> int:

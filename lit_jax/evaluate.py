@@ -15,7 +15,7 @@ from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
-from heirloom.common.errors import InputError, positive, remark
+from heirloom.common.errors import InputError, check_seed, positive, remark
 from heirloom.common.evaluate.extractor import open_extractor
 from heirloom.common.evaluate.generated import LEAST, Reference, check_reference, evaluate, read_reference
 from heirloom.common.fetch import fetch
@@ -26,7 +26,7 @@ from lit_jax.data import cropped
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.drawn import Drawn
 from lit_jax.generate import draw_batches
-from lit_jax.sample import SampleConfig, check_seed, drawer, picture_keys
+from lit_jax.sample import SampleConfig, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 OF_CLIPS = {"task", "text", "classes", "templates"}
@@ -84,7 +84,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
         reference = read_reference(fetch(file) if isinstance(file, Address) else file)
     else:
         reference = Reference(where=args.data, pool=None, spatial=None, images=len(source), read=lambda rows: iter(()))
-    extractor, mesh = open_extractor(Path(cfg.features)), start(MeshConfig())
+    extractor, mesh = open_extractor(Path(cfg.features).expanduser()), start(MeshConfig())
     check_reference(reference, extractor)
     draw = drawer(donor.model, donor.cfg, cfg.sample, mesh)
     pictures = pictures_of(donor, cfg.autoencoder, mesh)
@@ -100,7 +100,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     if source is not None:
         reference = replace(reference, read=lambda rows: _cropped(source, side, rows))
     shape = (cfg.samples, side, side, 3)
-    saved = Drawn(Path(cfg.save), shape, sampling_settings(donor, pictures, cfg)) if cfg.save else None
+    saved = Drawn(Path(cfg.save).expanduser(), shape, sampling_settings(donor, pictures, cfg)) if cfg.save else None
     if saved and (count := saved.count()):
         print(f"{cfg.save}: {count:,} of {cfg.samples:,} pictures are already drawn")
 

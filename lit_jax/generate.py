@@ -14,14 +14,14 @@ from heirloom.common import config
 from heirloom.common.arguments import refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.grid import save_grid
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, check_seed
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from lit_jax.decode import PictureDecoder, no_pictures, pictures_of
 from lit_jax.dit import DitConfig
 from lit_jax.pixart import PixArtConfig
 from lit_jax.prompted import sample_prompts
-from lit_jax.sample import Draw, SampleConfig, check_seed, drawer, picture_keys
+from lit_jax.sample import Draw, SampleConfig, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
 BATCH = 64  # pictures drawn at a time

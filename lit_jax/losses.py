@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from heirloom.common.diffusion import Prediction, Schedule, add_noise, log_variance, variational_bound
+from heirloom.common.errors import between
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class DistillConfig:
     always sees the true one ("student"), which pulls the student's unconditional output toward the teacher's
     conditional one, and weakens guidance.
     """
+
+    def __post_init__(self) -> None:
+        between(self, "noise", "variance")
 
     @property
     def active(self) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.adaln import XAVIER, AdalnSingleTransformer, Modulation
 from heirloom.common.nn.attention import Attention, CrossAttention, Kernel, KeyValue, Memory, softmax
 from heirloom.common.nn.block import Remat, each, stack
@@ -67,6 +67,9 @@ class PixArtConfig:
     """Recompute blocks in the backward pass: whole ("full"), or all but their matmuls ("dots")."""
     kernel: Kernel = "xla"
     """Softmax attention: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "channels", "patch", "width", "layers", "hidden", "text_width", "text_tokens", "window")
 
     @property
     def grid(self) -> int:

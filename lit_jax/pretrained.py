@@ -152,7 +152,6 @@ def load(
     """
     path = locate_any(str(source))
     path = main_part(path) if is_pipeline(path) else path
-    path = path / "model" if (path / "metrics.jsonl").is_file() else path
     donor: Donor = open_donor(path, FAMILIES, **overrides)
     mesh, origin = start(MeshConfig()), read_origin(donor.folder)
     if isinstance(donor.cfg, PixArtConfig):

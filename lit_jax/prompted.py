@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from heirloom.common import config
 from heirloom.common.checkpoint.convert import parts
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, check_seed
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax.aspect import parse_size
 from lit_jax.components import find_components
 from lit_jax.denoiser import PromptConfig
 from lit_jax.origin import read_origin
 from lit_jax.prompts import Album, Prompt, read_prompts
-from lit_jax.sample import check_seed
 from lit_jax.stages import Stages
 from lit_jax.text_to_image import Request, TextToImage, open_text_to_image
 

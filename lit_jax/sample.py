@@ -21,14 +21,7 @@ from lit_jax.losses import split
 
 Name = Literal["ddpm", "ddim", "dpm"]
 Guided = Literal["all", "first three"]
-SEEDS = 2**32  # of jax.random.key
 PRECOMPUTE_LIMIT = 2**30  # bytes: above this, modulations are computed step by step, not before the loop
-
-
-def check_seed(seed: object) -> None:
-    """Raises InputError for what is no seed of jax.random.key."""
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < SEEDS:
-        raise InputError(f"seed {seed}: choose a whole number from 0 to {SEEDS - 1}")
 
 
 def check_whole(name: str, value: object) -> None:

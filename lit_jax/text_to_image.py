@@ -19,7 +19,7 @@ from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
-from heirloom.common.errors import InputError, remark, with_settings
+from heirloom.common.errors import InputError, check_seed, remark, with_settings
 from heirloom.common.nn.functional import Functional
 from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.train.parameters import load_params
@@ -30,7 +30,7 @@ from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
 from lit_jax.pixart import PixArtConfig
-from lit_jax.sample import check_seed, check_whole, picture_keys
+from lit_jax.sample import check_whole, picture_keys
 from lit_jax.stages import Stages
 from lit_jax.text.encoder import TextEncoder, TextFeatures, TowerEncoder, open_text
 from lit_jax.text_origin import read_empty_text, same_encoder

@@ -19,7 +19,7 @@ from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
-from heirloom.common.errors import InputError, remark
+from heirloom.common.errors import InputError, between, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
@@ -81,6 +81,11 @@ class Config(BaseConfig):
     eval_every: int = 10_000
     """Steps between sample grids, RUN/samples/STEP.png, and between evaluations on held-out data."""
     save_every: int = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, "label_drop", "flips", most=1.0)
+        between(self, "samples", below=2**30)
 
     def parts(self) -> Parts:
         return parts(self)

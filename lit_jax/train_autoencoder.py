@@ -16,7 +16,7 @@ from heirloom.common.data.bad import BadMode, Examples, first_good
 from heirloom.common.data.grid import save_grid
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import Source, SourceConfig, open_source
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between
 from heirloom.common.evaluate.features import embedder
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.nn.functional import functional
@@ -48,6 +48,11 @@ class Config(RunConfig):
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=2e-3, warmup=100, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0)
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, "kl")
+        between(self, "flips", most=1.0)
 
     def parts(self) -> Parts:
         return parts(self)

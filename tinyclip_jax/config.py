@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.pipeline import AugmentName
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.train import recipe
 from heirloom.common.train.abstract import Abstract
 from heirloom.common.train.parts import Parts
@@ -35,6 +35,10 @@ class LossConfig:
     the scale only after a step; with masks it is the donor's.
     """
 
+    def __post_init__(self) -> None:
+        between(self, "alpha", most=1.0)
+        between(self, "teacher_scale", least=1e-3)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -48,6 +52,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
+        between(self, "warmup")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ class Inputs:
 def read_inputs(cfg: "Config", donor: Donor | None, teacher: Donor | None) -> Inputs:
     """Preprocessing and tokenizer of the config, else of the donor, else of the teacher, else of CLIP."""
     origin = donor or teacher
-    stored = Path(cfg.teacher.removeprefix(CACHE)) if cfg.teacher.startswith(CACHE) else None
+    stored = Path(cfg.teacher.removeprefix(CACHE)).expanduser() if cfg.teacher.startswith(CACHE) else None
     pre = Preprocess(size=cfg.student.image.size)
     if origin or stored:
         inherited = preprocess_of(origin).announced() if origin else Preprocess.load(stored or "")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.functional import Functional
 from heirloom.common.surgery.axes import Axes, Leaf, Spec, matches
 from tinyclip_jax.model import ClipConfig, ImageConfig, Keep, TextConfig
@@ -65,6 +65,11 @@ class MaskConfig:
     """As the release: scale the final projections by the mask when pruning, though the masked model does not."""
     legacy_drop_bias: bool = False
     """As the release: drop the output bias of a layer that lost all heads, though the masked model adds it."""
+
+    def __post_init__(self) -> None:
+        between(self, "prune_step", "warmup", "lr")
+        between(self, "start", "target", "momentum", below=1.0)
+        positive(self, "round_to")
 
     def target_at(self, step: Array | int) -> Array:
         """Target sparsity at `step`."""

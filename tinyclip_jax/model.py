@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.attention import Attention, Kernel, softmax
 from heirloom.common.nn.block import Block, Remat, scan, stack
 from heirloom.common.nn.dense import Dense, Sizes, constant, normal, param, uniform_fan_in
@@ -59,6 +59,9 @@ class ImageConfig:
     """Initial value of LayerScale, learned factors of the channels of each branch; 0: none."""
 
     def __post_init__(self) -> None:
+        between(self, "heads", "hidden", "layer_scale")
+        between(self, "head_dim", least=1)
+        between(self, "eps", below=1.0)
         positive(self, "size", "patch", "width", "layers")
 
     @property
@@ -102,6 +105,9 @@ class TextConfig:
     """Initial value of LayerScale; 0: none."""
 
     def __post_init__(self) -> None:
+        between(self, "heads", "hidden", "layer_scale", "eot")
+        between(self, "head_dim", least=1)
+        between(self, "eps", below=1.0)
         positive(self, "context", "vocab", "width", "layers")
 
 
@@ -121,6 +127,7 @@ class ClipConfig:
     """Attention of the image tower: "cudnn" is the flash kernel of NVIDIA GPUs, for bfloat16."""
 
     def __post_init__(self) -> None:
+        positive(self, "joint")
         for name, c in (("image", self.image), ("text", self.text)):
             if getattr(c, "projection", "") == "none" and c.width != self.joint:
                 given = f"{name}.projection is 'none' and {name}.width {c.width}, joint is {self.joint}"

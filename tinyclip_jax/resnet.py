@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.attention import Kernel, softmax
 from heirloom.common.nn.block import Remat, run
 from heirloom.common.nn.conv import Conv
@@ -39,7 +39,8 @@ class ResNetConfig:
     """Of every batch norm."""
 
     def __post_init__(self) -> None:
-        positive(self, "size", "width")
+        positive(self, "size", "width", "heads")
+        between(self, "eps", below=1.0)
         positive(self, "blocks", most=1000)
 
     @property

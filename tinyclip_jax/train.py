@@ -139,7 +139,8 @@ def batches(cfg: Config, opened: Opened) -> Data:
         if cfg.augment != "none":
             what = 'stored embeddings belong to centre crops: set augment to "none", or teacher to a SOURCE'
             raise InputError(f'augment is "{cfg.augment}", and {what}')
-        source = cache.Cached(source, Path(cfg.teacher.removeprefix(CACHE)), cfg.data, inputs.pre, inputs.tokenizer)
+        folder = Path(cfg.teacher.removeprefix(CACHE)).expanduser()
+        source = cache.Cached(source, folder, cfg.data, inputs.pre, inputs.tokenizer)
     if cfg.teacher == EMBEDDINGS and (missing := set(TARGETS) - first_good(source, set)):
         add = "add this column of teacher embeddings, and name it in data.columns"
         raise InputError(f"{cfg.data.path} has no {min(missing)}: {add}")

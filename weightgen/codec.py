@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.block import Block, scan, stack
 from heirloom.common.nn.dense import Dense, normal, param, xavier_uniform, zeros
@@ -106,7 +106,7 @@ class TokenVaeConfig:
     """
 
     def __post_init__(self) -> None:
-        positive(self, "latent", "layers")
+        positive(self, "tokens", "length", "latent", "width", "layers", "heads")
 
 
 class TokenVae(nnx.Module):
@@ -264,6 +264,9 @@ class GateConfig:
     checkpoints have no pictures and may all differ: with them only the error is measured, on the networks the codec was
     fitted on.
     """
+
+    def __post_init__(self) -> None:
+        between(self, "tolerance", "error", "members")
 
 
 def left_out(cfg: GateConfig, zoo: Zoo) -> int:

@@ -20,7 +20,7 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.lines import split_lines
-from heirloom.common.errors import InputError, between, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from weightgen.metrics import Estimate
 from weightgen.ranking import check_share, rank, top
 from weightgen.search import Params, greedy, matched, noise_proposal, row_proposal
@@ -43,6 +43,7 @@ class ExploreConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive(self, "candidates", "latent", "batch")
         between(self, "step")
         check_share(self.share)
@@ -159,6 +160,9 @@ class LanguageModel:
         longest = getattr(self.model.config, "max_position_embeddings", None) or len(whole)
         if len(whole) > longest:
             raise InputError(f"{len(whole)} tokens in {one.question[:40]!r}, the model takes {longest}: shorten it")
+        if max(whole, default=0) >= (known := self.model.get_input_embeddings().weight.shape[0]):
+            other = f"the tokenizer gives token {max(whole)}, the model knows {known}"
+            raise InputError(f"{self.path}: {other}: give the model with its own tokenizer")
         if not 0 < shared < len(whole):
             raise InputError(f"{one.question[:40]!r}: a question and a choice need a token each; write more of either")
         return whole, shared

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from heirloom.common.errors import between, positive
 from weightgen import baselines
 from weightgen.codec import Gate
 from weightgen.generator.config import GeneratorConfig
@@ -62,6 +63,10 @@ class FewShotConfig:
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=10))
     tolerance: float = 0.02
     """Accuracy the codec may lose on heads of unseen classes."""
+
+    def __post_init__(self) -> None:
+        positive(self, "ways", "members", "latent", "tasks", "samples")
+        between(self, "tolerance")
 
 
 @dataclass(frozen=True)

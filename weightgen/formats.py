@@ -100,9 +100,10 @@ FAMILIES = [GENERATOR, CODEC, ENCODER, NETWORK, D2NWG]
 
 def open_part(path: str, family: Family, made_by: str) -> tuple[Any, dict[str, np.ndarray]]:
     """Open the folder of a codec or an encoder: config and weights. Raises InputError when it is something else."""
-    if not Path(path).is_dir():
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
         raise InputError(f"{path}: no such folder; heirloom train {made_by} --run RUN makes RUN/model")
-    donor = open_donor(Path(path), [family])
+    donor = open_donor(folder, [family])
     return donor.cfg, {name: np.asarray(view, np.float32) for name, view in donor.source.values.items()}
 
 

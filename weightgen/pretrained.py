@@ -12,7 +12,7 @@ import numpy as np
 
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.pictures import Picture, several
-from heirloom.common.errors import InputError, with_settings
+from heirloom.common.errors import InputError, check_seed, with_settings
 from heirloom.common.methods import open_any
 from heirloom.common.notebook.model import Loaded
 from heirloom.common.notebook.run import Trained
@@ -53,6 +53,7 @@ class Pretrained(Loaded):
         are the condition; the others measure the result. task: words, for a generator that takes these. settings:
         fields of `SampleConfig` (steps=50). Raises InputError for data that does not fit.
         """
+        check_seed(seed)
         how = with_settings(SampleConfig(), settings)
         if (pictures is None) == (not task):
             raise InputError("give pictures, or a task in words, and not both")

@@ -16,16 +16,17 @@ from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.weights import is_folder, open_folder
 from heirloom.common.errors import InputError, remark
 from weightgen.zoo.foreign import listed, not_finite, read_tensors, refuse_quantised
+from weightgen.zoo.lora import has_adapters
 
 IQR = 1.349  # interquartile range of a standard normal
 EMBEDDING = re.compile(
     r"(embed(ding)?s?|embd)$|^embed_(tokens|in|positions)(_per_layer)?$|^(wte|wpe|shared|table|relative_attention_bias)$"
 )
 EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+BARE = re.compile(r"(\w+|decoder\.layers)\.\d+\.")  # saved without the head, which puts a prefix before the layers
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # a file with each expert in a tensor of its own
 # May hold -inf, and no weights.
 BUFFER = re.compile(r"mask$|attn\.(masked_)?bias$|inv_freq$|(cos|sin)_cached$|position_ids$")
-ADAPTER = re.compile(r"\.lora_(embedding_)?[AB](\.|$)|\.lora_(down|up)\.|[._]lora\.(down|up)\.")
 
 
 def snr(matrix: np.ndarray) -> float:
@@ -66,8 +67,8 @@ def rank(tensors: Mapping[str, np.ndarray], *, least: int = 16) -> list[Ranked]:
     when no matrix is left.
     """
     refuse_quantised(tensors)
-    if adapter := next((name for name in tensors if ADAPTER.search(name)), None):
-        raise InputError(f"{adapter} is half of an adapter: merge it into its base model and rank that")
+    if adapter := next((name for name in tensors if has_adapters({name: tensors[name]})), None):
+        raise InputError(f"{adapter} is of an adapter: merge it into its base model and rank that")
     if broken := not_finite({name: tensor for name, tensor in tensors.items() if not BUFFER.search(name)}):
         which = f"{len(broken)} of {len(tensors)} tensors ({listed(broken)})"
         raise InputError(f"NaN or infinity in {which}: take another checkpoint")
@@ -171,6 +172,9 @@ def command(args: Namespace) -> dict[str, Any]:
         if expert := next((one.name for one in best if ONE_EXPERT.search(one.name)), None):
             joined = "transformers 5 joins the experts of a layer when it loads them, and no pattern matches these then"
             remark(f"--unfreeze: {expert} is one expert: {joined}")
+        if bare := next((one.name for one in best if BARE.match(one.name)), None):
+            prefix = "a model with its head has a prefix before it, such as transformer. or model.: add it to each line"
+            remark(f"--unfreeze: {bare} is a name of a model without its head, and no pattern matches then; {prefix}")
         with staged(args.unfreeze, force=args.force) as file:
             file.write_text(unfrozen(best), encoding="utf-8")
     width = max(len(one.name) for one in best)
@@ -182,5 +186,5 @@ def command(args: Namespace) -> dict[str, Any]:
 
 
 def unfrozen(best: Sequence[Ranked]) -> str:
-    """Return a list of patterns in YAML, as trainers take it for the parameters that are not frozen (Spectrum)."""
-    return "unfrozen_parameters:\n" + "".join(f"- '^{re.escape(one.name)}$'\n" for one in best)
+    """Return a list of patterns in YAML, in Spectrum's form. Dots are not escaped: axolotl does that itself."""
+    return "unfrozen_parameters:\n" + "".join(f"- ^{one.name}$\n" for one in best)

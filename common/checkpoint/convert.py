@@ -42,12 +42,13 @@ OURS = ("heirloom", *weights.ORBAX)  # formats with our names
 
 
 def open_donor(path: Path, families: Sequence[Family], **overrides: Any) -> Donor:
-    """Opens a checkpoint of ours or of any known foreign format.
+    """Opens a checkpoint of ours or of any known foreign format; of a run, its model.
 
     overrides: settings that replace those that were read or guessed (`activation`). Remarks wrappers that were removed,
     such as an attribute that all names begin with, and guesses. Raises InputError when no family recognises the
     checkpoint, and for missing, unexpected or misshapen tensors.
     """
+    path = weights.of_run(path)
     if path.is_dir() and weights.is_folder(path):
         return _open_ours(path, families, overrides)
     opened, failed = _open_all(weights_files(path))

@@ -169,6 +169,24 @@ def is_folder(path: Path) -> bool:
     return config.is_file() and read_json(config).get("format") == "heirloom"
 
 
+def of_run(path: Path) -> Path:
+    """Returns the weights folder of a run; another path as it is.
+
+    Raises InputError for a run that has no weights (yet), and for one in stages, which are runs of their own.
+    """
+    if (path / "metrics.jsonl").is_file():
+        if (path / "model").is_dir():
+            return path / "model"
+        if (path / "zoo").is_dir():
+            raise InputError(f"{path} is a run that made a zoo, not a model: give it where a zoo is needed")
+        raise InputError(f"{path} has no model yet: it is written at the end; the same heirloom train command goes on")
+    if stages := sorted(path.glob("stage_*/metrics.jsonl"), key=lambda file: (len(file.parent.name), file)):
+        done = [file.parent for file in stages if (file.parent / "model").is_dir()]
+        named = f"give its last one, {done[-1]}" if done else "none has a model yet; its heirloom train command goes on"
+        raise InputError(f"{path} is a run in stages: {named}")
+    return path
+
+
 def open_folder(path: Path) -> Folder:
     """Opens a weights folder of ours. Raises InputError when it is another folder, or damaged."""
     if not is_folder(path):

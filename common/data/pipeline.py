@@ -23,7 +23,7 @@ from heirloom.common.data.preprocess import Preprocess, denormalise, eval_image,
 from heirloom.common.data.sources import Record, Source
 from heirloom.common.data.sources.record import tags_of
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
-from heirloom.common.errors import InputError, between
+from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.train.mesh import batch_sharding, row_shards
 
 AugmentName = Literal["random", "none"]
@@ -53,7 +53,10 @@ class PipelineConfig:
     """share of replaced examples above which the run stops, judged once it has seen 10,000 examples"""
 
     def __post_init__(self) -> None:
-        between(self, "bad_limit")
+        positive(self, "batch")
+        check_seed(self.seed)
+        between(self, "workers", "prefetch", "bad_limit")
+        between(self, "tags", most=1.0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 
 from heirloom.common.checkpoint.family import Family
 from heirloom.common.checkpoint.weights import write_json
+from heirloom.common.errors import check_seed
 from heirloom.common.nn.functional import Functional
 from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.paths import place
@@ -83,6 +84,7 @@ def inherited(
     donor: Loaded, plan: Plan, student: Functional, seed: int
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Returns the parameters of a student that a plan takes from a donor, and their provenance."""
+    check_seed(seed)
     source = Source(donor.model.spec, donor.params)
     resolution = plan.resolve(source, student.spec)
     params = graft(resolution, source, student.spec, None, partial(student.init, jax.random.key(seed)))

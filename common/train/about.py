@@ -1,6 +1,7 @@
-"""`RUN/about.json`: the size of a run's student, and every start of the run. `heirloom report` shows it."""
+"""`RUN/about.json`: the size of a run's student, its id, and every start of the run. `heirloom report` shows it."""
 
 import platform
+import secrets
 import shlex
 import sys
 from collections import Counter
@@ -34,6 +35,14 @@ def note_start(run: Path, step: int) -> None:
 def note_student(run: Path, family: str, parameters: Mapping[str, int], macs: int) -> None:
     """Sets the student in RUN/about.json. parameters: by part and in total. macs: of one example."""
     _write(run, _read(run) | {"student": {"family": family, "parameters": dict(parameters), "macs": macs}})
+
+
+def identity(run: Path) -> str:
+    """Returns the run's random id, from RUN/about.json; drawn and noted there at the first call."""
+    if "id" not in (about := _read(run)):
+        about["id"] = secrets.token_hex(4)
+        _write(run, about)
+    return str(about["id"])
 
 
 def command(argv: list[str]) -> str:

@@ -119,7 +119,7 @@ def _scale(cfg: OptimConfig, spec: Spec) -> optax.GradientTransformation:
         return scale_by_came(spec, cfg.b1, cfg.b2, cfg.b3)
     matrices = {path: _matrix(path, leaf) for path, leaf in spec.items()}
     # A rate of -1 undoes the sign: rate and decay follow for all parameters alike.
-    muon: dict[str, Any] = dict(adam_b1=cfg.b1, adam_b2=cfg.b2, mu_dtype=jnp.float32, consistent_rms=0.2)
+    muon: dict[str, Any] = dict(adam_b1=cfg.b1, adam_b2=cfg.b2, eps=cfg.eps, mu_dtype=jnp.float32, consistent_rms=0.2)
     return optax.contrib.muon(-1.0, **muon, muon_weight_dimension_numbers=matrices)
 
 

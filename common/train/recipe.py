@@ -23,7 +23,7 @@ from heirloom.common.checkpoint.state import Keep, steps_on_disk
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
-from heirloom.common.errors import InputError, between, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.evaluate.scored import Scored
 from heirloom.common.fetch import origin
 from heirloom.common.nn.functional import functional
@@ -84,6 +84,7 @@ class RunConfig:
     """
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive(self, "steps", "log_every", "eval_every", "save_every", "keep_last")
         between(self, "keep_every", "keep_minutes", "stuck_seconds", "profile", below=2**30)
         if self.keep_every % self.save_every:
@@ -126,10 +127,6 @@ class BaseConfig(RunConfig):
     held_out: SourceConfig = field(default_factory=SourceConfig)
     """Data for the evaluation during training; an empty path: no evaluation."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self.pipeline, "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,18 +233,19 @@ def train(
     state = s.run.restore_or(new, abstract_state(optimizer, spec, mesh, cfg.step.ema), after=first)
     agree({"step": int(state.step), "data": s.data.state(), "resumed": s.run.resumed.get("data")})
     evaluator = parts.evaluator(opened) if parts.evaluator else None
-    return s.run.fit(
-        state,
-        step,
-        s.data,
-        last,
-        cadence=Cadence(cfg.log_every, cfg.save_every, cfg.eval_every, cfg.stuck_seconds, cfg.profile),
-        examples_per_step=parts.examples,
-        flops_per_example=parts.flops(opened.teacher),
-        writers=open_writers(cfg.writers, folder, s.run.config, int(state.step)),
-        evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
-        on_finish=finish or write,
-    )
+    with open_writers(cfg.writers, folder, s.run.config, int(state.step)) as writers:
+        return s.run.fit(
+            state,
+            step,
+            s.data,
+            last,
+            cadence=Cadence(cfg.log_every, cfg.save_every, cfg.eval_every, cfg.stuck_seconds, cfg.profile),
+            examples_per_step=parts.examples,
+            flops_per_example=parts.flops(opened.teacher),
+            writers=writers,
+            evaluate=(lambda state: evaluator(best(state), int(state.step), folder)) if evaluator else None,
+            on_finish=finish or write,
+        )
 
 
 def _note_student(run: Path, parts: Parts) -> None:

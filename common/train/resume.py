@@ -14,8 +14,8 @@ _CADENCE = r"(log|save|eval)_every|keep_(last|every|minutes|compiled)|stuck_seco
 # Paths may move. The number of examples is compared with the saved state of the data, and the weights of donor and
 # teacher with the hashes of those that the run began with (`same_sources` in recipe.py).
 _PATHS = r"data\.path|held_out\.path"
-# Not from or to none, which is another training, nor stored embeddings, which have no weights to compare.
-_SOURCES = r'(teacher|donor): "(?!"|cache:|embeddings").+" before, "(?!"|cache:|embeddings")'
+# Not from or to none, which is another training, nor stored embeddings or logits, which have no weights to compare.
+_SOURCES = r'(teacher|donor): "(?!"|cache:|embeddings"|logits").+" before, "(?!"|cache:|embeddings"|logits")'
 # Fields that change what is trained from here on, on purpose.
 _GOES_ON = r"steps|step\.max_skipped|(\w+\.)*pipeline\.bad(_limit)?"
 FREE = re.compile(rf"  (({_WHERE}|{_CADENCE}|{_PATHS}|{_GOES_ON}):|{_SOURCES})")

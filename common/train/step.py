@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from heirloom.common.errors import InputError, between, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.train.mesh import ROWS, batch_sharding, replicated, row_shards, shardings
 from heirloom.common.train.optim import is_statistic
@@ -49,6 +49,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         positive(self, "accumulate", "max_skipped")
+        check_seed(self.seed)
         between(self, "ema", below=1.0)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from heirloom.common.errors import InputError, nearest, positive
+from heirloom.common.errors import InputError, between, nearest, positive
 from heirloom.common.nn.attention import Kernel
 from heirloom.common.nn.block import Remat, scan, stack
 from heirloom.common.nn.dense import Dense, param, uniform_fan_in
@@ -111,6 +111,7 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", tuple(self.layout))
+        between(self, "drop_path", below=1.0)
         positive(self, "size", "patch", most=LARGEST_SIDE)
         positive(self, "channels", "width", "hidden", most=2**20)
         positive(self, "layers", "layout", most=1000)
@@ -127,7 +128,7 @@ class VitConfig:
             raise InputError("pool 'map' has a plain MLP, and gated is set: choose another pool, or set gated to False")
         if self.classes and self.joint:
             given = f"classes is {self.classes} and joint {self.joint}"
-            raise InputError(f"{given}: a model has a head or a projection, set one of them to 0")
+            raise InputError(f"{given}: set joint to 0 for a classifier, or classes for features")
         if self.pool == "cls+mean" and (self.pooler or self.joint):
             needed = "a pooler or projection takes one: set pool to 'cls'"
             raise InputError(f"pool 'cls+mean' gives two vectors, and {needed}")

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
-from heirloom.common import config, doctor
+from heirloom.common import cli, config, doctor
 from heirloom.common.arguments import VERBS
 from heirloom.common.cli import main
 from heirloom.common.doctor import check_pair
@@ -30,6 +32,11 @@ MISTAKES = {
     "an unknown method": (["demo", "tinyclop"], "no method 'tinyclop'; did you mean 'tinyclip'?"),
     "an embedded model nobody has": (["inspect", "embedded:emoij"], "no embedded model 'emoij'; did you mean 'emoji'?"),
     "no run": (["report", "."], "is not a run"),
+    "a negative seed": (["demo", "--seed", "-1"], "--seed -1: choose a whole number from 0 to 4294967295"),
+    "flags before the recipe": (
+        ["train", "--run", "R", "--steps", "5", "learngene/smoke"],
+        "'5' is no recipe; write it before its flags: heirloom train learngene/smoke --steps ...",
+    ),
     "a recipe without donor": (["inherit", "tinyclip/smoke", "out"], "has no donor to inherit from"),
 }
 
@@ -165,6 +172,33 @@ def test_command_line_flags_override_the_recipe_and_a_wrong_one_is_refused():
     with pytest.raises(InputError, match=r"Unrecognized options: --optim\.learning-rate") as wrong:
         config.load("tinyclip/smoke", ["--optim.learning-rate", "3e-4"])
     assert "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "field", "value"),
+    [
+        ("learngene/aux_s", ["--student.layout", "3,3,4,3,2"], "student.layout", (3, 3, 4, 3, 2)),
+        ("learngene/aux_s", ["--student.layout=3,3,4,3,2"], "student.layout", (3, 3, 4, 3, 2)),
+        ("learngene/vit_s", ["--layers", "0,0,1", "--steps", "9"], "layers", (0, 0, 1)),
+        ("learngene/vit_s", ["--layers", "0", "0", "1"], "layers", (0, 0, 1)),
+        ("learngene/vit_s", ["--writers=wandb,tensorboard"], "writers", ("wandb", "tensorboard")),
+        ("learngene/vit_s", ["--augment.scale", "0.1,0.9"], "augment.scale", (0.1, 0.9)),
+        ("learngene/vit_s", ["--optim.no-decay", "a,b"], "optim.no_decay", ("a,b",)),  # text has commas of its own
+        ("learngene/emoji", ["--gene.student.layout", "1,2,1"], "gene.student.layout", (1, 2, 1)),
+    ],
+)
+def test_a_list_is_written_with_commas_or_spaces(recipe, flags, field, value):
+    cfg = config.load(recipe, flags)
+    assert attrgetter(field)(cfg) == value
+
+
+def test_a_home_folder_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch):
+    """It expands ~/x, and not --out=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = cli._parser().parse_args(["demo", "--out=~/x"])
+    assert parsed.out == tmp_path / "x"
+    for verb in VERBS:  # every argument that is a path
+        assert not any(one.options.get("type") is Path for one in verb.arguments)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_defaults_are_what_they_were():
 def test_golden_files_hold_every_value_of_every_recipe():
     classes = golden("defaults")
     held = {name: restored(entry, classes) for method in METHODS for name, entry in golden(method).items()}
-    assert text(held) == text({name: config.to_json(config.load(name)) for name in RECIPES})
+    assert text(held) == text({name: asdict(config.load(name)) for name in RECIPES})
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -15,7 +15,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.vit.layouts import google, sws, tleg
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene.inputs import preprocess_of
-from learngene.zoo import FAMILY
+from learngene.zoo import FAMILY, open_classifier
 
 GOLDENS = {
     "timm_cls": ("timm", dict(tokens="cls", pool="cls")),
@@ -196,3 +196,26 @@ def test_preprocessing_travels(golden, tmp_path):
     pre = preprocess_of(open_donor(tmp_path / "ours", [FAMILY])).pre
     assert (pre.mean, pre.std, pre.interpolation, pre.size) == ((0.5,) * 3, (0.25,) * 3, "bilinear", 8)
     assert (pre.mode, pre.resize) == ("squash", 8)  # transformers' ViT crops nothing
+
+
+def test_of_a_run_its_model_is_opened(folder_of, tmp_path):
+    run = tmp_path / "run"
+    for folder in (run, run / "stage_1", run / "stage_2"):
+        folder.mkdir()
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="run has no model yet: it is written at the end; the same heirloom train"):
+        open_classifier(str(run))
+    folder_of(SIZES, "run/model")
+    assert open_classifier(str(run)).path == run / "model"
+    shutil.move(run / "model", run / "stage_1" / "model")
+    shutil.move(run / "metrics.jsonl", run / "stage_1" / "metrics.jsonl")
+    (run / "stage_2" / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match=r"is a run in stages: give its last one, .*/stage_1$"):
+        open_classifier(str(run))
+    assert open_classifier(str(run / "stage_1")).path == run / "stage_1" / "model"
+    shutil.rmtree(run / "stage_1" / "model")
+    with pytest.raises(InputError, match="is a run in stages: none has a model yet"):
+        open_classifier(str(run))
+    (run / "stage_2" / "zoo").mkdir()
+    with pytest.raises(InputError, match="stage_2 is a run that made a zoo, not a model"):
+        open_classifier(str(run / "stage_2"))

@@ -83,3 +83,9 @@ def test_logits_are_an_array_of_the_classes(picture_of_zeros):
     record = {"key": "a.png", "image": picture_of_zeros, "label": 0, LOGITS: [1, 2, 3]}
     found = Example(AugmentConfig(), PRE, 3)(record, np.random.default_rng(0))[LOGITS]
     assert found.dtype == np.float32 and found.tolist() == [1, 2, 3]
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    arrays = {"image": np.zeros((20, 4, 4, 3), np.uint8), "label": np.zeros(20, np.int32)}
+    with pytest.raises(InputError, match="a batch of 12 cannot be divided into 8 parts"):
+        Resident(arrays, PipelineConfig(batch=12), start(MeshConfig()))

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.cli import main
 from heirloom.common.data.bad import BadRecord, Delivered
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
@@ -13,8 +15,11 @@ from heirloom.common.surgery.graft import graft
 from heirloom.common.surgery.plan import Source
 from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, relatives
+from learngene.descendant import descendant
 from learngene.expand import layer_map, unrolled_map
 from learngene.relatives import evenly, mimetic, plan
+from learngene.train import Config, resolve
+from learngene.zoo import FAMILY, vit
 
 COUNTS = {
     5: (1, 1, 1, 1, 1),
@@ -248,3 +253,46 @@ def test_every_method_has_a_plan():
     from typing import get_args
 
     assert set(relatives.METHODS) | {"ligo"} == set(get_args(relatives.Method))
+
+
+def test_an_inherited_head_that_reads_other_features_is_remarked(folder_of, remarks):
+    student = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=3)
+    donor = open_donor(folder_of(replace(student, layers=2, tokens="cls", pool="cls")), [FAMILY])
+
+    def said(**changes):
+        cfg = Config(**dict(student=student, method="stack") | changes)
+        resolve(cfg, functional(Vit, cfg.student), donor)
+        return remarks()
+
+    remarks()
+    (other,) = said()
+    assert "read the class token in the donor and reads the mean of the patches in the student: set" in other
+    assert said(student=replace(student, tokens="cls", pool="mean_norm")) == [other]
+    for same in (dict(student=replace(student, tokens="cls", pool="cls")), dict(head="fresh"), dict(method="auto")):
+        assert said(**same) == []
+    donor = open_donor(folder_of(replace(student, layers=2), "mean"), [FAMILY])
+    assert said(student=replace(student, pool="mean_norm")) == []  # as SWS's descendants have it
+
+
+def test_an_ordinary_vit_of_another_depth_is_told_the_command_that_makes_it(folder_of, tmp_path, capsys):
+    donor = folder_of(replace(vit("s", 1), classes=5, tokens="cls", pool="cls"))
+    assert main(["expand", str(donor), str(tmp_path / "no"), "--depth", "2"]) == 2
+    said = capsys.readouterr().err
+    words = said.partition(": heirloom ")[2].split()
+    named = {"DEST": str(tmp_path / "made"), "SOURCE": str(donor)}
+    command = [named.get(word, word) for word in words]
+    assert main([*command, "--student.classes", "5"]) == 0
+    assert open_donor(tmp_path / "made", [FAMILY]).cfg.layers == 2
+
+
+def test_a_new_classifier_takes_the_place_of_a_projection(remarks):
+    clip = VitConfig(size=8, patch=4, width=16, layers=1, heads=2, hidden=32, classes=0, joint=12)
+    made = descendant(clip, 1, classes=3)
+    assert (made.classes, made.joint) == (3, 0) and descendant(clip, 1).joint == 12
+    assert remarks() == ["the new classifier reads the pooled features; their projection to 12 is left out"]
+    donor, student = (functional(Vit, one) for one in (clip, made))
+    source = Source(donor.spec, donor.init(jax.random.key(0)))
+    lines = {line.path: line.source for line in plan("expand", clip, made).resolve(source, student.spec).lines}
+    assert lines["head/kernel"] is None and lines["position"] is not None
+    with pytest.raises(InputError, match="set joint to 0 for a classifier"):
+        replace(clip, classes=3)

@@ -18,7 +18,7 @@ from heirloom.common.vit.model import Vit, VitConfig
 from learngene.augment import AugmentConfig
 from learngene.data import Example, evaluation
 from learngene.inputs import IMAGENET, INCEPTION, preprocess_of
-from learngene.train import Config, resolve
+from learngene.train import Config, loss_fn, resolve
 from learngene.trainer_arguments import preprocessing
 from learngene.zoo import FAMILY, open_classifier
 
@@ -148,6 +148,19 @@ def test_a_donor_whose_pictures_are_normalised_otherwise_is_remarked(folder_of, 
     resolve(replace(cfg, preprocess=INCEPTION, student=other), functional(Vit, other), donor)
     (said,) = remarks()
     assert said.startswith("the donor's activation is 'gelu', the student's 'gelu_tanh'")
+
+
+def test_a_normalisation_that_is_only_assumed_is_remarked_too(golden, remarks):
+    donor = open_donor(golden[0] / "hf_vit", [FAMILY])  # without preprocessor_config.json
+    cfg = Config(student=replace(donor.cfg, layers=2), method="stack")
+    remarks()
+    resolve(cfg, functional(Vit, cfg.student), donor)
+    assumed, said = remarks()
+    assert "that of Google's ViTs is assumed" in assumed
+    assert said.startswith("the donor normalises pictures with mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5], the")
+    student = functional(Vit, donor.cfg)
+    loss_fn(replace(cfg, student=donor.cfg), student, donor)  # as a teacher
+    assert "that of Google's ViTs is assumed" in "".join(remarks())
 
 
 def test_what_timms_trainer_saved_is_assumed(folder_of, tmp_path):

@@ -1,13 +1,14 @@
 """Questions for exploring a language model, and what is said of the result. tests/parity has the search itself."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
-from weightgen.explore import Explored, Question, gain, read_questions
+from weightgen.explore import Explored, LanguageModel, Question, gain, read_questions
 
 ONE = {"question": "The sky is", "choices": [" blue", " green"], "answer": 0}
 
@@ -46,6 +47,16 @@ def test_what_selects_does_not_test(tmp_path, capsys):
     assert main(command) == 2 and not (tmp_path / "out").exists()
     assert "what selects must not test" in capsys.readouterr().err
     assert main([*command, "--share", "0"]) == 2 and "share is 0" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model = LanguageModel.__new__(LanguageModel)  # without transformers
+    model.path, model.tokenizer = "folder", lambda text: {"input_ids": [ord(c) for c in text]}
+    embeddings = SimpleNamespace(weight=np.zeros((ord("z"), 4)))
+    model.model = SimpleNamespace(config=SimpleNamespace(), get_input_embeddings=lambda: embeddings)
+    assert model._ids(Question("a", ("b", "c"), 0), "b") == ([97, 98], 1)
+    with pytest.raises(InputError, match="folder: the tokenizer gives token 122, the model knows 122: give the model"):
+        model._ids(Question("a", ("b", "z"), 0), "z")
 
 
 def test_a_gain_counts_question_by_question():

@@ -104,7 +104,7 @@ def test_a_learned_codec_and_an_aligned_encoder_become_parts(pictures, tmp_path,
 
 
 def test_the_released_recipe_runs_from_a_zoo_to_weights(pictures, tmp_path, heirloom, capsys):
-    zoo, model = tmp_path / "zoo" / "zoo", tmp_path / "d2nwg" / "model"
+    zoo, model = tmp_path / "zoo", tmp_path / "d2nwg" / "model"  # of a run, its zoo is taken
     net = ["--net.features", "6", "--net.classes", "6"]
     heirloom(
         "train", "weightgen/smoke", "--run", tmp_path / "zoo", "--data", pictures, *net, "--members", "20",

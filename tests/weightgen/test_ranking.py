@@ -118,8 +118,9 @@ def test_shards_that_are_missing_or_double_are_named(tmp_path):
 
 
 def test_adapters_and_checkpoints_without_matrices_are_refused():
-    with pytest.raises(InputError, match="half of an adapter"):
-        rank({"q.lora_A.weight": weights(16, 32)})
+    for name in ("q.lora_A.weight", "q.lora_a.weight", "q.lora_linear_layer.down.weight", "qkv_lora1.down.weight"):
+        with pytest.raises(InputError, match=f"{name} is of an adapter"):
+            rank({name: weights(16, 32)})
     with pytest.raises(InputError, match="no matrix to rank among norm"):
         rank({"norm": np.ones(4, np.float32)})
 
@@ -177,8 +178,11 @@ def test_the_command_lists_the_best_of_each_kind_and_what_to_train(tmp_path, cap
     assert found["best"] == sorted(ratios, key=ratios.__getitem__, reverse=True)[:2]
     first, *patterns = file.read_text().splitlines()
     assert first == "unfrozen_parameters:"
-    patterns = [line.removeprefix("- '").removesuffix("'") for line in patterns]
-    assert [name for name in names if any(re.match(pattern, name) for pattern in patterns)] == sorted(found["best"])
+    # as axolotl reads them (LayerNamePattern in utils/freeze.py): it escapes the dots, and matches from the start
+    read = [re.compile(re.sub(r"\.(?!\+)", "\\.", line.removeprefix("- "))) for line in patterns]
+    near = [name.replace(".", "x") for name in names]
+    assert [name for name in names + near if any(one.match(name) for one in read)] == sorted(found["best"])
+    assert patterns == [f"- ^{name}$" for name in found["best"]]  # Spectrum's own form
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main(command) == 2 and f"{file} exists" in capsys.readouterr().err
@@ -215,3 +219,13 @@ def test_experts_one_by_one_are_said_in_a_list_for_training(tmp_path, capsys):
     save_file({name: weights(32, 32)}, tmp_path / "model.safetensors")
     assert main(["rank", str(tmp_path), "--unfreeze", str(tmp_path / "x.yaml")]) == 0
     assert f"note: --unfreeze: {name} is one expert: transformers 5 joins" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("h.0.mlp.c_fc", True), ("decoder.layers.0.fc1", True), ("transformer.h.0.mlp.c_fc", False), ("lm_head", False)],
+)
+def test_names_without_the_prefix_of_the_base_model_are_said(name, said, tmp_path, capsys):
+    save_file({f"{name}.weight": weights(32, 32)}, tmp_path / "model.safetensors")
+    assert main(["rank", str(tmp_path), "--unfreeze", str(tmp_path / "x.yaml")]) == 0
+    assert (f"{name}.weight is a name of a model without its head" in capsys.readouterr().out) == said

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from heirloom.common.diffusion import Prediction, add_noise, ddpm, scaled_linear_schedule
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.dense import param, zeros
 from heirloom.common.nn.functional import Functional, Params
 from heirloom.common.nn.moments import Moments
@@ -50,7 +50,8 @@ class D2nwgConfig:
         return head_tokens(self.net)
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "shots")
+        positive(self, "steps", "shots", "slots")
+        between(self, "scale", least=1e-6)
         row, col, latent = self.vae.latent_shape
         if row * col * latent != self.unet.size**2:
             size = self.unet.size

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from heirloom.common.nn.functional import Functional, functional
 from heirloom.common.train import recipe
 from heirloom.common.train.optim import OptimConfig
@@ -24,7 +24,7 @@ from weightgen.formats import D2NWG, save_neighbours
 from weightgen.generator.conditions import LEARNED_POINTS, SetConfig
 from weightgen.train import LoopConfig, check_batch, generator_rows, optimizer, rows_parts
 from weightgen.zoo.data import Bank, Projection
-from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
+from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of, zoo_folder
 
 # Adam without schedule for the autoencoder; plain AdamW with a long warm-up for the UNet and the condition, which
 # decays biases and norms as well. Samples are not drawn from an average.
@@ -90,6 +90,8 @@ class D2nwgRecipe(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "shots", "chain")
+        between(self, "scale", least=1e-6)
+        between(self, "beta")
 
     def former(self) -> dict[str, str]:
         return {"stage2.": ""}
@@ -118,7 +120,7 @@ class D2nwgRecipe(LoopConfig):
 
     def parts(self) -> Parts:
         """Diffusion of the latents of an autoencoder that is trained first (`RUN/stage_1`)."""
-        folder = Path(self.zoo)
+        folder = zoo_folder(self.zoo)
         zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
         model, make = functional(D2nwg, cfg), generator_rows(zoo, bank, self.shots, self.batch)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from heirloom.common.errors import positive
 from heirloom.common.nn.adaln import time_features
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, uniform_fan_in, zeros
@@ -33,6 +34,9 @@ class UnetConfig:
     """Input channels: the noisy latent and the condition."""
     written: int = 1
     groups: int = GROUPS
+
+    def __post_init__(self) -> None:
+        positive(self, "size", "channels", "multiples", "blocks", "attention", "heads", "read", "written", "groups")
 
 
 class ImageAttention(nnx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.conv import Conv
 from heirloom.common.nn.dense import Dense, uniform_fan_in
@@ -38,6 +38,8 @@ class VaeConfig:
     latent: int = 4
 
     def __post_init__(self) -> None:
+        positive(self, "rows", "length", "fdim", "channels_in", "resolution", "latent")
+        positive(self, "channels", "multiples", "blocks", "attention")
         if self.rows * self.fdim != self.channels_in * self.resolution**2:
             raise InputError(
                 f"rows x fdim must fill the image: {self.rows} x {self.fdim} = {self.rows * self.fdim}, channels_in x"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from heirloom.common.diffusion import Schedule, linear_schedule, scaled_linear_schedule
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, positive
 from weightgen.codec import TokenVaeConfig
 from weightgen.generator.conditions import SetConfig
 from weightgen.generator.denoiser import DenoiserConfig
@@ -51,6 +51,7 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         positive(self, "latent", "shots")
+        between(self, "told", "labels", below=2**30)
         if self.prior == "linear" and self.condition in ("label", "chunk"):
             raise InputError(f'a linear map of a {self.condition}\'s number means nothing: set prior to "none"')
         if self.prior == "linear" and self.codec is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, positive
 from heirloom.common.nn.adaln import XAVIER, AdalnTransformer, time_features
 from heirloom.common.nn.attention import Attention, softmax
 from heirloom.common.nn.dense import Dense, normal, param
@@ -25,6 +25,9 @@ class DenoiserConfig:
     layers: int = 4
     heads: int = 4
     hidden: int = 384
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "layers", "hidden")
 
     @property
     def head_dim(self) -> int:

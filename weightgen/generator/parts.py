@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.errors import positive
+from heirloom.common.errors import between, positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
 from heirloom.common.train.parameters import gathered
@@ -34,7 +34,7 @@ from weightgen.generator.contrast import Aligned, Loss
 from weightgen.tokens import Order
 from weightgen.train import LoopConfig, optimizer, rows_parts
 from weightgen.zoo.data import FEATURES
-from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of
+from weightgen.zoo.zoo import Zoo, flat, open_with_bank, pictures_of, zoo_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,13 @@ class CodecRecipe(LoopConfig):
     gate: GateConfig = field(default_factory=lambda: GateConfig(force=True))
     """Measured only: the generator that takes the codec refuses it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "latent", "width", "layers")
+        between(self, "beta")
+
     def parts(self) -> Parts:
-        zoo, _ = open_with_bank(Path(self.zoo))
+        zoo, _ = open_with_bank(zoo_folder(self.zoo))
         bank, cfg = pictures_of(self.zoo), self._config(zoo)
         model, mask = functional(TokenCodec, cfg), jnp.asarray(zoo.spec.mask)
         shown_to = len(zoo) - left_out(self.gate, zoo)
@@ -127,7 +132,7 @@ class EncoderRecipe(LoopConfig):
         positive(self, "shots", "latent")
 
     def parts(self) -> Parts:
-        zoo, bank = open_with_bank(Path(self.zoo))
+        zoo, bank = open_with_bank(zoo_folder(self.zoo))
         latents = self._latents(zoo)
         cfg = replace(self.encoder, features=bank.features.shape[1], latent=latents(zoo.tokens(slice(0, 1))).shape[1])
         model = functional(lambda cfg, rngs: Aligned(cfg, self.loss, rngs=rngs), cfg)
@@ -143,7 +148,7 @@ class EncoderRecipe(LoopConfig):
             return model.apply(params, batch["w"], data, method="nats"), {"retrieved": (hit.sum(), len(data))}
 
         def sidecars(opened: Any, out: Path) -> None:
-            if (file := Path(self.zoo) / FEATURES).is_file():  # what it reads, see `check_features`
+            if (file := zoo_folder(self.zoo) / FEATURES).is_file():  # what it reads, see `check_features`
                 copy(file, out / FEATURES)
 
         return rows_parts(

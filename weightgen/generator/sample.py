@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from heirloom.common.diffusion import Prediction, ddim, ddpm, respace
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, between
 from heirloom.common.nn.functional import Functional
 from weightgen.generator.config import GeneratorConfig
 
@@ -26,6 +26,7 @@ class SampleConfig:
     """How far given weights are noised before they are denoised, as a share of the chain; 1: from pure noise."""
 
     def __post_init__(self) -> None:
+        between(self, "guidance")
         # The first is at the noisiest time and the last at the cleanest: one alone would be the latter.
         if self.steps < 2:
             raise InputError(f"{self.steps} steps: take 2 or more")

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from heirloom.common.errors import InputError, remark
+from heirloom.common.checkpoint.weights import of_run
+from heirloom.common.errors import InputError, between, positive, remark
 from heirloom.common.nn.functional import Functional, Params, functional
 from heirloom.common.train.parts import Parts
 from weightgen.codec import GateConfig, check_codec, left_out, measure
@@ -22,7 +23,7 @@ from weightgen.generator.loss import loss
 from weightgen.generator.model import Generator, fit_stage1
 from weightgen.train import LoopConfig, generator_rows, optimizer, rows_parts
 from weightgen.zoo.data import FEATURES, Bank, Projection
-from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition
+from weightgen.zoo.zoo import Zoo, open_with_bank, pictures_of, zoo_condition, zoo_folder
 
 ALIGNED = ("intra/", "inter/")  # the parts of an encoder that a generator takes over
 
@@ -101,9 +102,14 @@ class GeneratorRecipe(LoopConfig):
     steps: int = 600
     """Optimizer steps of the whole run."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "latent", "shots")
+        between(self, "dropout", most=1.0)
+
     def config(self, zoo: Zoo, bank: Bank) -> GeneratorConfig:
         """What the recipe makes of a zoo. Raises InputError when its networks were made for another condition."""
-        by = "pictures" if zoo.net else zoo_condition(Path(self.zoo))
+        by = "pictures" if zoo.net else zoo_condition(zoo_folder(self.zoo))
         fits = {"pictures": ("per_class", "set", "mlp"), "text": ("text", "label")}
         fits |= {"label": ("label",), "chunk": ("chunk",)}
         if self.condition not in fits[by]:
@@ -118,7 +124,7 @@ class GeneratorRecipe(LoopConfig):
             features = f"{encoder.features} features, {self.zoo} has {bank.features.shape[1]}"
             raise InputError(f"{self.encoder} looks at {features}: train an encoder on it")
         if encoder:
-            check_features(Path(self.encoder), Path(self.zoo))
+            check_features(of_run(Path(self.encoder).expanduser()), zoo_folder(self.zoo))
         return GeneratorConfig(
             net=zoo.net,
             latent=self.latent,
@@ -135,7 +141,7 @@ class GeneratorRecipe(LoopConfig):
         )
 
     def parts(self) -> Parts:
-        folder = Path(self.zoo)
+        folder = zoo_folder(self.zoo)
         zoo, bank = open_with_bank(folder)
         cfg = self.config(zoo, bank)
         if cfg.condition == "label":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from heirloom.common.errors import positive
+from heirloom.common.errors import between, positive
 from heirloom.common.nn.functional import Functional, Params
 from weightgen.zoo.nets import NetConfig, net
 
@@ -29,6 +29,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
+        between(self, "batch", "lr", "weight_decay", "at_once")
 
 
 def fit_population(

@@ -16,12 +16,14 @@ from heirloom.common.errors import InputError
 from weightgen.zoo.foreign import listed
 
 # peft: m.lora_A.weight, m.lora_A.NAME.weight, m.lora_embedding_A; kohya: m.lora_down.weight; diffusers:
-# m.lora.down.weight, m_lora.down.weight; loralib: m.lora_A
+# m.lora.down.weight, m_lora.down.weight, m.lora_linear_layer.down.weight; loralib: m.lora_A; torchtune: m.lora_a.weight
+# (MLX's m.lora_a is the transpose); XLabs: m_lora1.down.weight, of module m_lora1
 NAME = re.compile(
-    r"^(?P<module>.+?)(?P<mark>\.lora_embedding_|\.lora_|\.lora\.|_lora\.)(?P<side>[AB]|down|up)"
+    r"^(?P<module>.+?)(?P<mark>\.lora_embedding_|\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.|"
+    r"(?<=_lora\d)\.(?=(?:down|up)\.weight$))(?P<side>[AB]|[ab](?=\.weight$)|down|up)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?P<end>\.weight)?$"
 )
-DOWN = ("A", "down")
+DOWN = ("A", "a", "down")
 OTHERS = {  # what else such files hold, and cannot be read as a product B A
     "DoRA, which has magnitude vectors,": r"lora_magnitude_vector|dora_scale",
     "LoHa": r"\.hada_w",

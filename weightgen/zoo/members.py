@@ -36,7 +36,9 @@ def find_members(folder: Path) -> tuple[list[Member], list[str]]:
 
     Left alone are hidden files, states of trainings, folders and files without weights.
     """
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give one of checkpoints")
+    paths = sorted(folder.iterdir())
     shards = {name for path in paths if ".index" in path.name and path.suffix == ".json" for name in _shards(path)}
     found: list[Member] = []
     left: list[str] = []

@@ -11,7 +11,7 @@ import numpy as np
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.sources import SourceConfig, open_source
-from heirloom.common.errors import InputError, positive
+from heirloom.common.errors import InputError, between, check_seed, positive
 from heirloom.common.train.about import note_start
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, on_first, start
@@ -74,6 +74,7 @@ class ZooRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive(self, "told", "members", "pictures", "chunk")
 
     def train(self, directory: Path) -> None:
@@ -198,6 +199,9 @@ class CheckpointsRecipe:
     generated for.
     """
 
+    def __post_init__(self) -> None:
+        between(self, "chunk", below=2**30)
+
     def train(self, directory: Path) -> None:
         """Write `RUN/zoo`, in the first process of a job."""
         start(MeshConfig())
@@ -210,7 +214,7 @@ class CheckpointsRecipe:
             return
         if self.members == "chunks" and not self.chunk:
             raise InputError("chunks need a length: set chunk, such as 4096")
-        zoo, words = import_folder(Path(self.folder), chunk=self.chunk or None, select=self.select)
+        zoo, words = import_folder(Path(self.folder).expanduser(), chunk=self.chunk or None, select=self.select)
         if self.members == "chunks":
             zoo = by_chunk(zoo)
             words = tuple(f"chunk {i}" for i in range(zoo.classes.max() + 1))

@@ -77,8 +77,18 @@ def flat(spec: TokenSpec, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(tokens[..., spec.mask], np.float32)
 
 
+def zoo_folder(path: str | Path) -> Path:
+    """Folder of a zoo: of the run that made it, or itself."""
+    folder = Path(path).expanduser()
+    return folder / "zoo" if (folder / "zoo" / "zoo.json").is_file() else folder
+
+
 def open_zoo(folder: Path) -> Zoo:
-    """Open a zoo written by `Zoo.save`, memory-mapped. Raises InputError when it is none, or files do not fit."""
+    """Open a zoo written by `Zoo.save`, memory-mapped; of a run, its zoo.
+
+    Raises InputError when it is none, or files do not fit.
+    """
+    folder = zoo_folder(folder)
     if not (folder / "zoo.json").is_file():
         make = f"(heirloom train weightgen/zoo --run {folder.parent} makes one)"
         raise InputError(f"{folder} is no zoo: it has no zoo.json {make}")
@@ -103,6 +113,7 @@ def open_with_bank(folder: Path) -> tuple[Zoo, Bank]:
     Raises InputError for networks with NaN or infinity, and for networks without a class or with one that is not in the
     bank.
     """
+    folder = zoo_folder(folder)
     zoo, bank = open_zoo(folder), Bank.load(folder)
     if not len(zoo) or not zoo.classes.shape[1]:
         has = f"{len(zoo)} networks of {zoo.classes.shape[1]} classes"
@@ -140,8 +151,9 @@ def head_tokens(cfg: NetConfig) -> TokenSpec:
 
 def pictures_of(zoo: str) -> Bank:
     """Open the inputs of a zoo's networks, pictures or features: held-out ones where they are stored."""
-    names = (name for name in ("held", "pictures") if (Path(zoo) / f"{name}.npz").is_file())
-    return Bank.load(Path(zoo), next(names, "bank"))
+    folder = zoo_folder(zoo)
+    names = (name for name in ("held", "pictures") if (folder / f"{name}.npz").is_file())
+    return Bank.load(folder, next(names, "bank"))
 
 
 def zoo_condition(folder: Path) -> str:

@@ -1,10 +1,7 @@
 import io
 import json
 import sys
-import tomllib
-from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -12,7 +9,6 @@ from rich.console import Console
 from heirloom.common.errors import InputError
 from heirloom.common.train.metrics import Clock, MetricsFile, Window, Work
 from heirloom.common.train.progress import ProgressLine, describe, describe_scores, fitting
-from heirloom.common.train.writers import TensorBoard, Trackio, WeightsAndBiases, WriterName
 
 
 def test_truncation_keeps_the_lines_up_to_the_step(tmp_path):
@@ -90,25 +86,6 @@ def test_the_live_line_keeps_step_bar_and_eta(width, end):
         progress.show(LINE | {"step": 200_000})
     last = out.getvalue().rstrip("\n").replace("\x1b[?25h", "").rpartition("\x1b[2K")[2].rstrip()
     assert last.startswith("step 200,000/400,000 \u2501") and last.endswith(end) and len(last) <= width
-
-
-@pytest.mark.parametrize(
-    ("writer", "package", "extra"),
-    [
-        (lambda d: TensorBoard(d), "tensorboardX", "tensorboard"),
-        (lambda d: WeightsAndBiases(d, {}), "wandb", "wandb"),
-        (lambda d: Trackio(d, {}), "trackio", "trackio"),
-    ],
-)
-def test_a_missing_package_says_what_to_install(writer, package, extra, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(InputError, match=rf"{package} is not installed: pip install 'heirloom-jax\[{extra}\]'"):
-        writer(tmp_path)
-
-
-def test_extras_are_named_like_writers():
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    assert set(get_args(WriterName)) <= set(project["optional-dependencies"])
 
 
 def test_devices_that_wait_for_data_are_told_of_once():

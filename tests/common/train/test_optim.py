@@ -112,7 +112,8 @@ def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
     }
     shapes = {"query/kernel": (3, 8, 2, 3), "query/bias": (3, 2, 3), "filter/kernel": (5, 5, 8)}
     spec = {path: Leaf(Axes.parse(axes[path]), shapes[path], np.dtype("float32")) for path in axes}
-    cfg = OptimConfig(algorithm="muon", lr=0.1, warmup=0, schedule="constant", weight_decay=0.0, clip=None)
+    constant: dict = dict(lr=0.1, warmup=0, schedule="constant", weight_decay=0.0, clip=None)
+    cfg = OptimConfig(algorithm="muon", eps=0.01, **constant)
     optimizer = make_optimizer(cfg, spec, 10)
     grads = {path: jax.random.normal(jax.random.key(i), shape) for i, (path, shape) in enumerate(shapes.items())}
     updates, _ = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(grads), grads))(grads)
@@ -124,7 +125,7 @@ def test_muon_sees_each_layers_matrix_whatever_its_dimensions():
         singular = np.diag(u.T @ update @ v.T) / (-0.1 * 0.2 * 8**0.5)
         np.testing.assert_allclose(singular, 1, atol=0.4)  # five Newton-Schulz steps leave them between 0.7 and 1.2
     rest = {path: grads[path] for path in ("query/bias", "filter/kernel")}  # no matrices
-    nadam = optax.nadam(0.1, cfg.b1, cfg.b2)
+    nadam = optax.nadam(0.1, cfg.b1, cfg.b2, cfg.eps)
     expected, _ = jax.jit(lambda rest: nadam.update(rest, nadam.init(rest), rest))(rest)
     for path in rest:
         np.testing.assert_allclose(updates[path], expected[path], rtol=1e-5)

@@ -87,6 +87,8 @@ def test_each_change_that_a_resume_may_have_is_named(tmp_path):
         ({"donor": "/a"}, {"donor": ""}),
         ({"teacher": "cache:/a"}, {"teacher": "cache:/b"}),
         ({"teacher": "/a"}, {"teacher": "embeddings"}),
+        ({"teacher": "/a"}, {"teacher": "logits"}),
+        ({"teacher": "logits"}, {"teacher": "hf:a/b"}),
         ({"seed": 0}, {"seed": 1}),
         ({"depth_rule": "interval"}, {"depth_rule": "even"}),
     ],

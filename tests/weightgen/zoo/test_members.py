@@ -122,6 +122,8 @@ def test_harmless_and_absent_fields_change_nothing():
         (("lora.down.weight", "lora.up.weight"), (2, 8), (6, 2)),
         (("lora_A.weight", "lora_B.weight"), (2, 3, 3, 3), (6, 2, 1, 1)),
         (("lora_A", "lora_B"), (2, 8), (6, 2)),
+        (("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"), (2, 8), (6, 2)),
+        (("lora_a.weight", "lora_b.weight"), (2, 8), (6, 2)),
     ],
 )
 def test_every_naming_has_one_gauge(sides, down, up, tmp_path):
@@ -141,12 +143,26 @@ def test_every_naming_has_one_gauge(sides, down, up, tmp_path):
     np.testing.assert_allclose(update(zoo, 0, "m.q"), b.reshape(6, 2) @ a.reshape(2, -1), atol=1e-4)
 
 
+def test_the_two_pairs_of_a_module_of_xlabs_are_two_modules():
+    one = {
+        f"double_blocks.0.processor.qkv_lora{i}.{side}.weight": np.full(shape, i, np.float32)
+        for i in (1, 2)
+        for side, shape in (("down", (2, 8)), ("up", (6, 2)))
+    }
+    made = canonical_tensors(one)
+    assert made.keys() == one.keys()
+    for i in (1, 2):
+        down, up = (made[f"double_blocks.0.processor.qkv_lora{i}.{side}.weight"] for side in ("down", "up"))
+        np.testing.assert_allclose(up @ down, np.full((6, 8), 2 * i * i), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("extra", "wrong"),
     [
         ({f"{KEY}.lora_magnitude_vector": np.ones(6, np.float32)}, "DoRA"),
         ({"lora_unet_x.hada_w1_a": np.ones((2, 2), np.float32)}, "LoHa"),
         ({f"{KEY}.lora_B.bias": np.ones(6, np.float32)}, "biases"),
+        ({f"{KEY}.lora_a": np.ones((8, 2), np.float32)}, "not known here"),  # of MLX, transposed
         ({f"{KEY}.qkv_lora1.down": np.ones((2, 2), np.float32)}, "not known here"),
         (pair(0, KEY, ("lora_A.second.weight", "lora_B.second.weight")), "two adapters"),
         (pair(0, "m.k", ("lora_A.weight", "lora_B.weight"), (4, 8), (6, 2)), "no pair"),
@@ -295,6 +311,12 @@ def test_what_is_wrong_in_a_folder_is_said(write, wrong, tmp_path):
         import_folder(tmp_path / "zoo")
 
 
+def test_a_folder_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["train", "weightgen/checkpoints", "--run", str(tmp_path / "run"), "--folder=~/none"]) == 2
+    assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+
+
 def test_a_folder_may_keep_shards_under_an_index(tmp_path):
     parts = {"model-00001-of-00002.safetensors": "w", "model-00002-of-00002.safetensors": "b"}
     for file, name in parts.items():
@@ -361,7 +383,8 @@ def test_a_folder_of_checkpoints_is_a_zoo(tmp_path):
     back = zoo.spec.unflatten(zoo.tokens(2), trees[0])
     assert all(np.array_equal(back[k], trees[2][k]) for k in back)
     zoo.save(tmp_path / "zoo")
-    assert np.array_equal(open_zoo(tmp_path / "zoo").tokens(slice(None)), zoo.tokens(slice(None)))
+    for folder in (tmp_path / "zoo", tmp_path):  # of a run, its zoo
+        assert np.array_equal(open_zoo(folder).tokens(slice(None)), zoo.tokens(slice(None)))
     save_file({"w": np.zeros((4, 2), np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "3.safetensors")
     (tmp_path / "zoo").rename(tmp_path.parent / "zoo-elsewhere")
     with pytest.raises(InputError, match=r"3\.safetensors is of another architecture"):
