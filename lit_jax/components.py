@@ -1,6 +1,7 @@
 """Finds the parts of a text-to-image model: its own pipeline folder has them, or flags name them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
 from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.labelled import LABELS, read_labels, write_labels
 from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
@@ -129,13 +131,27 @@ def pipeline_of(donor: Donor) -> Path | None:
 
 
 def class_names(donor: Donor) -> tuple[str, ...] | None:
-    """Returns the names of a DiT's classes by number, from the index of the pipeline that it lies in; None without."""
+    """Returns the names of a DiT's classes by number, from labels.json or the index of its pipeline; None without.
+
+    Raises InputError for a labels.json of another number of classes.
+    """
+    if (names := read_labels(donor.folder)) is not None:
+        if len(names) != donor.cfg.classes:
+            given = f"{len(names)} class names, and the model {donor.cfg.classes} classes"
+            raise InputError(f"{donor.folder / LABELS} has {given}: give one for each, or remove the file")
+        return names
     root = pipeline_of(donor)
     named = read_json(root / INDEX).get("id2label") if root is not None and (root / INDEX).is_file() else None
     numbers = range(getattr(donor.cfg, "classes", 0))
     if not isinstance(named, dict) or {str(i) for i in numbers} != set(named):
         return None
     return tuple(str(named[str(i)]) for i in numbers)
+
+
+def write_names(folder: Path, names: Sequence[str] | None) -> None:
+    """Writes class names as labels.json; nothing where they are not known."""
+    if names:  # of a class that has no name in the source, its number stands for it
+        write_labels(folder, [name if name.strip() else f"class {i}" for i, name in enumerate(names)])
 
 
 def is_foreign(donor: Donor) -> bool:
