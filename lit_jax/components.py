@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,10 @@ def check_scheduler(fields: Fields) -> None:
 def copy_parts(donor: Donor, folder: Path) -> None:
     """Writes what a transformer is drawn with, its pipeline or its parts, so that it can lie in a folder of its own."""
     root = pipeline_of(donor)
-    if named := _sidecar(donor) if root is None else {"pipeline": str(root.resolve())}:
+    named: dict[str, Any] = _sidecar(donor) if root is None else {"pipeline": str(root.resolve())}
+    if scale := _trained_scale(donor):
+        named |= {"scaling_factor": scale}
+    if named:
         write_json(folder / SIDECAR, named)
     copy_empty_text(donor.folder, folder)
 
@@ -163,19 +167,27 @@ def is_foreign(donor: Donor) -> bool:
 
 def other_scale(donor: Donor, scale: float, name: str) -> str:
     """Returns a remark if a foreign model was trained on latents of another scale than those of `name`, else an empty
-    string. The model's scale is that of its pipeline's autoencoder, else that of the published models.
+    string. The model's scale is that of its training's arguments or its pipeline's autoencoder, else that of the
+    published models.
     """
     if read_origin(donor.folder) or not is_foreign(donor):
         return ""
     root, usual = pipeline_of(donor), SDXL_SCALE if isinstance(donor.cfg, PixArtConfig) else SD_SCALE
     file = None if root is None else root / "vae" / "config.json"
-    known = read_json(file).get("scaling_factor", SD_SCALE) if file is not None and file.is_file() else usual
-    if np.isclose(scale, known, rtol=1e-3):
+    own = read_json(file).get("scaling_factor", SD_SCALE) if file is not None and file.is_file() else None
+    own = _trained_scale(donor) or own
+    if np.isclose(scale, known := own or usual, rtol=1e-3):
         return ""
-    trained = f"{donor.path} was trained on latents with {known:g}" if file and file.is_file() else (
+    trained = f"{donor.path} was trained on latents with {known:g}" if own else (
         f"published models such as {donor.path} were trained on latents with {known:g}"
     )
     return f"{name} has latents with scaling_factor {scale:g}, and {trained}: name the autoencoder of this model"
+
+
+def _trained_scale(donor: Donor) -> float | None:
+    """Returns the scale of the latents by the arguments of a foreign model's training, kept when it was converted."""
+    scale = donor.known.get("scale") or _sidecar(donor).get("scaling_factor")
+    return float(scale) if scale else None
 
 
 def _sidecar(donor: Donor) -> dict[str, str]:

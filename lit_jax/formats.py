@@ -111,7 +111,8 @@ def _read_fair(found: Found) -> Read | None:
                 "prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and the file does not say"
             )
         )
-    return Read(DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention), tuple(guesses))
+    cfg = DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention)
+    return Read(cfg, tuple(guesses), {"scale": known["scale"]} if "scale" in known else {})
 
 
 def sizes_of(tensors: Tensors) -> dict[str, Any]:

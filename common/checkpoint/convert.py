@@ -143,9 +143,8 @@ def _opened(
     source = Source(_as_stored(model.spec, views), views, origin)
     for text in (*raw.notes, *guesses):
         remark(f"{file}: {text}")
-    return Donor(
-        family=family, cfg=cfg, model=model, source=source, format=format.name, path=path, file=file, guesses=guesses
-    )
+    about: dict[str, Any] = dict(guesses=guesses, known=read.known)
+    return Donor(family=family, cfg=cfg, model=model, source=source, format=format.name, path=path, file=file, **about)
 
 
 def _model(family: Family, cfg: Any, path: Path) -> Functional:
