@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.train.mesh import batch_sharding, replicated
 from heirloom.common.train.parts import Model
 from lit_jax.dit import DitConfig, Modulation
@@ -45,6 +45,14 @@ def check_choices(cfg: object, **choices: Any) -> None:
             raise InputError(f"no {name} {value!r}{nearest(str(value), known)}; choose {', '.join(known)}")
 
 
+def check_guidance(guidance: float) -> None:
+    """Raises InputError for guidance below 0, and remarks what it does below 1."""
+    if guidance < 0:
+        raise InputError(f"guidance is {guidance:g}, which draws away from the class or prompt: give 1 (none) or more")
+    if guidance < 1:
+        remark(f"guidance is {guidance:g}: 0 draws without the class or prompt, 1 is no guidance, and more follows it")
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Settings of the sampler."""
@@ -62,6 +70,7 @@ class SampleConfig:
         guidance: Any = self.guidance  # from Python, of any type
         if not (isinstance(guidance, int | float) and isfinite(guidance)):
             raise InputError(f"guidance is {guidance!r}: give a number, such as 1.5 (1 is none)")
+        check_guidance(guidance)
 
     def make(self) -> Sampler:
         """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
