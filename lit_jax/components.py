@@ -19,6 +19,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
+from lit_jax.text.tokenizer import FILES, find_tokenizer
 from lit_jax.text_origin import copy_empty_text
 
 PIPELINE = "PixArtSigmaPipeline"
@@ -49,11 +50,14 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
     pipeline, text, autoencoder: SOURCEs that the caller names; else the pipeline folder that the transformer lies in,
     else the one that its sidecar names. Raises InputError for a part that nothing names, or that does not exist.
     """
-    root = locate(pipeline) if pipeline else _own_pipeline(donor)
+    root, named = locate(pipeline) if pipeline else pipeline_of(donor), bool(text and autoencoder and not pipeline)
     if root is None:
-        named = _sidecar(donor)
-        text, autoencoder = text or named.get("text_encoder", ""), autoencoder or named.get("autoencoder", "")
-    if root is not None:
+        noted = _sidecar(donor)
+        text, autoencoder = text or noted.get("text_encoder", ""), autoencoder or noted.get("autoencoder", "")
+    if root is not None and not named:
+        if not pipeline and not root.is_dir():
+            gone = f"{donor.folder / SIDECAR}: its pipeline {root} does not exist any more"
+            raise InputError(f"{gone}; give --pipeline DIR, or --text-encoder and --autoencoder")
         check_pipeline(root)
     elif not (text and autoencoder):
         raise InputError(
@@ -88,12 +92,23 @@ def check_pipeline(root: Path) -> None:
 
 def check_scheduler(fields: Fields) -> None:
     """Refuses a scheduler whose pictures differ from those of DPM-Solver++(2M) on DiT's chain, naming the setting."""
+    trained = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None)
+    trained |= dict(prediction_type="epsilon", use_flow_sigmas=False, rescale_betas_zero_snr=False)
+    for name, value in trained.items():
+        fields.fixed(name, value)
+    try:
+        _check_sampler(fields)
+    except InputError as error:
+        ways = "remove scheduler/, or name the parts with --text-encoder and --autoencoder"
+        raise InputError(f"{error}; heirloom draws with its own sampler: {ways}") from error
+
+
+def _check_sampler(fields: Fields) -> None:
     fields.fixed("_class_name", "DPMSolverMultistepScheduler")
-    usual = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, solver_order=2)
-    usual |= dict(prediction_type="epsilon", algorithm_type="dpmsolver++", solver_type="midpoint", thresholding=False)
-    usual |= dict(timestep_spacing="linspace", final_sigmas_type="zero", rescale_betas_zero_snr=False)
-    usual |= dict.fromkeys(("use_flow_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
-    usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False, trained_betas=None)
+    usual = dict(algorithm_type="dpmsolver++", solver_type="midpoint", thresholding=False, solver_order=2)
+    usual |= dict(timestep_spacing="linspace", final_sigmas_type="zero")
+    usual |= dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+    usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False)
     for name, value in usual.items():
         fields.fixed(name, value)
     least = fields.value("lambda_min_clipped", float("-inf"))
@@ -196,19 +211,13 @@ def _sidecar(donor: Donor) -> dict[str, str]:
     return {name: str(source) for name, source in read_json(file).items()} if file.is_file() else {}
 
 
-def _own_pipeline(donor: Donor) -> Path | None:
-    root = pipeline_of(donor)
-    if root is not None and not root.is_dir():
-        raise InputError(f"{donor.folder / SIDECAR}: its pipeline {root} does not exist any more; give --pipeline DIR")
-    return root
-
-
 def _tokenizer(encoder: Path, root: Path | None) -> Path:
     """Returns the folder of the tokenizer that belongs to a text encoder."""
     folder = encoder if encoder.is_dir() else encoder.parent
-    places = [folder.parent / "tokenizer", folder, *([root / "tokenizer"] if root else [])]
-    names = ("tokenizer.json", "spiece.model")
-    for place in places:
-        if any((place / name).is_file() for name in names):
-            return place
-    raise InputError(f"{places[0]}: no tokenizer ({' or '.join(names)}); fetch the tokenizer/ folder of the pipeline")
+    # In a pipeline of two text encoders, such as FLUX, tokenizer/ is that of the other one.
+    others = [] if folder.name.startswith("text_encoder") else [folder.parent / "tokenizer"]
+    places = [folder, *others, *([root / "tokenizer"] if root else [])]
+    if (found := next(filter(None, map(find_tokenizer, places)), None)) is None:
+        names = " or ".join(FILES[:2])
+        raise InputError(f"{folder}: no tokenizer ({names}) in it or next to it; fetch the tokenizer/ of the pipeline")
+    return found

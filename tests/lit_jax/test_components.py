@@ -101,7 +101,7 @@ def test_a_student_next_to_a_transformer_belongs_to_the_pipeline_that_it_notes(t
     (theirs / "transformer").mkdir()
     for name in ("transformer", "student"):
         (mine / name).mkdir()
-        copy_parts(SimpleNamespace(folder=theirs / "transformer"), mine / name)
+        copy_parts(SimpleNamespace(folder=theirs / "transformer", known={}), mine / name)
     assert pipeline_of(SimpleNamespace(folder=mine / "transformer")) == mine
     assert pipeline_of(SimpleNamespace(folder=mine / "student")) == theirs
     assert pipeline_of(SimpleNamespace(folder=tmp_path / "alone")) is None
@@ -112,7 +112,7 @@ def test_a_copy_keeps_the_parts_that_a_model_was_trained_with(tmp_path):
     write_parts_of(tmp_path / "model", "embedded:emoji", "vae")
     write_empty_text(tmp_path / "model", np.ones((2, 3)))
     (tmp_path / "copy").mkdir()
-    copy_parts(SimpleNamespace(folder=tmp_path / "model"), tmp_path / "copy")
+    copy_parts(SimpleNamespace(folder=tmp_path / "model", known={}), tmp_path / "copy")
     parts = json.loads((tmp_path / "copy" / "pipeline.json").read_text())
     assert parts == {"text_encoder": "embedded:emoji", "autoencoder": "vae"}
     assert same_encoder(read_empty_text(tmp_path / "copy"), np.ones((2, 3), np.float32))
@@ -149,8 +149,42 @@ def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(
     assert find_components(foreign(tmp_path / "alone", None), **parts).tokenizer == tmp_path / "tokenizer"
 
 
+def test_the_tokenizer_is_the_text_encoders_own(tmp_path):
+    """FLUX has T5 in text_encoder_2; an encoder with a tokenizer in its folder has no need of a neighbour's."""
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "t5", "vae"):
+        (tmp_path / name).mkdir()
+    for name in ("tokenizer", "tokenizer_2", "t5"):
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    for encoder, name in (("text_encoder_2", "tokenizer_2"), ("text_encoder", "tokenizer"), ("t5", "t5")):
+        parts = dict(text=str(tmp_path / encoder), autoencoder=str(tmp_path / "vae"))
+        assert find_components(foreign(tmp_path / "alone", None), **parts).tokenizer == tmp_path / name
+    (tmp_path / "tokenizer_2" / "tokenizer.json").unlink()
+    parts["text"] = str(tmp_path / "text_encoder_2")
+    with pytest.raises(InputError, match=r"text_encoder_2: no tokenizer \(tokenizer.json or spiece.model\) in it"):
+        find_components(foreign(tmp_path / "alone", None), **parts)
+
+
+def test_parts_that_are_named_need_no_pipeline(tmp_path):
+    """Neither one that is gone, nor one with another scheduler."""
+    for name in ("text_encoder", "tokenizer", "vae", "student"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_text("")
+    parts = dict(text=str(tmp_path / "text_encoder"), autoencoder=str(tmp_path / "vae"))
+    (tmp_path / "student" / "pipeline.json").write_text(json.dumps({"pipeline": str(tmp_path / "gone")}))
+    other = write(tmp_path / "other", SIGMA, SCHEDULER | {"_class_name": "EulerDiscreteScheduler"})
+    (other / "transformer").mkdir()
+    for folder, words in (
+        (tmp_path / "student", "its pipeline .*gone does not exist any more; give --pipeline DIR, or --text-encoder"),
+        (other / "transformer", "heirloom draws with its own sampler: remove scheduler/, or name the parts with"),
+    ):
+        assert find_components(foreign(folder, None), **parts).autoencoder == tmp_path / "vae"
+        for name in parts:
+            with pytest.raises(InputError, match=words):
+                find_components(foreign(folder, None), **{name: parts[name]})
+
+
 def foreign(folder, cfg, format="diffusers"):
-    return SimpleNamespace(folder=folder, path=folder, cfg=cfg, format=format)
+    return SimpleNamespace(folder=folder, path=folder, cfg=cfg, format=format, known={})
 
 
 def test_names_of_classes_are_those_of_the_pipelines_index(tmp_path):
