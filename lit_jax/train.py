@@ -35,7 +35,7 @@ from heirloom.common.train.step import Batch, LossFn, Params, StepConfig, cast
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import class_names, write_names
-from lit_jax.data import Pixels, is_latent, latents
+from lit_jax.data import Pixels, check_latent, is_latent, latents
 from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
@@ -217,6 +217,7 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
 
 def labelled(cfg: Config, opened: Opened) -> Labelled:
     """Open the training data; names of classes are numbered as those of the donor, or else of the teacher, if known."""
+    check_latent(cfg.data)
     models = [model for model in (opened.donor, opened.teacher) if model]
     names = next((found for model in models if (found := class_names(model))), None)
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes, names)

@@ -145,6 +145,11 @@ def test_pictures_of_a_latent_model_are_to_be_cached(pictures):
     cfg = train.Config(student=student, data=pictures, autoencoder="kl-f4", pipeline=PipelineConfig(batch=8))
     with pytest.raises(InputError, match="these are pictures, and autoencoder is set: cache their latents first"):
         train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+    recipe = replace(cfg, data=replace(pictures, image="", text="", columns=("moments", "label")))  # as published ones
+    with pytest.raises(InputError, match="pictures is no cache of latents, which this recipe reads: cache the latents"):
+        train.batches(recipe, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+    with pytest.raises(InputError, match="pictures is no cache of latents"):
+        held_out_loss(replace(cfg, held_out=recipe.data), functional(Dit, student), start(MeshConfig()))
 
 
 def test_held_out_data_of_another_shape_is_refused_at_the_start(pictures):
