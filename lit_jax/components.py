@@ -12,7 +12,7 @@ from heirloom.common.checkpoint.convert import OURS, first_format
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline
+from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline, plain_weights
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.labelled import LABELS, read_labels, write_labels
 from heirloom.common.errors import InputError
@@ -74,7 +74,7 @@ def _part(root: Path | None, name: str) -> Path:
     if not (root / name).is_dir():
         flag = {"text_encoder": "--text-encoder", "vae": "--autoencoder"}[name]
         raise InputError(f"{root}: the sub-folder {name}/ is missing; name another pipeline by --pipeline, or {flag}")
-    return root / name
+    return plain_weights(root / name)
 
 
 def check_pipeline(root: Path) -> None:

@@ -26,7 +26,7 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.components import find_components
-from lit_jax.decode import PictureDecoder, picture_decoder, pictures_of
+from lit_jax.decode import PictureDecoder, autoencoder_example, picture_decoder, pictures_of
 from lit_jax.dit import DitConfig
 from lit_jax.formats import sidecars
 from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
@@ -76,9 +76,8 @@ class Pretrained(Loaded):
         if not labels:
             raise InputError("no class is given: give the number of a class, or a list of numbers")
         if self.pictures is None:
-            raise InputError(
-                "this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema"
-            )
+            example = autoencoder_example(self.cfg.channels, self.origin)
+            raise InputError(f"this model draws latents: load(SOURCE, autoencoder=...){example}")
         sampling = replace(default, **settings)
         draw = self._drawers.setdefault(sampling, drawer(self.model, self.cfg, sampling, self.mesh))
         repeated, keys = np.repeat(labels, count), class_keys(seed, labels, count)

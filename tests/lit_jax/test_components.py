@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of
+from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of, plain_weights
 from heirloom.common.errors import InputError
 from lit_jax.components import (
     check_pipeline,
@@ -139,6 +139,28 @@ def test_a_model_next_to_its_average_is_named_by_the_user(tmp_path, name):
         main_part(tmp_path)
     with pytest.raises(InputError, match="and its average"):
         convert_pipeline(tmp_path, tmp_path / "out", "heirloom", lambda part: None)
+
+
+def test_a_part_in_two_precisions_is_read_as_diffusers_does(tmp_path, remarks):
+    root = write(tmp_path / "p", SIGMA)
+    for name, files in (("transformer", ("x.fp16.safetensors", "x.safetensors")), ("vae", ("x.bf16.safetensors",))):
+        (root / name).mkdir()
+        for file in files:
+            (root / name / file).write_text("")
+    assert main_part(root) == root / "transformer" / "x.safetensors"
+    assert "transformer: x.safetensors is taken, not x.fp16.safetensors; name the file to take" in remarks()[0]
+    assert plain_weights(root / "vae") == root / "vae"  # the only one
+    opened = []
+
+    def open_part(part):
+        opened.append(part)
+        raise InputError("stop")
+
+    with pytest.raises(InputError, match="stop"):
+        convert_pipeline(root, tmp_path / "out", "heirloom", open_part)
+    assert opened == [root / "transformer" / "x.safetensors"]
+    (root / "transformer" / "y.safetensors").write_text("")  # another model
+    assert plain_weights(root / "transformer") == root / "transformer" and len(remarks()) == 1
 
 
 def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(tmp_path):

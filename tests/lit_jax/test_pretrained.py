@@ -16,7 +16,9 @@ from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from lit_jax import generate
+from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import class_names, is_foreign, pipeline_of
+from lit_jax.decode import autoencoder_example
 from lit_jax.dit import Dit
 from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.zoo import FAMILY
@@ -64,8 +66,11 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
     assert again.cfg == loaded.cfg and again.origin == read_origin(tmp_path / "out") == origin
     for path, value in loaded.params.items():
         np.testing.assert_array_equal(again.params[path], value)
-    with pytest.raises(InputError, match="this model draws latents: load"):
+    with pytest.raises(InputError, match=r"this model draws latents: load\(SOURCE, .*\), such as somewhere$"):
         again.sample(0, **FAST)
+    assert autoencoder_example(4, None) == ", such as hf:stabilityai/sd-vae-ft-ema"
+    others = (16, None), (4, Origin(AutoencoderConfig(scaling_factor=0.13025)))
+    assert {autoencoder_example(*other) for other in others} == {""}
 
 
 def test_a_saved_copy_keeps_where_it_came_from(golden, tmp_path, one_device, remarks):
