@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
@@ -26,6 +26,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a verification failed. 2: bad input, which the user can correct. 75: stopped by SIGTERM, and the
     same command begins again or, in a training, continues. 130: interrupted.
     """
+    with notes():
+        try:
+            code = _main(argv)
+        except Exception:
+            if liveness := sys.modules.get("heirloom.common.train.liveness"):
+                liveness.hear_the_others()
+            raise
+        _leave(code, "see its own output")
+        return code
+
+
+def script(name: str, run: Callable[[], None]) -> int:
+    """Runs a script of `scripts/` as a verb runs: remarks are notes, and bad input is one line and exit code 2."""
+    try:
+        with notes():
+            run()
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Prints remarks as notes in the block."""
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
@@ -39,14 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", Remark)
         warnings.showwarning = show  # type: ignore[assignment]
-        try:
-            code = _main(argv)
-        except Exception:
-            if liveness := sys.modules.get("heirloom.common.train.liveness"):
-                liveness.hear_the_others()
-            raise
-        _leave(code, "see its own output")
-        return code
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
+from heirloom.common.diffusion import Prediction, Sampler, Schedule, ddim, ddpm, dpm_solver, linear_schedule, respace
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.train.mesh import batch_sharding, replicated
 from heirloom.common.train.parts import Model
@@ -85,7 +85,7 @@ class SampleConfig:
             )
         try:
             if self.sampler == "dpm":
-                return dpm_solver(chain, self.steps)
+                return self._dpm(chain)
             return (
                 ddpm(respace(chain, self.steps))
                 if self.sampler == "ddpm"
@@ -93,6 +93,9 @@ class SampleConfig:
             )
         except ValueError as error:
             raise InputError(f"--steps {self.steps} with {self.sampler}: {error}") from error
+
+    def _dpm(self, chain: Schedule) -> Sampler:
+        return dpm_solver(chain, self.steps)
 
 
 @dataclass(frozen=True)

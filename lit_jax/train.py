@@ -65,7 +65,7 @@ class Config(BaseConfig):
     label: str = "label"
     """Column of the class: integers from 0, or names, which are numbered in alphabetical order."""
     flips: float = 0.5
-    """Share of the pictures that are mirrored. A latent cache holds both views and uses each half of the time."""
+    """Share of the pictures that are mirrored; a latent cache holds both views of each."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=256))
     autoencoder: str = ""
     """SOURCE of the decoder that turns sampled latents into pictures; not needed to train on a cache."""

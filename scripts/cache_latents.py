@@ -14,6 +14,7 @@ from typing import Any
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.hub import locate
+from heirloom.common.cli import script
 from heirloom.common.data.labelled import LABELS, open_labelled
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
@@ -55,7 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"cache_latents: {error}")
+    sys.exit(script("cache_latents", main))

@@ -10,7 +10,11 @@ import pytest
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of, plain_weights
 from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
+from lit_jax import text_to_image
+from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import (
+    Components,
     check_pipeline,
     check_scheduler,
     class_names,
@@ -233,3 +237,16 @@ def test_latents_of_another_scale_than_a_foreign_models_are_said(tmp_path):
     (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.5}))
     inside = foreign(root / "transformer", DitConfig())
     assert other_scale(inside, 0.5, "cache") == "" and "with 0.5:" in other_scale(inside, 0.18215, "cache")
+
+
+def test_a_pipelines_own_autoencoder_is_not_doubted(tmp_path, monkeypatch, remarks):
+    root = write(tmp_path / "pipeline", SIGMA)
+    (root / "vae").mkdir()
+    (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.5}))
+    monkeypatch.setattr(text_to_image, "open_text", lambda *args, **how: SimpleNamespace(width=4096))
+    for scale, doubted in ((0.5, False), (0.13025, True)):
+        autoencoder = SimpleNamespace(cfg=AutoencoderConfig(scaling_factor=scale))
+        monkeypatch.setattr(text_to_image, "open_donor", lambda *args, vae=autoencoder: vae)
+        donor = foreign(root / "transformer", PixArtConfig())
+        text_to_image.open_text_to_image(donor, Components(root, root, root / "vae"), start(MeshConfig()))
+        assert any("trained on latents with 0.5: name" in said for said in remarks()) == doubted

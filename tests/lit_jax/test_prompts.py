@@ -63,6 +63,21 @@ def test_what_a_picture_is_drawn_from_is_checked():
             model.draw(**how)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("A red apple!", "a_red_apple"),
+        ("赤いリンゴ", "赤いリンゴ"),
+        ("Ein Bär, grün", "ein_bär_grün"),
+        ("\N{RED APPLE}", "prompt"),
+        ("", "unconditional"),
+    ],
+)
+def test_pictures_are_named_after_their_prompt(tmp_path, text, name):
+    (file,) = Album(tmp_path, "plain", 1).files(0, Prompt(text))
+    assert file.name == f"00000_{name}_seed0_0.png"
+
+
 @pytest.mark.parametrize("text", ['"a cat"\n"a dog"', "1. a cat\n2. a dog", "prompt\na cat", "- a cat\n- a dog"])
 def test_prompts_with_more_than_their_text_are_refused(tmp_path, text):
     (tmp_path / "p.txt").write_text(text)

@@ -107,6 +107,16 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
         SampleConfig(guidance=float("nan"))
 
 
+def test_integer_times_are_not_as_many_as_the_chain_has():
+    """Two of them would be the same step: a division by zero."""
+    with pytest.raises(InputError, match="--steps 1000 with dpm: integer times are of at most 999 steps"):
+        PromptConfig(steps=1000, times="integer").make()
+    with pytest.raises(InputError, match=r"--steps 2\.5 with dpm: choose between 1 and 1000"):
+        PromptConfig(steps=2.5).make()
+    for how in (PromptConfig(steps=999, times="integer"), PromptConfig(steps=1000)):
+        assert all(np.isfinite(column).all() for column in vars(how.make()).values())
+
+
 @pytest.mark.parametrize("config", [SampleConfig, PromptConfig])
 def test_guidance_below_none(config, remarks):
     with pytest.raises(InputError, match="guidance is -1, which draws away from the class or prompt: give 1"):
