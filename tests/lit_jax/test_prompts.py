@@ -157,7 +157,7 @@ def test_a_picture_says_how_it_was_drawn(tmp_path):
     album = Album(tmp_path, "plain", 4, seed=3)
     prompt = Prompt("ein Äpfelchen")
     files = album.write(7, prompt, PICTURES, SETTINGS)
-    assert files[2].name == "00007_ein_pfelchen_seed3_2.png"
+    assert files[2].name == "00007_ein_äpfelchen_seed3_2.png"
     np.testing.assert_array_equal(np.asarray(Image.open(files[2])), PICTURES[2])
     assert read_settings(files[2]) == json.loads(json.dumps(SETTINGS[2]))
     assert album.has(7, prompt, SETTINGS)
