@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
@@ -20,6 +20,31 @@ from heirloom.common.paths import FIELDS, is_address, local, place, without_file
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code, one of `Exit` or that of the command that it supervises."""
+    with notes():
+        try:
+            code = _main(argv)
+        except Exception:
+            if liveness := sys.modules.get("heirloom.common.train.liveness"):
+                liveness.wait_for_failure_of_others()
+            raise
+        _leave(code, "see its own output")
+        return code
+
+
+def script(name: str, run: Callable[[], None]) -> int:
+    """Runs a script of `scripts/` as a verb runs: remarks are notes, and bad input is one line and exit code 2."""
+    try:
+        with notes():
+            run()
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return Exit.BAD_INPUT
+    return Exit.DONE
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Prints remarks as notes in the block."""
     said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
@@ -33,14 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", Remark)
         warnings.showwarning = show  # type: ignore[assignment]
-        try:
-            code = _main(argv)
-        except Exception:
-            if liveness := sys.modules.get("heirloom.common.train.liveness"):
-                liveness.wait_for_failure_of_others()
-            raise
-        _leave(code, "see its own output")
-        return code
+        yield
 
 
 @contextmanager

@@ -280,6 +280,7 @@ def dpm_solver(schedule: Schedule, steps: int, times: Times = "fractional") -> S
 
     times: "fractional" as PixArt samples: from 1 to 1/1000, log alpha piecewise linear between the steps of the full
     chain. "integer" as diffusers' DPMSolverMultistepScheduler: steps of the full chain, and a last step to no noise.
+    Raises ValueError for as many steps as the chain has, of which two would be the same.
     """
     total, log_alpha_bar = len(schedule), np.log(schedule.alpha_bar)
     if times == "fractional":
@@ -287,6 +288,8 @@ def dpm_solver(schedule: Schedule, steps: int, times: Times = "fractional") -> S
         log_alpha = np.interp(time, (np.arange(total) + 1) / total, 0.5 * log_alpha_bar)
         inputs = (time[:-1] - 1 / total) * total
     else:
+        if steps >= total:
+            raise ValueError(f"integer times are of at most {total - 1} steps")
         inputs = np.linspace(0, total - 1, steps + 1).round()[:0:-1]
         log_alpha = np.append(0.5 * log_alpha_bar[inputs.astype(int)], 0.0)
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from heirloom.common.checkpoint.convert import kept_provenance
 from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.labelled import write_labels
 from heirloom.common.data.pictures import Picture
@@ -100,7 +101,7 @@ def load(source: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     donor = open_classifier(str(source), **overrides)
     about: dict[str, Any] = dict(pre=preprocess_of(donor).announced(), classes=labels_of(donor), source=str(source))
     remark(said_of(problem := problem_of(donor)))
-    about |= dict(problem=problem)
+    about |= dict(problem=problem, loaded_from=kept_provenance(donor))
     return Pretrained(cfg=donor.cfg, model=donor.model, params=load_params(donor, start(MeshConfig())), **about)
 
 

@@ -210,7 +210,8 @@ def _sidecars(donor: Donor, destination: Path, format: str) -> None:
 
 _COMPVIS = (
     "an autoencoder with CompVis' names: convert it with diffusers (AutoencoderKL.from_single_file(FILE),"
-    " save_pretrained(DIR)) and name that folder"
+    " save_pretrained(DIR); for SDXL's, from_single_file(FILE, config='stabilityai/sdxl-vae'), as it is taken for that"
+    " of Stable Diffusion, with another scale) and name that folder"
 )
 LOOKALIKES = (
     Lookalike("*encoder.down.0.block.0.norm1.weight", _COMPVIS),

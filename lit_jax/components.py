@@ -1,8 +1,10 @@
 """Finds the parts of a text-to-image model: its own pipeline folder has them, or flags name them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +12,14 @@ from heirloom.common.checkpoint.convert import OURS, first_format
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline
+from heirloom.common.checkpoint.pipeline import INDEX, MAIN, class_of, is_pipeline, plain_weights
 from heirloom.common.checkpoint.weights import read_json, write_json
+from heirloom.common.data.labelled import LABELS, read_labels, write_labels
 from heirloom.common.errors import InputError
 from heirloom.common.methods import locate_any
 from lit_jax.origin import read_origin
 from lit_jax.pixart import PixArtConfig
+from lit_jax.text.tokenizer import PIECES, WHOLE, find_tokenizer
 from lit_jax.text_origin import copy_empty_text
 
 PIPELINE = "PixArtSigmaPipeline"
@@ -46,11 +50,14 @@ def find_components(donor: Donor, *, pipeline: str = "", text: str = "", autoenc
     pipeline, text, autoencoder: SOURCEs that the caller names; else the pipeline folder that the transformer lies in,
     else the one that its sidecar names. Raises InputError for a part that nothing names, or that does not exist.
     """
-    root = locate(pipeline) if pipeline else _own_pipeline(donor)
+    root, named = locate(pipeline) if pipeline else pipeline_of(donor), bool(text and autoencoder and not pipeline)
     if root is None:
-        named = _sidecar(donor)
-        text, autoencoder = text or named.get("text_encoder", ""), autoencoder or named.get("autoencoder", "")
-    if root is not None:
+        noted = _sidecar(donor)
+        text, autoencoder = text or noted.get("text_encoder", ""), autoencoder or noted.get("autoencoder", "")
+    if root is not None and not named:
+        if not pipeline and not root.is_dir():
+            gone = f"{donor.folder / SIDECAR}: its pipeline {root} does not exist any more"
+            raise InputError(f"{gone}; give --pipeline DIR, or --text-encoder and --autoencoder")
         check_pipeline(root)
     elif not (text and autoencoder):
         raise InputError(
@@ -67,7 +74,7 @@ def _part(root: Path | None, name: str) -> Path:
     if not (root / name).is_dir():
         flag = {"text_encoder": "--text-encoder", "vae": "--autoencoder"}[name]
         raise InputError(f"{root}: the sub-folder {name}/ is missing; name another pipeline by --pipeline, or {flag}")
-    return root / name
+    return plain_weights(root / name)
 
 
 def check_pipeline(root: Path) -> None:
@@ -85,12 +92,23 @@ def check_pipeline(root: Path) -> None:
 
 def check_scheduler(fields: Fields) -> None:
     """Refuses a scheduler whose pictures differ from those of DPM-Solver++(2M) on DiT's chain, naming the setting."""
+    trained = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, trained_betas=None)
+    trained |= dict(prediction_type="epsilon", use_flow_sigmas=False, rescale_betas_zero_snr=False)
+    for name, value in trained.items():
+        fields.fixed(name, value)
+    try:
+        _check_sampler(fields)
+    except InputError as error:
+        ways = "remove scheduler/, or name the parts with --text-encoder and --autoencoder"
+        raise InputError(f"{error}; heirloom draws with its own sampler: {ways}") from error
+
+
+def _check_sampler(fields: Fields) -> None:
     fields.fixed("_class_name", "DPMSolverMultistepScheduler")
-    usual = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, solver_order=2)
-    usual |= dict(prediction_type="epsilon", algorithm_type="dpmsolver++", solver_type="midpoint", thresholding=False)
-    usual |= dict(timestep_spacing="linspace", final_sigmas_type="zero", rescale_betas_zero_snr=False)
-    usual |= dict.fromkeys(("use_flow_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
-    usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False, trained_betas=None)
+    usual = dict(algorithm_type="dpmsolver++", solver_type="midpoint", thresholding=False, solver_order=2)
+    usual |= dict(timestep_spacing="linspace", final_sigmas_type="zero")
+    usual |= dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+    usual |= dict(use_lu_lambdas=False, use_dynamic_shifting=False)
     for name, value in usual.items():
         fields.fixed(name, value)
     least = fields.value("lambda_min_clipped", float("-inf"))
@@ -109,7 +127,10 @@ def check_scheduler(fields: Fields) -> None:
 def copy_parts(donor: Donor, folder: Path) -> None:
     """Writes what a transformer is drawn with, its pipeline or its parts, so that it can lie in a folder of its own."""
     root = pipeline_of(donor)
-    if named := _sidecar(donor) if root is None else {"pipeline": str(root.resolve())}:
+    named: dict[str, Any] = _sidecar(donor) if root is None else {"pipeline": str(root.resolve())}
+    if scale := _trained_scale(donor):
+        named |= {"scaling_factor": scale}
+    if named:
         write_json(folder / SIDECAR, named)
     copy_empty_text(donor.folder, folder)
 
@@ -129,13 +150,27 @@ def pipeline_of(donor: Donor) -> Path | None:
 
 
 def class_names(donor: Donor) -> tuple[str, ...] | None:
-    """Returns the names of a DiT's classes by number, from the index of the pipeline that it lies in; None without."""
+    """Returns the names of a DiT's classes by number, from labels.json or the index of its pipeline; None without.
+
+    Raises InputError for a labels.json of another number of classes.
+    """
+    if (names := read_labels(donor.folder)) is not None:
+        if len(names) != donor.cfg.classes:
+            given = f"{len(names)} class names, and the model {donor.cfg.classes} classes"
+            raise InputError(f"{donor.folder / LABELS} has {given}: give one for each, or remove the file")
+        return names
     root = pipeline_of(donor)
     named = read_json(root / INDEX).get("id2label") if root is not None and (root / INDEX).is_file() else None
     numbers = range(getattr(donor.cfg, "classes", 0))
     if not isinstance(named, dict) or {str(i) for i in numbers} != set(named):
         return None
     return tuple(str(named[str(i)]) for i in numbers)
+
+
+def write_names(folder: Path, names: Sequence[str] | None) -> None:
+    """Writes class names as labels.json; nothing where they are not known."""
+    if names:  # of a class that has no name in the source, its number stands for it
+        write_labels(folder, [name if name.strip() else f"class {i}" for i, name in enumerate(names)])
 
 
 def is_foreign(donor: Donor) -> bool:
@@ -147,19 +182,27 @@ def is_foreign(donor: Donor) -> bool:
 
 def other_scale(donor: Donor, scale: float, name: str) -> str:
     """Returns a remark if a foreign model was trained on latents of another scale than those of `name`, else an empty
-    string. The model's scale is that of its pipeline's autoencoder, else that of the published models.
+    string. The model's scale is that of its training's arguments or its pipeline's autoencoder, else that of the
+    published models.
     """
     if read_origin(donor.folder) or not is_foreign(donor):
         return ""
     root, usual = pipeline_of(donor), SDXL_SCALE if isinstance(donor.cfg, PixArtConfig) else SD_SCALE
     file = None if root is None else root / "vae" / "config.json"
-    known = read_json(file).get("scaling_factor", SD_SCALE) if file is not None and file.is_file() else usual
-    if np.isclose(scale, known, rtol=1e-3):
+    own = read_json(file).get("scaling_factor", SD_SCALE) if file is not None and file.is_file() else None
+    own = _trained_scale(donor) or own
+    if np.isclose(scale, known := own or usual, rtol=1e-3):
         return ""
-    trained = f"{donor.path} was trained on latents with {known:g}" if file and file.is_file() else (
+    trained = f"{donor.path} was trained on latents with {known:g}" if own else (
         f"published models such as {donor.path} were trained on latents with {known:g}"
     )
     return f"{name} has latents with scaling_factor {scale:g}, and {trained}: name the autoencoder of this model"
+
+
+def _trained_scale(donor: Donor) -> float | None:
+    """Returns the scale of the latents by the arguments of a foreign model's training, kept when it was converted."""
+    scale = donor.known.get("scale") or _sidecar(donor).get("scaling_factor")
+    return float(scale) if scale else None
 
 
 def _sidecar(donor: Donor) -> dict[str, str]:
@@ -168,19 +211,13 @@ def _sidecar(donor: Donor) -> dict[str, str]:
     return {name: str(source) for name, source in read_json(file).items()} if file.is_file() else {}
 
 
-def _own_pipeline(donor: Donor) -> Path | None:
-    root = pipeline_of(donor)
-    if root is not None and not root.is_dir():
-        raise InputError(f"{donor.folder / SIDECAR}: its pipeline {root} does not exist any more; give --pipeline DIR")
-    return root
-
-
 def _tokenizer(encoder: Path, root: Path | None) -> Path:
     """Returns the folder of the tokenizer that belongs to a text encoder."""
     folder = encoder if encoder.is_dir() else encoder.parent
-    places = [folder.parent / "tokenizer", folder, *([root / "tokenizer"] if root else [])]
-    names = ("tokenizer.json", "spiece.model")
-    for place in places:
-        if any((place / name).is_file() for name in names):
-            return place
-    raise InputError(f"{places[0]}: no tokenizer ({' or '.join(names)}); fetch the tokenizer/ folder of the pipeline")
+    # In a pipeline of two text encoders, such as FLUX, tokenizer/ is that of the other one.
+    others = [] if folder.name.startswith("text_encoder") else [folder.parent / "tokenizer"]
+    places = [folder, *others, *([root / "tokenizer"] if root else [])]
+    if (found := next(filter(None, map(find_tokenizer, places)), None)) is None:
+        names = " or ".join((WHOLE, PIECES))
+        raise InputError(f"{folder}: no tokenizer ({names}) in it or next to it; fetch the tokenizer/ of the pipeline")
+    return found

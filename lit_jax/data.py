@@ -8,6 +8,7 @@ from PIL import Image
 
 from heirloom.common.data.pictures import Box, decode_record
 from heirloom.common.data.sources import Record, SourceConfig
+from heirloom.common.errors import InputError
 from heirloom.common.paths import place
 
 MAX_ASPECT = 64  # pictures with a larger aspect ratio are cropped before they are resized
@@ -78,3 +79,11 @@ def latents(record: Record, rng: np.random.Generator) -> dict[str, Any]:
 def is_latent(cfg: SourceConfig) -> bool:
     """Tell whether the data is a latent cache."""
     return (place(cfg.path) / "moments.npy").is_file()
+
+
+def check_latent(cfg: SourceConfig) -> None:
+    """Raise InputError for pictures where a recipe reads latents."""
+    exists = ":" in cfg.path or place(cfg.path).exists()
+    if "moments" in cfg.columns and exists and not is_latent(cfg):
+        ways = "cache the latents of its pictures first (heirloom cache RECIPE DIR --data.path PICTURES), and name DIR"
+        raise InputError(f"{cfg.path} is no cache of latents, which this recipe reads: {ways}")

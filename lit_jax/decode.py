@@ -13,13 +13,14 @@ from jax.typing import ArrayLike
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
+from heirloom.common.checkpoint.pipeline import plain_weights
 from heirloom.common.errors import InputError, remark
 from heirloom.common.methods import locate_any
 from heirloom.common.nn.functional import Functional
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig, unscale_latents
-from lit_jax.components import is_foreign, other_scale, pipeline_of
+from lit_jax.components import SD_SCALE, is_foreign, other_scale, pipeline_of
 from lit_jax.dit import DitConfig
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents, read_origin
 from lit_jax.pixart import PixArtConfig
@@ -95,7 +96,7 @@ def pictures_of(donor: Donor, source: str, mesh: Mesh) -> PictureDecoder | None:
         named = open_donor(locate_any(source), [autoencoder_layouts.FAMILY])
         remark(other_scale(donor, named.cfg.scaling_factor, source))
     elif not source and root is not None and (root / "vae").is_dir():
-        source = str(root / "vae")
+        source = str(plain_weights(root / "vae"))
     if not source and donor.cfg.channels == 3 and origin is None and is_foreign(donor):
         remark(f"{donor.path}: its 3 channels are taken for pixels; if they are latents, name their autoencoder")
     return open_pictures(donor.cfg, source, mesh, origin)
@@ -106,7 +107,18 @@ def no_pictures(donor: Donor) -> InputError:
     if donor.cfg.channels < 3 and read_origin(donor.folder) is None:  # MNIST's, say
         what = f"draws {donor.cfg.channels} channel{'s' if donor.cfg.channels > 1 else ''}, and pictures have 3"
         return InputError(f"{donor.path} {what}: only latents, with --autoencoder, are made into pictures")
-    return InputError("this model draws latents: give --autoencoder, such as hf:stabilityai/sd-vae-ft-ema")
+    example = autoencoder_example(donor.cfg.channels, read_origin(donor.folder))
+    return InputError(f"this model draws latents: give --autoencoder{example}")
+
+
+def autoencoder_example(channels: int, origin: Origin | None) -> str:
+    """Returns `, such as SOURCE` with the autoencoder that a model was trained with, or else that of published DiTs;
+    empty for latents of another kind.
+    """
+    if origin is not None and origin.source:
+        return f", such as {origin.source}"
+    published = channels == 4 and (origin is None or origin.cfg.scaling_factor == SD_SCALE)
+    return ", such as hf:stabilityai/sd-vae-ft-ema" if published else ""
 
 
 def picture_decoder(cfg: AutoencoderConfig, model: Functional, params: Mapping[str, Any]) -> PictureDecoder:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key
 
-from heirloom.common.diffusion import Prediction, Sampler, Times, dpm_solver, linear_schedule
+from heirloom.common.diffusion import Prediction, Sampler, Schedule, Times, dpm_solver
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import batch_sharding, filled_rows
 from heirloom.common.train.parts import Model
@@ -58,11 +58,8 @@ class PromptConfig(SampleConfig):
         if self.times == "integer" and self.sampler != "dpm":
             raise InputError(f"times integer are a setting of the sampler dpm, and this is {self.sampler}")
 
-    def make(self) -> Sampler:
-        """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
-        if self.sampler == "dpm" and 1 <= self.steps <= 1000:
-            return dpm_solver(linear_schedule(), self.steps, self.times)
-        return super().make()
+    def _dpm(self, chain: Schedule) -> Sampler:
+        return dpm_solver(chain, self.steps, self.times)
 
     def text(self, prompt: str) -> str:
         """Returns a prompt as the text encoder reads it."""

@@ -17,7 +17,7 @@ from heirloom.common.nn.position import sincos
 from heirloom.common.surgery.layout import agrees
 from lit_jax import layouts
 from lit_jax.attention import Features
-from lit_jax.components import copy_parts
+from lit_jax.components import class_names, copy_parts, write_names
 from lit_jax.dit import SOFTMAX_HEADS, DitConfig
 from lit_jax.origin import copy_origin
 from lit_jax.trainer_arguments import trained_as
@@ -111,7 +111,8 @@ def _read_fair(found: Found) -> Read | None:
                 "prediction", "noise", "a SiT, which predicts velocity, has the same tensors, and the file does not say"
             )
         )
-    return Read(DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention), tuple(guesses))
+    cfg = DitConfig(**sizes, classes=classes, null_class=classes < rows, **attention)
+    return Read(cfg, tuple(guesses), {"scale": known["scale"]} if "scale" in known else {})
 
 
 def sizes_of(tensors: Tensors) -> dict[str, Any]:
@@ -324,7 +325,9 @@ FORMATS = (
 
 
 def sidecars(donor: Donor, destination: Path, format: str) -> None:
-    """Copy the files that say which autoencoder made the model's latents, and what the model is drawn with."""
+    """Write the model's class names, which autoencoder made its latents, and what it is drawn with."""
     copy_origin(donor.folder, destination)
+    if isinstance(donor.cfg, DitConfig):
+        write_names(destination, class_names(donor))
     if format == "heirloom":  # other formats have no place for it
         copy_parts(donor, destination)

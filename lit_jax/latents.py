@@ -21,7 +21,7 @@ from heirloom.common.evaluate.features import embedder
 from heirloom.common.nn.functional import Functional
 from heirloom.common.paths import AnyPath, place
 from lit_jax.autoencoder import AutoencoderConfig, Moments, sample_latents
-from lit_jax.components import other_scale
+from lit_jax.components import other_scale, write_names
 from lit_jax.data import cropped, is_latent
 from lit_jax.origin import FILE, Origin, compare_latents, read_origin, write_origin
 
@@ -45,8 +45,9 @@ def cache_latents(
 
     origin: the identity of the autoencoder, which is saved with the cache; None: only `cfg` is saved. The arrays are
     `moments`, [n, 2, row, col, 2 latent]: of the picture and of its mirror image, mean before logvar, not scaled; and
-    `label`, int32, if the records have one. The folder is renamed to `path` when it is complete. Raises InputError for
-    a picture that does not decode, a moment that `dtype` cannot hold, and if `path` exists already.
+    `label`, int32, if the records have one. labels.json has the class names of the source, if known. The folder is
+    renamed to `path` when it is complete. Raises InputError for a picture that does not decode, a moment that `dtype`
+    cannot hold, and if `path` exists already.
     """
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
@@ -77,6 +78,7 @@ def cache_latents(
         for array in arrays.values():
             array.flush()
         write_origin(folder, origin or Origin(cfg))
+        write_names(folder, getattr(source, "classes", ()))
 
 
 def cache_origin(path: AnyPath) -> Origin:

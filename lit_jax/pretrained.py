@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from PIL import Image
 
-from heirloom.common.checkpoint.convert import open_donor
+from heirloom.common.checkpoint.convert import kept_provenance, open_donor
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.checkpoint.pipeline import is_pipeline, main_part
 from heirloom.common.errors import InputError, with_settings
@@ -26,8 +26,9 @@ from heirloom.common.train.parameters import load_params
 from lit_jax.autoencoder import AutoencoderConfig, scale_latents
 from lit_jax.autoencoder_layouts import FAMILY as AUTOENCODERS
 from lit_jax.components import find_components
-from lit_jax.decode import PictureDecoder, picture_decoder, pictures_of
+from lit_jax.decode import PictureDecoder, autoencoder_example, picture_decoder, pictures_of
 from lit_jax.dit import DitConfig
+from lit_jax.formats import sidecars
 from lit_jax.generate import BATCH, class_keys, default_sampling, draw_batches
 from lit_jax.origin import Origin, read_origin, write_origin
 from lit_jax.pixart import PixArtConfig
@@ -41,13 +42,14 @@ class Pretrained(Loaded):
     """A DiT or LiT with its decoder.
 
     params: the flat tree that `model.apply` takes. pictures: None for latents without an autoencoder. origin: the
-    autoencoder whose latents the model draws, if known.
+    autoencoder whose latents the model draws, if known. donor: the checkpoint, whose sidecar files `save` copies.
     """
 
     cfg: DitConfig
     mesh: Mesh
     pictures: PictureDecoder | None
     origin: Origin | None
+    donor: Donor | None = field(default=None, kw_only=True)
     _drawers: dict[SampleConfig, Draw] = field(default_factory=dict, repr=False)
 
     def sample(
@@ -69,9 +71,8 @@ class Pretrained(Loaded):
         if not labels:
             raise InputError("no class is given: give the number of a class, or a list of numbers")
         if self.pictures is None:
-            raise InputError(
-                "this model draws latents: load(SOURCE, autoencoder=...), such as hf:stabilityai/sd-vae-ft-ema"
-            )
+            example = autoencoder_example(self.cfg.channels, self.origin)
+            raise InputError(f"this model draws latents: load(SOURCE, autoencoder=...){example}")
         draw = self._drawers.setdefault(sampling, drawer(self.model, self.cfg, sampling, self.mesh))
         repeated, keys = np.repeat(labels, count), class_keys(seed, labels, count)
         draw.check(repeated)
@@ -86,6 +87,8 @@ class Pretrained(Loaded):
         return FAMILY
 
     def _sidecars(self, folder: Path) -> None:
+        if self.donor is not None:
+            sidecars(self.donor, folder, "heirloom")
         write_origin(folder, self.origin)
 
     def _about(self) -> dict[str, str]:
@@ -162,13 +165,14 @@ def load(
     if isinstance(donor.cfg, AutoencoderConfig):
         params = load_params(donor, mesh)
         decoder = picture_decoder(donor.cfg, donor.model, params)
-        about: dict[str, Any] = dict(pictures=decoder, source=str(source))
+        about: dict[str, Any] = dict(pictures=decoder, source=str(source), loaded_from=kept_provenance(donor))
         return PretrainedAutoencoder(cfg=donor.cfg, model=donor.model, params=params, **about)
     if not isinstance(donor.cfg, DitConfig):
         raise InputError(f"{path} is a text encoder, which draws nothing: load the transformer or the pipeline folder")
     pictures = pictures_of(donor, autoencoder, mesh)
     params = load_params(donor, mesh)
-    about = dict(mesh=mesh, pictures=pictures, origin=origin, source=str(source))
+    about = dict(mesh=mesh, pictures=pictures, origin=origin, source=str(source), donor=donor)
+    about |= dict(loaded_from=kept_provenance(donor))
     return Pretrained(cfg=donor.cfg, model=donor.model, params=params, **about)
 
 

@@ -18,7 +18,7 @@ from heirloom.common.evaluate.scored import Score, Scored
 from heirloom.common.paths import place
 from heirloom.common.train.mesh import replicated, split_rows
 from heirloom.common.train.parts import Model
-from lit_jax.data import Pixels, is_latent, latents
+from lit_jax.data import Pixels, check_latent, is_latent, latents
 from lit_jax.decode import PictureDecoder
 from lit_jax.latents import cache_origin, sample_cached
 from lit_jax.losses import split
@@ -36,6 +36,7 @@ def held_out_loss(cfg: "Config", student: Model, mesh: Mesh, names: Names = ()) 
 
     Raises InputError for held-out data that is not like the student's.
     """
+    check_latent(cfg.held_out)
     source, schedule = open_labelled(cfg.held_out, cfg.label, cfg.student.classes, names or None), linear_schedule()
     cached = cache_origin(place(cfg.held_out.path)).cfg if is_latent(cfg.held_out) else None
     example, rng = latents if cached else Pixels(cfg.student.size, flips=0.0), np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,9 @@ class Album:
             return [self.folder / f"{number:05d}" / "samples" / f"{i:05d}.png" for i in range(self.count)]
         if self.layout == "dpg":
             return [self.folder / f"{prompt.name}.png"]
-        slug = re.sub(r"[^a-z0-9]+", "_", prompt.text.lower())[:40].strip("_") or "unconditional"
+        letters = unicodedata.normalize("NFC", prompt.text.lower())
+        slug = re.sub(r"[\W_]+", "_", letters)[:40].strip("_")
+        slug = slug or ("prompt" if letters.strip() else "unconditional")
         return [self.folder / f"{number:05d}_{slug}_seed{self.seed}_{i}.png" for i in range(self.count)]
 
     def has(self, number: int, prompt: Prompt, settings: Sequence[Mapping[str, Any]]) -> bool:

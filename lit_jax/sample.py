@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from heirloom.common.diffusion import Prediction, Sampler, ddim, ddpm, dpm_solver, linear_schedule, respace
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.diffusion import Prediction, Sampler, Schedule, ddim, ddpm, dpm_solver, linear_schedule, respace
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.train.mesh import batch_sharding, filled_rows, replicated
 from heirloom.common.train.parts import Model
 from lit_jax.dit import DitConfig, Modulation
@@ -38,6 +38,14 @@ def check_choices(cfg: object, **choices: Any) -> None:
             raise InputError(f"no {name} {value!r}{nearest(str(value), known)}; choose {', '.join(known)}")
 
 
+def check_guidance(guidance: float) -> None:
+    """Raises InputError for guidance below 0, and remarks what it does below 1."""
+    if guidance < 0:
+        raise InputError(f"guidance is {guidance:g}, which draws away from the class or prompt: give 1 (none) or more")
+    if guidance < 1:
+        remark(f"guidance is {guidance:g}: 0 draws without the class or prompt, 1 is no guidance, and more follows it")
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Settings of the sampler."""
@@ -55,6 +63,7 @@ class SampleConfig:
         guidance: Any = self.guidance  # from Python, of any type
         if not (isinstance(guidance, int | float) and isfinite(guidance)):
             raise InputError(f"guidance is {guidance!r}: give a number, such as 1.5 (1 is none)")
+        check_guidance(guidance)
 
     def make(self) -> Sampler:
         """Make the sampler. Raises InputError for a number of steps that the chain of 1000 cannot be respaced to."""
@@ -69,7 +78,7 @@ class SampleConfig:
             )
         try:
             if self.sampler == "dpm":
-                return dpm_solver(chain, self.steps)
+                return self._dpm(chain)
             return (
                 ddpm(respace(chain, self.steps))
                 if self.sampler == "ddpm"
@@ -77,6 +86,9 @@ class SampleConfig:
             )
         except ValueError as error:
             raise InputError(f"--steps {self.steps} with {self.sampler}: {error}") from error
+
+    def _dpm(self, chain: Schedule) -> Sampler:
+        return dpm_solver(chain, self.steps)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from heirloom.common.notebook.shown import Shown, short
 from heirloom.common.train.parameters import load_params
 from lit_jax import autoencoder_layouts
 from lit_jax.aspect import nearest_size, trained_sizes
-from lit_jax.components import SDXL_SCALE, Components
+from lit_jax.components import Components, other_scale
 from lit_jax.decode import PictureDecoder, check_finite, picture_decoder
 from lit_jax.denoiser import Condition, Denoiser, PromptConfig, unconditional
 from lit_jax.origin import Origin, autoencoder_origin, compare_latents
@@ -319,11 +319,8 @@ def open_text_to_image(
     if origin is not None:
         found = autoencoder_origin(autoencoder, str(components.autoencoder))
         remark(compare_latents(origin, found, "the model", f"the autoencoder {components.autoencoder}"))
-    elif autoencoder.cfg.scaling_factor != SDXL_SCALE:
-        remark(
-            f"{components.autoencoder}: its scaling_factor is {autoencoder.cfg.scaling_factor:g}, and PixArt-Σ was"
-            f" trained with {SDXL_SCALE:g} (the autoencoder of SDXL): pictures may be wrong"
-        )
+    else:
+        remark(other_scale(donor, autoencoder.cfg.scaling_factor, str(components.autoencoder)))
     text = open_text(
         components.text, tokens=cfg.text_tokens, resident=resident, cache=cache, tokenizer=components.tokenizer
     )

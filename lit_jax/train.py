@@ -15,7 +15,7 @@ from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.bad import first_good
 from heirloom.common.data.grid import save_grid
-from heirloom.common.data.labelled import Labelled, open_labelled
+from heirloom.common.data.labelled import LABELS, Labelled, open_labelled
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.diffusion import linear_schedule
@@ -34,8 +34,8 @@ from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.step import Batch, LossFn, LossOutput, Params, StepConfig, cast
 from lit_jax import autoencoder_layouts
 from lit_jax.autoencoder import AutoencoderConfig
-from lit_jax.components import class_names
-from lit_jax.data import Pixels, is_latent, latents
+from lit_jax.components import class_names, write_names
+from lit_jax.data import Pixels, check_latent, is_latent, latents
 from lit_jax.decode import open_pictures, to_uint8
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.inherit import Keep, graft_attention
@@ -65,7 +65,7 @@ class Config(BaseConfig):
     label: str = "label"
     """Column of the class: integers from 0, or names, which are numbered in alphabetical order."""
     flips: float = 0.5
-    """Share of the pictures that are mirrored. A latent cache holds both views and uses each half of the time."""
+    """Share of the pictures that are mirrored; a latent cache holds both views of each."""
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(batch=256))
     autoencoder: str = ""
     """SOURCE of the decoder that turns sampled latents into pictures; not needed to train on a cache."""
@@ -121,17 +121,28 @@ def parts(cfg: Config) -> Parts:
         resolve=resolve,
         look=None if cached else describe_first_batch,
         evaluator=partial(evaluator, cfg),
-        sidecars=lambda opened, folder: write_origin(folder, opened.inputs),
-        inherited_sidecars=lambda opened, folder: copy_origin(opened.donor.folder, folder) if opened.donor else None,
+        sidecars=partial(sidecars, cfg),
+        inherited_sidecars=partial(inherited_sidecars, cfg),
     )
 
 
-ALPHABETICAL = "its classes are numbered in alphabetical order, which is taken for the donor's and the teacher's"
+def sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
+    """Write the autoencoder of the latents, and the class names where they are known."""
+    write_origin(folder, opened.inputs)
+    names = labelled(cfg, opened).classes
+    write_names(folder, names if len(names) == cfg.student.classes else None)
+
+
+def inherited_sidecars(cfg: Config, opened: Opened, folder: Path) -> None:
+    """Copy the donor's autoencoder, and its class names if the student has the same classes."""
+    if donor := opened.donor:
+        copy_origin(donor.folder, folder)
+        write_names(folder, class_names(donor) if donor.cfg.classes == cfg.student.classes else None)
 
 
 def write_cache(cfg: Config, destination: Path) -> dict[str, Any]:
     """Encode the labelled pictures of a recipe. Raises InputError without an autoencoder, for one that does not fit the
-    student, and for data that is a cache already.
+    student, and for data that is a cache already. Class names go with the latents: training matches them to a model's.
     """
     if not cfg.autoencoder:
         raise InputError("give --autoencoder SOURCE: the pictures are encoded with it")
@@ -140,8 +151,6 @@ def write_cache(cfg: Config, destination: Path) -> dict[str, Any]:
     pictures = SourceConfig()
     data = replace(cfg.data, image=cfg.data.image or pictures.image, text=pictures.text, columns=pictures.columns)
     source = open_labelled(data, cfg.label, cfg.student.classes)
-    if source.classes and (cfg.donor or cfg.teacher):
-        remark(f"{data.path}: {ALPHABETICAL}")
     donor, mesh = open_donor(locate_any(cfg.autoencoder), [autoencoder_layouts.FAMILY]), start(cfg.mesh)
     if donor.cfg.latent != cfg.student.channels:
         has = f"this autoencoder has {donor.cfg.latent} channels"
@@ -213,11 +222,17 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None, cached: Autoen
 
 def labelled(cfg: Config, opened: Opened) -> Labelled:
     """Open the training data; names of classes are numbered as those of the donor, or else of the teacher, if known."""
+    check_latent(cfg.data)
     models = [model for model in (opened.donor, opened.teacher) if model]
     names = next((found for model in models if (found := class_names(model))), None)
     source = open_labelled(cfg.data, cfg.label, cfg.student.classes, names)
     if models and source.classes and names is None:
-        remark(f"{cfg.data.path}: {ALPHABETICAL}")
+        order = f"the order of its {LABELS}" if is_latent(cfg.data) else "alphabetical order"
+        numbered = f"its classes are numbered in {order}, which is taken for the donor's and the teacher's"
+        remark(f"{cfg.data.path}: {numbered}")
+    if names and not source.classes and is_latent(cfg.data):
+        unknown = f"a cache without {LABELS}, so its numbers are taken for the donor's and the teacher's"
+        remark(f"{cfg.data.path}: {unknown}; if its pictures had class names, make the cache again")
     return source
 
 

@@ -13,6 +13,7 @@ WIDTHS = {"S": 384, "B": 768, "L": 1024, "XL": 1152}
 _PLACES = ("args", "hyper_parameters", "hparams", "config", "cfg")  # of train.py, Lightning, and configs
 _ALSO = re.compile(r"arg|param|conf|cfg|option|setting", re.IGNORECASE)  # in the names of other places
 _NOISE = ("noise", "eps", "epsilon", "pred_noise")
+_NO = ("none", "null", "false", "no", "off", "0")  # text for what is not set
 # What changes the prediction or the chain, by the names that trainers have for it, with DiT's values.
 _USUAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("prediction_type", "pred_type", "objective", "parameterization"), _NOISE),
@@ -25,6 +26,16 @@ _USUAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("beta_end", "linear_end"), (0.02,)),
     "precond": ("none",),  # of EDM
 }
+# Further names: truthy where something else than noise is predicted, or a schedule that is not linear.
+_OTHER_KIND = re.compile(
+    r"(^|_)(v|velocity)_?(pred|param)|pred(ict)?_(v|velocity)($|_)|(^|_)flow|rectified_?flow|zero.*snr|zsnr"
+    r"|latents?_norm|norm(alize)?_latents?"
+)
+_SCHEDULE = re.compile(r"(noise|beta|diffusion)s?_?sched|schedule_name")
+_TARGET = re.compile(r"(^|_)(target|predicts?|objective|parametri[sz]ation)($|_)")
+_OTHER_TARGETS = ("v", "velocity", "flow", "x0", "x_0", "xstart", "x_start", "start_x", "sample", "score")
+_DIFFUSION = re.compile(r"diffusion|noise|sampler|(^|_)ddpm")  # groups of a config whose `schedule` is the noise's
+_SCALE = re.compile(r"(^|latents?_)(scale|scaling)_factor$|latents?_(scale|multiplier)$")
 _OTHER_SCHEDULES = ("squaredcos_cap_v2", "scaled_linear", "sqrt_linear", "sqrt", "sigmoid", "karras", "laplace")
 
 
@@ -36,17 +47,17 @@ def arguments_of(found: Found) -> dict[str, Any]:
     others = [name for name in found.about if _ALSO.search(name) and not TRAINING.search(name)]
     for place in dict.fromkeys((*_PLACES, *others)):
         given = found.about.get(place)
-        settings = list(_settings(given))
+        settings = list(_settings(given, place))
         if given and not settings and place in _PLACES:
             kind = f"{place!r}, saved with the tensors, is a {type(given).__name__} without names, which is not read"
             remark(f"{kind}: whether the model predicts noise, on DiT's chain, was not compared with it")
-        for name, value in settings:
-            _check(name, value)
+        for group, name, value in settings:
+            _check(group, name, value)
             args.setdefault(name, value)
     file = found.json("config.json")  # of huggingface_hub's mixin: what the model was made with
     if file is not None and "_class_name" not in file and "format" not in file:
-        for name, value in _settings({name: file.value(name) for name in file}):
-            _check(name, value)
+        for group, name, value in _settings({name: file.value(name) for name in file}):
+            _check(group, name, value)
             args.setdefault(name, value)
     if "linear_start" in args:
         ldm = "in latent diffusion's code, whose name linear_start is, 'linear' is linear in the square root"
@@ -55,7 +66,8 @@ def arguments_of(found: Found) -> dict[str, Any]:
 
 
 def trained_as(found: Found) -> dict[str, Any]:
-    """Return what the arguments say of the model: `prediction`, `heads`, `classes`, `size` and `pixels`, where they do.
+    """Return what the arguments say of the model, where they do: `prediction`, `heads`, `classes`, `size`, `pixels`,
+    and `scale` of its latents.
 
     Raises InputError for a model that predicts something else than noise, or on another chain than DiT's.
     """
@@ -92,18 +104,38 @@ def trained_as(found: Found) -> dict[str, Any]:
         known["size"] = args["input_size"]
     if isinstance(pixels := args.get("image_size"), int):
         known["pixels"] = pixels  # of the pictures, which DiT's train.py encodes with an autoencoder
-    return known
+    scales = (value for name, value in args.items() if _SCALE.search(_snake(name)))
+    # Larger numbers, such as 8, are pixels of a latent.
+    known["scale"] = next((float(x) for x in scales if isinstance(x, int | float) and 0 < x < 4), None)
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def _settings(given: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the settings in a dictionary and in those inside it, which groups of a config are, by their own names."""
+def _settings(given: Any, group: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yields the settings in a dictionary and in those inside it, which groups of a config are: the name of the group,
+    the setting's own name, and its value.
+    """
     if isinstance(given, Mapping):
         for name, value in given.items():
-            yield from _settings(value) if isinstance(value, Mapping) else [(str(name), value)]
+            yield from _settings(value, str(name)) if isinstance(value, Mapping) else [(group, str(name), value)]
 
 
-def _check(name: str, value: Any) -> None:
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-. ]", "_", name).lower()
+
+
+def _check(group: str, name: str, value: Any) -> None:
     """Raises InputError for a setting with another value than DiT's."""
+    plain, said = _snake(name), _lower(value)
+    kind = name not in _USUAL and _OTHER_KIND.search(plain) and said not in (None, False, 0, "", *_NO, *_NOISE)
+    target = _TARGET.search(plain) and said in _OTHER_TARGETS
+    scheduled = _SCHEDULE.search(plain) or (plain == "schedule" and _DIFFUSION.search(_snake(group)))
+    schedule = scheduled and isinstance(said, str) and not said.startswith(("linear", "ddpm", "ddim", *_NO))
+    if kind or target or (schedule and name not in _USUAL):
+        needed = "only DiTs that predict noise, of latents that are scaled alone, on a linear chain can be sampled here"
+        raise InputError(f"trained with {name} {value}; {needed}")
+    unclear = plain == "schedule" and not re.search("optim|lr|sched", group)
+    if unclear and isinstance(said, str) and said not in ("linear", *_OTHER_SCHEDULES, *_NO):
+        remark(f"schedule {value}, saved with the tensors, is taken for that of the learning rate")
     if name == "schedule" and _lower(value) in _OTHER_SCHEDULES:  # others may be of the learning rate
         raise InputError(f"trained with {name} {value}; only DiTs with a linear chain can be sampled here")
     if name in _USUAL and value not in (None, "") and _lower(value) not in (usual := _USUAL[name]):

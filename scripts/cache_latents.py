@@ -14,7 +14,8 @@ from typing import Any
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.checkpoint.hub import locate
-from heirloom.common.data.labelled import open_labelled
+from heirloom.common.cli import script
+from heirloom.common.data.labelled import LABELS, open_labelled
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
 from heirloom.common.train.mesh import MeshConfig, start
@@ -32,11 +33,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
     parser.add_argument("--split", default="")
     parser.add_argument("--label", default="label", help="column of the class: numbers, or names")
+    parser.add_argument("--classes", type=int, help="number of classes of the model, to compare with the source's")
     parser.add_argument("--autoencoder", default=AUTOENCODER, metavar="SOURCE")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
-    source = open_labelled(SourceConfig(args.source, split=args.split), args.label)
+    source = open_labelled(SourceConfig(args.source, split=args.split), args.label, args.classes)
     donor, mesh = open_donor(locate(args.autoencoder), [autoencoder_layouts.FAMILY]), start(MeshConfig())
     params = load_params(donor, mesh)
     if args.size < donor.cfg.factor or args.size % donor.cfg.factor:
@@ -49,10 +51,9 @@ def main() -> None:
     how: Any = dict(size=args.size, batch=args.batch, force=args.force, origin=origin)
     cache_latents(donor.cfg, donor.model, params, source, args.destination, mesh, **how)
     print(f"{args.destination}: latents of {len(source):,} pictures by {origin}")
+    if source.classes:
+        print(f"class 0 is {source.classes[0]}, class {len(source.classes) - 1} is {source.classes[-1]} ({LABELS})")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"cache_latents: {error}")
+    sys.exit(script("cache_latents", main))

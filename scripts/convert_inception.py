@@ -20,6 +20,7 @@ import numpy as np
 
 from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.staging import staged
+from heirloom.common.cli import script
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.extractor import METHOD, Extractor, open_extractor
 from heirloom.common.evaluate.inception import Q8, Conv, Inception, blocks
@@ -124,4 +125,4 @@ def kernels(graph: Path) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndar
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script("convert_inception", main))

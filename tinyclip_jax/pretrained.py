@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from heirloom.common.checkpoint.convert import kept_provenance
 from heirloom.common.checkpoint.family import Family
 from heirloom.common.data.pictures import Picture
 from heirloom.common.data.preprocess import Preprocess, eval_images
@@ -108,7 +109,8 @@ def load(source: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     donor = open_clip_model(str(source), **overrides)
     pre, tokenizer = preprocess_of(donor).announced(), tokenizer_of(donor)
     params = load_params(donor, start(MeshConfig()))
-    return Pretrained(cfg=donor.cfg, model=donor.model, params=params, pre=pre, tokenizer=tokenizer, source=str(source))
+    about: dict[str, Any] = dict(source=str(source), loaded_from=kept_provenance(donor))
+    return Pretrained(cfg=donor.cfg, model=donor.model, params=params, pre=pre, tokenizer=tokenizer, **about)
 
 
 def inherit_from(

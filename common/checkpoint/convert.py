@@ -144,9 +144,8 @@ def _opened(
     source = Source(_as_stored(model.spec, views), views, origin)
     for text in (*raw.notes, *guesses):
         remark(f"{file}: {text}")
-    return Donor(
-        family=family, cfg=cfg, model=model, source=source, format=format.name, path=path, file=file, guesses=guesses
-    )
+    about: dict[str, Any] = dict(guesses=guesses, known=read.known)
+    return Donor(family=family, cfg=cfg, model=model, source=source, format=format.name, path=path, file=file, **about)
 
 
 def _model(family: Family, cfg: Any, path: Path) -> Functional:
@@ -308,7 +307,7 @@ def _write_ours(donor: Donor, folder: Path, to: str) -> None:
             for path, view in own_views(out, spec, str(folder)).items():
                 view.write(values[path])
     weights.write_config(folder, donor.family.name, donor.cfg, stored=to if to in weights.ORBAX else "")
-    write_json(folder / "provenance.json", came_from(donor) | provenance(COPY.resolve(donor.source, spec)))
+    write_json(folder / "provenance.json", copied_from(donor))
 
 
 def _write_orbax(donor: Donor, folder: Path, to: str) -> None:
@@ -360,6 +359,16 @@ def _write_foreign(donor: Donor, format: Format, folder: Path) -> None:
 def came_from(donor: Donor) -> dict[str, str]:
     """Returns what the provenance of a conversion says of its source; `first_format` is that before all conversions."""
     return {"source": origin(donor.path), "format": donor.format, "first_format": first_format(donor)}
+
+
+def copied_from(donor: Donor) -> dict[str, Any]:
+    """Returns the provenance of a copy of a checkpoint, in our format."""
+    return came_from(donor) | provenance(COPY.resolve(donor.source, donor.source.spec))
+
+
+def kept_provenance(donor: Donor) -> dict[str, Any] | None:
+    """Returns the provenance of a model that is written again after it was loaded; None for one trained here."""
+    return describe(donor.folder) if donor.format in OURS else copied_from(donor)
 
 
 def first_format(donor: Donor) -> str:

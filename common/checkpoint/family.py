@@ -54,10 +54,11 @@ class Guess:
 
 @dataclass(frozen=True)
 class Read:
-    """The config of a foreign checkpoint, and the settings in it that are guesses."""
+    """The config of a foreign checkpoint, the settings in it that are guesses, and what else it says of the model."""
 
     cfg: Any
     guesses: tuple[Guess, ...] = ()
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Donor:
     """A checkpoint opened lazily: its parameters are views of memory-mapped files until they are read.
 
     format: "heirloom" for a folder of ours. path: the path that was given. file: the weights in it. guesses: settings
-    of `cfg` that the checkpoint does not contain. quantized: "int8" where kernels are, else empty.
+    of `cfg` that the checkpoint does not contain. quantized: "int8" where kernels are, else empty. known: what a
+    foreign checkpoint says of the model that is not part of `cfg`.
     """
 
     family: Family
@@ -164,6 +166,7 @@ class Donor:
     file: Path
     guesses: tuple[Guess, ...] = ()
     quantized: str = ""
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

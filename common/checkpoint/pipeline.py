@@ -3,6 +3,7 @@
 diffusers writes them (`PixArtSigmaPipeline.save_pretrained`). Ours are the same, with weights folders of ours as parts.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ from heirloom.common.checkpoint.convert import OURS, convert
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.quantization import quantize_folder
 from heirloom.common.checkpoint.staging import staged
+from heirloom.common.checkpoint.unwrap import weights_files
 from heirloom.common.checkpoint.verify import Check
-from heirloom.common.checkpoint.weights import read_json, write_json
-from heirloom.common.errors import InputError
+from heirloom.common.checkpoint.weights import is_folder, read_json, write_json
+from heirloom.common.errors import InputError, remark
 
 INDEX = "model_index.json"
 MAIN = ("transformer", "unet")  # the part that an inspection or an inheritance means
 _WEIGHTS = ("vae", "text_encoder")
+_PRECISION = re.compile(r"\.(?:b?fp?(?:8|16|32)\w*|half)(?=[.-])")  # variants, in names of files
 _PLAIN = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # parts without weights
 
 
@@ -51,15 +54,31 @@ def part(path: Path, name: str) -> Path:
 
 
 def main_part(path: Path) -> Path:
-    """Returns the folder of the denoiser. Raises InputError for a pipeline without one, and for one next to its
-    average.
+    """Returns the folder of the denoiser, or its file where there are several precisions. Raises InputError for a
+    pipeline without one, and for one next to its average.
     """
     check_averages(path)
     listed = parts_of(path)
     name = next((name for name in MAIN if name in listed or (path / name).is_dir()), None)
     if name is None:
         raise InputError(f"{path / INDEX}: lists no {' or '.join(MAIN)}; its parts are {', '.join(listed) or 'none'}")
-    return part(path, name)
+    return plain_weights(part(path, name))
+
+
+def plain_weights(folder: Path) -> Path:
+    """Returns the file without a variant in its name where a part is stored in several precisions, as diffusers takes
+    it (`x.safetensors` next to `x.fp16.safetensors`), with a remark; else the folder.
+    """
+    if is_folder(folder):
+        return folder
+    found = weights_files(folder)
+    bare = {file: _PRECISION.sub("", file.name) for file in found}
+    plain = [file for file in found if bare[file] == file.name or folder / bare[file] not in found]
+    if len(found) == 1 or len(plain) != 1:
+        return folder
+    others = ", ".join(file.name for file in found if file != plain[0])
+    remark(f"{folder}: {plain[0].name} is taken, not {others}; name the file to take another")
+    return plain[0]
 
 
 def check_averages(path: Path) -> None:
@@ -87,7 +106,7 @@ def convert_pipeline(
     """
     check_averages(path)
     names = parts_of(path)
-    donors = {name: open_part(part(path, name)) for name in names if name not in _PLAIN}
+    donors = {name: open_part(plain_weights(part(path, name))) for name in names if name not in _PLAIN}
     checks: dict[str, Check] = {}
     with staged(destination, force=force, inputs=[path]) as folder:
         folder.mkdir()

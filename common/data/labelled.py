@@ -15,6 +15,7 @@ from heirloom.common.data.bad import WrongData, first_good
 from heirloom.common.data.sources import Record, Source, SourceConfig, open_source
 from heirloom.common.data.sources.record import key_of
 from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.paths import AnyPath
 
 LABELS = "labels.json"
 KINDS = "labels must be all whole numbers from 0, or all names"
@@ -212,8 +213,8 @@ def _shown(names: Iterable[Any]) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
 
-def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """Reads the class names of a weights folder from labels.json, in the order of its logits; None without the file.
+def read_labels(folder: AnyPath) -> tuple[str, ...] | None:
+    """Reads the class names of a folder of weights or latents from labels.json, by number; None without the file.
 
     Raises InputError when the file is not a JSON list of names.
     """
@@ -235,7 +236,7 @@ def write_labels(folder: Path, names: Sequence[str]) -> None:
     file.write_text(json.dumps(_checked(list(names), file), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _checked(names: Any, file: Path) -> tuple[str, ...]:
+def _checked(names: Any, file: AnyPath) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise InputError(f"{file}: class names must be a list of strings that are not blank, one for each class")
     return tuple(names)

@@ -1,6 +1,7 @@
 """Scores generated pictures against a reference batch of the ADM suite, with the features of one Inception for both."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,8 @@ from heirloom.common.train.mesh import replicated
 
 BATCH = 64
 LEAST = 10  # pictures that a score needs, generated and reference
-_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)  # errors of a damaged archive or array
+# Errors of a damaged archive or array: of its compressed data, its names and flags (encrypted, another compression).
+_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Loaded(Shown):
     """A model with its parameters.
 
     params: the flat tree {path: array} that `model.apply` takes. source: where it was loaded from. provenance: of a
-    student, where each parameter comes from, as in provenance.json.
+    student, where each parameter comes from, as in provenance.json. loaded_from: the provenance of loaded weights.
     """
 
     cfg: Any
@@ -33,6 +33,7 @@ class Loaded(Shown):
     params: dict[str, jax.Array]
     source: str = field(default="", kw_only=True)
     provenance: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    loaded_from: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     @property
     def family(self) -> Family:
@@ -56,8 +57,8 @@ class Loaded(Shown):
 
     def _write_sidecars(self, folder: Path) -> None:
         self._sidecars(folder)
-        if self.provenance is not None:
-            write_json(folder / "provenance.json", self.provenance)
+        if (record := self.provenance or self.loaded_from) is not None:
+            write_json(folder / "provenance.json", record)
 
     def _sidecars(self, folder: Path) -> None:
         """Writes the method's files next to the weights."""

@@ -60,8 +60,8 @@ class T5Tokenizer:
             return cls(_build(pieces, charsmap, added | about["added"]))
 
     def __call__(self, prompts: Sequence[str], tokens: int) -> Tokens:
-        """Returns ids and mask, [n, tokens] each. A prompt that is too long is cut before its last token, which is
-        `</s>`, and a remark says so.
+        """Returns ids and mask, [n, tokens] each. Prompts that are too long are cut before their last token, which is
+        `</s>`, and one remark says so.
 
         Raises InputError for prompts that are not strings, and for `tokens` below 1.
         """
@@ -70,14 +70,16 @@ class T5Tokenizer:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError("prompts must be a list of strings")
         out = Tokens(np.zeros((len(prompts), tokens), np.int32), np.zeros((len(prompts), tokens), bool))
-        for i, (prompt, encoding) in enumerate(zip(prompts, self._unigram.encode_batch(list(prompts)), strict=True)):
-            ids = encoding.ids
-            if (lost := len(ids) + 1 - tokens) > 0:
-                remark(
-                    f"the prompt {_shown(prompt)} has {len(ids) + 1} tokens, and the model takes {tokens}: the last"
-                    f" {lost} are cut off"
-                )
-            ids = [*ids[: tokens - 1], 1]
+        encoded = self._unigram.encode_batch(list(prompts))
+        if long := [i for i, encoding in enumerate(encoded) if len(encoding.ids) + 1 > tokens]:
+            count = len(encoded[long[0]].ids) + 1
+            others = f"; {len(long) - 1} more of these {len(prompts)} texts are cut, too" if len(long) > 1 else ""
+            remark(
+                f"the prompt {_shown(prompts[long[0]])} has {count} tokens, and the model takes {tokens}: the last"
+                f" {count - tokens} are cut off{others}"
+            )
+        for i, encoding in enumerate(encoded):
+            ids = [*encoding.ids[: tokens - 1], 1]
             out.ids[i, : len(ids)] = ids
             out.mask[i, : len(ids)] = True
         return out

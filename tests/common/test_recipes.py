@@ -6,7 +6,7 @@ differ from them. Rewrite all with `python tests/common/test_recipes.py` and rea
 
 import json
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest

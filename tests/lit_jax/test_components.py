@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.fields import Fields
-from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of
+from heirloom.common.checkpoint.pipeline import convert_pipeline, is_pipeline, main_part, parts_of, plain_weights
 from heirloom.common.errors import InputError
+from heirloom.common.train.mesh import MeshConfig, start
+from lit_jax import text_to_image
+from lit_jax.autoencoder import AutoencoderConfig
 from lit_jax.components import (
+    Components,
     check_pipeline,
     check_scheduler,
     class_names,
@@ -101,7 +105,7 @@ def test_a_student_next_to_a_transformer_belongs_to_the_pipeline_that_it_notes(t
     (theirs / "transformer").mkdir()
     for name in ("transformer", "student"):
         (mine / name).mkdir()
-        copy_parts(SimpleNamespace(folder=theirs / "transformer"), mine / name)
+        copy_parts(SimpleNamespace(folder=theirs / "transformer", known={}), mine / name)
     assert pipeline_of(SimpleNamespace(folder=mine / "transformer")) == mine
     assert pipeline_of(SimpleNamespace(folder=mine / "student")) == theirs
     assert pipeline_of(SimpleNamespace(folder=tmp_path / "alone")) is None
@@ -112,7 +116,7 @@ def test_a_copy_keeps_the_parts_that_a_model_was_trained_with(tmp_path):
     write_parts_of(tmp_path / "model", "embedded:emoji", "vae")
     write_empty_text(tmp_path / "model", np.ones((2, 3)))
     (tmp_path / "copy").mkdir()
-    copy_parts(SimpleNamespace(folder=tmp_path / "model"), tmp_path / "copy")
+    copy_parts(SimpleNamespace(folder=tmp_path / "model", known={}), tmp_path / "copy")
     parts = json.loads((tmp_path / "copy" / "pipeline.json").read_text())
     assert parts == {"text_encoder": "embedded:emoji", "autoencoder": "vae"}
     assert same_encoder(read_empty_text(tmp_path / "copy"), np.ones((2, 3), np.float32))
@@ -141,6 +145,28 @@ def test_a_model_next_to_its_average_is_named_by_the_user(tmp_path, name):
         convert_pipeline(tmp_path, tmp_path / "out", "heirloom", lambda part: None)
 
 
+def test_a_part_in_two_precisions_is_read_as_diffusers_does(tmp_path, remarks):
+    root = write(tmp_path / "p", SIGMA)
+    for name, files in (("transformer", ("x.fp16.safetensors", "x.safetensors")), ("vae", ("x.bf16.safetensors",))):
+        (root / name).mkdir()
+        for file in files:
+            (root / name / file).write_text("")
+    assert main_part(root) == root / "transformer" / "x.safetensors"
+    assert "transformer: x.safetensors is taken, not x.fp16.safetensors; name the file to take" in remarks()[0]
+    assert plain_weights(root / "vae") == root / "vae"  # the only one
+    opened = []
+
+    def open_part(part):
+        opened.append(part)
+        raise InputError("stop")
+
+    with pytest.raises(InputError, match="stop"):
+        convert_pipeline(root, tmp_path / "out", "heirloom", open_part)
+    assert opened == [root / "transformer" / "x.safetensors"]
+    (root / "transformer" / "y.safetensors").write_text("")  # another model
+    assert plain_weights(root / "transformer") == root / "transformer" and len(remarks()) == 1
+
+
 def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(tmp_path):
     for name, file in (("text_encoder", "model.safetensors"), ("tokenizer", "spiece.model"), ("vae", "x")):
         (tmp_path / name).mkdir()
@@ -149,8 +175,42 @@ def test_the_tokenizer_of_a_text_encoder_that_is_a_file_lies_next_to_its_folder(
     assert find_components(foreign(tmp_path / "alone", None), **parts).tokenizer == tmp_path / "tokenizer"
 
 
+def test_the_tokenizer_is_the_text_encoders_own(tmp_path):
+    """FLUX has T5 in text_encoder_2; an encoder with a tokenizer in its folder has no need of a neighbour's."""
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "t5", "vae"):
+        (tmp_path / name).mkdir()
+    for name in ("tokenizer", "tokenizer_2", "t5"):
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    for encoder, name in (("text_encoder_2", "tokenizer_2"), ("text_encoder", "tokenizer"), ("t5", "t5")):
+        parts = dict(text=str(tmp_path / encoder), autoencoder=str(tmp_path / "vae"))
+        assert find_components(foreign(tmp_path / "alone", None), **parts).tokenizer == tmp_path / name
+    (tmp_path / "tokenizer_2" / "tokenizer.json").unlink()
+    parts["text"] = str(tmp_path / "text_encoder_2")
+    with pytest.raises(InputError, match=r"text_encoder_2: no tokenizer \(tokenizer.json or spiece.model\) in it"):
+        find_components(foreign(tmp_path / "alone", None), **parts)
+
+
+def test_parts_that_are_named_need_no_pipeline(tmp_path):
+    """Neither one that is gone, nor one with another scheduler."""
+    for name in ("text_encoder", "tokenizer", "vae", "student"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_text("")
+    parts = dict(text=str(tmp_path / "text_encoder"), autoencoder=str(tmp_path / "vae"))
+    (tmp_path / "student" / "pipeline.json").write_text(json.dumps({"pipeline": str(tmp_path / "gone")}))
+    other = write(tmp_path / "other", SIGMA, SCHEDULER | {"_class_name": "EulerDiscreteScheduler"})
+    (other / "transformer").mkdir()
+    for folder, words in (
+        (tmp_path / "student", "its pipeline .*gone does not exist any more; give --pipeline DIR, or --text-encoder"),
+        (other / "transformer", "heirloom draws with its own sampler: remove scheduler/, or name the parts with"),
+    ):
+        assert find_components(foreign(folder, None), **parts).autoencoder == tmp_path / "vae"
+        for name in parts:
+            with pytest.raises(InputError, match=words):
+                find_components(foreign(folder, None), **{name: parts[name]})
+
+
 def foreign(folder, cfg, format="diffusers"):
-    return SimpleNamespace(folder=folder, path=folder, cfg=cfg, format=format)
+    return SimpleNamespace(folder=folder, path=folder, cfg=cfg, format=format, known={})
 
 
 def test_names_of_classes_are_those_of_the_pipelines_index(tmp_path):
@@ -177,3 +237,16 @@ def test_latents_of_another_scale_than_a_foreign_models_are_said(tmp_path):
     (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.5}))
     inside = foreign(root / "transformer", DitConfig())
     assert other_scale(inside, 0.5, "cache") == "" and "with 0.5:" in other_scale(inside, 0.18215, "cache")
+
+
+def test_a_pipelines_own_autoencoder_is_not_doubted(tmp_path, monkeypatch, remarks):
+    root = write(tmp_path / "pipeline", SIGMA)
+    (root / "vae").mkdir()
+    (root / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.5}))
+    monkeypatch.setattr(text_to_image, "open_text", lambda *args, **how: SimpleNamespace(width=4096))
+    for scale, doubted in ((0.5, False), (0.13025, True)):
+        autoencoder = SimpleNamespace(cfg=AutoencoderConfig(scaling_factor=scale))
+        monkeypatch.setattr(text_to_image, "open_donor", lambda *args, vae=autoencoder: vae)
+        donor = foreign(root / "transformer", PixArtConfig())
+        text_to_image.open_text_to_image(donor, Components(root, root, root / "vae"), start(MeshConfig()))
+        assert any("trained on latents with 0.5: name" in said for said in remarks()) == doubted

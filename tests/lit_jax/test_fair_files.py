@@ -16,6 +16,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.position import sincos
 from lit_jax import formats, layouts
+from lit_jax.components import other_scale
 from lit_jax.dit import Dit, DitConfig
 from lit_jax.zoo import FAMILY
 
@@ -153,7 +154,27 @@ def test_arguments_that_are_not_understood_are_remarked(tmp_path, remarks):
     formats.FORMATS[0].read_config(found)
     assert "'args', saved with the tensors, is a list without names, which is not read" in remarks()[0]
     read(tensors_of(), tmp_path, linear_start=1e-4, linear_end=0.02, beta_schedule="linear", schedule="cosine")
-    assert "'linear' is linear in the square root" in remarks()[0]
+    assert "'linear' is linear in the square root" in " ".join(remarks())
+
+
+def test_settings_of_other_things_are_no_reason_to_refuse(tmp_path, remarks):
+    usual = dict(v_prediction=False, zero_snr="none", use_flow=0, noise_schedule="linear", noise_scheduler="DDPM")
+    usual |= dict(lr_scheduler="cosine", target="noise", optim=dict(schedule="cosine"), vae_scale_factor=8, ema_v=1)
+    assert read(tensors_of(), tmp_path, num_heads=4, **usual).known == {}
+    assert remarks() == []
+    read(tensors_of(), tmp_path, num_heads=4, model="DiT-S/2", num_classes=5, schedule="cosine")
+    assert remarks() == ["schedule cosine, saved with the tensors, is taken for that of the learning rate"]
+
+
+def test_the_scale_of_latents_is_read_and_kept(tmp_path):
+    found = read(tensors_of(), tmp_path, num_heads=4, first_stage=dict(scale_factor=0.5, scale=8))
+    assert found.known == {"scale": 0.5}
+    donor = replace(opened(tensors_of(), tmp_path, heads=4), known=found.known)
+    convert(donor, tmp_path / "ours", "heirloom", verify=False)
+    for given in (donor, open_donor(tmp_path / "ours", [FAMILY])):
+        assert other_scale(given, 0.5, "cache") == ""
+        assert "with scaling_factor 0.18215, and" in (said := other_scale(given, 0.18215, "cache"))
+        assert "was trained on latents with 0.5: name" in said
 
 
 def test_another_model_in_the_file_is_named(tmp_path):
@@ -219,6 +240,26 @@ def test_what_arguments_tell_is_no_guess(tmp_path):
         (dict(model="DiT-S/2", rescale_betas_zero_snr=True), "trained with rescale_betas_zero_snr True"),
         (dict(beta_start=0.00085), "trained with beta_start 0.00085; only DiTs with beta_start 0.0001"),
         (dict(diffusion=dict(flow_matching=True)), "trained with flow_matching True"),
+        *(
+            (dict(model="DiT-S/2", **{name: value}), f"trained with {name} {value}; only DiTs that predict noise")
+            for name, value in {
+                "v_prediction": True,
+                "enforce_zero_terminal_snr": True,
+                "v_parameterization": True,
+                "pred_v": 1,
+                "predict_velocity": "true",
+                "zero_snr": True,
+                "zsnr": True,
+                "use_flow_matching": True,
+                "useRectifiedFlow": True,
+                "noise_scheduler": "cosine",
+                "schedule_name": "cosine",
+                "betaSchedule": "cosine",
+                "target": "v",
+            }.items()
+        ),
+        (dict(model="DiT-S/2", diffusion=dict(schedule="cosine")), "trained with schedule cosine"),
+        (dict(model="DiT-S/2", data=dict(latent_norm=True)), "trained with latent_norm True"),
     ],
 )
 def test_models_that_predict_something_else_are_refused(args, words, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
-from heirloom.common.cli import main
+from heirloom.common.cli import main, script
+from heirloom.common.data.labelled import open_labelled, read_labels
 from heirloom.common.data.pictures import decode
 from heirloom.common.data.pipeline import PipelineConfig, training_batches
 from heirloom.common.data.sources import SourceConfig, open_source
@@ -150,8 +152,18 @@ def test_a_recipe_is_cached_as_it_will_be_read(tmp_path, capsys, monkeypatch):
     words = [str(tmp_path / "pictures"), str(tmp_path / "script"), "--size", "16", "--autoencoder", str(GOLDEN)]
     monkeypatch.setattr(sys, "argv", ["cache_latents.py", *words])
     importlib.import_module("cache_latents").main()
+    assert "class 0 is ape, class 1 is bee (labels.json)" in capsys.readouterr().out
+    assert all(read_labels(tmp_path / name) == ("ape", "bee") for name in ("cache", "script"))
+    cached = SourceConfig(str(tmp_path / "script"), image="", text="")
+    with pytest.raises(InputError, match=r"script has 2 classes \(ape, bee\), the model 1000"):
+        open_labelled(cached, "label", 1000)
+    assert open_labelled(cached, "label", 3, ("bee", "cow", "ape"))[0]["label"] == 2
     same = read(tmp_path / "script")[1]["moments"], source[1]["moments"]
     np.testing.assert_allclose(*same, rtol=2e-3, atol=1e-4)  # half precision, of batches of other sizes
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *words, "--classes", "3"])
+    assert script("cache_latents", importlib.import_module("cache_latents").main) == 2
+    assert re.fullmatch(r"cache_latents: .*has 2 classes .*, the model 3: give.*\n", capsys.readouterr().err)
     assert main(["cache", "lit/s_2_256", str(tmp_path / "other"), *flags[:-1], str(tmp_path / "cache")]) == 2
     assert "is a latent cache already" in capsys.readouterr().err
     flags[3] = "3"

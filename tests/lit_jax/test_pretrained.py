@@ -1,5 +1,7 @@
 """The door for notebooks: a DiT that draws, and an autoencoder there and back."""
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +11,17 @@ import pytest
 
 import lit_jax
 from heirloom.common.checkpoint import weights
+from heirloom.common.checkpoint.convert import convert, describe, open_donor
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from lit_jax import generate
+from lit_jax.autoencoder import AutoencoderConfig
+from lit_jax.components import class_names, is_foreign, pipeline_of
+from lit_jax.decode import autoencoder_example
 from lit_jax.dit import Dit
 from lit_jax.origin import Origin, read_origin, write_origin
+from lit_jax.zoo import FAMILY
 
 AUTOENCODER = Path(__file__).parents[1] / "golden" / "autoencoder"
 FAST = dict(sampler="ddim", steps=2)
@@ -59,8 +66,30 @@ def test_what_is_saved_can_be_loaded(loaded, tmp_path):
     assert again.cfg == loaded.cfg and again.origin == read_origin(tmp_path / "out") == origin
     for path, value in loaded.params.items():
         np.testing.assert_array_equal(again.params[path], value)
-    with pytest.raises(InputError, match="this model draws latents: load"):
+    with pytest.raises(InputError, match=r"this model draws latents: load\(SOURCE, .*\), such as somewhere$"):
         again.sample(0, **FAST)
+    assert autoencoder_example(4, None) == ", such as hf:stabilityai/sd-vae-ft-ema"
+    others = (16, None), (4, Origin(AutoencoderConfig(scaling_factor=0.13025)))
+    assert {autoencoder_example(*other) for other in others} == {""}
+
+
+def test_a_saved_copy_keeps_where_it_came_from(golden, tmp_path, one_device, remarks):
+    """That it is foreign, its pipeline with the decoder, and its class names."""
+    root = tmp_path / "pipeline"
+    shutil.copytree(golden[0], root / "transformer")
+    classes = open_donor(golden[0], [FAMILY]).cfg.classes
+    names = {str(i): f"name {i}" for i in range(classes)}
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
+    for format in ("diffusers", "heirloom"):
+        if format == "heirloom":
+            convert(open_donor(root / "transformer", [FAMILY]), tmp_path / "ours", "heirloom", verify=False)
+        source = root / "transformer" if format == "diffusers" else tmp_path / "ours"
+        lit_jax.load(str(source)).save(tmp_path / format)
+        copy = open_donor(tmp_path / format, [FAMILY])
+        assert is_foreign(copy) and pipeline_of(copy) == root.resolve() and class_names(copy) == tuple(names.values())
+    own = lit_jax.load(str(AUTOENCODER))
+    own.save(tmp_path / "autoencoder")
+    assert describe(tmp_path / "autoencoder")["first_format"] == "diffusers"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,21 @@ def test_what_a_picture_is_drawn_from_is_checked():
             model.draw(**how)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("A red apple!", "a_red_apple"),
+        ("赤いリンゴ", "赤いリンゴ"),
+        ("Ein Bär, grün", "ein_bär_grün"),
+        ("\N{RED APPLE}", "prompt"),
+        ("", "unconditional"),
+    ],
+)
+def test_pictures_are_named_after_their_prompt(tmp_path, text, name):
+    (file,) = Album(tmp_path, "plain", 1).files(0, Prompt(text))
+    assert file.name == f"00000_{name}_seed0_0.png"
+
+
 @pytest.mark.parametrize("text", ['"a cat"\n"a dog"', "1. a cat\n2. a dog", "prompt\na cat", "- a cat\n- a dog"])
 def test_prompts_with_more_than_their_text_are_refused(tmp_path, text):
     (tmp_path / "p.txt").write_text(text)
@@ -142,7 +157,7 @@ def test_a_picture_says_how_it_was_drawn(tmp_path):
     album = Album(tmp_path, "plain", 4, seed=3)
     prompt = Prompt("ein Äpfelchen")
     files = album.write(7, prompt, PICTURES, SETTINGS)
-    assert files[2].name == "00007_ein_pfelchen_seed3_2.png"
+    assert files[2].name == "00007_ein_äpfelchen_seed3_2.png"
     np.testing.assert_array_equal(np.asarray(Image.open(files[2])), PICTURES[2])
     assert read_settings(files[2]) == json.loads(json.dumps(SETTINGS[2]))
     assert album.has(7, prompt, SETTINGS)

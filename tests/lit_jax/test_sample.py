@@ -18,6 +18,7 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, start
 from lit_jax import sample
 from lit_jax.decode import PictureDecoder, open_pictures, to_uint8
+from lit_jax.denoiser import PromptConfig
 from lit_jax.dit import Dit
 from lit_jax.generate import class_keys
 from lit_jax.sample import SampleConfig, drawer, guide, picture_keys
@@ -104,6 +105,24 @@ def test_wrong_classes_and_steps_are_one_line(lit, model, mesh):
     assert len(SampleConfig("dpm", 1).make()) == 1
     with pytest.raises(InputError, match="guidance is nan"):
         SampleConfig(guidance=float("nan"))
+
+
+def test_integer_times_are_not_as_many_as_the_chain_has():
+    """Two of them would be the same step: a division by zero."""
+    with pytest.raises(InputError, match="--steps 1000 with dpm: integer times are of at most 999 steps"):
+        PromptConfig(steps=1000, times="integer").make()
+    with pytest.raises(InputError, match=r"--steps 2\.5 with dpm: choose between 1 and 1000"):
+        PromptConfig(steps=2.5).make()
+    for how in (PromptConfig(steps=999, times="integer"), PromptConfig(steps=1000)):
+        assert all(np.isfinite(column).all() for column in vars(how.make()).values())
+
+
+@pytest.mark.parametrize("config", [SampleConfig, PromptConfig])
+def test_guidance_below_none(config, remarks):
+    with pytest.raises(InputError, match="guidance is -1, which draws away from the class or prompt: give 1"):
+        config(guidance=-1)
+    assert config(guidance=1).guidance == 1 and remarks() == []
+    assert config(guidance=0).guidance == 0 and "0 draws without the class or prompt, 1 is no" in remarks()[0]
 
 
 def test_a_model_without_a_class_for_none_is_not_guided(lit, draw, mesh):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.data import emoji
-from heirloom.common.data.labelled import open_labelled
+from heirloom.common.data.labelled import open_labelled, read_labels
 from heirloom.common.data.pipeline import PipelineConfig
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.errors import InputError
@@ -19,8 +19,12 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parts import Opened
 from lit_jax import train
+from lit_jax.autoencoder import AutoencoderConfig
+from lit_jax.components import write_names
 from lit_jax.data import Pixels, adm_crop
 from lit_jax.dit import Dit, DitConfig
+from lit_jax.latents import data_origin
+from lit_jax.origin import Origin, write_origin
 from lit_jax.progress import held_out_loss
 from lit_jax.zoo import FAMILY
 from tests.lit_jax.conftest import GOLDEN
@@ -97,12 +101,55 @@ def test_classes_are_numbered_as_the_donors(pictures, tmp_path, remarks, names):
     assert any("in alphabetical order, which is taken for the donor's" in said for said in remarks()) == (names is None)
 
 
+def cached(folder, names, labels):
+    """A latent cache in which a picture's moments say its label."""
+    folder.mkdir()
+    moments = np.broadcast_to(np.float16(labels)[:, None, None, None, None], (len(labels), 2, 8, 8, 8))
+    np.save(folder / "moments.npy", moments)
+    np.save(folder / "label.npy", np.asarray(labels, np.int32))
+    write_origin(folder, Origin(AutoencoderConfig()))
+    write_names(folder, names)
+    return SourceConfig(str(folder), image="", text="", columns=("moments", "label"))
+
+
+def test_labels_of_latents_are_matched_by_name(tmp_path, remarks):
+    """To the classes of the donor, and those of held-out latents to the training's; else nothing would say so."""
+    folder = tmp_path / "donor"
+    shutil.copytree(GOLDEN, folder)
+    write_names(folder, ("dog", "bee", "cat"))
+    donor = open_donor(folder, [FAMILY])
+    donor = replace(donor, cfg=replace(donor.cfg, size=8, channels=4, classes=3))
+    data = cached(tmp_path / "train", ("bee", "cat", "dog"), [0, 0, 1, 1, 2, 2, 2, 2])
+    held_out = cached(tmp_path / "val", ("cat", "dog"), [0, 1])
+    cfg = train.Config(student=donor.cfg, data=data, held_out=held_out, pipeline=PipelineConfig(batch=8))
+    opened = Opened(mesh=start(MeshConfig()), donor=donor, teacher=None, inputs=data_origin(data, held_out))
+    batch = next(train.batches(cfg, opened))
+    stored = np.asarray(batch["moments"])[:, 0, 0, 0, 0].astype(int)
+    np.testing.assert_array_equal(np.array([1, 2, 0])[stored], batch["label"])
+    names = train.labelled(cfg, opened).classes
+    assert names == ("dog", "bee", "cat")
+    source = open_labelled(held_out, "label", 3, names)
+    assert [source[i]["label"] for i in range(2)] == [2, 0]
+    with pytest.raises(InputError, match=r"val has 2 classes \(cat, dog\), the model 3"):
+        train.labelled(replace(cfg, data=held_out), replace(opened, donor=None))
+    train.sidecars(cfg, opened, tmp_path)  # the student keeps the names
+    assert read_labels(tmp_path) == names
+    bare = cached(tmp_path / "bare", None, [0, 1])
+    train.labelled(replace(cfg, data=bare), opened)
+    assert any("bare: a cache without labels.json, so its numbers are taken" in said for said in remarks())
+
+
 def test_pictures_of_a_latent_model_are_to_be_cached(pictures):
     """Three channels are the latents of some autoencoders, and fit the student."""
     student = DitConfig(size=8, channels=3, width=16, layers=1, heads=2, hidden=16, classes=2)
     cfg = train.Config(student=student, data=pictures, autoencoder="kl-f4", pipeline=PipelineConfig(batch=8))
     with pytest.raises(InputError, match="these are pictures, and autoencoder is set: cache their latents first"):
         train.batches(cfg, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+    recipe = replace(cfg, data=replace(pictures, image="", text="", columns=("moments", "label")))  # as published ones
+    with pytest.raises(InputError, match="pictures is no cache of latents, which this recipe reads: cache the latents"):
+        train.batches(recipe, Opened(mesh=start(MeshConfig()), donor=None, teacher=None))
+    with pytest.raises(InputError, match="pictures is no cache of latents"):
+        held_out_loss(replace(cfg, held_out=recipe.data), functional(Dit, student), start(MeshConfig()))
 
 
 def test_held_out_data_of_another_shape_is_refused_at_the_start(pictures):

@@ -16,6 +16,8 @@ from heirloom.common.paths import Address, AnyPath
 class ArraySource:
     """A folder of .npy arrays of equal length, one per column, memory-mapped. Rows keep their shape and dtype.
 
+    A labels.json next to them has the class names of the numbers in `label`.
+
     In a bucket, the bytes of a row are read when it is used.
     """
 
@@ -47,6 +49,14 @@ class ArraySource:
             shape = f"{arrays[cfg.text].dtype} {list(arrays[cfg.text].shape)}"
             raise InputError(f"{folder / cfg.text}.npy is {shape}; captions must be strings, one for each example")
         self._length = len(next(iter(arrays.values())))
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """Class names by column."""
+        from heirloom.common.data.labelled import read_labels  # which imports this package
+
+        names = read_labels(self._folder)
+        return {"label": names} if names else {}
 
     def _array(self, name: str) -> "np.ndarray | RemoteArray":
         file = self._folder / f"{name}.npy"

@@ -195,6 +195,23 @@ def test_damaged_and_absent_files_are_one_line(tmp_path):
         next(read_images(tmp_path / "plain.npz"))
 
 
+@pytest.mark.parametrize("name", ["arr_0", "mu"])
+@pytest.mark.parametrize("damage", ["data", "encrypted", "compression"])
+def test_a_damaged_compressed_file_is_one_line(tmp_path, name, damage):
+    file = tmp_path / "torn.npz"
+    arrays = {"mu": np.random.default_rng(0).standard_normal(2048), "sigma": np.eye(2048, dtype=np.float32)}
+    np.savez_compressed(file, **({"arr_0": pictures(5000, 0)} if name == "arr_0" else arrays))
+    data = bytearray(file.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # in the directory at the end
+    if damage == "data":
+        data[2000:2100] = bytes(100)
+    else:
+        data[entry + (8 if damage == "encrypted" else 10)] = 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"torn.npz: .*; fetch it again$"):
+        list(read_reference(file).read(100))
+
+
 def test_the_reference_is_measured_before_a_picture_is_asked_for(mesh, tmp_path):
     np.savez(tmp_path / "torn.npz", pictures(5000, 0))
     data = bytearray((tmp_path / "torn.npz").read_bytes())

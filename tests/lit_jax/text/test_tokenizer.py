@@ -61,6 +61,9 @@ def test_a_long_prompt_is_cut_before_its_end_and_remarked(remarks):
         f"the prompt 'fox fox fox fox fox fox fox fox fox f...' has {len(whole)} tokens, and the model takes 20: the"
         f" last {len(whole) - 20} are cut off"
     ]
+    tokenizer(["a", "fox " * 30, *(f"{i} fox" * 30 for i in range(5))], 20)
+    (said,) = remarks()
+    assert said.startswith("the prompt 'fox fox") and said.endswith("off; 5 more of these 7 texts are cut, too")
 
 
 def test_sentinels_are_found_and_their_number_is_read(spiece):
