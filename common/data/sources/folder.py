@@ -84,7 +84,9 @@ class FolderSource:
             record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
         if self._captioned:
             try:
-                record["text"] = caption_lines(read(file.with_suffix(".txt")))
+                sidecar = file.with_suffix(".json")
+                text = read(file.with_suffix(".txt"))
+                record["text"] = caption_lines(text, lambda: read(sidecar) if sidecar.is_file() else b"", self._root)
             except UnicodeDecodeError as error:
                 raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}") from error
         return record

@@ -1,7 +1,10 @@
 """Folders of pictures as they come: other files, symlinks, hidden folders, captions by line."""
 
+import io
+import json
 import os
 import pickle
+import tarfile
 
 import pytest
 from PIL import Image
@@ -101,6 +104,31 @@ def test_a_caption_a_line(tmp_path, picture):
     for name, text in (("1.txt", f"one\n\n  two \r\n{last}\n"), ("2.txt", "\n only \n"), ("3.txt", "\n")):
         (tmp_path / name).write_text(text)
     assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [["one", "two", last], "only", ""]
+
+
+@pytest.mark.parametrize("form", ["shard", "files"])
+def test_a_caption_with_line_breaks_is_one_where_the_json_says_so(tmp_path, picture, remarks, form):
+    """img2dataset writes the same string into both; its captions are web texts."""
+    whole = "Sunset over the bay\n\nTaken with my new camera "
+    about = {"0": {"caption": whole}, "1": {"caption": "another"}, "2": [], "3": None}
+    members = {f"{name}.png": picture(0) for name in about} | {f"{name}.txt": whole.encode() for name in about}
+    members |= {f"{name}.json": json.dumps(fields).encode() for name, fields in about.items() if fields is not None}
+    if form == "files":
+        for name, data in members.items():
+            (tmp_path / name).write_bytes(data)
+    else:
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            for name in sorted(members):
+                info = tarfile.TarInfo(name)
+                info.size = len(members[name])
+                tar.addfile(info, io.BytesIO(members[name]))
+    source = open_source(SourceConfig(str(tmp_path)))
+    remarks()
+    assert source[0]["text"] == whole and remarks() == []
+    lines = ["Sunset over the bay", "Taken with my new camera"]
+    assert [source[i]["text"] for i in (1, 2, 3)] == [lines] * 3
+    (said,) = remarks()
+    assert said.startswith(f"{tmp_path}: a .txt with several lines has as many captions of its picture")
 
 
 def test_captions_in_sub_folders_are_read(tmp_path, picture, remarks):
