@@ -9,6 +9,7 @@ from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.mlp import Activation
+from heirloom.common.vit.shapes import HEADS
 from heirloom.common.vit.timm_architectures import CLASSES, arguments, settings, table
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, head_dim
 from tinyclip_jax.resnet import ResNetConfig
@@ -54,6 +55,8 @@ def read(found: Found) -> Read | None:
     cfg = infer(tensors, "visual.", "")
     if "input_resolution" in tensors:  # of OpenAI's archives, whose models all have QuickGELU and heads of 64
         return Read(cfg.override(activation="quick_gelu"))
+    if isinstance(cfg.image, ImageConfig) and plain(cfg.image):
+        cfg = cfg.override(image_heads=HEADS.get(cfg.image.width))
     return Read(cfg, bare(cfg, "models fine-tuned from OpenAI's have quick_gelu"))
 
 
@@ -62,7 +65,11 @@ def bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
     guesses = [Guess("activation", cfg.text.activation, f"the weights do not contain it, and {otherwise}")]
     for name, c in (("image_heads", cfg.image), ("text_heads", cfg.text)):
         if isinstance(c.heads, int):
-            guesses.append(Guess(name, c.heads, f"heads of {HEAD}, as in published models"))
+            size = HEAD
+            if isinstance(c, ImageConfig) and c.head_dim is None and c.heads == HEADS.get(c.width):
+                size = c.width // c.heads
+            of = f" of width {c.width}" if size != HEAD else ""
+            guesses.append(Guess(name, c.heads, f"heads of {size}, as in published models{of}"))
     return tuple(guesses)
 
 
