@@ -18,13 +18,12 @@ from heirloom.common.data.text import Tokenizer
 from heirloom.common.data.tokenizer_files import CaptionTokenizer, kind_of, load_tokenizer, same_ids
 from heirloom.common.errors import InputError, remark
 from tinyclip_jax.model import TextConfig
+from tinyclip_jax.open_clip_folder import CLIP_VOCAB
 
 if TYPE_CHECKING:
     from tinyclip_jax.config import Config
 
 CACHE = "cache:"  # prefix of `teacher`: embeddings that `heirloom cache` stored
-
-CLIP_VOCAB = 49408
 HALF = (0.5, 0.5, 0.5)
 _FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")  # tokenizers of other kinds: BERT, SentencePiece
 

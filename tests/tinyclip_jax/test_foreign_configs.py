@@ -202,11 +202,16 @@ def test_what_bare_weights_do_not_tell_is_a_guess_that_is_said(goldens, families
         Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(convert with --set activation="
     ):
         donor = open_donor(tmp_path / "bare.safetensors", families, image_heads=4, text_heads=2)
-    assert [guess.name for guess in donor.guesses] == ["activation"]
+    assert [guess.name for guess in donor.guesses] == ["activation", "text_pool"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Remark)
         donor = open_donor(
-            tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2
+            tmp_path / "bare.safetensors",
+            families,
+            activation="quick_gelu",
+            image_heads=4,
+            text_heads=2,
+            text_pool="eot",
         )
     assert donor.guesses == () and donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg
 
@@ -238,6 +243,25 @@ def test_heads_of_a_bare_file_are_those_of_the_published_width(width, heads, fam
     (why,) = [guess.why for guess in donor.guesses if guess.name == "image_heads"]
     of = "" if width in (768, 896) else f" of width {width}"
     assert why == f"heads of {width // heads}, as in published models{of}"
+
+
+def test_pooling_and_mask_of_a_bare_file_are_said_set_or_refused(families, tmp_path):
+    from safetensors.numpy import save_file
+
+    file, clip = tmp_path / "a.safetensors", bare_clip(64)
+    save_file(clip, file)
+    with pytest.warns(Remark, match="text_pool = eot is a guess: .* text_mask is causal too, and image_pool cls"):
+        open_donor(file, families)
+    cfg = open_donor(file, families, text_pool="last", text_mask="none", image_pool="mean_norm").cfg
+    assert (cfg.text.pool, cfg.text.causal, cfg.image.pool) == ("last", False, "mean_norm")
+    with pytest.raises(InputError, match="text_mask is 'no': write one of causal, none"):
+        open_donor(file, families, text_mask="no")
+    clipa = {name: value for name, value in clip.items() if "ln_pre" not in name}
+    worldwide = clip | {"token_embedding.weight": np.zeros((49409, 64), np.float16)}
+    for tensors, what in ((clipa, r"no norm before .* \(CLIPA, say\)"), (worldwide, "a vocabulary of 49,409 tokens")):
+        save_file(tensors, file)
+        with pytest.raises(InputError, match=f"it has {what}.*, and only open_clip_config.json says how it pools"):
+            open_donor(file, families)
 
 
 def test_one_tower_is_named(goldens, families, tmp_path):
