@@ -1,6 +1,7 @@
 """Shared by all formats: the config, the record, and checks of columns, captions and files."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,6 +52,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder or a part of a file name is that of a split: train, Test, val2017 (COCO)."""
+    return name.casefold() in SPLITS or bool(re.fullmatch(r"(?i)(train|val|test|unlabeled)\d{4}", name))
 
 
 def key_of(source: Source, index: int) -> str:

@@ -14,11 +14,11 @@ from heirloom.common.data.indexing import CAPTIONS, have
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.reading import PICTURES, Stamp, retried
 from heirloom.common.data.sources.record import (
-    SPLITS,
     Record,
     SourceConfig,
     caption_lines,
     captions,
+    is_split,
     require,
     starts,
     value,
@@ -107,7 +107,7 @@ class TarSource:
 
 def _sidecar(shard: AnyPath, name: str) -> Any:
     """Finds a file that comes with the shards."""
-    folders = (shard.parent, shard.parent.parent) if shard.parent.name.casefold() in SPLITS else (shard.parent,)
+    folders = (shard.parent, shard.parent.parent) if is_split(shard.parent.name) else (shard.parent,)
     files = (folder / name for folder in folders)
     return next((file for file in files if file.is_file()), None)
 
