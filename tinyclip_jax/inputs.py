@@ -19,6 +19,7 @@ from heirloom.common.data.tokenizer_files import CaptionTokenizer, kind_of, load
 from heirloom.common.errors import InputError, remark
 from tinyclip_jax.model import TextConfig
 from tinyclip_jax.open_clip_folder import CLIP_VOCAB
+from tinyclip_jax.vit import VitImageConfig
 
 if TYPE_CHECKING:
     from tinyclip_jax.config import Config
@@ -29,10 +30,13 @@ _FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")  # tokenizer
 
 
 def preprocess_of(donor: Donor) -> Found:
-    """Read the preprocessing of a CLIP's folder; without one, CLIP's default, or SigLIP's where there is a bias."""
+    """Read the preprocessing of a CLIP's folder; without one, CLIP's default, or SigLIP's for a SigLIP.
+
+    open_clip's default is CLIP's whatever the loss, so a bias makes no SigLIP: its image tower is timm's ViT.
+    """
     size = donor.cfg.image.size
     assumed, whose = Preprocess(size), "CLIP's own"
-    if donor.cfg.logit_bias:
+    if donor.cfg.logit_bias and isinstance(donor.cfg.image, VitImageConfig):
         assumed, whose = Preprocess(size, mean=HALF, std=HALF, mode="squash"), "SigLIP's own"
     return find(donor.folder, donor.format, size, assumed, whose)
 
