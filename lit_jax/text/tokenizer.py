@@ -12,7 +12,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.sentencepiece import BYTE, CONTROL, USER_DEFINED, read_sentencepiece
-from heirloom.common.data.text import readable
+from heirloom.common.data.text import readable, strings
 from heirloom.common.errors import InputError, remark
 
 FILES = ("tokenizer.json", "spiece.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -67,8 +67,9 @@ class T5Tokenizer:
             raise InputError(f"tokens {tokens} leaves no room for the end token: choose 1 or more")
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError("prompts must be a list of strings")
+        prompts = strings(prompts)
         out = Tokens(np.zeros((len(prompts), tokens), np.int32), np.zeros((len(prompts), tokens), bool))
-        for i, (prompt, encoding) in enumerate(zip(prompts, self._unigram.encode_batch(list(prompts)), strict=True)):
+        for i, (prompt, encoding) in enumerate(zip(prompts, self._unigram.encode_batch(prompts), strict=True)):
             ids = encoding.ids
             if (lost := len(ids) + 1 - tokens) > 0:
                 remark(

@@ -61,7 +61,8 @@ def recipe(folder, one_device, tmp_path_factory):
 
 def test_siglips_preprocessing_is_assumed_for_timms_tower_alone(folder, draw, tmp_path):
     """A CLIP that open_clip trains with the sigmoid loss has a bias too, and CLIP's mean."""
-    assert preprocess_of(open_clip_model(str(folder.parent / "ours"))).pre == Preprocess(16, mean=HALF, std=HALF, mode="squash")
+    found = preprocess_of(open_clip_model(str(folder.parent / "ours")))
+    assert found.pre == Preprocess(16, mean=HALF, std=HALF, mode="squash")
     cfg = replace(STUDENT, logit_bias=True)
     (tmp_path / "ours").mkdir()
     spec = functional(Clip, cfg).spec
