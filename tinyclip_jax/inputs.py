@@ -10,6 +10,7 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.bad import BadMode
 from heirloom.common.data.pieces import PieceTokenizer
+from heirloom.common.data.pipeline import check_record
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import Found, find, write
 from heirloom.common.data.sources import Source, open_source
@@ -196,10 +197,13 @@ def captions(source: Source, bad: BadMode = "stop") -> list[str]:
     for i in range(len(source)):
         try:
             record = source[i]
+            check_record(record)
         except InputError:
             if bad == "stop":
                 raise
             continue  # counted when training reaches it
         texts = [record["text"]] if isinstance(record["text"], str) else record["text"]
         found.update([*texts, *(tags_of(record) if "tags" in record else ())])
+    if not found:
+        check_record(source[0])
     return sorted(found)
