@@ -1,6 +1,8 @@
 """What a person types, and what it answers to mistakes."""
 
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -181,6 +183,14 @@ def test_a_recipe_that_does_not_run_says_where(tmp_path, text, complaint):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(InputError, match=complaint):
         config.load(str(tmp_path / "mine.py"))
+
+
+def test_names_that_are_not_utf_8_are_printed(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="utf-8", errors="strict", write_through=True))
+    assert main(["inspect", str(tmp_path / os.fsdecode(b"caf\xe9"))]) == 2
+    assert rb"caf\udce9" in written.getvalue()
 
 
 def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
