@@ -238,6 +238,8 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words, label: s
         return retrieval_over(_name(data), open_source(data), setup)
     if task != "zeroshot":
         raise InputError(f"no task {task!r}{nearest(task, TASKS)} (there are {', '.join(TASKS)})")
+    if data.text not in ("", SourceConfig.text):
+        raise InputError("text has no effect on zeroshot: set task to retrieval, or leave it out")
     data = replace(data, text="")
     source = open_labelled(data, label, len(words.classes) or None, words.synonyms or None)
     templates = words.templates or _templates(source)

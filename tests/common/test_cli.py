@@ -204,7 +204,10 @@ def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (["eval", "tinyclip/smoke", "--data", "emoji"], "--data is for weights"),
+        (["eval", "tinyclip/smoke", "--data", "emoji"], "its own data (--held-out.path), and --data is for weights"),
+        (["eval", "tinyclip/smoke", "--task", "zeroshot"], "and --task is for weights: leave it out"),
+        (["eval", "tinyclip/smoke", "--image", "png"], "and --image is for weights: leave it out"),
+        (["eval", "tinyclip/smoke", "--text", "txt"], "and --text is for weights: leave it out"),
         (["eval", "embedded:emoji", "--dta", "emoji"], "unknown argument '--dta'; did you mean '--data'?"),
         (["demo", "--out", __file__ + "/x"], "cannot write results here"),
         (["inspect", "tinyclip/smokes"], "did you mean 'tinyclip/smoke'?"),

@@ -111,6 +111,8 @@ def test_what_has_no_effect_is_refused(weights, pictures, tmp_path, capsys):
     assert "classes has no effect on retrieval: set task to zeroshot" in capsys.readouterr().err
     assert main(["eval", str(weights), "--suite", str(tmp_path), *names]) == 2
     assert "data sets of a suite have their own settings, and --classes is for one data set" in capsys.readouterr().err
+    assert zeroshot(weights, pictures, "--text", "txt") == 2
+    assert "text has no effect on zeroshot: set task to retrieval, or leave it out" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"classes is the text 'names\.txt': give a list of strings"):
         Words.of("names.txt", None)
 
