@@ -387,6 +387,9 @@ VERBS = (
 )
 
 
+EVAL_OF_CLIPS = frozenset({"task", "text", "classes", "templates"})  # arguments of `heirloom eval` for CLIPs alone
+
+
 def refuse(args: argparse.Namespace, verb: str, names: Collection[str], before: str, after: str) -> None:
     """Raises InputError for the first of these arguments that is given, though it would change nothing."""
     for argument in arguments_of(verb):

@@ -1,6 +1,7 @@
 """The `heirloom` command. Nothing heavy is imported before a verb runs; bad input is one line and exit code 2."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -46,6 +47,9 @@ def script(name: str, run: Callable[[], None]) -> int:
 def notes() -> Iterator[None]:
     """Prints remarks as notes in the block."""
     said: set[str] = set()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         """Prints each remark once as a line `note: ...`, and other warnings as Python does."""

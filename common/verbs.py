@@ -200,14 +200,12 @@ def eval(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from heirloom.common import config
+    from heirloom.common.arguments import arguments_of, refuse
 
     if config.is_recipe(args.what):
-        given = {"--data": args.data, "--split": args.split, "--classes": args.classes, "--templates": args.templates}
-        given |= {"--suite": args.suite, "--beside": args.beside}
-        if name := next((name for name, value in given.items() if value), None):
-            raise InputError(
-                f"{name} is for weights, and {args.what} is a recipe, which has its own data; set --held-out.path"
-            )
+        options = {argument.name for argument in arguments_of("eval")} - {"what"}
+        its_data = f"{args.what} is a recipe, which has its own data (--held-out.path), and"
+        refuse(args, "eval", options, its_data, "is for weights")
         rows = _recipe(args.what, "evaluate", args.flags).evaluate()
     else:
         donor = open_any(args.what)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from heirloom.common import config
+from heirloom.common.arguments import EVAL_OF_CLIPS, refuse
 from heirloom.common.checkpoint.family import Donor, Family
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
@@ -98,6 +99,7 @@ def counter(
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """Rows of `heirloom eval PATH`; for a gene, of its auxiliary net. Raises InputError without data."""
+    refuse(args, "eval", EVAL_OF_CLIPS, f"{donor.path} is a classifier, and", "is for other models")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not donor.cfg.classes:
         raise InputError(f"{donor.path} has no head, and accuracy needs one: give a model with a classifier")

@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from heirloom.common import config
-from heirloom.common.arguments import refuse
+from heirloom.common.arguments import EVAL_OF_CLIPS, refuse
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.data.sources import Source, SourceConfig, open_source
@@ -29,7 +29,6 @@ from lit_jax.generate import draw_batches
 from lit_jax.sample import SampleConfig, drawer, picture_keys
 from lit_jax.zoo import check_draws_classes
 
-OF_CLIPS = {"task", "text", "classes", "templates"}
 OF_COLUMNS = {"split", "image"}
 
 
@@ -69,7 +68,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     for a model or a reference that cannot be compared.
     """
     check_draws_classes(donor)
-    refuse(args, "eval", OF_CLIPS, f"{donor.path} draws pictures of classes, and", "is for other models")
+    refuse(args, "eval", EVAL_OF_CLIPS, f"{donor.path} draws pictures of classes, and", "is for other models")
     cfg = config.parse(EvalConfig(), args.flags, f"heirloom eval {donor.path}")
     if not cfg.features:
         raise InputError("give --features: the Inception weights that make the scores (docs/evaluate.md)")

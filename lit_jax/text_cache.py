@@ -71,6 +71,8 @@ def write_text_cache(
     source, names = open_source(data), [name for name in (data.text, *data.columns) if name]
     if "image" not in source[0] or not data.text:
         raise InputError(f"{data.path}: pictures and captions are needed: set data.image and data.text")
+    if "text" not in source[0]:
+        raise InputError(f"{data.path} has pictures without captions: {_table_advice(source, data)}")
     with staged(folder, force=force) as staging:
         staging.mkdir()
         captions: list[Columns] = []
@@ -90,6 +92,17 @@ def write_text_cache(
         about |= {"autoencoder": autoencoder_source}
         write_json(staging / ABOUT, about)
     return about
+
+
+def _table_advice(source: Source, data: SourceConfig) -> str:
+    """Returns what to type for captions next to a folder of pictures, in a table such as imagefolder's metadata.csv."""
+    tables = getattr(source, "tables", ())
+    table = next((name for name in tables if name.endswith((".csv", ".tsv"))), "")
+    if table:
+        file = "/".join(part.rstrip("/") for part in (data.path, data.split, table) if part)
+        return f"--data.path {file} --data.image file_name --data.text text takes those of the table, by its columns"
+    beside = f" ({tables[0]} is not read)" if tables else ""
+    return f"put a .txt next to each picture, or give a .csv or .tsv with a header that has their captions{beside}"
 
 
 def _columns(record: Record, data: SourceConfig) -> Columns:

@@ -3,7 +3,7 @@ that no public autoencoder fits, such as icons of 64 pixels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def batches(cfg: Config, opened: Opened) -> Any:
 
 
 def _pictures(cfg: SourceConfig) -> Source:
-    source = open_source(cfg)
+    source = open_source(replace(cfg, text=""))
     if not first_good(source, lambda record: "image" in record):
         raise InputError(f"{cfg.path} has no pictures: name their column with data.image")
     return source

@@ -19,7 +19,7 @@ from heirloom.common.checkpoint import weights
 from heirloom.common.checkpoint.convert import hashes
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
-from heirloom.common.data.pipeline import evaluation_batches
+from heirloom.common.data.pipeline import check_record, evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.reading import mapped, retried
 from heirloom.common.data.sources import Record, Source, SourceConfig
@@ -48,6 +48,8 @@ def write(
 
     Returns the content of `cache.json`. Raises InputError when `folder` exists, and in a job of several processes.
     """
+    if "image" not in source[0]:
+        raise InputError(f"{data.path} has no pictures: name their column with data.image")
     if jax.process_count() > 1:
         raise InputError(f"this job has {jax.process_count()} processes, one writes a cache: run this on one host")
     setup = Setup(model=teacher.model, pre=pre, tokenizer=tokenizer, cfg=teacher.cfg, mesh=mesh)
@@ -95,6 +97,8 @@ def _samples(source: Source) -> list[Record]:
 
 
 def _captions(samples: Sequence[Record]) -> list[str]:
+    for record in samples:
+        check_record(record)
     return [r["text"] if isinstance(r["text"], str) else r["text"][0] for r in samples]
 
 

@@ -17,14 +17,21 @@ from heirloom.common.data.labelled import Labelled, open_labelled
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.pipeline import evaluation_batches
 from heirloom.common.data.preprocess import Preprocess
-from heirloom.common.data.sources import FolderSource, Source, SourceConfig, open_source, per_picture
+from heirloom.common.data.sources import FolderSource, Source, SourceConfig, TarSource, open_source, per_picture
 from heirloom.common.data.tokenizer_files import CaptionTokenizer
 from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.evaluate import imagenet
 from heirloom.common.evaluate.features import embedder, finite
 from heirloom.common.evaluate.retrieval import Recall, ambiguous, distinct, retrieval
 from heirloom.common.evaluate.scored import Score, Scored
-from heirloom.common.evaluate.zeroshot import TEMPLATES, accuracy, check_templates, classifier, read_templates
+from heirloom.common.evaluate.zeroshot import (
+    TEMPLATES,
+    accuracy,
+    check_templates,
+    classifier,
+    prompt_names,
+    read_templates,
+)
 from heirloom.common.notebook.modules import make_callable
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
@@ -231,9 +238,12 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words, label: s
         return retrieval_over(_name(data), open_source(data), setup)
     if task != "zeroshot":
         raise InputError(f"no task {task!r}{nearest(task, TASKS)} (there are {', '.join(TASKS)})")
+    if data.text not in ("", SourceConfig.text):
+        raise InputError("text has no effect on zeroshot: set task to retrieval, or leave it out")
     data = replace(data, text="")
     source = open_labelled(data, label, len(words.classes) or None, words.synonyms or None)
-    classes = words.classes or source.classes
+    templates = words.templates or _templates(source)
+    classes = words.classes or _named(source, data.path, templates[0])
     if not classes:
         raise InputError(f"{data.path} names no classes: give --classes FILE, with one name per line")
     if not words.classes and all(WORDNET.fullmatch(name) for name in classes):
@@ -246,7 +256,7 @@ def score_on(data: SourceConfig, task: str, setup: Setup, words: Words, label: s
     if doubled := [name for name, n in Counter(classes).items() if n > 1]:
         effect = "their pictures are never in the top 1, because a tie counts against the right class"
         remark(f"several of the {len(classes)} classes are called {doubled[0]!r}: {effect}")
-    return zeroshot_over(_name(data), source, setup, classes, words.templates or _templates(source))
+    return zeroshot_over(_name(data), source, setup, classes, templates)
 
 
 def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
@@ -260,6 +270,17 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     data = SourceConfig(path=args.data, split=split, image=args.image, text=args.text)
     score = score_on(data, args.task, setup, Words.read(args.classes, args.templates), cfg.label)
     return score(load_params(donor, mesh)).rows()
+
+
+def _named(source: Labelled, path: str, template: str) -> tuple[str, ...]:
+    """Names for prompts of the classes of data: words for folders and columns, classnames.txt as it is."""
+    if isinstance(source.source, TarSource) and source.source.class_names:
+        return source.classes
+    names = prompt_names(source.classes)
+    if changed := next((pair for pair in zip(source.classes, names, strict=True) if pair[0] != pair[1]), None):
+        prompt = template.replace("{}", changed[1])
+        remark(f"{path}: the prompt of class {changed[0]!r} is {prompt!r}; --classes FILE takes other names")
+    return names
 
 
 def _templates(source: Labelled) -> tuple[str, ...]:

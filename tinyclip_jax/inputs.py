@@ -10,6 +10,7 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.bad import BadMode
 from heirloom.common.data.pieces import PieceTokenizer
+from heirloom.common.data.pipeline import check_record
 from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.preprocess_formats import Found, find, write
 from heirloom.common.data.sources import Source, open_source
@@ -18,22 +19,25 @@ from heirloom.common.data.text import Tokenizer
 from heirloom.common.data.tokenizer_files import CaptionTokenizer, kind_of, load_tokenizer, same_ids
 from heirloom.common.errors import InputError, remark
 from tinyclip_jax.model import TextConfig
+from tinyclip_jax.open_clip_folder import CLIP_VOCAB
+from tinyclip_jax.vit import VitImageConfig
 
 if TYPE_CHECKING:
     from tinyclip_jax.config import Config
 
 CACHE = "cache:"  # prefix of `teacher`: embeddings that `heirloom cache` stored
-
-CLIP_VOCAB = 49408
 HALF = (0.5, 0.5, 0.5)
 _FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model")  # tokenizers of other kinds: BERT, SentencePiece
 
 
 def preprocess_of(donor: Donor) -> Found:
-    """Read the preprocessing of a CLIP's folder; without one, CLIP's default, or SigLIP's where there is a bias."""
+    """Read the preprocessing of a CLIP's folder; without one, CLIP's default, or SigLIP's for a SigLIP.
+
+    open_clip's default is CLIP's whatever the loss, so a bias makes no SigLIP: its image tower is timm's ViT.
+    """
     size = donor.cfg.image.size
     assumed, whose = Preprocess(size), "CLIP's own"
-    if donor.cfg.logit_bias:
+    if donor.cfg.logit_bias and isinstance(donor.cfg.image, VitImageConfig):
         assumed, whose = Preprocess(size, mean=HALF, std=HALF, mode="squash"), "SigLIP's own"
     return find(donor.folder, donor.format, size, assumed, whose)
 
@@ -193,10 +197,13 @@ def captions(source: Source, bad: BadMode = "stop") -> list[str]:
     for i in range(len(source)):
         try:
             record = source[i]
+            check_record(record)
         except InputError:
             if bad == "stop":
                 raise
             continue  # counted when training reaches it
         texts = [record["text"]] if isinstance(record["text"], str) else record["text"]
         found.update([*texts, *(tags_of(record) if "tags" in record else ())])
+    if not found:
+        check_record(source[0])
     return sorted(found)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import log
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from tinyclip_jax.vit import Projection, VitImageConfig, VitTower, projection
 
 Images = Float[Array | np.ndarray, "images size size 3"]
 Tokens = Int[Array | np.ndarray, "captions context"]
+ImagePool = Literal["cls", "mean_norm", "norm_mean"]
+TextPool = Literal["eot", "last", "first"]
+TextMask = Literal["causal", "none"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class ImageConfig:
     activation: Activation = "gelu"
     eps: float = 1e-5
     """Epsilon of every LayerNorm."""
-    pool: Literal["cls", "mean_norm", "norm_mean"] = "cls"
+    pool: ImagePool = "cls"
     """What is projected: the class token, the normalised mean of the patches, or the mean of the normalised patches."""
     pre_norm: bool = True
     """A LayerNorm before the blocks."""
@@ -95,7 +98,7 @@ class TextConfig:
     eot: int | None = None
     """Id of the token that is pooled, at its first position; None: the first position of the largest id, as CLIP does.
     """
-    pool: Literal["eot", "last", "first"] = "eot"
+    pool: TextPool = "eot"
     """Position that is projected: of the end-of-text token, or the last (SigLIP) or first one, whatever is there."""
     causal: bool = True
     """A token sees only the tokens before it; False: all, padding included (SigLIP)."""
@@ -134,7 +137,8 @@ class ClipConfig:
                 raise InputError(f"{given}: set joint to {c.width}, or {name}.projection to 'linear'")
 
     def override(
-        self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None
+        self, activation: Activation | None = None, image_heads: int | None = None, text_heads: int | None = None,
+        image_pool: ImagePool | None = None, text_pool: TextPool | None = None, text_mask: TextMask | None = None
     ) -> "ClipConfig":
         """Set what the shapes of the weights do not determine. Raises InputError for an invalid value."""
         if activation is not None:
@@ -142,12 +146,22 @@ class ClipConfig:
         for name, value in (("image_heads", image_heads), ("text_heads", text_heads)):
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name} is {value!r}: write a whole number of 1 or more")
-        image = self.image
-        if not isinstance(image, ResNetConfig):
-            given: dict[str, Any] = dict(activation=activation or image.activation, heads=image_heads or image.heads)
-            image = replace(image, **given)
-        text = replace(self.text, activation=activation or self.text.activation, heads=text_heads or self.text.heads)
-        return replace(self, image=image, text=text)
+        pools = ("image_pool", image_pool, ImagePool), ("text_pool", text_pool, TextPool)
+        for name, given, kind in (*pools, ("text_mask", text_mask, TextMask)):
+            if given not in (None, *get_args(kind)):
+                raise InputError(f"{name} is {given!r}: write one of {', '.join(get_args(kind))}")
+        mask = None if text_mask is None else text_mask == "causal"
+        text = _with(self.text, activation=activation, heads=text_heads, pool=text_pool, causal=mask)
+        resnet = isinstance(self.image, ResNetConfig)
+        if resnet and image_pool is not None:
+            raise InputError("image_pool has no effect on a ResNet, which pools with attention: leave it out")
+        others = {} if resnet else dict(activation=activation, pool=image_pool)
+        return replace(self, image=_with(self.image, heads=image_heads, **others), text=text)
+
+
+def _with(cfg: Any, **fields: Any) -> Any:
+    """Copy a config with those of the fields that are not None."""
+    return replace(cfg, **{name: value for name, value in fields.items() if value is not None})
 
 
 def vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> ClipConfig:

@@ -2,22 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from heirloom.common.checkpoint.family import Found, Guess, Read
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.mlp import Activation
+from heirloom.common.vit.shapes import HEADS
 from heirloom.common.vit.timm_architectures import CLASSES, arguments, settings, table
-from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, head_dim
+from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, TextPool, head_dim
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.shapes import HEAD, infer, plain
 from tinyclip_jax.vit import VitImageConfig
 
 CONFIG = "open_clip_config.json"
+CLIP_VOCAB = 49408
 Tower = TypeVar("Tower", ImageConfig, TextConfig)
-_Pool = Literal["eot", "last", "first"]
 
 # open_clip's switches of other blocks and poolings; `block_type` names them all.
 _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
@@ -54,7 +55,21 @@ def read(found: Found) -> Read | None:
     cfg = infer(tensors, "visual.", "")
     if "input_resolution" in tensors:  # of OpenAI's archives, whose models all have QuickGELU and heads of 64
         return Read(cfg.override(activation="quick_gelu"))
-    return Read(cfg, bare(cfg, "models fine-tuned from OpenAI's have quick_gelu"))
+    _refuse_unlike_openai(cfg)
+    if isinstance(cfg.image, ImageConfig) and plain(cfg.image):
+        cfg = cfg.override(image_heads=HEADS.get(cfg.image.width))
+    pooling = "the weights do not contain it; as in OpenAI's CLIPs, text_mask is causal too, and image_pool cls"
+    guesses = bare(cfg, "models fine-tuned from OpenAI's have quick_gelu")
+    return Read(cfg, (*guesses, Guess("text_pool", cfg.text.pool, pooling)))
+
+
+def _refuse_unlike_openai(cfg: ClipConfig) -> None:
+    """Raises InputError for what OpenAI's CLIPs do not have, whose pooling and mask are not theirs either."""
+    what = f"a vocabulary of {cfg.text.vocab:,} tokens (MetaCLIP 2, say)" if cfg.text.vocab > CLIP_VOCAB else ""
+    if isinstance(cfg.image, ImageConfig) and not cfg.image.pre_norm:
+        what = "no norm before the blocks of its image tower (CLIPA, say)"
+    if what:
+        raise InputError(f"it has {what}, and only {CONFIG} says how it pools and masks: put it next to the weights")
 
 
 def bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
@@ -62,7 +77,11 @@ def bare(cfg: ClipConfig, otherwise: str) -> tuple[Guess, ...]:
     guesses = [Guess("activation", cfg.text.activation, f"the weights do not contain it, and {otherwise}")]
     for name, c in (("image_heads", cfg.image), ("text_heads", cfg.text)):
         if isinstance(c.heads, int):
-            guesses.append(Guess(name, c.heads, f"heads of {HEAD}, as in published models"))
+            size = HEAD
+            if isinstance(c, ImageConfig) and c.head_dim is None and c.heads == HEADS.get(c.width):
+                size = c.width // c.heads
+            of = f" of width {c.width}" if size != HEAD else ""
+            guesses.append(Guess(name, c.heads, f"heads of {size}, as in published models{of}"))
     return tuple(guesses)
 
 
@@ -195,7 +214,7 @@ def _text(c: TextConfig, text: Fields, activation: Activation) -> TextConfig:
     kind = text.choice("proj_type", {"linear": "affine" if bias else "linear", "none": "none"}, "linear")
     text.agree("proj_type with proj_bias", kind, c.projection)
     eos = text.integer("eos_id", 2, least=0)
-    pools: dict[str, _Pool] = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
+    pools: dict[str, TextPool] = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
     pool = text.choice("pool_type", pools, "argmax")
     named = eos if text.text("pool_type", "argmax") == "eos" else None
     c = replace(c, eot=named, pool=pool, causal=not text.boolean("no_causal_mask", False))

@@ -14,7 +14,7 @@ from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, uniform
 from tinyclip_jax.resnet import STAGES, ResNetConfig
 from tinyclip_jax.vit import Projection, VitImageConfig
 
-HEAD = 64  # channels of a head in every published model
+HEAD = 64  # channels of a head in published models, but for the image towers of ViT-H, g, bigG and e
 OPTIONS = ("pool", "pre_norm", "causal", "projection", "layer_scale")  # of the towers, whose defaults are CLIP's
 
 

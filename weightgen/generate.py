@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from heirloom.common import config
+from heirloom.common.arguments import EVAL_OF_CLIPS, refuse
 from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import read_json, write_config, write_json, write_params
@@ -101,6 +102,7 @@ def evaluate_folder(donor: Donor, args: Namespace) -> list[dict[str, Any]]:
     """
     if not args.data:
         raise InputError("give --data: a folder with a sub-folder of pictures for each class")
+    refuse(args, "eval", EVAL_OF_CLIPS | {"split", "image"}, f"{donor.path} reads folders, and", "is for other models")
     if donor.family.name == NETWORK.name:
         return [_evaluate_network(donor, args.data)]
     check_generates(donor)

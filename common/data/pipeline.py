@@ -77,12 +77,12 @@ class Augment:
         """Raises InputError when the record lacks required captions or tags, or tags are drawn without augmentation."""
         if self.tags and self.augment == "none":
             raise InputError('tags are drawn at random: set pipeline.tags to 0, or augment to "random"')
-        _check_record(record, self.tokenizer, self.tags)
+        check_record(record, self.tokenizer is not None, self.tags)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         columns = ((k, v) for k, v in record.items() if k not in ("image", "text"))
         example = {k: v for k, v in columns if isinstance(v, np.ndarray | np.generic)}
-        _check_record(record, self.tokenizer, self.tags)
+        check_record(record, self.tokenizer is not None, self.tags)
         if self.tokenizer is not None:
             text = record["text"]
             caption = (
@@ -141,8 +141,9 @@ def training_batches(
     return Batches(start, settings, rows=rows, bad_limit=cfg.bad_limit)
 
 
-def _check_record(record: Record, tokenizer: CaptionTokenizer | None, tags: float) -> None:
-    if tokenizer is not None and "text" not in record:
+def check_record(record: Record, captions: bool = True, tags: float = 0.0) -> None:
+    """Raises InputError when a record lacks captions or, where they are drawn with a probability, tags."""
+    if captions and "text" not in record:
         raise InputError(f"{record['key']} has no caption; name its column with text, or add captions")
     if tags:
         tags_of(record)
@@ -201,7 +202,7 @@ def evaluation_batches(
     every other column as an array of b (numbers, strings, or objects for lists). Raises InputError for a picture that
     does not decode.
     """
-    _check_record(source[0], tokenizer, tags=0)
+    check_record(source[0], tokenizer is not None)
     import grain
 
     stream = grain.MapDataset.source(source).map_with_index(Prepare(pre))

@@ -36,14 +36,22 @@ def clean(text: str, *, lower: bool = True) -> str:
 
 
 def strings(texts: str | Iterable[str]) -> list[str]:
-    """Returns captions as a list, one for a string. Raises InputError for anything that is not a string."""
+    """Returns captions as a list, one for a string, without lone surrogates, which `tokenizers` does not take.
+
+    Raises InputError for anything that is not a string.
+    """
     if not isinstance(texts, str | Iterable):
         raise InputError(f"captions must be strings, not {type(texts).__name__}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"captions must be strings; caption {i}, counted from 0, is {type(text).__name__}")
-    return texts
+    return [text if text.isascii() else _unicode(text) for text in texts]
+
+
+def _unicode(text: str) -> str:
+    """Joins halves of a character and replaces single ones: JSON and names of files may have them, UTF-8 has not."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @contextmanager

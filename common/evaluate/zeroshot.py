@@ -1,5 +1,6 @@
 """Zero-shot classification: class vectors are means of text features of the class name in templates."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from heirloom.common.errors import InputError
 from heirloom.common.evaluate.features import finite
 
 TEMPLATES = ("a photo of a {}.",)
+_NUMBERING = (r"\d+[._ -]+", r"n\d{8}[-_ ]+")  # 001.Black_footed_Albatross, n02085620-Chihuahua
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ def check_templates(texts: Sequence[str], where: str) -> tuple[str, ...]:
             raise InputError(f"{where} {number}: {text[:80]!r} {what}")
         templates.append(template)
     return tuple(templates)
+
+
+def prompt_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Turns the names of folders or a column into words for prompts: 001.Barn_owl becomes "Barn owl".
+
+    `_` becomes a space. A number or WordNet identifier goes if all names begin with one and still differ without it.
+    """
+    for pattern in _NUMBERING:
+        rests = [name[found.end() :] if (found := re.match(pattern, name)) else "" for name in names]
+        if all(rests) and len(set(rests)) == len(set(names)):
+            names = rests
+    return tuple(" ".join(name.replace("_", " ").split()) or name for name in names)
 
 
 def classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> np.ndarray:

@@ -9,7 +9,7 @@ from heirloom.common.checkpoint.weights import Tensors
 from heirloom.common.errors import InputError
 from heirloom.common.vit.model import VitConfig
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of published ViTs, by width
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}  # of published ViTs, by width
 LAYER_SCALE = 1e-5  # initial value; a file holds the learned factors alone
 # Tensors of parts that this ViT does not have, by globs of timm's names and the original repositories'.
 _PARTS = {

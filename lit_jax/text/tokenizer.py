@@ -12,7 +12,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from heirloom.common.checkpoint.fields import Fields
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.data.sentencepiece import BYTE, CONTROL, USER_DEFINED, read_sentencepiece
-from heirloom.common.data.text import readable
+from heirloom.common.data.text import readable, strings
 from heirloom.common.errors import InputError, remark
 
 WHOLE, PIECES = "tokenizer.json", "spiece.model"  # either is enough
@@ -69,8 +69,9 @@ class T5Tokenizer:
             raise InputError(f"tokens {tokens} leaves no room for the end token: choose 1 or more")
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError("prompts must be a list of strings")
+        prompts = strings(prompts)
         out = Tokens(np.zeros((len(prompts), tokens), np.int32), np.zeros((len(prompts), tokens), bool))
-        encoded = self._unigram.encode_batch(list(prompts))
+        encoded = self._unigram.encode_batch(prompts)
         if long := [i for i, encoding in enumerate(encoded) if len(encoding.ids) + 1 > tokens]:
             count = len(encoded[long[0]].ids) + 1
             others = f"; {len(long) - 1} more of these {len(prompts)} texts are cut, too" if len(long) > 1 else ""

@@ -1,6 +1,8 @@
 """What a person types, and what it answers to mistakes."""
 
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -217,6 +219,14 @@ def test_a_recipe_that_does_not_run_says_where(tmp_path, text, complaint):
         config.load(str(tmp_path / "mine.py"))
 
 
+def test_names_that_are_not_utf_8_are_printed(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="utf-8", errors="strict", write_through=True))
+    assert main(["inspect", str(tmp_path / os.fsdecode(b"caf\xe9"))]) == 2
+    assert rb"caf\udce9" in written.getvalue()
+
+
 def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
@@ -228,7 +238,10 @@ def test_a_report_of_a_run_cut_short_in_the_middle_of_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (["eval", "tinyclip/smoke", "--data", "emoji"], "--data is for weights"),
+        (["eval", "tinyclip/smoke", "--data", "emoji"], "its own data (--held-out.path), and --data is for weights"),
+        (["eval", "tinyclip/smoke", "--task", "zeroshot"], "and --task is for weights: leave it out"),
+        (["eval", "tinyclip/smoke", "--image", "png"], "and --image is for weights: leave it out"),
+        (["eval", "tinyclip/smoke", "--text", "txt"], "and --text is for weights: leave it out"),
         (["eval", "embedded:emoji", "--dta", "emoji"], "unknown argument '--dta'; did you mean '--data'?"),
         (["demo", "--out", __file__ + "/x"], "cannot write results here"),
         (["inspect", "tinyclip/smokes"], "did you mean 'tinyclip/smoke'?"),

@@ -92,6 +92,11 @@ def test_labels_that_are_no_class_are_refused(model, pictures, tmp_path, capsys,
     assert message in said and ".png: its label" in said and said.count("\n") == 1
 
 
+def test_options_of_clips_are_refused(model, pictures, capsys):
+    assert main(["eval", str(model), "--data", str(pictures), "--task", "zeroshot"]) == 2
+    assert "is a classifier, and --task is for other models: leave it out" in capsys.readouterr().err
+
+
 def test_a_picture_that_does_not_decode_is_named(model, pictures, tmp_path, capsys):
     for name in "abc":
         (tmp_path / name).mkdir()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from lit_jax.dit import Dit, DitConfig
 from lit_jax.latents import data_origin
 from lit_jax.origin import Origin, write_origin
 from lit_jax.progress import held_out_loss
+from lit_jax.text_cache import write_text_cache
 from lit_jax.zoo import FAMILY
 from tests.lit_jax.conftest import GOLDEN
 
@@ -159,3 +161,20 @@ def test_held_out_data_of_another_shape_is_refused_at_the_start(pictures):
         held_out_loss(cfg, functional(Dit, student), mesh)
     student = replace(student, channels=3)
     assert held_out_loss(replace(cfg, student=student), functional(Dit, student), mesh) is not None
+
+
+@pytest.mark.parametrize(
+    ("table", "needed"),
+    [
+        ("metadata.csv", r"--data\.path .*/d/train/metadata\.csv --data\.image file_name --data\.text text takes"),
+        ("metadata.jsonl", r"put a \.txt next to each picture.* \(metadata\.jsonl is not read\)"),
+    ],
+)
+def test_pictures_with_captions_in_a_table_next_to_them_are_not_cached_without(table, needed, tmp_path):
+    (tmp_path / "d" / "train").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "d" / "train" / "0.png")
+    (tmp_path / "d" / "train" / table).write_text("file_name,text\n0.png,a cat\n")
+    data, nothing = SourceConfig(str(tmp_path / "d"), split="train"), cast(Any, None)
+    with pytest.raises(InputError, match=f"pictures without captions: {needed}"):
+        write_text_cache(tmp_path / "cache", data, [(8, 8)], nothing, "", nothing, "", nothing)
+    assert not (tmp_path / "cache").exists()

@@ -101,7 +101,7 @@ def test_without_its_config_only_our_own_formulas_can_serve_and_the_guesses_are_
     )
     saved = json.loads((tmp_path / "ours" / "verify.json").read_text())
     assert saved["reference"] == "own formulas"
-    assert [text.split()[0] for text in saved["guessed"]] == ["activation", "image_heads"]
+    assert [text.split()[0] for text in saved["guessed"]] == ["activation", "image_heads", "text_pool"]
 
 
 @pytest.mark.parametrize("vision", [VISION, RESNET], ids=["vit", "resnet"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from heirloom.common import config
 from heirloom.common.cli import main
@@ -114,3 +115,14 @@ def test_the_command_says_what_it_needs(capsys, tmp_path):
     assert "has no live teacher" in capsys.readouterr().err
     assert main(["cache", "learngene/smoke", str(tmp_path / "cache")]) == 2
     assert "learngene/smoke: this recipe has no heirloom cache; it has heirloom train," in capsys.readouterr().err
+
+
+def test_data_without_captions_or_pictures_is_refused_in_one_line(recipe, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    data = SourceConfig(str(tmp_path))
+    with pytest.raises(InputError, match=r"0\.png has no caption; name its column with text, or add captions"):
+        replace(recipe, data=data).cache(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"0\.png has no caption; name its column with text, or add captions"):
+        read_inputs(replace(recipe, data=data, tokenizer="fit"), None, None)
+    with pytest.raises(InputError, match=r"emoji:noto has no pictures: name their column with data\.image"):
+        replace(recipe, data=replace(recipe.data, image="")).cache(tmp_path / "cache")

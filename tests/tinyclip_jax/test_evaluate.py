@@ -20,6 +20,7 @@ from heirloom.common.data.preprocess import Preprocess
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
+from heirloom.common.evaluate.zeroshot import prompt_names
 from heirloom.common.nn.functional import functional
 from tinyclip_jax.evaluate import Words
 from tinyclip_jax.model import Clip
@@ -84,6 +85,25 @@ def test_identifiers_make_no_prompts(weights, pictures, tmp_path, capsys):
     assert "its classes are called 'n01440764' and so on, which make no prompts: give --classes imagenet" in said
 
 
+def test_names_of_folders_become_words_of_prompts(weights, pictures, tmp_path, capsys):
+    folders = ("001.Black_footed_Albatross", "002.Laysan_Albatross")
+    for source, folder in zip(("ant", "bee"), folders, strict=True):
+        shutil.copytree(pictures / source, tmp_path / "cub" / folder)
+    assert zeroshot(weights, tmp_path / "cub") == 0
+    said = "the prompt of class '001.Black_footed_Albatross' is 'a photo of a Black footed Albatross.'"
+    assert said in capsys.readouterr().out
+    (tmp_path / "names.txt").write_text("black_foot\nlaysan_x\n")  # a given list is used as it is
+    assert zeroshot(weights, tmp_path / "cub", "--classes", tmp_path / "names.txt") == 0
+    assert "the prompt of" not in capsys.readouterr().out
+
+
+def test_names_for_prompts_lose_what_numbers_them():
+    assert prompt_names(("n02085620-Chihuahua", "n02085782-Japanese_spaniel")) == ("Chihuahua", "Japanese spaniel")
+    assert prompt_names(("golden_retriever", "7_up", "t-shirt")) == ("golden retriever", "7 up", "t-shirt")
+    assert prompt_names(("2-door car", "4-door car")) == ("2-door car", "4-door car")  # they differ by the number
+    assert prompt_names(("1", "2")) == ("1", "2")
+
+
 def test_what_has_no_effect_is_refused(weights, pictures, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     names = ["--classes", str(tmp_path / "names.txt")]
@@ -91,6 +111,8 @@ def test_what_has_no_effect_is_refused(weights, pictures, tmp_path, capsys):
     assert "classes has no effect on retrieval: set task to zeroshot" in capsys.readouterr().err
     assert main(["eval", str(weights), "--suite", str(tmp_path), *names]) == 2
     assert "data sets of a suite have their own settings, and --classes is for one data set" in capsys.readouterr().err
+    assert zeroshot(weights, pictures, "--text", "txt") == 2
+    assert "text has no effect on zeroshot: set task to retrieval, or leave it out" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"classes is the text 'names\.txt': give a list of strings"):
         Words.of("names.txt", None)
 

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heirloom.common.checkpoint.convert import open_donor
@@ -201,13 +202,66 @@ def test_what_bare_weights_do_not_tell_is_a_guess_that_is_said(goldens, families
         Remark, match=r"bare\.safetensors: activation = gelu is a guess: .* \(convert with --set activation="
     ):
         donor = open_donor(tmp_path / "bare.safetensors", families, image_heads=4, text_heads=2)
-    assert [guess.name for guess in donor.guesses] == ["activation"]
+    assert [guess.name for guess in donor.guesses] == ["activation", "text_pool"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Remark)
         donor = open_donor(
-            tmp_path / "bare.safetensors", families, activation="quick_gelu", image_heads=4, text_heads=2
+            tmp_path / "bare.safetensors",
+            families,
+            activation="quick_gelu",
+            image_heads=4,
+            text_heads=2,
+            text_pool="eot",
         )
     assert donor.guesses == () and donor.cfg == open_donor(goldens / "open_clip_f16", families).cfg
+
+
+def bare_clip(width, joint=8):
+    """The tensors of a CLIP of one layer a tower as open_clip names them, of zeros. width: of the image tower."""
+    shapes = {"token_embedding.weight": (49408, 64), "positional_embedding": (77, 64), "text_projection": (64, joint)}
+    shapes |= {"visual.conv1.weight": (width, 3, 4, 4), "visual.positional_embedding": (5, width)}
+    shapes |= {"visual.class_embedding": (width,), "visual.proj": (width, joint), "logit_scale": ()}
+    norms = {"ln_final": 64, "visual.ln_pre": width, "visual.ln_post": width}
+    for tower, size in (("", 64), ("visual.", width)):
+        block = f"{tower}transformer.resblocks.0."
+        norms |= {f"{block}ln_1": size, f"{block}ln_2": size}
+        layers = {"attn.in_proj_": 3 * size, "attn.out_proj.": size, "mlp.c_fc.": 8, "mlp.c_proj.": size}
+        for name, out in layers.items():
+            shapes |= {f"{block}{name}weight": (out, 8 if "c_proj" in name else size), f"{block}{name}bias": (out,)}
+    shapes |= {f"{norm}.{part}": (size,) for norm, size in norms.items() for part in ("weight", "bias")}
+    return {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1408, 16), (1664, 16), (1792, 16), (768, 12), (896, 14)])
+def test_heads_of_a_bare_file_are_those_of_the_published_width(width, heads, families, tmp_path):
+    """ViT-H, g, bigG and e have heads of 80, 88, 104 and 112 in the image tower."""
+    from safetensors.numpy import save_file
+
+    save_file(bare_clip(width), tmp_path / "a.safetensors")
+    donor = open_donor(tmp_path / "a.safetensors", families)
+    assert (donor.cfg.image.heads, donor.cfg.text.heads) == (heads, 1)
+    (why,) = [guess.why for guess in donor.guesses if guess.name == "image_heads"]
+    of = "" if width in (768, 896) else f" of width {width}"
+    assert why == f"heads of {width // heads}, as in published models{of}"
+
+
+def test_pooling_and_mask_of_a_bare_file_are_said_set_or_refused(families, tmp_path):
+    from safetensors.numpy import save_file
+
+    file, clip = tmp_path / "a.safetensors", bare_clip(64)
+    save_file(clip, file)
+    with pytest.warns(Remark, match="text_pool = eot is a guess: .* text_mask is causal too, and image_pool cls"):
+        open_donor(file, families)
+    cfg = open_donor(file, families, text_pool="last", text_mask="none", image_pool="mean_norm").cfg
+    assert (cfg.text.pool, cfg.text.causal, cfg.image.pool) == ("last", False, "mean_norm")
+    with pytest.raises(InputError, match="text_mask is 'no': write one of causal, none"):
+        open_donor(file, families, text_mask="no")
+    clipa = {name: value for name, value in clip.items() if "ln_pre" not in name}
+    worldwide = clip | {"token_embedding.weight": np.zeros((49409, 64), np.float16)}
+    for tensors, what in ((clipa, r"no norm before .* \(CLIPA, say\)"), (worldwide, "a vocabulary of 49,409 tokens")):
+        save_file(tensors, file)
+        with pytest.raises(InputError, match=f"it has {what}.*, and only open_clip_config.json says how it pools"):
+            open_donor(file, families)
 
 
 def test_one_tower_is_named(goldens, families, tmp_path):

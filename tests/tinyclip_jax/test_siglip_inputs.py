@@ -20,7 +20,7 @@ from heirloom.common.data.text import Tokenizer
 from heirloom.common.data.tokenizer_files import load_tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
-from tinyclip_jax.inputs import check_tokenizer, read_inputs, tokenizer_of
+from tinyclip_jax.inputs import HALF, check_tokenizer, preprocess_of, read_inputs, tokenizer_of
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.vit import VitImageConfig
 from tinyclip_jax.zoo import open_clip_model
@@ -57,6 +57,18 @@ def recipe(folder, one_device, tmp_path_factory):
     small = dict(data=SourceConfig("emoji:noto", split="test"), held_out=SourceConfig(), augment="none", steps=2)
     small |= dict(log_every=1, optim=replace(cfg.optim, warmup=1), pipeline=replace(cfg.pipeline, batch=16))
     return replace(cfg, student=STUDENT, donor="", teacher=str(folder), tokenizer=str(words), **small)
+
+
+def test_siglips_preprocessing_is_assumed_for_timms_tower_alone(folder, draw, tmp_path):
+    """A CLIP that open_clip trains with the sigmoid loss has a bias too, and CLIP's mean."""
+    found = preprocess_of(open_clip_model(str(folder.parent / "ours")))
+    assert found.pre == Preprocess(16, mean=HALF, std=HALF, mode="squash")
+    cfg = replace(STUDENT, logit_bias=True)
+    (tmp_path / "ours").mkdir()
+    spec = functional(Clip, cfg).spec
+    weights.write_params(tmp_path / "ours", draw(spec), spec=spec)
+    weights.write_config(tmp_path / "ours", "tinyclip", cfg)
+    assert preprocess_of(open_clip_model(str(tmp_path / "ours"))).pre == Preprocess(16)
 
 
 def test_it_is_loaded_with_its_tokenizer_and_saved_with_the_same_ids(folder, one_device, tmp_path, remarks):

@@ -3,13 +3,14 @@
 import bisect
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import nsmallest
 from pathlib import Path
 
 import numpy as np
 
 from heirloom.common.data.reading import PICTURES
-from heirloom.common.data.sources.record import SPLITS, Record, SourceConfig, caption_lines, read, require
+from heirloom.common.data.sources.record import Record, SourceConfig, caption_lines, is_split, read, require
 from heirloom.common.errors import InputError, remark
 from heirloom.common.paths import Address, AnyPath, Entry
 
@@ -21,8 +22,9 @@ class FolderSource:
     """Pictures in a folder: a sub-folder per class, or one folder; with .txt captions of the same names or none.
 
     In sub-folders, `label` is the number of the class in alphabetical order, `classes` are the names, and `text` is the
-    class name where there are no captions. Symlinks are followed, hidden files and folders are not read, and a remark
-    counts the files that were left out.
+    class name where there are no captions, which a remark says. `tables` are files that may hold captions, at most
+    three. Symlinks are followed, hidden files and folders are not read, and a remark counts the files that were left
+    out.
     """
 
     def __init__(self, root: AnyPath, cfg: SourceConfig):
@@ -30,12 +32,12 @@ class FolderSource:
             require([cfg.split], sorted(e.name for e in _entries(root) if _is_open_folder(e)), root, "split")
             root = root / cfg.split
         folders = sorted(entry.name for entry in _entries(root) if _is_open_folder(entry))
-        splits = [name for name in folders if name.casefold() in SPLITS]
+        splits = [name for name in folders if is_split(name)]
         if splits and (len(splits) > 1 or splits == folders):
             raise InputError(f"{root} has the splits {', '.join(splits)}: say which one with split")
         left_out: Counter[str] = Counter()
         files = [entry for entry in _entries(root) if not _is_open_folder(entry)]
-        texts: set[str] = set()
+        texts: set[str] = set()  # files in which captions may come
         flat = _pictures(files, root, left_out, texts)
         if flat and folders:
             raise InputError(f"{root} has pictures and sub-folders: keep one sub-folder per class, or one folder")
@@ -54,11 +56,10 @@ class FolderSource:
         if captioned and cfg.text and len(captioned) < len(names):
             bare = min(set(names) - set(captioned))
             raise InputError(f"{root / bare} has no caption, though others have: {_caption(bare)} is missing")
-        tables = sorted(entry.name for entry in files if Path(entry.name).suffix in TABLES)
-        if cfg.text and not captioned and len(folders) == 1:
-            beside = f", and {tables[0]}, which is not read" if tables else ""
-            needed = "put a .txt next to each picture, or give a .csv or .tsv with a header that has their captions"
-            raise InputError(f"{root}: one folder of pictures without captions{beside}: {needed}")
+        tables = texts - {_caption(name) for name in captioned}
+        self.tables = tuple(nsmallest(3, tables, key=lambda name: (name.count("/"), name)))
+        if cfg.text and folders and not captioned:
+            _check_class_names(root, {name: len(pictures) for name, pictures in by_class.items()}, self.tables)
         if seen:
             remark(f"{root}: left out {seen}; pictures end in {', '.join(PICTURES)}")
         if empty := [name for name, pictures in by_class.items() if not pictures]:
@@ -84,7 +85,9 @@ class FolderSource:
             record |= {"label": np.int32(label)} | ({"text": self.classes[label]} if self._cfg.text else {})
         if self._captioned:
             try:
-                record["text"] = caption_lines(read(file.with_suffix(".txt")))
+                sidecar = file.with_suffix(".json")
+                text = read(file.with_suffix(".txt"))
+                record["text"] = caption_lines(text, lambda: read(sidecar) if sidecar.is_file() else b"", self._root)
             except UnicodeDecodeError as error:
                 raise InputError(f"{file.with_suffix('.txt')} is not UTF-8 text: {error}") from error
         return record
@@ -96,6 +99,23 @@ class FolderSource:
     def label(self, index: int) -> int:
         """Returns the class of a picture without reading it."""
         return bisect.bisect_left(self.classes, self._names[index].split("/")[0])
+
+
+def _check_class_names(root: AnyPath, counts: Mapping[str, int], tables: Sequence[str]) -> None:
+    """Says that the names of sub-folders are the captions. counts: of pictures by sub-folder.
+
+    Raises InputError where that is a mistake: one sub-folder has all pictures, or a table may hold their captions.
+    """
+    filled = [name for name, n in counts.items() if n]
+    needed = "put a .txt next to each picture, or give a .csv or .tsv with a header that has their captions"
+    beside = f", and {tables[0]}, which is not read" if tables else ""
+    if len(filled) == 1:
+        raise InputError(f"{root}: one folder of pictures without captions{beside}: {needed}")
+    shown = ", ".join(filled[:3]) + ("" if len(filled) < 4 else ", ...")
+    if any(not name.endswith(".txt") for name in tables):
+        them = f"{len(filled)} folders ({shown}) of pictures without captions{beside}"
+        raise InputError(f"{root}: {them}: {needed}, or move the file away: then the names of the folders are captions")
+    remark(f"{root}: captions are the names of its sub-folders ({shown}){beside}")
 
 
 def _entries(folder: AnyPath | str) -> list[Found]:
@@ -142,8 +162,8 @@ def _caption(picture: str) -> str:
 
 
 def _pictures(entries: Iterable[Found], root: AnyPath, left_out: Counter[str], texts: set[str]) -> list[str]:
-    """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`, and adds the
-    .txt among them to `texts`.
+    """Returns the pictures among `entries` by path from `root`, sorted; counts other files in `left_out`, and adds
+    those that may hold captions to `texts`.
     """
     found = []
     for entry in entries:
@@ -155,7 +175,7 @@ def _pictures(entries: Iterable[Found], root: AnyPath, left_out: Counter[str], t
             found.append(_below(entry.path, root))
         else:
             left_out[suffix or "without extension"] += 1
-            if entry.name.endswith(".txt"):
+            if suffix in TABLES:
                 texts.add(_below(entry.path, root))
     return sorted(found)
 

@@ -1,6 +1,8 @@
 """Shared by all formats: the config, the record, and checks of columns, captions and files."""
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,7 +10,7 @@ import numpy as np
 
 from heirloom.common.data.lines import split_lines
 from heirloom.common.data.reading import retried
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import InputError, nearest, remark
 from heirloom.common.paths import AnyPath, join
 
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
@@ -50,6 +52,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder or a part of a file name is that of a split: train, Test, val2017 (COCO)."""
+    return name.casefold() in SPLITS or bool(re.fullmatch(r"(?i)(train|val|test|unlabeled)\d{4}", name))
 
 
 def key_of(source: Source, index: int) -> str:
@@ -116,14 +123,30 @@ def tags_of(record: Record) -> list[str]:
     raise InputError(f"{key}: its tags are {str(tags)[:40]!r}; store a list of strings (.parquet, or .json in shards)")
 
 
-def caption_lines(data: bytes) -> str | list[str]:
+def caption_lines(data: bytes, sidecar: Callable[[], bytes], where: AnyPath) -> str | list[str]:
     """Reads the captions of a .txt, one a line without blank lines; one line, or none, is a single caption.
 
-    CLIP_benchmark writes captions this way. An empty file is the empty caption. Raises UnicodeDecodeError for text that
-    is not UTF-8.
+    CLIP_benchmark writes captions this way. img2dataset writes one caption, which may have line breaks, and the same
+    string into the .json: several lines are compared with it. sidecar: reads that .json, empty where there is none.
+    where: the data, for a remark. An empty file is the empty caption. Raises UnicodeDecodeError for text that is not
+    UTF-8.
     """
-    lines = [line.strip() for line in split_lines(data.decode("utf-8-sig")) if line.strip()]
-    return lines if len(lines) > 1 else "".join(lines)
+    lines = _lines(data.decode("utf-8-sig"))
+    if len(lines) < 2:
+        return "".join(lines)
+    try:
+        about = json.loads(sidecar() or "null")
+    except (ValueError, RecursionError):
+        about = None
+    whole = about.get("caption") if isinstance(about, dict) else None
+    if isinstance(whole, str) and _lines(whole) == lines:
+        return whole
+    remark(f"{where}: a .txt with several lines has as many captions of its picture, as CLIP_benchmark writes them")
+    return lines
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in split_lines(text) if line.strip()]
 
 
 def picture_file(folder: AnyPath, name: str, key: str) -> AnyPath:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ from heirloom.common.data.indexing import CAPTIONS, have
 from heirloom.common.data.lines import read_lines
 from heirloom.common.data.reading import PICTURES, Stamp, retried
 from heirloom.common.data.sources.record import (
-    SPLITS,
     Record,
     SourceConfig,
     caption_lines,
     captions,
+    is_split,
     require,
     starts,
     value,
@@ -31,9 +31,9 @@ from heirloom.common.paths import AnyPath
 class TarSource:
     """Tar shards in webdataset's form: members of a sample share the name up to the first dot (12.jpg, 12.txt).
 
-    A .txt member has a caption a line. A .cls member becomes `label`: a whole number, or the name of a class. Class
-    names and zero-shot templates are read where CLIP_benchmark writes them: in the shards' folder, or in its parent if
-    the folder is named test or train.
+    A .txt member has a caption a line, or the caption of the .json with its line breaks. A .cls member becomes `label`:
+    a whole number, or the name of a class. Class names and zero-shot templates are read where CLIP_benchmark writes
+    them: in the shards' folder, or in its parent if the folder is named test or train.
     """
 
     def __init__(self, shards: Sequence[AnyPath], cfg: SourceConfig):
@@ -65,7 +65,8 @@ class TarSource:
             record["image"] = shard.read(members[self._picture(members, key)])
         try:
             if "txt" in members and cfg.text == SourceConfig.text:
-                fields[cfg.text] = caption_lines(shard.read(members["txt"]))
+                sidecar = partial(shard.read, members["json"]) if "json" in members else bytes
+                fields[cfg.text] = caption_lines(shard.read(members["txt"]), sidecar, shard.file.parent)
             if "cls" in members:
                 fields["label"] = _label(shard.read(members["cls"]).decode("utf-8-sig").strip())
             if "json" in members and not {cfg.text, *cfg.columns} - {""} <= fields.keys():
@@ -106,7 +107,7 @@ class TarSource:
 
 def _sidecar(shard: AnyPath, name: str) -> Any:
     """Finds a file that comes with the shards."""
-    folders = (shard.parent, shard.parent.parent) if shard.parent.name.casefold() in SPLITS else (shard.parent,)
+    folders = (shard.parent, shard.parent.parent) if is_split(shard.parent.name) else (shard.parent,)
     files = (folder / name for folder in folders)
     return next((file for file in files if file.is_file()), None)
 

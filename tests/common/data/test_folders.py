@@ -1,7 +1,10 @@
 """Folders of pictures as they come: other files, symlinks, hidden folders, captions by line."""
 
+import io
+import json
 import os
 import pickle
+import tarfile
 
 import pytest
 from PIL import Image
@@ -36,11 +39,11 @@ def test_what_is_left_out_is_counted_and_said_once(tmp_path, picture, remarks):
         ".git/6.png",
     )
     for _ in range(2):
-        assert len(open_source(SourceConfig(str(tmp_path)))) == 2
+        assert len(open_source(SourceConfig(str(tmp_path), text=""))) == 2
     (said,) = remarks()
     assert said.startswith(f"{tmp_path}: left out 3 hidden, 2 .avif, 1 .md; pictures end in jpg, ")
     (tmp_path / "empty").mkdir()
-    open_source(SourceConfig(str(tmp_path)))
+    open_source(SourceConfig(str(tmp_path), text=""))
     assert "1 of its 3 classes have no picture (empty)" in remarks()[-1]
 
 
@@ -103,6 +106,31 @@ def test_a_caption_a_line(tmp_path, picture):
     assert [r["text"] for r in open_source(SourceConfig(str(tmp_path)))] == [["one", "two", last], "only", ""]
 
 
+@pytest.mark.parametrize("form", ["shard", "files"])
+def test_a_caption_with_line_breaks_is_one_where_the_json_says_so(tmp_path, picture, remarks, form):
+    """img2dataset writes the same string into both; its captions are web texts."""
+    whole = "Sunset over the bay\n\nTaken with my new camera "
+    about = {"0": {"caption": whole}, "1": {"caption": "another"}, "2": [], "3": None}
+    members = {f"{name}.png": picture(0) for name in about} | {f"{name}.txt": whole.encode() for name in about}
+    members |= {f"{name}.json": json.dumps(fields).encode() for name, fields in about.items() if fields is not None}
+    if form == "files":
+        for name, data in members.items():
+            (tmp_path / name).write_bytes(data)
+    else:
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            for name in sorted(members):
+                info = tarfile.TarInfo(name)
+                info.size = len(members[name])
+                tar.addfile(info, io.BytesIO(members[name]))
+    source = open_source(SourceConfig(str(tmp_path)))
+    remarks()
+    assert source[0]["text"] == whole and remarks() == []
+    lines = ["Sunset over the bay", "Taken with my new camera"]
+    assert [source[i]["text"] for i in (1, 2, 3)] == [lines] * 3
+    (said,) = remarks()
+    assert said.startswith(f"{tmp_path}: a .txt with several lines has as many captions of its picture")
+
+
 def test_captions_in_sub_folders_are_read(tmp_path, picture, remarks):
     """As img2dataset writes files, with a .parquet for each folder."""
     write(tmp_path, picture, "00000/1.png", "00000/2.png", "00001/3.png")
@@ -127,6 +155,41 @@ def test_a_table_beside_one_folder_is_not_passed_over(tmp_path, picture):
     with pytest.raises(InputError, match=r"pictures without captions, and captions\.txt, which is not read: put"):
         open_source(SourceConfig(str(tmp_path)))
     assert len(open_source(SourceConfig(str(tmp_path), text=""))) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (("images/1.png", "images/2.png"), "annotations/captions.json"),  # Flickr30k, say
+        (("InternImgs/1.png",), "InternData/data_info.json"),  # PixArt's
+        (("00000/1.png", "00001/2.png"), "00000/1.json"),  # img2dataset without .txt
+        (("a/1.png", "b/2.png"), "metadata.csv"),
+    ],
+)
+def test_names_of_folders_are_no_captions_next_to_a_table(names, table, tmp_path, picture):
+    write(tmp_path, picture, *names)
+    (tmp_path / table).parent.mkdir(exist_ok=True)
+    (tmp_path / table).write_text("{}")
+    with pytest.raises(InputError, match=rf"pictures without captions, and {table}, which is not read: put a \.txt"):
+        open_source(SourceConfig(str(tmp_path)))
+    assert len(open_source(SourceConfig(str(tmp_path), text=""))) == len(names)
+
+
+def test_names_of_folders_that_are_captions_are_said(tmp_path, picture, remarks):
+    write(tmp_path, picture, "ant/1.png", "bee/2.png")
+    (tmp_path / "LICENSE.txt").write_text("free")
+    assert [record["text"] for record in open_source(SourceConfig(str(tmp_path)))] == ["ant", "bee"]
+    assert f"{tmp_path}: captions are the names of its sub-folders (ant, bee), and LICENSE.txt, which" in remarks()[0]
+    open_source(SourceConfig(str(tmp_path), text=""))
+    assert not any("captions" in said for said in remarks())
+
+
+def test_splits_of_coco_are_splits(tmp_path, picture):
+    write(tmp_path, picture, "train2014/1.png", "val2014/2.png")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(InputError, match="has the splits train2014, val2014: say which one with split"):
+        open_source(SourceConfig(str(tmp_path)))
+    assert "text" not in open_source(SourceConfig(str(tmp_path), split="val2014"))[0]
 
 
 def test_splits_may_be_spelled_with_capitals(tmp_path, picture):

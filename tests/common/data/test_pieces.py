@@ -64,6 +64,13 @@ def test_a_long_caption_keeps_its_end_and_a_short_one_is_padded(folder):
         ours("a", 1)
 
 
+def test_half_a_character_is_replaced_and_two_halves_are_one(folder):
+    """As in JSON of captions that were cut, and in names of classes that are not UTF-8."""
+    ours = load_tokenizer(folder)
+    found = ours(["a cat \ud83d", "a cat \udcff", "a cat \ud83d\ude00"], 16)
+    np.testing.assert_array_equal(found, ours(["a cat \ufffd", "a cat \ufffd", "a cat \U0001f600"], 16))
+
+
 def test_no_caption_ends_early(folder):
     """The vocabulary of a Unigram model has "</s>", and NFKC makes one of full-width letters."""
     ours = load_tokenizer(folder)

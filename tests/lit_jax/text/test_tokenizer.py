@@ -51,6 +51,11 @@ def test_padding_and_mask():
     assert mask[1].sum() == len(ids_of(T5Tokenizer.load(GOLDEN), "a photo of a cat")) and ids[1][mask[1]][-1] == 1
 
 
+def test_half_a_character_is_replaced():
+    tokenizer = T5Tokenizer.load(GOLDEN)
+    assert ids_of(tokenizer, "a cat \ud83d") == ids_of(tokenizer, "a cat \ufffd")
+
+
 def test_a_long_prompt_is_cut_before_its_end_and_remarked(remarks):
     tokenizer = T5Tokenizer.load(GOLDEN)
     whole = ids_of(tokenizer, "fox " * 30)
