@@ -12,7 +12,8 @@ from heirloom.common.checkpoint.family import Donor
 from heirloom.common.checkpoint.verify import Check
 from heirloom.common.checkpoint.weights import ORBAX, read_json
 from heirloom.common.errors import InputError, remark
-from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.paths import METRICS
+from heirloom.common.train.metrics import MetricsFile, last_scores
 
 SCORES = "scores.json"  # what `heirloom eval FOLDER --json FOLDER/scores.json` writes
 _LIBRARIES = {"hf": "transformers", "diffusers": "diffusers", "open_clip": "open_clip", "timm": "timm"}
@@ -68,13 +69,11 @@ def facts(donor: Donor) -> Facts:
     rows: list[Mapping[str, Any]] = []
     if (file := folder / SCORES).is_file():
         rows += _object(file, "rows")["rows"]
-    if folder.name == "model" and (run / "metrics.jsonl").is_file():
-        lines = MetricsFile(run / "metrics.jsonl").lines()
+    if folder.name == "model" and (run / METRICS).is_file():
+        lines = MetricsFile(run / METRICS).lines()
         known["steps"] = lines[-1]["step"] if lines else 0
-        scored = (line for line in reversed(lines) if any(name.startswith("eval/") for name in line))
-        last: Mapping[str, Any] = next(scored, {})
         held_out = {"dataset": "held out, in training", "n": None}
-        rows += [held_out | {"metric": k[5:], "value": v} for k, v in last.items() if k.startswith("eval/")]
+        rows += [held_out | {"metric": name, "value": value} for name, value in last_scores(lines)[1].items()]
         if (run / "sources.json").is_file():
             sources |= {role: str(about["path"]) for role, about in read_json(run / "sources.json").items()}
     return Facts(donor, sources=sources, scores=tuple(rows), **known)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.paths import METRICS
+from heirloom.common.train.metrics import MetricsFile, last_scores
 
 Better = Callable[[float, float], bool]
 """`better(a, b)` is true when score a is at least as good as b (`operator.ge`, or `operator.le` for a loss)."""
@@ -22,9 +23,9 @@ class Race:
     @classmethod
     def of(cls, run: Path, metric: str, before: float) -> "Race":
         """Reads a finished run. before: the student's score before the first step, where the curve starts."""
-        lines = MetricsFile(run / "metrics.jsonl").lines()
+        lines = MetricsFile(run / METRICS).lines()
         scored = [line for line in lines if f"eval/{metric}" in line]
-        final = {name.removeprefix("eval/"): value for name, value in scored[-1].items() if name.startswith("eval/")}
+        final = last_scores(lines)[1]
         steps, scores = [line["step"] for line in scored], [line[f"eval/{metric}"] for line in scored]
         return cls(steps=[0, *steps], scores=[before, *scores], final=final, weights=run / "model")
 

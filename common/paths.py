@@ -274,6 +274,16 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heirloom"
 
 
+METRICS = "metrics.jsonl"  # a folder with this file is a run
+
+
+def stages_of(run: Path) -> list[Path]:
+    """Returns the stages of a training, which are runs in folders of their own, in their order."""
+    found = (file.parent for file in run.glob(f"stage_*/{METRICS}"))
+    numbers = {int(n): folder for folder in found if (n := folder.name.removeprefix("stage_")).isdecimal()}
+    return [numbers[n] for n in sorted(numbers)]
+
+
 def copy_of_run(address: Address) -> Path:
     """Returns the local folder of a run in a bucket, which need not be there."""
     return cache_root() / "runs" / address.scheme / address.key

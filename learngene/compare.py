@@ -17,10 +17,11 @@ from heirloom.common.data.labelled import open_labelled
 from heirloom.common.errors import InputError, nearest, positive
 from heirloom.common.nn.functional import functional
 from heirloom.common.notebook.modules import make_callable
+from heirloom.common.paths import METRICS
 from heirloom.common.surgery.plan import Resolution
 from heirloom.common.train import recipe
 from heirloom.common.train.mesh import start
-from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.metrics import MetricsFile, last_scores
 from heirloom.common.train.optim import OptimConfig
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.parts import Parts
@@ -214,7 +215,7 @@ def curve(arm: Config, folder: Path) -> dict[str, Any]:
     parts = resolve_once(arm.parts())
     before = recipe.evaluate(arm, parts).metrics
     recipe.run(arm, folder, parts)
-    scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
+    scored = [line for line in MetricsFile(folder / METRICS).lines() if "eval/top1" in line]
     result = {
         "top1": [before["top1"], *(line["eval/top1"] for line in scored)],
         "loss": [before["loss"], *(line["eval/loss"] for line in scored)],
@@ -254,8 +255,8 @@ def training_flops(cfg: Config) -> float:
 
 def gene_row(cfg: Config, folder: Path) -> dict[str, Any]:
     """Accuracy of a trained gene, its size, and the FLOPs of its training."""
-    scored = [line for line in MetricsFile(folder / "metrics.jsonl").lines() if "eval/top1" in line]
-    return {"top1": scored[-1]["eval/top1"], "parameters": cost.count(cfg.student), "flops": training_flops(cfg)}
+    _, scores = last_scores(MetricsFile(folder / METRICS).lines())
+    return {"top1": scores["top1"], "parameters": cost.count(cfg.student), "flops": training_flops(cfg)}
 
 
 def teacher_row(gene: Config, trained: TeacherConfig | None, source: str) -> dict[str, Any]:

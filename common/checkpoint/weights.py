@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from heirloom.common.errors import InputError
 from heirloom.common.nn.quantized import INT8, QArray
-from heirloom.common.paths import AnyPath
+from heirloom.common.paths import METRICS, AnyPath, stages_of
 from heirloom.common.surgery.axes import Spec
 from heirloom.common.surgery.layout import Tensor
 from heirloom.common.typed import Config
@@ -174,14 +174,14 @@ def of_run(path: Path) -> Path:
 
     Raises InputError for a run that has no weights (yet), and for one in stages, which are runs of their own.
     """
-    if (path / "metrics.jsonl").is_file():
+    if (path / METRICS).is_file():
         if (path / "model").is_dir():
             return path / "model"
         if (path / "zoo").is_dir():
             raise InputError(f"{path} is a run that made a zoo, not a model: give it where a zoo is needed")
         raise InputError(f"{path} has no model yet: it is written at the end; the same heirloom train command goes on")
-    if stages := sorted(path.glob("stage_*/metrics.jsonl"), key=lambda file: (len(file.parent.name), file)):
-        done = [file.parent for file in stages if (file.parent / "model").is_dir()]
+    if stages := stages_of(path):
+        done = [stage for stage in stages if (stage / "model").is_dir()]
         named = f"give its last one, {done[-1]}" if done else "none has a model yet; its heirloom train command goes on"
         raise InputError(f"{path} is a run in stages: {named}")
     return path

@@ -15,9 +15,9 @@ from PIL import Image
 from heirloom.common import config
 from heirloom.common.errors import InputError, Stopped, nearest, remark
 from heirloom.common.notebook.shown import Shown, figure_of, picture_of
-from heirloom.common.paths import all_local
+from heirloom.common.paths import METRICS, all_local, stages_of
 from heirloom.common.report.curves import numbers
-from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.metrics import MetricsFile, last_scores
 from heirloom.common.typed import build
 
 Model = TypeVar("Model")
@@ -34,19 +34,17 @@ class Trained(Shown, Generic[Model]):
     @property
     def _last(self) -> Path:
         """The folder of the run, or of its last stage."""
-        stages = sorted(self.folder.glob("stage_*/metrics.jsonl"))
-        return stages[-1].parent if stages else self.folder
+        return [self.folder, *stages_of(self.folder)][-1]
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: `step`, `loss`, further means, and `eval/NAME` where it was evaluated."""
-        return MetricsFile(self._last / "metrics.jsonl").lines()
+        return MetricsFile(self._last / METRICS).lines()
 
     @property
     def scores(self) -> dict[str, float]:
         """The scores of the last evaluation, by name; shares, not percent."""
-        scored = [line for line in self.metrics if any(name.startswith("eval/") for name in line)]
-        return {name[5:]: value for name, value in scored[-1].items() if name.startswith("eval/")} if scored else {}
+        return last_scores(self.metrics)[1]
 
     def curve(self, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
         """Returns steps [n] and values [n] of a metric (`loss`, `eval/r1`, `timing/mfu`), where the value is finite.

@@ -17,16 +17,16 @@ from heirloom.common.data.labelled import LABELS, read_labels
 from heirloom.common.errors import InputError
 from heirloom.common.evaluate.scored import printed
 from heirloom.common.fetch import fetch_folder
-from heirloom.common.paths import Address, AnyPath
+from heirloom.common.paths import METRICS, Address, AnyPath, stages_of
 from heirloom.common.train import about
-from heirloom.common.train.metrics import MetricsFile
+from heirloom.common.train.metrics import MetricsFile, last_scores
 
 FIRST_BATCH = "first_batch.png"
 SAMPLES = 8  # grids of samples shown
 PROVENANCE = ("provenance.json", "pruned/provenance.json")
 EVALUATION, DONOR_EVALUATION = "eval.json", "eval_donor.json"
 """Files that `heirloom eval RUN --json` and `heirloom eval DONOR --json` may write into the run's folder."""
-SMALL = ("config.json", "metrics.jsonl", about.FILE, "sources.json", f"model/{LABELS}")
+SMALL = ("config.json", METRICS, about.FILE, "sources.json", f"model/{LABELS}")
 FILES = (*SMALL, *PROVENANCE, EVALUATION, DONOR_EVALUATION, FIRST_BATCH)
 """What is downloaded of a run in a bucket, and samples."""
 NUMBER = (int, float)
@@ -91,19 +91,16 @@ class Shown:
 
     def scores(self) -> list[ScoreRow]:
         """Returns the last held-out scores of the training, then those of `heirloom eval --json`."""
-        evaluated = [line for line in self.lines if any(name.startswith("eval/") for name in line)]
+        step, scores = last_scores(self.lines)
         held_out = self.config.get("held_out") or {}
         path, split = held_out.get("path") or "", held_out.get("split") or ""
         data = "/".join(filter(None, (path, split))) or "held out"
         rows = []
-        if evaluated:
-            line = evaluated[-1]
-            for name, value in line.items():
-                if name.startswith("eval/") and (value is None or isinstance(value, int | float)):
-                    metric = name.removeprefix("eval/")
-                    donor = self._donor(metric, (data, path))
-                    where = f"{data}, step {line['step']:,}"
-                    rows.append(ScoreRow(where, metric, None if value is None else printed(metric, value), donor))
+        for metric, value in scores.items():
+            if value is None or isinstance(value, int | float):
+                donor = self._donor(metric, (data, path))
+                where = f"{data}, step {step:,}"
+                rows.append(ScoreRow(where, metric, None if value is None else printed(metric, value), donor))
         for row in self.rows:
             data, metric, beside = row["dataset"], row["metric"], row.get("beside")
             donor = self._donor(metric, (data,)) if beside is None else beside
@@ -125,13 +122,13 @@ def open_runs(places: Sequence[AnyPath]) -> list[Shown]:
 
 def _open(place: AnyPath, name: str) -> Shown:
     run = _downloaded(place) if isinstance(place, Address) else place
-    if not (run / "metrics.jsonl").is_file():
-        stages = sorted(file.parent for file in run.glob("stage_*/metrics.jsonl"))
+    if not (run / METRICS).is_file():
+        stages = stages_of(run)
         advice = "heirloom train CONFIG --run DIR makes one"
         if stages:
             advice = f"its stages are runs: heirloom report {' '.join(map(str, stages))}"
         raise InputError(f"{place} is not a run: it has no metrics.jsonl ({advice})")
-    lines = MetricsFile(run / "metrics.jsonl").lines()
+    lines = MetricsFile(run / METRICS).lines()
     if not lines:
         raise InputError(f"{place}: metrics.jsonl is empty so far; wait for the first line")
     provenance = next((run / file for file in PROVENANCE if (run / file).is_file()), None)

@@ -21,19 +21,17 @@ from heirloom.common.checkpoint.state import KEEP, Checkpoints, Keep, steps_on_d
 from heirloom.common.checkpoint.weights import read_json
 from heirloom.common.chips import peak_flops
 from heirloom.common.errors import InputError, Stopped, remark
-from heirloom.common.paths import local
+from heirloom.common.paths import METRICS, local, stages_of
 from heirloom.common.train.bad_samples import BAD_SAMPLES, BadSamples, Feed
 from heirloom.common.train.lease import Lease
 from heirloom.common.train.mesh import on_first
-from heirloom.common.train.metrics import Clock, MetricsFile, Recorder, Window, Work
+from heirloom.common.train.metrics import Clock, MetricsFile, Recorder, Window, Work, last_scores
 from heirloom.common.train.progress import ProgressLine
 from heirloom.common.train.resume import FREE, changes, difference
 from heirloom.common.train.state import State
 from heirloom.common.train.step import Batch, Step
 from heirloom.common.train.watch import Profile, Watchdog
 from heirloom.common.train.writers import Writer
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -255,16 +253,11 @@ def closing(directory: Path, shown: str) -> str:
     """Says where the weights of a finished training are, its last scores, and how to look at it; "" where the folder
     holds no run whose weights are one model. shown: the folder's name for the user.
     """
-    # Stages are runs in folders of their own; the weights are those of the last.
-    numbers = {int(n): path for path in directory.glob("stage_*") if (n := path.name[len("stage_") :]).isdecimal()}
-    last = numbers[max(numbers)] if numbers else directory
+    last = [directory, *stages_of(directory)][-1]
     if not (last / "model").is_dir() or not (last / METRICS).is_file():
         return ""
-    lines = MetricsFile(last / METRICS).lines()
-    with_scores = [line for line in lines if any(name.startswith("eval/") for name in line)]
-    scored = with_scores[-1] if with_scores else {}
-    scores = [f"{name[5:]} {value:.4g}" for name, value in scored.items() if name.startswith("eval/")]
-    held_out = f"; held out: {', '.join(scores)}" if scores else ""
+    _, scores = last_scores(MetricsFile(last / METRICS).lines())
+    held_out = f"; held out: {', '.join(f'{name} {value:.4g}' for name, value in scores.items())}" if scores else ""
     run = "/".join((shown, *last.relative_to(directory).parts))
     return f"weights: {run}/model{held_out}; curves and pictures: heirloom report {run}"
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from heirloom.common.train.progress import ProgressLine
 
 
+EVAL = "eval/"  # begins the names of held-out scores
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, with `step` and `loss` at least.
 
@@ -72,6 +75,16 @@ class MetricsFile:
             return open(self.path, mode)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+def last_scores(lines: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, Any]]:
+    """Returns the step of the last evaluation in lines of metrics and its scores, {name: value or None}; 0 and an empty
+    dictionary without any.
+    """
+    for line in reversed(lines):
+        if scores := {name.removeprefix(EVAL): value for name, value in line.items() if name.startswith(EVAL)}:
+            return line["step"], scores
+    return 0, {}
 
 
 def _line(text: bytes, before: int) -> dict[str, Any]:
@@ -241,7 +254,7 @@ class Recorder:
 
         Raises InputError when too many records were bad.
         """
-        values = self.window.close() | {f"eval/{name}": value for name, value in evaluation.items()}
+        values = self.window.close() | {f"{EVAL}{name}": value for name, value in evaluation.items()}
         values = {
             name: float(value) if value is not None and math.isfinite(value) else None for name, value in values.items()
         }

@@ -12,6 +12,7 @@ from heirloom.common.checkpoint.staging import staged
 from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.errors import InputError, between, check_seed, positive
+from heirloom.common.paths import METRICS
 from heirloom.common.train.about import note_start
 from heirloom.common.train.loop import Run
 from heirloom.common.train.mesh import MeshConfig, on_first, start
@@ -93,7 +94,7 @@ class ZooRecipe:
         data = self._data()
         bank, held = data.train, data.held
         classes = draw_tasks(len(held.names), self.members, self.net.classes, rng=np.random.default_rng(self.seed))
-        spec, metrics = head_tokens(self.net), MetricsFile(run.directory / "metrics.jsonl")
+        spec, metrics = head_tokens(self.net), MetricsFile(run.directory / METRICS)
         parts = directory / "parts"
         parts.mkdir(exist_ok=True)
         done = sorted(parts.glob("*.npz"))

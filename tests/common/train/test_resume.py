@@ -11,8 +11,9 @@ import pytest
 from heirloom.common import config
 from heirloom.common.cli import main
 from heirloom.common.errors import InputError, Remark
+from heirloom.common.paths import METRICS
 from heirloom.common.train import recipe
-from heirloom.common.train.loop import METRICS, Run
+from heirloom.common.train.loop import Run
 from heirloom.common.train.metrics import MetricsFile
 from heirloom.common.train.recipe import BaseConfig
 from heirloom.common.train.resume import with_defaults
