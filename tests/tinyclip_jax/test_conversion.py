@@ -159,7 +159,8 @@ def test_the_ratio_written_for_open_clip_gives_the_hidden_units(tmp_path):
     cfg = ClipConfig(ImageConfig(width=704, heads=11, hidden=1920), TextConfig(width=704, heads=11, hidden=1920))
     open_clip_folder.write(cfg, tmp_path)  # 704 * (1920 / 704) is 1919.99...
     model = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
-    assert [int(tower["width"] * tower["mlp_ratio"]) for tower in (model["vision_cfg"], model["text_cfg"])] == [1920] * 2
+    towers = (model["vision_cfg"], model["text_cfg"])
+    assert [int(tower["width"] * tower["mlp_ratio"]) for tower in towers] == [1920, 1920]
 
 
 def test_heads_that_shapes_cannot_tell_are_refused_by_the_original_format(opened, tmp_path):
