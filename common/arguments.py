@@ -393,7 +393,7 @@ EVAL_OF_CLIPS = frozenset({"task", "text", "classes", "templates"})  # arguments
 def refuse(args: argparse.Namespace, verb: str, names: Collection[str], before: str, after: str) -> None:
     """Raises InputError for the first of these arguments that is given, though it would change nothing."""
     for argument in arguments_of(verb):
-        if argument.name in names and getattr(args, argument.name) != argument.default:
+        if argument.name in names and getattr(args, argument.name, argument.default) != argument.default:
             raise InputError(f"{before} {argument.names[0]} {after}: leave it out")
 
 

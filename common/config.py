@@ -91,13 +91,23 @@ def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
         what = " ".join(what.split())  # one line, whatever was raised
         raise InputError(f"{path}, line {line}: {type(error).__name__}: {what}; correct the recipe") from error
     flags = [_renamed(cfg, flag) for flag in flags]
-    for flag in flags:
-        for field, why in (cfg.idle() if hasattr(cfg, "idle") else {}).items():
-            if re.match(rf"--{re.escape(field)}([.=]|$)", flag):
+    try:
+        parsed = parse(cfg, flags, f"heirloom {verb} {name}", module.__doc__)
+    except InputError:
+        _refuse_idle(cfg, flags)
+        raise
+    _refuse_idle(parsed, flags)  # after all flags: one may give another an effect
+    all_local(parsed, f"heirloom {verb}")
+    return parsed
+
+
+def _refuse_idle(cfg: Recipe, flags: Sequence[str]) -> None:
+    """Raises InputError for a flag that has no effect in this config."""
+    idle = cfg.idle() if hasattr(cfg, "idle") else {}
+    for flag in (flag for flag in flags if flag.startswith("--")):
+        for field, why in idle.items():
+            if re.match(rf"{re.escape(field)}([.=]|$)", flag[2:].replace("-", "_")):
                 raise InputError(f"{flag} does nothing in this recipe, {why}")
-    cfg = parse(cfg, flags, f"heirloom {verb} {name}", module.__doc__)
-    all_local(cfg, f"heirloom {verb}")
-    return cfg
 
 
 def _renamed(cfg: Recipe, flag: str) -> str:

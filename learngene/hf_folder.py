@@ -21,7 +21,7 @@ _BLOCKS = re.compile(
 )
 _TOWER = {"encoder.layers.0.layer_norm1.weight", "embeddings.patch_embedding.weight"}  # an image tower without a prefix
 # A CLIP or a SigLIP with both towers.
-_WHOLE = {"text_model.embeddings.token_embedding.weight", "vision_model.embeddings.patch_embedding.weight"}
+_TEXT = ("text_model.", "text_decoder.", "text_encoder.")  # beside an image tower: a CLIP, BLIP or the like
 _PREFIX = re.compile(rf"^({'|'.join(sorted({model.prefix for model in MODELS.values()}, key=len, reverse=True))})\.")
 # Parts of a file that are no part of the ViT, by globs of their names, with a word for the user.
 _LEFT_OUT = {
@@ -54,11 +54,11 @@ _NOT_POOLED = "{} returns all tokens; classifiers read the class token (cls) or 
 
 
 def read(found: Found) -> Read | None:
-    """Read the config of a ViT of transformers; None for a whole CLIP or SigLIP, which is another model family."""
+    """Read the config of a ViT of transformers; None for a model with a text tower, which is another model family."""
     tensors = found.tensors
     if not any(_BLOCKS.fullmatch(key) for key in tensors) and not tensors.keys() >= _TOWER:
         return None
-    if tensors.keys() >= _WHOLE:
+    if any(key.startswith(_TEXT) for key in tensors):
         return None
     fields = found.json("config.json")
     if fields is None:

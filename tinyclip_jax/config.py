@@ -1,7 +1,7 @@
 """Config of a TinyCLIP training: one stage, or several stages of progressive distillation."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,11 +122,14 @@ class Config(BaseConfig):
         return FAMILY, self.stages[-1].student if self.stages else self.student
 
     def idle(self) -> dict[str, str]:
-        """Fields that have no effect in a recipe with stages, and the field to set instead."""
-        per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
-        if not self.stages:
-            return {}
-        return {field: f"each stage has its own: set --stages.0.{name}" for field, name in per_stage.items()}
+        """Fields that have no effect in this recipe, and the field to set instead."""
+        if self.stages:
+            per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
+            return {name: f"each stage has its own: set --stages.0.{own}" for name, own in per_stage.items()}
+        if self.masks.prune_step:
+            return {"depth_rule": "where learned masks choose the layers"}
+        others = [one.name for one in fields(self.masks) if one.name != "prune_step"]
+        return {f"masks.{name}": "which has no masks: set --masks.prune_step" for name in others}
 
     def in_stage(self, n: int, donor: str) -> "Config":
         """Config of stage n = 1, 2, ... alone."""

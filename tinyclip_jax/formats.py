@@ -46,7 +46,13 @@ FORMATS = (
 )
 
 _WHOLE = "take the whole model, CLIPModel or SiglipModel"
+_OTHER_TEXT = "whose text tower is not read: take a CLIP of open_clip, transformers or TinyCLIP"
 LOOKALIKES = (
+    # Whole models of others, whose image towers have CLIP's names.
+    Lookalike("text_model.embeddings.word_embeddings.*", f"a CLIP around a BERT (Chinese-CLIP, say), {_OTHER_TEXT}"),
+    Lookalike("text_model.roberta.*", f"an AltCLIP, {_OTHER_TEXT}"),
+    Lookalike("text_decoder.*", f"a BLIP, {_OTHER_TEXT}"),
+    Lookalike("text_encoder.encoder.layer.*", f"a BLIP, {_OTHER_TEXT}"),
     Lookalike("text_model/embeddings/token_embedding/embedding", f"a text tower alone (FlaxCLIPTextModel): {_WHOLE}"),
     Lookalike("vision_model/embeddings/class_embedding", f"an image tower alone (FlaxCLIPVisionModel): {_WHOLE}"),
     Lookalike("text_model.embeddings.token_embedding.weight", f"a text tower alone (CLIPTextModel): {_WHOLE}"),

@@ -10,7 +10,7 @@ from heirloom.common.checkpoint.weights import write_json
 from heirloom.common.errors import InputError
 from heirloom.common.nn.mlp import Activation
 from heirloom.common.vit.shapes import HEADS
-from heirloom.common.vit.timm_architectures import CLASSES, arguments, settings, table
+from heirloom.common.vit.timm_architectures import CLASSES, arguments, ratio_of, settings, table
 from tinyclip_jax.model import ClipConfig, ImageConfig, TextConfig, TextPool, head_dim
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.shapes import HEAD, infer, plain
@@ -255,7 +255,7 @@ def write(cfg: ClipConfig, folder: Path) -> None:
 def _written(c: ImageConfig | TextConfig) -> dict[str, Any]:
     """Fields that both towers have."""
     # open_clip builds equal layers only; pruned ones get their sizes too, and the tensors have open_clip's names.
-    ratio = dict(mlp_ratio=c.hidden / c.width) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
+    ratio = dict(mlp_ratio=ratio_of(c.hidden, c.width)) if isinstance(c.hidden, int) else dict(hidden=c.hidden)
     about: dict[str, Any] = dict(width=c.width, layers=c.layers) | ratio
     about |= {} if plain(c) else dict(head_width=head_dim(c))
     about |= dict(act_kwargs=dict(approximate="tanh")) if c.activation == "gelu_tanh" else {}

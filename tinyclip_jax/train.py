@@ -15,7 +15,7 @@ from heirloom.common.data.bad import first_good
 from heirloom.common.data.pipeline import Augment, check_first_batch, training_batches
 from heirloom.common.data.sources import open_source
 from heirloom.common.data.sources.record import Record
-from heirloom.common.errors import InputError
+from heirloom.common.errors import InputError, remark
 from heirloom.common.nn.functional import functional
 from heirloom.common.nn.norm import unit
 from heirloom.common.notebook.modules import make_callable
@@ -112,6 +112,8 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
     if cfg.loss.alpha > 0 and not cfg.teacher:
         setting = 'set teacher to a SOURCE or "embeddings", or loss.alpha to 0'
         raise InputError(f"loss.alpha is {cfg.loss.alpha} and teacher is empty: {setting}")
+    if cfg.loss.alpha == 0 and cfg.teacher:
+        remark(f"the teacher {cfg.teacher} teaches nothing, because loss.alpha is 0")
     image, text = cfg.student.image, cfg.student.text
     if teacher and (teacher.cfg.image.size, teacher.cfg.text.context) != (image.size, text.context):
         inputs = f"{teacher.cfg.image.size} px and {teacher.cfg.text.context} tokens"

@@ -83,7 +83,7 @@ def sizes(cfg: VitConfig) -> dict[str, Any]:
     picture = cfg.size if cfg.size_width is None else list(cfg.picture)
     args: dict[str, Any] = dict(img_size=picture, in_chans=cfg.channels, patch_size=cfg.patch)
     args |= dict(embed_dim=cfg.width, depth=cfg.layers)
-    return args | dict(num_heads=cfg.heads, mlp_ratio=_ratio(cfg.hidden * (1 + cfg.gated), cfg.width))
+    return args | dict(num_heads=cfg.heads, mlp_ratio=ratio_of(cfg.hidden * (1 + cfg.gated), cfg.width))
 
 
 def parts(cfg: VitConfig) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def parts(cfg: VitConfig) -> dict[str, Any]:
     return args | (dict(fc_norm=False) if cfg.pool == "norm_mean" and cfg.tokens != "cls+dist" else {})
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio with which timm gets `hidden`, rounded down from ratio times width."""
+def ratio_of(hidden: int, width: int) -> float:
+    """The mlp_ratio with which timm and open_clip get `hidden`, rounded down from ratio times width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 

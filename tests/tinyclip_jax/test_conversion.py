@@ -18,7 +18,7 @@ from heirloom.common.checkpoint.weights import create_safetensors, open_safetens
 from heirloom.common.errors import InputError, VerificationError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
-from tinyclip_jax import layouts
+from tinyclip_jax import layouts, open_clip_folder
 from tinyclip_jax.formats import FORMATS
 from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.zoo import FAMILY
@@ -153,6 +153,14 @@ def test_eps_and_the_pooled_token_are_written_for_open_clip(opened, families, tm
     donor, *_ = opened("hf_gelu")  # eps 1e-6, pooled at id 40
     convert(donor, tmp_path / "out", "open_clip", verify=False)
     assert open_donor(tmp_path / "out", families).cfg == donor.cfg
+
+
+def test_the_ratio_written_for_open_clip_gives_the_hidden_units(tmp_path):
+    cfg = ClipConfig(ImageConfig(width=704, heads=11, hidden=1920), TextConfig(width=704, heads=11, hidden=1920))
+    open_clip_folder.write(cfg, tmp_path)  # 704 * (1920 / 704) is 1919.99...
+    model = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
+    towers = (model["vision_cfg"], model["text_cfg"])
+    assert [int(tower["width"] * tower["mlp_ratio"]) for tower in towers] == [1920, 1920]
 
 
 def test_heads_that_shapes_cannot_tell_are_refused_by_the_original_format(opened, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from heirloom.common.checkpoint.convert import open_donor
 from heirloom.common.errors import InputError, Remark
+from learngene.zoo import FAMILY as LEARNGENE
 
 
 @pytest.fixture
@@ -274,6 +275,29 @@ def test_one_tower_is_named(goldens, families, tmp_path):
         save_file({k: v.copy() for k, v in tensors.items() if k.startswith(tower)}, tmp_path / f"{tower}safetensors")
         with pytest.raises(InputError, match=f"{message} .*take the whole model, CLIPModel"):
             open_donor(tmp_path / f"{tower}safetensors", families)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("text_model.embeddings.word_embeddings.weight", r"a CLIP around a BERT \(Chinese-CLIP, say\)"),
+        ("text_model.roberta.embeddings.word_embeddings.weight", "an AltCLIP"),
+        ("text_decoder.bert.embeddings.word_embeddings.weight", "a BLIP"),
+        ("text_encoder.encoder.layer.0.attention.self.query.weight", "a BLIP"),
+    ],
+)
+def test_a_whole_model_with_another_text_tower_is_not_one_tower(text, name, goldens, families, tmp_path):
+    from safetensors.numpy import save_file
+
+    from heirloom.common.checkpoint.weights import open_safetensors
+
+    tensors = open_safetensors(goldens / "hf_gelu" / "model.safetensors")
+    whole = {key: value.copy() for key, value in tensors.items() if key.startswith("vision_model.")}
+    save_file(whole | {text: np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "of another"}')
+    for asked in (families, [LEARNGENE, *families]):
+        with pytest.raises(InputError, match=f"{name}, whose text tower is not read"):
+            open_donor(tmp_path, asked)
 
 
 def nested(goldens, file, *prefixes):

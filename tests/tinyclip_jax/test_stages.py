@@ -139,6 +139,15 @@ def test_a_flag_that_every_stage_has_for_itself_is_refused(flag):
     assert config.load("tinyclip/auto_63m_32", ["--stages.0.steps", "7"]).in_stage(1, "").steps == 7
 
 
+def test_flags_of_masks_need_masks_and_have_their_own_layers():
+    with pytest.raises(InputError, match=r"--masks\.target does nothing in .*no masks: set --masks\.prune_step"):
+        config.load("tinyclip/emoji", ["--masks.target", "0.5"])
+    masks = ["--masks.target", "0.5", "--masks.prune_step", "9"]
+    assert config.load("tinyclip/emoji", masks).masks.target == 0.5
+    with pytest.raises(InputError, match=r"--depth-rule does nothing in .*where learned masks choose the layers"):
+        config.load("tinyclip/emoji", [*masks, "--depth-rule", "even"])
+
+
 def test_masks_up_multipliers_down_and_the_clip_over_all(recipe):
     spec = {"image/cls": functional(Clip, TEACHER).spec["image/cls"]} | mask_spec(TEACHER)
     cfg = replace(recipe, masks=FAST, optim=OptimConfig(lr=1e-3, clip=1.0, weight_decay=0.0))

@@ -170,6 +170,12 @@ def test_a_loss_that_cannot_be_computed_is_refused(loss, message):
         loss_fn(cfg, functional(Clip, cfg.student), None)
 
 
+def test_a_teacher_that_teaches_nothing_is_said(remarks):
+    cfg = replace(config.load("tinyclip/smoke"), teacher="embedded:emoji")
+    loss_fn(cfg, functional(Clip, cfg.student), None)
+    assert "the teacher embedded:emoji teaches nothing, because loss.alpha is 0" in remarks()
+
+
 @pytest.mark.parametrize(("named", "missing"), [([], "teacher_image"), (["teacher_image"], "teacher_text")])
 def test_embeddings_that_are_no_columns_are_missed_in_one_line(named, missing, tmp_path, capsys):
     rows = [{"image": b"", "caption": f"caption {i}", "teacher_image": [1.0, 0.0]} for i in range(3)]
