@@ -5,11 +5,11 @@
 
 The donor is trained with whole schedules of growing length: it is on a plateau where twice the steps bring less than
 PLATEAU. A LiT inherits from the longest, with whole schedules of a share of the donor's steps, alone and distilled from
-a stronger DiT; the two longer shares with half the rate, too, since the best rate of a short training can be too high
-for a long one. At EQUAL of the donor's steps: from scratch, and with half the rate: the donor as teacher, other weights
-of the two terms, labels dropped for the student alone, as released. At the shortest: heads from 1 to 12, with one bank
-of filters for all heads or one for each channel. Learning rates are the best of RATES for each kind of arm, on other
-test pictures than the scores, with a seed of their own.
+a stronger DiT. Learning rates are the best of RATES for each kind of arm, on other test pictures than the scores, with
+a seed of their own. They are chosen at the shortest share; longer ones have half the rate, since it can be too high for
+them, and the longest of all seeds has it, too, to show that. At EQUAL of the donor's steps: from scratch, and with half
+the rate the donor as teacher, other weights of the two terms, labels dropped for the student alone, as released. At the
+shortest: heads from 1 to 12, with one bank of filters for all heads or one for each channel.
 
 Scores: squared error of the noise on 512 of the first 1,000 test pictures, and KID of 1,000 samples against these over
 8 x 8 thumbnails. What is finished stays in --runs; the same command goes on, and once donor and teacher are there,
@@ -38,6 +38,7 @@ SWEEP_SEED, DONOR_SEED = 100, 200
 PLATEAU = 0.02  # share of the error that twice the steps still take off
 EQUAL = 0.1  # share of the donor's steps at which the small questions are asked
 CLOSE = 1.02  # of the donor's error: as good
+PARTS = ("curve", "equal", "heads")
 HEADS = (1, 2, 3, 4, 6, 12)
 SCRATCH, INHERITS, MAIN = "LiT, scratch", "LiT, inherits", "LiT, inherits, distilled"
 COLOURS = {SCRATCH: "#588b8b", INHERITS: "#d9a441", MAIN: "#c8553d"}
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs go; what is finished is kept")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--png", type=Path, help="a drawing of the curves")
     args = parser.parse_args()
     if not Path(args.data).is_dir():
@@ -211,7 +213,7 @@ def main() -> None:
     def curve(seed: int) -> list[tuple[str, int, Config]]:
         found = [max(round(share * longest), 2) for share in size.shares]
         more = [max(round(size.longest * longest), 2)] if seed == 0 else []
-        lengths = [(steps, rates) for steps in found] + [(steps, calm) for steps in (*found[1:], *more)]
+        lengths = [(found[0], rates), *((steps, calm) for steps in (*found[1:], *more)), (found[-1], rates)]
         make = {INHERITS: arms.lit, MAIN: arms.main}
         return [(name, n, arm(n, by[name], seed)) for name, arm in make.items() for n, by in lengths]
 
@@ -221,8 +223,9 @@ def main() -> None:
     def heads(seed: int) -> list[tuple[str, int, Config]]:
         return [(name, short, cfg) for name, cfg in arms.heads(short, rates[INHERITS], seed).items()]
 
-    for part, seed in itertools.product((curve, equal, heads), args.seeds):
-        for name, steps, cfg in part(seed):
+    trainings = {"curve": curve, "equal": equal, "heads": heads}
+    for part, seed in itertools.product(args.parts, args.seeds):
+        for name, steps, cfg in trainings[part](seed):
             run = runs / f"seed-{seed}" / f"{slug(name)}-{steps}-{cfg.optim.lr:g}"
             row = {"arm": name, "seed": seed, "steps": steps, "rate": cfg.optim.lr}
             result["rows"].append(row | score(cfg, size, run, real))
@@ -264,14 +267,15 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for name, colour in COLOURS.items():
         rows = [row for row in result["rows"] if row["arm"] == name]
         highest = max((row["rate"] for row in rows), default=0)
-        for i, ((rate, _), mine) in enumerate(bench.groups(rows, "rate", "seed").items()):
+        for (rate, _), mine in bench.groups(rows, "rate", "seed").items():
             points = sorted((row["steps"], row["mse"]) for row in mine)
-            line = "o-" if rate == highest else "o:"
-            axes.plot(*zip(*points, strict=True), line, color=colour, markersize=3, label=None if i else name)
+            style: dict[str, Any] = dict(color=colour, markersize=3, label=f"{name}, rate {rate:g}")
+            axes.plot(*zip(*points, strict=True), "o:" if rate == highest else "o-", **style)
     axes.axhline(result["donor"][-1]["mse"], color="#888888", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="steps of a whole training", ylabel="squared error of the noise, test pictures")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for all seeds
+    axes.legend(lines.values(), lines.keys(), frameon=False)
     figure.savefig(file, dpi=100)
 
 

@@ -78,10 +78,13 @@ def write(
 def _of_data(source: Source, data: SourceConfig) -> dict[str, Any]:
     """The facts by which stored embeddings are matched to data."""
     samples = _samples(source)
-    captions = "\n".join(_captions(samples)).encode()
+    captions, pictures = "\n".join(_captions(samples)).encode(), sha256()
+    for record in samples:
+        image = record["image"]
+        pictures.update(image if isinstance(image, bytes) else np.asarray(image).tobytes())
     same = {name: getattr(data, name) for name in ("path", "split", "image", "text")}
     same |= {"records": len(source), "first": samples[0]["key"], "last": samples[-1]["key"]}
-    return same | {"captions": sha256(captions).hexdigest()[:16]}
+    return same | {"captions": sha256(captions).hexdigest()[:16], "pictures": pictures.hexdigest()[:16]}
 
 
 def _of_model(source: Source, pre: Preprocess, tokenizer: CaptionTokenizer) -> dict[str, Any]:
@@ -117,8 +120,10 @@ class Cached:
         needed, own = _of_data(source, data), _of_model(source, pre, tokenizer)
         if "captions" not in stored:  # a cache of an older version, which knows its captions only as tokens
             needed = {name: value for name, value in (needed | own).items() if name != "captions"}
+        # Pictures and captions are the data, wherever it lies; older caches know its place alone.
+        place = ("path", "first", "last") if stored.get("pictures") == needed["pictures"] else ("pictures",)
         for name, value in needed.items():
-            if stored.get(name) != value:
+            if name not in place and stored.get(name) != value:
                 made = f"was made with {name} {stored.get(name)!r}, here it is {value!r}"
                 raise InputError(f"{folder} {made}: make another cache with heirloom cache")
         if others := [name for name, value in own.items() if stored.get(name) != value]:

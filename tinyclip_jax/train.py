@@ -91,8 +91,9 @@ def loss_fn(cfg: Config, student: Model, teacher: Teacher | None) -> LossFn:
                 target_image, target_text, stored_scale, _ = targets
             else:
                 # Columns of the data may be as a model gave them; what `heirloom cache` stored has unit norm.
-                plain = unit if cfg.teacher == EMBEDDINGS else jnp.asarray
-                (target_image, target_text), stored_scale = (plain(batch[name]) for name in TARGETS), None
+                targets = [jnp.asarray(batch[name], jnp.float32) for name in TARGETS]
+                target_image, target_text = map(unit, targets) if cfg.teacher == EMBEDDINGS else targets
+                stored_scale = None
             target_scale = stored_scale if cfg.loss.teacher_scale is None else cfg.loss.teacher_scale
             affinity = affinity_mimicking(image, text, target_image, target_text, scale, target_scale)
             parts["affinity"] = (cfg.loss.alpha, affinity)
@@ -161,8 +162,12 @@ def batches(cfg: Config, opened: Opened) -> Data:
 def _no_vector(record: Record) -> str:
     """Returns which embedding of a record is no vector of floats; "" where both are."""
     columns = {name: record[name] for name in TARGETS}
-    wrong = (n for n, x in columns.items() if not isinstance(x, np.ndarray) or x.ndim != 1 or x.dtype.kind != "f")
+    wrong = (n for n, x in columns.items() if not isinstance(x, np.ndarray) or x.ndim != 1 or not _floats(x.dtype))
     return next((f"{name} is {str(columns[name])[:30]!r}" for name in wrong), "")
+
+
+def _floats(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)  # numpy's own does not know bfloat16
 
 
 def _text(record: Record) -> Any:

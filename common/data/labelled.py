@@ -135,7 +135,8 @@ def _assign(known: Sequence[str], classes: int | None, names: Names | None, path
             raise InputError(f"{path} has {given}: {needed}")
         natural = sorted(in_order, key=lambda i: _natural(known[i]))
         moved = [i for i, j in enumerate(natural) if i != j]
-        if moved and list(known) == sorted(known):  # else the data has an order of its own
+        # Without a model's classes no number has a meaning; in another order, the data has one of its own.
+        if moved and classes is not None and list(known) == sorted(known):
             first = f"{known[moved[0]]!r} is class {moved[0]}"
             theirs = f"{known[natural[moved[0]]]!r}, as timm sorts numbers by value and ignores capitals"
             remark(f"{path}: its classes are numbered in alphabetical order, so {first}; for timm that is {theirs}")

@@ -212,8 +212,9 @@ def _read_open_clip(folder: Path, size: int) -> Found | None:
     if not file.is_file() or (theirs := read_json(file).get("preprocess_cfg")) is None:
         return None
     fields, default = Fields(theirs, f"{file}: preprocess_cfg").with_defaults(), Preprocess()
-    if fields.square("size", size) != size:
-        raise fields.refusal("size", f"the model takes {size} x {size} pixels")
+    note = ""
+    if (theirs_size := fields.square("size", size)) != size:  # open_clip, too, takes the model's
+        note = f"preprocessing: {file} is for pictures of {theirs_size} pixels; the size of the model, {size}, is used"
     fields.fixed("mode", "RGB")
     # open_clip evaluates with bicubic where it trains with random filters
     filters = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
@@ -228,7 +229,7 @@ def _read_open_clip(folder: Path, size: int) -> Found | None:
         fill=fields.integer("fill_color", 0, least=0, most=_BYTE),
     )
     fields.done("what the model sees")
-    return Found(pre, OPEN_CLIP)
+    return Found(pre, OPEN_CLIP, note)
 
 
 def _read_timm(folder: Path, size: int) -> Found | None:

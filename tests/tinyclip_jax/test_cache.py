@@ -85,6 +85,23 @@ def test_a_cache_of_something_else_is_refused(recipe, stored, tmp_path):
         replace(cached, pipeline=replace(cached.pipeline, tags=0.5)).train(tmp_path / "tags")
 
 
+def test_data_that_was_moved_is_the_same_data(recipe, tmp_path, one_device):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text(f"caption {i}")
+    cfg = replace(recipe, data=SourceConfig(f"{tmp_path / 'data'}/"))
+    cfg.cache(tmp_path / "cache")
+    inputs = read_inputs(recipe, open_clip_model(recipe.donor), None)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = replace(recipe, data=SourceConfig(str(tmp_path / "moved")))
+    assert len(opened(moved, tmp_path / "cache", inputs.tokenizer, inputs.pre)) == 3
+    Image.new("RGB", (9, 9)).save(tmp_path / "moved" / "1.png")  # as if made anew in another size
+    with pytest.raises(InputError, match=r"cache was made with path '.*data/', here it is '.*moved'"):
+        opened(moved, tmp_path / "cache", inputs.tokenizer, inputs.pre)
+
+
 def opened(recipe, folder, tokenizer, pre):
     return Cached(open_source(recipe.data), folder, recipe.data, pre, tokenizer)
 

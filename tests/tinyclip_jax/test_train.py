@@ -13,6 +13,7 @@ from pathlib import Path
 
 import chex
 import jax
+import ml_dtypes
 import numpy as np
 import pyarrow
 import pytest
@@ -33,7 +34,16 @@ from heirloom.common.train.state import create_state
 from heirloom.common.train.step import StepConfig, make_step
 from tinyclip_jax.losses import affinity_mimicking
 from tinyclip_jax.model import Clip
-from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config, LossConfig, constrain_scale, describe_first_batch, loss_fn
+from tinyclip_jax.train import (
+    EMBEDDINGS,
+    TARGETS,
+    Config,
+    LossConfig,
+    _no_vector,
+    constrain_scale,
+    describe_first_batch,
+    loss_fn,
+)
 from tinyclip_jax.zoo import open_clip_model
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +205,11 @@ def test_an_embedding_that_is_text_is_refused(tmp_path, capsys):
     flags += ["--data.split", "", "--data.columns", *TARGETS]
     assert main(["train", "tinyclip/smoke", "--run", str(tmp_path / "run"), *flags]) == 2
     assert "teacher_image is '[1.0, 0.0]'; a teacher embedding is a list of numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_an_embedding_may_have_any_float(dtype):
+    assert _no_vector(dict.fromkeys(TARGETS, np.ones(4, dtype))) == ""
 
 
 def test_one_stored_embedding_is_not_that_of_several_captions(tmp_path, capsys):

@@ -133,6 +133,11 @@ def test_numbered_folders_whose_order_surprises(folders, remarks):
     assert "numbered in alphabetical order, so '10' is class 1; for timm that is '2', as timm" in remarks()[0]
 
 
+def test_numbers_of_folders_mean_nothing_without_a_model(folders, remarks):
+    """As in zero-shot evaluation, which reads the names."""
+    assert labels(open_labelled(folders("0", "2", "10"), "label")) == [0, 1, 2] and remarks() == []
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [

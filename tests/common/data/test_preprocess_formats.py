@@ -176,10 +176,14 @@ def test_open_clips_file_is_read_in_full(theirs, expected, tmp_path):
     assert (found.pre, found.origin) == (replace(OWN, resize=32, **expected), "open_clip_config.json")
 
 
+def test_open_clips_size_is_the_models(tmp_path):
+    found = read(tmp_path, "open_clip", open_clip_config={"preprocess_cfg": {"size": 48}})
+    assert found.pre.size == 32 and "is for pictures of 48 pixels; the size of the model, 32, is used" in found.note
+
+
 @pytest.mark.parametrize(
     ("theirs", "complaint"),
     [
-        ({"size": 48}, "size is 48; the model takes 32 x 32"),
         ({"resize_mode": "crop"}, "resize_mode is 'crop'; only 'shortest', 'squash', 'longest' can be read"),
         ({"interpolation": "lanczos"}, "interpolation is 'lanczos'; only 'bicubic', 'bilinear', 'random' can be read"),
         ({"mean": "imagenet"}, "mean is 'imagenet'"),
