@@ -13,7 +13,6 @@ Scores: squared error of the noise on 512 test pictures, and KID of 1,000 sample
 thumbnails; with --features over Inception features too (on a CPU three pictures a second).
 """
 
-import shutil
 import statistics
 import sys
 import tempfile
@@ -135,7 +134,6 @@ def main() -> None:
 def score(cfg: Config, size: Size, folder: Path) -> dict[str, Any]:
     """One arm: its curve and its last error; what it draws is left in its folder."""
     begun = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     run = race(cfg, folder)
     np.save(folder / SAMPLES, samples(cfg, size, run, cfg.seed))
     kind = {"heads": cfg.student.heads, "filters": cfg.student.filters}

@@ -13,7 +13,7 @@ shortest: heads from 1 to 12, with one bank of filters for all heads or one for 
 
 Scores: squared error of the noise on 512 of the first 1,000 test pictures, and KID of 1,000 samples against these over
 8 x 8 thumbnails. What is finished stays in --runs; the same command goes on, and once donor and teacher are there,
-seeds can run side by side.
+seeds can run side by side. --finished reports what is there so far.
 """
 
 import itertools
@@ -134,6 +134,11 @@ def best_rate(name: str, arms: Iterable[tuple[float, Config]], folder: Path, tri
     return min(found, key=found.__getitem__)
 
 
+def finished(run: Path) -> bool:
+    """Whether a training and its scores are done."""
+    return run.with_name(f"{run.name}.json").is_file()
+
+
 def slug(name: str) -> str:
     return name.replace(", ", "-").replace(": ", "-").replace(" ", "_")
 
@@ -169,6 +174,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs go; what is finished is kept")
+    parser.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--png", type=Path, help="a drawing of the curves")
     args = parser.parse_args()
@@ -188,6 +194,8 @@ def main() -> None:
     rate = best_rate("DiT", dits, runs / "sweep", tried)
     for steps in size.donor_steps:
         run = runs / f"donor-{steps}-{rate:g}"
+        if args.finished and not finished(run):
+            continue
         result["donor"].append({"steps": steps, "rate": rate} | score(arms.dit(model, steps, rate), size, run, real))
         print(result["donor"][-1], flush=True)
     # At 8e-3, the best for the donor, this width diverges after 3,000 steps.
@@ -227,6 +235,8 @@ def main() -> None:
     for part, seed in itertools.product(args.parts, args.seeds):
         for name, steps, cfg in trainings[part](seed):
             run = runs / f"seed-{seed}" / f"{slug(name)}-{steps}-{cfg.optim.lr:g}"
+            if args.finished and not finished(run):
+                continue
             row = {"arm": name, "seed": seed, "steps": steps, "rate": cfg.optim.lr}
             result["rows"].append(row | score(cfg, size, run, real))
             print(result["rows"][-1], flush=True)
@@ -246,8 +256,10 @@ def report(result: dict[str, Any]) -> list[str]:
     for (name, steps, rate), mine in bench.groups([*rows, *result["rows"]], "arm", "steps", "rate").items():
         cells = [bench.spread([row[kind] for row in mine], 4).replace("+-", "±") for kind in ("mse", "kid_thumbnails")]
         body.append([name, f"{steps:,}", f"{rate:g}", *cells])
-    gain = 1 - donors[-1]["mse"] / donors[-2]["mse"]
-    lines = [*bench.markdown(head, body), "", f"the donor's last doubling took {gain:.1%} off (plateau: {PLATEAU:.0%})"]
+    lines = [*bench.markdown(head, body), ""]
+    if len(donors) > 1:
+        gain = 1 - donors[-1]["mse"] / donors[-2]["mse"]
+        lines.append(f"the donor's last doubling took {gain:.1%} off (plateau: {PLATEAU:.0%})")
     level = CLOSE * donors[-1]["mse"]
     rows = [row for row in result["rows"] if row["arm"] in (INHERITS, MAIN)]
     for (name, seed, rate), mine in bench.groups(rows, "arm", "seed", "rate").items():

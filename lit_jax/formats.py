@@ -78,6 +78,7 @@ def _read_fair(found: Found) -> Read | None:
     elif not sizes["size"]:
         why = "without a position table the side of its inputs is not known (latent cells, or pixels)"
         guesses.append(Guess("size", None, why))
+        sizes["size"] = sizes["patch"]  # until it is set
     classes, guess = _classes(rows, known.get("classes"))
     guesses += guess
     softmax = "blocks.0.attn.qkv.weight" in tensors

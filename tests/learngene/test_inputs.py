@@ -59,10 +59,7 @@ def test_an_old_folder_does_not_record_its_crop(folder_of, pictures, capsys):
     assert main(command) == 0 and capsys.readouterr().out.count("does not record the crop") == 1
     assert main([*command, "--crop", "0.5"]) == 0 and "crop" not in capsys.readouterr().out
     assert main([*command, "--crop", "1.5"]) == 2
-    assert (
-        "crop is 1.5: give the share of the side that the centre crop keeps, above 0 and at most 1\n"
-        in capsys.readouterr().err
-    )
+    assert "crop is 1.5: choose a number from 0.01 to 1\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

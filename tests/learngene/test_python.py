@@ -63,7 +63,7 @@ def test_mistakes_are_one_line(gene, how, words):
 
 
 def test_an_ordinary_vit_keeps_its_depth(gene):
-    with pytest.raises(InputError, match="the donor is an ordinary ViT of 3 layers, not a gene"):
+    with pytest.raises(InputError, match="an ordinary ViT of 3 layers, which is no gene, keeps its depth here"):
         learngene.expand(learngene.expand(gene, 3), 4)
 
 

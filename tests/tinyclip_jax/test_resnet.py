@@ -118,7 +118,7 @@ def test_towers_of_two_kinds_inherit_nothing():
     for change, message in (
         ({"size": 48}, "48 px is no multiple of 32"),
         ({"heads": 3}, "3 heads do not divide the 128 channels"),
-        ({"heads": 0}, "0 heads do not divide"),
+        ({"heads": 0}, "heads is 0: choose 1 or more"),
         ({"blocks": (1, 1, 1)}, "a ResNet has four stages"),
     ):
         with pytest.raises(InputError, match=message):
