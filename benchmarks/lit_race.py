@@ -186,6 +186,9 @@ def main() -> None:
     tried: dict[str, Any] = {}
     result: dict[str, Any] = {"size": asdict(size), "validation": tried, "donor": [], "rows": []}
 
+    swept = (runs / "sweep" / f"{slug(name)}-{r:g}" for name in ("DiT", SCRATCH, INHERITS, MAIN) for r in RATES)
+    if args.finished and not all(map(finished, swept)):  # donor and teacher are older than the sweeps of the LiT
+        sys.exit("--finished: learning rates are not chosen yet, and nothing is trained here; leave it out first")
     longest = size.donor_steps[-1]
     short = max(round(size.shares[0] * longest), 2)
     sweep, arms = Arms(size, validation), Arms(size, test)

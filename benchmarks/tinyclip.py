@@ -25,8 +25,9 @@ from heirloom.common.checkpoint.weights import read_json, write_json
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.optim import OptimConfig
+from tinyclip_jax.cost import parameters, total_macs
 from tinyclip_jax.masks import MaskConfig
-from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, parameters, total_macs
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig
 from tinyclip_jax.train import Config, LossConfig, Stage
 from tinyclip_jax.zoo import open_clip_model
 

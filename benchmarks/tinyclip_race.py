@@ -25,7 +25,8 @@ from heirloom.common import config
 from heirloom.common.data import emoji
 from heirloom.common.data.sources import SourceConfig
 from heirloom.common.nn.functional import functional
-from tinyclip_jax.model import Clip, total_macs
+from tinyclip_jax.cost import total_macs
+from tinyclip_jax.model import Clip
 from tinyclip_jax.train import Config, LossConfig
 from tinyclip_jax.zoo import open_clip_model
 

@@ -2,65 +2,12 @@
 
 import argparse
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heirloom.common.errors import InputError, check_seed
+from heirloom.common.argument import Argument, Verb, argument, path, seed
+from heirloom.common.errors import InputError
 from heirloom.common.paths import place
-
-
-@dataclass(frozen=True)
-class Argument:
-    """The arguments of one call of `ArgumentParser.add_argument`. buckets: takes addresses in buckets, too."""
-
-    names: tuple[str, ...]
-    options: dict[str, Any]
-    buckets: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its name in the parsed arguments."""
-        return self.options.get("dest") or self.names[0].lstrip("-").replace("-", "_")
-
-    @property
-    def default(self) -> Any:
-        """Its value where it is not given."""
-        return self.options.get("default", False if self.options.get("action") == "store_true" else None)
-
-
-def argument(*names: str, buckets: bool = False, **options: Any) -> Argument:
-    """Returns the `Argument` of a call `add_argument(*names, **options)`."""
-    return Argument(names, options, buckets)
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb; the function of the same name in `verbs` runs it.
-
-    help: one line. flags: accepts flags for the fields of a recipe, or of the method's settings; more: a sentence
-    about them. json: accepts `--json FILE`.
-    """
-
-    name: str
-    help: str
-    arguments: tuple[Argument, ...] = ()
-    flags: bool = False
-    json: bool = False
-    more: str = ""
-
-
-def seed(text: str) -> int:
-    """Reads a seed. Raises InputError for a number that is none."""
-    value = int(text)
-    check_seed(value, "--seed")
-    return value
-
-
-def path(text: str) -> Path:
-    """Reads a local path. The shell leaves the ~ of --out=~/x to us."""
-    return Path(text).expanduser()
-
 
 RECIPE = "a recipe: a name from heirloom recipes, or a .py file"
 FIELDS = "Every field of a recipe is a flag, such as --optim.lr 3e-4; heirloom {} RECIPE --help lists them."
@@ -392,9 +339,9 @@ EVAL_OF_CLIPS = frozenset({"task", "text", "classes", "templates"})  # arguments
 
 def refuse(args: argparse.Namespace, verb: str, names: Collection[str], before: str, after: str) -> None:
     """Raises InputError for the first of these arguments that is given, though it would change nothing."""
-    for argument in arguments_of(verb):
-        if argument.name in names and getattr(args, argument.name, argument.default) != argument.default:
-            raise InputError(f"{before} {argument.names[0]} {after}: leave it out")
+    for one in arguments_of(verb):
+        if one.name in names and getattr(args, one.name, one.default) != one.default:
+            raise InputError(f"{before} {one.names[0]} {after}: leave it out")
 
 
 def arguments_of(name: str) -> tuple[Argument, ...]:

@@ -14,7 +14,8 @@ from types import FrameType
 from typing import Any
 
 from heirloom.common import verbs
-from heirloom.common.arguments import VERBS, Verb
+from heirloom.common.argument import Verb
+from heirloom.common.arguments import VERBS
 from heirloom.common.errors import Exit, InputError, Remark, Stopped, VerificationError, nearest
 from heirloom.common.paths import FIELDS, is_address, local, place, without_file
 

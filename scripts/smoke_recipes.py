@@ -28,8 +28,9 @@ from heirloom.common.data.sources import SourceConfig, open_source
 from heirloom.common.data.text import Tokenizer
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig
+from tinyclip_jax.cost import parameters
 from tinyclip_jax.masks import MaskConfig
-from tinyclip_jax.model import Clip, ClipConfig, parameters
+from tinyclip_jax.model import Clip, ClipConfig
 from tinyclip_jax.pretrained import Pretrained
 from tinyclip_jax.train import EMBEDDINGS, TARGETS, Config
 from tinyclip_jax.zoo import PUBLISHED, STUDENTS, open_clip_model

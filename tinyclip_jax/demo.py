@@ -22,9 +22,10 @@ from heirloom.common.demo import Race
 from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import start
 from heirloom.common.train.parameters import load_params
+from tinyclip_jax.cost import parameters
 from tinyclip_jax.evaluate import retrieval_on
 from tinyclip_jax.inputs import preprocess_of, tokenizer_of
-from tinyclip_jax.model import Clip, parameters
+from tinyclip_jax.model import Clip
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import open_clip_model
 

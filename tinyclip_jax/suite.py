@@ -40,6 +40,7 @@ from heirloom.common.evaluate.zeroshot import TEMPLATES as PLAIN
 from heirloom.common.train.mesh import MeshConfig, start
 from heirloom.common.train.parameters import load_params
 from heirloom.common.train.step import cast
+from tinyclip_jax.cost import parameters
 from tinyclip_jax.evaluate import (
     Scored,
     Setup,
@@ -50,7 +51,6 @@ from tinyclip_jax.evaluate import (
     zeroshot,
     zeroshot_over,
 )
-from tinyclip_jax.model import parameters
 from tinyclip_jax.published import PUBLISHED, Published
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -11,9 +11,10 @@ from heirloom.common.checkpoint.hub import locate
 from heirloom.common.errors import InputError, nearest
 from heirloom.common.nn.functional import functional
 from heirloom.common.typed import from_json
+from tinyclip_jax.cost import parameters, total_macs
 from tinyclip_jax.formats import FORMATS, LOOKALIKES
 from tinyclip_jax.inputs import sidecars
-from tinyclip_jax.model import Clip, ClipConfig, parameters, resnet, total_macs, vit
+from tinyclip_jax.model import Clip, ClipConfig, resnet, vit
 from tinyclip_jax.reader import text_reader
 from tinyclip_jax.verify import features, verify
 

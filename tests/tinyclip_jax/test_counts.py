@@ -6,8 +6,9 @@ import pytest
 from heirloom.common.checkpoint.family import Found
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
+from tinyclip_jax.cost import macs, parameters, total_macs
 from tinyclip_jax.formats import FORMATS
-from tinyclip_jax.model import Clip, macs, parameters, total_macs
+from tinyclip_jax.model import Clip
 from tinyclip_jax.resnet import ResNetConfig
 from tinyclip_jax.zoo import RN50, STUDENTS, VIT_B_16, VIT_B_32
 

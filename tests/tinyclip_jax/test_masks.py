@@ -15,6 +15,7 @@ from heirloom.common.surgery.plan import Source
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax import masks
 from tinyclip_jax.automatic import mask_optimizer
+from tinyclip_jax.cost import parameters
 from tinyclip_jax.inherit import expand, prune
 from tinyclip_jax.masks import (
     MaskConfig,
@@ -26,7 +27,7 @@ from tinyclip_jax.masks import (
     sample_gate,
     sparsity,
 )
-from tinyclip_jax.model import Clip, parameters
+from tinyclip_jax.model import Clip
 from tinyclip_jax.train import Config
 from tinyclip_jax.zoo import VIT_B_32
 

@@ -12,7 +12,8 @@ from heirloom.common.data.text import Tokenizer
 from heirloom.common.errors import InputError
 from heirloom.common.nn.functional import functional
 from heirloom.common.surgery.layout import Tensor
-from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters, total_macs
+from tinyclip_jax.cost import parameters, total_macs
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained
 
 # Widths that are no multiple of the heads, a layer without heads, one without hidden units.

@@ -22,9 +22,10 @@ from heirloom.common.nn.functional import functional
 from heirloom.common.train.mesh import MeshConfig
 from heirloom.common.train.optim import OptimConfig
 from tinyclip_jax.automatic import mask_optimizer
+from tinyclip_jax.cost import parameters
 from tinyclip_jax.inputs import captions
 from tinyclip_jax.masks import MaskConfig, initial_masks, mask_spec, sparsity
-from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig, parameters
+from tinyclip_jax.model import Clip, ClipConfig, ImageConfig, TextConfig
 from tinyclip_jax.pretrained import Pretrained
 from tinyclip_jax.zoo import open_clip_model
 
