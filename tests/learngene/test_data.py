@@ -89,3 +89,23 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
     arrays = {"image": np.zeros((20, 4, 4, 3), np.uint8), "label": np.zeros(20, np.int32)}
     with pytest.raises(InputError, match="a batch of 12 cannot be divided into 8 parts"):
         Resident(arrays, PipelineConfig(batch=12), start(MeshConfig()))
+
+
+def test_resident_batches_cover_an_epoch_and_resume():
+    mesh = start(MeshConfig())
+    arrays = {"label": np.arange(40, dtype=np.int32), "image": np.arange(40, dtype=np.uint8)}
+    data = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
+    first = np.concatenate([next(data)["label"] for _ in range(5)])
+    assert (
+        sorted(first[:40].tolist()) == sorted(first[40:80].tolist()) == list(range(40))
+        and (first[:40] != first[40:80]).any()
+    )
+    state = data.state()
+    ahead = np.asarray(next(data)["label"])
+    other = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
+    other.restore(state)
+    np.testing.assert_array_equal(next(other)["label"], ahead)
+    with pytest.raises(InputError, match="seed was 3 and is 4 now"):
+        Resident(arrays, PipelineConfig(batch=16, seed=4), mesh).restore(state)
+    with pytest.raises(InputError, match="fewer than a batch"):
+        Resident(arrays, PipelineConfig(batch=64), mesh)

@@ -27,8 +27,8 @@ from heirloom.common.vit.model import Vit, VitConfig
 from learngene import ligo, train
 from learngene.augment import AugmentConfig
 from learngene.compare import ARMS, Comparison, compare, curve, descendant
-from learngene.convnet import ConvConfig, ConvNet, macs
-from learngene.data import LOGITS, Example, Resident, decoded
+from learngene.convnet import ConvConfig, macs
+from learngene.data import LOGITS, Example, decoded
 from learngene.inputs import IMAGENET
 from learngene.losses import DistillConfig
 from learngene.train import ADAMW, CONVNET_ADAMW, Config, TeacherConfig, loss_fn
@@ -391,35 +391,3 @@ def test_views_are_told_apart_and_share_a_label(gene_config, data):
     student = functional(Vit, cfg.student)
     _, metrics = jax.jit(loss_fn(cfg, student, None))(student.init(jax.random.key(0)), batch, jax.random.key(0), None)
     assert cfg.pictures == 32 and 0 <= metrics["accuracy"][0] <= 1
-
-
-def test_resident_batches_cover_an_epoch_and_resume():
-    mesh = start(MeshConfig())
-    arrays = {"label": np.arange(40, dtype=np.int32), "image": np.arange(40, dtype=np.uint8)}
-    data = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
-    first = np.concatenate([next(data)["label"] for _ in range(5)])
-    assert (
-        sorted(first[:40].tolist()) == sorted(first[40:80].tolist()) == list(range(40))
-        and (first[:40] != first[40:80]).any()
-    )
-    state = data.state()
-    ahead = np.asarray(next(data)["label"])
-    other = Resident(arrays, PipelineConfig(batch=16, seed=3), mesh)
-    other.restore(state)
-    np.testing.assert_array_equal(next(other)["label"], ahead)
-    with pytest.raises(InputError, match="seed was 3 and is 4 now"):
-        Resident(arrays, PipelineConfig(batch=16, seed=4), mesh).restore(state)
-    with pytest.raises(InputError, match="fewer than a batch"):
-        Resident(arrays, PipelineConfig(batch=64), mesh)
-
-
-def test_a_convnet_halves_pictures_and_counts_its_work():
-    cfg = ConvConfig(size=8, widths=(8, 16), blocks=2, classes=3)
-    model = functional(ConvNet, cfg)
-    logits = jax.jit(model.apply)(model.init(jax.random.key(0)), np.ones((2, 8, 8, 3), np.float32))
-    assert logits.shape == (2, 3)
-    first = 64 * (3 * 8 * 9 + 4 * 8 * 8 * 9)
-    second = 16 * (8 * 16 * 9 + 8 * 16 + 3 * 16 * 16 * 9)
-    assert macs(cfg, model.spec) == first + second + 16 * 3
-    with pytest.raises(InputError, match="multiples of 8"):
-        ConvConfig(widths=(12,))
