@@ -8,13 +8,15 @@ import re
 import sys
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import cloudpickle
 
-from heirloom.common.errors import InputError, nearest, remark
+from heirloom.common.errors import FLOAT32_MAX, InputError, nearest, remark
 from heirloom.common.paths import all_local
 
 T = TypeVar("T")
@@ -130,12 +132,26 @@ def parse(cfg: T, flags: Sequence[str], prog: str, description: str | None = Non
         try:
             # A field of several types gets the flags of its current type.
             how: Any = dict(prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,))
-            return tyro.cli(type(cfg), default=cfg, args=_split(cfg, flags), **how)
+            return _in_float32(tyro.cli(type(cfg), default=cfg, args=_split(cfg, flags), **how))
         except SystemExit as end:
             if not end.code:
                 raise  # --help
     words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", complaint.getvalue()).split()
     raise InputError(" ".join(words))
+
+
+def _in_float32(cfg: T, name: str = "") -> T:
+    """Returns the config. Raises InputError for a finite number in it that would be infinite in float32."""
+    parts: Iterable[tuple[str, Any]] = ()
+    if is_dataclass(cfg):
+        parts = ((f"{name}.{f.name}" if name else f.name, getattr(cfg, f.name)) for f in fields(cfg))
+    elif isinstance(cfg, tuple | list):
+        parts = ((name, part) for part in cfg)
+    elif isinstance(cfg, float) and FLOAT32_MAX < abs(cfg) < inf:
+        raise InputError(f"{name} is {cfg:g}: choose a number that float32 holds, up to {FLOAT32_MAX:.1g}")
+    for where, part in parts:
+        _in_float32(part, where)
+    return cfg
 
 
 def _split(cfg: object, flags: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 SEEDS = 2**32  # of jax.random.key
+FLOAT32_MAX = float(2**128 - 2**104)  # what is computed in float32 cannot hold more
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")  # line breaks and the like
 
 

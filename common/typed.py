@@ -1,12 +1,11 @@
 """Builds frozen dataclasses from our own JSON files; each field is checked against its annotation."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import FLOAT32_MAX, InputError, nearest
 
 T = TypeVar("T")
 LARGEST = 2**40  # of any whole number in a config; a larger one is a damaged file
@@ -66,13 +65,14 @@ def build(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {_shown(value)}, not an object")
         return dict(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX:
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return value
     if (hint in (bool, str) and isinstance(value, hint)) or (hint in (None, NoneType) and value is None):
         return value
-    words = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false", NoneType: "null"}
+    words = {int: "a whole number", float: "a finite number (in float32)", str: "a string", bool: "true or false"}
+    words |= {NoneType: "null"}
     raise InputError(f"{where} is {_shown(value)}, and must be {words.get(hint, str(hint))}")
 
 

@@ -25,6 +25,8 @@ from weightgen.zoo.data import Projection
 from weightgen.zoo.foreign import listed
 from weightgen.zoo.nets import predict
 
+LARGEST_WEIGHT = 1e12  # a generated network with larger ones is none; sums of their squares fit into float32
+
 
 def generate_folder(donor: Donor, args: Namespace) -> dict[str, Any]:
     """Draw `args.n` networks for `args.dataset`, or `args.task` in words, as weights folders in `args.out`.
@@ -70,11 +72,12 @@ def _check_out(out: Path, donor: Donor, dataset: str | None, force: bool) -> Non
 
 
 def check_finite(samples: np.ndarray, donor: Donor) -> None:
-    """Raise InputError for samples with NaN or infinity."""
-    if len(bad := np.flatnonzero(~np.isfinite(samples).all((1, 2)))):
+    """Raise InputError for samples with NaN or infinity, or so large that the report could not square them."""
+    if len(bad := np.flatnonzero(~(np.abs(samples) < LARGEST_WEIGHT).all((1, 2)))):
         numbers = listed(str(i) for i in bad)
-        which = f"{len(bad)} of {len(samples)} samples of {donor.path} have NaN or infinity (numbers {numbers})"
-        raise InputError(f"{which}: lower --guidance, or train the generator for longer")
+        which = f"{len(bad)} of {len(samples)} samples of {donor.path} (numbers {numbers})"
+        said = f"{which} have NaN, infinity or weights above {LARGEST_WEIGHT:g}"
+        raise InputError(f"{said}: lower --guidance, or train the generator for longer")
 
 
 def _write(folder: Path, donor: Donor, tokens: np.ndarray, task: Task) -> None:

@@ -11,7 +11,6 @@ is refused.
 A field that is null counts as given; for a library that takes its default instead, use `fields.with_defaults(...)`.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from math import inf
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from heirloom.common.checkpoint.weights import read_json
-from heirloom.common.errors import InputError, nearest
+from heirloom.common.errors import FLOAT32_MAX, InputError, nearest
 
 T = TypeVar("T")
 D = TypeVar("D")  # the type of a default
@@ -241,8 +240,8 @@ class Fields:
 
 
 def _finite(value: Any) -> bool:
-    """Returns whether a value is a number, finite, and not too large for a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Returns whether a value is a number, and not too large for float32, in which a model computes with it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
 def _same(a: Any, b: Any) -> bool:

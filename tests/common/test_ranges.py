@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from heirloom.common import config
 from heirloom.common.errors import InputError, check_seed
 from learngene.augment import AugmentConfig
 
@@ -94,3 +95,10 @@ def test_the_message_says_the_range(fields, said):
 def test_a_seed_is_a_whole_number_of_32_bits(seed):
     with pytest.raises(InputError, match=f"seed {seed}: choose a whole number from 0 to 4294967295"):
         check_seed(seed)
+
+
+@pytest.mark.parametrize("flags", [["--optim.lr", "1e39"], ["--mix", "1", "1e300"]])
+def test_a_flag_that_is_infinite_in_float32_is_refused(flags):
+    """1e300 is finite in Python; computed with, it is infinity."""
+    with pytest.raises(InputError, match=r"(optim\.lr|mix) is 1e\+\d+: choose a number that float32 holds"):
+        config.load("lit/t2i", flags)

@@ -64,6 +64,7 @@ def test_a_whole_number_may_stand_for_a_fraction_and_lists_become_tuples():
         ({"width": 10**30}, "width is 1000000.* and must be a whole number"),
         ({"width": 0}, r"config\.json: width is 0: choose 1 or more"),
         ({"width": 3, "rate": float("nan")}, "rate is nan, and must be a finite number"),
+        ({"width": 3, "rate": 1e39}, r"rate is 1e\+39, and must be a finite number \(in float32\)"),
         ({"width": 3, "rate": "x"}, "rate is 'x', and must be a finite number"),
         ({"width": 3, "name": "c"}, "name is 'c'.* it is one of a, b"),
         ({"width": 3, "name": ["a"]}, r"name is \['a'\]; it is one of a, b"),

@@ -281,7 +281,8 @@ def test_adapters_for_a_task_in_words(tmp_path, heirloom, capsys):
         ("--dataset", folder): "give --task",
         ("--task", "a fast car", "--out", made): "exists; give another --out",
         ("--task", "a fast car", "--out", model.parent, "--force"): "holds",
-        ("--task", "a fast car", "--out", tmp_path / "x", "--guidance", "1e300"): "2 of 2 samples",
+        ("--task", "a fast car", "--out", tmp_path / "x", "--guidance", "1e38"): "2 of 2 samples",
+        ("--task", "a fast car", "--out", tmp_path / "x", "--guidance", "1e300"): "that float32 holds",
     }
     for given, wrong in refused.items():
         flags = ["--out", tmp_path / "x"] if "--out" not in given else []

@@ -36,6 +36,7 @@ def test_fields_are_read_with_their_types_and_defaults():
         ("integer", 10**9, "width is 1000000000, and must be from 1 to"),
         ("number", float("nan"), "width is nan, and must be a finite number"),
         ("number", -1.0, "width is -1.0, and must be a finite number of at least 0"),
+        ("number", 1e39, "and must be a finite number of at least 0"),
         ("number", 10**400, "and must be a finite number of at least 0"),
         ("number", "1e-5", "width is '1e-5', and must be a number"),
         ("boolean", 1, "width is 1, and must be true or false"),
