@@ -279,6 +279,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.plot(*zip(*((d["steps"], d["mse"]) for d in result["donor"]), strict=True), "o-", color="#888888", label="DiT")
+    top = 1.2 * result["donor"][-1]["mse"]
     for name, colour in COLOURS.items():
         rows = [row for row in result["rows"] if row["arm"] == name]
         highest = max((row["rate"] for row in rows), default=0)
@@ -286,8 +287,12 @@ def plot(result: dict[str, Any], file: Path) -> None:
             points = sorted((row["steps"], row["mse"]) for row in mine)
             style: dict[str, Any] = dict(color=colour, markersize=3, label=f"{name}, rate {rate:g}")
             axes.plot(*zip(*points, strict=True), "o:" if rate == highest else "o-", **style)
+            for steps, mse in points:
+                if mse > top:  # it diverged: drawn to scale, it would press all others together
+                    axes.annotate(f"to {mse:.3f}", (steps, top), (4, -10), textcoords="offset points", color=colour)
     axes.axhline(result["donor"][-1]["mse"], color="#888888", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="steps of a whole training", ylabel="squared error of the noise, test pictures")
+    axes.set_ylim(top=top)
     axes.spines[["top", "right"]].set_visible(False)
     lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for all seeds
     axes.legend(lines.values(), lines.keys(), frameon=False)
