@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import inf
 from pathlib import Path
@@ -28,8 +28,8 @@ class Recipe(Protocol):
 
     It may also have, each for one verb: `inherit(destination, force=)` -> provenance, `evaluate()` -> rows {dataset,
     metric, value, published, n}, `describe()` -> (family, config of the student), `abstract(mesh)` -> an `Abstract`
-    step, `cache(destination)`, `idle()` -> {field: why it does nothing here}, and `former()` -> {prefix of a flag
-    before: now}.
+    step, `cache(destination)`, and `former()` -> {prefix of a flag before: now}. It and each config inside it may have
+    `idle()` -> {field: why it does nothing here}.
     """
 
     def train(self, directory: Path) -> None:
@@ -96,20 +96,37 @@ def load(name: str, flags: Sequence[str] = (), verb: str = "train") -> Recipe:
     try:
         parsed = parse(cfg, flags, f"heirloom {verb} {name}", module.__doc__)
     except InputError:
-        _refuse_idle(cfg, flags)
+        refuse_idle(cfg, _written(flags), inner=False)  # configs inside it may be others by flags that were not taken
         raise
-    _refuse_idle(parsed, flags)  # after all flags: one may give another an effect
+    refuse_idle(parsed, _written(flags))  # after all flags: one may give another an effect
     all_local(parsed, f"heirloom {verb}")
     return parsed
 
 
-def _refuse_idle(cfg: Recipe, flags: Sequence[str]) -> None:
-    """Raises InputError for a flag that has no effect in this config."""
-    idle = cfg.idle() if hasattr(cfg, "idle") else {}
-    for flag in (flag for flag in flags if flag.startswith("--")):
-        for field, why in idle.items():
-            if re.match(rf"{re.escape(field)}([.=]|$)", flag[2:].replace("-", "_")):
-                raise InputError(f"{flag} does nothing in this recipe, {why}")
+def refuse_idle(cfg: Any, given: Mapping[str, str], *, inner: bool = True) -> None:
+    """Raises InputError for a field that was given and has no effect in this config.
+
+    given: {path: as it was written}. inner: what the configs inside it say counts too.
+    """
+    idle = dict(_idle(cfg, inner))
+    for path, written in given.items():
+        if field := next((field for field in idle if path == field or path.startswith(f"{field}.")), None):
+            raise InputError(f"{written} does nothing in this recipe, {idle[field]}")
+
+
+def _idle(cfg: Any, inner: bool, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The fields without effect of a config, and of those inside it, and why."""
+    if hasattr(cfg, "idle"):
+        yield from ((f"{prefix}{name}", why) for name, why in cfg.idle().items())
+    for f in fields(cfg) if inner else ():
+        if is_dataclass(part := getattr(cfg, f.name)):
+            yield from _idle(part, inner, f"{prefix}{f.name}.")
+
+
+def _written(flags: Sequence[str]) -> dict[str, str]:
+    """Paths of the fields that flags set, and the flags."""
+    names = (flag.partition("=")[0] for flag in flags if flag.startswith("--"))
+    return {name[2:].replace("-", "_"): name for name in names}
 
 
 def _renamed(cfg: Recipe, flag: str) -> str:

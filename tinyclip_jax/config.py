@@ -1,7 +1,7 @@
 """Config of a TinyCLIP training: one stage, or several stages of progressive distillation."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,10 +126,7 @@ class Config(BaseConfig):
         if self.stages:
             per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
             return {name: f"each stage has its own: set --stages.0.{own}" for name, own in per_stage.items()}
-        if self.masks.prune_step:
-            return {"depth_rule": "where learned masks choose the layers"}
-        others = [one.name for one in fields(self.masks) if one.name != "prune_step"]
-        return {f"masks.{name}": "which has no masks: set --masks.prune_step" for name in others}
+        return {"depth_rule": "where learned masks choose the layers"} if self.masks.prune_step else {}
 
     def in_stage(self, n: int, donor: str) -> "Config":
         """Config of stage n = 1, 2, ... alone."""

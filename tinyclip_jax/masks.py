@@ -7,7 +7,7 @@ closed rows.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import log
 from typing import Any
 
@@ -70,6 +70,11 @@ class MaskConfig:
         between(self, "prune_step", "warmup", "lr")
         between(self, "start", "target", "momentum", below=1.0)
         positive(self, "round_to")
+
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect, and why."""
+        others = (one.name for one in fields(self) if one.name != "prune_step" and not self.prune_step)
+        return dict.fromkeys(others, "which has no masks: set --masks.prune_step")
 
     def target_at(self, step: Array | int) -> Array:
         """Target sparsity at `step`."""

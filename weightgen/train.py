@@ -46,7 +46,7 @@ class LoopConfig(RunConfig):
     def idle(self) -> dict[str, str]:
         """Fields that do nothing here, and why."""
         why = "nothing is evaluated while it trains: run heirloom eval RUN/model --data DIR after it"
-        return {"eval-every": why, "eval_every": why}
+        return {"eval_every": why}
 
     def former(self) -> dict[str, str]:
         """Former prefixes of flags, and the present ones."""

@@ -135,11 +135,7 @@ def configured(recipe: Any, given: Mapping[str, Any], package: str) -> Any:
         if recipe in config.recipes() and method != package:
             raise InputError(f"{recipe} is a recipe of {method}: call {method}.train({str(recipe)!r})")
     cfg = replaced(cfg, given)
-    idle = cfg.idle() if hasattr(cfg, "idle") else {}
-    for name in _paths(given):
-        for field, why in idle.items():
-            if re.match(rf"{re.escape(field)}([.]|$)", name):
-                raise InputError(f"{name} does nothing in this recipe, {why}")
+    config.refuse_idle(cfg, {name: name for name in _paths(given)})
     all_local(cfg, f"{package}.train")
     return cfg
 

@@ -59,6 +59,10 @@ class OptimConfig:
         if self.clip == 0:
             raise InputError("clip is 0, which makes every gradient 0: set it to None to clip none")
 
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect, and why."""
+        return {"eps": "CAME has its own"} if self.algorithm == "came" else {"b3": "only CAME has it"}
+
 
 def learning_rate(cfg: OptimConfig, total: int) -> optax.Schedule:
     """The rate of update `step` = 0, 1, ...: `lr (step + 1) / warmup`, then a half cosine that ends at `total`.

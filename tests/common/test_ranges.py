@@ -102,3 +102,14 @@ def test_a_flag_that_is_infinite_in_float32_is_refused(flags):
     """1e300 is finite in Python; computed with, it is infinity."""
     with pytest.raises(InputError, match=r"(optim\.lr|mix) is 1e\+\d+: choose a number that float32 holds"):
         config.load("lit/t2i", flags)
+
+
+def test_a_field_of_another_optimizer_is_refused():
+    with pytest.raises(InputError, match=r"^--optim\.b3 does nothing in this recipe, only CAME has it"):
+        config.load("lit/b_2_256", ["--optim.b3", "0.99"])
+    came = ["--optim.algorithm", "came"]
+    assert config.load("lit/b_2_256", ["--optim.b3", "0.99", *came]).optim.b3 == 0.99
+    with pytest.raises(InputError, match=r"^--optim\.eps does nothing in this recipe, CAME has its own"):
+        config.load("lit/b_2_256", [*came, "--optim.eps=1e-7"])
+    with pytest.raises(InputError, match="--oops"):  # b3 has an effect here, and is not what is wrong
+        config.load("lit/b_2_256", [*came, "--optim.b3", "0.99", "--oops"])

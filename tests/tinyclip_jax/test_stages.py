@@ -131,7 +131,7 @@ def test_a_stage_runs_by_itself_when_the_one_before_is_there(recipe, whole, tmp_
     replace(recipe, stage=2).train(whole)  # finished: exits at once
 
 
-@pytest.mark.parametrize("flag", ["--steps=1000", "--student.remat", "--masks.round_to", "--optim.warmup"])
+@pytest.mark.parametrize("flag", ["--steps", "--student.remat", "--masks.round_to", "--optim.warmup"])
 def test_a_flag_that_every_stage_has_for_itself_is_refused(flag):
     with pytest.raises(
         InputError, match=rf"{flag} does nothing in this recipe, each stage has its own: set --stages\.0\.[a-z]+$"
