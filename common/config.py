@@ -116,7 +116,7 @@ def refuse_idle(cfg: Any, given: Mapping[str, str], *, inner: bool = True) -> No
 
 def _idle(cfg: Any, inner: bool, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The fields without effect of a config, and of those inside it, and why."""
-    if hasattr(cfg, "idle"):
+    if hasattr(cfg, "idle") and not (prefix and hasattr(cfg, "train")):  # a recipe of recipes fills in what they lack
         yield from ((f"{prefix}{name}", why) for name, why in cfg.idle().items())
     for f in fields(cfg) if inner else ():
         if is_dataclass(part := getattr(cfg, f.name)):

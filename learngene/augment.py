@@ -51,6 +51,12 @@ class AugmentConfig:
         if not 0 < low <= high <= 1:
             raise InputError(f"scale is {self.scale}: choose the smallest and the largest share of the area, up to 1")
 
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect, and why."""
+        crops = {"scale": "resized", "shift": "shift"}
+        others = {name: crop for name, crop in crops.items() if crop != self.crop}
+        return {name: f"whose crop is {self.crop}: set augment.crop to {crop}" for name, crop in others.items()}
+
     @property
     def changes(self) -> bool:
         """Whether a picture differs between epochs, so that a teacher's logits cannot be cached."""

@@ -85,6 +85,10 @@ class Config(BaseConfig):
         """Pictures in a batch, counting every view."""
         return self.pipeline.batch * self.augment.views
 
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        loss = ("distill.kind", "distill.temperature", "distill.reduction")  # alpha is 0 then, which may be said
+        return {"donor": ("method", "layers", "head"), "teacher": loss}
+
     def parts(self) -> Parts:
         from learngene.train import parts
 

@@ -34,6 +34,10 @@ class DistillConfig:
             what = "would drown the teacher by a factor of the classes"
             raise InputError(f"distill.reduction 'numel' next to labels {what}: use 'batchmean'")
 
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect, and why."""
+        return {"temperature": "where kind is hard", "reduction": "where kind is hard"} if self.kind == "hard" else {}
+
 
 def cross_entropy(
     logits: Float[Array | np.ndarray, "batch classes"], targets: Float[Array | np.ndarray, "batch classes"]

@@ -106,6 +106,12 @@ class Config(BaseConfig):
         for stage in self.stages:
             positive(stage, "size", "steps", "batch")
 
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        return {"donor": ("keep",), "teacher": ("distill",), "prompts": ("sample",)}
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.stages else super().idle()  # later stages have their own donors and teachers
+
     def parts(self) -> Parts:
         return parts(self)
 

@@ -87,6 +87,13 @@ class Config(BaseConfig):
         between(self, "label_drop", "flips", most=1.0)
         between(self, "samples", below=2**30)
 
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        return {"donor": ("keep",), "teacher": ("distill",), "samples": ("sample",)}
+
+    def idle(self) -> dict[str, str]:
+        off = "with both weights of distill at 0: set --distill.noise"
+        return super().idle() | ({} if self.distill.active else {"teacher": off})
+
     def parts(self) -> Parts:
         return parts(self)
 

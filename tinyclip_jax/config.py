@@ -121,12 +121,16 @@ class Config(BaseConfig):
     def describe(self) -> tuple[Family, ClipConfig]:
         return FAMILY, self.stages[-1].student if self.stages else self.student
 
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        return {"donor": ("depth_rule",)}
+
     def idle(self) -> dict[str, str]:
         """Fields that have no effect in this recipe, and the field to set instead."""
         if self.stages:
             per_stage = {"student": "student", "steps": "steps", "masks": "masks", "optim.warmup": "warmup"}
             return {name: f"each stage has its own: set --stages.0.{own}" for name, own in per_stage.items()}
-        return {"depth_rule": "where learned masks choose the layers"} if self.masks.prune_step else {}
+        masked = {"depth_rule": "where learned masks choose the layers"} if self.masks.prune_step else {}
+        return super().idle() | masked
 
     def in_stage(self, n: int, donor: str) -> "Config":
         """Config of stage n = 1, 2, ... alone."""

@@ -128,6 +128,15 @@ class BaseConfig(RunConfig):
     """Data for the evaluation during training; an empty path: no evaluation."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """Fields that have no effect unless another one, the key, is set."""
+        return {}
+
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect in this recipe, and why."""
+        missing = {source: names for source, names in self.needs().items() if not getattr(self, source)}
+        return {name: f"without {source}: set --{source}" for source, names in missing.items() for name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
